@@ -1,0 +1,65 @@
+# Every target makes the virtual environment it needs; none needs the network once the packages are installed.
+#   VENV=path     another environment          PYTHON=python3.12   the interpreter it is made from
+#   PIP_ARGS=...  passed to pip install, for example --index-url of a mirror
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench nightly clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found" >&2; \
+		echo "hint: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev,bench]'
+	@touch $@
+
+venv: $(STAMP) ## make the virtual environment and install Quire into it
+
+quickstart: $(STAMP) ## serve the built-in model and ask it one question
+	$(BIN)/platform quickstart manifests/quickstart.yaml
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+check: lint types layers docs-check ## run every check but the tests
+
+lint: $(STAMP) ## ruff: lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+layers: $(STAMP) ## import-linter: who may import what
+	$(BIN)/lint-imports
+
+docs: $(STAMP) ## write docs/reference anew
+	$(BIN)/platform reference docs/reference
+
+docs-check: $(STAMP) ## fail if docs/reference is not what `make docs` would write
+	$(BIN)/platform reference --check docs/reference
+
+fmt: $(STAMP) ## format the source
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## compare with transformers on the built-in model; rows go to benchmarks/results
+	$(BIN)/python -m benchmarks.run throughput --model tiny
+
+nightly: $(STAMP) ## run the long suites and record that they passed
+	$(BIN)/python -m pytest -m nightly
+	printf '{"date": "%s", "commit": "%s", "passed": true}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
+		>> benchmarks/results/nightly.jsonl
+
+clean: ## remove the virtual environment and caches; running models stay (platform down stops them)
+	rm -rf $(VENV) .venv-ci .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

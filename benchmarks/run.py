@@ -1,0 +1,174 @@
+"""The one runner: `python -m benchmarks.run throughput|start-up`. Rows go to `results/` and a table to stdout.
+
+`throughput` compares, on the same weights, dtype and work, our engine (twice, as an A/A pair) with transformers
+run sequentially, in the best static batch found, and with its continuous batching. Tokens that were asked for
+count, nothing else. `start-up` measures commands and imports in fresh processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def provenance() -> dict[str, Any]:
+    """Where and on what a row was measured."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    print(f"\n{len(rows)} rows -> {path}")
+
+
+def throughput(args: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.models import model_dir
+    from benchmarks.quire_systems import Quire, Run
+    from benchmarks.transformers_systems import Transformers
+    from benchmarks.workload import SCENARIOS
+
+    torch.set_num_threads(args.threads)
+    scenario = SCENARIOS[args.scenario]
+    dtype: Dtype = args.dtype
+    folder = model_dir(args.model, args.cache)
+    ours = Quire(folder, dtype, threads=args.threads)
+    jobs = scenario.jobs(ours.vocab_size)
+    asked = sum(job.output_tokens for job in jobs)
+    common = provenance() | {
+        "benchmark": "throughput", "model": args.model, "dtype": dtype, "threads": args.threads,
+        "scenario": scenario.name, "seed": scenario.seed, "requests": len(jobs),
+        "prompt_tokens": sum(len(job.prompt) for job in jobs), "output_tokens": asked,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+
+    def row(system: str, seconds: float, **more: Any) -> None:
+        rate = asked / seconds
+        rows.append(
+            common | {"system": system, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 2)} | more
+        )
+        print(f"{system:44} {seconds:9.1f} s {rate:9.1f} tokens/s", flush=True)
+
+    def ours_row(name: str, run: Run) -> None:
+        row(
+            name, run.seconds, steps=run.steps, preemptions=run.preemptions,
+            kv_waste=round(run.kv_waste, 4), kv_waste_contiguous=round(run.kv_waste_contiguous, 4),
+            mean_live_length=round(run.mean_live_length, 1),
+        )  # fmt: skip
+
+    first = ours.run(jobs)
+    ours_row("quire (A)", first)
+    theirs = Transformers(folder, getattr(torch, dtype))
+    if "sequential" in args.systems:
+        row("transformers sequential", theirs.sequential(jobs))
+    if "static" in args.systems:
+        sizes = [size for size in args.static_batches if size <= len(jobs)]
+        for size in sizes:
+            for by_length in (False, True):
+                order = "by length" if by_length else "in order"
+                seconds = theirs.static(jobs, size, by_length=by_length)
+                row(f"transformers static, batch {size}, {order}", seconds)
+    if "continuous" in args.systems:
+        row("transformers continuous", theirs.continuous(jobs))
+    second = ours.run(jobs)
+    ours_row("quire (A again)", second)
+
+    noise = max(first.seconds, second.seconds) / min(first.seconds, second.seconds)
+    our_seconds = statistics.geometric_mean([first.seconds, second.seconds])
+    print(f"\nA/A ratio {noise:.3f}; ratios of tokens/s, quire (geometric mean of the pair) to:")
+    for entry in rows:
+        entry["aa_ratio"] = round(noise, 4)
+        entry["quire_ratio"] = round(entry["seconds"] / our_seconds, 3)
+        if not entry["system"].startswith("quire"):
+            print(f"  {entry['system']:42} {entry['quire_ratio']:.2f}")
+    print(
+        f"KV waste {first.kv_waste:.2%} (mean live length {first.mean_live_length:.0f}); "
+        f"contiguous reservation of {ours.max_model_len}: {first.kv_waste_contiguous:.1%}"
+    )
+    write(args.out or ROOT / "benchmarks/results/throughput.jsonl", rows)
+
+
+def start_up(args: argparse.Namespace) -> None:
+    """Wall time of `platform get` against a running control plane, of `--help`, and of the heavier imports."""
+
+    def measure(name: str, command: Sequence[str]) -> dict[str, Any]:
+        times = []
+        for _ in range(args.repeat):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+        row = {
+            "benchmark": "start-up", "system": name, "repeat": args.repeat,
+            "p50_ms": round(statistics.median(times) * 1000, 1), "max_ms": round(max(times) * 1000, 1),
+        }  # fmt: skip
+        print(f"{name:44} p50 {row['p50_ms']:7.1f} ms   max {row['max_ms']:7.1f} ms")
+        return row
+
+    command = str(Path(sys.executable).with_name("platform"))
+    subprocess.run([command, "get"], check=True, capture_output=True)  # starts the control plane if need be
+    rows = [measure("platform get", [command, "get"]), measure("platform --help", [command, "--help"])]
+    for module in ("quire.controlplane.app", "quire.router.app"):
+        rows.append(measure(f"import {module}", [sys.executable, "-c", f"import {module}"]))
+    common = provenance()
+    write(args.out or ROOT / "benchmarks/results/start-up.jsonl", [common | row for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("throughput")
+    one.add_argument("--model", default="tiny", choices=["tiny", "qwen2.5-0.5b"])
+    one.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    one.add_argument("--scenario", default="mixed", choices=["mixed", "smoke"])
+    one.add_argument("--threads", type=int, default=os.cpu_count())
+    one.add_argument("--systems", nargs="*", default=["sequential", "static", "continuous"])
+    one.add_argument("--static-batches", nargs="*", type=int, default=[16, 32, 64])
+    one.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
+    one.set_defaults(action=throughput)
+    two = commands.add_parser("start-up")
+    two.add_argument("--repeat", type=int, default=15)
+    two.set_defaults(action=start_up)
+    for command in (one, two):
+        command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
+    args = parser.parse_args()
+    args.action(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What an engine is built from: the spec as read and checked, and the part of it that may change while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from quire_engine.errors import InvalidSpec
+from quire_schemas.wire import EngineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """The hot knobs: sequences that run at once, tokens that a step computes, and whether prompts are cut."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
+            raise InvalidSpec(
+                f"max_num_seqs {self.max_num_seqs} and max_num_batched_tokens {self.max_num_batched_tokens} "
+                "must both be at least 1"
+            )
+
+
+def limits_of(spec: EngineSpec) -> BatchLimits:
+    """The hot knobs as the spec has them."""
+    return BatchLimits(spec.max_num_seqs, spec.max_num_batched_tokens, spec.chunked_prefill)
+
+
+def read_spec(path: Path) -> EngineSpec:
+    """The spec in the JSON file `path`, or `InvalidSpec` that names the file and the field."""
+    try:
+        spec = msgspec.json.decode(path.read_bytes(), type=EngineSpec)
+    except OSError as error:
+        raise InvalidSpec(f"{path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise InvalidSpec(f"{path}: {error}") from error
+    check_spec(spec)
+    return spec
+
+
+def check_spec(spec: EngineSpec) -> None:
+    """Raise `InvalidSpec` for a number that no engine can be built with."""
+    for name in ("threads", "max_model_len", "block_size", "num_blocks", "memory_limit"):
+        if getattr(spec, name) < 1:
+            raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least 1")
+    limits_of(spec)

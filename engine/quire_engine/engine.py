@@ -1,0 +1,253 @@
+"""The engine: requests in, tokens out, one step at a time. No I/O, no threads, no clock of its own but timings.
+
+A step is three lines: the scheduler decides, the runner computes, the scheduler takes over. Around the middle one
+stands a fence: when a step fails, its items are computed again one by one (which is safe, see `runner`), and only
+those that fail alone end with an error; everybody else does not notice.
+
+`Engine.load` builds one from a spec and holds it to its figures: weights and cache must have exactly the bytes
+that `quire_schemas.sizing` planned, and lie, together with the activations, below the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quire_engine.blocks import BlockPool
+from quire_engine.config import BatchLimits, check_spec, limits_of
+from quire_engine.errors import DeviceLost, DeviceUnavailable, InvalidSpec, MemoryMismatch, RequestRefused
+from quire_engine.models import DecoderModel, KVCache, load_model
+from quire_engine.request import Request
+from quire_engine.runner import Runner
+from quire_engine.scheduler import Counters, Scheduler
+from quire_engine.step import StepPlan, StepResult
+from quire_kernels import load as load_kernels
+from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
+from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling, Stats
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WARM_UP = "warm-up"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCounts:
+    """The KV cache between two steps, in tokens: slots of allocated blocks, and those that hold one."""
+
+    allocated: int
+    used: int
+
+
+class Engine:
+    """One model, one cache, many requests. Not thread-safe: whoever steps it also adds and aborts."""
+
+    def __init__(
+        self, spec: EngineSpec, profile: ModelProfile, runner: Runner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.spec = spec
+        self.profile = profile
+        self.runner = runner
+        self.hot_hash = spec.hot_hash
+        self._clock = clock
+        self._scheduler = Scheduler(
+            BlockPool(spec.num_blocks, spec.block_size),
+            limits_of(spec),
+            max_model_len=spec.max_model_len,
+            clock=clock,
+        )
+        # replicas of one model must not give the same answers to requests without a seed
+        self._seeds = random.Random(f"{spec.seed}/{spec.replica_id}")  # noqa: S311 - sampling, no secret
+        self._last_step_at = clock()
+
+    @classmethod
+    def load(cls, spec: EngineSpec, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Engine:
+        """Read the checkpoint and allocate the cache that `spec` asks for. Sets torch's threads for the process.
+
+        Raises `quire_schemas.checkpoint.CheckpointError`, `StartError` (pointless to try again) or
+        `DeviceUnavailable`. `on_progress(done, total)` counts bytes of weights.
+        """
+        check_spec(spec)
+        torch.set_num_threads(spec.threads)
+        device = _device(spec)
+        profile = read_profile(Path(spec.model_dir))
+        if spec.max_model_len > profile.max_position_embeddings:
+            raise InvalidSpec(
+                f"max_model_len {spec.max_model_len} is above the checkpoint's {profile.max_position_embeddings} "
+                "positions"
+            )
+        planned = _planned_bytes(spec, profile)
+        model = load_model(
+            Path(spec.model_dir),
+            profile,
+            dtype=DTYPES[spec.dtype],
+            device=device,
+            kernels=load_kernels("reference"),
+            on_progress=on_progress,
+        )
+        kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
+        _check_bytes(planned, model, kv)
+        return cls(spec, profile, Runner(model, kv, block_size=spec.block_size, device=device))
+
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, message: Generate, received_at: float | None = None) -> None:
+        """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
+        self._check(message)
+        seed = message.sampling.seed
+        request = Request.of(
+            message,
+            eos_token_ids=self.profile.eos_token_ids,
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+            received_at=self._clock() if received_at is None else received_at,
+        )
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request without a delta; its blocks are free on return. False if it is not live."""
+        return self._scheduler.abort(request_id)
+
+    def _check(self, message: Generate) -> None:
+        """What would break the step for everybody is refused here."""
+        vocabulary = self.profile.vocab_size
+        if not message.token_ids:
+            raise RequestRefused("invalid_request", "the prompt has no tokens")
+        if min(message.token_ids) < 0 or max(message.token_ids) >= vocabulary:
+            raise RequestRefused("invalid_request", f"the prompt has ids outside the vocabulary of {vocabulary}")
+        sampling = message.sampling
+        if sampling.max_tokens < 1:
+            raise RequestRefused("invalid_request", f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        if sampling.logit_bias and not all(0 <= token < vocabulary for token in sampling.logit_bias):
+            raise RequestRefused("invalid_request", f"logit_bias has ids outside the vocabulary of {vocabulary}")
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> list[Delta]:
+        """Compute one step for whoever is due; one delta for each request that got a token or ended."""
+        if not self.has_work:
+            return []
+        plan = self._scheduler.schedule()
+        result = self._execute(plan)
+        deltas = self._scheduler.commit(plan, result)
+        self._last_step_at = self._clock()
+        return deltas
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """The plan's result, failures in place of exceptions. Raises `DeviceLost` when no step can succeed."""
+        try:
+            return self.runner.execute(plan)
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error)) from error
+        except Exception as error:
+            log.exception("step failed: %s", plan)
+            if len(plan.items) == 1:
+                failure = ("internal_error", f"the engine failed on this request: {type(error).__name__}")
+                return StepResult({}, failures={plan.items[0].request_id: failure})
+        alone = [self._execute(StepPlan(plan.step, (item,))) for item in plan.items]
+        return StepResult(
+            tokens={name: token for result in alone for name, token in result.tokens.items()},
+            logprobs={name: entry for result in alone for name, entry in result.logprobs.items()},
+            failures={name: failure for result in alone for name, failure in result.failures.items()},
+        )
+
+    def warm_up(self) -> None:
+        """Generate one token, then forget it: the first request of a user pays no first-time cost."""
+        self.add(Generate(_WARM_UP, [0], Sampling(max_tokens=1, temperature=0.0)))
+        for delta in self.step():
+            if delta.error is not None:
+                raise DeviceUnavailable(f"the first token could not be generated: {delta.error}")
+        self._scheduler.counters = Counters()
+
+    @property
+    def steps(self) -> int:
+        """Steps since the engine became ready."""
+        return self._scheduler.counters.steps
+
+    # ── knobs and gauges ──────────────────────────────────────────────────────────────────────────────
+
+    def set_limits(self, limits: Limits) -> None:
+        """Apply hot knobs from the next step on. Raises `StartError`, and changes nothing, if they cannot hold."""
+        changed = BatchLimits(limits.max_num_seqs, limits.max_num_batched_tokens, limits.chunked_prefill)
+        _planned_bytes(self.spec, self.profile, changed)
+        self._scheduler.limits = changed
+        self.hot_hash = limits.hot_hash
+
+    @property
+    def limits(self) -> BatchLimits:
+        return self._scheduler.limits
+
+    def slots(self) -> SlotCounts:
+        """The cache's use between steps; averaged over time, (allocated - used) / allocated is what is wasted."""
+        pool = self._scheduler.pool
+        return SlotCounts(pool.num_used * pool.block_size, self._scheduler.slots_used)
+
+    def stats(self) -> Stats:
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return Stats(
+            steps=counters.steps,
+            last_step_at=self._last_step_at,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=scheduler.pool.num_blocks,
+            blocks_used=scheduler.pool.num_used,
+            kv_slots_used=scheduler.slots_used,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            hot_hash=self.hot_hash,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `InvariantBroken` unless all books balance. For tests and idle moments."""
+        self._scheduler.check_integrity()
+
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    weights: int
+    kv: int
+
+
+def _device(spec: EngineSpec) -> torch.device:
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailable("the spec asks for cuda; torch sees no such device here")
+    return torch.device(spec.device)
+
+
+def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:
+    """The arithmetic of the plan; `MemoryMismatch` if it lies above the spec's limit."""
+    limits = limits or limits_of(spec)
+    weights = weight_bytes(profile, spec.dtype)
+    kv = spec.num_blocks * spec.block_size * kv_bytes_per_token(profile, spec.kv_dtype)
+    activations = activation_bytes(
+        profile, spec.dtype, limits.max_num_batched_tokens, limits.max_num_seqs, spec.max_model_len
+    )
+    if weights + kv + activations > spec.memory_limit:
+        raise MemoryMismatch(
+            f"weights {weights} + KV {kv} ({spec.num_blocks} blocks of {spec.block_size} tokens) + activations "
+            f"{activations} = {weights + kv + activations} bytes, above the limit of {spec.memory_limit}"
+        )
+    return _Planned(weights, kv)
+
+
+def _check_bytes(planned: _Planned, model: DecoderModel, kv: KVCache) -> None:
+    """Hold what was allocated to what was planned, byte for byte."""
+    if (model.bytes, kv.bytes) != (planned.weights, planned.kv):
+        raise MemoryMismatch(
+            f"allocated weights {model.bytes} and KV {kv.bytes} bytes; "
+            f"planned were {planned.weights} and {planned.kv}"
+        )

@@ -1,0 +1,62 @@
+"""What can go wrong in an engine, as one tree.
+
+    EngineError
+    ├── StartError            this spec cannot give an engine on this machine; trying again is pointless
+    │   ├── InvalidSpec       the spec itself: a bound, a path, a folder that others may enter
+    │   └── MemoryMismatch    real bytes differ from the sizing arithmetic, or lie above the limit
+    ├── DeviceUnavailable     the device of the spec is not there, or does not compute
+    ├── SocketTaken           another process answers on the socket; it may be about to end
+    ├── RequestRefused        one request cannot be served; it never reaches the queue
+    ├── InvariantBroken       blocks or counters do not add up: the engine cannot be trusted and stops
+    └── DeviceLost            the accelerator's context is gone; only a new process brings it back
+
+A request's own failure during a step is not an exception that travels: it becomes the request's last delta.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class StartError(EngineError):
+    """This spec cannot give an engine on this machine. `reason` is a CamelCase word for a status condition."""
+
+    reason = "StartFailed"
+
+
+class InvalidSpec(StartError):
+    """The spec names something impossible."""
+
+    reason = "InvalidSpec"
+
+
+class MemoryMismatch(StartError):
+    """Weights or KV tensors are not the size that was planned, or together lie above the limit."""
+
+    reason = "MemoryMismatch"
+
+
+class DeviceUnavailable(EngineError):
+    """The device of the spec is not there, or does not compute. It may come back."""
+
+
+class SocketTaken(EngineError):
+    """Another process listens on the socket of the spec."""
+
+
+class RequestRefused(EngineError):
+    """One request cannot be served. `code` is a word of the error contract."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InvariantBroken(EngineError):
+    """The engine's own bookkeeping contradicts itself."""
+
+
+class DeviceLost(EngineError):
+    """The accelerator reported an error that outlives the step in which it happened."""

@@ -1,0 +1,51 @@
+"""Self-attention of one decoder layer over the paged cache.
+
+Legend: T tokens of the step, W hidden width, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quire_engine.layers.linear import Linear
+from quire_engine.layers.norm import RMSNorm
+from quire_kernels import Kernels, PagedAttention
+
+
+@dataclass(slots=True, frozen=True)
+class Attention:
+    """Projects, rotates, writes the cache, attends. The output projection is a call of its own."""
+
+    qkv: Linear
+    out: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kernels: Kernels
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor, attention: PagedAttention
+    ) -> Tensor:
+        """`x` [T, W] to the heads' results [T, H · D]; this step's keys and values are in `cache` afterwards."""
+        heads, turned = self.num_heads, self.num_heads + self.num_kv_heads
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            rotated = self.kernels.rotary(qkv[:, :turned], cos, sin)
+            query, key = rotated[:, :heads], rotated[:, heads:]
+        else:
+            query = self.kernels.rotary(self.q_norm(qkv[:, :heads]), cos, sin)
+            key = self.kernels.rotary(self.k_norm(qkv[:, heads:turned]), cos, sin)
+        self.kernels.write_kv(key, qkv[:, turned:], cache, slots)
+        return attention(query, cache, self.head_dim**-0.5).view(x.shape[0], -1)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from self.qkv.parameters()
+        yield from self.out.parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                yield norm.weight

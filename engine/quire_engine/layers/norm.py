@@ -1,0 +1,26 @@
+"""RMS norm with its weight: x / sqrt(mean(x²) + eps) · weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quire_kernels import Kernels
+
+
+@dataclass(slots=True, frozen=True)
+class RMSNorm:
+    """Over the last dimension."""
+
+    weight: Tensor
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of `x`, a new tensor."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds `x` to `residual` in place and returns the norm of the sum."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,0 +1,37 @@
+"""Checkpoint in, model out: `load_model` picks the class that runs an architecture and loads its weights.
+
+Every architecture of this version is one configuration of `DecoderModel`; `quire_schemas.checkpoint` has already
+refused the others by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from quire_engine.models.decoder import DecoderModel, KVCache
+from quire_kernels import Kernels
+from quire_schemas.checkpoint import ModelProfile
+
+__all__ = ["DecoderModel", "KVCache", "load_model"]
+
+
+def load_model(
+    model_dir: Path,
+    profile: ModelProfile,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    on_progress: Callable[[int, int], None],
+) -> DecoderModel:
+    """The model of a checkpoint folder, its weights in `dtype` on `device`.
+
+    `on_progress(done, total)` is called with bytes read of the files, at least every 64 MiB and at the end.
+    Raises `quire_schemas.checkpoint.CheckpointError` when the files do not hold what the profile says.
+    """
+    return DecoderModel.load(
+        model_dir, profile, dtype=dtype, device=device, kernels=kernels, on_progress=on_progress
+    )

@@ -1,0 +1,208 @@
+"""The decoder family: pre-norm residual layers of attention and a gated MLP, configured by a `ModelProfile`.
+
+Llama, Qwen2, Qwen3 and Mistral differ in four switches: biases, norms on queries and keys, a sliding window, a
+tied head. The residual is one tensor that every layer adds to in place. After the last attention only the rows
+whose logits are wanted go on: the keys and values of the others are written by then, and nothing else of them is
+needed.
+
+Legend: T tokens of the step, W hidden width, V vocabulary, R rows whose logits are wanted, N blocks, P slots a
+block, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire_engine.layers.attention import Attention
+from quire_engine.layers.linear import Dense
+from quire_engine.layers.mlp import GatedMLP
+from quire_engine.layers.norm import RMSNorm
+from quire_engine.layers.rotary import Rotary
+from quire_engine.quantization import LinearMethod, Plain
+from quire_engine.weights import Weights
+from quire_kernels import Kernels, PagedBatch
+from quire_schemas.checkpoint import LayerKind, ModelProfile
+
+
+@dataclass(slots=True, frozen=True)
+class CacheGroup:
+    """Layers of one kind, which see the same keys of a sequence. All groups share one block table today."""
+
+    kind: LayerKind
+    window: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class KVCache:
+    """The keys and values of all sequences, a tensor [2, N, P, K, D] a layer."""
+
+    layers: tuple[Tensor, ...]
+    groups: tuple[CacheGroup, ...]
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls, profile: ModelProfile, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """A cache for `profile`, zeroed: the memory is touched now, so a lack of it shows now."""
+        shape = (2, num_blocks, block_size, profile.num_kv_heads, profile.head_dim)
+        return cls(
+            layers=tuple(
+                torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(profile.num_layers)
+            ),
+            groups=cache_groups(profile),
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors hold."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def cache_groups(profile: ModelProfile) -> tuple[CacheGroup, ...]:
+    """The kinds of layers that `profile` has, each with its layers."""
+    groups = []
+    for kind in dict.fromkeys(profile.layer_kinds):
+        layers = tuple(index for index, other in enumerate(profile.layer_kinds) if other == kind)
+        groups.append(CacheGroup(kind, profile.sliding_window if kind == "sliding" else None, layers))
+    return tuple(groups)
+
+
+@dataclass(slots=True, frozen=True)
+class _Layer:
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.attention_norm.weight
+        yield from self.attention.parameters()
+        yield self.mlp_norm.weight
+        yield from self.mlp.parameters()
+
+
+class DecoderModel:
+    """A loaded model. It holds no state of any request: the cache is handed to every call."""
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        *,
+        embedding: Tensor,
+        layers: tuple[_Layer, ...],
+        norm: RMSNorm,
+        head: Dense,
+        rotary: Rotary,
+        kernels: Kernels,
+    ) -> None:
+        self.profile = profile
+        self._embedding = embedding
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._rotary = rotary
+        self._kernels = kernels
+        self._groups = cache_groups(profile)
+        self._group_of = tuple(
+            next(at for at, group in enumerate(self._groups) if index in group.layers)
+            for index in range(len(layers))
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        profile: ModelProfile,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+        on_progress: Callable[[int, int], None],
+    ) -> DecoderModel:
+        """See `quire_engine.models.load_model`."""
+        weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
+        method: LinearMethod = Plain(weights)
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights.tensor(f"{name}.weight"), profile.rms_norm_eps, kernels)
+
+        def layer(prefix: str) -> _Layer:
+            at = f"{prefix}.self_attn"
+            return _Layer(
+                attention_norm=norm(f"{prefix}.input_layernorm"),
+                attention=Attention(
+                    qkv=method.linear(at, ("q_proj", "k_proj", "v_proj"), bias=profile.qkv_bias),
+                    out=method.linear(at, ("o_proj",), bias=profile.output_bias),
+                    q_norm=norm(f"{at}.q_norm") if profile.qk_norm else None,
+                    k_norm=norm(f"{at}.k_norm") if profile.qk_norm else None,
+                    num_heads=profile.num_heads,
+                    num_kv_heads=profile.num_kv_heads,
+                    head_dim=profile.head_dim,
+                    kernels=kernels,
+                ),
+                mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
+                mlp=GatedMLP(
+                    gate_up=method.linear(f"{prefix}.mlp", ("gate_proj", "up_proj"), bias=profile.mlp_bias),
+                    down=method.linear(f"{prefix}.mlp", ("down_proj",), bias=profile.mlp_bias),
+                    kernels=kernels,
+                ),
+            )
+
+        embedding = weights.tensor("model.embed_tokens.weight")
+        return cls(
+            profile,
+            embedding=embedding,
+            layers=tuple(layer(f"model.layers.{index}") for index in range(profile.num_layers)),
+            norm=norm("model.norm"),
+            head=Dense(embedding if profile.tie_word_embeddings else weights.tensor("lm_head.weight")),
+            rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
+            kernels=kernels,
+        )
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter once: a tied head is the embedding."""
+        yield self._embedding
+        for layer in self._layers:
+            yield from layer.parameters()
+        yield self._norm.weight
+        if self._head.weight is not self._embedding:
+            yield self._head.weight
+
+    @property
+    def bytes(self) -> int:
+        """What the parameters hold."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, batch: PagedBatch, kv: KVCache) -> Tensor:
+        """Computes one step: `token_ids` [T] int64 at the places `batch` says, keys and values into `kv`.
+
+        Returns the logits of `batch.logits_rows`, [R, V] float32.
+        """
+        rows, everything = batch.logits_rows, batch.logits_rows.shape[0] == batch.num_tokens
+        cos, sin = self._rotary(batch.positions)
+        attentions = [self._kernels.paged_attention(batch, window=group.window) for group in self._groups]
+        residual = F.embedding(token_ids, self._embedding)
+        x = self._layers[0].attention_norm(residual)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            heads = layer.attention.attend(
+                x, cos, sin, kv.layers[index], batch.slot_mapping, attentions[self._group_of[index]]
+            )
+            if index == last and not everything:
+                heads, residual = heads[rows], residual[rows]
+            x = layer.mlp_norm.add(layer.attention.out(heads), residual)
+            following = self._norm if index == last else self._layers[index + 1].attention_norm
+            x = following.add(layer.mlp(x), residual)
+        return self._head(x).float()

@@ -1,0 +1,55 @@
+"""Carries out a plan: `StepPlan` -> tensors -> forward -> tokens. Owns the model and the KV tensors.
+
+It knows nothing of requests: all that a step needs is in the plan, and nothing is kept between steps but what the
+plan's slots were filled with. Carrying out the same item twice writes the same values to the same slots and
+draws the same token, so a step that failed can be tried again in parts.
+
+Legend: T new tokens of a step, R rows that draw, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quire_engine.models import DecoderModel, KVCache
+from quire_engine.sampler import sample
+from quire_engine.step import StepPlan, StepResult
+from quire_kernels.paging import PagedBatch
+
+
+class Runner:
+    """A model and its cache on one device."""
+
+    def __init__(self, model: DecoderModel, kv: KVCache, *, block_size: int, device: torch.device) -> None:
+        self.model = model
+        self.kv = kv
+        self.block_size = block_size
+        self.device = device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute every item of `plan` and draw where it says so. Raises what the model or the device raises."""
+        items = plan.items
+        rows = [item for item in items if item.draw is not None]
+        batch = PagedBatch.build(
+            starts=[item.start for item in items],
+            query_lens=[len(item.token_ids) for item in items],
+            block_tables=[item.block_ids for item in items],
+            logits=[item.draw is not None for item in items],
+            block_size=self.block_size,
+            device=self.device,
+        )
+        flat = [token for item in items for token in item.token_ids]
+        token_ids_T = torch.tensor(flat, dtype=torch.int64, device=self.device)
+        logits_RV = self.model.forward(token_ids_T, batch, self.kv)
+        if not rows:
+            return StepResult({})
+        drawn = sample(logits_RV, rows)
+        return StepResult(
+            tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
+            logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},
+            failures={
+                rows[r].request_id: ("numerical_error", "the model's logits are not finite for this request")
+                for r in drawn.broken
+            },
+        )

@@ -1,0 +1,106 @@
+"""The step: all that scheduler and runner share.
+
+The scheduler decides and writes a `StepPlan`; the runner carries it out and answers with a `StepResult`. Neither
+sees the other's state, so a plan can be printed, stored and replayed, and the scheduler can be tested with
+results that no model computed. No torch in here.
+
+There is no prefill phase and no decode phase. An item computes `token_ids` at positions `start`,
+`start + 1`, …; when that makes all known tokens computed, the item also carries a `Draw` and the step chooses the
+next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from quire_schemas.wire import Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one request's next token is chosen. Built once per request; the step adds position and history.
+
+    `seed` is the request's own or the one drawn for it. `ending_ids` are the ids that end the text (stop ids, and
+    the checkpoint's end-of-sequence ids unless ignored); the sampler bans them below `sampling.min_tokens`.
+    """
+
+    sampling: Sampling
+    seed: int
+    num_prompt: int
+    ending_ids: tuple[int, ...]
+    is_plain: bool = field(init=False)
+    """Greedy with nothing that changes or reports logits: the arg-max alone decides."""
+    has_penalty: bool = field(init=False)
+    """The choice depends on the tokens so far: items carry a history."""
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        has_penalty = (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
+        object.__setattr__(self, "has_penalty", has_penalty)
+        object.__setattr__(
+            self,
+            "is_plain",
+            sampling.temperature == 0.0
+            and not has_penalty
+            and not sampling.logit_bias
+            and sampling.min_tokens == 0
+            and sampling.logprobs is None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One request's share of a step.
+
+    `token_ids` lie at positions `start`, `start + 1`, … and attend to all before them. `block_ids` is the
+    request's whole block table, long enough for the last of these positions. `draw` is None while known tokens
+    remain uncomputed after this step. `history` is prompt and output so far when the draw has a penalty, else
+    empty.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[int, ...]
+    draw: Draw | None = None
+    history: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Position after the last computed one: where a drawn token will lie."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes, in the order of the batch, and who lost its blocks to make room."""
+
+    step: int
+    items: tuple[Scheduled, ...]
+    preempted: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.token_ids) for item in self.items)
+
+    def __str__(self) -> str:
+        parts = [f"{item.request_id}[{item.start}:{item.end}]{'*' if item.draw else ''}" for item in self.items]
+        lost = f"; preempted {', '.join(self.preempted)}" if self.preempted else ""
+        return f"step {self.step}: {self.num_tokens} tokens: {' '.join(parts)}{lost}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan, by request id: items with a draw have a token, and log-probabilities if asked for.
+
+    `failures` gives (code, message) of requests that cannot go on; their tokens, if any, do not count.
+    """
+
+    tokens: Mapping[str, int]
+    logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)
+    failures: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -1,0 +1,136 @@
+"""safetensors files to parameters: read in pieces, converted, fused, placed.
+
+Bytes go from the file straight into the parameter when its number format is the file's and it lies in host
+memory; otherwise through one staging buffer. Nothing is mapped into memory: a file that is cut off while it is
+read ends in an error, not in a signal. Several tensors can be stacked into one parameter (queries, keys and
+values; gate and up), because one wide matrix product costs less than several narrow ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire_schemas.checkpoint import (
+    BadHeader,
+    ModelProfile,
+    TensorInfo,
+    WrongTensors,
+    check_tensors,
+    read_tensors,
+)
+
+PIECE = 16 * 1024 * 1024
+"""Bytes read at a time: small enough to stay in cache between reading and converting, and to report often."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Weights:
+    """The tensors of one checkpoint folder, handed out in `dtype` on `device`.
+
+    `on_progress(done, total)` counts bytes of the files. Raises `CheckpointError` when the folder does not hold
+    what `profile` describes.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        profile: ModelProfile,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._tensors = read_tensors(model_dir)
+        self._total = sum(tensor.nbytes for tensor in check_tensors(profile, self._tensors))
+        self._done = 0
+        self._dtype = dtype
+        self._device = device
+        self._on_progress = on_progress
+        if profile.tie_word_embeddings and "lm_head.weight" in self._tensors:
+            self._require_equal("lm_head.weight", "model.embed_tokens.weight")
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as a parameter of its own."""
+        return self.stack([name])
+
+    def stack(self, names: Sequence[str]) -> Tensor:
+        """Tensors that agree in all but the first dimension, one after the other along it."""
+        infos = [self._tensors[name] for name in names]
+        rows = sum(info.shape[0] for info in infos)
+        result = torch.empty((rows, *infos[0].shape[1:]), dtype=self._dtype, device=self._device)
+        at = 0
+        for info in infos:
+            self._fill(result[at : at + info.shape[0]].view(-1), info)
+            at += info.shape[0]
+        return result
+
+    def _fill(self, target: Tensor, info: TensorInfo) -> None:
+        """Writes the tensor at `info` into the flat `target`, which has as many numbers."""
+        stored = _DTYPES[info.dtype]
+        if stored == target.dtype and target.device.type == "cpu":
+            for length in self._read(info, target.view(torch.uint8)):
+                self._advance(length)
+            return
+        staging = torch.empty(min(PIECE, info.nbytes), dtype=torch.uint8)
+        at = 0
+        narrows = self._dtype == torch.float16 and stored != torch.float16
+        for length in self._read(info, staging):
+            numbers = staging[:length].view(stored)
+            piece = target[at : at + numbers.shape[0]]
+            piece.copy_(numbers)
+            if narrows and not bool(torch.isfinite(piece).all()):
+                raise WrongTensors(
+                    f"{info.file.name}: tensor {info.name} has numbers that float16 cannot hold",
+                    "set spec.engine.dtype to bfloat16 or float32",
+                )
+            at += numbers.shape[0]
+            self._advance(length)
+
+    def _read(self, info: TensorInfo, buffer: Tensor) -> Iterator[int]:
+        """Fills `buffer` (bytes) piece by piece: further along it if it holds the tensor, else from its start.
+
+        Yields the length of each piece after it was read.
+        """
+        whole = buffer.shape[0] == info.nbytes
+        view = buffer.numpy().data
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            done = 0
+            while done < info.nbytes:
+                want = min(PIECE, info.nbytes - done)
+                start = done if whole else 0
+                got = 0
+                while got < want:
+                    more = file.readinto(view[start + got : start + want])
+                    if not more:
+                        raise BadHeader(
+                            f"{info.file}: ended inside tensor {info.name}",
+                            "the file changed while it was read; fetch it again",
+                        )
+                    got += more
+                done += want
+                yield want
+
+    def _advance(self, length: int) -> None:
+        self._done += length
+        self._on_progress(self._done, self._total)
+
+    def _require_equal(self, first: str, second: str) -> None:
+        """A tied head that is stored all the same must be the embedding, or config.json is wrong about it."""
+        one, other = self._tensors[first], self._tensors[second]
+        differs = WrongTensors(
+            f"tie_word_embeddings is true, but {first} differs from {second}",
+            "set tie_word_embeddings to false in config.json to use both",
+        )
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            raise differs
+        size = min(PIECE, one.nbytes)
+        left, right = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        for length, _ in zip(self._read(one, left), self._read(other, right), strict=True):
+            if not torch.equal(left[:length], right[:length]):
+                raise differs

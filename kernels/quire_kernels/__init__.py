@@ -1,0 +1,81 @@
+"""The operations a model is made of, as a Protocol with shapes, and `load` for the back-end that carries them out.
+
+Models call these and `torch.nn.functional` for plain embeddings and matrix products; they never know which
+back-end answers. `reference` is obvious torch and the oracle for every other one.
+
+Legend: T new tokens of a step, H query heads, K key/value heads (H is a multiple of K), D head size,
+N blocks, P slots a block, W hidden width, I width between the two halves of an MLP.
+
+Exceptions:
+
+    KernelError
+    └── UnknownBackend     `load` was asked for a name it does not have
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from quire_kernels.paging import PagedBatch
+
+__all__ = ["BACKENDS", "KernelError", "Kernels", "PagedAttention", "PagedBatch", "UnknownBackend", "load"]
+
+BACKENDS = ("reference",)
+
+
+class KernelError(Exception):
+    """A back-end cannot do what it was asked."""
+
+
+class UnknownBackend(KernelError):
+    """No back-end has this name."""
+
+
+class PagedAttention(Protocol):
+    """Attention prepared for one step; every layer of the same kind calls the same object."""
+
+    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+        """Causal attention of this step's tokens over their sequences' cached keys and values.
+
+        `query` [T, H, D]; `cache` [2, N, P, K, D] (keys, values), this step's tokens already written; `scale`
+        multiplies the products of queries and keys. Returns [T, H, D] in the query's dtype. Reads only slots
+        that hold a token of the sequence itself, so whatever lies in other slots cannot reach the result.
+        """
+
+
+class Kernels(Protocol):
+    """One back-end. All operations accept float32, bfloat16 and float16 and compute in float32 inside."""
+
+    name: str
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) · weight over the last dimension. `x` [..., W], `weight` [W]; new tensor."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the pairs (x[d], x[d + D/2]) of each head. `x` [T, heads, D]; `cos` and `sin` [T, 1, D] float32.
+
+        `sin` carries the sign: its first half is negated (what `quire_engine.layers.rotary` builds). New tensor.
+        """
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache` [2, N, P, K, D], cast to its dtype."""
+
+    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> PagedAttention:
+        """Prepares a step. `window` w limits token p to keys p - w + 1 to p; None means all before it."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
+
+
+def load(name: str) -> Kernels:
+    """The back-end of that name. Raises `UnknownBackend` with those there are."""
+    if name == "reference":
+        from quire_kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()
+    raise UnknownBackend(f"no kernel back-end is called {name!r}\n    hint: one of {', '.join(BACKENDS)}")

@@ -1,0 +1,49 @@
+"""The reference back-end: plain torch on any device, float32 inside. Other back-ends are measured against it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire_kernels.paging import PagedBatch
+from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
+
+__all__ = ["GATHER_BYTES", "ReferenceKernels"]
+
+
+class ReferenceKernels:
+    """Every operation as its formula. `gather_bytes` bounds what attention copies out of the cache at a time."""
+
+    name = "reference"
+
+    def __init__(self, gather_bytes: int = GATHER_BYTES) -> None:
+        self._gather_bytes = gather_bytes
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.float()
+        # rolling by half a head puts each number's partner in its place; its sign is in `sin`
+        return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        keys, values = cache.view(2, -1, *cache.shape[3:])
+        keys.index_copy_(0, slots, key.to(cache.dtype))
+        values.index_copy_(0, slots, value.to(cache.dtype))
+
+    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
+        return StepAttention(batch, window, self._gather_bytes)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        if gate_up.dtype == torch.float32:
+            return F.silu(gate).mul_(up)
+        return F.silu(gate.float()).mul_(up).to(gate_up.dtype)

@@ -1,0 +1,193 @@
+"""What this machine has, and who holds how much of it.
+
+An `Inventory` is either detected (psutil and the cgroup's limits for memory and cores, NVML for GPUs) or
+declared in a plan request, so that a manifest for a large machine can be planned on a laptop. The ledger is not
+a table: every replica row names its device and its bytes, so what is held is always the sum over the rows,
+draining and orphaned processes included. `free_places` says where more replicas fit.
+
+Exceptions:
+
+    InventoryError         a declared inventory is not understood; has message and hint
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pynvml
+
+from quire_operators.rollout import Row
+from quire_schemas.quantities import BadQuantity, parse_quantity
+
+MAX_PLACES = 1024
+"""Nobody asks for more replicas at once; bounds the answer for a tiny model on a large machine."""
+
+
+class InventoryError(Exception):
+    """The declared inventory has the wrong shape."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = (
+            'for example {"devices": [{"kind": "cuda", "name": "NVIDIA H100", "memory": "80Gi", "index": 0}], '
+            '"cpu": {"memory": "64Gi", "cores": 16}}'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU. `memory` is bytes in total, `available` what no process holds."""
+
+    index: int
+    name: str
+    memory: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A machine: bytes of main memory in total and not in use, cores that may be used, GPUs."""
+
+    memory: int
+    available: int
+    cores: int
+    gpus: tuple[Gpu, ...] = field(default=())
+
+    def total(self, device: str) -> int:
+        """Bytes of `cpu` or `cuda:<index>`; 0 for a device that is not there."""
+        if device == "cpu":
+            return self.memory
+        return next((gpu.memory for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
+
+
+def detect() -> Inventory:
+    """This machine, now."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    if (limit := _cgroup_number("memory.max")) is not None:
+        used = _cgroup_number("memory.current") or 0
+        total, available = min(total, limit), min(available, max(limit - used, 0))
+    return Inventory(total, available, _cores(), _gpus())
+
+
+def _cgroup_number(name: str) -> int | None:
+    """A number of this process's cgroup (version 2), or None when there is no such limit."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        text = (Path("/sys/fs/cgroup") / own.lstrip("/") / name).read_text().strip()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """GPUs that NVML reports; none on a machine without its driver. CUDA_VISIBLE_DEVICES narrows them by index."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append(Gpu(index, str(name), int(memory.total), int(memory.free)))
+    finally:
+        pynvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(found)
+    allowed = {int(part) for part in visible.split(",") if part.strip().isdigit()}
+    return tuple(gpu for gpu in found if gpu.index in allowed)
+
+
+def declared(document: Any) -> Inventory:
+    """The inventory of a plan request; what it does not say of the CPU is taken from this machine."""
+    if not isinstance(document, dict) or set(document) - {"devices", "cpu"}:
+        raise InventoryError("the device inventory is an object with the keys devices and cpu")
+    here = detect()
+    cpu = document.get("cpu") or {}
+    if not isinstance(cpu, dict) or set(cpu) - {"memory", "cores"}:
+        raise InventoryError("cpu is an object with the keys memory and cores")
+    cores = cpu.get("cores", here.cores)
+    if not isinstance(cores, int) or isinstance(cores, bool) or cores < 1:
+        raise InventoryError(f"cpu.cores is a number from 1, not {cores!r}")
+    memory = _bytes(cpu["memory"], "cpu.memory") if "memory" in cpu else here.memory
+    devices = document.get("devices", [])
+    if not isinstance(devices, list):
+        raise InventoryError("devices is a list")
+    gpus = tuple(_declared_gpu(item, number) for number, item in enumerate(devices))
+    if len({gpu.index for gpu in gpus}) != len(gpus):
+        raise InventoryError("two devices have the same index")
+    return Inventory(memory, memory if "memory" in cpu else here.available, cores, gpus)
+
+
+def _declared_gpu(item: Any, number: int) -> Gpu:
+    where = f"devices[{number}]"
+    if not isinstance(item, dict) or set(item) - {"kind", "name", "memory", "index"}:
+        raise InventoryError(f"{where} is an object with the keys kind, name, memory and index")
+    if item.get("kind") != "cuda":
+        raise InventoryError(f"{where}.kind is 'cuda', not {item.get('kind')!r}; the CPU is declared under cpu")
+    if "memory" not in item:
+        raise InventoryError(f"{where}.memory is missing")
+    index = item.get("index", number)
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise InventoryError(f"{where}.index is a number from 0, not {index!r}")
+    memory = _bytes(item["memory"], f"{where}.memory")
+    return Gpu(index, str(item.get("name", "cuda")), memory, memory)
+
+
+def _bytes(value: Any, where: str) -> int:
+    if not isinstance(value, str):
+        raise InventoryError(f"{where} is a byte quantity such as '80Gi', not {value!r}")
+    try:
+        return parse_quantity(value)
+    except BadQuantity as error:
+        raise InventoryError(f"{where}: {error} ({error.hint})") from error
+
+
+def held(rows: Iterable[Row], extra: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Bytes held on each device: by every row whose process may live or will be started, and by `extra`."""
+    sums: dict[str, int] = dict(extra or {})
+    for row in rows:
+        if row.failed_generation is None:
+            sums[row.device] = sums.get(row.device, 0) + row.memory
+    return sums
+
+
+def free_places(
+    inventory: Inventory,
+    taken: Mapping[str, int],
+    kind: str,
+    need: int,
+    share: float,
+    device_ids: Sequence[int] = (),
+) -> list[str]:
+    """Devices for as many more replicas of `need` bytes as fit below `share` of each, emptiest device first.
+
+    A device appears once for each replica that fits on it.
+    """
+    if kind == "cpu":
+        names = ["cpu"]
+    else:
+        names = [f"cuda:{gpu.index}" for gpu in inventory.gpus if not device_ids or gpu.index in device_ids]
+    free = {name: int(inventory.total(name) * share) - taken.get(name, 0) for name in names}
+    places: list[str] = []
+    while free and len(places) < MAX_PLACES:
+        name = max(free, key=lambda name: (free[name], -names.index(name)))
+        if need <= 0 or free[name] < need:
+            break
+        free[name] -= need
+        places.append(name)
+    return places

@@ -1,0 +1,1 @@
+"""Fleets: what starts, watches and stops processes. Nothing outside this package does."""

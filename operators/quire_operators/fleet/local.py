@@ -1,0 +1,497 @@
+"""Processes on this machine: each under a shim of its own, found again after a restart of the control plane.
+
+Every incarnation of a unit (a replica, or the router) has a folder of its own in the folder of sockets:
+
+    shim.json     what the shim was told, the identity included; written before anything is started
+    shim.sock     the shim's control socket; it listens exactly as long as the shim lives
+    exit.json     how it ended; written by the shim before it ends
+
+So what there is can be read off the disk: a socket that answers is a living shim, one that refuses is a dead
+one (the kernel closed it), and one that accepts and stays silent is `UNKNOWN`, which is not dead. A living shim
+counts as ours only by what it answers: installation, unit, incarnation and nonce. No pid is ever trusted.
+
+The fleet keeps one connection to each shim and hears every change over it; `on_change` is told the unit's name.
+
+Exceptions:
+
+    FleetError
+    └── StartFailed        a shim could not be started; `code` is `address_in_use` or `cannot_start`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quire_operators.paths import private_dir
+
+log = logging.getLogger(__name__)
+
+SHIM = Path(__file__).with_name("shim.py")
+START_SECONDS = 20.0
+"""How long a shim may take until its control socket listens."""
+ANSWER_SECONDS = 10.0
+"""A shim that stays silent this long is UNKNOWN."""
+RETRY_SECONDS = 1.0
+MAX_LINE = 4 * 1024 * 1024
+
+
+class FleetError(Exception):
+    """A process cannot be started or reached."""
+
+
+class StartFailed(FleetError):
+    """A shim did not come up."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Life(enum.StrEnum):
+    """What is known of a shim."""
+
+    LIVE = "live"
+    GONE = "gone"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One incarnation to start. `argv` may hold "{status_fd}"; `listen` is (host, port) or None."""
+
+    folder: Path
+    name: str
+    incarnation: int
+    nonce: str
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path
+    log: Path
+    labels: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    """Written into the folder, mode 0600, before the child starts."""
+    listen: tuple[str, int] | None = None
+    restart: bool = False
+    grace: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How the child ended; both None when it could not be started at all or nothing was recorded."""
+
+    code: int | None
+    signal: int | None
+    at: float
+    asked: bool
+    message: str = ""
+
+    def text(self) -> str:
+        """For people."""
+        if self.message:
+            return self.message
+        if self.signal is not None:
+            return f"killed by {signal.Signals(self.signal).name}"
+        return f"ended with exit status {self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What was last heard of one incarnation. `lines` are its last status lines, unread."""
+
+    folder: Path
+    name: str
+    incarnation: int
+    nonce: str
+    labels: Mapping[str, Any]
+    life: Life
+    at: float
+    running: bool = False
+    child_pid: int | None = None
+    shim_pid: int | None = None
+    starts: int = 0
+    stopping: bool = False
+    listen: tuple[str, int] | None = None
+    lines: tuple[str, ...] = ()
+    ended: Ended | None = None
+
+
+class LocalFleet:
+    """All shims below the folders `roots`: a unit has a folder in one of them, an incarnation one in that."""
+
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        install_id: str,
+        on_change: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._roots = tuple(roots)
+        self._install_id = install_id
+        self._on_change = on_change
+        self._clock = clock
+        self._observed: dict[Path, Observation] = {}
+        self._watches: dict[Path, asyncio.Task[None]] = {}
+        self._children: set[int] = set()
+
+    async def open(self) -> None:
+        """Find every shim there is and hear from each; returns when all answered, or are UNKNOWN after 10 s."""
+        for root in self._roots:
+            for folder in sorted(root.glob("*/*")):
+                spec = _read_json(folder / "shim.json")
+                if spec is None:
+                    if not (folder / "shim.sock").exists():
+                        shutil.rmtree(folder)  # a launch that was cut off before it wrote what it would start
+                    continue
+                self._observed[folder] = self._from_identity(folder, spec, Life.UNKNOWN)
+        for folder in list(self._observed):
+            self._watch(folder)
+        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+        while any(seen.life is Life.UNKNOWN for seen in self._observed.values()):
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        """Stop listening to shims. They and their children go on."""
+        for task in self._watches.values():
+            task.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
+        self._watches.clear()
+        self._reap()
+
+    def observed(self, name: str | None = None) -> list[Observation]:
+        """What was last heard, of one unit or of all."""
+        self._reap()
+        return [seen for seen in self._observed.values() if name is None or seen.name == name]
+
+    async def start(self, unit: Unit) -> Observation:
+        """Start a shim for `unit`, which starts the child. Returns when the shim listens. Raises `StartFailed`.
+
+        Refuses while another incarnation of the same unit may live: no two processes ever carry one name.
+        """
+        for seen in self.observed(unit.name):
+            if seen.folder == unit.folder and seen.life is Life.LIVE and seen.nonce == unit.nonce:
+                return seen  # a repeated step finds its work done
+            if seen.life is not Life.GONE:
+                raise StartFailed("cannot_start", f"incarnation {seen.incarnation} of {unit.name} still lives")
+        for pid in _carriers(unit.name, self._install_id):
+            raise StartFailed("cannot_start", f"process {pid} still carries the name {unit.name}")
+        for old in list(self._observed):
+            if self._observed[old].name == unit.name and old != unit.folder:
+                self._drop(old)
+        private_dir(unit.folder.parent)
+        if unit.folder.exists():
+            self._drop(unit.folder)
+            shutil.rmtree(unit.folder, ignore_errors=True)
+        private_dir(unit.folder)
+        spec = self._shim_spec(unit)
+        for name, content in unit.files.items():
+            _write(unit.folder / name, content)
+        _write(unit.folder / "shim.json", json.dumps(spec).encode())
+        unit.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._spawn(unit)
+        self._observed[unit.folder] = replace(
+            self._from_identity(unit.folder, spec, Life.LIVE), running=True, starts=1
+        )
+        self._watch(unit.folder)
+        return await self._heard(unit.folder)
+
+    async def stop(self, folder: Path, grace: float) -> None:
+        """Tell the shim in `folder` to end its child's whole tree, and then itself. Does not wait for it.
+
+        A shim that is gone is no error: then there is nothing to stop.
+        """
+        try:
+            _, writer = await asyncio.open_unix_connection(str(folder / "shim.sock"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            self._watch(folder)
+            return
+        try:
+            writer.write(json.dumps({"op": "stop", "grace": grace}).encode() + b"\n")
+            await writer.drain()
+        finally:
+            writer.close()  # the request lies in the socket's buffer; the shim reads it before the end of file
+
+    async def gone(self, names: Sequence[str], timeout: float) -> bool:
+        """Wait until no incarnation of these units lives; False when `timeout` seconds passed before."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while any(seen.life is not Life.GONE for name in names for seen in self.observed(name)):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def forget(self, name: str) -> None:
+        """Remove the folders of a unit's incarnations that are gone."""
+        for seen in self.observed(name):
+            if seen.life is Life.GONE:
+                self._drop(seen.folder)
+                parent = seen.folder.parent
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _shim_spec(self, unit: Unit) -> dict[str, Any]:
+        return {
+            "identity": {
+                "installId": self._install_id,
+                "replicaId": unit.name,
+                "incarnation": unit.incarnation,
+                "nonce": unit.nonce,
+            },
+            "labels": dict(unit.labels),
+            "argv": list(unit.argv),
+            "env": {**unit.env, "QUIRE_UNIT": f"{self._install_id}/{unit.name}"},
+            "cwd": str(unit.cwd),
+            "log": str(unit.log),
+            "socket": str(unit.folder / "shim.sock"),
+            "exitFile": str(unit.folder / "exit.json"),
+            "listen": None if unit.listen is None else {"host": unit.listen[0], "port": unit.listen[1]},
+            "restart": unit.restart,
+            "backoff": {"base": 0.2, "max": 10.0},
+            "grace": unit.grace,
+        }
+
+    async def _heard(self, folder: Path) -> Observation:
+        """What a shim that was just started says of itself, or what is known after a while."""
+        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+        while self._observed[folder].shim_pid is None and self._observed[folder].life is not Life.GONE:
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.005)
+        return self._observed[folder]
+
+    async def _spawn(self, unit: Unit) -> None:
+        """Start the shim in a session of its own and read its readiness line."""
+        readable, writable = os.pipe()
+        try:
+            pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-S", str(SHIM), str(unit.folder / "shim.json")],
+                {
+                    name: os.environ[name]
+                    for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+                    if name in os.environ
+                },
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, writable, 1),
+                    (os.POSIX_SPAWN_OPEN, 2, str(unit.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                ],
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD],
+            )
+        except OSError as error:
+            os.close(readable)
+            raise StartFailed("cannot_start", f"cannot start a shim: {error.strerror or error}") from error
+        finally:
+            os.close(writable)
+        self._children.add(pid)
+        said = await _first_line(readable, START_SECONDS)
+        if said == b"ready\n":
+            return
+        self._reap()
+        try:
+            error_ = json.loads(said)
+            raise StartFailed(error_["error"], error_["message"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StartFailed("cannot_start", f"the shim did not come up; see {unit.log}") from error
+
+    def _watch(self, folder: Path) -> None:
+        task = self._watches.get(folder)
+        if task is None or task.done():
+            self._watches[folder] = asyncio.create_task(self._listen(folder), name=f"watch {folder.name}")
+
+    async def _listen(self, folder: Path) -> None:
+        """Keep the observation of one shim fresh until it is gone."""
+        while True:
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    reader, writer = await asyncio.open_unix_connection(str(folder / "shim.sock"), limit=MAX_LINE)
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._note_gone(folder)
+                return
+            except (OSError, TimeoutError) as error:
+                self._note_unknown(folder, error)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            try:
+                writer.write(b'{"op":"watch"}\n')
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    line = await reader.readline()
+                while line:
+                    self._note_state(folder, json.loads(line))
+                    line = await reader.readline()
+            except (OSError, TimeoutError, ValueError) as error:
+                self._note_unknown(folder, error)
+                await asyncio.sleep(RETRY_SECONDS)
+            finally:
+                writer.close()
+
+    def _note_state(self, folder: Path, state: dict[str, Any]) -> None:
+        listen = state.get("listen")
+        self._put(
+            replace(
+                self._from_identity(folder, state, Life.LIVE),
+                running=bool(state["running"]),
+                child_pid=state["childPid"],
+                shim_pid=state["shimPid"],
+                starts=state["starts"],
+                stopping=state["stopping"],
+                listen=(listen[0], listen[1]) if listen else None,
+                lines=tuple(state["lines"]),
+                ended=_ended(state["exit"]),
+            )
+        )
+
+    def _note_gone(self, folder: Path) -> None:
+        """Nobody listens any more: what is left is the record, if there is one."""
+        self._reap()
+        old = self._observed.get(folder)
+        if old is None:
+            return
+        record = _read_json(folder / "exit.json") or {}
+        ours = record.get("identity", {}).get("nonce") == old.nonce
+        self._put(
+            replace(
+                old,
+                life=Life.GONE,
+                at=self._clock(),
+                running=False,
+                child_pid=None,
+                shim_pid=None,
+                stopping=False,
+                ended=_ended(record.get("exit")) if ours else None,
+                lines=tuple(record.get("lines", old.lines)) if ours else old.lines,
+            )
+        )
+
+    def _note_unknown(self, folder: Path, error: Exception) -> None:
+        log.warning("the shim in %s does not answer as it should: %r", folder, error)
+        if (old := self._observed.get(folder)) is not None:
+            self._put(replace(old, life=Life.UNKNOWN, at=self._clock()))
+
+    def _from_identity(self, folder: Path, document: Mapping[str, Any], life: Life) -> Observation:
+        identity = document["identity"]
+        if identity["installId"] != self._install_id:
+            # Another installation's leftovers in our folder: shown under a name that no row has.
+            identity = {**identity, "replicaId": f"{identity['installId']}/{identity['replicaId']}"}
+        return Observation(
+            folder=folder,
+            name=identity["replicaId"],
+            incarnation=identity["incarnation"],
+            nonce=identity["nonce"],
+            labels=document.get("labels", {}),
+            life=life,
+            at=self._clock(),
+        )
+
+    def _put(self, seen: Observation) -> None:
+        old = self._observed.get(seen.folder)
+        self._observed[seen.folder] = seen
+        if old is None or replace(old, at=seen.at) != seen:
+            self._on_change(seen.name)
+
+    def _drop(self, folder: Path) -> None:
+        task = self._watches.pop(folder, None)
+        if task is not None:
+            task.cancel()
+        self._observed.pop(folder, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _reap(self) -> None:
+        """Collect shims of ours that ended, so that none stays a zombie."""
+        for pid in list(self._children):
+            try:
+                done, _ = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                done = pid
+            if done:
+                self._children.discard(pid)
+
+
+def _ended(document: Any) -> Ended | None:
+    if not isinstance(document, dict):
+        return None
+    return Ended(
+        document.get("code"),
+        document.get("signal"),
+        float(document.get("at", 0.0)),
+        bool(document.get("stopped")),
+        str(document.get("message", "")),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Atomic, mode 0600: the files hold the environment of the child."""
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def _carriers(name: str, install_id: str) -> list[int]:
+    """Live processes of this user whose environment says that they are a child of this unit."""
+    wanted = f"QUIRE_UNIT={install_id}/{name}".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(entry))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found
+
+
+async def _first_line(descriptor: int, timeout: float) -> bytes:
+    """What a pipe says up to its first newline or its end; b"" after `timeout` seconds. Closes it."""
+    loop = asyncio.get_running_loop()
+    heard: asyncio.Future[bytes] = loop.create_future()
+    parts: list[bytes] = []
+    os.set_blocking(descriptor, False)
+
+    def read() -> None:
+        try:
+            data = os.read(descriptor, 65536)
+        except BlockingIOError:
+            return
+        parts.append(data)
+        if (not data or data.endswith(b"\n")) and not heard.done():
+            heard.set_result(b"".join(parts))
+
+    loop.add_reader(descriptor, read)
+    try:
+        async with asyncio.timeout(timeout):
+            return await heard
+    except TimeoutError:
+        return b""
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,505 @@
+"""The parent of one engine, or of the router: standard library only, run by file path.
+
+    python -I -S shim.py SPEC.json
+
+A process that outlives the control plane needs a parent that outlives it too: one that can still say how the
+child ended, that keeps its log, and that takes everything the child started down with it. The shim is a child
+subreaper (orphaned grandchildren come to it), runs its child in a process group of its own, asks the kernel to
+kill the child when the shim dies (PR_SET_PDEATHSIG), and answers on a Unix socket in a 0700 folder.
+
+SPEC.json (written by the fleet):
+
+    identity   {installId, replicaId, incarnation, nonce}: what `hello` answers with. Never a pid alone.
+    labels     anything; given back by `hello`
+    argv       the child's command; "{status_fd}" in it becomes the descriptor for status lines
+    env, cwd   the child's whole environment and its folder
+    log        file for the child's stdout and stderr; rotated at `logLimit` bytes, `logKeep` old ones are kept
+    socket     path of the control socket
+    exitFile   path written atomically when the child has ended for good
+    listen     {host, port} or null: the shim binds it, keeps it through restarts of the child and passes the
+               descriptor's number in QUIRE_LISTEN_FD
+    restart    true: start the child again after it ends, waiting `backoff.base` seconds, doubling to
+               `backoff.max`, except after exit 78 (nothing would change)
+    grace      seconds between SIGTERM and SIGKILL when the shim itself is told to end by a signal
+
+Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
+answers with it now and after every change, {"op":"stop","grace":s} ends the child's whole tree and then the
+shim; its answer comes when the tree is gone. The child's status lines are kept unread, the last `KEEP_LINES` of
+them.
+
+Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
+is one JSON object {"error", "message"} on stdout and exit status 75 (address in use or another system error).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+KEEP_LINES = 16
+MAX_LINE = 64 * 1024
+HEALTHY_SECONDS = 60.0
+"""A child that ran this long starts its back-off from the base again."""
+NOT_RETRYABLE = 78
+START_FAILED = 75
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class Log:
+    """Appends to a file; at `limit` bytes renames it to `.1`, `.1` to `.2`, and so on up to `keep`."""
+
+    def __init__(self, path: str, limit: int, keep: int) -> None:
+        self.path, self.limit, self.keep = path, limit, keep
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self.descriptor = os.open(self.path, flags, 0o600)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def write(self, data: bytes) -> None:
+        """Losing a log line (a full disk) must not take the child down: it is said once on stderr."""
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+        except OSError as error:
+            print(f"shim: cannot write {self.path}: {error}", file=sys.stderr, flush=True)
+            return
+        self.size += len(data)
+        if self.size >= self.limit:
+            self._rotate()
+
+    def note(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.write(f"{stamp} shim: {text}\n".encode())
+
+    def _rotate(self) -> None:
+        os.close(self.descriptor)
+        for number in range(self.keep, 0, -1):
+            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+            if os.path.exists(older):
+                os.replace(older, f"{self.path}.{number}")
+        self._open()
+
+
+class Connection:
+    """One client of the control socket. Writes never block the shim: a client that does not read is dropped."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.heard = b""
+        self.watching = False
+
+
+class Shim:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        self.identity: dict[str, Any] = spec["identity"]
+        self.log = Log(spec["log"], spec.get("logLimit", 16 * 1024 * 1024), spec.get("logKeep", 3))
+        self.selector = selectors.DefaultSelector()
+        self.connections: set[Connection] = set()
+        self.listening: socket.socket | None = None
+        self.child: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+        self.child_since = 0.0
+        self.lines: list[str] = []
+        self.status_rest = b""
+        self.exit: dict[str, Any] | None = None
+        self.stopping = False
+        self.stop_waiters: list[Connection] = []
+        self.kill_at: float | None = None
+        self.restart_at: float | None = None
+        self.delay = float(spec.get("backoff", {}).get("base", 0.2))
+        self.pipes: set[int] = set()
+        self.done = False
+
+    # ── start ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self) -> None:
+        """Bind what must be bound. After this the shim is reachable."""
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        if listen := self.spec.get("listen"):
+            family = socket.AF_INET6 if ":" in listen["host"] else socket.AF_INET
+            self.listening = socket.socket(family, socket.SOCK_STREAM)
+            self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listening.bind((listen["host"], listen["port"]))
+            self.listening.listen(2048)
+        path = self.spec["socket"]
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            server.bind(path)
+        finally:
+            os.umask(mask)
+        server.listen(64)
+        server.setblocking(False)
+        self.server = server
+        self.selector.register(server, selectors.EVENT_READ, self.accept)
+        wake_read, wake_write = os.pipe()
+        for descriptor in (wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self.selector.register(wake_read, selectors.EVENT_READ, lambda: self.signalled(wake_read))
+
+    def spawn(self) -> None:
+        """Start the child in a process group of its own, with a log pipe and a status pipe."""
+        out_read, out_write = os.pipe()
+        status_read, status_write = os.pipe()
+        env = dict(self.spec["env"])
+        keep = [status_write]
+        if self.listening is not None:
+            env["QUIRE_LISTEN_FD"] = str(self.listening.fileno())
+            keep.append(self.listening.fileno())
+        argv = [part.replace("{status_fd}", str(status_write)) for part in self.spec["argv"]]
+        parent = os.getpid()
+
+        def before_exec() -> None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # the shim died before the line above took effect
+                os._exit(1)
+
+        self.status_rest = b""
+        self.starts += 1
+        self.child_since = time.monotonic()
+        self.log.note(f"starting {' '.join(argv)}")
+        try:
+            self.child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out_write,
+                stderr=out_write,
+                env=env,
+                cwd=self.spec.get("cwd") or "/",
+                pass_fds=keep,
+                process_group=0,
+                preexec_fn=before_exec,
+            )
+        except OSError as error:
+            self.log.note(f"cannot start: {error}")
+            os.close(out_read)
+            os.close(status_read)
+            self.child = None
+            self.ended({"code": 127, "signal": None, "message": f"cannot start {argv[0]}: {error}"})
+            return
+        finally:
+            os.close(out_write)
+            os.close(status_write)
+        for descriptor, reader in ((out_read, self.read_log), (status_read, self.read_status)):
+            os.set_blocking(descriptor, False)
+            self.pipes.add(descriptor)
+            self.selector.register(descriptor, selectors.EVENT_READ, _bind(reader, descriptor))
+        self.changed()
+
+    # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        self.spawn()
+        while not self.done:
+            deadlines = [at for at in (self.kill_at, self.restart_at) if at is not None]
+            timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+            for key, _ in self.selector.select(timeout):
+                key.data()
+            now = time.monotonic()
+            if self.kill_at is not None and now >= self.kill_at:
+                self.kill_at = now + 0.5
+                self.kill_tree(signal.SIGKILL)
+            if self.restart_at is not None and now >= self.restart_at and not self.stopping:
+                self.restart_at = None
+                self.exit = None
+                self.spawn()
+            self.reap()
+        self.close()
+
+    def signalled(self, descriptor: int) -> None:
+        try:
+            numbers = os.read(descriptor, 512)
+        except BlockingIOError:
+            return
+        if any(number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for number in numbers):
+            self.stop(float(self.spec.get("grace", 5.0)))
+
+    def reap(self) -> None:
+        """Collect every child that ended: the child itself and orphans that came to this subreaper."""
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if dead is None:
+                break
+            is_child = self.child is not None and dead.si_pid == self.child.pid
+            if is_child:
+                self.kill_group(dead.si_pid, signal.SIGKILL)  # before the pid is freed for somebody else
+            _, status = os.waitpid(dead.si_pid, 0)
+            if self.child is not None and is_child:
+                code = os.waitstatus_to_exitcode(status)
+                self.child.returncode = code
+                self.child = None
+                self.ended({"code": code if code >= 0 else None, "signal": -code if code < 0 else None})
+        if self.stopping and self.child is None:
+            if self.descendants():
+                self.kill_tree(signal.SIGKILL)
+                self.kill_at = time.monotonic() + 0.05
+            else:
+                self.finish()
+
+    def ended(self, how: dict[str, Any]) -> None:
+        """The child is gone: drain its pipes, then stay, start again, or finish."""
+        for descriptor in list(self.pipes):
+            reader = self.selector.get_key(descriptor).data
+            reader()
+            if descriptor in self.pipes:
+                self.forget(descriptor)
+        ran = time.monotonic() - self.child_since
+        self.exit = {**how, "at": time.time(), "ran": round(ran, 3), "stopped": self.stopping}
+        self.log.note(f"ended with {how}")
+        if self.stopping:
+            return
+        if self.spec.get("restart") and how["code"] != NOT_RETRYABLE:
+            backoff = self.spec.get("backoff", {})
+            if ran >= HEALTHY_SECONDS:
+                self.delay = float(backoff.get("base", 0.2))
+            self.restart_at = time.monotonic() + self.delay
+            self.delay = min(self.delay * 2, float(backoff.get("max", 30.0)))
+            self.changed()
+        elif self.spec.get("restart"):
+            self.changed()  # stays, so that the reason can be asked for and the address is kept
+        else:
+            self.stopping = True
+            self.kill_at = time.monotonic()
+
+    def stop(self, grace: float) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self.restart_at = None
+            self.log.note(f"stopping, grace {grace:g} s")
+            if self.child is not None:
+                self.kill_group(self.child.pid, signal.SIGTERM)
+        at = time.monotonic() + (grace if self.child is not None else 0.0)
+        self.kill_at = at if self.kill_at is None else min(self.kill_at, at)
+        self.changed()
+
+    def kill_group(self, group: int, number: int) -> None:
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return  # nobody is left in it, which is what was wanted
+        except PermissionError as error:
+            self.log.note(f"cannot signal process group {group}: {error}")
+
+    def kill_tree(self, number: int) -> None:
+        """Signal the child's group and every descendant, also those that made a session of their own."""
+        if self.child is not None:
+            self.kill_group(self.child.pid, number)
+        for pid in self.descendants():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def descendants(self) -> list[int]:
+        """Live processes below this one (zombies are about to be reaped and do not count)."""
+        parents: dict[int, int] = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    with open(f"/proc/{entry}/stat", "rb") as file:
+                        fields = file.read().rpartition(b")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if fields[0] not in (b"Z", b"X"):
+                    parents[int(entry)] = int(fields[1])
+        found: list[int] = []
+        level = {os.getpid()}
+        while level:
+            level = {pid for pid, parent in parents.items() if parent in level}
+            found.extend(level)
+        return found
+
+    def finish(self) -> None:
+        """Everything is gone: leave the record, answer those who asked for the stop, end."""
+        record = {"identity": self.identity, "labels": self.spec.get("labels", {}), "exit": self.exit}
+        record["lines"] = self.lines
+        path = self.spec["exitFile"]
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self.changed()
+        for connection in self.stop_waiters:
+            self.send(connection, self.state())
+        self.done = True
+
+    def close(self) -> None:
+        if os.path.exists(self.spec["socket"]):
+            os.unlink(self.spec["socket"])
+        self.server.close()
+        for connection in list(self.connections):
+            connection.sock.close()
+
+    # ── pipes from the child ──────────────────────────────────────────────────────────────────────────────
+
+    def read_log(self, descriptor: int) -> None:
+        while (data := self.read(descriptor)) is not None:
+            self.log.write(data)
+
+    def read_status(self, descriptor: int) -> None:
+        changed = False
+        while (data := self.read(descriptor)) is not None:
+            *lines, self.status_rest = (self.status_rest + data).split(b"\n")
+            if len(self.status_rest) > MAX_LINE:
+                self.status_rest = b""
+            for line in lines:
+                if line.strip() and len(line) <= MAX_LINE:
+                    self.lines = [*self.lines[-(KEEP_LINES - 1) :], line.decode(errors="replace")]
+                    changed = True
+        if changed:
+            self.changed()
+
+    def read(self, descriptor: int) -> bytes | None:
+        """Bytes now there; None when there are none, at the end too (then the pipe is closed)."""
+        if descriptor not in self.pipes:
+            return None
+        try:
+            data = os.read(descriptor, 65536)
+        except BlockingIOError:
+            return None
+        if data:
+            return data
+        self.forget(descriptor)
+        return None
+
+    def forget(self, descriptor: int) -> None:
+        self.selector.unregister(descriptor)
+        self.pipes.discard(descriptor)
+        os.close(descriptor)
+
+    # ── control socket ────────────────────────────────────────────────────────────────────────────────────
+
+    def state(self) -> dict[str, Any]:
+        address = self.listening.getsockname()[:2] if self.listening is not None else None
+        return {
+            "identity": self.identity,
+            "labels": self.spec.get("labels", {}),
+            "shimPid": os.getpid(),
+            "childPid": self.child.pid if self.child is not None else None,
+            "running": self.child is not None,
+            "starts": self.starts,
+            "stopping": self.stopping,
+            "gone": self.done or (self.stopping and self.child is None and not self.descendants()),
+            "listen": list(address) if address else None,
+            "lines": self.lines,
+            "exit": self.exit,
+        }
+
+    def accept(self) -> None:
+        sock, _ = self.server.accept()
+        connection = Connection(sock)
+        self.connections.add(connection)
+        self.selector.register(sock, selectors.EVENT_READ, lambda: self.hear(connection))
+
+    def hear(self, connection: Connection) -> None:
+        try:
+            data = connection.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data or len(connection.heard) > MAX_LINE:
+            self.drop(connection)
+            return
+        *lines, connection.heard = (connection.heard + data).split(b"\n")
+        for line in lines:
+            self.answer(connection, line)
+
+    def answer(self, connection: Connection, line: bytes) -> None:
+        try:
+            request = json.loads(line)
+            operation = request["op"]
+            grace = float(request.get("grace", self.spec.get("grace", 5.0)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.send(connection, {"error": f"not a request: {error!r}"})
+            return
+        if operation in ("hello", "status"):
+            self.send(connection, self.state())
+        elif operation == "watch":
+            connection.watching = True
+            self.send(connection, self.state())
+        elif operation == "stop":
+            self.stop_waiters.append(connection)
+            self.stop(grace)
+        else:
+            self.send(connection, {"error": f"unknown operation {operation!r}"})
+
+    def changed(self) -> None:
+        state = self.state() if any(connection.watching for connection in self.connections) else None
+        for connection in list(self.connections):
+            if connection.watching and state is not None:
+                self.send(connection, state)
+
+    def send(self, connection: Connection, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        try:
+            sent = connection.sock.send(data)
+        except OSError:
+            sent = -1
+        if sent != len(data):
+            self.drop(connection)
+
+    def drop(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.discard(connection)
+            self.selector.unregister(connection.sock)
+            connection.sock.close()
+
+
+def _bind(reader: Callable[[int], None], descriptor: int) -> Callable[[], None]:
+    return lambda: reader(descriptor)
+
+
+def main(path: str) -> int:
+    with open(path) as file:
+        shim = Shim(json.load(file))
+    try:
+        shim.open()
+    except OSError as error:
+        code = "address_in_use" if error.errno == errno.EADDRINUSE else "cannot_start"
+        print(json.dumps({"error": code, "message": error.strerror or str(error)}), flush=True)
+        return START_FAILED
+    print("ready", flush=True)
+    # The starter's pipe must not stay open in a process that lives long, nor reach the child.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    shim.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

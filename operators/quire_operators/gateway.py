@@ -1,0 +1,246 @@
+"""Keeps the router running where the Gateway says: one shim that holds the listening socket, one router under it.
+
+There is one gateway, named `default`; without a manifest it has its defaults. The router is started with the
+first object and then runs until `down`, with or without a control plane. Its shim starts it again when it ends,
+and keeps the listening socket meanwhile, so that connections queue instead of being refused. A gateway with
+another address replaces shim and router: running requests finish first, within the router's own grace.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quire_operators import status
+from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
+from quire_operators.paths import StateDir
+from quire_operators.rollout import Router
+from quire_operators.routes import Routes
+from quire_operators.status import Fact, Reason
+from quire_operators.store import Store, StoredObject
+from quire_schemas.gateway import Gateway
+from quire_schemas.resource import API_VERSION, Key
+
+log = logging.getLogger(__name__)
+
+KEY = Key("gateway", "default")
+UNIT = "gateway"
+RETRY_SECONDS = 3.0
+STOP_GRACE = 35.0
+"""Above the router's own grace for running requests, so that it is the router that ends them."""
+NOT_RETRYABLE = 78
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCommand:
+    """How a router is started: its argv for a config file, and that file's bytes for (host, port)."""
+
+    argv: Callable[[Path], Sequence[str]]
+    config: Callable[[str, int], bytes]
+
+
+def resolved_spec(stored: StoredObject | None) -> dict[str, Any]:
+    """The gateway's spec with defaults, camelCase."""
+    if stored is not None and stored.deletion_time is None:
+        return stored.resolved
+    default = Gateway.model_validate(
+        {"apiVersion": API_VERSION, "kind": "Gateway", "metadata": {"name": "default"}}
+    )
+    return default.spec.model_dump(mode="json", by_alias=True)
+
+
+def address_problem(host: str, port: int) -> str | None:
+    """Why nothing can listen on (host, port) now, or None. Binds and lets go at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"{host}:{port} is in use by another program"
+            return f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
+    return None
+
+
+class GatewayReconciler:
+    """One pass: what runs, what should, one step, status."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: LocalFleet,
+        state: StateDir,
+        command: RouterCommand,
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._state = state
+        self._command = command
+        self._environ = environ
+        self._clock = clock
+        self._failure: Fact | None = None
+        self.routes: Routes | None = None
+
+    # ── questions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def current(self) -> Observation | None:
+        """The router's shim that lives or may live."""
+        alive = [seen for seen in self._fleet.observed(UNIT) if seen.life is not Life.GONE]
+        return max(alive, key=lambda seen: seen.incarnation, default=None)
+
+    def router_runs(self) -> bool | None:
+        """Whether a router process exists; None when its shim does not answer."""
+        seen = self.current()
+        if seen is None:
+            return False
+        return None if seen.life is Life.UNKNOWN else seen.running
+
+    def address(self) -> tuple[str, int]:
+        """Where it listens, or would."""
+        seen = self.current()
+        if seen is not None and seen.listen is not None:
+            return seen.listen
+        spec = resolved_spec(self._store.get(KEY))
+        return spec["bind"], spec["port"]
+
+    def base_url(self) -> str:
+        host, port = self.address()
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def ready(self) -> bool:
+        """Whether the router runs where the gateway says, and has answered the control plane."""
+        seen = self.current()
+        if seen is None or seen.stopping or dict(seen.labels) != _labels(resolved_spec(self._store.get(KEY))):
+            return False
+        return bool(self.router_runs()) and self.routes is not None and self.routes.knowledge() is Router.KNOWN
+
+    def failure(self) -> Fact | None:
+        """What keeps the router from listening, as a Stalled condition."""
+        return self._failure
+
+    def conflict(self, spec: Mapping[str, Any]) -> str | None:
+        """Why a gateway with `spec` could not listen; None when it could, or when it already does."""
+        seen = self.current()
+        if seen is not None and _labels(spec) == dict(seen.labels):
+            return None
+        if seen is not None and seen.listen is not None and seen.listen[1] == spec["port"]:
+            return None  # the address is held by the router that would be replaced
+        return address_problem(spec["bind"], spec["port"])
+
+    # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def reconcile(self) -> float | None:
+        """Seconds until it wants to run again, or None."""
+        stored = self._store.get(KEY)
+        spec = resolved_spec(stored)
+        if stored is not None and stored.deletion_time is not None:
+            self._store.remove(KEY)
+            self._store.add_event(KEY, "Normal", "Deleted", "the gateway has its defaults again")
+            stored = None
+        seen = self.current()
+        again: float | None = None
+        if seen is not None:
+            again = await self._check(seen, spec)
+        elif self._store.objects():
+            again = await self._start(spec)
+        if stored is not None:
+            self._report(stored)
+        return again
+
+    async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
+        if seen.life is Life.UNKNOWN:
+            return RETRY_SECONDS
+        if dict(seen.labels) != _labels(spec) and not seen.stopping:
+            text = f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
+            self._store.add_event(KEY, "Normal", "Replacing", text)
+            await self._fleet.stop(seen.folder, STOP_GRACE)
+            return RETRY_SECONDS
+        if not seen.running and seen.ended is not None and seen.ended.code == NOT_RETRYABLE:
+            self._fail(Reason.ROUTER_FAILED, f"the router refuses to start ({seen.ended.text()})")
+        else:
+            self._failure = None
+        return None
+
+    async def _start(self, spec: Mapping[str, Any]) -> float | None:
+        host, port = spec["bind"], spec["port"]
+        incarnation = self._store.next_incarnation(UNIT)
+        folder = self._state.gateway / "router" / str(incarnation)
+        unit = Unit(
+            folder=folder,
+            name=UNIT,
+            incarnation=incarnation,
+            nonce=Store.new_nonce(),
+            argv=self._command.argv(folder / "router.json"),
+            env=dict(self._environ),
+            cwd=self._state.root,
+            log=self._state.log("router"),
+            labels=_labels(spec),
+            files={"router.json": self._command.config(host, port)},
+            listen=(host, port),
+            restart=True,
+            grace=STOP_GRACE,
+        )
+        try:
+            await self._fleet.start(unit)
+        except StartFailed as error:
+            if error.code == "address_in_use":
+                self._fail(
+                    Reason.ADDRESS_IN_USE,
+                    f"{host}:{port} is in use by another program; apply a Gateway with another port, or port 0",
+                )
+            else:
+                self._fail(Reason.ROUTER_FAILED, error.message)
+            return RETRY_SECONDS
+        self._failure = None
+        self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {self.base_url()}")
+        return None
+
+    def _fail(self, reason: Reason, message: str) -> None:
+        if self._failure is None or self._failure.message != message:
+            log.warning("%s: %s", reason, message)
+        self._failure = Fact("Stalled", True, reason, message)
+        self._store.add_event(KEY, "Warning", reason.value, message)
+
+    def _report(self, stored: StoredObject) -> None:
+        now = self._clock()
+        before = self._store.status(stored.uid)
+        ready = self.ready()
+        failure = self._failure
+        facts = [
+            Fact("Accepted", True, Reason.VALID),
+            Fact("Ready", True, Reason.LISTENING, f"on {self.base_url()}")
+            if ready
+            else Fact(
+                "Ready",
+                False,
+                failure.reason if failure else Reason.ROUTER_NOT_READY,
+                failure.message if failure else "the router starts",
+            ),
+            failure or Fact("Stalled", False, Reason.PROGRESS_MADE),
+        ]
+        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, now)
+        words = "Listening" if ready else f"Stalled: {failure.reason}" if failure else "Starting"
+        self._store.put_status(
+            stored.uid,
+            {
+                "observedGeneration": stored.generation,
+                "summary": words,
+                "endpoints": {"openai": f"{self.base_url()}/v1"},
+                "conditions": shown,
+                "remedies": status.remedies(str(KEY), shown),
+            },
+        )
+
+
+def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {"host": spec["bind"], "port": spec["port"]}

@@ -1,0 +1,147 @@
+"""Where a control plane keeps its things: one durable folder, one folder of sockets.
+
+The durable folder (the state directory) holds the store, the locks and the logs. Sockets cannot live there: a
+Unix socket's path may have 107 bytes, and a state directory may be anywhere. They live in a short folder under
+`/tmp`, named by user and by a hash of the state directory, so that every process that knows the state directory
+finds them. `/tmp` is fixed rather than taken from `TMPDIR`, because two shells with different environments must
+find the same control plane. Everyone may write to `/tmp`, so the folder is used only if it is a real directory
+that belongs to this user and is closed to everybody else.
+
+    <root>/state.db  daemon.lock  start.lock  routes.snapshot  logs/{controlplane,router}.log
+    <root>/logs/replicas/<model>/<replica id>.log
+    /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
+
+Exceptions:
+
+    StateDirError          has message and hint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SOCKET_BASE = Path("/tmp")  # noqa: S108 - see the module's docstring: checked for owner and mode before use
+
+
+class StateDirError(Exception):
+    """A folder of the state directory cannot be trusted or made."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Names every path below one state directory. Nothing is created before `create()`."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(os.path.abspath(self.root)))
+
+    @classmethod
+    def default(cls, environ: Mapping[str, str] = os.environ) -> StateDir:
+        """`$QUIRE_STATE_DIR`, else `~/.local/state/quire` (or the same below `$XDG_STATE_HOME`)."""
+        if given := environ.get("QUIRE_STATE_DIR"):
+            return cls(Path(given).expanduser())
+        base = environ.get("XDG_STATE_HOME")
+        return cls((Path(base) if base else Path.home() / ".local" / "state") / "quire")
+
+    @property
+    def store(self) -> Path:
+        return self.root / "state.db"
+
+    @property
+    def daemon_lock(self) -> Path:
+        return self.root / "daemon.lock"
+
+    @property
+    def start_lock(self) -> Path:
+        return self.root / "start.lock"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def router_snapshot(self) -> Path:
+        """The routing table that the router last accepted, and begins with when there is no control plane."""
+        return self.root / "routes.snapshot"
+
+    @property
+    def runtime(self) -> Path:
+        """The folder of sockets; short whatever the length of `root`."""
+        digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
+        return SOCKET_BASE / f"quire-{os.geteuid()}-{digest}"
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.runtime / "admin.sock"
+
+    @property
+    def router_control(self) -> Path:
+        return self.runtime / "router.sock"
+
+    @property
+    def replicas(self) -> Path:
+        """Parent of all replica folders."""
+        return self.runtime / "r"
+
+    @property
+    def gateway(self) -> Path:
+        """Folder of the router's shim."""
+        return self.runtime / "gateway"
+
+    def replica_dir(self, replica_id: str) -> Path:
+        """Folder of one replica; each of its incarnations has a folder of its own in it, named by number."""
+        return self.replicas / hashlib.sha256(replica_id.encode()).hexdigest()[:12]
+
+    def log(self, name: str) -> Path:
+        """Log of `controlplane` or `router`."""
+        return self.logs / f"{name}.log"
+
+    def replica_log(self, model: str, replica_id: str) -> Path:
+        return self.logs / "replicas" / model / f"{replica_id}.log"
+
+    def create(self) -> None:
+        """Make the state directory and the folder of sockets, closed to others. Raises `StateDirError`."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.logs.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StateDirError(
+                f"cannot make the state directory {self.root}: {error.strerror or error}",
+                "QUIRE_STATE_DIR chooses another one",
+            ) from error
+        if self.root.stat().st_uid != os.geteuid():
+            raise StateDirError(
+                f"the state directory {self.root} belongs to another user", "QUIRE_STATE_DIR chooses another one"
+            )
+        os.chmod(self.root, 0o700)
+        for folder in (self.runtime, self.replicas, self.gateway):
+            private_dir(folder)
+
+
+def private_dir(path: Path) -> None:
+    """Make `path` with mode 0700, or accept it if it is a directory of this user closed to others."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StateDirError(
+            f"cannot make {path}: {error.strerror or error}", f"its parent {path.parent} must be a writable folder"
+        ) from error
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise StateDirError(
+            f"{path} is not a folder of this user with mode 0700",
+            f"somebody else may have made it: look at it, then remove it with rm -r {path}",
+        )

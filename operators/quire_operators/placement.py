@@ -1,0 +1,281 @@
+"""What `auto` becomes: one model's resolved spec, checkpoint and machine in, an engine's exact figures out.
+
+Pure. `plan` prints what `place` says, `apply` freezes it into the revision, and the reconciler writes it into
+the `EngineSpec` of every replica: nothing is worked out twice. A spec is refused (`TooLarge`, `NoDevice`) only
+if it could not run on this machine even with all of Quire's other replicas gone; if it merely does not fit
+beside them now, it is accepted and waits, and `fits_now` says so.
+
+Exceptions:
+
+    PlacementError         has reason (a word of `status.Reason`), message and hint
+    ├── NoDevice           the kind of device that is asked for is not there
+    └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from quire_operators.devices import Inventory
+from quire_schemas import wire
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.quantities import format_bytes, parse_percent, parse_quantity
+from quire_schemas.sizing import FitReport, SizingRequest, fit
+from quire_schemas.update import EngineLimits
+
+
+class PlacementError(Exception):
+    """The spec cannot run on this machine."""
+
+    def __init__(self, reason: str, message: str, hint: str, report: FitReport | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.hint = hint
+        self.fit = report
+
+
+class NoDevice(PlacementError):
+    """There is no device of the kind that is asked for."""
+
+
+class TooLarge(PlacementError):
+    """It does not fit, whatever else runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """All that an engine of one revision is told besides its identity and its hot values. Sizes are bytes.
+
+    `max_num_seqs` and `max_num_batched_tokens` are the bounds that the engine allocates for.
+    """
+
+    model_dir: str
+    tokenizer_dir: str
+    chat_template_file: str | None
+    commit: str | None
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    kv_dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory: int
+    weights: int
+    kv: int
+    seed: int
+    template: str
+    """`update.template_hash` of the spec this was made for, without the bounds."""
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def limits(self) -> EngineLimits:
+        """The bounds below which hot values may move."""
+        return EngineLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Placement:
+        return cls(**document)
+
+    def resolved(self) -> dict[str, Any]:
+        """What `auto` became, for `status.resolved`."""
+        shown: dict[str, Any] = {
+            "device": self.device,
+            "dtype": self.dtype,
+            "kvDtype": self.kv_dtype,
+            "maxModelLen": self.max_model_len,
+            "kvCacheSize": self.kv,
+            "kvTokensPerReplica": self.kv_tokens,
+            "threads": self.threads,
+            "memoryPerReplica": self.memory,
+            "modelDir": self.model_dir,
+        }
+        if self.commit is not None:
+            shown["commit"] = self.commit
+        return shown
+
+    def engine_spec(
+        self,
+        model: str,
+        replica_id: str,
+        incarnation: int,
+        socket: str,
+        resolved: Mapping[str, Any],
+        hot_hash: str,
+    ) -> wire.EngineSpec:
+        """The spec of one engine; hot values are those of `resolved`."""
+        batching = resolved["batching"]
+        return wire.EngineSpec(
+            model=model,
+            replica_id=replica_id,
+            incarnation=incarnation,
+            socket=socket,
+            model_dir=self.model_dir,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            device=self.device,
+            threads=self.threads,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            chunked_prefill=batching["chunkedPrefill"],
+            seed=self.seed,
+            memory_limit=self.memory,
+            hot_hash=hot_hash,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placement with its arithmetic. `fits_now` is false when it has to wait for others to leave."""
+
+    placement: Placement
+    fit: FitReport
+    fits_now: bool
+    notes: tuple[str, ...]
+
+
+def place(
+    resolved: Mapping[str, Any],
+    profile: ModelProfile,
+    folders: tuple[str, str],
+    commit: str | None,
+    inventory: Inventory,
+    own: Mapping[str, int],
+    everyone: Mapping[str, int],
+    template: str,
+) -> Placed:
+    """Resolve every `auto` of one spec. Raises `PlacementError`.
+
+    `folders` are those of the model and of the tokenizer. `own` and `everyone` are bytes held on each device by
+    this model's replicas (which its rollout replaces) and by all of Quire's.
+    """
+    engine = resolved["engine"]
+    kind = _kind(engine["device"], inventory)
+    name = "cpu" if kind == "cpu" else _gpu(inventory, resolved["placement"]["deviceIds"], own)
+    total = inventory.total(name)
+    free = inventory.available if kind == "cpu" else _available(inventory, name)
+    dtype = profile.dtype if engine["dtype"] == "auto" else engine["dtype"]
+    cache = engine["kvCache"]
+    host_limit = resolved["resources"]["memory"]
+    request = SizingRequest(
+        dtype=dtype,
+        kv_dtype=dtype if cache["dtype"] == "auto" else cache["dtype"],
+        block_size=cache["blockSize"],
+        max_num_seqs=resolved["batching"]["maxNumSeqs"],
+        max_num_batched_tokens=resolved["batching"]["maxNumBatchedTokens"],
+        device=kind,
+        device_bytes_total=total,
+        device_bytes_available=min(total, free + own.get(name, 0)),
+        memory_share=parse_percent(engine["memory"]),
+        max_model_len=None if engine["maxModelLen"] == "auto" else engine["maxModelLen"],
+        kv_size=None if cache["size"] == "auto" else parse_quantity(cache["size"]),
+        memory_limit=parse_quantity(host_limit) if host_limit is not None and kind == "cpu" else None,
+        device_name=_device_name(inventory, name),
+    )
+    if request.max_model_len is None and not resolved["batching"]["chunkedPrefill"]:
+        longest = min(profile.max_position_embeddings, request.max_num_batched_tokens)
+        request = replace(request, max_model_len=longest)
+    report = fit(profile, request)
+    fits_now = report.fits
+    notes: list[str] = []
+    if not report.fits:
+        freed = min(total, free + everyone.get(name, 0))
+        later = fit(profile, replace(request, device_bytes_available=freed))
+        if not later.fits:
+            offers = "; ".join(str(offer) for offer in later.counter_offers)
+            raise TooLarge(
+                "InsufficientMemory",
+                f"does not fit on {request.device_name}: {later.reason}",
+                f"any one of these fits: {offers}" if offers else "use a machine with more memory",
+                later,
+            )
+        report = later
+        notes.append(
+            f"does not fit beside what other models hold now ({format_bytes(everyone.get(name, 0))}); "
+            "it starts when they have left"
+        )
+    threads = resolved["resources"]["cpu"] or inventory.cores
+    if threads > inventory.cores:
+        notes.append(f"spec.resources.cpu {threads} is more than the {inventory.cores} cores of this machine")
+    if host_limit is not None and kind == "cuda":
+        notes.append("spec.resources.memory bounds host memory; on a GPU the engine's bound is spec.engine.memory")
+    return Placed(
+        Placement(
+            model_dir=folders[0],
+            tokenizer_dir=folders[1],
+            chat_template_file=resolved["tokenizer"]["chatTemplateFile"],
+            commit=commit,
+            device=kind,
+            dtype=_float(report.request.dtype),
+            kv_dtype=_float(report.request.kv_dtype),
+            threads=threads,
+            max_model_len=report.max_model_len,
+            block_size=report.request.block_size,
+            num_blocks=report.num_blocks,
+            max_num_seqs=report.request.max_num_seqs,
+            max_num_batched_tokens=report.request.max_num_batched_tokens,
+            memory=report.used,
+            weights=report.weights,
+            kv=report.kv,
+            seed=engine["seed"],
+            template=template,
+        ),
+        report,
+        fits_now,
+        tuple(notes),
+    )
+
+
+def _kind(asked: str, inventory: Inventory) -> Literal["cpu", "cuda"]:
+    if asked == "cuda" and not inventory.gpus:
+        raise NoDevice(
+            "InsufficientDevices",
+            "spec.engine.device is cuda, and this machine has no GPU that NVML reports",
+            "use spec.engine.device: cpu or auto, or check the GPU's driver with nvidia-smi",
+        )
+    return "cuda" if asked == "cuda" or (asked == "auto" and inventory.gpus) else "cpu"
+
+
+def _gpu(inventory: Inventory, device_ids: list[int], own: Mapping[str, int]) -> str:
+    """The allowed GPU with the most room for this model."""
+    allowed = [gpu for gpu in inventory.gpus if not device_ids or gpu.index in device_ids]
+    if not allowed:
+        there = ", ".join(str(gpu.index) for gpu in inventory.gpus)
+        raise NoDevice(
+            "InsufficientDevices",
+            f"none of spec.placement.deviceIds {device_ids} is on this machine",
+            f"its GPUs are: {there}",
+        )
+    best = max(allowed, key=lambda gpu: gpu.available + own.get(f"cuda:{gpu.index}", 0))
+    return f"cuda:{best.index}"
+
+
+def _available(inventory: Inventory, name: str) -> int:
+    return next(gpu.available for gpu in inventory.gpus if f"cuda:{gpu.index}" == name)
+
+
+def _device_name(inventory: Inventory, name: str) -> str:
+    if name == "cpu":
+        return "this machine's memory"
+    gpu = next(gpu for gpu in inventory.gpus if f"cuda:{gpu.index}" == name)
+    return f"{gpu.name} (GPU {gpu.index})"
+
+
+def _float(name: str) -> Literal["float32", "bfloat16", "float16"]:
+    match name:
+        case "float32" | "bfloat16" | "float16":
+            return name
+    raise ValueError(f"{name} is no float type of an engine")

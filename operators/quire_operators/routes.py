@@ -1,0 +1,231 @@
+"""What the router is told, and what it says about it.
+
+`build` makes a table from rows and observations, without I/O. `Routes` holds the conversation with the router
+over its control socket: it sends a table whenever the content differs from what the router acknowledged, asks
+for the status while it has nothing to send, and answers the planner's questions about a replica by the last
+status and by the table that this status acknowledges, never by the table that was merely sent.
+
+A table is absolute. Its version is made durable before it is sent, and grows above whatever the router says it
+has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from quire_operators.rollout import Goal, Process, Router, Row, Seen
+from quire_operators.store import Store
+from quire_schemas import wire
+
+log = logging.getLogger(__name__)
+
+EXCHANGE_SECONDS = 5.0
+FRESH_SECONDS = 5.0
+"""A status older than this says nothing about now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routable:
+    """One model with what the table needs to know of it. `sockets` maps replica ids to engine sockets."""
+
+    route: wire.ModelRoute
+    replicas: tuple[tuple[Row, Seen], ...]
+    sockets: dict[str, str]
+
+
+def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
+    """The table's content: every model, with the replicas that may carry requests.
+
+    A replica is in it from the moment its engine is ready until it is gone or its stop was sent; one that
+    drains is marked so and keeps its streams.
+    """
+    routes = []
+    for model in models:
+        endpoints = tuple(
+            wire.ReplicaEndpoint(row.id, row.incarnation, model.sockets[row.id], draining=row.goal is Goal.DRAIN)
+            for row, seen in model.replicas
+            if _may_serve(row, seen) and row.id in model.sockets
+        )
+        routes.append(msgspec.structs.replace(model.route, replicas=endpoints))
+    return tuple(routes)
+
+
+def _may_serve(row: Row, seen: Seen) -> bool:
+    if row.stop_sent is not None:
+        return False
+    silent = seen.process is Process.UNKNOWN and row.ready_since is not None
+    return silent or seen.process is Process.READY
+
+
+class Routes:
+    """The control plane's end of the conversation with the router. `clock` gives unix seconds."""
+
+    def __init__(
+        self,
+        socket: Path,
+        store: Store,
+        router_runs: Callable[[], bool | None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._socket = socket
+        self._store = store
+        self._router_runs = router_runs
+        self._clock = clock
+        self._sent: dict[int, wire.RoutingTable] = {}
+        self._status: wire.RouterStatus | None = None
+        self._heard_at = float("-inf")
+        self._lock = asyncio.Lock()
+        self._lost: dict[tuple[str, int], float] = {}
+
+    # ── questions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def status(self) -> wire.RouterStatus | None:
+        """The last status, however old."""
+        return self._status
+
+    def knowledge(self) -> Router:
+        """Whether the router's state is known, unknown, or known to be down (its shim says that nothing runs)."""
+        if self._router_runs() is False:
+            return Router.DOWN
+        fresh = self._clock() - self._heard_at <= FRESH_SECONDS
+        return Router.KNOWN if fresh and self._acknowledged() is not None else Router.UNKNOWN
+
+    def _acknowledged(self) -> wire.RoutingTable | None:
+        return self._sent.get(self._status.version) if self._status is not None else None
+
+    def view(self, row: Row, seen: Seen) -> Seen:
+        """`seen` with the router's side filled in."""
+        if self.knowledge() is Router.DOWN:
+            return replace(seen, connected=False, routed=False, released=True, in_flight=0, hot_hash=None)
+        table = self._acknowledged()
+        if table is None or self._status is None:
+            return replace(seen, connected=False, routed=False, released=False)
+        endpoint = next(
+            (
+                endpoint
+                for route in table.models
+                for endpoint in route.replicas
+                if (endpoint.replica_id, endpoint.incarnation) == (row.id, row.incarnation)
+            ),
+            None,
+        )
+        load = next(
+            (
+                load
+                for load in self._status.replicas
+                if (load.replica_id, load.incarnation) == (row.id, row.incarnation)
+            ),
+            None,
+        )
+        connected = load is not None and load.connected and endpoint is not None
+        routed = connected and endpoint is not None and not endpoint.draining
+        name = (row.id, row.incarnation)
+        if routed or row.ready_since is None:
+            self._lost.pop(name, None)
+        else:
+            self._lost.setdefault(name, self._clock())
+        return replace(
+            seen,
+            connected=connected,
+            routed=routed,
+            released=endpoint is None or endpoint.draining,
+            in_flight=load.in_flight if load is not None else 0,
+            hot_hash=load.hot_hash if load is not None else None,
+            unready_since=self._lost.get(name),
+        )
+
+    def load_of(self, name: str, incarnation: int) -> tuple[bool, int]:
+        """(released, in flight) of a process that no row accounts for."""
+        if self.knowledge() is Router.DOWN:
+            return True, 0
+        table = self._acknowledged()
+        if table is None or self._status is None:
+            return False, 0
+        routed = any(
+            (endpoint.replica_id, endpoint.incarnation) == (name, incarnation)
+            for route in table.models
+            for endpoint in route.replicas
+        )
+        in_flight = sum(
+            load.in_flight
+            for load in self._status.replicas
+            if (load.replica_id, load.incarnation) == (name, incarnation)
+        )
+        return not routed, in_flight
+
+    # ── conversation ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def reconcile(self, content: tuple[wire.ModelRoute, ...]) -> bool:
+        """Bring the router to `content` and hear its status; says whether what is known of it changed.
+
+        A router that cannot be reached is no error here: `knowledge()` tells.
+        """
+        async with self._lock:
+            before, knew = self._status, self.knowledge()
+            try:
+                async with asyncio.timeout(EXCHANGE_SECONDS):
+                    await self._exchange(content)
+            except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
+                log.debug("the router does not answer: %r", error)
+            return _news(self._status) != _news(before) or self.knowledge() is not knew
+
+    async def _exchange(self, content: tuple[wire.ModelRoute, ...]) -> None:
+        self._hear(await self._ask(wire.GetRouterStatus()))
+        table = self._acknowledged()
+        if table is not None and _without_estimates(table.models) == _without_estimates(content):
+            return
+        version = max([self._store.routing_version(), *([self._status.version] if self._status else [])]) + 1
+        self._store.set_routing_version(version)
+        table = wire.RoutingTable(version, content)
+        self._sent = {**dict(list(self._sent.items())[-8:]), version: table}
+        self._hear(await self._ask(table))
+
+    def _hear(self, status: wire.RouterStatus) -> None:
+        self._status = status
+        self._heard_at = self._clock()
+
+    async def set_limits(self, replica_ids: tuple[str, ...], limits: wire.Limits) -> None:
+        """Have the router pass new limits on. What became of it shows in a later status."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(EXCHANGE_SECONDS):
+                    self._hear(await self._ask(wire.SetLimits(replica_ids, limits)))
+            except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
+                log.warning("cannot pass limits on through the router: %r", error)
+
+    async def _ask(self, message: wire.ToRouter) -> wire.RouterStatus:
+        """One message and the status that follows it, over a connection of its own."""
+        reader, writer = await asyncio.open_unix_connection(str(self._socket))
+        try:
+            writer.write(wire.frame(message))
+            await writer.drain()
+            answer = await wire.Reader[wire.FromRouter](reader, wire.FromRouter).read()
+        finally:
+            writer.close()
+        if answer is None:
+            raise ConnectionError("the router closed the control connection without an answer")
+        return answer
+
+
+def _without_estimates(models: tuple[wire.ModelRoute, ...]) -> tuple[wire.ModelRoute, ...]:
+    """An estimate that merely grew shorter is no reason for a new table; one that appears or ends is."""
+    return tuple(msgspec.structs.replace(model, eta=None if model.eta is None else 0.0) for model in models)
+
+
+def _news(status: wire.RouterStatus | None) -> object:
+    """What of a status the planner acts on: not the number of requests in flight, but whether there are any."""
+    if status is None:
+        return None
+    loads = [
+        (load.replica_id, load.incarnation, load.connected, load.in_flight == 0, load.hot_hash)
+        for load in status.replicas
+    ]
+    return status.version, status.pid, status.base_url, sorted(loads, key=lambda load: load[:2])

@@ -1,0 +1,223 @@
+"""What is told about an object: conditions, their reasons, a summary, progress, and what a person can do.
+
+Pure: rows and observations in, a JSON document out. `Ready` (a request sent now is served) and `RolledOut`
+(only the current revision runs, and all of it) are independent of each other; `Stalled` is bad when True:
+nothing will change without a person. Every reason is a member of `Reason`, with its meaning and its remedies
+beside it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+CRASH_LOOP_RESTARTS = 3
+
+
+class Reason(enum.StrEnum):
+    """Why a condition has the status it has."""
+
+    # good
+    VALID = "Valid"
+    VERIFIED = "Verified"
+    SCHEDULED = "Scheduled"
+    SERVING = "Serving"
+    UP_TO_DATE = "UpToDate"
+    PROGRESS_MADE = "Progressing"
+    STOPPED = "Stopped"
+    LISTENING = "Listening"
+    # not (yet)
+    STARTING = "Starting"
+    NO_REPLICA_AVAILABLE = "NoReplicaAvailable"
+    HOT_UPDATE_PENDING = "HotUpdatePending"
+    ROUTER_NOT_READY = "RouterNotReady"
+    DELETING = "Deleting"
+    # stuck
+    INVALID_REFERENCE = "InvalidReference"
+    NOT_FOUND = "NotFound"
+    UNSUPPORTED_ARCHITECTURE = "UnsupportedArchitecture"
+    INSUFFICIENT_MEMORY = "InsufficientMemory"
+    INSUFFICIENT_DEVICES = "InsufficientDevices"
+    CRASH_LOOP = "CrashLoop"
+    CONFIG_REJECTED = "ConfigRejected"
+    PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
+    ADDRESS_IN_USE = "AddressInUse"
+    ROUTER_FAILED = "RouterFailed"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a reason means, and what helps; `{key}` stands for the object."""
+
+    meaning: str
+    remedies: tuple[str, ...]
+
+
+ADVICE: dict[Reason, Advice] = {
+    Reason.STARTING: Advice(
+        "Replicas load; requests are held for up to batching.maxQueueWait.",
+        ("platform events --for {key} -w   follow what happens", "platform logs {key} -f   what the engine says"),
+    ),
+    Reason.NO_REPLICA_AVAILABLE: Advice(
+        "No replica can answer now.",
+        ("platform get replicas   which state each is in", "platform logs {key}   what the engine said last"),
+    ),
+    Reason.HOT_UPDATE_PENDING: Advice(
+        "A running engine has not yet confirmed a changed setting.",
+        ("platform events --for {key}   whether it goes on",),
+    ),
+    Reason.ROUTER_NOT_READY: Advice(
+        "The router is not up, so no request can be routed.",
+        ("platform logs router   why", "platform describe gateway/default   its address and state"),
+    ),
+    Reason.INVALID_REFERENCE: Advice(
+        "The source is written in a way that leads nowhere.", ("correct spec.source and apply again",)
+    ),
+    Reason.NOT_FOUND: Advice(
+        "The files of the source are not on this machine.",
+        ("download the checkpoint, or correct spec.source, and apply again",),
+    ),
+    Reason.UNSUPPORTED_ARCHITECTURE: Advice(
+        "This version cannot run the checkpoint.", ("choose a checkpoint of a supported architecture",)
+    ),
+    Reason.INSUFFICIENT_MEMORY: Advice(
+        "A replica is missing and its memory does not fit beside what is held already.",
+        (
+            "lower spec.engine.maxModelLen, spec.engine.kvCache.size or spec.batching.maxNumSeqs",
+            "lower spec.replicas here or on another model, or delete a model: platform get",
+            "spec.rollout.strategy: Recreate or Auto replaces without room for two",
+        ),
+    ),
+    Reason.INSUFFICIENT_DEVICES: Advice(
+        "A replica needs a GPU and none is free.",
+        (
+            "lower spec.replicas here or on another model, or delete a model: platform get",
+            "spec.engine.device: cpu runs it without a GPU",
+        ),
+    ),
+    Reason.CRASH_LOOP: Advice(
+        "The engine ended unexpectedly several times; it is tried again with growing pauses.",
+        (
+            "platform logs {key}   what the engine said last",
+            "change the manifest and apply it again: a new intent always supersedes",
+        ),
+    ),
+    Reason.CONFIG_REJECTED: Advice(
+        "The engine refused what it was told; trying again would change nothing.",
+        (
+            "platform logs {key}   what it refused",
+            "change the manifest and apply it again: a new intent always supersedes",
+        ),
+    ),
+    Reason.PROGRESS_DEADLINE: Advice(
+        "The rollout made no progress for spec.rollout.progressDeadline.",
+        (
+            "platform get replicas   which replica does not get on",
+            "platform logs {key}   what the engine said last",
+        ),
+    ),
+    Reason.ADDRESS_IN_USE: Advice(
+        "Another program listens on the gateway's address.",
+        (
+            "apply a Gateway named default with another spec.port, or with port 0 for any free one",
+            "or stop the program that holds the address; it is tried again by itself",
+        ),
+    ),
+    Reason.ROUTER_FAILED: Advice(
+        "The router ended and refuses to start.", ("platform logs router   why", "platform down, then apply again")
+    ),
+}
+
+
+def remedies(key: str, conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a person can do about conditions that are not as wished, the gravest first; empty when all is well."""
+    wrong = [c for c in conditions if c["type"] == "Stalled" and c["status"] == "True"]
+    wrong += [c for c in conditions if c["type"] != "Stalled" and c["status"] != "True"]
+    found: list[str] = []
+    for condition in wrong:
+        advice = ADVICE.get(Reason(condition["reason"]))
+        for line in advice.remedies if advice else ():
+            if (text := line.format(key=key)) not in found:
+                found.append(text)
+    return found
+
+
+def timestamp(at: float) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One condition before it has a time."""
+
+    type: str
+    status: bool | None
+    reason: Reason
+    message: str = ""
+
+
+def conditions(
+    facts: Sequence[Fact], before: Sequence[Mapping[str, Any]], generation: int, now: float
+) -> list[dict[str, Any]]:
+    """Conditions as shown; the time of the last transition is kept while a status stays the same."""
+    old = {condition["type"]: condition for condition in before}
+    words = {True: "True", False: "False", None: "Unknown"}
+    shown = []
+    for fact in facts:
+        was = old.get(fact.type)
+        same = was is not None and was["status"] == words[fact.status]
+        shown.append(
+            {
+                "type": fact.type,
+                "status": words[fact.status],
+                "reason": fact.reason.value,
+                "message": fact.message,
+                "lastTransitionTime": was["lastTransitionTime"] if was is not None and same else timestamp(now),
+                "observedGeneration": generation,
+            }
+        )
+    return shown
+
+
+def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, deleting: bool) -> str:
+    """A few words for a table; may change at any time."""
+    by_type = {fact.type: fact for fact in facts}
+    if deleting:
+        return "Deleting"
+    if by_type["Stalled"].status:
+        return f"Stalled: {by_type['Stalled'].reason}"
+    if want == 0:
+        return "Stopped" if by_type["RolledOut"].status else "Stopping"
+    if by_type["RolledOut"].status:
+        return "Serving" if by_type["Ready"].status else by_type["Ready"].reason.value
+    if ready and updated < want:
+        return f"Updating {updated}/{want}"
+    return "Serving, rolling out" if by_type["Ready"].status else f"Starting {ready}/{want}"
+
+
+STAGES = ("accepted", "weights", "device", "loaded", "ready")
+
+
+def progress(
+    before: Mapping[str, Any] | None, generation: int, reached: Mapping[str, bool], seconds: float, **details: Any
+) -> dict[str, Any]:
+    """The five steps of this generation, each with the seconds from apply until it was first seen done.
+
+    A step that was reached stays reached: a replica that restarts later does not take the time back. `details`
+    are merged into the step they name.
+    """
+    same = before is not None and before.get("generation") == generation
+    steps: dict[str, Any] = {"generation": generation}
+    for stage in STAGES:
+        old = before.get(stage) if same and before is not None else None
+        if old is not None and old["ok"]:
+            steps[stage] = {**old, **details.get(stage, {})}
+        elif reached[stage]:
+            steps[stage] = {"ok": True, "seconds": round(max(seconds, 0.0), 3), **details.get(stage, {})}
+        else:
+            steps[stage] = {"ok": False, "seconds": None, **details.get(stage, {})} if stage in details else None
+    return steps

@@ -1,0 +1,608 @@
+"""The durable memory of the control plane: what was asked for, what was decided, what was told.
+
+SQLite in WAL mode through SQLAlchemy Core, `synchronous=FULL`: an acknowledged `apply` survives a power cut. Every
+write is a transaction that begins IMMEDIATE (a transaction that reads first and upgrades later fails at once when
+another writes, whatever the timeout). Objects and replicas carry a `resource_version`, and every update is a
+compare-and-set on it. Status and events live in tables of their own, so that writing them never changes an object.
+
+    objects       kind, namespace, name -> intent as submitted, its hash, generation, current revision
+    revisions     what one rollout template was resolved to; frozen when it was made
+    replicas      one row each: see `rollout.Row`
+    incarnations  the highest incarnation a replica id ever had, so that no two processes ever share one
+    status        what the reconciler last reported, one JSON document an object
+    events        decisions and observations, equal ones counted, capped per object and by age
+    meta          installation id, schema version, version of the routing table
+
+Calls are short and synchronous; the control plane makes them from its event loop.
+
+Exceptions:
+
+    StoreError
+    ├── Conflict            the object changed since it was read
+    ├── NotFound            no such object
+    └── UnusableStore       another version's file, a network filesystem, or a damaged one
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from quire_operators.rollout import Goal, Row
+from quire_schemas.resource import Key
+
+SCHEMA_VERSION = 1
+NAMESPACE = "default"
+EVENTS_PER_OBJECT = 200
+EVENT_SECONDS = 7 * 86400.0
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "ceph", "glusterfs", "afs"}
+)
+
+_metadata = sa.MetaData()
+_meta = sa.Table("meta", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
+_objects = sa.Table(
+    "objects",
+    _metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("namespace", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("resource_version", sa.Integer, nullable=False),
+    sa.Column("intent", sa.JSON, nullable=False),
+    sa.Column("intent_hash", sa.Text, nullable=False),
+    sa.Column("resolved", sa.JSON, nullable=False),
+    sa.Column("revision", sa.Integer),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("applied_at", sa.Float, nullable=False),
+    sa.Column("deletion_time", sa.Float),
+    sa.UniqueConstraint("kind", "namespace", "name"),
+)
+_revisions = sa.Table(
+    "revisions",
+    _metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    sa.Column("n", sa.Integer, primary_key=True),
+    sa.Column("template_hash", sa.Text, nullable=False),
+    sa.Column("resolved", sa.JSON, nullable=False),
+    sa.Column("defaults_version", sa.Integer, nullable=False),
+    sa.Column("placement", sa.JSON, nullable=False),
+    sa.Column("cause", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("load_seconds", sa.Float),
+)
+_replicas = sa.Table(
+    "replicas",
+    _metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("resource_version", sa.Integer, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("index", sa.Integer, nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("template_hash", sa.Text, nullable=False),
+    sa.Column("goal", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("memory", sa.Integer, nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("incarnation", sa.Integer, nullable=False),
+    sa.Column("exited", sa.Integer, nullable=False),
+    sa.Column("nonce", sa.Text, nullable=False),
+    sa.Column("restarts", sa.Integer, nullable=False),
+    sa.Column("not_before", sa.Float, nullable=False),
+    sa.Column("launched_at", sa.Float, nullable=False),
+    sa.Column("ready_since", sa.Float),
+    sa.Column("drain_since", sa.Float),
+    sa.Column("stop_sent", sa.Float),
+    sa.Column("failed_generation", sa.Integer),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+)
+_incarnations = sa.Table(
+    "incarnations",
+    _metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("n", sa.Integer, nullable=False),
+)
+_status = sa.Table(
+    "status", _metadata, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
+)
+_events = sa.Table(
+    "events",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("object", sa.Text, nullable=False, index=True),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("first_seen", sa.Float, nullable=False),
+    sa.Column("last_seen", sa.Float, nullable=False),
+)
+_ROW_FIELDS = tuple(field.name for field in fields(Row))
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Conflict(StoreError):
+    """Somebody else changed the object since it was read."""
+
+
+class NotFound(StoreError):
+    """No such object."""
+
+
+class UnusableStore(StoreError):
+    """The file cannot serve as a store."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One object. `resolved` is its spec with every default; times are unix seconds."""
+
+    key: Key
+    uid: str
+    generation: int
+    resource_version: int
+    intent: dict[str, Any]
+    intent_hash: str
+    resolved: dict[str, Any]
+    revision: int | None
+    created_at: float
+    applied_at: float
+    deletion_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One rollout template of a model. `placement` is what `auto` became (see `placement.Placement`)."""
+
+    uid: str
+    n: int
+    template_hash: str
+    resolved: dict[str, Any]
+    defaults_version: int
+    placement: dict[str, Any]
+    cause: str
+    created_at: float
+    load_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRevision:
+    """A revision about to be written; the store gives it its number."""
+
+    template_hash: str
+    defaults_version: int
+    placement: dict[str, Any]
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One object of an `apply`: what to write if it is not what is there already.
+
+    `expected` is the resource version that the decision was made on, None for an object that did not exist.
+    `revision` None keeps the current revision.
+    """
+
+    key: Key
+    intent: dict[str, Any]
+    intent_hash: str
+    resolved: dict[str, Any]
+    expected: int | None
+    revision: NewRevision | None = None
+    keep_revisions: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one object of an `apply`."""
+
+    key: Key
+    result: str
+    generation: int
+    revision: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something decided or seen; `count` equal ones were folded into this one."""
+
+    id: int
+    object: str
+    type: str
+    reason: str
+    message: str
+    count: int
+    first_seen: float
+    last_seen: float
+
+
+def _refuse_network_filesystem(folder: Path) -> None:
+    """SQLite's locks and its WAL do not hold on a network filesystem. Raises `UnusableStore`."""
+    best, kind = Path("/"), ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in mounts:
+        _, point, found, *_ = line.split()
+        path = Path(point.replace("\\040", " "))
+        if folder.is_relative_to(path) and len(path.parts) >= len(best.parts):
+            best, kind = path, found
+    if kind in NETWORK_FILESYSTEMS:
+        raise UnusableStore(
+            f"the state directory {folder} is on a network filesystem ({kind})",
+            "QUIRE_STATE_DIR must name a folder on a local disk",
+        )
+
+
+class Store:
+    """One open store. `clock` gives unix seconds."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        _refuse_network_filesystem(path.parent.resolve())
+        self._clock = clock
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
+        self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.pool.StaticPool)
+        sa.event.listen(self._engine, "connect", _set_pragmas)
+        sa.event.listen(self._engine, "begin", _begin_immediate)
+        try:
+            with self._engine.begin() as db:
+                _metadata.create_all(db)
+                self._check_version(db, path)
+                self.install_id = self._setting(db, "installId", lambda: uuid.uuid4().hex)
+        except sa.exc.DatabaseError as error:
+            self._engine.dispose()
+            raise UnusableStore(
+                f"{path} is not a usable store: {error.orig}",
+                "move it away; what was applied must be applied again",
+            ) from error
+
+    def _check_version(self, db: sa.Connection, path: Path) -> None:
+        found = int(self._setting(db, "schemaVersion", lambda: str(SCHEMA_VERSION)))
+        if found != SCHEMA_VERSION:
+            raise UnusableStore(
+                f"{path} was written by another version (schema {found}, this version has {SCHEMA_VERSION})",
+                "use the version that wrote it, or choose another state directory",
+            )
+
+    @staticmethod
+    def _setting(db: sa.Connection, key: str, default: Callable[[], str]) -> str:
+        value = db.scalar(sa.select(_meta.c.value).where(_meta.c.key == key))
+        if value is None:
+            value = default()
+            db.execute(insert(_meta).values(key=key, value=value))
+        return str(value)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as db:
+            yield db
+
+    # ── objects ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def get(self, key: Key) -> StoredObject | None:
+        with self._engine.begin() as db:
+            return self._get(db, key)
+
+    def objects(self, kind: str | None = None) -> list[StoredObject]:
+        """All objects, or those of one kind, by kind and name."""
+        query = sa.select(_objects).order_by(_objects.c.kind, _objects.c.name)
+        if kind is not None:
+            query = query.where(_objects.c.kind == kind)
+        with self._engine.begin() as db:
+            return [_object(row) for row in db.execute(query).mappings()]
+
+    @staticmethod
+    def _get(db: sa.Connection, key: Key) -> StoredObject | None:
+        query = sa.select(_objects).where(
+            _objects.c.kind == key.kind, _objects.c.namespace == NAMESPACE, _objects.c.name == key.name
+        )
+        row = db.execute(query).mappings().first()
+        return _object(row) if row is not None else None
+
+    def apply(self, changes: Sequence[Change]) -> tuple[Applied, ...]:
+        """Write all of them or none. An object whose intent hash is the stored one is not written at all.
+
+        Raises `Conflict` when an object is not what the decision was made on.
+        """
+        now = self._clock()
+        with self._write() as db:
+            return tuple(self._apply(db, change, now) for change in changes)
+
+    def _apply(self, db: sa.Connection, change: Change, now: float) -> Applied:
+        old = self._get(db, change.key)
+        if (old.resource_version if old else None) != change.expected:
+            raise Conflict(f"{change.key} was changed by somebody else meanwhile", "apply again")
+        if old is not None and old.intent_hash == change.intent_hash and old.deletion_time is None:
+            return Applied(change.key, "unchanged", old.generation, old.revision)
+        if old is not None and old.deletion_time is not None:
+            raise Conflict(f"{change.key} is being deleted", "wait until it is gone, then apply again")
+        uid = old.uid if old else uuid.uuid4().hex
+        revision = old.revision if old else None
+        if change.revision is not None:
+            revision = self._add_revision(db, uid, change, now)
+        values = {
+            "intent": change.intent,
+            "intent_hash": change.intent_hash,
+            "resolved": change.resolved,
+            "revision": revision,
+            "applied_at": now,
+        }
+        if old is None:
+            db.execute(
+                insert(_objects).values(
+                    uid=uid,
+                    kind=change.key.kind,
+                    namespace=NAMESPACE,
+                    name=change.key.name,
+                    generation=1,
+                    resource_version=1,
+                    created_at=now,
+                    **values,
+                )
+            )
+            return Applied(change.key, "created", 1, revision)
+        db.execute(
+            sa.update(_objects)
+            .where(_objects.c.uid == uid, _objects.c.resource_version == old.resource_version)
+            .values(generation=old.generation + 1, resource_version=old.resource_version + 1, **values)
+        )
+        return Applied(change.key, "updated", old.generation + 1, revision)
+
+    @staticmethod
+    def _add_revision(db: sa.Connection, uid: str, change: Change, now: float) -> int:
+        """The next number. Replicas that already run this template are replicas of the new revision."""
+        new = change.revision
+        if new is None:
+            raise ValueError("no revision to add")
+        n = (db.scalar(sa.select(sa.func.max(_revisions.c.n)).where(_revisions.c.uid == uid)) or 0) + 1
+        same = sa.select(_revisions.c.load_seconds).where(
+            _revisions.c.uid == uid, _revisions.c.template_hash == new.template_hash
+        )
+        db.execute(
+            insert(_revisions).values(
+                uid=uid,
+                n=n,
+                template_hash=new.template_hash,
+                resolved=change.resolved,
+                defaults_version=new.defaults_version,
+                placement=new.placement,
+                cause=new.cause,
+                created_at=now,
+                load_seconds=db.scalar(same.order_by(_revisions.c.n.desc())),
+            )
+        )
+        db.execute(
+            sa.update(_replicas)
+            .where(_replicas.c.model == change.key.name, _replicas.c.template_hash == new.template_hash)
+            .values(revision=n, resource_version=_replicas.c.resource_version + 1)
+        )
+        db.execute(
+            sa.delete(_revisions).where(_revisions.c.uid == uid, _revisions.c.n < n - change.keep_revisions)
+        )
+        return n
+
+    def mark_deleting(self, key: Key) -> StoredObject:
+        """Begin a deletion: the object stays until what runs of it is gone. Raises `NotFound`."""
+        with self._write() as db:
+            old = self._get(db, key)
+            if old is None:
+                raise NotFound(f"there is no {key}", "platform get shows what there is")
+            if old.deletion_time is not None:
+                return old
+            new = replace(
+                old,
+                deletion_time=self._clock(),
+                generation=old.generation + 1,
+                resource_version=old.resource_version + 1,
+            )
+            db.execute(
+                sa.update(_objects)
+                .where(_objects.c.uid == old.uid)
+                .values(
+                    deletion_time=new.deletion_time,
+                    generation=new.generation,
+                    resource_version=new.resource_version,
+                )
+            )
+            return new
+
+    def remove(self, key: Key) -> None:
+        """Forget a deleted object with its revisions and status; its events stay."""
+        with self._write() as db:
+            old = self._get(db, key)
+            if old is None:
+                return
+            for table in (_objects, _revisions, _status):
+                db.execute(sa.delete(table).where(table.c.uid == old.uid))
+
+    # ── revisions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def revisions(self, uid: str) -> Sequence[Revision]:
+        """All kept revisions of an object, newest first."""
+        query = sa.select(_revisions).where(_revisions.c.uid == uid).order_by(_revisions.c.n.desc())
+        with self._engine.begin() as db:
+            return tuple(Revision(**row) for row in db.execute(query).mappings())
+
+    def set_load_seconds(self, uid: str, n: int, seconds: float) -> None:
+        """Remember how long a replica of this revision took to load, for the next estimate."""
+        with self._write() as db:
+            db.execute(
+                sa.update(_revisions)
+                .where(_revisions.c.uid == uid, _revisions.c.n == n)
+                .values(load_seconds=seconds)
+            )
+
+    # ── replicas ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def replicas(self, model: str | None = None) -> tuple[Row, ...]:
+        """Rows of one model, or all, by model and index."""
+        query = sa.select(_replicas).order_by(_replicas.c.model, _replicas.c.revision, _replicas.c.index)
+        if model is not None:
+            query = query.where(_replicas.c.model == model)
+        with self._engine.begin() as db:
+            return tuple(_row(found) for found in db.execute(query).mappings())
+
+    def create_replica(self, row: Row) -> Row:
+        """Write a new row. It takes up counting incarnations where its id last stopped."""
+        with self._write() as db:
+            last = db.scalar(sa.select(_incarnations.c.n).where(_incarnations.c.id == row.id)) or 0
+            row = replace(row, incarnation=last, exited=last)
+            db.execute(insert(_replicas).values(resource_version=1, **_values(row)))
+            return row
+
+    def update_replica(self, old: Row, new: Row) -> Row:
+        """Compare-and-set: `old` must be what is stored, apart from its revision number. Raises `Conflict`."""
+        with self._write() as db:
+            found = db.execute(sa.select(_replicas).where(_replicas.c.id == old.id)).mappings().first()
+            if found is None or replace(_row(found), revision=old.revision) != old:
+                raise Conflict(f"replica {old.id} was changed meanwhile", "it is looked at again")
+            version = found["resource_version"]
+            new = replace(new, revision=found["revision"])
+            done = db.execute(
+                sa.update(_replicas)
+                .where(_replicas.c.id == old.id, _replicas.c.resource_version == version)
+                .values(resource_version=version + 1, **_values(new))
+            )
+            if done.rowcount != 1:
+                raise Conflict(f"replica {old.id} was changed meanwhile", "it is looked at again")
+            if new.incarnation != old.incarnation:
+                statement = insert(_incarnations).values(id=new.id, n=new.incarnation)
+                db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": new.incarnation}))
+            return new
+
+    def delete_replica(self, replica_id: str) -> None:
+        with self._write() as db:
+            db.execute(sa.delete(_replicas).where(_replicas.c.id == replica_id))
+
+    def next_incarnation(self, name: str) -> int:
+        """A number above every one this name ever had, durable before it is used."""
+        with self._write() as db:
+            n = (db.scalar(sa.select(_incarnations.c.n).where(_incarnations.c.id == name)) or 0) + 1
+            statement = insert(_incarnations).values(id=name, n=n)
+            db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": n}))
+            return n
+
+    @staticmethod
+    def new_nonce() -> str:
+        """128 random bits that one incarnation alone knows."""
+        return secrets.token_hex(16)
+
+    # ── status, settings ──────────────────────────────────────────────────────────────────────────────────
+
+    def status(self, uid: str) -> dict[str, Any]:
+        """What was last reported of an object; empty before the first report."""
+        with self._engine.begin() as db:
+            found = db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid))
+        return dict(found) if found is not None else {}
+
+    def put_status(self, uid: str, status: dict[str, Any]) -> bool:
+        """Write a report if it differs from the last; says whether it did."""
+        with self._write() as db:
+            if db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid)) == status:
+                return False
+            statement = insert(_status).values(uid=uid, json=status)
+            db.execute(statement.on_conflict_do_update(index_elements=["uid"], set_={"json": status}))
+            return True
+
+    def routing_version(self) -> int:
+        with self._engine.begin() as db:
+            return int(self._setting(db, "routingVersion", lambda: "0"))
+
+    def set_routing_version(self, version: int) -> None:
+        """Durable before the table is sent: no two tables ever share a version."""
+        with self._write() as db:
+            statement = insert(_meta).values(key="routingVersion", value=str(version))
+            db.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": str(version)}))
+
+    # ── events ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add_event(self, key: Key, type_: str, reason: str, message: str) -> None:
+        """Note an event; one with the same reason and message as an earlier one of the object raises its count."""
+        now = self._clock()
+        name = str(key)
+        with self._write() as db:
+            same = db.scalar(
+                sa.select(_events.c.id).where(
+                    _events.c.object == name, _events.c.reason == reason, _events.c.message == message
+                )
+            )
+            if same is not None:
+                db.execute(
+                    sa.update(_events)
+                    .where(_events.c.id == same)
+                    .values(count=_events.c.count + 1, last_seen=now, type=type_)
+                )
+                return
+            db.execute(
+                insert(_events).values(
+                    object=name, type=type_, reason=reason, message=message, count=1, first_seen=now, last_seen=now
+                )
+            )
+            keep = (
+                sa.select(_events.c.id)
+                .where(_events.c.object == name)
+                .order_by(_events.c.last_seen.desc(), _events.c.id.desc())
+                .limit(EVENTS_PER_OBJECT)
+            )
+            db.execute(sa.delete(_events).where(_events.c.object == name, _events.c.id.not_in(keep)))
+            db.execute(sa.delete(_events).where(_events.c.last_seen < now - EVENT_SECONDS))
+
+    def events(self, key: Key | None = None, after: int = 0) -> tuple[Event, ...]:
+        """Events of one object, or all, with an id above `after`; least recently seen first."""
+        query = sa.select(_events).where(_events.c.id > after).order_by(_events.c.last_seen, _events.c.id)
+        if key is not None:
+            query = query.where(_events.c.object == str(key))
+        with self._engine.begin() as db:
+            return tuple(Event(**row) for row in db.execute(query).mappings())
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # SQLAlchemy begins transactions itself: see _begin_immediate
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediate(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _object(row: Any) -> StoredObject:
+    values = {name: row[name] for name in row if name not in ("kind", "namespace", "name")}
+    return StoredObject(key=Key(row["kind"], row["name"]), **values)
+
+
+def _row(found: Any) -> Row:
+    values = {name: found[name] for name in _ROW_FIELDS}
+    return Row(**{**values, "goal": Goal(values["goal"])})
+
+
+def _values(row: Row) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in _ROW_FIELDS}

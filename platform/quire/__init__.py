@@ -1,0 +1,1 @@
+"""Quire: the command, the control plane, the router and the text side of the house."""

@@ -1,0 +1,271 @@
+"""Commands that change what is served, or say what would change: plan, apply, delete."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from quire.cli import render
+from quire.cli.outcome import CommandFailed, ExitCode, report, usage_error
+from quire.cli.progress import Display, Verdict, View, fetch, wait
+from quire.cli.session import connect, notice, object_path
+from quire.client import Client, InvalidManifest
+
+if TYPE_CHECKING:
+    from quire_schemas.manifest import Manifest
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """Option callback: a duration with its unit, as manifests spell it, in seconds."""
+    from quire_schemas.quantities import BadQuantity, parse_duration
+
+    try:
+        return parse_duration(value)
+    except BadQuantity as error:
+        raise click.BadParameter(f"{error}\nhint: {error.hint}", ctx, param) from error
+
+
+def manifest_paths(command: Function) -> Function:
+    """PATH... arguments, or the same behind -f for fingers that are used to it."""
+    command = click.argument("paths", nargs=-1, metavar="PATH...")(command)
+    return click.option(
+        "-f", "--filename", "filenames", multiple=True, metavar="PATH", help="The same as a PATH argument."
+    )(command)
+
+
+def read(paths: tuple[str, ...], filenames: tuple[str, ...]) -> tuple[list[dict[str, str]], Manifest]:
+    """The manifests' files as the API takes them, and as parsed here: a bad file needs no control plane."""
+    from quire.cli.offline import load
+
+    files, manifest = load([*paths, *filenames])
+    if manifest.problems:
+        raise InvalidManifest([problem.as_dict() for problem in manifest.problems])
+    return files, manifest
+
+
+# ── plan ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.command(short_help="Show what apply would do, and whether it fits.")
+@manifest_paths
+@click.option("-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True)
+@click.option("--detailed-exitcode", is_flag=True, help="Exit with 10 when there are changes.")
+@click.option(
+    "--devices",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Plan for the machine that this YAML or JSON file declares, not for this one.",
+)
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    metavar="[MODEL=]FILE",
+    help="A checkpoint's config.json, for a model whose weights are not on this machine.",
+)
+def plan(
+    paths: tuple[str, ...],
+    filenames: tuple[str, ...],
+    output: str,
+    detailed_exitcode: bool,
+    devices: Path | None,
+    configs: tuple[str, ...],
+) -> int:
+    """Show what apply would do: what changes, how it rolls out, and whether it fits, with the arithmetic."""
+    files, manifest = read(paths, filenames)
+    names = [item.resource.metadata.name for item in manifest.resources if item.resource.kind == "Model"]
+    request = {
+        "files": files,
+        "devices": _document(devices) if devices else None,
+        "configs": _configs(configs, names),
+    }
+    answer: View = connect().post("/v1/plan", request)
+    if output == "text":
+        for line in render.plan(answer):
+            print(line)
+    else:
+        dump(answer, output)
+    refused = [item for item in answer["items"] if item["action"] == "refused"]
+    if refused:
+        report(f"{render.count(len(refused), 'object')} cannot be applied: {', '.join(i['key'] for i in refused)}")
+        return ExitCode.INVALID
+    changes = any(answer["summary"].get(name, 0) for name in ("create", "update", "delete"))
+    return ExitCode.CHANGES if detailed_exitcode and changes else ExitCode.OK
+
+
+def _configs(given: tuple[str, ...], models: list[str]) -> dict[str, Any] | None:
+    """Model name -> its config.json."""
+    found = {}
+    for item in given:
+        model, equals, file = item.partition("=")
+        if not equals:
+            if len(models) != 1:
+                usage_error(
+                    f"--config {item} does not say for which of {len(models)} models",
+                    f"write --config MODEL={item}",
+                )
+            model, file = models[0], item
+        elif model not in models:
+            usage_error(
+                f"--config names the model {model!r}, which is not in the manifests",
+                f"they hold {', '.join(models) or 'no model'}",
+            )
+        found[model] = _document(Path(file))
+    return found or None
+
+
+def _document(path: Path) -> Any:
+    """What a JSON or YAML file holds; the file is data, so only plain values are read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        usage_error(f"cannot read {path}: {error.strerror or error}", "give the path of a readable file")
+    try:
+        # Not all JSON means the same as YAML: to PyYAML 1e-05 is text.
+        return json.loads(content)
+    except ValueError:
+        import yaml
+
+        try:
+            return yaml.safe_load(content)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CommandFailed(
+                f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}",
+                "check it with an editor",
+                ExitCode.INVALID,
+            ) from error
+
+
+def dump(value: Any, output: str) -> None:
+    """Print an answer for a program."""
+    if output == "yaml":
+        import yaml
+
+        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ── apply ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.command()
+@manifest_paths
+@click.option(
+    "--wait/--no-wait", "waits", default=True, help="Wait until what was applied is served (the default)."
+)
+@click.option(
+    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
+)
+def apply(paths: tuple[str, ...], filenames: tuple[str, ...], waits: bool, timeout: float) -> int:
+    """Make what runs match the manifests. Files, folders, or - for stdin. Applying the same again does nothing."""
+    files, _ = read(paths, filenames)
+    return run_apply(connect(), files, waits=waits, timeout=timeout)
+
+
+def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
+    """Submit the files, print what became of each object, and wait for all. Returns the exit code."""
+    answer = client.post("/v1/apply", {"files": files})
+    changed = False
+    targets = {}
+    for item in answer["results"]:
+        changed |= item["result"] != "unchanged"
+        revision = f" (revision {item['revision']})" if item["result"] != "unchanged" and item["revision"] else ""
+        print(f"{item['key']}  {item['result']}{revision}", flush=True)
+        targets[item["key"]] = item["generation"]
+    if not waits:
+        return ExitCode.OK
+    try:
+        results = wait(client, targets, timeout=timeout, display=Display.on_stderr())
+    except KeyboardInterrupt:
+        notice("\n^C detached: the rollout continues. Follow with: platform get")
+        return ExitCode.INTERRUPTED
+    code = conclude(results, timeout)
+    if changed and code == ExitCode.OK:
+        for line in render.endpoint_lines([view for _, _, view in results.values() if view is not None]):
+            print(line)
+    return code
+
+
+def conclude(results: Mapping[str, tuple[Verdict, str, View | None]], timeout: float) -> ExitCode:
+    """Report what did not come about; the gravest end gives the exit code."""
+    code = ExitCode.OK
+    for key, (verdict, why, _) in results.items():
+        if verdict is Verdict.STALLED:
+            report(f"{key}  Stalled: {why}", f"platform describe {key}")
+            code = ExitCode.FAILED
+        elif verdict is Verdict.GONE:
+            report(f"{key}  {why} while this command waited", "apply it again")
+            code = ExitCode.FAILED
+        elif verdict is Verdict.SUPERSEDED and code is not ExitCode.FAILED:
+            report(f"{key}  {why} while this command waited", f"platform describe {key}")
+            code = ExitCode.CONFLICT
+        elif verdict is Verdict.WAITING and code is ExitCode.OK:
+            report(
+                f"{key}  not ready after {timeout:g} s: {why or 'no status yet'}; it goes on",
+                f"platform describe {key}; --timeout gives it longer",
+            )
+            code = ExitCode.TIMED_OUT
+    return code
+
+
+# ── delete ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.command()
+@click.argument("references", nargs=-1, required=True, metavar="KIND/NAME...")
+@click.option(
+    "--wait/--no-wait", "waits", default=True, help="Wait until everything of it has stopped (the default)."
+)
+@click.option(
+    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
+)
+def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
+    """Stop serving objects: running requests finish first, within drainTimeout."""
+    named = [object_path(reference) for reference in references]
+    client = connect()
+    for key, path in named:
+        client.delete(path)
+        print(f"{key}  deleting", flush=True)
+    if not waits:
+        return ExitCode.OK
+    try:
+        left = _wait_gone(client, named, timeout)
+    except KeyboardInterrupt:
+        notice("\n^C detached: the deletion continues. Follow with: platform get")
+        return ExitCode.INTERRUPTED
+    for key in left:
+        report(f"{key}  still draining after {timeout:g} s; it goes on", f"platform describe {key}")
+    return ExitCode.TIMED_OUT if left else ExitCode.OK
+
+
+def _wait_gone(client: Client, named: list[tuple[str, str]], timeout: float) -> list[str]:
+    """Keys of the objects that are still there after `timeout` seconds; says what they wait for meanwhile."""
+    import time
+
+    deadline = time.monotonic() + timeout
+    left = dict(named)
+    said: dict[str, str] = {}
+    while left:
+        for key, path in list(left.items()):
+            view = fetch(client, path)
+            if view is None:
+                del left[key]
+                print(f"{key}  deleted", flush=True)
+                continue
+            summary = view["status"].get("summary", "")
+            if summary and said.get(key) != summary:
+                said[key] = summary
+                notice(f"{key}  {summary}")
+        if left and time.monotonic() > deadline:
+            break
+        if left:
+            time.sleep(0.1)
+    sys.stdout.flush()
+    return list(left)

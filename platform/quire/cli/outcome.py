@@ -1,0 +1,68 @@
+"""How a command ends: exit codes, and the two lines of an error.
+
+Exceptions:
+
+    CommandEnded
+    ├── CommandFailed      has message, hint and exit_code
+    └── ReaderLeft         nobody reads stdout any more
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from typing import NoReturn, Self
+
+
+class ExitCode(enum.IntEnum):
+    """What a script may rely on. 2 is click's own code for a bad command line, so `changes exist` is 10."""
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> Self:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    OK = 0, "success; for `plan`, also when changes exist, unless `--detailed-exitcode`"
+    UNEXPECTED = 1, "unexpected error"
+    USAGE = 2, "bad command line"
+    INVALID = 3, "manifest invalid, or what it asks for cannot be had here"
+    TIMED_OUT = 4, "timed out, still progressing"
+    CONFLICT = 5, "conflict: changed meanwhile, or owned by another manager"
+    FAILED = 6, "terminal failure: stalled, or deleted meanwhile"
+    UNREACHABLE = 7, "control plane unreachable, or it failed to start"
+    NOT_FOUND = 8, "not found"
+    CHANGES = 10, "`plan --detailed-exitcode`: changes exist"
+    INTERRUPTED = 130, "interrupted by the user; what was started goes on"
+
+
+class CommandEnded(Exception):
+    """The command is over before its last line."""
+
+
+class ReaderLeft(CommandEnded):
+    """Whoever read our stdout is gone, as `head` is after its last line."""
+
+
+class CommandFailed(CommandEnded):
+    """A command ends with this message, hint and exit code."""
+
+    def __init__(self, message: str, hint: str | None, code: ExitCode) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = code
+
+
+def usage_error(message: str, hint: str) -> NoReturn:
+    """End with exit code 2."""
+    raise CommandFailed(message, hint, ExitCode.USAGE)
+
+
+def report(message: str, hint: str | None = None) -> None:
+    """Print an error to stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)

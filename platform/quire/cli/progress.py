@@ -1,0 +1,156 @@
+"""Waiting for objects to become what was declared, with a line of progress for each.
+
+`judge` is the decision, a pure function of one answer of the control plane. `wait` polls, shows and stops: on a
+terminal each model has one line that is redrawn in place; anywhere else every finished step is one plain line.
+"""
+
+from __future__ import annotations
+
+import enum
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quire.cli import render
+from quire.client import Client, Refused
+
+POLL_SECONDS = 0.1
+View = Mapping[str, Any]
+
+
+class Verdict(enum.Enum):
+    """Where an object stands on its way to the generation that was applied."""
+
+    WAITING = "waiting"
+    DONE = "done"
+    STALLED = "stalled"
+    SUPERSEDED = "superseded"
+    GONE = "gone"
+
+
+def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
+    """The verdict on `generation` of an object (None: it no longer exists), and a sentence on why.
+
+    Done means that the current revision alone serves and that a request sent now is answered; a model declared
+    with no replica is done when none is left. Stalled means that nothing will change without a new intent.
+    """
+    if view is None or view["deleting"]:
+        return Verdict.GONE, "it was deleted"
+    if view["generation"] > generation:
+        return Verdict.SUPERSEDED, f"a newer generation, {view['generation']}, was applied"
+    stalled = render.condition(view, "Stalled")
+    if stalled is not None and render.is_true(view, "Stalled"):
+        return Verdict.STALLED, f"{stalled['reason']} ({stalled['message']})"
+    refused = render.condition(view, "Accepted")
+    if refused is not None and refused["status"] == "False" and refused["observedGeneration"] >= generation:
+        return Verdict.STALLED, f"{refused['reason']} ({refused['message']})"
+    stopped = view["kind"].lower() == "model" and view["status"].get("replicas", {}).get("desired") == 0
+    if view["kind"].lower() == "model" and not render.is_true(view, "RolledOut"):
+        return Verdict.WAITING, view["status"].get("summary", "")
+    if not stopped and not render.is_true(view, "Ready"):
+        return Verdict.WAITING, view["status"].get("summary", "")
+    return Verdict.DONE, view["status"].get("summary", "")
+
+
+WIDE = 10_000
+
+
+class Display:
+    """Shows views as they change: `show` takes all of them, in the same order each time; `finish` ends it."""
+
+    def __init__(self, write: Callable[[str], object], *, redraw: bool, width: int) -> None:
+        self._write = write
+        self._redraw = redraw
+        self._width = width
+        self._drawn: list[str] = []
+        self._seen: dict[str, set[str]] = {}
+        self._summaries: dict[str, str] = {}
+
+    @classmethod
+    def on_stderr(cls) -> Display:
+        # One column is left free: a full line would wrap and break the count of lines.
+        return cls(sys.stderr.write, redraw=sys.stderr.isatty(), width=shutil.get_terminal_size().columns - 1)
+
+    def show(self, views: Sequence[View]) -> None:
+        if self._redraw:
+            self._draw([render.progress_line(view, self._width) for view in views])
+        else:
+            self._append(views)
+        sys.stderr.flush()
+
+    def finish(self, views: Sequence[View]) -> None:
+        """Show the end of it, whole: nothing is redrawn after this, so lines may wrap."""
+        self.show(views)
+        if self._redraw:
+            self._draw([render.progress_line(view, WIDE) for view in views])
+            sys.stderr.flush()
+
+    def _draw(self, lines: list[str]) -> None:
+        if lines == self._drawn:
+            return
+        if self._drawn:
+            self._write(f"\x1b[{len(self._drawn)}A")
+        for line in lines:
+            self._write(f"\x1b[2K{line}\n")
+        self._drawn = lines
+
+    def _append(self, views: Sequence[View]) -> None:
+        for view in views:
+            key = render.key_of(view)
+            seen = self._seen.setdefault(key, set())
+            for stage in render.stages(view):
+                if stage.done and stage.name not in seen:
+                    seen.add(stage.name)
+                    self._write(f"{render.label(view)}  {stage.text()}\n")
+            summary = view["status"].get("summary", "")
+            if summary and summary != self._summaries.get(key):
+                self._summaries[key] = summary
+                self._write(f"{render.label(view)}  {summary}\n")
+
+
+def fetch(client: Client, path: str) -> View | None:
+    """The object at that path of the API, or None when there is none."""
+    try:
+        view: View = client.get(path)
+    except Refused as error:
+        if error.status == 404:
+            return None
+        raise
+    return view
+
+
+def wait(
+    client: Client,
+    targets: Mapping[str, int],
+    *,
+    timeout: float,
+    display: Display,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, tuple[Verdict, str, View | None]]:
+    """Poll until every object (key -> generation) has a verdict, or `timeout` seconds have passed.
+
+    Objects that are already as declared at the first look are not shown: applying the same manifest again is
+    quiet. Returns each key's last verdict; what is still WAITING timed out.
+    """
+    deadline = clock() + timeout
+    results: dict[str, tuple[Verdict, str, View | None]] = {}
+    moving: list[str] = []
+    first = True
+    while True:
+        for key, generation in targets.items():
+            if key in results and results[key][0] is not Verdict.WAITING:
+                continue
+            view = fetch(client, f"/v1/objects/{key}")
+            results[key] = (*judge(view, generation), view)
+        if first:
+            moving = [key for key in targets if results[key][0] is not Verdict.DONE]
+            first = False
+        shown = [view for key in moving if (view := results[key][2]) is not None]
+        if clock() >= deadline or all(results[key][0] is not Verdict.WAITING for key in targets):
+            display.finish(shown)
+            return results
+        display.show(shown)
+        sleep(POLL_SECONDS)

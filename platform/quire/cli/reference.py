@@ -1,0 +1,148 @@
+"""`platform reference FOLDER`: the reference pages, written from the product itself; --check compares.
+
+Pages: the command line (click's own help), every manifest field and every reason (what `platform explain`
+prints), what the HTTP API takes and answers, and the metrics that the router exports. `make docs` writes them,
+`make docs-check` fails when a page is not what would be written.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from quire.cli.outcome import CommandFailed, ExitCode
+from quire.cli.session import notice
+
+WIDTH = 100
+
+
+@click.command(hidden=True)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; fail if a page is not what would be written.")
+def reference(folder: Path, check: bool) -> int:
+    """Write the reference pages (command line, manifest fields, reasons, HTTP API, metrics) into FOLDER."""
+    pages = {
+        "cli.md": cli_page(),
+        "manifest.md": manifest_page(),
+        "reasons.md": reasons_page(),
+        "api.md": api_page(),
+        "metrics.md": metrics_page(),
+    }
+    if check:
+        stale = [name for name, text in pages.items() if _read(folder / name) != text]
+        if stale:
+            raise CommandFailed(f"stale in {folder}: {', '.join(stale)}", "make docs", ExitCode.UNEXPECTED)
+        return ExitCode.OK
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages.items():
+        (folder / name).write_text(text)
+        notice(f"wrote {folder / name}")
+    return ExitCode.OK
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def _head(title: str) -> list[str]:
+    return [f"# {title}", "", "Written by `make docs`; edit the source it comes from.", ""]
+
+
+def cli_page() -> str:
+    """Every command's help, and the exit codes."""
+    from quire.cli import COMMANDS, cli
+
+    lines = _head("Command line")
+    root = click.Context(cli, info_name="platform", terminal_width=WIDTH, help_option_names=["-h", "--help"])
+    lines += ["```", cli.get_help(root), "```", ""]
+    for name in COMMANDS:
+        command = cli.get_command(root, name)
+        if command is None or command.hidden:
+            continue
+        context = click.Context(command, info_name=name, parent=root, terminal_width=WIDTH)
+        lines += [f"## platform {name}", "", "```", command.get_help(context), "```", ""]
+    lines += ["## Exit codes", "", "| code | meaning |", "|---|---|"]
+    lines += [f"| {code.value} | {code.meaning} |" for code in ExitCode]
+    return "\n".join(lines) + "\n"
+
+
+def manifest_page() -> str:
+    """What `platform explain` says of every kind, section and field."""
+    from quire_schemas.explain import explain
+    from quire_schemas.fields import walk
+    from quire_schemas.kinds import KINDS
+
+    lines = _head("Manifest fields")
+    for name, kind in KINDS.items():
+        lines += [f"## {name}", "", "```", explain(name), "```", ""]
+        for path, _ in walk(kind):
+            dotted = ".".join((name.lower(), *map(str, path)))
+            lines += ["```", explain(dotted), "```", ""]
+    return "\n".join(lines)
+
+
+def reasons_page() -> str:
+    """Every reason of a condition."""
+    from quire.cli.offline import explain_reason
+    from quire_operators.status import Reason
+
+    lines = _head("Reasons")
+    for reason in Reason:
+        lines += ["```", *explain_reason(reason.value), "```", ""]
+    return "\n".join(lines)
+
+
+def api_page() -> str:
+    """The fields of each request, by what becomes of them, and every error."""
+    from quire.errors import TABLE
+    from quire_schemas import openai
+
+    lines = _head("HTTP API")
+    endpoints = (
+        ("POST /v1/chat/completions", openai.ChatRequest, openai.CHAT_REFUSED),
+        ("POST /v1/completions", openai.CompletionRequest, openai.COMPLETION_REFUSED),
+    )
+    for title, request, refused in endpoints:
+        lines += [
+            f"## {title}",
+            "",
+            "Honoured: " + ", ".join(f"`{name}`" for name in request.model_fields) + ".",
+            "",
+        ]
+        lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
+        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in refused.items()]
+        lines.append("")
+    lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
+    lines += [f"| `{name}` | {purpose} |" for name, purpose in openai.WITHOUT_EFFECT.items()]
+    lines += ["", "Any other field is a 400 with a guess at what was meant.", ""]
+    lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
+    lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]
+    for row in TABLE.values():
+        retry = "" if row.retry is None else str(row.retry).lower()
+        lines.append(f"| {row.status} | `{row.type}` | {f'`{row.code}`' if row.code else ''} | {retry} |")
+    return "\n".join(lines) + "\n"
+
+
+def metrics_page() -> str:
+    """Every metric name, with the note that stands below it in the source."""
+    from quire_schemas import signals
+
+    lines = [*_head("Metrics"), "| metric | note |", "|---|---|"]
+    for name, note in _documented(Path(signals.__file__).read_text()):
+        value = getattr(signals, name)
+        if isinstance(value, str) and value.startswith("quire_"):
+            lines.append(f"| `{value}` | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def _documented(source: str) -> Iterator[tuple[str, str]]:
+    """Each module-level annotated name and the string that follows it, if one does."""
+    body = ast.parse(source).body
+    for statement, following in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_note = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            note = str(following.value.value) if is_note else ""  # type: ignore[attr-defined]
+            yield statement.target.id, " ".join(note.split())

@@ -1,0 +1,434 @@
+"""What commands print, as pure functions: answers of the control plane in, lines of text out.
+
+Nothing here asks for the time, the terminal or the network; `now` is Unix seconds. The few
+formats of sizes and ages are written here rather than taken from `quire_schemas.quantities`, which would load
+Pydantic for `get`. Views are the decoded JSON of the admin API: an object has kind, name, generation, intent,
+resolved, createdAt, deleting, status and replicas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+View = Mapping[str, Any]
+STAGES = ("accepted", "weights", "device", "loaded", "ready")
+
+
+# ── small things ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart, each as wide as its widest cell; no trailing blanks."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+
+
+def instant(when: str | float) -> float:
+    """Unix seconds of a time as the API gives it: RFC 3339, or already a number."""
+    return datetime.fromisoformat(when).timestamp() if isinstance(when, str) else float(when)
+
+
+def age(then: str | float | None, now: float) -> str:
+    """How long ago, in its one or two largest units: 4s, 3m58s, 2h10m, 12d."""
+    if then is None:
+        return "-"
+    seconds = max(int(now - instant(then)), 0)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds}s" if minutes < 10 and seconds else f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes}m" if hours < 10 and minutes else f"{hours}h"
+    return f"{hours // 24}d"
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least one: 4.1 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def scalar(value: object) -> str:
+    """A field's value on one line: text as it is, the rest as JSON, nothing as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def key_of(view: View) -> str:
+    return f"{view['kind'].lower()}/{view['name']}"
+
+
+def label(view: View) -> str:
+    """What lines of progress call an object: a model by its name, anything else by its key."""
+    name: str = view["name"] if view["kind"].lower() == "model" else key_of(view)
+    return name
+
+
+def condition(view: View, kind: str) -> View | None:
+    """The condition of that type, or None if it has not been set yet."""
+    for item in view["status"].get("conditions", ()):
+        if item["type"] == kind:
+            found: View = item
+            return found
+    return None
+
+
+def is_true(view: View, kind: str) -> bool:
+    """Whether that condition holds for the current generation."""
+    found = condition(view, kind)
+    return found is not None and found["status"] == "True" and found["observedGeneration"] >= view["generation"]
+
+
+# ── problems in manifests ─────────────────────────────────────────────────────────────────────────────────
+
+
+def problem_lines(problems: Iterable[View]) -> list[str]:
+    """`file:line:col: error: path: message`, and the remedy indented below it."""
+    lines = []
+    for problem in problems:
+        place = problem["file"]
+        if problem.get("line"):
+            place += f":{problem['line']}"
+            if problem.get("col"):
+                place += f":{problem['col']}"
+        path = f"{problem['path']}: " if problem.get("path") else ""
+        lines.append(f"{place}: error: {path}{problem['message']}")
+        if problem.get("hint"):
+            lines.append(f"    hint: {problem['hint']}")
+    return lines
+
+
+def problem_annotations(problems: Iterable[View]) -> list[str]:
+    """The same as workflow commands, which GitHub shows beside the line."""
+
+    def escape(text: str, *, in_property: bool = False) -> str:
+        text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        return text.replace(":", "%3A").replace(",", "%2C") if in_property else text
+
+    lines = []
+    for problem in problems:
+        where = f"file={escape(problem['file'], in_property=True)}"
+        if problem.get("line"):
+            where += f",line={problem['line']}"
+            if problem.get("col"):
+                where += f",col={problem['col']}"
+        text = f"{problem['path']}: {problem['message']}" if problem.get("path") else problem["message"]
+        if problem.get("hint"):
+            text += f"\nhint: {problem['hint']}"
+        lines.append(f"::error {where}::{escape(text)}")
+    return lines
+
+
+# ── get ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def models(views: Sequence[View], now: float) -> list[str]:
+    """One row a model."""
+    rows = []
+    for view in views:
+        status = view["status"]
+        replicas = status.get("replicas", {})
+        desired, ready, live = (replicas.get(name, 0) for name in ("desired", "ready", "live"))
+        surplus = f"+{live - desired}" if live > desired else ""
+        rows.append(
+            [
+                view["name"],
+                str(is_true(view, "Ready")),
+                str(is_true(view, "RolledOut")),
+                f"{ready}/{desired}{surplus}",
+                scalar(status.get("servedRevision")),
+                ("Deleting: " if view["deleting"] else "") + status.get("summary", ""),
+                age(view["createdAt"], now),
+            ]
+        )
+    return table(("NAME", "READY", "ROLLED OUT", "REPLICAS", "REV", "STATUS", "AGE"), rows)
+
+
+def replicas(views: Sequence[View], now: float) -> list[str]:
+    """One row a replica, of all models."""
+    rows = [
+        [
+            replica["id"],
+            view["name"],
+            str(replica["revision"]),
+            replica["state"],
+            scalar(replica.get("pid")),
+            str(replica["incarnation"]),
+            ",".join(str(device) for device in replica.get("devices") or ()) or "-",
+            age(replica.get("since"), now),
+            replica.get("message") or "",
+        ]
+        for view in views
+        for replica in view.get("replicas", ())
+    ]
+    return table(("REPLICA", "MODEL", "REV", "STATE", "PID", "INCARNATION", "DEVICES", "SINCE", "MESSAGE"), rows)
+
+
+def revisions(views: Sequence[View], now: float) -> list[str]:
+    """One row a revision, newest first, of all models."""
+    rows = [
+        [
+            view["name"],
+            str(revision["revision"]),
+            revision["templateHash"][:12],
+            revision["state"],
+            age(revision.get("createdAt"), now),
+        ]
+        for view in views
+        for revision in view.get("revisions", ())
+    ]
+    return table(("MODEL", "REV", "TEMPLATE", "STATE", "AGE"), rows)
+
+
+def gateways(views: Sequence[View], now: float) -> list[str]:
+    """One row: there is one gateway."""
+    rows = [
+        [
+            view["name"],
+            str(is_true(view, "Ready")),
+            scalar(view["status"].get("endpoints", {}).get("openai")),
+            view["status"].get("summary", ""),
+            age(view["createdAt"], now),
+        ]
+        for view in views
+    ]
+    return table(("NAME", "READY", "BASE URL", "STATUS", "AGE"), rows)
+
+
+# ── describe ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(view: View, events: Sequence[View], now: float) -> list[str]:
+    """Everything a person asks about one object, the remedies included."""
+    status = view["status"]
+    observed = status.get("observedGeneration", 0)
+    lines = [
+        f"{view['kind'].capitalize()} {view['name']}   generation {view['generation']} (observed {observed})"
+        f"   created {age(view['createdAt'], now)} ago" + ("   deleting" if view["deleting"] else "")
+    ]
+    if status.get("summary"):
+        lines.append(f"Status       {status['summary']}")
+    endpoints = status.get("endpoints") or {}
+    if endpoints.get("openai"):
+        lines.append(f"Base URL     {endpoints['openai']}")
+    if endpoints.get("modelNames"):
+        lines.append(f"Model names  {', '.join(endpoints['modelNames'])}")
+    conditions = status.get("conditions", ())
+    if conditions:
+        lines.append("Conditions")
+        rows = [
+            [
+                item["type"],
+                item["status"],
+                item["reason"],
+                age(item.get("lastTransitionTime"), now),
+                item["message"],
+            ]
+            for item in conditions
+        ]
+        lines += _indent(table(("", "", "", "", ""), rows)[1:])
+    if view.get("replicas"):
+        lines.append("Replicas")
+        lines += _indent(replicas([view], now))
+    if status.get("resolved"):
+        lines.append("Resolved")
+        lines += _indent(_pairs(status["resolved"].items()))
+    lines.append("Spec (as submitted)")
+    lines += _indent(_pairs(flatten(view["intent"].get("spec", {}))))
+    if status.get("remedies"):
+        lines.append("What you can do")
+        lines += _indent(status["remedies"])
+    if events:
+        lines.append(f"Events (last {len(events)})")
+        lines += _indent(event_lines(events, now)[1:])
+    return lines
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of a nested mapping with their dotted paths, in order."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        leaves += flatten(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
+    return leaves
+
+
+def _pairs(items: Iterable[tuple[str, Any]]) -> list[str]:
+    pairs = [(name, scalar(value)) for name, value in items]
+    width = max((len(name) for name, _ in pairs), default=0)
+    return [f"{name.ljust(width)}  {value}" for name, value in pairs]
+
+
+def _indent(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+# ── events ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def event_lines(events: Sequence[View], now: float) -> list[str]:
+    rows = [
+        [
+            age(event["lastSeen"], now),
+            event["type"],
+            event["reason"],
+            f"x{event['count']}" if event["count"] > 1 else "",
+            event["object"],
+            event["message"],
+        ]
+        for event in events
+    ]
+    return table(("LAST SEEN", "TYPE", "REASON", "COUNT", "OBJECT", "MESSAGE"), rows)
+
+
+# ── plan ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plan(report: View) -> list[str]:
+    """What apply would do: each object's changes, how they roll out, how it fits, and the totals."""
+    lines: list[str] = []
+    for item in report["items"]:
+        lines += _plan_item(item)
+    totals = report["summary"]
+    lines.append(
+        f"Plan: {totals['create']} to create, {totals['update']} to update, {totals.get('delete', 0)} to delete."
+    )
+    return lines
+
+
+def _plan_item(item: View) -> list[str]:
+    old, new = item.get("revision") or (None, None)
+    heading = item["action"]
+    if item["action"] == "create":
+        heading = "create" + (f" (revision {new})" if new is not None else "")
+    elif item["action"] == "update":
+        heading = f"revision {old} → {new}" if old != new else f"update (revision {old} stays)"
+    lines = [f"{item['key']}  {heading}"]
+    changes = item.get("changes") or ()
+    if item["action"] != "create":
+        cells = []
+        for change in changes:
+            before, after = change.get("old"), change.get("new")
+            sign = "+" if before is None else "-" if after is None else "~"
+            values = scalar(after) if before is None else f"{scalar(before)} → {scalar(after)}"
+            note = f" ({change['note']})" if change.get("note") else ""
+            cells.append([f"{sign} {change['path']}", values, f"{change['update']}{note}"])
+        lines += _indent(table(("", "", ""), cells)[1:])
+    if item.get("rollout"):
+        lines += _labelled("Rollout", item["rollout"].splitlines())
+    fit = item.get("fit")
+    if fit:
+        lines += _labelled("Memory", fit.get("lines", ()))
+    for note in item.get("notes") or ():
+        lines += _labelled("Note", note.splitlines())
+    problem = item.get("problem")
+    if problem:
+        path = f"{problem['path']}: " if problem.get("path") else ""
+        lines += _labelled("Refused", f"{path}{problem['message']}".splitlines())
+        if problem.get("hint"):
+            lines.append(f"    hint: {problem['hint']}")
+    return lines
+
+
+def _labelled(label: str, text: Iterable[str]) -> list[str]:
+    """The label before the first line; the others aligned below it."""
+    return [f"  {label if number == 0 else '':<8} {line}".rstrip() for number, line in enumerate(text)]
+
+
+# ── progress of a rollout ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step on the way to being served. `detail` tells what (4.1 MiB, cpu), `seconds` when, since apply."""
+
+    name: str
+    done: bool
+    detail: str = ""
+    seconds: float | None = None
+
+    def text(self) -> str:
+        took = f"{self.seconds:.1f}s" if self.done and self.seconds is not None else ""
+        return " ".join(part for part in (self.name, self.detail, took) if part)
+
+
+def stages(view: View) -> list[Stage]:
+    """The five steps of a model's current generation, in order; those not yet begun are not done."""
+    if view["kind"].lower() != "model":
+        return []
+    progress = view["status"].get("progress") or {}
+    found = []
+    for name in STAGES:
+        step = progress.get(name)
+        if step is None:
+            found.append(Stage(name, False))
+            continue
+        detail = ""
+        total, done = step.get("bytes"), step.get("bytesDone")
+        if total and done is not None and not step["ok"]:
+            detail = f"{size(done)} of {size(total)}"
+        elif total and name == "weights":
+            detail = size(total)
+        elif name == "device":
+            detail = step.get("device") or ""
+        found.append(Stage(name, bool(step["ok"]), detail, step.get("seconds")))
+    return found
+
+
+def progress_line(view: View, width: int) -> str:
+    """One object's progress on one line of at most `width` characters, for a terminal that redraws.
+
+    Too narrow a line loses the earliest steps first: what is at work is at its end.
+    """
+    steps = stages(view)
+    working = next((stage for stage in steps if not stage.done), None)
+    settled = is_true(view, "Ready")
+    # A replica that starts again leaves the steps of its apply done; they say nothing about now.
+    done = [f"✔ {stage.text()}" for stage in steps if stage.done] if settled or working else []
+    tail = [f"… {working.text()}"] if working else []
+    if not settled and view["status"].get("summary"):
+        tail.append(f"({view['status']['summary']})" if tail else f"… {view['status']['summary']}")
+    elif not steps:
+        tail.append(f"✔ {view['status'].get('summary', '')}")
+    line = "  ".join([label(view), *done, *tail])
+    while done and len(line) > width:
+        done.pop(0)
+        line = "  ".join([label(view), *done, *tail])
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def endpoint_lines(views: Sequence[View]) -> list[str]:
+    """Where to send a first request, as a command to paste."""
+    for view in views:
+        endpoints = view["status"].get("endpoints") or {}
+        if endpoints.get("openai") and endpoints.get("modelNames"):
+            body = json.dumps(
+                {"model": endpoints["modelNames"][0], "messages": [{"role": "user", "content": "hi"}]},
+                separators=(",", ":"),
+            )
+            return [
+                f"Base URL {endpoints['openai']}",
+                f"  curl -s {endpoints['openai']}/chat/completions -H 'content-type: application/json' \\",
+                f"    -d '{body}'",
+            ]
+    return []

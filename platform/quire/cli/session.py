@@ -1,0 +1,40 @@
+"""What every command that speaks to the control plane shares: which one, notices, and names of objects."""
+
+from __future__ import annotations
+
+import sys
+
+from quire.cli.outcome import usage_error
+from quire.client import Client
+from quire_operators.paths import StateDir
+
+KINDS = {
+    "model": "model",
+    "models": "model",
+    "gateway": "gateway",
+    "gateways": "gateway",
+}
+"""Kinds that are stored as objects, in the spellings a command takes."""
+
+
+def notice(line: str) -> None:
+    """Tell the person something that is not the command's data."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def connect(*, start: bool = True) -> Client:
+    """The client of this user's control plane; nothing is connected yet."""
+    return Client(StateDir.default(), start=start, notice=notice)
+
+
+def object_path(reference: str) -> tuple[str, str]:
+    """`model/quickstart` -> (its key, its path in the API). A bare or unknown kind is a bad command line."""
+    kind, slash, name = reference.partition("/")
+    if not slash or not name or "/" in name:
+        usage_error(f"{reference!r} does not name an object", f"write it as kind/name, for example model/{kind}")
+    known = KINDS.get(kind.lower())
+    if known is None:
+        usage_error(f"unknown kind {kind!r}", f"kinds with objects are {', '.join(sorted(set(KINDS.values())))}")
+    from urllib.parse import quote
+
+    return f"{known}/{name}", f"/v1/objects/{known}/{quote(name, safe='')}"

@@ -1,0 +1,181 @@
+"""Commands that look: get, describe, logs, events. `get` imports nothing beyond click and the client."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from quire.cli import render
+from quire.cli.outcome import CommandFailed, ExitCode, usage_error
+from quire.cli.session import connect, object_path
+from quire.client import Client
+
+POLL_SECONDS = 0.5
+LISTS = {
+    "models": ("model", render.models),
+    "model": ("model", render.models),
+    "replicas": ("model", render.replicas),
+    "revisions": ("model", render.revisions),
+    "gateway": ("gateway", render.gateways),
+}
+"""What `get` lists: the kind of object it asks for, and how it shows it."""
+
+
+def _dump(value: Any, output: str) -> None:
+    if output == "yaml":
+        import yaml
+
+        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|KIND/NAME]")
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
+def get(what: str, output: str) -> int:
+    """List what is served. With KIND/NAME, one object."""
+    if "/" in what:
+        _, path = object_path(what)
+        view = connect().get(path)
+        if output != "table":
+            _dump(view, output)
+            return ExitCode.OK
+        formatter = render.gateways if view["kind"].lower() == "gateway" else render.models
+        views: Sequence[Mapping[str, Any]] = [view]
+    else:
+        if what not in LISTS:
+            usage_error(
+                f"unknown list {what!r}", f"one of {', '.join(LISTS)}, or an object such as model/quickstart"
+            )
+        kind, formatter = LISTS[what]
+        answer = connect().get("/v1/objects", kind=kind)
+        views = answer["items"]
+        if output != "table":
+            _dump(_nested(what, views) if what in ("replicas", "revisions") else answer, output)
+            return ExitCode.OK
+    if not views:
+        print("nothing here yet: platform apply manifests/quickstart.yaml", file=sys.stderr)
+        return ExitCode.OK
+    for line in formatter(views, time.time()):
+        print(line)
+    return ExitCode.OK
+
+
+def _nested(what: str, views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The replicas or revisions of all models, each with its model's name."""
+    return {"items": [{"model": view["name"], **item} for view in views for item in view.get(what, ())]}
+
+
+@click.command(short_help="Tell everything about one object.")
+@click.argument("reference", metavar="KIND/NAME")
+@click.option("-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True)
+def describe(reference: str, output: str) -> int:
+    """Tell everything about one object: conditions, replicas, what auto became, events, what you can do."""
+    key, path = object_path(reference)
+    client = connect()
+    view = client.get(path)
+    events = client.get("/v1/events", **{"for": key})["items"]
+    if output != "text":
+        _dump({**view, "events": events}, output)
+        return ExitCode.OK
+    for line in render.describe(view, events[-5:], time.time()):
+        print(line)
+    return ExitCode.OK
+
+
+@click.command(short_help="Print the log of a model's engines, the control plane or the router.")
+@click.argument("name", metavar="KIND/NAME|controlplane|router")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing what is written.")
+@click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="How many last lines.")
+@click.option("--replica", help="Only this replica (its id, as in: platform get replicas).")
+def logs(name: str, follow: bool, tail: int, replica: str | None) -> int:
+    """Print the log of a model's engines, of the control plane, or of the router."""
+    asked = name if name in ("controlplane", "router") else object_path(name)[0]
+    client = connect()
+    sources = client.get("/v1/logs", name=asked, replica=replica, tail=tail)["sources"]
+    if not sources and not follow:
+        raise CommandFailed(f"{asked} has written no log", f"platform describe {asked}", ExitCode.NOT_FOUND)
+    offsets: dict[str, int] = {}
+    prefixed = len(sources) > 1
+    for source in sources:
+        _print_log(source, prefixed)
+        offsets[source["name"]] = source["offset"]
+    while follow:
+        try:
+            _follow(client, asked, replica, offsets)
+            time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            return ExitCode.OK
+    return ExitCode.OK
+
+
+def _follow(client: Client, asked: str, replica: str | None, offsets: dict[str, int]) -> None:
+    """Print what was written since `offsets`, and bring them up to date. New replicas join."""
+    listing = client.get("/v1/logs", name=asked, replica=replica, tail=0)["sources"]
+    for found in listing:
+        start = offsets.get(found["name"], 0)
+        if found["offset"] == start:
+            continue
+        # A smaller size than before is a log that was rotated: it is read from its beginning.
+        start = start if found["offset"] > start else 0
+        single = replica if asked in ("controlplane", "router") else found["name"]
+        for source in client.get("/v1/logs", name=asked, replica=single, offset=start)["sources"]:
+            if source["name"] == found["name"]:
+                _print_log(source, len(listing) > 1)
+                offsets[source["name"]] = source["offset"]
+
+
+def _print_log(source: Mapping[str, Any], prefixed: bool) -> None:
+    """Print a piece of a log; with several sources each line says whose it is."""
+    for line in source["text"].splitlines():
+        print(f"[{source['name']}] {line}" if prefixed else line)
+    sys.stdout.flush()
+
+
+@click.command()
+@click.option("--for", "reference", metavar="KIND/NAME", help="Only those of one object.")
+@click.option("-w", "--watch", is_flag=True, help="Go on printing as they happen.")
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
+def events(reference: str | None, watch: bool, output: str) -> int:
+    """Print what the control plane decided and saw, oldest first."""
+    key = object_path(reference)[0] if reference else None
+    if watch and output == "yaml":
+        usage_error("--watch prints one line an event, which YAML has no form for", "use -o json")
+    client = connect()
+    items = client.get("/v1/events", **{"for": key})["items"]
+    if not watch:
+        if output != "table":
+            _dump({"items": items}, output)
+        elif items:
+            print("\n".join(render.event_lines(items, time.time())))
+        else:
+            print("no events", file=sys.stderr)
+        return ExitCode.OK
+    shown: dict[Any, tuple[Any, Any]] = {}
+    while True:
+        try:
+            _print_new(items, shown, output)
+            time.sleep(POLL_SECONDS)
+            items = client.get("/v1/events", **{"for": key})["items"]
+        except KeyboardInterrupt:
+            return ExitCode.OK
+
+
+def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, tuple[Any, Any]], output: str) -> None:
+    """Print the events that are new or were counted again since the last look."""
+    for event in items:
+        state = (event["count"], event["lastSeen"])
+        if shown.get(event["id"]) == state:
+            continue
+        shown[event["id"]] = state
+        if output == "json":
+            print(json.dumps(event, ensure_ascii=False))
+        else:
+            print("\n".join(render.event_lines([event], time.time())[1:]))
+    sys.stdout.flush()

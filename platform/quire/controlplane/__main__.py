@@ -1,0 +1,141 @@
+"""`python -m quire.controlplane --state-dir DIR [--ready-fd N]`: run one control plane until it is told to end.
+
+It takes `daemon.lock` for its whole life and leaves quietly (exit 0) if another has it. A stale socket is
+removed only under that lock. `ready <version>` goes to the descriptor N once the API listens; before that, what
+went wrong in words. SIGTERM and SIGINT end the control plane alone; router and engines go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from quire import builtin
+from quire.controlplane.app import create_app
+from quire.controlplane.plane import ControlPlane
+from quire_operators.paths import StateDir, StateDirError
+from quire_operators.store import StoreError
+
+log = logging.getLogger("quire.controlplane")
+
+LOG_BYTES = 16 * 1024 * 1024
+LOG_KEEP = 3
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without signal handlers of its own: this process decides what a signal means."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m quire.controlplane", description=__doc__)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--ready-fd", type=int)
+    arguments = parser.parse_args()
+    if arguments.ready_fd is not None:
+        os.set_inheritable(arguments.ready_fd, False)
+    state = StateDir(arguments.state_dir)
+    try:
+        state.create()
+        lock = os.open(state.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (StateDirError, OSError) as error:
+        return _fail(arguments.ready_fd, error)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return 0
+    _log_to(state.log("controlplane"))
+    try:
+        asyncio.run(_run(state, arguments.ready_fd))
+    except (StateDirError, StoreError, OSError) as error:
+        log.exception("cannot run")
+        return _fail(arguments.ready_fd, error)
+    return 0
+
+
+def _fail(ready_fd: int | None, error: Exception) -> int:
+    """Say why nothing runs, to whoever waits for it."""
+    message, hint = getattr(error, "message", str(error)), getattr(error, "hint", "")
+    text = f"{message}\nhint: {hint}\n" if hint else f"{message}\n"
+    sys.stderr.write(text)
+    if ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+            os.write(ready_fd, text.encode())
+    return 1
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_KEEP)
+    os.chmod(path, 0o600)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind the admin socket, mode 0600. The caller holds the lock, so what lies there is stale."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(mask)
+    return server
+
+
+async def _run(state: StateDir, ready_fd: int | None) -> None:
+    plane = ControlPlane(state, {"tiny": builtin.path("tiny")})
+    server_socket = _listen(state.admin_socket)
+    own_socket = os.stat(state.admin_socket).st_ino
+    config = uvicorn.Config(
+        create_app(plane),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
+    server = _Server(config)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await plane.open()
+    serving = asyncio.create_task(server.serve(sockets=[server_socket]), name="admin API")
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    log.info("control plane %s, pid %d, state directory %s", plane.version, os.getpid(), state.root)
+    if ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):  # the starter gave up waiting; others may still come
+            os.write(ready_fd, f"ready {plane.version}\n".encode())
+        os.close(ready_fd)
+    waits = [asyncio.create_task(event.wait()) for event in (ended, plane.finished)]
+    await asyncio.wait([*waits, serving], return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
+    server.should_exit = True
+    await serving
+    await plane.close()
+    with contextlib.suppress(FileNotFoundError):  # `down` removed the folder already
+        if os.stat(state.admin_socket).st_ino == own_socket:
+            os.unlink(state.admin_socket)
+    log.info("control plane ended")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

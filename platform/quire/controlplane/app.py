@@ -1,0 +1,134 @@
+"""The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: every answer is the plane's.
+
+Errors are `{"error": {"code", "message", "hint", "exitCode"}}`; manifests with problems add `"problems"`. The API
+is described in docs/reference/admin-api.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from litestar import Litestar, Request, Response, delete, get, post
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.params import Parameter
+
+from quire.controlplane.plane import ApiError, ControlPlane, _key
+from quire_operators.store import StoreError
+from quire_schemas.resource import Key
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 16 * 1024 * 1024
+DEFAULT_GRACE = 30.0
+
+
+def _plane(state: State) -> ControlPlane:
+    plane: ControlPlane = state.plane
+    return plane
+
+
+async def _body(request: Request[Any, Any, Any]) -> dict[str, Any]:
+    """The request's JSON object."""
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise ApiError(400, "bad_request", f"the body is not JSON: {error}") from error
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise ApiError(400, "bad_request", "the body is not a JSON object")
+    return body
+
+
+@get("/v1/ping")
+async def ping(state: State) -> dict[str, Any]:
+    return _plane(state).ping()
+
+
+@post("/v1/plan", status_code=200)
+async def plan(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    return _plane(state).plan(await _body(request))
+
+
+@post("/v1/apply", status_code=200)
+async def apply(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    return _plane(state).apply(await _body(request))
+
+
+@get("/v1/objects")
+async def objects(state: State, kind: str | None = None) -> dict[str, Any]:
+    return _plane(state).objects(kind.lower() if kind else None)
+
+
+@get("/v1/objects/{kind:str}/{name:str}")
+async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
+    return _plane(state).object(Key(kind, name))
+
+
+@delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
+async def delete_object(state: State, kind: str, name: str) -> dict[str, Any]:
+    return _plane(state).delete(Key(kind, name))
+
+
+@get("/v1/events")
+async def events(
+    state: State, for_: str | None = Parameter(query="for", default=None, required=False), after: int = 0
+) -> dict[str, Any]:
+    return _plane(state).events(_key(for_) if for_ else None, after)
+
+
+@get("/v1/logs")
+async def logs(
+    state: State, name: str, replica: str | None = None, tail: int = 200, offset: int | None = None
+) -> dict[str, Any]:
+    return _plane(state).logs(name, replica, tail, None if offset is None else max(offset, 0))
+
+
+@post("/v1/down", status_code=202)
+async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    grace = (await _body(request)).get("grace", DEFAULT_GRACE)
+    if not isinstance(grace, int | float) or isinstance(grace, bool) or not 0 <= grace <= 86400:
+        raise ApiError(400, "bad_request", f"grace is a number of seconds from 0 to 86400, not {grace!r}")
+    _plane(state).begin_down(float(grace))
+    return {"stopping": True, "grace": math.ceil(grace)}
+
+
+def _api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+    return Response(error.body, status_code=error.status)
+
+
+def _http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+    """What the framework refuses: an unknown path, a wrong query parameter, a body that is too large."""
+    code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "bad_request")
+    return _api_error(_, ApiError(error.status_code, code, error.detail))
+
+
+def _store_error(_: Request[Any, Any, Any], error: StoreError) -> Response[dict[str, Any]]:
+    return _api_error(_, ApiError(409, "conflict", error.message, error.hint, exit_code=5))
+
+
+def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _api_error(
+        request, ApiError(500, "internal", f"{type(error).__name__}: {error}", "platform logs controlplane")
+    )
+
+
+def create_app(plane: ControlPlane) -> Litestar:
+    """The API over `plane`."""
+    return Litestar(
+        [ping, plan, apply, objects, read_object, delete_object, events, logs, down],
+        state=State({"plane": plane}),
+        exception_handlers={
+            ApiError: _api_error,
+            StoreError: _store_error,
+            HTTPException: _http_error,
+            Exception: _unexpected,
+        },
+        request_max_body_size=MAX_BODY,
+        openapi_config=None,
+        logging_config=None,
+    )

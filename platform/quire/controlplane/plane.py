@@ -1,0 +1,479 @@
+"""The control plane's working parts, put together: what the admin API calls and what the work queue runs.
+
+Order at a start: open the store, find every process there is (adoption: no signal is sent), report what was
+seen, and only then reconcile, so that nothing is started beside something that still runs. Order at an end by
+signal: stop reconciling, close; processes go on. Order of `down`: stop reconciling, the router first (it stops
+accepting and lets running requests finish within the grace), then the engines, then the folder of sockets.
+
+Exceptions:
+
+    ApiError               an answer other than 2xx: status, code, message, hint, exit code of the command
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from quire.router.config import RouterConfig
+from quire_operators import admission, devices, status
+from quire_operators.controller import Controller
+from quire_operators.devices import Inventory, InventoryError
+from quire_operators.fleet.local import Life, LocalFleet
+from quire_operators.gateway import KEY as GATEWAY
+from quire_operators.gateway import UNIT as ROUTER_UNIT
+from quire_operators.gateway import GatewayReconciler, RouterCommand, resolved_spec
+from quire_operators.models import ROUTES, ModelReconciler
+from quire_operators.paths import StateDir
+from quire_operators.rollout import Router
+from quire_operators.routes import Routes, build
+from quire_operators.sources import Sources
+from quire_operators.store import Conflict, NotFound, Store, StoredObject
+from quire_schemas import manifest
+from quire_schemas.manifest import Problem
+from quire_schemas.model import Model
+from quire_schemas.resource import Key
+
+log = logging.getLogger(__name__)
+
+BUSY_POLL = 0.1
+"""Seconds between two looks at the router while a replica starts, drains or waits for an acknowledgement."""
+IDLE_POLL = 1.0
+DETECT_SECONDS = 1.0
+ENGINE_GRACE = 10.0
+MAX_LOG = 4 * 1024 * 1024
+"""Bytes of one log in one answer."""
+
+
+class ApiError(Exception):
+    """An answer that is not a success."""
+
+    def __init__(
+        self, status_code: int, code: str, message: str, hint: str = "", exit_code: int = 1, **extra: Any
+    ) -> None:
+        super().__init__(message)
+        self.status = status_code
+        self.body: dict[str, Any] = {
+            "error": {"code": code, "message": message, "hint": hint or None, "exitCode": exit_code},
+            **extra,
+        }
+
+
+def invalid(problems: Sequence[Problem]) -> ApiError:
+    """Manifests with problems: 422, with each problem's place."""
+    number = len(problems)
+    return ApiError(
+        422,
+        "invalid_manifest",
+        f"{number} error{'' if number == 1 else 's'}",
+        exit_code=3,
+        problems=[problem.as_dict() for problem in problems],
+    )
+
+
+def engine_argv(spec: Path) -> list[str]:
+    """How an engine is started."""
+    return [sys.executable, "-P", "-m", "quire_engine", str(spec), "--status-fd", "{status_fd}"]
+
+
+def router_command(state: StateDir) -> RouterCommand:
+    """How the router of this state directory is started."""
+
+    def config(host: str, port: int) -> bytes:
+        names = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
+        return msgspec.json.encode(
+            RouterConfig(
+                control_socket=str(state.router_control),
+                snapshot_file=str(state.router_snapshot),
+                host=host,
+                port=port,
+                allowed_hosts=tuple(dict.fromkeys(names)),
+            )
+        )
+
+    return RouterCommand(lambda path: [sys.executable, "-P", "-m", "quire.router", str(path)], config)
+
+
+class _Machine:
+    """`devices.detect`, asked at most once a second: NVML takes its time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._at = float("-inf")
+        self._inventory: Inventory | None = None
+
+    def __call__(self) -> Inventory:
+        now = self._clock()
+        if self._inventory is None or now - self._at > DETECT_SECONDS:
+            self._inventory, self._at = devices.detect(), now
+        return self._inventory
+
+
+class ControlPlane:
+    """One control plane of one state directory. `open` before anything else; `close` or `down` at the end."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        builtin: Mapping[str, Path],
+        *,
+        engine: Callable[[Path], Sequence[str]] = engine_argv,
+        router: RouterCommand | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.state = state
+        self.version = version("quire")
+        self.started_at = time.time()
+        self.store = Store(state.store)
+        self._machine = _Machine(time.monotonic)
+        self.admission = admission.Admission(self.store, Sources.of_environment(builtin, environ), self._machine)
+        roots = (state.replicas, state.gateway)
+        self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed)
+        child_env = dict(environ)
+        self.gateway = GatewayReconciler(self.store, self.fleet, state, router or router_command(state), child_env)
+        self.routes = Routes(state.router_control, self.store, self.gateway.router_runs)
+        self.gateway.routes = self.routes
+        self.models = ModelReconciler(
+            self.store,
+            self.fleet,
+            self.routes,
+            self.gateway,
+            state,
+            self._machine,
+            engine,
+            child_env,
+            self._key_changed,
+        )
+        self._controller: Controller[Key] = Controller(self._reconcile)
+        self._work: asyncio.Task[None] | None = None
+        self.finished = asyncio.Event()
+        """Set when `down` has stopped everything and the process is to end."""
+        self._down: asyncio.Task[None] | None = None
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self) -> None:
+        """Adopt what runs, then begin to reconcile."""
+        await self.fleet.open()
+        await self.routes.reconcile(build(self.models.routables()))
+        for stored in self.store.objects():
+            if stored.key.kind == "model":
+                self.models.refresh(stored.key)
+            self._controller.add(stored.key)
+        for orphan in self.fleet.observed():
+            self._process_changed(orphan.name)
+        self._controller.add(GATEWAY)
+        self._controller.add(ROUTES)
+        self._work = asyncio.create_task(self._controller.run(), name="controller")
+
+    async def close(self) -> None:
+        """Stop working. Router and engines go on."""
+        await self._stop_working()
+        await self.fleet.close()
+        self.store.close()
+
+    async def _stop_working(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+            self._work = None
+
+    def begin_down(self, grace: float) -> None:
+        """Start stopping everything; `finished` is set when nothing is left. A second call changes nothing."""
+        if self._down is None:
+            self._down = asyncio.create_task(self._stop_everything(grace), name="down")
+
+    async def _stop_everything(self, grace: float) -> None:
+        log.info("down: stopping everything, grace %.1f s", grace)
+        await self._stop_working()
+        try:
+            await self._stop_units([ROUTER_UNIT], grace)
+            names = sorted({seen.name for seen in self.fleet.observed()} - {ROUTER_UNIT})
+            if await self._stop_units(names, min(grace, ENGINE_GRACE)):
+                for row in self.store.replicas():
+                    self.store.delete_replica(row.id)
+                await self.fleet.close()
+                shutil.rmtree(self.state.runtime)
+        finally:
+            self.finished.set()
+
+    async def _stop_units(self, names: Sequence[str], grace: float) -> bool:
+        """Stop every living incarnation of these units; whether all are gone."""
+        for seen in self.fleet.observed():
+            if seen.name in names and seen.life is not Life.GONE:
+                await self.fleet.stop(seen.folder, grace)
+        done = await self.fleet.gone(names, grace + 10.0)
+        if not done:
+            left = [seen.folder for seen in self.fleet.observed() if seen.life is not Life.GONE]
+            log.error("down: still there after the grace: %s", left)
+        return done
+
+    # ── work ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _key_changed(self, key: Key) -> None:
+        self._controller.add(key)
+
+    def _process_changed(self, name: str) -> None:
+        if name == ROUTER_UNIT:
+            self._controller.add(GATEWAY)
+            self._controller.add(ROUTES)
+            return
+        models = {str(seen.labels["model"]) for seen in self.fleet.observed(name) if "model" in seen.labels}
+        for model in models:
+            self._controller.add(Key("model", model))
+        self._controller.add(ROUTES)
+
+    async def _reconcile(self, key: Key) -> float | None:
+        if key == ROUTES:
+            return await self._reconcile_routes()
+        if key.kind == "gateway":
+            failure = self.gateway.failure()
+            again = await self.gateway.reconcile()
+            if self.gateway.failure() != failure:
+                self._all_models()
+                self._controller.add(ROUTES)
+            return again
+        again = await self.models.reconcile(key)
+        if again == 0.0:
+            self._controller.add(ROUTES)
+        return again
+
+    async def _reconcile_routes(self) -> float | None:
+        if self.gateway.router_runs() is False:
+            return None  # a change of its shim brings this key back
+        if await self.routes.reconcile(build(self.models.routables())):
+            self._all_models()
+            self._controller.add(GATEWAY)
+        busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
+        return BUSY_POLL if busy else IDLE_POLL
+
+    def _all_models(self) -> None:
+        for stored in self.store.objects("model"):
+            self._controller.add(stored.key)
+
+    # ── what the API asks ─────────────────────────────────────────────────────────────────────────────────
+
+    def ping(self) -> dict[str, Any]:
+        runner = self.gateway.current()
+        return {
+            "version": self.version,
+            "pid": os.getpid(),
+            "startedAt": status.timestamp(self.started_at),
+            "stateDir": str(self.state.root),
+            "installId": self.store.install_id,
+            "router": {
+                "baseUrl": f"{self.gateway.base_url()}/v1",
+                "ready": self.gateway.ready(),
+                "pid": runner.child_pid if runner is not None else None,
+            },
+        }
+
+    def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What applying these files would do, on this machine or on a declared one. Writes nothing."""
+        loaded = _load(body)
+        declared = body.get("devices")
+        configs = body.get("configs") or {}
+        if not isinstance(configs, dict) or not all(isinstance(value, dict) for value in configs.values()):
+            raise ApiError(400, "bad_request", "configs maps a model's name or source to its config.json")
+        try:
+            inventory = devices.declared(declared) if declared is not None else None
+        except InventoryError as error:
+            raise ApiError(422, "bad_inventory", error.message, error.hint, exit_code=3) from error
+        reviews = self.admission.review(loaded.resources, inventory, configs)
+        document = admission.report(reviews)
+        for review, item in zip(reviews, document["items"], strict=True):
+            if review.key == GATEWAY and (problem := self.gateway.conflict(review.resolved)) is not None:
+                item["notes"].append(f"{problem}: apply would be refused")
+        return document
+
+    def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Store these files' resources, all or none, and set the reconcilers to work."""
+        self._refuse_while_down()
+        loaded = _load(body)
+        reviews = self.admission.review(loaded.resources)
+        if found := admission.problems(reviews):
+            raise invalid(found)
+        self._check_address(reviews)
+        try:
+            applied = self.store.apply(self.admission.changes(reviews))
+        except Conflict as conflict:
+            raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
+        for item in applied:
+            if item.result != "unchanged":
+                text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
+                self.store.add_event(item.key, "Normal", item.result.capitalize(), text)
+                if item.key.kind == "model":
+                    self.models.refresh(item.key)
+            self._controller.add(item.key)
+        self._controller.add(GATEWAY)
+        return {
+            "results": [
+                {
+                    "key": str(item.key),
+                    "result": item.result,
+                    "generation": item.generation,
+                    "revision": item.revision,
+                }
+                for item in applied
+            ]
+        }
+
+    def _refuse_while_down(self) -> None:
+        if self._down is not None:
+            raise ApiError(
+                503, "going_down", "the control plane is going down", "try again in a moment", exit_code=7
+            )
+
+    def _check_address(self, reviews: Sequence[admission.Review]) -> None:
+        """Refuse an apply whose router could not listen, while a person is there to read it."""
+        own = next((review.resolved for review in reviews if review.key == GATEWAY), None)
+        needed = own is not None or any(isinstance(review.located.resource, Model) for review in reviews)
+        if not needed:
+            return
+        problem = self.gateway.conflict(own if own is not None else resolved_spec(self.store.get(GATEWAY)))
+        if problem is not None:
+            raise ApiError(
+                409,
+                "address_in_use",
+                f"the router cannot listen: {problem}",
+                "apply a Gateway named default with another spec.port, or with port 0 for any free one",
+                exit_code=6,
+            )
+
+    def objects(self, kind: str | None) -> dict[str, Any]:
+        return {"items": [self._view(stored) for stored in self.store.objects(kind)]}
+
+    def object(self, key: Key) -> dict[str, Any]:
+        stored = self.store.get(key)
+        if stored is None:
+            raise _not_found(key)
+        return self._view(stored)
+
+    def delete(self, key: Key) -> dict[str, Any]:
+        """Begin a deletion; the object stays until nothing of it runs."""
+        self._refuse_while_down()
+        try:
+            stored = self.store.mark_deleting(key)
+        except NotFound as error:
+            raise _not_found(key) from error
+        self.store.add_event(key, "Normal", "Deleting", f"generation {stored.generation}")
+        self._controller.add(key)
+        self._controller.add(ROUTES)
+        return self._view(stored)
+
+    def _view(self, stored: StoredObject) -> dict[str, Any]:
+        report = self.store.status(stored.uid)
+        replicas = report.pop("replicaList", [])
+        for name in ("signature", "progressAt"):
+            report.pop(name, None)
+        return {
+            "kind": stored.key.kind,
+            "name": stored.key.name,
+            "generation": stored.generation,
+            "intent": stored.intent,
+            "resolved": stored.resolved,
+            "createdAt": status.timestamp(stored.created_at),
+            "deleting": stored.deletion_time is not None,
+            "status": report,
+            "replicas": [{**item, "since": status.timestamp(item["since"])} for item in replicas],
+            "revisions": self._revisions(stored),
+        }
+
+    def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
+        alive = {row.revision for row in self.store.replicas(stored.key.name)}
+        return [
+            {
+                "revision": revision.n,
+                "templateHash": revision.template_hash,
+                "state": "Current"
+                if revision.n == stored.revision
+                else "Leaving"
+                if revision.n in alive
+                else "Old",
+                "cause": revision.cause,
+                "createdAt": status.timestamp(revision.created_at),
+                "loadSeconds": revision.load_seconds,
+            }
+            for revision in self.store.revisions(stored.uid)
+        ]
+
+    def events(self, key: Key | None, after: int) -> dict[str, Any]:
+        return {
+            "items": [
+                {
+                    "id": event.id,
+                    "type": event.type,
+                    "reason": event.reason,
+                    "object": event.object,
+                    "message": event.message,
+                    "count": event.count,
+                    "firstSeen": status.timestamp(event.first_seen),
+                    "lastSeen": status.timestamp(event.last_seen),
+                }
+                for event in self.store.events(key, after)
+            ]
+        }
+
+    def logs(self, name: str, replica: str | None, tail: int, offset: int | None) -> dict[str, Any]:
+        """Text of logs: the last `tail` lines, or everything from byte `offset` on."""
+        if name in ("controlplane", "router"):
+            files = [(name, self.state.log(name))]
+        else:
+            key = _key(name)
+            folder = self.state.logs / "replicas" / key.name
+            if key.kind != "model" or (self.store.get(key) is None and not folder.is_dir()):
+                raise _not_found(key)
+            files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
+            if replica is not None:
+                files = [(stem, path) for stem, path in files if stem == replica]
+        return {"sources": [_read_log(source, path, tail, offset) for source, path in files if path.is_file()]}
+
+
+def _read_log(name: str, path: Path, tail: int, offset: int | None) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(size - MAX_LOG, 0) if offset is None or offset > size else offset
+        file.seek(begin)
+        data = file.read(MAX_LOG)
+    end = begin + len(data)
+    text = data.decode(errors="replace")
+    if offset is None:
+        text = "".join(text.splitlines(keepends=True)[-tail:]) if tail > 0 else ""
+    return {"name": name, "path": str(path), "text": text, "offset": end}
+
+
+def _load(body: Mapping[str, Any]) -> manifest.Manifest:
+    """The resources of a request's files. Raises `ApiError` for a wrong request or problems in the files."""
+    files = body.get("files")
+    if not isinstance(files, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("text"), str)
+        for item in files
+    ):
+        raise ApiError(400, "bad_request", 'files is a list of {"name", "text"}')
+    loaded = manifest.load([(item["name"], item["text"]) for item in files])
+    if loaded.problems:
+        raise invalid(loaded.problems)
+    return loaded
+
+
+def _key(text: str) -> Key:
+    try:
+        return Key.parse(text)
+    except ValueError as error:
+        raise ApiError(
+            400, "bad_request", str(error), "write it as kind/name, for example model/quickstart", exit_code=2
+        ) from error
+
+
+def _not_found(key: Key) -> ApiError:
+    return ApiError(404, "not_found", f"there is no {key}", "platform get shows what there is", exit_code=8)

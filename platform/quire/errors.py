@@ -1,0 +1,189 @@
+"""Errors of the HTTP side: which exception becomes which answer, in one table.
+
+    ApiError                          carries the words for the client, and the parameter they are about
+    ├── InvalidRequest                the request says something that is wrong or not understood
+    │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
+    ├── HostRefused                   the Host or Origin is not one we answer to
+    ├── NotFound                      no such path
+    ├── ModelNotFound                 no such model
+    ├── MethodNotAllowed
+    ├── BodyTooLarge
+    ├── BodyTimeout                   the client did not finish sending
+    ├── UnsupportedMediaType
+    ├── QueueFull                     as many requests wait as the manifest allows
+    ├── ServiceUnavailable            no replica is ready; one may be soon
+    ├── EngineUnavailable             engines died under the request, retries are used up
+    ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
+    ├── QueueTimeout                  waited for its turn longer than the manifest allows
+    └── InternalError                 ours, or the engine's; details are in the log
+
+    TextError                         of `quire.text`: what a checkpoint's template or tokenizer cannot do
+
+The messages are our own words: nothing that a library said, no path, no address. Anything not in the table is an
+`InternalError`. Codes are stable; clients branch on them. `x-should-retry` is what the official clients obey.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from quire.text.errors import BadTemplate, BadTokenizer, NoChatTemplate, TemplateFailed, TemplateRefused
+
+
+class ApiError(Exception):
+    """An error with words for the client. `param` names the field of the request, when there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        """Seconds after which trying again makes sense."""
+
+
+class InvalidRequest(ApiError):
+    """The request is wrong."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The request can never fit."""
+
+
+class HostRefused(ApiError):
+    """Host or Origin is not one of ours."""
+
+
+class NotFound(ApiError):
+    """No such path."""
+
+
+class ModelNotFound(ApiError):
+    """No such model."""
+
+
+class MethodNotAllowed(ApiError):
+    """The path exists, the method does not."""
+
+
+class BodyTooLarge(ApiError):
+    """The body is above the limit."""
+
+
+class BodyTimeout(ApiError):
+    """The body did not arrive in time."""
+
+
+class UnsupportedMediaType(ApiError):
+    """The body is not declared as JSON."""
+
+
+class QueueFull(ApiError):
+    """The queue is full."""
+
+
+class ServiceUnavailable(ApiError):
+    """No replica is ready."""
+
+
+class EngineUnavailable(ApiError):
+    """Engines died under the request before anything was sent."""
+
+
+class EngineDied(ApiError):
+    """The engine died in the middle of a stream."""
+
+
+class QueueTimeout(ApiError):
+    """The request waited too long for its turn."""
+
+
+class InternalError(ApiError):
+    """Something of ours broke."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one kind of exception is answered. `message` None: the exception's own words are for the client."""
+
+    status: int
+    type: str
+    code: str | None
+    retry: bool | None = None
+    """The `x-should-retry` header; None leaves it to the client's habits."""
+    message: str | None = None
+    close: bool = False
+    """Close the connection after the answer."""
+
+
+_BAD: Final = "invalid_request_error"
+_OURS: Final = "server_error"
+
+TABLE: Final[dict[type[Exception], Row]] = {
+    InvalidRequest: Row(400, _BAD, None),
+    ContextLengthExceeded: Row(400, _BAD, "context_length_exceeded"),
+    NoChatTemplate: Row(
+        400,
+        _BAD,
+        "no_chat_template",
+        message="This model has no chat template, so it cannot take messages. Use /v1/completions, or set "
+        "spec.tokenizer.chatTemplateFile in the model's manifest.",
+    ),
+    TemplateRefused: Row(400, _BAD, "template_refused"),
+    TemplateFailed: Row(400, _BAD, "template_failed"),
+    HostRefused: Row(421, _BAD, "host_not_allowed"),
+    NotFound: Row(404, _BAD, "not_found"),
+    ModelNotFound: Row(404, _BAD, "model_not_found"),
+    MethodNotAllowed: Row(405, _BAD, "method_not_allowed"),
+    BodyTimeout: Row(408, _BAD, "request_timeout", retry=False, close=True),
+    BodyTooLarge: Row(413, _BAD, "request_too_large", close=True),
+    UnsupportedMediaType: Row(415, _BAD, "unsupported_media_type"),
+    QueueFull: Row(429, "rate_limit_exceeded", "queue_full", retry=True),
+    BadTokenizer: Row(
+        503, _OURS, "model_unusable", retry=False, message="The tokenizer of this model could not be loaded."
+    ),
+    BadTemplate: Row(
+        503, _OURS, "model_unusable", retry=False, message="The chat template of this model does not compile."
+    ),
+    ServiceUnavailable: Row(503, _OURS, "service_unavailable", retry=True),
+    EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
+    EngineDied: Row(502, _OURS, "engine_died", retry=True),
+    QueueTimeout: Row(504, _OURS, "timeout", retry=False),
+    InternalError: Row(500, _OURS, "internal_error"),
+}
+_UNKNOWN: Final = Row(
+    500, _OURS, "internal_error", message="The server had an error of its own. It is in its log."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """An answer, ready to send, for any web framework."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    """`{"error": {"message", "type", "param", "code"}}`; inside a stream it goes after `data: `."""
+    code: str | None
+
+
+def describe(error: BaseException) -> HttpError:
+    """The answer for `error`: the row of its class or of the nearest base class in the table."""
+    row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)
+    param = error.param if isinstance(error, ApiError) else None
+    message = row.message if row.message is not None else str(error)
+    body = msgspec.json.encode({"error": {"message": message, "type": row.type, "param": param, "code": row.code}})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    retry_after = error.retry_after if isinstance(error, ApiError) else None
+    if retry_after is not None:
+        seconds = min(max(retry_after, 0.001), 120.0)  # above 120 s the official clients ignore the header
+        headers.append((b"retry-after", str(math.ceil(seconds)).encode()))
+        headers.append((b"retry-after-ms", str(math.ceil(seconds * 1000)).encode()))
+    if row.retry is not None:
+        headers.append((b"x-should-retry", b"true" if row.retry else b"false"))
+    if row.close:
+        headers.append((b"connection", b"close"))
+    return HttpError(row.status, tuple(headers), body, row.code)

@@ -1,0 +1,133 @@
+"""`python -m quire.router CONFIG.json`: run a router until SIGTERM.
+
+Exit codes: 0 after SIGTERM or SIGINT, 78 when the configuration is wrong (starting again is pointless), 1
+otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from quire.router import config as configuration
+from quire.router.app import build
+from quire.router.control import ControlServer
+from quire.router.fleet import Fleet
+from quire.router.guard import MAX_HEADER_BYTES, Protocol
+from quire.telemetry import BadTelemetry, Tracing
+
+log = logging.getLogger("quire.router")
+EX_CONFIG = 78
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: it would end the process by the signal instead of in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listening_socket(config: configuration.RouterConfig) -> socket.socket:
+    """The socket handed down by the shim, or one of our own on `host` and `port`."""
+    inherited = os.environ.pop(configuration.LISTEN_FD, None)
+    if inherited is not None:
+        taken = socket.socket(fileno=int(inherited))
+        taken.set_inheritable(False)
+        return taken
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    own = socket.socket(family, socket.SOCK_STREAM)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    own.bind((config.host, config.port))
+    own.listen(BACKLOG)
+    return own
+
+
+def base_url(listening: socket.socket) -> str:
+    """Where clients on this machine reach the socket, without `/v1`."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (a comparison, not a bind)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(config: configuration.RouterConfig, listening: socket.socket, tracing: Tracing) -> None:
+    """Serve on `listening` until a signal, then let running requests finish within the grace."""
+    listening.setblocking(False)
+    fleet = Fleet(Path(config.snapshot_file), config.stall_seconds)
+    await fleet.load_snapshot()
+    control = ControlServer(fleet, Path(config.control_socket), base_url(listening))
+    server = _Server(
+        uvicorn.Config(
+            build(fleet, config, tracing),
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(config.shutdown_grace),
+            backlog=BACKLOG,
+        )
+    )
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # Plain handlers, not the loop's, which end with it: a second SIGTERM must not be a sudden death.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    await control.open()
+    log.info("router on %s, control on %s", base_url(listening), config.control_socket)
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        await control.close()
+        await fleet.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the interpreter takes our handlers away before it is gone
+
+
+def main(arguments: list[str]) -> int:
+    """Run with the configuration file named in `arguments`."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m quire.router CONFIG.json\n")
+        return EX_CONFIG
+    try:
+        config = configuration.load(Path(arguments[0]))
+        tracing = Tracing.from_environment()
+    except (configuration.BadRouterConfig, BadTelemetry) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EX_CONFIG
+    try:
+        listening = listening_socket(config)
+    except OSError as error:
+        sys.stderr.write(
+            f"error: cannot listen on {config.host}:{config.port}: {error.strerror}\n"
+            "    hint: another process has the port; choose one in the Gateway's spec.port\n"
+        )
+        return 1
+    try:
+        asyncio.run(serve(config, listening, tracing))
+    finally:
+        tracing.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The router's HTTP endpoints, one file per family; `exchange.py` carries one request for text through."""

@@ -1,0 +1,286 @@
+"""One request for text, from the first byte of its body to the last byte of its answer.
+
+An endpoint family brings a `Format`: how to read a body, how to make a `Job` of it, and how an answer looks, whole
+and in pieces. `Exchange` does all the rest, the same for every family:
+
+- the body is read under a limit of size and time;
+- the client is watched while the work goes on, for whole answers as for streams: when it leaves, the work is
+  cancelled, and with it every sequence at the engines;
+- a stream says nothing until the first piece is there, so that everything that goes wrong before is an ordinary
+  error with a status of its own;
+- a stream ends in exactly one of three ways: finish reasons and `[DONE]`; one error event and a connection that is
+  cut (the answer is left without its end, which the server takes as the order to close); or the client left.
+
+Server-sent events are written as bytes, one `send` for all that one step brought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from litestar.types import Receive, Scope, Send
+
+from quire.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    InvalidRequest,
+    ServiceUnavailable,
+    UnsupportedMediaType,
+    describe,
+)
+from quire.router.fleet import ServedModel
+from quire.router.gateway import Gateway, Job, Run, Update
+from quire.telemetry import NO_MODEL, RequestSpan, Tracing
+from quire_schemas import signals
+from quire_schemas.openai import BadRequest, PromptTokensDetails, SamplingFields, Usage
+
+log = logging.getLogger("quire.router")
+
+BODY_SECONDS: Final = 30.0
+DRAIN: Final = 4
+"""A body up to this many times the limit is read to its end before it is refused."""
+DONE: Final = b"data: [DONE]\n\n"
+_STREAM_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+R = TypeVar("R", bound=SamplingFields)
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class Format(Protocol[R]):
+    """What is particular to one endpoint family."""
+
+    operation: str
+
+    def read(self, body: bytes) -> R:
+        """The request in a body. Raises `BadRequest`."""
+
+    def sequences(self, request: R) -> int:
+        """How many sequences it will run."""
+
+    def job(
+        self, request: R, served: ServedModel, size: int, arrived_at: float, traceparent: str | None
+    ) -> Awaitable[Job]:
+        """The request as a job."""
+
+    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+        """The answer in one piece, as JSON, from all updates of the run."""
+
+    def stream(self, job: Job, request: R) -> StreamFormat:
+        """The answer in pieces."""
+
+
+class StreamFormat(Protocol):
+    """Writes the events of one stream."""
+
+    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
+        """Events for one batch; `usage` when it is to be in every event."""
+
+    def closing(self, usage: Usage) -> bytes:
+        """The event with the usage, for those who asked for it."""
+
+
+class Exchange(Generic[R]):
+    """Answers one request. Call it as an ASGI application."""
+
+    def __init__(self, gateway: Gateway, tracing: Tracing, form: Format[R], max_body: int) -> None:
+        self._gateway = gateway
+        self._tracing = tracing
+        self._format = form
+        self._max_body = max_body
+        self._started = False
+        self._refused = True
+        """Until a run begins, whatever goes wrong is a refusal."""
+        self._model: str | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_at = time.monotonic()
+        headers = dict(scope["headers"])
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None
+        span = self._tracing.start(self._format.operation, traceparent)
+        finish, failure = "error", "internal_error"
+        try:
+            body = await read_body(headers, receive, self._max_body)
+            finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
+        except ClientGone:
+            finish, failure = "abort", "client_gone"
+        except asyncio.CancelledError:
+            # Only the server's shutdown cancels an exchange, and nothing comes after this in its task.
+            failure = "shutdown"
+            stopped = "The server stopped before the answer was complete."
+            await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
+        except Exception as error:
+            known = describe(_ours(error))
+            finish = "refused" if self._refused and known.status != 500 else "error"
+            failure = known.code or "invalid_request"
+            if known.status == 500:
+                log.error("a request failed", exc_info=error)
+            await self._fail(send, error)
+        finally:
+            handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
+            handles.requests[self._format.operation, finish].inc()
+            if not self._refused:
+                handles.e2e.observe(time.monotonic() - arrived_at)
+            span.end(failure or None)
+
+    async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
+        """Do the work and send the answer; gives the word by which the request is counted."""
+        request = self._format.read(body)
+        served = self._gateway.fleet.resolve(request.model)
+        self._model = served.route.model
+        with self._gateway.admit(served, self._format.sequences(request)):
+            job = await self._format.job(request, served, len(body), arrived_at, span.traceparent)
+            run = Run(self._gateway, job)
+            span.set(_request_attributes(job))
+            in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
+            in_flight.inc()
+            self._refused = False
+            try:
+                if job.stream:
+                    reasons = await self._send_stream(request, run, send)
+                else:
+                    reasons = await self._send_whole(run, send)
+            finally:
+                in_flight.dec()
+                span.set(_answer_attributes(run))
+            span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
+            return "length" if "length" in reasons else "stop"
+
+    async def _send_whole(self, run: Run, send: Send) -> list[str]:
+        updates: list[Update] = []
+        async with contextlib.aclosing(run.updates()) as batches:
+            async for batch in batches:
+                updates.extend(batch)
+        payload = self._format.whole(run.job, updates, usage_of(run))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": payload, "more_body": False})
+        return [update.finish_reason for update in updates if update.finish_reason is not None]
+
+    async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
+        form = self._format.stream(run.job, request)
+        reasons: list[str] = []
+        async with contextlib.aclosing(run.updates()) as batches:
+            async for batch in batches:
+                if not self._started:
+                    await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+                    self._started = True
+                usage = usage_of(run) if request.wants_running_usage else None
+                await send({"type": "http.response.body", "body": form.events(batch, usage), "more_body": True})
+                reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
+        end = (form.closing(usage_of(run)) if request.wants_usage else b"") + DONE
+        await send({"type": "http.response.body", "body": end, "more_body": False})
+        return reasons
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        """Answer with the error; in a stream that has begun, as its one error event.
+
+        What follows such an event is no end of the answer, so the server cuts the connection.
+        """
+        known = describe(_ours(error))
+        if self._started:
+            event = b"data: " + known.body + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            return
+        await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
+        await send({"type": "http.response.body", "body": known.body, "more_body": False})
+
+
+def usage_of(run: Run) -> Usage:
+    """The tokens of a run so far."""
+    prompt, completion = run.job.prompt_tokens, run.completion_tokens
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
+    )
+
+
+def _ours(error: Exception) -> Exception:
+    """The schema's complaint as the error that the table knows."""
+    return InvalidRequest(error.message, param=error.param) if isinstance(error, BadRequest) else error
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    """The whole body. Raises `UnsupportedMediaType`, `BodyTooLarge`, `BodyTimeout` and `ClientGone`."""
+    media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if media != b"application/json":
+        raise UnsupportedMediaType("The body must be declared as JSON: Content-Type: application/json.")
+    stated = int(headers.get(b"content-length", b"0"))
+    parts: list[bytes] = []
+    size = 0
+    more = stated <= DRAIN * limit
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise ClientGone
+                size += len(message["body"])
+                if size <= limit:
+                    parts.append(message["body"])
+                # A client cut off while it sends never sees why: what is too large is read on for a while.
+                more = message["more_body"] and size <= DRAIN * limit
+    except TimeoutError:
+        raise BodyTimeout(f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
+    if more or max(size, stated) > limit:
+        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
+    return b"".join(parts)
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, str]) -> str:
+    """The result of `work`; cancelled, and `ClientGone` raised, when the client leaves before."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, watch):
+            if not each.done():
+                each.cancel()
+        await asyncio.wait({task, watch})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def _request_attributes(job: Job) -> dict[str, Any]:
+    return {
+        signals.GEN_AI_OPERATION: job.operation,
+        signals.GEN_AI_PROVIDER: "quire",
+        signals.GEN_AI_REQUEST_MODEL: job.asked_model,
+        signals.GEN_AI_REQUEST_MAX_TOKENS: job.sampling.max_tokens,
+        signals.GEN_AI_REQUEST_TEMPERATURE: job.sampling.temperature,
+        signals.GEN_AI_REQUEST_TOP_P: job.sampling.top_p,
+        signals.GEN_AI_REQUEST_CHOICES: job.n,
+        signals.GEN_AI_REQUEST_STREAM: job.stream,
+        signals.GEN_AI_RESPONSE_ID: job.id,
+        signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
+    }
+
+
+def _answer_attributes(run: Run) -> dict[str, Any]:
+    first = run.first_token_at
+    return {
+        signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
+        signals.GEN_AI_TIME_TO_FIRST_TOKEN: first - run.job.arrived_at if first is not None else None,
+    }
+
+
+__all__ = ["Exchange", "Format", "StreamFormat", "read_body", "usage_of"]

@@ -1,0 +1,36 @@
+"""Three questions, three answers.
+
+- `/livez`: does the process answer? 200 whenever it does. For whoever would restart it.
+- `/readyz`: does it know what to serve? 200 once it acts by a routing table, even by one without models.
+- `/health`: can a request be served now? 200 when at least one model has a replica that is connected, not draining
+  and making progress; else 503. A replica that has requests and makes no step counts as stalled, though its socket
+  answers: the body tells, model by model, how many there are of each.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from quire.router.fleet import Fleet
+
+
+def health(fleet: Fleet) -> tuple[int, bytes]:
+    """Status and body of `/health`."""
+    models = {}
+    for served in {id(served): served for served in fleet.models.values()}.values():
+        clients = served.clients
+        models[served.route.model] = {
+            "replicas": len(served.route.replicas),
+            "ready": sum(client.ready for client in clients),
+            "stalled": sum(client.stalled for client in clients),
+            "draining": sum(client.endpoint.draining for client in clients),
+        }
+    ready = [counts["ready"] > 0 for counts in models.values()]
+    status = "ok" if ready and all(ready) else "degraded" if any(ready) else "unavailable"
+    return 200 if any(ready) else 503, msgspec.json.encode({"status": status, "models": models})
+
+
+def readiness(fleet: Fleet) -> tuple[int, bytes]:
+    """Status and body of `/readyz`."""
+    version = fleet.table.version
+    return 200 if version > 0 else 503, msgspec.json.encode({"ready": version > 0, "tableVersion": version})

@@ -1,0 +1,47 @@
+"""What the control plane writes for a router before it starts it: one JSON file, a `RouterConfig`.
+
+The listening socket is not part of it: the shim binds it, keeps it, and hands it down as the descriptor whose
+number is in the environment variable `LISTEN_FD`. Without that variable the router binds `host` and `port` itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+LISTEN_FD: Final = "QUIRE_LISTEN_FD"
+
+
+class BadRouterConfig(Exception):
+    """The configuration file is missing or does not say what a router needs."""
+
+
+class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One router's fixed settings. Everything that changes while it runs comes in a `wire.RoutingTable`."""
+
+    control_socket: str
+    """Unix socket on which the control plane speaks to this router; the folder exists and is 0700."""
+    snapshot_file: str
+    """The last accepted routing table, written atomically, loaded at start."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """Used only without an inherited descriptor. 0 takes any free port."""
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Names that a request's Host (any port) and Origin may carry, against web pages that rebind a name to us."""
+    max_body_bytes: int = 4 * 1024 * 1024
+    stall_seconds: float = 30.0
+    """A replica with requests and no step for this long counts as not ready."""
+    shutdown_grace: float = 30.0
+    """On SIGTERM, how long running requests may finish before they end in an error event."""
+
+
+def load(path: Path) -> RouterConfig:
+    """The configuration in `path`. Raises `BadRouterConfig`."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RouterConfig)
+    except OSError as error:
+        raise BadRouterConfig(f"{path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise BadRouterConfig(f"{path}: {error}") from error

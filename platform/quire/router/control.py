@@ -1,0 +1,78 @@
+"""The control plane's line into the router: a Unix socket that speaks `wire.ToRouter` and answers `RouterStatus`.
+
+Every frame gets exactly one answer, after it took effect. Any number of connections may be open; tables are
+absolute and versioned, so their order across connections does not matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+
+from quire.router.fleet import Fleet
+from quire_schemas import wire
+
+log = logging.getLogger("quire.router")
+_UCRED = struct.Struct("3i")
+
+
+class ControlServer:
+    """Listens on `path` (0600) until closed."""
+
+    def __init__(self, fleet: Fleet, path: Path, base_url: str) -> None:
+        self._fleet = fleet
+        self._path = path
+        self._base_url = base_url
+        self._server: asyncio.Server | None = None
+        self._talks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Begin to listen. A socket file left by an earlier router is replaced."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        mask = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._talk, path=self._path)
+        finally:
+            os.umask(mask)
+
+    async def close(self) -> None:
+        """Stop listening and end the conversations."""
+        if self._server is not None:
+            self._server.close()
+        for talk in self._talks:
+            talk.cancel()
+        if self._talks:
+            await asyncio.wait(self._talks)
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._talks.add(task)
+            task.add_done_callback(self._talks.discard)
+        try:
+            raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            if _UCRED.unpack(raw)[1] != os.getuid():
+                log.warning("the control socket was opened by another user")
+                return
+            frames: wire.Reader[wire.ToRouter] = wire.Reader(reader, wire.ToRouter)
+            while (message := await frames.read()) is not None:
+                if isinstance(message, wire.RoutingTable):
+                    await self._fleet.apply(message)
+                elif isinstance(message, wire.SetLimits):
+                    self._fleet.set_limits(message)
+                writer.write(wire.frame(self._fleet.status(self._base_url)))
+                await writer.drain()
+        except (OSError, EOFError, wire.WireError) as error:
+            log.warning("control connection ended: %s: %s", type(error).__name__, error)
+        except asyncio.CancelledError:
+            log.info("control connection ended: the router stops")
+        finally:
+            writer.close()

@@ -1,0 +1,273 @@
+"""One engine, seen from the router: a connection that is kept up, and the sequences running over it.
+
+An `EngineClient` belongs to one incarnation of one replica. Its task connects, says `Hello`, and counts as
+connected only when a `Welcome` with exactly that identity came back; a socket that answers as somebody else is
+left alone and tried again later. When the connection breaks, each of its sequences is marked lost and its waiter
+woken: what becomes of it is the gateway's decision. A client that left the routing table is retired: it takes no
+new sequences, does not reconnect, and closes when its last sequence has ended.
+
+Progress is what counts as life: a replica that has sequences of ours and has sent no step for `stall_seconds` is
+not ready, whatever its socket says.
+
+    NotConnected      a sequence was to be started on a connection that is not up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+from quire.router.balancer import Candidate, outstanding
+from quire_schemas import wire
+
+log = logging.getLogger("quire.router")
+
+HANDSHAKE_SECONDS = 5.0
+_BACKOFF = (0.05, 1.0)
+_UCRED = struct.Struct("3i")
+
+
+class NotConnected(Exception):
+    """The replica's connection is not up."""
+
+
+class Sequence:
+    """One sequence running on an engine: an inbox of its deltas, and the bell that rings when there is one."""
+
+    __slots__ = ("bell", "client", "deltas", "ended", "generated", "id", "lost", "max_tokens", "prompt_tokens")
+
+    def __init__(self, client: EngineClient, request: wire.Generate, bell: asyncio.Event) -> None:
+        self.client = client
+        self.id = request.id
+        self.bell = bell
+        self.deltas: list[wire.Delta] = []
+        self.prompt_tokens = len(request.token_ids)
+        self.max_tokens = request.sampling.max_tokens
+        self.generated = 0
+        self.ended = False
+        self.lost = False
+
+    def take(self) -> list[wire.Delta]:
+        """The deltas since the last call."""
+        taken, self.deltas = self.deltas, []
+        return taken
+
+    def abort(self) -> None:
+        """Tell the engine to stop; a sequence that has ended is left as it is."""
+        self.client.abort(self)
+
+
+class EngineClient:
+    """The router's end of one replica. All of it runs on one event loop."""
+
+    def __init__(self, endpoint: wire.ReplicaEndpoint, changed: Callable[[], None], stall_seconds: float) -> None:
+        self.endpoint = endpoint
+        self.welcome: wire.Welcome | None = None
+        self.stats: wire.Stats | None = None
+        self.max_num_seqs = 0
+        self.served = 0
+        self.retired = False
+        self._changed = changed
+        self._stall_seconds = stall_seconds
+        self._sequences: dict[str, Sequence] = {}
+        self._limits: dict[str, wire.Limits] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._progress_at = 0.0
+        self._complaint = ""
+        self._task = asyncio.create_task(self._stay_connected(), name=f"engine {endpoint.replica_id}")
+
+    # ── what is known of it ───────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def connected(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def stalled(self) -> bool:
+        return bool(self._sequences) and time.monotonic() - self._progress_at > self._stall_seconds
+
+    @property
+    def ready(self) -> bool:
+        """Whether a new sequence may be given to it."""
+        return self.connected and not self.retired and not self.endpoint.draining and not self.stalled
+
+    def candidate(self) -> Candidate:
+        ahead = sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values())
+        return Candidate(self.endpoint.replica_id, self.ready, ahead, self.in_flight, self.served)
+
+    def load(self) -> wire.ReplicaLoad:
+        return wire.ReplicaLoad(
+            replica_id=self.endpoint.replica_id,
+            incarnation=self.endpoint.incarnation,
+            connected=self.connected,
+            in_flight=self.in_flight,
+            hot_hash=self.stats.hot_hash if self.stats is not None and self.connected else None,
+        )
+
+    def queued(self, sequence: Sequence) -> bool:
+        """Whether the sequence still waits in the engine's queue, as far as can be told from here.
+
+        Engines serve first come, first served, so those that wait are the youngest of the connection.
+        """
+        if sequence.generated or self.stats is None:
+            return False
+        youngest = list(self._sequences)[::-1][: self.stats.waiting]
+        return sequence.id in youngest
+
+    # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, request: wire.Generate, bell: asyncio.Event) -> Sequence:
+        """Send a sequence to the engine. `bell` is set whenever the sequence has news."""
+        if self._writer is None or self.retired:
+            raise NotConnected(self.endpoint.replica_id)
+        sequence = Sequence(self, request, bell)
+        if not self._sequences:
+            self._progress_at = time.monotonic()
+        self._sequences[request.id] = sequence
+        self.served += 1
+        self._writer.write(wire.frame(request))
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        if self._sequences.pop(sequence.id, None) is None:
+            return
+        sequence.ended = True
+        if self._writer is not None:
+            self._writer.write(wire.frame(wire.Abort(sequence.id)))
+        self._close_if_done()
+
+    # ── control ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_limits(self, limits: wire.Limits) -> None:
+        """Pass the hot knobs on; the engine's next `Stats` carries their hash."""
+        self._limits = {limits.hot_hash: limits}
+        if self._writer is not None:
+            self._writer.write(wire.frame(limits))
+
+    def retire(self) -> None:
+        """Take nothing new; close when the last sequence has ended."""
+        self.retired = True
+        self._close_if_done()
+
+    @property
+    def closed(self) -> bool:
+        return self._task.done()
+
+    async def close(self) -> None:
+        """Drop the connection now. Sequences still running are lost."""
+        self.retired = True
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    def _close_if_done(self) -> None:
+        if self.retired and not self._sequences:
+            self._task.cancel()
+
+    # ── the connection ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _stay_connected(self) -> None:
+        delay = _BACKOFF[0]
+        while not self.retired:
+            try:
+                await self._converse()
+                delay = _BACKOFF[0]
+                self._complain("the engine closed the connection")
+            except (OSError, EOFError, TimeoutError, wire.WireError) as error:
+                self._complain(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, not a secret)
+            delay = min(delay * 2, _BACKOFF[1])
+
+    async def _converse(self) -> None:
+        """One connection from its start to its end."""
+        reader, writer = await asyncio.open_unix_connection(self.endpoint.socket)
+        try:
+            frames: wire.Reader[wire.FromEngine] = wire.Reader(reader, wire.FromEngine)
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                self._check_peer(writer)
+                writer.write(wire.frame(wire.Hello(role="router")))
+                self._accept(await frames.read())
+            self._writer = writer
+            self._complaint = ""
+            log.info("replica %s: connected", self.endpoint.replica_id)
+            self._changed()
+            for limits in self._limits.values():
+                writer.write(wire.frame(limits))
+            while (message := await frames.read()) is not None:
+                self._hear(message)
+        finally:
+            was_up, self._writer = self._writer is not None, None
+            lost, self._sequences = self._sequences, {}
+            for sequence in lost.values():
+                sequence.lost = True
+                sequence.bell.set()
+            if was_up:
+                log.info("replica %s: disconnected, %d sequences lost", self.endpoint.replica_id, len(lost))
+                self._changed()
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def _check_peer(self, writer: asyncio.StreamWriter) -> None:
+        raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        if _UCRED.unpack(raw)[1] != os.getuid():
+            raise wire.BadMessage("the socket belongs to another user")
+
+    def _accept(self, message: wire.FromEngine | None) -> None:
+        if message is None:
+            raise EOFError("closed before its welcome")
+        if not isinstance(message, wire.Welcome):
+            raise wire.BadMessage(f"a {type(message).__name__} came in place of the welcome")
+        mine = (self.endpoint.replica_id, self.endpoint.incarnation, wire.PROTOCOL)
+        theirs = (message.replica_id, message.incarnation, message.protocol)
+        if mine != theirs:
+            raise wire.BadMessage(f"it answers as {theirs}, the table says {mine}")
+        self.welcome = message
+        self.max_num_seqs = message.max_num_seqs
+
+    def _hear(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Deltas):
+            self._progress_at = time.monotonic()
+            for delta in message.items:
+                sequence = self._sequences.get(delta.id)
+                if sequence is None:
+                    continue  # aborted a moment ago
+                sequence.generated += len(delta.token_ids)
+                sequence.deltas.append(delta)
+                if delta.finish_reason is not None:
+                    sequence.ended = True
+                    del self._sequences[delta.id]
+                sequence.bell.set()
+            self._close_if_done()
+        elif isinstance(message, wire.Stats):
+            if self.stats is not None and message.steps != self.stats.steps:
+                self._progress_at = max(self._progress_at, message.last_step_at)
+            self.stats = message
+            if message.hot_hash in self._limits:
+                self.max_num_seqs = self._limits[message.hot_hash].max_num_seqs
+        else:
+            raise wire.BadMessage("a second welcome")
+
+    def _complain(self, words: str) -> None:
+        """Log why there is no connection, once for each reason and not at each attempt."""
+        if words != self._complaint and not self.retired:
+            self._complaint = words
+            log.warning("replica %s: %s", self.endpoint.replica_id, words)
+
+
+def endpoint_key(endpoint: wire.ReplicaEndpoint) -> tuple[str, int, str]:
+    """What makes two endpoints the same connection; `draining` is only its state."""
+    return endpoint.replica_id, endpoint.incarnation, endpoint.socket
+
+
+__all__ = ["EngineClient", "NotConnected", "Sequence", "endpoint_key"]

@@ -1,0 +1,241 @@
+"""The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight.
+
+`Fleet.apply` takes a table whole: it loads what is new (tokenizers on a thread, so that streams keep flowing),
+writes the table to disk, then switches over in one step of the event loop. Connections to replicas that are in
+both tables stay; those that left are retired. The file is what a restarted router begins with while the control
+plane is away.
+
+A model whose tokenizer cannot be loaded stays in the table, unusable: its requests are answered with the reason,
+and its replicas are not connected to, so that the control plane never sees it ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from quire.errors import ModelNotFound
+from quire.router.engine_client import EngineClient, endpoint_key
+from quire.telemetry import Metrics, ReplicaSample
+from quire.text import TextError, Tokenizer
+from quire_schemas import wire
+
+log = logging.getLogger("quire.router")
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One model as requests meet it. Lives as long as the model is in the table; the route may change under it."""
+
+    route: wire.ModelRoute
+    tokenizer: Tokenizer | TextError
+    clients: tuple[EngineClient, ...] = ()
+    in_flight: int = 0
+    """Sequences admitted and not ended, those without a replica included."""
+
+    @property
+    def usable(self) -> Tokenizer:
+        """The tokenizer. Raises the `TextError` that loading it ended in."""
+        if isinstance(self.tokenizer, TextError):
+            raise type(self.tokenizer)(
+                str(self.tokenizer)
+            )  # a new one: the old would gather a traceback a request
+        return self.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's logits where a replica has told, else what the tokenizer knows."""
+        told = [client.welcome.vocab_size for client in self.clients if client.welcome is not None]
+        return max(told) if told else self.usable.vocab_size
+
+    @property
+    def slots(self) -> int:
+        """Sequences that the ready replicas compute at once."""
+        return sum(client.max_num_seqs for client in self.clients if client.ready)
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Wakes everybody who waits on `event`, and has a new event for those who come later."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def fire(self) -> None:
+        fired, self.event = self.event, asyncio.Event()
+        fired.set()
+
+
+class Fleet:
+    """Everything routable. `apply` changes it, all else reads."""
+
+    def __init__(self, snapshot: Path, stall_seconds: float) -> None:
+        self.table = wire.RoutingTable(version=0, models=())
+        self.models: dict[str, ServedModel] = {}
+        """By every name that a request may use."""
+        self.metrics = Metrics(self.samples)
+        self._snapshot = snapshot
+        self._stall_seconds = stall_seconds
+        self._clients: dict[tuple[str, int, str], EngineClient] = {}
+        self._leaving: list[EngineClient] = []
+        self._tokenizers: dict[tuple[object, ...], Tokenizer | TextError] = {}
+        self._turn = asyncio.Lock()
+        self._pulse = Pulse()
+
+    # ── changing it ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def load_snapshot(self) -> None:
+        """Begin with the table on disk, if there is one. A file that is none is reported and left aside."""
+        try:
+            table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError) as error:
+            log.error("the routing snapshot %s cannot be used: %s", self._snapshot, error)
+            return
+        await self._switch(table)
+        log.info("routing table %d from disk: %d models", table.version, len(table.models))
+
+    async def apply(self, table: wire.RoutingTable) -> None:
+        """Act by `table` from now on, if it is newer. Raises OSError when it cannot be written to disk."""
+        async with self._turn:
+            if table.version <= self.table.version:
+                return
+            await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
+            await self._switch(table)
+            log.info("routing table %d: %d models", table.version, len(table.models))
+
+    async def _switch(self, table: wire.RoutingTable) -> None:
+        tokenizers = {route.model: await self._tokenizer(route) for route in table.models}
+        known = {served.route.model: served for served in self.models.values()}
+        clients: dict[tuple[str, int, str], EngineClient] = {}
+        by_name: dict[str, ServedModel] = {}
+        for route in table.models:
+            tokenizer = tokenizers[route.model][1]
+            served = known.get(route.model) or ServedModel(route, tokenizer)
+            mine: list[EngineClient] = []
+            for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
+                key = endpoint_key(endpoint)
+                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire, self._stall_seconds)
+                client.endpoint = endpoint
+                clients[key] = client
+                mine.append(client)
+            served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
+            for name in route.names:
+                if by_name.setdefault(name, served) is not served:
+                    log.error("two models are served as %s; %s keeps the name", name, by_name[name].route.model)
+        for key, client in self._clients.items():
+            if key not in clients:
+                client.retire()
+                self._leaving.append(client)
+        self._clients, self.models, self.table = clients, by_name, table
+        self._tokenizers = dict(tokenizers.values())
+        self.metrics.set_models(route.model for route in table.models)
+        self._pulse.fire()
+
+    async def _tokenizer(self, route: wire.ModelRoute) -> tuple[tuple[object, ...], Tokenizer | TextError]:
+        """The route's tokenizer, and the key it is remembered by: its files and when they last changed."""
+        folder = Path(route.tokenizer_dir)
+        chosen = Path(route.chat_template_file) if route.chat_template_file is not None else None
+        files = [*(folder / name for name in _FILES), *([chosen] if chosen is not None else [])]
+        key = (folder, chosen, *(_changed_at(path) for path in files))
+        known = self._tokenizers.get(key)
+        if known is not None:
+            return key, known
+        try:
+            return key, await asyncio.to_thread(Tokenizer.load, folder, chosen)
+        except TextError as error:
+            log.error("model %s cannot be served: %s", route.model, error, exc_info=error.__cause__)
+            return key, error
+
+    def set_limits(self, message: wire.SetLimits) -> None:
+        """Pass limits on to the replicas they are for."""
+        for client in self._clients.values():
+            if client.endpoint.replica_id in message.replica_ids:
+                client.set_limits(message.limits)
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        for client in [*self._clients.values(), *self._leaving]:
+            await client.close()
+
+    # ── reading it ────────────────────────────────────────────────────────────────────────────────────────
+
+    def resolve(self, name: str) -> ServedModel:
+        """The model served as `name`. Raises `ModelNotFound`."""
+        served = self.models.get(name)
+        if served is None:
+            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
+            known = ", ".join(sorted(self.models)[:8])
+            raise ModelNotFound(
+                f"The model '{shown}' does not exist."
+                + (f" Models here: {known}." if known else " No model is served here yet."),
+                param="model",
+            )
+        return served
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set at the next change of the table or of a connection. Take it before looking, then wait for it."""
+        return self._pulse.event
+
+    def status(self, base_url: str) -> wire.RouterStatus:
+        """The acknowledgement: the table in force, its replicas, and those that still drain from an older one."""
+        self._leaving = [client for client in self._leaving if not client.closed]
+        loads = [client.load() for client in [*self._clients.values(), *self._leaving]]
+        return wire.RouterStatus(
+            version=self.table.version, pid=os.getpid(), base_url=base_url, replicas=[*loads, *self._unconnected()]
+        )
+
+    def _unconnected(self) -> Iterator[wire.ReplicaLoad]:
+        """Replicas of models that cannot be served."""
+        for route in self.table.models:
+            for endpoint in route.replicas:
+                if endpoint_key(endpoint) not in self._clients:
+                    yield wire.ReplicaLoad(endpoint.replica_id, endpoint.incarnation, False, 0)
+
+    def samples(self) -> Iterator[ReplicaSample]:
+        """What a scrape shows of the replicas."""
+        for served in {id(served): served for served in self.models.values()}.values():
+            for client in served.clients:
+                up = client.connected and not client.stalled
+                stats = client.stats if client.connected else None
+                yield ReplicaSample(served.route.model, client.endpoint.replica_id, up, stats)
+
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def _changed_at(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace `path` so that a crash leaves the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,100 @@
+"""What every request passes before any route is looked at.
+
+- **Host**: only names we answer to. A web page that makes its own name resolve to 127.0.0.1 sends its own name
+  here, and is turned away; so is a page whose `Origin` is not one of these names. A Host that is no host is a
+  400.
+- **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
+  ways; it is refused and its connection closed.
+- **Size**: a bounded number of headers of bounded length.
+- **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer.
+
+`Protocol` is uvicorn's, with answers of our own shape to what is not HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection, Iterable
+from typing import Final
+
+import h11
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from quire.errors import ApiError, HostRefused, InvalidRequest, describe
+
+MAX_HEADERS: Final = 100
+MAX_HEADER_BYTES: Final = 16 * 1024
+_HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+_ORIGIN: Final = re.compile(r"https?://(.+)")
+_WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class Guard:
+    """An ASGI application around the router's."""
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in allowed_hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        stated = next((value for name, value in headers if name == b"x-request-id"), b"")
+        request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            self._check(headers)
+        except ApiError as error:
+            answer = describe(error)
+            closing = [*answer.headers, (b"connection", b"close")]
+            await send_with_id({"type": "http.response.start", "status": answer.status, "headers": closing})
+            await send_with_id({"type": "http.response.body", "body": answer.body, "more_body": False})
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        values: dict[bytes, list[str]] = {}
+        count = size = 0
+        for name, value in headers:
+            count += 1
+            size += len(name) + len(value)
+            values.setdefault(name, []).append(value.decode("latin-1"))
+        if count > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            raise InvalidRequest(f"The headers are above {MAX_HEADERS} in number or {MAX_HEADER_BYTES} in bytes.")
+        if b"transfer-encoding" in values and b"content-length" in values:
+            raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
+        hosts = values.get(b"host", [])
+        found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+        if found is None:
+            raise InvalidRequest("The request needs exactly one proper Host header.")
+        if found[1] not in self._hosts:
+            raise HostRefused("This server does not answer to that Host.")
+        for origin in values.get(b"origin", []):
+            inside = _ORIGIN.fullmatch(origin.lower())
+            site = _HOST.fullmatch(inside[1]) if inside else None
+            if site is None or site[1] not in self._hosts:
+                raise HostRefused("This server does not take requests from pages of that Origin.")
+
+
+class Protocol(H11Protocol):
+    """Answers bytes that are not HTTP in the shape of all other errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is on its way: there is no room for another
+            return
+        answer = describe(InvalidRequest("The request is not proper HTTP/1.1, or its headers are above 16 KiB."))
+        headers = [*answer.headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=answer.status, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=answer.body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

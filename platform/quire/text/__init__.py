@@ -1,0 +1,33 @@
+"""Text in, tokens out, and back: tokenizer, chat template, incremental detokenizing, stop strings.
+
+Used by the router and by `quire.llm`. Engines know tokens only; nothing here loads torch or transformers.
+"""
+
+from __future__ import annotations
+
+from quire.text.detokenizer import Detokenizer
+from quire.text.errors import (
+    BadTemplate,
+    BadTokenizer,
+    NoChatTemplate,
+    TemplateFailed,
+    TemplateRefused,
+    TextError,
+)
+from quire.text.stop import StopStrings
+from quire.text.templates import ChatTemplate
+from quire.text.tokenizer import AdvisedSampling, Tokenizer
+
+__all__ = [
+    "AdvisedSampling",
+    "BadTemplate",
+    "BadTokenizer",
+    "ChatTemplate",
+    "Detokenizer",
+    "NoChatTemplate",
+    "StopStrings",
+    "TemplateFailed",
+    "TemplateRefused",
+    "TextError",
+    "Tokenizer",
+]

@@ -1,0 +1,224 @@
+"""A checkpoint's tokenizer and chat template, read without `transformers` (which would load torch).
+
+`Tokenizer.load` reads from one folder `tokenizer.json` (the whole of the tokenization), `tokenizer_config.json`
+(names of special tokens, often the chat template), `special_tokens_map.json`, `chat_template.jinja` or
+`chat_template.json`, and `generation_config.json` (sampling the model's makers advise).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from quire.text.errors import BadTokenizer, NoChatTemplate
+from quire.text.templates import ChatTemplate
+
+_SPECIAL_NAMES: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+@dataclass(frozen=True, slots=True)
+class AdvisedSampling:
+    """Sampling that `generation_config.json` asks for; None where it says nothing.
+
+    `do_sample: false` there means greedy, which is temperature 0 here.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each of the 256 bytes, reversed.
+
+    Printable bytes of Latin-1 stand for themselves; the others are numbered upwards from U+0100.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF: Final = _byte_alphabet()
+
+
+class Tokenizer:
+    """Text to ids and back for one checkpoint. Immutable once loaded; may be used from any thread."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        template: ChatTemplate | None,
+        advised: AdvisedSampling,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.template = template
+        self.advised = advised
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        decoder = json.loads(backend.to_str()).get("decoder") or {}
+        parts = decoder.get("decoders", [decoder])
+        self.byte_level: bool = [part.get("type") for part in parts] == ["ByteLevel"]
+        """Each token is a fixed run of bytes: decoding is joining them."""
+
+    @classmethod
+    def load(cls, folder: Path, chat_template_file: Path | None = None) -> Tokenizer:
+        """Read `folder`; `chat_template_file` takes the place of the checkpoint's own template.
+
+        Raises `BadTokenizer` and `BadTemplate`. A checkpoint without a chat template is fine until one is needed.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise BadTokenizer("the checkpoint has no tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise BadTokenizer("the checkpoint's tokenizer.json cannot be read") from error
+        config = _json_object(folder / "tokenizer_config.json")
+        special = _special_tokens({**_json_object(folder / "special_tokens_map.json"), **config})
+        source = _template_source(folder, config, chat_template_file)
+        template = ChatTemplate(source, special) if source is not None else None
+        return cls(backend, special, template, _advised(_json_object(folder / "generation_config.json")))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. `add_special_tokens` puts what the tokenizer puts around a text (BOS, …)."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids` as a whole. Ids outside the vocabulary have no text."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The conversation as prompt text: see `ChatTemplate.render`. Raises `NoChatTemplate` too."""
+        if self.template is None:
+            raise NoChatTemplate("this model has no chat template")
+        return self.template.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
+
+    def knows(self, index: int) -> bool:
+        """Whether the id is in the vocabulary; a model's logits may have more rows than its tokenizer has ids."""
+        return self._backend.id_to_token(index) is not None
+
+    def token_text(self, index: int) -> str:
+        """The token as a user may read it: its text, with U+FFFD where it is part of a character."""
+        return self.decode([index], skip_special_tokens=False)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes a token stands for; empty for an id outside the vocabulary."""
+        token = self._backend.id_to_token(index)
+        if token is None:
+            return b""
+        if self.byte_level:
+            values = [_BYTE_OF.get(char) for char in token]
+            known = [value for value in values if value is not None]
+            return bytes(known) if len(known) == len(values) else token.encode()
+        if is_byte_token(token):
+            return bytes([int(token[3:5], 16)])
+        return self.decode([index], skip_special_tokens=False).encode()
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """Ids of tokens that are one raw byte each (`<0xE2>`), as byte-fallback vocabularies have them."""
+        return frozenset(index for token, index in self._backend.get_vocab().items() if is_byte_token(token))
+
+
+def is_byte_token(token: str) -> bool:
+    """Whether a vocabulary entry is the byte-fallback spelling of one byte."""
+    return (
+        len(token) == 6
+        and token.startswith("<0x")
+        and token.endswith(">")
+        and all(c in "0123456789ABCDEFabcdef" for c in token[3:5])
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadTokenizer(f"the checkpoint's {path.name} cannot be read") from error
+    if not isinstance(value, dict):
+        raise BadTokenizer(f"the checkpoint's {path.name} is not a JSON object")
+    return value
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name; a token is written as a string or as an object with its `content`."""
+    named: dict[str, str] = {}
+    extra = config.get("model_specific_special_tokens")
+    for name, value in {**(extra if isinstance(extra, dict) else {}), **config}.items():
+        if name not in _SPECIAL_NAMES and not (isinstance(extra, dict) and name in extra):
+            continue
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            named[name] = content
+    return named
+
+
+def _template_source(folder: Path, config: Mapping[str, Any], chosen: Path | None) -> str | None:
+    """The chat template's source: the chosen file, else the checkpoint's, in the order the convention gives."""
+    for path in [chosen] if chosen is not None else [folder / "chat_template.jinja"]:
+        try:
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            if chosen is not None:
+                raise BadTokenizer("the manifest's chatTemplateFile does not exist") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadTokenizer(f"{path.name} cannot be read") from error
+    legacy = _json_object(folder / "chat_template.json").get("chat_template")
+    stated = legacy if legacy is not None else config.get("chat_template")
+    if isinstance(stated, str):
+        return stated
+    if isinstance(stated, list):
+        by_name = {
+            entry["name"]: entry["template"]
+            for entry in stated
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+            if isinstance(entry.get("template"), str)
+        }
+        return by_name.get("default") or (next(iter(by_name.values())) if len(by_name) == 1 else None)
+    return None
+
+
+def _advised(config: Mapping[str, Any]) -> AdvisedSampling:
+    """Sampling from a generation config; values outside what a request may ask for count as not given."""
+
+    def number(name: str, low: float, high: float) -> float | None:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value) if low <= value <= high else None
+
+    top_k = number("top_k", 0, 1_000_000)
+    return AdvisedSampling(
+        temperature=0.0 if config.get("do_sample") is False else number("temperature", 0, 2),
+        top_p=number("top_p", 1e-9, 1),
+        top_k=int(top_k) if top_k is not None else None,
+        min_p=number("min_p", 0, 1),
+        repetition_penalty=number("repetition_penalty", 0.01, 10),
+    )

@@ -1,0 +1,631 @@
+"""What a checkpoint folder holds, from its `config.json` and its safetensors headers alone: no weight is read.
+
+`config.json` is read by one Pydantic class per supported architecture; the defaults are those of transformers,
+whose files leave out every key that equals its default. What would change the numbers and is not supported is
+refused by name: other activations, partly rotated heads, rope variants, quantised weights, code in the folder.
+
+A safetensors file is eight bytes (little-endian length of the header), the header (JSON: tensor name to dtype,
+shape and byte range), and the data. The header is foreign input: it is bounded, every range must fit its shape
+and its file, and the ranges must cover the data without overlap or hole, so a cut-off file is found here.
+
+Exceptions, all with a `hint`:
+
+    CheckpointError
+    ├── MissingFile               config.json, a shard, or the weights altogether
+    ├── UnsupportedArchitecture   no class of this version runs it
+    ├── UnsupportedFeature        the architecture is known, this variant of it is not
+    ├── InvalidConfig             config.json or the index is not what it should be
+    ├── BadHeader                 a safetensors file is cut off or contradicts itself
+    └── WrongTensors              tensors are missing, unexpected, or of another shape than config.json says
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAX_HEADER = 100_000_000
+MAX_JSON = 64 * 1024 * 1024
+"""Bytes of config.json or of an index that are read at most."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The number formats an engine computes in, and their size."""
+
+_HEADER_DTYPES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+}  # fmt: skip
+_WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used. `str()` is the message and the hint on a line of its own."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n    hint: {self.hint}"
+
+
+class MissingFile(CheckpointError):
+    """A file that a checkpoint needs is not in the folder."""
+
+
+class UnsupportedArchitecture(CheckpointError):
+    """No class of this version runs the architecture."""
+
+
+class UnsupportedFeature(CheckpointError):
+    """The architecture is supported, something else that the checkpoint asks for is not."""
+
+
+class InvalidConfig(CheckpointError):
+    """A JSON file of the checkpoint is malformed or contradicts itself."""
+
+
+class BadHeader(CheckpointError):
+    """A safetensors file is not one, is cut off, or has a header that contradicts its data."""
+
+
+class WrongTensors(CheckpointError):
+    """The files do not hold the tensors that config.json describes."""
+
+
+LayerKind = Literal["full", "sliding"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """All that planning and loading need to know of a checkpoint. Sizes count numbers unless named bytes."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str
+    """The checkpoint's own: a key of `DTYPE_BYTES`."""
+    rope_parameters: Mapping[str, Any]
+    """`rope_type` and `rope_theta`, and what that type needs, every default filled in."""
+    rms_norm_eps: float
+    qk_norm: bool
+    """RMS norm over each head of queries and keys."""
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+    layer_kinds: tuple[LayerKind, ...]
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int = 0
+    """Bytes of the weights as the checkpoint stores them."""
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """config.json as it stands."""
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together; the values have the same."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the engine holds; a tied head counts once."""
+        return sum(math.prod(shape) for _, shape in expected_tensors(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` from `offset` of `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    """As the header spells it: F32, BF16, …"""
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+# ── config.json ───────────────────────────────────────────────────────────────────────────────────────────
+
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+TokenIds = int | list[int] | None
+
+
+class _DecoderConfig(BaseModel):
+    """Keys that every decoder of the family shares. Keys without effect on the numbers are not declared."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+    qk_norm: ClassVar[bool] = False
+
+    vocab_size: Count
+    hidden_size: Count = 4096
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)] = 32
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: Count
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: Count | None = None
+    eos_token_id: TokenIds = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        """Whether the q/k/v, the attention output and the MLP projections add a bias."""
+        return False, False, False
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        """The sliding window, if any layer has one, and each layer's kind."""
+        full: LayerKind = "full"
+        return None, (full,) * self.num_hidden_layers
+
+
+class _Llama(_DecoderConfig):
+    vocab_size: Count = 32_000
+    intermediate_size: Count = 11_008
+    max_position_embeddings: Count = 2048
+    eos_token_id: TokenIds = 2
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return self.attention_bias, self.attention_bias, self.mlp_bias
+
+
+class _Qwen2(_DecoderConfig):
+    vocab_size: Count = 151_936
+    intermediate_size: Count = 22_016
+    num_key_value_heads: Count | None = 32
+    max_position_embeddings: Count = 32_768
+    use_sliding_window: bool = False
+    sliding_window: Count | None = 4096
+    max_window_layers: Annotated[int, Field(ge=0)] = 28
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return True, False, False
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        window = self.sliding_window if self.use_sliding_window else None
+        if self.layer_types is not None:
+            kinds: tuple[LayerKind, ...] = tuple(
+                "sliding" if kind == "sliding_attention" else "full" for kind in self.layer_types
+            )
+            if len(kinds) != self.num_hidden_layers:
+                raise _config_error("layer_types", f"has {len(kinds)} entries for {self.num_hidden_layers} layers")
+        else:
+            kinds = tuple(
+                "sliding" if window is not None and layer >= self.max_window_layers else "full"
+                for layer in range(self.num_hidden_layers)
+            )
+        if window is None and "sliding" in kinds:
+            raise _config_error("layer_types", "names sliding layers, but no sliding window is in use")
+        return (window if "sliding" in kinds else None), kinds
+
+
+class _Qwen3(_Qwen2):
+    qk_norm: ClassVar[bool] = True
+    head_dim: Count | None = 128
+    attention_bias: bool = False
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return self.attention_bias, self.attention_bias, False
+
+
+class _Mistral(_DecoderConfig):
+    vocab_size: Count = 32_000
+    intermediate_size: Count = 14_336
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    eos_token_id: TokenIds = 2
+    sliding_window: Count | None = 4096
+    layer_types: list[str] | None = None
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        if self.layer_types is not None and len(set(self.layer_types)) > 1:
+            raise UnsupportedFeature(
+                "config.json: layer_types: a Mistral with layers of several kinds is not supported",
+                "checkpoints of the Ministral architectures need their own class; use a plain Mistral",
+            )
+        kind: LayerKind = "full" if self.sliding_window is None else "sliding"
+        return self.sliding_window, (kind,) * self.num_hidden_layers
+
+
+ARCHITECTURES: dict[str, type[_DecoderConfig]] = {
+    "LlamaForCausalLM": _Llama,
+    "MistralForCausalLM": _Mistral,
+    "Qwen2ForCausalLM": _Qwen2,
+    "Qwen3ForCausalLM": _Qwen3,
+}
+"""What this version runs, by the name in config.json's `architectures`."""
+
+
+def _config_error(key: str, problem: str, file: str = "config.json") -> InvalidConfig:
+    return InvalidConfig(
+        f"{file}: {key}: {problem}", "compare the file with the one its publisher offers; it may be damaged"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    hint = "download the file again; it may be damaged"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+    except OSError as error:
+        raise MissingFile(f"{path}: {error.strerror or error}", "a checkpoint folder must be readable") from error
+    if len(data) > MAX_JSON:
+        raise InvalidConfig(f"{path}: larger than {MAX_JSON} bytes", hint)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path}: not JSON: {error}", hint) from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{path}: not a JSON object", hint)
+    return value
+
+
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_ROPE_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+}
+
+
+def _rope(config: _DecoderConfig) -> dict[str, Any]:
+    """The rope parameters in one spelling: transformers 5 nests them, older files have `rope_scaling` beside."""
+    where = "rope_parameters" if config.rope_parameters is not None else "rope_scaling"
+    given = dict(config.rope_parameters or config.rope_scaling or {})
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UnsupportedFeature(
+            f"config.json: {where}: rope parameters per kind of layer are not supported by this version",
+            "use a checkpoint with one set of rope parameters",
+        )
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in _ROPE_NEEDS:
+        raise UnsupportedFeature(
+            f"config.json: {where}: rope type {rope_type!r} is not supported by this version",
+            f"supported rope types: {', '.join(_ROPE_NEEDS)}",
+        )
+    share = given.get("partial_rotary_factor", config.partial_rotary_factor)
+    if share not in (None, 1, 1.0):
+        raise UnsupportedFeature(
+            f"config.json: partial_rotary_factor: {share}: partly rotated heads are not supported by this version",
+            "use a checkpoint whose heads are rotated in full",
+        )
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": given.get("rope_theta", config.rope_theta)}
+    for key in _ROPE_NEEDS[rope_type]:
+        value = given.get(key)
+        if value is None and key == "original_max_position_embeddings":
+            value = config.original_max_position_embeddings or config.max_position_embeddings
+        if value is None:
+            raise _config_error(f"{where}.{key}", f"is missing; rope type {rope_type} needs it")
+        rope[key] = value
+    for key in _ROPE_OPTIONAL.get(rope_type, ()):
+        if given.get(key) is not None:
+            rope[key] = given[key]
+    for key, value in rope.items():
+        if key != "rope_type" and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0
+        ):
+            raise _config_error(f"{where}.{key}", f"expected a positive number, got {value!r}")
+    if rope_type == "yarn":
+        rope["truncate"] = given.get("truncate", True) is not False
+    if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise _config_error(f"{where}.high_freq_factor", "must be above low_freq_factor")
+    return rope
+
+
+def _token_ids(value: TokenIds) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
+    """The profile by `config.json` alone; `weight_bytes` is then what the architecture needs in that dtype.
+
+    Raises `UnsupportedArchitecture`, `UnsupportedFeature` or `InvalidConfig`, naming the key.
+    """
+    names = config.get("architectures")
+    supported = f"this version runs {', '.join(ARCHITECTURES)}"
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise UnsupportedArchitecture(
+            f"config.json: architectures: expected a list with one name, got {names!r}", supported
+        )
+    if names[0] not in ARCHITECTURES:
+        raise UnsupportedArchitecture(
+            f"config.json: architectures: {names[0]} is not supported by this version", supported
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else "unnamed"
+        raise UnsupportedFeature(
+            f"config.json: quantization_config: weights quantised by {method} are not supported by this version",
+            "use the checkpoint in bfloat16 or float32 from which the quantised one was made",
+        )
+    if config.get("auto_map"):
+        raise UnsupportedFeature(
+            "config.json: auto_map: the checkpoint asks for Python code of its own, which is never run",
+            f"use a checkpoint that a built-in architecture runs: {', '.join(ARCHITECTURES)}",
+        )
+    try:
+        read = ARCHITECTURES[names[0]].model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _config_error(".".join(map(str, first["loc"])), f"{first['msg']}, got {first['input']!r}") from error
+    if read.hidden_act != "silu":
+        raise UnsupportedFeature(
+            f"config.json: hidden_act: {read.hidden_act} is not supported by this version",
+            f"{names[0]} is run with silu only",
+        )
+    dtype = read.dtype or read.torch_dtype or "float32"
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedFeature(
+            f"config.json: dtype: {dtype} is not supported by this version", f"one of {', '.join(DTYPE_BYTES)}"
+        )
+    heads, kv_heads = read.num_attention_heads, read.num_key_value_heads or read.num_attention_heads
+    if heads % kv_heads:
+        raise _config_error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    if read.head_dim is None and read.hidden_size % heads:
+        raise _config_error("hidden_size", f"{read.hidden_size} is no multiple of num_attention_heads {heads}")
+    head_dim = read.head_dim or read.hidden_size // heads
+    if head_dim % 2:
+        raise _config_error("head_dim", f"{head_dim} is odd; rotary embedding needs an even size")
+    window, kinds = read.windows()
+    qkv_bias, output_bias, mlp_bias = read.biases()
+    profile = ModelProfile(
+        architecture=names[0],
+        hidden_size=read.hidden_size,
+        num_layers=read.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.intermediate_size,
+        vocab_size=read.vocab_size,
+        max_position_embeddings=read.max_position_embeddings,
+        tie_word_embeddings=read.tie_word_embeddings,
+        dtype=dtype,
+        rope_parameters=_rope(read),
+        rms_norm_eps=read.rms_norm_eps,
+        qk_norm=read.qk_norm,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=mlp_bias,
+        sliding_window=window,
+        layer_kinds=kinds,
+        eos_token_ids=_token_ids(read.eos_token_id),
+        raw=dict(config),
+    )
+    return replace(profile, weight_bytes=profile.num_parameters * DTYPE_BYTES[dtype])
+
+
+def read_profile(model_dir: Path) -> ModelProfile:
+    """The profile of a folder, its safetensors headers checked against its config.json.
+
+    `eos_token_ids` come from generation_config.json when it has them, as transformers' `generate` does it.
+    Raises a `CheckpointError` that names the file.
+    """
+    if not model_dir.is_dir():
+        raise MissingFile(f"{model_dir}: not a folder", "give the folder that holds config.json")
+    if not (model_dir / "config.json").is_file():
+        raise MissingFile(
+            f"{model_dir}: no config.json",
+            "a checkpoint folder holds config.json, tokenizer.json and *.safetensors",
+        )
+    config = _read_json(model_dir / "config.json")
+    profile = profile_from_config(config)
+    tensors = read_tensors(model_dir)
+    needed = check_tensors(profile, tensors)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        profile = replace(profile, dtype=_WEIGHT_DTYPES[needed[0].dtype])
+    eos = profile.eos_token_ids
+    if (model_dir / "generation_config.json").is_file():
+        value = _read_json(model_dir / "generation_config.json").get("eos_token_id")
+        if isinstance(value, int) or (isinstance(value, list) and all(isinstance(item, int) for item in value)):
+            eos = _token_ids(value)
+        elif value is not None:
+            raise _config_error("eos_token_id", f"expected ids, got {value!r}", "generation_config.json")
+    return replace(profile, eos_token_ids=eos, weight_bytes=sum(tensor.nbytes for tensor in needed))
+
+
+# ── safetensors ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the name {key!r} occurs twice")
+        found[key] = value
+    return found
+
+
+def _natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, by name, in the order of their data. Raises `BadHeader`."""
+
+    def bad(problem: str) -> BadHeader:
+        return BadHeader(f"{path}: {problem}", "the file is damaged or was not downloaded in full; fetch it again")
+
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(8)
+            if len(head) < 8:
+                raise bad(f"{size} bytes are too few for a safetensors file")
+            length = int.from_bytes(head, "little")
+            if length > MAX_HEADER or length > size - 8:
+                raise bad(f"announces a header of {length} bytes in a file of {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise MissingFile(f"{path}: {error.strerror or error}", "every shard must be readable") from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"the header is not valid: {error}") from error
+    if not isinstance(header, dict):
+        raise bad("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    data_start, data_size = 8 + length, size - 8 - length
+    tensors: list[TensorInfo] = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise bad(f"tensor {name!r}: expected dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _HEADER_DTYPES:
+            raise bad(f"tensor {name!r}: unknown dtype {dtype!r}")
+        if not isinstance(shape, list) or len(shape) > 32 or not all(map(_natural, shape)):
+            raise bad(f"tensor {name!r}: shape {shape!r} is not a list of sizes")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+            raise bad(f"tensor {name!r}: data_offsets {offsets!r} are not two positions")
+        begin, end = offsets
+        if not begin <= end <= data_size:
+            raise bad(f"tensor {name!r}: bytes {begin} to {end} of {data_size}")
+        if math.prod(shape) * _HEADER_DTYPES[dtype] != end - begin:
+            raise bad(f"tensor {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
+        tensors.append(TensorInfo(name, path, dtype, tuple(shape), data_start + begin, end - begin))
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            kind = "overlaps the one before it" if tensor.offset < position else "leaves a hole before it"
+            raise bad(f"tensor {tensor.name!r} {kind}")
+        position += tensor.nbytes
+    if position != size:
+        raise bad(f"{size - position} bytes at the end belong to no tensor")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
+    """All tensors of a folder: `model.safetensors`, or else the shards that `model.safetensors.index.json` lists.
+
+    Raises `MissingFile`, `InvalidConfig` (the index) or `BadHeader`.
+    """
+    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        others = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in model_dir.glob(s))
+        if others:
+            raise UnsupportedFeature(
+                f"{model_dir}: no safetensors; {others[0]} is of a format that is not read",
+                "only safetensors are read, because the others can carry code; convert the checkpoint first",
+            )
+        raise MissingFile(
+            f"{model_dir}: no model.safetensors and no model.safetensors.index.json",
+            "a checkpoint in several files needs the index that lists them",
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _config_error("weight_map", "is missing or no object", index.name)
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
+            raise _config_error(f"weight_map.{name}", f"{file!r} is not the name of a file beside it", index.name)
+        if file not in shards:
+            if not (model_dir / file).is_file():
+                raise MissingFile(
+                    f"{model_dir / file}: listed in {index.name}, but not there", "download the missing shard"
+                )
+            shards[file] = read_header(model_dir / file)
+        if name not in shards[file]:
+            raise _config_error(f"weight_map.{name}", f"{file} holds no such tensor", index.name)
+    for file, tensors in shards.items():
+        for name in tensors:
+            if weight_map.get(name) != file:
+                place = f"places it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise _config_error(f"weight_map.{name}", f"in {file}, but the index {place}", index.name)
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor an engine loads, in the order of the computation."""
+    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    yield "model.embed_tokens.weight", (profile.vocab_size, hidden)
+    for layer in range(profile.num_layers):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (hidden,)
+        for name, rows, columns, bias in (
+            ("self_attn.q_proj", q, hidden, profile.qkv_bias),
+            ("self_attn.k_proj", kv, hidden, profile.qkv_bias),
+            ("self_attn.v_proj", kv, hidden, profile.qkv_bias),
+            ("self_attn.o_proj", hidden, q, profile.output_bias),
+            ("mlp.gate_proj", inner, hidden, profile.mlp_bias),
+            ("mlp.up_proj", inner, hidden, profile.mlp_bias),
+            ("mlp.down_proj", hidden, inner, profile.mlp_bias),
+        ):
+            yield f"{prefix}{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}{name}.bias", (rows,)
+        if profile.qk_norm:
+            yield prefix + "self_attn.q_norm.weight", (profile.head_dim,)
+            yield prefix + "self_attn.k_norm.weight", (profile.head_dim,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not profile.tie_word_embeddings:
+        yield "lm_head.weight", (profile.vocab_size, hidden)
+
+
+def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The tensors that `profile` needs, in the order of the computation. Raises `WrongTensors`.
+
+    A tensor nobody expects means that the architecture computes something else than its name says, so it is
+    refused; rotary frequencies of old files and the copy of a tied head are the known exceptions.
+    """
+    hint = "config.json and the weights do not belong together, or the architecture is a variant of its own"
+    needed: list[TensorInfo] = []
+    for name, shape in expected_tensors(profile):
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise WrongTensors(f"tensor {name} is in none of the files", hint)
+        if tensor.shape != shape:
+            raise WrongTensors(
+                f"{tensor.file.name}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}",
+                hint,
+            )
+        if tensor.dtype not in _WEIGHT_DTYPES:
+            raise WrongTensors(
+                f"{tensor.file.name}: tensor {name} is stored as {tensor.dtype}",
+                f"this version loads {', '.join(_WEIGHT_DTYPES)}",
+            )
+        needed.append(tensor)
+    known = {tensor.name for tensor in needed} | {"lm_head.weight"}
+    for name, tensor in tensors.items():
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise WrongTensors(f"{tensor.file.name}: tensor {name} has no place in {profile.architecture}", hint)
+    return needed

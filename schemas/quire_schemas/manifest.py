@@ -1,0 +1,681 @@
+"""YAML text -> resources, or problems that name file, line and column. Entirely offline, and it raises nothing.
+
+1. `yaml_tree` gives trees of nodes with positions.
+2. `_Reader` walks each tree along the schema of its kind. A bare scalar becomes what its field needs, so
+   `revision: 1234567` is text and `chunkedPrefill: no` is no boolean. Unknown and repeated keys, empty values
+   and wrong structure are reported here, where the position is at hand.
+3. Pydantic judges the values, and its errors are mapped back to positions.
+4. `rules` runs over whatever parsed: fields against each other, documents against each other, fields that
+   this version refuses.
+
+All problems of all files come out of one run. A document yields a resource only if it has none.
+
+The *intent* of a resource is the document as submitted: the plain camelCase values the user wrote, without
+defaults. `intent_hash` is its identity: key order, comments and quoting do not change it.
+
+Exceptions:
+
+    ManifestInvalid     at least one problem; `.problems` has them all
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from quire_schemas.explain import UnknownField, explain, json_schema
+from quire_schemas.fields import Path, SchemaField, Shape, dotted, fields_of, walk
+from quire_schemas.kinds import KIND_REFUSALS, KINDS, READ_ONLY_KINDS
+from quire_schemas.model import Model
+from quire_schemas.resource import API_VERSION, Key, Resource, Strict
+from quire_schemas.rules import REFUSED, Facts, check, claims
+from quire_schemas.yaml_tree import MAX_BYTES, Node, bare_value, compose
+
+MAX_PROBLEMS = 100
+MANIFEST_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong. `line` and `column` count from 1; `path` is dotted, empty for the whole file."""
+
+    file: str
+    line: int
+    col: int
+    path: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        path = f"{self.path}: " if self.path else ""
+        text = f"{self.file}:{self.line}:{self.col}: error: {path}{self.message}"
+        return f"{text}\n    hint: {self.hint}" if self.hint else text
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `Problem(**d)` is the way back."""
+        return asdict(self)
+
+
+class ManifestInvalid(Exception):
+    """At least one problem was found."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A resource and where it was written. `document` counts the non-empty documents of its file from 0."""
+
+    resource: Resource
+    file: str
+    line: int
+    document: int
+    intent: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """Kind and name."""
+        return Key.of(self.resource)
+
+
+@dataclass(slots=True)
+class Manifest:
+    """What a set of files declares, and what is wrong with it. Apply nothing while there are problems."""
+
+    resources: list[Located] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def raise_for_problems(self) -> None:
+        """Raises `ManifestInvalid` if there are any."""
+        if self.problems:
+            raise ManifestInvalid(self.problems)
+
+
+def load(texts: Sequence[tuple[str, str]]) -> Manifest:
+    """Read (file name, YAML text) pairs into one set. Never raises for what the texts contain."""
+    manifest = Manifest()
+    documents: list[_Document] = []
+    for file, text in texts:
+        nodes, flaws = compose(text)
+        found = [_Document(file, index, node) for index, node in enumerate(nodes)]
+        problems = [Problem(file, f.line, f.column, "", f.message, f.hint) for f in flaws]
+        for document in found:
+            document.read()
+            document.usable = document.usable and not flaws
+        _problems_of_file(manifest, file, problems, found)
+        documents += found
+    _conflicts(manifest, documents)
+    manifest.resources = [d.located() for d in documents if d.resource is not None and d.usable]
+    return manifest
+
+
+def load_paths(paths: Sequence[FilePath | str]) -> Manifest:
+    """`read_paths` and `load` in one: files that cannot be read are problems beside those of the others."""
+    texts, unread = _read(paths)
+    manifest = load(texts)
+    manifest.problems = [*unread, *manifest.problems]
+    return manifest
+
+
+def read_paths(paths: Sequence[FilePath | str]) -> list[tuple[str, str]]:
+    """(name, text) of each file; `-` is standard input, a folder all *.yaml and *.yml below it, sorted.
+
+    Raises `ManifestInvalid` with a problem for each one that is missing, unreadable, larger than 1 MiB or not
+    UTF-8, and for a folder without manifests.
+    """
+    texts, problems = _read(paths)
+    if problems:
+        raise ManifestInvalid(problems)
+    return texts
+
+
+def parse_intent(intent: Mapping[str, Any]) -> Resource:
+    """The resource of a stored intent. Raises `ManifestInvalid` if this version no longer takes it."""
+    kind = KINDS.get(str(intent.get("kind")))
+    if kind is None:
+        raise ManifestInvalid([Problem("intent", 1, 1, "kind", f"unknown kind {intent.get('kind')!r}")])
+    try:
+        return kind.model_validate(dict(intent))
+    except ValidationError as error:
+        raise ManifestInvalid(
+            [Problem("intent", 1, 1, dotted(e["loc"]), _message(e), _own_hint(e)) for e in error.errors()]
+        ) from error
+
+
+def intent_hash(resource: Resource | Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the submitted document in canonical JSON; takes the resource or its intent."""
+    intent = resource.intent() if isinstance(resource, Resource) else resource
+    text = json.dumps(intent, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ── one document ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a field's name and its value stand."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+class _Document:
+    """One YAML document on its way to a resource."""
+
+    def __init__(self, file: str, index: int, node: Node) -> None:
+        self.file = file
+        self.index = index
+        self.node = node
+        self.usable = True
+        self.resource: Resource | None = None
+        self.facts: Facts | None = None
+        self.problems: list[Problem] = []
+        self.bad: set[Path] = set()
+        start = (node.line, node.column)
+        self.places: dict[Path, _Place] = {(): _Place(start, start)}
+
+    def located(self) -> Located:
+        if self.resource is None:
+            raise RuntimeError("a document with problems has no resource")
+        return Located(self.resource, self.file, self.node.line, self.index, self.resource.intent())
+
+    def read(self) -> None:
+        kind = self._kind()
+        if kind is None:
+            return
+        tree = _Reader(self, kind).read()
+        try:
+            resource: Resource | None = kind.model_validate(tree)
+        except ValidationError as error:
+            resource = None
+            self._take_errors(error.errors(), kind)
+        self.facts = Facts(kind, tree, self.bad)
+        for finding in check(self.facts):
+            if not any(finding.path[: len(bad)] == bad for bad in self.bad):
+                self.report(finding.path, finding.message, finding.hint, at_key=finding.at_key)
+        if kind.__name__ in KIND_REFUSALS:
+            self.report(
+                ("kind",), f"{REFUSED}: {KIND_REFUSALS[kind.__name__]}", f"remove the {kind.__name__} document"
+            )
+        self.resource = None if self.problems else resource
+
+    def report(self, path: Path, message: str, hint: str, *, at_key: bool = False) -> None:
+        """A problem at a path; at its closest ancestor's position if the document lacks it."""
+        self.bad.add(path)
+        self.problems.append(self.problem(path, message, hint, at_key=at_key))
+
+    def problem(self, path: Path, message: str, hint: str, *, at_key: bool = False) -> Problem:
+        known = path
+        while known not in self.places:
+            known = known[:-1]
+        place = self.places[known]
+        line, column = place.key if at_key or known != path else place.value
+        return Problem(self.file, line, column, dotted(path), message, hint)
+
+    def report_at(self, node: Node, path: Path, message: str, hint: str) -> None:
+        """A problem at a node of its own, such as a key that belongs to no field."""
+        self.problems.append(Problem(self.file, node.line, node.column, dotted(path), message, hint))
+
+    def _kind(self) -> type[Resource] | None:
+        """The schema to read by; None after reporting why there is none."""
+        if self.node.kind != "mapping":
+            self.report((), "a document is a mapping of fields", f"it starts with apiVersion: {API_VERSION}")
+            return None
+        heads: dict[str, Node] = {}
+        for key, value in self.node.entries:
+            if key.text in ("apiVersion", "kind") and key.text not in heads:
+                heads[key.text] = value
+                at = (key.line, key.column)
+                self.places[(key.text,)] = _Place(at, (value.line, value.column))
+        version, kind = heads.get("apiVersion"), heads.get("kind")
+        if version is not None and (version.kind != "scalar" or version.text != API_VERSION):
+            self.report(("apiVersion",), f"{_shown(version)} is not known", f"this version reads {API_VERSION}")
+        if kind is None:
+            self.report(("kind",), "is required", f"one of {', '.join(KINDS)}")
+        elif kind.kind != "scalar" or kind.text not in KINDS:
+            self.report(("kind",), f"{_shown(kind)} is not a kind of resource", _kind_hint(kind.text))
+        elif ("apiVersion",) not in self.bad:
+            return KINDS[kind.text]
+        return None
+
+    def _take_errors(self, errors: list[ErrorDetails], kind: type[Resource]) -> None:
+        # Deepest first: a list whose items are bad also counts as too short, which nobody needs to hear.
+        for error in sorted(errors, key=lambda e: -len(e["loc"])):
+            path = _known_path(error["loc"], self.places, missing=error["type"] == "missing")
+            if any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in self.bad):
+                continue
+            hint = _own_hint(error)
+            shape = _field_at(kind, path)
+            if not hint:
+                hint = _value_hint(error, shape) or f"see: platform explain {_explained(kind, path)}"
+            self.report(path, _message(error), hint)
+
+
+class _Reader:
+    """Walks one document along its schema: checks structure, gives each scalar the type its field needs."""
+
+    def __init__(self, document: _Document, kind: type[Resource]) -> None:
+        self._document = document
+        self._kind = kind
+
+    def read(self) -> dict[str, Any]:
+        """The document as plain values. What is not in place is reported and left out."""
+        return self._section(self._document.node, self._kind, ())
+
+    def _section(self, node: Node, section: type[Strict], path: Path) -> dict[str, Any]:
+        fields = fields_of(section)
+        values: dict[str, Any] = {}
+        for name, key, value in self._entries(node, path):
+            if name not in fields:
+                hint = self._unknown_hint(name, path, fields)
+                self._document.report_at(key, (*path, name), "unknown field", hint)
+                continue
+            child = (*path, name)
+            self._document.places[child] = _Place((key.line, key.column), (value.line, value.column))
+            if value.is_null:
+                self._document.report(child, "has no value", "give it one, or remove the line", at_key=True)
+                continue
+            read = self._value(value, fields[name].shape, child)
+            if read is not None:
+                values[name] = read
+        return values
+
+    def _entries(self, node: Node, path: Path) -> list[tuple[str, Node, Node]]:
+        """Keys and values of a mapping, without keys that are no words, merge keys and repeated keys."""
+        first: dict[str, int] = {}
+        kept = []
+        for key, value in node.entries:
+            if key.kind != "scalar":
+                self._document.report_at(key, path, "a field's name is a word", "remove it")
+            elif key.bare and key.text == "<<":
+                self._document.report_at(key, path, "merge keys are not taken", "spell the fields out")
+            elif key.text in first:
+                message = f"duplicate key (first at line {first[key.text]})"
+                self._document.report_at(key, (*path, key.text), message, "remove one of them")
+            else:
+                first[key.text] = key.line
+                kept.append((key.text, key, value))
+        return kept
+
+    def _value(self, node: Node, shape: Shape, path: Path) -> Any:
+        """The plain value; None after reporting that there is none."""
+        expected = {"section": "mapping", "map": "mapping", "list": "list", "scalar": "scalar"}[shape.kind]
+        if node.kind != expected:
+            self._document.report(path, f"should be {_article(shape)}, not {_shown(node)}", _structure_hint(shape))
+            return None
+        if shape.section is not None:
+            return self._section(node, shape.section, path)
+        if shape.kind == "map" and shape.item is not None:
+            return self._map(node, shape.item, path)
+        if shape.kind == "list" and shape.item is not None:
+            return self._list(node, shape.item, path)
+        return _scalar(node, shape)
+
+    def _map(self, node: Node, item: Shape, path: Path) -> dict[str, Any]:
+        values = {}
+        for name, key, value in self._entries(node, path):
+            child = (*path, name)
+            self._document.places[child] = _Place((key.line, key.column), (value.line, value.column))
+            if value.is_null:
+                self._document.report(child, "has no value", "for an empty one write ''", at_key=True)
+                continue
+            read = self._value(value, item, child)
+            if read is not None:
+                values[name] = read
+        return values
+
+    def _list(self, node: Node, item: Shape, path: Path) -> list[Any]:
+        values: list[Any] = []
+        for index, value in enumerate(node.items):
+            child = (*path, index)
+            at = (value.line, value.column)
+            self._document.places[child] = _Place(at, at)
+            if value.is_null:
+                self._document.report(child, "has no value", "give it one, or remove it")
+            read = None if value.is_null else self._value(value, item, child)
+            values.append(read)
+        # What follows a bad item is read for its own problems; what comes back ends before it, because
+        # positions go by index.
+        return values[: values.index(None)] if None in values else values
+
+    def _unknown_hint(self, name: str, path: Path, fields: Mapping[str, SchemaField]) -> str:
+        if len(self._document.problems) >= MAX_PROBLEMS:
+            return ""
+        if not path and name == "status":
+            return "status is written by the platform; remove it"
+        word = _plain_word(name)
+        alien = ALIEN_NAMES.get(name.lstrip("-").replace("-", "_").lower())
+        sibling = next((f for f in fields if _plain_word(f) == word), None)
+        if alien is not None and self._kind is Model:
+            return f"that is the engine flag spelling; here it is {alien}"
+        if sibling is not None:
+            return f"did you mean '{sibling}'?"
+        elsewhere = [p for p, f in walk(self._kind) if _plain_word(f.name) == word]
+        if elsewhere:
+            return f"did you mean {dotted(elsewhere[0])}?"
+        near = difflib.get_close_matches(name.lower(), [f.lower() for f in fields], 1, 0.6)
+        if near:
+            return f"did you mean '{next(f for f in fields if f.lower() == near[0])}'?"
+        listed = (
+            ", ".join(fields) if len(fields) <= 12 else f"see: platform explain {_explained(self._kind, path)}"
+        )
+        return f"fields here: {listed}" if len(fields) <= 12 else listed
+
+
+def _scalar(node: Node, shape: Shape) -> str | int | float | bool | None:
+    """The scalar as its field needs it; what does not suit stays as it is, for Pydantic to refuse."""
+    if not node.bare or shape.types == {str}:
+        return node.text
+    value = bare_value(node.text)
+    return node.text if str in shape.types and type(value) not in shape.types else value
+
+
+# ── problems in words ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _known_path(loc: tuple[int | str, ...], places: Mapping[Path, _Place], *, missing: bool) -> Path:
+    """A Pydantic location without the parts that name members of unions and validators."""
+    path: Path = ()
+    for part in loc:
+        if (*path, part) in places:
+            path = (*path, part)
+    return (*path, loc[-1]) if missing and (not path or path[-1] != loc[-1]) else path
+
+
+def _explained(kind: type[Resource], path: Path) -> str:
+    """The path as `platform explain` takes it."""
+    return ".".join([kind.__name__.lower(), *(p for p in path if isinstance(p, str))])
+
+
+def _field_at(kind: type[Resource], path: Path) -> Shape | None:
+    """The shape of what stands at a path, None below maps."""
+    shape: Shape | None = Shape("section", section=kind)
+    for part in path:
+        if shape is None:
+            return None
+        if isinstance(part, int):
+            shape = shape.item
+        elif shape.section is not None:
+            child = fields_of(shape.section).get(part)
+            shape = child.shape if child is not None else None
+        else:
+            shape = shape.item
+    return shape
+
+
+def _message(error: ErrorDetails) -> str:
+    kind, given = error["type"], error.get("input")
+    if kind == "missing":
+        return "is required"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "string_pattern_mismatch":
+        return f"{_brief(given)} does not have the form of this field"
+    text = str(error["msg"])
+    if kind in ("greater_than_equal", "less_than_equal", "greater_than", "less_than"):
+        return f"{text}, not {_brief(given)}"
+    return text
+
+
+def _own_hint(error: ErrorDetails) -> str:
+    """The hint that one of our own checks brought along."""
+    cause = error.get("ctx", {}).get("error")
+    return str(getattr(cause, "hint", ""))
+
+
+_PATTERN_HINTS = {
+    r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$": "lower-case letters, digits, '-' and '.', at most 63 characters",
+    r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$": "letters, digits and . _ : / @ -, starting with a letter or digit",
+    r"^[A-Za-z_][A-Za-z0-9_]{0,127}$": "letters, digits and '_', not starting with a digit",
+    r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)$": "for example '2027-01-01T00:00:00Z'",
+    r"^(none|prefix|user|header:[A-Za-z0-9!#$%&'*+.^_`|~-]+)$": "one of none, prefix, user, header:<name>",
+}
+
+
+def _value_hint(error: ErrorDetails, shape: Shape | None) -> str:
+    kind, given = error["type"], error.get("input")
+    if kind == "missing":
+        return "add it"
+    if kind == "literal_error" and shape is not None and str not in shape.types:
+        return f"one of {', '.join(str(v) for v in shape.values)}"
+    if kind == "literal_error" and shape is not None:
+        return _closest(str(given), [str(v) for v in shape.values])
+    if kind == "string_pattern_mismatch":
+        pattern = str(error["ctx"]["pattern"])
+        hint = _PATTERN_HINTS.get(pattern, f"it must match {pattern}")
+        slug = re.sub(r"[^a-z0-9.-]+", "-", str(given).lower()).strip("-.")[:63].strip("-.")
+        return f"{hint}: did you mean '{slug}'?" if "lower-case" in hint and slug else hint
+    if kind == "bool_type":
+        yes_no = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+        meant = yes_no.get(str(given).lower())
+        return f"write {meant}: in YAML 1.2 '{given}' is text" if meant else "write true or false"
+    if kind in ("int_type", "int_from_float"):
+        if isinstance(given, str) and re.fullmatch(r"[-+]?\d+", given):
+            return f"remove the quotes: {given}"
+        return "write a whole number"
+    if kind in ("too_long", "string_too_long"):
+        return "make it shorter"
+    if kind in ("too_short", "string_too_short"):
+        return "it cannot be empty"
+    return ""
+
+
+def _closest(given: str, values: list[str]) -> str:
+    by_word = {v.lower(): v for v in values}
+    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "gpu": "cuda"}
+    alias = short.get(given.lower())
+    if alias in values:
+        return f"did you mean '{alias}'?"
+    near = difflib.get_close_matches(given.lower()[:64], list(by_word), 1, 0.5)
+    return f"did you mean '{by_word[near[0]]}'?" if near else f"one of {', '.join(values)}"
+
+
+def _kind_hint(given: str) -> str:
+    by_word = {k.lower(): k for k in KINDS}
+    if given.lower() in (k.lower() for k in READ_ONLY_KINDS):
+        return "objects of that kind are written by the platform; read them with: platform get"
+    near = difflib.get_close_matches(given.lower()[:64], list(by_word), 1, 0.6)
+    return f"did you mean '{by_word[near[0]]}'?" if near else f"one of {', '.join(KINDS)}"
+
+
+def _shown(node: Node) -> str:
+    if node.kind != "scalar":
+        return f"a {node.kind}"
+    return "nothing" if node.is_null else _brief(node.text)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _article(shape: Shape) -> str:
+    words: dict[Literal["section", "list", "map", "scalar"], str] = {
+        "section": "a mapping of fields",
+        "map": "a mapping of names to text",
+        "list": "a list",
+        "scalar": "a single value",
+    }
+    return words[shape.kind]
+
+
+def _structure_hint(shape: Shape) -> str:
+    if shape.section is not None:
+        return f"its fields are {', '.join(list(fields_of(shape.section))[:12])}"
+    if shape.kind == "list":
+        return "write [one, two], or a line with '- ' for each"
+    return "write {key: value}" if shape.kind == "map" else f"expected {shape.word}"
+
+
+def _plain_word(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _problems_of_file(manifest: Manifest, file: str, flaws: list[Problem], documents: list[_Document]) -> None:
+    found = sorted((p for d in documents for p in d.problems), key=lambda p: (p.line, p.col))
+    if len(found) > MAX_PROBLEMS:
+        more, last = len(found) - MAX_PROBLEMS, found[MAX_PROBLEMS]
+        found = found[:MAX_PROBLEMS]
+        found.append(Problem(file, last.line, last.col, "", f"{more} more problems", "fix the first ones"))
+    problems = sorted([*flaws, *found], key=lambda p: (p.line, p.col))
+    manifest.problems += problems
+
+
+def _conflicts(manifest: Manifest, documents: list[_Document]) -> None:
+    """Two documents of the set that claim one object or one served name."""
+    owners: dict[str, _Document] = {}
+    for document in documents:
+        if document.facts is None:
+            continue
+        for claim, path in claims(document.facts):
+            owner = owners.setdefault(claim, document)
+            if owner is document or (
+                path == ("metadata", "name") and claim.startswith("served") and _twins(owner, document)
+            ):
+                continue
+            place = f"{owner.file}:{owner.node.line}"
+            manifest.problems.append(
+                document.problem(path, f"{claim} is declared twice (first at {place})", "rename or remove one")
+            )
+            document.usable = False
+
+
+def _twins(one: _Document, other: _Document) -> bool:
+    """Whether two documents have one key: their names clash too, and that need not be said twice."""
+    if one.facts is None or other.facts is None:
+        return False
+    return claims(one.facts)[0] == claims(other.facts)[0]
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read(paths: Sequence[FilePath | str]) -> tuple[list[tuple[str, str]], list[Problem]]:
+    texts: list[tuple[str, str]] = []
+    problems: list[Problem] = []
+    for path in paths:
+        if str(path) == "-":
+            _decode("<stdin>", sys.stdin.buffer.read(MAX_BYTES + 1), texts, problems)
+            continue
+        for file in _files(FilePath(path), problems):
+            try:
+                with file.open("rb") as opened:
+                    content = opened.read(MAX_BYTES + 1)
+            except OSError as error:
+                message = f"cannot be read: {error.strerror or error}"
+                problems.append(Problem(str(file), 1, 1, "", message, "check the path and its permissions"))
+                continue
+            _decode(str(file), content, texts, problems)
+    return texts, problems
+
+
+def _files(path: FilePath, problems: list[Problem]) -> list[FilePath]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in MANIFEST_SUFFIXES and p.is_file())
+    if not files:
+        hint = "manifests end in .yaml or .yml"
+        problems.append(Problem(str(path), 1, 1, "", "the folder holds no manifests", hint))
+    return files
+
+
+def _decode(name: str, content: bytes, texts: list[tuple[str, str]], problems: list[Problem]) -> None:
+    if len(content) > MAX_BYTES:
+        problems.append(Problem(name, 1, 1, "", "the file is larger than 1 MiB", "split it"))
+        return
+    try:
+        texts.append((name, content.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode("utf-8", "replace")
+        line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
+        byte = content[error.start]
+        problems.append(
+            Problem(name, line, column, "", f"byte 0x{byte:02x} is not UTF-8", "save the file as UTF-8 text")
+        )
+
+
+# ── spellings of engine flags ─────────────────────────────────────────────────────────────────────────────
+
+ALIEN_NAMES = {
+    "model": "spec.source",
+    "model_path": "spec.source",
+    "tokenizer_path": "spec.tokenizer.source",
+    "chat_template": "spec.tokenizer.chatTemplateFile",
+    "hf_token": "spec.sourceAuth",
+    "served_model_name": "spec.servedModelNames",
+    "max_model_len": "spec.engine.maxModelLen",
+    "context_length": "spec.engine.maxModelLen",
+    "max_seq_len": "spec.engine.maxModelLen",
+    "ctx_size": "spec.engine.maxModelLen",
+    "n_ctx": "spec.engine.maxModelLen",
+    "gpu_memory_utilization": "spec.engine.memory",
+    "mem_fraction_static": "spec.engine.memory",
+    "kv_cache_dtype": "spec.engine.kvCache.dtype",
+    "kv_cache_memory_bytes": "spec.engine.kvCache.size",
+    "block_size": "spec.engine.kvCache.blockSize",
+    "page_size": "spec.engine.kvCache.blockSize",
+    "swap_space": "spec.engine.kvCache.swapSpace",
+    "enforce_eager": "spec.engine.enforceEager",
+    "disable_cuda_graph": "spec.engine.enforceEager",
+    "random_seed": "spec.engine.seed",
+    "tensor_parallel_size": "spec.parallelism.tensor",
+    "tp_size": "spec.parallelism.tensor",
+    "tp": "spec.parallelism.tensor",
+    "pipeline_parallel_size": "spec.parallelism.pipeline",
+    "pp_size": "spec.parallelism.pipeline",
+    "data_parallel_size": "spec.parallelism.data",
+    "dp_size": "spec.parallelism.data",
+    "enable_expert_parallel": "spec.parallelism.expert",
+    "max_num_seqs": "spec.batching.maxNumSeqs",
+    "max_running_requests": "spec.batching.maxNumSeqs",
+    "max_num_batched_tokens": "spec.batching.maxNumBatchedTokens",
+    "chunked_prefill_size": "spec.batching.maxNumBatchedTokens",
+    "enable_chunked_prefill": "spec.batching.chunkedPrefill",
+    "enable_prefix_caching": "spec.batching.prefixCaching",
+    "scheduling_policy": "spec.batching.policy",
+    "trust_remote_code": "spec.trustRemoteCode",
+    "speculative_config": "spec.speculative",
+    "num_speculative_tokens": "spec.speculative.numTokens",
+    "enable_lora": "spec.lora",
+    "max_lora_rank": "spec.lora.maxRank",
+    "max_loras": "spec.lora.maxLoaded",
+    "lora_modules": "spec.lora.adapters",
+    "tool_call_parser": "spec.parsers.tools",
+    "reasoning_parser": "spec.parsers.reasoning",
+    "replica_count": "spec.replicas",
+    "host": "spec.bind of kind Gateway",
+    "port": "spec.port of kind Gateway",
+    "uvicorn_host": "spec.bind of kind Gateway",
+    "api_key": "spec.keys of kind AccessPolicy",
+}
+"""Flags of vLLM, SGLang and llama.cpp, dashes as underscores -> the field here."""
+
+__all__ = [
+    "ALIEN_NAMES",
+    "KINDS",
+    "Located",
+    "Manifest",
+    "ManifestInvalid",
+    "Problem",
+    "UnknownField",
+    "explain",
+    "intent_hash",
+    "json_schema",
+    "load",
+    "load_paths",
+    "parse_intent",
+    "read_paths",
+]

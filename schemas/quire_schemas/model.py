@@ -1,0 +1,741 @@
+"""Kind `Model`: one served model. Its source, how one replica runs, how many run, how a change is rolled out.
+
+Every field states its update class and whether this version honours it (see `resource.declared`); a field
+that is not honoured may be declared only with a value that means what this version does anyway. Rules between
+fields, and rules of one field that its type cannot state, are in `rules.py`; here stand only shapes, bounds
+and defaults.
+
+`resolve_defaults` turns a `Model` into the resolved spec: a plain camelCase dict in which every field has a
+value. `auto` stays `auto` there: it needs the checkpoint and the machine, and is resolved at admission or
+placement. `DEFAULTS_VERSION` goes into the dict and is frozen with it into the revision, so that a release
+with other defaults changes no running model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, StringConstraints
+
+from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
+from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
+
+DEFAULTS_VERSION = 1
+MAX_MODEL_LEN = 16_777_216
+
+_NO_SECRETS = "there is no store of secrets yet"
+_ONE_DEVICE = "a replica runs on one device"
+_NO_QUANTIZATION = "weights are computed with in a float type"
+_NO_CANARY = "there are no canary rollouts yet"
+_NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
+_NO_ADAPTERS = "there are no LoRA adapters yet"
+_NO_SPECULATION = "there is no speculative decoding yet"
+_NO_PARSERS = "there are no parsers yet; the markup of tool calls and reasoning stays in the text"
+_NO_SLO = "requests are scheduled first come, first served"
+_STALL_CHECK = "a replica is watched by its heartbeats alone"
+
+
+def _auto_or_count(value: Any) -> Any:
+    """Says in one sentence what the two members of the union would say in two."""
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_MODEL_LEN):
+        return value
+    raise Invalid(
+        f"should be 'auto' or a whole number from 1 to {MAX_MODEL_LEN}", "for example 8192; 'auto' takes what fits"
+    )
+
+
+def _auto_or_quantity(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise Invalid("should be 'auto' or a byte quantity", "for example '2Gi'")
+    if value != "auto":
+        parse_quantity(value)
+    return value
+
+
+AutoCount = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_MODEL_LEN)] | Literal["auto"], BeforeValidator(_auto_or_count)
+]
+AutoQuantity = Annotated[Literal["auto"] | Quantity, BeforeValidator(_auto_or_quantity)]
+Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+ServedName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+
+
+class SecretReference(Strict):
+    """Where a secret value comes from; the value itself never stands in a manifest."""
+
+    secret_ref: str | None = declared(
+        "Name of a secret stored with the platform.", None, update="rolling", refused=_NO_SECRETS
+    )
+    file: str | None = declared(
+        "File that holds the value, read when it is needed.", None, update="rolling", refused=_NO_SECRETS
+    )
+    env: str | None = declared(
+        "Variable of the control plane's environment that holds the value.",
+        None,
+        update="rolling",
+        refused=_NO_SECRETS,
+    )
+
+
+class Tokenizer(Strict):
+    """Which tokenizer and chat template stand before the model."""
+
+    source: Source | None = declared(
+        "Where the tokenizer comes from, written like spec.source. Left out: the model's own folder.",
+        None,
+        update="rolling",
+    )
+    chat_template_file: str | None = declared(
+        "Absolute path of a Jinja file that replaces the chat template of the tokenizer. It runs in a sandbox.",
+        None,
+        update="rolling",
+        min_length=1,
+        max_length=4096,
+    )
+
+
+class KvCache(Strict):
+    """The paged store of attention keys and values."""
+
+    dtype: Literal["auto", "fp8", "int8", "bfloat16", "float16", "float32"] = declared(
+        "Number format of cached keys and values. 'auto' is the engine's dtype.",
+        "auto",
+        update="rolling",
+        refused="the cache is stored in a float type of 16 or 32 bits",
+        honours=("auto", "bfloat16", "float16", "float32"),
+    )
+    block_size: Literal[8, 16, 32] = declared(
+        "Tokens in one block. Smaller blocks waste fewer slots at the end of a sequence; larger ones need "
+        "shorter block tables.",
+        16,
+        update="rolling",
+    )
+    size: AutoQuantity = declared(
+        "Bytes for the cache alone. 'auto' on a GPU is what engine.memory leaves after weights and activations; "
+        "on CPU the smallest of 4Gi, what maxNumSeqs sequences of maxModelLen need, and a quarter of the "
+        "available memory.",
+        "auto",
+        update="rolling",
+    )
+    swap_space: Quantity = declared(
+        "Host memory that blocks of preempted sequences may be moved to.",
+        "0",
+        update="rolling",
+        refused="a preempted sequence is recomputed, never swapped",
+        honours=("0",),
+    )
+
+
+class Engine(Strict):
+    """How one replica computes."""
+
+    runner: Literal["model", "scripted"] = declared(
+        "'model' computes; 'scripted' answers from a script, for tests of what stands around the engine.",
+        "model",
+        update="rolling",
+        refused="there is no scripted runner yet",
+        honours=("model",),
+    )
+    device: Literal["auto", "cpu", "cuda"] = declared(
+        "Kind of device that a replica runs on. 'auto' takes a free GPU if the machine has one, else the CPU.",
+        "auto",
+        update="rolling",
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = declared(
+        "Number format of weights and activations. 'auto' is the checkpoint's own.", "auto", update="rolling"
+    )
+    max_model_len: AutoCount = declared(
+        "Longest sequence, prompt and answer together, in tokens. 'auto' is the checkpoint's own limit, or as "
+        "much of it as the cache can hold. A number that does not fit is refused, not reduced.",
+        "auto",
+        update="rolling",
+    )
+    memory: Percent = declared(
+        "Share of the device's memory that one replica may take for everything: weights, activations and cache. "
+        "engine.kvCache.size is the cache alone.",
+        "90%",
+        update="rolling",
+    )
+    kv_cache: KvCache = section(KvCache, "The paged store of attention keys and values.")
+    seed: int = declared(
+        "Seed of the random numbers for requests that bring none of their own.",
+        0,
+        update="rolling",
+        ge=0,
+        le=2**63 - 1,
+    )
+    enforce_eager: bool = declared(
+        "Never capture CUDA graphs. This version runs eagerly whatever is declared, so true is honoured and "
+        "false forbids nothing.",
+        False,
+        update="rolling",
+    )
+    extra_args: Annotated[tuple[str, ...], Field(strict=False)] = declared(
+        "Engine arguments outside of this schema.",
+        (),
+        update="rolling",
+        refused="every argument of the engine is a field of this schema",
+        honours=([],),
+    )
+
+
+class Parallelism(Strict):
+    """How one replica is spread over devices."""
+
+    tensor: int = declared(
+        "Devices that share every layer.",
+        1,
+        update="rolling",
+        refused=_ONE_DEVICE,
+        honours=(1,),
+        ge=1,
+        le=1024,
+    )
+    pipeline: int = declared(
+        "Groups of layers on devices of their own.",
+        1,
+        update="rolling",
+        refused=_ONE_DEVICE,
+        honours=(1,),
+        ge=1,
+        le=1024,
+    )
+    data: int = declared(
+        "Copies of the attention layers inside one replica.",
+        1,
+        update="rolling",
+        refused=_ONE_DEVICE,
+        honours=(1,),
+        ge=1,
+        le=1024,
+    )
+    expert: bool = declared(
+        "Spread the experts of a mixture-of-experts model over the devices.",
+        False,
+        update="rolling",
+        refused=_ONE_DEVICE,
+        honours=(False,),
+    )
+
+
+class Quantization(Strict):
+    """Number format of the weights, where it is not that of the checkpoint."""
+
+    method: Literal["none", "int8", "int4", "fp8", "awq", "gptq"] = declared(
+        "How weights are quantized. 'none' takes them as the checkpoint has them.",
+        "none",
+        update="rolling",
+        refused=_NO_QUANTIZATION,
+        honours=("none",),
+    )
+    format: Literal["auto"] = declared(
+        "Layout of quantized weights in the checkpoint; 'auto' reads it there.", "auto", update="rolling"
+    )
+    activations: Literal["auto", "int8", "bf16"] = declared(
+        "Number format of what enters a quantized layer; 'auto' follows the method.",
+        "auto",
+        update="rolling",
+        refused=_NO_QUANTIZATION,
+        honours=("auto",),
+    )
+    group_size: int | None = declared(
+        "Weights that share one scale. Left out: the method's own.",
+        None,
+        update="rolling",
+        refused=_NO_QUANTIZATION,
+        ge=8,
+        le=4096,
+    )
+
+
+class Slo(Strict):
+    """Latency that the scheduler aims for."""
+
+    ttft_p95: Duration | None = declared(
+        "95th percentile of the time to the first token.", None, update="hot", refused=_NO_SLO
+    )
+    itl_p95: Duration | None = declared(
+        "95th percentile of the time between two tokens.", None, update="hot", refused=_NO_SLO
+    )
+
+
+class Batching(Strict):
+    """What the scheduler puts into one step, and how long requests may queue for it."""
+
+    max_num_seqs: int = declared(
+        "Sequences that run at the same time. Raising it above the number the engine was started with starts "
+        "new replicas.",
+        64,
+        update="hot",
+        ge=1,
+        le=4096,
+    )
+    max_num_batched_tokens: int = declared(
+        "Tokens computed in one step, over all sequences. Larger values speed up long prompts, smaller ones "
+        "keep the time between tokens even. Raising it above the number the engine was started with starts new "
+        "replicas.",
+        512,
+        update="hot",
+        ge=1,
+        le=1_048_576,
+    )
+    chunked_prefill: bool = declared(
+        "Split long prompts into chunks that share steps with running sequences. Lowers the time between tokens "
+        "under mixed load at a small cost in prompt throughput. Without it a whole prompt has to fit into "
+        "maxNumBatchedTokens.",
+        True,
+        update="hot",
+    )
+    prefix_caching: bool = declared(
+        "Keep the blocks of finished prompts and reuse them for prompts that begin alike.",
+        False,
+        update="rolling",
+        refused="every prompt is computed in full",
+        honours=(False,),
+    )
+    policy: Literal["fcfs", "priority", "slo"] = declared(
+        "Who is scheduled first: 'fcfs' is first come, first served.",
+        "fcfs",
+        update="hot",
+        refused=_NO_SLO,
+        honours=("fcfs",),
+    )
+    slo: Slo | None = section(Slo, "Latency that the scheduler aims for.", refused=_NO_SLO, optional=True)
+    max_queue_length: int = declared(
+        "Requests that may wait for this model; the next one is answered 429 with Retry-After.",
+        512,
+        update="hot",
+        ge=0,
+        le=1_000_000,
+    )
+    max_queue_wait: Duration = declared(
+        "How long a request may wait before it starts, also while a stop-first update runs or a replica comes "
+        "up. After that it is answered 429 or 503 with Retry-After.",
+        "60s",
+        update="hot",
+    )
+
+
+class Speculative(Strict):
+    """Guessing tokens with a cheaper model and checking them all at once."""
+
+    method: Literal["draft", "ngram", "eagle"] = declared(
+        "Where the guesses come from.", update="rolling", refused=_NO_SPECULATION
+    )
+    source: Source | None = declared(
+        "The draft model, written like spec.source.", None, update="rolling", refused=_NO_SPECULATION
+    )
+    num_tokens: int = declared(
+        "Tokens guessed at a time.", 4, update="rolling", refused=_NO_SPECULATION, ge=1, le=64
+    )
+
+
+class Adapter(Strict):
+    """One LoRA adapter."""
+
+    name: ServedName = declared("Model name that requests ask for.", update="hot", refused=_NO_ADAPTERS)
+    source: Source = declared("Where it comes from, like spec.source.", update="hot", refused=_NO_ADAPTERS)
+
+
+class Lora(Strict):
+    """Low-rank adapters on top of the model."""
+
+    max_rank: int = declared(
+        "Largest rank that fits the buffers.", 64, update="rolling", refused=_NO_ADAPTERS, ge=1, le=1024
+    )
+    max_loaded: int = declared(
+        "Adapters in device memory at a time.", 8, update="rolling", refused=_NO_ADAPTERS, ge=1, le=1024
+    )
+    adapters: Annotated[tuple[Adapter, ...], Field(strict=False)] = declared(
+        "The adapters, by name.", (), update="hot", refused=_NO_ADAPTERS
+    )
+
+
+class Parsers(Strict):
+    """How tool calls and reasoning are read out of the text."""
+
+    tools: str | None = declared(
+        "Format of tool calls. Left out: what the chat template shows.", None, update="hot", refused=_NO_PARSERS
+    )
+    reasoning: str | None = declared(
+        "Format of reasoning. Left out: what the chat template shows.", None, update="hot", refused=_NO_PARSERS
+    )
+
+
+class Accelerator(Strict):
+    """Which devices one replica needs."""
+
+    type: Text = declared(
+        "Kind of accelerator, for example nvidia-h100. 'any' takes what the machine has.",
+        "any",
+        update="rolling",
+        refused="any device of the kind that engine.device names is taken",
+        honours=("any",),
+    )
+    count_per_replica: int = declared(
+        "Devices of one replica.", 1, update="rolling", refused=_ONE_DEVICE, honours=(1,), ge=1, le=1024
+    )
+
+
+class Resources(Strict):
+    """What one replica may take of the machine."""
+
+    accelerator: Accelerator = section(Accelerator, "Which devices one replica needs.")
+    cpu: int | None = declared(
+        "Threads that one replica computes with. Left out: all cores of the machine for a replica on CPU.",
+        None,
+        update="rolling",
+        ge=1,
+        le=4096,
+    )
+    memory: Quantity | None = declared(
+        "Host memory that one replica may hold for weights, activations and, on CPU, its cache. A replica that "
+        "needs more is refused before it starts. Left out: bounded by engine.memory alone.",
+        None,
+        update="rolling",
+    )
+
+
+class Placement(Strict):
+    """Where replicas run."""
+
+    backend: Literal["local", "ray"] = declared(
+        "'local' is this machine.",
+        "local",
+        update="immutable",
+        refused="replicas run on this machine alone",
+        honours=("local",),
+    )
+    device_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=1023)], ...], Field(strict=False, max_length=1024)
+    ] = declared("Indices of the GPUs that may be used. Empty: any.", (), update="rolling")
+
+
+class AutoscalingTarget(Strict):
+    """The load at which the number of replicas is right."""
+
+    in_flight_per_replica: int | None = declared(
+        "Requests running or waiting, per replica.",
+        None,
+        update="scale",
+        refused=_NO_AUTOSCALING,
+        ge=1,
+        le=1_000_000,
+    )
+    kv_cache_usage: Percent | None = declared(
+        "Share of cache blocks in use.", None, update="scale", refused=_NO_AUTOSCALING
+    )
+    queue_time: Duration | None = declared(
+        "Time that requests wait before they start.", None, update="scale", refused=_NO_AUTOSCALING
+    )
+
+
+class Autoscaling(Strict):
+    """A number of replicas that follows the load."""
+
+    min_replicas: int = declared(
+        "Fewest replicas; 0 lets the model stop when nobody asks.",
+        1,
+        update="scale",
+        refused=_NO_AUTOSCALING,
+        ge=0,
+        le=1000,
+    )
+    max_replicas: int = declared("Most replicas.", update="scale", refused=_NO_AUTOSCALING, ge=1, le=1000)
+    target: AutoscalingTarget = section(
+        AutoscalingTarget, "The load at which the number of replicas is right.", refused=_NO_AUTOSCALING
+    )
+    scale_up_delay: Duration = declared(
+        "How long the load must be high.", "0s", update="scale", refused=_NO_AUTOSCALING
+    )
+    scale_down_delay: Duration = declared(
+        "How long the load must be low.", "5m", update="scale", refused=_NO_AUTOSCALING
+    )
+    idle_timeout: Duration | None = declared(
+        "Time without a request after which the last replica stops, when minReplicas is 0.",
+        None,
+        update="scale",
+        refused=_NO_AUTOSCALING,
+    )
+
+
+class CanaryStep(Strict):
+    """One stage of a canary."""
+
+    weight: int = declared(
+        "Percent of requests that go to the new revision.", update="hot", refused=_NO_CANARY, ge=0, le=100
+    )
+    hold: Duration | None = declared("Time before the next step.", None, update="hot", refused=_NO_CANARY)
+
+
+class SmokePrompt(Strict):
+    """A prompt whose answer is known."""
+
+    prompt: str = declared("What is asked.", update="hot", refused=_NO_CANARY)
+    expect_contains: str = declared("What the answer must contain.", update="hot", refused=_NO_CANARY)
+    max_tokens: int = declared("Longest answer in tokens.", 16, update="hot", refused=_NO_CANARY, ge=1, le=4096)
+
+
+class CanaryAnalysis(Strict):
+    """What the new revision must keep to."""
+
+    min_requests: int = declared(
+        "Requests before a judgement.", 200, update="hot", refused=_NO_CANARY, ge=1, le=1_000_000_000
+    )
+    max_error_rate: Percent = declared("Share of failed requests.", "1%", update="hot", refused=_NO_CANARY)
+    max_ttft_p95_increase: Percent = declared(
+        "How much slower the first token may be.", "20%", update="hot", refused=_NO_CANARY
+    )
+    max_itl_p95_increase: Percent = declared(
+        "How much slower later tokens may be.", "20%", update="hot", refused=_NO_CANARY
+    )
+    max_drift: Percent | None = declared(
+        "How far answers to the smoke prompts may differ from those of the stable revision.",
+        None,
+        update="hot",
+        refused=_NO_CANARY,
+    )
+    on_inconclusive: Literal["Hold", "Rollback", "Promote"] = declared(
+        "What happens when there were too few requests.", "Hold", update="hot", refused=_NO_CANARY
+    )
+    smoke_prompts: Annotated[tuple[SmokePrompt, ...], Field(strict=False)] = declared(
+        "Prompts asked before real requests.", (), update="hot", refused=_NO_CANARY
+    )
+
+
+class Canary(Strict):
+    """A new revision that takes over step by step."""
+
+    steps: Annotated[tuple[CanaryStep, ...], Field(strict=False)] = declared(
+        "The stages.", (), update="hot", refused=_NO_CANARY
+    )
+    analysis: CanaryAnalysis = section(CanaryAnalysis, "What the new revision must keep to.", refused=_NO_CANARY)
+
+
+class Rollout(Strict):
+    """How a new revision replaces the old one."""
+
+    strategy: Literal["Auto", "RollingUpdate", "Recreate", "Canary"] = declared(
+        "'Auto' starts new replicas first while devices are free and stops old ones first when they are not; "
+        "'RollingUpdate' keeps to maxSurge and maxUnavailable strictly; 'Recreate' stops all, then starts.",
+        "Auto",
+        update="hot",
+        refused=_NO_CANARY,
+        honours=("Auto", "RollingUpdate", "Recreate"),
+    )
+    max_surge: int = declared(
+        "Replicas above the declared number during a rollout.", 1, update="hot", ge=0, le=1000
+    )
+    max_unavailable: int = declared(
+        "Replicas below the declared number during a rollout.", 0, update="hot", ge=0, le=1000
+    )
+    min_ready_duration: Duration = declared(
+        "How long a new replica must stay ready before it counts as available.", "0s", update="hot"
+    )
+    progress_deadline: Duration = declared(
+        "Time without progress after which a rollout is reported as stalled.", "20m", update="hot"
+    )
+    auto_rollback: bool = declared(
+        "Go back to the last stable revision when a rollout fails.",
+        False,
+        update="hot",
+        refused="a failed rollout stays where it is, and old replicas go on serving",
+        honours=(False,),
+    )
+    canary: Canary | None = section(
+        Canary, "Steps and judgement of strategy Canary.", refused=_NO_CANARY, optional=True
+    )
+
+
+class StartupProbe(Strict):
+    """When a starting replica counts as failed."""
+
+    timeout: Duration = declared(
+        "A replica that makes no progress for this long while it starts has failed; every byte of weights that "
+        "is loaded is progress.",
+        "10m",
+        update="hot",
+    )
+
+
+class ReadinessProbe(Strict):
+    """When a running replica gets no new requests."""
+
+    period: Duration = declared("Time between two checks.", "2s", update="hot", refused=_STALL_CHECK)
+    failure_threshold: int = declared(
+        "Failed checks in a row.", 3, update="hot", refused=_STALL_CHECK, ge=1, le=1000
+    )
+
+
+class LivenessProbe(Strict):
+    """When a running replica is replaced."""
+
+    period: Duration = declared("Time between two checks.", "10s", update="hot", refused=_STALL_CHECK)
+    timeout: Duration = declared("Time for one check.", "30s", update="hot", refused=_STALL_CHECK)
+    failure_threshold: int = declared(
+        "Failed checks in a row.", 3, update="hot", refused=_STALL_CHECK, ge=1, le=1000
+    )
+
+
+class Probes(Strict):
+    """How the health of replicas is judged."""
+
+    startup: StartupProbe = section(StartupProbe, "When a starting replica counts as failed.")
+    readiness: ReadinessProbe | None = section(
+        ReadinessProbe, "When a running replica gets no new requests.", refused=_STALL_CHECK, optional=True
+    )
+    liveness: LivenessProbe | None = section(
+        LivenessProbe, "When a running replica is replaced.", refused=_STALL_CHECK, optional=True
+    )
+
+
+class RestartPolicy(Strict):
+    """How soon a replica that crashed is started again."""
+
+    backoff_base: Duration = declared(
+        "Wait after the first crash; it doubles with each further one.", "1s", update="hot"
+    )
+    backoff_max: Duration = declared("Longest wait.", "5m", update="hot")
+    max_restarts_before_rollback: int | None = declared(
+        "Crashes of a new revision after which the old one comes back.",
+        None,
+        update="hot",
+        refused="there is no automatic rollback yet",
+        ge=1,
+        le=1000,
+    )
+
+
+class EnvVar(Strict):
+    """One environment variable of the engine process."""
+
+    name: EnvName = declared("Name of the variable.", update="rolling")
+    value: Annotated[Text, Field(max_length=4096)] | None = declared("Its value.", None, update="rolling")
+    value_from: SecretReference | None = section(
+        SecretReference, "Take the value from a secret.", refused=_NO_SECRETS, optional=True
+    )
+    restart_on_change: bool = declared(
+        "Roll the model out again when the secret changes.",
+        False,
+        update="rolling",
+        refused=_NO_SECRETS,
+        honours=(False,),
+    )
+
+
+class ModelSpec(Strict):
+    """All that is declared about one served model."""
+
+    source: Source = declared(
+        "Where the checkpoint is: builtin://tiny (ships with the platform), file:///absolute/path (a folder in "
+        "Hugging Face format), or hf://organisation/name (a Hugging Face repository).",
+        update="rolling",
+    )
+    revision: Text | None = declared(
+        "Branch, tag or commit of an hf:// source. It is resolved to a commit once and recorded. Left out: main.",
+        None,
+        update="rolling",
+        min_length=1,
+        max_length=256,
+    )
+    source_auth: SecretReference | None = section(
+        SecretReference, "Credential for the source.", refused=_NO_SECRETS, optional=True
+    )
+    tokenizer: Tokenizer = section(Tokenizer, "Which tokenizer and chat template stand before the model.")
+    trust_remote_code: bool = declared(
+        "Run Python code that comes with the checkpoint.",
+        False,
+        update="rolling",
+        refused="no code from a checkpoint is ever run",
+        honours=(False,),
+    )
+    served_model_names: Annotated[tuple[ServedName, ...], Field(strict=False, max_length=64)] = declared(
+        "Model names that requests may ask for. Left out: metadata.name. No two models may claim one name.",
+        (),
+        update="hot",
+    )
+    engine: Engine = section(Engine, "How one replica computes.")
+    parallelism: Parallelism = section(Parallelism, "How one replica is spread over devices.")
+    quantization: Quantization = section(
+        Quantization, "Number format of the weights, where it is not that of the checkpoint."
+    )
+    batching: Batching = section(
+        Batching, "What the scheduler puts into one step, and how long requests may queue for it."
+    )
+    speculative: Speculative | None = section(
+        Speculative,
+        "Guessing tokens with a cheaper model and checking them all at once.",
+        refused=_NO_SPECULATION,
+        optional=True,
+    )
+    lora: Lora | None = section(
+        Lora, "Low-rank adapters on top of the model.", refused=_NO_ADAPTERS, optional=True
+    )
+    parsers: Parsers | None = section(
+        Parsers, "How tool calls and reasoning are read out of the text.", refused=_NO_PARSERS, optional=True
+    )
+    determinism: Literal["none", "batchInvariant"] = declared(
+        "'batchInvariant': a sequence gets the same numbers whatever else runs in its steps.",
+        "none",
+        update="rolling",
+        refused="there are no batch-invariant kernels yet",
+        honours=("none",),
+    )
+    resources: Resources = section(Resources, "What one replica may take of the machine.")
+    placement: Placement = section(Placement, "Where replicas run.")
+    residency: Literal["always", "onDemand"] = declared(
+        "'always' keeps the replicas running; 'onDemand' loads the model when it is asked for.",
+        "always",
+        update="scale",
+        refused="models cannot be loaded on demand yet",
+        honours=("always",),
+    )
+    replicas: int | None = declared(
+        "How many replicas run; 0 stops the model. Left out: 1. Not together with autoscaling.",
+        None,
+        update="scale",
+        ge=0,
+        le=1000,
+    )
+    autoscaling: Autoscaling | None = section(
+        Autoscaling, "A number of replicas that follows the load.", refused=_NO_AUTOSCALING, optional=True
+    )
+    rollout: Rollout = section(Rollout, "How a new revision replaces the old one.")
+    drain_timeout: Duration = declared(
+        "How long a replica that is to stop may finish the requests it runs; after that they end in an error.",
+        "30s",
+        update="hot",
+    )
+    probes: Probes = section(Probes, "How the health of replicas is judged.")
+    restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
+    revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)
+    env: Annotated[tuple[EnvVar, ...], Field(strict=False, max_length=256)] = declared(
+        "Environment variables of the engine process, by name.", (), update="rolling"
+    )
+
+
+class Model(Resource):
+    """One served model."""
+
+    kind: Literal["Model"] = declared("Which kind of object this is.", update="immutable")
+    spec: ModelSpec = Field(
+        ...,
+        description="All that is declared about the model.",
+        json_schema_extra={"x-quire-update": "immutable", "x-quire-support": "honoured"},
+    )
+
+
+def resolve_defaults(model: Model) -> dict[str, Any]:
+    """The spec with every default filled in, as plain camelCase values: `resolved["engine"]["maxModelLen"]`.
+
+    Optional sections and values that stay without one are None. `servedModelNames` and `replicas` are filled
+    (the latter stays None under autoscaling), `auto` values are kept, and `defaultsVersion` says whose
+    defaults these are. Pure: the same Model gives the same dict.
+    """
+    resolved = model.spec.model_dump(mode="json", by_alias=True)
+    resolved["servedModelNames"] = resolved["servedModelNames"] or [model.metadata.name]
+    if resolved["replicas"] is None and resolved["autoscaling"] is None:
+        resolved["replicas"] = 1
+    resolved["defaultsVersion"] = DEFAULTS_VERSION
+    return resolved

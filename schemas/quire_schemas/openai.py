@@ -1,0 +1,780 @@
+"""The OpenAI-compatible HTTP shapes: what a request may say, and what an answer looks like.
+
+Every field that clients of this kind of server know is in exactly one of three places:
+
+- a field of `ChatRequest` or `CompletionRequest`: it is honoured;
+- `CHAT_REFUSED` or `COMPLETION_REFUSED`: it asks for something this version does not do. A value that asks for
+  nothing (null, an empty list, the default) is let through, any other is a `BadRequest` that names the field and
+  the reason;
+- `WITHOUT_EFFECT`: accepted and not looked at. These describe the caller or the billing, not the answer.
+
+Anything else is a `BadRequest` with a guess at what was meant. `read_chat` and `read_completion` take the body's
+bytes and give a request in which every bound holds, so that nothing behind them checks again.
+
+    BadRequest        the body is not a request we can honour; has `message` and `param`
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+MAX_DEPTH: Final = 64
+MAX_MESSAGES: Final = 1024
+MAX_CHOICES: Final = 16
+MAX_STOPS: Final = 16
+MAX_STOP_BYTES: Final = 256
+MAX_LOGIT_BIAS: Final = 1024
+MAX_TOP_LOGPROBS: Final = 20
+MAX_PROMPTS: Final = 64
+_MAX_INT: Final = 2**31 - 1
+
+
+class BadRequest(Exception):
+    """The body is not a request we can honour. `param` names the field, where one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+# ── what is not in the request models ─────────────────────────────────────────────────────────────────────
+
+WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    "user": "names the end user for abuse reports; nothing here reads it",
+    "metadata": "the caller's own labels",
+    "service_tier": "there is one tier",
+    "store": "nothing is stored",
+    "safety_identifier": "names the end user, as `user`",
+    "prompt_cache_key": "a hint for routing to a prompt cache",
+    "prompt_cache_retention": "a hint for a prompt cache",
+    "session_id": "a hint for routing",
+    "parallel_tool_calls": "matters only with `tools`, which are refused",
+}
+"""Fields accepted without effect, and what they are for."""
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a field is refused, and the values that ask for nothing."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+
+
+_NOT_YET = "is not honoured by this version"
+_SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
+    "use_beam_search": Refusal(f"beam search {_NOT_YET}", (False,)),
+    "best_of": Refusal(f"choosing the best of several {_NOT_YET}", (1,)),
+    "watermarking": Refusal(f"watermarking {_NOT_YET}", (False,)),
+    "length_penalty": Refusal("it belongs to beam search, which is not honoured by this version", (1, 1.0)),
+    "early_stopping": Refusal("it belongs to beam search, which is not honoured by this version", (False,)),
+    "spaces_between_special_tokens": Refusal(f"it {_NOT_YET}", (True,)),
+    "truncate_prompt_tokens": Refusal("a prompt is never cut short here; send a shorter one", (-1,)),
+    "truncation_side": Refusal("a prompt is never cut short here"),
+    "prompt_logprobs": Refusal(f"log-probabilities of the prompt {_NOT_YET}".replace("is not", "are not")),
+    "logprob_token_ids": Refusal(f"it {_NOT_YET}", ([],)),
+    "allowed_token_ids": Refusal(f"it {_NOT_YET}; use logit_bias", ([],)),
+    "bad_words": Refusal(f"it {_NOT_YET}; use logit_bias", ([],)),
+    "repetition_detection": Refusal(f"it {_NOT_YET}"),
+    "stream_interval": Refusal("a stream has one event for each step of the engine", (1,)),
+    "structured_outputs": Refusal(f"structured output {_NOT_YET}"),
+    "response_format": Refusal(f"structured output {_NOT_YET}; only {{'type': 'text'}} is", ({"type": "text"},)),
+    "guided_json": Refusal(f"structured output {_NOT_YET}"),
+    "guided_regex": Refusal(f"structured output {_NOT_YET}"),
+    "guided_choice": Refusal(f"structured output {_NOT_YET}"),
+    "guided_grammar": Refusal(f"structured output {_NOT_YET}"),
+    "regex": Refusal(f"structured output {_NOT_YET}"),
+    "ebnf": Refusal(f"structured output {_NOT_YET}"),
+    "json_schema": Refusal(f"structured output {_NOT_YET}"),
+    "stop_regex": Refusal(f"it {_NOT_YET}; use stop"),
+    "no_stop_trim": Refusal("use include_stop_str_in_output", (False,)),
+    "priority": Refusal("requests are served first come, first served", (0,)),
+    "request_id": Refusal("send the header X-Request-Id"),
+    "rid": Refusal("send the header X-Request-Id"),
+    "return_tokens_as_token_ids": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_token_ids": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_weight_versions": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_token_offsets": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_prompt_text": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_hidden_states": Refusal(f"it {_NOT_YET}", (False,)),
+    "return_cached_tokens_details": Refusal(f"it {_NOT_YET}", (False,)),
+    "routed_experts_prompt_start": Refusal(f"it {_NOT_YET}"),
+    "cache_salt": Refusal("there is no cache across requests in this version"),
+    "extra_key": Refusal("there is no cache across requests in this version"),
+    "kv_transfer_params": Refusal(f"moving KV between engines {_NOT_YET}"),
+    "ec_transfer_params": Refusal(f"moving caches between engines {_NOT_YET}"),
+    "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
+    "lora_path": Refusal(f"adapters {_NOT_YET}".replace("is not", "are not")),
+    "session_params": Refusal(f"it {_NOT_YET}"),
+    "custom_logit_processor": Refusal("code from a request is never run"),
+    "custom_params": Refusal(f"it {_NOT_YET}"),
+    "custom_labels": Refusal("labels of metrics come from the manifest alone"),
+}
+
+CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
+    **_SAMPLING_REFUSED,
+    "tools": Refusal("tool calls are not honoured by this version", ([],)),
+    "tool_choice": Refusal("tool calls are not honoured by this version", ("none", "auto")),
+    "functions": Refusal("tool calls are not honoured by this version", ([],)),
+    "function_call": Refusal("tool calls are not honoured by this version", ("none", "auto")),
+    "reasoning_effort": Refusal(f"it {_NOT_YET}; what a template offers goes in chat_template_kwargs"),
+    "thinking_token_budget": Refusal(f"it {_NOT_YET}"),
+    "include_reasoning": Refusal(f"hiding a model's reasoning {_NOT_YET}", (True,)),
+    "separate_reasoning": Refusal(f"it {_NOT_YET}", (False,)),
+    "stream_reasoning": Refusal(f"it {_NOT_YET}", (True,)),
+    "verbosity": Refusal(f"it {_NOT_YET}"),
+    "modalities": Refusal("answers are text", (["text"],)),
+    "audio": Refusal("answers are text"),
+    "prediction": Refusal(f"it {_NOT_YET}"),
+    "web_search_options": Refusal("nothing here searches the web"),
+    "echo": Refusal("repeating the last message is offered for /v1/completions only", (False,)),
+    "documents": Refusal(f"it {_NOT_YET}", ([],)),
+    "chat_template": Refusal(
+        "a template is code; it comes from the checkpoint or the manifest, not from a request"
+    ),
+    "media_io_kwargs": Refusal("messages are text", ({},)),
+    "mm_processor_kwargs": Refusal("messages are text", ({},)),
+    "mm_payload": Refusal("messages are text"),
+    "return_mm_kwargs": Refusal("messages are text", (False,)),
+}
+COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
+    **_SAMPLING_REFUSED,
+    "suffix": Refusal("filling in the middle is not honoured by this version", ("",)),
+    "prompt_embeds": Refusal("prompts are text or token ids"),
+}
+"""Fields refused, by endpoint."""
+
+
+# ── requests ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_stop(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("stop", "must not be empty")
+    if len(value.encode()) > MAX_STOP_BYTES:
+        raise PydanticCustomError("stop", f"must not be longer than {MAX_STOP_BYTES} bytes")
+    return value
+
+
+def _bias(value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("bias", "must be an object of token id to bias")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("bias", f"must not have more than {MAX_LOGIT_BIAS} entries")
+    made: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+            raise PydanticCustomError("bias", "must have token ids (whole numbers from 0) as keys")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError("bias", "must have biases from -100 to 100")
+        made[int(key)] = float(bias)
+    return made
+
+
+TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=_MAX_INT)]
+
+
+class StreamOptions(_Shape):
+    """How a stream reports usage."""
+
+    include_usage: bool | None = None
+    """One more chunk before `[DONE]`, with the usage and no choices."""
+    continuous_usage_stats: bool | None = None
+    """The usage so far in every chunk."""
+    include_obfuscation: Literal[False] | None = None
+    """Padding against traffic analysis is not offered: only false."""
+
+
+class SamplingFields(_Shape):
+    """What both endpoints take. None everywhere means the default: the checkpoint's advice, else OpenAI's."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    """0 and -1 are off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: (
+        Annotated[
+            list[Annotated[str, AfterValidator(_check_stop)]],
+            BeforeValidator(_as_list),
+            Field(max_length=MAX_STOPS),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
+    max_tokens: Count | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "is only for requests with stream: true")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The most tokens the answer may have, when the request says so."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class FunctionCall(_Shape):
+    """The function in a tool call of an earlier turn."""
+
+    name: str
+    arguments: str
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """The arguments as templates expect them; their form was checked with the request."""
+        value: dict[str, Any] = msgspec.json.decode(self.arguments or "{}")
+        return value
+
+
+def _check_arguments(value: FunctionCall) -> FunctionCall:
+    try:
+        parsed = msgspec.json.decode(value.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise PydanticCustomError("arguments", "must have arguments that are a JSON object") from error
+    if not isinstance(parsed, dict):
+        raise PydanticCustomError("arguments", "must have arguments that are a JSON object")
+    return value
+
+
+class ToolCall(_Shape):
+    """A tool call of an earlier turn, for the template to show."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Annotated[FunctionCall, AfterValidator(_check_arguments)]
+    index: int | None = None
+
+
+def _content(value: object) -> str | None:
+    """Content as one string; the text parts of a list are joined by line ends."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in {"text", "input_text", "refusal"}:
+            raise PydanticCustomError("content", "must have parts of type text only: other media are not honoured")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise PydanticCustomError("content", "must have a string in each text part")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+class Message(_Shape):
+    """One turn of the conversation. `developer` is the newer name of `system`, and templates see it as that."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, PlainValidator(_content)] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    # what the official client sends back with an earlier answer, always null here
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _content_where_needed(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content_missing", "must have content")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "may have tool_calls only when its role is assistant")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: plain values, tool arguments as objects."""
+        shown: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content if self.content is not None else (self.refusal or ""),
+        }
+        reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        if reasoning is not None:
+            shown["reasoning_content"] = reasoning
+        for name in ("name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                shown[name] = value
+        if self.tool_calls:
+            shown["tool_calls"] = [
+                {
+                    **({"id": call.id} if call.id is not None else {}),
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.parsed},
+                }
+                for call in self.tool_calls
+            ]
+        return shown
+
+
+class ChatRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """The answer goes on with the last message instead of beginning a new one."""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "needs logprobs: true")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError("max_tokens", "and max_completion_tokens are the same limit and must agree")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError("continue_final_message", "and add_generation_prompt exclude each other")
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            raise PydanticCustomError("continue_final_message", "cannot go on with a message that calls tools")
+        _check_min_tokens(self.min_tokens, self.asked_tokens)
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives to report at each position; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+Prompt = str | list[int]
+
+
+def _prompts(value: object) -> list[Prompt]:
+    """`str | str[] | int[] | int[][]` as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            found: list[Prompt] = list(value)
+        elif _are_ids(value):
+            found = [value]
+        elif all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            found = list(value)
+        else:
+            raise PydanticCustomError(
+                "prompt", "must be a string, a list of strings, token ids, or lists of token ids"
+            )
+        if len(found) > MAX_PROMPTS:
+            raise PydanticCustomError("prompt", f"must not have more than {MAX_PROMPTS} prompts")
+        return found
+    raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids, or lists of token ids")
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
+
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError("echo", "with logprobs needs log-probabilities of the prompt: not honoured")
+        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise PydanticCustomError("n", f"times the number of prompts must not be above {MAX_PROMPTS}")
+        _check_min_tokens(self.min_tokens, self.asked_tokens)
+        return self
+
+    @property
+    def asked_tokens(self) -> int:
+        return self.max_tokens if self.max_tokens is not None else 16
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def _check_min_tokens(least: int | None, most: int | None) -> None:
+    if least is not None and most is not None and least > most:
+        raise PydanticCustomError("min_tokens", "must not be above max_tokens")
+
+
+# ── reading a body ────────────────────────────────────────────────────────────────────────────────────────
+
+R = TypeVar("R", bound=SamplingFields)
+
+
+def read_chat(body: bytes) -> ChatRequest:
+    """The chat request in `body`. Raises `BadRequest`."""
+    return _read(body, ChatRequest, CHAT_REFUSED)
+
+
+def read_completion(body: bytes) -> CompletionRequest:
+    """The completion request in `body`. Raises `BadRequest`."""
+    return _read(body, CompletionRequest, COMPLETION_REFUSED)
+
+
+def _read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
+    stated = _json_object(body)
+    honoured = kind.model_fields
+    kept: dict[str, Any] = {}
+    for name, value in stated.items():
+        if name in honoured:
+            kept[name] = value
+        elif name in refused:
+            refusal = refused[name]
+            if value is not None and not any(_same(value, neutral) for neutral in refusal.neutral):
+                raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
+        elif name not in WITHOUT_EFFECT:
+            raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), name[:64])
+    try:
+        return kind.model_validate(kept)
+    except ValidationError as error:
+        raise _explained(error.errors(include_url=False)[0]) from None
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality that keeps true and 1 apart."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    shown = "".join(c if c.isprintable() else "?" for c in name[:64])
+    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.7)
+    return f"Unknown field '{shown}'." + (f" Did you mean '{near[0]}'?" if near else "")
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`, nested at most `MAX_DEPTH` deep, all of its text proper Unicode."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # covers msgspec's errors and broken UTF-8
+        value = _json_object_slowly(body)
+    if not isinstance(value, dict):
+        raise BadRequest("The body must be a JSON object.")
+    if _depth(value) > MAX_DEPTH:
+        raise _too_deep()
+    return value
+
+
+def _json_object_slowly(body: bytes) -> object:
+    """What the fast reader refused, read once more by one that takes NaN, Infinity and 1e999.
+
+    They are no JSON, but clients send them, and the models can then name the field that has one.
+    """
+    try:
+        value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a string that is no text
+    except UnicodeError:
+        raise BadRequest("The body is not valid UTF-8 text.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
+    except ValueError:
+        raise BadRequest("The body has a number that is too long.") from None
+    return value
+
+
+def _too_deep() -> BadRequest:
+    return BadRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _depth(value: object) -> int:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            break
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(child, dict | list)
+        ]
+    return depth
+
+
+_WORDS: Final[Mapping[str, str]] = {
+    "missing": "is required",
+    "string_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must not be longer than {max_length} characters",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "is too large",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "none_required": "must be null",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must have at least {min_length} item",
+    "too_long": "must not have more than {max_length} items",
+    "literal_error": "must be {expected}",
+    "extra_forbidden": "is not a field of this object",
+}
+_CROSS_FIELD: Final = frozenset(
+    {"stream_options", "top_logprobs", "max_tokens", "continue_final_message", "min_tokens", "echo", "n"}
+)
+"""Checks over several fields: the error's type is the field to name."""
+
+
+def _explained(detail: ErrorDetails) -> BadRequest:
+    """Our words for the first thing that Pydantic found."""
+    where = list(detail["loc"])
+    kind = detail["type"]
+    words = _WORDS.get(kind)
+    if words is None:  # our own checks bring their words; any other kind of the library has none here
+        ours = kind in _CROSS_FIELD | {
+            "stop",
+            "bias",
+            "content",
+            "content_missing",
+            "tool_calls",
+            "arguments",
+            "prompt",
+        }
+        text = detail["msg"] if ours else "is not valid"
+        if kind in _CROSS_FIELD:
+            where.append(kind)
+    else:
+        text = words.format(**detail.get("ctx", {}))
+        given = detail["input"]
+        if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e18:
+            text += f", not {given}"
+    param = ""
+    for step in where:
+        param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)
+    return BadRequest(f"'{param}' {text}.", param or None)
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptTokensDetails(_Answer):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int = 0
+
+
+class Usage(_Answer):
+    """Tokens of one request. A token that ended the text counts, as the model made it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class TopLogprob(_Answer):
+    """One of the likeliest tokens at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The chosen token at a position."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(_Answer):
+    """Log-probabilities in a chat choice."""
+
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class AssistantMessage(_Answer):
+    """The answer in a chat choice."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ChatChoice(_Answer):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(_Answer):
+    """Answer to a chat request without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(_Answer):
+    """What a chunk adds to one answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(_Answer):
+    """One answer's part of a chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(_Answer):
+    """One event of a chat stream: first the role, then content, then the finish reason alone, then usage."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(_Answer):
+    """Log-probabilities in a completion choice: parallel lists, one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(_Answer):
+    """One continuation, or in a stream its next part."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(_Answer):
+    """Answer to a completion request, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(_Answer):
+    """One served name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["quire"] = "quire"
+    root: str
+    """The resource behind the name: `model/<name>`."""
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(_Answer):
+    """Answer to `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(_Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(_Answer):
+    """Body of every answer that is not a success, and the last event of a stream that broke."""
+
+    error: ErrorDetail

@@ -1,0 +1,161 @@
+"""Durations, byte quantities and ratios: strings with units on the outside, plain numbers inside.
+
+A manifest spells `30s`, `40Gi`, `90%`, never a bare number: a reader should not have to know whether a field
+counts seconds or milliseconds. The intent keeps the user's spelling; whoever needs the number calls
+`parse_duration` (seconds), `parse_quantity` (bytes) or `parse_percent` (0..1). The types `Duration`,
+`Quantity` and `Percent` are for Pydantic fields: they check the spelling and keep the string.
+
+Exceptions:
+
+    BadQuantity(ValueError)     the text is not of that form; `.hint` says what would be
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, WithJsonSchema
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?(?:(\d{1,9})ms)?", re.ASCII)
+_QUANTITY = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))?(Ki|Mi|Gi|Ti)", re.ASCII)
+_PERCENT = re.compile(r"(\d{1,3})(?:\.(\d{1,4}))?%", re.ASCII)
+MAX_DURATION = 366 * 86400.0
+MAX_QUANTITY = 1 << 50
+
+
+class BadQuantity(ValueError):
+    """The text has the wrong form or lies out of range. `hint` shows a spelling that would do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30s`, `5m`, `1h30m`, `250ms`, `2d`: whole numbers, units from large to small."""
+    found = _DURATION.fullmatch(text)
+    if found is None or not text:
+        bare = re.fullmatch(r"\d+", text, re.ASCII)
+        example = f"'{text}s'" if bare and len(text) < 8 else "'30s', '5m' or '1h30m'"
+        raise BadQuantity(f"{_shown(text)} is not a duration", f"durations need a unit, for example {example}")
+    units = ("d", "h", "m", "s", "ms")
+    seconds = sum(int(n) * _SECONDS[unit] for n, unit in zip(found.groups(), units, strict=True) if n)
+    if seconds > MAX_DURATION:
+        raise BadQuantity(f"{_shown(text)} is longer than a year", "give 366d or less")
+    return round(seconds, 3)
+
+
+def parse_quantity(text: str) -> int:
+    """Bytes of `512Mi`, `40Gi`, `1.5Ti` (powers of 1024); `0` needs no unit."""
+    if text == "0":
+        return 0
+    found = _QUANTITY.fullmatch(text)
+    if found is None:
+        raise BadQuantity(f"{_shown(text)} is not a byte quantity", _quantity_hint(text))
+    whole, fraction, unit = found.groups()
+    scale = _BYTES[unit]
+    size = int(whole) * scale + (int(fraction) * scale // 10 ** len(fraction) if fraction else 0)
+    if size > MAX_QUANTITY:
+        raise BadQuantity(f"{_shown(text)} is more than 1024Ti", "give 1024Ti or less")
+    return size
+
+
+def parse_percent(text: str) -> float:
+    """The share, 0..1, of `90%` or `87.5%`."""
+    found = _PERCENT.fullmatch(text)
+    if found is None:
+        ratio = re.fullmatch(r"0?\.(\d{1,2})", text, re.ASCII)
+        example = f"'{int(ratio.group(1).ljust(2, '0'))}%'" if ratio else "'90%'"
+        raise BadQuantity(f"{_shown(text)} is not a percentage", f"write it as {example}")
+    share = float(text[:-1]) / 100
+    if share > 1:
+        raise BadQuantity(f"{_shown(text)} is more than 100%", "give a percentage from 0% to 100%")
+    return share
+
+
+def format_bytes(size: int) -> str:
+    """For people: `4.1 MiB`, `14.9 GiB`; below one KiB exact, `512 B`."""
+    sign, rest = ("-", -size) if size < 0 else ("", size)
+    if rest < 1024:
+        return f"{sign}{rest} B"
+    value = float(rest)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        value /= 1024
+        if value < 1023.95 or unit == "PiB":
+            return f"{sign}{value:.1f} {unit}"
+    return f"{sign}{rest} B"
+
+
+def format_duration(seconds: float) -> str:
+    """For people: `350ms`, `3.4s`, `2m05s`, `1h03m`, `12d`. Negative times show as `0ms`."""
+    if seconds < 0.9995:
+        return f"{max(0.0, seconds) * 1000:.0f}ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Marks a field's type: two spellings of one amount (`60s`, `1m`) are then one value to diffs and hashes."""
+
+    name: Literal["duration", "quantity", "percent"]
+
+    def number(self, text: str) -> float:
+        """What the text amounts to: seconds, bytes or a share."""
+        parse: dict[str, Callable[[str], float]] = {
+            "duration": parse_duration,
+            "quantity": parse_quantity,
+            "percent": parse_percent,
+        }
+        return parse[self.name](text)
+
+
+def _checked(parse: Callable[[str], float]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return check
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _quantity_hint(text: str) -> str:
+    wrong = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([KMGTkmgt])(?:i?[bB]|i)?", text, re.ASCII)
+    if wrong:
+        example = f"{wrong.group(1)}{wrong.group(2).upper()}i"
+        return f"units are Ki, Mi, Gi and Ti (powers of 1024), for example '{example}'"
+    return "byte quantities need a unit, for example '512Mi' or '40Gi'"
+
+
+Duration = Annotated[
+    str,
+    Unit("duration"),
+    AfterValidator(_checked(parse_duration)),
+    WithJsonSchema({"type": "string", "pattern": r"^(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?$"}),
+]
+Quantity = Annotated[
+    str,
+    Unit("quantity"),
+    AfterValidator(_checked(parse_quantity)),
+    WithJsonSchema({"type": "string", "pattern": r"^(0|\d+(\.\d+)?(Ki|Mi|Gi|Ti))$"}),
+]
+Percent = Annotated[
+    str,
+    Unit("percent"),
+    AfterValidator(_checked(parse_percent)),
+    WithJsonSchema({"type": "string", "pattern": r"^\d{1,3}(\.\d+)?%$"}),
+]

@@ -1,0 +1,423 @@
+"""Rules that a field's type cannot state: between fields, between documents, and what this version refuses.
+
+They run as a pass of their own over whatever parsed, so that a user with a typo in one field still learns in
+the same run that two others contradict each other. A rule asks `Facts` for values; asking for one that did
+not parse ends that rule without a finding, since its answer would be a guess.
+
+A declared field is honoured or refused by name. `refusals` walks the declared fields and compares each with
+what its declaration says (`resource.declared`): data, not code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from quire_schemas.fields import Path, SchemaField, Shape, default_of, fields_of
+from quire_schemas.quantities import parse_duration, parse_percent
+from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, support
+
+BUILTIN_MODELS = ("tiny",)
+REFUSED = "not honoured by this version"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule that is broken. `path` is where it shows; `at_key` puts it at the field's name, not its value."""
+
+    path: Path
+    message: str
+    hint: str
+    at_key: bool = False
+
+
+class Unknown(Exception):
+    """A value that did not parse was asked for."""
+
+
+class Facts:
+    """One document's values: those declared, and defaults for the rest."""
+
+    def __init__(self, kind: type[Resource], tree: dict[str, Any], bad: set[Path]) -> None:
+        self.kind = kind
+        self.tree = tree
+        self._bad = bad
+
+    def __getitem__(self, path: str) -> Any:
+        """The value at a dotted path, or its default. Raises `Unknown` if anything at or below it is bad."""
+        parts = tuple(path.split("."))
+        if any(bad[: len(parts)] == parts or parts[: len(bad)] == bad for bad in self._bad):
+            raise Unknown(path)
+        value: Any = self.tree
+        default: Any = None
+        section: type[Strict] | None = self.kind
+        for part in parts:
+            if section is None:
+                raise KeyError(path)
+            field = fields_of(section)[part]
+            default = default_of(field)
+            value = value.get(part) if isinstance(value, dict) else None
+            section = field.shape.section
+        return default if value is None else value
+
+    def declares(self, path: str) -> bool:
+        """Whether the document itself has the field."""
+        value: Any = self.tree
+        for part in path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return False
+            value = value[part]
+        return True
+
+    def first_declared(self, *paths: str) -> Path:
+        """The first of these fields that the document has; the first of all if it has none."""
+        return tuple(next((p for p in paths if self.declares(p)), paths[0]).split("."))
+
+
+def check(facts: Facts) -> Iterator[Finding]:
+    """All findings in one document. A path that the caller calls bad meanwhile is bad to the rules that follow."""
+    yield from refusals(facts.kind, facts.tree)
+    for rule in _RULES.get(facts.kind.__name__, ()):
+        try:
+            yield from rule(facts)
+        except Unknown:
+            continue
+
+
+def refusals(section: type[Strict], tree: dict[str, Any], prefix: Path = ()) -> Iterator[Finding]:
+    """Declared fields that this version does not honour, unless declared as what it does anyway."""
+    fields = fields_of(section)
+    for name, value in tree.items():
+        field, path = fields[name], (*prefix, name)
+        if not prefix and name in ("metadata", "spec"):
+            inner = field.shape.section
+            if inner is not None and isinstance(value, dict):
+                yield from refusals(inner, value, path)
+            continue
+        reason = support(field.info)
+        if reason != HONOURED:
+            if not _is_honoured(field, value):
+                allowed = honoured_values(field.info)
+                hint = f"remove it, or declare {_choice(allowed)}" if allowed else "remove it"
+                yield Finding(path, f"{REFUSED}: {reason}", hint)
+        else:
+            yield from _refusals_inside(field.shape, value, path)
+
+
+def source_finding(text: str, path: Path) -> Finding | None:
+    """What is wrong with a source, if anything: its form, or a place this version cannot read from."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if text.startswith(("/", ".", "~")):
+            return Finding(path, "is not a source", "a folder is written file:///absolute/path")
+        hint = f"did you mean 'hf://{text}'?" if _HUB_NAME.fullmatch(text) else _SOURCE_FORMS
+        return Finding(path, "is not a source: it has no scheme", hint)
+    if scheme == "builtin":
+        if rest in BUILTIN_MODELS:
+            return None
+        return Finding(path, f"there is no built-in model {rest!r}", "the built-in model is builtin://tiny")
+    if scheme == "file":
+        if rest.startswith("/"):
+            return None
+        return Finding(
+            path, "a file:// source needs an absolute path", f"for example file:///{rest or 'models/llama'}"
+        )
+    if scheme == "hf":
+        if _HUB_NAME.fullmatch(rest):
+            return None
+        name, _, revision = rest.partition("@")
+        if revision and _HUB_NAME.fullmatch(name):
+            return Finding(path, "a revision does not belong in the source", f"declare revision: {revision}")
+        return Finding(path, "is not the name of a Hugging Face repository", "write hf://organisation/name")
+    if scheme in ("s3", "gs", "oci"):
+        reason = f"it cannot read from {scheme}://"
+        return Finding(path, f"{REFUSED}: {reason}", "download the files and declare file:///absolute/path")
+    hub = re.fullmatch(r"(?:www\.)?huggingface\.co/([^/?#]+/[^/?#]+).*", rest)
+    if scheme in ("http", "https") and hub:
+        return Finding(path, "a web address is not a source", f"did you mean 'hf://{hub.group(1)}'?")
+    near = difflib.get_close_matches(scheme.lower(), ("builtin", "file", "hf"), 1, 0.5)
+    hint = f"did you mean '{near[0]}://{rest}'?" if near else _SOURCE_FORMS
+    return Finding(path, f"unknown kind of source {scheme!r}", hint)
+
+
+_SOURCE_FORMS = "sources are builtin://tiny, file:///absolute/path and hf://organisation/name"
+
+
+def _refusals_inside(shape: Shape, value: Any, path: Path) -> Iterator[Finding]:
+    if shape.section is not None and isinstance(value, dict):
+        yield from refusals(shape.section, value, path)
+    elif shape.kind == "list" and shape.item is not None and isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _refusals_inside(shape.item, item, (*path, index))
+
+
+def _is_honoured(field: SchemaField, value: Any) -> bool:
+    unit = field.shape.unit
+    if value in honoured_values(field.info):
+        return True
+    if unit is None or not isinstance(value, str):
+        return False
+    try:
+        amounts = [unit.number(v) for v in honoured_values(field.info)]
+        return unit.number(value) in amounts
+    except ValueError:
+        # The value itself is malformed, and reported as that; a second message would say less.
+        return True
+
+
+def _choice(values: list[Any]) -> str:
+    words = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+    return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+
+
+# ── kind Model ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sources(facts: Facts) -> Iterator[Finding]:
+    found = source_finding(facts["spec.source"], ("spec", "source"))
+    if found:
+        yield found
+
+
+def _tokenizer_source(facts: Facts) -> Iterator[Finding]:
+    source = facts["spec.tokenizer.source"]
+    found = source_finding(source, ("spec", "tokenizer", "source")) if source is not None else None
+    if found:
+        yield found
+
+
+def _template_path(facts: Facts) -> Iterator[Finding]:
+    file = facts["spec.tokenizer.chatTemplateFile"]
+    if file is not None and not file.startswith("/"):
+        yield Finding(
+            ("spec", "tokenizer", "chatTemplateFile"),
+            f"{REFUSED}: a relative path, which would mean another file from another folder",
+            "give the absolute path",
+        )
+
+
+def _revision(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.revision"] is not None and not facts["spec.source"].startswith("hf://"):
+        yield Finding(
+            ("spec", "revision"),
+            "only an hf:// source has revisions",
+            "remove it, or declare an hf:// source",
+            True,
+        )
+
+
+def _replicas(facts: Facts) -> Iterator[Finding]:
+    if facts.declares("spec.replicas") and facts.declares("spec.autoscaling"):
+        yield Finding(
+            ("spec", "autoscaling"),
+            "replicas and autoscaling exclude each other",
+            "declare only one of them",
+            True,
+        )
+
+
+def _autoscaling_range(facts: Facts) -> Iterator[Finding]:
+    if not facts.declares("spec.autoscaling"):
+        return
+    if facts["spec.autoscaling.minReplicas"] > facts["spec.autoscaling.maxReplicas"]:
+        yield Finding(
+            ("spec", "autoscaling", "minReplicas"), "is above maxReplicas", "minReplicas is the smaller one"
+        )
+
+
+def _token_budget(facts: Facts) -> Iterator[Finding]:
+    seqs, tokens = facts["spec.batching.maxNumSeqs"], facts["spec.batching.maxNumBatchedTokens"]
+    if tokens < seqs:
+        yield Finding(
+            facts.first_declared("spec.batching.maxNumBatchedTokens", "spec.batching.maxNumSeqs"),
+            f"maxNumBatchedTokens ({tokens}) is below maxNumSeqs ({seqs}): "
+            "a step could not give every running sequence its token",
+            f"raise maxNumBatchedTokens to {seqs} or more, or lower maxNumSeqs",
+        )
+
+
+def _whole_prompts(facts: Facts) -> Iterator[Finding]:
+    length, tokens = facts["spec.engine.maxModelLen"], facts["spec.batching.maxNumBatchedTokens"]
+    if facts["spec.batching.chunkedPrefill"] or length == "auto" or tokens >= length:
+        return
+    yield Finding(
+        ("spec", "batching", "chunkedPrefill"),
+        f"without chunks a prompt of maxModelLen ({length}) does not fit maxNumBatchedTokens ({tokens})",
+        f"raise maxNumBatchedTokens to {length}, lower engine.maxModelLen, or leave chunkedPrefill on",
+    )
+
+
+def _memory_share(facts: Facts) -> Iterator[Finding]:
+    if parse_percent(facts["spec.engine.memory"]) == 0:
+        yield Finding(("spec", "engine", "memory"), "leaves the replica no memory", "for example 90%")
+
+
+def _surge(facts: Facts) -> Iterator[Finding]:
+    surge, unavailable = facts["spec.rollout.maxSurge"], facts["spec.rollout.maxUnavailable"]
+    if facts["spec.rollout.strategy"] == "RollingUpdate" and surge == 0 and unavailable == 0:
+        yield Finding(
+            facts.first_declared("spec.rollout.maxSurge", "spec.rollout.maxUnavailable"),
+            "with maxSurge 0 and maxUnavailable 0 a rolling update can never begin",
+            "raise one of them, or declare strategy Auto",
+        )
+
+
+def _backoff(facts: Facts) -> Iterator[Finding]:
+    base, longest = facts["spec.restartPolicy.backoffBase"], facts["spec.restartPolicy.backoffMax"]
+    if parse_duration(base) > parse_duration(longest):
+        yield Finding(
+            facts.first_declared("spec.restartPolicy.backoffBase", "spec.restartPolicy.backoffMax"),
+            f"backoffBase ({base}) is longer than backoffMax ({longest})",
+            "backoffBase is the shorter one",
+        )
+    elif parse_duration(base) < 0.1:
+        yield Finding(
+            ("spec", "restartPolicy", "backoffBase"),
+            "is shorter than 100ms",
+            "a crashing engine needs a pause: 1s",
+        )
+
+
+def _deadlines(facts: Facts) -> Iterator[Finding]:
+    for path in ("spec.rollout.progressDeadline", "spec.probes.startup.timeout"):
+        if parse_duration(facts[path]) < 1:
+            yield Finding(tuple(path.split(".")), "is shorter than a second", "no replica starts that fast: 10m")
+
+
+def _served_names(facts: Facts) -> Iterator[Finding]:
+    yield from _repeated(facts["spec.servedModelNames"], ("spec", "servedModelNames"), "name")
+
+
+def _device_ids(facts: Facts) -> Iterator[Finding]:
+    ids = facts["spec.placement.deviceIds"]
+    yield from _repeated(ids, ("spec", "placement", "deviceIds"), "device")
+    if ids and facts["spec.engine.device"] == "cpu":
+        yield Finding(
+            ("spec", "placement", "deviceIds"),
+            "names GPUs, but engine.device is cpu",
+            "remove deviceIds, or declare engine.device cuda",
+            True,
+        )
+
+
+def _environment(facts: Facts) -> Iterator[Finding]:
+    entries = facts["spec.env"]
+    for index, entry in enumerate(entries):
+        path: Path = ("spec", "env", index)
+        if "value" in entry and "valueFrom" in entry:
+            yield Finding(path, "value and valueFrom exclude each other", "declare only one of them")
+        elif "value" not in entry and "valueFrom" not in entry:
+            yield Finding(path, "has no value", "declare value; for an empty one write value: ''")
+        if entry["name"].startswith("QUIRE_"):
+            yield Finding(
+                (*path, "name"), "names that begin with QUIRE_ are set by the platform", "choose another name"
+            )
+    yield from _repeated([e["name"] for e in entries], ("spec", "env"), "variable")
+
+
+def _quantization(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.quantization.method"] == "none" and facts["spec.quantization.groupSize"] is not None:
+        yield Finding(
+            ("spec", "quantization", "groupSize"), "there are no groups with method none", "remove groupSize", True
+        )
+
+
+def _canary(facts: Facts) -> Iterator[Finding]:
+    if facts.declares("spec.rollout.canary") and facts["spec.rollout.strategy"] != "Canary":
+        yield Finding(
+            ("spec", "rollout", "canary"),
+            "has no effect unless strategy is Canary",
+            "remove it, or the strategy",
+            True,
+        )
+
+
+def _repeated(values: list[Any], path: Path, noun: str) -> Iterator[Finding]:
+    seen: set[Any] = set()
+    for index, value in enumerate(values):
+        if value in seen:
+            yield Finding((*path, index), f"{noun} {value!r} stands here twice", "remove one of them")
+        seen.add(value)
+
+
+# ── kind Gateway ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _gateway_name(facts: Facts) -> Iterator[Finding]:
+    if facts["metadata.name"] != "default":
+        yield Finding(("metadata", "name"), "there is one Gateway, and its name is default", "name: default")
+
+
+def _loopback(facts: Facts) -> Iterator[Finding]:
+    bind = facts["spec.bind"]
+    if bind == "localhost":
+        return
+    try:
+        address = ipaddress.ip_address(bind)
+    except ValueError:
+        yield Finding(("spec", "bind"), "is not an IP address", "for example 127.0.0.1")
+        return
+    if not address.is_loopback:
+        yield Finding(
+            ("spec", "bind"),
+            f"{REFUSED}: other machines could reach the API, and there are no access policies yet to guard it",
+            "bind 127.0.0.1, and put a proxy that checks keys before it",
+        )
+
+
+Rule = Callable[[Facts], Iterator[Finding]]
+_RULES: dict[str, tuple[Rule, ...]] = {
+    "Model": (
+        _sources,
+        _tokenizer_source,
+        _template_path,
+        _revision,
+        _replicas,
+        _autoscaling_range,
+        _token_budget,
+        _whole_prompts,
+        _memory_share,
+        _surge,
+        _backoff,
+        _deadlines,
+        _served_names,
+        _device_ids,
+        _environment,
+        _quantization,
+        _canary,
+    ),
+    "Gateway": (_gateway_name, _loopback),
+}
+
+
+# ── between documents ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def claims(facts: Facts) -> list[tuple[str, Path]]:
+    """What a document claims for itself alone: its key, and for a Model each name it is served by.
+
+    Two documents with one claim contradict each other. A claim whose value did not parse is left out.
+    """
+    kind = facts.kind.__name__
+    claimed: list[tuple[str, Path]] = []
+    try:
+        name = facts["metadata.name"]
+        claimed.append((f"{kind.lower()}/{name}", ("metadata", "name")))
+        if kind == "Model":
+            served = facts["spec.servedModelNames"]
+            if served:
+                claimed += [
+                    (f"served model name {n!r}", ("spec", "servedModelNames", i))
+                    for i, n in enumerate(served)
+                    if n not in served[:i]
+                ]
+            else:
+                claimed.append((f"served model name {name!r}", ("metadata", "name")))
+    except Unknown:
+        return claimed
+    return claimed

@@ -1,0 +1,406 @@
+"""The one arithmetic of memory: weights, KV cache and activations of a model on a device. Pure, no I/O.
+
+`platform plan` prints what `fit` says and an engine allocates by it, so what was shown is what is taken.
+
+    limit   = min(share × device, what is free, the declared memory limit)
+    KV room = limit − weights − activations − overhead
+    blocks  = ⌊KV budget / (block size × KV bytes a token)⌋
+    KV bytes a token = Σ layers 2 × max(1, KV heads / tensor parallel) × head size × bytes of a number
+
+The KV budget is `kv_size` if declared; else on a GPU all the room; else, on a CPU, where other programs live, the
+least of the room, 4 GiB, what `max_num_seqs` sequences of full length need, and a quarter of the free memory.
+Sliding layers keep their whole history in this version, so they count as full ones.
+
+Activations are the peak over the stages of one forward pass, counted from the code of `quire_engine` and
+`quire_kernels.reference`; the bound is tested against the bytes that torch really allocates. Legend of that part:
+T tokens of a step, R rows that get logits, e bytes of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile
+from quire_schemas.quantities import format_bytes
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+GATHER_BYTES = 64 * MIB
+"""What the reference kernels copy out of the cache at a time (`quire_kernels.reference.GATHER_BYTES`)."""
+
+MASK_BYTES = 4 * MIB
+"""One tile of a prefill's mask, unless 16 rows of it need more."""
+
+CPU_KV_CAP = 4 * GIB
+MIN_AUTO_LEN = 256
+"""`maxModelLen: auto` never resolves below this (or the checkpoint's own maximum, if that is smaller)."""
+
+_LARGEST_BLOCK = 32
+_SAMPLER_BYTES = 52
+"""Per logit, at the widest point of the sampler: float32 copies and the double-precision cumulative sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a back-end takes whatever the model is."""
+
+    overhead: int
+    why: str
+
+
+FOOTPRINT: dict[str, Footprint] = {
+    "cpu": Footprint(384 * MIB, "interpreter, torch's libraries (225 MiB, torch 2.13), allocator slack"),
+    "cuda": Footprint(1 * GIB, "CUDA context, cuBLAS workspaces, allocator slack"),
+}
+"""By kind of device."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizingRequest:
+    """What a model asks for and what a device has; every size in bytes or tokens. None means auto."""
+
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    device: Literal["cpu", "cuda"]
+    device_bytes_total: int
+    device_bytes_available: int
+    memory_share: float
+    max_model_len: int | None = None
+    kv_size: int | None = None
+    memory_limit: int | None = None
+    device_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CounterOffer:
+    """A change, tried and found to fit, of one field of the manifest (or of the device)."""
+
+    field: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """The outcome. If it does not fit, the figures are those of the request and `reason` says what is wrong."""
+
+    fits: bool
+    reason: str
+    request: SizingRequest
+    weights: int
+    activations: int
+    overhead: int
+    kv: int
+    """Bytes of all blocks."""
+    limit: int
+    kv_bytes_per_token: int
+    num_blocks: int
+    max_model_len: int
+    notes: tuple[str, ...] = ()
+    counter_offers: tuple[CounterOffer, ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that all blocks hold."""
+        return self.num_blocks * self.request.block_size
+
+    @property
+    def room(self) -> int:
+        """Bytes that the limit leaves for KV; negative when it leaves none."""
+        return kv_room(self.limit, self.weights, self.activations, self.overhead)
+
+    @property
+    def concurrency(self) -> float:
+        """Sequences of `max_model_len` that the cache holds at once."""
+        return self.kv_tokens / self.max_model_len
+
+    @property
+    def used(self) -> int:
+        """Everything together."""
+        return self.weights + self.activations + self.overhead + self.kv
+
+    def lines(self) -> list[str]:
+        """The arithmetic as printable lines."""
+        request = self.request
+        name = request.device_name or {"cpu": "this machine's memory", "cuda": "the GPU"}[request.device]
+        limit = f"{format_bytes(self.limit)} ({_limit_reason(request)}, {name})"
+        parts = [
+            f"weights {format_bytes(self.weights)}",
+            f"activations {format_bytes(self.activations)}",
+            f"overhead {format_bytes(self.overhead)}",
+        ]
+        if not self.fits:
+            taken = self.weights + self.activations + self.overhead
+            return [
+                f"Memory   {' + '.join(parts)} = {format_bytes(taken)} of {limit}",
+                f"         does not fit: {self.reason}",
+                *(f"         instead, for example  {offer}" for offer in self.counter_offers),
+            ]
+        return [
+            f"Memory   {' + '.join(parts)} + KV {format_bytes(self.kv)} = {format_bytes(self.used)} of {limit}",
+            f"         KV {format_bytes(self.kv_bytes_per_token)} a token; {self.num_blocks:,} blocks of "
+            f"{request.block_size} = {self.kv_tokens:,} tokens = {self.concurrency:.1f} sequences of "
+            f"{self.max_model_len:,}",
+            *(f"         ⚠ {note}" for note in self.notes),
+        ]
+
+
+# ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weight_bytes(profile: ModelProfile, dtype: str) -> int:
+    """What the engine's parameters hold in `dtype`, exactly."""
+    return profile.num_parameters * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(profile: ModelProfile, kv_dtype: str, tensor_parallel: int = 1) -> int:
+    """Keys and values of one token over all layers, on one of `tensor_parallel` ranks."""
+    heads = max(1, profile.num_kv_heads // tensor_parallel)
+    return 2 * profile.num_layers * heads * profile.head_dim * DTYPE_BYTES[kv_dtype]
+
+
+def activation_bytes(
+    profile: ModelProfile, dtype: str, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+) -> int:
+    """An upper bound of what one step holds besides weights and cache, sampling included."""
+    tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
+    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    wide = 4 if e < 4 else 0  # a float32 copy, where the number format is not float32 already
+    rows = min(tokens, max_num_seqs)
+    length = max_model_len + 2 * _LARGEST_BLOCK
+
+    # all through: the residual, the normed input, cosines and sines; addresses at 8 bytes, tables twice
+    base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
+    base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
+    norm = tokens * hidden * (wide + 3 * 4 + e)
+    rotary = tokens * ((q + 2 * kv) * e + (q + kv) * (e + wide + 3 * 4))
+
+    token_bytes = 2 * kv * 4
+    gather = max(min(GATHER_BYTES, rows * length * token_bytes), length * 2 * profile.head_dim * 4)
+    gather += gather // 4  # one of the two beside its stored form
+    # what the plan of a step keeps, once for every kind of layer: masks and the places of unused slots
+    grouped = min(length, GATHER_BYTES // token_bytes + 1)
+    gather += len(set(profile.layer_kinds)) * rows * (grouped * 5 + (512 + length) * 8)
+    mask = 2 * min(max(MASK_BYTES, 16 * length * 4), (tokens + 16) * length * 4)
+    attend = tokens * ((q + 2 * kv) * e + (q + kv) * e + q * (2 * e + 3 * 4) + profile.num_heads * 4)
+    attention = max(rotary, attend + gather + mask)
+
+    mlp = tokens * (q * e + hidden * e + inner * (2 * e + wide + 4 + e))
+    output = tokens * q * e + norm + tokens * hidden * e
+    head = rows * (profile.vocab_size * (e + _SAMPLER_BYTES) + 4 * hidden * 4)
+    return base + max(attention, mlp, output, norm, head)
+
+
+def kv_room(limit: int, weights: int, activations: int, overhead: int) -> int:
+    """Bytes that the limit leaves for KV; negative when it leaves none."""
+    return limit - weights - activations - overhead
+
+
+# ── the fit ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fit(profile: ModelProfile, request: SizingRequest) -> FitReport:
+    """Whether the request fits, with blocks and context resolved; if not, why, and up to three changes that do."""
+    report = _resolve(profile, request)
+    if report.fits:
+        return replace(report, notes=tuple(_notes(profile, report)))
+    return replace(report, counter_offers=tuple(_offers(profile, report))[:3])
+
+
+def _limit(request: SizingRequest) -> int:
+    shares = [int(request.device_bytes_total * request.memory_share), request.device_bytes_available]
+    if request.memory_limit is not None:
+        shares.append(request.memory_limit)
+    return min(shares)
+
+
+def _limit_reason(request: SizingRequest) -> str:
+    limit = _limit(request)
+    if request.memory_limit == limit:
+        return "the declared memory limit"
+    total = format_bytes(request.device_bytes_total)
+    if limit == int(request.device_bytes_total * request.memory_share):
+        return f"{request.memory_share:.0%} of {total}"
+    return f"free of {total}"
+
+
+def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport:
+    """The report for one context length."""
+    weights = weight_bytes(profile, request.dtype)
+    activations = activation_bytes(
+        profile, request.dtype, request.max_num_batched_tokens, request.max_num_seqs, length
+    )
+    overhead = FOOTPRINT[request.device].overhead
+    limit = _limit(request)
+    per_token = kv_bytes_per_token(profile, request.kv_dtype)
+    block = per_token * request.block_size
+    room = kv_room(limit, weights, activations, overhead)
+    per_sequence = -(-length // request.block_size)
+    if request.kv_size is not None:
+        budget = request.kv_size
+    elif request.device == "cpu":
+        need = request.max_num_seqs * per_sequence * block
+        budget = min(room, CPU_KV_CAP, need, request.device_bytes_available // 4)
+    else:
+        budget = room
+    blocks = max(0, budget // block)
+    if room < 0:
+        reason = f"weights, activations and overhead alone are {format_bytes(-room)} above the limit"
+    elif blocks * block > room:
+        reason = f"kvCache.size {format_bytes(blocks * block)} is more than the {format_bytes(room)} that are left"
+    elif blocks < per_sequence:
+        reason = (
+            f"the KV cache gets {format_bytes(budget)}, one sequence of {length:,} tokens needs "
+            f"{format_bytes(per_sequence * block)}"
+        )
+    else:
+        reason = ""
+    return FitReport(
+        fits=not reason,
+        reason=reason,
+        request=request,
+        weights=weights,
+        activations=activations,
+        overhead=overhead,
+        kv=blocks * block,
+        limit=limit,
+        kv_bytes_per_token=per_token,
+        num_blocks=blocks,
+        max_model_len=length,
+    )
+
+
+def _resolve(profile: ModelProfile, request: SizingRequest) -> FitReport:
+    longest = profile.max_position_embeddings
+    if request.max_model_len is not None:
+        report = _at(profile, request, request.max_model_len)
+        if request.max_model_len > longest:
+            reason = f"maxModelLen {request.max_model_len:,} is above the checkpoint's {longest:,} positions"
+            return replace(report, fits=False, reason=reason)
+        return report
+    shortest = min(longest, MIN_AUTO_LEN)
+    best = _largest(shortest, longest, request.block_size, lambda length: _at(profile, request, length).fits)
+    if best is None:
+        report = _at(profile, request, shortest)
+        if report.kv > report.room > 0:  # a declared kvCache.size is the cause, not the context
+            return report
+        return replace(report, reason=f"{report.reason} (the least that maxModelLen auto gives)")
+    return _at(profile, request, best)
+
+
+def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest length from `low` to `high` that fits, a multiple of `step` unless it is one of the two."""
+    if fits(high):
+        return high
+    if not fits(low):
+        return None
+    inside, outside = low // step, -(-high // step)
+    while outside - inside > 1:
+        middle = (inside + outside) // 2
+        if fits(middle * step):
+            inside = middle
+        else:
+            outside = middle
+    return max(low, inside * step)
+
+
+def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
+    request = report.request
+    if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
+        yield (
+            f"maxModelLen auto is {report.max_model_len:,}; the checkpoint would allow "
+            f"{profile.max_position_embeddings:,}"
+        )
+    if report.concurrency < request.max_num_seqs:
+        yield f"maxNumSeqs {request.max_num_seqs} will preempt when sequences get long"
+
+
+def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
+    """Changes that make it fit, those that cost users least first; every one has been tried."""
+    request = report.request
+    longest = profile.max_position_embeddings
+    if request.max_model_len is not None and request.max_model_len > longest:
+        shorter = _resolve(profile, replace(request, max_model_len=None))
+        if shorter.fits:
+            yield CounterOffer("spec.engine.maxModelLen", str(shorter.max_model_len))
+        else:
+            device = _larger_device(profile, _at(profile, replace(request, max_model_len=longest), longest))
+            yield CounterOffer("device", f"{device.value}, and spec.engine.maxModelLen {longest}")
+        return
+
+    def fits(changed: SizingRequest) -> bool:
+        return _resolve(profile, changed).fits
+
+    per_token = report.kv_bytes_per_token
+    blocks = -(-report.max_model_len // request.block_size)
+    one = -(-blocks * request.block_size * per_token // MIB) * MIB
+    size = report.room // MIB * MIB if report.kv > report.room else one
+    if size > 0 and size != request.kv_size and fits(replace(request, kv_size=size)):
+        yield CounterOffer("spec.engine.kvCache.size", f"{size // MIB}Mi")
+    tokens = _halved(
+        request.max_num_batched_tokens, 128, lambda value: fits(replace(request, max_num_batched_tokens=value))
+    )
+    if tokens is not None:
+        yield CounterOffer("spec.batching.maxNumBatchedTokens", str(tokens))
+    seqs = _halved(request.max_num_seqs, 1, lambda value: fits(replace(request, max_num_seqs=value)))
+    if seqs is not None:
+        yield CounterOffer("spec.batching.maxNumSeqs", str(seqs))
+    if request.max_model_len is not None:
+        low = min(request.max_model_len, MIN_AUTO_LEN)
+        length = _largest(
+            low,
+            request.max_model_len,
+            request.block_size,
+            lambda length: fits(replace(request, max_model_len=length)),
+        )
+        if length is not None:
+            yield CounterOffer("spec.engine.maxModelLen", str(length))
+    for percent in (90, 95):
+        share = percent / 100
+        if share > request.memory_share and fits(replace(request, memory_share=share)):
+            yield CounterOffer("spec.engine.memory", f"{percent}%")
+            break
+    if request.kv_dtype == "float32" and fits(replace(request, kv_dtype="bfloat16")):
+        yield CounterOffer("spec.engine.kvCache.dtype", "bfloat16")
+    if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
+        yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
+    if request.memory_limit is not None:
+        need = report.weights + report.activations + report.overhead + (request.kv_size or one)
+        limit = -(-need // MIB) * MIB
+        if fits(replace(request, memory_limit=limit)):
+            yield CounterOffer("spec.resources.memory", f"{limit // MIB}Mi")
+    yield _larger_device(profile, report)
+
+
+def _halved(value: int, least: int, fits: Callable[[int], bool]) -> int | None:
+    """The first of value / 2, value / 4, … not below `least` that fits."""
+    while value > least:
+        value = max(least, value // 2)
+        if fits(value):
+            return value
+    return None
+
+
+def _larger_device(profile: ModelProfile, report: FitReport) -> CounterOffer:
+    """The memory that the request needs as it stands, with room for one sequence of its context."""
+    request = report.request
+    one = -(-report.max_model_len // request.block_size) * report.kv_bytes_per_token * request.block_size
+    fixed = report.weights + report.activations + report.overhead
+    need = max((fixed + (request.kv_size or one)) / request.memory_share, fixed + (request.kv_size or one))
+    if request.kv_size is None and request.device == "cpu":
+        need = max(need, 4 * one)  # auto takes a quarter of what is free
+    size = -(-int(need) // GIB) * GIB
+    enough = replace(request, device_bytes_total=size, device_bytes_available=size, memory_limit=None)
+    if _resolve(profile, enough).fits:
+        return CounterOffer("device", f"{size // GIB} GiB free")
+    return CounterOffer(
+        "a device with", f"{size // GIB} GiB free, and spec.engine.kvCache.size {-(-one // MIB)}Mi"
+    )

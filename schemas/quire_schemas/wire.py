@@ -1,0 +1,349 @@
+"""What crosses between processes: messages and their framing.
+
+Three conversations use this module.
+
+- **router -> engine** (Unix socket `engine.sock` in the replica's folder): `Hello`/`Welcome`, then
+  `Generate`, `Abort` and `Limits` one way, `Deltas` (one frame a step for all requests) and `Stats` the other.
+- **control plane -> router** (Unix socket `control.sock`): `RoutingTable` one way, `RouterStatus` back. A table
+  is absolute and versioned; sending the same one twice changes nothing.
+- **control plane -> engine** at start: an `EngineSpec`, written as JSON into the replica's folder; back: one
+  `EngineEvent` a line (JSON) on the descriptor the shim handed down, which the shim keeps and passes on unread.
+
+Framing on sockets: four bytes, big-endian length, then that many bytes of MessagePack. A frame that announces
+more than `MAX_FRAME` bytes, or that does not decode to one of the expected types, ends the connection: the
+peer is not one of ours. Times are seconds; those named `*_at` are `time.monotonic()` of the engine's machine,
+which routers on the same machine share.
+
+Exceptions:
+
+    WireError
+    ├── FrameTooLarge      the announced length is above MAX_FRAME
+    └── BadMessage         the bytes are not a message of the expected kinds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+
+PROTOCOL = 1
+MAX_FRAME = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class WireError(Exception):
+    """The peer broke the protocol; the connection cannot go on."""
+
+
+class FrameTooLarge(WireError):
+    """A frame announced more than `MAX_FRAME` bytes."""
+
+
+class BadMessage(WireError):
+    """A frame's bytes are not a message of the kinds expected here."""
+
+
+# ── router -> engine ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one request's tokens are chosen. The router has already checked every bound.
+
+    `temperature` 0 is greedy (lowest id wins a tie). `top_k` 0 is off. `seed` None draws one per request.
+    `stop_token_ids` end the text and are not part of it; `eos` handling is the engine's unless `ignore_eos`.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    """None: off. k >= 0: the chosen token's log-probability and those of the k likeliest."""
+
+
+class Hello(msgspec.Struct, tag=True):
+    """First frame of a client of an engine."""
+
+    role: Literal["router", "script"]
+    protocol: int = PROTOCOL
+
+
+class Welcome(msgspec.Struct, tag=True):
+    """The engine's answer to `Hello`: who it is and the bounds it was built with."""
+
+    replica_id: str
+    incarnation: int
+    protocol: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+
+
+class Generate(msgspec.Struct, tag=True):
+    """Start one sequence. `id` is unique among the connection's live requests."""
+
+    id: str
+    token_ids: list[int]
+    sampling: Sampling
+    trace: str | None = None
+    """W3C traceparent of the request's span, carried through to the timings."""
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Stop a sequence and free its blocks within one step. Unknown ids are no error: it may just have ended."""
+
+    id: str
+
+
+class Limits(msgspec.Struct, tag=True):
+    """The hot knobs of a running engine. The answer is a `Stats` that carries the same `hot_hash`."""
+
+    hot_hash: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the raw logits (before temperature and filters)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When one request went where; sent with its last delta. Monotonic seconds of the engine's machine."""
+
+    received_at: float
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    preemptions: int = 0
+    cached_tokens: int = 0
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    """What one step gave one request: new ids (a stop token is not among them), and its end if it ended."""
+
+    id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The id that ended the text when `finish_reason` is stop."""
+    error_code: str | None = None
+    """Set when `finish_reason` is error: a word of the error contract, such as `context_length_exceeded`."""
+    error: str | None = None
+    timings: Timings | None = None
+
+
+class Deltas(msgspec.Struct, tag=True):
+    """All that one step gave to the requests of this connection."""
+
+    step: int
+    items: list[Delta]
+
+
+class Stats(msgspec.Struct, tag=True):
+    """The engine's state, sent after `Hello`, after `Limits`, and at most four times a second while it runs."""
+
+    steps: int
+    last_step_at: float
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    kv_slots_used: int
+    """Tokens that lie in allocated blocks; waste is allocated slots minus this."""
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    hot_hash: str
+
+
+ToEngine = Hello | Generate | Abort | Limits
+FromEngine = Welcome | Deltas | Stats
+
+
+# ── control plane -> router ───────────────────────────────────────────────────────────────────────────────
+
+
+class ReplicaEndpoint(msgspec.Struct, frozen=True):
+    """Where one replica listens. `draining` replicas keep their streams and get no new request."""
+
+    replica_id: str
+    incarnation: int
+    socket: str
+    draining: bool = False
+
+
+class ModelRoute(msgspec.Struct, frozen=True):
+    """All the router needs to serve one model by its names."""
+
+    model: str
+    names: tuple[str, ...]
+    revision: int
+    template_hash: str
+    tokenizer_dir: str
+    """Folder with tokenizer.json, tokenizer_config.json and generation_config.json."""
+    chat_template_file: str | None
+    max_model_len: int
+    kv_tokens: int
+    """Tokens that one replica's whole KV pool holds: no request can need more."""
+    max_queue_length: int
+    max_queue_wait: float
+    created: int
+    """Unix seconds, for /v1/models."""
+    replicas: tuple[ReplicaEndpoint, ...]
+    eta: float | None = None
+    """Seconds until a replica is expected ready, when none is; None when not known."""
+
+
+class RoutingTable(msgspec.Struct, tag=True, frozen=True):
+    """Everything routable, absolute. The router acts on it only if `version` is above the one it has."""
+
+    version: int
+    models: tuple[ModelRoute, ...]
+
+
+class GetRouterStatus(msgspec.Struct, tag=True):
+    """Ask for a `RouterStatus` without changing anything."""
+
+
+class ReplicaLoad(msgspec.Struct, frozen=True):
+    """What the router sees of one replica of its table."""
+
+    replica_id: str
+    incarnation: int
+    connected: bool
+    in_flight: int
+    hot_hash: str | None = None
+
+
+class RouterStatus(msgspec.Struct, tag=True):
+    """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it."""
+
+    version: int
+    pid: int
+    base_url: str
+    replicas: list[ReplicaLoad]
+
+
+class SetLimits(msgspec.Struct, tag=True):
+    """Pass `limits` on to the engines of these replicas; their hash shows in the next `RouterStatus`."""
+
+    replica_ids: tuple[str, ...]
+    limits: Limits
+
+
+ToRouter = RoutingTable | GetRouterStatus | SetLimits
+FromRouter = RouterStatus
+
+
+# ── control plane -> engine, at start ─────────────────────────────────────────────────────────────────────
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """One engine, fully resolved: no `auto` is left. Written as JSON; the engine allocates exactly this."""
+
+    model: str
+    replica_id: str
+    incarnation: int
+    socket: str
+    model_dir: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    kv_dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    threads: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    seed: int
+    memory_limit: int
+    """Bytes the engine may hold for weights, activations and KV; it refuses to start above it."""
+    hot_hash: str
+
+
+class EngineEvent(msgspec.Struct, omit_defaults=True):
+    """A line on the engine's status descriptor.
+
+    `loading` comes at least once a second while weights load and carries bytes done; `ready` once the socket
+    listens and a token has been generated; `failed` before a deliberate exit, with a reason the control plane
+    shows unchanged. `retryable` False means that trying again with the same spec is pointless.
+    """
+
+    event: Literal["starting", "loading", "ready", "failed"]
+    at: float
+    """`time.time()`, for display only."""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    reason: str = ""
+    message: str = ""
+    retryable: bool = True
+    load_seconds: float = 0.0
+
+
+# ── framing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """The message as one frame, ready to write."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise FrameTooLarge(f"a {type(message).__name__} of {len(body)} bytes is above {MAX_FRAME}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class Reader(Generic[T]):
+    """Reads frames of one union of message types from an asyncio stream.
+
+    `await reader.read()` gives the next message, or None at a clean end between two frames. A connection that
+    ends inside a frame raises `asyncio.IncompleteReadError`; a breach of protocol raises `WireError`.
+    """
+
+    __slots__ = ("_decoder", "_stream")
+
+    def __init__(self, stream: asyncio.StreamReader, kinds: Any) -> None:
+        self._stream = stream
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds)
+
+    async def read(self) -> T | None:
+        try:
+            head = await self._stream.readexactly(_LENGTH.size)
+        except asyncio.IncompleteReadError as end:
+            if end.partial:
+                raise
+            return None
+        (length,) = _LENGTH.unpack(head)
+        if length > MAX_FRAME:
+            raise FrameTooLarge(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME}")
+        body = await self._stream.readexactly(length)
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise BadMessage(str(error)) from error

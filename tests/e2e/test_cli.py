@@ -1,0 +1,272 @@
+"""The command line against real processes: what a user types, what is seen, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Platform
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs/examples"
+
+
+def ask(base: str, model: str, content: str) -> dict[str, Any]:
+    """One chat completion, as curl would send it."""
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 24}
+    request = urllib.request.Request(
+        f"{base}/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def test_the_life_of_a_model(platform: Platform) -> None:
+    quickstart = platform.manifests / "quickstart.yaml"
+
+    done = platform.run("apply", platform.gateway, quickstart)
+    assert re.search(
+        r"control plane  not running: started quire \S+ \(pid \d+, log .*controlplane.log\)", done.stderr
+    )
+    assert "model/quickstart  created (revision 1)" in done.stdout
+    steps = [
+        line.split()[1]
+        for line in done.stderr.splitlines()
+        if line.startswith("quickstart  ") and line.endswith("s")
+    ]
+    assert [step for step in steps if step in ("accepted", "weights", "device", "loaded", "ready")] == [
+        "accepted", "weights", "device", "loaded", "ready",
+    ]  # fmt: skip
+    base = re.search(r"^Base URL (http://127\.0\.0\.1:\d+/v1)$", done.stdout, re.M)
+    assert base is not None
+    assert ask(base[1], "quickstart", "What is PagedAttention?")["choices"][0]["message"]["content"]
+
+    row = platform.run("get").stdout.splitlines()[1].split()
+    assert row[:5] == ["quickstart", "True", "True", "1/1", "1"]
+    view = platform.json("get", "model/quickstart")
+    assert view["status"]["endpoints"]["openai"] == base[1]
+    described = platform.run("describe", "model/quickstart").stdout
+    for word in (
+        "Conditions",
+        "RolledOut",
+        "Replicas",
+        "Resolved",
+        "maxModelLen",
+        "source  builtin://tiny",
+        "Events",
+    ):
+        assert word in described
+    assert "quickstart" in platform.run("get", "replicas").stdout
+    assert base[1] in platform.run("get", "gateway").stdout
+
+    # The same again changes nothing: no event, no process, no revision.
+    pid = view["replicas"][0]["pid"]
+    events = platform.json("events")
+    assert platform.run("plan", quickstart, "--detailed-exitcode").stdout.splitlines()[-1] == (
+        "Plan: 0 to create, 0 to update, 0 to delete."
+    )
+    assert platform.run("apply", quickstart).stdout == "model/quickstart  unchanged\n"
+    again = platform.json("get", "model/quickstart")
+    assert (again["generation"], again["replicas"][0]["pid"]) == (view["generation"], pid)
+    assert platform.json("events") == events
+
+    assert platform.run("logs", "model/quickstart", "--tail", "5").stdout
+    assert platform.run("logs", "router").stdout
+    assert platform.run("logs", "controlplane").stdout is not None
+    assert "model/quickstart" in platform.run("events", "--for", "model/quickstart").stdout
+
+    answered = platform.run("quickstart", quickstart).stdout
+    assert re.search(r"^model/quickstart  unchanged\n\n> What is .*\n.*\w", answered)
+    assert "platform describe model/quickstart" in answered.partition("Try next")[2]
+
+    watching = platform.start("events", "--watch", "-o", "json")
+    following = platform.start("logs", "controlplane", "--follow", "--tail", "0")
+    assert watching.stdout is not None
+    assert json.loads(watching.stdout.readline())["reason"] == "Created"
+    assert "model/quickstart  deleted" in platform.run("delete", "model/quickstart").stdout
+    time.sleep(1)
+    for command, word in ((watching, '"reason": "Deleting"'), (following, "quickstart-r1-0")):
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=20)
+        assert (command.returncode, err) == (0, "")
+        assert word in out
+    assert not platform.run("get").stdout
+    platform.run("get", "model/quickstart", code=8)
+    down = platform.run("down")
+    assert "control plane  stopping" in down.stdout
+    assert platform.run("down").stdout == "nothing is running\n"
+
+
+def test_a_change_is_planned_as_it_is_done(platform: Platform) -> None:
+    platform.run("apply", platform.gateway, platform.model("m"))
+    before = platform.json("get", "model/m")
+
+    hot = platform.model("m", "  batching: {maxQueueLength: 7}\n")
+    planned = platform.run("plan", hot, "--detailed-exitcode", code=10).stdout
+    assert re.search(r"~ spec\.batching\.maxQueueLength +512 → 7 +hot", planned)
+    assert "Plan: 0 to create, 1 to update, 0 to delete." in planned
+    assert platform.json("get", "model/m")["generation"] == before["generation"], "a plan changes nothing"
+    assert platform.run("apply", hot).stdout.startswith("model/m  updated")
+    after = platform.json("get", "model/m")
+    assert after["generation"] == before["generation"] + 1
+    assert after["status"]["servedRevision"] == 1
+    assert after["replicas"][0]["pid"] == before["replicas"][0]["pid"], "a hot change restarts nothing"
+
+    rolling = platform.model("m", "  batching: {maxQueueLength: 7}\n  env: [{name: APP_MODE, value: a}]\n")
+    planned = platform.run("plan", rolling).stdout
+    assert "model/m  revision 1 → 2" in planned
+    assert re.search(r"spec\.env.* rolling", planned)
+    assert re.search(r"^  Rollout  ", planned, re.M)
+    platform.run("apply", rolling)
+    final = platform.json("get", "model/m")
+    assert final["status"]["servedRevision"] == 2
+    assert final["replicas"][0]["pid"] != before["replicas"][0]["pid"]
+
+
+def test_a_plan_of_something_new_shows_the_arithmetic(platform: Platform) -> None:
+    planned = platform.run("plan", platform.manifests / "quickstart.yaml").stdout
+    assert planned.startswith("model/quickstart  create")
+    assert re.search(r"^  Memory   .*weights .* KV ", planned, re.M)
+    assert not platform.json("get")["items"], "a plan creates nothing"
+
+
+def test_a_large_model_is_planned_for_a_declared_machine(platform: Platform) -> None:
+    config = EXAMPLES / "llama-3.1-8b.config.json"
+    devices = EXAMPLES / "one-l4.yaml"
+    llama = platform.manifests / "llama.yaml"
+    planned = platform.json("plan", llama, "--devices", devices, "--config", config)
+    fit = planned["items"][0]["fit"]
+    assert fit["fits"]
+    assert 14.9 * 2**30 < fit["weights"] < 15.1 * 2**30
+
+    small = platform.write(
+        "small.yaml",
+        "cpu: {memory: 64Gi, cores: 16}\ndevices: [{kind: cuda, name: NVIDIA T4, memory: 16Gi, index: 0}]\n",
+    )
+    refused = platform.run("plan", llama, "--devices", small, "--config", config, code=3)
+    assert "Refused" in refused.stdout
+    assert refused.stderr.startswith("error: 1 object cannot be applied: model/llama-3.1-8b")
+
+
+WRONG = {
+    "unknown-field": ("  sorce: builtin://tiny\n", ":5:3: error: spec.sorce: ", "did you mean 'source'?"),
+    "wrong-type": ("  source: builtin://tiny\n  replicas: many\n", ":6:13: error: spec.replicas: ", "hint: "),
+    "twice": (
+        "  source: builtin://tiny\n  source: builtin://tiny\n",
+        ":6:3: error: spec.source: ",
+        "duplicate key",
+    ),
+    "tab": ("\tsource: builtin://tiny\n", ":5:1: error: ", "tab"),
+    "later": (
+        "  source: builtin://tiny\n  parallelism: {tensor: 2}\n",
+        "spec.parallelism.tensor: ",
+        "not honoured by",
+    ),
+}
+
+
+def test_wrong_manifests_are_3_without_a_control_plane(platform: Platform) -> None:
+    for name, (spec, _, _) in WRONG.items():
+        head = f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\nspec:\n"
+        platform.write(f"wrong/{name}.yaml", head + spec)
+    gone = platform.root / "gone.yaml"
+    validated = platform.run("validate", platform.root / "wrong", gone, code=3).stdout
+    applied = platform.run("apply", platform.root / "wrong", gone, code=3).stderr
+    assert validated == applied
+    for name, (_, place, message) in WRONG.items():
+        start = validated.index(f"{name}.yaml:")
+        assert place in validated[start : start + 400]
+        assert message in validated[start : start + 400]
+    assert f"{gone}:1:1: error: " in validated
+    assert not platform.state.root.exists()
+
+
+def test_what_only_the_machine_can_refuse(platform: Platform) -> None:
+    text = platform.model("x").read_text()
+    checkpoint = platform.root / "mamba"
+    platform.write("mamba/config.json", '{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    wrong = {
+        "unknown": (text.replace("builtin://tiny", f"file://{checkpoint}"), "MambaForCausalLM"),
+        "missing": (text.replace("builtin://tiny", f"file://{checkpoint}-not"), "mamba-not"),
+        "elsewhere": (text.replace("builtin://tiny", "hf://nobody/nothing"), "local cache"),
+        "huge": (text.replace("16Mi", "900Ti"), "900.0 TiB"),
+    }
+    for name, (manifest, _) in wrong.items():
+        platform.write(f"wrong/{name}.yaml", manifest.replace("name: x", f"name: {name}"))
+    planned = platform.run("plan", platform.root / "wrong", code=3).stdout
+    applied = platform.run("apply", platform.gateway, platform.root / "wrong", code=3).stderr
+    for name, (_, word) in wrong.items():
+        assert re.search(
+            rf"^model/{name}  refused\n(?:  (?!Refused).*\n)*  Refused  .*{word}.*\n    hint: ", planned, re.M
+        ), planned
+        assert re.search(rf"^\S+/{name}\.yaml:\d+\S*: error: spec.*{word}.*\n    hint: ", applied, re.M), applied
+    assert not platform.json("get")["items"], "nothing was created"
+
+
+def test_many_at_once_start_one_control_plane(platform: Platform) -> None:
+    commands = [platform.start("get") for _ in range(4)]
+    notices = ""
+    for command in commands:
+        _, err = command.communicate(timeout=60)
+        assert command.returncode == 0, err
+        notices += err
+    assert notices.count("control plane  not running: started") == 1
+    planes = [p for p in platform.processes() if "quire.controlplane" in p.cmdline()]
+    assert len(planes) == 1
+
+
+def kill_control_plane(platform: Platform) -> None:
+    (plane,) = [p for p in platform.processes() if "quire.controlplane" in p.cmdline()]
+    plane.send_signal(signal.SIGKILL)
+    plane.wait(10)
+
+
+def test_a_killed_control_plane_takes_nothing_with_it(platform: Platform) -> None:
+    platform.run("apply", platform.gateway, platform.model("m"))
+    base, replica = platform.base_url("m"), platform.json("get", "model/m")["replicas"][0]
+    kill_control_plane(platform)
+    assert ask(base, "m", "What is Quire?")["choices"], "requests are served without a control plane"
+    returned = platform.run("get", "model/m")
+    assert "control plane  not running: started" in returned.stderr
+    deadline = time.monotonic() + 20
+    while (view := platform.json("get", "model/m"))["status"]["replicas"]["ready"] != 1:
+        assert time.monotonic() < deadline, view
+        time.sleep(0.1)
+    assert view["replicas"][0]["pid"] == replica["pid"], "the engine was found again, not started again"
+
+    kill_control_plane(platform)
+    done = platform.run("down", "--grace", "1s")
+    assert "its processes are not" in done.stderr
+    assert not platform.processes(), "down finds what a dead control plane left"
+
+
+def test_ctrl_c_detaches_and_the_rollout_goes_on(platform: Platform) -> None:
+    platform.run("apply", platform.gateway)
+    command = platform.start("apply", platform.model("m"))
+    assert command.stdout is not None
+    assert command.stdout.readline().startswith("model/m  created")
+    time.sleep(0.2)
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=30)
+    assert command.returncode == 130
+    assert "^C detached: the rollout continues" in err
+    assert platform.run("apply", platform.model("m")).stdout == "model/m  unchanged\n"
+    assert platform.json("get", "model/m")["status"]["replicas"]["ready"] == 1
+
+
+def test_a_control_plane_that_cannot_start_says_why(platform: Platform) -> None:
+    platform.state.create()
+    platform.state.store.mkdir()
+    try:
+        done = platform.run("get", code=7)
+        assert "the control plane failed to start: " in done.stderr
+        assert "hint: " in done.stderr.splitlines()[-1] or "hint: " in done.stderr
+    finally:
+        os.rmdir(platform.state.store)

@@ -1,0 +1,533 @@
+"""The control plane as a process, over its Unix socket, with the real router and a stand-in for the engine.
+
+The control plane is told nothing of the stand-in: a package `quire_engine` on PYTHONPATH takes the engine's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.client import Client, InvalidManifest, Refused
+from quire_operators.paths import StateDir
+
+HERE = Path(__file__).parent
+GATEWAY = "apiVersion: quire.dev/v1alpha1\nkind: Gateway\nmetadata: {name: default}\nspec: {port: 0}\n"
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def model(name: str, spec: str = "", **env: object) -> str:
+    """A manifest on the built-in model; `env` steers the stand-in."""
+    variables = ", ".join(f"{{name: STANDIN_{key}, value: '{value}'}}" for key, value in env.items())
+    return (
+        f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\n"
+        f"spec:\n  source: builtin://tiny\n  env: [{variables}]\n{spec}"
+    )
+
+
+def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"did not happen in time: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Plane:
+    """A state directory and the control plane process on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = StateDir(folder / "state")
+        standin = folder / "standin" / "quire_engine"
+        standin.mkdir(parents=True)
+        (standin / "__init__.py").write_text("")
+        shutil.copy(HERE / "standin_engine.py", standin / "__main__.py")
+        self.env = {**os.environ, "PYTHONPATH": str(standin.parent), "OMP_NUM_THREADS": "1"}
+        self.client = Client(self.state, start=False)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> tuple[subprocess.Popen[bytes], str]:
+        """Start one more control plane; what it said on its readiness pipe, up to the end of a line."""
+        readable, writable = os.pipe()
+        process = subprocess.Popen(
+            [
+                sys.executable, "-P", "-m", "quire.controlplane",
+                "--state-dir", str(self.state.root), "--ready-fd", str(writable),
+            ],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(writable,),
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(writable)
+        with open(readable) as pipe:
+            return process, pipe.readline()
+
+    def start(self) -> None:
+        self.process, said = self.spawn()
+        assert said.startswith("ready "), said
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(15)
+
+    def end(self) -> None:
+        """Take everything down, whatever a test left."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        assert self.process is not None
+        self.client.post("/v1/down", {"grace": 0.2})
+        self.process.wait(40)
+
+    # ── the API ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def apply(self, *texts: str) -> dict[str, dict[str, Any]]:
+        files = [{"name": f"{number}.yaml", "text": text} for number, text in enumerate(texts)]
+        return {item["key"]: item for item in self.client.post("/v1/apply", {"files": files})["results"]}
+
+    def plan(self, text: str, **more: Any) -> dict[str, Any]:
+        report = self.client.post("/v1/plan", {"files": [{"name": "m.yaml", "text": text}], **more})
+        (item,) = report["items"]
+        return dict(item)
+
+    def view(self, name: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/v1/objects/model/{name}"))
+
+    def condition(self, name: str, type_: str) -> dict[str, Any]:
+        conditions = self.view(name)["status"].get("conditions", [])
+        return next((c for c in conditions if c["type"] == type_), {"status": "Unknown", "reason": ""})
+
+    def wait_served(self, name: str) -> dict[str, Any]:
+        def served() -> dict[str, Any] | None:
+            view = self.view(name)
+            true = {c["type"] for c in view["status"].get("conditions", ()) if c["status"] == "True"}
+            current = view["status"].get("observedGeneration") == view["generation"]
+            return view if current and {"Ready", "RolledOut"} <= true else None
+
+        return dict(eventually(served, f"{name} is served"))
+
+    def wait_stalled(self, name: str) -> dict[str, Any]:
+        return dict(
+            eventually(lambda: (c := self.condition(name, "Stalled"))["status"] == "True" and c, f"{name} stalls")
+        )
+
+    def delete(self, name: str) -> None:
+        self.client.delete(f"/v1/objects/model/{name}")
+        eventually(lambda: not self.exists(name), f"{name} is gone")
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.view(name)
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
+
+    @property
+    def base_url(self) -> str:
+        return str(self.client.get("/v1/ping")["router"]["baseUrl"])
+
+    def complete(self, name: str, tokens: int = 3) -> httpx.Response:
+        body = {"model": name, "prompt": "hi", "max_tokens": tokens}
+        return httpx.post(f"{self.base_url}/completions", json=body, timeout=30)
+
+    def ours(self) -> list[int]:
+        """Processes of this installation: engines, the router and their shims."""
+        marks = (str(self.state.runtime).encode(), str(self.state.root).encode())
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    command = (entry / "cmdline").read_bytes()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if any(mark in command for mark in marks) and alive(int(entry.name)):
+                    found.append(int(entry.name))
+        return found
+
+
+class Stream(threading.Thread):
+    """One streamed completion, read to its end."""
+
+    def __init__(self, base_url: str, name: str, tokens: int) -> None:
+        super().__init__()
+        self.url = f"{base_url}/completions"
+        self.body = {"model": name, "prompt": "hi", "max_tokens": tokens, "stream": True}
+        self.lines: list[str] = []
+        self.problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self.url, json=self.body, timeout=60) as answer:
+                self.lines.extend(line for line in answer.iter_lines() if line)
+                if answer.status_code != 200:
+                    self.problem = str(answer.status_code)
+        except httpx.HTTPError as error:
+            self.problem = repr(error)
+
+    def finish(self) -> list[str]:
+        self.join(60)
+        assert self.problem is None, self.problem
+        assert self.lines[-1] == "data: [DONE]", self.lines[-3:]
+        assert not any('"error"' in line for line in self.lines)
+        return self.lines
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    plane = Plane(tmp_path_factory.mktemp("plane"))
+    plane.start()
+    plane.apply(GATEWAY)
+    yield plane
+    plane.end()
+    assert plane.ours() == []
+
+
+def test_one_control_plane_at_a_time_and_none_of_torch(plane: Plane) -> None:
+    ping = plane.client.get("/v1/ping")
+    assert plane.process is not None
+    assert ping["pid"] == plane.process.pid
+    assert ping["stateDir"] == str(plane.state.root)
+    second, said = plane.spawn()
+    assert second.wait(20) == 0
+    assert said == ""
+    maps = Path(f"/proc/{plane.process.pid}/maps").read_text()
+    assert "torch" not in maps
+    assert plane.state.store.stat().st_mode & 0o777 == 0o600
+    assert plane.state.root.stat().st_mode & 0o777 == 0o700
+    assert plane.state.admin_socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_manifest_becomes_a_served_model_and_applying_it_again_writes_nothing(plane: Plane) -> None:
+    text = model("alpha", "  servedModelNames: [alpha, first]\n")
+    result = plane.apply(text)["model/alpha"]
+    assert (result["result"], result["generation"], result["revision"]) == ("created", 1, 1)
+    view = plane.wait_served("alpha")
+    assert view["status"]["endpoints"] == {"openai": plane.base_url, "modelNames": ["alpha", "first"]}
+    assert view["status"]["replicas"] == {"desired": 1, "live": 1, "ready": 1, "updated": 1, "draining": 0}
+    assert view["status"]["resolved"]["dtype"] == "bfloat16"
+    assert view["status"]["remedies"] == []
+    progress = view["status"]["progress"]
+    times = [progress[stage]["seconds"] for stage in ("accepted", "weights", "device", "loaded", "ready")]
+    assert times == sorted(times)
+    assert progress["weights"]["bytes"] > 0
+    assert progress["device"]["device"] == "cpu"
+    (replica,) = view["replicas"]
+    assert (replica["id"], replica["state"], replica["incarnation"]) == ("alpha-r1-0", "Ready", 1)
+    answer = plane.complete("first")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 3
+
+    before = plane.state.store.with_name("state.db-wal").stat().st_mtime_ns
+    again = plane.apply("# the same, written otherwise\n" + text)["model/alpha"]
+    assert (again["result"], again["generation"]) == ("unchanged", 1)
+    time.sleep(0.2)
+    assert plane.state.store.with_name("state.db-wal").stat().st_mtime_ns == before
+    assert plane.plan(text)["action"] == "unchanged"
+
+
+def test_hot_settings_reach_the_engine_and_restart_nothing(plane: Plane) -> None:
+    plane.apply(model("hot", "  batching: {maxNumSeqs: 8}\n"))
+    pid = plane.wait_served("hot")["replicas"][0]["pid"]
+    changed = model("hot", "  batching: {maxNumSeqs: 4}\n  servedModelNames: [hot, hotter]\n")
+    planned = plane.plan(changed)
+    assert {change["update"] for change in planned["changes"]} == {"hot"}
+    assert planned["revision"] == [1, 1]
+    plane.apply(changed)
+    view = plane.wait_served("hot")
+    assert view["generation"] == 2
+    assert view["replicas"][0]["pid"] == pid
+    assert plane.complete("hotter").status_code == 200
+    above = plane.plan(model("hot", "  batching: {maxNumSeqs: 9}\n"))
+    assert above["revision"] == [1, 2], "above what the engine allocated for, it is rolling"
+    assert "engine allocated for 8" in [change["note"] for change in above["changes"]]
+    plane.delete("hot")
+
+
+def test_a_rolling_update_under_load_fails_no_request_and_a_revert_is_a_new_revision(plane: Plane) -> None:
+    plane.apply(model("rolling", LOAD="0.2"))
+    plane.wait_served("rolling")
+    streams = [Stream(plane.base_url, "rolling", 60) for _ in range(3)]
+    plane.apply(model("rolling", "  engine: {maxModelLen: 512}\n", LOAD="0.2"))
+    while plane.condition("rolling", "RolledOut")["reason"] != "UpToDate":
+        assert plane.complete("rolling").status_code == 200
+        assert plane.condition("rolling", "Ready")["status"] == "True"
+    view = plane.wait_served("rolling")
+    assert [replica["id"] for replica in view["replicas"]] == ["rolling-r2-0"]
+    for stream in streams:
+        assert len(stream.finish()) > 60
+    back = plane.apply(model("rolling", LOAD="0.2"))["model/rolling"]
+    assert back["revision"] == 3
+    view = plane.wait_served("rolling")
+    revisions = {revision["revision"]: revision for revision in view["revisions"]}
+    assert revisions[3]["templateHash"] == revisions[1]["templateHash"] != revisions[2]["templateHash"]
+    assert revisions[3]["state"] == "Current"
+    plane.delete("rolling")
+
+
+def test_scaling_starts_and_drains_replicas_and_zero_stops_the_model(plane: Plane) -> None:
+    plane.apply(model("scaled", "  replicas: 2\n"))
+    view = plane.wait_served("scaled")
+    first = {replica["id"]: replica["pid"] for replica in view["replicas"]}
+    assert set(first) == {"scaled-r1-0", "scaled-r1-1"}
+    plane.apply(model("scaled", "  replicas: 1\n"))
+    view = plane.wait_served("scaled")
+    assert {replica["id"]: replica["pid"] for replica in view["replicas"]} == {"scaled-r1-0": first["scaled-r1-0"]}
+    plane.apply(model("scaled", "  replicas: 0\n"))
+    eventually(lambda: plane.condition("scaled", "RolledOut")["status"] == "True", "scaled to zero")
+    view = plane.view("scaled")
+    assert view["replicas"] == []
+    assert view["status"]["summary"] == "Stopped"
+    assert not any(alive(pid) for pid in first.values())
+    plane.delete("scaled")
+
+
+def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> None:
+    plane.apply(model("crashing", "  restartPolicy: {backoffBase: 100ms}\n"))
+    pid = plane.wait_served("crashing")["replicas"][0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    view = eventually(
+        lambda: (v := plane.view("crashing"))["replicas"][0]["incarnation"] == 2 and v, "a second incarnation"
+    )
+    view = plane.wait_served("crashing")
+    assert view["replicas"][0]["restarts"] == 1
+    reasons = {
+        event["reason"]: event for event in plane.client.get("/v1/events", **{"for": "model/crashing"})["items"]
+    }
+    assert "killed by SIGKILL" in reasons["ProcessEnded"]["message"]
+    logs = plane.client.get("/v1/logs", name="model/crashing", tail=50)["sources"]
+    assert [source["name"] for source in logs] == ["crashing-r1-0"]
+    assert "incarnation 1" in logs[0]["text"]
+    assert "incarnation 2" in logs[0]["text"]
+    more = plane.client.get("/v1/logs", name="model/crashing", offset=logs[0]["offset"])["sources"]
+    assert more[0]["text"] == ""
+    plane.delete("crashing")
+
+
+def test_an_engine_that_refuses_stalls_at_once_and_a_new_intent_heals_it(plane: Plane) -> None:
+    plane.apply(model("refusing", EXIT="78"))
+    stalled = plane.wait_stalled("refusing")
+    assert stalled["reason"] == "ConfigRejected"
+    assert "StandinRefuses: told to" in stalled["message"]
+    assert any("logs model/refusing" in line for line in plane.view("refusing")["status"]["remedies"])
+    time.sleep(0.3)
+    assert plane.view("refusing")["replicas"][0]["incarnation"] == 1, "it is not tried again"
+    plane.apply(model("refusing"))
+    plane.wait_served("refusing")
+    plane.delete("refusing")
+
+
+def test_an_engine_that_keeps_ending_is_a_crash_loop(plane: Plane) -> None:
+    plane.apply(model("looping", "  restartPolicy: {backoffBase: 100ms, backoffMax: 200ms}\n", EXIT="3"))
+    stalled = plane.wait_stalled("looping")
+    assert stalled["reason"] == "CrashLoop"
+    plane.delete("looping")
+
+
+def test_deleting_lets_running_streams_finish_and_refuses_new_requests(plane: Plane) -> None:
+    plane.apply(model("leaving", STEP="0.02"))
+    pid = plane.wait_served("leaving")["replicas"][0]["pid"]
+    stream = Stream(plane.base_url, "leaving", 60)
+    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    plane.client.delete("/v1/objects/model/leaving")
+    eventually(lambda: plane.complete("leaving").status_code == 404, "the name is gone")
+    assert plane.exists("leaving")
+    assert len(stream.finish()) > 60
+    eventually(lambda: not plane.exists("leaving"), "it is gone")
+    assert not alive(pid)
+
+
+def test_what_cannot_run_is_refused_with_its_place_and_a_hint(plane: Plane, tmp_path: Path) -> None:
+    with pytest.raises(InvalidManifest) as wrong:
+        plane.apply("apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: x}\nspec: {sorce: a}\n")
+    assert wrong.value.problems[0]["line"] == 4
+
+    tmp_path.joinpath("config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
+    unsupported = model("mamba").replace("builtin://tiny", f"file://{tmp_path}")
+    with pytest.raises(InvalidManifest) as wrong:
+        plane.apply(model("good-neighbour"), unsupported)
+    (problem,) = wrong.value.problems
+    assert problem["file"] == "1.yaml"
+    assert "MambaForCausalLM is not supported" in problem["message"]
+    assert "LlamaForCausalLM" in problem["hint"]
+    assert not plane.exists("good-neighbour"), "all or nothing"
+
+    with pytest.raises(InvalidManifest) as wrong:
+        plane.apply(model("absent").replace("builtin://tiny", "hf://nobody/nothing"))
+    assert "not in the local cache" in wrong.value.problems[0]["message"]
+
+    plane.apply(model("owner"))
+    with pytest.raises(InvalidManifest) as wrong:
+        plane.apply(model("thief", "  servedModelNames: [owner]\n"))
+    assert "already served by model/owner" in wrong.value.problems[0]["message"]
+    plane.delete("owner")
+
+
+def test_plan_does_the_arithmetic_for_a_declared_machine(plane: Plane) -> None:
+    text = model("llama").replace("builtin://tiny", "hf://meta-llama/Llama-3.1-8B-Instruct")
+    gpu = {"devices": [{"kind": "cuda", "name": "NVIDIA H100", "memory": "80Gi", "index": 0}]}
+    item = plane.plan(text, devices=gpu, configs={"llama": LLAMA_8B})
+    assert item["action"] == "create"
+    assert item["resolved"]["device"] == "cuda"
+    assert item["fit"]["fits"]
+    assert item["fit"]["maxModelLen"] == 131072
+    assert "weights 15.0 GiB" in item["fit"]["lines"][0]
+    small = {"devices": [{"kind": "cuda", "name": "small", "memory": "12Gi", "index": 0}]}
+    refused = plane.plan(text, devices=small, configs={"llama": LLAMA_8B})
+    assert refused["action"] == "refused"
+    assert refused["problem"]["reason"] == "InsufficientMemory"
+    assert not refused["fit"]["fits"]
+    with pytest.raises(Refused) as wrong:
+        plane.plan(text, devices={"devices": [{"kind": "tpu"}]}, configs={"llama": LLAMA_8B})
+    assert wrong.value.exit_code == 3
+    assert not plane.exists("llama"), "plan writes nothing"
+
+
+def test_models_that_do_not_fit_together_wait_for_each_other(plane: Plane) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    half = f"  engine: {{maxModelLen: 256, kvCache: {{size: {total // 2 // 2**20}Mi}}}}\n"
+    plane.apply(model("big", half))
+    plane.wait_served("big")
+    plane.apply(model("bigger", half))
+    stalled = plane.wait_stalled("bigger")
+    assert stalled["reason"] == "InsufficientMemory"
+    assert plane.condition("bigger", "Scheduled")["status"] == "False"
+    assert plane.view("bigger")["replicas"] == []
+    plane.delete("big")
+    plane.wait_served("bigger")
+    plane.delete("bigger")
+
+
+def test_api_errors_are_json_with_a_code(plane: Plane) -> None:
+    for call in (
+        lambda: plane.view("nobody"),
+        lambda: plane.client.delete("/v1/objects/model/nobody"),
+        lambda: plane.client.get("/v1/logs", name="model/nobody"),
+    ):
+        with pytest.raises(Refused) as wrong:
+            call()
+        assert (wrong.value.status, wrong.value.exit_code) == (404, 8)
+    for path, body in (("/v1/apply", {"files": "x"}), ("/v1/down", {"grace": "x"}), ("/v1/plan", {})):
+        with pytest.raises(Refused) as wrong:
+            plane.client.post(path, body)
+        assert wrong.value.status == 400
+    with pytest.raises(Refused) as wrong:
+        plane.client.get("/v1/logs")
+    assert wrong.value.status == 400
+
+
+def test_a_taken_port_is_refused_with_the_remedy_and_the_gateway_can_move(plane: Plane) -> None:
+    plane.apply(model("moving"))
+    plane.wait_served("moving")
+    before = plane.base_url
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Refused) as wrong:
+            plane.apply(GATEWAY.replace("port: 0", f"port: {port}"), model("portless"))
+        assert wrong.value.code == "address_in_use"
+        assert wrong.value.exit_code == 6
+        assert "port 0" in (wrong.value.hint or "")
+        assert not plane.exists("portless"), "all or nothing"
+        assert plane.base_url == before
+    plane.apply(GATEWAY.replace("port: 0", f"port: {port}"))
+    router = eventually(lambda: (r := plane.client.get("/v1/ping")["router"])["ready"] and r, "it moves")
+    assert router["baseUrl"] == f"http://127.0.0.1:{port}/v1"
+    plane.wait_served("moving")
+    assert plane.complete("moving").status_code == 200
+    plane.delete("moving")
+
+
+def test_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane: Plane) -> None:
+    plane.apply(model("kept", STEP="0.05"), model("lost", "  restartPolicy: {backoffBase: 100ms}\n"))
+    before = plane.wait_served("kept")["replicas"][0]
+    lost = plane.wait_served("lost")["replicas"][0]["pid"]
+    router = plane.client.get("/v1/ping")["router"]
+    stream = Stream(plane.base_url, "kept", 200)
+    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        plane.kill(number)
+        assert alive(before["pid"])
+        answer = httpx.post(
+            f"{router['baseUrl']}/completions", json={"model": "kept", "prompt": "x", "max_tokens": 2}, timeout=30
+        )
+        assert answer.status_code == 200, "router and engine go on"
+        if number is signal.SIGTERM:
+            os.kill(lost, signal.SIGKILL)
+            eventually(lambda: not alive(lost), "an engine ends while nobody looks")
+        plane.start()
+        view = plane.wait_served("kept")
+        assert (view["replicas"][0]["pid"], view["replicas"][0]["incarnation"]) == (before["pid"], 1)
+        assert plane.client.get("/v1/ping")["router"]["pid"] == router["pid"]
+    assert len(stream.finish()) > 200
+    events = plane.client.get("/v1/events", **{"for": "model/kept"})["items"]
+    assert [event["count"] for event in events if event["reason"] == "Started"] == [1]
+    eventually(lambda: plane.view("lost")["replicas"][0]["incarnation"] == 2, "it is started again")
+    messages = [event["message"] for event in plane.client.get("/v1/events", **{"for": "model/lost"})["items"]]
+    assert any("killed by SIGKILL" in message for message in messages), "the shim kept the cause"
+    plane.delete("kept")
+    plane.delete("lost")
+
+
+def test_processes_that_a_lost_store_knows_nothing_of_are_ended(plane: Plane) -> None:
+    plane.apply(model("orphan"))
+    pid = plane.wait_served("orphan")["replicas"][0]["pid"]
+    plane.kill()
+    with closing(sqlite3.connect(plane.state.store, isolation_level=None)) as db:
+        db.execute("DELETE FROM replicas WHERE model = 'orphan'")
+        db.execute("DELETE FROM objects WHERE name = 'orphan'")
+    plane.start()
+    eventually(lambda: not alive(pid), "the orphan is ended")
+
+
+def test_down_stops_everything_and_the_next_start_brings_back_what_was_applied(plane: Plane) -> None:
+    plane.apply(model("back", "  replicas: 2\n", CHILD="1"))
+    plane.wait_served("back")
+    stream = Stream(plane.base_url, "back", 60)
+    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    assert plane.process is not None
+    plane.client.post("/v1/down", {"grace": 20})
+    assert plane.process.wait(40) == 0
+    assert len(stream.finish()) > 60, "running requests finish within the grace"
+    assert plane.ours() == []
+    assert not plane.state.runtime.exists()
+    plane.start()
+    plane.wait_served("back")

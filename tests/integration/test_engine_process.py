@@ -1,0 +1,280 @@
+"""The real process, `python -m quire_engine`, over its socket and status descriptor: birth, work, every end."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+
+from quire.builtin import path as builtin_path
+from quire_schemas.wire import (
+    Deltas,
+    EngineEvent,
+    EngineSpec,
+    FromEngine,
+    Generate,
+    Hello,
+    Sampling,
+    Stats,
+    Welcome,
+    frame,
+)
+
+LONG = Sampling(max_tokens=1500, temperature=0.0, ignore_eos=True)
+SHORT = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
+M = TypeVar("M")
+_decode = msgspec.msgpack.Decoder[Any](FromEngine)
+
+
+class Process:
+    """One engine process, its events as they come, and its end."""
+
+    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
+        path = folder / "spec.json"
+        path.write_bytes(msgspec.json.encode(spec))
+        self.status, writing = os.pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "quire_engine", str(path), "--status-fd", str(writing)],
+            pass_fds=(writing,),
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env=environment,
+        )
+        os.close(writing)
+        self.events: list[EngineEvent] = []
+        self.seen_at: list[float] = []
+        self._rest = b""
+
+    def wait_for(self, name: str, patience: float = 60.0) -> EngineEvent:
+        """The first event of that name, once it is there."""
+        deadline = time.monotonic() + patience
+        while True:
+            for event in self.events:
+                if event.event == name:
+                    return event
+            ready, _, _ = select.select([self.status], [], [], max(deadline - time.monotonic(), 0.0))
+            assert ready, f"no {name} within {patience} s; so far {self.events}"
+            piece = os.read(self.status, 65536)
+            assert piece, f"the engine ended without {name}: {self.events}\n{self.stderr()}"
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            self.events += [msgspec.json.decode(line, type=EngineEvent) for line in lines]
+            self.seen_at += [time.monotonic()] * len(lines)
+
+    def wait(self, patience: float = 30.0) -> int:
+        return self.child.wait(patience)
+
+    def stderr(self) -> str:
+        self.child.kill()
+        return self.child.communicate()[1].decode()
+
+    def close(self) -> None:
+        self.child.kill()
+        self.child.communicate()
+        if self.status >= 0:
+            os.close(self.status)
+            self.status = -1
+
+
+class Client:
+    """A blocking connection."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(path)
+
+    def send(self, *messages: msgspec.Struct) -> None:
+        self.socket.sendall(b"".join(frame(message) for message in messages))
+
+    def _exactly(self, count: int) -> bytes:
+        got = b""
+        while len(got) < count:
+            piece = self.socket.recv(count - len(got))
+            if not piece:
+                raise EOFError("the engine closed the connection")
+            got += piece
+        return got
+
+    def next(self, kind: type[M]) -> M:
+        while True:
+            (length,) = struct.unpack(">I", self._exactly(4))
+            message = _decode.decode(self._exactly(length))
+            if isinstance(message, kind):
+                return message
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="q-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., Process]]:
+    """Starts engines of the built-in model; fields of the spec can be changed."""
+    processes: list[Process] = []
+
+    def starter(**fields: Any) -> Process:
+        spec = EngineSpec(
+            model="tiny",
+            replica_id="tiny-0",
+            incarnation=1,
+            socket=str(folder / "r" / "engine.sock"),
+            model_dir=str(builtin_path()),
+            dtype="bfloat16",
+            kv_dtype="bfloat16",
+            device="cpu",
+            threads=1,
+            max_model_len=2048,
+            block_size=16,
+            num_blocks=512,
+            max_num_seqs=8,
+            max_num_batched_tokens=128,
+            chunked_prefill=True,
+            seed=0,
+            memory_limit=1 << 30,
+            hot_hash="h0",
+        )
+        processes.append(Process({**msgspec.to_builtins(spec), **fields}, folder))
+        return processes[-1]
+
+    yield starter
+    for process in processes:
+        process.close()
+
+
+def connect(folder: Path) -> Client:
+    client = Client(str(folder / "r" / "engine.sock"))
+    client.send(Hello("script"))
+    client.next(Welcome)
+    return client
+
+
+def test_a_life_from_starting_to_a_clean_end(start: Callable[..., Process], folder: Path) -> None:
+    engine = start()
+    ready = engine.wait_for("ready")
+    assert ready.load_seconds > 0
+    names = [event.event for event in engine.events]
+    assert names[0] == "starting"
+    assert set(names[1:-1]) == {"loading"}
+    last = engine.events[-2]
+    assert last.bytes_done == last.bytes_total > 10_000_000
+    gaps = [after - before for before, after in zip(engine.seen_at[1:], engine.seen_at[2:], strict=False)]
+    assert max(gaps) < 1.0, "loading is reported at least once a second"
+
+    client = connect(folder)
+    client.send(Generate("a", [5, 6, 7], SHORT))
+    tokens: list[int] = []
+    while True:
+        (delta,) = client.next(Deltas).items
+        tokens += delta.token_ids
+        if delta.finish_reason:
+            break
+    assert len(tokens) == 4
+    assert delta.finish_reason == "length"
+    other = connect(folder)
+    leaving = connect(folder)
+    leaving.send(Generate("gone", [8], LONG))
+    leaving.next(Deltas)
+    leaving.close()
+
+    client.send(Generate("cut", [9], LONG))
+    client.next(Deltas)
+    engine.child.send_signal(signal.SIGTERM)
+    while (delta := client.next(Deltas).items[0]).finish_reason is None:
+        pass
+    assert (delta.id, delta.finish_reason, delta.error_code) == ("cut", "error", "engine_shutdown")
+    with pytest.raises(EOFError):
+        other.next(Deltas)
+    assert engine.wait() == 0
+    assert not (folder / "r" / "engine.sock").exists()
+    client.close()
+    other.close()
+
+
+def test_a_killed_client_frees_its_blocks(start: Callable[..., Process], folder: Path) -> None:
+    start().wait_for("ready")
+    watcher = connect(folder)
+    code = (
+        "import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        "s.sendall(bytes.fromhex(sys.argv[2])); s.recv(1); print('on', flush=True); time.sleep(60)"
+    )
+    sent = frame(Hello("router")) + b"".join(frame(Generate(f"{i}", [5, i], LONG)) for i in range(5))
+    path = str(folder / "r" / "engine.sock")
+    client = subprocess.Popen([sys.executable, "-c", code, path, sent.hex()], stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    client.stdout.readline()
+    while watcher.next(Stats).running < 5:
+        pass
+    client.kill()
+    client.communicate()
+    killed = time.monotonic()
+    while (stats := watcher.next(Stats)).running:
+        assert time.monotonic() - killed < 2.0
+    assert (stats.blocks_used, stats.kv_slots_used) == (0, 0)
+    watcher.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "message"),
+    [
+        ({"num_blocks": 0}, "InvalidSpec", "num_blocks is 0"),
+        ({"block_size": "many"}, "InvalidSpec", "block_size"),
+        ({"device": "abacus"}, "InvalidSpec", "device"),
+        ({"model_dir": "/nonexistent"}, "MissingFile", "hint:"),
+        ({"memory_limit": 1 << 20}, "MemoryMismatch", "above the limit of 1048576"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_said_once_and_not_to_be_tried_again(
+    start: Callable[..., Process], fields: dict[str, Any], reason: str, message: str
+) -> None:
+    engine = start(**fields)
+    failed = engine.wait_for("failed")
+    assert engine.wait() == 78
+    assert (failed.reason, failed.retryable) == (reason, False)
+    assert message in failed.message
+
+
+def test_one_socket_has_one_engine_and_a_dead_one_is_replaced(start: Callable[..., Process], folder: Path) -> None:
+    first = start()
+    first.wait_for("ready")
+    second = start()
+    failed = second.wait_for("failed")
+    assert second.wait() == 1
+    assert (failed.reason, failed.retryable) == ("SocketTaken", True)
+    connect(folder).close()
+    first.child.kill()
+    first.wait()
+    assert (folder / "r" / "engine.sock").exists()
+    third = start()
+    third.wait_for("ready")
+    connect(folder).close()
+    os.close(third.status)
+    third.status = -1
+    assert third.wait(10) == 0, "an engine that nobody watches any more ends"
+    assert not (folder / "r" / "engine.sock").exists()
+
+
+def test_a_signal_during_the_start_is_heard(start: Callable[..., Process], folder: Path) -> None:
+    engine = start()
+    engine.wait_for("loading")
+    engine.child.send_signal(signal.SIGTERM)
+    assert engine.wait(10) == 0
+    assert "failed" not in [event.event for event in engine.events]

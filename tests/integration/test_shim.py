@@ -1,0 +1,274 @@
+"""The shim with real processes: what it reports, what it takes down, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire_operators.fleet import local
+
+IDENTITY = {"installId": "i", "replicaId": "r", "incarnation": 3, "nonce": "n"}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def eventually(true: Callable[[], Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+    return value
+
+
+class Shim:
+    """One shim started as the fleet starts it."""
+
+    def __init__(self, folder: Path, code: str, **spec: Any) -> None:
+        self.folder = folder
+        document = {
+            "identity": IDENTITY,
+            "labels": {"model": "m"},
+            "argv": [sys.executable, "-c", code, "{status_fd}"],
+            "env": {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"},
+            "cwd": "/",
+            "log": str(folder / "log" / "child.log"),
+            "socket": str(folder / "shim.sock"),
+            "exitFile": str(folder / "exit.json"),
+            "listen": None,
+            "restart": False,
+            "grace": 2.0,
+            **spec,
+        }
+        (folder / "shim.json").write_text(json.dumps(document))
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(local.SHIM), str(folder / "shim.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            self.said = stdout.readline()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        with closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.settimeout(15)
+            sock.connect(str(self.folder / "shim.sock"))
+            with sock.makefile("rwb") as file:
+                file.write(json.dumps(request).encode() + b"\n")
+                file.flush()
+                answer: dict[str, Any] = json.loads(file.readline())
+        return answer
+
+    def exit_record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.folder / "exit.json").read_text())
+        return record
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log" / "child.log").read_text()
+
+
+Start = Callable[..., Shim]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    shims: list[Shim] = []
+
+    def begin(code: str, **spec: Any) -> Shim:
+        folder = tmp_path / str(len(shims))
+        folder.mkdir()
+        shims.append(Shim(folder, code, **spec))
+        return shims[-1]
+
+    yield begin
+    for shim in shims:
+        shim.process.kill()
+        shim.process.wait(10)
+
+
+def test_it_answers_with_its_identity_and_keeps_status_lines_unread(start: Start) -> None:
+    shim = start("import os, sys, time; os.write(int(sys.argv[1]), b'one\\n{\"two\": 2}\\n'); time.sleep(60)")
+    assert shim.said == b"ready\n"
+    state = eventually(lambda: (s := shim.ask(op="hello"))["lines"] and s)
+    assert state["identity"] == IDENTITY
+    assert state["labels"] == {"model": "m"}
+    assert state["lines"] == ["one", '{"two": 2}']
+    assert state["running"]
+    assert alive(state["childPid"])
+    assert "error" in shim.ask(op="dance")
+    assert (shim.folder / "shim.sock").stat().st_mode & 0o777 == 0o600
+    assert (shim.folder / "log" / "child.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_end_of_the_child_is_recorded_with_its_cause_and_its_log(start: Start) -> None:
+    shim = start(
+        "import os, sys; print('last words', flush=True); os.write(int(sys.argv[1]), b'bye\\n'); sys.exit(78)"
+    )
+    assert shim.process.wait(10) == 0
+    record = shim.exit_record()
+    assert record["identity"] == IDENTITY
+    assert record["lines"] == ["bye"]
+    assert record["exit"]["code"] == 78
+    assert not record["exit"]["stopped"]
+    assert "last words" in shim.log
+    assert not (shim.folder / "shim.sock").exists()
+
+
+def test_a_child_that_cannot_be_started_is_an_end_too(start: Start) -> None:
+    shim = start("", argv=["/nonexistent/engine"])
+    assert shim.process.wait(10) == 0
+    assert "/nonexistent/engine" in shim.exit_record()["exit"]["message"]
+
+
+def test_a_killed_child_is_recorded_by_its_signal(start: Start) -> None:
+    shim = start("import time; time.sleep(60)")
+    os.kill(shim.ask(op="status")["childPid"], signal.SIGKILL)
+    assert shim.process.wait(10) == 0
+    assert shim.exit_record()["exit"]["signal"] == signal.SIGKILL
+
+
+GRANDCHILDREN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+near = subprocess.Popen([sys.executable, "-c", code])
+far = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+os.write(int(sys.argv[1]), f"{near.pid} {far.pid}\\n".encode())
+time.sleep(60)
+"""
+
+
+def test_stop_takes_down_the_whole_tree_even_what_ignores_it_and_left_the_group(start: Start) -> None:
+    shim = start(GRANDCHILDREN)
+    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s)
+    pids = [state["childPid"], *map(int, state["lines"][0].split())]
+    assert all(alive(pid) for pid in pids)
+    answer = shim.ask(op="stop", grace=0.3)
+    assert answer["gone"]
+    assert not any(alive(pid) for pid in pids)
+    assert shim.process.wait(10) == 0
+    assert shim.exit_record()["exit"]["stopped"]
+
+
+def test_orphaned_grandchildren_do_not_outlive_the_child(start: Start) -> None:
+    shim = start(GRANDCHILDREN)
+    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s)
+    os.kill(state["childPid"], signal.SIGKILL)
+    assert shim.process.wait(10) == 0
+    assert not any(alive(int(pid)) for pid in state["lines"][0].split())
+
+
+def test_the_child_dies_with_its_shim(start: Start) -> None:
+    shim = start("import time; time.sleep(60)")
+    child = shim.ask(op="status")["childPid"]
+    shim.process.kill()
+    shim.process.wait(10)
+    eventually(lambda: not alive(child))
+    with pytest.raises(ConnectionRefusedError), closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.connect(str(shim.folder / "shim.sock"))
+
+
+def test_a_polite_child_ends_within_the_grace_and_sigterm_to_the_shim_does_the_same(start: Start) -> None:
+    polite = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5));"
+        "import os; os.write(int(sys.argv[1]), b'x\\n'); time.sleep(60)"
+    )
+    shim = start(polite)
+    eventually(lambda: shim.ask(op="status")["lines"])
+    shim.process.send_signal(signal.SIGTERM)
+    assert shim.process.wait(10) == 0
+    assert shim.exit_record()["exit"]["code"] == 5
+
+
+def test_the_log_is_rotated(start: Start) -> None:
+    shim = start(
+        "import time\nfor n in range(300): print('x' * 99, flush=True); time.sleep(0.0005)",
+        logLimit=10_000,
+        logKeep=2,
+    )
+    assert shim.process.wait(20) == 0
+    assert sorted(path.name for path in (shim.folder / "log").iterdir()) == [
+        "child.log",
+        "child.log.1",
+        "child.log.2",
+    ]
+    assert (shim.folder / "log" / "child.log.1").stat().st_size >= 10_000
+
+
+SERVER = """
+import os, socket, sys
+listening = socket.socket(fileno=int(os.environ["QUIRE_LISTEN_FD"]))
+while True:
+    connection, _ = listening.accept()
+    what = connection.recv(9)
+    connection.sendall(str(os.getpid()).encode())
+    connection.close()
+    if what == b"crash":
+        os._exit(1)
+    if what == b"refuse":
+        os._exit(78)
+"""
+
+
+def say(port: int, what: bytes) -> int:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(what)
+        return int(sock.recv(20))
+
+
+def test_a_router_that_crashes_comes_back_behind_the_same_socket_and_no_connection_is_refused(
+    start: Start,
+) -> None:
+    shim = start(SERVER, listen={"host": "127.0.0.1", "port": 0}, restart=True, backoff={"base": 0.3, "max": 1.0})
+    port = shim.ask(op="hello")["listen"][1]
+    first = say(port, b"hello")
+    assert say(port, b"crash") == first
+    second = say(port, b"hello")  # waits in the shim's backlog until the next one is up
+    assert second != first
+    assert shim.ask(op="status")["starts"] == 2
+    say(port, b"refuse")
+    state = eventually(lambda: not (s := shim.ask(op="status"))["running"] and s["exit"] and s)
+    assert state["exit"]["code"] == 78
+    time.sleep(0.5)
+    assert shim.ask(op="status")["starts"] == 2, "exit 78 is not tried again"
+    assert shim.ask(op="stop", grace=1)["gone"]
+
+
+def test_a_taken_address_is_said_before_anything_runs(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        shim = start(SERVER, listen={"host": "127.0.0.1", "port": taken.getsockname()[1]}, restart=True)
+        assert json.loads(shim.said)["error"] == "address_in_use"
+        assert shim.process.wait(10) == 75
+
+
+def test_a_watcher_hears_every_change(start: Start) -> None:
+    shim = start("import os, sys, time; time.sleep(0.3); os.write(int(sys.argv[1]), b'a\\n'); time.sleep(0.1)")
+    with closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.settimeout(10)
+        sock.connect(str(shim.folder / "shim.sock"))
+        sock.sendall(b'{"op":"watch"}\n')
+        with sock.makefile("rb") as file:
+            states = [json.loads(line) for line in file]
+    assert states[0]["running"]
+    assert next(state["lines"] for state in states if state["lines"]) == ["a"]
+    assert states[-1]["gone"]
+    assert states[-1]["exit"]["code"] == 0

@@ -1,0 +1,181 @@
+"""An engine for the router's tests: the real wire protocol on a real Unix socket, tokens from a script.
+
+It does what a real engine cannot be asked to do: die in the middle of a stream, stall with its socket open,
+answer as somebody else, end a request with a chosen error. It also keeps a record of what the router sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quire_schemas import wire
+
+Script = Callable[[wire.Generate], list[int]]
+
+
+@dataclass(slots=True)
+class _Running:
+    request: wire.Generate
+    answer: list[int]
+    sent: int = 0
+
+
+@dataclass(slots=True)
+class WireEngine:
+    """One replica. `script` gives the ids that a request is answered with, before `max_tokens` cuts them."""
+
+    socket: Path
+    replica_id: str
+    script: Script
+    incarnation: int = 1
+    pace: float = 0.002
+    """Seconds between steps."""
+    tokens_per_step: int = 1
+    max_num_seqs: int = 64
+    vocab_size: int = 4096
+    die_after: int | None = None
+    """Cut every connection once this many tokens of some request were sent."""
+    stalled: bool = False
+    fail_with: str | None = None
+    """Error code to end each request with, after its first token."""
+    generates: list[wire.Generate] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)
+    limits: wire.Limits | None = None
+    running: dict[str, _Running] = field(default_factory=dict)
+    steps: int = 0
+    _server: asyncio.Server | None = None
+    _talks: set[asyncio.Task[None]] = field(default_factory=set)
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    def endpoint(self, draining: bool = False) -> wire.ReplicaEndpoint:
+        return wire.ReplicaEndpoint(self.replica_id, self.incarnation, str(self.socket), draining)
+
+    async def start(self) -> WireEngine:
+        self.socket.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._talk, path=self.socket)
+        return self
+
+    async def stop(self) -> None:
+        """As if the process was killed: the socket stops listening and all connections are cut."""
+        if self._server is not None:
+            self._server.close()
+        self.cut()
+        for talk in list(self._talks):
+            talk.cancel()
+        if self._talks:
+            await asyncio.wait(self._talks)
+        self.socket.unlink(missing_ok=True)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self.running.clear()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._talks.add(task)
+        self._writers.add(writer)
+        stepping = asyncio.create_task(self._step_for_ever(writer))
+        try:
+            frames: wire.Reader[wire.ToEngine] = wire.Reader(reader, wire.ToEngine)
+            while (message := await frames.read()) is not None:
+                self._hear(message, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
+            return
+        finally:
+            stepping.cancel()
+            await asyncio.wait([stepping])
+            self._talks.discard(task)
+            self._writers.discard(writer)
+            writer.transport.abort()
+
+    def _hear(self, message: wire.ToEngine, writer: asyncio.StreamWriter) -> None:
+        match message:
+            case wire.Hello():
+                writer.write(
+                    wire.frame(
+                        wire.Welcome(
+                            replica_id=self.replica_id,
+                            incarnation=self.incarnation,
+                            protocol=wire.PROTOCOL,
+                            vocab_size=self.vocab_size,
+                            eos_token_ids=(0,),
+                            max_model_len=512,
+                            block_size=16,
+                            num_blocks=64,
+                            max_num_seqs=self.max_num_seqs,
+                        )
+                    )
+                )
+                writer.write(wire.frame(self._stats()))
+            case wire.Generate():
+                self.generates.append(message)
+                answer = self.script(message)[: message.sampling.max_tokens]
+                self.running[message.id] = _Running(message, answer)
+            case wire.Abort():
+                self.aborts.append(message.id)
+                self.running.pop(message.id, None)
+            case wire.Limits():
+                self.limits = message
+                writer.write(wire.frame(self._stats()))
+
+    def _stats(self) -> wire.Stats:
+        waiting = max(len(self.running) - self.max_num_seqs, 0)
+        return wire.Stats(
+            steps=self.steps,
+            last_step_at=time.monotonic(),
+            running=len(self.running) - waiting,
+            waiting=waiting,
+            blocks_total=64,
+            blocks_used=min(4 * len(self.running), 64),
+            kv_slots_used=0,
+            preemptions=0,
+            prompt_tokens=0,
+            generation_tokens=0,
+            hot_hash=self.limits.hot_hash if self.limits is not None else "h0",
+        )
+
+    async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await asyncio.sleep(self.pace)
+            if self.stalled or not self.running:
+                continue
+            self.steps += 1
+            items = [self._advance(run) for run in list(self.running.values())[: self.max_num_seqs]]
+            for item in items:
+                if item.finish_reason is not None:
+                    del self.running[item.id]
+            writer.write(wire.frame(wire.Deltas(self.steps, items)))
+            writer.write(wire.frame(self._stats()))
+            most = max((run.sent for run in self.running.values()), default=0)
+            if self.die_after is not None and most >= self.die_after:
+                await writer.drain()
+                self.cut()
+
+    def _advance(self, run: _Running) -> wire.Delta:
+        ids = run.answer[run.sent : run.sent + self.tokens_per_step]
+        run.sent += len(ids)
+        delta = wire.Delta(id=run.request.id, token_ids=ids)
+        wanted = run.request.sampling.logprobs
+        if wanted is not None:
+            delta.logprobs = [
+                wire.TokenLogprobs(index, -0.5, tuple((index + k, -0.5 - k) for k in range(wanted)))
+                for index in ids
+            ]
+        if self.fail_with is not None:
+            delta.finish_reason, delta.error_code, delta.error = "error", self.fail_with, "/secret/path 0xdead"
+        elif run.sent >= run.request.sampling.max_tokens:
+            delta.finish_reason = "length"
+        elif run.sent >= len(run.answer):
+            delta.finish_reason, delta.stop_token_id = "stop", 0
+        if delta.finish_reason is not None:
+            now = time.monotonic()
+            delta.timings = wire.Timings(
+                received_at=now - 0.01, scheduled_at=now, first_token_at=now, finished_at=now
+            )
+        return delta

@@ -1,0 +1,362 @@
+"""The engine in one process on the built-in model: refusals, the fence around a step, seeds, books and figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from quire.builtin import path as builtin_path
+from quire.llm import LLM, DoesNotFit
+from quire_engine.engine import Engine
+from quire_engine.errors import DeviceLost, InvalidSpec, MemoryMismatch, RequestRefused
+from quire_engine.models import KVCache
+from quire_engine.runner import Runner
+from quire_engine.step import StepPlan, StepResult
+from quire_schemas.checkpoint import read_profile
+from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
+from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
+
+SPEC = EngineSpec(
+    model="tiny",
+    replica_id="tiny-0",
+    incarnation=1,
+    socket="",
+    model_dir=str(builtin_path()),
+    dtype="float32",
+    kv_dtype="float32",
+    device="cpu",
+    threads=1,
+    max_model_len=256,
+    block_size=8,
+    num_blocks=64,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    chunked_prefill=True,
+    seed=0,
+    memory_limit=1 << 30,
+    hot_hash="h0",
+)
+PROMPT = [50, 60, 70, 80, 90]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Engine:
+    """One engine for tests that leave it empty."""
+    return Engine.load(SPEC)
+
+
+def with_fields(**fields: Any) -> EngineSpec:
+    return msgspec.structs.replace(SPEC, **fields)
+
+
+def params(max_tokens: int = 8, **fields: Any) -> Sampling:
+    return Sampling(max_tokens=max_tokens, ignore_eos=True, **fields)
+
+
+GREEDY = params(temperature=0.0)
+
+
+def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
+    """All deltas by request, once everybody has ended."""
+    for message in messages:
+        engine.add(message)
+    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
+    while engine.has_work:
+        for delta in engine.step():
+            heard[delta.id].append(delta)
+        engine.check_integrity()
+    return heard
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "sampling", "code", "message"),
+    [
+        ([], params(), "invalid_request", "no tokens"),
+        ([1, 2048], params(), "invalid_request", "outside the vocabulary of 2048"),
+        ([1, -1], params(), "invalid_request", "outside the vocabulary of 2048"),
+        ([1], params(0), "invalid_request", "max_tokens is 0"),
+        ([1], params(-5), "invalid_request", "max_tokens is -5"),
+        ([1], params(logit_bias={2048: 1.0}), "invalid_request", "logit_bias"),
+        ([1] * 200, params(57), "context_length_exceeded", "make 257, above the context of 256"),
+        ([1] * 300, params(), "context_length_exceeded", "above the context of 256"),
+    ],
+)
+def test_a_request_that_would_break_a_step_never_enters(
+    shared: Engine, token_ids: list[int], sampling: Sampling, code: str, message: str
+) -> None:
+    with pytest.raises(RequestRefused, match=message) as error:
+        shared.add(Generate("bad", token_ids, sampling))
+    assert error.value.code == code
+    assert not shared.has_work
+
+
+# ── the fence ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Faulty(Runner):
+    """A runner in which a request with a certain token in its share of a step fails."""
+
+    poison = 666
+    error: Callable[[], Exception] = staticmethod(lambda: RuntimeError("planted"))
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if any(self.poison in item.token_ids for item in plan.items):
+            raise self.error()
+        return super().execute(plan)
+
+
+def faulty_engine() -> Engine:
+    engine = Engine.load(SPEC)
+    real = engine.runner
+    engine.runner = Faulty(real.model, real.kv, block_size=real.block_size, device=real.device)
+    return engine
+
+
+def test_a_request_on_which_the_model_fails_ends_alone(shared: Engine) -> None:
+    neighbours = [Generate(f"good{i}", [*PROMPT, i], GREEDY) for i in range(3)]
+    expected = run(shared, *msgspec.convert(msgspec.to_builtins(neighbours), list[Generate]))
+    heard = run(faulty_engine(), *neighbours[:1], Generate("bad", [1, 666, 2], GREEDY), *neighbours[1:])
+    assert heard["bad"][0].error_code == "internal_error"
+    assert "planted" not in (heard["bad"][0].error or ""), "what failed inside is for the log"
+    for name, deltas in expected.items():
+        assert tokens(heard[name]) == tokens(deltas)
+
+
+def test_a_lost_device_is_not_blamed_on_requests() -> None:
+    engine = faulty_engine()
+    assert isinstance(engine.runner, Faulty)
+    engine.runner.error = lambda: torch.AcceleratorError("planted")
+    engine.add(Generate("a", [666], GREEDY))
+    with pytest.raises(DeviceLost, match="planted"):
+        engine.step()
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(
+    shared: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(shared, Generate("a", list(PROMPT), GREEDY))["a"]
+    forward = shared.runner.model.forward
+
+    def poisoned(token_ids: Tensor, batch: Any, kv: KVCache) -> Tensor:
+        logits = forward(token_ids, batch, kv)
+        for row, index in enumerate(batch.logits_rows.tolist()):
+            if int(token_ids[index]) == 99:
+                logits[row, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(shared.runner.model, "forward", poisoned)
+    heard = run(shared, Generate("bad", [5, 99], GREEDY), Generate("a", list(PROMPT), GREEDY))
+    assert [delta.error_code for delta in heard["bad"]] == ["numerical_error"]
+    assert tokens(heard["a"]) == tokens(expected)
+
+
+# ── sampling through the whole engine ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_seeded_request_says_the_same_alone_in_company_and_after_preemption(shared: Engine) -> None:
+    seeded = params(24, temperature=1.3, top_p=0.95, seed=11, frequency_penalty=0.3)
+    alone = tokens(run(shared, Generate("a", list(PROMPT), seeded))["a"])
+    company = [Generate(f"n{i}", [100 + i] * (i + 1), params(24, temperature=2.0)) for i in range(6)]
+    assert tokens(run(shared, *company, Generate("a", list(PROMPT), seeded))["a"]) == alone
+    tight = Engine.load(with_fields(num_blocks=14, block_size=4))
+    company = [Generate(f"n{i}", [100 + i] * (i + 1), params(24, temperature=2.0)) for i in range(3)]
+    heard = run(tight, *company, Generate("a", list(PROMPT), seeded))
+    timings = heard["a"][-1].timings
+    assert timings is not None
+    assert timings.preemptions > 0
+    assert tokens(heard["a"]) == alone
+
+
+def test_requests_without_a_seed_differ_and_a_restart_with_the_same_spec_repeats_them() -> None:
+    def said(spec: EngineSpec) -> list[list[int]]:
+        heard = run(Engine.load(spec), *(Generate(f"{i}", [5], params(temperature=2.0)) for i in range(3)))
+        return [tokens(deltas) for deltas in heard.values()]
+
+    first = said(SPEC)
+    assert len({tuple(answer) for answer in first}) == 3
+    assert said(SPEC) == first
+    assert said(with_fields(seed=1)) != first
+    assert said(with_fields(replica_id="tiny-1")) != first, "replicas do not echo each other"
+
+
+def test_stop_ids_min_tokens_bias_and_logprobs_reach_the_sampler(shared: Engine) -> None:
+    plain = tokens(run(shared, Generate("a", list(PROMPT), GREEDY))["a"])
+    stop = plain[0]
+    stopped = run(shared, Generate("a", list(PROMPT), params(temperature=0.0, stop_token_ids=(stop,))))["a"]
+    assert [(d.token_ids, d.finish_reason, d.stop_token_id) for d in stopped] == [([], "stop", stop)]
+    patient = params(temperature=0.0, stop_token_ids=(stop,), min_tokens=3)
+    assert stop not in tokens(run(shared, Generate("a", list(PROMPT), patient))["a"])[:3]
+    forced = run(
+        shared, Generate("a", list(PROMPT), params(4, temperature=0.0, logit_bias={9: 100.0}, logprobs=2))
+    )
+    assert tokens(forced["a"]) == [9, 9, 9, 9]
+    for delta in forced["a"]:
+        assert delta.logprobs is not None
+        assert delta.logprobs[0].token_id == 9
+        assert len(delta.logprobs[0].top) == 2
+        assert delta.logprobs[0].top[0][1] >= delta.logprobs[0].top[1][1] >= delta.logprobs[0].logprob
+
+
+# ── books ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stats_slots_and_timings_tell_what_happened() -> None:
+    times = itertools.count(100.0)
+    loaded = Engine.load(SPEC)
+    engine = Engine(SPEC, loaded.profile, loaded.runner, clock=lambda: next(times))
+    engine.warm_up()
+    stats = engine.stats()
+    assert (stats.steps, stats.generation_tokens, stats.blocks_used, stats.blocks_total) == (0, 0, 0, 64)
+    engine.add(Generate("a", [1] * 10, params(3, temperature=0.0)), received_at=50.0)
+    engine.step()
+    assert (engine.slots().allocated, engine.slots().used) == (16, 10)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.blocks_used, stats.kv_slots_used) == (1, 0, 2, 11)
+    (last,) = engine.step()
+    timings = last.timings
+    assert timings is not None
+    assert timings.received_at == 50.0
+    assert timings.scheduled_at is not None
+    assert timings.first_token_at is not None
+    assert timings.finished_at is not None
+    assert 100.0 < timings.scheduled_at < timings.first_token_at < timings.finished_at
+    stats = engine.stats()
+    assert (stats.steps, stats.running, stats.blocks_used, stats.kv_slots_used) == (3, 0, 0, 0)
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.hot_hash) == (10, 3, "h0")
+    assert engine.step() == [], "an idle step is none"
+    assert engine.steps == 3
+
+
+def test_abort_gives_blocks_back_before_the_next_step(shared: Engine) -> None:
+    shared.add(Generate("a", [1] * 30, params(50)))
+    shared.add(Generate("b", [2] * 30, params(2)))
+    shared.step()
+    used = shared.stats().blocks_used
+    assert shared.abort("a")
+    assert shared.stats().blocks_used == used // 2
+    assert not shared.abort("a")
+    while shared.has_work:
+        assert {delta.id for delta in shared.step()} <= {"b"}
+    assert shared.stats().blocks_used == 0
+
+
+def test_hot_limits_apply_from_the_next_step_and_impossible_ones_not_at_all() -> None:
+    engine = Engine.load(SPEC)
+    engine.set_limits(Limits("h1", 2, 16, False))
+    assert (engine.limits.max_num_seqs, engine.stats().hot_hash) == (2, "h1")
+    for impossible in (Limits("h2", 0, 16, True), Limits("h2", 4, 0, True)):
+        with pytest.raises(InvalidSpec, match="at least 1"):
+            engine.set_limits(impossible)
+    with pytest.raises(MemoryMismatch, match="above the limit"):
+        engine.set_limits(Limits("h2", 64, 1 << 22, True))
+    assert (engine.limits.max_num_seqs, engine.stats().hot_hash) == (2, "h1")
+
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("kv_dtype", "block_size", "num_blocks"), [("float32", 8, 5), ("bfloat16", 16, 9)])
+def test_what_is_allocated_is_what_the_arithmetic_says(
+    dtype: str, kv_dtype: str, block_size: int, num_blocks: int
+) -> None:
+    spec = with_fields(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, num_blocks=num_blocks)
+    engine = Engine.load(spec)
+    profile = read_profile(builtin_path())
+    assert sum(p.nbytes for p in engine.runner.model.parameters()) == weight_bytes(profile, dtype)
+    per_token = kv_bytes_per_token(profile, kv_dtype)
+    assert sum(layer.nbytes for layer in engine.runner.kv.layers) == per_token * block_size * num_blocks
+    assert len(tokens(run(engine, Generate("a", list(PROMPT), params(3)))["a"])) == 3
+
+
+def test_an_engine_above_its_limit_is_refused_with_the_numbers_before_anything_is_read() -> None:
+    profile = read_profile(builtin_path())
+    weights = weight_bytes(profile, "float32")
+    kv = kv_bytes_per_token(profile, "float32") * 8 * 64
+    activations = activation_bytes(profile, "float32", 64, 8, 256)
+    total = weights + kv + activations
+    Engine.load(with_fields(memory_limit=total))
+    with pytest.raises(MemoryMismatch) as error:
+        Engine.load(with_fields(memory_limit=total - 1), on_progress=lambda done, total: pytest.fail("read"))
+    for number in (weights, kv, activations, total, total - 1):
+        assert str(number) in str(error.value)
+
+
+def test_an_allocation_of_another_size_than_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = KVCache.allocate
+
+    def generous(profile: Any, num_blocks: int, *rest: Any) -> KVCache:
+        return honest(profile, num_blocks + 1, *rest)
+
+    monkeypatch.setattr(KVCache, "allocate", generous)
+    with pytest.raises(MemoryMismatch, match=r"allocated weights .* planned were"):
+        Engine.load(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs 0"),
+        ({"max_model_len": 4096}, "above the checkpoint's 2048 positions"),
+    ],
+)
+def test_impossible_specs_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSpec, match=message):
+        Engine.load(with_fields(**fields))
+
+
+# ── the engine as a library ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_llm_takes_text_and_ids_and_answers_in_order() -> None:
+    llm = LLM("builtin://tiny", max_model_len=128, num_blocks=32, threads=1)
+    assert llm.engine.spec.dtype == "bfloat16", "auto is the checkpoint's own"
+    by_text = llm.generate(["When the", "A list is"], GREEDY)
+    ids = [llm.tokenizer.encode(text) for text in ("When the", "A list is")]
+    by_ids = llm.generate(ids, [GREEDY, params(2, temperature=0.0)])
+    assert [output.prompt_token_ids for output in by_text] == ids
+    assert by_ids[0].token_ids == by_text[0].token_ids
+    assert by_ids[1].token_ids == by_text[1].token_ids[:2]
+    assert by_text[0].text == llm.tokenizer.decode(by_text[0].token_ids)
+    assert [output.finish_reason for output in by_ids] == ["length", "length"]
+
+
+def test_llm_refuses_before_computing_and_is_empty_afterwards() -> None:
+    llm = LLM("builtin://tiny", max_model_len=64, num_blocks=32, threads=1)
+    with pytest.raises(RequestRefused, match="above the context of 64"):
+        llm.generate([[1, 2], [1] * 64], GREEDY)
+    assert not llm.engine.has_work
+    assert llm.engine.steps == 0
+
+
+def test_llm_says_why_a_model_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="does not fit"):
+        LLM("builtin://tiny", num_blocks=1 << 30)
+    with pytest.raises(DoesNotFit, match="above the checkpoint's"):
+        LLM("builtin://tiny", max_model_len=1 << 20)
+    with pytest.raises(LookupError, match="no built-in model is called 'huge'"):
+        LLM("builtin://huge")

@@ -1,0 +1,151 @@
+"""The engine against Hugging Face `generate` on the built-in model: the same greedy tokens for 50 prompts.
+
+The reference generates without padding. The engine then has to say the same when it takes prompts
+one by one, all together, in chunks of 16 or 64 tokens or whole, and with a pool so small that it preempts.
+In bfloat16 rounding may turn a near tie: there each side's token must be among the other's five likeliest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quire.builtin import path as builtin_path
+from quire.llm import LLM, RequestOutput
+from quire.text import Tokenizer
+from quire_schemas.wire import Sampling
+
+NEW_TOKENS = 20
+GREEDY = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
+BALLAST = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
+PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What Hugging Face says to one prompt: tokens up to an end of the text, and the five likeliest at each."""
+
+    tokens: list[int]
+    ended_by: int | None
+    top: list[set[int]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = Tokenizer.load(builtin_path())
+    texts = [json.loads(line)["text"] for line in PROMPTS_FILE.read_text().splitlines()]
+    assert len(texts) == 50
+    return [tokenizer.encode(text) for text in texts]
+
+
+def generate(dtype: str, prompts: list[list[int]]) -> list[Reference]:
+    """Hugging Face's greedy answers; the one run that all tests of a dtype share. Same lengths go as one batch."""
+    model: Any = AutoModelForCausalLM.from_pretrained(str(builtin_path()), dtype=getattr(torch, dtype))
+    ends = set(model.generation_config.eos_token_id)
+    references: dict[int, Reference] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[number] for number in numbers])
+        said = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        top = torch.stack(said.logits).float().topk(5).indices.tolist()
+        for row, number in enumerate(numbers):
+            tokens = said.sequences[row, length:].tolist()
+            end = next((at for at, token in enumerate(tokens) if token in ends), None)
+            references[number] = Reference(
+                tokens[:end], None if end is None else tokens[end], [set(step[row]) for step in top]
+            )
+    return [references[number] for number in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[Reference]:
+    return generate("float32", prompts)
+
+
+def check(outputs: list[RequestOutput], expected: list[Reference]) -> None:
+    for number, (output, reference) in enumerate(zip(outputs, expected, strict=True)):
+        assert output.token_ids == reference.tokens, f"prompt {number}"
+        assert output.stop_token_id == reference.ended_by
+        assert output.finish_reason == ("length" if reference.ended_by is None else "stop")
+
+
+def test_alone_every_prompt_continues_as_hugging_face_does(
+    prompts: list[list[int]], expected: list[Reference]
+) -> None:
+    llm = LLM("builtin://tiny", dtype="float32", threads=1, max_model_len=512, max_num_seqs=4)
+    check([llm.generate([prompt], GREEDY)[0] for prompt in prompts], expected)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, None], ids=lambda chunk: f"chunk {chunk or 'whole'}")
+@pytest.mark.parametrize("preempted", [False, True], ids=["roomy", "preempted"])
+def test_together_in_any_chunks_preempted_or_not_nothing_changes(
+    prompts: list[list[int]], expected: list[Reference], chunk: int | None, preempted: bool
+) -> None:
+    llm = LLM(
+        "builtin://tiny",
+        dtype="float32",
+        threads=1,
+        max_model_len=512,
+        max_num_seqs=50,
+        max_num_batched_tokens=chunk or 512,
+        chunked_prefill=chunk is not None,
+        block_size=1 if preempted else 16,
+        num_blocks=300 if preempted else None,  # just above the longest prompt and its answer
+    )
+    # six older requests that alone outgrow the small pool, so that everybody else is thrown out now and then
+    ballast = [[5], [6], [7], [8], [9], [10]] if preempted else []
+    params = [BALLAST] * len(ballast) + [GREEDY] * len(prompts)
+    outputs = llm.generate(ballast + prompts, params)[len(ballast) :]
+    check(outputs, expected)
+    llm.engine.check_integrity()
+    stats = llm.engine.stats()
+    assert stats.blocks_used == 0
+    assert stats.prompt_tokens == sum(map(len, ballast + prompts))
+    thrown_out = [output for output in outputs if output.timings is not None and output.timings.preemptions]
+    assert bool(thrown_out) == preempted
+
+
+def test_blocks_of_another_size_change_nothing(prompts: list[list[int]], expected: list[Reference]) -> None:
+    llm = LLM("builtin://tiny", dtype="float32", threads=1, max_model_len=512, block_size=8)
+    check(llm.generate(prompts[:20], GREEDY), expected[:20])
+
+
+def test_in_bfloat16_the_first_difference_is_a_near_tie(prompts: list[list[int]]) -> None:
+    references = generate("bfloat16", prompts)
+    llm = LLM("builtin://tiny", dtype="bfloat16", threads=1, max_model_len=512)
+    outputs = llm.generate(prompts, Sampling(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=5, ignore_eos=True))
+    differing = 0
+    for number, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+        theirs = reference.tokens if reference.ended_by is None else [*reference.tokens, reference.ended_by]
+        assert output.logprobs is not None
+        for position, (their, our) in enumerate(zip(theirs, output.token_ids, strict=False)):
+            if their == our:
+                continue
+            differing += 1
+            ours_top = {token for token, _ in output.logprobs[position].top}
+            assert their in ours_top, f"prompt {number}, position {position}"
+            assert our in reference.top[position], f"prompt {number}, position {position}"
+            break
+    assert differing < len(prompts) // 2, "rounding turns few ties; more is another computation"

@@ -1,0 +1,198 @@
+"""What an engine really allocates against the arithmetic of `quire_schemas.sizing`.
+
+Weights and cache must be equal to the byte. What a step allocates, counted by torch's profiler (every allocation
+of the CPU allocator, those inside operations too), must stay below the bound, and the bound must not be idle talk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
+
+from quire_engine.models import DecoderModel, KVCache, load_model
+from quire_engine.sampler import sample
+from quire_engine.step import Draw, Scheduled
+from quire_kernels import PagedBatch, load
+from quire_kernels.reference import GATHER_BYTES
+from quire_schemas import sizing
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.wire import Sampling
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "dtype": "bfloat16",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 8192,
+    } | changes
+
+
+def write_checkpoint(folder: Path, description: dict[str, Any]) -> ModelProfile:
+    """A folder with random weights of that description."""
+    described = profile_from_config(description)
+    stored = DTYPES[described.dtype]
+    torch.manual_seed(0)
+    save_file(
+        {name: (torch.randn(shape) * 0.1).to(stored) for name, shape in expected_tensors(described)},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(description))
+    return read_profile(folder)
+
+
+def open_model(folder: Path, described: ModelProfile, dtype: str) -> DecoderModel:
+    return load_model(
+        folder,
+        described,
+        dtype=DTYPES[dtype],
+        device=CPU,
+        kernels=load("reference"),
+        on_progress=lambda done, total: None,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 1), (False, 2), (True, 4)])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_weights_and_cache_are_what_the_report_says(
+    architecture: str, tied: bool, kv_heads: int, dtype: str, kv_dtype: str, tmp_path: Path
+) -> None:
+    described = write_checkpoint(
+        tmp_path, config(architecture, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    )
+    model = open_model(tmp_path, described, dtype)
+    for block_size in (8, 16, 32):
+        report = sizing.fit(
+            described,
+            sizing.SizingRequest(
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                block_size=block_size,
+                max_num_seqs=3,
+                max_num_batched_tokens=64,
+                device="cpu",
+                device_bytes_total=4 << 30,
+                device_bytes_available=4 << 30,
+                memory_share=0.9,
+                max_model_len=100,
+            ),
+        )
+        assert report.fits
+        kv = KVCache.allocate(described, report.num_blocks, block_size, DTYPES[kv_dtype], CPU)
+        assert sum(parameter.nbytes for parameter in model.parameters()) == model.bytes == report.weights
+        assert sum(layer.nbytes for layer in kv.layers) == kv.bytes == report.kv
+        assert report.kv_tokens * report.kv_bytes_per_token == report.kv
+
+
+def test_parameters_lie_in_memory_of_exactly_their_size(tmp_path: Path) -> None:
+    """A parameter that is a view of something larger would hold more than it counts."""
+    described = write_checkpoint(tmp_path, config(tie_word_embeddings=True))
+    model = open_model(tmp_path, described, "float32")
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == model.bytes == sizing.weight_bytes(described, "float32")
+
+
+def test_the_two_sides_agree_on_the_gather_bound() -> None:
+    assert sizing.GATHER_BYTES == GATHER_BYTES
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that `work` holds at any time above what was held before."""
+    work()  # caches of operations that are filled once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    changes: list[tuple[int, int]] = []
+
+    def collect(events: Iterable[Any]) -> None:
+        for event in events:
+            if event.tag.name == "Allocation":
+                changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+            collect(event.children)
+
+    assert trace.profiler is not None
+    collect(trace.profiler.kineto_results.experimental_event_tree())
+    return max(itertools.accumulate((size for _, size in sorted(changes, key=lambda c: c[0])), initial=0))
+
+
+SMALL: dict[str, Any] = {}
+WIDE_HEAD = {"vocab_size": 20_000}
+WIDE_MLP = {"intermediate_size": 3000}
+MANY_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+QWEN3 = {"architecture": "Qwen3ForCausalLM", "num_attention_heads": 8}
+SLIDING = {"architecture": "MistralForCausalLM", "sliding_window": 200}
+MIXED = SLIDING | {
+    "architecture": "Qwen2ForCausalLM",
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "steps", "length"),
+    [
+        # steps: (sequences, tokens in the cache of each, new tokens of each)
+        (SMALL, [(1, 0, 256)], 1024),
+        (SMALL, [(32, 200, 1)], 1024),
+        (SMALL, [(30, 1000, 1), (1, 0, 226)], 1024),
+        (SMALL, [(1, 7000, 64)], 8192),
+        (SMALL, [(4, 8000, 1)], 8192),
+        (WIDE_HEAD, [(16, 20, 1)], 64),
+        (WIDE_MLP, [(1, 0, 300)], 512),
+        (MANY_HEADS, [(1, 0, 200), (6, 700, 1)], 1024),
+        (MANY_HEADS, [(2, 8000, 1), (1, 8000, 30)], 8192),
+        (QWEN3, [(1, 0, 300), (3, 40, 1)], 512),
+        (MIXED, [(1, 0, 500), (12, 900, 1)], 1024),
+        (SLIDING, [(1, 0, 500), (8, 900, 1)], 1024),
+    ],
+)
+def test_a_step_stays_below_the_activation_bound(
+    shape: dict[str, Any], steps: list[tuple[int, int, int]], length: int, dtype: str, tmp_path: Path
+) -> None:
+    described = write_checkpoint(tmp_path, config(**shape))
+    model = open_model(tmp_path, described, dtype)
+    sequences = [(start, count) for many, start, count in steps for _ in range(many)]
+    tokens = sum(count for _, count in sequences)
+    blocks = -(-length // 16)
+    kv = KVCache.allocate(described, blocks, 16, DTYPES[dtype], CPU)
+    # all sequences may read the same blocks: what they hold does not matter here
+    sampling = Sampling(max_tokens=9, temperature=0.7, top_p=0.9, frequency_penalty=0.1)
+    draws = [Draw(sampling, seed=1, num_prompt=1, ending_ids=()) for _ in sequences]
+    rows = [
+        Scheduled(str(at), (1,) * count, start, tuple(range(blocks)), draw, (1,) * (start + count))
+        for at, ((start, count), draw) in enumerate(zip(sequences, draws, strict=True))
+    ]
+
+    def step() -> None:
+        batch = PagedBatch.build(
+            starts=[start for start, _ in sequences],
+            query_lens=[count for _, count in sequences],
+            block_tables=[list(range(blocks))] * len(sequences),
+            logits=[True] * len(sequences),
+            block_size=16,
+        )
+        sample(model.forward(torch.ones(tokens, dtype=torch.int64), batch, kv), rows)
+
+    found = peak(step)
+    bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)
+    assert found <= bound
+    assert found >= bound / 8

@@ -1,0 +1,361 @@
+"""Logits of every supported architecture against transformers, on tiny random checkpoints written by it.
+
+float32, eager attention on the other side. The tolerance is max|d| <= 5e-5 on logits of up to 10: on these models
+the float32 logits of transformers lie up to 6e-5 from its own in double precision, ours up to 4e-5, as measured.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+from quire_engine.layers.rotary import Rotary
+from quire_engine.models import DecoderModel, KVCache, load_model
+from quire_kernels import PagedBatch, load
+from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+VOCAB = 97
+SIZE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+CASES: dict[str, Any] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZE)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**SIZE, tie_word_embeddings=True)),
+    "llama-biases": (LlamaForCausalLM, LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True)),
+    "llama-head-dim": (LlamaForCausalLM, LlamaConfig(**SIZE, head_dim=32)),
+    "llama-mha": (LlamaForCausalLM, LlamaConfig(**SIZE | {"num_key_value_heads": 4})),
+    "llama-mqa": (LlamaForCausalLM, LlamaConfig(**SIZE | {"num_key_value_heads": 1})),
+    "llama-rope-llama3": (LlamaForCausalLM, LlamaConfig(**SIZE, rope_parameters=LLAMA3)),
+    "llama-rope-linear": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    ),
+    "llama-rope-dynamic": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}),
+    ),
+    "llama-rope-yarn": (LlamaForCausalLM, LlamaConfig(**SIZE, rope_parameters=YARN)),
+    "llama-rope-yarn-full": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **SIZE,
+            rope_parameters=YARN
+            | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 0.4, "truncate": False},
+        ),
+    ),
+    "llama-rope-yarn-factor": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZE, rope_parameters=YARN | {"attention_factor": 1.3}),
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZE)),
+    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config(**SIZE, tie_word_embeddings=True)),
+    "qwen2-sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZE, head_dim=24)),
+    "qwen3-bias": (Qwen3ForCausalLM, Qwen3Config(**SIZE, head_dim=16, attention_bias=True)),
+    "qwen3-mqa-sliding": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            **SIZE | {"num_key_value_heads": 1, "num_hidden_layers": 3},
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            tie_word_embeddings=True,
+        ),
+    ),
+    "mistral-sliding": (MistralForCausalLM, MistralConfig(**SIZE, sliding_window=20)),
+    "mistral-full": (MistralForCausalLM, MistralConfig(**SIZE | {"num_key_value_heads": 4}, sliding_window=None)),
+}
+
+
+def build(name: str, folder: Path, **save: Any) -> Any:
+    """A random model of one case, saved to `folder`; biases and norms random too, so that none is overlooked."""
+    kind, config = CASES[name]
+    torch.manual_seed(7)
+    model = kind._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[DecoderModel, ModelProfile]:
+    profile = read_profile(folder)
+    seen: list[tuple[int, int]] = []
+    model = load_model(
+        folder,
+        profile,
+        dtype=dtype,
+        device=CPU,
+        kernels=load("reference"),
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1][0] == seen[-1][1] == profile.weight_bytes
+    assert seen == sorted(seen)
+    return model, profile
+
+
+class Server:
+    """The smallest thing that runs sequences through a model in steps of any make-up."""
+
+    def __init__(self, model: DecoderModel, block_size: int = 8, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.size = model, block_size
+        self.kv = KVCache.allocate(model.profile, 400, block_size, dtype, CPU)
+        for layer in self.kv.layers:
+            layer.fill_(torch.nan)
+        self.free = list(range(400))
+        random.Random(0).shuffle(self.free)
+        self.tables: dict[int, list[int]] = {}
+        self.done: dict[int, int] = {}
+
+    def step(self, items: list[tuple[int, list[int]]]) -> Tensor:
+        """New tokens of sequences, by number; logits after the last one of each, [S, V]."""
+        for number, tokens in items:
+            table = self.tables.setdefault(number, [])
+            while len(table) * self.size < self.done.get(number, 0) + len(tokens):
+                table.append(self.free.pop())
+        batch = PagedBatch.build(
+            starts=[self.done.get(number, 0) for number, _ in items],
+            query_lens=[len(tokens) for _, tokens in items],
+            block_tables=[self.tables[number] for number, _ in items],
+            logits=[True] * len(items),
+            block_size=self.size,
+        )
+        for number, tokens in items:
+            self.done[number] = self.done.get(number, 0) + len(tokens)
+        ids = torch.tensor([token for _, tokens in items for token in tokens])
+        return self.model.forward(ids, batch, self.kv)
+
+
+def prompts(count: int, low: int, high: int, seed: int = 3) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(VOCAB) for _ in range(source.randrange(low, high))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers_at_every_position(name: str, tmp_path: Path) -> None:
+    theirs = build(name, tmp_path)
+    model, profile = open_model(tmp_path)
+    text = prompts(1, 120, 121)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([text])).logits[0]
+    server = Server(model)
+    found = []
+    for begin, end in ((0, 1), (1, 40), (40, 41), (41, 100), *((at, at + 1) for at in range(100, 120))):
+        found.append((end - 1, server.step([(0, text[begin:end])])[0]))
+    assert expected.abs().max() > 1
+    for row, logits in found:
+        torch.testing.assert_close(logits, expected[row], atol=5e-5, rtol=0)
+    assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
+    assert profile.num_parameters * 4 == model.bytes
+
+
+@pytest.mark.parametrize("name", ["llama-rope-llama3", "qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding"])
+def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Path) -> None:
+    theirs = build(name, tmp_path)
+    texts = prompts(5, 3, 60)
+    new = 24
+    expected = [
+        theirs.generate(
+            torch.tensor([text]),
+            attention_mask=torch.ones(1, len(text), dtype=torch.long),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(text) :].tolist()
+        for text in texts
+    ]
+    model, _ = open_model(tmp_path)
+
+    def generate(texts: list[list[int]], chunk: int) -> list[list[int]]:
+        """All at once, prompts in chunks: steps mix decoding and prefilling sequences."""
+        server, known = Server(model), [list(text) for text in texts]
+        done = [0] * len(texts)
+        while any(len(all_) - len(text) < new for all_, text in zip(known, texts, strict=True)):
+            live = [i for i, text in enumerate(texts) if len(known[i]) - len(text) < new]
+            items = [(i, known[i][done[i] : done[i] + chunk]) for i in live]
+            logits = server.step(items)
+            for (i, tokens), row in zip(items, logits, strict=True):
+                done[i] += len(tokens)
+                if done[i] == len(known[i]):
+                    known[i].append(int(row.argmax()))
+        return [all_[len(text) :] for all_, text in zip(known, texts, strict=True)]
+
+    for chunk in (1, 7, 16, 1000):
+        assert generate(texts, chunk) == expected
+    assert generate(texts[:1], 7) == expected[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    build("qwen2", tmp_path)
+    text = prompts(1, 60, 61)[0]
+    exact = Server(open_model(tmp_path)[0]).step([(0, text)])[0]
+    model, _ = open_model(tmp_path, dtype)
+    found = Server(model, dtype=dtype).step([(0, text)])[0]
+    assert found.dtype == torch.float32
+    # each of two layers rounds a handful of times to 8 (11) bits: a few per cent (a few per mille) of the scale
+    scale = exact.abs().max()
+    assert (found - exact).abs().max() / scale < (0.08 if dtype == torch.bfloat16 else 0.01)
+    assert int(exact.argmax()) in found.topk(5).indices.tolist()
+
+
+def test_a_step_without_wanted_logits_still_fills_the_cache(tmp_path: Path) -> None:
+    theirs = build("llama", tmp_path)
+    model, profile = open_model(tmp_path)
+    text = prompts(1, 30, 31)[0]
+    kv = KVCache.allocate(profile, 8, 8, torch.float32, CPU)
+    for begin, end, wanted in ((0, 20, False), (20, 30, True)):
+        batch = PagedBatch.build(
+            starts=[begin],
+            query_lens=[end - begin],
+            block_tables=[[5, 0, 3, 1]],
+            logits=[wanted],
+            block_size=8,
+        )
+        logits = model.forward(torch.tensor(text[begin:end]), batch, kv)
+        assert logits.shape == (int(wanted), VOCAB)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([text])).logits[0, -1]
+    torch.testing.assert_close(logits[0], expected, atol=5e-5, rtol=0)
+
+
+def test_sharded_checkpoints_load_like_whole_ones(tmp_path: Path) -> None:
+    build("qwen3", tmp_path / "whole")
+    build("qwen3", tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    text = prompts(1, 20, 21)[0]
+    whole, shards = (Server(open_model(tmp_path / name)[0]).step([(0, text)]) for name in ("whole", "shards"))
+    assert torch.equal(whole, shards)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_checkpoints_in_half_precision_are_widened_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build("llama-tied", tmp_path / "a")
+    model.to(dtype).save_pretrained(tmp_path / "b")
+    loaded, profile = open_model(tmp_path / "b")
+    assert profile.dtype == str(dtype).removeprefix("torch.")
+    text = prompts(1, 20, 21)[0]
+    # opened anew: `to` has rounded the rotary frequencies of the old one too
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = theirs(torch.tensor([text])).logits[0, -1]
+    torch.testing.assert_close(Server(loaded).step([(0, text)])[0], expected, atol=5e-5, rtol=0)
+
+
+def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path: Path) -> None:
+    build("llama-tied", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, path)
+    open_model(tmp_path)
+    save_file(tensors | {"lm_head.weight": embedding + 1}, path)
+    with pytest.raises(WrongTensors, match=r"differs(.|\n)*hint:"):
+        open_model(tmp_path)
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, path)
+    with pytest.raises(WrongTensors, match=r"model\.norm\.weight(.|\n)*float16(.|\n)*hint:"):
+        open_model(tmp_path, torch.float16)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    profile = read_profile(tmp_path)
+    path = tmp_path / "model.safetensors"
+
+    def cut(done: int, total: int) -> None:
+        with path.open("r+b") as file:
+            file.truncate(9000)
+
+    with pytest.raises(BadHeader, match="ended inside tensor"):
+        load_model(tmp_path, profile, dtype=torch.float32, device=CPU, kernels=load("reference"), on_progress=cut)
+
+
+@pytest.fixture(scope="module")
+def one_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build("llama", folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "mrope"}, "rope_parameters": None}, "mrope"),
+        ({"hidden_act": "gelu"}, "hidden_act: gelu"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"auto_map": {"AutoModel": "modeling.Mine"}}, "auto_map"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+    ],
+)
+def test_variants_that_are_not_supported_are_refused_by_name(
+    change: dict[str, Any], named: str, one_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = json.loads((one_checkpoint / "config.json").read_text())
+    shutil.copy(one_checkpoint / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedFeature, match=f"{named}(.|\n)*hint:"):
+        read_profile(tmp_path)
+
+
+def test_a_rope_type_that_slipped_through_does_not_become_the_default() -> None:
+    with pytest.raises(ValueError, match="spiral"):
+        Rotary(
+            {"rope_type": "spiral", "rope_theta": 1.0, "factor": 2, "original_max_position_embeddings": 4}, 8, CPU
+        )

@@ -1,0 +1,450 @@
+"""The server on a real Unix socket in this process: frames, connections that come and go, who may speak."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import struct
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+import torch
+
+from quire.builtin import path as builtin_path
+from quire_engine import server as server_module
+from quire_engine.errors import InvalidSpec, InvariantBroken, SocketTaken
+from quire_engine.scheduler import Scheduler
+from quire_engine.server import Server, Status, prepare_socket
+from quire_schemas.wire import (
+    MAX_FRAME,
+    PROTOCOL,
+    Abort,
+    Delta,
+    Deltas,
+    EngineEvent,
+    EngineSpec,
+    FromEngine,
+    Generate,
+    Hello,
+    Limits,
+    Reader,
+    Sampling,
+    Stats,
+    Welcome,
+    frame,
+)
+
+LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+SHORT = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
+M = TypeVar("M")
+
+
+def always(token: int) -> Sampling:
+    """Three times the same token, whatever the model thinks."""
+    return Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, logit_bias={token: 100.0})
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name: a socket's path may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="q-") as name:
+        yield Path(name) / "r"
+
+
+def spec_in(folder: Path, **fields: Any) -> EngineSpec:
+    spec = EngineSpec(
+        model="tiny",
+        replica_id="tiny-0",
+        incarnation=3,
+        socket=str(folder / "engine.sock"),
+        model_dir=str(builtin_path()),
+        dtype="float32",
+        kv_dtype="float32",
+        device="cpu",
+        threads=1,
+        max_model_len=512,
+        block_size=16,
+        num_blocks=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        chunked_prefill=True,
+        seed=0,
+        memory_limit=1 << 30,
+        hot_hash="h0",
+    )
+    return msgspec.structs.replace(spec, **fields)
+
+
+class Client:
+    """One connection to an engine."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.messages: Reader[Any] = Reader(reader, FromEngine)
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, path: str) -> Client:
+        return cls(*await asyncio.open_unix_connection(path))
+
+    def send(self, *messages: msgspec.Struct) -> None:
+        for message in messages:
+            self.writer.write(frame(message))
+
+    async def next(self, kind: type[M]) -> M:
+        """The next message of that kind; others are passed over."""
+        while True:
+            message = await asyncio.wait_for(self.messages.read(), 10)
+            assert message is not None, "the engine closed the connection"
+            if isinstance(message, kind):
+                return message
+
+    async def hear(self, *names: str) -> dict[str, list[Delta]]:
+        """Deltas by request until each of `names` has ended."""
+        heard: dict[str, list[Delta]] = {}
+        while not all(name in heard and heard[name][-1].finish_reason for name in names):
+            for delta in (await self.next(Deltas)).items:
+                heard.setdefault(delta.id, []).append(delta)
+        return heard
+
+    async def is_cut(self) -> bool:
+        """Whether the engine ends the connection, whatever it still sends."""
+        try:
+            while await asyncio.wait_for(self.messages.read(), 10) is not None:
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        return True
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@asynccontextmanager
+async def serving(spec: EngineSpec) -> AsyncIterator[Server]:
+    """A server that is ready; ended by the signal that ends a real one."""
+    reading, writing = os.pipe()
+    lines = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(reading, "rb"))
+    server = Server(spec, Status(writing))
+    task = asyncio.create_task(server.run())
+    events: list[EngineEvent] = []
+    while not events or events[-1].event != "ready":
+        events.append(msgspec.json.decode(await asyncio.wait_for(lines.readline(), 20), type=EngineEvent))
+        assert events[-1].event != "failed", events[-1]
+    try:
+        yield server
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(task, 10) == 0
+        assert server.stop_driver()
+        os.close(writing)
+        pipe.close()
+        assert not Path(spec.socket).exists()
+
+
+async def greeted(spec: EngineSpec) -> Client:
+    client = await Client.connect(spec.socket)
+    client.send(Hello("script"))
+    await client.next(Stats)
+    return client
+
+
+async def until_idle(client: Client) -> Stats:
+    """The first stats that show no request."""
+    while True:
+        client.send(Limits("asked", 8, 64, True))
+        stats = await client.next(Stats)
+        if not stats.running and not stats.waiting:
+            return stats
+        await asyncio.sleep(0.01)
+
+
+# ── a conversation ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_hello_is_answered_with_the_bounds_and_the_state(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await Client.connect(spec.socket)
+        client.send(Hello("router"))
+        assert await client.next(Welcome) == Welcome("tiny-0", 3, PROTOCOL, 2048, (2041, 2039), 512, 16, 128, 8)
+        stats = await client.next(Stats)
+        assert (stats.blocks_total, stats.blocks_used, stats.hot_hash) == (128, 0, "h0")
+        client.close()
+
+
+async def test_one_frame_a_step_carries_what_all_requests_of_a_connection_got(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(*(Generate(name, [5, 6, ord(name)], SHORT) for name in "abc"))
+        steps: list[int] = []
+        got: dict[str, list[int]] = {}
+        ended: set[str] = set()
+        while ended != set("abc"):
+            deltas = await client.next(Deltas)
+            steps.append(deltas.step)
+            assert len({delta.id for delta in deltas.items}) == len(deltas.items)
+            for delta in deltas.items:
+                got.setdefault(delta.id, []).extend(delta.token_ids)
+                if delta.finish_reason:
+                    ended.add(delta.id)
+                    assert delta.timings is not None
+                    assert delta.timings.finished_at is not None
+                    assert delta.timings.received_at <= delta.timings.finished_at <= time.monotonic()
+        assert steps == sorted(set(steps)), "at most one frame a step"
+        assert {name: len(ids) for name, ids in got.items()} == {"a": 3, "b": 3, "c": 3}
+        client.close()
+
+
+async def test_two_connections_may_use_the_same_ids(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        first, second = await greeted(spec), await greeted(spec)
+        first.send(Generate("same", [5], always(10)))
+        second.send(Generate("same", [5], always(20)))
+        for client, token in ((first, 10), (second, 20)):
+            assert [d.token_ids for d in (await client.hear("same"))["same"]] == [[token]] * 3
+        first.close()
+        second.close()
+
+
+async def test_a_refusal_is_the_first_and_last_delta(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("long", [5] * 600, SHORT), Generate("fine", [5], SHORT))
+        heard = await client.hear("long", "fine")
+        (refusal,) = heard["long"]
+        assert (refusal.finish_reason, refusal.error_code) == ("error", "context_length_exceeded")
+        assert heard["fine"][-1].finish_reason == "length"
+        client.send(Generate("long", [5], SHORT))
+        assert (await client.hear("long"))["long"][-1].finish_reason == "length", "the id is free again"
+        client.close()
+
+
+async def test_an_abort_ends_a_request_at_once_and_its_id_can_be_used_again(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("a", [5, 6], LONG))
+        await client.next(Deltas)
+        client.send(Abort("a"), Abort("a"), Abort("never seen"), Generate("a", [7], SHORT))
+        heard = await client.hear("a")
+        assert len([delta for delta in heard["a"] if delta.finish_reason]) == 1
+        assert (await until_idle(client)).blocks_used == 0
+        client.close()
+
+
+async def test_a_connection_that_goes_away_takes_its_requests_with_it(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        leaving, staying = await greeted(spec), await greeted(spec)
+        leaving.send(*(Generate(f"{i}", [5, i], LONG) for i in range(6)))
+        await leaving.next(Deltas)
+        leaving.writer.transport.abort()
+        staying.send(Generate("mine", [9], SHORT))
+        assert (await staying.hear("mine"))["mine"][-1].finish_reason == "length"
+        started = time.monotonic()
+        assert (await until_idle(staying)).blocks_used == 0
+        assert time.monotonic() - started < 0.5, "400 tokens would take longer"
+        staying.close()
+
+
+async def test_limits_are_answered_with_their_hash_or_the_old_one(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Limits("h1", 2, 16, False))
+        assert (await client.next(Stats)).hot_hash == "h1"
+        client.send(Limits("h2", 0, 16, True))
+        assert (await client.next(Stats)).hot_hash == "h1"
+        client.close()
+
+
+async def test_stats_come_at_most_four_times_a_second_and_end_with_the_idle_engine(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("a", [5, 6], msgspec.structs.replace(LONG, max_tokens=150)))
+        times: list[float] = []
+        last = None
+        deadline = time.monotonic() + 10
+        while (last is None or last.running or not last.steps) and time.monotonic() < deadline:
+            last = await client.next(Stats)
+            times.append(time.monotonic())
+        assert last is not None
+        assert (last.running, last.blocks_used, last.steps) == (0, 0, 150)
+        assert len(times) <= 4 * (times[-1] - times[0]) + 2
+        client.close()
+
+
+# ── those who do not keep to it ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        frame(Generate("a", [1], SHORT)),
+        frame(Hello("router", protocol=PROTOCOL + 1)),
+        frame(Hello("router")) + frame(Hello("router")),
+        frame(Hello("router")) + frame(Generate("a", [1], LONG)) + frame(Generate("a", [2], LONG)),
+        frame(Hello("router")) + struct.pack(">I", MAX_FRAME + 1),
+        frame(Hello("router")) + struct.pack(">I", 3) + b"\xc1\xc1\xc1",
+        frame(Hello("router")) + frame(Welcome("r", 1, 1, 1, (), 1, 1, 1, 1)),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+    ids=["no hello", "protocol", "hello twice", "id twice", "huge", "garbage", "wrong way", "http"],
+)
+async def test_a_breach_of_protocol_cuts_that_connection_alone(folder: Path, sent: bytes) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        good = await greeted(spec)
+        bad = await Client.connect(spec.socket)
+        bad.writer.write(sent)
+        assert await bad.is_cut()
+        bad.close()
+        good.send(Generate("a", [5], SHORT))
+        assert (await good.hear("a"))["a"][-1].finish_reason == "length"
+        assert (await until_idle(good)).blocks_used == 0
+        good.close()
+
+
+async def test_a_client_that_says_nothing_is_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HELLO_PATIENCE", 0.05)
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await Client.connect(spec.socket)
+        assert await client.is_cut()
+        client.close()
+
+
+async def test_a_client_that_does_not_read_is_cut_and_the_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_UNREAD", 20_000)
+    spec = spec_in(folder)
+    async with serving(spec):
+        good, slow = await greeted(spec), await greeted(spec)
+        slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        wordy = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True, logprobs=500)
+        slow.send(*(Generate(f"{i}", [5, i], wordy) for i in range(3)))
+        while not (stats := await until_idle(good)).steps:
+            pass
+        assert stats.generation_tokens < 1200, "cut before its requests had ended"
+        assert stats.blocks_used == 0
+        good.send(Generate("a", [5], SHORT))
+        assert (await good.hear("a"))["a"][-1].finish_reason == "length"
+        good.close()
+        slow.close()
+
+
+async def test_the_process_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        client = await Client.connect(spec.socket)
+        client.send(Hello("router"))
+        assert await client.is_cut()
+        monkeypatch.undo()
+        client.close()
+
+
+# ── the socket ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_socket_is_for_our_user_alone(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        assert stat.S_IMODE(os.stat(spec.socket).st_mode) == 0o600
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with pytest.raises(SocketTaken):
+            prepare_socket(Path(spec.socket))
+
+
+def test_a_folder_that_others_may_enter_is_refused(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o750)
+    with pytest.raises(InvalidSpec, match="mode 0700"):
+        prepare_socket(folder / "engine.sock")
+
+
+def test_a_socket_left_by_a_dead_process_is_replaced_and_a_file_is_not(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    path = folder / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    assert path.exists()
+    prepare_socket(path)
+    assert not path.exists()
+    path.write_text("precious")
+    with pytest.raises(InvalidSpec, match="in the way"):
+        prepare_socket(path)
+    assert path.read_text() == "precious"
+
+
+async def test_the_end_of_the_engine_ends_every_stream_with_an_error(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("a", [5, 6], LONG), Generate("b", [7], LONG))
+        await client.next(Deltas)
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard = await client.hear("a", "b")
+        for name in "ab":
+            assert (heard[name][-1].finish_reason, heard[name][-1].error_code) == ("error", "engine_shutdown")
+        assert await client.is_cut()
+        client.close()
+        # the second signal, from the fixture, must find a process that is already ending
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+async def test_an_engine_that_cannot_go_on_says_so_and_ends_with_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_in(folder)
+    reading, writing = os.pipe()
+    server = Server(spec, Status(writing))
+    task = asyncio.create_task(server.run())
+    while not Path(spec.socket).exists():
+        await asyncio.sleep(0.01)
+    client = await greeted(spec)
+    client.send(Generate("a", [5, 6], LONG))
+    await client.next(Deltas)
+
+    def broken(scheduler: Scheduler) -> None:
+        raise InvariantBroken("planted")
+
+    monkeypatch.setattr(Scheduler, "schedule", broken)
+    last = (await client.hear("a"))["a"][-1]
+    assert (last.finish_reason, last.error_code) == ("error", "engine_died")
+    assert await asyncio.wait_for(task, 10) == 1
+    assert server.stop_driver()
+    event = msgspec.json.decode(os.read(reading, 65536).splitlines()[-1], type=EngineEvent)
+    assert (event.event, event.reason, event.message, event.retryable) == (
+        "failed",
+        "InvariantBroken",
+        "planted",
+        True,
+    )
+    client.close()
+    os.close(reading)
+    os.close(writing)

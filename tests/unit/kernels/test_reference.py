@@ -1,0 +1,227 @@
+"""The reference back-end against formulas in double precision, over awkward shapes and a poisoned cache.
+
+Tolerances. float32: 1e-5 absolute and 1.3e-6 relative, what one float32 sum of some hundred terms of size one may
+lose against double. bfloat16: the computation is float32 inside, so what is left is one rounding of the result
+(2^-8 relative, 3.9e-3) on inputs that are equal in both; 1.6e-2 is four of them.
+
+Legend: T tokens, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire_kernels import Kernels, PagedBatch, load
+from quire_kernels.reference import ReferenceKernels
+
+torch.set_num_threads(1)
+TOLERANCE = {torch.float32: (1e-5, 1.3e-6), torch.bfloat16: (1e-5, 1.6e-2), torch.float16: (1e-5, 2e-3)}
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    return load("reference")
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    absolute, relative = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double(), expected, atol=absolute, rtol=relative)
+
+
+def dense(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None) -> Tensor:
+    """Causal attention in double precision: `query` [T, H, D] from position `start`, `keys` [L, K, D]."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (side.double().repeat_interleave(groups, 1) for side in (keys, values))
+    scores = torch.einsum("thd,lhd->htl", query.double(), keys) * scale
+    at, key = torch.arange(start, start + query.shape[0])[:, None], torch.arange(keys.shape[0])
+    visible = (key <= at) if window is None else (key <= at) & (key > at - window)
+    return torch.einsum("htl,lhd->thd", scores.masked_fill(~visible, float("-inf")).softmax(-1), values)
+
+
+class Case:
+    """Sequences in a cache whose every other slot is NaN, with scattered blocks and garbage after each table."""
+
+    def __init__(
+        self,
+        sequences: list[tuple[int, int]],
+        *,
+        block_size: int = 16,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head: int = 64,
+        dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`sequences`: (tokens already in the cache, new tokens)."""
+        torch.manual_seed(seed)
+        self.sequences, self.scale = sequences, head**-0.5
+        needs = [-(-(start + count) // block_size) for start, count in sequences]
+        numbers = list(range(sum(needs) + 3))
+        random.Random(seed).shuffle(numbers)
+        tables, at = [], 0
+        for need in needs:
+            tables.append(numbers[at : at + need])
+            at += need
+        cache_dtype = cache_dtype or dtype
+        self.cache = torch.full((2, len(numbers), block_size, kv_heads, head), torch.nan, dtype=cache_dtype)
+        self.query = torch.randn(sum(count for _, count in sequences), heads, head).to(dtype)
+        self.keys, self.values = (
+            [torch.randn(start + count, kv_heads, head).to(cache_dtype) for start, count in sequences]
+            for _ in range(2)
+        )
+        for (start, count), table, keys, values in zip(sequences, tables, self.keys, self.values, strict=True):
+            for position in range(start + count):
+                block, offset = table[position // block_size], position % block_size
+                self.cache[0, block, offset], self.cache[1, block, offset] = keys[position], values[position]
+        # what stands behind a table's own entries must not matter: any block, a number far outside the cache
+        garbage = [table + [2**31 - 1, -7, numbers[-1]][: max(needs) + 3 - len(table)] for table in tables]
+        width = max(map(len, garbage))
+        self.batch = PagedBatch.build(
+            starts=[start for start, _ in sequences],
+            query_lens=[count for _, count in sequences],
+            block_tables=[table + [-1] * (width - len(table)) for table in garbage],
+            logits=[True] * len(sequences),
+            block_size=block_size,
+        )
+
+    def check(self, kernels: Kernels, window: int | None = None) -> None:
+        found = kernels.paged_attention(self.batch, window=window)(self.query, self.cache, self.scale)
+        assert found.dtype == self.query.dtype
+        row = 0
+        for (start, count), keys, values in zip(self.sequences, self.keys, self.values, strict=True):
+            expected = dense(self.query[row : row + count], keys, values, start, self.scale, window)
+            close(found[row : row + count], expected)
+            row += count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+@pytest.mark.parametrize("edge", [-1, 0, 1])
+def test_decode_and_prefill_at_block_edges(
+    kernels: Kernels, block_size: int, edge: int, dtype: torch.dtype
+) -> None:
+    length = 3 * block_size + edge
+    Case(
+        [(length - 1, 1), (0, length), (block_size, length - block_size), (0, 1), (2 * length - 1, 1)],
+        block_size=block_size,
+        dtype=dtype,
+    ).check(kernels)
+
+
+@pytest.mark.parametrize("head", [64, 80, 96, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (8, 1), (5, 1)])
+def test_head_sizes_and_shared_key_heads(kernels: Kernels, heads: int, kv_heads: int, head: int) -> None:
+    Case([(40, 1), (0, 19), (17, 20), (33, 1)], heads=heads, kv_heads=kv_heads, head=head).check(kernels)
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_sliding_windows(kernels: Kernels, window: int, block_size: int) -> None:
+    Case([(40, 1), (39, 1), (0, 50), (20, 30), (3, 1), (64, 1)], block_size=block_size).check(kernels, window)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixed_steps(kernels: Kernels, seed: int) -> None:
+    source = random.Random(seed)
+    sequences = [(source.randrange(200), source.choice([1, 1, 1, source.randrange(2, 70)])) for _ in range(24)]
+    case = Case(sequences, block_size=source.choice([8, 16, 32]), seed=seed)
+    case.check(kernels)
+    case.check(kernels, window=source.randrange(1, 120))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cache_and_query_may_differ_in_dtype(
+    kernels: Kernels, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    Case([(30, 1), (0, 20), (11, 1)], dtype=dtype, cache_dtype=cache_dtype).check(kernels)
+
+
+@pytest.mark.parametrize("gather_bytes", [1, 70_000, 200_000])
+def test_a_small_gather_bound_cuts_groups_and_heads_but_not_results(gather_bytes: int) -> None:
+    case = Case([(300, 1), (310, 1), (0, 40), (280, 1), (290, 30)], heads=8, kv_heads=4, head=64)
+    case.check(ReferenceKernels(gather_bytes))
+    case.check(ReferenceKernels(gather_bytes), window=100)
+
+
+def test_long_prompts_are_masked_in_tiles(kernels: Kernels) -> None:
+    # 1300 rows of 1300 keys are above one tile of 2^20 entries
+    case = Case([(0, 1300)], heads=1, kv_heads=1)
+    case.check(kernels)
+    case.check(kernels, window=900)
+
+
+def test_sequences_may_share_blocks(kernels: Kernels) -> None:
+    torch.manual_seed(1)
+    cache = torch.randn(2, 6, 16, 2, 64)
+    tables = [[4, 4, 1], [4, 2, 2]]
+    batch = PagedBatch.build(
+        starts=[40, 35], query_lens=[1, 1], block_tables=tables, logits=[True, True], block_size=16
+    )
+    query = torch.randn(2, 4, 64)
+    found = kernels.paged_attention(batch, window=None)(query, cache, 0.125)
+    for row, (table, length) in enumerate(zip(tables, (41, 36), strict=True)):
+        keys, values = (side[table].reshape(-1, 2, 64)[:length] for side in cache)
+        close(found[row : row + 1], dense(query[row : row + 1], keys, values, length - 1, 0.125, None))
+
+
+def test_a_query_that_is_a_slice_of_a_wider_tensor(kernels: Kernels) -> None:
+    case = Case([(20, 1), (0, 9)])
+    case.query = torch.cat((case.query, torch.randn_like(case.query)), 1)[:, :4]
+    assert not case.query.is_contiguous()
+    case.check(kernels)
+
+
+def test_write_kv_touches_its_slots_and_nothing_else(kernels: Kernels) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = torch.full((2, 5, 4, 2, 8), torch.nan, dtype=dtype)
+        qkv = torch.randn(3, 8, 8)
+        slots = torch.tensor([17, 2, 11])
+        kernels.write_kv(qkv[:, 4:6], qkv[:, 6:], cache, slots)
+        flat = cache.view(2, 20, 2, 8)
+        assert torch.equal(flat[0, slots], qkv[:, 4:6].to(dtype))
+        assert torch.equal(flat[1, slots], qkv[:, 6:].to(dtype))
+        others = [slot for slot in range(20) if slot not in slots.tolist()]
+        assert torch.isnan(flat[:, others]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(7, 96) * 3).to(dtype), torch.randn(96).to(dtype)
+    residual = torch.randn(7, 96).to(dtype)
+    total = (residual + x).clone()
+
+    def norm(wide: Tensor) -> Tensor:
+        return wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+    close(kernels.rms_norm(x, weight, 1e-6), norm(x.double()))
+    close(kernels.add_rms_norm(x, residual, weight, 1e-6), norm(total.double()))
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_turns_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, angles = torch.randn(5, 3, 16).to(dtype), torch.randn(5, 1, 8).double()
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.double().chunk(2, -1)
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    signed = torch.cat((-sin, sin), -1).float()
+    found = kernels.rotary(x, torch.cat((cos, cos), -1).float(), signed)
+    assert found.dtype == dtype
+    close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    both = (torch.randn(4, 60) * 3).to(dtype)
+    gate, up = both.double().chunk(2, -1)
+    close(kernels.silu_mul(both), gate * gate.sigmoid() * up)

@@ -1,0 +1,246 @@
+"""Devices, sources, placements and the state directory: what is worked out about this machine and its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
+from quire_operators.paths import StateDir, StateDirError, private_dir
+from quire_operators.placement import NoDevice, Placement, TooLarge, place
+from quire_operators.rollout import Goal, Row
+from quire_operators.sources import SourceError, Sources
+from quire_schemas.checkpoint import profile_from_config
+from quire_schemas.model import Model, resolve_defaults
+from quire_schemas.update import template_hash
+
+GIB = 1 << 30
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "dtype": "bfloat16",
+}
+
+
+# ── devices ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_this_machine_has_memory_and_cores() -> None:
+    here = detect()
+    assert 0 < here.available <= here.memory
+    assert here.cores >= 1
+
+
+def test_an_inventory_can_be_declared_and_is_checked() -> None:
+    found = declared(
+        {
+            "devices": [{"kind": "cuda", "name": "NVIDIA H100", "memory": "80Gi", "index": 3}],
+            "cpu": {"memory": "64Gi", "cores": 16},
+        }
+    )
+    assert found == Inventory(64 * GIB, 64 * GIB, 16, (Gpu(3, "NVIDIA H100", 80 * GIB, 80 * GIB),))
+    assert found.total("cuda:3") == 80 * GIB
+    assert found.total("cuda:0") == 0
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ([], "keys devices and cpu"),
+        ({"gpus": []}, "keys devices and cpu"),
+        ({"cpu": {"cores": 0}}, "cpu.cores"),
+        ({"cpu": {"memory": "64"}}, "cpu.memory"),
+        ({"devices": {}}, "a list"),
+        ({"devices": [{"kind": "tpu", "memory": "1Gi"}]}, r"devices\[0\].kind"),
+        ({"devices": [{"kind": "cuda"}]}, r"devices\[0\].memory is missing"),
+        ({"devices": [{"kind": "cuda", "memory": 80}]}, r"devices\[0\].memory"),
+        ({"devices": [{"kind": "cuda", "memory": "1Gi", "index": 0}] * 2}, "same index"),
+    ],
+)
+def test_a_wrong_inventory_is_refused_by_name(document: Any, words: str) -> None:
+    with pytest.raises(InventoryError, match=words):
+        declared(document)
+
+
+def row(name: str, device: str, memory: int, **more: Any) -> Row:
+    return replace(Row(name, "m", 0, 1, "t", Goal.RUN, 0.0, memory=memory, device=device), **more)
+
+
+def test_memory_is_held_by_every_row_that_runs_or_will_and_by_orphans() -> None:
+    rows = [
+        row("a", "cpu", 10),
+        row("b", "cpu", 5, goal=Goal.DRAIN),
+        row("c", "cpu", 7, failed_generation=1),
+        row("d", "cuda:0", 3),
+    ]
+    assert held(rows, {"cpu": 100}) == {"cpu": 115, "cuda:0": 3}
+
+
+def test_places_never_exceed_the_share_and_take_the_emptiest_device_first() -> None:
+    machine = Inventory(100, 100, 4, (Gpu(0, "g", 50, 50), Gpu(1, "g", 50, 50)))
+    assert free_places(machine, {"cpu": 30}, "cpu", 20, 0.9) == ["cpu"] * 3
+    assert free_places(machine, {"cpu": 71}, "cpu", 20, 0.9) == []
+    assert free_places(machine, {"cuda:0": 20}, "cuda", 20, 0.9) == ["cuda:1", "cuda:0", "cuda:1"]
+    assert free_places(machine, {}, "cuda", 40, 0.9, [0]) == ["cuda:0"]
+    assert free_places(machine, {}, "cuda", 10, 0.9, [7]) == []
+    assert len(free_places(machine, {}, "cpu", 1, 1.0)) == 100
+
+
+# ── placement ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spec(**given: Any) -> dict[str, Any]:
+    document = {
+        "apiVersion": "quire.dev/v1alpha1",
+        "kind": "Model",
+        "metadata": {"name": "m"},
+        "spec": {"source": "builtin://tiny", **given},
+    }
+    return resolve_defaults(Model.model_validate(document))
+
+
+def placed(machine: Inventory, **given: Any) -> Placement:
+    resolved = spec(**given)
+    return place(
+        resolved, profile_from_config(TINY), ("/m", "/t"), None, machine, {}, {}, template_hash(resolved)
+    ).placement
+
+
+CPU = Inventory(16 * GIB, 8 * GIB, 4)
+
+
+def test_every_auto_is_resolved_and_kept_through_json() -> None:
+    found = placed(CPU)
+    assert (found.device, found.dtype, found.kv_dtype) == ("cpu", "bfloat16", "bfloat16")
+    assert (found.threads, found.max_model_len) == (4, 1024)
+    assert Placement.from_dict(found.as_dict()) == found
+    resolved = found.resolved()
+    assert resolved["kvTokensPerReplica"] == found.num_blocks * 16
+    engine = found.engine_spec("m", "m-r1-0", 3, "/s", spec(), "hot")
+    assert (engine.memory_limit, engine.num_blocks, engine.hot_hash) == (found.memory, found.num_blocks, "hot")
+
+
+def test_a_gpu_is_taken_when_there_is_one_and_required_when_asked_for() -> None:
+    with_gpus = replace(CPU, gpus=(Gpu(0, "busy", 80 * GIB, 10 * GIB), Gpu(1, "free", 80 * GIB, 79 * GIB)))
+    assert placed(with_gpus).device == "cuda"
+    assert placed(with_gpus).memory > 70 * GIB, "the cache takes what engine.memory leaves on the emptier one"
+    assert placed(with_gpus, engine={"device": "cpu"}).device == "cpu"
+    with pytest.raises(NoDevice, match="no GPU"):
+        placed(CPU, engine={"device": "cuda"})
+    with pytest.raises(NoDevice, match="deviceIds"):
+        placed(with_gpus, placement={"deviceIds": [5]})
+
+
+def test_what_never_fits_is_refused_with_offers_and_what_does_not_fit_now_waits() -> None:
+    with pytest.raises(TooLarge) as refused:
+        placed(CPU, engine={"kvCache": {"size": "20Gi"}})
+    assert refused.value.fit is not None
+    assert "spec.engine.kvCache.size" in refused.value.hint
+    resolved = spec(engine={"kvCache": {"size": "6Gi"}})
+    profile = profile_from_config(TINY)
+    full = replace(CPU, available=2 * GIB)
+    waiting = place(resolved, profile, ("/m", "/t"), None, full, {}, {"cpu": 6 * GIB}, "t")
+    assert not waiting.fits_now
+    assert any("starts when they have left" in note for note in waiting.notes)
+    with pytest.raises(TooLarge):
+        place(resolved, profile, ("/m", "/t"), None, full, {}, {}, "t")
+    assert place(resolved, profile, ("/m", "/t"), None, full, {"cpu": 6 * GIB}, {"cpu": 6 * GIB}, "t").fits_now
+
+
+def test_without_chunked_prefill_the_context_is_one_step_long() -> None:
+    found = placed(CPU, batching={"chunkedPrefill": False, "maxNumBatchedTokens": 512})
+    assert found.max_model_len == 512
+
+
+# ── sources ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Sources:
+    home = tmp_path / "hub" / "models--acme--small"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (home / "snapshots" / commit).mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    (tmp_path / "tiny").mkdir()
+    return Sources({"tiny": tmp_path / "tiny", "broken": tmp_path / "broken"}, tmp_path / "hub")
+
+
+def test_sources_lead_to_folders_and_branches_to_commits(sources: Sources, tmp_path: Path) -> None:
+    assert sources.locate("builtin://tiny").folder == tmp_path / "tiny"
+    assert sources.locate(f"file://{tmp_path}").folder == tmp_path
+    for revision in (None, "main", "01234567"):
+        found = sources.locate("hf://acme/small", revision)
+        assert found.commit == "0123456789abcdef0123456789abcdef01234567"
+        assert found.folder.name == found.commit
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "reason"),
+    [
+        ("builtin://huge", None, "NotFound"),
+        ("builtin://broken", None, "NotFound"),
+        ("file:///nowhere/at/all", None, "NotFound"),
+        ("file://relative", None, "InvalidReference"),
+        ("hf://acme/other", None, "NotFound"),
+        ("hf://acme/small", "v2", "NotFound"),
+        ("hf://acme/small", "fedcba98", "NotFound"),
+        ("hf://../../etc", None, "InvalidReference"),
+        ("hf://acme/small", "../../../etc", "InvalidReference"),
+        ("s3://bucket/key", None, "InvalidReference"),
+    ],
+)
+def test_a_source_that_leads_nowhere_says_why(
+    sources: Sources, source: str, revision: str | None, reason: str
+) -> None:
+    with pytest.raises(SourceError) as wrong:
+        sources.locate(source, revision)
+    assert wrong.value.reason == reason
+    assert wrong.value.hint
+
+
+def test_the_cache_is_where_its_own_tools_look(tmp_path: Path) -> None:
+    assert Sources.of_environment({}, {"HF_HUB_CACHE": "/a"}).hf_cache == Path("/a")
+    assert Sources.of_environment({}, {"HF_HOME": "/b"}).hf_cache == Path("/b/hub")
+    assert Sources.of_environment({}, {"XDG_CACHE_HOME": "/c"}).hf_cache == Path("/c/huggingface/hub")
+
+
+# ── paths ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_socket_paths_fit_and_folders_are_closed_to_others(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100) / ("y" * 100)
+    state = StateDir(deep)
+    longest = state.replica_dir("m" * 63 + "-r1000-1000") / "1000000" / "engine.sock"
+    assert len(str(longest).encode()) <= 107
+    assert state.runtime != StateDir(tmp_path).runtime
+    state.create()
+    try:
+        assert state.root.stat().st_mode & 0o777 == 0o700
+        assert state.runtime.stat().st_mode & 0o777 == 0o700
+        state.create()
+    finally:
+        for folder in (state.replicas, state.gateway, state.runtime):
+            folder.rmdir()
+
+
+def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "link"):
+        with pytest.raises(StateDirError, match="mode 0700"):
+            private_dir(tmp_path / name)
+
+
+def test_the_state_directory_follows_the_environment() -> None:
+    assert StateDir.default({"QUIRE_STATE_DIR": "/q"}).root == Path("/q")
+    assert StateDir.default({"XDG_STATE_HOME": "/s"}).root == Path("/s/quire")
+    assert StateDir.default({}).root == Path.home() / ".local/state/quire"

@@ -1,0 +1,600 @@
+"""The rollout planner: cases by hand, and a state machine over a world of processes, memory and a router.
+
+The invariants are those of the design's list (I1 to I8). The machine is biased towards half-finished rollouts,
+because that is where published controllers broke; mutants modelled on such bugs show that it would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from quire_operators import rollout
+from quire_operators.rollout import (
+    Backoff,
+    Create,
+    Desired,
+    Drain,
+    Exit,
+    Fail,
+    Forget,
+    Goal,
+    Launch,
+    Orphan,
+    Process,
+    PushLimits,
+    Router,
+    Row,
+    Seen,
+    Step,
+    Stop,
+    StopOrphan,
+    Strategy,
+    Undrain,
+    World,
+    after,
+    is_available,
+    is_settled,
+    plan,
+    state_of,
+)
+
+CRASHES, HOPELESS, GOOD, BETTER = "crashes", "hopeless", "good", "better"
+
+
+# ── a world ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Running:
+    template: str
+    ready: bool = False
+    in_flight: int = 0
+
+
+@dataclass
+class Simulation:
+    """Rows, processes and a router; `capacity` replicas fit. Carries out steps and checks each as it is done."""
+
+    capacity: int = 3
+    desired: Desired = field(default_factory=lambda: Desired("m", 1, 1, GOOD, 1, hot_hash="h1"))
+    now: float = 1000.0
+    rows: dict[str, Row] = field(default_factory=dict)
+    processes: dict[tuple[str, int], Running] = field(default_factory=dict)
+    exits: dict[tuple[str, int], Exit] = field(default_factory=dict)
+    table: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """What the router acknowledged: (id, incarnation) -> draining."""
+    router: Router = Router.KNOWN
+    lost: dict[str, float] = field(default_factory=dict)
+    lives: dict[str, int] = field(default_factory=dict)
+    faults: bool = True
+
+    # ── what is seen ──────────────────────────────────────────────────────────────────────────────────────
+
+    def seen(self, row: Row) -> Seen:
+        name = (row.id, row.incarnation)
+        running = self.processes.get(name)
+        if running is not None:
+            process = Process.READY if running.ready else Process.STARTING
+        else:
+            process = Process.EXITED if name in self.exits else Process.NONE
+        if self.router is Router.DOWN:
+            return Seen(process, exit=self.exits.get(name))
+        if self.router is Router.UNKNOWN:
+            return Seen(process, exit=self.exits.get(name), released=False)
+        connected = name in self.table and running is not None and running.ready
+        routed = connected and not self.table[name]
+        if routed:
+            self.lost.pop(row.id, None)
+        elif row.ready_since is not None:
+            self.lost.setdefault(row.id, self.now)
+        return Seen(
+            process,
+            progress_at=row.launched_at,
+            exit=self.exits.get(name),
+            connected=connected,
+            routed=routed,
+            released=self.table.get(name, True),
+            in_flight=running.in_flight if running is not None else 0,
+            hot_hash=self.desired.hot_hash if connected else None,
+            unready_since=self.lost.get(row.id),
+        )
+
+    def holding(self) -> int:
+        return sum(row.failed_generation is None for row in self.rows.values())
+
+    def world(self) -> World:
+        for row in list(self.rows.values()):
+            if self.seen(row).routed and row.ready_since is None and row.goal is Goal.RUN:
+                self.rows[row.id] = replace(row, ready_since=self.now)
+        pairs = tuple((row, self.seen(row)) for row in self.rows.values())
+        return World(pairs, room=max(self.capacity - self.holding(), 0), router=self.router)
+
+    def available(self) -> int:
+        """By the router's word alone, whatever the planner thinks."""
+        return sum(
+            self.router is Router.KNOWN
+            and row.goal is Goal.RUN
+            and self.table.get((row.id, row.incarnation)) is False
+            and (running := self.processes.get((row.id, row.incarnation))) is not None
+            and running.ready
+            for row in self.rows.values()
+        )
+
+    def floor(self) -> int:
+        """How many must stay available, worked out apart from the planner."""
+        desired = self.desired
+        if desired.strategy is Strategy.RECREATE:
+            return 0
+        failed = len(self.rows) - self.holding()
+        surge = max(0, min(desired.max_surge, self.capacity + failed - desired.replicas))
+        stop_first = desired.strategy is Strategy.AUTO and surge == 0 and desired.max_unavailable == 0
+        return max(desired.replicas - (1 if stop_first else desired.max_unavailable), 0)
+
+    # ── what happens by itself ────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        for name, running in list(self.processes.items()):
+            if running.template == CRASHES:
+                self.end(name, Exit("ProcessEnded", "ended with exit status 1"))
+            elif running.template == HOPELESS:
+                self.end(name, Exit("BadConfig", "no", retryable=False))
+            else:
+                running.ready = True
+
+    def end(self, name: tuple[str, int], how: Exit) -> None:
+        del self.processes[name]
+        self.exits[name] = how
+
+    def sync(self) -> None:
+        """The router takes over the table that the rows make."""
+        if self.router is not Router.KNOWN:
+            return
+        self.table = {
+            (row.id, row.incarnation): row.goal is Goal.DRAIN
+            for row in self.rows.values()
+            if row.stop_sent is None
+            and (running := self.processes.get((row.id, row.incarnation))) is not None
+            and running.ready
+        }
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def reconcile(self, steps: int = 99, *, cut_off: bool = False) -> int:
+        """Plan, carry out at most `steps` steps; `cut_off`: the last one's row is written and nothing else."""
+        planned = plan(self.desired, self.world(), self.now).steps[:steps]
+        for number, step in enumerate(planned):
+            self.execute(step, only_row=cut_off and number == len(planned) - 1)
+        return len(planned)
+
+    def execute(self, step: Step, *, only_row: bool = False) -> None:
+        match step:
+            case Create():
+                last = self.lives.get(step.replica, 0)
+                self.rows[step.replica] = Row(
+                    step.replica, "m", step.index, self.desired.revision, self.desired.template_hash, Goal.RUN,
+                    self.now, memory=1, incarnation=last, exited=last,
+                )  # fmt: skip
+                want = 0 if self.desired.deleting else self.desired.replicas
+                surge = 0 if self.desired.strategy is Strategy.RECREATE else self.desired.max_surge
+                assert len(self.rows) <= want + surge, "I3: more rows than the surge allows"
+            case Launch():
+                assert not [name for name in self.processes if name[0] == step.replica], "I5: a twin"
+                row = self.rows[step.replica] = after(self.rows[step.replica], step, self.now)
+                self.lives[row.id] = row.incarnation
+                if not only_row:
+                    self.processes[row.id, row.incarnation] = Running(row.template_hash)
+                    assert len(self.processes) <= self.capacity, "I2: more processes than memory"
+            case Drain():
+                row = self.rows[step.replica]
+                if not self.desired.deleting and self.table.get((row.id, row.incarnation)) is False:
+                    running = self.processes.get((row.id, row.incarnation))
+                    if running is not None and running.ready and row.ready_since is not None:
+                        assert self.router is Router.KNOWN or self.desired.replicas == 0, "a blind drain"
+                        after_drain = self.available() - 1
+                        assert after_drain >= min(self.floor(), self.desired.replicas), "I1: below the floor"
+                self.rows[step.replica] = after(row, step, self.now)
+            case Stop():
+                row = self.rows[step.replica]
+                running = self.processes.get((row.id, row.incarnation))
+                if step.because in ("Drained", "DrainTimeout") and self.router is not Router.DOWN:
+                    assert self.table.get((row.id, row.incarnation), True), "I4: the router still routes to it"
+                    late = row.drain_since is not None and self.now >= row.drain_since + self.desired.drain_timeout
+                    assert late or running is None or running.in_flight == 0, "I4: requests are cut off"
+                self.rows[step.replica] = after(row, step, self.now)
+                if running is not None and not only_row:
+                    self.end((row.id, row.incarnation), Exit("Stopped", ""))
+            case Forget():
+                row = self.rows.pop(step.replica)
+                assert (row.id, row.incarnation) not in self.processes, "a live process is forgotten"
+            case Undrain() | Backoff() | Fail():
+                self.rows[step.replica] = after(self.rows[step.replica], step, self.now)
+            case PushLimits() | StopOrphan():
+                pass
+
+    def intend(self, **changes: object) -> None:
+        changed = replace(self.desired, **changes)  # type: ignore[arg-type]
+        rolling = changed.template_hash != self.desired.template_hash
+        self.desired = replace(
+            changed, generation=self.desired.generation + 1, revision=self.desired.revision + rolling
+        )
+
+    def settle(self) -> None:
+        """No more faults, the router answers: run until nothing is left to do. I6, I7, I8."""
+        self.router = Router.KNOWN
+        for _ in range(300):
+            done = self.reconcile()
+            self.sync()
+            for running in self.processes.values():
+                running.in_flight = 0
+            self.tick(0.0 if done else 20.0)
+            if is_settled(self.desired, self.world(), self.now):
+                break
+        else:
+            raise AssertionError(f"I6: no fixed point: {self.rows} {self.desired}")
+        assert plan(self.desired, self.world(), self.now).steps == (), "I7: work at the fixed point"
+        others = [running for running in self.processes.values() if running.template != self.desired.template_hash]
+        assert not others, "I8: rolled out, and another revision lives"
+
+
+def settled(capacity: int = 3, **intent: object) -> Simulation:
+    world = Simulation(capacity)
+    world.intend(**intent)
+    world.settle()
+    return world
+
+
+# ── cases by hand ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_first_replica_is_created_launched_and_becomes_ready() -> None:
+    world = Simulation()
+    first = plan(world.desired, world.world(), world.now)
+    assert first.steps == (Create("m-r1-0", 0),)
+    world.execute(first.steps[0])
+    assert state_of(*world.world().replicas[0]) == "Pending"
+    assert plan(world.desired, world.world(), world.now).steps == (Launch("m-r1-0", 1),)
+    world.reconcile()
+    assert state_of(*world.world().replicas[0]) == "Starting"
+    world.tick(1)
+    world.sync()
+    assert state_of(*world.world().replicas[0]) == "Ready"
+    world.settle()
+
+
+def test_surge_keeps_the_old_replica_until_the_new_one_is_acknowledged() -> None:
+    world = settled(capacity=2)
+    world.intend(template_hash=BETTER)
+    world.reconcile()
+    world.reconcile()
+    world.tick(1)
+    assert not any(isinstance(step, Drain) for step in plan(world.desired, world.world(), world.now).steps)
+    world.sync()
+    assert Drain("m-r1-0", "Superseded") in plan(world.desired, world.world(), world.now).steps
+    world.settle()
+    assert list(world.rows) == ["m-r2-0"]
+
+
+def test_auto_stops_first_when_nothing_more_fits_and_rolling_update_says_it_is_blocked() -> None:
+    world = settled(capacity=1)
+    world.intend(template_hash=BETTER)
+    planned = plan(world.desired, world.world(), world.now)
+    assert planned.budget.stop_first
+    assert planned.steps == (Drain("m-r1-0", "Superseded"),)
+    strict = replace(world.desired, strategy=Strategy.ROLLING)
+    blocked = plan(strict, world.world(), world.now)
+    assert blocked.steps == ()
+    assert blocked.no_room
+
+
+def test_recreate_stops_all_before_it_starts_one() -> None:
+    world = settled(capacity=5, replicas=2, strategy=Strategy.RECREATE)
+    world.intend(template_hash=BETTER)
+    steps = plan(world.desired, world.world(), world.now).steps
+    assert {step.replica for step in steps if isinstance(step, Drain)} == {"m-r1-0", "m-r1-1"}
+    assert not any(isinstance(step, Create) for step in steps)
+    world.settle()
+
+
+def test_a_drain_waits_for_the_acknowledgement_and_for_requests_until_its_deadline() -> None:
+    world = settled()
+    world.processes["m-r1-0", 1].in_flight = 2
+    world.intend(deleting=True)
+    world.reconcile()
+    assert world.rows["m-r1-0"].goal is Goal.DRAIN
+    assert plan(world.desired, world.world(), world.now).steps == ()
+    world.sync()
+    waiting = plan(world.desired, world.world(), world.now)
+    assert waiting.steps == ()
+    assert waiting.requeue_at == world.now + world.desired.drain_timeout
+    world.now += world.desired.drain_timeout
+    assert plan(world.desired, world.world(), world.now).steps == (Stop("m-r1-0", 1, "DrainTimeout"),)
+
+
+def test_a_revert_takes_the_draining_replica_back() -> None:
+    world = settled(capacity=2)
+    world.processes["m-r1-0", 1].in_flight = 1
+    world.intend(template_hash=BETTER)
+    for _ in range(4):
+        world.reconcile()
+        world.tick(1)
+        world.sync()
+    assert world.rows["m-r1-0"].goal is Goal.DRAIN
+    world.sync()
+    world.intend(template_hash=GOOD)
+    assert Undrain("m-r1-0") in plan(world.desired, world.world(), world.now).steps
+    world.settle()
+    assert list(world.rows) == ["m-r1-0"]
+
+
+def test_crash_back_off_doubles_with_jitter_up_to_its_maximum_and_starts_again_after_health() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1)
+    seen = Seen(Process.EXITED, exit=Exit("ProcessEnded", "killed by SIGKILL"))
+    desired = Desired("m", 1, 1, GOOD, 1, backoff_max=300.0)
+
+    def delay(restarts: int, jitter: float = 0.0, ready_since: float | None = None) -> float:
+        changed = replace(row, restarts=restarts, ready_since=ready_since)
+        step = plan(desired, World(((changed, seen),), room=1, jitter=jitter), 5000.0).steps[0]
+        assert isinstance(step, Backoff)
+        return step.not_before - 5000.0
+
+    assert [delay(n) for n in range(4)] == [1, 2, 4, 8]
+    assert delay(20) == 300
+    assert delay(0, jitter=1.0) == pytest.approx(1.2)
+    assert delay(0, jitter=-1.0) == pytest.approx(0.8)
+    assert delay(6, ready_since=4500.0) == 64
+    assert delay(6, ready_since=4400.0) == 1
+
+
+def test_a_hopeless_failure_waits_for_a_new_intent() -> None:
+    world = Simulation()
+    world.intend(template_hash=HOPELESS)
+    for _ in range(4):
+        world.reconcile()
+        world.tick(1)
+    (row,) = world.rows.values()
+    assert state_of(row, world.seen(row)) == "Failed"
+    world.now += 10_000
+    assert plan(world.desired, world.world(), world.now).steps == ()
+    world.intend(template_hash=GOOD)
+    world.settle()
+
+
+def test_out_of_memory_is_tried_twice() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1)
+    seen = Seen(Process.EXITED, exit=Exit("OutOfMemory", "needs 3 GiB"))
+    desired = Desired("m", 1, 1, GOOD, 1)
+    assert isinstance(plan(desired, World(((row, seen),), room=1), 1.0).steps[0], Backoff)
+    again = replace(row, restarts=1)
+    assert isinstance(plan(desired, World(((again, seen),), room=1), 1.0).steps[0], Fail)
+
+
+def test_a_start_without_progress_is_ended_and_progress_moves_its_deadline() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1, launched_at=100.0)
+    desired = Desired("m", 1, 1, GOOD, 1, startup_timeout=60.0)
+    loading = World(((row, Seen(Process.STARTING, progress_at=150.0)),), room=0)
+    assert plan(desired, loading, 209.0).requeue_at == 210.0
+    assert plan(desired, loading, 210.0).steps == (Stop("m-r1-0", 1, "StartupTimeout"),)
+    stopped = after(row, Stop("m-r1-0", 1, "StartupTimeout"), 210.0)
+    gone = World(((stopped, Seen(Process.EXITED, exit=Exit("ProcessEnded", ""))),), room=0)
+    (step,) = plan(desired, gone, 211.0).steps
+    assert isinstance(step, Backoff)
+    assert step.exit.reason == "StartupTimeout"
+
+
+def test_a_silent_router_stops_no_replica_and_a_silent_process_starts_no_twin() -> None:
+    world = settled(capacity=2)
+    world.intend(template_hash=BETTER)
+    world.router = Router.UNKNOWN
+    for _ in range(5):
+        world.reconcile()
+        world.now += 100
+    assert world.rows["m-r1-0"].goal is Goal.RUN
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1)
+    silent = World(((row, Seen(Process.UNKNOWN)),), room=1)
+    assert plan(Desired("m", 1, 1, GOOD, 1), silent, 9e9).steps == ()
+
+
+def test_a_router_that_is_down_holds_up_no_deletion() -> None:
+    world = settled()
+    world.intend(deleting=True)
+    world.router = Router.DOWN
+    for _ in range(4):
+        world.reconcile()
+    assert world.rows == {}
+    assert world.processes == {}
+
+
+def test_an_orphan_is_ended_once_the_router_let_go_of_it() -> None:
+    desired = Desired("m", 1, 1, GOOD, 0)
+    orphan = Orphan("m-r9-0", 4, "n", seen_at=0.0, released=False)
+    assert plan(desired, World((), room=1, orphans=(orphan,)), 1.0).steps == ()
+    busy = replace(orphan, released=True, in_flight=1)
+    assert plan(desired, World((), room=1, orphans=(busy,)), 1.0).steps == ()
+    idle = replace(orphan, released=True)
+    assert plan(desired, World((), room=1, orphans=(idle,)), 1.0).steps == (StopOrphan("m-r9-0", 4, "n"),)
+    assert plan(desired, World((), room=1, orphans=(busy,)), 31.0).steps == (StopOrphan("m-r9-0", 4, "n"),)
+
+
+def test_hot_settings_are_pushed_until_the_engine_reports_them() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1, ready_since=0.0)
+    seen = Seen(Process.READY, connected=True, routed=True, released=False, hot_hash="old")
+    desired = Desired("m", 1, 1, GOOD, 1, hot_hash="new")
+    assert plan(desired, World(((row, seen),), room=0), 9.0).steps == (PushLimits(("m-r1-0",), "new"),)
+    assert plan(desired, World(((row, replace(seen, hot_hash="new")),), room=0), 9.0).steps == ()
+
+
+def test_min_ready_duration_delays_availability() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1, ready_since=100.0)
+    seen = Seen(Process.READY, connected=True, routed=True, released=False)
+    desired = Desired("m", 1, 1, GOOD, 1, min_ready=10.0)
+    assert not is_available(desired, row, seen, 109.0)
+    assert is_available(desired, row, seen, 110.0)
+    assert plan(desired, World(((row, seen),), room=0), 109.0).requeue_at == 110.0
+
+
+# ── the state machine ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Rollouts(RuleBasedStateMachine):
+    """Random intents and faults; every step is checked where it is carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = Simulation()
+
+    @initialize(
+        capacity=st.integers(1, 4),
+        replicas=st.integers(1, 3),
+        surge=st.integers(0, 2),
+        unavailable=st.integers(0, 1),
+    )
+    def start_settled(self, capacity: int, replicas: int, surge: int, unavailable: int) -> None:
+        self.world = settled(
+            max(capacity, replicas), replicas=replicas, max_surge=surge, max_unavailable=unavailable
+        )
+
+    @rule(
+        template=st.sampled_from([GOOD, BETTER, CRASHES, HOPELESS]),
+        way=st.lists(st.sampled_from(["tick", "sync", "reconcile", "one step", "cut off"]), max_size=8),
+    )
+    def change_the_template_and_get_part_of_the_way(self, template: str, way: list[str]) -> None:
+        self.world.intend(template_hash=template)
+        for part in way:
+            match part:
+                case "tick":
+                    self.world.tick(1.0)
+                case "sync":
+                    self.world.sync()
+                case "reconcile":
+                    self.world.reconcile()
+                case "one step":
+                    self.world.reconcile(1)
+                case _:
+                    self.world.reconcile(1, cut_off=True)
+
+    @rule(replicas=st.integers(0, 3))
+    def scale(self, replicas: int) -> None:
+        self.world.intend(replicas=min(replicas, self.world.capacity))
+
+    @rule(strategy=st.sampled_from([Strategy.AUTO, Strategy.AUTO, Strategy.ROLLING, Strategy.RECREATE]))
+    def change_the_strategy(self, strategy: Strategy) -> None:
+        self.world.intend(strategy=strategy)
+
+    @rule(steps=st.integers(1, 6), cut_off=st.booleans())
+    def reconcile(self, steps: int, cut_off: bool) -> None:
+        self.world.reconcile(steps, cut_off=cut_off)
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule()
+    def router_takes_the_table(self) -> None:
+        self.world.sync()
+
+    @rule(busy=st.integers(0, 2))
+    def requests_come_and_go(self, busy: int) -> None:
+        for name, running in self.world.processes.items():
+            if self.world.table.get(name) is False:
+                running.in_flight = busy
+
+    @precondition(lambda self: self.world.processes)
+    @rule(number=st.integers(0, 5))
+    def a_process_dies(self, number: int) -> None:
+        names = sorted(self.world.processes)
+        self.world.end(names[number % len(names)], Exit("ProcessEnded", "killed by SIGKILL"))
+
+    @rule(state=st.sampled_from([Router.KNOWN, Router.KNOWN, Router.UNKNOWN, Router.DOWN]))
+    def the_router_changes(self, state: Router) -> None:
+        self.world.router = state
+
+    @invariant()
+    def memory_is_not_overcommitted(self) -> None:
+        assert len(self.world.processes) <= self.world.capacity, "I2"
+
+    def teardown(self) -> None:
+        self.world.intend(template_hash=GOOD, strategy=Strategy.AUTO, max_surge=1)
+        self.world.settle()
+
+
+QUICK = settings(
+    max_examples=120,
+    stateful_step_count=25,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_no_sequence_of_intents_and_faults_breaks_an_invariant() -> None:
+    run_state_machine_as_test(Rollouts, settings=QUICK)
+
+
+def ignore_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout.budget
+
+    def budget(desired: Desired, rows: int, room: int) -> rollout.Budget:
+        found = real(desired, rows, room)
+        return replace(found, floor=max(found.floor - 1, 0))
+
+    monkeypatch.setattr(rollout, "budget", budget)
+
+
+def believe_the_engine_instead_of_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    def available(desired: Desired, row: Row, seen: Seen, now: float) -> bool:
+        return row.goal is Goal.RUN and seen.process is Process.READY
+
+    monkeypatch.setattr(rollout, "is_available", available)
+
+
+def stop_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.finish_drains
+
+    def finish(self: rollout._Planner) -> None:
+        self.seen = {name: replace(seen, released=True, in_flight=0) for name, seen in self.seen.items()}
+        real(self)
+
+    monkeypatch.setattr(rollout._Planner, "finish_drains", finish)
+
+
+def take_memory_that_draining_replicas_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.__init__
+
+    def begin(self: rollout._Planner, desired: Desired, world: World, now: float) -> None:
+        draining = sum(row.goal is Goal.DRAIN for row, _ in world.replicas)
+        real(self, desired, replace(world, room=world.room + draining), now)
+
+    monkeypatch.setattr(rollout._Planner, "__init__", begin)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        ignore_the_floor,
+        believe_the_engine_instead_of_the_router,
+        stop_without_waiting,
+        take_memory_that_draining_replicas_hold,
+    ],
+)
+def test_the_machine_catches_mutants(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    quick = settings(QUICK, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Rollouts, settings=quick)

@@ -1,0 +1,188 @@
+"""The store: what is durable, what is refused, what is not written at all."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quire_operators.rollout import Goal, Row
+from quire_operators.store import Change, Conflict, NewRevision, NotFound, Store, UnusableStore
+from quire_schemas.resource import Key
+
+KEY = Key("model", "m")
+SPEC = {"replicas": 1}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    store = Store(tmp_path / "state.db", clock)
+    yield store
+    store.close()
+
+
+def change(hash_: str = "h1", expected: int | None = None, template: str | None = "t1") -> Change:
+    revision = NewRevision(template, 1, {"memory": 1}, "created") if template else None
+    return Change(KEY, {"spec": {"a": hash_}}, hash_, SPEC, expected, revision, keep_revisions=2)
+
+
+def row(**more: object) -> Row:
+    base = Row("m-r1-0", "m", 0, 1, "t1", Goal.RUN, 1000.0, memory=5)
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+def test_an_intent_is_kept_with_its_revision_and_its_hash_decides_what_is_new(store: Store) -> None:
+    (created,) = store.apply([change()])
+    assert (created.result, created.generation, created.revision) == ("created", 1, 1)
+    (same,) = store.apply([change(expected=1)])
+    assert (same.result, same.generation) == ("unchanged", 1)
+    stored = store.get(KEY)
+    assert stored is not None
+    assert stored.resource_version == 1
+    (hot,) = store.apply([change("h2", 1, template=None)])
+    assert (hot.result, hot.generation, hot.revision) == ("updated", 2, 1)
+    (rolled,) = store.apply([change("h3", 2, template="t2")])
+    assert (rolled.generation, rolled.revision) == (3, 2)
+    assert [r.template_hash for r in store.revisions(stored.uid)] == ["t2", "t1"]
+
+
+def test_the_same_intent_writes_nothing(store: Store, tmp_path: Path) -> None:
+    store.apply([change()])
+    store.put_status(store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
+    with closing(sqlite3.connect(tmp_path / "state.db")) as other:
+        before = other.execute("PRAGMA data_version").fetchone()
+        store.apply([change(expected=1)])
+        assert not store.put_status(store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
+        assert other.execute("PRAGMA data_version").fetchone() == before
+        assert store.put_status(store.objects()[0].uid, {"summary": "y"})
+        assert other.execute("PRAGMA data_version").fetchone() != before
+
+
+def test_apply_is_all_or_nothing_and_compares_versions(store: Store) -> None:
+    store.apply([change()])
+    other = replace(change(), key=Key("model", "other"))
+    with pytest.raises(Conflict):
+        store.apply([other, change("h2", expected=7)])
+    assert store.get(other.key) is None
+
+
+def test_it_survives_being_closed_and_keeps_its_installation(tmp_path: Path) -> None:
+    first = Store(tmp_path / "state.db")
+    first.apply([change()])
+    first.create_replica(row())
+    first.set_routing_version(12)
+    install = first.install_id
+    first.close()
+    second = Store(tmp_path / "state.db")
+    assert second.install_id == install
+    assert second.replicas() == (row(),)
+    assert second.routing_version() == 12
+    assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
+    second.close()
+
+
+def test_it_writes_as_promised(store: Store, tmp_path: Path) -> None:
+    with store._engine.begin() as db:
+        assert db.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert db.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        other = sqlite3.connect(tmp_path / "state.db", timeout=0)
+        with closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+
+
+def test_a_deletion_keeps_the_object_until_it_is_removed(store: Store) -> None:
+    store.apply([change()])
+    marked = store.mark_deleting(KEY)
+    assert marked.deletion_time is not None
+    assert marked.generation == 2
+    assert store.mark_deleting(KEY) == marked
+    with pytest.raises(Conflict, match="being deleted"):
+        store.apply([change("h9", marked.resource_version)])
+    store.remove(KEY)
+    assert store.get(KEY) is None
+    with pytest.raises(NotFound):
+        store.mark_deleting(KEY)
+
+
+def test_revisions_beyond_the_limit_are_forgotten(store: Store) -> None:
+    for number in range(5):
+        store.apply([change(f"h{number}", number or None, template=f"t{number}")])
+    stored = store.get(KEY)
+    assert stored is not None
+    assert [r.n for r in store.revisions(stored.uid)] == [5, 4, 3]
+
+
+def test_a_revision_with_an_old_template_adopts_its_replicas_and_load_time(store: Store) -> None:
+    store.apply([change()])
+    stored = store.get(KEY)
+    assert stored is not None
+    store.create_replica(row())
+    store.set_load_seconds(stored.uid, 1, 4.5)
+    store.apply([change("h2", 1, template="t2")])
+    store.apply([change("h3", 2, template="t1")])
+    assert [r.revision for r in store.replicas("m")] == [3]
+    assert store.revisions(stored.uid)[0].load_seconds == 4.5
+
+
+def test_replica_rows_are_compared_before_they_are_set(store: Store) -> None:
+    old = store.create_replica(row())
+    new = store.update_replica(old, replace(old, incarnation=1, nonce="n"))
+    with pytest.raises(Conflict):
+        store.update_replica(old, replace(old, goal=Goal.DRAIN))
+    assert store.replicas() == (new,)
+    with pytest.raises(Conflict):
+        store.update_replica(row(id="gone"), row(id="gone"))
+
+
+def test_no_incarnation_is_ever_used_twice(store: Store) -> None:
+    old = store.create_replica(row())
+    store.update_replica(old, replace(old, incarnation=4))
+    store.delete_replica(old.id)
+    again = store.create_replica(row())
+    assert (again.incarnation, again.exited) == (4, 4)
+    assert [store.next_incarnation("gateway") for _ in range(3)] == [1, 2, 3]
+
+
+def test_equal_events_are_counted_and_old_or_surplus_ones_dropped(store: Store, clock: Clock) -> None:
+    store.add_event(KEY, "Warning", "Old", "long ago")
+    clock.now += 8 * 86400
+    for number in range(230):
+        store.add_event(KEY, "Normal", "R", f"message {number}")
+    store.add_event(KEY, "Normal", "R", "message 229")
+    store.add_event(Key("model", "x"), "Normal", "R", "message 229")
+    events = store.events(KEY)
+    assert len(events) == 200
+    assert events[0].message == "message 30"
+    assert (events[-1].message, events[-1].count) == ("message 229", 2)
+    assert len(store.events()) == 201
+    assert [event.object for event in store.events(after=events[-1].id)] == ["model/x"]
+
+
+def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk.db").write_bytes(os.urandom(4096))
+    with pytest.raises(UnusableStore, match="not a usable store"):
+        Store(tmp_path / "junk.db")
+    store = Store(tmp_path / "newer.db")
+    with store._write() as db:
+        db.exec_driver_sql("UPDATE meta SET value = '99' WHERE key = 'schemaVersion'")
+    store.close()
+    with pytest.raises(UnusableStore, match="another version"):
+        Store(tmp_path / "newer.db")

@@ -1,0 +1,647 @@
+"""Commands against prepared answers: what is asked, what is printed where, and the exit code.
+
+The server here is a control plane's HTTP side on a Unix socket. It exists because some answers (a stall, a slow
+drain, a broken body) are hard to bring about on demand; what a command does against the real control plane is
+tested in tests/e2e.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.cli import COMMANDS, main
+from quire.cli.outcome import ExitCode
+from quire_operators.paths import StateDir
+
+Answer = tuple[int, Any]
+Script = dict[str, list[Answer]]
+
+
+class AdminServer(socketserver.ThreadingUnixStreamServer):
+    """Answers `METHOD /path` from its script: one answer after the other, the last for good.
+
+    `asked` holds (method, path with query, body) of every request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, path: str, script: Script) -> None:
+        super().__init__(path, _Handler)
+        self.script = script
+        self.asked: list[tuple[str, str, Any]] = []
+
+    def answer(self, method: str, target: str, body: Any) -> Answer:
+        self.asked.append((method, target, body))
+        key = f"{method} {target.partition('?')[0]}"
+        answers = self.script.get(key)
+        if not answers:
+            return 404, {"error": {"code": "not_found", "message": f"no {key}", "hint": "platform get"}}
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: AdminServer
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def _serve(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        status, body = self.server.answer(self.command, self.path, json.loads(raw) if raw else None)
+        if body is None and status == 0:
+            self.close_connection = True
+            return
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_DELETE = _serve
+
+
+@contextmanager
+def serving(state: StateDir, script: Script) -> Iterator[AdminServer]:
+    """An admin server of that state directory, until the block ends."""
+    state.create()
+    server = AdminServer(str(state.admin_socket), script)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        state.admin_socket.unlink()
+
+
+NOW = 1_800_000_000.0
+
+
+def condition(
+    kind: str, status: str, reason: str = "Because", message: str = "", generation: int = 1
+) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": "2027-01-15T07:59:30Z",
+        "observedGeneration": generation,
+    }
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """A model as the API shows it: one replica, served."""
+    view: dict[str, Any] = {
+        "kind": "model",
+        "name": "quickstart",
+        "generation": 1,
+        "intent": {"kind": "Model", "metadata": {"name": "quickstart"}, "spec": {"source": "builtin://tiny"}},
+        "resolved": {},
+        "createdAt": NOW - 240,
+        "deleting": False,
+        "status": {
+            "observedGeneration": 1,
+            "summary": "Serving",
+            "servedRevision": 1,
+            "replicas": {"desired": 1, "live": 1, "ready": 1, "updated": 1, "draining": 0},
+            "endpoints": {"openai": "http://127.0.0.1:8000/v1", "modelNames": ["quickstart"]},
+            "resolved": {"dtype": "bfloat16", "maxModelLen": 2048},
+            "progress": {
+                "accepted": {"ok": True, "seconds": 0.01},
+                "weights": {"ok": True, "seconds": 0.1, "bytes": 4_300_000},
+                "device": {"ok": True, "seconds": 0.1, "device": "cpu"},
+                "loaded": {"ok": True, "seconds": 1.23},
+                "ready": {"ok": True, "seconds": 3.41},
+            },
+            "conditions": [condition("Ready", "True"), condition("RolledOut", "True")],
+        },
+        "replicas": [],
+    }
+    status = changes.pop("status", {})
+    return {**view, **changes, "status": {**view["status"], **status}}
+
+
+MANIFEST = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {name: quickstart}
+spec:
+  source: builtin://tiny
+"""
+PING = {
+    "version": "0.0.1",
+    "pid": 4321,
+    "startedAt": "2027-01-15T07:59:30Z",
+    "stateDir": "/state",
+    "router": {"baseUrl": "http://127.0.0.1:8000", "ready": True, "pid": 4322},
+}
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateDir]:
+    monkeypatch.setenv("QUIRE_STATE_DIR", str(tmp_path / "state"))
+    directory = StateDir.default()
+    yield directory
+    shutil.rmtree(directory.runtime, ignore_errors=True)
+
+
+@pytest.fixture
+def server(state: StateDir) -> Iterator[AdminServer]:
+    with serving(state, {}) as running:
+        yield running
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(MANIFEST)
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+# ── the command line itself ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        assert main([command, "--help"]) == ExitCode.OK
+        out, err = said(capsys)
+        assert out.startswith(f"Usage: platform {command}")
+        assert not err
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["aply"], "no such command: aply", "did you mean 'apply'?"),
+        (["get", "--nope"], "No such option", "platform get --help"),
+        (["get", "pods"], "unknown list 'pods'", "one of models"),
+        (["describe", "quickstart"], "does not name an object", "model/quickstart"),
+        (["delete", "pod/x"], "unknown kind 'pod'", "gateway, model"),
+        (["apply", "--timeout", "30", "x.yaml"], "is not a duration", "'30s'"),
+        (["apply"], "no manifest given", "manifests/quickstart.yaml"),
+        (["events", "-w", "-o", "yaml"], "YAML has no form for", "-o json"),
+    ],
+)
+def test_a_bad_command_line_is_2_and_ends_with_a_hint(
+    args: list[str], message: str, hint: str, state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == ExitCode.USAGE
+    out, err = said(capsys)
+    assert not out
+    assert message in err.splitlines()[0]
+    assert err.startswith("error: ")
+    assert err.splitlines()[-1].startswith("hint: ")
+    assert hint in err.splitlines()[-1]
+    assert not state.root.exists(), "nothing was started"
+
+
+def test_get_imports_only_what_it_needs(state: StateDir, server: AdminServer) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    code = (
+        "import sys; from quire.cli import main; code = main(['get']);"
+        "print(sorted({'pydantic', 'rich', 'httpx', 'litestar', 'torch', 'yaml', 'sqlalchemy', 'asyncio'}"
+        " & set(sys.modules)), len(sys.modules) < 300); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "quickstart" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[] True"
+
+
+def test_a_reader_that_leaves_is_no_error(state: StateDir, server: AdminServer) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model(name=f"model-{n}") for n in range(5000)]})]
+    done = subprocess.run(
+        f"{sys.executable} -c 'import sys; from quire.cli import main; sys.exit(main([\"get\"]))' | head -1;"
+        "echo ${PIPESTATUS[0]}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0"
+    assert not done.stderr
+
+
+# ── get, describe, events, logs ───────────────────────────────────────────────────────────────────────────
+
+
+def test_get_as_table_and_as_json(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    assert main(["get"]) == ExitCode.OK
+    assert said(capsys)[0].splitlines()[1].startswith("quickstart  True")
+    assert main(["get", "models", "-o", "json"]) == ExitCode.OK
+    assert json.loads(said(capsys)[0])["items"][0]["name"] == "quickstart"
+    assert server.asked[0][1] == "/v1/objects?kind=model"
+
+
+def test_get_replicas_lists_those_of_all_models(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    replica = {
+        "id": "quickstart-r1-0", "revision": 1, "state": "Ready", "incarnation": 2, "pid": 77,
+        "since": "2027-01-15T07:59:30Z", "message": "", "devices": ["cpu"],
+    }  # fmt: skip
+    server.script["GET /v1/objects"] = [(200, {"items": [model(replicas=[replica])]})]
+    assert main(["get", "replicas"]) == ExitCode.OK
+    assert said(capsys)[0].splitlines()[1].split()[:7] == [
+        "quickstart-r1-0",
+        "quickstart",
+        "1",
+        "Ready",
+        "77",
+        "2",
+        "cpu",
+    ]
+    assert main(["get", "replicas", "-o", "yaml"]) == ExitCode.OK
+    assert "model: quickstart" in said(capsys)[0]
+
+
+def test_get_with_nothing_served_keeps_stdout_empty(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": []})]
+    assert main(["get"]) == ExitCode.OK
+    out, err = said(capsys)
+    assert not out
+    assert "platform apply" in err
+
+
+def test_an_unknown_object_is_8(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["get", "model/nope"]) == ExitCode.NOT_FOUND
+    assert said(capsys)[1].splitlines()[-1] == "hint: platform get"
+
+
+def test_the_servers_exit_code_wins(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    error = {"code": "conflict", "message": "owned by git", "hint": "take it", "exitCode": 5}
+    server.script["GET /v1/objects/model/x"] = [(400, {"error": error})]
+    assert main(["get", "model/x"]) == ExitCode.CONFLICT
+    assert said(capsys)[1] == "error: owned by git\nhint: take it\n"
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"detail": "x"}'])
+def test_an_answer_of_another_server_is_an_error_not_a_traceback(
+    body: bytes, server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/objects"] = [(500, body)]
+    assert main(["get"]) == ExitCode.UNEXPECTED
+    assert said(capsys)[1].startswith("error: the control plane answered 500")
+
+
+def test_a_broken_connection_is_asked_again_once_then_7(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/objects"] = [(0, None), (200, {"items": [model()]})]
+    assert main(["get"]) == ExitCode.OK
+    capsys.readouterr()
+    server.script["GET /v1/objects"] = [(0, None)]
+    assert main(["get"]) == ExitCode.UNREACHABLE
+    assert "broke the connection" in said(capsys)[1]
+
+
+def test_events_for_one_object(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    event = {
+        "id": 1, "type": "Normal", "reason": "Created", "object": "model/x", "message": "revision 1", "count": 1,
+        "firstSeen": "2027-01-15T07:59:30Z", "lastSeen": "2027-01-15T07:59:30Z",
+    }  # fmt: skip
+    server.script["GET /v1/events"] = [(200, {"items": [event]})]
+    assert main(["events", "--for", "model/x"]) == ExitCode.OK
+    assert server.asked[0][1] == "/v1/events?for=model%2Fx"
+    assert "Created" in said(capsys)[0]
+
+
+def test_logs_of_several_replicas_say_whose_line_it_is(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [
+        {"name": "r1-0", "path": "/a", "text": "one\ntwo\n", "offset": 8},
+        {"name": "r1-1", "path": "/b", "text": "three\n", "offset": 6},
+    ]
+    server.script["GET /v1/logs"] = [(200, {"sources": sources}), (200, {"sources": sources[:1]})]
+    assert main(["logs", "model/x", "--tail", "5"]) == ExitCode.OK
+    assert said(capsys)[0] == "[r1-0] one\n[r1-0] two\n[r1-1] three\n"
+    assert server.asked[0][1] == "/v1/logs?name=model%2Fx&tail=5"
+    assert main(["logs", "router"]) == ExitCode.OK
+    assert said(capsys)[0] == "one\ntwo\n"
+
+
+# ── plan, apply, delete ───────────────────────────────────────────────────────────────────────────────────
+
+
+def plan_answer(action: str = "create") -> dict[str, Any]:
+    refusal = {"message": "does not fit", "hint": "smaller"}
+    item = {
+        "key": "model/quickstart", "action": action, "revision": [None, 1], "changes": [], "fit": None,
+        "rollout": "", "notes": [], "problem": refusal if action == "refused" else None,
+    }  # fmt: skip
+    return {"items": [item], "summary": {"create": int(action == "create"), "update": 0, "delete": 0}}
+
+
+@pytest.mark.parametrize(
+    ("action", "flags", "code"),
+    [
+        ("create", [], ExitCode.OK),
+        ("create", ["--detailed-exitcode"], ExitCode.CHANGES),
+        ("unchanged", ["--detailed-exitcode"], ExitCode.OK),
+        ("refused", [], ExitCode.INVALID),
+    ],
+)
+def test_exit_codes_of_plan(
+    action: str,
+    flags: list[str],
+    code: ExitCode,
+    server: AdminServer,
+    manifest: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.script["POST /v1/plan"] = [(200, plan_answer(action))]
+    assert main(["plan", str(manifest), *flags]) == code
+    assert said(capsys)[0].splitlines()[-1].startswith("Plan: ")
+
+
+def test_plan_sends_the_declared_devices_and_configs(server: AdminServer, manifest: Path, tmp_path: Path) -> None:
+    server.script["POST /v1/plan"] = [(200, plan_answer())]
+    devices, config = tmp_path / "devices.yaml", tmp_path / "config.json"
+    devices.write_text("devices: [{kind: cuda, memory: 80Gi}]\n")
+    config.write_text('{"hidden_size": 64}')
+    assert main(["plan", str(manifest), "--devices", str(devices), "--config", str(config)]) == ExitCode.OK
+    body = server.asked[0][2]
+    assert body["files"] == [{"name": str(manifest), "text": MANIFEST}]
+    assert body["devices"] == {"devices": [{"kind": "cuda", "memory": "80Gi"}]}
+    assert body["configs"] == {"quickstart": {"hidden_size": 64}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("nope=config.json", "names the model 'nope'"),
+        ("missing.json", "cannot read missing.json"),
+    ],
+)
+def test_a_config_for_nothing_is_refused(
+    config: str,
+    message: str,
+    server: AdminServer,
+    manifest: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", str(manifest), "--config", config]) == ExitCode.USAGE
+    assert message in said(capsys)[1]
+
+
+def applied(result: str = "created", generation: int = 1) -> dict[str, Any]:
+    return {"results": [{"key": "model/quickstart", "result": result, "generation": generation, "revision": 1}]}
+
+
+def test_apply_shows_progress_line_by_line_without_a_terminal(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["POST /v1/apply"] = [(200, applied())]
+    starting = model(
+        status={"summary": "Starting", "progress": {"accepted": {"ok": True, "seconds": 0.0}}, "conditions": []}
+    )
+    server.script["GET /v1/objects/model/quickstart"] = [(200, starting), (200, starting), (200, model())]
+    assert main(["apply", str(manifest)]) == ExitCode.OK
+    out, err = said(capsys)
+    assert out.splitlines()[0] == "model/quickstart  created (revision 1)"
+    assert out.splitlines()[1] == "Base URL http://127.0.0.1:8000/v1"
+    assert err.splitlines() == [
+        "quickstart  accepted 0.0s",
+        "quickstart  Starting",
+        "quickstart  weights 4.1 MiB 0.1s",
+        "quickstart  device cpu 0.1s",
+        "quickstart  loaded 1.2s",
+        "quickstart  ready 3.4s",
+        "quickstart  Serving",
+    ]
+
+
+def test_applying_the_same_again_says_unchanged_and_nothing_else(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["POST /v1/apply"] = [(200, applied("unchanged"))]
+    server.script["GET /v1/objects/model/quickstart"] = [(200, model())]
+    assert main(["apply", "-f", str(manifest)]) == ExitCode.OK
+    assert said(capsys) == ("model/quickstart  unchanged\n", "")
+
+
+def test_a_stall_is_6_at_once(server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script["POST /v1/apply"] = [(200, applied())]
+    stalled = model(status={"conditions": [condition("Stalled", "True", "CrashLoop", "out of memory")]})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, stalled)]
+    before = time.monotonic()
+    assert main(["apply", str(manifest)]) == ExitCode.FAILED
+    assert time.monotonic() - before < 5
+    err = said(capsys)[1].splitlines()
+    assert err[-2:] == [
+        "error: model/quickstart  Stalled: CrashLoop (out of memory)",
+        "hint: platform describe model/quickstart",
+    ]
+
+
+def test_a_timeout_is_4_and_no_wait_asks_nothing(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["POST /v1/apply"] = [(200, applied())]
+    starting = model(status={"summary": "Starting", "conditions": [], "progress": {}})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, starting)]
+    assert main(["apply", str(manifest), "--timeout", "250ms"]) == ExitCode.TIMED_OUT
+    assert "not ready after 0.25 s: Starting" in said(capsys)[1]
+    server.asked.clear()
+    assert main(["apply", str(manifest), "--no-wait"]) == ExitCode.OK
+    assert [asked[0] for asked in server.asked] == ["POST"]
+
+
+def test_ctrl_c_detaches(state: StateDir, server: AdminServer, manifest: Path) -> None:
+    server.script["POST /v1/apply"] = [(200, applied())]
+    starting = model(status={"summary": "Starting", "conditions": [], "progress": {}})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, starting)]
+    command = "import sys; from quire.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "apply", str(manifest)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline() == "quickstart  Starting\n"
+        process.send_signal(2)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "^C detached: the rollout continues" in err
+    assert "Traceback" not in err
+
+
+def test_a_bad_manifest_is_3_and_starts_nothing(
+    state: StateDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(MANIFEST + "  paralelism: {tensor: 2}\n")
+    for command in ("apply", "plan", "validate"):
+        assert main([command, str(bad)]) == ExitCode.INVALID
+        text = "".join(said(capsys))
+        assert f"{bad}:6:3: error: spec.paralelism" in text
+        assert "    hint: did you mean 'parallelism'?" in text
+        assert "1 error" in text
+    assert not state.root.exists()
+
+
+def test_problems_that_only_the_control_plane_sees_are_shown_the_same_way(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = {
+        "file": "q.yaml",
+        "line": 5,
+        "col": 3,
+        "path": "spec.source",
+        "message": "not here",
+        "hint": "fetch it",
+    }
+    server.script["POST /v1/apply"] = [(422, {"problems": [problem]})]
+    assert main(["apply", str(manifest)]) == ExitCode.INVALID
+    assert said(capsys)[1] == "q.yaml:5:3: error: spec.source: not here\n    hint: fetch it\n1 error\n"
+
+
+def test_delete_waits_until_the_object_is_gone(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    draining = model(deleting=True, status={"summary": "Draining: 2 requests"})
+    server.script["DELETE /v1/objects/model/quickstart"] = [(202, {})]
+    server.script["GET /v1/objects/model/quickstart"] = [
+        (200, draining),
+        (200, draining),
+        (404, {"error": {"code": "not_found"}}),
+    ]
+    assert main(["delete", "model/quickstart"]) == ExitCode.OK
+    out, err = said(capsys)
+    assert out == "model/quickstart  deleting\nmodel/quickstart  deleted\n"
+    assert err == "model/quickstart  Draining: 2 requests\n"
+
+
+# ── down, version, and no control plane ───────────────────────────────────────────────────────────────────
+
+
+def test_down_and_version_start_nothing(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["down"]) == ExitCode.OK
+    assert said(capsys)[0] == "nothing is running\n"
+    assert main(["version"]) == ExitCode.OK
+    assert said(capsys)[0].splitlines()[1] == "control plane  not running"
+    assert not state.root.exists()
+
+
+def test_down_says_what_stops_and_waits_for_the_lock(
+    state: StateDir, server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/ping"] = [(200, PING)]
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    server.script["POST /v1/down"] = [(202, {})]
+    with open(state.daemon_lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        release = threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN))
+        release.start()
+        before = time.monotonic()
+        assert main(["down", "--grace", "2s"]) == ExitCode.OK
+        assert time.monotonic() - before >= 0.25
+        release.join()
+    out = said(capsys)[0].splitlines()
+    assert out[:3] == [
+        "model/quickstart  1 replica stopping",
+        "router  stopping (pid 4322)",
+        "control plane  stopping (pid 4321)",
+    ]
+    assert server.asked[-1] == ("POST", "/v1/down", {"grace": 2.0})
+
+
+def test_version_tells_of_another_version(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script["GET /v1/ping"] = [(200, PING)]
+    assert main(["version"]) == ExitCode.OK
+    out, err = said(capsys)
+    assert "control plane  0.0.1 (pid 4321" in out
+    assert "this command" in err
+
+
+def test_a_state_directory_that_cannot_be_made_is_7(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUIRE_STATE_DIR", str(tmp_path / "file" / "state"))
+    assert main(["get"]) == ExitCode.UNREACHABLE
+    assert "cannot make the state directory" in said(capsys)[1]
+
+
+def test_a_socket_folder_that_others_can_write_is_not_trusted(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(state, {"GET /v1/objects": [(200, {"items": []})]}):
+        state.runtime.chmod(0o777)
+        assert main(["get"]) == ExitCode.UNREACHABLE
+        assert "is not a folder of this user with mode 0700" in said(capsys)[1]
+        state.runtime.chmod(0o700)
+
+
+# ── what needs no control plane ───────────────────────────────────────────────────────────────────────────
+
+
+def test_validate_reports_all_files_in_one_run_in_three_forms(
+    state: StateDir, tmp_path: Path, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(MANIFEST.replace("quickstart", "other") + "  replicas: many\n")
+    missing = tmp_path / "gone.yaml"
+    assert main(["validate", str(manifest)]) == ExitCode.OK
+    assert said(capsys) == ("1 object in 1 file: valid\n", "")
+    paths = [str(manifest), str(bad), str(missing)]
+    assert main(["validate", *paths]) == ExitCode.INVALID
+    text = said(capsys)[0].splitlines()
+    assert text[-1] == "2 errors"
+    assert any(line.startswith(f"{bad}:6:13: error: spec.replicas:") for line in text)
+    assert any(line.startswith(f"{missing}:1:1: error: ") for line in text)
+    assert main(["validate", *paths, "-o", "json"]) == ExitCode.INVALID
+    document = json.loads(said(capsys)[0])
+    assert not document["valid"]
+    assert {problem["file"] for problem in document["problems"]} == {str(bad), str(missing)}
+    assert main(["validate", *paths, "-o", "github"]) == ExitCode.INVALID
+    assert f"::error file={bad},line=6,col=13::spec.replicas: " in said(capsys)[0]
+    assert not state.root.exists()
+
+
+def test_validate_reads_stdin_and_folders(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MANIFEST.replace("quickstart", "two").encode())))
+    assert main(["validate", "-", str(tmp_path)]) == ExitCode.OK
+    assert said(capsys)[0] == "2 objects in 2 files: valid\n"
+
+
+def test_schema_is_json_and_explain_knows_fields_and_reasons(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schema"]) == ExitCode.OK
+    assert json.loads(said(capsys)[0])["$schema"] == "http://json-schema.org/draft-07/schema#"
+    assert main(["explain", "model.spec.batching.chunkedPrefill"]) == ExitCode.OK
+    assert "update: hot" in said(capsys)[0]
+    assert main(["explain", "reason/crashloop"]) == ExitCode.OK
+    assert "platform logs model/NAME" in said(capsys)[0]
+    assert main(["explain", "reason"]) == ExitCode.OK
+    assert "InsufficientMemory" in said(capsys)[0]
+    for topic, hint in (("model.spec.batchin", "batching"), ("reason/CrashLop", "reason/CrashLoop")):
+        assert main(["explain", topic]) == ExitCode.NOT_FOUND
+        assert hint in said(capsys)[1].splitlines()[-1]
+    assert not state.root.exists()

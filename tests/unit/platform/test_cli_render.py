@@ -1,0 +1,331 @@
+"""The text of every command, from answers given here in full: no process, no clock, no terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quire.cli import render
+from quire.cli.progress import Display, Verdict, judge
+from quire.client import clean_environment
+
+NOW = 1_800_000_000.0
+
+
+def condition(
+    kind: str, status: str, reason: str = "Because", message: str = "", generation: int = 1
+) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": "2027-01-15T07:59:30Z",
+        "observedGeneration": generation,
+    }
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """A model as the API shows it: one replica, served."""
+    view: dict[str, Any] = {
+        "kind": "model",
+        "name": "quickstart",
+        "generation": 1,
+        "intent": {"kind": "Model", "metadata": {"name": "quickstart"}, "spec": {"source": "builtin://tiny"}},
+        "resolved": {},
+        "createdAt": NOW - 240,
+        "deleting": False,
+        "status": {
+            "observedGeneration": 1,
+            "summary": "Serving",
+            "servedRevision": 1,
+            "replicas": {"desired": 1, "live": 1, "ready": 1, "updated": 1, "draining": 0},
+            "endpoints": {"openai": "http://127.0.0.1:8000/v1", "modelNames": ["quickstart"]},
+            "resolved": {"dtype": "bfloat16", "maxModelLen": 2048},
+            "progress": {
+                "accepted": {"ok": True, "seconds": 0.01},
+                "weights": {"ok": True, "seconds": 0.1, "bytes": 4_300_000},
+                "device": {"ok": True, "seconds": 0.1, "device": "cpu"},
+                "loaded": {"ok": True, "seconds": 1.23},
+                "ready": {"ok": True, "seconds": 3.41},
+            },
+            "conditions": [condition("Ready", "True"), condition("RolledOut", "True")],
+        },
+        "replicas": [],
+    }
+    status = changes.pop("status", {})
+    return {**view, **changes, "status": {**view["status"], **status}}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (238, "3m58s"),
+        (660, "11m"),
+        (7800, "2h10m"),
+        (86400 * 12, "12d"),
+        (-5, "0s"),
+    ],
+)
+def test_age_names_one_or_two_units(seconds: float, text: str) -> None:
+    assert render.age(NOW - seconds, NOW) == text
+
+
+def test_age_reads_both_forms_of_a_time() -> None:
+    assert render.age("2027-01-15T07:59:30Z", NOW) == render.age(NOW - 30, NOW) == "30s"
+    assert render.age(None, NOW) == "-"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (4_300_000, "4.1 MiB"), (1 << 41, "2.0 TiB")],
+)
+def test_sizes_take_the_largest_unit(count: int, text: str) -> None:
+    assert render.size(count) == text
+
+
+def test_a_table_is_aligned_and_has_no_trailing_blanks() -> None:
+    assert render.table(("NAME", "READY"), [("a-long-name", "True"), ("b", "")]) == [
+        "NAME         READY",
+        "a-long-name  True",
+        "b",
+    ]
+
+
+def test_get_shows_the_columns_of_the_design() -> None:
+    busy = model(
+        name="llama-70b",
+        generation=8,
+        createdAt=NOW - 86400 * 12,
+        status={
+            "summary": "Updating 1/2",
+            "servedRevision": 8,
+            "replicas": {"desired": 2, "live": 3, "ready": 2, "updated": 1, "draining": 1},
+            "conditions": [
+                condition("Ready", "True", generation=8),
+                condition("RolledOut", "False", generation=8),
+            ],
+        },
+    )
+    new = model(name="new", status={"summary": "", "servedRevision": None, "replicas": {}, "conditions": []})
+    assert render.models([busy, model(), new], NOW) == [
+        "NAME        READY  ROLLED OUT  REPLICAS  REV  STATUS        AGE",
+        "llama-70b   True   False       2/2+1     8    Updating 1/2  12d",
+        "quickstart  True   True        1/1       1    Serving       4m",
+        "new         False  False       0/0       -                  4m",
+    ]
+
+
+def test_a_condition_of_an_older_generation_does_not_count() -> None:
+    assert not render.is_true(model(generation=2), "Ready")
+
+
+def test_problems_name_the_place_and_the_remedy() -> None:
+    problems: list[dict[str, Any]] = [
+        {
+            "file": "a.yml",
+            "line": 7,
+            "col": 3,
+            "path": "spec.x",
+            "message": "unknown field",
+            "hint": "did you mean 'y'?",
+        },
+        {"file": "gone.yml", "line": None, "col": None, "path": "", "message": "no such file", "hint": None},
+    ]
+    assert render.problem_lines(problems) == [
+        "a.yml:7:3: error: spec.x: unknown field",
+        "    hint: did you mean 'y'?",
+        "gone.yml: error: no such file",
+    ]
+    assert render.problem_annotations(problems) == [
+        "::error file=a.yml,line=7,col=3::spec.x: unknown field%0Ahint: did you mean 'y'?",
+        "::error file=gone.yml::no such file",
+    ]
+
+
+def test_an_annotation_cannot_break_out_of_its_line() -> None:
+    problem = {"file": "a:b,c%.yml", "line": 1, "col": 1, "path": "", "message": "x\n::error::y 50%", "hint": None}
+    assert render.problem_annotations([problem]) == [
+        "::error file=a%3Ab%2Cc%25.yml,line=1,col=1::x%0A::error::y 50%25"
+    ]
+
+
+def plan_item(name: str, action: str, **more: Any) -> dict[str, Any]:
+    empty: dict[str, Any] = {"revision": [None, 1], "changes": [], "fit": None, "rollout": "", "notes": []}
+    return {"key": f"model/{name}", "action": action, **empty, "problem": None, **more}
+
+
+def change(path: str, old: object, new: object, note: str = "") -> dict[str, Any]:
+    return {"path": path, "old": old, "new": new, "update": "rolling", "note": note}
+
+
+def test_plan_shows_changes_with_their_class_the_rollout_and_the_arithmetic() -> None:
+    changes = [
+        change("spec.engine.maxModelLen", 16384, 32768),
+        change("spec.batching.maxNumSeqs", 128, 256, "engine allocated for 128"),
+        change("spec.env", None, [1]),
+    ]
+    report = {
+        "items": [
+            plan_item(
+                "llama",
+                "update",
+                revision=[7, 8],
+                changes=changes,
+                fit={"lines": ["weights 1 GiB + KV 2 GiB", "room for 4k tokens"]},
+                rollout="RollingUpdate, surge 0, unavailable 1",
+            ),
+            plan_item("same", "unchanged", revision=[1, 1]),
+            plan_item(
+                "huge",
+                "refused",
+                problem={"path": "spec.engine", "message": "does not fit", "hint": "lower maxModelLen"},
+            ),
+        ],
+        "summary": {"create": 0, "update": 1, "delete": 0},
+    }
+    assert render.plan(report) == [
+        "model/llama  revision 7 → 8",
+        "  ~ spec.engine.maxModelLen   16384 → 32768  rolling",
+        "  ~ spec.batching.maxNumSeqs  128 → 256      rolling (engine allocated for 128)",
+        "  + spec.env                  [1]            rolling",
+        "  Rollout  RollingUpdate, surge 0, unavailable 1",
+        "  Memory   weights 1 GiB + KV 2 GiB",
+        "           room for 4k tokens",
+        "model/same  unchanged",
+        "model/huge  refused",
+        "  Refused  spec.engine: does not fit",
+        "    hint: lower maxModelLen",
+        "Plan: 0 to create, 1 to update, 0 to delete.",
+    ]
+
+
+def test_progress_is_one_line_with_each_step_and_its_time() -> None:
+    assert render.progress_line(model(), 200) == (
+        "quickstart  ✔ accepted 0.0s  ✔ weights 4.1 MiB 0.1s  ✔ device cpu 0.1s  ✔ loaded 1.2s  ✔ ready 3.4s"
+    )
+
+
+def test_progress_shows_the_step_at_work_and_fits_the_terminal() -> None:
+    done = {"ok": True, "seconds": 0.01}
+    loading = model(
+        status={
+            "summary": "Starting 0/1",
+            "progress": {
+                "accepted": done,
+                "weights": {**done, "bytes": 4096},
+                "device": {**done, "device": "cpu"},
+                "loaded": {"ok": False, "seconds": None, "bytes": 4096, "bytesDone": 1024},
+                "ready": None,
+            },
+            "conditions": [],
+        }
+    )
+    assert render.progress_line(loading, 200) == (
+        "quickstart  ✔ accepted 0.0s  ✔ weights 4.0 KiB 0.0s  ✔ device cpu 0.0s"
+        "  … loaded 1.0 KiB of 4.0 KiB  (Starting 0/1)"
+    )
+    assert render.progress_line(loading, 60) == "quickstart  … loaded 1.0 KiB of 4.0 KiB  (Starting 0/1)"
+    cut = render.progress_line(loading, 20)
+    assert len(cut) == 20
+    assert cut.endswith("…")
+
+
+def test_progress_of_a_replica_that_starts_again_does_not_claim_old_steps() -> None:
+    again = model(status={"summary": "Starting 0/1", "conditions": [condition("Ready", "False")]})
+    assert render.progress_line(again, 80) == "quickstart  … Starting 0/1"
+
+
+def test_describe_ends_with_what_one_can_do_about_a_stall() -> None:
+    stalled = model(
+        status={
+            "summary": "Stalled: InsufficientMemory",
+            "remedies": ["lower spec.replicas"],
+            "conditions": [condition("Stalled", "True", "InsufficientMemory", "needs 9 GiB")],
+        }
+    )
+    event = {
+        "id": 1, "type": "Warning", "reason": "InsufficientMemory", "object": "model/quickstart",
+        "message": "needs 9 GiB", "count": 7, "firstSeen": NOW - 300, "lastSeen": NOW - 238,
+    }  # fmt: skip
+    text = render.describe(stalled, [event], NOW)
+    assert text[0] == "Model quickstart   generation 1 (observed 1)   created 4m ago"
+    assert "  Stalled  True  InsufficientMemory  30s  needs 9 GiB" in text
+    assert text[text.index("What you can do") + 1] == "  lower spec.replicas"
+    assert text[-1] == "  3m58s      Warning  InsufficientMemory  x7     model/quickstart  needs 9 GiB"
+
+
+def test_endpoint_lines_are_a_command_to_paste() -> None:
+    lines = render.endpoint_lines([model(status={"endpoints": {}}), model()])
+    assert lines[0] == "Base URL http://127.0.0.1:8000/v1"
+    assert lines[2] == '    -d \'{"model":"quickstart","messages":[{"role":"user","content":"hi"}]}\''
+
+
+class TestJudge:
+    """When a wait ends, and how."""
+
+    def test_served_and_rolled_out_is_done(self) -> None:
+        assert judge(model(), 1)[0] is Verdict.DONE
+
+    def test_ready_on_the_old_revision_is_not_done(self) -> None:
+        view = model(status={"conditions": [condition("Ready", "True"), condition("RolledOut", "False")]})
+        assert judge(view, 1)[0] is Verdict.WAITING
+
+    def test_status_of_an_older_generation_is_not_done(self) -> None:
+        assert judge(model(generation=2), 2)[0] is Verdict.WAITING
+
+    def test_a_stall_of_an_older_generation_is_not_this_ones(self) -> None:
+        view = model(generation=2, status={"conditions": [condition("Stalled", "True", "CrashLoop")]})
+        assert judge(view, 2)[0] is Verdict.WAITING
+
+    def test_a_stall_ends_the_wait_at_once(self) -> None:
+        view = model(status={"conditions": [condition("Stalled", "True", "CrashLoop", "out of memory")]})
+        assert judge(view, 1) == (Verdict.STALLED, "CrashLoop (out of memory)")
+
+    def test_a_newer_apply_and_a_deletion_end_the_wait(self) -> None:
+        assert judge(model(generation=3), 2)[0] is Verdict.SUPERSEDED
+        assert judge(model(deleting=True), 1)[0] is Verdict.GONE
+        assert judge(None, 1)[0] is Verdict.GONE
+
+    def test_a_model_declared_with_no_replica_is_done_without_being_ready(self) -> None:
+        view = model(
+            status={
+                "replicas": {"desired": 0, "live": 0, "ready": 0, "updated": 0, "draining": 0},
+                "conditions": [condition("Ready", "False"), condition("RolledOut", "True")],
+            }
+        )
+        assert judge(view, 1)[0] is Verdict.DONE
+
+
+def test_a_terminal_redraws_what_changed_and_a_pipe_appends() -> None:
+    written: list[str] = []
+    starting = [model(name=name, status={"summary": "Starting", "conditions": []}) for name in ("a", "b")]
+    served = [model(name=name) for name in ("a", "b")]
+    terminal = Display(written.append, redraw=True, width=40)
+    terminal.show(starting)
+    terminal.show(starting)
+    assert len(written) == 2, "the same is not drawn twice"
+    terminal.finish(served)
+    text = "".join(written)
+    assert text.count("\x1b[2A") == 2, "each drawing starts where the last one did"
+    assert text.endswith("✔ loaded 1.2s  ✔ ready 3.4s\n"), "the last one is whole, however narrow the terminal"
+    assert "b  ✔ accepted" in written[-1]
+    written.clear()
+    pipe = Display(written.append, redraw=False, width=40)
+    pipe.show(served)
+    shown = list(written)
+    pipe.finish(served)
+    assert written == shown, "nothing is said twice"
+    assert not any("\x1b" in line for line in written)
+
+
+def test_a_started_control_plane_inherits_no_secret_and_no_python_setting() -> None:
+    shell = {
+        "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "QUIRE_STATE_DIR": "/s", "HF_HOME": "/hf",
+        "HF_TOKEN": "secret", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "/evil", "LD_PRELOAD": "/evil.so",
+    }  # fmt: skip
+    assert set(clean_environment(shell)) == {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME"}

@@ -1,0 +1,450 @@
+"""Reading config.json and safetensors headers: real files in, a profile or an error that names the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from quire_schemas import checkpoint
+from quire_schemas.checkpoint import (
+    ARCHITECTURES,
+    BadHeader,
+    CheckpointError,
+    InvalidConfig,
+    MissingFile,
+    UnsupportedArchitecture,
+    UnsupportedFeature,
+    WrongTensors,
+    expected_tensors,
+    profile_from_config,
+    read_header,
+    read_profile,
+    read_tensors,
+)
+
+SMALL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "float32",
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def safetensors(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def pack(shapes: dict[str, tuple[int, ...]], dtype: str = "F32", size: int = 4) -> bytes:
+    """A well-formed file of zeros."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    return safetensors(header, bytes(at))
+
+
+def folder(path: Path, config: dict[str, Any] = SMALL, dtype: str = "F32", size: int = 4) -> Path:
+    (path / "config.json").write_text(json.dumps(config))
+    shapes = dict(expected_tensors(profile_from_config(config)))
+    (path / "model.safetensors").write_bytes(pack(shapes, dtype, size))
+    return path
+
+
+def refused(kind: type[CheckpointError], *words: str) -> Any:
+    """`pytest.raises` for that kind, whose text has all words (patterns) in order and a line with a hint."""
+    return pytest.raises(kind, match=r"(?s)^(?=.*\n    hint: \S).*" + ".*".join(words))
+
+
+# ── config.json ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_config_that_leaves_everything_out_has_the_defaults_of_transformers(name: str) -> None:
+    import transformers
+
+    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))()
+    ours = profile_from_config({"architectures": [name]})
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.hidden_size, ours.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert (ours.num_layers, ours.num_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert (ours.vocab_size, ours.rms_norm_eps) == (theirs.vocab_size, theirs.rms_norm_eps)
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_the_public_figures_of_llama_3_1_8b() -> None:
+    profile = profile_from_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+            "vocab_size": 128256,
+        }
+    )
+    assert (profile.dtype, profile.head_dim, profile.q_size, profile.kv_size) == ("bfloat16", 128, 4096, 1024)
+    assert profile.num_parameters == 8_030_261_248
+    assert profile.weight_bytes == 16_060_522_496
+    assert profile.rope_parameters["rope_theta"] == 500000.0
+    assert profile.rope_parameters["rope_type"] == "llama3"
+    assert profile.eos_token_ids == (128001, 128008, 128009)
+    assert profile.layer_kinds == ("full",) * 32
+
+
+def test_old_and_new_spelling_of_rope_parameters_are_one() -> None:
+    old = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}
+    both = [profile_from_config(SMALL | spelling).rope_parameters for spelling in (old, new)]
+    assert both[0] == both[1]
+    assert both[0]["original_max_position_embeddings"] == 64
+    assert both[0]["truncate"] is True
+
+
+def test_kinds_of_layers() -> None:
+    qwen = SMALL | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 1, "sliding_window": 9}
+    assert profile_from_config(qwen).sliding_window is None
+    sliding = profile_from_config(qwen | {"use_sliding_window": True, "max_window_layers": 1})
+    assert (sliding.sliding_window, sliding.layer_kinds) == (9, ("full", "sliding"))
+    listed = qwen | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+    assert profile_from_config(listed).layer_kinds == ("sliding", "full")
+    mistral = SMALL | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+    assert profile_from_config(mistral).layer_kinds == ("sliding", "sliding")
+    assert profile_from_config(mistral | {"sliding_window": None}).layer_kinds == ("full", "full")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": "8"}, ["config.json: hidden_size", "'8'"]),
+        ({"hidden_size": 0}, ["config.json: hidden_size"]),
+        ({"num_hidden_layers": 10**9}, ["config.json: num_hidden_layers"]),
+        ({"vocab_size": True}, ["config.json: vocab_size"]),
+        ({"rms_norm_eps": math.nan}, ["config.json: rms_norm_eps"]),
+        ({"rms_norm_eps": -1.0}, ["config.json: rms_norm_eps"]),
+        ({"hidden_size": 9}, ["hidden_size: 9 is no multiple"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads: 3 does not divide"]),
+        ({"head_dim": 7}, ["head_dim: 7 is odd"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor: is missing"]),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, ["rope_scaling.factor: expected a positive number"]),
+        ({"rope_parameters": {"rope_theta": 0}}, ["rope_parameters.rope_theta"]),
+        ({"eos_token_id": "two"}, ["config.json: eos_token_id"]),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "layer_types": ["full_attention"]},
+            ["layer_types: has 1 entries for 2 layers"],
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "num_key_value_heads": 2,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            ["no sliding window is in use"],
+        ),
+    ],
+)
+def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[str]) -> None:
+    with refused(InvalidConfig, *words):
+        profile_from_config(SMALL | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
+        ({"dtype": "float64"}, ["dtype: float64"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised by gptq"]),
+        ({"auto_map": {"AutoModel": "m.M"}}, ["auto_map"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor: 0.5"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["rope type 'longrope'", "default, linear, dynamic"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["per kind of layer"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "layer_types": ["a", "b"]},
+            ["layer_types"],
+        ),
+    ],
+)
+def test_known_architectures_with_unknown_features(change: dict[str, Any], words: list[str]) -> None:
+    with refused(UnsupportedFeature, *words):
+        profile_from_config(SMALL | change)
+
+
+@pytest.mark.parametrize("value", [["GPT2LMHeadModel"], ["LlamaModel"], [], None, "LlamaForCausalLM", [3]])
+def test_an_unsupported_architecture_lists_those_there_are(value: object) -> None:
+    with refused(UnsupportedArchitecture, "architectures", "hint: this version runs LlamaForCausalLM, Mistral"):
+        profile_from_config(SMALL | {"architectures": value})
+
+
+# ── the folder ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_whole_folder(tmp_path: Path) -> None:
+    profile = read_profile(folder(tmp_path, SMALL | {"tie_word_embeddings": True}, "BF16", 2))
+    assert profile.weight_bytes == profile.num_parameters * 2
+    assert profile.dtype == "float32"  # config.json's word: what the engine computes in unless told otherwise
+
+
+def test_without_a_dtype_the_tensors_decide(tmp_path: Path) -> None:
+    config = {key: value for key, value in SMALL.items() if key != "dtype"}
+    assert read_profile(folder(tmp_path, config, "BF16", 2)).dtype == "bfloat16"
+
+
+def test_generation_config_names_the_ids_that_end_a_text(tmp_path: Path) -> None:
+    folder(tmp_path, SMALL | {"eos_token_id": 5})
+    assert read_profile(tmp_path).eos_token_ids == (5,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert read_profile(tmp_path).eos_token_ids == (7, 9)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with refused(InvalidConfig, r"generation_config\.json: eos_token_id"):
+        read_profile(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with refused(MissingFile, "not a folder"):
+        read_profile(tmp_path / "nothing")
+    with refused(MissingFile, r"no config\.json"):
+        read_profile(tmp_path)
+    folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with refused(MissingFile, r"no model\.safetensors"):
+        read_profile(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.gguf"])
+def test_formats_that_can_carry_code_are_refused(name: str, tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with refused(UnsupportedFeature, name.replace(".", r"\."), "only safetensors"):
+        read_profile(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"a": ' * 100_000, "\xff"])
+def test_config_json_that_is_no_json_object(text: str, tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "config.json").write_text(text, "latin-1")
+    with refused(InvalidConfig, r"config\.json"):
+        read_profile(tmp_path)
+
+
+def test_tensors_must_be_those_of_the_config(tmp_path: Path) -> None:
+    shapes = dict(expected_tensors(profile_from_config(SMALL)))
+    folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+
+    path.write_bytes(pack({name: shape for name, shape in shapes.items() if "k_proj" not in name}))
+    with refused(WrongTensors, r"layers\.0\.self_attn\.k_proj\.weight is in none"):
+        read_profile(tmp_path)
+    path.write_bytes(pack(shapes | {"model.norm.weight": (9,)}))
+    with refused(WrongTensors, r"model\.norm\.weight has shape \[9\], expected \[8\]"):
+        read_profile(tmp_path)
+    path.write_bytes(pack(shapes | {"model.layers.0.self_attn.q_proj.bias": (8,)}))
+    with refused(WrongTensors, r"q_proj\.bias has no place in LlamaForCausalLM"):
+        read_profile(tmp_path)
+    path.write_bytes(pack(shapes, "I32"))
+    with refused(WrongTensors, "stored as I32"):
+        read_profile(tmp_path)
+    path.write_bytes(pack(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}))
+    assert read_profile(tmp_path).weight_bytes == sum(math.prod(shape) * 4 for shape in shapes.values())
+
+
+# ── shards ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sharded(path: Path) -> dict[str, Any]:
+    """Two shards and their index; returns the index."""
+    folder(path)
+    (path / "model.safetensors").unlink()
+    shapes = list(expected_tensors(profile_from_config(SMALL)))
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
+    for number, part in enumerate((shapes[:7], shapes[7:]), 1):
+        name = f"model-{number:05}-of-00002.safetensors"
+        (path / name).write_bytes(pack(dict(part)))
+        index["weight_map"] |= {tensor: name for tensor, _ in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_shards_give_the_same_profile_as_one_file(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    sharded(tmp_path / "two")
+    assert read_profile(folder(tmp_path / "one")) == read_profile(tmp_path / "two")
+    assert len({tensor.file for tensor in read_tensors(tmp_path / "two").values()}) == 2
+
+
+def test_an_index_that_contradicts_its_shards(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    first = "model.embed_tokens.weight"
+    one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+    def put(weight_map: object) -> None:
+        path.write_text(json.dumps({"weight_map": weight_map}))
+
+    good = index["weight_map"]
+    put(good | {first: two})
+    with refused(InvalidConfig, first, f"{two} holds no such tensor"):
+        read_profile(tmp_path)
+    put({name: file for name, file in good.items() if name != first})
+    with refused(InvalidConfig, first, f"in {one}, but the index does not list it"):
+        read_profile(tmp_path)
+    put(good | {first: "../" + one})
+    with refused(InvalidConfig, first, "not the name of a file"):
+        read_profile(tmp_path)
+    put(good | {first: 3})
+    with refused(InvalidConfig, first):
+        read_profile(tmp_path)
+    put([])
+    with refused(InvalidConfig, "weight_map"):
+        read_profile(tmp_path)
+    put(good)
+    read_profile(tmp_path)
+    (tmp_path / two).write_bytes(pack(dict(list(expected_tensors(profile_from_config(SMALL)))[6:])))
+    with refused(InvalidConfig, "but the index places it in"):
+        read_profile(tmp_path)
+    (tmp_path / two).unlink()
+    with refused(MissingFile, f"{two}: listed in"):
+        read_profile(tmp_path)
+
+
+# ── headers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def entry(begin: int, end: int, shape: object = None, dtype: object = "F32") -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "shape": [(end - begin) // 4] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", ["too few"]),
+        (b"1234567", ["too few"]),
+        (struct.pack("<Q", 2**63) + b"{}", ["announces a header"]),
+        (struct.pack("<Q", 100_000_001), ["announces a header"]),
+        (struct.pack("<Q", 3) + b"{}", ["announces a header of 3 bytes in a file of 10"]),
+        (safetensors(b"[]", b""), ["not a JSON object"]),
+        (safetensors(b"\xff\xfe", b""), ["header is not valid"]),
+        (safetensors(b"[" * 100_000, b""), ["header is not valid"]),
+        (safetensors(b'{"a": {}, "a": {}}', b""), ["'a' occurs twice"]),
+        (safetensors({"a": 3}, b""), ["tensor 'a'"]),
+        (safetensors({"a": {"dtype": "F32"}}, b""), ["expected dtype, shape and data_offsets"]),
+        (safetensors({"a": entry(0, 4, dtype="F33")}, bytes(4)), ["unknown dtype 'F33'"]),
+        (safetensors({"a": entry(0, 4, dtype=["F32"])}, bytes(4)), ["unknown dtype"]),
+        (safetensors({"a": entry(0, 4, [-1])}, bytes(4)), [r"shape \[-1\]"]),
+        (safetensors({"a": entry(0, 4, [True])}, bytes(4)), ["shape"]),
+        (safetensors({"a": entry(0, 4, [1.0])}, bytes(4)), ["shape"]),
+        (safetensors({"a": entry(0, 4, 1)}, bytes(4)), ["shape"]),
+        (safetensors({"a": entry(0, 4, [2**40, 2**40])}, bytes(4)), ["4 bytes for shape"]),
+        (safetensors({"a": entry(0, 8)}, bytes(4)), ["bytes 0 to 8 of 4"]),
+        (safetensors({"a": entry(4, 0, [1])}, bytes(4)), ["bytes 4 to 0"]),
+        (safetensors({"a": entry(-4, 0, [1])}, bytes(4)), ["not two positions"]),
+        (safetensors({"a": {**entry(0, 4), "data_offsets": [0]}}, bytes(4)), ["not two positions"]),
+        (safetensors({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), ["'b' overlaps"]),
+        (safetensors({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)), ["overlaps"]),
+        (safetensors({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), ["'b' leaves a hole"]),
+        (safetensors({"a": entry(4, 8)}, bytes(8)), ["'a' leaves a hole"]),
+        (safetensors({"a": entry(0, 4)}, bytes(9)), ["5 bytes at the end"]),
+    ],
+)
+def test_headers_that_are_wrong(data: bytes, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with refused(BadHeader, r"x\.safetensors: ", *words):
+        read_header(path)
+
+
+def test_a_good_header_gives_places_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pack({"b": (2, 3), "empty": (0, 5), "a": (4,), "scalar": ()}, "BF16", 2))
+    found = read_header(path)
+    start = path.stat().st_size - 22
+    assert [(t.name, t.shape, t.offset - start, t.nbytes) for t in found.values()] == [
+        ("b", (2, 3), 0, 12),
+        ("empty", (0, 5), 12, 0),
+        ("a", (4,), 12, 8),
+        ("scalar", (), 20, 2),
+    ]
+
+
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = pack({"a": (3,), "b": (2, 2)})
+    path = tmp_path / "x.safetensors"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadHeader):
+            read_header(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+@example(data=None)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject | None
+) -> None:
+    whole = bytearray(pack({"a": (3,), "b": (2, 2), "c": (0,)}))
+    if data is not None:
+        for _ in range(data.draw(st.integers(1, 4))):
+            whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    path.write_bytes(whole)
+    try:
+        tensors = read_header(path)
+    except BadHeader:
+        return
+    size = path.stat().st_size
+    assert all(0 < tensor.offset <= tensor.offset + tensor.nbytes <= size for tensor in tensors.values())
+
+
+def test_the_module_does_not_load_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, quire_schemas.checkpoint, quire_schemas.sizing; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    assert checkpoint.DTYPE_BYTES.keys() == {"float32", "bfloat16", "float16"}

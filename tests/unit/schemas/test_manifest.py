@@ -1,0 +1,547 @@
+"""YAML to resources: values by the type of their field, every mistake with its place and remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quire_schemas.fields import fields_of
+from quire_schemas.manifest import (
+    MAX_PROBLEMS,
+    Manifest,
+    ManifestInvalid,
+    Problem,
+    intent_hash,
+    load,
+    load_paths,
+    parse_intent,
+    read_paths,
+)
+from quire_schemas.model import Model, ModelSpec
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = sorted((ROOT / "manifests").glob("*.yaml"))
+HEAD = "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+GOOD = HEAD + "spec: {source: builtin://tiny}\n"
+
+
+def one(text: str) -> Model:
+    manifest = load([("f.yaml", text)])
+    assert manifest.problems == []
+    [located] = manifest.resources
+    assert isinstance(located.resource, Model)
+    return located.resource
+
+
+def problems(text: str, file: str = "f.yaml") -> list[Problem]:
+    manifest = load([(file, text)])
+    assert manifest.problems, text
+    assert all(p.hint for p in manifest.problems), manifest.problems
+    return manifest.problems
+
+
+def spec(body: str) -> str:
+    """A Model whose spec is the built-in source and this, its first line at line 6, indented by two."""
+    return HEAD + "spec:\n  source: builtin://tiny\n" + "".join(f"  {line}\n" for line in body.splitlines())
+
+
+def only(body: str) -> Problem:
+    [problem] = problems(spec(body))
+    return problem
+
+
+# ── values ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_example_manifests_are_valid(path: Path) -> None:
+    manifest = load_paths([path])
+    assert manifest.problems == []
+    assert manifest.resources
+
+
+def test_bare_scalars_become_what_their_field_needs() -> None:
+    model = one(
+        HEAD
+        + "spec:\n"
+        + "  source: hf://a/b\n  revision: 1234567\n  replicas: 0x10\n"
+        + "  servedModelNames: [1, true, 2024-01-01]\n"
+        + "  engine: {enforceEager: TRUE, maxModelLen: 4096, seed: 0o17}\n"
+        + "  quantization: {method: none}\n"
+        + "  env: [{name: A, value: 1:30}, {name: B, value: ''}, {name: C, value: no}, {name: D, value: .5}]\n"
+    )
+    assert model.spec.revision == "1234567"
+    assert model.spec.replicas == 16
+    assert model.spec.served_model_names == ("1", "true", "2024-01-01")
+    assert model.spec.engine.enforce_eager is True
+    assert model.spec.engine.max_model_len == 4096
+    assert model.spec.engine.seed == 15
+    assert [(e.name, e.value) for e in model.spec.env] == [("A", "1:30"), ("B", ""), ("C", "no"), ("D", ".5")]
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off", "y", "N"])
+def test_yaml_1_1_booleans_are_text(word: str) -> None:
+    problem = only(f"batching:\n  chunkedPrefill: {word}")
+    assert (problem.line, problem.col) == (7, 21)
+    assert "boolean" in problem.message
+    assert ("true" if word in ("yes", "on", "y") else "false") in problem.hint
+
+
+def test_json_is_read_as_the_yaml_it_is() -> None:
+    assert (
+        one(
+            '{"apiVersion": "quire.dev/v1alpha1", "kind": "Model", "metadata": {"name": "m"},'
+            ' "spec": {"source": "builtin://tiny", "replicas": 2, "batching": {"chunkedPrefill": false}}}'
+        ).spec.replicas
+        == 2
+    )
+
+
+def test_anchors_repeat_what_they_stand_for() -> None:
+    manifest = load(
+        [
+            (
+                "f",
+                HEAD
+                + "spec: &s\n  source: builtin://tiny\n---\n"
+                + HEAD.replace("m}", "n}")
+                + "spec: {source: builtin://tiny, env: &e [{name: A, value: &v x}, {name: B, value: *v}]}\n",
+            )
+        ]
+    )
+    assert manifest.problems == []
+    second = manifest.resources[1].intent["spec"]
+    assert second["env"] == [{"name": "A", "value": "x"}, {"name": "B", "value": "x"}]
+
+
+def test_resources_say_where_they_stand_and_empty_documents_do_not_count() -> None:
+    text = "---\n# nothing\n---\n" + spec("") + "---\n" + spec("").replace("name: m", "name: n")
+    first, second = load([("f.yaml", text)]).resources
+    assert (first.file, first.line, first.document, str(first.key)) == ("f.yaml", 4, 0, "model/m")
+    assert (second.line, second.document, str(second.key)) == (10, 1, "model/n")
+
+
+# ── mistakes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_run_reports_all_mistakes_of_all_files() -> None:
+    first = spec(
+        "paralelism: {tensor: 1}\nengine:\n  max_model_len: 3\n  dtype: floot16\nbatching: {}\nbatching: {}"
+    )
+    second = spec("batching:\n  maxQueueWait: 30").replace("name: m}", "name: n}")
+    manifest = load([("bad.yml", first), ("bad2.yml", second)])
+    assert [str(p) for p in manifest.problems] == [
+        "bad.yml:6:3: error: spec.paralelism: unknown field\n    hint: did you mean 'parallelism'?",
+        "bad.yml:8:5: error: spec.engine.max_model_len: unknown field\n"
+        "    hint: that is the engine flag spelling; here it is spec.engine.maxModelLen",
+        "bad.yml:9:12: error: spec.engine.dtype: Input should be 'auto', 'float16', 'bfloat16' or 'float32'\n"
+        "    hint: did you mean 'float16'?",
+        "bad.yml:11:3: error: spec.batching: duplicate key (first at line 10)\n    hint: remove one of them",
+        "bad2.yml:7:19: error: spec.batching.maxQueueWait: '30' is not a duration\n"
+        "    hint: durations need a unit, for example '30s'",
+    ]
+    assert manifest.resources == []
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "col", "path", "message", "hint"),
+    [
+        ("replicas: two", 6, 13, "spec.replicas", "valid integer", "whole number"),
+        ("replicas: '2'", 6, 13, "spec.replicas", "valid integer", "remove the quotes: 2"),
+        ("replicas: 2.0", 6, 13, "spec.replicas", "valid integer", "whole number"),
+        ("replicas: -1", 6, 13, "spec.replicas", "greater than or equal to 0, not -1", "explain"),
+        ("replicas: 99999999999999999999", 6, 13, "spec.replicas", "less than or equal", "explain"),
+        ("replicas:", 6, 3, "spec.replicas", "has no value", "remove the line"),
+        ("replicas: ~", 6, 3, "spec.replicas", "has no value", "remove the line"),
+        ("replicas: [1]", 6, 13, "spec.replicas", "a single value, not a list", "int"),
+        ("engine: fast", 6, 11, "spec.engine", "a mapping of fields, not 'fast'", "maxModelLen"),
+        ("servedModelNames: a", 6, 21, "spec.servedModelNames", "a list", "[one, two]"),
+        ("servedModelNames: [a b]", 6, 22, "spec.servedModelNames[0]", "form", "letters"),
+        ("servedModelNames: [a, a]", 6, 25, "spec.servedModelNames[1]", "twice", "remove"),
+        ("engine: {memory: 0.9}", 6, 20, "spec.engine.memory", "percentage", "'90%'"),
+        ("engine: {memory: 0%}", 6, 20, "spec.engine.memory", "no memory", "90%"),
+        ("engine: {maxModelLen: 0}", 6, 25, "spec.engine.maxModelLen", "'auto' or a whole number", "8192"),
+        ("engine: {maxModelLen: true}", 6, 25, "spec.engine.maxModelLen", "'auto' or a whole number", "8192"),
+        ("engine: {kvCache: {size: 40GB}}", 6, 28, "spec.engine.kvCache.size", "byte quantity", "'40Gi'"),
+        ("engine: {kvCache: {blockSize: 17}}", 6, 33, "spec.engine.kvCache.blockSize", "8, 16 or 32", "8, 16, 32"),
+        ("engine: {dtype: bf16}", 6, 19, "spec.engine.dtype", "should be", "did you mean 'bfloat16'?"),
+        ("tensor_parallel_size: 2", 6, 3, "spec.tensor_parallel_size", "unknown", "spec.parallelism.tensor"),
+        ("--gpu-memory-utilization: 1", 6, 3, "spec.--gpu-memory-utilization", "unknown", "spec.engine.memory"),
+        ("maxNumSeqs: 2", 6, 3, "spec.maxNumSeqs", "unknown", "spec.batching.maxNumSeqs"),
+        ("Engine: {}", 6, 3, "spec.Engine", "unknown", "did you mean 'engine'?"),
+        ("drain_timeout: 3s", 6, 3, "spec.drain_timeout", "unknown", "did you mean 'drainTimeout'?"),
+        ("xyzzy: 1", 6, 3, "spec.xyzzy", "unknown", "platform explain model.spec"),
+        ("env: [{name: 1A, value: x}]", 6, 16, "spec.env[0].name", "form", "digits"),
+        ("env: [{name: A}]", 6, 9, "spec.env[0]", "no value", "value: ''"),
+        ("env: [{value: A}]", 6, 9, "spec.env[0].name", "is required", "add it"),
+        ("env: [{name: QUIRE_X, value: y}]", 6, 16, "spec.env[0].name", "QUIRE_", "another name"),
+        ("env: [{name: A, value: 1}, {name: A, value: 2}]", 6, 30, "spec.env[1]", "twice", "remove"),
+        ("revision: main", 6, 3, "spec.revision", "hf://", "remove it"),
+        ("drainTimeout: 10", 6, 17, "spec.drainTimeout", "duration", "'10s'"),
+        ("batching: {maxNumBatchedTokens: 8}", 6, 35, "spec.batching.maxNumBatchedTokens", "maxNumSeqs", "64"),
+        ("batching: {maxNumSeqs: 513}", 6, 26, "spec.batching.maxNumSeqs", "(512) is below", "513"),
+        ("rollout: {strategy: RollingUpdate, maxSurge: 0}", 6, 48, "spec.rollout.maxSurge", "never begin", "Auto"),
+        ("restartPolicy: {backoffBase: 10m}", 6, 32, "spec.restartPolicy.backoffBase", "longer", "shorter one"),
+        ("tokenizer: {chatTemplateFile: ./a.jinja}", 6, 33, "spec.tokenizer.chatTemplateFile", "relative", "path"),
+        ("tokenizer: {source: s3://a/b}", 6, 23, "spec.tokenizer.source", "not honoured", "download"),
+        ("engine: {device: cpu}\nplacement: {deviceIds: [0]}", 7, 15, "spec.placement.deviceIds", "cpu", "cuda"),
+        ("status: {}", 6, 3, "spec.status", "unknown", "explain"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_their_place_and_remedy(
+    body: str, line: int, col: int, path: str, message: str, hint: str
+) -> None:
+    problem = only(body)
+    assert (problem.line, problem.col, problem.path) == (line, col, path)
+    assert message in problem.message
+    assert hint in problem.hint
+
+
+def test_a_prompt_that_cannot_be_split_must_fit_a_step() -> None:
+    problem = only("engine: {maxModelLen: 1024}\nbatching: {chunkedPrefill: false}")
+    assert (problem.line, problem.path) == (7, "spec.batching.chunkedPrefill")
+    one(spec("engine: {maxModelLen: 512}\nbatching: {chunkedPrefill: false}"))
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("meta-llama/Llama-3.1-8B", "did you mean 'hf://meta-llama/Llama-3.1-8B'?"),
+        ("/models/llama", "file:///"),
+        ("./models", "file:///"),
+        ("file://models/llama", "file:///models/llama"),
+        ("builtin://huge", "builtin://tiny"),
+        ("hf://a/b/c", "hf://organisation/name"),
+        ("hf://a/b@v1", "revision: v1"),
+        ("https://huggingface.co/a/b", "hf://a/b"),
+        ("HF://a/b", "hf://a/b"),
+        ("ftp://x", "sources are"),
+        ("s3://bucket/x", "download the files"),
+        ("oci://registry/x", "download the files"),
+    ],
+)
+def test_bad_sources(source: str, hint: str) -> None:
+    [problem] = problems(HEAD + f"spec: {{source: '{source}'}}")
+    assert (problem.line, problem.col, problem.path) == (4, 16, "spec.source")
+    assert hint in problem.hint
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "trustRemoteCode: true",
+        "sourceAuth: {secretRef: t}",
+        "engine: {kvCache: {dtype: fp8}}",
+        "engine: {kvCache: {dtype: int8}}",
+        "engine: {kvCache: {swapSpace: 8Gi}}",
+        "engine: {extraArgs: [--fast]}",
+        "engine: {runner: scripted}",
+        "parallelism: {tensor: 2}",
+        "parallelism: {pipeline: 2}",
+        "parallelism: {data: 2}",
+        "parallelism: {expert: true}",
+        "quantization: {method: awq}",
+        "quantization: {activations: int8}",
+        "batching: {prefixCaching: true}",
+        "batching: {policy: priority}",
+        "batching: {slo: {ttftP95: 500ms}}",
+        "speculative: {method: ngram}",
+        "lora: {maxRank: 8}",
+        "parsers: {tools: hermes}",
+        "determinism: batchInvariant",
+        "residency: onDemand",
+        "resources: {accelerator: {type: nvidia-h100}}",
+        "resources: {accelerator: {countPerReplica: 2}}",
+        "placement: {backend: ray}",
+        "autoscaling: {maxReplicas: 2}",
+        "rollout: {strategy: Canary}",
+        "rollout: {autoRollback: true}",
+        "probes: {readiness: {period: 1s}}",
+        "probes: {liveness: {}}",
+        "restartPolicy: {maxRestartsBeforeRollback: 3}",
+        "env: [{name: A, valueFrom: {secretRef: t}}]",
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
+    problem = only(body)
+    assert problem.message.startswith("not honoured by this version: ")
+    assert problem.path.startswith("spec.")
+    assert problem.line == 6
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "trustRemoteCode: false",
+        "engine: {kvCache: {dtype: bfloat16, swapSpace: 0Gi}, extraArgs: [], runner: model}",
+        "parallelism: {tensor: 1, pipeline: 1, data: 1, expert: false}",
+        "quantization: {method: none, format: auto, activations: auto}",
+        "batching: {prefixCaching: false, policy: fcfs}",
+        "placement: {backend: local}",
+        "resources: {accelerator: {type: any, countPerReplica: 1}}",
+        "rollout: {strategy: Recreate, autoRollback: false}",
+        "residency: always\ndeterminism: none",
+    ],
+)
+def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
+    one(spec(body))
+
+
+def test_bounds_themselves_are_inside() -> None:
+    one(spec("batching: {maxNumSeqs: 512, maxNumBatchedTokens: 512}"))
+    one(spec("restartPolicy: {backoffBase: 5m, backoffMax: 5m}"))
+    one(spec("rollout: {strategy: Auto, maxSurge: 0, maxUnavailable: 0}"))
+    one(spec("replicas: 0\nengine: {memory: 100%}"))
+
+
+def test_a_typo_does_not_hide_contradictions() -> None:
+    found = problems(spec("engin: {}\nreplicas: 1\nautoscaling: {maxReplicas: 1}\nbatching: {maxNumSeqs: 600}"))
+    assert [(p.line, p.path) for p in found] == [
+        (6, "spec.engin"),
+        (8, "spec.autoscaling"),
+        (9, "spec.batching.maxNumSeqs"),
+    ]
+
+
+def test_rules_do_not_guess_about_values_that_did_not_parse() -> None:
+    problem = only("batching: {maxNumSeqs: x, maxNumBatchedTokens: 1}")
+    assert problem.path == "spec.batching.maxNumSeqs"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "col", "path", "message", "hint"),
+    [
+        (GOOD.partition("\n")[2], 1, 1, "apiVersion", "required", "add"),
+        (HEAD.replace("v1alpha1", "v2"), 1, 13, "apiVersion", "not known", "quire.dev/v1alpha1"),
+        (HEAD.replace("kind: Model\n", ""), 1, 1, "kind", "required", "Model"),
+        (HEAD.replace("Model", "Modle"), 2, 7, "kind", "not a kind", "did you mean 'Model'?"),
+        (HEAD.replace("Model", "Replica"), 2, 7, "kind", "not a kind", "written by the platform"),
+        (HEAD, 1, 1, "spec", "required", "add"),
+        (GOOD.replace("m}", "Llama_70B}"), 3, 18, "metadata.name", "form", "llama-70b"),
+        (GOOD + "status: {}", 5, 1, "status", "unknown", "written by the platform"),
+        (GOOD + "<<: {}", 5, 1, "", "merge keys", "spell"),
+        (GOOD + "[a]: {}", 5, 1, "", "word", "remove"),
+        ("- 1", 1, 1, "", "mapping", "apiVersion"),
+        ("just text", 1, 1, "", "mapping", "apiVersion"),
+        ("a:\n\tb: 1", 2, 1, "", "tab in the indentation", "spaces"),
+        ("a: [1,\n\t2]", 2, 1, "", "tab in the indentation", "spaces"),
+        ("a: !!python/object:os.system x", 1, 4, "", "tags", "remove the tag"),
+        ("a: !!str x", 1, 4, "", "tags", "remove the tag"),
+        ("a: &x [*x]", 1, 8, "", "alias", "anchor"),
+        ("a: {b: 1\nc: 2", 2, 2, "", "not YAML", "bracket"),
+        ("a: 'x", 1, 6, "", "not YAML", "quote"),
+        ("a: b: c", 1, 5, "", "not YAML", "quotes"),
+        ("a: \x00", 1, 4, "", "U+0000", "UTF-8"),
+        ("a: \ud800", 1, 4, "", "U+D800", "UTF-8"),
+        ("%YAML 1.1\n---\na: 1", 1, 1, "", "YAML 1.2", "%YAML"),
+        ("a: " + "[" * 70 + "]" * 70, 1, 67, "", "64 levels", "needs"),
+        ("---\na: 1\n" * 257, 513, 1, "", "256 documents", "split"),
+        ("#" * (1 << 20) + "#", 1, 1, "", "1 MiB", "split"),
+    ],
+)  # fmt: skip
+def test_broken_documents(text: str, line: int, col: int, path: str, message: str, hint: str) -> None:
+    found = problems(text)
+    matching = [p for p in found if message in p.message and hint in p.hint]
+    assert matching, found
+    assert (matching[0].line, matching[0].col, matching[0].path) == (line, col, path)
+
+
+def test_documents_before_a_syntax_error_are_still_checked() -> None:
+    found = problems(spec("replicas: x") + "---\na: [")
+    assert [p.line for p in found] == [6, 9]  # an open bracket shows at the end of the text
+
+
+def test_a_bomb_of_aliases_is_counted_and_not_expanded() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    started = time.perf_counter()
+    [problem] = problems("\n".join(lines))
+    assert "100,000 values" in problem.message
+    assert problem.line == 6
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("hostile", ["[" * 1_000_000, "{a: " * 250_000, "[],\n" * 200_000, "? " * 500_000])
+def test_hostile_nesting_and_counts_end_soon(hostile: str) -> None:
+    started = time.perf_counter()
+    problems(hostile)
+    assert time.perf_counter() - started < 5
+
+
+def test_thousands_of_mistakes_are_cut_off() -> None:
+    started = time.perf_counter()
+    found = load([("f", HEAD + "spec:\n" + "".join(f"  unknownField{n}: 1\n" for n in range(20_000)))]).problems
+    assert len(found) == MAX_PROBLEMS + 1
+    assert "more problems" in found[-1].message
+    assert time.perf_counter() - started < 5
+
+
+def test_kinds_of_later_versions_are_refused_and_still_checked() -> None:
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\n"
+        "spec: {match: {modelNames: [a]}, backends: [{model: M}], stiky: {}}\n"
+    )
+    found = problems(text)
+    assert [(p.line, p.path) for p in found] == [(2, "kind"), (4, "spec.backends[0].model"), (4, "spec.stiky")]
+    assert "not honoured by this version" in found[0].message
+
+
+def test_the_gateway_stays_on_loopback() -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: Gateway\nmetadata: {name: default}\n"
+    assert load([("g", head + "spec: {bind: '::1', port: 0}")]).problems == []
+    assert load([("g", head)]).problems == []
+    for address in ("0.0.0.0", "192.168.0.1", "::", "example.org"):
+        [problem] = problems(head + f"spec: {{bind: '{address}'}}")
+        assert problem.path == "spec.bind"
+    [problem] = problems(head.replace("default", "mine"))
+    assert problem.path == "metadata.name"
+
+
+# ── sets ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_object_declared_twice() -> None:
+    found = load([("a.yaml", spec("")), ("b.yaml", spec("replicas: 2"))])
+    [problem] = found.problems
+    assert (problem.file, problem.line, problem.path) == ("b.yaml", 3, "metadata.name")
+    assert "model/m is declared twice (first at a.yaml:1)" in problem.message
+    assert [r.file for r in found.resources] == ["a.yaml"]
+
+
+def test_two_models_that_claim_one_name() -> None:
+    other = spec("servedModelNames: [x, m]").replace("name: m}", "name: n}")
+    [problem] = load([("a.yaml", spec("")), ("b.yaml", other)]).problems
+    assert (problem.file, problem.line, problem.col, problem.path) == ("b.yaml", 6, 25, "spec.servedModelNames[1]")
+    assert "'m' is declared twice (first at a.yaml:1)" in problem.message
+
+
+# ── identity ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_intent_hash_sees_content_and_not_layout() -> None:
+    one_way = one(spec("replicas: 2\nbatching: {maxNumSeqs: 8}"))
+    other_way = one(
+        "# a comment\nspec:\n  batching: {'maxNumSeqs': 8}\n  replicas: 0x2\n  source: \"builtin://tiny\"\n"
+        "metadata:\n  name: m\nkind: Model\napiVersion: quire.dev/v1alpha1\n"
+    )
+    assert intent_hash(one_way) == intent_hash(other_way) == intent_hash(one_way.intent())
+    assert intent_hash(one(spec("replicas: 3\nbatching: {maxNumSeqs: 8}"))) != intent_hash(one_way)
+    # Spelling out a default is another document, even if nothing will change by it.
+    assert intent_hash(one(spec("replicas: 1"))) != intent_hash(one(spec("")))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_stored_intents_come_back_as_the_same_resource(path: Path) -> None:
+    for located in load_paths([path]).resources:
+        again = parse_intent(located.intent)
+        assert again == located.resource
+        assert again.intent() == located.intent
+        assert intent_hash(again) == intent_hash(located.intent)
+
+
+def test_a_stored_intent_that_is_no_longer_valid_is_reported() -> None:
+    intent: dict[str, Any] = one(spec("")).intent()
+    intent["spec"]["gone"] = 1
+    with pytest.raises(ManifestInvalid, match=r"spec\.gone"):
+        parse_intent(intent)
+    with pytest.raises(ManifestInvalid, match="unknown kind"):
+        parse_intent({"kind": "Nothing"})
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_folders_are_read_in_order_and_all_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.yml").write_text(spec("").replace("name: m", "name: two"))
+    (tmp_path / "a.yaml").write_text("\ufeff" + spec(""), encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not a manifest")
+    assert [name for name, _ in read_paths([tmp_path])] == [
+        str(tmp_path / "a.yaml"),
+        str(tmp_path / "b" / "two.yml"),
+    ]
+    assert load_paths([str(tmp_path)]).problems == []
+
+    (tmp_path / "c.yaml").write_bytes(b"# fine\nname: caf\xe9\n")
+    (tmp_path / "d.yaml").write_bytes(b"#" * ((1 << 20) + 1))
+    (tmp_path / "e.yaml").write_text("a: ]")
+    (tmp_path / "empty").mkdir()
+    manifest = load_paths([tmp_path, tmp_path / "missing.yaml", tmp_path / "empty"])
+    places = {(Path(p.file).name, p.line, p.col) for p in manifest.problems}
+    assert places == {
+        ("c.yaml", 2, 10),
+        ("d.yaml", 1, 1),
+        ("e.yaml", 1, 4),
+        ("missing.yaml", 1, 1),
+        ("empty", 1, 1),
+    }
+    with pytest.raises(ManifestInvalid) as caught:
+        read_paths([tmp_path, tmp_path / "missing.yaml"])
+    assert len(caught.value.problems) == 3
+    assert "missing.yaml:1:1: error: cannot be read: No such file" in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_files_without_permission_are_problems(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x")
+    (tmp_path / "a.yaml").chmod(0)
+    assert "cannot be read" in load_paths([tmp_path]).problems[0].message
+
+
+# ── anything ──────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKENS = "null ~ true no [] {} *a &a !x | > - : << ' \" { ] -1 1e999 .nan 0x % # ? --- ... é ,"
+WORDS = st.sampled_from([*TOKENS.split(), "- ", ": ", "\t", "9" * 70, "\x00", "\u2028", "\ud800"])
+
+
+def _sound(manifest: Manifest, texts: list[tuple[str, str]]) -> None:
+    lines = {name: text.count("\n") + text.count("\r") + 2 + text.count("\u2028") for name, text in texts}
+    for problem in manifest.problems:
+        assert 1 <= problem.line <= lines[problem.file]
+        assert problem.col >= 1
+        assert problem.message
+        assert str(problem).startswith(f"{problem.file}:{problem.line}:{problem.col}: error: ")
+    for located in manifest.resources:
+        assert parse_intent(located.intent) == located.resource
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_damaged_manifests_give_problems_and_never_raise(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([path.read_text() for path in EXAMPLES]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 20)))
+        text = text[:start] + data.draw(st.one_of(WORDS, st.text(max_size=5), st.just(""))) + text[end:]
+    texts = [("f.yaml", text)]
+    _sound(load(texts), texts)
+
+
+JUNK: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(sorted(fields_of(ModelSpec).keys() - {"source"}))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(FIELDS, JUNK, min_size=1, max_size=4))
+def test_any_value_in_any_field_is_taken_or_refused(fields: dict[str, Any]) -> None:
+    document = {
+        "apiVersion": "quire.dev/v1alpha1",
+        "kind": "Model",
+        "metadata": {"name": "m"},
+        "spec": {"source": "builtin://tiny", **fields},
+    }
+    texts = [("f.json", json.dumps(document))]
+    manifest = load(texts)
+    _sound(manifest, texts)
+    assert len(manifest.resources) + bool(manifest.problems) == 1
