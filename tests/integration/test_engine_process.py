@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from tests.engine_specs import tiny_spec
 
-from quire.builtin import path as builtin_path
 from quire_schemas.wire import (
     Deltas,
     EngineEvent,
-    EngineSpec,
     FromEngine,
     Generate,
     Hello,
@@ -131,25 +130,13 @@ def start(folder: Path) -> Iterator[Callable[..., Process]]:
     processes: list[Process] = []
 
     def starter(**fields: Any) -> Process:
-        spec = EngineSpec(
-            model="tiny",
-            replica_id="tiny-0",
-            incarnation=1,
+        spec = tiny_spec(
             socket=str(folder / "r" / "engine.sock"),
-            model_dir=str(builtin_path()),
             dtype="bfloat16",
             kv_dtype="bfloat16",
-            device="cpu",
-            threads=1,
             max_model_len=2048,
-            block_size=16,
             num_blocks=512,
-            max_num_seqs=8,
             max_num_batched_tokens=128,
-            chunked_prefill=True,
-            seed=0,
-            memory_limit=1 << 30,
-            hot_hash="h0",
         )
         processes.append(Process({**msgspec.to_builtins(spec), **fields}, folder))
         return processes[-1]

@@ -24,6 +24,7 @@ import httpx
 import msgspec
 import openai
 import pytest
+from tests.engine_specs import tiny_spec
 from tests.integration.wire_engine import WireEngine
 from tests.unit.platform import tokenizers_for_tests as made
 
@@ -934,25 +935,12 @@ async def test_the_clients_trace_reaches_the_engine(world: World) -> None:
 def real_engine(world: World) -> Iterator[wire.ReplicaEndpoint]:
     """The built-in model in an engine process."""
     endpoint = wire.ReplicaEndpoint("real", 1, str(world.folder / "real" / "engine.sock"))
-    spec = wire.EngineSpec(
-        model="tiny",
+    spec = tiny_spec(
         replica_id=endpoint.replica_id,
         incarnation=endpoint.incarnation,
         socket=endpoint.socket,
-        model_dir=str(builtin.path("tiny")),
-        dtype="float32",
-        kv_dtype="float32",
-        device="cpu",
-        threads=1,
-        max_model_len=512,
-        block_size=16,
         num_blocks=64,
-        max_num_seqs=8,
         max_num_batched_tokens=128,
-        chunked_prefill=True,
-        seed=0,
-        memory_limit=1 << 30,
-        hot_hash="h0",
     )
     path = world.folder / "real.json"
     path.write_bytes(msgspec.json.encode(spec))

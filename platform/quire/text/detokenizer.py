@@ -60,7 +60,7 @@ class Detokenizer:
     def _advance(self) -> str:
         before = self._text(self._window[: self._done])
         after = self._text(self._window)
-        # What the decoder strips, it strips from the first text it sees: a window must not begin with an empty one.
+        # The decoder strips from the first text it sees: a window must not begin with tokens that have none.
         if self._text(self._window[self._done :]):
             self._window = self._window[self._done :]
         self._done = len(self._window)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from tests.engine_specs import tiny_spec
 from torch import Tensor
 
 from quire.builtin import path as builtin_path
@@ -23,26 +24,7 @@ from quire_schemas.checkpoint import read_profile
 from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
 
-SPEC = EngineSpec(
-    model="tiny",
-    replica_id="tiny-0",
-    incarnation=1,
-    socket="",
-    model_dir=str(builtin_path()),
-    dtype="float32",
-    kv_dtype="float32",
-    device="cpu",
-    threads=1,
-    max_model_len=256,
-    block_size=8,
-    num_blocks=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    chunked_prefill=True,
-    seed=0,
-    memory_limit=1 << 30,
-    hot_hash="h0",
-)
+SPEC = tiny_spec(max_model_len=256, block_size=8, num_blocks=64)
 PROMPT = [50, 60, 70, 80, 90]
 
 

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 import torch
+from tests.engine_specs import tiny_spec
 
-from quire.builtin import path as builtin_path
 from quire_engine import server as server_module
 from quire_engine.errors import InvalidSpec, InvariantBroken, SocketTaken
 from quire_engine.scheduler import Scheduler
@@ -68,27 +68,7 @@ def folder() -> Iterator[Path]:
 
 
 def spec_in(folder: Path, **fields: Any) -> EngineSpec:
-    spec = EngineSpec(
-        model="tiny",
-        replica_id="tiny-0",
-        incarnation=3,
-        socket=str(folder / "engine.sock"),
-        model_dir=str(builtin_path()),
-        dtype="float32",
-        kv_dtype="float32",
-        device="cpu",
-        threads=1,
-        max_model_len=512,
-        block_size=16,
-        num_blocks=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        chunked_prefill=True,
-        seed=0,
-        memory_limit=1 << 30,
-        hot_hash="h0",
-    )
-    return msgspec.structs.replace(spec, **fields)
+    return tiny_spec(**{"incarnation": 3, "socket": str(folder / "engine.sock"), **fields})
 
 
 class Client:

@@ -1,17 +1,17 @@
 """`POST /v1/chat/completions`: how a conversation is read, and how its answer is written.
 
-A stream's events per choice: one with the role alone, events with content, one with the finish reason alone. The
-bytes around what changes are made once per stream; `quire_schemas.openai.ChatChunk` is their shape, and a test
-holds them to it.
+A stream's events per choice: one with the role alone, events with content, one with the finish reason alone.
+`quire_schemas.openai.ChatChunk` is their shape, and a test holds them to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from quire.router.api import logprobs
+from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway, Job, TokenScore, Update
 from quire_schemas.openai import (
@@ -85,46 +85,24 @@ class ChatStream:
 
     def __init__(self, job: Job, request: ChatRequest) -> None:
         self._job = job
-        self._opened: set[int] = set()
-        head = {
-            "id": job.id,
-            "object": "chat.completion.chunk",
-            "created": job.created,
-            "model": job.asked_model,
-            "system_fingerprint": job.fingerprint,
-        }
-        self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
-        self._tail = b',"usage":null}\n\n' if request.wants_usage else b"}\n\n"
+        self._envelope = Envelope(job, "chat.completion.chunk", wants_usage=request.wants_usage)
+        self.closing = self._envelope.closing
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
-        tail = b"]" + (self._tail if usage is None else _usage(usage))
-        out: list[bytes] = []
-        for update in updates:
-            if update.index not in self._opened:
-                self._opened.add(update.index)
-                out.append(self._event(update.index, b'{"role":"assistant","content":""}', b"null", b"null", tail))
-            if update.text or update.scores:
-                content = b'{"content":' + _json.encode(update.text) + b"}"
-                found = _logprobs(self._job, update.scores)
-                scores = found.model_dump_json().encode() if found is not None else b"null"
-                out.append(self._event(update.index, content, scores, b"null", tail))
-            if update.finish_reason is not None:
-                out.append(self._event(update.index, b"{}", b"null", _json.encode(update.finish_reason), tail))
-        return b"".join(out)
-
-    def _event(self, index: int, delta: bytes, scores: bytes, finish: bytes, tail: bytes) -> bytes:
-        return b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}%b' % (
-            self._head,
-            index,
-            delta,
-            scores,
-            finish,
-            tail,
+        return b"".join(
+            self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
         )
 
-    def closing(self, usage: Usage) -> bytes:
-        return self._head + b"]" + _usage(usage)
+    def _choices(self, update: Update) -> Iterator[bytes]:
+        if self._envelope.opens(update.index):
+            yield _chunk(update.index, b'{"role":"assistant","content":""}')
+        if update.text or update.scores:
+            found = _logprobs(self._job, update.scores)
+            scores = found.model_dump_json().encode() if found is not None else b"null"
+            yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores)
+        if update.finish_reason is not None:
+            yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))
 
 
-def _usage(usage: Usage) -> bytes:
-    return b',"usage":' + usage.model_dump_json().encode() + b"}\n\n"
+def _chunk(index: int, delta: bytes, scores: bytes = b"null", finish: bytes = b"null") -> bytes:
+    return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, scores, finish)

@@ -6,11 +6,12 @@ stream have the shape of the whole answer; the last one of a choice has the fini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from quire.router.api import logprobs
+from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway, Job, TokenScore, Update
 from quire_schemas.openai import (
@@ -101,45 +102,29 @@ class CompletionStream:
 
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job
-        self._opened: set[int] = set()
-        head = {
-            "id": job.id,
-            "object": "text_completion",
-            "created": job.created,
-            "model": job.asked_model,
-            "system_fingerprint": job.fingerprint,
-        }
-        self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
-        self._tail = b',"usage":null}\n\n' if request.wants_usage else b"}\n\n"
+        self._envelope = Envelope(job, "text_completion", wants_usage=request.wants_usage)
+        self.closing = self._envelope.closing
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
-        tail = b"]" + (self._tail if usage is None else _usage(usage))
-        out: list[bytes] = []
-        for update in updates:
-            text = update.text
-            if update.index not in self._opened:
-                self._opened.add(update.index)
-                text = _echo(self._job, update.index) + text
-            if text or update.scores:
-                out.append(self._event(update.index, text, update.scores, b"null", tail))
-            if update.finish_reason is not None:
-                out.append(self._event(update.index, "", (), _json.encode(update.finish_reason), tail))
-        return b"".join(out)
-
-    def _event(self, index: int, text: str, scores: Sequence[TokenScore], finish: bytes, tail: bytes) -> bytes:
-        found = _logprobs(self._job, scores) if scores else None
-        return b'%b{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}%b' % (
-            self._head,
-            index,
-            _json.encode(text),
-            found.model_dump_json().encode() if found is not None else b"null",
-            finish,
-            tail,
+        return b"".join(
+            self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
         )
 
-    def closing(self, usage: Usage) -> bytes:
-        return self._head + b"]" + _usage(usage)
+    def _choices(self, update: Update) -> Iterator[bytes]:
+        text = update.text
+        if self._envelope.opens(update.index):
+            text = _echo(self._job, update.index) + text
+        if text or update.scores:
+            yield self._chunk(update.index, text, update.scores, b"null")
+        if update.finish_reason is not None:
+            yield self._chunk(update.index, "", (), _json.encode(update.finish_reason))
 
-
-def _usage(usage: Usage) -> bytes:
-    return b',"usage":' + usage.model_dump_json().encode() + b"}\n\n"
+    def _chunk(self, index: int, text: str, scores: Sequence[TokenScore], finish: bytes) -> bytes:
+        found = _logprobs(self._job, scores) if scores else None
+        shown = found.model_dump_json().encode() if found is not None else b"null"
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            _json.encode(text),
+            shown,
+            finish,
+        )
