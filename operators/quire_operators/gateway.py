@@ -202,7 +202,8 @@ class GatewayReconciler:
                 self._fail(Reason.ROUTER_FAILED, error.message)
             return RETRY_SECONDS
         self._failure = None
-        self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {self.base_url()}")
+        where = f"{host}:{port}" if port else f"a free port of {host}, which its status shows"
+        self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {where}")
         return None
 
     def _fail(self, reason: Reason, message: str) -> None:

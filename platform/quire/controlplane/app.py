@@ -1,7 +1,7 @@
 """The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: every answer is the plane's.
 
 Errors are `{"error": {"code", "message", "hint", "exitCode"}}`; manifests with problems add `"problems"`. The API
-is described in docs/reference/admin-api.md.
+is described in docs/admin-api.md.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tests.effort import EFFORT, examples
 
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
@@ -471,10 +472,10 @@ class World(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=200,
+    max_examples=examples(200),
     stateful_step_count=50,
     deadline=None,
-    derandomize=True,
+    derandomize=EFFORT == 1,
     database=None,
     suppress_health_check=list(HealthCheck),
 )

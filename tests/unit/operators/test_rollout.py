@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tests.effort import EFFORT, examples
 
 from quire_operators import rollout
 from quire_operators.rollout import (
@@ -532,9 +533,9 @@ class Rollouts(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=120,
+    max_examples=examples(120),
     stateful_step_count=25,
-    derandomize=True,
+    derandomize=EFFORT == 1,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,7 +155,7 @@ def backend() -> Tokenizer:
     return Tokenizer.from_file(str(path() / "tokenizer.json"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     ids = backend().encode(text).ids

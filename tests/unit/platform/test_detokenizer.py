@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire.text import Detokenizer, Tokenizer
@@ -32,7 +33,7 @@ def in_pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_of_random_ids_join_to_the_text_of_the_whole(
     tokenizers: dict[str, Tokenizer], kind: str, data: st.DataObject, skip: bool
@@ -44,7 +45,7 @@ def test_pieces_of_random_ids_join_to_the_text_of_the_whole(
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁�"), max_size=20))
 def test_no_piece_of_a_real_text_has_a_replacement_character(
     tokenizers: dict[str, Tokenizer], kind: str, text: str

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 
 from quire_schemas.openai import (
     CHAT_REFUSED,
@@ -333,7 +334,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.dictionaries(st.sampled_from(SAMPLING + CHAT_ONLY + COMPLETION_ONLY), JSON, max_size=4), JSON, JSON)
 def test_whatever_comes_it_is_a_request_or_a_bad_request(fields: dict[str, Any], first: Any, second: Any) -> None:
     for read, base in (
@@ -350,7 +351,7 @@ def test_whatever_comes_it_is_a_request_or_a_bad_request(fields: dict[str, Any],
             assert "pydantic" not in said
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=60))
 def test_random_bytes_are_a_bad_request(body: bytes) -> None:
     with pytest.raises(BadRequest):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 
 from quire.text import StopStrings
 
@@ -33,7 +34,7 @@ def run(pieces: list[str], stops: list[str], include: bool) -> tuple[list[str], 
     return [*out, machine.finish()], None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(PIECES, STOPS, st.booleans())
 def test_any_chunking_gives_what_reading_by_character_gives(
     pieces: list[str], stops: list[str], include: bool
@@ -43,7 +44,7 @@ def test_any_chunking_gives_what_reading_by_character_gives(
     assert ("".join(out), hit) == (expected, expected_hit)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(PIECES, STOPS.filter(bool))
 def test_nothing_is_out_that_a_stop_string_could_still_take_back(pieces: list[str], stops: list[str]) -> None:
     """Whatever follows, the text given out so far begins the final text; and no more is held than needed."""

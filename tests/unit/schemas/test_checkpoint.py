@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 
 from quire_schemas import checkpoint
 from quire_schemas.checkpoint import (
@@ -421,7 +422,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
             read_header(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 @example(data=None)
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(

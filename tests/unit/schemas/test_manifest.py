@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 
 from quire_schemas.fields import fields_of
 from quire_schemas.manifest import (
@@ -512,7 +513,7 @@ def _sound(manifest: Manifest, texts: list[tuple[str, str]]) -> None:
         assert parse_intent(located.intent) == located.resource
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_damaged_manifests_give_problems_and_never_raise(data: st.DataObject) -> None:
     text = data.draw(st.sampled_from([path.read_text() for path in EXAMPLES]))
@@ -532,7 +533,7 @@ JUNK: st.SearchStrategy[Any] = st.recursive(
 FIELDS = st.sampled_from(sorted(fields_of(ModelSpec).keys() - {"source"}))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(FIELDS, JUNK, min_size=1, max_size=4))
 def test_any_value_in_any_field_is_taken_or_refused(fields: dict[str, Any]) -> None:
     document = {

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
+from tests.effort import examples
 
 from quire_schemas.explain import SCHEMA_ID, UnknownField, explain, json_schema
 from quire_schemas.fields import fields_of, walk
@@ -221,7 +222,7 @@ def test_what_the_schema_refuses_the_reader_refuses_too(wrong: dict[str, Any]) -
     assert load([("f", json.dumps(wrong))]).problems
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_what_the_reader_takes_the_schema_takes(data: st.DataObject) -> None:
     """Values that suit some field are put into other fields: whatever passes the reader passes the schema."""

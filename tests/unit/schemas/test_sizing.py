@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.effort import examples
 
 from quire_schemas.checkpoint import ModelProfile, profile_from_config
 from quire_schemas.sizing import (
@@ -284,7 +285,7 @@ def test_float32_is_offered_half_precision() -> None:
 # ── properties ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     profile=st.sampled_from([LLAMA_8B, QWEN_HALF_B]),
     gib=st.integers(1, 200),
