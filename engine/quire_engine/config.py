@@ -10,6 +10,8 @@ import msgspec
 from quire_engine.errors import InvalidSpec
 from quire_schemas.wire import EngineSpec
 
+_LEAST = {"threads": 1, "max_model_len": 2, "block_size": 1, "num_blocks": 1, "memory_limit": 1}
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
@@ -46,7 +48,8 @@ def read_spec(path: Path) -> EngineSpec:
 
 def check_spec(spec: EngineSpec) -> None:
     """Raise `InvalidSpec` for a number that no engine can be built with."""
-    for name in ("threads", "max_model_len", "block_size", "num_blocks", "memory_limit"):
-        if getattr(spec, name) < 1:
-            raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least 1")
+    # a context of one token would have room for a prompt and none for an answer
+    for name, least in _LEAST.items():
+        if getattr(spec, name) < least:
+            raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least {least}")
     limits_of(spec)

@@ -196,6 +196,7 @@ class Engine:
         scheduler, counters = self._scheduler, self._scheduler.counters
         return Stats(
             steps=counters.steps,
+            max_num_seqs=scheduler.limits.max_num_seqs,
             last_step_at=self._last_step_at,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),

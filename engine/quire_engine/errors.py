@@ -15,6 +15,9 @@ A request's own failure during a step is not an exception that travels: it becom
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 
 class EngineError(Exception):
     """Root of everything this package raises on purpose."""
@@ -44,6 +47,19 @@ class DeviceUnavailable(EngineError):
 
 class SocketTaken(EngineError):
     """Another process listens on the socket of the spec."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the machine or of a device, could not be had: another time it may be there."""
+    if isinstance(error, MemoryError):
+        return True
+    torch: Any = sys.modules.get("torch")  # not imported here: without it loaded, the error is none of its own
+    if torch is None:
+        return False
+    # torch reports the machine's own memory as a plain RuntimeError of its allocator
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 class RequestRefused(EngineError):

@@ -32,7 +32,7 @@ from pathlib import Path
 import msgspec
 
 from quire_engine.driver import Died, Driver, Loaded, Output
-from quire_engine.errors import InvalidSpec, SocketTaken, StartError
+from quire_engine.errors import InvalidSpec, SocketTaken, StartError, is_out_of_memory
 from quire_schemas.checkpoint import CheckpointError
 from quire_schemas.wire import (
     PROTOCOL,
@@ -53,6 +53,8 @@ from quire_schemas.wire import (
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "OutOfMemory"
+"""Reason of a `failed` event that the control plane answers with patience, and in the end with advice."""
 EXIT_POINTLESS = 78
 """Trying again with the same spec would fail again (EX_CONFIG of sysexits.h)."""
 MAX_UNREAD = 16 * 1024 * 1024
@@ -77,17 +79,21 @@ class Status:
             mode = os.fstat(descriptor).st_mode
             self.is_watched = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
-    def emit(self, event: EngineEvent) -> None:
+    def emit(self, event: EngineEvent, *, logged: bool = True) -> None:
         """Write one line. Raises `BrokenPipeError` when nobody reads any more."""
         line = msgspec.json.encode(event) + b"\n"
-        log.info("%s", line.decode().rstrip())
+        if logged:
+            log.info("%s", line.decode().rstrip())
         if self.descriptor >= 0:
             os.write(self.descriptor, line)
 
     def failed(self, error: BaseException) -> int:
         """Tell why the process ends; returns its exit code."""
         pointless = isinstance(error, StartError | CheckpointError)
-        reason = error.reason if isinstance(error, StartError) else type(error).__name__
+        if is_out_of_memory(error):
+            reason = OUT_OF_MEMORY
+        else:
+            reason = error.reason if isinstance(error, StartError) else type(error).__name__
         with contextlib.suppress(BrokenPipeError):  # we end anyhow
             self.emit(
                 EngineEvent("failed", time.time(), reason=reason, message=str(error), retryable=not pointless)
@@ -113,6 +119,16 @@ class Connection:
             transport.abort()
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where the deltas of one of our numbers go."""
+
+    connection: Connection
+    request_id: str
+    trace: str | None
+    """The client's traceparent, shown in the log with a request that fails."""
+
+
 class Server:
     """One engine process from its spec to its exit code. To be made inside a running event loop."""
 
@@ -125,7 +141,7 @@ class Server:
         self._end: asyncio.Future[int] = self._loop.create_future()
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._routes: dict[str, tuple[Connection, str]] = {}
+        self._routes: dict[str, _Route] = {}
         self._numbers = itertools.count(1)
         self._step = 0
 
@@ -161,8 +177,10 @@ class Server:
     async def _load(self) -> None:
         """Wait for the driver to load, and report bytes meanwhile."""
         self._driver.start()
+        first = True
         while True:
-            self._status.emit(self._loading())
+            self._status.emit(self._loading(), logged=first)
+            first = False
             done, _ = await asyncio.wait(
                 (self._loaded, self._end), timeout=PROGRESS_INTERVAL, return_when=asyncio.FIRST_COMPLETED
             )
@@ -191,9 +209,9 @@ class Server:
     async def _part(self, code: str) -> None:
         """End every live request with an error, let readers take it, close."""
         ended: dict[Connection, list[Delta]] = {}
-        for connection, request_id in self._routes.values():
-            ended.setdefault(connection, []).append(
-                Delta(request_id, finish_reason="error", error_code=code, error="the engine has stopped")
+        for route in self._routes.values():
+            ended.setdefault(route.connection, []).append(
+                Delta(route.request_id, finish_reason="error", error_code=code, error="the engine has stopped")
             )
         self._routes.clear()
         for connection, deltas in ended.items():
@@ -235,11 +253,13 @@ class Server:
             route = self._routes.get(delta.id)
             if route is None:
                 continue
-            connection, request_id = route
             if delta.finish_reason is not None:
-                del self._routes[delta.id], connection.live[request_id]
-            delta.id = request_id
-            shares.setdefault(connection, []).append(delta)
+                del self._routes[delta.id], route.connection.live[route.request_id]
+            delta.id = route.request_id
+            if delta.error_code is not None:
+                words = (delta.id, delta.error_code, delta.error, route.trace or "no trace")
+                log.warning("request %s ended: %s: %s (%s)", *words)
+            shares.setdefault(route.connection, []).append(delta)
         for connection, deltas in shares.items():
             connection.send(Deltas(output.step, deltas))
         if output.stats is not None:
@@ -266,7 +286,8 @@ class Server:
             writer.close()
 
     async def _converse(self, connection: Connection, messages: Reader[ToEngine]) -> None:
-        hello = await asyncio.wait_for(messages.read(), HELLO_PATIENCE)
+        async with asyncio.timeout(HELLO_PATIENCE):
+            hello = await messages.read()
         if hello is None:
             return
         if not isinstance(hello, Hello):
@@ -306,7 +327,7 @@ class Server:
             raise WireError(f"two live requests with the id {message.id!r}")
         number = f"r{next(self._numbers)}"
         connection.live[message.id] = number
-        self._routes[number] = (connection, message.id)
+        self._routes[number] = _Route(connection, message.id, message.trace)
         message.id = number
         self._driver.add(message, time.monotonic())
 

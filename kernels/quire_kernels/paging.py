@@ -41,18 +41,11 @@ class PagedBatch:
     """[S], on the host: planning must not wait for a device."""
     contexts: tuple[int, ...]
     """[S], `context_lens` on the host."""
-    max_query: int
-    max_context: int
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.positions.shape[0]
-
-    @property
-    def num_sequences(self) -> int:
-        """S."""
-        return len(self.contexts)
 
     @classmethod
     def build(
@@ -112,6 +105,4 @@ class PagedBatch:
             block_size=block_size,
             query_lens=tuple(query_lens),
             contexts=tuple(contexts),
-            max_query=max(query_lens, default=0),
-            max_context=max(contexts, default=0),
         )

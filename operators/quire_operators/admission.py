@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ class Admission:
         inventory = inventory or self._detect()
         reviews = [self._review(located, inventory, configs or {}) for located in resources]
         self._refuse_name_conflicts(reviews)
+        self._note_crowding(reviews, inventory)
         return reviews
 
     def changes(self, reviews: Sequence[Review]) -> list[Change]:
@@ -167,15 +169,14 @@ class Admission:
             try:
                 self._review_model(review, located.resource, inventory, configs)
             except SourceError as error:
-                where = "spec.tokenizer.source" if review.placement is not None else "spec.source"
-                self._refuse(review, Refusal(where, error.reason, error.message, error.hint))
+                self._refuse(review, Refusal(error.path, error.reason, error.message, error.hint))
             except CheckpointError as error:
                 unsupported = isinstance(error, UnsupportedArchitecture | UnsupportedFeature)
                 reason = "UnsupportedArchitecture" if unsupported else "InvalidReference"
                 self._refuse(review, Refusal("spec.source", reason, error.message, error.hint))
             except PlacementError as error:
                 review.fit = error.fit
-                self._refuse(review, Refusal("spec.engine", error.reason, error.message, error.hint))
+                self._refuse(review, Refusal(error.path, error.reason, error.message, error.hint))
         elif unchanged and old is not None:
             review.resolved = old.resolved
         else:
@@ -323,7 +324,13 @@ class Admission:
         if source is None and standing_in:
             review.notes.append("planned from a configuration; the checkpoint itself was not looked at")
             return ""
-        folder = model_dir if source is None else str(self._sources.locate(source).folder)
+        folder = model_dir
+        if source is not None:
+            try:
+                folder = str(self._sources.locate(source).folder)
+            except SourceError as error:
+                error.path = "spec.tokenizer.source"
+                raise
         if not (Path(folder) / "tokenizer.json").is_file():
             self._refuse(
                 review,
@@ -402,6 +409,40 @@ class Admission:
                             f"choose another name, or delete {owner} first",
                         ),
                     )
+
+    def _note_crowding(self, reviews: Sequence[Review], inventory: Inventory) -> None:
+        """Each model was reviewed as if it came alone: say so where together they do not fit this machine.
+
+        Those that exist already come first, as they do when it is applied.
+        """
+        in_set = {review.key.name for review in reviews}
+        taken = held(row for row in self._store.replicas() if row.model not in in_set)
+        others = dict(taken)
+        before: dict[str, list[str]] = {"cpu": [], "cuda": []}
+        for review in sorted(reviews, key=lambda review: review.old is None):
+            placement, spec = review.placement, review.resolved
+            if review.refusal is not None or placement is None:
+                continue
+            fits = partial(
+                free_places,
+                inventory,
+                kind=placement.device,
+                need=placement.memory,
+                share=parse_percent(spec["engine"]["memory"]),
+                device_ids=spec["placement"]["deviceIds"],
+            )
+            want = spec["replicas"]
+            places = fits(taken=taken)[:want]
+            missing, neighbours = want - len(places), before[placement.device]
+            if missing and neighbours and len(fits(taken=others)) >= want:
+                reason = "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices"
+                who = "it" if missing == want else f"{missing} of its {want} replicas"
+                names = ", ".join(neighbours)
+                review.notes.append(f"fits alone; together with {names} {who} will wait as {reason}")
+            for device in places:
+                taken[device] = taken.get(device, 0) + placement.memory
+            if places:
+                neighbours.append(str(review.key))
 
 
 def _plain_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from quire_operators.gateway import GatewayReconciler
 from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
 from quire_operators.rollout import Desired, Goal, Orphan, Process, Row, Seen, World
-from quire_operators.routes import Routable, Routes
+from quire_operators.routes import Routable, Routes, Text
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Conflict, Revision, Store, StoredObject
 from quire_schemas import wire
@@ -305,6 +306,7 @@ class ModelReconciler:
             case rollout.Forget():
                 self._fleet.forget(step.replica)
                 self._store.delete_replica(step.replica)
+                self._remove_stale_logs(view.stored)
                 self._neighbours_may_move()
             case rollout.StopOrphan():
                 await self._stop_orphan(step.replica, step.nonce)
@@ -325,6 +327,17 @@ class ModelReconciler:
             case rollout.Undrain():
                 self._move(step)
                 self._store.add_event(key, "Normal", "Undrained", f"{step.replica} is needed after all")
+
+    def _remove_stale_logs(self, stored: StoredObject) -> None:
+        """Keep the logs of replicas whose revision is on record; all of them would pile up with every rollout."""
+        name = stored.key.name
+        revisions = {revision.n for revision in self._store.revisions(stored.uid)}
+        rows = {row.id for row in self._store.replicas(name)}
+        folder = self._state.replica_log(name, "any").parent
+        for path in folder.iterdir() if folder.is_dir() else ():
+            replica = log_owner(path.name, name)
+            if replica is not None and replica[0] not in rows and replica[1] not in revisions:
+                path.unlink(missing_ok=True)
 
     def _row(self, replica: str) -> Row:
         row = next((row for row in self._store.replicas() if row.id == replica), None)
@@ -360,9 +373,14 @@ class ModelReconciler:
         """Write the incarnation and its nonce, then start it. A start that fails is observed as an end."""
         row = self._row(step.replica)
         revision = next(
-            (r for r in self._store.revisions(view.stored.uid) if r.template_hash == row.template_hash),
-            view.revision,
+            (r for r in self._store.revisions(view.stored.uid) if r.template_hash == row.template_hash), None
         )
+        if revision is None:
+            # Nothing says what it would be: another revision's engine under this row's name would be a lie.
+            text = f"{row.id} is of revision {row.revision}, which is no longer on record"
+            self._move(rollout.Fail(row.id, view.desired.generation, rollout.Exit("NoRevision", text, False)))
+            self._store.add_event(view.stored.key, "Warning", "NoRevision", text)
+            return
         placement = Placement.from_dict(revision.placement)
         new = replace(rollout.after(row, step, self._clock()), nonce=Store.new_nonce())
         row = self._store.update_replica(row, new)
@@ -370,9 +388,8 @@ class ModelReconciler:
         hot = spec if row.template_hash == view.desired.template_hash else revision.resolved
         engine = placement.engine_spec(row.model, row.id, row.incarnation, self.socket_of(row), hot, hot_hash(hot))
         folder = self._folder(row)
-        env = {**self._environ, **{item["name"]: item["value"] or "" for item in revision.resolved["env"]}}
-        if row.device.startswith("cuda:"):
-            env["CUDA_VISIBLE_DEVICES"] = row.device.removeprefix("cuda:")
+        declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
+        env = {**self._environ, **declared, **device_env(row.device)}
         unit = Unit(
             folder=folder,
             name=row.id,
@@ -593,30 +610,40 @@ class ModelReconciler:
             revision = self._revision(stored)
             rows = self._store.replicas(stored.key.name)
             pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in rows)
-            route = self._route(stored, revision, pairs)
-            found.append(Routable(route, pairs, {row.id: self.socket_of(row) for row in rows}))
+            placements = {
+                r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
+            }
+            texts = {
+                row.id: Text(placed.tokenizer_dir, placed.chat_template_file)
+                for row in rows
+                if (placed := placements.get(row.template_hash)) is not None
+            }
+            route = self._route(stored, revision, placements, pairs)
+            found.append(Routable(route, pairs, {row.id: self.socket_of(row) for row in rows}, texts))
         return found
 
     def _route(
-        self, stored: StoredObject, revision: Revision, pairs: tuple[tuple[Row, Seen], ...]
+        self,
+        stored: StoredObject,
+        revision: Revision,
+        placements: Mapping[str, Placement],
+        pairs: tuple[tuple[Row, Seen], ...],
     ) -> wire.ModelRoute:
-        """A table entry without replicas. Bounds are the narrowest among the revisions that serve."""
+        """A table entry without replicas, with the current revision's text. Bounds are the narrowest among the
+        revisions that are ready; `placements` are by template hash."""
         placement = Placement.from_dict(revision.placement)
         ready = {row.template_hash for row, seen in pairs if seen.process is Process.READY}
-        placements = [
-            Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid) if r.template_hash in ready
-        ] or [placement]
-        serving = placements[0] if revision.template_hash not in ready else placement
+        narrow = [placed for template, placed in placements.items() if template in ready] or [placement]
         batching = stored.resolved["batching"]
         return wire.ModelRoute(
             model=stored.key.name,
             names=tuple(stored.resolved["servedModelNames"]),
             revision=revision.n,
             template_hash=revision.template_hash,
-            tokenizer_dir=serving.tokenizer_dir,
-            chat_template_file=serving.chat_template_file,
-            max_model_len=min(p.max_model_len for p in placements),
-            kv_tokens=min(p.kv_tokens for p in placements),
+            tokenizer_dir=placement.tokenizer_dir,
+            chat_template_file=placement.chat_template_file,
+            max_model_len=min(p.max_model_len for p in narrow),
+            kv_tokens=min(p.kv_tokens for p in narrow),
             max_queue_length=batching["maxQueueLength"],
             max_queue_wait=parse_duration(batching["maxQueueWait"]),
             created=int(stored.created_at),
@@ -630,6 +657,20 @@ class ModelReconciler:
         if revision.load_seconds is None or not started:
             return None
         return max(1.0, revision.load_seconds - (self._clock() - min(started)))
+
+
+def log_owner(file: str, model: str) -> tuple[str, int] | None:
+    """The replica's id and revision that a log file of `model` (rotated ones too) is named after, if it is one."""
+    found = re.fullmatch(rf"({re.escape(model)}-r(\d+)-\d+)\.log(\.\d+)?", file)
+    return (found[1], int(found[2])) if found else None
+
+
+def device_env(device: str) -> dict[str, str]:
+    """What shows an engine its device alone. Devices are numbered as NVML does, by bus; CUDA would put the fastest
+    first unless told otherwise."""
+    if not device.startswith("cuda:"):
+        return {}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}
 
 
 ROUTES = Key("routes", "router")

@@ -139,6 +139,12 @@ def private_dir(path: Path) -> None:
         raise StateDirError(
             f"cannot make {path}: {error.strerror or error}", f"its parent {path.parent} must be a writable folder"
         ) from error
+    check_private(path)
+
+
+def check_private(path: Path) -> None:
+    """Accept `path` if it is a directory of this user closed to others. Makes nothing: one that is not there is a
+    FileNotFoundError."""
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise StateDirError(

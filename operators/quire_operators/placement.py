@@ -7,14 +7,15 @@ beside them now, it is accepted and waits, and `fits_now` says so.
 
 Exceptions:
 
-    PlacementError         has reason (a word of `status.Reason`), message and hint
+    PlacementError         has path of the field, reason (a word of `status.Reason`), message and hint
     ├── NoDevice           the kind of device that is asked for is not there
+    ├── NoSuchBound        a bound was declared that nothing would keep on this device
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -29,8 +30,11 @@ from quire_schemas.update import EngineLimits
 class PlacementError(Exception):
     """The spec cannot run on this machine."""
 
-    def __init__(self, reason: str, message: str, hint: str, report: FitReport | None = None) -> None:
+    def __init__(
+        self, reason: str, message: str, hint: str, report: FitReport | None = None, path: str = "spec.engine"
+    ) -> None:
         super().__init__(message)
+        self.path = path
         self.reason = reason
         self.message = message
         self.hint = hint
@@ -39,6 +43,10 @@ class PlacementError(Exception):
 
 class NoDevice(PlacementError):
     """There is no device of the kind that is asked for."""
+
+
+class NoSuchBound(PlacementError):
+    """A bound that this kind of device has nothing to keep it with."""
 
 
 class TooLarge(PlacementError):
@@ -113,7 +121,10 @@ class Placement:
         resolved: Mapping[str, Any],
         hot_hash: str,
     ) -> wire.EngineSpec:
-        """The spec of one engine; hot values are those of `resolved`."""
+        """The spec of one engine. Hot values are those declared in `resolved`, which `hot_hash` stands for: a new
+        incarnation begins where a running one was moved to. Blocks and the memory limit are those of the bounds,
+        so that hot values can move up to them again.
+        """
         batching = resolved["batching"]
         return wire.EngineSpec(
             model=model,
@@ -128,8 +139,8 @@ class Placement:
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             num_blocks=self.num_blocks,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=batching["maxNumSeqs"],
+            max_num_batched_tokens=batching["maxNumBatchedTokens"],
             chunked_prefill=batching["chunkedPrefill"],
             seed=self.seed,
             memory_limit=self.memory,
@@ -163,13 +174,22 @@ def place(
     this model's replicas (which its rollout replaces) and by all of Quire's.
     """
     engine = resolved["engine"]
-    kind = _kind(engine["device"], inventory)
-    name = "cpu" if kind == "cpu" else _gpu(inventory, resolved["placement"]["deviceIds"], own)
+    device_ids = resolved["placement"]["deviceIds"]
+    kind = _kind(engine["device"], device_ids, inventory)
+    host_limit = resolved["resources"]["memory"]
+    if host_limit is not None and kind == "cuda":
+        raise NoSuchBound(
+            "ConfigRejected",
+            f"spec.resources.memory {host_limit} bounds host memory, and this model runs on a GPU, where no such "
+            "bound is kept",
+            "remove it; on a GPU spec.engine.memory bounds a replica. Or declare spec.engine.device: cpu",
+            path="spec.resources.memory",
+        )
+    name = "cpu" if kind == "cpu" else _gpu(inventory, device_ids, own)
     total = inventory.total(name)
     free = inventory.available if kind == "cpu" else _available(inventory, name)
     dtype = profile.dtype if engine["dtype"] == "auto" else engine["dtype"]
     cache = engine["kvCache"]
-    host_limit = resolved["resources"]["memory"]
     request = SizingRequest(
         dtype=dtype,
         kv_dtype=dtype if cache["dtype"] == "auto" else cache["dtype"],
@@ -182,7 +202,7 @@ def place(
         memory_share=parse_percent(engine["memory"]),
         max_model_len=None if engine["maxModelLen"] == "auto" else engine["maxModelLen"],
         kv_size=None if cache["size"] == "auto" else parse_quantity(cache["size"]),
-        memory_limit=parse_quantity(host_limit) if host_limit is not None and kind == "cpu" else None,
+        memory_limit=parse_quantity(host_limit) if host_limit is not None else None,
         device_name=_device_name(inventory, name),
     )
     if request.max_model_len is None and not resolved["batching"]["chunkedPrefill"]:
@@ -210,8 +230,6 @@ def place(
     threads = resolved["resources"]["cpu"] or inventory.cores
     if threads > inventory.cores:
         notes.append(f"spec.resources.cpu {threads} is more than the {inventory.cores} cores of this machine")
-    if host_limit is not None and kind == "cuda":
-        notes.append("spec.resources.memory bounds host memory; on a GPU the engine's bound is spec.engine.memory")
     return Placed(
         Placement(
             model_dir=folders[0],
@@ -239,12 +257,21 @@ def place(
     )
 
 
-def _kind(asked: str, inventory: Inventory) -> Literal["cpu", "cuda"]:
+def _kind(asked: str, device_ids: Sequence[int], inventory: Inventory) -> Literal["cpu", "cuda"]:
+    """Who names GPUs asks for one: `auto` with device ids is cuda."""
     if asked == "cuda" and not inventory.gpus:
         raise NoDevice(
             "InsufficientDevices",
             "spec.engine.device is cuda, and this machine has no GPU that NVML reports",
             "use spec.engine.device: cpu or auto, or check the GPU's driver with nvidia-smi",
+            path="spec.engine.device",
+        )
+    if asked == "auto" and device_ids and not inventory.gpus:
+        raise NoDevice(
+            "InsufficientDevices",
+            f"spec.placement.deviceIds {list(device_ids)} names GPUs, and this machine has none that NVML reports",
+            "remove spec.placement.deviceIds to run on the CPU, or check the GPU's driver with nvidia-smi",
+            path="spec.placement.deviceIds",
         )
     return "cuda" if asked == "cuda" or (asked == "auto" and inventory.gpus) else "cpu"
 
@@ -258,6 +285,7 @@ def _gpu(inventory: Inventory, device_ids: list[int], own: Mapping[str, int]) ->
             "InsufficientDevices",
             f"none of spec.placement.deviceIds {device_ids} is on this machine",
             f"its GPUs are: {there}",
+            path="spec.placement.deviceIds",
         )
     best = max(allowed, key=lambda gpu: gpu.available + own.get(f"cuda:{gpu.index}", 0))
     return f"cuda:{best.index}"

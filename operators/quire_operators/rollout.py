@@ -130,7 +130,8 @@ class Seen:
     connected: bool = False
     """The router has this incarnation in its table, draining or not, and is connected to it."""
     routed: bool = False
-    """Connected, and the acknowledged table gives it new requests."""
+    """Connected, and the acknowledged table gives it new requests, or has it stand by: then it is the moment's
+    tokenizer that keeps requests from it, and it serves as soon as the replicas of the other one leave."""
     released: bool = True
     """The router acknowledged a table that gives it no new requests."""
     in_flight: int = 0

@@ -1,6 +1,8 @@
 """What the router is told, and what it says about it.
 
-`build` makes a table from rows and observations, without I/O. `Routes` holds the conversation with the router
+`build` makes a table from rows and observations, without I/O. A route has one tokenizer, and ids made by one
+tokenizer are nonsense to an engine of another: while replicas of both run, `serving_text` says which ones get
+requests, and the others stand by. `Routes` holds the conversation with the router
 over its control socket: it sends a table whenever the content differs from what the router acknowledged, asks
 for the status while it has nothing to send, and answers the planner's questions about a replica by the last
 status and by the table that this status acknowledges, never by the table that was merely sent.
@@ -14,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -32,28 +34,78 @@ FRESH_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """What turns text into ids and back for an engine. Replicas of equal `Text` can serve one route."""
+
+    tokenizer_dir: str
+    chat_template_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Routable:
-    """One model with what the table needs to know of it. `sockets` maps replica ids to engine sockets."""
+    """One model with what the table needs to know of it.
+
+    `sockets` maps replica ids to engine sockets, `texts` to what they need for text; a replica without an entry
+    there has that of `route`, which is also the text to use while no replica is ready.
+    """
 
     route: wire.ModelRoute
     replicas: tuple[tuple[Row, Seen], ...]
     sockets: dict[str, str]
+    texts: Mapping[str, Text] = field(default_factory=dict)
+
+    def text_of(self, row: Row) -> Text:
+        return self.texts.get(row.id, Text(self.route.tokenizer_dir, self.route.chat_template_file))
+
+
+def serving_text(model: Routable) -> Text:
+    """Whose replicas get requests: the text with the most ready replicas that do not drain, the one of the newer
+    revision in a tie. Replicas that the router was once connected to count before those that merely say they are
+    ready, so that requests never move to where nobody can take them yet. Draining replicas decide only when there
+    are no others; with none at all it is the text of the current revision.
+    """
+    votes: dict[Text, list[int]] = {}
+    for row, seen in model.replicas:
+        if not _may_serve(row, seen) or row.id not in model.sockets:
+            continue
+        vote = votes.setdefault(model.text_of(row), [0, 0, 0])
+        if row.goal is not Goal.DRAIN:
+            vote[0] += row.ready_since is not None
+            vote[1] += 1
+        vote[2] = max(vote[2], row.revision)
+    current = Text(model.route.tokenizer_dir, model.route.chat_template_file)
+    return max(votes, key=lambda text: votes[text], default=current)
 
 
 def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
     """The table's content: every model, with the replicas that may carry requests.
 
     A replica is in it from the moment its engine is ready until it is gone or its stop was sent; one that
-    drains is marked so and keeps its streams.
+    drains is marked so and keeps its streams. One that needs another tokenizer or template than the route's
+    stands by: it is connected, and takes over when its kind is the greater part.
     """
     routes = []
     for model in models:
+        text = serving_text(model)
         endpoints = tuple(
-            wire.ReplicaEndpoint(row.id, row.incarnation, model.sockets[row.id], draining=row.goal is Goal.DRAIN)
+            wire.ReplicaEndpoint(
+                row.id,
+                row.incarnation,
+                model.sockets[row.id],
+                draining=row.goal is Goal.DRAIN,
+                standby=model.text_of(row) != text,
+            )
             for row, seen in model.replicas
             if _may_serve(row, seen) and row.id in model.sockets
         )
-        routes.append(msgspec.structs.replace(model.route, replicas=endpoints))
+        routes.append(
+            msgspec.structs.replace(
+                model.route,
+                tokenizer_dir=text.tokenizer_dir,
+                chat_template_file=text.chat_template_file,
+                replicas=endpoints,
+            )
+        )
     return tuple(routes)
 
 
@@ -200,6 +252,17 @@ class Routes:
                     self._hear(await self._ask(wire.SetLimits(replica_ids, limits)))
             except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
                 log.warning("cannot pass limits on through the router: %r", error)
+
+    async def finish(self, grace: float) -> bool:
+        """Have the router take no new request and end after at most `grace` seconds; whether it heard that."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(EXCHANGE_SECONDS):
+                    await self._ask(wire.Finish(grace))
+            except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
+                log.warning("cannot tell the router to finish: %r", error)
+                return False
+            return True
 
     async def _ask(self, message: wire.ToRouter) -> wire.RouterStatus:
         """One message and the status that follows it, over a connection of its own."""

@@ -30,6 +30,8 @@ class SourceError(Exception):
 
     def __init__(self, reason: str, message: str, hint: str) -> None:
         super().__init__(message)
+        self.path = "spec.source"
+        """The field that names the source; whoever asks for another field's source changes it."""
         self.reason = reason
         self.message = message
         self.hint = hint

@@ -376,7 +376,8 @@ class Store:
 
     @staticmethod
     def _add_revision(db: sa.Connection, uid: str, change: Change, now: float) -> int:
-        """The next number. Replicas that already run this template are replicas of the new revision."""
+        """The next number. Replicas that already run this template are replicas of the new revision. Revisions
+        beyond the history are removed, except those that a replica still is of."""
         new = change.revision
         if new is None:
             raise ValueError("no revision to add")
@@ -402,8 +403,13 @@ class Store:
             .where(_replicas.c.model == change.key.name, _replicas.c.template_hash == new.template_hash)
             .values(revision=n, resource_version=_replicas.c.resource_version + 1)
         )
+        running = sa.select(_replicas.c.revision).where(_replicas.c.model == change.key.name)
         db.execute(
-            sa.delete(_revisions).where(_revisions.c.uid == uid, _revisions.c.n < n - change.keep_revisions)
+            sa.delete(_revisions).where(
+                _revisions.c.uid == uid,
+                _revisions.c.n < n - change.keep_revisions,
+                _revisions.c.n.not_in(running),
+            )
         )
         return n
 

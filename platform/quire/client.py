@@ -23,6 +23,7 @@ import fcntl
 import http.client
 import json
 import os
+import re
 import selectors
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from quire_operators.paths import StateDir, StateDirError, private_dir
+from quire_operators.paths import StateDir, StateDirError, check_private
 
 START_SECONDS = 60.0
 """How long a start may take before the client gives up: a cold disk on a small machine needs several seconds."""
@@ -51,7 +52,10 @@ PASSED_ON = frozenset({
 })
 # fmt: on
 """What a started control plane inherits. No token is among them: it would depend on which shell came first."""
-PASSED_ON_PREFIXES = ("LC_", "QUIRE_", "XDG_", "NVIDIA_", "NCCL_")
+PASSED_ON_PREFIXES = ("LC_", "QUIRE_", "XDG_", "NVIDIA_", "NCCL_", "OTEL_")
+KEPT_BACK = re.compile(r"OTEL_EXPORTER_OTLP\w*_(HEADERS|CERTIFICATE|CLIENT_KEY)")
+"""Of the settings for traces, those that hold or name secrets stay behind as every other secret does. An exporter
+that needs them is a collector's task: let the router send to one on this machine."""
 
 
 class ClientError(Exception):
@@ -194,9 +198,7 @@ class Client:
         """None when nobody listens. Never speaks to a socket in a folder that somebody else could have made."""
         connection = _UnixConnection(self.state.admin_socket, self._timeout)
         try:
-            if not self.state.runtime.exists():
-                return None
-            private_dir(self.state.runtime)
+            check_private(self.state.runtime)  # only looks: a folder that `down` removed must stay away
             connection.connect()
         except StateDirError as error:
             raise Unreachable(error.message, error.hint) from error
@@ -305,7 +307,7 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+        if (name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)) and not KEPT_BACK.fullmatch(name)
     }
 
 

@@ -53,7 +53,7 @@ def _auto_or_quantity(value: Any) -> Any:
 
 
 AutoCount = Annotated[
-    Annotated[int, Field(ge=1, le=MAX_MODEL_LEN)] | Literal["auto"], BeforeValidator(_auto_or_count)
+    Annotated[int, Field(ge=2, le=MAX_MODEL_LEN)] | Literal["auto"], BeforeValidator(_auto_or_count)
 ]
 AutoQuantity = Annotated[Literal["auto"] | Quantity, BeforeValidator(_auto_or_quantity)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -146,8 +146,9 @@ class Engine(Strict):
         "Number format of weights and activations. 'auto' is the checkpoint's own.", "auto", update="rolling"
     )
     max_model_len: AutoCount = declared(
-        "Longest sequence, prompt and answer together, in tokens. 'auto' is the checkpoint's own limit, or as "
-        "much of it as the cache can hold. A number that does not fit is refused, not reduced.",
+        "Longest sequence, prompt and answer together, in tokens; at least 2, one of each. 'auto' is the "
+        "checkpoint's own limit, or as much of it as the cache can hold. A number that does not fit is refused, "
+        "not reduced.",
         "auto",
         update="rolling",
     )
@@ -311,7 +312,8 @@ class Batching(Strict):
     )
     max_queue_wait: Duration = declared(
         "How long a request may wait before it starts, also while a stop-first update runs or a replica comes "
-        "up. After that it is answered 429 or 503 with Retry-After.",
+        "up. After that it is answered 503 with Retry-After if no replica became ready, and 504 if it was queued "
+        "for a free place at a ready one.",
         "60s",
         update="hot",
     )
@@ -391,7 +393,8 @@ class Resources(Strict):
     )
     memory: Quantity | None = declared(
         "Host memory that one replica may hold for weights, activations and, on CPU, its cache. A replica that "
-        "needs more is refused before it starts. Left out: bounded by engine.memory alone.",
+        "needs more is refused before it starts. Left out: bounded by engine.memory alone. Refused for a model "
+        "that runs on a GPU, where nothing would keep the bound.",
         None,
         update="rolling",
     )
@@ -409,7 +412,11 @@ class Placement(Strict):
     )
     device_ids: Annotated[
         tuple[Annotated[int, Field(ge=0, le=1023)], ...], Field(strict=False, max_length=1024)
-    ] = declared("Indices of the GPUs that may be used. Empty: any.", (), update="rolling")
+    ] = declared(
+        "Indices of the GPUs that may be used. Empty: any. With indices, engine.device auto means cuda.",
+        (),
+        update="rolling",
+    )
 
 
 class AutoscalingTarget(Strict):

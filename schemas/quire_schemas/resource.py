@@ -111,7 +111,8 @@ Text = Annotated[
 ]
 """Free text of one line. Written bare in YAML, `1234567` and `true` are taken as the text they look like."""
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of an object: lower-case letters, digits, `-` and `.`, at most 63, starting and ending with one of the
 first two."""
 

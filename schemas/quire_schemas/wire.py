@@ -101,7 +101,7 @@ class Generate(msgspec.Struct, tag=True):
     token_ids: list[int]
     sampling: Sampling
     trace: str | None = None
-    """W3C traceparent of the request's span, carried through to the timings."""
+    """W3C traceparent of the request's span; the engine's log shows it with a request that fails."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -167,6 +167,8 @@ class Stats(msgspec.Struct, tag=True):
     """The engine's state, sent after `Hello`, after `Limits`, and at most four times a second while it runs."""
 
     steps: int
+    max_num_seqs: int
+    """The limit in force, which `Limits` may have changed since `Welcome`."""
     last_step_at: float
     running: int
     waiting: int
@@ -188,12 +190,18 @@ FromEngine = Welcome | Deltas | Stats
 
 
 class ReplicaEndpoint(msgspec.Struct, frozen=True):
-    """Where one replica listens. `draining` replicas keep their streams and get no new request."""
+    """Where one replica listens. `draining` replicas keep their streams and get no new request.
+
+    `standby` replicas are connected and get no new request either: their revision has another tokenizer or
+    template than the route's, so ids made for one would be nonsense to the other. During a rollout the group
+    with the most ready replicas serves, the newer one in a tie.
+    """
 
     replica_id: str
     incarnation: int
     socket: str
     draining: bool = False
+    standby: bool = False
 
 
 class ModelRoute(msgspec.Struct, frozen=True):
@@ -223,6 +231,12 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
 
     version: int
     models: tuple[ModelRoute, ...]
+
+
+class Finish(msgspec.Struct, tag=True):
+    """Take no new request, let those in flight go on for at most `grace` seconds, then end them and exit."""
+
+    grace: float
 
 
 class GetRouterStatus(msgspec.Struct, tag=True):
@@ -255,7 +269,7 @@ class SetLimits(msgspec.Struct, tag=True):
     limits: Limits
 
 
-ToRouter = RoutingTable | GetRouterStatus | SetLimits
+ToRouter = RoutingTable | GetRouterStatus | SetLimits | Finish
 FromRouter = RouterStatus
 
 

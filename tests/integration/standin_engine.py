@@ -70,6 +70,7 @@ class Engine:
     def stats(self) -> wire.Stats:
         return wire.Stats(
             steps=self.steps,
+            max_num_seqs=self.spec.max_num_seqs,
             last_step_at=time.monotonic(),
             running=len(self.running),
             waiting=0,

@@ -285,6 +285,11 @@ def test_hot_settings_reach_the_engine_and_restart_nothing(plane: Plane) -> None
     assert view["generation"] == 2
     assert view["replicas"][0]["pid"] == pid
     assert plane.complete("hotter").status_code == 200
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: plane.view("hot")["replicas"][0]["incarnation"] == 2, "a second incarnation")
+    assert plane.wait_served("hot")["generation"] == 2
+    told = json.loads((plane.state.replica_dir("hot-r1-0") / "2" / "engine.json").read_text())
+    assert told["max_num_seqs"] == 4, "a new process begins with what is declared now"
     above = plane.plan(model("hot", "  batching: {maxNumSeqs: 9}\n"))
     assert above["revision"] == [1, 2], "above what the engine allocated for, it is rolling"
     assert "engine allocated for 8" in [change["note"] for change in above["changes"]]
@@ -309,6 +314,14 @@ def test_a_rolling_update_under_load_fails_no_request_and_a_revert_is_a_new_revi
     revisions = {revision["revision"]: revision for revision in view["revisions"]}
     assert revisions[3]["templateHash"] == revisions[1]["templateHash"] != revisions[2]["templateHash"]
     assert revisions[3]["state"] == "Current"
+    logs = plane.state.replica_log("rolling", "any").parent
+    assert {path.name for path in logs.iterdir()} == {f"rolling-r{n}-0.log" for n in (1, 2, 3)}
+    plane.apply(model("rolling", "  engine: {maxModelLen: 256}\n  revisionHistoryLimit: 1\n"))
+    plane.wait_served("rolling")
+    eventually(
+        lambda: {path.name for path in logs.iterdir()} == {f"rolling-r{n}-0.log" for n in (3, 4)},
+        "logs of revisions that are no longer on record are removed",
+    )
     plane.delete("rolling")
 
 
@@ -457,6 +470,10 @@ def test_api_errors_are_json_with_a_code(plane: Plane) -> None:
     for path, body in (("/v1/apply", {"files": "x"}), ("/v1/down", {"grace": "x"}), ("/v1/plan", {})):
         with pytest.raises(Refused) as wrong:
             plane.client.post(path, body)
+        assert wrong.value.status == 400
+    for name in ("model/..", "model/../..", "model/../replicas/alpha", "model/"):
+        with pytest.raises(Refused, match=r"name of an object|not an object") as wrong:
+            plane.client.get("/v1/logs", name=name)
         assert wrong.value.status == 400
     with pytest.raises(Refused) as wrong:
         plane.client.get("/v1/logs")

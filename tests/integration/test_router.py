@@ -582,6 +582,76 @@ async def test_a_model_whose_tokenizer_is_broken_is_never_connected(world: World
     assert (caught.value.status_code, caught.value.code) == (503, "model_unusable")
 
 
+async def test_a_template_that_breaks_the_compiler_takes_only_its_own_model_down(own_world: World) -> None:
+    world = own_world
+    bad = "".join(f"{{% for a{i} in messages %}}" for i in range(30)) + "{% endfor %}" * 30
+    made.write(world.folder / "bad", made.byte_level(), template=bad)
+    engine, other = await world.engine(), await world.engine("r2")
+    poisoned = world.route(other.endpoint(), model="bad", names=("bad",), tokenizer_dir=str(world.folder / "bad"))
+    await world.table(world.route(engine.endpoint()), poisoned)
+    for _ in range(2):
+        await world.connected("r1")
+        async with world.client() as client:
+            assert (await client.chat.completions.create(model="tiny", messages=ASK)).choices
+            with pytest.raises(openai.InternalServerError) as caught:
+                await client.chat.completions.create(model="bad", messages=ASK)
+        assert (caught.value.status_code, caught.value.code) == (503, "model_unusable")
+        world.restart()
+        world.wait_until_up()
+
+
+# ── a rollout to another tokenizer ────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_replica_on_standby_is_connected_and_gets_nothing(world: World) -> None:
+    engine, waiting = await world.engine("on"), await world.engine("standby", vocab_size=100)
+    await world.table(world.route(engine.endpoint(), waiting.endpoint(standby=True)))
+    await world.connected("on", "standby")
+    async with world.client() as client:
+        for _ in range(4):
+            await client.completions.create(model="tiny", prompt=[300], max_tokens=2)
+    assert (len(engine.generates), len(waiting.generates)) == (4, 0)
+    await world.table(world.route(engine.endpoint(standby=True), waiting.endpoint()))
+    async with world.client() as client:
+        with pytest.raises(openai.BadRequestError, match="vocabulary of 100"):
+            await client.completions.create(model="tiny", prompt=[300], max_tokens=2)
+        await client.completions.create(model="tiny", prompt=[30], max_tokens=2)
+    assert (len(engine.generates), len(waiting.generates)) == (4, 1)
+    await world.table(world.route(engine.endpoint(), waiting.endpoint()))
+    async with world.client() as client:
+        with pytest.raises(openai.BadRequestError, match="vocabulary of 100"):
+            await client.completions.create(model="tiny", prompt=[300], max_tokens=2)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same content", "other content"])
+async def test_ids_only_go_to_replicas_of_the_tokenizer_that_made_them(world: World, same: bool) -> None:
+    folder = world.folder / f"next-{same}"
+    made.write(folder, made.byte_level(), template=made.CHATML + ("" if same else "."))
+    old, new = await world.engine("old", stalled=True), await world.engine("new")
+    await world.serve(old)
+    async with world.client() as client:
+        asked = asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK))
+
+        async def running() -> bool:
+            return bool(old.running)
+
+        await eventually(running)
+        await world.table(world.route(new.endpoint(), tokenizer_dir=str(folder)))
+        await world.connected("new")
+        old.cut()
+        if same:
+            assert (await asked).choices[0].message.content == TEXT
+            return
+        with pytest.raises(openai.InternalServerError) as caught:
+            await asked
+        assert (caught.value.status_code, caught.value.code) == (502, "engine_unavailable")
+        assert caught.value.response.headers["x-should-retry"] == "true"
+        assert not new.generates
+        assert (await client.chat.completions.create(model="tiny", messages=ASK)).choices[
+            0
+        ].message.content == TEXT
+
+
 # ── engines that fail ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -686,6 +756,38 @@ async def test_a_full_queue_is_a_429_at_once(world: World) -> None:
     assert caught.value.code == "queue_full"
     assert caught.value.response.headers["retry-after"] == "1"
     assert caught.value.response.headers["x-should-retry"] == "true"
+
+
+async def test_more_sequences_than_places_is_the_requests_fault(world: World) -> None:
+    engine = await world.engine(max_num_seqs=2)
+    await world.serve(engine, max_queue_length=1)
+    async with world.client() as client:
+        with pytest.raises(openai.BadRequestError, match="at most 3 at a time") as caught:
+            await client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=2)
+        assert caught.value.param == "n"
+        assert (await client.completions.create(model="tiny", prompt="a", n=3, max_tokens=2)).choices
+        limits = wire.Limits(hot_hash="h5", max_num_seqs=5, max_num_batched_tokens=64, chunked_prefill=True)
+        await world.control(wire.SetLimits(replica_ids=("r1",), limits=limits))
+
+        async def raised() -> bool:
+            return (await world.control(wire.GetRouterStatus())).replicas[0].hot_hash == "h5"
+
+        await eventually(raised)
+        assert (await client.completions.create(model="tiny", prompt=["a", "b"], n=3, max_tokens=2)).choices
+
+
+async def test_with_no_replica_ready_one_request_waits_even_without_a_queue(world: World) -> None:
+    await world.table(world.route(max_queue_wait=0.4, max_queue_length=0))
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        first = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "n": 2}))
+
+        async def held() -> bool:
+            return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="tiny"}}'] == 1
+
+        await eventually(held)
+        second = await http.post("/v1/chat/completions", json=CHAT)
+        assert (await first).json()["error"]["code"] == "service_unavailable"
+    assert second.json()["error"]["code"] == "queue_full"
 
 
 async def test_waiting_too_long_in_the_engines_queue_is_a_504(world: World) -> None:
@@ -917,6 +1019,28 @@ async def test_sigterm_ends_a_stream_that_takes_too_long_with_an_error(own_world
         with pytest.raises(openai.APIError, match="server stopped"):
             async for _ in stream:
                 world.process.send_signal(signal.SIGTERM)
+
+
+async def test_told_to_finish_it_ends_what_outlasts_the_grace_and_then_itself(own_world: World) -> None:
+    world = own_world
+    engine = await world.engine(pace=0.05, text=TEXT * 3)
+    await world.serve(engine)
+    asked = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(stream=True))))
+    late = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(max_tokens=4))))
+
+    async def running() -> bool:
+        return bool(engine.running)
+
+    await eventually(running)
+    began = time.monotonic()
+    await world.control(wire.Finish(grace=0.7))
+    got = events(await asked)
+    assert 0.6 < time.monotonic() - began < 2.7
+    assert got[-1]["error"]["code"] == "service_unavailable"
+    assert ["error" in event for event in got] == [False] * (len(got) - 1) + [True]
+    assert (await late).startswith(b"HTTP/1.1 200"), "what ends within the grace ends as it should"
+    assert await asyncio.to_thread(world.process.wait, 3) == 0
+    assert time.monotonic() - began < 0.7 + 2
 
 
 async def test_the_clients_trace_reaches_the_engine(world: World) -> None:

@@ -272,3 +272,21 @@ def test_a_watcher_hears_every_change(start: Start) -> None:
     assert next(state["lines"] for state in states if state["lines"]) == ["a"]
     assert states[-1]["gone"]
     assert states[-1]["exit"]["code"] == 0
+
+
+def test_a_log_that_cannot_be_written_or_rotated_takes_nothing_down(start: Start, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "log" / "child.log"
+    Path(f"{in_the_way}.1", "not a file").mkdir(parents=True)
+    for spec in ({"log": "/dev/full"}, {"log": str(in_the_way), "logLimit": 1000, "logKeep": 1}):
+        shim = start("import time\nfor n in range(100): print('x' * 99, flush=True)\ntime.sleep(60)", **spec)
+        time.sleep(0.3)
+        assert shim.ask(op="status")["running"]
+        assert shim.ask(op="stop", grace=1)["gone"]
+        assert shim.process.wait(10) == 0
+
+
+def test_an_end_that_cannot_be_recorded_is_an_end_all_the_same(start: Start, tmp_path: Path) -> None:
+    shim = start("import time; time.sleep(60)", exitFile=str(tmp_path / "absent" / "exit.json"))
+    assert shim.ask(op="stop", grace=1)["gone"]
+    assert shim.process.wait(10) == 0
+    assert "exit.json" in shim.log

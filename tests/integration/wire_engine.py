@@ -51,8 +51,8 @@ class WireEngine:
     _talks: set[asyncio.Task[None]] = field(default_factory=set)
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
-    def endpoint(self, draining: bool = False) -> wire.ReplicaEndpoint:
-        return wire.ReplicaEndpoint(self.replica_id, self.incarnation, str(self.socket), draining)
+    def endpoint(self, draining: bool = False, standby: bool = False) -> wire.ReplicaEndpoint:
+        return wire.ReplicaEndpoint(self.replica_id, self.incarnation, str(self.socket), draining, standby)
 
     async def start(self) -> WireEngine:
         self.socket.unlink(missing_ok=True)
@@ -128,6 +128,7 @@ class WireEngine:
         waiting = max(len(self.running) - self.max_num_seqs, 0)
         return wire.Stats(
             steps=self.steps,
+            max_num_seqs=self.limits.max_num_seqs if self.limits is not None else self.max_num_seqs,
             last_step_at=time.monotonic(),
             running=len(self.running) - waiting,
             waiting=waiting,

@@ -2,7 +2,8 @@
 
 Every incarnation of a unit (a replica, or the router) has a folder of its own in the folder of sockets:
 
-    shim.json     what the shim was told, the identity included; written before anything is started
+    shim.json     what the shim was told, the identity included; written before anything is started. Where it is
+                  gone, the shim's own answer takes its place
     shim.sock     the shim's control socket; it listens exactly as long as the shim lives
     exit.json     how it ended; written by the shim before it ends
 
@@ -148,21 +149,29 @@ class LocalFleet:
 
     async def open(self) -> None:
         """Find every shim there is and hear from each; returns when all answered, or are UNKNOWN after 10 s."""
+        nameless: set[Path] = set()
         for root in self._roots:
             for folder in sorted(root.glob("*/*")):
-                spec = _read_json(folder / "shim.json")
-                if spec is None:
-                    if not (folder / "shim.sock").exists():
-                        shutil.rmtree(folder)  # a launch that was cut off before it wrote what it would start
-                    continue
-                self._observed[folder] = self._from_identity(folder, spec, Life.UNKNOWN)
-        for folder in list(self._observed):
+                document = _read_json(folder / "shim.json") or _read_json(folder / "exit.json")
+                if document is not None and "identity" in document:
+                    self._observed[folder] = self._from_identity(folder, document, Life.UNKNOWN)
+                elif (folder / "shim.sock").exists():
+                    # Cleaners of /tmp take old files and leave sockets: the shim itself says who it is.
+                    nameless.add(folder)
+                else:
+                    shutil.rmtree(folder)  # a launch that was cut off before it wrote what it would start
+        for folder in (*self._observed, *nameless):
             self._watch(folder)
         deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
-        while any(seen.life is Life.UNKNOWN for seen in self._observed.values()):
+        while any(seen.life is Life.UNKNOWN for seen in self._observed.values()) or any(
+            folder not in self._observed and not self._watches[folder].done() for folder in nameless
+        ):
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.01)
+        for folder in nameless - set(self._observed):
+            if self._watches[folder].done():
+                self._drop(folder)  # nobody listens, and nothing says who did
 
     async def close(self) -> None:
         """Stop listening to shims. They and their children go on."""
@@ -202,7 +211,11 @@ class LocalFleet:
             _write(unit.folder / name, content)
         _write(unit.folder / "shim.json", json.dumps(spec).encode())
         unit.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        await self._spawn(unit)
+        try:
+            await self._spawn(unit)
+        except StartFailed:
+            shutil.rmtree(unit.folder)  # nothing of it lives: an address in use is tried again every few seconds
+            raise
         self._observed[unit.folder] = replace(
             self._from_identity(unit.folder, spec, Life.LIVE), running=True, starts=1
         )
@@ -305,7 +318,10 @@ class LocalFleet:
         said = await _first_line(readable, START_SECONDS)
         if said == b"ready\n":
             return
-        self._reap()
+        if pid in self._children:  # not yet waited for, so the pid is its own; it may only be slow
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._children.discard(pid)
         try:
             error_ = json.loads(said)
             raise StartFailed(error_["error"], error_["message"])

@@ -33,6 +33,7 @@ is one JSON object {"error", "message"} on stdout and exit status 75 (address in
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -64,11 +65,18 @@ def prctl(option: int, value: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def complain(text: str) -> None:
+    """Say it on stderr, which is a file too: on a disk that is full nothing can be said, and the child goes on."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"shim: {text}\n".encode())
+
+
 class Log:
     """Appends to a file; at `limit` bytes renames it to `.1`, `.1` to `.2`, and so on up to `keep`."""
 
     def __init__(self, path: str, limit: int, keep: int) -> None:
         self.path, self.limit, self.keep = path, limit, keep
+        self.complained = False
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._open()
 
@@ -83,24 +91,28 @@ class Log:
             view = memoryview(data)
             while view:
                 view = view[os.write(self.descriptor, view) :]
+            self.size += len(data)
+            if self.size >= self.limit:
+                self.size = 0  # should the rotation fail, it is tried again after as many bytes
+                self._rotate()
         except OSError as error:
-            print(f"shim: cannot write {self.path}: {error}", file=sys.stderr, flush=True)
-            return
-        self.size += len(data)
-        if self.size >= self.limit:
-            self._rotate()
+            if not self.complained:
+                self.complained = True
+                complain(f"cannot write {self.path}: {error}")
 
     def note(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.write(f"{stamp} shim: {text}\n".encode())
 
     def _rotate(self) -> None:
-        os.close(self.descriptor)
+        """The old file is closed last: whatever fails here, there is one to write to."""
         for number in range(self.keep, 0, -1):
             older = self.path if number == 1 else f"{self.path}.{number - 1}"
             if os.path.exists(older):
                 os.replace(older, f"{self.path}.{number}")
+        old = self.descriptor
         self._open()
+        os.close(old)
 
 
 class Connection:
@@ -341,16 +353,22 @@ class Shim:
         return found
 
     def finish(self) -> None:
-        """Everything is gone: leave the record, answer those who asked for the stop, end."""
+        """Everything is gone: leave the record, answer those who asked for the stop, end.
+
+        Without a record (a full disk, a folder that was cleaned away) the end is seen all the same, its cause not.
+        """
         record = {"identity": self.identity, "labels": self.spec.get("labels", {}), "exit": self.exit}
         record["lines"] = self.lines
         path = self.spec["exitFile"]
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "w") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            self.log.note(f"cannot write {path}: {error}")
         self.changed()
         for connection in self.stop_waiters:
             self.send(connection, self.state())

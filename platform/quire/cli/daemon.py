@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
+from pathlib import Path
 
 import click
 
@@ -13,10 +15,10 @@ from quire.cli import render
 from quire.cli.change import seconds
 from quire.cli.outcome import CommandFailed, ExitCode
 from quire.cli.session import connect, notice
-from quire.client import Client, display
-from quire_operators.paths import StateDir
+from quire.client import Client, Unreachable, display
+from quire_operators.paths import StateDir, check_private
 
-EXTRA_SECONDS = 30.0
+EXTRA_SECONDS = 60.0
 """How much longer than the grace `down` waits: engines are killed after it, and the store is closed."""
 
 
@@ -33,7 +35,8 @@ def down(grace: float) -> int:
     """Stop everything on this machine: engines, router, control plane. What was applied is kept."""
     client = connect(start=False)
     if not client.is_running():
-        if not _anything_lives(client.state):
+        if not _living(client.state):
+            _remove_sockets(client.state)
             print("nothing is running")
             return ExitCode.OK
         # Engines and router outlive the control plane on purpose. A new one finds them again and stops them.
@@ -48,13 +51,21 @@ def down(grace: float) -> int:
         print(f"router  stopping (pid {router['pid']})")
     client.post("/v1/down", {"grace": grace})
     print(f"control plane  stopping (pid {ping['pid']})", flush=True)
-    _wait_down(client, grace + EXTRA_SECONDS)
+    _wait_down(connect(start=False), grace + EXTRA_SECONDS)
+    if living := _living(client.state):
+        raise CommandFailed(
+            f"the control plane ended, and something still lives: {', '.join(map(str, living))}",
+            "platform down starts it again to stop them",
+            ExitCode.FAILED,
+        )
+    _remove_sockets(client.state)
     print("down. What was applied is kept: the next platform command that needs it starts it again")
     return ExitCode.OK
 
 
-def _anything_lives(state: StateDir) -> bool:
-    """Whether a shim of this state directory answers: each holds an engine or the router."""
+def _living(state: StateDir) -> list[Path]:
+    """Control sockets of this state directory whose shim lives: each holds an engine or the router."""
+    found = []
     for path in state.runtime.glob("**/shim.sock"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(2.0)
@@ -62,12 +73,29 @@ def _anything_lives(state: StateDir) -> bool:
                 probe.connect(str(path))
             except (ConnectionRefusedError, FileNotFoundError):
                 continue
-            return True
-    return False
+            except TimeoutError:
+                pass  # it listens and has no time to accept: that is alive
+            found.append(path)
+    return found
+
+
+def _remove_sockets(state: StateDir) -> None:
+    """Remove the folder of sockets that processes left which were killed, unless somebody is about to use it."""
+    if not state.runtime.exists() or not state.root.exists():
+        return
+    check_private(state.runtime)
+    with open(state.start_lock, "ab") as starting, open(state.daemon_lock, "ab") as running:
+        try:
+            for lock in (starting, running):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        shutil.rmtree(state.runtime)
 
 
 def _wait_down(client: Client, timeout: float) -> None:
-    """Return when the control plane has let go of its lock, which it holds for its whole life."""
+    """Return when the control plane has let go of its lock, which it holds for its whole life. One that could not
+    stop everything stays, and says so."""
     deadline = time.monotonic() + timeout
     lock = os.open(client.state.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -75,6 +103,7 @@ def _wait_down(client: Client, timeout: float) -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                _raise_failure(client)
                 time.sleep(0.05)
                 continue
             return
@@ -85,6 +114,20 @@ def _wait_down(client: Client, timeout: float) -> None:
         f"see its log: {display(client.state.log('controlplane'))}",
         ExitCode.TIMED_OUT,
     )
+
+
+def _raise_failure(client: Client) -> None:
+    """End the command if the control plane says that it could not stop everything."""
+    try:
+        failed = client.get("/v1/ping").get("downFailed")
+    except Unreachable:
+        return  # it is about to end
+    if failed:
+        raise CommandFailed(
+            f"not everything could be stopped: {failed}",
+            f"platform down tries again; the control plane's log: {display(client.state.log('controlplane'))}",
+            ExitCode.FAILED,
+        )
 
 
 @click.command()

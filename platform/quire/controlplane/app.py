@@ -15,9 +15,8 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
-from quire.controlplane.plane import ApiError, ControlPlane, _key
+from quire.controlplane.plane import ApiError, ControlPlane, parse_key
 from quire_operators.store import StoreError
-from quire_schemas.resource import Key
 
 log = logging.getLogger(__name__)
 
@@ -65,19 +64,19 @@ async def objects(state: State, kind: str | None = None) -> dict[str, Any]:
 
 @get("/v1/objects/{kind:str}/{name:str}")
 async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
-    return _plane(state).object(Key(kind, name))
+    return _plane(state).object(parse_key(f"{kind}/{name}"))
 
 
 @delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
 async def delete_object(state: State, kind: str, name: str) -> dict[str, Any]:
-    return _plane(state).delete(Key(kind, name))
+    return _plane(state).delete(parse_key(f"{kind}/{name}"))
 
 
 @get("/v1/events")
 async def events(
     state: State, for_: str | None = Parameter(query="for", default=None, required=False), after: int = 0
 ) -> dict[str, Any]:
-    return _plane(state).events(_key(for_) if for_ else None, after)
+    return _plane(state).events(parse_key(for_) if for_ else None, after)
 
 
 @get("/v1/logs")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ from quire_operators.store import Conflict, NotFound, Store, StoredObject
 from quire_schemas import manifest
 from quire_schemas.manifest import Problem
 from quire_schemas.model import Model
-from quire_schemas.resource import Key
+from quire_schemas.resource import NAME_PATTERN, Key
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ BUSY_POLL = 0.1
 IDLE_POLL = 1.0
 DETECT_SECONDS = 1.0
 ENGINE_GRACE = 10.0
+ROUTER_EXTRA = 5.0
+"""How much longer than its grace the router has to end by itself before its shim kills it."""
+STOP_SECONDS = 10.0
+"""How long a shim may take to hear of a stop, and then to end after the grace."""
+_NAME = re.compile(NAME_PATTERN)
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
 
@@ -159,6 +165,7 @@ class ControlPlane:
         self.finished = asyncio.Event()
         """Set when `down` has stopped everything and the process is to end."""
         self._down: asyncio.Task[None] | None = None
+        self._down_failed: str | None = None
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -189,34 +196,54 @@ class ControlPlane:
             self._work = None
 
     def begin_down(self, grace: float) -> None:
-        """Start stopping everything; `finished` is set when nothing is left. A second call changes nothing."""
-        if self._down is None:
-            self._down = asyncio.create_task(self._stop_everything(grace), name="down")
+        """Start stopping everything; `finished` is set when nothing is left. While it is under way a second call
+        changes nothing; after it failed (`ping` says so) a second call tries again. Until then nothing is
+        reconciled: nobody asked for what would be started.
+        """
+        if self._down is None or (self._down.done() and not self.finished.is_set()):
+            self._down_failed = None
+            self._down = asyncio.create_task(self._try_down(grace), name="down")
 
-    async def _stop_everything(self, grace: float) -> None:
+    async def _try_down(self, grace: float) -> None:
+        try:
+            left = await self._stop_everything(grace)
+        except Exception as error:
+            log.exception("down failed")
+            self._down_failed = f"{type(error).__name__}: {error}"
+            return
+        if left:
+            self._down_failed = "still alive: " + ", ".join(left)
+            log.error("down failed: %s", self._down_failed)
+            return
+        self.finished.set()
+
+    async def _stop_everything(self, grace: float) -> list[str]:
+        """What still lives afterwards; nothing is removed before all is gone."""
         log.info("down: stopping everything, grace %.1f s", grace)
         await self._stop_working()
-        try:
-            await self._stop_units([ROUTER_UNIT], grace)
-            names = sorted({seen.name for seen in self.fleet.observed()} - {ROUTER_UNIT})
-            if await self._stop_units(names, min(grace, ENGINE_GRACE)):
-                for row in self.store.replicas():
-                    self.store.delete_replica(row.id)
-                await self.fleet.close()
-                shutil.rmtree(self.state.runtime)
-        finally:
-            self.finished.set()
+        if self.gateway.router_runs() is not False and not await self.routes.finish(grace):
+            log.warning("the router does not answer: it ends within the grace of its configuration, or is killed")
+        await self._stop_units([ROUTER_UNIT], grace + ROUTER_EXTRA)
+        names = sorted({seen.name for seen in self.fleet.observed()} - {ROUTER_UNIT})
+        await self._stop_units(names, min(grace, ENGINE_GRACE))
+        left = [seen for seen in self.fleet.observed() if seen.life is not Life.GONE]
+        if not left:
+            for row in self.store.replicas():
+                self.store.delete_replica(row.id)
+            await self.fleet.close()
+            shutil.rmtree(self.state.runtime)
+        return [f"{seen.name} (process {seen.child_pid or 'unknown'})" for seen in left]
 
-    async def _stop_units(self, names: Sequence[str], grace: float) -> bool:
-        """Stop every living incarnation of these units; whether all are gone."""
+    async def _stop_units(self, names: Sequence[str], grace: float) -> None:
+        """Stop every living incarnation of these units and wait until they are gone, or should be."""
         for seen in self.fleet.observed():
             if seen.name in names and seen.life is not Life.GONE:
-                await self.fleet.stop(seen.folder, grace)
-        done = await self.fleet.gone(names, grace + 10.0)
-        if not done:
-            left = [seen.folder for seen in self.fleet.observed() if seen.life is not Life.GONE]
-            log.error("down: still there after the grace: %s", left)
-        return done
+                try:
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await self.fleet.stop(seen.folder, grace)
+                except (OSError, TimeoutError) as error:
+                    log.error("down: cannot reach the shim of %s: %r", seen.name, error)
+        await self.fleet.gone(names, grace + STOP_SECONDS)
 
     # ── work ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -276,6 +303,7 @@ class ControlPlane:
                 "ready": self.gateway.ready(),
                 "pid": runner.child_pid if runner is not None else None,
             },
+            "downFailed": self._down_failed,
         }
 
     def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,6 +357,10 @@ class ControlPlane:
         }
 
     def _refuse_while_down(self) -> None:
+        if self._down_failed is not None:
+            raise ApiError(
+                503, "going_down", f"a down did not succeed: {self._down_failed}", "platform down tries again", 7
+            )
         if self._down is not None:
             raise ApiError(
                 503, "going_down", "the control plane is going down", "try again in a moment", exit_code=7
@@ -429,7 +461,7 @@ class ControlPlane:
         if name in ("controlplane", "router"):
             files = [(name, self.state.log(name))]
         else:
-            key = _key(name)
+            key = parse_key(name)
             folder = self.state.logs / "replicas" / key.name
             if key.kind != "model" or (self.store.get(key) is None and not folder.is_dir()):
                 raise _not_found(key)
@@ -466,13 +498,16 @@ def _load(body: Mapping[str, Any]) -> manifest.Manifest:
     return loaded
 
 
-def _key(text: str) -> Key:
+def parse_key(text: str) -> Key:
+    """`model/quickstart` as a key whose name an object could have: names become parts of paths here."""
+    hint = "write it as kind/name, for example model/quickstart"
     try:
-        return Key.parse(text)
+        key = Key.parse(text)
     except ValueError as error:
-        raise ApiError(
-            400, "bad_request", str(error), "write it as kind/name, for example model/quickstart", exit_code=2
-        ) from error
+        raise ApiError(400, "bad_request", str(error), hint, exit_code=2) from error
+    if not _NAME.fullmatch(key.name):
+        raise ApiError(400, "bad_request", f"{key.name!r} is not the name of an object", hint, exit_code=2)
+    return key
 
 
 def _not_found(key: Key) -> ApiError:

@@ -1,7 +1,10 @@
-"""`python -m quire.router CONFIG.json`: run a router until SIGTERM.
+"""`python -m quire.router CONFIG.json`: run a router until SIGTERM, or until the control plane tells it to finish.
 
-Exit codes: 0 after SIGTERM or SIGINT, 78 when the configuration is wrong (starting again is pointless), 1
-otherwise.
+The end: no new connection is taken, requests in flight may go on for the grace, and what then still runs ends with
+an error (in a stream: its one error event). A client that does not take even that within `LAST_WORDS` is cut.
+
+Exit codes: 0 after SIGTERM, SIGINT or `wire.Finish`, 78 when the configuration is wrong (starting again is
+pointless), 1 otherwise.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,10 +32,49 @@ from quire.telemetry import BadTelemetry, Tracing
 log = logging.getLogger("quire.router")
 EX_CONFIG = 78
 BACKLOG = 2048
+LAST_WORDS = 1.0
+"""Seconds for clients to take the errors that their requests end with."""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: it would end the process by the signal instead of in order."""
+    """uvicorn without its signal handling, which would end the process by the signal instead of in order.
+
+    The grace is counted here and not by uvicorn, which knows one number of whole seconds, set before it starts,
+    and leaves as soon as it has cancelled the requests, before their last words are out.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace: float) -> None:
+        super().__init__(config)
+        self._grace = grace
+        self._ends_at = math.inf
+        self._timers: list[asyncio.TimerHandle] = []
+
+    def finish(self, grace: float) -> None:
+        """Begin the end; said again, the shorter grace counts."""
+        self.should_exit = True
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + max(grace, 0.0)
+        if ends_at >= self._ends_at:
+            return
+        self._ends_at = ends_at
+        for timer in self._timers:
+            timer.cancel()
+        self._timers = [loop.call_at(ends_at, self._cancel), loop.call_at(ends_at + LAST_WORDS, self._cut)]
+
+    def _cancel(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
+
+    def _cut(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self._timers:  # by a signal
+            self.finish(self._grace)
+        await super().shutdown(sockets)
+        for timer in self._timers:
+            timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -65,7 +108,6 @@ async def serve(config: configuration.RouterConfig, listening: socket.socket, tr
     listening.setblocking(False)
     fleet = Fleet(Path(config.snapshot_file), config.stall_seconds)
     await fleet.load_snapshot()
-    control = ControlServer(fleet, Path(config.control_socket), base_url(listening))
     server = _Server(
         uvicorn.Config(
             build(fleet, config, tracing),
@@ -78,10 +120,11 @@ async def serve(config: configuration.RouterConfig, listening: socket.socket, tr
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(config.shutdown_grace),
             backlog=BACKLOG,
-        )
+        ),
+        config.shutdown_grace,
     )
+    control = ControlServer(fleet, Path(config.control_socket), base_url(listening), server.finish)
 
     def stop(*_: object) -> None:
         server.should_exit = True

@@ -14,7 +14,7 @@ RETRY_FLOOR: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One replica at one moment. `ready`: connected, not draining, making progress."""
+    """One replica at one moment. `ready`: connected, serving, making progress."""
 
     replica_id: str
     ready: bool

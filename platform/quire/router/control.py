@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from quire.router.fleet import Fleet
@@ -22,12 +23,13 @@ _UCRED = struct.Struct("3i")
 
 
 class ControlServer:
-    """Listens on `path` (0600) until closed."""
+    """Listens on `path` (0600) until closed. `finish(grace)` is called when the control plane ends the router."""
 
-    def __init__(self, fleet: Fleet, path: Path, base_url: str) -> None:
+    def __init__(self, fleet: Fleet, path: Path, base_url: str, finish: Callable[[float], None]) -> None:
         self._fleet = fleet
         self._path = path
         self._base_url = base_url
+        self._finish = finish
         self._server: asyncio.Server | None = None
         self._talks: set[asyncio.Task[None]] = set()
 
@@ -68,6 +70,9 @@ class ControlServer:
                     await self._fleet.apply(message)
                 elif isinstance(message, wire.SetLimits):
                     self._fleet.set_limits(message)
+                elif isinstance(message, wire.Finish):
+                    log.info("told to finish within %g seconds", message.grace)
+                    self._finish(message.grace)
                 writer.write(wire.frame(self._fleet.status(self._base_url)))
                 await writer.drain()
         except (OSError, EOFError, wire.WireError) as error:

@@ -72,6 +72,7 @@ class EngineClient:
         self.welcome: wire.Welcome | None = None
         self.stats: wire.Stats | None = None
         self.max_num_seqs = 0
+        """Sequences it computes at once, by the limits in force there."""
         self.served = 0
         self.retired = False
         self._changed = changed
@@ -100,7 +101,12 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether a new sequence may be given to it."""
-        return self.connected and not self.retired and not self.endpoint.draining and not self.stalled
+        return self.connected and not self.retired and self.serving and not self.stalled
+
+    @property
+    def serving(self) -> bool:
+        """Whether the table has it for new sequences; else it only keeps what it has."""
+        return not self.endpoint.draining and not self.endpoint.standby
 
     def candidate(self) -> Candidate:
         ahead = sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values())
@@ -253,8 +259,7 @@ class EngineClient:
             if self.stats is not None and message.steps != self.stats.steps:
                 self._progress_at = max(self._progress_at, message.last_step_at)
             self.stats = message
-            if message.hot_hash in self._limits:
-                self.max_num_seqs = self._limits[message.hot_hash].max_num_seqs
+            self.max_num_seqs = message.max_num_seqs
         else:
             raise wire.BadMessage("a second welcome")
 
@@ -266,7 +271,7 @@ class EngineClient:
 
 
 def endpoint_key(endpoint: wire.ReplicaEndpoint) -> tuple[str, int, str]:
-    """What makes two endpoints the same connection; `draining` is only its state."""
+    """What makes two endpoints the same connection; `draining` and `standby` are only its state."""
     return endpoint.replica_id, endpoint.incarnation, endpoint.socket
 
 

@@ -1,12 +1,12 @@
 """The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight.
 
 `Fleet.apply` takes a table whole: it loads what is new (tokenizers on a thread, so that streams keep flowing),
-writes the table to disk, then switches over in one step of the event loop. Connections to replicas that are in
-both tables stay; those that left are retired. The file is what a restarted router begins with while the control
-plane is away.
+then writes the table to disk, then switches over in one step of the event loop. A table that cannot be loaded is
+never written. Connections to replicas that are in both tables stay; those that left are retired. The file is what
+a restarted router begins with while the control plane is away.
 
-A model whose tokenizer cannot be loaded stays in the table, unusable: its requests are answered with the reason,
-and its replicas are not connected to, so that the control plane never sees it ready.
+A model whose tokenizer or template cannot be loaded stays in the table, unusable: its requests are answered with
+the reason, and its replicas are not connected to, so that the control plane never sees it ready.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 from quire.errors import ModelNotFound
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.telemetry import Metrics, ReplicaSample
-from quire.text import TextError, Tokenizer
+from quire.text import BadTokenizer, TextError, Tokenizer
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -50,9 +50,14 @@ class ServedModel:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's logits where a replica has told, else what the tokenizer knows."""
-        told = [client.welcome.vocab_size for client in self.clients if client.welcome is not None]
-        return max(told) if told else self.usable.vocab_size
+        """Rows of logits that all serving replicas have; what the tokenizer knows until one has told."""
+        told = [c.welcome.vocab_size for c in self.clients if c.welcome is not None and c.serving]
+        return min(told) if told else self.usable.vocab_size
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be started now."""
+        return any(client.ready for client in self.clients)
 
     @property
     def slots(self) -> int:
@@ -93,12 +98,13 @@ class Fleet:
         """Begin with the table on disk, if there is one. A file that is none is reported and left aside."""
         try:
             table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
+            tokenizers = await self._load(table)
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError) as error:
+        except Exception as error:  # noqa: BLE001 - an empty router is better than one that does not start
             log.error("the routing snapshot %s cannot be used: %s", self._snapshot, error)
             return
-        await self._switch(table)
+        self._switch(table, tokenizers)
         log.info("routing table %d from disk: %d models", table.version, len(table.models))
 
     async def apply(self, table: wire.RoutingTable) -> None:
@@ -106,12 +112,17 @@ class Fleet:
         async with self._turn:
             if table.version <= self.table.version:
                 return
+            tokenizers = await self._load(table)
             await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
-            await self._switch(table)
+            self._switch(table, tokenizers)
             log.info("routing table %d: %d models", table.version, len(table.models))
 
-    async def _switch(self, table: wire.RoutingTable) -> None:
-        tokenizers = {route.model: await self._tokenizer(route) for route in table.models}
+    async def _load(self, table: wire.RoutingTable) -> dict[str, tuple[tuple[object, ...], Tokenizer | TextError]]:
+        return {route.model: await self._tokenizer(route) for route in table.models}
+
+    def _switch(
+        self, table: wire.RoutingTable, tokenizers: dict[str, tuple[tuple[object, ...], Tokenizer | TextError]]
+    ) -> None:
         known = {served.route.model: served for served in self.models.values()}
         clients: dict[tuple[str, int, str], EngineClient] = {}
         by_name: dict[str, ServedModel] = {}
@@ -147,11 +158,10 @@ class Fleet:
         known = self._tokenizers.get(key)
         if known is not None:
             return key, known
-        try:
-            return key, await asyncio.to_thread(Tokenizer.load, folder, chosen)
-        except TextError as error:
-            log.error("model %s cannot be served: %s", route.model, error, exc_info=error.__cause__)
-            return key, error
+        loaded = await asyncio.to_thread(_load_tokenizer, folder, chosen)
+        if isinstance(loaded, TextError):
+            log.error("model %s cannot be served: %s (%r)", route.model, loaded, loaded.__cause__)
+        return key, loaded
 
     def set_limits(self, message: wire.SetLimits) -> None:
         """Pass limits on to the replicas they are for."""
@@ -216,6 +226,18 @@ _FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+
+
+def _load_tokenizer(folder: Path, chosen: Path | None) -> Tokenizer | TextError:
+    """The tokenizer, or why there is none; a checkpoint's files are never a reason to stop."""
+    try:
+        return Tokenizer.load(folder, chosen)
+    except TextError as error:
+        return error
+    except BaseException as error:  # noqa: BLE001 - a panic of the tokenizers library is no `Exception`
+        broken = BadTokenizer("the checkpoint's tokenizer cannot be loaded")
+        broken.__cause__ = error
+        return broken
 
 
 def _changed_at(path: Path) -> int | None:

@@ -2,7 +2,8 @@
 
 On the way down (`Gateway.chat`, `Gateway.completion`) a request becomes a `Job`: model, prompts as ids, sampling,
 limits. Everything that can be wrong with it is found here, before an engine hears of it. Admission is a bound on
-sequences per model: what the ready replicas compute at once, plus the manifest's queue length.
+sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
+ready, the queue length alone, and at least one request.
 
 On the way up (`Run.updates`) one bell rings whenever any of the job's sequences has news; all that has come by
 then goes out in one batch of `Update`s, so a slow reader gets fewer and larger pieces and holds nothing but
@@ -11,7 +12,9 @@ token ids. Each sequence has its own detokenizer and stop strings. A stop string
 A sequence whose engine dies, or that waits for its first token at an engine that stalls, is started again
 elsewhere as long as nothing of it went to the client (nothing ever has, of an answer that is sent whole): at most
 `MAX_RETRIES` times, and within the fleet-wide budget of `balancer.may_retry`, for which it waits if it must. After
-that, or after the first byte, the request fails. Whatever way a run ends, `updates` aborts what still runs.
+that, or after the first byte, the request fails. It also fails when the model's tokenizer or template has become
+another since its ids were made: they would be nonsense to the replicas that serve now. Whatever way a run ends,
+`updates` aborts what still runs.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from quire.router import engine_client
 from quire.router.balancer import choose, may_retry
 from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet, Pulse, ServedModel
-from quire.text import Detokenizer, StopStrings
+from quire.text import Detokenizer, StopStrings, TextError, Tokenizer
 from quire.text.templates import RESERVED
 from quire_schemas import wire
 from quire_schemas.openai import ChatRequest, CompletionRequest, SamplingFields
@@ -67,6 +70,8 @@ class Job:
     asked_model: str
     """The name the request used; answers repeat it."""
     model: ServedModel
+    tokenizer: Tokenizer
+    """What made the prompts' ids, and reads the answer's."""
     operation: str
     prompts: tuple[list[int], ...]
     echoes: tuple[str, ...]
@@ -157,7 +162,7 @@ class _Choice:
 
     def begin(self) -> None:
         """Forget what an attempt before has brought."""
-        self.text = Detokenizer(self.job.model.usable, self.job.skip_special_tokens)
+        self.text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
         self.stops = StopStrings(self.job.stops, self.job.include_stop)
         self.scores: list[TokenScore] = []
         self.kept: list[Update] = []
@@ -238,8 +243,19 @@ class Gateway:
 
     @contextmanager
     def admit(self, served: ServedModel, sequences: int) -> Iterator[None]:
-        """Hold places for `sequences` in the model's queue. Raises `QueueFull`."""
-        if served.in_flight + sequences > served.slots + served.route.max_queue_length:
+        """Hold places for `sequences` in the model's queue.
+
+        Raises `QueueFull`, and `InvalidRequest` when there are more sequences than places.
+        """
+        places = served.slots + served.route.max_queue_length
+        if served.ready and sequences > places:
+            raise InvalidRequest(
+                f"The request asks for {sequences} sequences ('n' for each prompt); this model takes at most "
+                f"{places} at a time. Lower 'n', or send fewer prompts at once.",
+                param="n",
+            )
+        full = served.in_flight + sequences > places
+        if full and (served.ready or served.in_flight):  # with none ready, one request may always wait for one
             raise QueueFull(
                 f"{served.in_flight} requests run or wait for this model, as many as it takes.", retry_after=1.0
             )
@@ -278,6 +294,7 @@ class Gateway:
         return self._job(
             request,
             served,
+            tokenizer,
             (prompt,),
             (),
             request.wanted_logprobs,
@@ -317,6 +334,7 @@ class Gateway:
         return self._job(
             request,
             served,
+            tokenizer,
             prompts,
             echoes,
             request.wanted_logprobs,
@@ -329,6 +347,7 @@ class Gateway:
         self,
         request: SamplingFields,
         served: ServedModel,
+        tokenizer: Tokenizer,
         prompts: tuple[list[int], ...],
         echoes: tuple[str, ...],
         logprobs: int | None,
@@ -347,7 +366,7 @@ class Gateway:
             raise InvalidRequest(
                 f"'logit_bias' has a token id outside the vocabulary of {served.vocab_size}.", param="logit_bias"
             )
-        advised = served.usable.advised
+        advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
             max_tokens=max_tokens,
@@ -369,6 +388,7 @@ class Gateway:
             id=job_id,
             asked_model=request.model,
             model=served,
+            tokenizer=tokenizer,
             operation="chat" if isinstance(request, ChatRequest) else "text_completion",
             prompts=prompts,
             echoes=echoes,
@@ -537,13 +557,19 @@ class Run:
             self._bell.set()
 
     async def _place(self, choice: _Choice) -> None:
-        """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says."""
+        """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says.
+
+        Raises `EngineUnavailable` when its ids are not those that the model's replicas now understand.
+        """
         served = self.job.model
         choice.deadline = time.monotonic() + served.route.max_queue_wait
         held = False
         try:
             while True:
                 changed = self._gateway.fleet.changed
+                serving = served.tokenizer
+                if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
+                    raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
                 client = self._choose(choice.avoid)
                 if client is not None and self._start(choice, client):
                     return

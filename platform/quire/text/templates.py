@@ -3,16 +3,21 @@
 A template is code from wherever the weights came from, so it runs in Jinja's immutable sandbox, and under bounds
 of our own, because a sandbox keeps a template from our objects but not from our time and memory:
 
-- every pass of a loop and every call of a macro takes one of `MAX_TICKS`, and now and then the processor time that
-  the thread has spent on the rendering is looked at (`MAX_CPU_SECONDS`);
-- every operation that can make a long string out of short ones (`+ * ~ %`, padding, `replace`, `join`, `format`,
-  `indent`, `range`) is checked before it runs against `MAX_CHARS` or `MAX_RANGE`;
+- every pass of a loop, every call of a macro and every item that a filter takes costs one of `MAX_TICKS`, and so
+  do each `CHARS_PER_TICK` characters of any text made; now and then the processor time that the thread has spent
+  on the rendering is looked at (`MAX_CPU_SECONDS`);
+- no single text may be longer than `MAX_CHARS`. Every operation that makes a long text, or list, out of short ones
+  (`+ * ~ %`, slices, padding, `replace`, `join`, `format`, `indent`, `range`, a list written out as text) is
+  checked before it runs;
+- filters are those of `FILTERS`, which is what chat templates use. Each takes its items through the count; those
+  that could not be bounded in a line (`batch`, `slice`, `center`, `wordwrap`, …) are not there;
 - the output is read piece by piece and cut off at `MAX_CHARS`.
 
 The counting is put into the program when it is compiled: the syntax tree gets a call at the head of each loop and
-macro, and each `~` becomes a call. What a template may use besides is what the Hugging Face convention offers:
-`raise_exception`, `strftime_now`, `tojson` without HTML escapes, `namespace`, `dict`, loop controls, and the
-`generation` block, which marks the assistant's part for training and is transparent here.
+macro, and each `~` and each slice becomes a call. Nothing is computed while compiling. What a template may use
+besides is what the Hugging Face convention offers: `raise_exception`, `strftime_now`, `tojson` without HTML
+escapes, `namespace`, `dict`, loop controls, and the `generation` block, which marks the assistant's part for
+training and is transparent here.
 """
 
 from __future__ import annotations
@@ -22,9 +27,9 @@ import json
 import re
 import string
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Final
 
 import jinja2
@@ -33,6 +38,7 @@ import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
+import jinja2.utils
 import jinja2.visitor
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -43,6 +49,7 @@ MAX_CHARS: Final = 16 * 1024 * 1024
 MAX_RANGE: Final = 100_000
 MAX_BITS: Final = 4096
 MAX_TICKS: Final = 2_000_000
+CHARS_PER_TICK: Final = 64
 MAX_CPU_SECONDS: Final = 1.0
 RESERVED: Final = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "raise_exception", "strftime_now"}
@@ -50,6 +57,22 @@ RESERVED: Final = frozenset(
     | {"self", "continue_final_message"}
 )
 """Names that `chat_template_kwargs` of a request may not set."""
+_CHEAP: Final = frozenset(
+    ["abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length", "round", "safe"]
+)
+"""Filters whose work and result are small whatever they are given."""
+_LAZY: Final = frozenset(["list", "map", "reject", "rejectattr", "select", "selectattr"])
+"""Filters that go through a sequence, item by item."""
+_EAGER: Final = frozenset(["join", "max", "min", "sort", "sum", "unique"])
+"""Filters that compare, join or add the items of a sequence, and so are charged for the whole of each."""
+_TEXTUAL: Final = frozenset(["capitalize", "dictsort", "e", "escape", "format", "indent", "lower"]) | frozenset(
+    ["replace", "reverse", "string", "title", "tojson", "trim", "upper"]
+)
+"""Filters that make a text, or a sequence, from one value."""
+FILTERS: Final = _CHEAP | _LAZY | _EAGER | _TEXTUAL
+_BREAKS: Final = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+_ENTRY: Final = 8
+"""Characters that anything which is no text counts for."""
 _PERCENT: Final = re.compile(r"%[-+ #0]*(\d*)(?:\.(\d*))?")
 _DIGITS: Final = re.compile(r"\d+")
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
@@ -66,29 +89,66 @@ class _OverBudget(SecurityError):
 class _Budget:
     """What one rendering has left."""
 
-    __slots__ = ("deadline", "ticks")
+    __slots__ = ("_deadline", "_look_at", "_ticks")
 
     def __init__(self) -> None:
-        self.ticks = MAX_TICKS
-        self.deadline = time.thread_time() + MAX_CPU_SECONDS
+        self._ticks = MAX_TICKS
+        self._look_at = MAX_TICKS
+        self._deadline = time.thread_time() + MAX_CPU_SECONDS
 
-    def tick(self) -> None:
-        self.ticks -= 1
-        if self.ticks < 0 or (self.ticks % 256 == 0 and time.thread_time() > self.deadline):
+    def take(self, ticks: int) -> None:
+        self._ticks -= ticks
+        if self._ticks > self._look_at:
+            return
+        self._look_at = self._ticks - 32
+        if self._ticks < 0 or time.thread_time() > self._deadline:
             raise _OverBudget("the template runs too long")
 
 
 _budget: ContextVar[_Budget] = ContextVar("quire_template_budget")
 
 
-def _tick() -> str:
-    _budget.get().tick()
+def _tick(ticks: int) -> str:
+    _budget.get().take(ticks)
     return ""
 
 
 def _bounded(size: int) -> None:
+    """Allow, and charge, a text of `size` characters."""
     if size > MAX_CHARS:
         raise _OverBudget("the template makes a text that is too long")
+    _budget.get().take(1 + size // CHARS_PER_TICK)
+
+
+def _weigh(value: object) -> None:
+    """Allow, and charge, `value` written out as text, with all that lies in it."""
+    budget = _budget.get()
+    size = 0
+    left = [value]
+    while left:
+        item = left.pop()
+        before = len(left)
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            left.extend(item.keys())
+            left.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
+            left.extend(item)
+        elif isinstance(item, jinja2.utils.Namespace):
+            raise SecurityError("a namespace has no text")
+        size += _ENTRY * (1 + len(left) - before)
+        if size > MAX_CHARS:
+            raise _OverBudget("the template makes a text that is too long")
+        budget.take(1 + (len(left) - before) // _ENTRY)
+    budget.take(size // CHARS_PER_TICK)
+
+
+def _counted(items: Iterable[Any]) -> Iterator[Any]:
+    budget = _budget.get()
+    for item in items:
+        budget.take(1)
+        yield item
 
 
 def _bounded_number(bits: int) -> None:
@@ -97,13 +157,30 @@ def _bounded_number(bits: int) -> None:
 
 
 def _length(value: object) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else 0
+    """Characters of a text; those that the entries of a list count for."""
+    if isinstance(value, str):
+        return len(value)
+    return _ENTRY * len(value) if isinstance(value, list | tuple) else 0
 
 
 def _concat(*parts: object) -> str:
-    texts = [str(part) for part in parts]
-    _bounded(sum(map(len, texts)))
-    return "".join(texts)
+    _weigh(parts)
+    return "".join([str(part) for part in parts])
+
+
+def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
+    _bounded(_length(value))
+    return value[start:stop:step]
+
+
+@jinja2.pass_context
+def _written(context: jinja2.runtime.Context, value: Any) -> Any:
+    """What `{{ … }}` puts out. It takes the context so that Jinja does not call it while compiling."""
+    if isinstance(value, str):
+        _bounded(len(value))
+    else:
+        _weigh(value)
+    return value
 
 
 def _range(*bounds: int) -> range:
@@ -136,11 +213,47 @@ def _tojson(
 def _sized(plain: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
     """The filter `plain`, called only when the bound on its result holds."""
 
+    @wraps(plain)
     def checked(*args: Any, **kwargs: Any) -> Any:
         _bounded(size(*args, **kwargs))
         return plain(*args, **kwargs)
 
     return checked
+
+
+def _charged(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter `plain`, charged for what it is given."""
+    at = 1 if hasattr(plain, "jinja_pass_arg") else 0  # before the value comes the context or the environment
+
+    @wraps(plain)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value = args[at]
+        if name in _CHEAP:
+            _tick(1)
+        elif name in _TEXTUAL:
+            _weigh([*args[at:], *kwargs.values()])
+        elif value:  # an empty or undefined one is the filter's own matter
+            value = _counted(value)
+            if name in _EAGER:
+                value = list(value)
+                _weigh(value)
+        return plain(*args[:at], value, *args[at + 1 :], **kwargs)
+
+    return checked
+
+
+@jinja2.pass_environment
+def _sum(
+    environment: jinja2.Environment, value: Iterable[Any], attribute: str | int | None = None, start: Any = 0
+) -> Any:
+    """The sum of numbers: of lists it would be a quadratic concatenation."""
+    total = start
+    for item in value:
+        number = _member(item, attribute)
+        if not isinstance(number, int | float) or not isinstance(total, int | float):
+            raise SecurityError("sum is offered for numbers only")
+        total += number
+    return total
 
 
 def _replaced_size(text: object, old: object, new: object, *_: object, **__: object) -> int:
@@ -171,6 +284,7 @@ class _TemplateDict:
     """`dict` as templates see it: it makes dictionaries and shows nothing of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        _bounded(_ENTRY * sum(len(arg) for arg in args if hasattr(arg, "__len__")))
         return dict(*args, **kwargs)
 
 
@@ -194,7 +308,11 @@ class _Instrument(jinja2.visitor.NodeTransformer):
 
     def _with_tick(self, node: Any) -> Any:
         self.generic_visit(node)
-        node.body.insert(0, jinja2.nodes.ExprStmt(self._call("_quire_tick", [], node.lineno), lineno=node.lineno))
+        # text that stands in the body as it is can be collected (`set` blocks, macros) as often as the body runs
+        constant = sum(len(data.data) for data in node.find_all(jinja2.nodes.TemplateData))
+        cost = jinja2.nodes.Const(1 + constant // CHARS_PER_TICK, lineno=node.lineno)
+        call = self._call("_quire_tick", [cost], node.lineno)
+        node.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=node.lineno))
         return node
 
     visit_For = _with_tick
@@ -205,6 +323,14 @@ class _Instrument(jinja2.visitor.NodeTransformer):
         self.generic_visit(node)
         return self._call("_quire_concat", list(node.nodes), node.lineno)
 
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.arg, jinja2.nodes.Slice):
+            return node
+        none = jinja2.nodes.Const(None, lineno=node.lineno)
+        bounds = [bound if bound is not None else none for bound in (node.arg.start, node.arg.stop, node.arg.step)]
+        return self._call("_quire_slice", [node.node, *bounds], node.lineno)
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with bounds; see the module's docstring."""
@@ -213,10 +339,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], cache_size=0
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+            cache_size=0,
+            optimized=False,
+            finalize=_written,
         )
         self.filters["tojson"] = _tojson
-        self.filters["center"] = _sized(jinja2.filters.do_center, lambda _, width=80: int(width))
+        self.filters["sum"] = _sum
         self.filters["indent"] = _sized(
             jinja2.filters.do_indent,
             lambda s, width=4, *_, **__: (
@@ -229,6 +360,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _replaced_size,
         )
         self.filters["join"] = self._join
+        self.filters = {name: _charged(name, self.filters[name]) for name in sorted(FILTERS)}
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -236,6 +368,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             range=_range,
             _quire_tick=_tick,
             _quire_concat=_concat,
+            _quire_slice=_slice,
         )
         for name in ("cycler", "joiner", "lipsum"):
             self.globals.pop(name, None)
@@ -264,6 +397,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             if isinstance(left, int) and isinstance(right, int):
                 _bounded_number(left.bit_length() * max(right, 0))
         elif isinstance(left, str):
+            _weigh((left, right))
             _bounded(_percent_size(left, *(right if isinstance(right, tuple) else (right,))))
         return super().call_binop(context, operator, left, right)
 
@@ -271,14 +405,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         if isinstance(owner, str):
             name = getattr(obj, "__name__", "")
+            _bounded(len(owner))
             if name in {"center", "ljust", "rjust", "zfill", "expandtabs"}:
                 width = next((a for a in (*args, *kwargs.values()) if isinstance(a, int)), 0)
                 _bounded(width * (owner.count("\t") if name == "expandtabs" else 1))
             elif name == "replace" and len(args) >= 2:
                 _bounded(_replaced_size(owner, args[0], args[1]))
-            elif name == "join" and args and isinstance(args[0], list | tuple):
-                _bounded(len(owner) * len(args[0]) + sum(map(_length, args[0])))
+            elif name == "join" and args:
+                items = list(_counted(args[0]))
+                _bounded(len(owner) * len(items) + sum(map(_length, items)))
+                args = (items, *args[1:])
+            elif name in {"split", "rsplit", "splitlines"}:
+                _tick(_pieces(owner, name, args, kwargs))
             elif name in {"format", "format_map"}:
+                _weigh([*args, *kwargs.values()])
                 _bounded(_format_size(owner, [*args, *kwargs.values()]))
             elif name == "translate":
                 raise SecurityError("str.translate is not offered to templates")
@@ -293,6 +433,14 @@ def _member(item: Any, attribute: str | int | None) -> Any:
         return item[attribute]
     except (TypeError, LookupError):
         return ""
+
+
+def _pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """An upper bound of the pieces that splitting gives."""
+    if name == "splitlines":
+        return 1 + sum(map(text.count, _BREAKS))
+    separator = args[0] if args else kwargs.get("sep")
+    return 1 + (text.count(separator) if isinstance(separator, str) else len(text) // 2)
 
 
 _environment = _Environment()
@@ -317,7 +465,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compiled(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # Python compiles what Jinja wrote, and has bounds and errors of its own
             line = getattr(error, "lineno", None)
             raise BadTemplate(f"the chat template does not compile{f' (line {line})' if line else ''}") from error
 
@@ -363,7 +511,8 @@ class ChatTemplate:
             size = 0
             for piece in self._template.generate(variables):
                 size += len(piece)
-                _bounded(size)
+                if size > MAX_CHARS:
+                    raise _OverBudget("the prompt is too long")
                 pieces.append(piece)
             return "".join(pieces)
         except _Refused as error:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,11 @@ class Tokenizer:
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        decoder = json.loads(backend.to_str()).get("decoder") or {}
+        whole = backend.to_str()
+        described = [whole, self.special_tokens, template.source if template is not None else None]
+        self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        """The same for two tokenizers that make the same ids of the same request."""
+        decoder = json.loads(whole).get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
         self.byte_level: bool = [part.get("type") for part in parts] == ["ByteLevel"]
         """Each token is a fixed run of bytes: decoding is joining them."""

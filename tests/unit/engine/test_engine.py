@@ -247,13 +247,13 @@ def test_abort_gives_blocks_back_before_the_next_step(shared: Engine) -> None:
 def test_hot_limits_apply_from_the_next_step_and_impossible_ones_not_at_all() -> None:
     engine = Engine.load(SPEC)
     engine.set_limits(Limits("h1", 2, 16, False))
-    assert (engine.limits.max_num_seqs, engine.stats().hot_hash) == (2, "h1")
+    assert (engine.stats().max_num_seqs, engine.stats().hot_hash) == (2, "h1")
     for impossible in (Limits("h2", 0, 16, True), Limits("h2", 4, 0, True)):
         with pytest.raises(InvalidSpec, match="at least 1"):
             engine.set_limits(impossible)
     with pytest.raises(MemoryMismatch, match="above the limit"):
         engine.set_limits(Limits("h2", 64, 1 << 22, True))
-    assert (engine.limits.max_num_seqs, engine.stats().hot_hash) == (2, "h1")
+    assert (engine.stats().max_num_seqs, engine.stats().hot_hash) == (2, "h1")
 
 
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,6 +302,7 @@ def test_an_allocation_of_another_size_than_planned_is_refused(monkeypatch: pyte
     [
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"max_model_len": 1}, "max_model_len is 1; it must be at least 2"),
         ({"max_num_seqs": 0}, "max_num_seqs 0"),
         ({"max_model_len": 4096}, "above the checkpoint's 2048 positions"),
     ],
@@ -309,6 +310,12 @@ def test_an_allocation_of_another_size_than_planned_is_refused(monkeypatch: pyte
 def test_impossible_specs_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidSpec, match=message):
         Engine.load(with_fields(**fields))
+
+
+def test_a_context_of_two_tokens_warms_up() -> None:
+    engine = Engine.load(with_fields(max_model_len=2))
+    engine.warm_up()
+    assert engine.steps == 0
 
 
 # ── the engine as a library ───────────────────────────────────────────────────────────────────────────────

@@ -428,3 +428,44 @@ async def test_an_engine_that_cannot_go_on_says_so_and_ends_with_an_error(
     client.close()
     os.close(reading)
     os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "retryable"),
+    [
+        (torch.OutOfMemoryError("needs 3 GiB"), "OutOfMemory", True),
+        (MemoryError("needs 3 GiB"), "OutOfMemory", True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OutOfMemory", True),
+        (RuntimeError("other"), "RuntimeError", True),
+        (InvalidSpec("bad"), "InvalidSpec", False),
+    ],
+)
+def test_why_an_engine_failed(error: BaseException, reason: str, retryable: bool) -> None:
+    reading, writing = os.pipe()
+    code = Status(writing).failed(error)
+    event = msgspec.json.decode(os.read(reading, 65536), type=EngineEvent)
+    os.close(reading)
+    os.close(writing)
+    assert (event.reason, event.retryable, code) == (reason, retryable, 1 if retryable else 78)
+
+
+async def test_of_the_loading_events_the_log_has_the_first_and_the_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "PROGRESS_INTERVAL", 0.001)
+    with caplog.at_level("INFO"):
+        async with serving(spec_in(folder)):
+            pass
+    assert sum('"event":"loading"' in record.getMessage() for record in caplog.records) == 2
+
+
+async def test_a_failed_request_is_in_the_log_with_its_trace(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("long", [5] * 600, SHORT, trace="00-0af7-b7ad-01"))
+        await client.hear("long")
+        client.close()
+    assert any("long" in r.getMessage() and "00-0af7-b7ad-01" in r.getMessage() for r in caplog.records)

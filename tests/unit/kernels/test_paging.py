@@ -23,7 +23,7 @@ def test_a_mixed_step_is_laid_out_sequence_after_sequence() -> None:
     assert batch.context_lens.tolist() == [6, 6, 1]
     assert batch.logits_rows.tolist() == [0, 5]
     assert (batch.contexts, batch.query_lens) == ((6, 6, 1), (1, 4, 1))
-    assert (batch.max_query, batch.max_context, batch.num_tokens, batch.num_sequences) == (4, 6, 6, 3)
+    assert batch.num_tokens == 6
     assert batch.positions.dtype == batch.slot_mapping.dtype == batch.logits_rows.dtype == torch.int64
     assert batch.block_tables.dtype == batch.query_starts.dtype == batch.context_lens.dtype == torch.int32
 

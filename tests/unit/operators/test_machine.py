@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
-from quire_operators.paths import StateDir, StateDirError, private_dir
-from quire_operators.placement import NoDevice, Placement, TooLarge, place
+from quire_operators.models import device_env, log_owner
+from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
+from quire_operators.placement import NoDevice, Placement, PlacementError, TooLarge, place
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import SourceError, Sources
 from quire_schemas.checkpoint import profile_from_config
@@ -128,6 +129,37 @@ def test_every_auto_is_resolved_and_kept_through_json() -> None:
     assert (engine.memory_limit, engine.num_blocks, engine.hot_hash) == (found.memory, found.num_blocks, "hot")
 
 
+def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bounds() -> None:
+    found = placed(CPU, batching={"maxNumSeqs": 64, "maxNumBatchedTokens": 512})
+    lowered = spec(batching={"maxNumSeqs": 4, "maxNumBatchedTokens": 128})
+    engine = found.engine_spec("m", "m-r1-0", 2, "/s", lowered, "hot")
+    assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (4, 128)
+    assert (engine.num_blocks, engine.memory_limit) == (found.num_blocks, found.memory)
+
+
+def test_an_engine_sees_its_own_gpu_alone_by_the_number_that_the_ledger_has() -> None:
+    assert device_env("cuda:3") == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3"}
+    assert device_env("cpu") == {}
+
+
+def test_a_log_is_told_by_its_name() -> None:
+    assert log_owner("a.b-r12-3.log", "a.b") == ("a.b-r12-3", 12)
+    assert log_owner("a.b-r12-3.log.2", "a.b") == ("a.b-r12-3", 12)
+    for other in ("axb-r1-0.log", "a.b-r1-0.log.gz", "notes.txt", "a.b-r1-0"):
+        assert log_owner(other, "a.b") is None
+
+
+def test_what_a_device_cannot_honour_is_refused_at_its_field() -> None:
+    with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+    with pytest.raises(PlacementError, match="host memory") as refused:
+        placed(with_gpu, resources={"memory": "8Gi"})
+    assert refused.value.path == "spec.resources.memory"
+    assert placed(with_gpu, resources={"memory": "8Gi"}, engine={"device": "cpu"}).memory <= 8 * GIB
+    with pytest.raises(NoDevice, match="names GPUs") as missing:
+        placed(CPU, placement={"deviceIds": [0]})
+    assert missing.value.path == "spec.placement.deviceIds"
+
+
 def test_a_gpu_is_taken_when_there_is_one_and_required_when_asked_for() -> None:
     with_gpus = replace(CPU, gpus=(Gpu(0, "busy", 80 * GIB, 10 * GIB), Gpu(1, "free", 80 * GIB, 79 * GIB)))
     assert placed(with_gpus).device == "cuda"
@@ -238,6 +270,9 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
     for name in ("open", "link"):
         with pytest.raises(StateDirError, match="mode 0700"):
             private_dir(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        check_private(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
 
 
 def test_the_state_directory_follows_the_environment() -> None:

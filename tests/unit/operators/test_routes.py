@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from quire_operators.rollout import Goal, Process, Router, Row, Seen
-from quire_operators.routes import FRESH_SECONDS, Routable, Routes, build
+from quire_operators.routes import FRESH_SECONDS, Routable, Routes, Text, build, serving_text
 from quire_operators.status import ADVICE, Fact, Reason, conditions, progress, remedies, timestamp
 from quire_operators.store import Store
 from quire_schemas import wire
@@ -44,6 +44,51 @@ def test_a_table_holds_who_may_carry_requests() -> None:
     ]
 
 
+OLD, NEW = Text("/old", None), Text("/new", None)
+
+
+def mixed(*replicas: tuple[str, Text, str]) -> Routable:
+    """A model whose current revision has NEW; a replica is (id, text, state)."""
+    pairs = []
+    for name, text, state in replicas:
+        row = replace(ROW, id=name, revision=2 if text == NEW else 1, ready_since=None if state == "new" else 1.0)
+        row = replace(row, goal=Goal.DRAIN if state == "drains" else Goal.RUN)
+        pairs.append((row, Seen(Process.STARTING) if state == "starts" else READY))
+    route = msgspec.structs.replace(ROUTE, tokenizer_dir="/new")
+    texts = {name: text for name, text, _ in replicas}
+    return Routable(route, tuple(pairs), {name: f"/{name}" for name in texts}, texts)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "served"),
+    [
+        ([], NEW),
+        ([("a", OLD, "ready"), ("b", OLD, "ready"), ("c", NEW, "ready")], OLD),
+        ([("a", OLD, "ready"), ("b", NEW, "ready")], NEW),
+        ([("a", OLD, "ready"), ("b", NEW, "new")], OLD),
+        ([("a", OLD, "ready"), ("b", OLD, "drains"), ("c", NEW, "ready")], NEW),
+        ([("a", OLD, "ready"), ("b", NEW, "starts"), ("c", NEW, "starts")], OLD),
+        ([("a", OLD, "drains"), ("b", NEW, "starts")], OLD),
+        ([("a", OLD, "drains"), ("b", OLD, "drains"), ("c", NEW, "new")], NEW),
+        ([("a", NEW, "new")], NEW),
+    ],
+)
+def test_one_tokenizer_at_a_time_serves_and_the_other_replicas_stand_by(
+    replicas: list[tuple[str, Text, str]], served: Text
+) -> None:
+    model = mixed(*replicas)
+    assert serving_text(model) == served
+    (route,) = build([model])
+    assert route.tokenizer_dir == served.tokenizer_dir
+    shown = {name: text for name, text, state in replicas if state != "starts"}
+    assert {e.replica_id: e.standby for e in route.replicas} == {n: text != served for n, text in shown.items()}
+
+
+def test_revisions_of_one_text_serve_together() -> None:
+    (route,) = build([mixed(("a", NEW, "ready"), ("b", Text("/new", None), "new"))])
+    assert not any(endpoint.standby for endpoint in route.replicas)
+
+
 class Counterpart:
     """A router's control socket that keeps the table and answers with what the test says."""
 
@@ -53,6 +98,7 @@ class Counterpart:
         self.loads: list[wire.ReplicaLoad] = []
         self.tables = 0
         self.limits: list[wire.SetLimits] = []
+        self.grace: float | None = None
 
     async def open(self) -> None:
         self.server = await asyncio.start_unix_server(self.talk, str(self.path))
@@ -65,6 +111,8 @@ class Counterpart:
                 self.tables += 1
             if isinstance(message, wire.SetLimits):
                 self.limits.append(message)
+            if isinstance(message, wire.Finish):
+                self.grace = message.grace
             status = wire.RouterStatus(self.table.version, 1, "http://x", self.loads)
             writer.write(wire.frame(status))
         writer.close()
@@ -156,6 +204,12 @@ async def test_nobody_listening_is_no_error(tmp_path: Path, world: World) -> Non
     assert not await lonely.reconcile(())
     assert lonely.knowledge() is Router.UNKNOWN
     await lonely.set_limits(("m-r1-0",), wire.Limits("h", 1, 1, True))
+    assert not await lonely.finish(1.0)
+
+
+async def test_the_router_is_told_how_long_running_requests_may_go_on(world: World) -> None:
+    assert await world.routes.finish(2.5)
+    assert world.router.grace == 2.5
 
 
 async def test_limits_are_passed_on(world: World) -> None:

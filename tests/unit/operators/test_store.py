@@ -186,3 +186,16 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(UnusableStore, match="another version"):
         Store(tmp_path / "newer.db")
+
+
+def test_a_revision_stays_on_record_as_long_as_a_replica_is_of_it(store: Store) -> None:
+    store.apply([change()])
+    kept = store.create_replica(row())
+    for number in range(2, 7):
+        store.apply([change(f"h{number}", expected=number - 1, template=f"t{number}")])
+    stored = store.get(KEY)
+    assert stored is not None
+    assert [revision.n for revision in store.revisions(stored.uid)] == [6, 5, 4, 1]
+    store.delete_replica(kept.id)
+    store.apply([change("h7", expected=6, template="t7")])
+    assert [revision.n for revision in store.revisions(stored.uid)] == [7, 6, 5]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import socket
 import socketserver
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def serving(state: StateDir, script: Script) -> Iterator[AdminServer]:
         server.shutdown()
         thread.join()
         server.server_close()
-        state.admin_socket.unlink()
+        state.admin_socket.unlink(missing_ok=True)
 
 
 MANIFEST = """\
@@ -517,7 +518,34 @@ def test_down_says_what_stops_and_waits_for_the_lock(
         "router  stopping (pid 4322)",
         "control plane  stopping (pid 4321)",
     ]
-    assert server.asked[-1] == ("POST", "/v1/down", {"grace": 2.0})
+    assert ("POST", "/v1/down", {"grace": 2.0}) in server.asked
+    assert not state.runtime.exists()
+
+
+def test_a_down_that_leaves_something_alive_says_what_and_fails(
+    state: StateDir, server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/ping"] = [(200, PING), (200, {**PING, "downFailed": "still alive: m-r1-0"})]
+    server.script["GET /v1/objects"] = [(200, {"items": []})]
+    server.script["POST /v1/down"] = [(202, {})]
+    with open(state.daemon_lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["down"]) == ExitCode.FAILED
+    out, err = said(capsys)
+    assert "down." not in out
+    assert "still alive: m-r1-0" in err
+    assert "hint: platform down tries again" in err
+
+
+def test_down_removes_the_sockets_that_killed_processes_left(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state.create()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(state.gateway / "shim.sock"))
+    assert main(["down"]) == ExitCode.OK
+    assert said(capsys)[0] == "nothing is running\n"
+    assert not state.runtime.exists()
 
 
 def test_version_tells_of_another_version(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,16 +158,67 @@ def test_the_built_in_models_template_renders_as_transformers_does() -> None:
         "{{ namespace.__init__.__globals__ }}",
         "{% include '/etc/passwd' %}",
         "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        "{{ [1]|batch(60000000,0)|list }}",
+        "{{ [1]|slice(5000000)|list }}",
+        "{{ range(60)|map('string')|map('center',16000000)|list }}",
+        "{{ (range(100000)|list * 100)|sort|length }}",
+        "{{ (range(100000)|list * 100)|unique|list|length }}",
+        "{% set s = 'a' * 16000000 %}{{ ([s] * 100000)|sort|length }}",
+        "{% set s = 'a' * 16000000 %}{{ ([s] * 100000)|map('upper')|list|length }}",
+        "{% set s = 'a' * 16000000 %}{{ ','.join([s]|map('string')) ~ ','.join(([s] * 9)|map('string')) }}",
+        "{% set s = 'a' * 16000000 %}{{ [s] * 1000 }}",
+        "{% set s = 'a' * 16000000 %}{{ ([s] * 1000)|string }}",
+        "{% set s = 'a' * 16000000 %}{{ '%s' % (([s] * 1000),) }}",
+        "{% set s = 'a' * 16000000 %}{{ '{}'.format([s] * 1000) }}",
+        "{% set s = 'a' * 16000000 %}{% set ns = namespace(s=[s] * 1000) %}{{ ns }}",
+        "{% set s = 'a' * 16000000 %}{{ s|list|length }}",
+        "{% set s = 'a ' * 8000000 %}{{ s.split()|length }}",
+        "{% set s = 'a' * 16000000 %}{% set ns = namespace(l=[]) %}"
+        "{% for i in range(100000) %}{% set ns.l = ns.l + [s[i:]] %}{% endfor %}",
+        "{% set s = 'a' * 16000000 %}{% set x %}{% for i in range(100000) %}{{ s }}{% endfor %}{% endset %}",
+        "{% set x %}{% for i in range(100000) %}" + "a" * 100000 + "{% endfor %}{% endset %}",
+        "{% set l = range(100000)|list %}{{ ([l] * 1000)|sum(start=[])|length }}",
+        "{% set l = [[[['a'] * 1000] * 1000] * 1000] * 1000 %}{{ l|tojson }}",
+        "{% set ns = namespace(l=[]) %}{% for i in range(50) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}"
+        "{{ ns.l }}",
     ],
+    ids=lambda attack: attack[:60],
 )
 def test_a_hostile_template_ends_soon_with_our_error(attack: str) -> None:
-    template = ChatTemplate(attack, {})
     before = time.thread_time()
-    with pytest.raises(TemplateFailed) as caught:
-        text = template.render([{"role": "user", "content": "x"}])
+    with pytest.raises((TemplateFailed, BadTemplate)) as caught:
+        text = ChatTemplate(attack, {}).render([{"role": "user", "content": "x"}])
         pytest.fail(f"rendered {len(text)} characters: {text[:100]!r}")
-    assert time.thread_time() - before < 4
+    assert time.thread_time() - before < 2
     assert "__" not in str(caught.value)
+
+
+def test_what_python_does_not_compile_is_our_error() -> None:
+    depth = 30
+    source = "".join(f"{{% for a{i} in messages %}}" for i in range(depth)) + "{% endfor %}" * depth
+    with pytest.raises(BadTemplate):
+        ChatTemplate(source, {})
+
+
+def test_filters_still_do_their_work() -> None:
+    source = """{{ [3, 1, 2] | sort | join('-') }} {{ [1, 1, 2] | unique | list }} {{ [1, 2] | sum }}
+{{- ' ' ~ ([{'n': 2}, {'n': 3}] | sum(attribute='n')) }} {{ 'abc'[::-1] }}{{ 'abcd'[1:3] }} {{ nothing | list }}
+{{- messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | map('upper') | join('+') }}
+{{- {'b': 1, 'a': 2} | dictsort }} {{ none | default('d', true) }} {{ [2, 5] | max }} {{ messages | first }}
+{{- ('<' | escape) }} {{ {'k': [1, 'é']} | tojson }} {{ 'x' | indent(2, true) }} {{ [1, 2] | reverse | list }}"""
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    assert ChatTemplate(source, {}).render(messages) == (
+        "1-2-3 [1, 2] 3 5 cbabc []A[('a', 2), ('b', 1)] d 5 {'role': 'user', 'content': 'a'}"
+        """&lt; {"k": [1, "é"]}   x [2, 1]"""
+    )
+
+
+def test_a_long_conversation_is_within_the_bounds() -> None:
+    template = ChatTemplate(
+        TEMPLATES["loop controls, namespace, tojson"].replace("loop.index0 > 5", "false"), {"eos_token": "</s>"}
+    )
+    messages = [{"role": "user", "content": "word " * 400}] * 2000
+    assert len(template.render(messages)) > 2000 * 1999
 
 
 @pytest.mark.parametrize(

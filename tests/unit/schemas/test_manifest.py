@@ -295,6 +295,12 @@ def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
     one(spec(body))
 
 
+def test_a_context_has_room_for_a_prompt_and_an_answer() -> None:
+    (problem,) = load([("f.yaml", spec("engine: {maxModelLen: 1}"))]).problems
+    assert problem.path == "spec.engine.maxModelLen"
+    assert not load([("f.yaml", spec("engine: {maxModelLen: 2}"))]).problems
+
+
 def test_bounds_themselves_are_inside() -> None:
     one(spec("batching: {maxNumSeqs: 512, maxNumBatchedTokens: 512}"))
     one(spec("restartPolicy: {backoffBase: 5m, backoffMax: 5m}"))

@@ -77,7 +77,7 @@ def _choice(job: Job, index: int, updates: Sequence[Update]) -> ChatChoice:
 def _logprobs(job: Job, scores: Sequence[TokenScore]) -> ChoiceLogprobs | None:
     if job.sampling.logprobs is None:
         return None
-    return ChoiceLogprobs(content=[logprobs.token(job.model.usable, score) for score in scores])
+    return ChoiceLogprobs(content=[logprobs.token(job.tokenizer, score) for score in scores])
 
 
 class ChatStream:

@@ -85,7 +85,7 @@ def _choice(job: Job, index: int, updates: Sequence[Update]) -> CompletionChoice
 def _logprobs(job: Job, scores: Sequence[TokenScore]) -> CompletionLogprobs | None:
     if job.sampling.logprobs is None:
         return None
-    tokenizer = job.model.usable
+    tokenizer = job.tokenizer
     return CompletionLogprobs(
         tokens=[tokenizer.token_text(score.scores.token_id) for score in scores],
         token_logprobs=[logprobs.finite(score.scores.logprob) for score in scores],

@@ -2,9 +2,9 @@
 
 - `/livez`: does the process answer? 200 whenever it does. For whoever would restart it.
 - `/readyz`: does it know what to serve? 200 once it acts by a routing table, even by one without models.
-- `/health`: can a request be served now? 200 when at least one model has a replica that is connected, not draining
-  and making progress; else 503. A replica that has requests and makes no step counts as stalled, though its socket
-  answers: the body tells, model by model, how many there are of each.
+- `/health`: can a request be served now? 200 when at least one model has a replica that is connected, neither
+  draining nor on standby, and making progress; else 503. A replica that has requests and makes no step counts as
+  stalled, though its socket answers: the body tells, model by model, how many there are of each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def health(fleet: Fleet) -> tuple[int, bytes]:
             "ready": sum(client.ready for client in clients),
             "stalled": sum(client.stalled for client in clients),
             "draining": sum(client.endpoint.draining for client in clients),
+            "standby": sum(client.endpoint.standby for client in clients),
         }
     ready = [counts["ready"] > 0 for counts in models.values()]
     status = "ok" if ready and all(ready) else "degraded" if any(ready) else "unavailable"

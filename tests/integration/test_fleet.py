@@ -1,0 +1,122 @@
+"""The fleet and `down` with real shims: what is found again, what a failed start leaves, what will not end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from quire.controlplane import plane as planes
+from quire.controlplane.plane import ApiError, ControlPlane
+from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
+from quire_operators.paths import StateDir
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """A control plane that reconciles nothing; whatever a test leaves is ended."""
+    state = StateDir(tmp_path / "state")
+    state.create()
+    plane = ControlPlane(state, {})
+    yield plane
+    if not plane.finished.is_set():
+        plane.begin_down(0.1)
+        async with asyncio.timeout(30):
+            await plane.finished.wait()
+    await plane.close()
+    assert not state.runtime.exists()
+
+
+def unit(state: StateDir, listen: tuple[str, int] | None = None) -> Unit:
+    return Unit(
+        folder=state.replica_dir("m-r1-0") / "1",
+        name="m-r1-0",
+        incarnation=1,
+        nonce="n",
+        argv=SLEEPER,
+        env={"PATH": os.environ["PATH"]},
+        cwd=state.root,
+        log=state.replica_log("m", "m-r1-0"),
+        labels={"model": "m", "memory": 5, "device": "cpu"},
+        files={},
+        listen=listen,
+    )
+
+
+async def test_a_start_that_failed_leaves_nothing_behind(plane: ControlPlane) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        told = unit(plane.state, taken.getsockname()[:2])
+        with pytest.raises(StartFailed) as refused:
+            await plane.fleet.start(told)
+    assert refused.value.code == "address_in_use"
+    assert not told.folder.exists()
+    assert (await plane.fleet.start(unit(plane.state))).running, "the same name can be started at once"
+
+
+async def test_a_shim_whose_files_were_cleaned_away_is_found_by_what_it_answers(plane: ControlPlane) -> None:
+    started = await plane.fleet.start(unit(plane.state))
+    (started.folder / "shim.json").unlink()
+    dead = plane.state.replica_dir("m-r1-1") / "1"
+    dead.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(str(dead / "shim.sock"))
+    (plane.state.replica_dir("m-r1-2") / "1").mkdir(parents=True)
+
+    later = LocalFleet((plane.state.replicas,), plane.store.install_id, lambda name: None)
+    await later.open()
+    (found,) = later.observed()
+    assert (found.name, found.incarnation, found.nonce, found.life) == ("m-r1-0", 1, "n", Life.LIVE)
+    assert found.labels == {"model": "m", "memory": 5, "device": "cpu"}
+    assert found.child_pid == started.child_pid
+    assert not dead.exists()
+    await later.close()
+
+
+async def test_a_down_that_cannot_end_a_process_says_so_and_can_be_tried_again(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planes, "STOP_SECONDS", 0.3)
+    started = await plane.fleet.start(unit(plane.state))
+    assert started.shim_pid is not None
+    os.kill(started.shim_pid, signal.SIGSTOP)
+    try:
+        await down(plane)
+        assert f"still alive: m-r1-0 (process {started.child_pid})" == plane.ping()["downFailed"]
+        assert not plane.finished.is_set(), "the control plane stays"
+        assert plane.state.runtime.exists()
+        with pytest.raises(ApiError) as refused:
+            plane.apply({"files": []})
+        assert "m-r1-0" in refused.value.body["error"]["message"]
+    finally:
+        os.kill(started.shim_pid, signal.SIGCONT)
+    monkeypatch.undo()
+    await down(plane)
+    assert plane.finished.is_set()
+    assert plane.ping()["downFailed"] is None
+
+
+async def test_an_error_in_a_down_is_told(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(plane.store, "replicas", broken)
+    await down(plane)
+    assert plane.ping()["downFailed"] == "OSError: the disk is gone"
+    assert not plane.finished.is_set()
+    monkeypatch.undo()
+
+
+async def down(plane: ControlPlane) -> None:
+    """Begin a `down` and wait until it succeeded or failed."""
+    plane.begin_down(0.1)
+    async with asyncio.timeout(30):
+        while not plane.finished.is_set() and plane.ping()["downFailed"] is None:
+            await asyncio.sleep(0.02)
