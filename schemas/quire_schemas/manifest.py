@@ -322,6 +322,10 @@ class _Reader:
             return self._map(node, shape.item, path)
         if shape.kind == "list" and shape.item is not None:
             return self._list(node, shape.item, path)
+        if _names(path) and node.bare and isinstance(value := bare_value(node.text), bool | float):
+            kind = "a boolean" if isinstance(value, bool) else "a number with a fraction"
+            self._document.report(path, f"{node.text} is {kind}, not a name", f'put it in quotes: "{node.text}"')
+            return None
         return _scalar(node, shape)
 
     def _map(self, node: Node, item: Shape, path: Path) -> dict[str, Any]:
@@ -373,6 +377,11 @@ class _Reader:
             ", ".join(fields) if len(fields) <= 12 else f"see: platform explain {_explained(self._kind, path)}"
         )
         return f"fields here: {listed}" if len(fields) <= 12 else listed
+
+
+def _names(path: Path) -> bool:
+    """Whether the scalar at this path is a name that requests or commands use."""
+    return path == ("metadata", "name") or path[:2] == ("spec", "servedModelNames")
 
 
 def _scalar(node: Node, shape: Shape) -> str | int | float | bool | None:

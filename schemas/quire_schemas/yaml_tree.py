@@ -3,8 +3,8 @@
 libyaml's parser (through PyYAML) gives events; this module builds the trees itself, with a stack of its own
 rather than recursion, so that hostile nesting meets a limit and not the interpreter's stack. A scalar keeps
 its text and whether it was written bare or quoted; what the text means is decided by the field it is meant
-for (`manifest.py`), never by its looks: `revision: 1234567` stays the text the user typed, and `no` is no
-boolean.
+for (`manifest.py`), not by its looks: `revision: 1234567` stays the text the user typed, and `no` is no
+boolean. Only names must look like names: a bare `true` or `1.5` is refused there, and quoted it is taken.
 
 Refused with a position: tags, tabs in indentation, characters that YAML forbids, aliases to nothing or to
 what contains them, more than `MAX_DEPTH` levels, `MAX_NODES` nodes (each alias counts as all it stands for, so

@@ -73,7 +73,7 @@ def test_bare_scalars_become_what_their_field_needs() -> None:
         HEAD
         + "spec:\n"
         + "  source: hf://a/b\n  revision: 1234567\n  replicas: 0x10\n"
-        + "  servedModelNames: [1, true, 2024-01-01]\n"
+        + "  servedModelNames: [1, 'true', 2024-01-01]\n"
         + "  engine: {enforceEager: TRUE, maxModelLen: 4096, seed: 0o17}\n"
         + "  quantization: {method: none}\n"
         + "  env: [{name: A, value: 1:30}, {name: B, value: ''}, {name: C, value: no}, {name: D, value: .5}]\n"
@@ -552,3 +552,32 @@ def test_any_value_in_any_field_is_taken_or_refused(fields: dict[str, Any]) -> N
     manifest = load(texts)
     _sound(manifest, texts)
     assert len(manifest.resources) + bool(manifest.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("metadata", "spec", "path"),
+    [
+        ("{name: 1.5}", "", "metadata.name"),
+        ("{name: true}", "", "metadata.name"),
+        ("{name: m}", ", servedModelNames: [m, 1.5]", "spec.servedModelNames[1]"),
+        ("{name: m}", ", servedModelNames: [true]", "spec.servedModelNames[0]"),
+    ],
+)
+def test_a_name_that_yaml_reads_as_a_boolean_or_a_fraction_needs_quotes(
+    metadata: str, spec: str, path: str
+) -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: Model\n"
+    text = f"{head}metadata: {metadata}\nspec: {{source: 'builtin://tiny'{spec}}}\n"
+    (problem,) = load([("m.yaml", text)]).problems
+    assert problem.path == path
+    assert "put it in quotes" in problem.hint
+    quoted = text.replace("1.5", "'1.5'").replace("true", "'true'")
+    assert not load([("m.yaml", quoted)]).problems
+
+
+def test_a_name_or_revision_of_digits_is_text() -> None:
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: 70}\n"
+        "spec: {source: 'hf://a/b', revision: 1234567, servedModelNames: [70]}\n"
+    )
+    assert not load([("m.yaml", text)]).problems
