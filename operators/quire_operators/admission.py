@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quire_operators import rollout
-from quire_operators.devices import Inventory, free_places, held
+from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import SourceError, Sources
@@ -35,7 +35,7 @@ from quire_schemas.checkpoint import (
 )
 from quire_schemas.manifest import Located, Problem, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
-from quire_schemas.quantities import format_duration, parse_duration, parse_percent
+from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.sizing import FitReport
 from quire_schemas.update import (
@@ -75,6 +75,8 @@ class Review:
     changes: tuple[FieldChange, ...] = ()
     rollout: str = ""
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What goes against the wish, though it is accepted."""
     refusal: Refusal | None = None
 
     @property
@@ -228,6 +230,8 @@ class Admission:
             )
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
         if review.refusal is None:
+            self._count_replicas(review, review.placement, inventory)
+        if review.refusal is None:
             review.rollout = self._rollout_text(review, spec, current, inventory)
 
     def _new(self, review: Review, template: str, placement: Placement, defaults: int) -> NewRevision:
@@ -342,6 +346,40 @@ class Admission:
                 ),
             )
         return folder
+
+    def _count_replicas(self, review: Review, placement: Placement, inventory: Inventory) -> None:
+        """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now."""
+        spec = review.resolved
+        want, memory = spec["replicas"], placement.memory
+        share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
+        names = device_names(inventory, placement.device, device_ids)
+        most = sum(int(inventory.total(name) * share) // memory for name in names)
+        if 0 < most < want:
+            whole = format_bytes(sum(int(inventory.total(name) * share) for name in names))
+            self._refuse(
+                review,
+                Refusal(
+                    "spec.replicas",
+                    "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
+                    f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
+                    f"this machine's share, even with nothing else on it, is {whole}",
+                    f"at most {most} fit: set spec.replicas to {most} or less",
+                ),
+            )
+            return
+        others = [row for row in self._store.replicas() if row.model != review.key.name]
+        now = len(free_places(inventory, held(others), placement.device, memory, share, device_ids))
+        if now < want:
+            holders: dict[str, int] = {}
+            for row in others:
+                if row.device in names and row.failed_generation is None:
+                    holders[row.model] = holders.get(row.model, 0) + row.memory
+            who = ", ".join(f"model/{name} holds {format_bytes(size)}" for name, size in sorted(holders.items()))
+            review.warnings.append(
+                f"{now} of {_count(want, 'replica')} fit{'s' if want == 1 else ''} now"
+                + (f": {who}" if who else "")
+                + "; the rest waits until there is room"
+            )
 
     def _rollout_text(
         self, review: Review, spec: Mapping[str, Any], current: Revision | None, inventory: Inventory
@@ -491,6 +529,7 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "resolved": review.placement.resolved() if review.placement is not None else None,
             "rollout": review.rollout,
             "notes": review.notes,
+            "warnings": review.warnings,
         }
         if review.refusal is not None:
             item["problem"] = {
@@ -503,7 +542,12 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
     actions = [review.action for review in reviews]
     return {
         "items": items,
-        "summary": {"create": actions.count("create"), "update": actions.count("update"), "delete": 0},
+        "summary": {
+            "create": actions.count("create"),
+            "update": actions.count("update"),
+            "delete": 0,
+            "refused": actions.count("refused"),
+        },
     }
 
 

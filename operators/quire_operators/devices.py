@@ -166,6 +166,13 @@ def held(rows: Iterable[Row], extra: Mapping[str, int] | None = None) -> dict[st
     return sums
 
 
+def device_names(inventory: Inventory, kind: str, device_ids: Sequence[int] = ()) -> list[str]:
+    """The ledger's names of the devices of that kind; only those of `device_ids` if it names any."""
+    if kind == "cpu":
+        return ["cpu"]
+    return [f"cuda:{gpu.index}" for gpu in inventory.gpus if not device_ids or gpu.index in device_ids]
+
+
 def free_places(
     inventory: Inventory,
     taken: Mapping[str, int],
@@ -178,10 +185,7 @@ def free_places(
 
     A device appears once for each replica that fits on it.
     """
-    if kind == "cpu":
-        names = ["cpu"]
-    else:
-        names = [f"cuda:{gpu.index}" for gpu in inventory.gpus if not device_ids or gpu.index in device_ids]
+    names = device_names(inventory, kind, device_ids)
     free = {name: int(inventory.total(name) * share) - taken.get(name, 0) for name in names}
     places: list[str] = []
     while free and len(places) < MAX_PLACES:

@@ -10,6 +10,7 @@ Exceptions:
     PlacementError         has path of the field, reason (a word of `status.Reason`), message and hint
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
+    ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
 """
 
@@ -47,6 +48,10 @@ class NoDevice(PlacementError):
 
 class NoSuchBound(PlacementError):
     """A bound that this kind of device has nothing to keep it with."""
+
+
+class TooLong(PlacementError):
+    """More context than the checkpoint has positions, whatever the machine."""
 
 
 class TooLarge(PlacementError):
@@ -205,9 +210,16 @@ def place(
         memory_limit=parse_quantity(host_limit) if host_limit is not None else None,
         device_name=_device_name(inventory, name),
     )
+    longest = profile.max_position_embeddings
+    if request.max_model_len is not None and request.max_model_len > longest:
+        raise TooLong(
+            "ConfigRejected",
+            f"{request.max_model_len:,} is above the checkpoint's {longest:,} positions",
+            f"set it to {longest} or less, or to auto for the most that fits",
+            path="spec.engine.maxModelLen",
+        )
     if request.max_model_len is None and not resolved["batching"]["chunkedPrefill"]:
-        longest = min(profile.max_position_embeddings, request.max_num_batched_tokens)
-        request = replace(request, max_model_len=longest)
+        request = replace(request, max_model_len=min(longest, request.max_num_batched_tokens))
     report = fit(profile, request)
     fits_now = report.fits
     notes: list[str] = []

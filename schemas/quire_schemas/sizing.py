@@ -343,7 +343,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     blocks = -(-report.max_model_len // request.block_size)
     one = -(-blocks * request.block_size * per_token // MIB) * MIB
     size = report.room // MIB * MIB if report.kv > report.room else one
-    if size > 0 and size != request.kv_size and fits(replace(request, kv_size=size)):
+    offered = size > 0 and size != request.kv_size and fits(replace(request, kv_size=size))
+    if offered:
         yield CounterOffer("spec.engine.kvCache.size", f"{size // MIB}Mi")
     tokens = _halved(
         request.max_num_batched_tokens, 128, lambda value: fits(replace(request, max_num_batched_tokens=value))
@@ -377,7 +378,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         limit = -(-need // MIB) * MIB
         if fits(replace(request, memory_limit=limit)):
             yield CounterOffer("spec.resources.memory", f"{limit // MIB}Mi")
-    yield _larger_device(profile, report)
+    if not (offered and report.kv > report.room):  # a size of the cache that was made up needs no such machine
+        yield _larger_device(profile, report)
 
 
 def _halved(value: int, least: int, fits: Callable[[int], bool]) -> int | None:

@@ -10,6 +10,7 @@ import pytest
 from quire import builtin
 from quire_operators.admission import Admission, Review
 from quire_operators.devices import Inventory
+from quire_operators.rollout import Goal, Row
 from quire_operators.sources import Sources
 from quire_operators.store import Store
 from quire_schemas import manifest
@@ -19,10 +20,15 @@ MACHINE = Inventory(16 * GIB, 16 * GIB, 4)
 
 
 @pytest.fixture
-def admission(tmp_path: Path) -> Iterator[Admission]:
+def store(tmp_path: Path) -> Iterator[Store]:
     store = Store(tmp_path / "s.db")
-    yield Admission(store, Sources({"tiny": builtin.path("tiny")}, tmp_path / "hub"), lambda: MACHINE)
+    yield store
     store.close()
+
+
+@pytest.fixture
+def admission(store: Store, tmp_path: Path) -> Admission:
+    return Admission(store, Sources({"tiny": builtin.path("tiny")}, tmp_path / "hub"), lambda: MACHINE)
 
 
 def review(admission: Admission, *specs: str) -> list[Review]:
@@ -71,3 +77,45 @@ def test_replicas_that_do_not_fit_beside_others_are_counted(admission: Admission
     assert second.notes == [
         "fits alone; together with model/m0 1 of its 3 replicas will wait as InsufficientMemory"
     ]
+
+
+def test_more_replicas_than_the_machine_could_ever_hold_are_refused_with_the_largest_number(
+    admission: Admission,
+) -> None:
+    four = "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}, replicas: "
+    (refused,) = review(admission, four + "500")
+    assert refused.refusal is not None
+    assert refused.refusal.path == "spec.replicas"
+    assert refused.refusal.hint == "at most 3 fit: set spec.replicas to 3 or less"
+    (most,) = review(admission, four + "3")
+    assert most.refusal is None
+    assert most.warnings == []
+
+
+def test_replicas_that_others_leave_no_room_for_are_warned_of_by_their_holder(
+    store: Store, admission: Admission
+) -> None:
+    store.create_replica(Row("r", "big", 0, 1, "t", Goal.RUN, 0.0, memory=6 * GIB, device="cpu"))
+    (found,) = review(admission, "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}, replicas: 3")
+    assert found.refusal is None
+    assert found.warnings == [
+        "1 of 3 replicas fit now: model/big holds 6.0 GiB; the rest waits until there is room"
+    ]
+    (alone,) = review(admission, "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}")
+    assert alone.warnings == []
+
+
+def test_a_context_above_the_checkpoints_positions_is_said_without_a_word_of_memory(admission: Admission) -> None:
+    (found,) = review(admission, "engine: {maxModelLen: 1000000}")
+    assert found.refusal is not None
+    assert found.refusal.path == "spec.engine.maxModelLen"
+    assert found.refusal.message.startswith("1,000,000 is above the checkpoint's ")
+    assert "memory" not in found.refusal.message + found.refusal.hint
+    assert found.fit is None
+
+
+def test_an_absurd_cache_is_answered_with_a_size_and_not_with_a_device(admission: Admission) -> None:
+    (found,) = review(admission, "engine: {maxModelLen: 256, kvCache: {size: 500Gi}}")
+    assert found.refusal is not None
+    assert "spec.engine.kvCache.size: " in found.refusal.hint
+    assert "device" not in found.refusal.hint
