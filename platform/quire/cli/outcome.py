@@ -10,7 +10,11 @@ Exceptions:
 from __future__ import annotations
 
 import enum
+import os
+import re
+import shutil
 import sys
+from pathlib import Path
 from typing import NoReturn, Self
 
 
@@ -61,8 +65,25 @@ def usage_error(message: str, hint: str) -> NoReturn:
     raise CommandFailed(message, hint, ExitCode.USAGE)
 
 
+def program() -> str:
+    """What to type for `platform`: that word where the shell finds this program by it, else this one's path."""
+    invoked = Path(sys.argv[0])
+    if invoked.name != "platform" or not invoked.is_file():
+        return "platform"
+    found = shutil.which("platform")
+    if found is not None and Path(found).samefile(invoked):
+        return "platform"
+    here, absolute = Path.cwd(), Path(os.path.abspath(invoked))
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
+def spelled(text: str) -> str:
+    """`text` with the commands in it as they can be typed here."""
+    return re.sub(r"(?<![\w./-])platform (?=[a-z])", lambda _: f"{program()} ", text)
+
+
 def report(message: str, hint: str | None = None) -> None:
     """Print an error to stderr."""
     print(f"error: {message}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {spelled(hint)}", file=sys.stderr)

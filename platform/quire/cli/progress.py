@@ -111,14 +111,14 @@ class Display:
 
 
 def fetch(client: Client, path: str) -> View | None:
-    """The object at that path of the API, or None when there is none."""
+    """The object at that path of the API, or None when there is none: a default (generation 0) is no object."""
     try:
         view: View = client.get(path)
     except Refused as error:
         if error.status == 404:
             return None
         raise
-    return view
+    return view if view["generation"] else None
 
 
 def wait(

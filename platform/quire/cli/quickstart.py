@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import click
 
 from quire.cli.change import read, run_apply, seconds
-from quire.cli.outcome import CommandFailed, ExitCode
+from quire.cli.outcome import CommandFailed, ExitCode, spelled
 from quire.cli.session import connect
 
 QUESTION = "What is PagedAttention?"
@@ -51,12 +51,12 @@ def quickstart(manifest: str, question: str, timeout: float) -> int:
     for piece in chat(base, model, question):
         print(piece, end="", flush=True)
     print("\n\nTry next")
-    for line in next_commands(base, names[0], model, manifest):
-        print(f"  {line}")
+    for line in next_commands(base, names[0], manifest):
+        print(f"  {spelled(line)}")
     return ExitCode.OK
 
 
-def next_commands(base: str, name: str, model: str, manifest: str) -> list[str]:
+def next_commands(base: str, name: str, manifest: str) -> list[str]:
     """What to type after the first answer."""
     return [
         "platform get",
@@ -64,8 +64,6 @@ def next_commands(base: str, name: str, model: str, manifest: str) -> list[str]:
         f"platform plan {manifest}",
         f"platform logs model/{name}",
         f"curl -s {base}/models",
-        f"OPENAI_BASE_URL={base} OPENAI_API_KEY=unused python -m openai api chat.completions.create "
-        f"-m {model} -g user 'What is Quire?'",
         "platform down",
     ]
 

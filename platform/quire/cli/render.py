@@ -200,13 +200,19 @@ def revisions(views: Sequence[View], now: float) -> list[str]:
     return table(("MODEL", "REV", "TEMPLATE", "STATE", "AGE"), rows)
 
 
+def _base_url(view: View) -> str | None:
+    """Where requests go, if anything listens there."""
+    endpoints = view["status"].get("endpoints") or {}
+    return None if endpoints.get("unavailable") else endpoints.get("openai")
+
+
 def gateways(views: Sequence[View], now: float) -> list[str]:
     """One row: there is one gateway."""
     rows = [
         [
             view["name"],
             str(is_true(view, "Ready")),
-            scalar(view["status"].get("endpoints", {}).get("openai")),
+            scalar(_base_url(view)),
             view["status"].get("summary", ""),
             age(view["createdAt"], now),
         ]
@@ -222,15 +228,19 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
     """Everything a person asks about one object, the remedies included."""
     status = view["status"]
     observed = status.get("observedGeneration", 0)
+    created = f"created {age(view['createdAt'], now)} ago" if view["createdAt"] else "by default, no manifest"
     lines = [
         f"{view['kind'].capitalize()} {view['name']}   generation {view['generation']} (observed {observed})"
-        f"   created {age(view['createdAt'], now)} ago" + ("   deleting" if view["deleting"] else "")
+        f"   {created}" + ("   deleting" if view["deleting"] else "")
     ]
     if status.get("summary"):
         lines.append(f"Status       {status['summary']}")
     endpoints = status.get("endpoints") or {}
-    if endpoints.get("openai"):
-        lines.append(f"Base URL     {endpoints['openai']}")
+    if (url := _base_url(view)) is not None:
+        lines.append(f"Base URL     {url}")
+    elif endpoints.get("unavailable"):
+        more = " (platform describe gateway/default)" if view["kind"].lower() == "model" else ""
+        lines.append(f"Base URL     none now: {endpoints['unavailable']}{more}")
     if endpoints.get("modelNames"):
         lines.append(f"Model names  {', '.join(endpoints['modelNames'])}")
     conditions = status.get("conditions", ())
@@ -253,8 +263,12 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
     if status.get("resolved"):
         lines.append("Resolved")
         lines += _indent(_pairs(status["resolved"].items()))
-    lines.append("Spec (as submitted)")
-    lines += _indent(_pairs(flatten(view["intent"].get("spec", {}))))
+    if view["generation"]:
+        lines.append("Spec (as submitted)")
+        lines += _indent(_pairs(flatten(view["intent"].get("spec", {}))))
+    else:
+        lines.append("Spec (defaults)")
+        lines += _indent(_pairs(flatten(view["resolved"])))
     if status.get("remedies"):
         lines.append("What you can do")
         lines += _indent(status["remedies"])
@@ -310,8 +324,10 @@ def plan(report: View) -> list[str]:
     for item in report["items"]:
         lines += _plan_item(item)
     totals = report["summary"]
+    refused = f", {totals['refused']} refused" if totals.get("refused") else ""
     lines.append(
-        f"Plan: {totals['create']} to create, {totals['update']} to update, {totals.get('delete', 0)} to delete."
+        f"Plan: {totals['create']} to create, {totals['update']} to update, {totals.get('delete', 0)} to delete"
+        f"{refused}."
     )
     return lines
 
@@ -322,7 +338,8 @@ def _plan_item(item: View) -> list[str]:
     if item["action"] == "create":
         heading = "create" + (f" (revision {new})" if new is not None else "")
     elif item["action"] == "update":
-        heading = f"revision {old} → {new}" if old != new else f"update (revision {old} stays)"
+        stays = f" (revision {old} stays)" if old is not None else ""
+        heading = f"revision {old} → {new}" if old != new else f"update{stays}"
     lines = [f"{item['key']}  {heading}"]
     changes = item.get("changes") or ()
     if item["action"] != "create":
@@ -341,6 +358,8 @@ def _plan_item(item: View) -> list[str]:
         lines += _labelled("Memory", fit.get("lines", ()))
     for note in item.get("notes") or ():
         lines += _labelled("Note", note.splitlines())
+    for warning in item.get("warnings") or ():
+        lines += _labelled("Warning", f"⚠ {warning}".splitlines())
     problem = item.get("problem")
     if problem:
         path = f"{problem['path']}: " if problem.get("path") else ""
@@ -421,7 +440,7 @@ def endpoint_lines(views: Sequence[View]) -> list[str]:
     """Where to send a first request, as a command to paste."""
     for view in views:
         endpoints = view["status"].get("endpoints") or {}
-        if endpoints.get("openai") and endpoints.get("modelNames"):
+        if _base_url(view) and endpoints.get("modelNames"):
             body = json.dumps(
                 {"model": endpoints["modelNames"][0], "messages": [{"role": "user", "content": "hi"}]},
                 separators=(",", ":"),

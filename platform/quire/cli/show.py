@@ -96,11 +96,17 @@ def describe(reference: str, output: str) -> int:
 @click.option("--replica", help="Only this replica (its id, as in: platform get replicas).")
 def logs(name: str, follow: bool, tail: int, replica: str | None) -> int:
     """Print the log of a model's engines, of the control plane, or of the router."""
-    asked = name if name in ("controlplane", "router") else object_path(name)[0]
+    if "/" not in name and name not in ("controlplane", "router"):
+        usage_error(f"{name!r} has no log", f"model/{name} for that of a model, or one of controlplane and router")
+    asked = name if "/" not in name else object_path(name)[0]
     client = connect()
     sources = client.get("/v1/logs", name=asked, replica=replica, tail=tail)["sources"]
     if not sources and not follow:
-        raise CommandFailed(f"{asked} has written no log", f"platform describe {asked}", ExitCode.NOT_FOUND)
+        hint = {
+            "router": "it starts with the first model: platform get gateway",
+            "controlplane": "platform version shows whether it runs",
+        }.get(asked, f"platform describe {asked}")
+        raise CommandFailed(f"{asked} has written no log", hint, ExitCode.NOT_FOUND)
     offsets: dict[str, int] = {}
     prefixed = len(sources) > 1
     for source in sources:

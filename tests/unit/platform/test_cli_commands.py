@@ -26,7 +26,7 @@ import pytest
 from tests.unit.platform.api_views import condition, model
 
 from quire.cli import COMMANDS, main
-from quire.cli.outcome import ExitCode
+from quire.cli.outcome import ExitCode, spelled
 from quire_operators.paths import StateDir
 
 Answer = tuple[int, Any]
@@ -626,3 +626,33 @@ def test_schema_is_json_and_explain_knows_fields_and_reasons(
         assert main(["explain", topic]) == ExitCode.NOT_FOUND
         assert hint in said(capsys)[1].splitlines()[-1]
     assert not state.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("router", "platform get gateway"),
+        ("controlplane", "platform version"),
+        ("bogus", "controlplane and router"),
+    ],
+)
+def test_a_log_that_is_not_there_says_what_to_ask_instead(
+    name: str, words: str, server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/logs"] = [(200, {"sources": []})]
+    assert main(["logs", name]) != ExitCode.OK
+    assert words in said(capsys)[1].splitlines()[-1]
+
+
+def test_hints_name_the_program_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / ".venv" / "bin" / "platform"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("#!/bin/sh\n")
+    installed.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(installed)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert spelled("platform get; platform apply x") == ".venv/bin/platform get; .venv/bin/platform apply x"
+    assert spelled("written by the platform") == "written by the platform"
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert spelled("platform get") == "platform get"

@@ -288,3 +288,40 @@ def test_a_started_control_plane_inherits_no_secret_and_no_python_setting() -> N
     passed_on = {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME"}
     passed_on |= {"OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"}
     assert set(clean_environment(shell)) == passed_on
+
+
+def test_plan_counts_what_is_refused_and_shows_warnings() -> None:
+    gateway = {"key": "gateway/default", "action": "update", "revision": [None, None]}
+    warned = plan_item("m", "create", warnings=["0 of 1 replica fits now: model/big holds 8 GiB"])
+    taken = {"path": "spec.port", "message": "127.0.0.1:1 is in use by another program", "hint": "choose another"}
+    report = {
+        "items": [gateway, warned, {**gateway, "action": "refused", "problem": taken}],
+        "summary": {"create": 1, "update": 1, "delete": 0, "refused": 1},
+    }
+    assert render.plan(report) == [
+        "gateway/default  update",
+        "model/m  create (revision 1)",
+        "  Warning  ⚠ 0 of 1 replica fits now: model/big holds 8 GiB",
+        "gateway/default  refused",
+        "  Refused  spec.port: 127.0.0.1:1 is in use by another program",
+        "    hint: choose another",
+        "Plan: 1 to create, 1 to update, 0 to delete, 1 refused.",
+    ]
+
+
+def test_a_base_url_is_shown_only_while_something_listens() -> None:
+    why = "AddressInUse: 127.0.0.1:8000 is in use by another program"
+    endpoints = {"openai": "http://127.0.0.1:8000/v1", "modelNames": ["quickstart"], "unavailable": why}
+    text = render.describe(model(status={"endpoints": endpoints}), [], NOW)
+    assert f"Base URL     none now: {why} (platform describe gateway/default)" in text
+    assert not any("http://" in line for line in text)
+    assert render.endpoint_lines([model(status={"endpoints": endpoints})]) == []
+
+
+def test_the_gateway_without_a_manifest_has_a_row_and_no_age() -> None:
+    status = {"summary": "Stalled: AddressInUse", "conditions": [condition("Ready", "False", generation=0)]}
+    view = {"kind": "gateway", "name": "default", "generation": 0, "createdAt": None, "status": status}
+    assert render.gateways([view], NOW) == [
+        "NAME     READY  BASE URL  STATUS                 AGE",
+        "default  False  -         Stalled: AddressInUse  -",
+    ]
