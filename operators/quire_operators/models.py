@@ -649,6 +649,7 @@ class ModelReconciler:
             created=int(stored.created_at),
             replicas=(),
             eta=self._eta(revision, pairs) if not ready else None,
+            stopped=stored.resolved["replicas"] == 0,
         )
 
     def _eta(self, revision: Revision, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

@@ -12,6 +12,7 @@
     ├── UnsupportedMediaType
     ├── QueueFull                     as many requests wait as the manifest allows
     ├── ServiceUnavailable            no replica is ready; one may be soon
+    │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
     ├── EngineUnavailable             engines died under the request, retries are used up
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
     ├── QueueTimeout                  waited for its turn longer than the manifest allows
@@ -89,6 +90,10 @@ class ServiceUnavailable(ApiError):
     """No replica is ready."""
 
 
+class ModelStopped(ServiceUnavailable):
+    """The manifest asks for no replica."""
+
+
 class EngineUnavailable(ApiError):
     """Engines died under the request before anything was sent."""
 
@@ -149,6 +154,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
         503, _OURS, "model_unusable", retry=False, message="The chat template of this model does not compile."
     ),
     ServiceUnavailable: Row(503, _OURS, "service_unavailable", retry=True),
+    ModelStopped: Row(503, _OURS, "service_unavailable", retry=False),
     EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
     QueueTimeout: Row(504, _OURS, "timeout", retry=False),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -256,6 +257,16 @@ class SamplingFields(_Shape):
         return self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The field that `asked_tokens` is from, or would be."""
+        return "max_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that the prompt is from."""
+        return "prompt"
+
+    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -393,6 +404,14 @@ class ChatRequest(SamplingFields):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """Alternatives to report at each position; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -496,9 +515,12 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in name[:64])
     near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.7)
-    return f"Unknown field '{shown}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    return f"Unknown field '{_shown(name)}'." + (f" Did you mean '{near[0]}'?" if near else "")
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name[:64])
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -511,9 +533,32 @@ def _json_object(body: bytes) -> dict[str, Any]:
         value = _json_object_slowly(body)
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.")
-    if _depth(value) > MAX_DEPTH:
+    depth, keys = _depth_and_keys(value)
+    if depth > MAX_DEPTH:
         raise _too_deep()
+    _check_keys(body, keys)
     return value
+
+
+_MAYBE_KEY: Final = re.compile(rb'"\s*+:')
+
+
+def _check_keys(body: bytes, keys: int) -> None:
+    """Refuse a body with a key twice in one object; `keys` are left of it after decoding.
+
+    Every key in the body has a colon behind it, so with as many such places as keys left, none was lost. Texts
+    may have more of them; only then is the body read again, by a reader that shows every pair.
+    """
+    if len(_MAYBE_KEY.findall(body)) != keys:
+        json.loads(body, object_pairs_hook=_distinct, parse_int=float)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise BadRequest(f"The body has the key '{_shown(key)}' twice in one object.", _shown(key))
+        seen.add(key)
 
 
 def _json_object_slowly(body: bytes) -> object:
@@ -539,19 +584,21 @@ def _too_deep() -> BadRequest:
     return BadRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
 
 
-def _depth(value: object) -> int:
-    level, depth = [value], 0
+def _depth_and_keys(value: object) -> tuple[int, int]:
+    """How deep objects and lists are nested, counted to just above the limit, and the keys of all objects."""
+    level, depth, keys = [value], 0, 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             break
+        keys += sum(len(item) for item in level if isinstance(item, dict))
         level = [
             child
             for item in level
             for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
             if isinstance(child, dict | list)
         ]
-    return depth
+    return depth, keys
 
 
 _WORDS: Final[Mapping[str, str]] = {
@@ -605,7 +652,11 @@ def _explained(detail: ErrorDetails) -> BadRequest:
         text = words.format(**detail.get("ctx", {}))
         given = detail["input"]
         if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e18:
-            text += f", not {given}"
+            whole = isinstance(given, float) and given.is_integer()
+            if whole and kind in {"int_type", "int_from_float"}:
+                text += f", written without a point or an exponent: {int(given)}"
+            else:
+                text += f", not {int(given) if whole else given}"
     param = ""
     for step in where:
         param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)

@@ -224,6 +224,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     replicas: tuple[ReplicaEndpoint, ...]
     eta: float | None = None
     """Seconds until a replica is expected ready, when none is; None when not known."""
+    stopped: bool = False
+    """No replica is wanted: waiting for one is in vain."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

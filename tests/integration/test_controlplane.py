@@ -339,6 +339,9 @@ def test_scaling_starts_and_drains_replicas_and_zero_stops_the_model(plane: Plan
     assert view["replicas"] == []
     assert view["status"]["summary"] == "Stopped"
     assert not any(alive(pid) for pid in first.values())
+    refused = plane.complete("scaled")  # at once: nothing to wait for
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "false")
+    assert "spec.replicas is 0" in refused.json()["error"]["message"]
     plane.delete("scaled")
 
 

@@ -484,8 +484,23 @@ def big(**changes: object) -> bytes:
         (big(tools=[{"type": "function"}]), 400, "tools", None, "not honoured"),
         (big(temprature=1), 400, "temprature", None, "Did you mean 'temperature'?"),
         (big(model="other"), 404, "model", "model_not_found", "tiny"),
-        (big(max_tokens=5000), 400, None, "context_length_exceeded", "512 tokens; the request needs 50"),
-        (big(messages=[{"role": "user", "content": "word " * 4000}]), 400, None, "context_length_exceeded", "512"),
+        (big(max_tokens=5000), 400, "max_tokens", "context_length_exceeded", "512 tokens; the request needs 50"),
+        (big(max_completion_tokens=5000), 400, "max_completion_tokens", "context_length_exceeded", "512 tokens"),
+        (
+            big(messages=[{"role": "user", "content": "word " * 4000}], max_tokens=1),
+            400,
+            "messages",
+            "context_length_exceeded",
+            "512",
+        ),
+        (
+            big(max_tokens=1e9),
+            400,
+            "max_tokens",
+            None,
+            "whole number, written without a point or an exponent: 1000",
+        ),
+        (big()[:-1] + b', "model" : "other"}', 400, "model", None, "key 'model' twice"),
         (big(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs", None, "may not set"),
     ],
 )
@@ -549,6 +564,17 @@ async def test_requests_that_do_not_reach_a_route_have_the_same_shape(world: Wor
     for host_ok in ("127.0.0.1", "LOCALHOST:1", f"[::1]:{world.port}"):
         got = await world.raw(f"GET /livez HTTP/1.1\r\nHost: {host_ok}\r\nConnection: close\r\n\r\n".encode())
         assert got.startswith(b"HTTP/1.1 200"), host_ok
+
+
+async def test_a_wrong_path_or_method_is_told_what_there_is(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        nowhere = await http.post("/v1/embeddings", json={})
+        wrong = await http.get("/v1/chat/completions")
+    words = nowhere.json()["error"]["message"]
+    for endpoint in ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models/{name}", "GET /health"):
+        assert endpoint in words
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST, OPTIONS")
+    assert wrong.json()["error"]["message"] == "This path takes POST only."
 
 
 async def test_the_clients_request_id_comes_back(world: World) -> None:
@@ -723,6 +749,28 @@ async def test_no_replica_is_waited_for_and_then_refused(world: World) -> None:
     assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("8", "7500")
 
 
+async def test_a_stopped_model_says_so_at_once(world: World) -> None:
+    engine = await world.engine()
+    await world.serve(engine, stopped=True, max_queue_wait=20.0)
+    async with httpx.AsyncClient() as http:
+        serving = await http.post(f"{world.url}/v1/chat/completions", json=CHAT)
+        assert serving.status_code == 200  # as long as one is there, it serves
+        await world.table(world.route(max_queue_wait=20.0))
+        held = asyncio.create_task(http.post(f"{world.url}/v1/chat/completions", json=CHAT))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await world.table(world.route(stopped=True, max_queue_wait=20.0))
+        answers = [await held, await http.post(f"{world.url}/v1/chat/completions", json=CHAT)]
+    assert time.monotonic() - began < 5
+    for answer in answers:
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert error["code"] == "service_unavailable"
+        assert error["message"] == "The model 'tiny' is stopped: its spec.replicas is 0."
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+
+
 async def test_a_held_request_goes_on_when_a_replica_comes(world: World) -> None:
     await world.table(world.route())
     async with world.client() as client:
@@ -865,6 +913,10 @@ async def test_health_is_about_serving(world: World) -> None:
         assert await states() == (200, 200, 200)
         await world.table(world.route(engine.endpoint(draining=True)))
         assert await states() == (200, 200, 503)
+        for path in ("livez", "readyz", "health"):
+            head, get = await http.head(f"/{path}"), await http.get(f"/{path}")
+            assert (head.status_code, head.content) == (get.status_code, b"")
+            assert head.headers["content-length"] == get.headers["content-length"]
 
 
 async def test_a_stalled_engine_is_unhealthy_and_gets_nothing_more(world: World) -> None:
@@ -973,6 +1025,24 @@ async def test_a_replica_that_leaves_keeps_its_streams(world: World) -> None:
         return [load.replica_id for load in loads] == ["new"]
 
     await eventually(gone)
+
+
+@pytest.mark.parametrize("draining", [False, True])
+async def test_only_the_loss_of_a_serving_replica_is_a_warning(world: World, draining: bool) -> None:
+    engine = await world.engine()
+    await world.serve(engine)
+    await world.table(world.route(engine.endpoint(draining=draining)))
+    await engine.stop()
+    log = world.folder / "router.log"
+
+    async def told() -> str | None:
+        text = log.read_text()
+        return text if "nothing listens" in text else None
+
+    warnings = [line for line in (await eventually(told)).splitlines() if "WARNING" in line]
+    assert [line.partition("replica r1: ")[2] for line in warnings] == (
+        [] if draining else ["the engine closed the connection"]
+    )
 
 
 async def test_limits_go_to_the_engines_and_their_hash_comes_back(world: World) -> None:

@@ -105,6 +105,12 @@ def api_page() -> str:
         ("POST /v1/chat/completions", openai.ChatRequest, openai.CHAT_REFUSED),
         ("POST /v1/completions", openai.CompletionRequest, openai.COMPLETION_REFUSED),
     )
+    lines += [
+        "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "
+        "else OpenAI's default. `builtin://tiny` says `do_sample: false` there, so it is greedy unless the "
+        "request gives a `temperature`.",
+        "",
+    ]
     for title, request, refused in endpoints:
         lines += [
             f"## {title}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, get, post, route
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest, MethodNotAllowed, NotFound, describe
@@ -21,6 +23,8 @@ from quire.router.guard import Guard
 from quire.telemetry import CONTENT_TYPE, Tracing
 
 log = logging.getLogger("quire.router")
+
+_PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
 
 
 class Reply:
@@ -40,7 +44,8 @@ class Reply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send(self._start)  # type: ignore[arg-type]
-        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+        body = b"" if scope.get("method") == "HEAD" else self._body
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
@@ -66,15 +71,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         name = str(request.path_params["name"]).removeprefix("/")  # names may have slashes, as hubs' do
         return Reply(200, models.one_model(fleet, name))
 
-    @get("/health")
+    @route("/health", http_method=_PROBE)
     async def get_health() -> ASGIApp:
         return Reply(*health.health(fleet))
 
-    @get("/livez")
+    @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:
         return Reply(200, b'{"alive":true}')
 
-    @get("/readyz")
+    @route("/readyz", http_method=_PROBE)
     async def get_readyz() -> ASGIApp:
         return Reply(*health.readiness(fleet))
 
@@ -95,7 +100,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The answer to anything that a route or the framework raised."""
-    known = describe(_ours(error))
+    known = describe(_ours(error, request))
     if known.status == 500:
         log.error("a request failed", exc_info=error)
     headers = {name.decode(): value.decode() for name, value in known.headers}
@@ -109,12 +114,24 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
     )
 
 
-def _ours(error: Exception) -> Exception:
+def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     """The framework's errors as ours: they carry its own words, and sometimes paths."""
     if isinstance(error, NotFoundException):
-        return NotFound("There is no such path. The API is below /v1; /v1/models lists what is served.")
+        return NotFound(f"There is no such path. There are: {_endpoints(request.app)}.")
     if isinstance(error, MethodNotAllowedException):
-        return MethodNotAllowed("This path does not take that method.")
+        listed = (error.headers or {}).get("allow", "").split(", ")
+        allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))
+        return MethodNotAllowed(f"This path takes {allowed or 'other methods'} only.")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequest("The request is not understood.")
     return error
+
+
+def _endpoints(app: Litestar) -> str:
+    """Every path with its method, as one line."""
+    found = [
+        f"{'POST' if 'POST' in each.methods else 'GET'} {each.path_format.replace(':path', '')}"
+        for each in app.routes
+        if isinstance(each, HTTPRoute)
+    ]
+    return ", ".join(sorted(found))

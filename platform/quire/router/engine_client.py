@@ -82,6 +82,8 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._progress_at = 0.0
         self._complaint = ""
+        self._was_up = False
+        """Whether the last connection got as far as its welcome."""
         self._task = asyncio.create_task(self._stay_connected(), name=f"engine {endpoint.replica_id}")
 
     # ── what is known of it ───────────────────────────────────────────────────────────────────────────────
@@ -107,6 +109,11 @@ class EngineClient:
     def serving(self) -> bool:
         """Whether the table has it for new sequences; else it only keeps what it has."""
         return not self.endpoint.draining and not self.endpoint.standby
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its end is expected: it drains, or the table has it no more."""
+        return self.retired or self.endpoint.draining
 
     def candidate(self) -> Candidate:
         ahead = sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values())
@@ -188,14 +195,19 @@ class EngineClient:
             try:
                 await self._converse()
                 delay = _BACKOFF[0]
-                self._complain("the engine closed the connection")
-            except (OSError, EOFError, TimeoutError, wire.WireError) as error:
-                self._complain(f"{type(error).__name__}: {error}")
+                self._complain("the engine closed the connection", lost=True)
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._complain("nothing listens on its socket; trying again until something does")
+            except (OSError, EOFError, TimeoutError) as error:
+                self._complain(f"the connection failed: {type(error).__name__}: {error}", lost=self._was_up)
+            except wire.WireError as error:
+                self._complain(f"{type(error).__name__}: {error}", lost=True)
             await asyncio.sleep(delay * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, not a secret)
             delay = min(delay * 2, _BACKOFF[1])
 
     async def _converse(self) -> None:
         """One connection from its start to its end."""
+        self._was_up = False
         reader, writer = await asyncio.open_unix_connection(self.endpoint.socket)
         try:
             frames: wire.Reader[wire.FromEngine] = wire.Reader(reader, wire.FromEngine)
@@ -212,12 +224,12 @@ class EngineClient:
             while (message := await frames.read()) is not None:
                 self._hear(message)
         finally:
-            was_up, self._writer = self._writer is not None, None
+            self._was_up, self._writer = self._writer is not None, None
             lost, self._sequences = self._sequences, {}
             for sequence in lost.values():
                 sequence.lost = True
                 sequence.bell.set()
-            if was_up:
+            if self._was_up:
                 log.info("replica %s: disconnected, %d sequences lost", self.endpoint.replica_id, len(lost))
                 self._changed()
             writer.close()
@@ -263,11 +275,15 @@ class EngineClient:
         else:
             raise wire.BadMessage("a second welcome")
 
-    def _complain(self, words: str) -> None:
-        """Log why there is no connection, once for each reason and not at each attempt."""
+    def _complain(self, words: str, *, lost: bool = False) -> None:
+        """Log why there is no connection, once for each reason and not at each attempt.
+
+        `lost`: something is wrong, unless the replica is on its way out anyhow; else it is one more attempt.
+        """
         if words != self._complaint and not self.retired:
             self._complaint = words
-            log.warning("replica %s: %s", self.endpoint.replica_id, words)
+            level = logging.WARNING if lost and not self.leaving else logging.INFO
+            log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
 
 
 def endpoint_key(endpoint: wire.ReplicaEndpoint) -> tuple[str, int, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from quire.errors import ModelNotFound
+from quire.errors import ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.telemetry import Metrics, ReplicaSample
 from quire.text import BadTokenizer, TextError, Tokenizer
@@ -58,6 +58,11 @@ class ServedModel:
     def ready(self) -> bool:
         """Whether a request could be started now."""
         return any(client.ready for client in self.clients)
+
+    def check_wanted(self) -> None:
+        """Raises `ModelStopped` when no replica is ready and none is wanted."""
+        if self.route.stopped and not self.ready:
+            raise ModelStopped(f"The model '{self.route.model}' is stopped: its spec.replicas is 0.")
 
     @property
     def slots(self) -> int:

@@ -245,8 +245,9 @@ class Gateway:
     def admit(self, served: ServedModel, sequences: int) -> Iterator[None]:
         """Hold places for `sequences` in the model's queue.
 
-        Raises `QueueFull`, and `InvalidRequest` when there are more sequences than places.
+        Raises `ModelStopped`, `QueueFull`, and `InvalidRequest` when there are more sequences than places.
         """
+        served.check_wanted()
         places = served.slots + served.route.max_queue_length
         if served.ready and sequences > places:
             raise InvalidRequest(
@@ -355,7 +356,7 @@ class Gateway:
         arrived_at: float,
         traceparent: str | None,
     ) -> Job:
-        max_tokens = min(_room(served.route, prompt, request.asked_tokens) for prompt in prompts)
+        max_tokens = min(_room(served.route, prompt, request) for prompt in prompts)
         if request.min_tokens is not None and request.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"'min_tokens' is {request.min_tokens}, and the context has room for {max_tokens}.",
@@ -403,17 +404,19 @@ class Gateway:
         )
 
 
-def _room(route: wire.ModelRoute, prompt: Sequence[int], asked: int | None) -> int:
+def _room(route: wire.ModelRoute, prompt: Sequence[int], request: SamplingFields) -> int:
     """Tokens that may follow `prompt`: those asked for, else what is left. Raises when that can never fit."""
     if not prompt:
-        raise InvalidRequest("The prompt is empty: it has no token.", param="prompt")
+        raise InvalidRequest("The prompt is empty: it has no token.", param=request.prompt_field)
+    asked = request.asked_tokens
     limit = min(route.max_model_len, route.kv_tokens)
     if len(prompt) + (asked or 1) > limit:
         what = "context" if route.max_model_len <= route.kv_tokens else "KV cache"
         raise ContextLengthExceeded(
             f"The {what} of this model holds {limit} tokens; the request needs {len(prompt) + (asked or 1)}: "
             f"{len(prompt)} in the prompt and {asked or 'at least 1'} for the answer. "
-            "Shorten the prompt or lower the number of tokens asked for."
+            "Shorten the prompt or lower the number of tokens asked for.",
+            param=request.prompt_field if len(prompt) >= limit else request.limit_field,
         )
     return asked if asked is not None else limit - len(prompt)
 
@@ -575,6 +578,7 @@ class Run:
                     return
                 if self._gateway.fleet.models.get(self.job.asked_model) is not served:
                     raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
+                served.check_wanted()
                 left = choice.deadline - time.monotonic()
                 if left <= 0:
                     raise ServiceUnavailable(
@@ -629,7 +633,9 @@ class Run:
             raise EngineUnavailable(
                 f"The engine died under this request, at attempt {choice.attempts}.", retry_after=1.0
             )
-        log.warning("request %s: engine gone, attempt %d", self.job.id, choice.attempts + 1)
+        expected = choice.sequence is not None and choice.sequence.client.leaving
+        level = logging.INFO if expected else logging.WARNING
+        log.log(level, "request %s: engine gone, attempt %d", self.job.id, choice.attempts + 1)
         choice.retrying = True
         self._gateway.retrying += 1
         choice.begin()

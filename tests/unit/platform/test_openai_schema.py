@@ -322,6 +322,32 @@ def test_a_body_that_is_no_json_object(body: bytes, words: str) -> None:
     assert words in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"model":"a","model":"b","prompt":"x"}', "model"),
+        (b'{"model":"a","prompt":"x","\\u006dodel" \n: "b"}', "model"),
+        (b'{"model":"a","prompt":"x","logit_bias":{"5":1,"5":-1}}', "5"),
+        (b'{"model":"a","prompt":"x","n":1,"n":NaN}', "n"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(body: bytes, key: str) -> None:
+    with pytest.raises(BadRequest, match=f"'{key}' twice"):
+        read_completion(body)
+
+
+def test_text_that_looks_like_keys_is_text() -> None:
+    text = '{"a": 1, "a": 2} ": '
+    assert read_completion(json.dumps({**COMPLETION, "prompt": text}).encode()).prompt == [text]
+
+
+@pytest.mark.parametrize(("number", "shown"), [("1e9", "exponent: 1000000000."), ("1.5", "number, not 1.5.")])
+def test_a_number_that_is_not_whole_is_shown_plainly(number: str, shown: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_completion(f'{{"model":"a","prompt":"x","max_tokens":{number}}}'.encode())
+    assert caught.value.message.endswith(shown)
+
+
 def test_a_body_of_allowed_depth_is_read() -> None:
     deep = json.dumps({**CHAT, "metadata": "METADATA"}).replace('"METADATA"', "[" * 63 + "]" * 63)
     read_chat(deep.encode())
