@@ -128,6 +128,16 @@ class GatewayReconciler:
         """What keeps the router from listening, as a Stalled condition."""
         return self._failure
 
+    def unavailable(self) -> str | None:
+        """Why no request can be sent to `base_url` now; None when it listens."""
+        if self.ready():
+            return None
+        if self._failure is not None:
+            return f"{self._failure.reason}: {self._failure.message}"
+        if self.current() is None and not self._store.objects():
+            return "the router starts with the first model"
+        return "the router starts"
+
     def conflict(self, spec: Mapping[str, Any]) -> str | None:
         """Why a gateway with `spec` could not listen; None when it could, or when it already does."""
         seen = self.current()
@@ -154,7 +164,8 @@ class GatewayReconciler:
         elif self._store.objects():
             again = await self._start(spec)
         if stored is not None:
-            self._report(stored)
+            before = self._store.status(stored.uid).get("conditions", ())
+            self._store.put_status(stored.uid, self.status(before, stored.generation))
         return again
 
     async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
@@ -212,9 +223,8 @@ class GatewayReconciler:
         self._failure = Fact("Stalled", True, reason, message)
         self._store.add_event(KEY, "Warning", reason.value, message)
 
-    def _report(self, stored: StoredObject) -> None:
-        now = self._clock()
-        before = self._store.status(stored.uid)
+    def status(self, before: Sequence[Mapping[str, Any]], generation: int) -> dict[str, Any]:
+        """Its status at `generation`, after the conditions `before`."""
         ready = self.ready()
         failure = self._failure
         facts = [
@@ -225,22 +235,20 @@ class GatewayReconciler:
                 "Ready",
                 False,
                 failure.reason if failure else Reason.ROUTER_NOT_READY,
-                failure.message if failure else "the router starts",
+                failure.message if failure else self.unavailable() or "",
             ),
             failure or Fact("Stalled", False, Reason.PROGRESS_MADE),
         ]
-        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, now)
+        shown = status.conditions(facts, before, generation, self._clock())
+        idle = self.current() is None and not self._store.objects()
         words = "Listening" if ready else f"Stalled: {failure.reason}" if failure else "Starting"
-        self._store.put_status(
-            stored.uid,
-            {
-                "observedGeneration": stored.generation,
-                "summary": words,
-                "endpoints": {"openai": f"{self.base_url()}/v1"},
-                "conditions": shown,
-                "remedies": status.remedies(str(KEY), shown),
-            },
-        )
+        return {
+            "observedGeneration": generation,
+            "summary": "Not started" if idle else words,
+            "endpoints": {"openai": f"{self.base_url()}/v1"},
+            "conditions": shown,
+            "remedies": [] if idle else status.remedies(str(KEY), shown),
+        }
 
 
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:

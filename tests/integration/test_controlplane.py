@@ -5,6 +5,7 @@ The control plane is told nothing of the stand-in: a package `quire_engine` on P
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any
         assert time.monotonic() < deadline, f"did not happen in time: {what}"
         time.sleep(0.02)
     return value
+
+
+@contextmanager
+def default_port_taken() -> Iterator[None]:
+    """Port 8000 of loopback is taken by another program: by us, if by nobody yet."""
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            ours.bind(("127.0.0.1", 8000))
+            ours.listen()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        yield
 
 
 def alive(pid: int) -> bool:
@@ -502,6 +517,36 @@ def test_a_taken_port_is_refused_with_the_remedy_and_the_gateway_can_move(plane:
     plane.wait_served("moving")
     assert plane.complete("moving").status_code == 200
     plane.delete("moving")
+
+
+def test_deleting_the_gateway_is_refused_while_its_default_port_is_taken(plane: Plane) -> None:
+    plane.apply(model("reached"))
+    plane.wait_served("reached")
+    before = plane.base_url
+    with default_port_taken():
+        with pytest.raises(Refused, match="default address") as wrong:
+            plane.client.delete("/v1/objects/gateway/default")
+        assert (wrong.value.code, wrong.value.exit_code) == ("address_in_use", 6)
+        assert plane.base_url == before
+        assert plane.complete("reached").status_code == 200
+        (shown,) = plane.client.get("/v1/objects", kind="gateway")["items"]
+        assert not shown["deleting"]
+        planned = plane.plan(GATEWAY.replace("port: 0", "port: 8000"))
+        assert (planned["action"], planned["problem"]["reason"]) == ("refused", "AddressInUse")
+    plane.delete("reached")
+
+
+def test_without_a_gateway_object_its_defaults_and_their_state_are_shown(tmp_path: Path) -> None:
+    plane = Plane(tmp_path)
+    plane.start()
+    try:
+        (shown,) = plane.client.get("/v1/objects", kind="gateway")["items"]
+        assert (shown["name"], shown["generation"], shown["createdAt"]) == ("default", 0, None)
+        assert shown["status"]["summary"] == "Not started"
+        assert shown["status"]["endpoints"]["unavailable"] == "the router starts with the first model"
+        assert plane.client.get("/v1/objects/gateway/default")["resolved"]["port"] == 8000
+    finally:
+        plane.end()
 
 
 def test_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane: Plane) -> None:

@@ -56,6 +56,10 @@ ROUTER_EXTRA = 5.0
 """How much longer than its grace the router has to end by itself before its shim kills it."""
 STOP_SECONDS = 10.0
 """How long a shim may take to hear of a stop, and then to end after the grace."""
+OTHER_PORT = (
+    "platform apply manifests/gateway.yaml, a Gateway named default with port 0 for any free one; "
+    "or set its spec.port to one that is free"
+)
 _NAME = re.compile(NAME_PATTERN)
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
@@ -318,11 +322,26 @@ class ControlPlane:
         except InventoryError as error:
             raise ApiError(422, "bad_inventory", error.message, error.hint, exit_code=3) from error
         reviews = self.admission.review(loaded.resources, inventory, configs)
-        document = admission.report(reviews)
-        for review, item in zip(reviews, document["items"], strict=True):
-            if review.key == GATEWAY and (problem := self.gateway.conflict(review.resolved)) is not None:
-                item["notes"].append(f"{problem}: apply would be refused")
-        return document
+        if inventory is None:
+            self._foresee_address(reviews)
+        return admission.report(reviews)
+
+    def _foresee_address(self, reviews: Sequence[admission.Review]) -> None:
+        """Say in a plan what `_check_address` would say to an apply."""
+        own = next((review for review in reviews if review.key == GATEWAY), None)
+        models = [review for review in reviews if isinstance(review.located.resource, Model)]
+        if own is not None and own.refusal is not None:
+            return
+        problem = self.gateway.conflict(
+            own.resolved if own is not None else resolved_spec(self.store.get(GATEWAY))
+        )
+        if problem is None:
+            return
+        if own is not None:
+            own.action = "refused"
+            own.refusal = admission.Refusal("spec.port", "AddressInUse", problem, "choose another, or 0 for any")
+        elif models:
+            models[0].warnings.append(f"the router cannot listen: {problem}; apply would be refused")
 
     def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Store these files' resources, all or none, and set the reconcilers to work."""
@@ -374,19 +393,18 @@ class ControlPlane:
             return
         problem = self.gateway.conflict(own if own is not None else resolved_spec(self.store.get(GATEWAY)))
         if problem is not None:
-            raise ApiError(
-                409,
-                "address_in_use",
-                f"the router cannot listen: {problem}",
-                "apply a Gateway named default with another spec.port, or with port 0 for any free one",
-                exit_code=6,
-            )
+            raise _address_in_use(f"the router cannot listen: {problem}", OTHER_PORT)
 
     def objects(self, kind: str | None) -> dict[str, Any]:
-        return {"items": [self._view(stored) for stored in self.store.objects(kind)]}
+        items = [self._view(stored) for stored in self.store.objects(kind)]
+        if kind == GATEWAY.kind and not items:
+            items = [self._default_gateway()]
+        return {"items": items}
 
     def object(self, key: Key) -> dict[str, Any]:
         stored = self.store.get(key)
+        if stored is None and key == GATEWAY:
+            return self._default_gateway()
         if stored is None:
             raise _not_found(key)
         return self._view(stored)
@@ -394,6 +412,11 @@ class ControlPlane:
     def delete(self, key: Key) -> dict[str, Any]:
         """Begin a deletion; the object stays until nothing of it runs."""
         self._refuse_while_down()
+        if key == GATEWAY and (problem := self._no_way_back()) is not None:
+            raise _address_in_use(
+                f"without it the router would move to its default address, where it cannot listen: {problem}",
+                "keep it, or stop the program that holds the address first; nothing was changed",
+            )
         try:
             stored = self.store.mark_deleting(key)
         except NotFound as error:
@@ -403,8 +426,41 @@ class ControlPlane:
         self._controller.add(ROUTES)
         return self._view(stored)
 
+    def _no_way_back(self) -> str | None:
+        """Why the router could not listen where it does without a manifest; None when it could, or need not."""
+        stored = self.store.get(GATEWAY)
+        if stored is None or stored.deletion_time is not None:
+            return None
+        if self.gateway.current() is None and not self.store.objects("model"):
+            return None
+        return self.gateway.conflict(resolved_spec(None))
+
+    def _default_gateway(self) -> dict[str, Any]:
+        """The gateway that there is without a manifest: generation 0, never created."""
+        report = self.gateway.status((), 0)
+        self._tell_unavailable(report)
+        return {
+            "kind": GATEWAY.kind,
+            "name": GATEWAY.name,
+            "generation": 0,
+            "intent": {},
+            "resolved": resolved_spec(None),
+            "createdAt": None,
+            "deleting": False,
+            "status": report,
+            "replicas": [],
+            "revisions": [],
+        }
+
+    def _tell_unavailable(self, report: dict[str, Any]) -> None:
+        """Say in a status why its endpoints cannot be reached now, whatever was true when it was written."""
+        why = self.gateway.unavailable()
+        if why is not None and "endpoints" in report:
+            report["endpoints"] = {**report["endpoints"], "unavailable": why}
+
     def _view(self, stored: StoredObject) -> dict[str, Any]:
         report = self.store.status(stored.uid)
+        self._tell_unavailable(report)
         replicas = report.pop("replicaList", [])
         for name in ("signature", "progressAt"):
             report.pop(name, None)
@@ -508,6 +564,10 @@ def parse_key(text: str) -> Key:
     if not _NAME.fullmatch(key.name):
         raise ApiError(400, "bad_request", f"{key.name!r} is not the name of an object", hint, exit_code=2)
     return key
+
+
+def _address_in_use(message: str, hint: str) -> ApiError:
+    return ApiError(409, "address_in_use", message, hint, exit_code=6)
 
 
 def _not_found(key: Key) -> ApiError:
