@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found" >&2; \
 		echo "hint: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev,bench]'
+	@echo "installing Quire and what it needs into $(VENV) (about 600 MB the first time)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,bench]'
 	@touch $@
 
 venv: $(STAMP) ## make the virtual environment and install Quire into it

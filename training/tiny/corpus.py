@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
+import importlib
+import inspect
 import json
 import random
 import re
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
@@ -60,15 +62,15 @@ _SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "encodings", "tur
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as plain sentences and not as code, a table or a signature."""
+    """Whether a paragraph reads as sentences and not as code, a table or a signature."""
     words = paragraph.split()
     if len(words) < 8 or not paragraph[0].isupper() or paragraph[-1] not in ".:?!":
         return False
-    if any(mark in paragraph for mark in (">>>", "::", "==", "->", "()", "__", "@", "http", "self.", "|", "..")):
+    if any(mark in paragraph for mark in (">>>", "::", "==", "->", "__", "http", "|", "...")):
         return False
-    letters = sum(1 for char in paragraph if _ALLOWED.match(char))
+    plain = sum(1 for char in paragraph if _ALLOWED.match(char))
     wordy = sum(1 for word in words if re.fullmatch(r"[(\"']?[A-Za-z][A-Za-z'-]*[,.;:?!)\"']*", word))
-    return letters >= 0.97 * len(paragraph) and wordy >= 0.9 * len(words)
+    return plain >= 0.93 * len(paragraph) and wordy >= 0.8 * len(words)
 
 
 def paragraphs_of(text: str) -> Iterator[str]:
@@ -96,6 +98,27 @@ def _comment_blocks(path: Path) -> Iterator[str]:
         yield "\n".join(block)
 
 
+def _extension_docs() -> Iterator[list[str]]:
+    """The documentation strings of the modules written in C, one list per module."""
+    shared = Path(sysconfig.get_path("stdlib"), "lib-dynload")
+    names = set(sys.builtin_module_names) | {path.name.partition(".")[0] for path in shared.glob("*.so")}
+    for name in sorted(names):
+        if name.startswith(("_test", "xx")):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue  # an extension whose system library is not installed
+        things: list[Any] = [module]
+        for key in sorted(vars(module)):
+            value = vars(module)[key]
+            things.append(value)
+            if inspect.isclass(value):
+                things += [vars(value)[member] for member in sorted(vars(value))]
+        docs = (getattr(thing, "__doc__", None) for thing in things)
+        yield [doc for doc in docs if isinstance(doc, str)]
+
+
 def english_documents() -> list[str]:
     """The prose of the installed standard library, one document per source file or topic, without repetitions."""
     seen: set[str] = set()
@@ -114,6 +137,8 @@ def english_documents() -> list[str]:
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         add([topics[name]])
+    for docs in _extension_docs():
+        add(docs)
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = set(path.relative_to(root).parts)
@@ -226,22 +251,19 @@ SUM_ASKS = {
 
 
 def solve(op: str, a: int, b: int) -> tuple[str, int]:
-    """The working of a sum as one line of equations, tens first, and its result."""
+    """The working of a sum, one equation a line (ones, tens, both), and its result."""
     if op == "*":
         return f"{a} * {b} = {a * b}", a * b
     tens_b, ones_b = b // 10 * 10, b % 10
     if op == "-":
         if tens_b and ones_b:
-            return f"{a} - {b} = {a} - {tens_b} - {ones_b} = {a - tens_b} - {ones_b} = {a - b}", a - b
+            return f"{a} - {tens_b} = {a - tens_b}\n{a - tens_b} - {ones_b} = {a - b}", a - b
         return f"{a} - {b} = {a - b}", a - b
-    tens_a, ones_a = a // 10 * 10, a % 10
-    tens, ones = [t for t in (tens_a, tens_b) if t], [o for o in (ones_a, ones_b) if o]
-    steps = [f"{a} + {b}"]
-    if len(tens) + len(ones) > 2:
-        steps.append(" + ".join(map(str, tens + ones)))
-        steps.append(f"{sum(tens)} + {sum(ones)}")
-    steps.append(str(a + b))
-    return " = ".join(steps), a + b
+    tens, ones = [t for t in (a // 10 * 10, tens_b) if t], [o for o in (a % 10, ones_b) if o]
+    if len(tens) + len(ones) <= 2:
+        return f"{a} + {b} = {a + b}", a + b
+    lines = [f"{part[0]} + {part[1]} = {sum(part)}" for part in (ones, tens) if len(part) == 2]
+    return "\n".join([*lines, f"{sum(tens)} + {sum(ones)} = {a + b}"]), a + b
 
 
 def sum_is_held_out(op: str, a: int, b: int) -> bool:
@@ -255,7 +277,7 @@ def draw_sum(rng: random.Random, wanted_held_out: bool) -> tuple[str, int, int]:
         if op == "*":
             a, b = rng.randint(0, 10), rng.randint(0, 10)
         else:
-            top = 9 if rng.random() < 0.2 else 99
+            top = 9 if rng.random() < 0.25 else 99
             a, b = rng.randint(0, top), rng.randint(0, top)
         if op == "-" and a < b:
             a, b = b, a
@@ -313,9 +335,11 @@ _CITIES = _words(
     "Venice Florence Lyon Nice Bordeaux Porto Seville Valencia Krakow Riga Vilnius Tallinn Kiev Sofia "
     "Zagreb Belgrade Glasgow Leeds Bristol Oxford Cambridge York Bath Cork"
 )
-_ONSETS = _words("b c d f g h k l m n p r s t v w br dr gr kl pl st tr sh th")
-_VOWELS = _words("a e i o u ai ea ou")
-_ENDS = _words("n r s l t m nd rt ck x") + [""] * 8
+_ONSETS = _words(
+    "b c d f g h j k l m n p qu r s t v w y z bl br ch cl cr dr fl fr gl gr kl pl pr sc sh sl sn sp st sw th tr wh"
+)
+_VOWELS = _words("a e i o u a e i o u ai aw ay ea ee ie oa oo ou ow")
+_ENDS = _words("b ck d f g k l ld ll m mp n nd ng nt p r rd rk rs rt s sh sk st t th w x y") + [""] * 20
 
 
 def made_up(rng: random.Random) -> str:
@@ -365,6 +389,16 @@ def _person(rng: random.Random) -> str:
 def _path(rng: random.Random) -> str:
     folder, ending = rng.choice(("data", "home", "tmp", "logs", "srv")), rng.choice(("txt", "csv", "json", "log"))
     return f"/{folder}/{made_up(rng)}.{ending}"
+
+
+_OPENINGS = _words(
+    "See Buy Bring Find Call Take Send Read Try Remember Forget Meet Ask Watch Book Open Close Clean"
+)
+
+
+def _message(rng: random.Random) -> str:
+    opening = rng.choice(_OPENINGS) if rng.random() < 0.7 else made_up(rng).capitalize()
+    return f"{opening} the {_query(rng)}"
 
 
 def _number(rng: random.Random) -> str:
@@ -436,10 +470,7 @@ TOOLS: tuple[Tool, ...] = (
         "Send a message to a person.",
         {"to": "string", "text": "string"},
         ('Send "{text}" to {to}.', 'Tell {to}: "{text}"', 'Write a message to {to}: "{text}"'),
-        lambda rng: {
-            "to": _person(rng),
-            "text": rng.choice(("See you at", "Buy", "I like", "No more")) + " " + _query(rng),
-        },
+        lambda rng: {"to": _person(rng), "text": _message(rng)},
         lambda rng, _: {"sent": True, "id": rng.randint(100, 999)},
         "I sent the message to {to}.",
     ),
@@ -517,7 +548,7 @@ REPEAT_ASKS = ("Repeat: {}", "Say {}", 'Repeat "{}".', 'Say "{}".', "Repeat afte
 
 def repeat_chat(rng: random.Random) -> Chat:
     """A request to repeat one to four words, names or numbers."""
-    draws: tuple[Callable[[random.Random], str], ...] = (_query, made_up, _city, _model, _person, _path, _number)
+    draws = (_query, made_up, _city, _model, _person, _path, _number, _message)
     words: list[str] = []
     wanted = rng.randint(1, 4)
     while len(words) < wanted:

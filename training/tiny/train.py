@@ -236,7 +236,7 @@ class Mixture:
 
     def _chats(self, rng: random.Random) -> Iterator[tuple[list[int], list[bool]]]:
         while True:
-            kind = rng.choices(("question", "turns", "paragraph", "repeat", "sum"), (48, 7, 5, 12, 28))[0]
+            kind = rng.choices(("question", "turns", "paragraph", "repeat", "sum"), (38, 5, 6, 13, 38))[0]
             if kind == "question":
                 chat = corpus.question_chat(rng, self.entries)
             elif kind == "turns":
@@ -254,11 +254,13 @@ class Mixture:
             yield self._encode(corpus.tool_chat(rng, self.entries))
 
     def step(self, step: int, steps: int) -> list[tuple[str, Rows]]:
-        """The micro-batches of one step: English, conversations, tools, and by turns more of the first two.
+        """The micro-batches of one step: English, conversations, tools, and by turns one more of these.
 
         English rows are short at first, and long in the last eighth.
         """
-        if step % 2:
+        if step % 4 == 0:
+            fourth = "tools", packed_rows(self.calls, 2, 512)
+        elif step % 2:
             fourth = "chat", packed_rows(self.chats, 4, 256)
         elif step >= steps * 7 // 8:
             fourth = "english", english_rows(self.english, 1, 1024)
@@ -273,6 +275,21 @@ class Mixture:
 
 
 # --- Model ----------------------------------------------------------------------------------------
+
+
+class Dropout:
+    """Drops one element in ten, by a generator of its own; without a seed it drops nothing.
+
+    Only English rows are trained with it: the prose is read several times, and is to be learned, not memorised.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.generator is None:
+            return x
+        return x * torch.empty_like(x).bernoulli_(0.9, generator=self.generator).div_(0.9)
 
 
 class Layer(nn.Module):
@@ -300,7 +317,9 @@ class Layer(nn.Module):
             }
         )
 
-    def forward(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, bias_MTT: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, bias_MTT: Tensor, dropout: Dropout
+    ) -> Tensor:
         batch, length, _ = x_BTD.shape
         head, heads, groups = CONFIG["head_dim"], CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
 
@@ -321,10 +340,10 @@ class Layer(nn.Module):
         with torch.autocast("cpu", enabled=False):
             mixed = torch.bmm(torch.softmax(scores, -1), v_MTH)
         mixed = mixed.view(batch, heads, length, head).transpose(1, 2).reshape(batch, length, heads * head)
-        x_BTD = x_BTD + self.self_attn["o_proj"](mixed)
+        x_BTD = x_BTD + dropout(self.self_attn["o_proj"](mixed))
         normed = self.post_attention_layernorm(x_BTD)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        out_BTD: Tensor = x_BTD + self.mlp["down_proj"](gated)
+        out_BTD: Tensor = x_BTD + dropout(self.mlp["down_proj"](gated))
         return out_BTD
 
 
@@ -349,7 +368,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos", angles.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angles.sin().bfloat16(), persistent=False)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, int]:
+    def forward(self, rows: Rows, dropout: Dropout) -> tuple[Tensor, int]:
         """The summed loss in nats and the number of learned tokens."""
         batch, length = rows.tokens.shape
         cos, sin = self.cos[rows.positions], self.sin[rows.positions]
@@ -357,7 +376,7 @@ class Decoder(nn.Module):
         bias = bias.reshape(-1, length, length)
         x = self.embed_tokens(rows.tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, bias)
+            x = layer(x, cos, sin, bias, dropout)
         learned = rows.targets.flatten() >= 0
         hidden = self.norm(x).flatten(0, 1)[learned]
         logits = F.linear(hidden, self.embed_tokens.weight).float()
@@ -415,10 +434,10 @@ def rate(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100)))
 
 
-def gradients(model: Decoder, rows: Rows) -> tuple[float, int, tuple[Tensor, ...]]:
+def gradients(model: Decoder, rows: Rows, dropout: Dropout) -> tuple[float, int, tuple[Tensor, ...]]:
     """The summed loss of a micro-batch, its learned tokens, and the loss's gradient for every parameter."""
     with torch.autocast("cpu", torch.bfloat16):
-        loss, count = model(rows)
+        loss, count = model(rows, dropout)
     return loss.item(), count, torch.autograd.grad(loss, list(model.parameters()))
 
 
@@ -427,7 +446,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2, help="micro-batches computed at the same time")
     args = parser.parse_args()
@@ -456,10 +475,10 @@ def main() -> None:
     other = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     halves = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(half, lr=4e-3, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        torch.optim.Muon(half, lr=2.5e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
         for half in halves
     ]
-    optimizers.append(torch.optim.AdamW(other, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0))
+    optimizers.append(torch.optim.AdamW(other, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0))
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     record(
         event="start",
@@ -484,7 +503,12 @@ def main() -> None:
         for group, peak in peaks:
             group["lr"] = peak * share
         batches = mixture.step(step, args.steps)
-        results = pool.map(lambda batch: gradients(model, batch[1]), batches)
+        dropouts = [
+            Dropout((args.seed * args.steps + step) * 8 + index if kind == "english" else None)
+            for index, (kind, _) in enumerate(batches)
+        ]
+        work = [(model, rows, dropout) for (_, rows), dropout in zip(batches, dropouts, strict=True)]
+        results = pool.map(lambda item: gradients(*item), work)
         learned = 0
         for (kind, rows), (loss, count, grads) in zip(batches, results, strict=True):
             for parameter, grad in zip(parameters, grads, strict=True):
@@ -543,7 +567,7 @@ def training_bpb(model: Decoder, tokenizer: Tokenizer) -> float:
     for start in range(0, len(ids) - 1, 512):
         window = ids[start : start + 513]
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = model(english_rows(iter(window), 1, len(window) - 1))
+            loss, _ = model(english_rows(iter(window), 1, len(window) - 1), Dropout())
         total += loss.item()
     return total / math.log(2) / len(text.encode())
 
