@@ -2,7 +2,8 @@
 
 `throughput` compares, on the same weights, dtype and work, our engine (twice, as an A/A pair) with transformers
 run sequentially, in the best static batch found, and with its continuous batching. Tokens that were asked for
-count, nothing else. `start-up` measures commands and imports in fresh processes.
+count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
+that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def throughput(args: argparse.Namespace) -> None:
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
 
-    def row(system: str, seconds: float, **more: Any) -> None:
-        rate = asked / seconds
+    def row(system: str, seconds: float, *, done: int = asked, **more: Any) -> None:
+        rate = done / seconds
         rows.append(
             common | {"system": system, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 2)} | more
         )
@@ -92,38 +93,48 @@ def throughput(args: argparse.Namespace) -> None:
             mean_live_length=round(run.mean_live_length, 1),
         )  # fmt: skip
 
-    ours.run(jobs[: max(1, len(jobs) // 8)])  # untimed: allocators and thread pools pay their first time here
-    first = ours.run(jobs)
-    ours_row("quire (A)", first)
-    theirs = Transformers(folder, getattr(torch, dtype))
-    theirs.static(jobs[: max(1, len(jobs) // 8)], 8, by_length=True)  # untimed, as above
-    if "sequential" in args.systems:
-        row("transformers sequential", theirs.sequential(jobs))
-    if "static" in args.systems:
-        sizes = [size for size in args.static_batches if size <= len(jobs)]
-        for size in sizes:
-            for by_length in (False, True):
-                order = "by length" if by_length else "in order"
-                seconds = theirs.static(jobs, size, by_length=by_length)
-                row(f"transformers static, batch {size}, {order}", seconds)
-    if "continuous" in args.systems:
-        row("transformers continuous", theirs.continuous(jobs))
-    second = ours.run(jobs)
-    ours_row("quire (A again)", second)
+    def measure() -> None:
+        part = jobs[: max(1, len(jobs) // 8)]
+        ours.run(part)  # untimed: allocators and thread pools pay their first time here
+        passes.append(ours.run(jobs))
+        ours_row("quire (A)", passes[-1])
+        theirs = Transformers(folder, getattr(torch, dtype))
+        theirs.static(part, 8, by_length=True)  # untimed, as above
+        if "static" in args.systems:
+            for size in args.static_batches:
+                for by_length in (False, True) if size < len(jobs) else (False,):
+                    order = "by length" if by_length else "in order"
+                    seconds = theirs.static(jobs, size, by_length=by_length)
+                    row(f"transformers static, batch {size}, {order}", seconds)
+        if "sequential" in args.systems:
+            row("transformers sequential", theirs.sequential(jobs))
+        passes.append(ours.run(jobs))
+        ours_row("quire (A again)", passes[-1])
+        if "continuous" in args.systems:
+            seconds, done = theirs.continuous(jobs, args.limit)
+            unfinished = {} if done == asked else {"unfinished": True, "output_tokens_done": done}
+            row("transformers continuous", seconds, done=done, **unfinished)
 
-    noise = max(first.seconds, second.seconds) / min(first.seconds, second.seconds)
-    our_seconds = statistics.geometric_mean([first.seconds, second.seconds])
-    print(f"\nA/A ratio {noise:.3f}; ratios of tokens/s, quire (geometric mean of the pair) to:")
+    passes: list[Run] = []
+    try:
+        measure()
+    finally:
+        if passes:
+            times = [each.seconds for each in passes]
+            ours_rate, noise = asked / statistics.geometric_mean(times), max(times) / min(times)
+            for entry in rows:
+                entry["aa_ratio"] = round(noise, 4) if len(times) == 2 else None
+                rate = entry["tokens_per_s"]
+                entry["quire_ratio"] = round(ours_rate / rate, 3) if rate else None
+            write(args.out or ROOT / "benchmarks/results/throughput.jsonl", rows)
+    print(f"A/A ratio {noise:.3f}; ratios of tokens/s, quire (geometric mean of the pair) to:")
     for entry in rows:
-        entry["aa_ratio"] = round(noise, 4)
-        entry["quire_ratio"] = round(entry["seconds"] / our_seconds, 3)
         if not entry["system"].startswith("quire"):
-            print(f"  {entry['system']:42} {entry['quire_ratio']:.2f}")
+            print(f"  {entry['system']:42} {entry['quire_ratio']}")
     print(
-        f"KV waste {first.kv_waste:.2%} (mean live length {first.mean_live_length:.0f}); "
-        f"contiguous reservation of {ours.max_model_len}: {first.kv_waste_contiguous:.1%}"
+        f"KV waste {passes[0].kv_waste:.2%} (mean live length {passes[0].mean_live_length:.0f}); "
+        f"contiguous reservation of {ours.max_model_len}: {passes[0].kv_waste_contiguous:.1%}"
     )
-    write(args.out or ROOT / "benchmarks/results/throughput.jsonl", rows)
 
 
 def start_up(args: argparse.Namespace) -> None:
@@ -161,6 +172,7 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=os.cpu_count())
     one.add_argument("--systems", nargs="*", default=["sequential", "static", "continuous"])
     one.add_argument("--static-batches", nargs="*", type=int, default=[16, 32, 64])
+    one.add_argument("--limit", type=float, default=1200.0, help="seconds for transformers' continuous batching")
     one.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
     one.set_defaults(action=throughput)
     two = commands.add_parser("start-up")
