@@ -178,7 +178,10 @@ class Admission:
                 self._refuse(review, Refusal("spec.source", reason, error.message, error.hint))
             except PlacementError as error:
                 review.fit = error.fit
-                self._refuse(review, Refusal(error.path, error.reason, error.message, error.hint))
+                # Of the fields whose change would make it fit, one that the manifest itself declares is to blame.
+                offers = error.fit.counter_offers if error.fit is not None else ()
+                path = next((offer.field for offer in offers if offer.field in located.places), error.path)
+                self._refuse(review, Refusal(path, error.reason, error.message, error.hint))
         elif unchanged and old is not None:
             review.resolved = old.resolved
         else:
@@ -435,13 +438,14 @@ class Admission:
             if stored.key not in in_set and stored.deletion_time is None:
                 owners.update(dict.fromkeys(stored.resolved["servedModelNames"], stored.key))
         for review in reviews:
-            for name in review.resolved.get("servedModelNames", ()):
+            declared = review.located.intent.get("spec", {}).get("servedModelNames")
+            for index, name in enumerate(review.resolved.get("servedModelNames", ())):
                 owner = owners.setdefault(name, review.key)
                 if owner != review.key and review.refusal is None:
                     self._refuse(
                         review,
                         Refusal(
-                            "spec.servedModelNames",
+                            f"spec.servedModelNames[{index}]" if declared else "metadata.name",
                             "NameConflict",
                             f"the model name {name!r} is already served by {owner}",
                             f"choose another name, or delete {owner} first",
@@ -499,7 +503,7 @@ def _count(number: int, noun: str) -> str:
 def problems(reviews: Sequence[Review]) -> list[Problem]:
     """The refusals as problems of the files they come from."""
     return [
-        Problem(review.located.file, review.located.line, 0, found.path, found.message, found.hint)
+        review.located.problem(found.path, found.message, found.hint)
         for review in reviews
         if (found := review.refusal) is not None
     ]
@@ -531,13 +535,9 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "notes": review.notes,
             "warnings": review.warnings,
         }
-        if review.refusal is not None:
-            item["problem"] = {
-                "path": review.refusal.path,
-                "reason": review.refusal.reason,
-                "message": review.refusal.message,
-                "hint": review.refusal.hint,
-            }
+        if (found := review.refusal) is not None:
+            problem = review.located.problem(found.path, found.message, found.hint)
+            item["problem"] = {**problem.as_dict(), "reason": found.reason}
         items.append(item)
     actions = [review.action for review in reviews]
     return {

@@ -47,7 +47,11 @@ MANIFEST_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong. `line` and `column` count from 1; `path` is dotted, empty for the whole file."""
+    """One thing that is wrong. `line` and `column` count from 1; `path` is dotted, empty for the whole file.
+
+    Path, message and hint are short and printable whatever the file holds: they quote it, and a terminal obeys
+    the control characters that it is sent.
+    """
 
     file: str
     line: int
@@ -55,6 +59,10 @@ class Problem:
     path: str
     message: str
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "message", "hint"):
+            object.__setattr__(self, name, _printable(getattr(self, name)))
 
     def __str__(self) -> str:
         path = f"{self.path}: " if self.path else ""
@@ -64,6 +72,15 @@ class Problem:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `Problem(**d)` is the way back."""
         return asdict(self)
+
+
+MAX_WORDS = 600
+
+
+def _printable(text: str) -> str:
+    if len(text) > MAX_WORDS:
+        text = f"{text[: MAX_WORDS - 3]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ManifestInvalid(Exception):
@@ -76,13 +93,25 @@ class ManifestInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A resource and where it was written. `document` counts the non-empty documents of its file from 0."""
+    """A resource and where it was written. `document` counts the non-empty documents of its file from 0.
+
+    `places` has the line and column of the value of every field that the document has, by dotted path.
+    """
 
     resource: Resource
     file: str
     line: int
     document: int
     intent: dict[str, Any]
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def problem(self, path: str, message: str, hint: str) -> Problem:
+        """A problem with a field, at its value; at its nearest declared ancestor if the document lacks it."""
+        known = path
+        while known and known not in self.places:
+            known = known[: max(known.rfind("."), known.rfind("["), 0)]
+        line, column = self.places.get(known, (self.line, 1))
+        return Problem(self.file, line, column, path, message, hint)
 
     @property
     def key(self) -> Key:
@@ -161,6 +190,27 @@ def intent_hash(resource: Resource | Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_VERSION = re.compile(r"quire\.dev/v([0-9]{1,4})(?:(alpha|beta)([0-9]{1,4}))?")
+
+
+def is_newer(api_version: str) -> bool:
+    """Whether it is a version of our API that comes after ours: v1alpha1 < v1alpha2 < v1beta1 < v1 < v2alpha1."""
+
+    def rank(found: re.Match[str]) -> tuple[int, int, int]:
+        major, stage, minor = found.groups()
+        return int(major), {"alpha": 0, "beta": 1, None: 2}[stage], int(minor or 0)
+
+    given, own = _VERSION.fullmatch(api_version), _VERSION.fullmatch(API_VERSION)
+    return given is not None and own is not None and rank(given) > rank(own)
+
+
+def _product() -> str:
+    # Only for a message that is rarely needed; the import would cost every start.
+    from importlib.metadata import version
+
+    return version("quire")
+
+
 # ── one document ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -180,6 +230,8 @@ class _Document:
         self.index = index
         self.node = node
         self.usable = True
+        self.newer = False
+        """Written for a version of the API that comes after ours."""
         self.resource: Resource | None = None
         self.facts: Facts | None = None
         self.problems: list[Problem] = []
@@ -190,7 +242,8 @@ class _Document:
     def located(self) -> Located:
         if self.resource is None:
             raise RuntimeError("a document with problems has no resource")
-        return Located(self.resource, self.file, self.node.line, self.index, self.resource.intent())
+        places = {dotted(path): place.value for path, place in self.places.items()}
+        return Located(self.resource, self.file, self.node.line, self.index, self.resource.intent(), places)
 
     def read(self) -> None:
         kind = self._kind()
@@ -242,14 +295,34 @@ class _Document:
                 self.places[(key.text,)] = _Place(at, (value.line, value.column))
         version, kind = heads.get("apiVersion"), heads.get("kind")
         if version is not None and (version.kind != "scalar" or version.text != API_VERSION):
-            self.report(("apiVersion",), f"{_shown(version)} is not known", f"this version reads {API_VERSION}")
+            self.newer = is_newer(version.text)
+            if self.newer:
+                self.report(
+                    ("apiVersion",),
+                    f"{_shown(version)} is newer than this version of Quire ({_product()}), "
+                    f"which reads {API_VERSION}",
+                    f"upgrade Quire, or write the document as {API_VERSION}",
+                )
+            else:
+                hint = f"this version reads {API_VERSION}"
+                self.report(("apiVersion",), f"{_shown(version)} is not known", hint)
         if kind is None:
             self.report(("kind",), "is required", f"one of {', '.join(KINDS)}")
         elif kind.kind != "scalar" or kind.text not in KINDS:
-            self.report(("kind",), f"{_shown(kind)} is not a kind of resource", _kind_hint(kind.text))
-        elif ("apiVersion",) not in self.bad:
+            self.report(("kind",), f"{_shown(kind)} is not a kind of resource", self._kind_hint(kind.text))
+        else:
             return KINDS[kind.text]
         return None
+
+    def _kind_hint(self, given: str) -> str:
+        by_word = {k.lower(): k for k in KINDS}
+        if given.lower() in (k.lower() for k in READ_ONLY_KINDS):
+            return "objects of that kind are written by the platform; read them with: platform get"
+        near = difflib.get_close_matches(given.lower()[:64], list(by_word), 1, 0.6)
+        if near:
+            return f"did you mean '{by_word[near[0]]}'?"
+        known = f"one of {', '.join(KINDS)}"
+        return f"a newer version may have it; {API_VERSION} has {known}" if self.newer else known
 
     def _take_errors(self, errors: list[ErrorDetails], kind: type[Resource]) -> None:
         # Deepest first: a list whose items are bad also counts as too short, which nobody needs to hear.
@@ -373,6 +446,8 @@ class _Reader:
         near = difflib.get_close_matches(name.lower(), [f.lower() for f in fields], 1, 0.6)
         if near:
             return f"did you mean '{next(f for f in fields if f.lower() == near[0])}'?"
+        if self._document.newer:
+            return f"a newer version may have it; {API_VERSION} does not"
         listed = (
             ", ".join(fields) if len(fields) <= 12 else f"see: platform explain {_explained(self._kind, path)}"
         )
@@ -425,18 +500,36 @@ def _field_at(kind: type[Resource], path: Path) -> Shape | None:
     return shape
 
 
+ERROR_WORDS: Mapping[str, str] = {
+    "missing": "is required",
+    "value_error": "{error}",
+    "extra_forbidden": "unknown field",
+    "model_type": "should be a mapping of fields, not {given}",
+    "dict_type": "should be a mapping, not {given}",
+    "tuple_type": "should be a list, not {given}",
+    "too_short": "should have {min_length} or more entries, not {actual_length}",
+    "too_long": "should have {max_length} or fewer entries, not {actual_length}",
+    "string_type": "should be text, not {given}",
+    "string_unicode": "has characters that are no text",
+    "string_too_short": "should have {min_length} or more characters",
+    "string_too_long": "should have {max_length} or fewer characters",
+    "string_pattern_mismatch": "{given} does not have the form of this field",
+    "int_type": "should be a whole number, not {given}",
+    "int_from_float": "should be a whole number, not {given}",
+    "int_parsing_size": "is too large a number",
+    "finite_number": "should be a finite number",
+    "bool_type": "should be a boolean, not {given}",
+    "literal_error": "should be {expected}, not {given}",
+    "greater_than_equal": "should be {ge} or more, not {given}",
+    "less_than_equal": "should be {le} or less, not {given}",
+}
+"""Each kind of error that Pydantic can find in our schemas, in our words. What they name is Pydantic's context,
+and what was given."""
+
+
 def _message(error: ErrorDetails) -> str:
-    kind, given = error["type"], error.get("input")
-    if kind == "missing":
-        return "is required"
-    if kind == "value_error":
-        return str(error["ctx"]["error"])
-    if kind == "string_pattern_mismatch":
-        return f"{_brief(given)} does not have the form of this field"
-    text = str(error["msg"])
-    if kind in ("greater_than_equal", "less_than_equal", "greater_than", "less_than"):
-        return f"{text}, not {_brief(given)}"
-    return text
+    words = ERROR_WORDS.get(error["type"], "does not suit this field")
+    return words.format(**{**error.get("ctx", {}), "given": _brief(error.get("input"))})
 
 
 def _own_hint(error: ErrorDetails) -> str:
@@ -490,14 +583,6 @@ def _closest(given: str, values: list[str]) -> str:
         return f"did you mean '{alias}'?"
     near = difflib.get_close_matches(given.lower()[:64], list(by_word), 1, 0.5)
     return f"did you mean '{by_word[near[0]]}'?" if near else f"one of {', '.join(values)}"
-
-
-def _kind_hint(given: str) -> str:
-    by_word = {k.lower(): k for k in KINDS}
-    if given.lower() in (k.lower() for k in READ_ONLY_KINDS):
-        return "objects of that kind are written by the platform; read them with: platform get"
-    near = difflib.get_close_matches(given.lower()[:64], list(by_word), 1, 0.6)
-    return f"did you mean '{by_word[near[0]]}'?" if near else f"one of {', '.join(KINDS)}"
 
 
 def _shown(node: Node) -> str:

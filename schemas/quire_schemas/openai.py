@@ -316,7 +316,7 @@ def _content(value: object) -> str | None:
     texts: list[str] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in {"text", "input_text", "refusal"}:
+        if kind not in ("text", "input_text", "refusal"):  # a tuple: the kind may be anything, hashable or not
             raise PydanticCustomError("content", "must have parts of type text only: other media are not honoured")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
@@ -502,7 +502,7 @@ def _read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
             if value is not None and not any(_same(value, neutral) for neutral in refusal.neutral):
                 raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
         elif name not in WITHOUT_EFFECT:
-            raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), name[:64])
+            raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), _shown(name))
     try:
         return kind.model_validate(kept)
     except ValidationError as error:
@@ -659,7 +659,8 @@ def _explained(detail: ErrorDetails) -> BadRequest:
                 text += f", not {int(given) if whole else given}"
     param = ""
     for step in where:
-        param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)
+        word = f"[{step}]" if isinstance(step, int) else _shown(str(step))
+        param += f".{word}" if param and isinstance(step, str) else word
     return BadRequest(f"'{param}' {text}.", param or None)
 
 

@@ -269,7 +269,9 @@ def _syntax_flaw(error: yaml.MarkedYAMLError, text: str) -> Flaw:
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
     lines = _LINE_BREAK.split(text)
-    source = lines[line - 1] if line <= len(lines) else ""
+    if line > len(lines):  # libyaml puts what is missing at the end of a text behind its last line
+        line, column = len(lines), len(lines[-1]) + 1
+    source = lines[line - 1]
     indent = source[: len(source) - len(source.lstrip(" \t"))]
     if "\t" in indent:
         return _tab(line, indent.index("\t") + 1)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import time
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests.e2e.conftest import GATEWAY
+from tests.effort import examples
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Platform
@@ -92,10 +97,13 @@ def test_the_life_of_a_model(platform: Platform) -> None:
     assert json.loads(watching.stdout.readline())["reason"] == "Created"
     assert "model/quickstart  deleted" in platform.run("delete", "model/quickstart").stdout
     time.sleep(1)
-    for command, word in ((watching, '"reason": "Deleting"'), (following, "quickstart-r1-0")):
+    for command, word, goes_on in (
+        (watching, '"reason": "Deleting"', "no longer watching; the control plane goes on"),
+        (following, "quickstart-r1-0", "no longer following; what writes the log goes on"),
+    ):
         command.send_signal(signal.SIGINT)
         out, err = command.communicate(timeout=20)
-        assert (command.returncode, err) == (0, "")
+        assert (command.returncode, err) == (130, f"\n^C {goes_on}\n")
         assert word in out
     assert not platform.run("get").stdout
     platform.run("get", "model/quickstart", code=8)
@@ -193,21 +201,48 @@ def test_what_only_the_machine_can_refuse(platform: Platform) -> None:
     checkpoint = platform.root / "mamba"
     platform.write("mamba/config.json", '{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
     wrong = {
-        "unknown": (text.replace("builtin://tiny", f"file://{checkpoint}"), "MambaForCausalLM"),
-        "missing": (text.replace("builtin://tiny", f"file://{checkpoint}-not"), "mamba-not"),
-        "elsewhere": (text.replace("builtin://tiny", "hf://nobody/nothing"), "local cache"),
-        "huge": (text.replace("16Mi", "900Ti"), "900.0 TiB"),
+        "unknown": (text.replace("builtin://tiny", f"file://{checkpoint}"), "5:11", "MambaForCausalLM"),
+        "missing": (text.replace("builtin://tiny", f"file://{checkpoint}-not"), "5:11", "mamba-not"),
+        "elsewhere": (text.replace("builtin://tiny", "hf://nobody/nothing"), "5:11", "local cache"),
+        "huge": (text.replace("16Mi", "900Ti"), "6:47", "900.0 TiB"),
+        "many": (text + "  replicas: 999\n", "8:13", "999 replicas"),
     }
-    for name, (manifest, _) in wrong.items():
+    for name, (manifest, _, _) in wrong.items():
         platform.write(f"wrong/{name}.yaml", manifest.replace("name: x", f"name: {name}"))
     planned = platform.run("plan", platform.root / "wrong", code=3).stdout
     applied = platform.run("apply", platform.gateway, platform.root / "wrong", code=3).stderr
-    for name, (_, word) in wrong.items():
+    for name, (_, place, word) in wrong.items():
         assert re.search(
-            rf"^model/{name}  refused\n(?:  (?!Refused).*\n)*  Refused  .*{word}.*\n    hint: ", planned, re.M
+            rf"^model/{name}  refused\n(?:  (?!Refused).*\n)*  Refused  \S+:{place}: .*{word}.*\n    hint: ",
+            planned,
+            re.M,
         ), planned
-        assert re.search(rf"^\S+/{name}\.yaml:\d+\S*: error: spec.*{word}.*\n    hint: ", applied, re.M), applied
+        assert re.search(rf"^\S+/{name}\.yaml:{place}: error: spec.*{word}.*\n    hint: ", applied, re.M), applied
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        gateway = platform.write("taken.yaml", GATEWAY.replace("port: 0", f"port: {port}"))
+        said = platform.run("apply", gateway, code=6).stderr
+    assert f"error: {gateway}:4:14: spec.port: the router cannot listen: 127.0.0.1:{port} is in use" in said
     assert not platform.json("get")["items"], "nothing was created"
+
+
+def test_two_manifests_that_claim_one_name(platform: Platform) -> None:
+    text = platform.model("m").read_text()
+    thief = text.replace("name: m", "name: thief") + "  servedModelNames: [other, m]\n"
+    one_file = platform.write("one.yaml", f"{text}---\n{thief}")
+    folder = platform.write("two/b.yaml", thief).parent
+    platform.write("two/a.yaml", text)
+    for given, place in ((one_file, f"{one_file}:16:29"), (folder, f"{folder}/b.yaml:8:29")):
+        said = platform.run("apply", given, code=3).stderr
+        assert f"{place}: error: spec.servedModelNames[1]: served model name 'm' is declared twice" in said
+        assert "hint: rename or remove one" in said
+    assert not platform.state.root.exists(), "nothing was started for it"
+    platform.run("apply", platform.gateway, platform.model("m"), "--no-wait")
+    said = platform.run("apply", folder / "b.yaml", code=3).stderr
+    assert f"{folder}/b.yaml:8:29: error: spec.servedModelNames[1]: " in said
+    assert "already served by model/m" in said
+    assert "hint: choose another name, or delete model/m first" in said
+    assert [item["name"] for item in platform.json("get")["items"]] == ["m"]
 
 
 def test_many_at_once_start_one_control_plane(platform: Platform) -> None:
@@ -259,6 +294,53 @@ def test_ctrl_c_detaches_and_the_rollout_goes_on(platform: Platform) -> None:
     assert "^C detached: the rollout continues" in err
     assert platform.run("apply", platform.model("m")).stdout == "model/m  unchanged\n"
     assert platform.json("get", "model/m")["status"]["replicas"]["ready"] == 1
+
+
+def test_ctrl_c_at_any_moment_ends_quietly_and_loses_nothing(platform: Platform) -> None:
+    """Of commands that start the control plane, submit, watch and stop; at moments spread over their life."""
+    platform.run("apply", platform.gateway, platform.model("m"))
+    moments = random.Random(3)  # the same moments in every run
+    commands: list[tuple[str | Path, ...]] = [
+        ("get",),
+        ("apply", platform.model("n")),
+        ("quickstart", platform.model("m")),
+        ("delete", "model/n"),
+        ("validate", platform.manifests),
+    ]
+    codes = set()
+    for number in range(examples(10)):
+        args = commands[number % len(commands)]
+        if number == 5:
+            kill_control_plane(platform)
+        command = platform.start(*args)
+        time.sleep(0.1 + moments.random() * 0.7)
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=60)
+        codes.add(command.returncode)
+        if "quire/cli" in err or command.returncode != -signal.SIGINT:  # not Python's own start
+            assert "Traceback" not in err, err
+            assert command.returncode in (0, 3, 5, 6, 8, 130), (args, command.returncode, err)
+        if command.returncode == 130 and err:
+            assert "^C " in err, (args, err)
+    assert 130 in codes
+    assert ask(platform.base_url("m"), "m", "What is Quire?")["choices"], "what was served still is"
+    answering = platform.start("quickstart", platform.model("m"))
+    assert answering.stdout is not None
+    while not answering.stdout.readline().startswith("> "):
+        pass
+    answering.send_signal(signal.SIGINT)
+    _, err = answering.communicate(timeout=60)
+    assert answering.returncode == 130
+    assert re.search(r"^\^C the answer was cut; model/m stays served\. To stop it: \S+ down$", err, re.M), err
+    stopping = platform.start("down")
+    assert stopping.stdout is not None
+    while not stopping.stdout.readline().startswith("control plane  stopping"):
+        pass
+    stopping.send_signal(signal.SIGINT)
+    stopping.communicate(timeout=60)
+    assert stopping.returncode in (0, 130)
+    platform.run("down")
+    assert not platform.processes()
 
 
 def test_a_control_plane_that_cannot_start_says_why(platform: Platform) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quire.cli import render
-from quire.cli.outcome import CommandFailed, ExitCode, report, usage_error
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible, report, usage_error
 from quire.cli.progress import Display, Verdict, View, fetch, wait
 from quire.cli.session import connect, notice, object_path
 from quire.client import Client, InvalidManifest
@@ -171,7 +171,11 @@ def apply(paths: tuple[str, ...], filenames: tuple[str, ...], waits: bool, timeo
 
 def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
     """Submit the files, print what became of each object, and wait for all. Returns the exit code."""
-    answer = client.post("/v1/apply", {"files": files})
+    with interruptible(
+        "interrupted while the manifests were handed over: they were taken as a whole or not at all. "
+        "See which: platform get. Applying them again does no harm"
+    ):
+        answer = client.post("/v1/apply", {"files": files})
     changed = False
     targets = {}
     for item in answer["results"]:
@@ -181,11 +185,8 @@ def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeo
         targets[item["key"]] = item["generation"]
     if not waits:
         return ExitCode.OK
-    try:
+    with interruptible("detached: the rollout continues. Follow with: platform get"):
         results = wait(client, targets, timeout=timeout, display=Display.on_stderr())
-    except KeyboardInterrupt:
-        notice("\n^C detached: the rollout continues. Follow with: platform get")
-        return ExitCode.INTERRUPTED
     code = conclude(results, timeout)
     if changed and code == ExitCode.OK:
         for line in render.endpoint_lines([view for _, _, view in results.values() if view is not None]):
@@ -230,16 +231,14 @@ def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
     """Stop serving objects: running requests finish first, within drainTimeout."""
     named = [object_path(reference) for reference in references]
     client = connect()
-    for key, path in named:
-        client.delete(path)
-        print(f"{key}  deleting", flush=True)
+    with interruptible("interrupted: what was named as deleting so far is deleted. See: platform get"):
+        for key, path in named:
+            client.delete(path)
+            print(f"{key}  deleting", flush=True)
     if not waits:
         return ExitCode.OK
-    try:
+    with interruptible("detached: the deletion continues. Follow with: platform get"):
         left = _wait_gone(client, named, timeout)
-    except KeyboardInterrupt:
-        notice("\n^C detached: the deletion continues. Follow with: platform get")
-        return ExitCode.INTERRUPTED
     for key in left:
         report(f"{key}  still draining after {timeout:g} s; it goes on", f"platform describe {key}")
     return ExitCode.TIMED_OUT if left else ExitCode.OK

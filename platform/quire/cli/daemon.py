@@ -13,7 +13,7 @@ import click
 
 from quire.cli import render
 from quire.cli.change import seconds
-from quire.cli.outcome import CommandFailed, ExitCode
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible
 from quire.cli.session import connect, notice
 from quire.client import Client, Unreachable, display
 from quire_operators.paths import StateDir, check_private
@@ -49,9 +49,10 @@ def down(grace: float) -> int:
     router = ping.get("router") or {}
     if router.get("pid"):
         print(f"router  stopping (pid {router['pid']})")
-    client.post("/v1/down", {"grace": grace})
-    print(f"control plane  stopping (pid {ping['pid']})", flush=True)
-    _wait_down(connect(start=False), grace + EXTRA_SECONDS)
+    with interruptible("detached: everything goes on stopping. Look again with: platform down"):
+        client.post("/v1/down", {"grace": grace})
+        print(f"control plane  stopping (pid {ping['pid']})", flush=True)
+        _wait_down(connect(start=False), grace + EXTRA_SECONDS)
     if living := _living(client.state):
         raise CommandFailed(
             f"the control plane ended, and something still lives: {', '.join(map(str, living))}",

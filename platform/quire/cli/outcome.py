@@ -4,6 +4,7 @@ Exceptions:
 
     CommandEnded
     ├── CommandFailed      has message, hint and exit_code
+    ├── Interrupted        Ctrl-C; has a sentence on what goes on without this command
     └── ReaderLeft         nobody reads stdout any more
 """
 
@@ -14,6 +15,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -58,6 +61,23 @@ class CommandFailed(CommandEnded):
         self.message = message
         self.hint = hint
         self.exit_code = code
+
+
+class Interrupted(CommandEnded):
+    """The user pressed Ctrl-C."""
+
+    def __init__(self, goes_on: str) -> None:
+        super().__init__(goes_on)
+        self.goes_on = goes_on
+
+
+@contextmanager
+def interruptible(goes_on: str) -> Iterator[None]:
+    """Within this block Ctrl-C ends the command with a sentence on what goes on without it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(goes_on) from error
 
 
 def usage_error(message: str, hint: str) -> NoReturn:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import click
 
 from quire.cli.change import read, run_apply, seconds
-from quire.cli.outcome import CommandFailed, ExitCode, spelled
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible, spelled
 from quire.cli.session import connect
 
 QUESTION = "What is PagedAttention?"
@@ -45,11 +45,12 @@ def quickstart(manifest: str, question: str, timeout: float) -> int:
     code = run_apply(client, files, waits=True, timeout=timeout)
     if code != ExitCode.OK:
         return code
-    endpoints = client.get(f"/v1/objects/model/{names[0]}")["status"]["endpoints"]
-    base, model = endpoints["openai"], endpoints["modelNames"][0]
-    print(f"\n> {question}", flush=True)
-    for piece in chat(base, model, question):
-        print(piece, end="", flush=True)
+    with interruptible(f"the answer was cut; model/{names[0]} stays served. To stop it: platform down"):
+        endpoints = client.get(f"/v1/objects/model/{names[0]}")["status"]["endpoints"]
+        base, model = endpoints["openai"], endpoints["modelNames"][0]
+        print(f"\n> {question}", flush=True)
+        for piece in chat(base, model, question):
+            print(piece, end="", flush=True)
     print("\n\nTry next")
     for line in next_commands(base, names[0], manifest):
         print(f"  {spelled(line)}")

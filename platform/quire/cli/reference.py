@@ -53,7 +53,7 @@ def _head(title: str) -> list[str]:
 
 def cli_page() -> str:
     """Every command's help, and the exit codes."""
-    from quire.cli import COMMANDS, cli
+    from quire.cli.program import COMMANDS, cli
 
     lines = _head("Command line")
     root = click.Context(cli, info_name="platform", terminal_width=WIDTH, help_option_names=["-h", "--help"])

@@ -362,8 +362,9 @@ def _plan_item(item: View) -> list[str]:
         lines += _labelled("Warning", f"⚠ {warning}".splitlines())
     problem = item.get("problem")
     if problem:
+        place = f"{problem['file']}:{problem['line']}:{problem['col']}: " if problem.get("file") else ""
         path = f"{problem['path']}: " if problem.get("path") else ""
-        lines += _labelled("Refused", f"{path}{problem['message']}".splitlines())
+        lines += _labelled("Refused", f"{place}{path}{problem['message']}".splitlines())
         if problem.get("hint"):
             lines.append(f"    hint: {problem['hint']}")
     return lines

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quire.cli import render
-from quire.cli.outcome import CommandFailed, ExitCode, usage_error
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible, usage_error
 from quire.cli.session import connect, object_path
 from quire.client import Client
 
@@ -112,12 +112,10 @@ def logs(name: str, follow: bool, tail: int, replica: str | None) -> int:
     for source in sources:
         _print_log(source, prefixed)
         offsets[source["name"]] = source["offset"]
-    while follow:
-        try:
+    with interruptible("no longer following; what writes the log goes on"):
+        while follow:
             _follow(client, asked, replica, offsets)
             time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            return ExitCode.OK
     return ExitCode.OK
 
 
@@ -164,13 +162,11 @@ def events(reference: str | None, watch: bool, output: str) -> int:
             print("no events", file=sys.stderr)
         return ExitCode.OK
     shown: dict[Any, tuple[Any, Any]] = {}
-    while True:
-        try:
+    with interruptible("no longer watching; the control plane goes on"):
+        while True:
             _print_new(items, shown, output)
             time.sleep(POLL_SECONDS)
             items = client.get("/v1/events", **{"for": key})["items"]
-        except KeyboardInterrupt:
-            return ExitCode.OK
 
 
 def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, tuple[Any, Any]], output: str) -> None:

@@ -387,13 +387,19 @@ class ControlPlane:
 
     def _check_address(self, reviews: Sequence[admission.Review]) -> None:
         """Refuse an apply whose router could not listen, while a person is there to read it."""
-        own = next((review.resolved for review in reviews if review.key == GATEWAY), None)
+        own = next((review for review in reviews if review.key == GATEWAY), None)
         needed = own is not None or any(isinstance(review.located.resource, Model) for review in reviews)
         if not needed:
             return
-        problem = self.gateway.conflict(own if own is not None else resolved_spec(self.store.get(GATEWAY)))
-        if problem is not None:
-            raise _address_in_use(f"the router cannot listen: {problem}", OTHER_PORT)
+        spec = own.resolved if own is not None else resolved_spec(self.store.get(GATEWAY))
+        problem = self.gateway.conflict(spec)
+        if problem is None:
+            return
+        place = ""
+        if own is not None:
+            at = own.located.problem("spec.port", "", "")
+            place = f"{at.file}:{at.line}:{at.col}: {at.path}: "
+        raise _address_in_use(f"{place}the router cannot listen: {problem}", OTHER_PORT)
 
     def objects(self, kind: str | None) -> dict[str, Any]:
         items = [self._view(stored) for stored in self.store.objects(kind)]

@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 from tests.unit.platform.api_views import condition, model
 
-from quire.cli import COMMANDS, main
+from quire.cli import main
 from quire.cli.outcome import ExitCode, spelled
+from quire.cli.program import COMMANDS
 from quire_operators.paths import StateDir
 
 Answer = tuple[int, Any]

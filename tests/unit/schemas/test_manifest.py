@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from tests.effort import examples
 
 from quire_schemas.fields import fields_of
+from quire_schemas.kinds import KINDS
 from quire_schemas.manifest import (
+    ERROR_WORDS,
     MAX_PROBLEMS,
     Manifest,
     ManifestInvalid,
     Problem,
     intent_hash,
+    is_newer,
     load,
     load_paths,
     parse_intent,
@@ -142,7 +146,8 @@ def test_one_run_reports_all_mistakes_of_all_files() -> None:
         "bad.yml:6:3: error: spec.paralelism: unknown field\n    hint: did you mean 'parallelism'?",
         "bad.yml:8:5: error: spec.engine.max_model_len: unknown field\n"
         "    hint: that is the engine flag spelling; here it is spec.engine.maxModelLen",
-        "bad.yml:9:12: error: spec.engine.dtype: Input should be 'auto', 'float16', 'bfloat16' or 'float32'\n"
+        "bad.yml:9:12: error: spec.engine.dtype: should be 'auto', 'float16', 'bfloat16' or 'float32', "
+        "not 'floot16'\n"
         "    hint: did you mean 'float16'?",
         "bad.yml:11:3: error: spec.batching: duplicate key (first at line 10)\n    hint: remove one of them",
         "bad2.yml:7:19: error: spec.batching.maxQueueWait: '30' is not a duration\n"
@@ -154,11 +159,11 @@ def test_one_run_reports_all_mistakes_of_all_files() -> None:
 @pytest.mark.parametrize(
     ("body", "line", "col", "path", "message", "hint"),
     [
-        ("replicas: two", 6, 13, "spec.replicas", "valid integer", "whole number"),
-        ("replicas: '2'", 6, 13, "spec.replicas", "valid integer", "remove the quotes: 2"),
-        ("replicas: 2.0", 6, 13, "spec.replicas", "valid integer", "whole number"),
-        ("replicas: -1", 6, 13, "spec.replicas", "greater than or equal to 0, not -1", "explain"),
-        ("replicas: 99999999999999999999", 6, 13, "spec.replicas", "less than or equal", "explain"),
+        ("replicas: two", 6, 13, "spec.replicas", "should be a whole number, not", "whole number"),
+        ("replicas: '2'", 6, 13, "spec.replicas", "should be a whole number, not", "remove the quotes: 2"),
+        ("replicas: 2.0", 6, 13, "spec.replicas", "should be a whole number, not", "whole number"),
+        ("replicas: -1", 6, 13, "spec.replicas", "should be 0 or more, not -1", "explain"),
+        ("replicas: 99999999999999999999", 6, 13, "spec.replicas", "or less, not 9999", "explain"),
         ("replicas:", 6, 3, "spec.replicas", "has no value", "remove the line"),
         ("replicas: ~", 6, 3, "spec.replicas", "has no value", "remove the line"),
         ("replicas: [1]", 6, 13, "spec.replicas", "a single value, not a list", "int"),
@@ -326,7 +331,8 @@ def test_rules_do_not_guess_about_values_that_did_not_parse() -> None:
     ("text", "line", "col", "path", "message", "hint"),
     [
         (GOOD.partition("\n")[2], 1, 1, "apiVersion", "required", "add"),
-        (HEAD.replace("v1alpha1", "v2"), 1, 13, "apiVersion", "not known", "quire.dev/v1alpha1"),
+        (HEAD.replace("v1alpha1", "v0"), 1, 13, "apiVersion", "not known", "quire.dev/v1alpha1"),
+        (HEAD.replace("v1alpha1", "v2"), 1, 13, "apiVersion", "newer than this version of Quire (", "upgrade"),
         (HEAD.replace("kind: Model\n", ""), 1, 1, "kind", "required", "Model"),
         (HEAD.replace("Model", "Modle"), 2, 7, "kind", "not a kind", "did you mean 'Model'?"),
         (HEAD.replace("Model", "Replica"), 2, 7, "kind", "not a kind", "written by the platform"),
@@ -362,7 +368,7 @@ def test_broken_documents(text: str, line: int, col: int, path: str, message: st
 
 def test_documents_before_a_syntax_error_are_still_checked() -> None:
     found = problems(spec("replicas: x") + "---\na: [")
-    assert [p.line for p in found] == [6, 9]  # an open bracket shows at the end of the text
+    assert [p.line for p in found] == [6, 8]  # an open bracket shows at the end of the text
 
 
 def test_a_bomb_of_aliases_is_counted_and_not_expanded() -> None:
@@ -388,6 +394,95 @@ def test_thousands_of_mistakes_are_cut_off() -> None:
     assert len(found) == MAX_PROBLEMS + 1
     assert "more problems" in found[-1].message
     assert time.perf_counter() - started < 5
+
+
+def test_a_wrong_version_does_not_hide_what_else_is_wrong() -> None:
+    text = spec("paralelism: {}\nreplicas: two\nxyzzy: 1")
+    for version, hint in (("v1beta1", "a newer version may have it"), ("v0", "see: platform explain")):
+        found = problems(text.replace("v1alpha1", version))
+        assert [(p.line, p.path) for p in found] == [
+            (1, "apiVersion"),
+            (6, "spec.paralelism"),
+            (7, "spec.replicas"),
+            (8, "spec.xyzzy"),
+        ]
+        assert hint in found[3].hint
+        assert "did you mean 'parallelism'" in found[1].hint
+    [version_problem, kind] = problems(HEAD.replace("v1alpha1", "v1").replace("Model", "Fleet"))
+    assert (kind.path, "newer version may have it" in kind.hint) == ("kind", True)
+    assert "upgrade Quire" in version_problem.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [
+        ("v1alpha1", False),
+        ("v1alpha2", True),
+        ("v1beta1", True),
+        ("v1", True),
+        ("v2alpha1", True),
+        ("v0", False),
+        ("v1alpha", False),
+        ("v99999999999999999999", False),
+    ],
+)
+def test_versions_are_ordered_as_they_come_out(version: str, newer: bool) -> None:
+    assert is_newer(f"quire.dev/{version}") is newer
+    assert not is_newer(f"other.dev/{version}")
+
+
+ERRORS_OF = {
+    "model": {"model_type"},
+    "model-fields": {"missing", "extra_forbidden"},
+    "model-field": set(),
+    "literal": {"literal_error"},
+    "str": {"string_type", "string_unicode"},
+    "str.min_length": {"string_too_short"},
+    "str.max_length": {"string_too_long"},
+    "str.pattern": {"string_pattern_mismatch"},
+    "int": {"int_type", "int_from_float", "int_parsing_size", "finite_number"},
+    "int.ge": {"greater_than_equal"},
+    "int.le": {"less_than_equal"},
+    "bool": {"bool_type"},
+    "tuple": {"tuple_type"},
+    "dict": {"dict_type"},
+    "tuple.min_length": {"too_short"},
+    "tuple.max_length": {"too_long"},
+    "dict.min_length": {"too_short"},
+    "dict.max_length": {"too_long"},
+    "function-before": {"value_error"},
+    "function-after": {"value_error"},
+    "no-info": set(),
+    "default": set(),
+    "nullable": set(),
+    "union": set(),
+}
+"""What each kind of Pydantic's core schema, and each bound on one, can find wrong with plain YAML values in strict
+mode. A union reports what its members find."""
+BOUNDS = {"gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern", "allow_inf_nan"}
+
+
+def core_schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Every core schema inside a core schema."""
+    if isinstance(value, dict):
+        if isinstance(value.get("type"), str):
+            yield value
+        for name, inner in value.items():
+            if not (name == "metadata" and "type" in value):  # Pydantic's own notes; a field may have that name
+                yield from core_schemas(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from core_schemas(inner)
+
+
+def test_every_error_that_pydantic_can_find_in_a_manifest_has_words_of_ours() -> None:
+    found: set[str] = set()
+    for kind in KINDS.values():
+        for schema in core_schemas(kind.__pydantic_core_schema__):
+            for name in [schema["type"], *(f"{schema['type']}.{bound}" for bound in BOUNDS & schema.keys())]:
+                assert name in ERRORS_OF, f"{name}: which errors does it find? They need words in ERROR_WORDS"
+                found |= ERRORS_OF[name]
+    assert found == set(ERROR_WORDS)
 
 
 def test_kinds_of_later_versions_are_refused_and_still_checked() -> None:

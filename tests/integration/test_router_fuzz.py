@@ -1,0 +1,217 @@
+"""Mutated requests against the router as a process: no 5xx, every error in the contract's shape, and it serves on.
+
+A failure prints the case and how to replay it: `QUIRE_FUZZ_CASE=seed:number pytest <this file>`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.effort import fuzz_cases, replay
+from tests.integration.test_router import World, end_world, make_world
+from tests.mutations import as_json, damaged, generator, scarred
+
+from quire.errors import TABLE
+from quire_schemas.openai import ChatCompletion, Completion, ErrorBody
+
+AT_ONCE = 8
+"""Requests under way at the same time; fewer than one engine takes."""
+SECONDS = 30.0
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "naïve 🦊"}], "name": "a"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+        {"role": "user", "content": "Say it"},
+    ],
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "n": 2,
+    "max_completion_tokens": 8,
+    "stop": ["zzz", "yyy"],
+    "logit_bias": {"7": -100},
+    "logprobs": True,
+    "top_logprobs": 2,
+    "presence_penalty": 0.1,
+    "seed": 5,
+    "user": "u",
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "text"},
+    "chat_template_kwargs": {"a": [1, {"b": None}]},
+}
+PLAIN: dict[str, Any] = {"model": "org/tiny", "messages": [{"role": "user", "content": "Say it"}], "max_tokens": 4}
+COMPLETION: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": ["Hello", "World"],
+    "max_tokens": 4,
+    "min_tokens": 1,
+    "logprobs": 1,
+    "stop": "zzz",
+    "top_k": 40,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "stop_token_ids": [3],
+    "ignore_eos": False,
+    "n": 1,
+}
+BY_IDS: dict[str, Any] = {"model": "tiny", "prompt": [1, 2, 3], "echo": True, "stream": True, "max_tokens": 4}
+BODIES = (
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", PLAIN),
+    ("/v1/completions", COMPLETION),
+    ("/v1/completions", BY_IDS),
+)
+TYPES = ("text/plain", "", "application/json; charset=latin-1", "APPLICATION/JSON", "multipart/form-data", "json")
+HEADERS = (
+    ("x-request-id", "\x7f"), ("x-request-id", "a" * 300), ("traceparent", "00-zz-zz-01"),
+    ("traceparent", "00-" + "0" * 32 + "-" + "0" * 16 + "-ff"), ("accept", "text/html"),
+    ("accept-encoding", "br;q=nan"),
+    ("authorization", "Bearer é"), ("content-encoding", "gzip"), ("origin", "null"), ("expect", "200-ok"),
+)  # fmt: skip
+Case = tuple[str, bytes, dict[str, str]]
+
+
+def case(seed: int, number: int) -> Case:
+    """Path, body and headers of one mutated request."""
+    rng = generator(seed, number)
+    path, body = rng.choice(BODIES)
+    if rng.random() < 0.3:
+        body = {name: body[name] for name in body if rng.random() < 0.6 or name in ("model", "messages", "prompt")}
+    data = as_json(rng, damaged(rng, body))
+    if rng.random() < 0.15:
+        data = scarred(rng, data)
+    headers = {"content-type": rng.choice(TYPES) if rng.random() < 0.03 else "application/json"}
+    if rng.random() < 0.05:
+        headers.update([rng.choice(HEADERS)])
+    if rng.random() < 0.03:
+        path = rng.choice(("/v1/models/%00", "/v1/models/é", path + "/", path.upper(), f"/{path}", "/v1/x"))
+    return path, data, headers
+
+
+def sound(case: Case, answer: httpx.Response) -> None:
+    """A whole answer, a whole stream, or an error as the contract has it."""
+    assert answer.status_code < 500, answer.text
+    assert answer.headers["x-request-id"]
+    if answer.status_code == 200:
+        if answer.headers["content-type"].startswith("text/event-stream"):
+            events = [line for line in answer.text.split("\n\n") if line]
+            assert all(event.startswith("data: ") for event in events)
+            assert events[-1] == "data: [DONE]"
+            found = [json.loads(event[6:]) for event in events[:-1]]
+            assert not any("error" in event for event in found)
+            ended = [choice["index"] for event in found for choice in event["choices"] if choice["finish_reason"]]
+            assert ended, "no finish reason"
+            assert len(ended) == len(set(ended)), "two finish reasons"
+            return
+        kind = ChatCompletion if "chat" in case[0] else Completion
+        kind.model_validate_json(answer.content)
+        return
+    error = ErrorBody.model_validate_json(answer.content).error
+    rows = {(row.status, row.type, row.code) for row in TABLE.values()}
+    assert (answer.status_code, error.type, error.code) in rows
+    assert error.message.isprintable(), f"what a terminal would act upon: {error.message!r}"
+    assert error.message.endswith((".", "?"))
+    assert 10 < len(error.message) < 500
+    assert error.param is None or (error.param.isprintable() and len(error.param) < 200)
+    assert "pydantic" not in answer.text
+    assert "Traceback" not in answer.text
+    if answer.status_code == 429:
+        assert answer.headers["retry-after"]
+
+
+@pytest.fixture
+def served() -> Iterator[World]:
+    with tempfile.TemporaryDirectory(prefix="qr") as name:  # short: a Unix socket's path has 107 bytes
+        world = make_world(Path(name))
+        yield world
+        end_world(world)
+        log = (Path(name) / "router.log").read_text()
+        assert "Traceback" not in log, log
+
+
+@pytest.fixture
+async def world(served: World) -> AsyncIterator[World]:
+    engine = await served.engine(text="one two three", tokens_per_step=4, pace=0.0005)
+    await served.serve(engine)
+    yield served
+    await engine.stop()
+    await served.table()
+
+
+async def test_mutated_requests_are_answered_or_refused_in_shape_and_the_router_serves_on(world: World) -> None:
+    limits = httpx.Limits(max_connections=AT_ONCE)
+    async with httpx.AsyncClient(base_url=world.url, timeout=SECONDS, limits=limits) as client:
+        answers: list[int] = []
+
+        async def send(seed: int, number: int) -> None:
+            path, data, headers = one = case(seed, number)
+            begun = time.monotonic()
+            try:
+                raw = {name.encode(): value.encode() for name, value in headers.items()}
+                answer = await client.post(path, content=data, headers=raw)
+                sound(one, answer)
+            except Exception as error:
+                took = time.monotonic() - begun
+                raise AssertionError(
+                    f"{replay(seed, number)} ({took:.1f} s)\n{path} {headers}\n{data[:3000]!r}"
+                ) from error
+            answers.append(answer.status_code)
+
+        async def valid() -> None:
+            answer = await client.post("/v1/chat/completions", json=PLAIN)
+            assert answer.json()["choices"][0]["message"]["content"] == "one ", answer.text
+
+        waiting: list[tuple[int, int]] = []
+        for numbered in fuzz_cases():
+            waiting.append(numbered)
+            if len(waiting) == 25 * AT_ONCE:
+                await in_turns(send, waiting)
+                await valid()
+        await in_turns(send, waiting)
+        await valid()
+    if len(answers) > 100:
+        assert {200, 400} <= set(answers)
+        assert answers.count(200) > len(answers) / 50, (
+            "the mutations leave nothing whole: they test the front door"
+        )
+
+    async def idle() -> bool:
+        return not any(engine.running for engine in world.engines)
+
+    deadline = time.monotonic() + 10
+    while not await idle():
+        assert time.monotonic() < deadline, "requests were left at the engine"
+        await asyncio.sleep(0.02)
+
+
+async def in_turns(send: Any, waiting: list[tuple[int, int]]) -> None:
+    """Send all of them, `AT_ONCE` at a time, and empty the list."""
+    queue = list(reversed(waiting))
+
+    async def worker() -> None:
+        while queue:
+            await send(*queue.pop())
+
+    await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+    waiting.clear()
+
+
+def test_the_same_seed_gives_the_same_requests() -> None:
+    assert [case(7, number) for number in range(50)] == [case(7, number) for number in range(50)]
+    assert random.Random("7:3").random() == generator(7, 3).random()
