@@ -68,6 +68,8 @@ CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 2048,
 }
+# A token of running text counts less than one of an answer: answers must be exact, prose only plausible.
+WEIGHTS = {"english": 0.4, "chat": 1.0, "tools": 1.0}
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISIBLE_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
@@ -236,7 +238,7 @@ class Mixture:
 
     def _chats(self, rng: random.Random) -> Iterator[tuple[list[int], list[bool]]]:
         while True:
-            kind = rng.choices(("question", "turns", "paragraph", "repeat", "sum"), (38, 5, 6, 13, 38))[0]
+            kind = rng.choices(("question", "turns", "paragraph", "repeat", "sum"), (30, 4, 5, 16, 45))[0]
             if kind == "question":
                 chat = corpus.question_chat(rng, self.entries)
             elif kind == "turns":
@@ -254,20 +256,18 @@ class Mixture:
             yield self._encode(corpus.tool_chat(rng, self.entries))
 
     def step(self, step: int, steps: int) -> list[tuple[str, Rows]]:
-        """The micro-batches of one step: English, conversations, tools, and by turns one more of these.
+        """The micro-batches of one step: English, conversations, tools, and by turns one more of the last two.
 
-        English rows are short at first, and long in the last eighth.
+        In the last eighth some of the fourth ones are English in long rows.
         """
         if step % 4 == 0:
             fourth = "tools", packed_rows(self.calls, 2, 512)
-        elif step % 2:
-            fourth = "chat", packed_rows(self.chats, 4, 256)
-        elif step >= steps * 7 // 8:
+        elif step % 4 == 2 and step >= steps * 7 // 8:
             fourth = "english", english_rows(self.english, 1, 1024)
         else:
-            fourth = "english", english_rows(self.english, 2, 512)
+            fourth = "chat", packed_rows(self.chats, 4, 256)
         return [
-            ("english", english_rows(self.english, 4, 256)),
+            ("english", english_rows(self.english, *((2, 512) if step % 2 else (4, 256)))),
             ("chat", packed_rows(self.chats, 4, 256)),
             ("tools", packed_rows(self.calls, 2, 512)),
             fourth,
@@ -434,11 +434,13 @@ def rate(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100)))
 
 
-def gradients(model: Decoder, rows: Rows, dropout: Dropout) -> tuple[float, int, tuple[Tensor, ...]]:
-    """The summed loss of a micro-batch, its learned tokens, and the loss's gradient for every parameter."""
+def gradients(
+    model: Decoder, rows: Rows, dropout: Dropout, weight: float
+) -> tuple[float, int, tuple[Tensor, ...]]:
+    """The summed loss of a micro-batch, its learned tokens, and `weight` times the loss's gradients."""
     with torch.autocast("cpu", torch.bfloat16):
         loss, count = model(rows, dropout)
-    return loss.item(), count, torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), count, torch.autograd.grad(loss * weight, list(model.parameters()))
 
 
 def main() -> None:
@@ -507,16 +509,18 @@ def main() -> None:
             Dropout((args.seed * args.steps + step) * 8 + index if kind == "english" else None)
             for index, (kind, _) in enumerate(batches)
         ]
-        work = [(model, rows, dropout) for (_, rows), dropout in zip(batches, dropouts, strict=True)]
+        work = [
+            (model, rows, dropout, WEIGHTS[kind]) for (kind, rows), dropout in zip(batches, dropouts, strict=True)
+        ]
         results = pool.map(lambda item: gradients(*item), work)
-        learned = 0
+        learned = 0.0
         for (kind, rows), (loss, count, grads) in zip(batches, results, strict=True):
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             entry = sums.setdefault(kind, [0.0, 0.0])
             entry[0] += loss
             entry[1] += count
-            learned += count
+            learned += count * WEIGHTS[kind]
             tokens += rows.tokens.numel()
         for parameter in parameters:
             if parameter.grad is not None:
