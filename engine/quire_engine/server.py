@@ -42,6 +42,7 @@ from quire_schemas.wire import (
     EngineEvent,
     EngineSpec,
     Generate,
+    GetStats,
     Hello,
     Limits,
     Reader,
@@ -305,6 +306,8 @@ class Server:
                     self._abort(connection, request_id)
                 case Limits():
                     self._driver.set_limits(message)
+                case GetStats():
+                    self._driver.report()
                 case Hello():
                     raise WireError("a second Hello on one connection")
 

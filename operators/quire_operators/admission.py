@@ -34,7 +34,7 @@ from quire_schemas.checkpoint import (
     read_profile,
 )
 from quire_schemas.manifest import Located, Problem, intent_hash
-from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
+from quire_schemas.model import DEFAULTS_VERSION, LivenessProbe, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.sizing import FitReport
@@ -113,10 +113,18 @@ def rollout_options(spec: Mapping[str, Any]) -> dict[str, Any]:
         "min_ready": parse_duration(ways["minReadyDuration"]),
         "drain_timeout": parse_duration(spec["drainTimeout"]),
         "startup_timeout": parse_duration(spec["probes"]["startup"]["timeout"]),
+        "stall_timeout": stall_timeout(spec),
         "backoff_base": parse_duration(spec["restartPolicy"]["backoffBase"]),
         "backoff_max": parse_duration(spec["restartPolicy"]["backoffMax"]),
         "hot_hash": hot_hash(spec),
     }
+
+
+def stall_timeout(spec: Mapping[str, Any]) -> float:
+    """Seconds without a step after which an engine counts as stalled. A spec that was resolved by a version that
+    had no such field has its default."""
+    declared = spec["probes"]["liveness"] or LivenessProbe().model_dump(mode="json", by_alias=True)
+    return parse_duration(declared["timeout"])
 
 
 class Admission:

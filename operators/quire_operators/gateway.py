@@ -12,13 +12,13 @@ import errno
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quire_operators import status
+from quire_operators.clock import on_the_wall
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.paths import StateDir
 from quire_operators.rollout import Router
@@ -80,7 +80,7 @@ class GatewayReconciler:
         state: StateDir,
         command: RouterCommand,
         environ: Mapping[str, str],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -159,6 +159,7 @@ class GatewayReconciler:
             stored = None
         seen = self.current()
         again: float | None = None
+        self._tell_of_ends(seen)
         if seen is not None:
             again = await self._check(seen, spec)
         elif self._store.objects():
@@ -167,6 +168,27 @@ class GatewayReconciler:
             before = self._store.status(stored.uid).get("conditions", ())
             self._store.put_status(stored.uid, self.status(before, stored.generation))
         return again
+
+    def _tell_of_ends(self, seen: Observation | None) -> None:
+        """An event for each end of the router that nobody asked for, those while no control plane ran included."""
+        told = self._store.note("router")
+        if seen is None:
+            gone = max(self._fleet.observed(UNIT), key=lambda old: old.incarnation, default=None)
+            if gone is not None and gone.ended is None and told.get("nonce") == gone.nonce:
+                text = f"the router and its shim (incarnation {gone.incarnation}) are gone without a record"
+                self._store.add_event(KEY, "Warning", "RouterLost", text)
+                self._store.set_note("router", {})
+            return
+        now = {"nonce": seen.nonce, "starts": seen.starts}
+        if seen.life is Life.UNKNOWN or now == told:
+            return
+        ends = seen.starts - told["starts"] if told.get("nonce") == seen.nonce else seen.starts - 1
+        if ends > 0:
+            how = seen.ended.text() if seen.ended is not None else "for an unknown cause"
+            often = "" if ends == 1 else f" {ends} times, the last time"
+            text = f"the router ended{often}: {how}; its shim started it again"
+            self._store.add_event(KEY, "Warning", "RouterEnded", text)
+        self._store.set_note("router", now)
 
     async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
         if seen.life is Life.UNKNOWN:
@@ -239,7 +261,7 @@ class GatewayReconciler:
             ),
             failure or Fact("Stalled", False, Reason.PROGRESS_MADE),
         ]
-        shown = status.conditions(facts, before, generation, self._clock())
+        shown = status.conditions(facts, before, generation, on_the_wall(self._clock(), self._clock))
         idle = self.current() is None and not self._store.objects()
         words = "Listening" if ready else f"Stalled: {failure.reason}" if failure else "Starting"
         return {

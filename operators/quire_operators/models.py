@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +19,20 @@ from typing import Any
 import msgspec
 
 from quire_operators import rollout, status
-from quire_operators.admission import desired_of
+from quire_operators.admission import desired_of, stall_timeout
+from quire_operators.clock import on_the_wall
 from quire_operators.devices import Inventory, free_places, held
+from quire_operators.fleet.heartbeat import Heartbeats
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
-from quire_operators.rollout import Desired, Goal, Orphan, Process, Row, Seen, World
+from quire_operators.rollout import Cause, Desired, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Conflict, Revision, Store, StoredObject
 from quire_schemas import wire
-from quire_schemas.quantities import format_bytes, parse_duration, parse_percent
+from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.update import hot_hash
 
@@ -39,7 +40,12 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE = 10.0
 """Seconds an engine has to end by itself after SIGTERM; it was drained before."""
-NOT_RETRYABLE = 78
+HOPELESS_STOPS = frozenset({rollout.STALLED, rollout.STARTUP_TIMEOUT})
+"""Stops of engines that would not hear a SIGTERM either."""
+REFUSALS = frozenset({2, 78})
+"""Exit codes with which a program says that it was told something wrong: a bad argument, a bad configuration."""
+SOURCE_REASONS = frozenset({"MissingFile", "NotFound", "Unauthorized", "Forbidden"})
+"""Reasons of engines that mean: the files could not be had."""
 _events = msgspec.json.Decoder(wire.EngineEvent)
 
 
@@ -82,13 +88,21 @@ def exit_of(seen: Observation) -> rollout.Exit | None:
     report = read_report(seen.lines)
     if seen.ended is None and report.event != "failed":
         return None
-    hopeless = seen.ended is not None and seen.ended.code == NOT_RETRYABLE
+    tail = seen.ended.tail if seen.ended is not None else ()
+    refused = seen.ended is not None and seen.ended.code in REFUSALS
     if report.event == "failed":
-        return rollout.Exit(
-            report.reason or "EngineFailed", report.message, retryable=report.retryable and not hopeless
-        )
+        reason = report.reason or "EngineFailed"
+        if reason in SOURCE_REASONS:
+            cause = Cause.SOURCE
+        elif reason == rollout.OUT_OF_MEMORY:
+            cause = Cause.MEMORY
+        else:
+            cause = Cause.CONFIG if refused or not report.retryable else Cause.UNKNOWN
+        return rollout.Exit(reason, report.message, cause, tail)
     text = seen.ended.text() if seen.ended is not None else ""
-    return rollout.Exit("ConfigRejected" if hopeless else "ProcessEnded", text, retryable=not hopeless)
+    if refused:
+        return rollout.Exit("ConfigRejected", text, Cause.CONFIG, tail)
+    return rollout.Exit("ProcessEnded", text, Cause.UNKNOWN, tail)
 
 
 def seen_of(row: Row, observations: Sequence[Observation]) -> Seen:
@@ -104,7 +118,7 @@ def seen_of(row: Row, observations: Sequence[Observation]) -> Seen:
         return Seen(Process.EXITED, exit=exit_of(own))
     report = read_report(own.lines)
     ready = report.event == "ready" and own.running
-    return Seen(Process.READY if ready else Process.STARTING, progress_at=own.at if report.event else 0.0)
+    return Seen(Process.READY if ready else Process.STARTING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +133,8 @@ class View:
 
 
 class ModelReconciler:
-    """One pass over one model. `clock` gives unix seconds; `changed` is told keys that may need a pass."""
+    """One pass over one model. `clock` gives unix seconds and never jumps; `changed` is told keys that may need a
+    pass."""
 
     def __init__(
         self,
@@ -132,7 +147,7 @@ class ModelReconciler:
         engine_argv: Callable[[Path], Sequence[str]],
         environ: Mapping[str, str],
         changed: Callable[[Key], None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
@@ -148,6 +163,18 @@ class ModelReconciler:
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._orphans_since: dict[tuple[str, int, str], float] = {}
         self._not_started: dict[str, rollout.Exit] = {}
+        self._progress: dict[str, tuple[tuple[str, int], float]] = {}
+        """By nonce of a starting engine: how far it last said it was, and when that was new."""
+        self._heartbeats = Heartbeats(self._heartbeat_changed, clock)
+
+    async def close(self) -> None:
+        """Let go of the engines. They go on."""
+        await self._heartbeats.close()
+
+    def _heartbeat_changed(self, replica: str) -> None:
+        for row in self._store.replicas():
+            if row.id == replica:
+                self._changed(Key("model", row.model))
 
     # ── observe ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -162,7 +189,21 @@ class ModelReconciler:
         seen = seen_of(row, self._fleet.observed(row.id))
         if seen.process is Process.NONE and row.nonce in self._not_started:
             seen = replace(seen, exit=self._not_started[row.nonce])
+        if seen.process is Process.STARTING:
+            seen = replace(seen, progress_at=self._progress_of(row))
+        elif seen.process is Process.READY:
+            seen = replace(seen, silent_since=self._heartbeats.silent_since((row.id, row.incarnation)))
         return self._routes.view(row, seen)
+
+    def _progress_of(self, row: Row) -> float:
+        """When a starting engine last got on: saying the same again is no progress."""
+        report = read_report(self._lines(row))
+        reached = (report.event, report.bytes_done)
+        before, at = self._progress.pop(row.nonce, (None, 0.0))
+        if before != reached:
+            at = self._clock()
+        self._progress = {**dict(list(self._progress.items())[-100:]), row.nonce: (reached, at)}
+        return at
 
     def _revision(self, stored: StoredObject) -> Revision:
         return next(r for r in self._store.revisions(stored.uid) if r.n == stored.revision)
@@ -176,6 +217,8 @@ class ModelReconciler:
             if seen.routed and seen.process is Process.READY and row.goal is Goal.RUN and row.ready_since is None:
                 row = self._note_ready(stored, row)
             pairs.append((row, seen))
+        ready = [row for row, seen in pairs if seen.process is Process.READY]
+        self._heartbeats.keep(stored.key.name, {(row.id, row.incarnation): self.socket_of(row) for row in ready})
         desired = desired_of(stored, revision)
         world = World(
             replicas=tuple(pairs),
@@ -262,8 +305,9 @@ class ModelReconciler:
             return 0.0
         view = self._observe(stored)
         if stored.deletion_time is not None and not view.world.replicas and not view.world.orphans:
-            self._store.remove(key)
             self._store.add_event(key, "Normal", "Deleted", "nothing of it runs any more")
+            self._store.remove(key)
+            self._heartbeats.keep(key.name, {})
             self._neighbours_may_move()
             return None
         deadline = self._report(view, no_room=planned.no_room)
@@ -314,8 +358,10 @@ class ModelReconciler:
                 await self._routes.set_limits(step.replicas, limits_of(view.stored.resolved, step.hot_hash))
             case rollout.Stop():
                 row = self._move(step)
-                self._store.add_event(key, "Normal", "Stopping", f"{row.id}: {step.because}")
-                await self._fleet.stop(self._folder(row), STOP_GRACE)
+                kind, grace = ("Warning", 0.0) if step.because in HOPELESS_STOPS else ("Normal", STOP_GRACE)
+                self._store.add_event(key, kind, "Stopping", f"{row.id}: {step.because}")
+                self._changed(ROUTES)
+                await self._fleet.stop(self._folder(row), grace)
             case rollout.Backoff() | rollout.Fail():
                 row = self._move(step)
                 retry = "" if isinstance(step, rollout.Backoff) else "; it is not tried again"
@@ -378,7 +424,9 @@ class ModelReconciler:
         if revision is None:
             # Nothing says what it would be: another revision's engine under this row's name would be a lie.
             text = f"{row.id} is of revision {row.revision}, which is no longer on record"
-            self._move(rollout.Fail(row.id, view.desired.generation, rollout.Exit("NoRevision", text, False)))
+            self._move(
+                rollout.Fail(row.id, view.desired.generation, rollout.Exit("NoRevision", text, Cause.CONFIG))
+            )
             self._store.add_event(view.stored.key, "Warning", "NoRevision", text)
             return
         placement = Placement.from_dict(revision.placement)
@@ -410,7 +458,8 @@ class ModelReconciler:
                 list(self._not_started.items())[-100:]
             )
             return
-        self._store.add_event(view.stored.key, "Normal", "Started", f"{row.id}, incarnation {row.incarnation}")
+        # Without the incarnation: in a crash loop this is one event that is counted.
+        self._store.add_event(view.stored.key, "Normal", "Started", row.id)
 
     async def _stop_orphan(self, name: str, nonce: str) -> None:
         for seen in self._fleet.observed(name):
@@ -438,7 +487,8 @@ class ModelReconciler:
             since = now
         deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
         facts = self._facts(view, no_room, len(available), settled, late=not settled and now >= deadline)
-        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, now)
+        wall = on_the_wall(now, self._clock)
+        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
         loading = max((report.bytes_done for report in reports.values()), default=0)
         loaded = [seen for _, seen in current if seen.process is Process.READY]
         reached = {
@@ -508,6 +558,13 @@ class ModelReconciler:
             "since": times.get(state) or row.created_at,
             "message": message,
             "reason": row.reason,
+            "lastExit": {
+                "reason": row.last_exit.reason,
+                "message": row.last_exit.message,
+                "log": list(row.last_exit.lines),
+            }
+            if row.last_exit is not None
+            else None,
             "devices": [row.device],
         }
 
@@ -551,6 +608,11 @@ class ModelReconciler:
             return Fact(
                 "Ready", False, Reason.ROUTER_NOT_READY, failure.message if failure else "the router starts"
             )
+        for row, _ in world.replicas:
+            if row.reason == rollout.STALLED:
+                return Fact(
+                    "Ready", False, Reason.ENGINE_STALLED, f"{row.id}: {row.message or 'it is being killed'}"
+                )
         starting = any(seen.process is Process.STARTING for _, seen in world.replicas)
         if starting or any(seen.process is Process.READY for _, seen in world.replicas):
             return Fact("Ready", False, Reason.STARTING, "requests are held meanwhile")
@@ -574,6 +636,16 @@ class ModelReconciler:
         )
         return Fact("Scheduled", False, Reason.INSUFFICIENT_MEMORY, text)
 
+    def _arithmetic(self, view: View, row: Row) -> str:
+        """What a replica was planned with, and what its device has."""
+        placed = view.placement
+        rest = max(row.memory - placed.weights - placed.kv, 0)
+        return (
+            f"planned were weights {format_bytes(placed.weights)} + KV cache {format_bytes(placed.kv)} "
+            f"+ activations and process {format_bytes(rest)} = {format_bytes(row.memory)} a replica; "
+            f"{row.device} has {format_bytes(self._detect().total(row.device))}"
+        )
+
     def _stalled_fact(
         self, view: View, lacking: Fact | None, available: int, settled: bool, *, late: bool
     ) -> Fact:
@@ -581,7 +653,16 @@ class ModelReconciler:
         current = [(row, seen) for row, seen in view.world.replicas if row.template_hash == desired.template_hash]
         for row, _ in current:
             if row.failed_generation is not None:
-                return Fact("Stalled", True, Reason.CONFIG_REJECTED, f"{row.id}: {row.reason}: {row.message}")
+                text = f"{row.id}: {row.reason}: {row.message}"
+                if row.last_exit is not None and row.last_exit.cause is Cause.MEMORY:
+                    return Fact("Stalled", True, Reason.OUT_OF_MEMORY, f"{text}; {self._arithmetic(view, row)}")
+                return Fact("Stalled", True, Reason.CONFIG_REJECTED, text)
+        for row, seen in current:
+            exit_ = row.last_exit
+            if exit_ is not None and exit_.cause is Cause.SOURCE and seen.process.gone:
+                reason = Reason(exit_.reason) if exit_.reason in set(Reason) else Reason.NOT_FOUND
+                often = f"tried again every {format_duration(rollout.SOURCE_SECONDS)}"
+                return Fact("Stalled", True, reason, f"{row.id}: {exit_.reason}: {exit_.message}; {often}")
         for row, seen in current:
             if row.restarts >= status.CRASH_LOOP_RESTARTS and not seen.routed:
                 text = f"{row.id} ended {row.restarts} times" + (f": {row.message}" if row.message else "")
@@ -650,6 +731,7 @@ class ModelReconciler:
             replicas=(),
             eta=self._eta(revision, pairs) if not ready else None,
             stopped=stored.resolved["replicas"] == 0,
+            stall_seconds=stall_timeout(stored.resolved),
         )
 
     def _eta(self, revision: Revision, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

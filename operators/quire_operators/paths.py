@@ -7,7 +7,7 @@ finds them. `/tmp` is fixed rather than taken from `TMPDIR`, because two shells 
 find the same control plane. Everyone may write to `/tmp`, so the folder is used only if it is a real directory
 that belongs to this user and is closed to everybody else.
 
-    <root>/state.db  daemon.lock  start.lock  routes.snapshot  logs/{controlplane,router}.log
+    <root>/state.db  daemon.lock  start.lock  down  routes.snapshot  logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
     /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
 
@@ -65,6 +65,11 @@ class StateDir:
     @property
     def start_lock(self) -> Path:
         return self.root / "start.lock"
+
+    @property
+    def down_marker(self) -> Path:
+        """Lies there from a `down` until an `apply` or `up`: meanwhile nothing is started."""
+        return self.root / "down"
 
     @property
     def logs(self) -> Path:

@@ -22,9 +22,20 @@ Destructive steps need positive evidence: no drain is begun and none is ended wh
 (`Router.UNKNOWN`), and a process that does not answer is UNKNOWN, not gone. A router known not to run (`DOWN`)
 holds no requests: drains end at once, but none is begun unless the count is zero.
 
+Alive means progressing. A replica that is ready and whose engine has completed no turn of its loop for
+`stall_timeout`, whatever its socket says, is killed and started again; so is one that starts and gets no further
+for `startup_timeout`.
+
 Replica states, shown by `state_of`: Pending -> Starting -> Ready -> Draining -> Stopping, and Backoff or Failed
-after an unexpected end. A failure that a new try would repeat (exit 78, or the engine says so) is Failed until
-the intent changes.
+after an unexpected end. What follows an unexpected end depends on its cause:
+
+    CONFIG     another try would repeat it (exit 78, a wrong argument, or the engine says so): Failed at once
+    MEMORY     out of memory: a second try, then Failed
+    SOURCE     files are missing or may not be read: tried again every `SOURCE_SECONDS`
+    UNKNOWN    `backoff_base` doubling to `backoff_max`, 20 % jitter, from the base again after `HEALTHY_SECONDS`
+
+Failed lasts until the intent changes. `not_before` and the counts are in the row, so a restart of the control
+plane takes no back-off back.
 """
 
 from __future__ import annotations
@@ -39,8 +50,12 @@ BLIP_SECONDS = 10.0
 """A replica that served keeps its place this long when the router's connection to it breaks."""
 STOP_AGAIN_SECONDS = 15.0
 """A stop that has shown no effect for this long is sent again."""
-OUT_OF_MEMORY_TRIES = 2
+SOURCE_SECONDS = 300.0
+"""Between two tries of a replica whose files could not be had: a person or a network mends that, not a crash."""
 JITTER = 0.2
+OUT_OF_MEMORY = "OutOfMemory"
+STALLED = "EngineStalled"
+STARTUP_TIMEOUT = "StartupTimeout"
 
 
 class Goal(enum.StrEnum):
@@ -78,13 +93,23 @@ class Strategy(enum.StrEnum):
     RECREATE = "Recreate"
 
 
+class Cause(enum.StrEnum):
+    """What kind of end an incarnation came to: it decides whether and when it is tried again."""
+
+    CONFIG = "config"
+    MEMORY = "memory"
+    SOURCE = "source"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How an incarnation ended. `reason` is a word, `message` a sentence for people."""
+    """How an incarnation ended. `reason` is a word, `message` a sentence for people, `lines` its log's last."""
 
     reason: str
     message: str
-    retryable: bool = True
+    cause: Cause = Cause.UNKNOWN
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +142,8 @@ class Row:
     """Set when the replica is Failed: the generation of the intent under which it failed."""
     reason: str = ""
     message: str = ""
+    last_exit: Exit | None = None
+    """How it last ended unexpectedly; kept while it runs again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +152,9 @@ class Seen:
 
     process: Process = Process.NONE
     progress_at: float = 0.0
-    """When the engine last reported progress in loading."""
+    """When the engine last got on with loading."""
+    silent_since: float | None = None
+    """Since when a ready engine has completed no turn of its loop; None while it answers."""
     exit: Exit | None = None
     connected: bool = False
     """The router has this incarnation in its table, draining or not, and is connected to it."""
@@ -168,6 +197,7 @@ class Desired:
     min_ready: float = 0.0
     drain_timeout: float = 30.0
     startup_timeout: float = 1800.0
+    stall_timeout: float = 30.0
     backoff_base: float = 1.0
     backoff_max: float = 300.0
     hot_hash: str = ""
@@ -376,6 +406,7 @@ class _Planner:
 
     def run(self) -> RolloutPlan:
         self.stop_orphans()
+        self.stop_stalled()
         self.record_ends()
         self.finish_drains()
         if self.can_drain:
@@ -429,6 +460,17 @@ class _Planner:
             else:
                 self.wake.append(deadline)
 
+    def stop_stalled(self) -> None:
+        """Engines that no longer get on, draining ones too: what they still have to say, they never will."""
+        for row in list(self.rows.values()):
+            seen = self.seen[row.id]
+            if seen.process is not Process.READY or seen.silent_since is None or row.stop_sent is not None:
+                continue
+            deadline = seen.silent_since + self.desired.stall_timeout
+            self.wake.append(deadline)
+            if self.now >= deadline:
+                self.do(Stop(row.id, row.incarnation, STALLED))
+
     def record_ends(self) -> None:
         """Unexpected ends of rows that should run, and starts that no longer get on."""
         for row in self.runs():
@@ -437,7 +479,7 @@ class _Planner:
                 deadline = max(seen.progress_at, row.launched_at) + self.desired.startup_timeout
                 self.wake.append(deadline)
                 if self.now >= deadline:
-                    self.do(Stop(row.id, row.incarnation, "StartupTimeout"))
+                    self.do(Stop(row.id, row.incarnation, STARTUP_TIMEOUT))
             if row.stop_sent is not None and not seen.process.gone:
                 self.wake.append(row.stop_sent + STOP_AGAIN_SECONDS)
                 if self.now >= row.stop_sent + STOP_AGAIN_SECONDS:
@@ -448,15 +490,21 @@ class _Planner:
 
     def record_end(self, row: Row, seen: Seen) -> None:
         exit_ = seen.exit or Exit("ProcessLost", "its process and its shim are gone without a record")
-        if row.stop_sent is not None and row.reason:
-            exit_ = Exit(row.reason, f"no progress in loading for {self.desired.startup_timeout:g} s")
+        if row.stop_sent is not None and row.reason == STALLED:
+            text = f"no step and no sign of life for {self.desired.stall_timeout:g} s; it was killed"
+            exit_ = Exit(row.reason, text, lines=exit_.lines)
+        elif row.stop_sent is not None and row.reason:
+            text = f"no progress in loading for {self.desired.startup_timeout:g} s; it was killed"
+            exit_ = Exit(row.reason, text, lines=exit_.lines)
         healthy = row.ready_since is not None and self.now - row.ready_since >= HEALTHY_SECONDS
         restarts = 0 if healthy else row.restarts
-        out_of_memory = exit_.reason == "OutOfMemory" and restarts + 1 >= OUT_OF_MEMORY_TRIES
-        if not exit_.retryable or out_of_memory:
+        before = None if healthy or row.last_exit is None else row.last_exit.cause
+        if exit_.cause is Cause.CONFIG or (exit_.cause is Cause.MEMORY and before is Cause.MEMORY):
             self.do(Fail(row.id, self.desired.generation, exit_))
             return
         delay = min(self.desired.backoff_base * 2.0 ** min(restarts, 30), self.desired.backoff_max)
+        if exit_.cause is Cause.SOURCE:
+            delay = SOURCE_SECONDS
         delay *= 1 + JITTER * self.world.jitter
         self.do(Backoff(row.id, self.now + delay, restarts + 1, exit_))
 
@@ -618,6 +666,7 @@ def after(row: Row, step: RowStep, now: float) -> Row:
                 not_before=step.not_before,
                 reason=step.exit.reason,
                 message=step.exit.message,
+                last_exit=step.exit,
             )
         case Fail():
             return replace(
@@ -629,4 +678,5 @@ def after(row: Row, step: RowStep, now: float) -> Row:
                 failed_generation=step.generation,
                 reason=step.exit.reason,
                 message=step.exit.message,
+                last_exit=step.exit,
             )

@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     # not (yet)
     STARTING = "Starting"
     NO_REPLICA_AVAILABLE = "NoReplicaAvailable"
+    ENGINE_STALLED = "EngineStalled"
     HOT_UPDATE_PENDING = "HotUpdatePending"
     ROUTER_NOT_READY = "RouterNotReady"
     DELETING = "Deleting"
@@ -43,6 +44,8 @@ class Reason(enum.StrEnum):
     INSUFFICIENT_DEVICES = "InsufficientDevices"
     CRASH_LOOP = "CrashLoop"
     CONFIG_REJECTED = "ConfigRejected"
+    OUT_OF_MEMORY = "OutOfMemory"
+    MISSING_FILE = "MissingFile"
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
@@ -64,6 +67,14 @@ ADVICE: dict[Reason, Advice] = {
     Reason.NO_REPLICA_AVAILABLE: Advice(
         "No replica can answer now.",
         ("platform get replicas   which state each is in", "platform logs {key}   what the engine said last"),
+    ),
+    Reason.ENGINE_STALLED: Advice(
+        "An engine completed no step for spec.probes.liveness.timeout; it was killed and is started again.",
+        (
+            "platform logs {key}   what it said last",
+            "where a step may take longer, raise spec.probes.liveness.timeout; lower "
+            "spec.batching.maxNumBatchedTokens makes steps shorter",
+        ),
     ),
     Reason.HOT_UPDATE_PENDING: Advice(
         "A running engine has not yet confirmed a changed setting.",
@@ -111,6 +122,18 @@ ADVICE: dict[Reason, Advice] = {
             "platform logs {key}   what it refused",
             "change the manifest and apply it again: a new intent always supersedes",
         ),
+    ),
+    Reason.OUT_OF_MEMORY: Advice(
+        "The engine ran out of memory twice, although its plan fits: something else holds the memory.",
+        (
+            "lower spec.engine.maxModelLen, spec.engine.kvCache.size or spec.batching.maxNumSeqs, and apply again",
+            "end what else holds memory, then apply any change: a new intent always supersedes",
+        ),
+    ),
+    Reason.MISSING_FILE: Advice(
+        "A file of the checkpoint was there when the manifest was applied and is gone; it is looked for again by "
+        "itself.",
+        ("put the checkpoint back where spec.source says", "or correct spec.source and apply again"),
     ),
     Reason.PROGRESS_DEADLINE: Advice(
         "The rollout made no progress for spec.rollout.progressDeadline.",

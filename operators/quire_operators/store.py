@@ -10,8 +10,12 @@ compare-and-set on it. Status and events live in tables of their own, so that wr
     replicas      one row each: see `rollout.Row`
     incarnations  the highest incarnation a replica id ever had, so that no two processes ever share one
     status        what the reconciler last reported, one JSON document an object
-    events        decisions and observations, equal ones counted, capped per object and by age
-    meta          installation id, schema version, version of the routing table
+    events        decisions and observations, equal ones counted, capped per object and by age. An object's uid
+                  keeps those of a deleted one apart from those of a new one of its name
+    meta          installation id, schema version, version of the routing table, base of the clock, and notes that
+                  the control plane leaves for the next one
+
+Times are those of the store's clock, which no change of the wall clock moves (see `clock`).
 
 Calls are short and synchronous; the control plane makes them from its event loop.
 
@@ -25,23 +29,24 @@ Exceptions:
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from quire_operators.rollout import Goal, Row
+from quire_operators.clock import SteadyClock, boot_id, new_base
+from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_schemas.resource import Key
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAMESPACE = "default"
 EVENTS_PER_OBJECT = 200
 EVENT_SECONDS = 7 * 86400.0
@@ -107,6 +112,7 @@ _replicas = sa.Table(
     sa.Column("failed_generation", sa.Integer),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
+    sa.Column("last_exit", sa.JSON),
 )
 _incarnations = sa.Table(
     "incarnations",
@@ -122,6 +128,7 @@ _events = sa.Table(
     _metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("object", sa.Text, nullable=False, index=True),
+    sa.Column("uid", sa.Text, nullable=False, server_default=""),
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
@@ -130,6 +137,13 @@ _events = sa.Table(
     sa.Column("last_seen", sa.Float, nullable=False),
 )
 _ROW_FIELDS = tuple(field.name for field in fields(Row))
+_UPGRADES = {
+    1: (
+        "ALTER TABLE replicas ADD COLUMN last_exit JSON",
+        "ALTER TABLE events ADD COLUMN uid TEXT NOT NULL DEFAULT ''",
+    ),
+}
+"""What turns a store of each older schema into one of the next."""
 
 
 class StoreError(Exception):
@@ -224,10 +238,12 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something decided or seen; `count` equal ones were folded into this one."""
+    """Something decided or seen; `count` equal ones were folded into this one. `uid` is that of the object, or
+    empty for what is not stored: the gateway by its defaults, the control plane."""
 
     id: int
     object: str
+    uid: str
     type: str
     reason: str
     message: str
@@ -256,11 +272,10 @@ def _refuse_network_filesystem(folder: Path) -> None:
 
 
 class Store:
-    """One open store. `clock` gives unix seconds."""
+    """One open store. `clock` gives unix seconds; without one it is the steady clock that the store keeps."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         _refuse_network_filesystem(path.parent.resolve())
-        self._clock = clock
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
         os.close(descriptor)
@@ -269,9 +284,10 @@ class Store:
         sa.event.listen(self._engine, "begin", _begin_immediate)
         try:
             with self._engine.begin() as db:
+                self._upgrade(db, path)
                 _metadata.create_all(db)
-                self._check_version(db, path)
                 self.install_id = self._setting(db, "installId", lambda: uuid.uuid4().hex)
+                self.clock = clock or self._steady_clock(db)
         except sa.exc.DatabaseError as error:
             self._engine.dispose()
             raise UnusableStore(
@@ -279,13 +295,37 @@ class Store:
                 "move it away; what was applied must be applied again",
             ) from error
 
-    def _check_version(self, db: sa.Connection, path: Path) -> None:
+    def _upgrade(self, db: sa.Connection, path: Path) -> None:
+        """Bring an older store to this schema, in the transaction that opens it."""
+        _meta.create(db, checkfirst=True)
         found = int(self._setting(db, "schemaVersion", lambda: str(SCHEMA_VERSION)))
-        if found != SCHEMA_VERSION:
+        if found > SCHEMA_VERSION:
             raise UnusableStore(
                 f"{path} was written by another version (schema {found}, this version has {SCHEMA_VERSION})",
                 "use the version that wrote it, or choose another state directory",
             )
+        for version in range(found, SCHEMA_VERSION):
+            for statement in _UPGRADES[version]:
+                db.exec_driver_sql(statement)
+        self._set(db, "schemaVersion", str(SCHEMA_VERSION))
+
+    def _steady_clock(self, db: sa.Connection) -> SteadyClock:
+        """The clock of this boot, or a new one that no time on record is ahead of."""
+        kept = json.loads(self._setting(db, "clock", lambda: "{}"))
+        if kept.get("boot") != boot_id():
+            columns = (
+                _replicas.c.created_at, _replicas.c.launched_at, _replicas.c.ready_since, _replicas.c.drain_since,
+                _replicas.c.stop_sent, _objects.c.applied_at, _objects.c.deletion_time, _events.c.last_seen,
+            )  # fmt: skip
+            newest = [db.scalar(sa.select(sa.func.max(column))) or 0.0 for column in columns]
+            kept = {"boot": boot_id(), "base": new_base(max(newest))}
+            self._set(db, "clock", json.dumps(kept))
+        return SteadyClock(kept["base"])
+
+    @staticmethod
+    def _set(db: sa.Connection, key: str, value: str) -> None:
+        statement = insert(_meta).values(key=key, value=value)
+        db.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": value}))
 
     @staticmethod
     def _setting(db: sa.Connection, key: str, default: Callable[[], str]) -> str:
@@ -330,7 +370,7 @@ class Store:
 
         Raises `Conflict` when an object is not what the decision was made on.
         """
-        now = self._clock()
+        now = self.clock()
         with self._write() as db:
             return tuple(self._apply(db, change, now) for change in changes)
 
@@ -423,7 +463,7 @@ class Store:
                 return old
             new = replace(
                 old,
-                deletion_time=self._clock(),
+                deletion_time=self.clock(),
                 generation=old.generation + 1,
                 resource_version=old.resource_version + 1,
             )
@@ -543,19 +583,32 @@ class Store:
     def set_routing_version(self, version: int) -> None:
         """Durable before the table is sent: no two tables ever share a version."""
         with self._write() as db:
-            statement = insert(_meta).values(key="routingVersion", value=str(version))
-            db.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": str(version)}))
+            self._set(db, "routingVersion", str(version))
+
+    def note(self, name: str) -> dict[str, Any]:
+        """What a control plane left under this name for itself or the next one; empty if nothing."""
+        with self._engine.begin() as db:
+            found = db.scalar(sa.select(_meta.c.value).where(_meta.c.key == f"note:{name}"))
+        return dict(json.loads(found)) if found is not None else {}
+
+    def set_note(self, name: str, content: dict[str, Any]) -> None:
+        with self._write() as db:
+            self._set(db, f"note:{name}", json.dumps(content))
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add_event(self, key: Key, type_: str, reason: str, message: str) -> None:
         """Note an event; one with the same reason and message as an earlier one of the object raises its count."""
-        now = self._clock()
+        now = self.clock()
         name = str(key)
         with self._write() as db:
+            uid = self._uid(db, key)
             same = db.scalar(
                 sa.select(_events.c.id).where(
-                    _events.c.object == name, _events.c.reason == reason, _events.c.message == message
+                    _events.c.object == name,
+                    _events.c.uid == uid,
+                    _events.c.reason == reason,
+                    _events.c.message == message,
                 )
             )
             if same is not None:
@@ -567,7 +620,14 @@ class Store:
                 return
             db.execute(
                 insert(_events).values(
-                    object=name, type=type_, reason=reason, message=message, count=1, first_seen=now, last_seen=now
+                    object=name,
+                    uid=uid,
+                    type=type_,
+                    reason=reason,
+                    message=message,
+                    count=1,
+                    first_seen=now,
+                    last_seen=now,
                 )
             )
             keep = (
@@ -580,12 +640,26 @@ class Store:
             db.execute(sa.delete(_events).where(_events.c.last_seen < now - EVENT_SECONDS))
 
     def events(self, key: Key | None = None, after: int = 0) -> tuple[Event, ...]:
-        """Events of one object, or all, with an id above `after`; least recently seen first."""
+        """Events of one object, or all, with an id above `after`; least recently seen first.
+
+        Of an object that exists they are its own, not those of a deleted one that had its name; of a name that
+        nothing has, they are all that are kept.
+        """
         query = sa.select(_events).where(_events.c.id > after).order_by(_events.c.last_seen, _events.c.id)
-        if key is not None:
-            query = query.where(_events.c.object == str(key))
         with self._engine.begin() as db:
+            if key is not None:
+                query = query.where(_events.c.object == str(key))
+                if uid := self._uid(db, key):
+                    query = query.where(_events.c.uid.in_((uid, "")))
             return tuple(Event(**row) for row in db.execute(query).mappings())
+
+    @staticmethod
+    def _uid(db: sa.Connection, key: Key) -> str:
+        """The uid of the object that has this key now; empty when none has."""
+        query = sa.select(_objects.c.uid).where(
+            _objects.c.kind == key.kind, _objects.c.namespace == NAMESPACE, _objects.c.name == key.name
+        )
+        return str(db.scalar(query) or "")
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:
@@ -607,8 +681,12 @@ def _object(row: Any) -> StoredObject:
 
 def _row(found: Any) -> Row:
     values = {name: found[name] for name in _ROW_FIELDS}
-    return Row(**{**values, "goal": Goal(values["goal"])})
+    ended = values["last_exit"]
+    if ended is not None:
+        ended = Exit(ended["reason"], ended["message"], Cause(ended["cause"]), tuple(ended["lines"]))
+    return Row(**{**values, "goal": Goal(values["goal"]), "last_exit": ended})
 
 
 def _values(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in _ROW_FIELDS}
+    values = {name: getattr(row, name) for name in _ROW_FIELDS}
+    return {**values, "last_exit": asdict(row.last_exit) if row.last_exit is not None else None}

@@ -12,7 +12,7 @@ started by other means) tries again until its deadline. No process id is ever co
 Exceptions:
 
     ClientError            has message, hint and the exit code of the command
-    ├── Unreachable        nobody listens, a start failed, or the connection broke (7)
+    ├── Unreachable        nobody listens, the platform is down, a start failed, or the connection broke (7)
     └── Refused            the control plane said no (its own code, by the error)
         └── InvalidManifest    and listed problems, each with its place (3)
 """
@@ -41,6 +41,8 @@ START_SECONDS = 60.0
 """How long a start may take before the client gives up: a cold disk on a small machine needs several seconds."""
 REQUEST_SECONDS = 60.0
 TAIL_LINES = 20
+DOWN = "the platform is down: platform down stopped it, and what was applied is kept"
+UP = "platform up starts it again, and so does platform apply"
 
 # fmt: off
 PASSED_ON = frozenset({
@@ -120,6 +122,7 @@ class Client:
     """Calls the control plane of one state directory.
 
     `start` says whether a control plane that does not run is started; `notice` gets the one line that says so.
+    After a `down` only a client that `wakes` starts one: whoever merely looks is told.
     Answers are decoded JSON. Raises `Unreachable` or `Refused`.
     """
 
@@ -128,11 +131,13 @@ class Client:
         state: StateDir,
         *,
         start: bool = True,
+        wakes: bool = False,
         notice: Callable[[str], None] | None = None,
         timeout: float = REQUEST_SECONDS,
     ) -> None:
         self.state = state
         self._start = start
+        self._wakes = wakes
         self._notice = notice or (lambda line: None)
         self._timeout = timeout
 
@@ -192,6 +197,8 @@ class Client:
             return connection
         if not self._start:
             raise Unreachable("the control plane is not running", "any of plan, apply and get starts it")
+        if self.state.down_marker.exists() and not self._wakes:
+            raise Unreachable(DOWN, UP)
         return self._start_and_connect()
 
     def _try_connect(self) -> _UnixConnection | None:

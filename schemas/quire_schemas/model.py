@@ -32,7 +32,7 @@ _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_PARSERS = "there are no parsers yet; the markup of tool calls and reasoning stays in the text"
 _NO_SLO = "requests are scheduled first come, first served"
-_STALL_CHECK = "a replica is watched by its heartbeats alone"
+_STALL_CHECK = "progress is watched all the time, not probed now and then; liveness.timeout bounds its absence"
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -579,7 +579,12 @@ class LivenessProbe(Strict):
     """When a running replica is replaced."""
 
     period: Duration = declared("Time between two checks.", "10s", update="hot", refused=_STALL_CHECK)
-    timeout: Duration = declared("Time for one check.", "30s", update="hot", refused=_STALL_CHECK)
+    timeout: Duration = declared(
+        "A replica whose engine completes no step for this long, with requests to compute or asked for a sign of "
+        "life, gets no more requests and is replaced. It must be longer than the longest step.",
+        "30s",
+        update="hot",
+    )
     failure_threshold: int = declared(
         "Failed checks in a row.", 3, update="hot", refused=_STALL_CHECK, ge=1, le=1000
     )
@@ -592,9 +597,7 @@ class Probes(Strict):
     readiness: ReadinessProbe | None = section(
         ReadinessProbe, "When a running replica gets no new requests.", refused=_STALL_CHECK, optional=True
     )
-    liveness: LivenessProbe | None = section(
-        LivenessProbe, "When a running replica is replaced.", refused=_STALL_CHECK, optional=True
-    )
+    liveness: LivenessProbe = section(LivenessProbe, "When a running replica is replaced.")
 
 
 class RestartPolicy(Strict):

@@ -287,6 +287,10 @@ def _deadlines(facts: Facts) -> Iterator[Finding]:
     for path in ("spec.rollout.progressDeadline", "spec.probes.startup.timeout"):
         if parse_duration(facts[path]) < 1:
             yield Finding(tuple(path.split(".")), "is shorter than a second", "no replica starts that fast: 10m")
+    path = "spec.probes.liveness.timeout"
+    if parse_duration(facts[path]) < 1:
+        hint = "a step of a busy engine may take that long: 30s"
+        yield Finding(tuple(path.split(".")), "is shorter than a second", hint)
 
 
 def _served_names(facts: Facts) -> Iterator[Finding]:

@@ -3,7 +3,9 @@
 Three conversations use this module.
 
 - **router -> engine** (Unix socket `engine.sock` in the replica's folder): `Hello`/`Welcome`, then
-  `Generate`, `Abort` and `Limits` one way, `Deltas` (one frame a step for all requests) and `Stats` the other.
+  `Generate`, `Abort` and `Limits` one way, `Deltas` (one frame a step for all requests) and `Stats` the other. The
+  control plane is a client of the same socket that sends `GetStats` alone: the answer, which the engine's loop
+  gives between two steps, is the replica's sign of life.
 - **control plane -> router** (Unix socket `control.sock`): `RoutingTable` one way, `RouterStatus` back. A table
   is absolute and versioned; sending the same one twice changes nothing.
 - **control plane -> engine** at start: an `EngineSpec`, written as JSON into the replica's folder; back: one
@@ -76,7 +78,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 class Hello(msgspec.Struct, tag=True):
     """First frame of a client of an engine."""
 
-    role: Literal["router", "script"]
+    role: Literal["router", "control", "script"]
     protocol: int = PROTOCOL
 
 
@@ -117,6 +119,10 @@ class Limits(msgspec.Struct, tag=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     chunked_prefill: bool
+
+
+class GetStats(msgspec.Struct, tag=True):
+    """Ask for a `Stats`. It is answered between two steps, so an engine that makes no step gives no answer."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -164,7 +170,8 @@ class Deltas(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, tag=True):
-    """The engine's state, sent after `Hello`, after `Limits`, and at most four times a second while it runs."""
+    """The engine's state: sent after `Hello`, `Limits` and `GetStats`, and at most four times a second while it
+    runs."""
 
     steps: int
     max_num_seqs: int
@@ -182,7 +189,7 @@ class Stats(msgspec.Struct, tag=True):
     hot_hash: str
 
 
-ToEngine = Hello | Generate | Abort | Limits
+ToEngine = Hello | Generate | Abort | Limits | GetStats
 FromEngine = Welcome | Deltas | Stats
 
 
@@ -226,6 +233,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Seconds until a replica is expected ready, when none is; None when not known."""
     stopped: bool = False
     """No replica is wanted: waiting for one is in vain."""
+    stall_seconds: float = 30.0
+    """A replica with requests and no step for this long counts as not ready."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

@@ -6,6 +6,9 @@ that a manifest sets in `spec.env`:
     STANDIN_LOAD       seconds until it is ready (0)
     STANDIN_STEP       seconds between two tokens (0.01)
     STANDIN_EXIT       exit status that it ends with instead of becoming ready
+    STANDIN_REASON     reason of the `failed` event before that (StandinRefuses); "none": no event
+    STANDIN_SIGNAL     number of the signal that it sends itself instead of becoming ready
+    STANDIN_SAY        text for stderr at the start
     STANDIN_CHILD      if set: starts a grandchild in a session of its own that ignores SIGTERM
 
 Every request is answered with `max_tokens` tokens.
@@ -50,12 +53,16 @@ class Engine:
         for part in range(5):
             self.say(wire.EngineEvent("loading", time.time(), bytes_done=total * part // 4, bytes_total=total))
             await asyncio.sleep(load / 5)
+        if number := os.environ.get("STANDIN_SIGNAL"):
+            os.kill(os.getpid(), int(number))
         if code := os.environ.get("STANDIN_EXIT"):
-            self.say(
-                wire.EngineEvent(
-                    "failed", time.time(), reason="StandinRefuses", message="told to", retryable=code != "78"
+            reason = os.environ.get("STANDIN_REASON", "StandinRefuses")
+            if reason != "none":
+                retryable = code != "78"
+                event = wire.EngineEvent(
+                    "failed", time.time(), reason=reason, message="told to", retryable=retryable
                 )
-            )
+                self.say(event)
             return int(code)
         mask = os.umask(0o177)
         server = await asyncio.start_unix_server(self.serve, self.spec.socket)
@@ -65,6 +72,7 @@ class Engine:
         self.say(wire.EngineEvent("ready", time.time(), load_seconds=load))
         await self.ended.wait()
         server.close()
+        os.unlink(self.spec.socket)
         return 0
 
     def stats(self) -> wire.Stats:
@@ -143,6 +151,7 @@ def main() -> int:
     given = parser.parse_args()
     spec = msgspec.json.decode(given.spec.read_bytes(), type=wire.EngineSpec)
     print(f"stand-in for {spec.replica_id}, incarnation {spec.incarnation}", flush=True)
+    print(os.environ.get("STANDIN_SAY", ""), file=sys.stderr, flush=True)
     return asyncio.run(Engine(spec, given.status_fd).run())
 
 

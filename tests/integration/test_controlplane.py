@@ -8,27 +8,20 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
 
-from quire.client import Client, InvalidManifest, Refused
-from quire_operators.paths import StateDir
+from quire.client import InvalidManifest, Refused
 
-HERE = Path(__file__).parent
-GATEWAY = "apiVersion: quire.dev/v1alpha1\nkind: Gateway\nmetadata: {name: default}\nspec: {port: 0}\n"
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
@@ -44,23 +37,6 @@ LLAMA_8B = {
 }
 
 
-def model(name: str, spec: str = "", **env: object) -> str:
-    """A manifest on the built-in model; `env` steers the stand-in."""
-    variables = ", ".join(f"{{name: STANDIN_{key}, value: '{value}'}}" for key, value in env.items())
-    return (
-        f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\n"
-        f"spec:\n  source: builtin://tiny\n  env: [{variables}]\n{spec}"
-    )
-
-
-def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"did not happen in time: {what}"
-        time.sleep(0.02)
-    return value
-
-
 @contextmanager
 def default_port_taken() -> Iterator[None]:
     """Port 8000 of loopback is taken by another program: by us, if by nobody yet."""
@@ -73,166 +49,6 @@ def default_port_taken() -> Iterator[None]:
             if error.errno != errno.EADDRINUSE:
                 raise
         yield
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-class Plane:
-    """A state directory and the control plane process on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.state = StateDir(folder / "state")
-        standin = folder / "standin" / "quire_engine"
-        standin.mkdir(parents=True)
-        (standin / "__init__.py").write_text("")
-        shutil.copy(HERE / "standin_engine.py", standin / "__main__.py")
-        self.env = {**os.environ, "PYTHONPATH": str(standin.parent), "OMP_NUM_THREADS": "1"}
-        self.client = Client(self.state, start=False)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def spawn(self) -> tuple[subprocess.Popen[bytes], str]:
-        """Start one more control plane; what it said on its readiness pipe, up to the end of a line."""
-        readable, writable = os.pipe()
-        process = subprocess.Popen(
-            [
-                sys.executable, "-P", "-m", "quire.controlplane",
-                "--state-dir", str(self.state.root), "--ready-fd", str(writable),
-            ],
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(writable,),
-            start_new_session=True,
-        )  # fmt: skip
-        os.close(writable)
-        with open(readable) as pipe:
-            return process, pipe.readline()
-
-    def start(self) -> None:
-        self.process, said = self.spawn()
-        assert said.startswith("ready "), said
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.wait(15)
-
-    def end(self) -> None:
-        """Take everything down, whatever a test left."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        assert self.process is not None
-        self.client.post("/v1/down", {"grace": 0.2})
-        self.process.wait(40)
-
-    # ── the API ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def apply(self, *texts: str) -> dict[str, dict[str, Any]]:
-        files = [{"name": f"{number}.yaml", "text": text} for number, text in enumerate(texts)]
-        return {item["key"]: item for item in self.client.post("/v1/apply", {"files": files})["results"]}
-
-    def plan(self, text: str, **more: Any) -> dict[str, Any]:
-        report = self.client.post("/v1/plan", {"files": [{"name": "m.yaml", "text": text}], **more})
-        (item,) = report["items"]
-        return dict(item)
-
-    def view(self, name: str) -> dict[str, Any]:
-        return dict(self.client.get(f"/v1/objects/model/{name}"))
-
-    def condition(self, name: str, type_: str) -> dict[str, Any]:
-        conditions = self.view(name)["status"].get("conditions", [])
-        return next((c for c in conditions if c["type"] == type_), {"status": "Unknown", "reason": ""})
-
-    def wait_served(self, name: str) -> dict[str, Any]:
-        def served() -> dict[str, Any] | None:
-            view = self.view(name)
-            true = {c["type"] for c in view["status"].get("conditions", ()) if c["status"] == "True"}
-            current = view["status"].get("observedGeneration") == view["generation"]
-            return view if current and {"Ready", "RolledOut"} <= true else None
-
-        return dict(eventually(served, f"{name} is served"))
-
-    def wait_stalled(self, name: str) -> dict[str, Any]:
-        return dict(
-            eventually(lambda: (c := self.condition(name, "Stalled"))["status"] == "True" and c, f"{name} stalls")
-        )
-
-    def delete(self, name: str) -> None:
-        self.client.delete(f"/v1/objects/model/{name}")
-        eventually(lambda: not self.exists(name), f"{name} is gone")
-
-    def exists(self, name: str) -> bool:
-        try:
-            self.view(name)
-        except Refused as error:
-            if error.status != 404:
-                raise
-            return False
-        return True
-
-    @property
-    def base_url(self) -> str:
-        return str(self.client.get("/v1/ping")["router"]["baseUrl"])
-
-    def complete(self, name: str, tokens: int = 3) -> httpx.Response:
-        body = {"model": name, "prompt": "hi", "max_tokens": tokens}
-        return httpx.post(f"{self.base_url}/completions", json=body, timeout=30)
-
-    def ours(self) -> list[int]:
-        """Processes of this installation: engines, the router and their shims."""
-        marks = (str(self.state.runtime).encode(), str(self.state.root).encode())
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    command = (entry / "cmdline").read_bytes()
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
-                if any(mark in command for mark in marks) and alive(int(entry.name)):
-                    found.append(int(entry.name))
-        return found
-
-
-class Stream(threading.Thread):
-    """One streamed completion, read to its end."""
-
-    def __init__(self, base_url: str, name: str, tokens: int) -> None:
-        super().__init__()
-        self.url = f"{base_url}/completions"
-        self.tokens = tokens
-        self.body = {
-            "model": name,
-            "prompt": "hi",
-            "max_tokens": tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        self.lines: list[str] = []
-        self.problem: str | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", self.url, json=self.body, timeout=60) as answer:
-                self.lines.extend(line for line in answer.iter_lines() if line)
-                if answer.status_code != 200:
-                    self.problem = str(answer.status_code)
-        except httpx.HTTPError as error:
-            self.problem = repr(error)
-
-    def finish(self) -> None:
-        """It ran to its regular end and every token arrived."""
-        self.join(60)
-        assert self.problem is None, self.problem
-        assert self.lines[-1] == "data: [DONE]", self.lines[-3:]
-        assert not any('"error"' in line for line in self.lines)
-        assert json.loads(self.lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == self.tokens
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +222,7 @@ def test_deleting_lets_running_streams_finish_and_refuses_new_requests(plane: Pl
     plane.apply(model("leaving", STEP="0.02"))
     pid = plane.wait_served("leaving")["replicas"][0]["pid"]
     stream = Stream(plane.base_url, "leaving", 60)
-    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    stream.wait_running()
     plane.client.delete("/v1/objects/model/leaving")
     eventually(lambda: plane.complete("leaving").status_code == 404, "the name is gone")
     assert plane.exists("leaving")
@@ -555,7 +371,7 @@ def test_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane
     lost = plane.wait_served("lost")["replicas"][0]["pid"]
     router = plane.client.get("/v1/ping")["router"]
     stream = Stream(plane.base_url, "kept", 200)
-    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    stream.wait_running()
     for number in (signal.SIGKILL, signal.SIGTERM):
         plane.kill(number)
         assert alive(before["pid"])
@@ -571,6 +387,11 @@ def test_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane
         assert (view["replicas"][0]["pid"], view["replicas"][0]["incarnation"]) == (before["pid"], 1)
         assert plane.client.get("/v1/ping")["router"]["pid"] == router["pid"]
     stream.finish()
+    own = plane.client.get("/v1/events", **{"for": "controlplane/default"})["items"]
+    lost = [event["message"] for event in own if event["reason"] == "ControlPlaneLost"]
+    assert len(lost) == 1, "the one that was killed, and not the one that was told to end"
+    adopted = [event["message"].rpartition(": ")[2] for event in own if event["reason"] == "Adopted"]
+    assert [text.partition("running, ")[2] for text in adopted] == ["0 ended", "1 ended"]
     events = plane.client.get("/v1/events", **{"for": "model/kept"})["items"]
     assert [event["count"] for event in events if event["reason"] == "Started"] == [1]
     eventually(lambda: plane.view("lost")["replicas"][0]["incarnation"] == 2, "it is started again")
@@ -595,12 +416,41 @@ def test_down_stops_everything_and_the_next_start_brings_back_what_was_applied(p
     plane.apply(model("back", "  replicas: 2\n", CHILD="1"))
     plane.wait_served("back")
     stream = Stream(plane.base_url, "back", 60)
-    eventually(lambda: len(stream.lines) > 2, "the stream runs")
+    stream.wait_running()
     assert plane.process is not None
+    port = int(plane.base_url.rpartition(":")[2].removesuffix("/v1"))
+    shared = set(Path("/dev/shm").iterdir())
     plane.client.post("/v1/down", {"grace": 20})
     assert plane.process.wait(40) == 0
     stream.finish()
     assert plane.ours() == []
     assert not plane.state.runtime.exists()
-    plane.start()
-    plane.wait_served("back")
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_after_down_looking_starts_nothing_and_up_or_an_apply_brings_everything_back(plane: Plane) -> None:
+    for bring_back in (lambda: plane.client.post("/v1/up", {}), lambda: plane.apply(model("back"))):
+        if plane.process is not None and plane.process.poll() is None:
+            plane.client.post("/v1/down", {"grace": 0.2})
+            assert plane.process.wait(40) == 0
+        plane.start()
+        assert plane.client.get("/v1/ping")["down"] is True
+        for path in ("/v1/objects", "/v1/objects/model/back", "/v1/events", "/v1/logs?name=router"):
+            with pytest.raises(Refused, match="the platform is down") as refused:
+                plane.client.get(path)
+            assert (refused.value.status, refused.value.code, refused.value.exit_code) == (503, "down", 7)
+            assert "platform up" in (refused.value.hint or "")
+        with pytest.raises(Refused, match="the platform is down"):
+            plane.client.delete("/v1/objects/model/back")
+        assert plane.plan(model("back"))["action"] in ("unchanged", "update")
+        with pytest.raises(InvalidManifest):
+            plane.apply("kind: Model\n")
+        plane.kill()  # neither a restart nor a wrong manifest is a wish to have it back
+        plane.start()
+        assert plane.ours() == [plane.client.get("/v1/ping")["pid"]]
+        bring_back()
+        plane.wait_served("back")
+        assert not plane.state.down_marker.exists()
+        assert plane.client.post("/v1/up", {})["results"][0]["result"] == "unchanged"

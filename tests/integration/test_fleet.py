@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -70,7 +71,7 @@ async def test_a_shim_whose_files_were_cleaned_away_is_found_by_what_it_answers(
         nobody.bind(str(dead / "shim.sock"))
     (plane.state.replica_dir("m-r1-2") / "1").mkdir(parents=True)
 
-    later = LocalFleet((plane.state.replicas,), plane.store.install_id, lambda name: None)
+    later = LocalFleet((plane.state.replicas,), plane.store.install_id, lambda name: None, time.monotonic)
     await later.open()
     (found,) = later.observed()
     assert (found.name, found.incarnation, found.nonce, found.life) == ("m-r1-0", 1, "n", Life.LIVE)
@@ -93,7 +94,7 @@ async def test_a_down_that_cannot_end_a_process_says_so_and_can_be_tried_again(
         assert not plane.finished.is_set(), "the control plane stays"
         assert plane.state.runtime.exists()
         with pytest.raises(ApiError) as refused:
-            plane.apply({"files": []})
+            await plane.apply({"files": []})
         assert "m-r1-0" in refused.value.body["error"]["message"]
     finally:
         os.kill(started.shim_pid, signal.SIGCONT)

@@ -96,6 +96,7 @@ class World:
             "max_queue_wait": 10.0,
             "created": 1_700_000_000,
             "replicas": replicas,
+            "stall_seconds": 1.0,
         }
         return wire.ModelRoute(**{**fields, **changes})
 
@@ -184,7 +185,6 @@ def make_world(folder: Path) -> World:
     config = RouterConfig(
         control_socket=str(folder / "control.sock"),
         snapshot_file=str(folder / "table.json"),
-        stall_seconds=1.0,
         shutdown_grace=2.0,
     )
     config_file.write_bytes(msgspec.json.encode(config))

@@ -11,6 +11,10 @@ So what there is can be read off the disk: a socket that answers is a living shi
 one (the kernel closed it), and one that accepts and stays silent is `UNKNOWN`, which is not dead. A living shim
 counts as ours only by what it answers: installation, unit, incarnation and nonce. No pid is ever trusted.
 
+What a child started carries `QUIRE_UNIT` in its environment. A shim that was killed takes its child with it, not
+what that had started: such strays are killed before the unit counts as `GONE`, through a descriptor of the process
+(pidfd), so that a pid that was given to somebody else in the meantime is not.
+
 The fleet keeps one connection to each shim and hears every change over it; `on_change` is told the unit's name.
 
 Exceptions:
@@ -29,7 +33,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +48,8 @@ START_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
 """A shim that stays silent this long is UNKNOWN."""
 RETRY_SECONDS = 1.0
+STRAY_SECONDS = 5.0
+"""How long a stray may take to be gone after it was killed."""
 MAX_LINE = 4 * 1024 * 1024
 
 
@@ -91,13 +96,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the child ended; both None when it could not be started at all or nothing was recorded."""
+    """How the child last ended; both None when it could not be started at all or nothing was recorded."""
 
     code: int | None
     signal: int | None
-    at: float
     asked: bool
     message: str = ""
+    tail: tuple[str, ...] = ()
+    """The last lines of its log."""
 
     def text(self) -> str:
         """For people."""
@@ -137,7 +143,7 @@ class LocalFleet:
         roots: Sequence[Path],
         install_id: str,
         on_change: Callable[[str], None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self._roots = tuple(roots)
         self._install_id = install_id
@@ -172,6 +178,8 @@ class LocalFleet:
         for folder in nameless - set(self._observed):
             if self._watches[folder].done():
                 self._drop(folder)  # nobody listens, and nothing says who did
+        for name in {name for name, _ in _carriers(self._install_id)}:
+            await self._end_strays(name)  # of units that left no folder
 
     async def close(self) -> None:
         """Stop listening to shims. They and their children go on."""
@@ -196,8 +204,8 @@ class LocalFleet:
                 return seen  # a repeated step finds its work done
             if seen.life is not Life.GONE:
                 raise StartFailed("cannot_start", f"incarnation {seen.incarnation} of {unit.name} still lives")
-        for pid in _carriers(unit.name, self._install_id):
-            raise StartFailed("cannot_start", f"process {pid} still carries the name {unit.name}")
+        if (left := await self._end_strays(unit.name)) is not None:
+            raise StartFailed("cannot_start", f"process {left} still carries the name {unit.name}")
         for old in list(self._observed):
             if self._observed[old].name == unit.name and old != unit.folder:
                 self._drop(old)
@@ -275,7 +283,7 @@ class LocalFleet:
             "exitFile": str(unit.folder / "exit.json"),
             "listen": None if unit.listen is None else {"host": unit.listen[0], "port": unit.listen[1]},
             "restart": unit.restart,
-            "backoff": {"base": 0.2, "max": 10.0},
+            "backoff": {"base": 0.05, "max": 10.0},
             "grace": unit.grace,
         }
 
@@ -340,8 +348,13 @@ class LocalFleet:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     reader, writer = await asyncio.open_unix_connection(str(folder / "shim.sock"), limit=MAX_LINE)
             except (FileNotFoundError, ConnectionRefusedError):
-                self._note_gone(folder)
-                return
+                seen = self._observed.get(folder)
+                if seen is None or (left := await self._end_strays(seen.name, folder)) is None:
+                    self._note_gone(folder)
+                    return
+                self._note_unknown(folder, FleetError(f"its shim is gone, and process {left} is not"))
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             except (OSError, TimeoutError) as error:
                 self._note_unknown(folder, error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -358,6 +371,30 @@ class LocalFleet:
                 await asyncio.sleep(RETRY_SECONDS)
             finally:
                 writer.close()
+
+    async def _end_strays(self, name: str, dead: Path | None = None) -> int | None:
+        """Kill what carries the name of a unit that no living shim holds (`dead`: the folder of one that does
+        not); the pid of a process that is still there afterwards, or None."""
+        if any(seen.life is not Life.GONE and seen.folder != dead for seen in self.observed(name)):
+            return None
+        for carried, pid in _carriers(self._install_id):
+            if carried != name:
+                continue
+            try:
+                process = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                if _unit_of(pid, self._install_id) == name:  # the descriptor is of the process that was looked at
+                    log.warning("killing process %d: it carries the name %s, and its shim is gone", pid, name)
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    if not await _ends(process, STRAY_SECONDS):
+                        return pid
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(process)
+        return None
 
     def _note_state(self, folder: Path, state: dict[str, Any]) -> None:
         listen = state.get("listen")
@@ -447,9 +484,9 @@ def _ended(document: Any) -> Ended | None:
     return Ended(
         document.get("code"),
         document.get("signal"),
-        float(document.get("at", 0.0)),
         bool(document.get("stopped")),
         str(document.get("message", "")),
+        tuple(map(str, document.get("tail", ()))),
     )
 
 
@@ -470,20 +507,44 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _carriers(name: str, install_id: str) -> list[int]:
-    """Live processes of this user whose environment says that they are a child of this unit."""
-    wanted = f"QUIRE_UNIT={install_id}/{name}".encode()
+def _carriers(install_id: str) -> list[tuple[str, int]]:
+    """Live processes of this user whose environment says that they belong to a unit: (its name, pid)."""
     found = []
     for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    found.append(int(entry))
-        except (FileNotFoundError, PermissionError, ProcessLookupError):
-            continue
+        if entry.isdigit() and (name := _unit_of(int(entry), install_id)) is not None:
+            found.append((name, int(entry)))
     return found
+
+
+def _unit_of(pid: int, install_id: str) -> str | None:
+    """The unit that a process carries the name of, if it does. A zombie has no environment any more."""
+    mark = f"QUIRE_UNIT={install_id}/".encode()
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            found = next((part for part in file.read().split(b"\0") if part.startswith(mark)), None)
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return None
+    return found.removeprefix(mark).decode(errors="replace") if found is not None else None
+
+
+async def _ends(process: int, timeout: float) -> bool:
+    """Whether the process behind a pidfd ends within `timeout` seconds."""
+    loop = asyncio.get_running_loop()
+    gone: asyncio.Future[None] = loop.create_future()
+
+    def ended() -> None:
+        loop.remove_reader(process)
+        gone.set_result(None)
+
+    loop.add_reader(process, ended)
+    try:
+        async with asyncio.timeout(timeout):
+            await gone
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(process)
+    return True
 
 
 async def _first_line(descriptor: int, timeout: float) -> bytes:

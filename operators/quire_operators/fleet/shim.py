@@ -25,7 +25,8 @@ SPEC.json (written by the fleet):
 Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
 answers with it now and after every change, {"op":"stop","grace":s} ends the child's whole tree and then the
 shim; its answer comes when the tree is gone. The child's status lines are kept unread, the last `KEEP_LINES` of
-them.
+them. `exit` in the state is how the child last ended, with the last `TAIL_LINES` lines it wrote to its log; it
+stays while the child runs again.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
 is one JSON object {"error", "message"} on stdout and exit status 75 (address in use or another system error).
@@ -50,6 +51,9 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KEEP_LINES = 16
+TAIL_LINES = 20
+TAIL_LINE = 400
+"""Characters of a line in the tail."""
 MAX_LINE = 64 * 1024
 HEALTHY_SECONDS = 60.0
 """A child that ran this long starts its back-off from the base again."""
@@ -77,6 +81,8 @@ class Log:
     def __init__(self, path: str, limit: int, keep: int) -> None:
         self.path, self.limit, self.keep = path, limit, keep
         self.complained = False
+        self.tail = b""
+        """The end of what the child wrote since it was started."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._open()
 
@@ -87,6 +93,7 @@ class Log:
 
     def write(self, data: bytes) -> None:
         """Losing a log line (a full disk) must not take the child down: it is said once on stderr."""
+        self.tail = (self.tail + data)[-TAIL_LINES * TAIL_LINE :]
         try:
             view = memoryview(data)
             while view:
@@ -102,7 +109,14 @@ class Log:
 
     def note(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        said, self.tail = self.tail, b""
         self.write(f"{stamp} shim: {text}\n".encode())
+        self.tail = said
+
+    def last_lines(self) -> list[str]:
+        """The last lines of the child's own output, and none of the shim's."""
+        lines = self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return [line[:TAIL_LINE] for line in lines]
 
     def _rotate(self) -> None:
         """The old file is closed last: whatever fails here, there is one to write to."""
@@ -195,6 +209,7 @@ class Shim:
                 os._exit(1)
 
         self.status_rest = b""
+        self.log.tail = b""
         self.starts += 1
         self.child_since = time.monotonic()
         self.log.note(f"starting {' '.join(argv)}")
@@ -241,7 +256,6 @@ class Shim:
                 self.kill_tree(signal.SIGKILL)
             if self.restart_at is not None and now >= self.restart_at and not self.stopping:
                 self.restart_at = None
-                self.exit = None
                 self.spawn()
             self.reap()
         self.close()
@@ -287,7 +301,7 @@ class Shim:
             if descriptor in self.pipes:
                 self.forget(descriptor)
         ran = time.monotonic() - self.child_since
-        self.exit = {**how, "at": time.time(), "ran": round(ran, 3), "stopped": self.stopping}
+        self.exit = {**how, "ran": round(ran, 3), "stopped": self.stopping, "tail": self.log.last_lines()}
         self.log.note(f"ended with {how}")
         if self.stopping:
             return

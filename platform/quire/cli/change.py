@@ -85,7 +85,7 @@ def plan(
         "devices": _document(devices) if devices else None,
         "configs": _configs(configs, names),
     }
-    answer: View = connect().post("/v1/plan", request)
+    answer: View = connect(wakes=True).post("/v1/plan", request)
     if output == "text":
         for line in render.plan(answer):
             print(line)
@@ -166,7 +166,7 @@ def dump(value: Any, output: str) -> None:
 def apply(paths: tuple[str, ...], filenames: tuple[str, ...], waits: bool, timeout: float) -> int:
     """Make what runs match the manifests. Files, folders, or - for stdin. Applying the same again does nothing."""
     files, _ = read(paths, filenames)
-    return run_apply(connect(), files, waits=waits, timeout=timeout)
+    return run_apply(connect(wakes=True), files, waits=waits, timeout=timeout)
 
 
 def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
@@ -176,6 +176,11 @@ def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeo
         "See which: platform get. Applying them again does no harm"
     ):
         answer = client.post("/v1/apply", {"files": files})
+    return follow(client, answer, waits=waits, timeout=timeout)
+
+
+def follow(client: Client, answer: View, *, waits: bool, timeout: float) -> int:
+    """Print what became of each object of an answer, and wait until all are served. Returns the exit code."""
     changed = False
     targets = {}
     for item in answer["results"]:

@@ -1,4 +1,4 @@
-"""Commands about the platform's own processes: down, version."""
+"""Commands about the platform's own processes: down, up, version."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from quire.cli import render
-from quire.cli.change import seconds
-from quire.cli.outcome import CommandFailed, ExitCode, interruptible
+from quire.cli.change import follow, seconds
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible, spelled
 from quire.cli.session import connect, notice
 from quire.client import Client, Unreachable, display
 from quire_operators.paths import StateDir, check_private
@@ -32,18 +32,21 @@ EXTRA_SECONDS = 60.0
     help="How long running requests may go on.",
 )
 def down(grace: float) -> int:
-    """Stop everything on this machine: engines, router, control plane. What was applied is kept."""
+    """Stop everything on this machine: engines, router, control plane. What was applied is kept, and stays stopped
+    until platform up or platform apply."""
     client = connect(start=False)
     if not client.is_running():
         if not _living(client.state):
+            if client.state.root.is_dir():
+                client.state.down_marker.touch(mode=0o600)
             _remove_sockets(client.state)
             print("nothing is running")
             return ExitCode.OK
         # Engines and router outlive the control plane on purpose. A new one finds them again and stops them.
         notice("the control plane is gone, but its processes are not: starting it to stop them")
-        client = connect()
+        client = connect(wakes=True)
     ping = client.get("/v1/ping")
-    for view in client.get("/v1/objects", kind="model")["items"]:
+    for view in [] if ping.get("down") else client.get("/v1/objects", kind="model")["items"]:
         live = view["status"].get("replicas", {}).get("live", 0)
         print(f"{render.key_of(view)}  {render.count(live, 'replica')} stopping")
     router = ping.get("router") or {}
@@ -60,7 +63,7 @@ def down(grace: float) -> int:
             ExitCode.FAILED,
         )
     _remove_sockets(client.state)
-    print("down. What was applied is kept: the next platform command that needs it starts it again")
+    print(spelled("down. What was applied is kept: platform up starts it again, and so does platform apply"))
     return ExitCode.OK
 
 
@@ -132,6 +135,22 @@ def _raise_failure(client: Client) -> None:
 
 
 @click.command()
+@click.option(
+    "--wait/--no-wait", "waits", default=True, help="Wait until what was applied is served (the default)."
+)
+@click.option(
+    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
+)
+def up(waits: bool, timeout: float) -> int:
+    """Start again what was applied before platform down. What runs already stays as it is."""
+    client = connect(wakes=True)
+    answer = client.post("/v1/up", {})
+    if not answer["results"]:
+        notice("nothing was applied yet: platform apply manifests/quickstart.yaml")
+    return follow(client, answer, waits=waits, timeout=timeout)
+
+
+@click.command()
 def version() -> int:
     """Print the version of this command and of the control plane, if it runs."""
     import importlib.metadata
@@ -140,7 +159,8 @@ def version() -> int:
     print(f"platform       {own}")
     client = connect(start=False)
     if not client.is_running():
-        print("control plane  not running")
+        is_down = client.state.down_marker.exists()
+        print("control plane  down: platform up starts it again" if is_down else "control plane  not running")
         return ExitCode.OK
     ping = client.get("/v1/ping")
     print(f"control plane  {ping['version']} (pid {ping['pid']}, state directory {ping['stateDir']})")

@@ -34,6 +34,7 @@ COMMANDS = {
     "explain": "offline",
     "reference": "reference",
     "down": "daemon",
+    "up": "daemon",
     "version": "daemon",
 }
 """Each command's name, and the module of this package that holds a function of the same name."""

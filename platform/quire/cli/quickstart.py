@@ -41,7 +41,7 @@ def quickstart(manifest: str, question: str, timeout: float) -> int:
     names = [item.resource.metadata.name for item in parsed.resources if item.resource.kind == "Model"]
     if not names:
         raise CommandFailed(f"{manifest} declares no model", "use manifests/quickstart.yaml", ExitCode.INVALID)
-    client = connect()
+    client = connect(wakes=True)
     code = run_apply(client, files, waits=True, timeout=timeout)
     if code != ExitCode.OK:
         return code

@@ -22,9 +22,9 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def connect(*, start: bool = True) -> Client:
-    """The client of this user's control plane; nothing is connected yet."""
-    return Client(StateDir.default(), start=start, notice=notice)
+def connect(*, start: bool = True, wakes: bool = False) -> Client:
+    """The client of this user's control plane; nothing is connected yet. `wakes`: also after `platform down`."""
+    return Client(StateDir.default(), start=start, wakes=wakes, notice=notice)
 
 
 def object_path(reference: str) -> tuple[str, str]:

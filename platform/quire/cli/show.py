@@ -161,7 +161,7 @@ def events(reference: str | None, watch: bool, output: str) -> int:
         else:
             print("no events", file=sys.stderr)
         return ExitCode.OK
-    shown: dict[Any, tuple[Any, Any]] = {}
+    shown: dict[Any, int] = {}
     with interruptible("no longer watching; the control plane goes on"):
         while True:
             _print_new(items, shown, output)
@@ -169,13 +169,12 @@ def events(reference: str | None, watch: bool, output: str) -> int:
             items = client.get("/v1/events", **{"for": key})["items"]
 
 
-def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, tuple[Any, Any]], output: str) -> None:
+def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, int], output: str) -> None:
     """Print the events that are new or were counted again since the last look."""
     for event in items:
-        state = (event["count"], event["lastSeen"])
-        if shown.get(event["id"]) == state:
+        if shown.get(event["id"]) == event["count"]:
             continue
-        shown[event["id"]] = state
+        shown[event["id"]] = event["count"]
         if output == "json":
             print(json.dumps(event, ensure_ascii=False))
         else:

@@ -128,6 +128,7 @@ async def _run(state: StateDir, ready_fd: int | None) -> None:
     await asyncio.wait([*waits, serving], return_when=asyncio.FIRST_COMPLETED)
     for task in waits:
         task.cancel()
+    await plane.stop_working()  # first, or what ends by the same signal would be replaced
     server.should_exit = True
     await serving
     await plane.close()

@@ -54,7 +54,12 @@ async def plan(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
 
 @post("/v1/apply", status_code=200)
 async def apply(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    return _plane(state).apply(await _body(request))
+    return await _plane(state).apply(await _body(request))
+
+
+@post("/v1/up", status_code=200)
+async def up(state: State) -> dict[str, Any]:
+    return await _plane(state).up()
 
 
 @get("/v1/objects")
@@ -119,7 +124,7 @@ def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[d
 def create_app(plane: ControlPlane) -> Litestar:
     """The API over `plane`."""
     return Litestar(
-        [ping, plan, apply, objects, read_object, delete_object, events, logs, down],
+        [ping, plan, apply, up, objects, read_object, delete_object, events, logs, down],
         state=State({"plane": plane}),
         exception_handlers={
             ApiError: _api_error,

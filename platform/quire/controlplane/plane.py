@@ -2,8 +2,12 @@
 
 Order at a start: open the store, find every process there is (adoption: no signal is sent), report what was
 seen, and only then reconcile, so that nothing is started beside something that still runs. Order at an end by
-signal: stop reconciling, close; processes go on. Order of `down`: stop reconciling, the router first (it stops
-accepting and lets running requests finish within the grace), then the engines, then the folder of sockets.
+signal: stop reconciling, close; processes go on. Order of `down`: leave the marker, stop reconciling, the router
+first (it stops accepting and lets running requests finish within the grace), then the engines, then the folder of
+sockets.
+
+The marker in the state directory outlasts the processes: until an `apply` or `up` removes it a control plane
+adopts what there is, answers a `plan`, and starts nothing. That somebody looks is no wish to have it all back.
 
 Exceptions:
 
@@ -26,8 +30,10 @@ from typing import Any
 
 import msgspec
 
+from quire.client import DOWN, UP
 from quire.router.config import RouterConfig
 from quire_operators import admission, devices, status
+from quire_operators.clock import on_the_wall
 from quire_operators.controller import Controller
 from quire_operators.devices import Inventory, InventoryError
 from quire_operators.fleet.local import Life, LocalFleet
@@ -60,6 +66,8 @@ OTHER_PORT = (
     "platform apply manifests/gateway.yaml, a Gateway named default with port 0 for any free one; "
     "or set its spec.port to one that is free"
 )
+CONTROL_PLANE = Key("controlplane", "default")
+"""What events of the control plane itself are told of; no object."""
 _NAME = re.compile(NAME_PATTERN)
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
@@ -148,10 +156,12 @@ class ControlPlane:
         self._machine = _Machine(time.monotonic)
         self.admission = admission.Admission(self.store, Sources.of_environment(builtin, environ), self._machine)
         roots = (state.replicas, state.gateway)
-        self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed)
+        clock = self.store.clock
+        self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed, clock)
         child_env = dict(environ)
-        self.gateway = GatewayReconciler(self.store, self.fleet, state, router or router_command(state), child_env)
-        self.routes = Routes(state.router_control, self.store, self.gateway.router_runs)
+        command = router or router_command(state)
+        self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
+        self.routes = Routes(state.router_control, self.store, self.gateway.router_runs, clock)
         self.gateway.routes = self.routes
         self.models = ModelReconciler(
             self.store,
@@ -163,19 +173,43 @@ class ControlPlane:
             engine,
             child_env,
             self._key_changed,
+            clock,
         )
         self._controller: Controller[Key] = Controller(self._reconcile)
         self._work: asyncio.Task[None] | None = None
         self.finished = asyncio.Event()
         """Set when `down` has stopped everything and the process is to end."""
+        self._is_down = state.down_marker.exists()
         self._down: asyncio.Task[None] | None = None
         self._down_failed: str | None = None
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def open(self) -> None:
-        """Adopt what runs, then begin to reconcile."""
+        """Adopt what runs, then begin to reconcile, unless the platform is down."""
+        began = time.monotonic()
         await self.fleet.open()
+        self._tell_of_adoption(time.monotonic() - began)
+        if not self._is_down:
+            await self._begin_work()
+
+    def _tell_of_adoption(self, seconds: float) -> None:
+        """Events: the last control plane ended without a word; what it left was found."""
+        before = self.store.note(CONTROL_PLANE.kind)
+        if before and not before["ended"]:
+            text = (
+                f"the control plane before this one (pid {before['pid']}) ended without a word: killed, or a crash"
+            )
+            self.store.add_event(CONTROL_PLANE, "Warning", "ControlPlaneLost", text)
+        if found := self.fleet.observed():
+            lives = {life: sum(seen.life is life for seen in found) for life in Life}
+            text = f"{lives[Life.LIVE]} running, {lives[Life.GONE]} ended"
+            silent = f", {lives[Life.UNKNOWN]} do not answer" if lives[Life.UNKNOWN] else ""
+            text = f"pid {os.getpid()} found the processes of the one before it in {seconds:.2f} s: {text}{silent}"
+            self.store.add_event(CONTROL_PLANE, "Normal", "Adopted", text)
+        self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": False})
+
+    async def _begin_work(self) -> None:
         await self.routes.reconcile(build(self.models.routables()))
         for stored in self.store.objects():
             if stored.key.kind == "model":
@@ -189,11 +223,14 @@ class ControlPlane:
 
     async def close(self) -> None:
         """Stop working. Router and engines go on."""
-        await self._stop_working()
+        await self.stop_working()
+        await self.models.close()
         await self.fleet.close()
+        self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": True})
         self.store.close()
 
-    async def _stop_working(self) -> None:
+    async def stop_working(self) -> None:
+        """Reconcile nothing any more; the API still answers."""
         if self._work is not None:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
@@ -206,6 +243,8 @@ class ControlPlane:
         """
         if self._down is None or (self._down.done() and not self.finished.is_set()):
             self._down_failed = None
+            self._is_down = True
+            _leave_marker(self.state.down_marker)
             self._down = asyncio.create_task(self._try_down(grace), name="down")
 
     async def _try_down(self, grace: float) -> None:
@@ -224,7 +263,7 @@ class ControlPlane:
     async def _stop_everything(self, grace: float) -> list[str]:
         """What still lives afterwards; nothing is removed before all is gone."""
         log.info("down: stopping everything, grace %.1f s", grace)
-        await self._stop_working()
+        await self.stop_working()
         if self.gateway.router_runs() is not False and not await self.routes.finish(grace):
             log.warning("the router does not answer: it ends within the grace of its configuration, or is killed")
         await self._stop_units([ROUTER_UNIT], grace + ROUTER_EXTRA)
@@ -307,6 +346,7 @@ class ControlPlane:
                 "ready": self.gateway.ready(),
                 "pid": runner.child_pid if runner is not None else None,
             },
+            "down": self._is_down,
             "downFailed": self._down_failed,
         }
 
@@ -343,9 +383,34 @@ class ControlPlane:
         elif models:
             models[0].warnings.append(f"the router cannot listen: {problem}; apply would be refused")
 
-    def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Store these files' resources, all or none, and set the reconcilers to work."""
-        self._refuse_while_down()
+    async def up(self) -> dict[str, Any]:
+        """Start again what was applied before a `down`. What is not down stays as it is."""
+        self._refuse_while_going_down()
+        rose = await self._rise()
+        return {
+            "results": [
+                {
+                    "key": str(stored.key),
+                    "result": "starting" if rose else "unchanged",
+                    "generation": stored.generation,
+                    "revision": stored.revision,
+                }
+                for stored in self.store.objects()
+            ]
+        }
+
+    async def _rise(self) -> bool:
+        """End a `down`: remove its marker and reconcile from now on; whether there was one."""
+        if not self._is_down:
+            return False
+        self._is_down = False
+        self.state.down_marker.unlink(missing_ok=True)
+        await self._begin_work()
+        return True
+
+    async def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Store these files' resources, all or none, and set the reconcilers to work. Ends a `down`."""
+        self._refuse_while_going_down()
         loaded = _load(body)
         reviews = self.admission.review(loaded.resources)
         if found := admission.problems(reviews):
@@ -363,6 +428,7 @@ class ControlPlane:
                     self.models.refresh(item.key)
             self._controller.add(item.key)
         self._controller.add(GATEWAY)
+        await self._rise()
         return {
             "results": [
                 {
@@ -375,7 +441,12 @@ class ControlPlane:
             ]
         }
 
-    def _refuse_while_down(self) -> None:
+    def _refuse_when_down(self) -> None:
+        """While something still ends it can be looked at; when nothing runs there is nothing to tell."""
+        if self._is_down and self._down is None:
+            raise ApiError(503, "down", DOWN, UP, exit_code=7)
+
+    def _refuse_while_going_down(self) -> None:
         if self._down_failed is not None:
             raise ApiError(
                 503, "going_down", f"a down did not succeed: {self._down_failed}", "platform down tries again", 7
@@ -402,12 +473,14 @@ class ControlPlane:
         raise _address_in_use(f"{place}the router cannot listen: {problem}", OTHER_PORT)
 
     def objects(self, kind: str | None) -> dict[str, Any]:
+        self._refuse_when_down()
         items = [self._view(stored) for stored in self.store.objects(kind)]
         if kind == GATEWAY.kind and not items:
             items = [self._default_gateway()]
         return {"items": items}
 
     def object(self, key: Key) -> dict[str, Any]:
+        self._refuse_when_down()
         stored = self.store.get(key)
         if stored is None and key == GATEWAY:
             return self._default_gateway()
@@ -417,7 +490,8 @@ class ControlPlane:
 
     def delete(self, key: Key) -> dict[str, Any]:
         """Begin a deletion; the object stays until nothing of it runs."""
-        self._refuse_while_down()
+        self._refuse_while_going_down()
+        self._refuse_when_down()
         if key == GATEWAY and (problem := self._no_way_back()) is not None:
             raise _address_in_use(
                 f"without it the router would move to its default address, where it cannot listen: {problem}",
@@ -476,12 +550,16 @@ class ControlPlane:
             "generation": stored.generation,
             "intent": stored.intent,
             "resolved": stored.resolved,
-            "createdAt": status.timestamp(stored.created_at),
+            "createdAt": self._shown(stored.created_at),
             "deleting": stored.deletion_time is not None,
             "status": report,
-            "replicas": [{**item, "since": status.timestamp(item["since"])} for item in replicas],
+            "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
             "revisions": self._revisions(stored),
         }
+
+    def _shown(self, at: float) -> str:
+        """A time of the store for people."""
+        return status.timestamp(on_the_wall(at, self.store.clock))
 
     def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
         alive = {row.revision for row in self.store.replicas(stored.key.name)}
@@ -495,13 +573,14 @@ class ControlPlane:
                 if revision.n in alive
                 else "Old",
                 "cause": revision.cause,
-                "createdAt": status.timestamp(revision.created_at),
+                "createdAt": self._shown(revision.created_at),
                 "loadSeconds": revision.load_seconds,
             }
             for revision in self.store.revisions(stored.uid)
         ]
 
     def events(self, key: Key | None, after: int) -> dict[str, Any]:
+        self._refuse_when_down()
         return {
             "items": [
                 {
@@ -511,8 +590,8 @@ class ControlPlane:
                     "object": event.object,
                     "message": event.message,
                     "count": event.count,
-                    "firstSeen": status.timestamp(event.first_seen),
-                    "lastSeen": status.timestamp(event.last_seen),
+                    "firstSeen": self._shown(event.first_seen),
+                    "lastSeen": self._shown(event.last_seen),
                 }
                 for event in self.store.events(key, after)
             ]
@@ -520,6 +599,7 @@ class ControlPlane:
 
     def logs(self, name: str, replica: str | None, tail: int, offset: int | None) -> dict[str, Any]:
         """Text of logs: the last `tail` lines, or everything from byte `offset` on."""
+        self._refuse_when_down()
         if name in ("controlplane", "router"):
             files = [(name, self.state.log(name))]
         else:
@@ -544,6 +624,19 @@ def _read_log(name: str, path: Path, tail: int, offset: int | None) -> dict[str,
     if offset is None:
         text = "".join(text.splitlines(keepends=True)[-tail:]) if tail > 0 else ""
     return {"name": name, "path": str(path), "text": text, "offset": end}
+
+
+def _leave_marker(path: Path) -> None:
+    """A `down` goes on without its marker: on a disk that is full it must be possible to stop things."""
+    try:
+        path.touch(mode=0o600)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        log.error("cannot leave %s, so the next command will start everything again: %s", path, error)
 
 
 def _load(body: Mapping[str, Any]) -> manifest.Manifest:

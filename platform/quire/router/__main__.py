@@ -106,7 +106,7 @@ def base_url(listening: socket.socket) -> str:
 async def serve(config: configuration.RouterConfig, listening: socket.socket, tracing: Tracing) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
-    fleet = Fleet(Path(config.snapshot_file), config.stall_seconds)
+    fleet = Fleet(Path(config.snapshot_file))
     await fleet.load_snapshot()
     server = _Server(
         uvicorn.Config(

@@ -31,8 +31,6 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that a request's Host (any port) and Origin may carry, against web pages that rebind a name to us."""
     max_body_bytes: int = 4 * 1024 * 1024
-    stall_seconds: float = 30.0
-    """A replica with requests and no step for this long counts as not ready."""
     shutdown_grace: float = 30.0
     """On SIGTERM, how long running requests may finish before they end in an error event."""
 

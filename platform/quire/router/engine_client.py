@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import socket
@@ -67,8 +68,10 @@ class Sequence:
 class EngineClient:
     """The router's end of one replica. All of it runs on one event loop."""
 
-    def __init__(self, endpoint: wire.ReplicaEndpoint, changed: Callable[[], None], stall_seconds: float) -> None:
+    def __init__(self, endpoint: wire.ReplicaEndpoint, changed: Callable[[], None]) -> None:
         self.endpoint = endpoint
+        self.stall_seconds = math.inf
+        """The route's; set with the endpoint."""
         self.welcome: wire.Welcome | None = None
         self.stats: wire.Stats | None = None
         self.max_num_seqs = 0
@@ -76,7 +79,6 @@ class EngineClient:
         self.served = 0
         self.retired = False
         self._changed = changed
-        self._stall_seconds = stall_seconds
         self._sequences: dict[str, Sequence] = {}
         self._limits: dict[str, wire.Limits] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -98,7 +100,7 @@ class EngineClient:
 
     @property
     def stalled(self) -> bool:
-        return bool(self._sequences) and time.monotonic() - self._progress_at > self._stall_seconds
+        return bool(self._sequences) and time.monotonic() - self._progress_at > self.stall_seconds
 
     @property
     def ready(self) -> bool:

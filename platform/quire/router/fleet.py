@@ -84,13 +84,12 @@ class Pulse:
 class Fleet:
     """Everything routable. `apply` changes it, all else reads."""
 
-    def __init__(self, snapshot: Path, stall_seconds: float) -> None:
+    def __init__(self, snapshot: Path) -> None:
         self.table = wire.RoutingTable(version=0, models=())
         self.models: dict[str, ServedModel] = {}
         """By every name that a request may use."""
         self.metrics = Metrics(self.samples)
         self._snapshot = snapshot
-        self._stall_seconds = stall_seconds
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
         self._tokenizers: dict[tuple[object, ...], Tokenizer | TextError] = {}
@@ -137,8 +136,8 @@ class Fleet:
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
-                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire, self._stall_seconds)
-                client.endpoint = endpoint
+                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire)
+                client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 clients[key] = client
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)

@@ -25,6 +25,7 @@ from tests.effort import EFFORT, examples
 from quire_operators import rollout
 from quire_operators.rollout import (
     Backoff,
+    Cause,
     Create,
     Desired,
     Drain,
@@ -152,7 +153,7 @@ class Simulation:
             if running.template == CRASHES:
                 self.end(name, Exit("ProcessEnded", "ended with exit status 1"))
             elif running.template == HOPELESS:
-                self.end(name, Exit("BadConfig", "no", retryable=False))
+                self.end(name, Exit("BadConfig", "no", Cause.CONFIG))
             else:
                 running.ready = True
 
@@ -376,11 +377,42 @@ def test_a_hopeless_failure_waits_for_a_new_intent() -> None:
 
 def test_out_of_memory_is_tried_twice() -> None:
     row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1)
-    seen = Seen(Process.EXITED, exit=Exit("OutOfMemory", "needs 3 GiB"))
+    seen = Seen(Process.EXITED, exit=Exit("OutOfMemory", "needs 3 GiB", Cause.MEMORY))
     desired = Desired("m", 1, 1, GOOD, 1)
-    assert isinstance(plan(desired, World(((row, seen),), room=1), 1.0).steps[0], Backoff)
-    again = replace(row, restarts=1)
-    assert isinstance(plan(desired, World(((again, seen),), room=1), 1.0).steps[0], Fail)
+    crashed = replace(row, restarts=7, last_exit=Exit("ProcessEnded", "killed by SIGKILL"))
+    first = plan(desired, World(((crashed, seen),), room=1), 1.0).steps[0]
+    assert isinstance(first, Backoff), "a crash of another kind before it is none of the two"
+    again = replace(after(crashed, first, 1.0), incarnation=2)
+    assert isinstance(plan(desired, World(((again, seen),), room=1), 1000.0).steps[0], Fail)
+    healthy = replace(again, ready_since=0.0)
+    assert isinstance(plan(desired, World(((healthy, seen),), room=1), 1000.0).steps[0], Backoff)
+
+
+def test_missing_files_are_looked_for_every_five_minutes() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1, restarts=12)
+    seen = Seen(Process.EXITED, exit=Exit("MissingFile", "no model.safetensors", Cause.SOURCE))
+    (step,) = plan(Desired("m", 1, 1, GOOD, 1), World(((row, seen),), room=1), 1.0).steps
+    assert isinstance(step, Backoff)
+    assert step.not_before == 301.0
+
+
+def test_an_engine_that_makes_no_step_is_killed_after_the_stall_time_even_while_it_drains() -> None:
+    row = Row("m-r1-0", "m", 0, 1, GOOD, Goal.RUN, 0.0, incarnation=1, ready_since=0.0)
+    silent = Seen(Process.READY, silent_since=100.0, connected=True, routed=True, released=False, in_flight=2)
+    desired = Desired("m", 1, 1, GOOD, 1, stall_timeout=30.0)
+    planned = plan(desired, World(((row, silent),), room=0), 129.0)
+    assert (planned.steps, planned.requeue_at) == ((), 130.0)
+    stop = Stop("m-r1-0", 1, "EngineStalled")
+    assert plan(desired, World(((row, silent),), room=0), 130.0).steps == (stop,)
+    leaving = replace(row, goal=Goal.DRAIN, drain_since=129.0)
+    assert stop in plan(desired, World(((leaving, silent),), room=0), 130.0).steps
+    unknown = replace(silent, process=Process.UNKNOWN)
+    assert plan(desired, World(((row, unknown),), room=0), 9e9).steps == (), "no word of it is no evidence"
+    ended = Exit("ProcessEnded", "killed by SIGKILL")
+    gone = replace(silent, process=Process.EXITED, silent_since=None, exit=ended)
+    (step,) = plan(desired, World(((after(row, stop, 130.0), gone),), room=0), 131.0).steps
+    assert isinstance(step, Backoff)
+    assert (step.exit.reason, step.not_before) == ("EngineStalled", 132.0)
 
 
 def test_a_start_without_progress_is_ended_and_progress_moves_its_deadline() -> None:

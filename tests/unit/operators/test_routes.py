@@ -200,7 +200,7 @@ async def test_a_status_grows_old_and_a_router_that_does_not_run_holds_nothing(w
 
 
 async def test_nobody_listening_is_no_error(tmp_path: Path, world: World) -> None:
-    lonely = Routes(tmp_path / "nobody.sock", world.store, lambda: True)
+    lonely = Routes(tmp_path / "nobody.sock", world.store, lambda: True, lambda: 0.0)
     assert not await lonely.reconcile(())
     assert lonely.knowledge() is Router.UNKNOWN
     await lonely.set_limits(("m-r1-0",), wire.Limits("h", 1, 1, True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from quire_operators.rollout import Goal, Row
+from quire_operators.clock import on_the_wall
+from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_operators.store import Change, Conflict, NewRevision, NotFound, Store, UnusableStore
 from quire_schemas.resource import Key
 
@@ -199,3 +201,68 @@ def test_a_revision_stays_on_record_as_long_as_a_replica_is_of_it(store: Store) 
     store.delete_replica(kept.id)
     store.apply([change("h7", expected=6, template="t7")])
     assert [revision.n for revision in store.revisions(stored.uid)] == [7, 6, 5]
+
+
+def test_events_of_a_deleted_object_stay_apart_from_those_of_a_new_one_of_its_name(store: Store) -> None:
+    store.apply([change()])
+    for _ in range(2):
+        store.add_event(KEY, "Warning", "Crashed", "killed by SIGKILL")
+    store.mark_deleting(KEY)
+    store.add_event(KEY, "Normal", "Deleted", "gone")
+    store.remove(KEY)
+    assert [event.reason for event in store.events(KEY)] == ["Crashed", "Deleted"], "a dead name tells its story"
+    store.apply([change()])
+    store.add_event(KEY, "Warning", "Crashed", "killed by SIGKILL")
+    (own,) = store.events(KEY)
+    assert own.count == 1
+    assert [event.count for event in store.events() if event.reason == "Crashed"] == [2, 1]
+
+
+def test_the_clock_reads_like_unix_time_goes_on_over_restarts_and_is_moved_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Store(tmp_path / "state.db")
+    assert first.clock() == pytest.approx(time.time(), abs=5)
+    before = first.clock()
+    first.close()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 86400)
+    again = Store(tmp_path / "state.db")
+    assert before <= again.clock() < before + 5
+    assert on_the_wall(again.clock() - 60, again.clock) == pytest.approx(time.time() - 60, abs=1)
+    again.apply([change()])
+    again.close()
+    monkeypatch.setattr("quire_operators.store.boot_id", lambda: "another boot")
+    rebooted = Store(tmp_path / "state.db")
+    assert rebooted.clock() >= before, "no time on record lies ahead, whatever the wall clock says after a boot"
+    rebooted.close()
+
+
+def test_how_a_replica_last_ended_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state.db")
+    old = store.create_replica(row())
+    ended = Exit("OutOfMemory", "needs more", Cause.MEMORY, ("a line", "and another"))
+    new = store.update_replica(old, replace(old, not_before=5.5, restarts=1, last_exit=ended))
+    store.close()
+    again = Store(tmp_path / "state.db")
+    assert again.replicas() == (new,)
+    again.close()
+
+
+def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = Store(path)
+    store.apply([change()])
+    store.create_replica(row())
+    store.add_event(KEY, "Normal", "Old", "from before")
+    store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("ALTER TABLE replicas DROP COLUMN last_exit")
+        db.execute("ALTER TABLE events DROP COLUMN uid")
+        db.execute("DELETE FROM meta WHERE key = 'clock'")
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'schemaVersion'")
+    store = Store(path)
+    assert store.replicas() == (row(),)
+    assert [event.reason for event in store.events(KEY)] == ["Old"]
+    store.close()
+    Store(path).close()

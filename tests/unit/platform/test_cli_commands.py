@@ -547,6 +547,15 @@ def test_down_removes_the_sockets_that_killed_processes_left(
     assert main(["down"]) == ExitCode.OK
     assert said(capsys)[0] == "nothing is running\n"
     assert not state.runtime.exists()
+    for command in (["get"], ["describe", "model/m"], ["events"], ["logs", "router"], ["delete", "model/m"]):
+        assert main(command) == ExitCode.UNREACHABLE
+        out, err = said(capsys)
+        assert out == ""
+        assert err.startswith("error: the platform is down: platform down stopped it")
+        assert "hint: platform up" in err
+    assert main(["version"]) == ExitCode.OK
+    assert "down: platform up" in said(capsys)[0]
+    assert not state.runtime.exists(), "looking made nothing"
 
 
 def test_version_tells_of_another_version(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:

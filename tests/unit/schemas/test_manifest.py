@@ -270,7 +270,7 @@ def test_bad_sources(source: str, hint: str) -> None:
         "rollout: {strategy: Canary}",
         "rollout: {autoRollback: true}",
         "probes: {readiness: {period: 1s}}",
-        "probes: {liveness: {}}",
+        "probes: {liveness: {period: 5s}}",
         "restartPolicy: {maxRestartsBeforeRollback: 3}",
         "env: [{name: A, valueFrom: {secretRef: t}}]",
     ],
