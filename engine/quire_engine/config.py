@@ -52,4 +52,6 @@ def check_spec(spec: EngineSpec) -> None:
     for name, least in _LEAST.items():
         if getattr(spec, name) < least:
             raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least {least}")
+    if not spec.adoption_window > 0:
+        raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
     limits_of(spec)

@@ -4,8 +4,8 @@ Commands wait in an inbox and are carried out between two steps, all that are th
 `Output` through a callback, together with a `Stats` when one is due. With nothing to compute the thread sleeps on
 its inbox. It never waits for a reader: the other side keeps what it cannot send.
 
-`Stats` is due when somebody asked (after `Hello` and `Limits`), and otherwise at most four times a second as long
-as something changes; the last one before the thread goes to sleep shows the idle engine.
+`Stats` is due when somebody asked (after `Hello`, `Limits` and `Ping`), and otherwise at most four times a second
+as long as something changes; the last one before the thread goes to sleep shows the idle engine.
 """
 
 from __future__ import annotations
@@ -194,6 +194,11 @@ class Driver:
                 except RequestRefused as refusal:
                     code, text = refusal.code, str(refusal)
                     return [Delta(message.id, finish_reason="error", error_code=code, error=text)]
+                except Exception as error:
+                    # the books are changed last, so nothing of it is in them: one request is no reason to end
+                    log.exception("request %s could not be taken in", message.id)
+                    text = f"the engine failed on this request: {type(error).__name__}"
+                    return [Delta(message.id, finish_reason="error", error_code="internal_error", error=text)]
             case _Abort(request_id):
                 engine.abort(request_id)
             case Limits():

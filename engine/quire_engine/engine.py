@@ -207,6 +207,7 @@ class Engine:
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
             hot_hash=self.hot_hash,
+            oldest_running_at=scheduler.oldest_running_at,
         )
 
     def check_integrity(self) -> None:

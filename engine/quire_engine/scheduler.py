@@ -261,6 +261,11 @@ class Scheduler:
         """Tokens that lie in allocated blocks."""
         return sum(request.num_computed for request in self.running.values())
 
+    @property
+    def oldest_running_at(self) -> float | None:
+        """When the running request that was let in first was let in; None when nothing runs."""
+        return min((r.scheduled_at for r in self.running.values() if r.scheduled_at is not None), default=None)
+
     def check_integrity(self) -> None:
         """Raise `InvariantBroken` unless queues, states, tables and pool agree. For tests and idle moments."""
         self.pool.check_integrity(request.block_ids for request in self._live.values())

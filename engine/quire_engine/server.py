@@ -6,11 +6,12 @@ here, so that two connections may use the same ids and an id may be used again a
 was aborted: nothing that the driver still has to say about the old one reaches the new one.
 
 Who may speak: the socket has mode 0600 in a folder of mode 0700, and the kernel must name our own user as the
-peer. A connection that breaks the protocol, goes away, or leaves more than `MAX_UNREAD` bytes unread is cut, and
-its requests are aborted.
+peer (`wire.is_same_user`). A connection that breaks the protocol, goes away, or leaves more than `MAX_UNREAD`
+bytes unread is cut, and its requests are aborted.
 
 The process ends with 0 on SIGTERM or SIGINT (live requests get an error delta, `engine_shutdown`), with 0 also
-when nobody reads the status descriptor any more, with 78 when the spec cannot give an engine, with 1 otherwise.
+when nobody reads the status descriptor any more, and when its lease has run out (`lease`) and nothing is left to
+compute, with 78 when the spec cannot give an engine, with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ import os
 import signal
 import socket
 import stat
-import struct
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ import msgspec
 
 from quire_engine.driver import Died, Driver, Loaded, Output
 from quire_engine.errors import InvalidSpec, SocketTaken, StartError, is_out_of_memory
+from quire_engine.lease import Lease
 from quire_schemas.checkpoint import CheckpointError
 from quire_schemas.wire import (
     PROTOCOL,
@@ -42,20 +42,23 @@ from quire_schemas.wire import (
     EngineEvent,
     EngineSpec,
     Generate,
-    GetStats,
     Hello,
     Limits,
+    Ping,
     Reader,
     ToEngine,
     Welcome,
     WireError,
     frame,
+    is_same_user,
 )
 
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = "OutOfMemory"
 """Reason of a `failed` event that the control plane answers with patience, and in the end with advice."""
+LEASE_ENDED = "LeaseEnded"
+"""Reason of a `failed` event that a control plane finds when it comes back."""
 EXIT_POINTLESS = 78
 """Trying again with the same spec would fail again (EX_CONFIG of sysexits.h)."""
 MAX_UNREAD = 16 * 1024 * 1024
@@ -66,6 +69,8 @@ STOP_PATIENCE = 2.0
 """Seconds for readers to take their last frames and for the step that is being computed."""
 PROGRESS_INTERVAL = 0.5
 """Seconds between two `loading` events."""
+DRAIN_LOOK = 0.1
+"""Seconds between two looks at whether the last request of an engine without a lease has ended."""
 
 
 class Status:
@@ -145,6 +150,7 @@ class Server:
         self._routes: dict[str, _Route] = {}
         self._numbers = itertools.count(1)
         self._step = 0
+        self._lease = Lease(spec.adoption_window, spec.shim, self._loop.time)
 
     async def run(self) -> int:
         """Load, listen, serve; returns the exit code once the socket is gone."""
@@ -201,11 +207,30 @@ class Server:
         try:
             path.chmod(0o600)
             self._status.emit(EngineEvent("ready", time.time(), load_seconds=self._loaded.result().seconds))
-            await asyncio.wait((self._end,))
+            self._lease.heard()  # whoever started us has waited for this
+            keeping = asyncio.create_task(self._keep_lease())
+            try:
+                await asyncio.wait((self._end, keeping), return_when=asyncio.FIRST_COMPLETED)
+                if keeping.done():
+                    keeping.result()
+            finally:
+                keeping.cancel()
         finally:
             server.close()
             path.unlink(missing_ok=True)
             await self._part("engine_shutdown" if self._end.done() and not self._end.result() else "engine_died")
+
+    async def _keep_lease(self) -> None:
+        """Return, with the end begun, once nobody is above us and nothing is computed any more."""
+        while True:
+            await self._lease.run_out()
+            if not self._routes:
+                break
+            await asyncio.sleep(DRAIN_LOOK)
+        text = f"neither a router nor a control plane has spoken for {self._lease.window:g} seconds"
+        with contextlib.suppress(BrokenPipeError):  # the shim, too, is gone
+            self._status.emit(EngineEvent("failed", time.time(), reason=LEASE_ENDED, message=text))
+        self._finish(0)
 
     async def _part(self, code: str) -> None:
         """End every live request with an error, let readers take it, close."""
@@ -298,15 +323,21 @@ class Server:
             raise WireError(f"the client speaks protocol {hello.protocol}, this engine {PROTOCOL}")
         self._connections.add(connection)
         self._driver.report()
-        while (message := await messages.read()) is not None:
+        is_router = hello.role == "router"
+        while True:
+            if is_router:
+                self._lease.heard()
+            message = await messages.read()
             match message:
+                case None:
+                    return
                 case Generate():
                     self._start(connection, message)
                 case Abort(request_id):
                     self._abort(connection, request_id)
                 case Limits():
                     self._driver.set_limits(message)
-                case GetStats():
+                case Ping():
                     self._driver.report()
                 case Hello():
                     raise WireError("a second Hello on one connection")
@@ -323,6 +354,7 @@ class Server:
             block_size=spec.block_size,
             num_blocks=spec.num_blocks,
             max_num_seqs=spec.max_num_seqs,
+            lease=spec.adoption_window,
         )
 
     def _start(self, connection: Connection, message: Generate) -> None:
@@ -373,11 +405,3 @@ def prepare_socket(path: Path) -> None:
             path.unlink()  # left by a process that is no more
             return
     raise SocketTaken(f"{path}: another process listens there")
-
-
-def is_same_user(peer: socket.socket) -> bool:
-    """Whether the kernel says that the process at the other end runs as our user."""
-    if sys.platform != "linux":
-        return True  # no SO_PEERCRED; the folder's mode already keeps others out
-    _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return bool(uid == os.getuid())

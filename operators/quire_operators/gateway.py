@@ -26,7 +26,9 @@ from quire_operators.routes import Routes
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store, StoredObject
 from quire_schemas.gateway import Gateway
+from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import API_VERSION, Key
+from quire_schemas.wire import ADOPTION_WINDOW
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,11 @@ class GatewayReconciler:
     def base_url(self) -> str:
         host, port = self.address()
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def adoption_window(self) -> float:
+        """Seconds that an engine started now lives without a word from a router or a control plane."""
+        declared = resolved_spec(self._store.get(KEY)).get("adoptionWindow")  # None in specs of an earlier version
+        return ADOPTION_WINDOW if declared is None else parse_duration(declared)
 
     def ready(self) -> bool:
         """Whether the router runs where the gateway says, and has answered the control plane."""

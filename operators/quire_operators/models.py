@@ -434,8 +434,17 @@ class ModelReconciler:
         row = self._store.update_replica(row, new)
         spec = view.stored.resolved
         hot = spec if row.template_hash == view.desired.template_hash else revision.resolved
-        engine = placement.engine_spec(row.model, row.id, row.incarnation, self.socket_of(row), hot, hot_hash(hot))
         folder = self._folder(row)
+        engine = placement.engine_spec(
+            row.model,
+            row.id,
+            row.incarnation,
+            self.socket_of(row),
+            hot,
+            hot_hash(hot),
+            adoption_window=self._gateway.adoption_window(),
+            shim=str(folder / "shim.sock"),
+        )
         declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
         env = {**self._environ, **declared, **device_env(row.device)}
         unit = Unit(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
-from quire_schemas.quantities import Duration, Quantity
+from quire_schemas.quantities import BadQuantity, Duration, Quantity, parse_duration
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
+from quire_schemas.wire import ADOPTION_WINDOW
 
 DEFAULT_PORT = 8000
 _NO_TLS = "the API is plain HTTP on loopback"
@@ -56,6 +57,12 @@ class Metrics(Strict):
     )
 
 
+def _a_second_at_least(text: str) -> str:
+    if parse_duration(text) < 1:
+        raise BadQuantity(f"'{text}' is shorter than a second", "give 1s or more, for example '120s'")
+    return text
+
+
 class GatewaySpec(Strict):
     """The listener and what holds for all requests."""
 
@@ -95,11 +102,11 @@ class GatewaySpec(Strict):
         refused="unknown request fields are answered with 400",
         honours=("reject",),
     )
-    adoption_window: Duration | None = declared(
-        "How long engines wait for a control plane or router to speak to them before they drain and exit.",
-        None,
-        update="rolling",
-        refused="engines do not leave by themselves yet",
+    adoption_window: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
+        "How long engines live on when neither a router nor a control plane is there; then they finish what they "
+        "compute and exit. An engine keeps the window that it was started with. At least 1s.",
+        f"{ADOPTION_WINDOW:g}s",
+        update="hot",
     )
 
 

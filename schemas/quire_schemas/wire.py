@@ -3,9 +3,9 @@
 Three conversations use this module.
 
 - **router -> engine** (Unix socket `engine.sock` in the replica's folder): `Hello`/`Welcome`, then
-  `Generate`, `Abort` and `Limits` one way, `Deltas` (one frame a step for all requests) and `Stats` the other. The
-  control plane is a client of the same socket that sends `GetStats` alone: the answer, which the engine's loop
-  gives between two steps, is the replica's sign of life.
+  `Generate`, `Abort`, `Limits` and `Ping` one way, `Deltas` (one frame a step for all requests) and `Stats` the
+  other. The control plane is a client of the same socket that sends `Ping` alone: the answer, which the engine's
+  loop gives between two steps, is the replica's sign of life.
 - **control plane -> router** (Unix socket `control.sock`): `RoutingTable` one way, `RouterStatus` back. A table
   is absolute and versioned; sending the same one twice changes nothing.
 - **control plane -> engine** at start: an `EngineSpec`, written as JSON into the replica's folder; back: one
@@ -13,8 +13,8 @@ Three conversations use this module.
 
 Framing on sockets: four bytes, big-endian length, then that many bytes of MessagePack. A frame that announces
 more than `MAX_FRAME` bytes, or that does not decode to one of the expected types, ends the connection: the
-peer is not one of ours. Times are seconds; those named `*_at` are `time.monotonic()` of the engine's machine,
-which routers on the same machine share.
+peer is not one of ours. Who may speak at all is the kernel's word: `is_same_user`. Times are seconds; those named
+`*_at` are `time.monotonic()` of the engine's machine, which routers on the same machine share.
 
 Exceptions:
 
@@ -26,14 +26,20 @@ Exceptions:
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import struct
+import sys
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME = 64 * 1024 * 1024
+ADOPTION_WINDOW = 120.0
+"""Seconds of a lease where no Gateway declares another."""
 _LENGTH = struct.Struct(">I")
+_UCRED = struct.Struct("3i")
 
 
 class WireError(Exception):
@@ -94,6 +100,8 @@ class Welcome(msgspec.Struct, tag=True):
     block_size: int
     num_blocks: int
     max_num_seqs: int
+    lease: float
+    """A router that stays silent this many seconds is taken for gone."""
 
 
 class Generate(msgspec.Struct, tag=True):
@@ -121,8 +129,8 @@ class Limits(msgspec.Struct, tag=True):
     chunked_prefill: bool
 
 
-class GetStats(msgspec.Struct, tag=True):
-    """Ask for a `Stats`. It is answered between two steps, so an engine that makes no step gives no answer."""
+class Ping(msgspec.Struct, tag=True):
+    """Answered with `Stats` by the thread that steps, so that an idle engine, too, can be seen to live."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -170,8 +178,7 @@ class Deltas(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, tag=True):
-    """The engine's state: sent after `Hello`, `Limits` and `GetStats`, and at most four times a second while it
-    runs."""
+    """The engine's state, sent after `Hello`, `Limits`, `Ping`, and at most four times a second while it runs."""
 
     steps: int
     max_num_seqs: int
@@ -187,9 +194,11 @@ class Stats(msgspec.Struct, tag=True):
     prompt_tokens: int
     generation_tokens: int
     hot_hash: str
+    oldest_running_at: float | None = None
+    """When the running request that was let in first was let in."""
 
 
-ToEngine = Hello | Generate | Abort | Limits | GetStats
+ToEngine = Hello | Generate | Abort | Limits | Ping
 FromEngine = Welcome | Deltas | Stats
 
 
@@ -262,6 +271,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
     connected: bool
     in_flight: int
     hot_hash: str | None = None
+    stalled: bool = False
+    """It has given no sign of progress for the stall time: it gets nothing new."""
 
 
 class RouterStatus(msgspec.Struct, tag=True):
@@ -309,6 +320,10 @@ class EngineSpec(msgspec.Struct, frozen=True):
     memory_limit: int
     """Bytes the engine may hold for weights, activations and KV; it refuses to start above it."""
     hot_hash: str
+    adoption_window: float = ADOPTION_WINDOW
+    """Seconds without a word from a router or a control plane after which the engine leaves by itself."""
+    shim: str | None = None
+    """Socket of the shim above it, which knows whether a control plane is there. None: nobody does."""
 
 
 class EngineEvent(msgspec.Struct, omit_defaults=True):
@@ -370,5 +385,13 @@ class Reader(Generic[T]):
         body = await self._stream.readexactly(length)
         try:
             return self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
-            raise BadMessage(str(error)) from error
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BadMessage(f"{type(error).__name__}: {error}") from error
+
+
+def is_same_user(peer: socket.socket) -> bool:
+    """Whether the kernel says that the process at the other end of a Unix socket runs as our user."""
+    if sys.platform != "linux":
+        return True  # no SO_PEERCRED; the folder's mode already keeps others out
+    _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return bool(uid == os.getuid())

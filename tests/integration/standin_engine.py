@@ -106,6 +106,8 @@ class Engine:
                     case wire.Abort():
                         if message.id in self.running:
                             self.running.pop(message.id).cancel()
+                    case wire.Ping():
+                        writer.write(wire.frame(self.stats()))
                     case wire.Limits():
                         self.hot_hash = message.hot_hash
                         writer.write(wire.frame(self.stats()))
@@ -128,6 +130,7 @@ class Engine:
             block_size=self.spec.block_size,
             num_blocks=self.spec.num_blocks,
             max_num_seqs=self.spec.max_num_seqs,
+            lease=self.spec.adoption_window,
         )
 
     async def generate(self, request: wire.Generate, writer: asyncio.StreamWriter) -> None:

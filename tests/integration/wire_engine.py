@@ -39,7 +39,12 @@ class WireEngine:
     vocab_size: int = 4096
     die_after: int | None = None
     """Cut every connection once this many tokens of some request were sent."""
+    poison: Callable[[wire.Generate], bool] | None = None
+    """Requests that it dies of on sight: every connection is cut."""
+    deaths: int = 0
     stalled: bool = False
+    deaf: bool = False
+    """Reads what comes and answers nothing, as a stopped process's kernel does."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -84,7 +89,8 @@ class WireEngine:
         try:
             frames: wire.Reader[wire.ToEngine] = wire.Reader(reader, wire.ToEngine)
             while (message := await frames.read()) is not None:
-                self._hear(message, writer)
+                if not self.deaf:
+                    self._hear(message, writer)
         except (OSError, EOFError, asyncio.CancelledError):
             return
         finally:
@@ -109,6 +115,7 @@ class WireEngine:
                             block_size=16,
                             num_blocks=64,
                             max_num_seqs=self.max_num_seqs,
+                            lease=wire.ADOPTION_WINDOW,
                         )
                     )
                 )
@@ -117,9 +124,14 @@ class WireEngine:
                 self.generates.append(message)
                 answer = self.script(message)[: message.sampling.max_tokens]
                 self.running[message.id] = _Running(message, answer)
+                if self.poison is not None and self.poison(message):
+                    self.deaths += 1
+                    self.cut()
             case wire.Abort():
                 self.aborts.append(message.id)
                 self.running.pop(message.id, None)
+            case wire.Ping():
+                writer.write(wire.frame(self._stats()))
             case wire.Limits():
                 self.limits = message
                 writer.write(wire.frame(self._stats()))

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from quire.router.fleet import Fleet
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
-_UCRED = struct.Struct("3i")
 
 
 class ControlServer:
@@ -60,8 +57,7 @@ class ControlServer:
             self._talks.add(task)
             task.add_done_callback(self._talks.discard)
         try:
-            raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            if _UCRED.unpack(raw)[1] != os.getuid():
+            if not wire.is_same_user(writer.get_extra_info("socket")):
                 log.warning("the control socket was opened by another user")
                 return
             frames: wire.Reader[wire.ToRouter] = wire.Reader(reader, wire.ToRouter)

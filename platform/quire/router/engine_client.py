@@ -6,8 +6,10 @@ left alone and tried again later. When the connection breaks, each of its sequen
 woken: what becomes of it is the gateway's decision. A client that left the routing table is retired: it takes no
 new sequences, does not reconnect, and closes when its last sequence has ended.
 
-Progress is what counts as life: a replica that has sequences of ours and has sent no step for `stall_seconds` is
-not ready, whatever its socket says.
+Progress is what counts as life. A replica has made some when it sends deltas, when its count of steps has gone up,
+or when it says that there is nothing to do; since the thread that steps is the one that answers a `Ping`, an
+engine that is stopped or stuck says none of these. After `stall_seconds` without progress it is not ready,
+whatever its socket says. The pings come often enough for that, and for the engine's lease.
 
     NotConnected      a sequence was to be started on a connection that is not up
 """
@@ -18,10 +20,7 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import random
-import socket
-import struct
 import time
 from collections.abc import Callable
 
@@ -32,7 +31,10 @@ log = logging.getLogger("quire.router")
 
 HANDSHAKE_SECONDS = 5.0
 _BACKOFF = (0.05, 1.0)
-_UCRED = struct.Struct("3i")
+PING_SECONDS = 1.0
+"""Longest time between two pings."""
+_PINGS_A_LEASE = 4
+_PING = wire.frame(wire.Ping())
 
 
 class NotConnected(Exception):
@@ -42,10 +44,22 @@ class NotConnected(Exception):
 class Sequence:
     """One sequence running on an engine: an inbox of its deltas, and the bell that rings when there is one."""
 
-    __slots__ = ("bell", "client", "deltas", "ended", "generated", "id", "lost", "max_tokens", "prompt_tokens")
+    __slots__ = (
+        "bell",
+        "client",
+        "connection",
+        "deltas",
+        "ended",
+        "generated",
+        "id",
+        "lost",
+        "max_tokens",
+        "prompt_tokens",
+    )
 
     def __init__(self, client: EngineClient, request: wire.Generate, bell: asyncio.Event) -> None:
         self.client = client
+        self.connection = client.connection
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
@@ -77,6 +91,8 @@ class EngineClient:
         self.max_num_seqs = 0
         """Sequences it computes at once, by the limits in force there."""
         self.served = 0
+        self.connection = 0
+        """Counts connections: together with the replica, the name of one life of one engine."""
         self.retired = False
         self._changed = changed
         self._sequences: dict[str, Sequence] = {}
@@ -100,7 +116,7 @@ class EngineClient:
 
     @property
     def stalled(self) -> bool:
-        return bool(self._sequences) and time.monotonic() - self._progress_at > self.stall_seconds
+        return self.connected and time.monotonic() - self._progress_at > self.stall_seconds
 
     @property
     def ready(self) -> bool:
@@ -128,6 +144,7 @@ class EngineClient:
             connected=self.connected,
             in_flight=self.in_flight,
             hot_hash=self.stats.hot_hash if self.stats is not None and self.connected else None,
+            stalled=self.stalled,
         )
 
     def queued(self, sequence: Sequence) -> bool:
@@ -147,8 +164,6 @@ class EngineClient:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
         sequence = Sequence(self, request, bell)
-        if not self._sequences:
-            self._progress_at = time.monotonic()
         self._sequences[request.id] = sequence
         self.served += 1
         self._writer.write(wire.frame(request))
@@ -211,13 +226,19 @@ class EngineClient:
         """One connection from its start to its end."""
         self._was_up = False
         reader, writer = await asyncio.open_unix_connection(self.endpoint.socket)
+        pinging: asyncio.Task[None] | None = None
         try:
             frames: wire.Reader[wire.FromEngine] = wire.Reader(reader, wire.FromEngine)
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                self._check_peer(writer)
+                if not wire.is_same_user(writer.get_extra_info("socket")):
+                    raise wire.BadMessage("the socket belongs to another user")
                 writer.write(wire.frame(wire.Hello(role="router")))
-                self._accept(await frames.read())
+                lease = self._accept(await frames.read())
             self._writer = writer
+            self.connection += 1
+            self.stats = None
+            self._progress_at = time.monotonic()
+            pinging = asyncio.create_task(self._ping(writer, lease / _PINGS_A_LEASE))
             self._complaint = ""
             log.info("replica %s: connected", self.endpoint.replica_id)
             self._changed()
@@ -226,6 +247,8 @@ class EngineClient:
             while (message := await frames.read()) is not None:
                 self._hear(message)
         finally:
+            if pinging is not None:
+                pinging.cancel()
             self._was_up, self._writer = self._writer is not None, None
             lost, self._sequences = self._sequences, {}
             for sequence in lost.values():
@@ -238,12 +261,14 @@ class EngineClient:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _check_peer(self, writer: asyncio.StreamWriter) -> None:
-        raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        if _UCRED.unpack(raw)[1] != os.getuid():
-            raise wire.BadMessage("the socket belongs to another user")
+    async def _ping(self, writer: asyncio.StreamWriter, for_lease: float) -> None:
+        """Ask for stats until cancelled, four times a stall time at least."""
+        while True:
+            await asyncio.sleep(min(PING_SECONDS, self.stall_seconds / 4, for_lease))
+            writer.write(_PING)
 
-    def _accept(self, message: wire.FromEngine | None) -> None:
+    def _accept(self, message: wire.FromEngine | None) -> float:
+        """Check who answers; the lease that we hold by speaking, in seconds."""
         if message is None:
             raise EOFError("closed before its welcome")
         if not isinstance(message, wire.Welcome):
@@ -254,6 +279,7 @@ class EngineClient:
             raise wire.BadMessage(f"it answers as {theirs}, the table says {mine}")
         self.welcome = message
         self.max_num_seqs = message.max_num_seqs
+        return message.lease
 
     def _hear(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Deltas):
@@ -270,7 +296,9 @@ class EngineClient:
                 sequence.bell.set()
             self._close_if_done()
         elif isinstance(message, wire.Stats):
-            if self.stats is not None and message.steps != self.stats.steps:
+            if message.running + message.waiting == 0:
+                self._progress_at = time.monotonic()
+            elif self.stats is None or message.steps != self.stats.steps:
                 self._progress_at = max(self._progress_at, message.last_step_at)
             self.stats = message
             self.max_num_seqs = message.max_num_seqs

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from tests.effort import EFFORT, examples
 from tests.engine_specs import tiny_spec
 from torch import Tensor
 
 from quire.builtin import path as builtin_path
 from quire.llm import LLM, DoesNotFit
-from quire_engine.engine import Engine
+from quire_engine.engine import Engine, SlotCounts
 from quire_engine.errors import DeviceLost, InvalidSpec, MemoryMismatch, RequestRefused
 from quire_engine.models import KVCache
 from quire_engine.runner import Runner
@@ -26,13 +28,6 @@ from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
 
 SPEC = tiny_spec(max_model_len=256, block_size=8, num_blocks=64)
 PROMPT = [50, 60, 70, 80, 90]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +118,34 @@ def test_a_request_on_which_the_model_fails_ends_alone(shared: Engine) -> None:
     assert "planted" not in (heard["bad"][0].error or ""), "what failed inside is for the log"
     for name, deltas in expected.items():
         assert tokens(heard[name]) == tokens(deltas)
+
+
+def test_an_exception_at_any_step_fails_those_it_is_about_and_leaks_nothing(shared: Engine) -> None:
+    """At step k the forward of a batch fails: once, which nobody notices, or for one request, which ends alone."""
+    rng = random.Random(EFFORT)
+    names = [f"r{number}" for number in range(6)]
+    prompts = {name: [*PROMPT, number] for number, name in enumerate(names)}
+    expected = run(shared, *(Generate(name, list(prompts[name]), GREEDY) for name in names))
+    engine = faulty_engine()
+    real = engine.runner.execute
+    for _ in range(examples(10)):
+        fails_at = engine.steps + rng.randrange(8)
+        victim = rng.choice([None, *names])
+
+        def execute(plan: StepPlan, at: int = fails_at, victim: str | None = victim) -> StepResult:
+            if plan.step == at and (len(plan.items) > 1 or plan.items[0].request_id == victim):
+                raise RuntimeError("planted")
+            return real(plan)
+
+        engine.runner.execute = execute  # type: ignore[method-assign]
+        heard = run(engine, *(Generate(name, list(prompts[name]), GREEDY) for name in names))
+        for name in names:
+            if name == victim:
+                assert heard[name][-1].error_code == "internal_error"
+                assert tokens(heard[name]) == tokens(expected[name])[: fails_at - (engine.steps - 8)]
+            else:
+                assert tokens(heard[name]) == tokens(expected[name])
+        assert engine.slots() == SlotCounts(0, 0)
 
 
 def test_a_lost_device_is_not_blamed_on_requests() -> None:

@@ -4,156 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import stat
 import struct
-import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 import pytest
 import torch
-from tests.engine_specs import tiny_spec
+from tests.effort import EFFORT, examples
+from tests.unit.engine.serving import LONG, SHORT, Client, greeted, serving, spec_in, until_idle
 
 from quire_engine import server as server_module
 from quire_engine.errors import InvalidSpec, InvariantBroken, SocketTaken
+from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
 from quire_engine.server import Server, Status, prepare_socket
+from quire_engine.step import StepPlan
 from quire_schemas.wire import (
+    ADOPTION_WINDOW,
     MAX_FRAME,
     PROTOCOL,
     Abort,
-    Delta,
     Deltas,
     EngineEvent,
-    EngineSpec,
-    FromEngine,
     Generate,
     Hello,
     Limits,
-    Reader,
+    Ping,
     Sampling,
     Stats,
     Welcome,
     frame,
 )
 
-LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
-SHORT = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
-M = TypeVar("M")
-
 
 def always(token: int) -> Sampling:
     """Three times the same token, whatever the model thinks."""
     return Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, logit_bias={token: 100.0})
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder with a short name: a socket's path may have 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="q-") as name:
-        yield Path(name) / "r"
-
-
-def spec_in(folder: Path, **fields: Any) -> EngineSpec:
-    return tiny_spec(**{"incarnation": 3, "socket": str(folder / "engine.sock"), **fields})
-
-
-class Client:
-    """One connection to an engine."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.messages: Reader[Any] = Reader(reader, FromEngine)
-        self.writer = writer
-
-    @classmethod
-    async def connect(cls, path: str) -> Client:
-        return cls(*await asyncio.open_unix_connection(path))
-
-    def send(self, *messages: msgspec.Struct) -> None:
-        for message in messages:
-            self.writer.write(frame(message))
-
-    async def next(self, kind: type[M]) -> M:
-        """The next message of that kind; others are passed over."""
-        while True:
-            message = await asyncio.wait_for(self.messages.read(), 10)
-            assert message is not None, "the engine closed the connection"
-            if isinstance(message, kind):
-                return message
-
-    async def hear(self, *names: str) -> dict[str, list[Delta]]:
-        """Deltas by request until each of `names` has ended."""
-        heard: dict[str, list[Delta]] = {}
-        while not all(name in heard and heard[name][-1].finish_reason for name in names):
-            for delta in (await self.next(Deltas)).items:
-                heard.setdefault(delta.id, []).append(delta)
-        return heard
-
-    async def is_cut(self) -> bool:
-        """Whether the engine ends the connection, whatever it still sends."""
-        try:
-            while await asyncio.wait_for(self.messages.read(), 10) is not None:
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        return True
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-@asynccontextmanager
-async def serving(spec: EngineSpec) -> AsyncIterator[Server]:
-    """A server that is ready; ended by the signal that ends a real one."""
-    reading, writing = os.pipe()
-    lines = asyncio.StreamReader()
-    loop = asyncio.get_running_loop()
-    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(reading, "rb"))
-    server = Server(spec, Status(writing))
-    task = asyncio.create_task(server.run())
-    events: list[EngineEvent] = []
-    while not events or events[-1].event != "ready":
-        events.append(msgspec.json.decode(await asyncio.wait_for(lines.readline(), 20), type=EngineEvent))
-        assert events[-1].event != "failed", events[-1]
-    try:
-        yield server
-    finally:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(task, 10) == 0
-        assert server.stop_driver()
-        os.close(writing)
-        pipe.close()
-        assert not Path(spec.socket).exists()
-
-
-async def greeted(spec: EngineSpec) -> Client:
-    client = await Client.connect(spec.socket)
-    client.send(Hello("script"))
-    await client.next(Stats)
-    return client
-
-
-async def until_idle(client: Client) -> Stats:
-    """The first stats that show no request."""
-    while True:
-        client.send(Limits("asked", 8, 64, True))
-        stats = await client.next(Stats)
-        if not stats.running and not stats.waiting:
-            return stats
-        await asyncio.sleep(0.01)
 
 
 # ── a conversation ────────────────────────────────────────────────────────────────────────────────────────
@@ -164,7 +56,9 @@ async def test_hello_is_answered_with_the_bounds_and_the_state(folder: Path) -> 
     async with serving(spec):
         client = await Client.connect(spec.socket)
         client.send(Hello("router"))
-        assert await client.next(Welcome) == Welcome("tiny-0", 3, PROTOCOL, 2048, (2041, 2039), 512, 16, 128, 8)
+        assert await client.next(Welcome) == Welcome(
+            "tiny-0", 3, PROTOCOL, 2048, (2041, 2039), 512, 16, 128, 8, ADOPTION_WINDOW
+        )
         stats = await client.next(Stats)
         assert (stats.blocks_total, stats.blocks_used, stats.hot_hash) == (128, 0, "h0")
         client.close()
@@ -276,6 +170,33 @@ async def test_stats_come_at_most_four_times_a_second_and_end_with_the_idle_engi
         client.close()
 
 
+async def test_a_ping_is_answered_by_the_thread_that_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Ping())
+        idle = await client.next(Stats)
+        assert (idle.running, idle.waiting, idle.oldest_running_at) == (0, 0, None)
+        let_go = threading.Event()
+        schedule = Scheduler.schedule
+
+        def stuck(scheduler: Scheduler) -> StepPlan:
+            assert let_go.wait(20)
+            return schedule(scheduler)
+
+        monkeypatch.setattr(Scheduler, "schedule", stuck)
+        client.send(Generate("a", [5], LONG), Ping(), Ping())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.next(Stats), 0.5)
+        let_go.set()
+        running = await client.next(Stats)
+        while not running.running:
+            running = await client.next(Stats)
+        assert running.oldest_running_at is not None
+        assert running.oldest_running_at <= running.last_step_at <= time.monotonic()
+        client.close()
+
+
 # ── those who do not keep to it ───────────────────────────────────────────────────────────────────────────
 
 
@@ -288,10 +209,23 @@ async def test_stats_come_at_most_four_times_a_second_and_end_with_the_idle_engi
         frame(Hello("router")) + frame(Generate("a", [1], LONG)) + frame(Generate("a", [2], LONG)),
         frame(Hello("router")) + struct.pack(">I", MAX_FRAME + 1),
         frame(Hello("router")) + struct.pack(">I", 3) + b"\xc1\xc1\xc1",
-        frame(Hello("router")) + frame(Welcome("r", 1, 1, 1, (), 1, 1, 1, 1)),
+        frame(Hello("router")) + frame(Welcome("r", 1, 1, 1, (), 1, 1, 1, 1, 1.0)),
+        frame(Hello("router")) + struct.pack(">I", 5) + b"\x81\xa3a\xff\xfe",
+        frame(Hello("router")) + struct.pack(">I", 100_000) + b"\x91" * 100_000,
         b"GET / HTTP/1.1\r\n\r\n",
     ],
-    ids=["no hello", "protocol", "hello twice", "id twice", "huge", "garbage", "wrong way", "http"],
+    ids=[
+        "no hello",
+        "protocol",
+        "hello twice",
+        "id twice",
+        "huge",
+        "garbage",
+        "wrong way",
+        "no utf8",
+        "deep",
+        "http",
+    ],
 )
 async def test_a_breach_of_protocol_cuts_that_connection_alone(folder: Path, sent: bytes) -> None:
     spec = spec_in(folder)
@@ -305,6 +239,63 @@ async def test_a_breach_of_protocol_cuts_that_connection_alone(folder: Path, sen
         assert (await good.hear("a"))["a"][-1].finish_reason == "length"
         assert (await until_idle(good)).blocks_used == 0
         good.close()
+
+
+async def test_frames_that_are_cut_off_or_changed_hurt_nobody_else(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bytes of a real conversation, cut anywhere and then gone, or with some of them changed."""
+    spec = spec_in(folder)
+    rng = random.Random(EFFORT)
+    whole = (
+        frame(Hello("router"))
+        + frame(Generate("a", [5, 6], LONG))
+        + frame(Limits("h", 8, 64, True))
+        + frame(Ping())
+    )
+    async with serving(spec):
+        good = await greeted(spec)
+        good.send(Generate("long", [7], LONG))
+        for number in range(examples(40)):
+            sent = bytearray(whole[: rng.randrange(len(whole))])
+            for _ in range(rng.randrange(4) if number % 2 and sent else 0):
+                sent[rng.randrange(len(sent))] = rng.randrange(256)
+            bad = await Client.connect(spec.socket)
+            bad.writer.write(bytes(sent))
+            if number % 3:
+                await bad.writer.drain()
+                await asyncio.sleep(0.001)
+            bad.writer.transport.abort()
+        good.send(Generate("a", [5], SHORT))
+        heard = await good.hear("a", "long")
+        assert {deltas[-1].finish_reason for deltas in heard.values()} == {"length"}
+        assert sum(len(delta.token_ids) for delta in heard["long"]) == LONG.max_tokens
+        assert (await until_idle(good)).blocks_used == 0
+        good.close()
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+async def test_a_request_that_cannot_even_be_taken_in_ends_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+
+        def broken(*_: object, **__: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as planted:
+            planted.setattr(Request, "of", broken)
+            client.send(Generate("bad", [5], SHORT))
+            (refusal,) = (await client.hear("bad"))["bad"]
+        assert (refusal.error_code, refusal.error) == (
+            "internal_error",
+            "the engine failed on this request: ZeroDivisionError",
+        )
+        client.send(Generate("good", [5], SHORT))
+        assert (await client.hear("good"))["good"][-1].finish_reason == "length"
+        client.close()
 
 
 async def test_a_client_that_says_nothing_is_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
