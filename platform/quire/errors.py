@@ -14,6 +14,7 @@
     ├── ServiceUnavailable            no replica is ready; one may be soon
     │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
     ├── EngineUnavailable             engines died under the request, retries are used up
+    │   └── RequestQuarantined        each time before its first token: it is not tried again
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
     ├── QueueTimeout                  waited for its turn longer than the manifest allows
     └── InternalError                 ours, or the engine's; details are in the log
@@ -98,6 +99,10 @@ class EngineUnavailable(ApiError):
     """Engines died under the request before anything was sent."""
 
 
+class RequestQuarantined(EngineUnavailable):
+    """Engines die of this request."""
+
+
 class EngineDied(ApiError):
     """The engine died in the middle of a stream."""
 
@@ -156,6 +161,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ServiceUnavailable: Row(503, _OURS, "service_unavailable", retry=True),
     ModelStopped: Row(503, _OURS, "service_unavailable", retry=False),
     EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
+    RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
     QueueTimeout: Row(504, _OURS, "timeout", retry=False),
     InternalError: Row(500, _OURS, "internal_error"),

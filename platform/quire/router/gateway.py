@@ -9,12 +9,13 @@ On the way up (`Run.updates`) one bell rings whenever any of the job's sequences
 then goes out in one batch of `Update`s, so a slow reader gets fewer and larger pieces and holds nothing but
 token ids. Each sequence has its own detokenizer and stop strings. A stop string found is an abort to the engine.
 
-A sequence whose engine dies, or that waits for its first token at an engine that stalls, is started again
-elsewhere as long as nothing of it went to the client (nothing ever has, of an answer that is sent whole): at most
-`MAX_RETRIES` times, and within the fleet-wide budget of `balancer.may_retry`, for which it waits if it must. After
-that, or after the first byte, the request fails. It also fails when the model's tokenizer or template has become
-another since its ids were made: they would be nonsense to the replicas that serve now. Whatever way a run ends,
-`updates` aborts what still runs.
+A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
+(nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the fleet-wide budget
+of `balancer.may_retry`, for which it waits if it must, while the job's other sequences go on. After that, or after
+the first byte, the request fails. It also fails when the model's tokenizer or template has become another since
+its ids were made: they would be nonsense to the replicas that serve now. A request that may be what engines die
+of is tried with no other such beside it on the replica, and not at all once two have died (`quarantine`).
+Whatever way a run ends, `updates` aborts what still runs.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from quire.errors import (
     ContextLengthExceeded,
@@ -38,12 +39,14 @@ from quire.errors import (
     ModelNotFound,
     QueueFull,
     QueueTimeout,
+    RequestQuarantined,
     ServiceUnavailable,
 )
-from quire.router import engine_client
+from quire.router import engine_client, quarantine
 from quire.router.balancer import choose, may_retry
 from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet, Pulse, ServedModel
+from quire.router.quarantine import Suspects
 from quire.text import Detokenizer, StopStrings, TextError, Tokenizer
 from quire.text.templates import RESERVED
 from quire_schemas import wire
@@ -56,8 +59,12 @@ MAX_RETRIES: Final = 2
 INLINE_CHARS: Final = 16 * 1024
 """Longer texts are rendered and tokenized on a thread: above this it takes longer than the hop there."""
 DEFAULT_RETRY_AFTER: Final = 5.0
-RECHECK_SECONDS: Final = 1.0
+RECHECK_SECONDS: Final = 0.5
 """How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
+_QUARANTINED: Final = (
+    f"{quarantine.DEATHS_TO_CONDEMN} engines died when they were given this request, so it is not tried again for "
+    f"{quarantine.REMEMBERED_SECONDS / 60:g} minutes. Other requests are served."
+)
 ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
 """Error codes of sequences that end because their engine does."""
 
@@ -125,6 +132,7 @@ class _Choice:
         "attempts",
         "avoid",
         "deadline",
+        "fingerprint",
         "generated",
         "index",
         "job",
@@ -139,6 +147,7 @@ class _Choice:
         "stops",
         "text",
         "timings",
+        "trial",
     )
 
     def __init__(self, job: Job, index: int) -> None:
@@ -153,6 +162,9 @@ class _Choice:
             else _with_seed(job.sampling, (seed + index) % 2**63)
         )
         self.attempts = 0
+        self.fingerprint: bytes | None = None
+        self.trial: str | None = None
+        """The replica where it is tried although engines may die of it."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         self.retrying = False
@@ -223,6 +235,10 @@ class _Choice:
         raise InternalError("The engine failed on this request.")
 
 
+def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
+    return any(delta.error_code == "engine_shutdown" for delta in deltas)
+
+
 def _with_seed(sampling: wire.Sampling, seed: int) -> wire.Sampling:
     fields = {name: getattr(sampling, name) for name in sampling.__struct_fields__}
     return wire.Sampling(**{**fields, "seed": seed})
@@ -237,7 +253,10 @@ class Gateway:
         self.retrying = 0
         """Sequences on a further attempt that has not brought a token yet."""
         self.settled = Pulse()
-        """One of those has brought its token, or ended."""
+        """One of those, or of those on trial, has brought its token, or ended."""
+        self.suspects = Suspects()
+        self.trials: set[str] = set()
+        """Replicas on which a suspect is tried now."""
 
     # ── down: a request becomes a job ─────────────────────────────────────────────────────────────────────
 
@@ -448,6 +467,10 @@ class Run:
         self._metrics = gateway.fleet.metrics.model(job.model.route.model)
         self._choices = [_Choice(job, index) for index in range(len(job.prompts) * job.n)]
         self._bell = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
+        """Rings the bell when the choices of which nothing has gone out are to be looked after."""
+        self._starts: set[asyncio.Task[None]] = set()
+        """Choices that are being placed while others go on."""
 
     @property
     def completion_tokens(self) -> int:
@@ -467,8 +490,12 @@ class Run:
         live = {choice.index: choice for choice in self._choices}
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
         try:
-            for choice in self._choices:
-                await self._place(choice)
+            if self._gateway.suspects and len(self._choices) > 1:
+                for choice in self._choices:  # one may have to wait until another has brought its token
+                    self._begin(self._place(choice))
+            else:
+                for choice in self._choices:
+                    await self._place(choice)
             while live:
                 await self._ring(live.values())
                 batch: list[Update] = []
@@ -487,11 +514,32 @@ class Run:
                         del live[choice.index]
                 if batch:
                     yield batch
-                for choice in lost:
-                    await self._again(choice)
+                self._recover(lost)
         finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            for start in self._starts:
+                start.cancel()
+            if self._starts:
+                await asyncio.gather(*self._starts, return_exceptions=True)
             for choice in self._choices:
                 self._end(choice)
+
+    def _begin(self, start: Coroutine[Any, Any, None]) -> None:
+        """Place a choice while others go on."""
+        task = asyncio.create_task(start)
+        task.add_done_callback(lambda _: self._bell.set())
+        self._starts.add(task)
+
+    def _recover(self, lost: Sequence[_Choice]) -> None:
+        """Begin to start lost choices again, and raise what earlier starts have ended in."""
+        if any(choice.sent for choice in lost):
+            raise EngineDied("The engine died while it was writing this answer.")
+        for choice in lost:
+            self._begin(self._again(choice))
+        for start in [start for start in self._starts if start.done()]:
+            self._starts.discard(start)
+            start.result()
 
     def _read(self, choice: _Choice, lost: list[_Choice]) -> Update | None:
         """The choice's news, counted; a choice whose engine is gone goes to `lost`."""
@@ -500,13 +548,26 @@ class Run:
             return None
         deltas = sequence.take()
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
+            if not (sequence.generated or sequence.client.leaving or _was_asked_to_end(deltas)):
+                death = (
+                    sequence.client.endpoint.replica_id,
+                    sequence.client.endpoint.incarnation,
+                    sequence.connection,
+                )
+                self._gateway.suspects.blame(self._fingerprint(choice), death)
+            choice.sequence = None
+            choice.avoid.add(sequence.client.endpoint.replica_id)
+            level = logging.INFO if sequence.client.leaving else logging.WARNING
+            log.log(level, "request %s: engine gone, attempt %d", self.job.id, choice.attempts)
             lost.append(choice)
             return None
         if not deltas:
             return None
         before = choice.generated
         update = choice.read(deltas)
-        if choice.generated:
+        if choice.generated and not before:
+            if choice.trial is not None:
+                self._gateway.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
         if update is not None:
@@ -528,53 +589,61 @@ class Run:
 
     async def _ring(self, choices: Iterable[_Choice]) -> None:
         """Wait for news. Raises `QueueTimeout` when a sequence has waited too long for its first step."""
-        while not self._bell.is_set():
-            waiting = [choice for choice in choices if choice.generated == 0]
-            if not waiting:
-                await self._bell.wait()
-                break
-            until_overdue = max(min(choice.deadline for choice in waiting) - time.monotonic(), 0.01)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(until_overdue, RECHECK_SECONDS)):
-                    await self._bell.wait()
-                    break
-            for choice in waiting:
-                self._look_after(choice)
+        if self._alarm is None:
+            unsent = [choice for choice in choices if not choice.sent]
+            if unsent:
+                until = min(self._look_after(choice) for choice in unsent)
+                self._alarm = asyncio.get_running_loop().call_later(until, self._sound)
+        await self._bell.wait()
         self._bell.clear()
 
-    def _look_after(self, choice: _Choice) -> None:
-        """A choice still waits for its first token: is there hope where it is?"""
+    def _sound(self) -> None:
+        self._alarm = None
+        self._bell.set()
+
+    def _look_after(self, choice: _Choice) -> float:
+        """Nothing of a choice has gone out yet: is there hope where it is? Seconds until the next look."""
         sequence = choice.sequence
-        if sequence is None:
-            return
-        if time.monotonic() >= choice.deadline:
-            if sequence.client.queued(sequence):
-                raise QueueTimeout(
-                    f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
-                    "seconds that this model's manifest allows."
-                )
-            choice.deadline += RECHECK_SECONDS  # it is being computed: a long prompt is no reason to give up
-        if sequence.client.stalled and self._choose(choice.avoid) is not None:
+        if sequence is None or sequence.lost:
+            return RECHECK_SECONDS  # it is on its way to another replica
+        if sequence.client.stalled and self._choose(choice) is not None:
             sequence.abort()
             sequence.lost = True
             self._bell.set()
+            return RECHECK_SECONDS
+        if choice.generated:
+            return RECHECK_SECONDS
+        until_overdue = choice.deadline - time.monotonic()
+        if until_overdue > 0:
+            return min(max(until_overdue, 0.01), RECHECK_SECONDS)
+        if sequence.client.queued(sequence):
+            raise QueueTimeout(
+                f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
+                "seconds that this model's manifest allows."
+            )
+        return RECHECK_SECONDS  # it is being computed: a long prompt is no reason to give up
 
     async def _place(self, choice: _Choice) -> None:
         """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says.
 
-        Raises `EngineUnavailable` when its ids are not those that the model's replicas now understand.
+        Raises `EngineUnavailable` when its ids are not those that the model's replicas now understand, and
+        `RequestQuarantined` when engines die of it.
         """
-        served = self.job.model
+        served, suspects = self.job.model, self._gateway.suspects
         choice.deadline = time.monotonic() + served.route.max_queue_wait
         held = False
         try:
             while True:
-                changed = self._gateway.fleet.changed
+                changed, settled = self._gateway.fleet.changed, self._gateway.settled.event
                 serving = served.tokenizer
                 if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
                     raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
-                client = self._choose(choice.avoid)
-                if client is not None and self._start(choice, client):
+                suspected = bool(suspects) and suspects.is_suspected(self._fingerprint(choice))
+                if suspected and suspects.is_condemned(self._fingerprint(choice)):
+                    log.warning("request %s is refused: engines have died of it", self.job.id)
+                    raise RequestQuarantined(_QUARANTINED)
+                client = self._choose(choice, suspected)
+                if client is not None and self._start(choice, client, suspected):
                     return
                 if self._gateway.fleet.models.get(self.job.asked_model) is not served:
                     raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
@@ -589,17 +658,31 @@ class Run:
                     self._metrics.held.inc()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
-                        await changed.wait()
+                        await (settled if suspected and served.ready else changed).wait()
         finally:
             if held:
                 self._metrics.held.dec()
 
-    def _choose(self, avoid: set[str]) -> EngineClient | None:
-        clients = {client.endpoint.replica_id: client for client in self.job.model.clients}
-        chosen = choose((client.candidate() for client in clients.values()), avoid)
+    def _choose(self, choice: _Choice, suspected: bool = False) -> EngineClient | None:
+        """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
+        clients = {
+            client.endpoint.replica_id: client
+            for client in self.job.model.clients
+            if not (suspected and client.endpoint.replica_id in self._gateway.trials)
+        }
+        chosen = choose((client.candidate() for client in clients.values()), choice.avoid)
         return clients[chosen] if chosen is not None else None
 
-    def _start(self, choice: _Choice, client: EngineClient) -> bool:
+    def _fingerprint(self, choice: _Choice) -> bytes:
+        """Made when there is somebody to suspect, and not before."""
+        if choice.fingerprint is None:
+            route = self.job.model.route
+            choice.fingerprint = quarantine.fingerprint(
+                route.model, route.template_hash, choice.prompt, choice.sampling
+            )
+        return choice.fingerprint
+
+    def _start(self, choice: _Choice, client: EngineClient, suspected: bool) -> bool:
         """Whether the sequence is on its way; a connection that broke this moment says no."""
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
@@ -611,15 +694,14 @@ class Run:
             choice.sequence = client.start(request, self._bell)
         except NotConnected:
             return False
+        if suspected:
+            choice.trial = client.endpoint.replica_id
+            self._gateway.trials.add(choice.trial)
         choice.attempts += 1
         return True
 
     async def _again(self, choice: _Choice) -> None:
-        """Start a lost choice once more. Raises `EngineDied` and `EngineUnavailable` when that may not be."""
-        if choice.sent:
-            raise EngineDied("The engine died while it was writing this answer.")
-        if choice.sequence is not None:
-            choice.avoid.add(choice.sequence.client.endpoint.replica_id)
+        """Start a lost choice once more. Raises `EngineUnavailable` after too many, and as `_place` does."""
         self._settle(choice)
         deadline = time.monotonic() + self.job.model.route.max_queue_wait
         while choice.attempts <= MAX_RETRIES and time.monotonic() < deadline:
@@ -633,18 +715,20 @@ class Run:
             raise EngineUnavailable(
                 f"The engine died under this request, at attempt {choice.attempts}.", retry_after=1.0
             )
-        expected = choice.sequence is not None and choice.sequence.client.leaving
-        level = logging.INFO if expected else logging.WARNING
-        log.log(level, "request %s: engine gone, attempt %d", self.job.id, choice.attempts + 1)
         choice.retrying = True
         self._gateway.retrying += 1
         choice.begin()
         await self._place(choice)
 
     def _settle(self, choice: _Choice) -> None:
+        """The choice is no longer on a further attempt, nor on trial."""
         if choice.retrying:
             choice.retrying = False
             self._gateway.retrying -= 1
+            self._gateway.settled.fire()
+        if choice.trial is not None:
+            self._gateway.trials.discard(choice.trial)
+            choice.trial = None
             self._gateway.settled.fire()
 
     def _end(self, choice: _Choice) -> None:

@@ -1,0 +1,44 @@
+"""Routers for tests: one that all share, and one of a test's own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.router_world import World, end_world, make_world
+
+
+@pytest.fixture(scope="session")
+def shared_world() -> Iterator[World]:
+    with tempfile.TemporaryDirectory(prefix="qr") as name:  # short: a Unix socket's path has 107 bytes
+        world = make_world(Path(name))
+        yield world
+        end_world(world)
+
+
+@pytest.fixture
+async def world(shared_world: World) -> AsyncIterator[World]:
+    """The shared router, with an empty table before and after."""
+    yield shared_world
+    for engine in shared_world.engines:
+        await engine.stop()
+    shared_world.engines.clear()
+    await shared_world.table()
+    log = (shared_world.folder / "router.log").read_text()
+    (shared_world.folder / "router.log").write_text("")
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+async def own_world() -> AsyncIterator[World]:
+    """A router of the test's own, to be killed and started again."""
+    with tempfile.TemporaryDirectory(prefix="qr") as name:
+        world = make_world(Path(name))
+        yield world
+        for engine in world.engines:
+            await engine.stop()
+        end_world(world)
+        log = (world.folder / "router.log").read_text()
+        assert "Traceback" not in log, log

@@ -1,0 +1,163 @@
+"""The router as a process: health, metrics, control socket, restarts, signals, configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from tests.integration.router_world import ASK, TEXT, World, big, events, eventually
+
+from quire.router.config import BadRouterConfig, load
+from quire_schemas import signals, wire
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"control_socket": "x", "snapshot_file": "y", "sprt": 1}'])
+def test_a_wrong_configuration_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(content)
+    with pytest.raises(BadRouterConfig, match=r"c\.json"):
+        load(file)
+
+
+def test_a_wrong_configuration_ends_the_router_with_78(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quire.router", str(tmp_path / "absent")], capture_output=True, text=True
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("error: ")
+
+
+async def test_health_is_about_serving(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        assert (await http.get("/health")).json() == {"status": "unavailable", "models": {}}
+
+        async def states() -> tuple[int, int, int]:
+            return tuple([(await http.get(f"/{path}")).status_code for path in ("livez", "readyz", "health")])  # type: ignore[return-value]
+
+        await world.table(world.route())
+        assert await states() == (200, 200, 503)
+        engine = await world.engine()
+        await world.serve(engine)
+        assert await states() == (200, 200, 200)
+        await world.table(world.route(engine.endpoint(draining=True)))
+        assert await states() == (200, 200, 503)
+        for path in ("livez", "readyz", "health"):
+            head, get = await http.head(f"/{path}"), await http.get(f"/{path}")
+            assert (head.status_code, head.content) == (get.status_code, b"")
+            assert head.headers["content-length"] == get.headers["content-length"]
+
+
+async def test_series_are_there_at_zero_and_leave_with_their_model(world: World) -> None:
+    engine = await world.engine()
+    await world.serve(engine)
+    names = {
+        f'{signals.REQUESTS}_total{{finish="stop",model="tiny",operation="chat"}}',
+        f'{signals.PROMPT_TOKENS}_total{{model="tiny"}}',
+        f'{signals.GENERATION_TOKENS}_total{{model="tiny"}}',
+        f'{signals.TIME_TO_FIRST_TOKEN}_count{{model="tiny"}}',
+        f'{signals.QUEUE_TIME}_count{{model="tiny"}}',
+        f'{signals.KV_CACHE_USAGE}{{model="tiny",replica="r1"}}',
+        f'{signals.PREEMPTIONS}_total{{model="tiny",replica="r1"}}',
+    }
+    before = await world.metrics()
+    assert {before[name] for name in names} == {0.0}
+    assert before[f'{signals.REPLICA_UP}{{model="tiny",replica="r1"}}'] == 1
+    async with world.client() as client:
+        await client.chat.completions.create(model="tiny", messages=ASK, max_tokens=7)
+        for name in ("nobody", "else", "' OR 1"):
+            with pytest.raises(openai.NotFoundError):
+                await client.chat.completions.create(model=name, messages=ASK)
+    after = await world.metrics()
+    assert after.keys() == before.keys()
+    assert after[f'{signals.GENERATION_TOKENS}_total{{model="tiny"}}'] == 7
+    assert 1 <= after[f'{signals.INTER_TOKEN_LATENCY}_count{{model="tiny"}}'] <= 6  # tokens may come together
+    unknown = f'{signals.REQUESTS}_total{{finish="refused",model="-",operation="chat"}}'
+    assert after[unknown] == before[unknown] + 3
+    await world.table()
+    assert not any('"tiny"' in name for name in await world.metrics())
+
+
+async def test_only_a_newer_table_counts_and_the_last_one_survives_a_restart(own_world: World) -> None:
+    world = own_world
+    engine = await world.engine()
+    await world.serve(engine)
+    old = await world.control(wire.RoutingTable(version=1, models=()))
+    assert (old.version, len(old.replicas)) == (1, 1)
+    world.restart()
+    async with world.client() as client:  # connects to the socket we hold; the new router finds it in the backlog
+        answer = await client.chat.completions.create(model="tiny", messages=ASK)
+    assert answer.choices[0].message.content == TEXT
+    world.wait_until_up()
+    status = await world.control(wire.GetRouterStatus())
+    assert (status.version, status.base_url, status.pid) == (1, world.url, world.process.pid)
+
+
+async def test_a_broken_snapshot_is_reported_and_left_aside(own_world: World) -> None:
+    world = own_world
+    (world.folder / "table.json").write_text("{")
+    world.restart()
+    world.wait_until_up()
+    assert (await world.control(wire.GetRouterStatus())).version == 0
+    assert "cannot be used" in (world.folder / "router.log").read_text()
+
+
+async def test_garbage_on_the_control_socket_ends_that_connection_alone(world: World) -> None:
+    reader, writer = await asyncio.open_unix_connection(world.folder / "control.sock")
+    writer.write(b"\xff\xff\xff\xff")
+    assert await reader.read() == b""
+    writer.close()
+    assert (await world.control(wire.GetRouterStatus())).version == world.version
+    mode = (world.folder / "control.sock").stat().st_mode & 0o777
+    assert mode == 0o600
+
+
+async def test_sigterm_lets_a_stream_finish(own_world: World) -> None:
+    world = own_world
+    engine = await world.engine(pace=0.005)
+    await world.serve(engine)
+    async with world.client() as client:
+        stream = await client.chat.completions.create(model="tiny", messages=ASK, stream=True)
+        await anext(aiter(stream))
+        world.process.send_signal(signal.SIGTERM)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == TEXT
+
+
+async def test_sigterm_ends_a_stream_that_takes_too_long_with_an_error(own_world: World) -> None:
+    world = own_world
+    engine = await world.engine(pace=0.05, text=TEXT * 3)
+    await world.serve(engine)
+    async with world.client() as client:
+        stream = await client.chat.completions.create(model="tiny", messages=ASK, stream=True)
+        with pytest.raises(openai.APIError, match="server stopped"):
+            async for _ in stream:
+                world.process.send_signal(signal.SIGTERM)
+
+
+async def test_told_to_finish_it_ends_what_outlasts_the_grace_and_then_itself(own_world: World) -> None:
+    world = own_world
+    engine = await world.engine(pace=0.05, text=TEXT * 3)
+    await world.serve(engine)
+    asked = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(stream=True))))
+    late = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(max_tokens=4))))
+
+    async def running() -> bool:
+        return bool(engine.running)
+
+    await eventually(running)
+    began = time.monotonic()
+    await world.control(wire.Finish(grace=0.7))
+    got = events(await asked)
+    assert 0.6 < time.monotonic() - began < 2.7
+    assert got[-1]["error"]["code"] == "service_unavailable"
+    assert ["error" in event for event in got] == [False] * (len(got) - 1) + [True]
+    assert (await late).startswith(b"HTTP/1.1 200"), "what ends within the grace ends as it should"
+    assert await asyncio.to_thread(world.process.wait, 3) == 0
+    assert time.monotonic() - began < 0.7 + 2

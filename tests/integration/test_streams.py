@@ -1,0 +1,233 @@
+"""What a stream lives through: engines killed and stopped, shims and routers killed, clients that leave.
+
+Real processes throughout. A stream must be a prefix of its reference, and equal to it when it says that it is
+whole; the references are what the running engines answer when nothing happens. Times are printed (`pytest -s`);
+what is asserted of them leaves room for a busy machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.effort import examples
+from tests.integration.faulty_engine import POISON
+from tests.integration.house import Heard, House, Replica
+from tests.integration.router_world import end_world, eventually, make_world
+
+CLIENTS = 8
+SLACK = 4.0
+"""Seconds that a busy machine may add to what takes one."""
+
+
+@pytest.fixture(scope="module")
+def standing() -> Iterator[House]:
+    with tempfile.TemporaryDirectory(prefix="qs") as name:
+        folder = Path(name)
+        replicas = Replica(folder / "a", "a"), Replica(folder / "b", "b")
+        for replica in replicas:
+            replica.start()
+        world = make_world(folder)
+        house = House(world, replicas)
+        yield house
+        house.close()
+        end_world(world)
+
+
+@pytest.fixture
+async def house(standing: House) -> AsyncIterator[House]:
+    """Both replicas are there, and in the end nobody holds a block."""
+    await standing.open()
+    if not standing.references:
+        await standing.learn(6)
+    yield standing
+    for replica in standing.replicas:
+        if replica.engine_lives():
+            await eventually(replica.is_empty, 20)
+
+
+async def test_clients_that_leave_give_their_blocks_back(house: House) -> None:
+    """At random moments, streaming or not: before the engine has the request, in its prefill, in its answer."""
+    took: list[float] = []
+    for number in range(max(50, examples(25))):
+        stream = number % 2 == 0
+        body = json.dumps({**house.body(number % 6, stream=stream), "max_tokens": 400}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", house.world.port)
+        writer.write(house.world.post("/v1/completions", body))
+        await asyncio.sleep(house.rng.uniform(0, 0.06))
+        if number % 5 == 0 and stream:
+            await reader.readuntil(b"data: ")
+        writer.transport.abort()
+        left = time.monotonic()
+        await eventually(lambda: _are_empty(house), 10)
+        took.append(time.monotonic() - left)
+    took.sort()
+    print(f"blocks back after {took[len(took) // 2]:.3f} s (median), {took[-1]:.3f} s (longest of {len(took)})")
+    assert took[len(took) // 2] < 0.2 * SLACK
+
+    async def counted() -> bool:
+        found = await house.world.metrics()
+        return found['quire_requests_in_flight{model="tiny"}'] == 0
+
+    await eventually(counted)
+
+
+async def _are_empty(house: House) -> bool:
+    return all(await asyncio.gather(*(replica.is_empty() for replica in house.replicas)))
+
+
+async def test_engines_outlive_a_router_and_free_what_was_its(house: House) -> None:
+    async def begin() -> None:
+        async with house.http() as http:
+            with pytest.raises((httpx.TransportError, AssertionError)):  # cut, without a word even
+                await house.ask(http, 0, stream=True)
+
+    pids = [replica.pid for replica in house.replicas]
+    asking = [asyncio.create_task(begin()) for _ in range(CLIENTS)]
+
+    async def busy() -> bool:
+        return all([(await replica.stats()).blocks_used > 0 for replica in house.replicas])
+
+    await eventually(busy)
+    killed = time.monotonic()
+    house.world.restart()
+    await eventually(lambda: _are_empty(house))
+    freed = time.monotonic() - killed
+    house.world.wait_until_up()
+    listening = time.monotonic() - killed
+    await asyncio.gather(*asking)
+    print(f"router killed: blocks free after {freed:.3f} s, another one answers after {listening:.3f} s")
+    assert freed < 2 + SLACK
+    await eventually(lambda: house.world.is_ready(2))
+    async with house.http() as http:
+        (await house.ask(http, 0, stream=True)).verify(house.references)
+    assert [replica.pid for replica in house.replicas] == pids
+    assert all(replica.engine_lives() for replica in house.replicas)
+
+
+async def test_a_stopped_engine_gets_nothing_and_says_what_it_would_have_said(house: House) -> None:
+    stopped, other = house.replicas
+    stall = 1.0  # of the router's configuration
+
+    async def act(_: list[Heard]) -> None:
+        await eventually(lambda: _has_streams(stopped))
+        os.kill(stopped.pid, signal.SIGSTOP)
+        at = time.monotonic()
+        await eventually(lambda: house.world.is_ready(1), 20)
+        out = time.monotonic() - at
+        print(f"stopped engine out of rotation after {out:.3f} s with a stall time of {stall} s")
+        assert out < stall + 1 + SLACK
+        for _again in range(5):
+            assert await house.world.is_ready(1), "its readiness does not flicker"
+            await asyncio.sleep(0.1)
+        before = (await other.stats()).steps
+        await asyncio.sleep(0.5)
+        assert (await other.stats()).steps > before, "what has not begun is retried there"
+        os.kill(stopped.pid, signal.SIGCONT)
+        await eventually(lambda: house.world.is_ready(2), 20)
+
+    try:
+        heard = await house.under_load(CLIENTS, act)
+    finally:
+        os.kill(stopped.pid, signal.SIGCONT)
+    for one in heard:
+        one.verify(house.references)
+        assert one.finish == "length", "nobody lost anything"
+
+
+async def _has_streams(replica: Replica) -> bool:
+    return (await replica.stats()).running > 0
+
+
+@pytest.mark.parametrize("victim", ["engine", "shim"])
+async def test_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house: House, victim: str) -> None:
+    for _ in range(examples(1)):
+        await house.open()
+        replica = house.rng.choice(house.replicas)
+        killed = 0.0
+
+        async def act(heard: list[Heard], replica: Replica = replica) -> None:
+            nonlocal killed
+            await eventually(lambda: _has_streams(replica))
+            await asyncio.sleep(house.rng.uniform(0, 0.1))
+            assert replica.shim is not None
+            killed = time.monotonic()
+            os.kill(replica.pid if victim == "engine" else replica.shim.pid, signal.SIGKILL)
+            count = len(heard)
+            await eventually(lambda: _more(heard, count + 2 * CLIENTS), 60)
+
+        heard = await house.under_load(CLIENTS, act)
+        assert not replica.engine_lives()
+        if replica.shim is not None:
+            replica.shim.wait(20)
+        failed = [one for one in heard if one.errors]
+        for one in heard:
+            one.verify(house.references)
+            assert one.status == 200
+        assert all(one.stream and one.first_byte_at is not None for one in failed), "begun, or not failed"
+        assert all(one.first_byte_at is not None and one.first_byte_at < killed + SLACK for one in failed)
+        assert {error for one in failed for error in one.errors} <= {"engine_died"}
+        assert len(failed) <= 3, "as many as it computed at once"
+        last = max((one.ended_at - killed for one in failed), default=0.0)
+        print(f"{victim} killed: {len(failed)} of {len(heard)} got an error event, after {last:.3f} s at most")
+        assert last < 1 + SLACK
+
+
+async def _more(heard: list[Heard], count: int) -> bool:
+    return len(heard) >= count
+
+
+async def test_a_request_that_kills_engines_takes_each_of_two_down_once(house: House) -> None:
+    poison = {**house.body(0, stream=False), "prompt": [*POISON, 5]}
+    async with house.http() as http:
+        answer = await http.post("/v1/completions", json=poison)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
+        assert answer.headers["x-should-retry"] == "false"
+        assert not any(replica.engine_lives() for replica in house.replicas)
+        for replica in house.replicas:
+            assert replica.exit_record()["exit"]["signal"] == signal.SIGKILL
+        await house.open()
+        for seed in range(3):
+            answer = await http.post("/v1/completions", json={**poison, "seed": seed, "stream": True})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
+        (await house.ask(http, 1, stream=True)).verify(house.references)
+    assert all(replica.engine_lives() for replica in house.replicas)
+
+
+def test_an_engine_that_nobody_watches_or_calls_leaves_and_says_so() -> None:
+    """A control plane's watch of the shim keeps it; when that ends, too, it goes within the window."""
+    with tempfile.TemporaryDirectory(prefix="qs") as name:
+        replica = Replica(Path(name) / "a", "a", adoption_window=1.0)
+        replica.start()
+        with socket.socket(socket.AF_UNIX) as watch:
+            watch.connect(str(replica.shim_socket))
+            watch.sendall(b'{"op":"watch"}\n')
+            _wait_for(replica, "ready")
+            time.sleep(2.5)
+            state = replica.ask("status")
+            assert (state["running"], state["unwatchedFor"]) == (True, 0)
+        unwatched = time.monotonic()
+        record = replica.exit_record()
+        took = time.monotonic() - unwatched
+        print(f"left {took:.3f} s after the last word, with a window of 1 s")
+        assert 0.9 < took < 2 + SLACK
+        assert record["exit"]["code"] == 0
+        last = json.loads(record["lines"][-1])
+        assert (last["event"], last["reason"]) == ("failed", "LeaseEnded")
+        assert not replica.engine_lives()
+
+
+def _wait_for(replica: Replica, event: str) -> None:
+    end = time.monotonic() + 90
+    while event not in [json.loads(line)["event"] for line in replica.ask("status")["lines"]]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
