@@ -28,7 +28,6 @@ from quire_operators.store import Store, StoredObject
 from quire_schemas.gateway import Gateway
 from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import API_VERSION, Key
-from quire_schemas.wire import ADOPTION_WINDOW
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +120,10 @@ class GatewayReconciler:
 
     def adoption_window(self) -> float:
         """Seconds that an engine started now lives without a word from a router or a control plane."""
-        declared = resolved_spec(self._store.get(KEY)).get("adoptionWindow")  # None in specs of an earlier version
-        return ADOPTION_WINDOW if declared is None else parse_duration(declared)
+        declared = resolved_spec(self._store.get(KEY)).get("adoptionWindow")
+        if declared is None:  # stored by a version in which there was none
+            declared = resolved_spec(None)["adoptionWindow"]
+        return parse_duration(declared)
 
     def ready(self) -> bool:
         """Whether the router runs where the gateway says, and has answered the control plane."""

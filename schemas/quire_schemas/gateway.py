@@ -11,7 +11,6 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from quire_schemas.quantities import BadQuantity, Duration, Quantity, parse_duration
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
-from quire_schemas.wire import ADOPTION_WINDOW
 
 DEFAULT_PORT = 8000
 _NO_TLS = "the API is plain HTTP on loopback"
@@ -105,7 +104,7 @@ class GatewaySpec(Strict):
     adoption_window: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
         "How long engines live on when neither a router nor a control plane is there; then they finish what they "
         "compute and exit. An engine keeps the window that it was started with. At least 1s.",
-        f"{ADOPTION_WINDOW:g}s",
+        "120s",
         update="hot",
     )
 

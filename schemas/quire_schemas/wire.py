@@ -37,7 +37,7 @@ import msgspec
 PROTOCOL = 2
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
-"""Seconds of a lease where no Gateway declares another."""
+"""Seconds of the lease of an engine that no Gateway stands above; a Gateway's default is the same."""
 _LENGTH = struct.Struct(">I")
 _UCRED = struct.Struct("3i")
 

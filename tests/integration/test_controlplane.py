@@ -17,10 +17,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
 
 from quire.client import InvalidManifest, Refused
+from quire_schemas import wire
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -312,6 +314,27 @@ def test_api_errors_are_json_with_a_code(plane: Plane) -> None:
     with pytest.raises(Refused) as wrong:
         plane.client.get("/v1/logs")
     assert wrong.value.status == 400
+
+
+def test_the_adoption_window_is_that_of_engines_started_after_it_was_declared(plane: Plane) -> None:
+    def spec() -> wire.EngineSpec:
+        (path,) = plane.state.replica_dir("leased-r1-0").glob("*/engine.json")
+        return msgspec.json.decode(path.read_bytes(), type=wire.EngineSpec)
+
+    plane.apply(model("leased"))
+    plane.wait_served("leased")
+    assert spec().adoption_window == wire.ADOPTION_WINDOW == 120, "the default of both"
+    assert Path(spec().shim or "").is_socket()
+    router = plane.client.get("/v1/ping")["router"]
+    plane.apply(GATEWAY.replace("port: 0", "port: 0, adoptionWindow: 90s"))
+    assert spec().adoption_window == 120, "no engine is restarted for it"
+    plane.delete("leased")
+    plane.apply(model("leased"))
+    plane.wait_served("leased")
+    assert spec().adoption_window == 90
+    assert plane.client.get("/v1/ping")["router"] == router, "and no router"
+    plane.delete("leased")
+    plane.apply(GATEWAY)
 
 
 def test_a_taken_port_is_refused_with_the_remedy_and_the_gateway_can_move(plane: Plane) -> None:

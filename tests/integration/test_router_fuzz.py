@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.effort import fuzz_cases, replay
-from tests.integration.test_router import World, end_world, make_world
+from tests.integration.router_world import World, end_world, make_world
 from tests.mutations import as_json, damaged, generator, scarred
 
 from quire.errors import TABLE

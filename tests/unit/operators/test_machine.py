@@ -127,6 +127,7 @@ def test_every_auto_is_resolved_and_kept_through_json() -> None:
     assert resolved["kvTokensPerReplica"] == found.num_blocks * 16
     engine = found.engine_spec("m", "m-r1-0", 3, "/s", spec(), "hot", adoption_window=90.0, shim="/shim")
     assert (engine.memory_limit, engine.num_blocks, engine.hot_hash) == (found.memory, found.num_blocks, "hot")
+    assert (engine.adoption_window, engine.shim) == (90.0, "/shim")
 
 
 def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bounds() -> None:

@@ -506,6 +506,16 @@ def test_the_gateway_stays_on_loopback() -> None:
     assert problem.path == "metadata.name"
 
 
+def test_an_adoption_window_is_a_second_at_least() -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: Gateway\nmetadata: {name: default}\n"
+    for window in ("1s", "2m", "1h30m"):
+        assert load([("g", head + f"spec: {{adoptionWindow: {window}}}")]).problems == []
+    for window in ("999ms", "0s", "120"):
+        [problem] = problems(head + f"spec: {{adoptionWindow: {window}}}")
+        assert problem.path == "spec.adoptionWindow"
+        assert problem.hint
+
+
 # ── sets ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
