@@ -197,7 +197,7 @@ async def test_more_sequences_than_places_is_the_requests_fault(world: World) ->
 
 
 async def test_with_no_replica_ready_one_request_waits_even_without_a_queue(world: World) -> None:
-    await world.table(world.route(max_queue_wait=0.4, max_queue_length=0))
+    await world.table(world.route(max_queue_wait=2.0, max_queue_length=0))
     async with httpx.AsyncClient(base_url=world.url) as http:
         first = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "n": 2}))
 
