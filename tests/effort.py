@@ -35,3 +35,14 @@ def fuzz_cases() -> Iterator[tuple[int, int]]:
 def replay(seed: int, number: int) -> str:
     """What to set to have one case again, for the message of a test that failed."""
     return f"{REPLAY}={seed}:{number}"
+
+
+def times(ci: int, nightly: int) -> int:
+    """How often a fault is tried: `ci` times, or `nightly` times with an effort above 1."""
+    return ci if EFFORT == 1 else nightly
+
+
+def bound(figure: float) -> float:
+    """Seconds that something may take: the figure itself at night, when the machine has nothing else to do; in CI
+    enough that a busy machine does not fail a test that is about what happens, not how fast."""
+    return figure if EFFORT > 1 else 10 * figure + 10

@@ -8,6 +8,7 @@ that a manifest sets in `spec.env`:
     STANDIN_EXIT       exit status that it ends with instead of becoming ready
     STANDIN_REASON     reason of the `failed` event before that (StandinRefuses); "none": no event
     STANDIN_SIGNAL     number of the signal that it sends itself instead of becoming ready
+    STANDIN_REPEAT     if set: reports the same progress for ever instead of becoming ready
     STANDIN_SAY        text for stderr at the start
     STANDIN_CHILD      if set: starts a grandchild in a session of its own that ignores SIGTERM
 
@@ -53,6 +54,9 @@ class Engine:
         for part in range(5):
             self.say(wire.EngineEvent("loading", time.time(), bytes_done=total * part // 4, bytes_total=total))
             await asyncio.sleep(load / 5)
+        while os.environ.get("STANDIN_REPEAT"):
+            self.say(wire.EngineEvent("loading", time.time(), bytes_done=total, bytes_total=total))
+            await asyncio.sleep(0.1)
         if number := os.environ.get("STANDIN_SIGNAL"):
             os.kill(os.getpid(), int(number))
         if code := os.environ.get("STANDIN_EXIT"):

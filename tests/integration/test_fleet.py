@@ -9,12 +9,14 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quire.controlplane import plane as planes
 from quire.controlplane.plane import ApiError, ControlPlane
+from quire_operators.fleet import local
 from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
 from quire_operators.paths import StateDir
 
@@ -78,6 +80,51 @@ async def test_a_shim_whose_files_were_cleaned_away_is_found_by_what_it_answers(
     assert found.labels == {"model": "m", "memory": 5, "device": "cpu"}
     assert found.child_pid == started.child_pid
     assert not dead.exists()
+    await later.close()
+
+
+async def test_a_shim_that_does_not_answer_is_unknown_and_gets_no_twin(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "ANSWER_SECONDS", 0.5)
+    started = await plane.fleet.start(unit(plane.state))
+    assert started.shim_pid is not None
+    os.kill(started.shim_pid, signal.SIGSTOP)
+    later = LocalFleet((plane.state.replicas,), plane.store.install_id, lambda name: None, time.monotonic)
+    try:
+        await later.open()
+        (found,) = later.observed("m-r1-0")
+        assert found.life is Life.UNKNOWN
+        with pytest.raises(StartFailed, match="still lives"):
+            await later.start(replace(unit(plane.state), incarnation=2, folder=found.folder.with_name("2")))
+    finally:
+        os.kill(started.shim_pid, signal.SIGCONT)
+    async with asyncio.timeout(30):
+        while later.observed("m-r1-0")[0].life is not Life.LIVE:
+            await asyncio.sleep(0.02)
+    assert later.observed("m-r1-0")[0].child_pid == started.child_pid
+    await later.close()
+
+
+async def test_what_carries_a_units_name_and_has_no_shim_is_killed_and_nobody_else_is(plane: ControlPlane) -> None:
+    ours, foreign = plane.store.install_id, "another-installation"
+
+    async def carrier(name: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(*SLEEPER, env={"QUIRE_UNIT": name})
+
+    left, other = await carrier(f"{ours}/m-r9-0"), await carrier(f"{foreign}/m-r9-0")
+    beside = await carrier(f"{ours}/m-r1-0")
+    started = await plane.fleet.start(unit(plane.state))
+    assert await asyncio.wait_for(beside.wait(), 20) == -signal.SIGKILL, "a start has the name for itself"
+    later = LocalFleet((plane.state.replicas,), ours, lambda name: None, time.monotonic)
+    await later.open()
+    assert await asyncio.wait_for(left.wait(), 20) == -signal.SIGKILL
+    assert later.observed("m-r1-0")[0].child_pid == started.child_pid
+    assert started.child_pid is not None
+    os.kill(started.child_pid, 0)
+    assert other.returncode is None
+    other.kill()
+    await other.wait()
     await later.close()
 
 

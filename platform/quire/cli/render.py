@@ -16,6 +16,8 @@ from typing import Any
 
 View = Mapping[str, Any]
 STAGES = ("accepted", "weights", "device", "loaded", "ready")
+LAST_LINES = 5
+"""How much of the log of a replica that ended is shown with it."""
 
 
 # ── small things ──────────────────────────────────────────────────────────────────────────────────────────
@@ -260,6 +262,8 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
     if view.get("replicas"):
         lines.append("Replicas")
         lines += _indent(replicas([view], now))
+        for replica in view["replicas"]:
+            lines += _last_words(replica)
     if status.get("resolved"):
         lines.append("Resolved")
         lines += _indent(_pairs(status["resolved"].items()))
@@ -276,6 +280,15 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
         lines.append(f"Events (last {len(events)})")
         lines += _indent(event_lines(events, now)[1:])
     return lines
+
+
+def _last_words(replica: View) -> list[str]:
+    """How a replica that does not serve last ended, with the end of its log."""
+    ended = replica.get("lastExit")
+    if ended is None or replica["state"] == "Ready":
+        return []
+    said = [f"  {line}" for line in ended["log"][-LAST_LINES:]]
+    return [f"{replica['id']} last ended by {ended['reason']}: {ended['message']}", *said]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -143,12 +143,20 @@ def _print_log(source: Mapping[str, Any], prefixed: bool) -> None:
 
 
 @click.command()
-@click.option("--for", "reference", metavar="KIND/NAME", help="Only those of one object.")
+@click.option(
+    "--for",
+    "reference",
+    metavar="KIND/NAME|controlplane",
+    help="Only those of one object, or of the control plane.",
+)
 @click.option("-w", "--watch", is_flag=True, help="Go on printing as they happen.")
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 def events(reference: str | None, watch: bool, output: str) -> int:
     """Print what the control plane decided and saw, oldest first."""
-    key = object_path(reference)[0] if reference else None
+    if reference == "controlplane":
+        key: str | None = "controlplane/default"
+    else:
+        key = object_path(reference)[0] if reference else None
     if watch and output == "yaml":
         usage_error("--watch prints one line an event, which YAML has no form for", "use -o json")
     client = connect()

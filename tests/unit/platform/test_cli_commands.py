@@ -281,6 +281,8 @@ def test_events_for_one_object(server: AdminServer, capsys: pytest.CaptureFixtur
     server.script["GET /v1/events"] = [(200, {"items": [event]})]
     assert main(["events", "--for", "model/x"]) == ExitCode.OK
     assert server.asked[0][1] == "/v1/events?for=model%2Fx"
+    assert main(["events", "--for", "controlplane"]) == ExitCode.OK
+    assert server.asked[1][1] == "/v1/events?for=controlplane%2Fdefault"
     assert "Created" in said(capsys)[0]
 
 

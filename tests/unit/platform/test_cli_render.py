@@ -213,6 +213,21 @@ def test_describe_ends_with_what_one_can_do_about_a_stall() -> None:
     assert text[-1] == "  3m58s      Warning  InsufficientMemory  x7     model/quickstart  needs 9 GiB"
 
 
+def test_describe_shows_the_last_words_of_a_replica_that_does_not_serve() -> None:
+    replica = {
+        "id": "q-r1-0", "revision": 1, "state": "Backoff", "incarnation": 3, "restarts": 3, "pid": None,
+        "since": NOW - 5, "message": "killed by SIGSEGV", "reason": "ProcessEnded", "devices": ["cpu"],
+        "lastExit": {
+            "reason": "ProcessEnded", "message": "killed by SIGSEGV", "log": [f"line {n}" for n in range(9)]
+        },
+    }  # fmt: skip
+    text = render.describe({**model(), "replicas": [replica]}, [], NOW)
+    start = text.index("q-r1-0 last ended by ProcessEnded: killed by SIGSEGV")
+    assert text[start + 1 : start + 6] == [f"  line {n}" for n in range(4, 9)]
+    serving = {**replica, "state": "Ready"}
+    assert "last ended" not in "\n".join(render.describe({**model(), "replicas": [serving]}, [], NOW))
+
+
 def test_endpoint_lines_are_a_command_to_paste() -> None:
     lines = render.endpoint_lines([model(status={"endpoints": {}}), model()])
     assert lines[0] == "Base URL http://127.0.0.1:8000/v1"

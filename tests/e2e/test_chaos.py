@@ -1,0 +1,241 @@
+"""Kills of each kind of process under oracle streams: nothing is altered, nothing hangs, all comes back by itself.
+
+Times are asserted with `effort.bound`, and written as rows to the file that QUIRE_FIGURES names, if it names one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+from tests.effort import bound, times
+from tests.oracle import Clients, Oracle
+
+from quire.client import Client
+from quire_schemas import wire
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Platform
+
+STALL = 2.0
+MODEL = f"""\
+  restartPolicy: {{backoffBase: 100ms}}
+  probes: {{liveness: {{timeout: {STALL:g}s}}}}
+"""
+
+
+class World:
+    """A platform that serves the built-in model in float32, with its oracle."""
+
+    def __init__(self, platform: Platform) -> None:
+        manifest = platform.model("chaos", MODEL)
+        manifest.write_text(manifest.read_text().replace("engine: {", "engine: {dtype: float32, "))
+        platform.run("apply", platform.gateway, manifest)
+        self.client = Client(platform.state)
+        self.runtime = platform.state
+        self.base_url = platform.base_url("chaos")
+        self.oracle = Oracle(self.base_url, "chaos", tokens=120)
+
+    def view(self) -> dict[str, Any]:
+        return dict(self.client.get("/v1/objects/model/chaos"))
+
+    def replica(self) -> dict[str, Any]:
+        (replica,) = self.view()["replicas"]
+        return dict(replica)
+
+    def is_ready(self) -> bool:
+        conditions = {c["type"]: c["status"] for c in self.view()["status"]["conditions"]}
+        return bool(conditions["Ready"] == "True")
+
+    def serves_again(self, before: dict[str, Any]) -> float:
+        """When another incarnation than `before` was first seen to serve."""
+        return eventually(
+            lambda: self.is_ready() and self.replica()["incarnation"] > before["incarnation"], "it serves again"
+        )
+
+    def stats(self) -> wire.Stats:
+        """The engine's own count, over a connection of the test's."""
+        replica = self.replica()
+        folder = self.runtime.replica_dir(replica["id"]) / str(replica["incarnation"])
+        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as file:
+            sock.settimeout(10)
+            sock.connect(str(folder / "engine.sock"))
+            sock.sendall(wire.frame(wire.Hello(role="script")) + wire.frame(wire.Ping()))
+            while True:
+                length = int.from_bytes(file.read(4), "big")
+                message = msgspec.msgpack.decode(file.read(length), type=wire.FromEngine)
+                if isinstance(message, wire.Stats):
+                    return message
+
+
+@pytest.fixture(scope="module")
+def world(shared_platform: Platform) -> World:
+    return World(shared_platform)
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[dict[str, list[float]]]:
+    """Name of a figure -> seconds measured; written at the end of the module."""
+    found: dict[str, list[float]] = {}
+    yield found
+    if path := os.environ.get("QUIRE_FIGURES"):
+        with Path(path).open("a") as file:
+            for name, seconds in found.items():
+                ordered = sorted(seconds)
+                row = {
+                    "figure": name,
+                    "count": len(ordered),
+                    "p50": ordered[len(ordered) // 2],
+                    "max": ordered[-1],
+                }
+                file.write(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
+                file.write("\n")
+
+
+def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> float:
+    """Wait until it is true; when it was first seen so."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"did not happen in time: {what}"
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+def accepts(base_url: str) -> bool:
+    url = httpx.URL(base_url)
+    try:
+        socket.create_connection((url.host, url.port or 80), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def answers(base_url: str) -> bool:
+    try:
+        return httpx.get(f"{base_url}/models", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_killed_control_plane_alters_no_stream_and_the_next_adopts_what_runs(
+    world: World, figures: dict[str, list[float]]
+) -> None:
+    engine = world.replica()["pid"]
+    router = world.client.get("/v1/ping")["router"]["pid"]
+    with world.oracle.clients(8) as clients:
+        clients.wait_streaming()
+        for _ in range(times(10, 50)):
+            pid = world.client.get("/v1/ping")["pid"]
+            os.kill(pid, signal.SIGKILL)
+            psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+            time.sleep(random.uniform(0, 0.3))
+            assert world.client.get("/v1/ping")["pid"] != pid
+            back = time.monotonic()
+            adopted = eventually(lambda: world.is_ready() and world.replica()["state"] == "Ready", "it is adopted")
+            figures.setdefault("control plane: adopted after it is ready", []).append(adopted - back)
+            assert adopted - back <= bound(2)
+            assert (world.replica()["pid"], world.replica()["incarnation"]) == (engine, 1)
+            assert world.client.get("/v1/ping")["router"]["pid"] == router
+    assert set(world.oracle.check(clients.readings)) == {"finished"}, "no request failed"
+    told = world.client.get("/v1/events", **{"for": "model/chaos"})["items"]
+    assert [event["count"] for event in told if event["reason"] == "Started"] == [1]
+
+
+def end_of(world: World, clients: Clients, kill: Callable[[], None], figures: list[float]) -> float:
+    """Kill something under running streams; each of them ends in one error event soon. When it was killed."""
+    clients.wait_streaming()
+    victims = list(clients.running)
+    killed = time.monotonic()
+    kill()
+    eventually(lambda: all(reading.ended_at for reading in victims), "every stream has an end")
+    for reading in victims:
+        if reading.outcome == "finished":
+            continue  # it was through already
+        assert reading.outcome == "broken", reading
+        assert reading.error_at is not None
+        assert reading.errors[0]["code"] == "engine_died"
+        figures.append(reading.error_at - killed)
+    return killed
+
+
+@pytest.mark.parametrize("victim", ["engine", pytest.param("shim", marks=pytest.mark.nightly)])
+def test_a_killed_engine_ends_its_streams_cleanly_and_serves_again_by_itself(
+    victim: str, world: World, figures: dict[str, list[float]]
+) -> None:
+    for _ in range(times(1, 25)):
+        before = world.replica()
+        process = psutil.Process(before["pid"])
+        target = process if victim == "engine" else process.parent()
+        assert target is not None
+        errors = figures.setdefault(f"{victim} killed: error event", [])
+        with world.oracle.clients(8) as clients:
+            killed = end_of(world, clients, target.kill, errors)
+            assert max(errors) <= bound(1)
+            again = world.serves_again(before)
+            figures.setdefault(f"{victim} killed: serving again", []).append(again - killed)
+            assert again - killed <= bound(10)
+            clients.wait_streaming()
+        assert world.oracle.check(clients.readings)["finished"] >= 8
+        assert not process.is_running()
+        assert world.replica()["incarnation"] == before["incarnation"] + 1, "one replacement"
+
+
+def test_a_killed_router_listens_again_and_what_it_left_in_engines_is_freed(
+    world: World, figures: dict[str, list[float]]
+) -> None:
+    for _ in range(times(2, 50)):
+        engine = world.replica()["pid"]
+        with world.oracle.clients(8) as clients:
+            clients.wait_streaming()
+            assert world.stats().blocks_used > 0
+            clients.last_turn()
+            killed = time.monotonic()
+            os.kill(world.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
+            listening = eventually(lambda: accepts(world.base_url), "it listens")
+            answering = eventually(lambda: answers(world.base_url), "it answers")
+            freed = eventually(lambda: world.stats().blocks_used == 0 == world.stats().running, "blocks are free")
+            figures.setdefault("router killed: blocks free", []).append(freed - killed)
+            figures.setdefault("router killed: listening again", []).append(listening - killed)
+            figures.setdefault("router killed: answering again", []).append(answering - killed)
+            assert freed - killed <= bound(2)
+            assert listening - killed <= bound(1)
+            assert answering - killed <= bound(2)
+        world.oracle.check(clients.readings, cut_allowed=True)
+        with world.oracle.clients(8) as clients:
+            clients.wait_streaming()
+            clients.last_turn()
+        assert set(world.oracle.check(clients.readings)) == {"finished"}
+        assert world.replica()["pid"] == engine
+    told = world.client.get("/v1/events", **{"for": "gateway/default"})["items"]
+    assert any(event["reason"] == "RouterEnded" and "SIGKILL" in event["message"] for event in told)
+
+
+def test_a_stopped_engine_leaves_the_rotation_within_the_stall_time_and_a_second(
+    world: World, figures: dict[str, list[float]]
+) -> None:
+    for _ in range(times(1, 30)):
+        before = world.replica()
+        with world.oracle.clients(8) as clients:
+            clients.wait_streaming()
+            stopped = time.monotonic()
+            os.kill(before["pid"], signal.SIGSTOP)
+            out = eventually(lambda: not world.is_ready(), "it is out of rotation")
+            figures.setdefault("engine stopped: out of rotation", []).append(out - stopped)
+            assert out - stopped <= bound(STALL + 1)
+            again = world.serves_again(before)
+            figures.setdefault("engine stopped: serving again", []).append(again - stopped)
+        outcomes = world.oracle.check(clients.readings)
+        assert outcomes["finished"] >= 8
+        assert not psutil.pid_exists(before["pid"])
+        assert world.replica()["lastExit"]["reason"] == "EngineStalled"

@@ -1,0 +1,293 @@
+"""What goes wrong with processes, and what the control plane makes of it; a stand-in acts for the engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.effort import times
+from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
+
+SLOW = "  restartPolicy: {backoffBase: 1h, backoffMax: 1h}\n"
+QUICK = "  restartPolicy: {backoffBase: 100ms, backoffMax: 200ms}\n"
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    plane = Plane(tmp_path_factory.mktemp("plane"), movable=True)
+    plane.start()
+    plane.apply(GATEWAY)
+    yield plane
+    plane.end()
+    assert plane.ours() == []
+
+
+def events(plane: Plane, name: str) -> dict[str, dict[str, Any]]:
+    """The newest event of each reason."""
+    items = plane.client.get("/v1/events", **{"for": f"model/{name}"})["items"]
+    return {item["reason"]: item for item in items}
+
+
+def carriers(plane: Plane) -> set[int]:
+    """Every process that an engine's or router's environment was handed down to."""
+    mark = f"QUIRE_UNIT={plane.client.get('/v1/ping')['installId']}/".encode()
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.add(process.pid)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_stopped_engine_is_killed_and_replaced_within_the_stall_time_and_a_second(plane: Plane) -> None:
+    plane.apply(model("frozen", "  probes: {liveness: {timeout: 1s}}\n", STEP="0.05"))
+    pid = plane.wait_served("frozen")["replicas"][0]["pid"]
+    stream = Stream(plane.base_url, "frozen", 400)
+    stream.wait_running()
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    seen = eventually(lambda: plane.condition("frozen", "Ready")["status"] == "False" and time.monotonic(), "out")
+    eventually(lambda: not alive(pid), "it is killed")
+    assert seen - stopped >= 0.5, "not before the stall time"
+    stream.join(30)
+    assert '"engine_died"' in stream.lines[-1], "its stream ends in one error event"
+    view = eventually(
+        lambda: (v := plane.view("frozen"))["replicas"][0]["incarnation"] == 2 and v, "a second incarnation"
+    )
+    assert view["replicas"][0]["lastExit"]["reason"] == "EngineStalled"
+    plane.wait_served("frozen")
+    told = events(plane, "frozen")
+    assert "EngineStalled" in told["Stopping"]["message"]
+    assert "no step" in told["EngineStalled"]["message"]
+    assert told["Stopping"]["count"] == 1
+    assert plane.complete("frozen").status_code == 200
+    # idle this time: nobody waits for it, and it is found all the same
+    pid = plane.view("frozen")["replicas"][0]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: not alive(pid), "an idle one is found too")
+    plane.wait_served("frozen")
+    plane.delete("frozen")
+
+
+FAILURES: dict[str, tuple[dict[str, object], str, str, str]] = {
+    "header": ({"EXIT": 78, "REASON": "BadHeader"}, "Failed", "BadHeader", "ConfigRejected"),
+    "tensors": ({"EXIT": 78, "REASON": "WrongTensors"}, "Failed", "WrongTensors", "ConfigRejected"),
+    "spec": ({"EXIT": 78, "REASON": "InvalidSpec"}, "Failed", "InvalidSpec", "ConfigRejected"),
+    "argument": ({"EXIT": 2, "REASON": "none"}, "Failed", "ConfigRejected", "ConfigRejected"),
+    "missing": ({"EXIT": 78, "REASON": "MissingFile"}, "Backoff", "MissingFile", "MissingFile"),
+    "memory": ({"EXIT": 1, "REASON": "OutOfMemory"}, "Backoff", "OutOfMemory", ""),
+    "socket": ({"EXIT": 1, "REASON": "SocketTaken"}, "Backoff", "SocketTaken", ""),
+    "device": ({"EXIT": 1, "REASON": "DeviceUnavailable"}, "Backoff", "DeviceUnavailable", ""),
+    "segfault": ({"SIGNAL": 11}, "Backoff", "ProcessEnded", ""),
+    "killed": ({"SIGNAL": 9}, "Backoff", "ProcessEnded", ""),
+    "leaves": ({"EXIT": 0, "REASON": "none"}, "Backoff", "ProcessEnded", ""),
+    "repeats": ({"REPEAT": 1}, "Backoff", "StartupTimeout", ""),
+    "hangs": ({"SIGNAL": 19}, "Backoff", "StartupTimeout", ""),
+}
+"""Kind of failure at the start -> what the stand-in does, state and reason of the replica, reason of Stalled."""
+
+
+def test_every_kind_of_failed_start_has_its_reason_its_last_words_and_no_leftovers(plane: Plane) -> None:
+    more = SLOW + "  probes: {startup: {timeout: 2s}}\n"
+    plane.apply(
+        *(
+            model(f"fail-{kind}", more, SAY=f"the trouble is {kind}", CHILD=1, **what)
+            for kind, (what, *_) in FAILURES.items()
+        )
+    )
+    for kind, (_, state, reason, stalled) in FAILURES.items():
+        name = f"fail-{kind}"
+
+        def ended(name: str = name, state: str = state) -> dict[str, Any] | None:
+            replicas = plane.view(name)["replicas"]
+            return replicas[0] if replicas and replicas[0]["state"] == state else None
+
+        replica = eventually(ended, f"{name} is {state}: {plane.view(name)['replicas']}")
+        assert (replica["reason"], replica["incarnation"]) == (reason, 1)
+        assert f"the trouble is {kind}" in "\n".join(replica["lastExit"]["log"])
+        assert replica["lastExit"]["message"] == replica["message"] != ""
+        condition = plane.condition(name, "Stalled")
+        assert (condition["reason"] if condition["status"] == "True" else "") == stalled, (kind, condition)
+        assert replica["pid"] is None
+    eventually(lambda: carriers(plane) == {plane.client.get("/v1/ping")["router"]["pid"]}, "no orphan")
+    for kind in FAILURES:
+        plane.client.delete(f"/v1/objects/model/fail-{kind}")
+    eventually(lambda: not plane.client.get("/v1/objects", kind="model")["items"], "their memory is free again")
+
+
+def test_out_of_memory_twice_stalls_with_the_arithmetic(plane: Plane) -> None:
+    plane.apply(model("fat", QUICK, EXIT=1, REASON="OutOfMemory"))
+    stalled = plane.wait_stalled("fat")
+    assert stalled["reason"] == "OutOfMemory"
+    assert "planned were weights" in stalled["message"]
+    assert "KV cache" in stalled["message"]
+    assert plane.view("fat")["replicas"][0]["incarnation"] == 2, "two tries"
+    plane.delete("fat")
+
+
+def test_a_crash_loop_writes_few_events_and_its_back_off_outlives_the_control_plane(plane: Plane) -> None:
+    plane.apply(model("loop", QUICK, EXIT=3, SAY="x" * 200))
+    eventually(lambda: plane.view("loop")["replicas"][0]["incarnation"] >= 5, "it crashes again and again")
+    told = plane.client.get("/v1/events", **{"for": "model/loop"})["items"]
+    assert max(item["count"] for item in told if item["reason"] == "StandinRefuses") >= 3
+    assert len(told) <= 6, [item["message"] for item in told]
+    assert plane.state.replica_log("loop", "loop-r1-0").stat().st_size < 100_000
+    assert len(list(plane.state.replica_dir("loop-r1-0").iterdir())) == 1, "one folder, however many crashes"
+
+    plane.apply(model("loop", SLOW, EXIT=3))
+    eventually(lambda: plane.view("loop")["replicas"][0]["state"] == "Backoff", "it waits for an hour")
+    before = plane.view("loop")["replicas"][0]["incarnation"]
+    time.sleep(0.5)
+    before = plane.view("loop")["replicas"][0]["incarnation"]
+    with closing(sqlite3.connect(plane.state.store)) as db:
+        ((due,),) = db.execute("SELECT not_before FROM replicas WHERE model = 'loop'").fetchall()
+    plane.kill()
+    plane.start()
+    time.sleep(1.0)
+    assert plane.view("loop")["replicas"][0]["incarnation"] == before
+    with closing(sqlite3.connect(plane.state.store)) as db:
+        assert db.execute("SELECT not_before FROM replicas WHERE model = 'loop'").fetchall() == [(due,)]
+    plane.delete("loop")
+
+
+def test_with_its_shim_an_engine_dies_all_it_started_dies_and_one_replaces_it(plane: Plane) -> None:
+    plane.apply(model("shimless", QUICK, CHILD=1, STEP="0.05"))
+    view = plane.wait_served("shimless")["replicas"][0]
+    engine = psutil.Process(view["pid"])
+    shim = engine.parent()
+    assert shim is not None
+    (child,) = engine.children()
+    streams = [Stream(plane.base_url, "shimless", 400) for _ in range(2)]
+    for stream in streams:
+        stream.wait_running()
+    shim.kill()
+    eventually(lambda: not alive(engine.pid) and not alive(child.pid), "no orphan")
+    for stream in streams:
+        stream.join(30)
+        assert stream.problem is not None or '"error"' in stream.lines[-1]
+        assert sum('"error"' in line for line in stream.lines) == 1
+    view = eventually(
+        lambda: (r := plane.view("shimless")["replicas"][0])["incarnation"] == 2 and r["state"] == "Ready" and r,
+        "a second incarnation serves",
+    )
+    assert [event["count"] for reason, event in events(plane, "shimless").items() if reason == "Started"] == [2]
+    assert carriers(plane) >= {view["pid"]}
+    assert plane.complete("shimless").status_code == 200
+    plane.delete("shimless")
+    eventually(lambda: carriers(plane) == {plane.client.get("/v1/ping")["router"]["pid"]}, "no orphan")
+
+
+def test_jumps_of_the_wall_clock_change_nothing(plane: Plane) -> None:
+    plane.apply(model("timed", "  probes: {startup: {timeout: 20s}, liveness: {timeout: 5s}}\n", STEP="0.02"))
+    before = plane.wait_served("timed")["replicas"][0]
+    stream = Stream(plane.base_url, "timed", 150)
+    stream.wait_running()
+    try:
+        for _ in range(times(1, 5)):
+            for jump in (86400, -86400, 3600, -3600):
+                plane.move_clock(jump)
+                time.sleep(0.2)
+                assert plane.condition("timed", "Ready")["status"] == "True"
+                (event,) = [e for e in events(plane, "timed").values() if e["reason"] == "ReplicaReady"]
+                assert event["count"] == 1
+        assert plane.view("timed")["replicas"][0]["pid"] == before["pid"]
+        plane.client.delete("/v1/objects/model/timed")
+        eventually(lambda: plane.view("timed")["replicas"][0]["state"] == "Draining", "it drains")
+        plane.move_clock(2 * 86400)
+        time.sleep(0.5)
+        stream.finish()  # the deadline of the drain is no nearer
+        eventually(lambda: not plane.exists("timed"), "it is gone")
+
+        plane.apply(model("timed", "  restartPolicy: {backoffBase: 1s}\n"))
+        os.kill(plane.wait_served("timed")["replicas"][0]["pid"], signal.SIGKILL)
+        eventually(lambda: plane.view("timed")["replicas"][0]["state"] == "Backoff", "it waits a second")
+        plane.move_clock(-30 * 86400)
+        plane.kill()
+        plane.start()
+        eventually(lambda: plane.view("timed")["replicas"][0]["incarnation"] == 2, "and no month")
+        plane.wait_served("timed")
+    finally:
+        plane.move_clock(0)
+    plane.delete("timed")
+
+
+def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
+    assert plane.process is not None
+    own = psutil.Process(plane.process.pid)
+    running, stopped = model("often", "  replicas: 1\n"), model("often", "  replicas: 0\n")
+    plane.apply(stopped)
+    plane.wait_stopped("often")
+    files, descriptors, children = sorted(plane.state.runtime.rglob("*")), own.num_fds(), own.children()
+    shared = set(Path("/dev/shm").iterdir())
+    for _ in range(times(10, 100)):
+        plane.apply(running)
+        pid = plane.wait_served("often")["replicas"][0]["pid"]
+        plane.apply(stopped)
+        plane.wait_stopped("often")
+        assert not alive(pid)
+        eventually(
+            lambda: not [p for p in own.children() if p.status() == psutil.STATUS_ZOMBIE], "no zombie", seconds=10
+        )
+    assert sorted(plane.state.runtime.rglob("*")) == files
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    eventually(lambda: own.num_fds() <= descriptors, f"descriptors: {own.num_fds()}, not {descriptors}")
+    assert own.children() == children
+    plane.delete("often")
+
+
+def test_everything_killed_at_once_comes_back_as_it_was_applied(plane: Plane) -> None:
+    plane.apply(model("one", QUICK, CHILD=1), model("two", QUICK + "  replicas: 2\n"))
+    for _ in range(times(1, 20)):
+        plane.wait_served("one")
+        plane.wait_served("two")
+        assert plane.process is not None
+        everything = sorted({*plane.ours(), *carriers(plane), plane.process.pid}, reverse=True)
+        for pid in everything:
+            os.kill(pid, signal.SIGKILL)
+        plane.process.wait(15)
+        assert list(plane.state.runtime.rglob("*.sock")), "their sockets lie there"
+        plane.start()
+        for name, count in (("one", 1), ("two", 2)):
+            view = plane.wait_served(name)
+            assert len(view["replicas"]) == count
+            assert all(alive(replica["pid"]) for replica in view["replicas"])
+            assert plane.complete(name).status_code == 200
+        ids = [replica["id"] for name in ("one", "two") for replica in plane.view(name)["replicas"]]
+        for replica in ids:
+            told = [
+                pid
+                for pid in carriers(plane)
+                if f"/{replica}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+            ]
+            assert len(told) == (2 if replica.startswith("one") else 1), "one process an id, and what it started"
+    lost = plane.client.get("/v1/events", **{"for": "gateway/default"})["items"]
+    assert any(event["reason"] == "RouterLost" for event in lost)
+
+
+def test_sigterm_to_all_processes_ends_streams_with_a_word_and_leaves_no_process(plane: Plane) -> None:
+    for _ in range(times(1, 20)):
+        plane.apply(model("one", QUICK, STEP="0.05"))
+        plane.wait_served("one")
+        streams = [Stream(plane.base_url, "one", 400) for _ in range(3)]
+        for stream in streams:
+            stream.wait_running()
+        for pid in plane.ours():
+            os.kill(pid, signal.SIGTERM)
+        for stream in streams:
+            stream.join(60)
+            assert "[DONE]" in stream.lines[-1] or '"error"' in stream.lines[-1], stream.lines[-1]
+        assert plane.process is not None
+        assert plane.process.wait(30) == 0
+        eventually(lambda: plane.ours() == [], f"nothing runs: {plane.ours()}")
+        assert not list(plane.state.runtime.rglob("*.sock")), "no socket is left"
+        plane.start()
