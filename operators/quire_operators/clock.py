@@ -8,7 +8,8 @@ plane, so that stored times (`not_before`, `drain_since`) mean the same to the n
 After a reboot the monotonic clock starts again and a new base is drawn, never below the newest time on record:
 a wall clock that lost its date must not put everything stored into the future.
 
-For display a steady time is moved by as much as the wall clock was (`on_the_wall`), so ages come out right.
+For display a steady time is moved by as much as the wall clock was (`on_the_wall`), so ages come out right; time
+that the machine was suspended for is missing in them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ def new_base(newest: float) -> float:
 
 
 def on_the_wall(at: float, clock: Callable[[], float]) -> float:
-    """What the wall clock of now calls the time that `clock` calls `at`."""
-    return at + time.time() - clock()
+    """What the wall clock of now calls the time that `clock` calls `at`.
+
+    The two are compared to the second: a wall clock that is merely kept on time must not make one event's time
+    another at each look.
+    """
+    return at + round(time.time() - clock())
 
 
 def boot_id() -> str:

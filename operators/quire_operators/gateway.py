@@ -3,7 +3,8 @@
 There is one gateway, named `default`; without a manifest it has its defaults. The router is started with the
 first object and then runs until `down`, with or without a control plane. Its shim starts it again when it ends,
 and keeps the listening socket meanwhile, so that connections queue instead of being refused. A gateway with
-another address replaces shim and router: running requests finish first, within the router's own grace.
+another address replaces shim and router: running requests finish first, within the router's own grace. Port 0 is
+any free one, and then the same again as long as nobody else took it.
 """
 
 from __future__ import annotations
@@ -185,9 +186,9 @@ class GatewayReconciler:
             if gone is not None and gone.ended is None and told.get("nonce") == gone.nonce:
                 text = f"the router and its shim (incarnation {gone.incarnation}) are gone without a record"
                 self._store.add_event(KEY, "Warning", "RouterLost", text)
-                self._store.set_note("router", {})
+                self._store.set_note("router", {"listen": told.get("listen")})
             return
-        now = {"nonce": seen.nonce, "starts": seen.starts}
+        now = {"nonce": seen.nonce, "starts": seen.starts, "listen": list(seen.listen) if seen.listen else None}
         if seen.life is Life.UNKNOWN or now == told:
             return
         ends = seen.starts - told["starts"] if told.get("nonce") == seen.nonce else seen.starts - 1
@@ -212,6 +213,14 @@ class GatewayReconciler:
             self._failure = None
         return None
 
+    def _listen_on(self, host: str, port: int) -> tuple[str, int]:
+        """The declared address; for port 0 the one that was found last, if it is free: whoever has the base URL of
+        a router that was lost or brought down keeps it."""
+        last = self._store.note("router").get("listen")
+        if port == 0 and last is not None and last[0] == host and address_problem(host, last[1]) is None:
+            return host, int(last[1])
+        return host, port
+
     async def _start(self, spec: Mapping[str, Any]) -> float | None:
         host, port = spec["bind"], spec["port"]
         incarnation = self._store.next_incarnation(UNIT)
@@ -227,7 +236,7 @@ class GatewayReconciler:
             log=self._state.log("router"),
             labels=_labels(spec),
             files={"router.json": self._command.config(host, port)},
-            listen=(host, port),
+            listen=self._listen_on(host, port),
             restart=True,
             grace=STOP_GRACE,
         )

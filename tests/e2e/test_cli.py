@@ -281,6 +281,19 @@ def test_a_killed_control_plane_takes_nothing_with_it(platform: Platform) -> Non
     assert "its processes are not" in done.stderr
     assert not platform.processes(), "down finds what a dead control plane left"
 
+    for looking in (("get",), ("describe", "model/m"), ("events",), ("logs", "model/m")):
+        told = platform.run(*looking, code=7)
+        assert "the platform is down" in told.stderr
+        assert "hint: " in told.stderr
+        assert "platform up" in told.stderr
+    assert "down" in platform.run("version").stdout
+    assert not platform.processes(), "looking starts nothing"
+    up = platform.run("up")
+    assert "model/m  starting" in up.stdout
+    assert platform.base_url("m") == base, "a port that was once found is kept while it is free"
+    assert ask(base, "m", "What is Quire?")["choices"]
+    assert platform.run("up").stdout.count("unchanged") == 2
+
 
 def test_ctrl_c_detaches_and_the_rollout_goes_on(platform: Platform) -> None:
     platform.run("apply", platform.gateway)

@@ -251,6 +251,7 @@ def test_everything_killed_at_once_comes_back_as_it_was_applied(plane: Plane) ->
         plane.wait_served("one")
         plane.wait_served("two")
         assert plane.process is not None
+        base_url = plane.base_url
         everything = sorted({*plane.ours(), *carriers(plane), plane.process.pid}, reverse=True)
         for pid in everything:
             os.kill(pid, signal.SIGKILL)
@@ -262,6 +263,7 @@ def test_everything_killed_at_once_comes_back_as_it_was_applied(plane: Plane) ->
             assert len(view["replicas"]) == count
             assert all(alive(replica["pid"]) for replica in view["replicas"])
             assert plane.complete(name).status_code == 200
+        assert plane.base_url == base_url
         ids = [replica["id"] for name in ("one", "two") for replica in plane.view(name)["replicas"]]
         for replica in ids:
             told = [

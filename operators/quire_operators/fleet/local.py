@@ -178,8 +178,10 @@ class LocalFleet:
         for folder in nameless - set(self._observed):
             if self._watches[folder].done():
                 self._drop(folder)  # nobody listens, and nothing says who did
-        for name in {name for name, _ in _carriers(self._install_id)}:
-            await self._end_strays(name)  # of units that left no folder
+        if all(folder in self._observed or folder not in self._watches for folder in nameless):
+            # Else the owner of a name may be one that has not said who it is.
+            for name in {name for name, _ in _carriers(self._install_id)}:
+                await self._end_strays(name)  # of units that left no folder
 
     async def close(self) -> None:
         """Stop listening to shims. They and their children go on."""
