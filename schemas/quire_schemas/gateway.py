@@ -72,7 +72,11 @@ class GatewaySpec(Strict):
         update="rolling",
     )
     port: int = declared(
-        "TCP port to listen on; 0 takes any free one.", DEFAULT_PORT, update="rolling", ge=0, le=65535
+        "TCP port to listen on; 0 takes any free one, and the same again later if it is free then.",
+        DEFAULT_PORT,
+        update="rolling",
+        ge=0,
+        le=65535,
     )
     workers: int = declared(
         "Router processes.",

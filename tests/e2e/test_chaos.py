@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STALL = 2.0
 MODEL = f"""\
-  restartPolicy: {{backoffBase: 100ms}}
+  restartPolicy: {{backoffBase: 100ms, backoffMax: 200ms}}
   probes: {{liveness: {{timeout: {STALL:g}s}}}}
 """
 

@@ -235,7 +235,7 @@ def conclude(results: Mapping[str, tuple[Verdict, str, View | None]], timeout: f
 def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
     """Stop serving objects: running requests finish first, within drainTimeout."""
     named = [object_path(reference) for reference in references]
-    client = connect()
+    client = connect(wakes=True)
     with interruptible("interrupted: what was named as deleting so far is deleted. See: platform get"):
         for key, path in named:
             client.delete(path)

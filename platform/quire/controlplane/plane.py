@@ -7,7 +7,8 @@ first (it stops accepting and lets running requests finish within the grace), th
 sockets.
 
 The marker in the state directory outlasts the processes: until an `apply` or `up` removes it a control plane
-adopts what there is, answers a `plan`, and starts nothing. That somebody looks is no wish to have it all back.
+adopts what there is, answers a `plan`, deletes, and starts nothing. That somebody looks is no wish to have it all
+back.
 
 Exceptions:
 
@@ -480,8 +481,9 @@ class ControlPlane:
         return {"items": items}
 
     def object(self, key: Key) -> dict[str, Any]:
-        self._refuse_when_down()
         stored = self.store.get(key)
+        if stored is not None or key == GATEWAY:
+            self._refuse_when_down()
         if stored is None and key == GATEWAY:
             return self._default_gateway()
         if stored is None:
@@ -491,7 +493,6 @@ class ControlPlane:
     def delete(self, key: Key) -> dict[str, Any]:
         """Begin a deletion; the object stays until nothing of it runs."""
         self._refuse_while_going_down()
-        self._refuse_when_down()
         if key == GATEWAY and (problem := self._no_way_back()) is not None:
             raise _address_in_use(
                 f"without it the router would move to its default address, where it cannot listen: {problem}",
@@ -502,9 +503,15 @@ class ControlPlane:
         except NotFound as error:
             raise _not_found(key) from error
         self.store.add_event(key, "Normal", "Deleting", f"generation {stored.generation}")
+        view = self._view(stored)
+        if self._is_down and all(seen.life is Life.GONE for seen in self.fleet.observed()):
+            self.store.add_event(key, "Normal", "Deleted", "nothing of it ran: the platform is down")
+            for row in self.store.replicas(key.name) if key.kind == "model" else ():
+                self.store.delete_replica(row.id)
+            self.store.remove(key)
         self._controller.add(key)
         self._controller.add(ROUTES)
-        return self._view(stored)
+        return view
 
     def _no_way_back(self) -> str | None:
         """Why the router could not listen where it does without a manifest; None when it could, or need not."""

@@ -549,7 +549,7 @@ def test_down_removes_the_sockets_that_killed_processes_left(
     assert main(["down"]) == ExitCode.OK
     assert said(capsys)[0] == "nothing is running\n"
     assert not state.runtime.exists()
-    for command in (["get"], ["describe", "model/m"], ["events"], ["logs", "router"], ["delete", "model/m"]):
+    for command in (["get"], ["describe", "model/m"], ["events"], ["logs", "router"]):
         assert main(command) == ExitCode.UNREACHABLE
         out, err = said(capsys)
         assert out == ""
