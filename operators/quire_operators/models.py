@@ -313,9 +313,7 @@ class ModelReconciler:
         deadline = self._report(view, no_room=planned.no_room)
         if lasting:
             return 0.0
-        now = self._clock()
-        times = [at for at in (planned.requeue_at, deadline) if at is not None and at > now]
-        return min(times) - now if times else None
+        return due_in((planned.requeue_at, deadline), self._clock())
 
     async def _sweep(self, key: Key) -> float | None:
         """Processes that carry the name of a model that does not exist."""
@@ -479,7 +477,7 @@ class ModelReconciler:
     # ── report ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _report(self, view: View, *, no_room: bool) -> float | None:
-        """Write the status; gives the time of the progress deadline while it matters."""
+        """Write the status; gives the time of the progress deadline while it is ahead."""
         now = self._clock()
         stored, desired, pairs = view.stored, view.desired, view.world.replicas
         before = self._store.status(stored.uid)
@@ -543,7 +541,7 @@ class ModelReconciler:
         for fact in facts:
             if fact.type == "Stalled" and fact.status and not _was(before, "Stalled", fact.reason):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
-        return None if settled else deadline
+        return None if settled or now >= deadline else deadline
 
     def _replica(self, row: Row, seen: Seen, report: Report) -> dict[str, Any]:
         own = next((o for o in self._fleet.observed(row.id) if o.nonce == row.nonce), None)
@@ -749,6 +747,12 @@ class ModelReconciler:
         if revision.load_seconds is None or not started:
             return None
         return max(1.0, revision.load_seconds - (self._clock() - min(started)))
+
+
+def due_in(times: Sequence[float | None], now: float) -> float | None:
+    """Seconds from `now` to the earliest of these; 0 for one that passed while the pass that named it went on."""
+    named = [at for at in times if at is not None]
+    return max(min(named) - now, 0.0) if named else None
 
 
 def log_owner(file: str, model: str) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
-from quire_operators.models import device_env, log_owner
+from quire_operators.models import device_env, due_in, log_owner
 from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
 from quire_operators.placement import NoDevice, Placement, PlacementError, TooLarge, place
 from quire_operators.rollout import Goal, Row
@@ -141,6 +141,12 @@ def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bou
 def test_an_engine_sees_its_own_gpu_alone_by_the_number_that_the_ledger_has() -> None:
     assert device_env("cuda:3") == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3"}
     assert device_env("cpu") == {}
+
+
+def test_a_time_that_passed_during_its_own_pass_is_due_at_once_and_not_forgotten() -> None:
+    assert due_in((105.0, None, 103.0), 100.0) == 3.0
+    assert due_in((99.9, 200.0), 100.0) == 0.0
+    assert due_in((None, None), 100.0) is None
 
 
 def test_a_log_is_told_by_its_name() -> None:
