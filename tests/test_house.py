@@ -107,6 +107,15 @@ def test_only_signals_spells_metric_names() -> None:
             assert spelled not in names, f"{path}:{getattr(node, 'lineno', 0)} spells {spelled}"
 
 
+def test_outside_quire_opentelemetry_is_its_api_alone() -> None:
+    for path in PYTHON_FILES:
+        if path.is_relative_to(ROOT / "platform"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module or "").startswith(("opentelemetry.sdk", "opentelemetry.exporter")), path
+
+
 def test_litestar_is_above_its_published_holes() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "litestar>=2.20" in project["project"]["dependencies"]

@@ -37,7 +37,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     scheduled_at: float | None = None
     first_token_at: float | None = None
-    preemptions: int = 0
+    preempted_at: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, message: Generate, *, eos_token_ids: tuple[int, ...], seed: int, received_at: float) -> Request:
@@ -72,11 +72,12 @@ class Request:
         """Tokens that can ever lie in the cache: the last one drawn is never computed."""
         return self.num_prompt + self.draw.sampling.max_tokens - 1
 
-    def timings(self, finished_at: float) -> Timings:
+    def timings(self, finished_at: float | None = None) -> Timings:
+        """Where its time went until now; `finished_at` when this was its last step."""
         return Timings(
             received_at=self.received_at,
             scheduled_at=self.scheduled_at,
             first_token_at=self.first_token_at,
             finished_at=finished_at,
-            preemptions=self.preemptions,
+            preempted_at=tuple(self.preempted_at),
         )

@@ -184,7 +184,7 @@ class Scheduler:
         self.pool.release(victim.block_ids)
         victim.state = State.WAITING
         victim.num_computed = 0
-        victim.preemptions += 1
+        victim.preempted_at.append(self._clock())
         self.counters.preemptions += 1
         self.waiting.appendleft(victim)
 
@@ -216,10 +216,11 @@ class Scheduler:
         token = result.tokens[request.id]
         sampling = request.draw.sampling
         self.counters.generation_tokens += 1
+        delta = Delta(request.id)
         if request.first_token_at is None:
             request.first_token_at = now
             self.counters.prompt_tokens += request.num_prompt
-        delta = Delta(request.id)
+            delta.timings = request.timings()
         if token in request.ending_ids and request.num_output >= sampling.min_tokens:
             delta.finish_reason, delta.stop_token_id = "stop", token
         else:

@@ -26,6 +26,7 @@ from quire_operators.rollout import Router
 from quire_operators.routes import Routes
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store, StoredObject
+from quire_operators.tracing import acted
 from quire_schemas.gateway import Gateway
 from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import API_VERSION, Key
@@ -42,10 +43,10 @@ NOT_RETRYABLE = 78
 
 @dataclass(frozen=True, slots=True)
 class RouterCommand:
-    """How a router is started: its argv for a config file, and that file's bytes for (host, port)."""
+    """How a router is started: its argv for a config file, and that file's bytes for a gateway's resolved spec."""
 
     argv: Callable[[Path], Sequence[str]]
-    config: Callable[[str, int], bytes]
+    config: Callable[[Mapping[str, Any]], bytes]
 
 
 def resolved_spec(stored: StoredObject | None) -> dict[str, Any]:
@@ -165,6 +166,7 @@ class GatewayReconciler:
         if stored is not None and stored.deletion_time is not None:
             self._store.remove(KEY)
             self._store.add_event(KEY, "Normal", "Deleted", "the gateway has its defaults again")
+            acted("the gateway has its defaults again")
             stored = None
         seen = self.current()
         again: float | None = None
@@ -203,8 +205,14 @@ class GatewayReconciler:
         if seen.life is Life.UNKNOWN:
             return RETRY_SECONDS
         if dict(seen.labels) != _labels(spec) and not seen.stopping:
-            text = f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
+            moves = any(seen.labels.get(name) != _labels(spec)[name] for name in ("host", "port"))
+            text = (
+                f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
+                if moves
+                else "the router starts again with other settings for traces"
+            )
             self._store.add_event(KEY, "Normal", "Replacing", text)
+            acted(text)
             await self._fleet.stop(seen.folder, STOP_GRACE)
             return RETRY_SECONDS
         if not seen.running and seen.ended is not None and seen.ended.code == NOT_RETRYABLE:
@@ -235,7 +243,7 @@ class GatewayReconciler:
             cwd=self._state.root,
             log=self._state.log("router"),
             labels=_labels(spec),
-            files={"router.json": self._command.config(host, port)},
+            files={"router.json": self._command.config(spec)},
             listen=self._listen_on(host, port),
             restart=True,
             grace=STOP_GRACE,
@@ -254,6 +262,7 @@ class GatewayReconciler:
         self._failure = None
         where = f"{host}:{port}" if port else f"a free port of {host}, which its status shows"
         self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {where}")
+        acted(f"the router listens on {where}")
         return None
 
     def _fail(self, reason: Reason, message: str) -> None:
@@ -291,4 +300,6 @@ class GatewayReconciler:
 
 
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {"host": spec["bind"], "port": spec["port"]}
+    """What a running router was started with; a gateway that says otherwise replaces it."""
+    labels = {"host": spec["bind"], "port": spec["port"]}
+    return labels if spec.get("telemetry") is None else {**labels, "telemetry": spec["telemetry"]}

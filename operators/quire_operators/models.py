@@ -31,6 +31,7 @@ from quire_operators.rollout import Cause, Desired, Goal, Orphan, Process, Row, 
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Conflict, Revision, Store, StoredObject
+from quire_operators.tracing import acted
 from quire_schemas import wire
 from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 from quire_schemas.resource import Key
@@ -340,6 +341,7 @@ class ModelReconciler:
     async def _execute(self, view: View, step: rollout.Step) -> None:
         key = view.stored.key
         log.info("%s: %s", key, step)
+        acted(step)
         match step:
             case rollout.Create():
                 self._create(view, step)

@@ -23,6 +23,7 @@ import msgspec
 
 from quire_operators.rollout import Goal, Process, Router, Row, Seen
 from quire_operators.store import Store
+from quire_operators.tracing import acted
 from quire_schemas import wire
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ class Routes:
         self._store.set_routing_version(version)
         table = wire.RoutingTable(version, content)
         self._sent = {**dict(list(self._sent.items())[-8:]), version: table}
+        acted(f"routing table {version}: {len(content)} models")
         self._hear(await self._ask(table))
 
     def _hear(self, status: wire.RouterStatus) -> None:

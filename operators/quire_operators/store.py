@@ -9,6 +9,7 @@ compare-and-set on it. Status and events live in tables of their own, so that wr
     revisions     what one rollout template was resolved to; frozen when it was made
     replicas      one row each: see `rollout.Row`
     incarnations  the highest incarnation a replica id ever had, so that no two processes ever share one
+    origins       the trace context of the request that made an object's generation
     status        what the reconciler last reported, one JSON document an object
     events        decisions and observations, equal ones counted, capped per object and by age. An object's uid
                   keeps those of a deleted one apart from those of a new one of its name
@@ -123,6 +124,9 @@ _incarnations = sa.Table(
 _status = sa.Table(
     "status", _metadata, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
 )
+_origins = sa.Table(
+    "origins", _metadata, sa.Column("uid", sa.Text, primary_key=True), sa.Column("traceparent", sa.Text)
+)
 _events = sa.Table(
     "events",
     _metadata,
@@ -234,6 +238,14 @@ class Applied:
     result: str
     generation: int
     revision: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """An object's generation, and the W3C traceparent of the request that made it, if that had one."""
+
+    generation: int
+    traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,16 +377,18 @@ class Store:
         row = db.execute(query).mappings().first()
         return _object(row) if row is not None else None
 
-    def apply(self, changes: Sequence[Change]) -> tuple[Applied, ...]:
+    def apply(self, changes: Sequence[Change], traceparent: str | None = None) -> tuple[Applied, ...]:
         """Write all of them or none. An object whose intent hash is the stored one is not written at all.
+
+        `traceparent` is remembered as the origin of what is written.
 
         Raises `Conflict` when an object is not what the decision was made on.
         """
         now = self.clock()
         with self._write() as db:
-            return tuple(self._apply(db, change, now) for change in changes)
+            return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
-    def _apply(self, db: sa.Connection, change: Change, now: float) -> Applied:
+    def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:
         old = self._get(db, change.key)
         if (old.resource_version if old else None) != change.expected:
             raise Conflict(f"{change.key} was changed by somebody else meanwhile", "apply again")
@@ -393,6 +407,7 @@ class Store:
             "revision": revision,
             "applied_at": now,
         }
+        _set_origin(db, uid, traceparent)
         if old is None:
             db.execute(
                 insert(_objects).values(
@@ -453,7 +468,7 @@ class Store:
         )
         return n
 
-    def mark_deleting(self, key: Key) -> StoredObject:
+    def mark_deleting(self, key: Key, traceparent: str | None = None) -> StoredObject:
         """Begin a deletion: the object stays until what runs of it is gone. Raises `NotFound`."""
         with self._write() as db:
             old = self._get(db, key)
@@ -476,6 +491,7 @@ class Store:
                     resource_version=new.resource_version,
                 )
             )
+            _set_origin(db, old.uid, traceparent)
             return new
 
     def remove(self, key: Key) -> None:
@@ -484,8 +500,19 @@ class Store:
             old = self._get(db, key)
             if old is None:
                 return
-            for table in (_objects, _revisions, _status):
+            for table in (_objects, _revisions, _status, _origins):
                 db.execute(sa.delete(table).where(table.c.uid == old.uid))
+
+    def origin(self, key: Key) -> Origin | None:
+        """What made the object's generation; None when there is no such object."""
+        query = (
+            sa.select(_objects.c.generation, _origins.c.traceparent)
+            .select_from(_objects.outerjoin(_origins, _origins.c.uid == _objects.c.uid))
+            .where(_objects.c.kind == key.kind, _objects.c.namespace == NAMESPACE, _objects.c.name == key.name)
+        )
+        with self._engine.begin() as db:
+            found = db.execute(query).first()
+        return Origin(*found) if found is not None else None
 
     # ── revisions ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -672,6 +699,11 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
 
 def _begin_immediate(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _set_origin(db: sa.Connection, uid: str, traceparent: str | None) -> None:
+    statement = insert(_origins).values(uid=uid, traceparent=traceparent)
+    db.execute(statement.on_conflict_do_update(index_elements=["uid"], set_={"traceparent": traceparent}))
 
 
 def _object(row: Any) -> StoredObject:

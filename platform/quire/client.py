@@ -43,6 +43,7 @@ REQUEST_SECONDS = 60.0
 TAIL_LINES = 20
 DOWN = "the platform is down: platform down stopped it, and what was applied is kept"
 UP = "platform up starts it again, and so does platform apply"
+TRACE = ("traceparent", "tracestate")
 
 # fmt: off
 PASSED_ON = frozenset({
@@ -140,6 +141,8 @@ class Client:
         self._wakes = wakes
         self._notice = notice or (lambda line: None)
         self._timeout = timeout
+        self.trace = {name: os.environ[name.upper()] for name in TRACE if name.upper() in os.environ}
+        """Headers of the W3C trace context that requests are made in; at first the one of this process."""
 
     def get(self, path: str, **query: str | int | None) -> Any:
         """GET. Asked once more when the connection breaks: the control plane may die and return at any time."""
@@ -177,11 +180,10 @@ class Client:
         with closing(self._connect()) as connection:
             try:
                 if body is None:
-                    connection.request(method, target)
+                    connection.request(method, target, headers=self.trace)
                 else:
-                    connection.request(
-                        method, target, json.dumps(body).encode(), {"content-type": "application/json"}
-                    )
+                    headers = {"content-type": "application/json", **self.trace}
+                    connection.request(method, target, json.dumps(body).encode(), headers)
                 answer = connection.getresponse()
                 raw = answer.read()
             except TimeoutError as error:

@@ -15,7 +15,7 @@ from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 DEFAULT_PORT = 8000
 _NO_TLS = "the API is plain HTTP on loopback"
 _NO_CORS = "there are no CORS headers yet"
-_NO_TELEMETRY = "tracing is set up by the OTEL_* variables of the environment"
+_URL = r"^https?://[A-Za-z0-9.:\[\]-]+(/[^\s?#]*)?$"
 
 
 class Tls(Strict):
@@ -34,13 +34,19 @@ class Cors(Strict):
 
 
 class Telemetry(Strict):
-    """Where traces go."""
+    """Where the traces of requests go."""
 
-    otlp_endpoint: str | None = declared(
-        "URL of an OTLP collector.", None, update="rolling", refused=_NO_TELEMETRY
+    otlp_endpoint: Annotated[str, StringConstraints(pattern=_URL, max_length=1024)] | None = declared(
+        "Base URL of an OTLP collector, such as http://localhost:4318; spans go to its /v1/traces over HTTP. "
+        "Without it the OTEL_* variables of the environment say where, else that same address.",
+        None,
+        update="rolling",
     )
     sampling: Literal["always", "errors", "never"] = declared(
-        "Which requests are traced.", "never", update="rolling", refused=_NO_TELEMETRY, honours=("never",)
+        "Which requests are traced: all whose caller did not decide against it; of those, the ones that failed by "
+        "no fault of the client; or none, whatever the environment says.",
+        "always",
+        update="rolling",
     )
 
 
@@ -96,7 +102,11 @@ class GatewaySpec(Strict):
         refused="the limit is fixed",
         honours=("4Mi",),
     )
-    telemetry: Telemetry | None = section(Telemetry, "Where traces go.", refused=_NO_TELEMETRY, optional=True)
+    telemetry: Telemetry | None = section(
+        Telemetry,
+        "Where the traces of requests go. Without this section the OTEL_* variables of the environment decide.",
+        optional=True,
+    )
     metrics: Metrics = section(Metrics, "How /metrics is spelled.")
     unknown_fields: Literal["reject", "ignore"] = declared(
         "What happens to a request field that the API does not know.",

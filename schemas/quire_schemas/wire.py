@@ -142,14 +142,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """When one request went where; sent with its last delta. Monotonic seconds of the engine's machine."""
+    """When one request went where. Monotonic seconds of the engine's machine.
+
+    Sent with the delta of its first token, so that a request which is aborted later has told where its time went,
+    and with its last delta, which alone has `finished_at`.
+    """
 
     received_at: float
     scheduled_at: float | None = None
+    """When it was first let into a step."""
     first_token_at: float | None = None
     finished_at: float | None = None
-    preemptions: int = 0
-    cached_tokens: int = 0
+    preempted_at: tuple[float, ...] = ()
+    """Each time it lost its blocks to an older request, to be computed again."""
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]

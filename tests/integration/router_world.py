@@ -54,6 +54,8 @@ class World:
     tokenizer: Tokenizer
     listening: socket.socket
     config_file: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the router's process besides our own."""
     engines: list[WireEngine] = field(default_factory=list)
     version: int = 0
 
@@ -82,7 +84,7 @@ class World:
     def restart(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process = launch(self.folder, self.listening, self.config_file)
+        self.process = launch(self.folder, self.listening, self.config_file, self.environment)
 
     async def engine(self, name: str = "r1", text: str = TEXT, **options: Any) -> WireEngine:
         engine = WireEngine(self.folder / f"{name}.sock", name, self.says(text), **options)
@@ -177,19 +179,21 @@ async def eventually(look: Callable[[], Awaitable[V | None]], seconds: float = 1
         await asyncio.sleep(0.02)
 
 
-def launch(folder: Path, listening: socket.socket, config_file: Path) -> subprocess.Popen[bytes]:
+def launch(
+    folder: Path, listening: socket.socket, config_file: Path, more: dict[str, str]
+) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
     with (folder / "router.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "quire.router", str(config_file)],
-            env={**environment, LISTEN_FD: str(listening.fileno())},
+            env={**environment, **more, LISTEN_FD: str(listening.fileno())},
             pass_fds=[listening.fileno()],
             stderr=log,
         )
 
 
-def make_world(folder: Path) -> World:
-    """A router with an inherited listening socket and an empty table."""
+def make_world(folder: Path, environment: dict[str, str] | None = None) -> World:
+    """A router with an inherited listening socket and an empty table; `environment` adds to its variables."""
     made.write(folder / "ck", made.byte_level())
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -201,9 +205,10 @@ def make_world(folder: Path) -> World:
         shutdown_grace=2.0,
     )
     config_file.write_bytes(msgspec.json.encode(config))
-    process = launch(folder, listening, config_file)
+    more = environment or {}
+    process = launch(folder, listening, config_file, more)
     tokenizer = Tokenizer.load(folder / "ck")
-    world = World(folder, process, listening.getsockname()[1], tokenizer, listening, config_file)
+    world = World(folder, process, listening.getsockname()[1], tokenizer, listening, config_file, more)
     world.wait_until_up()
     return world
 

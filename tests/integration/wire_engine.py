@@ -21,7 +21,21 @@ Script = Callable[[wire.Generate], list[int]]
 class _Running:
     request: wire.Generate
     answer: list[int]
+    received_at: float
     sent: int = 0
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+
+    def timings(self, skew: float, finished_at: float | None) -> wire.Timings:
+        def there(at: float | None) -> float | None:
+            return at + skew if at is not None else None
+
+        return wire.Timings(
+            received_at=self.received_at + skew,
+            scheduled_at=there(self.scheduled_at),
+            first_token_at=there(self.first_token_at),
+            finished_at=there(finished_at),
+        )
 
 
 @dataclass(slots=True)
@@ -45,6 +59,8 @@ class WireEngine:
     stalled: bool = False
     deaf: bool = False
     """Reads what comes and answers nothing, as a stopped process's kernel does."""
+    skew: float = 0.0
+    """Seconds by which its clock is ahead of the router's, as if it was on another machine."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -123,7 +139,7 @@ class WireEngine:
             case wire.Generate():
                 self.generates.append(message)
                 answer = self.script(message)[: message.sampling.max_tokens]
-                self.running[message.id] = _Running(message, answer)
+                self.running[message.id] = _Running(message, answer, time.monotonic())
                 if self.poison is not None and self.poison(message):
                     self.deaths += 1
                     self.cut()
@@ -174,6 +190,10 @@ class WireEngine:
         ids = run.answer[run.sent : run.sent + self.tokens_per_step]
         run.sent += len(ids)
         delta = wire.Delta(id=run.request.id, token_ids=ids)
+        now = time.monotonic()
+        if run.first_token_at is None:
+            run.scheduled_at, run.first_token_at = max(now - self.pace, run.received_at), now
+            delta.timings = run.timings(self.skew, None)
         wanted = run.request.sampling.logprobs
         if wanted is not None:
             delta.logprobs = [
@@ -187,8 +207,5 @@ class WireEngine:
         elif run.sent >= len(run.answer):
             delta.finish_reason, delta.stop_token_id = "stop", 0
         if delta.finish_reason is not None:
-            now = time.monotonic()
-            delta.timings = wire.Timings(
-                received_at=now - 0.01, scheduled_at=now, first_token_at=now, finished_at=now
-            )
+            delta.timings = run.timings(self.skew, now)
         return delta

@@ -13,7 +13,7 @@ import click
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, report, usage_error
 from quire.cli.progress import Display, Verdict, View, fetch, wait
-from quire.cli.session import connect, notice, object_path
+from quire.cli.session import asks_for_traces, connect, notice, object_path
 from quire.client import Client, InvalidManifest
 
 if TYPE_CHECKING:
@@ -171,6 +171,18 @@ def apply(paths: tuple[str, ...], filenames: tuple[str, ...], waits: bool, timeo
 
 def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
     """Submit the files, print what became of each object, and wait for all. Returns the exit code."""
+    return _traced(client, "apply", lambda: _apply(client, files, waits=waits, timeout=timeout))
+
+
+def _traced(client: Client, command: str, work: Callable[[], int]) -> int:
+    if not asks_for_traces():
+        return work()
+    from quire.cli.trace import in_span
+
+    return in_span(client, command, work)
+
+
+def _apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
     with interruptible(
         "interrupted while the manifests were handed over: they were taken as a whole or not at all. "
         "See which: platform get. Applying them again does no harm"
@@ -236,6 +248,10 @@ def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
     """Stop serving objects: running requests finish first, within drainTimeout."""
     named = [object_path(reference) for reference in references]
     client = connect(wakes=True)
+    return _traced(client, "delete", lambda: _delete(client, named, waits=waits, timeout=timeout))
+
+
+def _delete(client: Client, named: list[tuple[str, str]], *, waits: bool, timeout: float) -> int:
     with interruptible("interrupted: what was named as deleting so far is deleted. See: platform get"):
         for key, path in named:
             client.delete(path)

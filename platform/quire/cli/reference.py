@@ -1,8 +1,8 @@
 """`platform reference FOLDER`: the reference pages, written from the product itself; --check compares.
 
 Pages: the command line (click's own help), every manifest field and every reason (what `platform explain`
-prints), what the HTTP API takes and answers, and the metrics that the router exports. `make docs` writes them,
-`make docs-check` fails when a page is not what would be written.
+prints), what the HTTP API takes and answers, the metrics that the router exports, and the spans of a trace.
+`make docs` writes them, `make docs-check` fails when a page is not what would be written.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ WIDTH = 100
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Write nothing; fail if a page is not what would be written.")
 def reference(folder: Path, check: bool) -> int:
-    """Write the reference pages (command line, manifest fields, reasons, HTTP API, metrics) into FOLDER."""
+    """Write the reference pages (command line, manifest fields, reasons, HTTP API, metrics, spans) into FOLDER."""
     pages = {
         "cli.md": cli_page(),
         "manifest.md": manifest_page(),
         "reasons.md": reasons_page(),
         "api.md": api_page(),
         "metrics.md": metrics_page(),
+        "spans.md": spans_page(),
     }
     if check:
         stale = [name for name, text in pages.items() if _read(folder / name) != text]
@@ -142,6 +143,26 @@ def metrics_page() -> str:
         if isinstance(value, str) and value.startswith("quire_"):
             lines.append(f"| `{value}` | {note} |")
     return "\n".join(lines) + "\n"
+
+
+def spans_page() -> str:
+    """Every span, event and attribute, with the note that stands below it in the source."""
+    from quire_schemas import signals
+
+    found = list(_documented(Path(signals.__file__).read_text()))
+    lines = _head("Spans")
+    for title, prefixes in (
+        ("span", ("SPAN_",)),
+        ("event", ("EVENT_",)),
+        (
+            "attribute",
+            ("SERVICE_NAME", "SERVICE_VERSION", "PROCESS_", "SERVER_", "HTTP_", "ERROR_", "GEN_AI_", "QUIRE_"),
+        ),
+    ):
+        lines += [f"| {title} | note |", "|---|---|"]
+        lines += [f"| `{getattr(signals, name)}` | {note} |" for name, note in found if name.startswith(prefixes)]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _documented(source: str) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from quire.cli.outcome import usage_error
@@ -25,6 +26,11 @@ def notice(line: str) -> None:
 def connect(*, start: bool = True, wakes: bool = False) -> Client:
     """The client of this user's control plane; nothing is connected yet. `wakes`: also after `platform down`."""
     return Client(StateDir.default(), start=start, wakes=wakes, notice=notice)
+
+
+def asks_for_traces() -> bool:
+    """Whether this shell may ask for traces. Costs nothing to find out; `quire.tracing` knows for certain."""
+    return any(name.startswith("OTEL_") for name in os.environ)
 
 
 def object_path(reference: str) -> tuple[str, str]:

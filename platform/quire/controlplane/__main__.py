@@ -25,8 +25,10 @@ import uvicorn
 from quire import builtin
 from quire.controlplane.app import create_app
 from quire.controlplane.plane import ControlPlane
+from quire.tracing import BadTelemetry, Tracing
 from quire_operators.paths import StateDir, StateDirError
 from quire_operators.store import StoreError
+from quire_schemas import signals
 
 log = logging.getLogger("quire.controlplane")
 
@@ -61,10 +63,16 @@ def main() -> int:
         return 0
     _log_to(state.log("controlplane"))
     try:
-        asyncio.run(_run(state, arguments.ready_fd))
+        tracing = Tracing.set_up(signals.SERVICE_CONTROL_PLANE)
+    except BadTelemetry as error:
+        return _fail(arguments.ready_fd, error)
+    try:
+        asyncio.run(_run(state, arguments.ready_fd, tracing))
     except (StateDirError, StoreError, OSError) as error:
         log.exception("cannot run")
         return _fail(arguments.ready_fd, error)
+    finally:
+        tracing.shutdown()
     return 0
 
 
@@ -98,8 +106,8 @@ def _listen(path: Path) -> socket.socket:
     return server
 
 
-async def _run(state: StateDir, ready_fd: int | None) -> None:
-    plane = ControlPlane(state, {"tiny": builtin.path("tiny")})
+async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
+    plane = ControlPlane(state, {"tiny": builtin.path("tiny")}, tracing=tracing)
     server_socket = _listen(state.admin_socket)
     own_socket = os.stat(state.admin_socket).st_ino
     config = uvicorn.Config(

@@ -16,6 +16,7 @@ from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
 from quire.controlplane.plane import ApiError, ControlPlane, parse_key
+from quire.controlplane.spans import traced
 from quire_operators.store import StoreError
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,14 @@ async def plan(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
 
 @post("/v1/apply", status_code=200)
 async def apply(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    return await _plane(state).apply(await _body(request))
+    with traced(_plane(state).tracer, request, "/v1/apply") as traceparent:
+        return await _plane(state).apply(await _body(request), traceparent)
 
 
 @post("/v1/up", status_code=200)
-async def up(state: State) -> dict[str, Any]:
-    return await _plane(state).up()
+async def up(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/up"):
+        return await _plane(state).up()
 
 
 @get("/v1/objects")
@@ -73,8 +76,9 @@ async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
 
 
 @delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
-async def delete_object(state: State, kind: str, name: str) -> dict[str, Any]:
-    return _plane(state).delete(parse_key(f"{kind}/{name}"))
+async def delete_object(request: Request[Any, Any, Any], state: State, kind: str, name: str) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}") as traceparent:
+        return _plane(state).delete(parse_key(f"{kind}/{name}"), traceparent)
 
 
 @get("/v1/events")
@@ -93,11 +97,12 @@ async def logs(
 
 @post("/v1/down", status_code=202)
 async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    grace = (await _body(request)).get("grace", DEFAULT_GRACE)
-    if not isinstance(grace, int | float) or isinstance(grace, bool) or not 0 <= grace <= 86400:
-        raise ApiError(400, "bad_request", f"grace is a number of seconds from 0 to 86400, not {grace!r}")
-    _plane(state).begin_down(float(grace))
-    return {"stopping": True, "grace": math.ceil(grace)}
+    with traced(_plane(state).tracer, request, "/v1/down"):
+        grace = (await _body(request)).get("grace", DEFAULT_GRACE)
+        if not isinstance(grace, int | float) or isinstance(grace, bool) or not 0 <= grace <= 86400:
+            raise ApiError(400, "bad_request", f"grace is a number of seconds from 0 to 86400, not {grace!r}")
+        _plane(state).begin_down(float(grace))
+        return {"stopping": True, "grace": math.ceil(grace)}
 
 
 def _api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:

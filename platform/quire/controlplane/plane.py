@@ -33,6 +33,7 @@ import msgspec
 
 from quire.client import DOWN, UP
 from quire.router.config import RouterConfig
+from quire.tracing import Declared, Tracing
 from quire_operators import admission, devices, status
 from quire_operators.clock import on_the_wall
 from quire_operators.controller import Controller
@@ -47,6 +48,7 @@ from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
 from quire_operators.sources import Sources
 from quire_operators.store import Conflict, NotFound, Store, StoredObject
+from quire_operators.tracing import Passes
 from quire_schemas import manifest
 from quire_schemas.manifest import Problem
 from quire_schemas.model import Model
@@ -108,7 +110,8 @@ def engine_argv(spec: Path) -> list[str]:
 def router_command(state: StateDir) -> RouterCommand:
     """How the router of this state directory is started."""
 
-    def config(host: str, port: int) -> bytes:
+    def config(spec: Mapping[str, Any]) -> bytes:
+        host, port, telemetry = spec["bind"], spec["port"], spec.get("telemetry")
         names = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
         return msgspec.json.encode(
             RouterConfig(
@@ -117,6 +120,7 @@ def router_command(state: StateDir) -> RouterCommand:
                 host=host,
                 port=port,
                 allowed_hosts=tuple(dict.fromkeys(names)),
+                telemetry=Declared(telemetry["otlpEndpoint"], telemetry["sampling"]) if telemetry else None,
             )
         )
 
@@ -149,8 +153,10 @@ class ControlPlane:
         engine: Callable[[Path], Sequence[str]] = engine_argv,
         router: RouterCommand | None = None,
         environ: Mapping[str, str] = os.environ,
+        tracing: Tracing | None = None,
     ) -> None:
         self.state = state
+        self.tracer = tracing.tracer("quire.controlplane") if tracing is not None else None
         self.version = version("quire")
         self.started_at = time.time()
         self.store = Store(state.store)
@@ -176,7 +182,8 @@ class ControlPlane:
             self._key_changed,
             clock,
         )
-        self._controller: Controller[Key] = Controller(self._reconcile)
+        passes = Passes(self.tracer, self.store.origin)
+        self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
         self.finished = asyncio.Event()
         """Set when `down` has stopped everything and the process is to end."""
@@ -409,8 +416,11 @@ class ControlPlane:
         await self._begin_work()
         return True
 
-    async def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Store these files' resources, all or none, and set the reconcilers to work. Ends a `down`."""
+    async def apply(self, body: Mapping[str, Any], traceparent: str | None = None) -> dict[str, Any]:
+        """Store these files' resources, all or none, and set the reconcilers to work. Ends a `down`.
+
+        `traceparent` is remembered with the objects as the origin of their new generation.
+        """
         self._refuse_while_going_down()
         loaded = _load(body)
         reviews = self.admission.review(loaded.resources)
@@ -418,7 +428,7 @@ class ControlPlane:
             raise invalid(found)
         self._check_address(reviews)
         try:
-            applied = self.store.apply(self.admission.changes(reviews))
+            applied = self.store.apply(self.admission.changes(reviews), traceparent)
         except Conflict as conflict:
             raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
         for item in applied:
@@ -490,7 +500,7 @@ class ControlPlane:
             raise _not_found(key)
         return self._view(stored)
 
-    def delete(self, key: Key) -> dict[str, Any]:
+    def delete(self, key: Key, traceparent: str | None = None) -> dict[str, Any]:
         """Begin a deletion; the object stays until nothing of it runs."""
         self._refuse_while_going_down()
         if key == GATEWAY and (problem := self._no_way_back()) is not None:
@@ -499,7 +509,7 @@ class ControlPlane:
                 "keep it, or stop the program that holds the address first; nothing was changed",
             )
         try:
-            stored = self.store.mark_deleting(key)
+            stored = self.store.mark_deleting(key, traceparent)
         except NotFound as error:
             raise _not_found(key) from error
         self.store.add_event(key, "Normal", "Deleting", f"generation {stored.generation}")

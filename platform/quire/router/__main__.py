@@ -27,7 +27,8 @@ from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
 from quire.router.guard import MAX_HEADER_BYTES, Protocol
-from quire.telemetry import BadTelemetry, Tracing
+from quire.tracing import BadTelemetry, Tracing
+from quire_schemas import signals
 
 log = logging.getLogger("quire.router")
 EX_CONFIG = 78
@@ -153,7 +154,7 @@ def main(arguments: list[str]) -> int:
         return EX_CONFIG
     try:
         config = configuration.load(Path(arguments[0]))
-        tracing = Tracing.from_environment()
+        tracing = Tracing.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
     except (configuration.BadRouterConfig, BadTelemetry) as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG

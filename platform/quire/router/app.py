@@ -20,7 +20,9 @@ from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
-from quire.telemetry import CONTENT_TYPE, Tracing
+from quire.router.metrics import CONTENT_TYPE
+from quire.router.spans import RequestSpans
+from quire.tracing import Tracing
 
 log = logging.getLogger("quire.router")
 
@@ -51,16 +53,18 @@ class Reply:
 def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     """The application that serves `fleet`."""
     gateway = Gateway(fleet)
+    fleet.metrics.watch(tracing.counts)
+    spans = RequestSpans(tracing)
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
-        return Exchange(gateway, tracing, chat_format, config.max_body_bytes)
+        return Exchange(gateway, spans, chat_format, config.max_body_bytes)
 
     @post("/v1/completions")
     async def completions() -> ASGIApp:
-        return Exchange(gateway, tracing, completion_format, config.max_body_bytes)
+        return Exchange(gateway, spans, completion_format, config.max_body_bytes)
 
     @get("/v1/models")
     async def list_models() -> ASGIApp:

@@ -11,6 +11,8 @@ from typing import Final
 
 import msgspec
 
+from quire.tracing import Declared
+
 LISTEN_FD: Final = "QUIRE_LISTEN_FD"
 
 
@@ -33,6 +35,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: int = 4 * 1024 * 1024
     shutdown_grace: float = 30.0
     """On SIGTERM, how long running requests may finish before they end in an error event."""
+    telemetry: Declared | None = None
+    """What the gateway's manifest says about traces; without it OTEL_* decide."""
 
 
 def load(path: Path) -> RouterConfig:

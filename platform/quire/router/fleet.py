@@ -22,7 +22,7 @@ import msgspec
 
 from quire.errors import ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
-from quire.telemetry import Metrics, ReplicaSample
+from quire.router.metrics import Metrics, ReplicaSample
 from quire.text import BadTokenizer, TextError, Tokenizer
 from quire_schemas import wire
 

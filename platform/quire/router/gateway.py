@@ -47,9 +47,10 @@ from quire.router.balancer import choose, may_retry
 from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet, Pulse, ServedModel
 from quire.router.quarantine import Suspects
+from quire.router.spans import RequestSpan, SequenceTimes
 from quire.text import Detokenizer, StopStrings, TextError, Tokenizer
 from quire.text.templates import RESERVED
-from quire_schemas import wire
+from quire_schemas import signals, wire
 from quire_schemas.openai import ChatRequest, CompletionRequest, SamplingFields
 
 log = logging.getLogger("quire.router")
@@ -90,7 +91,7 @@ class Job:
     skip_special_tokens: bool
     stream: bool
     arrived_at: float
-    traceparent: str | None
+    span: RequestSpan
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -143,11 +144,13 @@ class _Choice:
         "sampling",
         "scores",
         "sent",
+        "sent_at",
         "sequence",
         "stops",
         "text",
         "timings",
         "trial",
+        "where",
     )
 
     def __init__(self, job: Job, index: int) -> None:
@@ -169,6 +172,10 @@ class _Choice:
         self.deadline = 0.0
         self.retrying = False
         self.sent = False
+        self.sent_at = 0.0
+        """When the attempt that runs was handed to its engine."""
+        self.where: dict[str, Any] = {}
+        """What spans say of the last attempt that ended."""
         self.sequence: engine_client.Sequence | None = None
         self.begin()
 
@@ -201,8 +208,9 @@ class _Choice:
             if self.stops.hit is not None:
                 finish = "stop"
                 break
-            if delta.finish_reason is not None:
+            if delta.timings is not None:
                 self.timings = delta.timings
+            if delta.finish_reason is not None:
                 self.generated += delta.stop_token_id is not None
                 self._raise_if_failed(delta)
                 pieces.append(self._through_stops(self.text.finish()))
@@ -288,7 +296,7 @@ class Gateway:
             self.in_flight -= sequences
 
     async def chat(
-        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, traceparent: str | None
+        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
     ) -> Job:
         """The job of a chat request; `size` is its body's, in bytes. Raises `InvalidRequest` and `TextError`."""
         tokenizer = served.usable
@@ -310,7 +318,9 @@ class Gateway:
             )
             return tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
 
+        began = time.monotonic()
         prompt = await _off_loop_if_long(ids, size)
+        _tokenized(span, began, len(prompt))
         return self._job(
             request,
             served,
@@ -320,7 +330,7 @@ class Gateway:
             request.wanted_logprobs,
             f"chatcmpl-{uuid.uuid4().hex}",
             arrived_at,
-            traceparent,
+            span,
         )
 
     async def completion(
@@ -329,7 +339,7 @@ class Gateway:
         served: ServedModel,
         size: int,
         arrived_at: float,
-        traceparent: str | None,
+        span: RequestSpan,
     ) -> Job:
         """The job of a completion request. Raises `InvalidRequest`."""
         tokenizer = served.usable
@@ -342,7 +352,9 @@ class Gateway:
                 for prompt in request.prompt
             )
 
+        began = time.monotonic()
         prompts = await _off_loop_if_long(ids, size)
+        _tokenized(span, began, sum(map(len, prompts)))
         vocab = served.vocab_size
         for given, prompt in zip(request.prompt, prompts, strict=True):
             if not isinstance(given, str) and any(index >= vocab for index in prompt):
@@ -360,7 +372,7 @@ class Gateway:
             request.wanted_logprobs,
             f"cmpl-{uuid.uuid4().hex}",
             arrived_at,
-            traceparent,
+            span,
         )
 
     def _job(
@@ -373,7 +385,7 @@ class Gateway:
         logprobs: int | None,
         job_id: str,
         arrived_at: float,
-        traceparent: str | None,
+        span: RequestSpan,
     ) -> Job:
         max_tokens = min(_room(served.route, prompt, request) for prompt in prompts)
         if request.min_tokens is not None and request.min_tokens > max_tokens:
@@ -419,7 +431,7 @@ class Gateway:
             skip_special_tokens=request.skip_special_tokens is not False,
             stream=bool(request.stream),
             arrived_at=arrived_at,
-            traceparent=traceparent,
+            span=span,
         )
 
 
@@ -450,6 +462,10 @@ def _first(asked: V | None, advised: V | None, default: V) -> V:
     return advised if advised is not None else default
 
 
+def _tokenized(span: RequestSpan, began: float, tokens: int) -> None:
+    span.phase(signals.SPAN_TOKENIZE, began, time.monotonic(), {signals.QUIRE_TOKENS: tokens})
+
+
 async def _off_loop_if_long(work: Callable[[], W], size: int) -> W:
     return await asyncio.to_thread(work) if size > INLINE_CHARS else work()
 
@@ -475,11 +491,6 @@ class Run:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that engines did not have to compute, as far as they have reported."""
-        return sum(c.timings.cached_tokens for c in self._choices[:: self.job.n] if c.timings is not None)
 
     async def updates(self) -> AsyncGenerator[list[Update], None]:
         """Batches of updates until every choice has its finish reason.
@@ -555,6 +566,7 @@ class Run:
                     sequence.connection,
                 )
                 self._gateway.suspects.blame(self._fingerprint(choice), death)
+            self._trace(choice, sequence, lost=True)
             choice.sequence = None
             choice.avoid.add(sequence.client.endpoint.replica_id)
             level = logging.INFO if sequence.client.leaving else logging.WARNING
@@ -581,6 +593,7 @@ class Run:
         self._metrics.generation_tokens.inc(tokens)
         if self.first_token_at is None:
             self.first_token_at = now
+            self.job.span.event(signals.EVENT_FIRST_TOKEN, now)
             self._metrics.time_to_first_token.observe(now - self.job.arrived_at)
         if choice.last_token_at is not None:
             for _ in range(tokens):
@@ -631,7 +644,7 @@ class Run:
         """
         served, suspects = self.job.model, self._gateway.suspects
         choice.deadline = time.monotonic() + served.route.max_queue_wait
-        held = False
+        held_since: float | None = None
         try:
             while True:
                 changed, settled = self._gateway.fleet.changed, self._gateway.settled.event
@@ -653,15 +666,17 @@ class Run:
                     raise ServiceUnavailable(
                         "No replica of this model is ready.", retry_after=served.route.eta or DEFAULT_RETRY_AFTER
                     )
-                if not held:
-                    held = True
+                if held_since is None:
+                    held_since = time.monotonic()
                     self._metrics.held.inc()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if suspected and served.ready else changed).wait()
         finally:
-            if held:
+            if held_since is not None:
                 self._metrics.held.dec()
+                until = choice.sent_at if choice.sequence is not None else time.monotonic()
+                self.job.span.phase(signals.SPAN_HOLD, held_since, until, self._which(choice))
 
     def _choose(self, choice: _Choice, suspected: bool = False) -> EngineClient | None:
         """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
@@ -688,8 +703,9 @@ class Run:
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
             sampling=choice.sampling,
-            trace=self.job.traceparent,
+            trace=self.job.span.traceparent,
         )
+        choice.sent_at = time.monotonic()
         try:
             choice.sequence = client.start(request, self._bell)
         except NotConnected:
@@ -715,6 +731,7 @@ class Run:
             raise EngineUnavailable(
                 f"The engine died under this request, at attempt {choice.attempts}.", retry_after=1.0
             )
+        self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
         choice.retrying = True
         self._gateway.retrying += 1
         choice.begin()
@@ -738,6 +755,24 @@ class Run:
         if sequence is None:
             return
         sequence.abort()
+        self._trace(choice, sequence, lost=sequence.lost)
         timings = choice.timings
         if timings is not None and timings.scheduled_at is not None:
             self._metrics.queue_time.observe(max(timings.scheduled_at - timings.received_at, 0.0))
+
+    def _which(self, choice: _Choice) -> dict[str, Any]:
+        """Attributes that tell one sequence of the job from its others; none where there is one."""
+        return {signals.QUIRE_CHOICE: choice.index} if len(self._choices) > 1 else {}
+
+    def _trace(self, choice: _Choice, sequence: engine_client.Sequence, *, lost: bool) -> None:
+        """Note where the time of the attempt that ends now went."""
+        where = {signals.QUIRE_REPLICA: sequence.client.endpoint.replica_id, **self._which(choice)}
+        if choice.attempts > 1:
+            where[signals.QUIRE_ATTEMPT] = choice.attempts
+        if lost:
+            where[signals.ERROR_TYPE] = "engine_died"
+        self.job.span.sequence(
+            SequenceTimes(choice.sent_at, time.monotonic(), choice.timings, len(choice.prompt), choice.generated),
+            where,
+        )
+        choice.where = where

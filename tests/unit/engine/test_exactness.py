@@ -123,7 +123,7 @@ def test_together_in_any_chunks_preempted_or_not_nothing_changes(
     stats = llm.engine.stats()
     assert stats.blocks_used == 0
     assert stats.prompt_tokens == sum(map(len, ballast + prompts))
-    thrown_out = [output for output in outputs if output.timings is not None and output.timings.preemptions]
+    thrown_out = [output for output in outputs if output.timings is not None and output.timings.preempted_at]
     assert bool(thrown_out) == preempted
 
 

@@ -14,6 +14,7 @@ from quire.router.api import logprobs
 from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway, Job, TokenScore, Update
+from quire.router.spans import RequestSpan
 from quire_schemas.openai import (
     AssistantMessage,
     ChatChoice,
@@ -43,9 +44,9 @@ class ChatFormat:
         return request.n or 1
 
     async def job(
-        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, traceparent: str | None
+        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
     ) -> Job:
-        return await self._gateway.chat(request, served, size, arrived_at, traceparent)
+        return await self._gateway.chat(request, served, size, arrived_at, span)
 
     def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         answer = ChatCompletion(

@@ -35,7 +35,8 @@ from quire.errors import (
 )
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway, Job, Run, Update
-from quire.telemetry import NO_MODEL, RequestSpan, Tracing
+from quire.router.metrics import NO_MODEL
+from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
 from quire_schemas.openai import BadRequest, PromptTokensDetails, SamplingFields, Usage
 
@@ -69,7 +70,7 @@ class Format(Protocol[R]):
         """How many sequences it will run."""
 
     def job(
-        self, request: R, served: ServedModel, size: int, arrived_at: float, traceparent: str | None
+        self, request: R, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
     ) -> Awaitable[Job]:
         """The request as a job."""
 
@@ -93,9 +94,9 @@ class StreamFormat(Protocol):
 class Exchange(Generic[R]):
     """Answers one request. Call it as an ASGI application."""
 
-    def __init__(self, gateway: Gateway, tracing: Tracing, form: Format[R], max_body: int) -> None:
+    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R], max_body: int) -> None:
         self._gateway = gateway
-        self._tracing = tracing
+        self._spans = spans
         self._format = form
         self._max_body = max_body
         self._started = False
@@ -106,23 +107,23 @@ class Exchange(Generic[R]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
         headers = dict(scope["headers"])
-        traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None
-        span = self._tracing.start(self._format.operation, traceparent)
-        finish, failure = "error", "internal_error"
+        span = self._spans.start(self._format.operation, scope["headers"], scope["path"], scope["server"])
+        finish, failure, status = "error", "internal_error", 500
         try:
             body = await read_body(headers, receive, self._max_body)
             finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
+            status = 200
         except ClientGone:
-            finish, failure = "abort", "client_gone"
+            finish, failure, status = "abort", "client_gone", 0
         except asyncio.CancelledError:
             # Only the server's shutdown cancels an exchange, and nothing comes after this in its task.
-            failure = "shutdown"
+            failure, status = "shutdown", 503
             stopped = "The server stopped before the answer was complete."
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
             known = describe(_ours(error))
             finish = "refused" if self._refused and known.status != 500 else "error"
-            failure = known.code or "invalid_request"
+            failure, status = known.code or "invalid_request", known.status
             if known.status == 500:
                 log.error("a request failed", exc_info=error)
             await self._fail(send, error)
@@ -131,17 +132,22 @@ class Exchange(Generic[R]):
             handles.requests[self._format.operation, finish].inc()
             if not self._refused:
                 handles.e2e.observe(time.monotonic() - arrived_at)
-            span.end(failure or None)
+            now = time.monotonic()
+            sent = 200 if self._started else status or None
+            span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
+            span.end(now, failure or None, failed=status >= 500)
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
         request = self._format.read(body)
         served = self._gateway.fleet.resolve(request.model)
         self._model = served.route.model
+        span.name(self._format.operation, request.model)
+        span.set({signals.GEN_AI_REQUEST_MODEL: request.model, signals.GEN_AI_RESPONSE_MODEL: self._model})
         with self._gateway.admit(served, self._format.sequences(request)):
-            job = await self._format.job(request, served, len(body), arrived_at, span.traceparent)
+            job = await self._format.job(request, served, len(body), arrived_at, span)
             run = Run(self._gateway, job)
-            span.set(_request_attributes(job))
+            span.set(_request_attributes(request, job))
             in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
             in_flight.inc()
             self._refused = False
@@ -203,7 +209,7 @@ def usage_of(run: Run) -> Usage:
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
+        prompt_tokens_details=PromptTokensDetails(),
     )
 
 
@@ -260,16 +266,19 @@ async def _disconnect(receive: Receive) -> None:
         continue
 
 
-def _request_attributes(job: Job) -> dict[str, Any]:
+def _request_attributes(request: SamplingFields, job: Job) -> dict[str, Any]:
+    """What was asked for, as it is carried out. Stop strings are left out: they are text."""
+    sampling = job.sampling
     return {
-        signals.GEN_AI_OPERATION: job.operation,
-        signals.GEN_AI_PROVIDER: "quire",
-        signals.GEN_AI_REQUEST_MODEL: job.asked_model,
-        signals.GEN_AI_REQUEST_MAX_TOKENS: job.sampling.max_tokens,
-        signals.GEN_AI_REQUEST_TEMPERATURE: job.sampling.temperature,
-        signals.GEN_AI_REQUEST_TOP_P: job.sampling.top_p,
-        signals.GEN_AI_REQUEST_CHOICES: job.n,
-        signals.GEN_AI_REQUEST_STREAM: job.stream,
+        signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
+        signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
+        signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
+        signals.GEN_AI_REQUEST_TOP_K: sampling.top_k or None,
+        signals.GEN_AI_REQUEST_SEED: sampling.seed,
+        signals.GEN_AI_REQUEST_FREQUENCY_PENALTY: request.frequency_penalty,
+        signals.GEN_AI_REQUEST_PRESENCE_PENALTY: request.presence_penalty,
+        signals.GEN_AI_REQUEST_CHOICES: job.n if job.n != 1 else None,
+        signals.GEN_AI_REQUEST_STREAM: job.stream or None,
         signals.GEN_AI_RESPONSE_ID: job.id,
         signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
     }
@@ -277,9 +286,11 @@ def _request_attributes(job: Job) -> dict[str, Any]:
 
 def _answer_attributes(run: Run) -> dict[str, Any]:
     first = run.first_token_at
+    until_first = first - run.job.arrived_at if first is not None else None
     return {
         signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
-        signals.GEN_AI_TIME_TO_FIRST_TOKEN: first - run.job.arrived_at if first is not None else None,
+        signals.GEN_AI_TIME_TO_FIRST_TOKEN: until_first,
+        signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: until_first if run.job.stream else None,
     }
 
 

@@ -1,31 +1,18 @@
-"""What the router tells of itself: Prometheus series for `/metrics`, one OpenTelemetry span a request.
+"""What the router tells of itself at `/metrics`, as Prometheus series.
 
-**Metrics.** Counters and histograms are written where things happen, through the handles of one model
-(`ModelMetrics`), which exist from the moment the model is routed: every series is there, at zero, before the first
-request. What engines report about themselves is read at the moment of the scrape, so that no gauge can go stale.
-Label values come from closed sets: models and replicas of the routing table, and the words below. A request for a
-model nobody serves counts under `NO_MODEL`.
-
-**Traces.** The SDK is set up from the standard OTEL_* variables, and only when they name an exporter; without one
-a span costs nothing, and a `traceparent` that came with a request is handed on to the engine all the same.
-
-    BadTelemetry      OTEL_TRACES_EXPORTER names an exporter that is not installed
+Counters and histograms are written where things happen, through the handles of one model (`ModelMetrics`), which
+exist from the moment the model is routed: every series is there, at zero, before the first request. What engines
+report about themselves, and what became of the router's spans, is read at the moment of the scrape, so that no
+gauge can go stale. Label values come from closed sets: models and replicas of the routing table, and the words
+below. A request for a model nobody serves counts under `NO_MODEL`.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Final
 
-from opentelemetry import trace
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -37,6 +24,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from quire.tracing import Counts
 from quire_schemas import signals
 from quire_schemas.wire import Stats
 
@@ -44,13 +32,6 @@ OPERATIONS: Final = ("chat", "text_completion")
 FINISHES: Final = ("stop", "length", "abort", "error", "refused")
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class BadTelemetry(Exception):
-    """The environment asks for an exporter that is not there."""
-
-
-# ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +132,10 @@ class Metrics:
         for name in wanted - self._models.keys():
             self._models[name] = ModelMetrics(self, name)
 
+    def watch(self, spans: Counts) -> None:
+        """Show what becomes of the router's spans."""
+        self._registry.register(_Spans(spans))
+
     def model(self, name: str | None) -> ModelMetrics:
         """The handles of a model; those of `NO_MODEL` for one that is not routed."""
         return self._models.get(name or NO_MODEL, self._models[NO_MODEL])
@@ -192,87 +177,18 @@ class _Replicas(Collector):
         yield from (up, running, waiting, usage, preemptions, steps)
 
 
-# ── traces ────────────────────────────────────────────────────────────────────────────────────────────────
+class _Spans(Collector):
+    """What became of the router's spans until now."""
 
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_propagator: Final = TraceContextTextMapPropagator()
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
 
-
-class RequestSpan:
-    """The span of one request; an empty one when nothing is exported."""
-
-    __slots__ = ("_span", "traceparent")
-
-    def __init__(self, span: trace.Span | None, traceparent: str | None) -> None:
-        self._span = span
-        self.traceparent = traceparent
-        """For the engine: this span, or what the client sent when there is none."""
-
-    def set(self, attributes: Mapping[str, Any]) -> None:
-        if self._span is not None:
-            self._span.set_attributes({key: value for key, value in attributes.items() if value is not None})
-
-    def end(self, error_code: str | None) -> None:
-        """Close the span. `error_code` is the word of the error contract, None for success."""
-        if self._span is None:
-            return
-        if error_code is not None:
-            self._span.set_attribute(signals.ERROR_TYPE, error_code)
-            self._span.set_status(trace.StatusCode.ERROR)
-        self._span.end()
-
-
-class Tracing:
-    """Makes request spans, if an exporter is configured."""
-
-    def __init__(self, provider: TracerProvider | None) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer("quire.router") if provider is not None else None
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Tracing:
-        """Honours OTEL_SDK_DISABLED, OTEL_TRACES_EXPORTER and endpoints; the SDK reads the other OTEL_* itself.
-
-        Raises `BadTelemetry` for an exporter that is not installed.
-        """
-        names = [name.strip() for name in environment.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
-        if not names and any(environment.get(f"OTEL_EXPORTER_OTLP{which}_ENDPOINT") for which in ("", "_TRACES")):
-            names = ["otlp"]
-        if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or names in ([], ["none"]):
-            return cls(None)
-        protocol = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-        resource = Resource.create()
-        if not (
-            environment.get("OTEL_SERVICE_NAME")
-            or "service.name=" in environment.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        ):
-            resource = resource.merge(Resource({SERVICE_NAME: signals.SERVICE_NAME}))
-        provider = TracerProvider(resource=resource)
-        for name in names:
-            if name == "otlp":
-                name = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
-            found = entry_points(group="opentelemetry_traces_exporter", name=name)
-            if not found:
-                raise BadTelemetry(
-                    f"the trace exporter '{name}' that OTEL_* asks for is not installed\n"
-                    f"    hint: pip install opentelemetry-exporter-{name.replace('_', '-')}, or unset OTEL_*"
-                )
-            provider.add_span_processor(BatchSpanProcessor(next(iter(found)).load()()))
-        return cls(provider)
-
-    def start(self, operation: str, traceparent: str | None) -> RequestSpan:
-        """A span for one request, below the client's own when it sent a proper `traceparent`."""
-        if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
-            traceparent = None
-        if self._tracer is None:
-            return RequestSpan(None, traceparent)
-        parent = _propagator.extract({"traceparent": traceparent} if traceparent else {})
-        span = self._tracer.start_span(operation, context=parent, kind=trace.SpanKind.SERVER)
-        carrier: dict[str, str] = {}
-        _propagator.inject(carrier, context=trace.set_span_in_context(span))
-        return RequestSpan(span, carrier.get("traceparent"))
-
-    def shutdown(self) -> None:
-        """Export what is left."""
-        if self._provider is not None:
-            self._provider.shutdown()
+    def collect(self) -> Iterator[Metric]:
+        exported = CounterMetricFamily(signals.SPANS_EXPORTED, "Spans that were delivered.")
+        exported.add_metric([], self._counts.exported)
+        dropped = CounterMetricFamily(
+            signals.SPANS_DROPPED, "Spans that were lost.", labels=[signals.LABEL_REASON]
+        )
+        for reason, count in self._counts.dropped().items():
+            dropped.add_metric([reason], count)
+        yield from (exported, dropped)

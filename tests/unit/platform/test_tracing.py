@@ -1,0 +1,234 @@
+"""Tracing is set up by OTEL_* or a manifest, costs nothing without, and puts engines' times where they belong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from quire.router.spans import RequestSpans, engine_offset
+from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Tracing, _Health, exporters
+from quire_schemas.wire import Timings
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+ENDPOINT = "http://localhost:4318"
+
+
+def traceparent(*stated: str) -> str | None:
+    """What the engine is told when a client sent these and nothing is exported."""
+    headers = [(b"traceparent", text.encode()) for text in stated]
+    span = RequestSpans(Tracing()).start("chat", headers, "/v1/chat/completions", None)
+    span.set({"a": 1})
+    span.event("b", 1.0)
+    span.end(2.0, None, failed=False)
+    return span.traceparent
+
+
+# ── what is asked for ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ({}, []),
+        ({"OTEL_SERVICE_NAME": "x"}, []),
+        ({"OTEL_TRACES_EXPORTER": "none"}, []),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "x"}, []),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT}, []),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT}, ["otlp_proto_http"]),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ENDPOINT}, ["otlp_proto_http"]),
+        ({"OTEL_TRACES_EXPORTER": "otlp, console"}, ["otlp_proto_http", "console"]),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, ["otlp_proto_grpc"]),
+        (
+            {
+                "OTEL_TRACES_EXPORTER": "otlp",
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            },
+            ["otlp_proto_http"],
+        ),
+    ],
+)
+def test_the_environment_says_which_exporters_there_are(environment: dict[str, str], names: list[str]) -> None:
+    assert exporters(environment) == names
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"OTEL_TRACES_EXPORTER": "carrier-pigeon"}, "opentelemetry-exporter-carrier-pigeon"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "http/json"),
+        ({"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_MAX_QUEUE_SIZE": "much"}, "OTEL_BSP_MAX_QUEUE_SIZE"),
+        ({"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_MAX_QUEUE_SIZE": "5"}, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_with_a_hint(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(BadTelemetry, match=f"(?s)hint: .*{words}|{words}.*hint: "):
+        Tracing.set_up("quire-router", environment)
+
+
+def test_a_manifest_goes_before_the_environment() -> None:
+    never = Tracing.set_up("x", {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT}, Declared(sampling="never"))
+    assert never.tracer("x") is None
+    for environment in ({}, {"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "console"}):
+        declared = Tracing.set_up("x", environment, Declared("http://127.0.0.1:9", "errors"))
+        assert declared.tracer("x") is not None
+        assert declared.errors_only
+        declared.shutdown()
+
+
+def test_off_imports_nothing_of_opentelemetry() -> None:
+    code = (
+        "import sys, pathlib\n"
+        "import quire.router.__main__, quire.controlplane.__main__, quire.cli.change\n"
+        "from quire.router.spans import RequestSpans\n"
+        "from quire.tracing import Tracing\n"
+        "RequestSpans(Tracing.set_up('x')).start('chat', [], '/', None).end(1.0, None, failed=False)\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"OTEL_RESOURCE_ATTRIBUTES": "team=x"}, ['"service.name": "quire-router"', '"team": "x"']),
+        ({"OTEL_SERVICE_NAME": "mine"}, ['"service.name": "mine"']),
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, []),
+    ],
+)
+def test_the_console_exporter_shows_the_span_as_the_environment_says(
+    more: dict[str, str], words: list[str]
+) -> None:
+    code = (
+        "from quire.router.spans import RequestSpans\n"
+        "from quire.tracing import Tracing\n"
+        "t = Tracing.set_up('quire-router')\n"
+        f"s = RequestSpans(t).start('chat', [(b'traceparent', b'{TRACE}')], '/v1/chat/completions', None)\n"
+        "assert s.traceparent and s.traceparent[3:35] == '0af7651916cd43dd8448eb211c80319c'\n"
+        f"assert s.traceparent != '{TRACE}'\n"
+        "s.set({'gen_ai.request.model': 'tiny', 'absent': None})\n"
+        "s.end(1e9, 'engine_died', failed=True)\n"
+        "t.shutdown()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "OTEL_TRACES_EXPORTER": "console", **more},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    if "OTEL_TRACES_SAMPLER" in more:
+        assert done.stdout == ""
+        return
+    for word in (
+        '"name": "chat"',
+        "0xb7ad6b7169203331",
+        '"gen_ai.request.model": "tiny"',
+        '"engine_died"',
+        *words,
+    ):
+        assert word in done.stdout, (word, done.stdout)
+
+
+def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    tracing = Tracing(provider)
+    tracing.errors_only = True
+    spans = RequestSpans(tracing)
+    for failed in (False, True):
+        span = spans.start("chat", [], "/v1/chat/completions", ("127.0.0.1", 8000))
+        span.phase("tokenize", 1.0, 2.0)
+        span.end(3.0, "queue_full" if not failed else "engine_died", failed=failed)
+    assert [span.name for span in kept.get_finished_spans()] == ["tokenize", "chat"]
+    assert (kept.get_finished_spans()[1].attributes or {})["error.type"] == "engine_died"
+
+
+# ── the client's context ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_an_exporter_the_trace_is_handed_on_unchanged() -> None:
+    assert traceparent(TRACE) == TRACE
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        (),
+        ("",),
+        ("garbage",),
+        (TRACE + "\r\nx: y",),
+        (TRACE.upper(),),
+        ("ff" + TRACE[2:],),
+        (f"00-{'0' * 32}-b7ad6b7169203331-01",),
+        (f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01",),
+        (TRACE, TRACE),
+    ],
+)
+def test_a_trace_that_is_none_is_dropped(stated: tuple[str, ...]) -> None:
+    assert traceparent(*stated) is None
+
+
+# ── clocks ────────────────────────────────────────────────────────────────────────────────────────────────
+
+seconds = st.floats(0, 1e3, allow_subnormal=False)
+
+
+@given(sent=st.floats(0, 1e7), there=seconds, queue=seconds, compute=seconds, back=seconds)
+def test_one_clock_is_found_to_be_one(
+    sent: float, there: float, queue: float, compute: float, back: float
+) -> None:
+    received = sent + there
+    finished = received + queue + compute
+    timings = Timings(received, received + queue, finished, finished)
+    assert engine_offset(timings, sent, finished + back) == 0.0
+
+
+@given(
+    sent=st.floats(0, 1e7),
+    there=seconds,
+    compute=seconds,
+    back=seconds,
+    skew=st.floats(1e4, 1e7) | st.floats(-1e7, -1e4),
+)
+def test_another_clock_is_off_by_half_of_the_way_at_most(
+    sent: float, there: float, compute: float, back: float, skew: float
+) -> None:
+    received, heard = sent + there, sent + there + compute + back
+    timings = Timings(received + skew, received + skew, received + compute + skew, received + compute + skew)
+    found = engine_offset(timings, sent, heard)
+    assert abs(found + skew) <= (there + back) / 2 + 1e-6
+
+
+# ── a collector's bad day ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_collector_that_comes_and_goes_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    health = _Health(lambda: now)
+    with caplog.at_level(logging.INFO):
+        for _ in range(100):
+            health.heard(False, 10, "connection refused")
+        health.heard(True, 10, "")
+        for _ in range(100):
+            health.heard(False, 10, "connection refused")
+            health.heard(True, 10, "")
+        now += COMPLAIN_SECONDS
+        health.heard(False, 10, "connection refused")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "traces cannot be exported and are dropped until that works again: connection refused",
+        "traces are exported again; 1000 spans were lost",
+        "traces cannot be exported and are dropped until that works again: connection refused",
+    ]
