@@ -1,9 +1,12 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up`. Rows go to `results/` and a table to stdout.
+"""The one runner: `python -m benchmarks.run throughput|start-up|tracing`.
+
+Rows go to `results/`, a table to stdout.
 
 `throughput` compares, on the same weights, dtype and work, our engine (twice, as an A/A pair) with transformers
 run sequentially, in the best static batch found, and with its continuous batching. Tokens that were asked for
 count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
-that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes.
+that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes. `tracing` puts
+the same streams through routers with and without traces, in pairs, before one engine.
 """
 
 from __future__ import annotations
@@ -137,6 +140,79 @@ def throughput(args: argparse.Namespace) -> None:
     )
 
 
+def tracing(args: argparse.Namespace) -> None:
+    """What traces cost: the same streams through a router without them, twice, and through one that exports them.
+
+    Each round takes all three in turn, in another order than the round before; ratios are within a round.
+    """
+    import asyncio
+    import contextlib
+    import tempfile
+
+    from benchmarks import service
+    from benchmarks.workload import SCENARIOS
+    from quire import builtin
+    from quire_schemas.checkpoint import read_profile
+
+    scenario = SCENARIOS[args.scenario]
+    jobs = scenario.jobs(read_profile(builtin.path("tiny")).vocab_size)
+    tokens = sum(job.output_tokens for job in jobs)
+
+    async def measure(
+        routers: Sequence[service.Router], folder: Path, endpoint: Any
+    ) -> tuple[dict[str, list[float]], dict[str, float]]:
+        for router in routers:
+            await service.connect(folder, router.name, endpoint)
+        for router in routers:
+            await router.run(jobs, args.concurrency)  # untimed: caches, allocators, imports
+        seconds: dict[str, list[float]] = {router.name: [] for router in routers}
+        for number in range(args.rounds):
+            turn = number % len(routers)
+            for router in [*routers[turn:], *routers[:turn]]:
+                seconds[router.name].append(await router.run(jobs, args.concurrency))
+            shown = "  ".join(f"{name} {took[-1]:6.2f} s" for name, took in seconds.items())
+            print(f"round {number + 1:3}  {shown}", flush=True)
+        await asyncio.sleep(6)  # the exporter's own rhythm is five seconds
+        return seconds, await routers[-1].counts()
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qb")))
+        url = stack.enter_context(service.collector(folder))
+        endpoint = stack.enter_context(service.engine(folder, args.threads))
+        settings: list[tuple[str, dict[str, str]]] = [
+            ("off", {}), ("off-again", {}), ("on", {"OTEL_EXPORTER_OTLP_ENDPOINT": url}),
+        ]  # fmt: skip
+        routers = [stack.enter_context(service.router(folder, name, more)) for name, more in settings]
+        seconds, counts = asyncio.run(measure(routers, folder, endpoint))
+
+    requests = len(jobs) * (args.rounds + 1)
+    exported = counts["quire_spans_exported_total"]
+    dropped = sum(value for name, value in counts.items() if name.startswith("quire_spans_dropped_total"))
+    if dropped or exported < 5 * requests:
+        raise RuntimeError(f"{requests} requests gave {exported:.0f} spans, {dropped:.0f} of them dropped")
+    noise = [b / a for a, b in zip(seconds["off"], seconds["off-again"], strict=True)]
+    cost = [
+        on / statistics.geometric_mean([a, b])
+        for a, b, on in zip(seconds["off"], seconds["off-again"], seconds["on"], strict=True)
+    ]
+    row = provenance() | {
+        "benchmark": "tracing", "model": "tiny", "scenario": scenario.name, "seed": scenario.seed,
+        "requests": len(jobs), "output_tokens": tokens, "concurrency": args.concurrency, "threads": args.threads,
+        "rounds": args.rounds, "spans": int(exported),
+        "tokens_per_s_off": round(tokens / statistics.median(seconds["off"]), 1),
+        "on_ratio": round(statistics.median(cost), 4),
+        "on_ratio_min": round(min(cost), 4), "on_ratio_max": round(max(cost), 4),
+        "aa_ratio": round(statistics.median(noise), 4),
+        "aa_ratio_min": round(min(noise), 4), "aa_ratio_max": round(max(noise), 4),
+    }  # fmt: skip
+    print(
+        f"seconds with traces to seconds without: {row['on_ratio']:.3f} "
+        f"({row['on_ratio_min']:.3f}-{row['on_ratio_max']:.3f}); "
+        f"without to without: {row['aa_ratio']:.3f} ({row['aa_ratio_min']:.3f}-{row['aa_ratio_max']:.3f})"
+    )
+    write(args.out or ROOT / "benchmarks/results/tracing.jsonl", [row])
+
+
 def start_up(args: argparse.Namespace) -> None:
     """Wall time of `platform get` against a running control plane, of `--help`, and of the heavier imports."""
 
@@ -178,7 +254,13 @@ def main() -> None:
     two = commands.add_parser("start-up")
     two.add_argument("--repeat", type=int, default=15)
     two.set_defaults(action=start_up)
-    for command in (one, two):
+    three = commands.add_parser("tracing")
+    three.add_argument("--scenario", default="short", choices=["short", "mixed", "smoke"])
+    three.add_argument("--rounds", type=int, default=12)
+    three.add_argument("--concurrency", type=int, default=16)
+    three.add_argument("--threads", type=int, default=1)
+    three.set_defaults(action=tracing)
+    for command in (one, two, three):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     args.action(args)

@@ -54,5 +54,6 @@ class Scenario:
 
 SCENARIOS = {
     "mixed": Scenario("mixed"),
+    "short": Scenario("short", requests=96, prompt=Lengths(mean=48, high=128), output=Lengths(mean=48, high=96)),
     "smoke": Scenario("smoke", requests=4, prompt=Lengths(mean=24, high=48), output=Lengths(mean=16, high=32)),
 }

@@ -1,0 +1,205 @@
+"""The served model as processes: one engine, routers before it, a collector; and a client that keeps them busy.
+
+All routers share the engine, so that nothing but the router's own settings differs between two of them. The
+collector is a process of its own, as it is in life, and does no more than read and answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.workload import Job
+from quire import builtin
+from quire.router.config import LISTEN_FD, RouterConfig
+from quire_schemas import wire
+
+START_SECONDS = 120.0
+MAX_SEQS = 32
+MAX_MODEL_LEN = 1024
+COLLECTOR = """\
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+    def log_message(self, *_):
+        return
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+def plain_environment() -> dict[str, str]:
+    """Ours without what asks for traces."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """A process for as long as this is entered; what it says on stderr goes to `log`."""
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, stderr=said, text=True, **options)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextlib.contextmanager
+def collector(folder: Path) -> Iterator[str]:
+    """A collector's base URL."""
+    command = [sys.executable, "-c", COLLECTOR]
+    with running(command, folder / "collector.log", stdout=subprocess.PIPE) as process:
+        if process.stdout is None:
+            raise RuntimeError("no pipe")
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+
+
+@contextlib.contextmanager
+def engine(folder: Path, threads: int) -> Iterator[wire.ReplicaEndpoint]:
+    """The built-in model in an engine process."""
+    endpoint = wire.ReplicaEndpoint("benchmark-0", 1, str(folder / "engine.sock"))
+    spec = wire.EngineSpec(
+        model="tiny",
+        replica_id=endpoint.replica_id,
+        incarnation=1,
+        socket=endpoint.socket,
+        model_dir=str(builtin.path("tiny")),
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        device="cpu",
+        threads=threads,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        num_blocks=MAX_SEQS * MAX_MODEL_LEN // 16,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=512,
+        chunked_prefill=True,
+        seed=0,
+        memory_limit=1 << 40,
+        hot_hash="",
+    )
+    path = folder / "engine.json"
+    path.write_bytes(msgspec.json.encode(spec))
+    with running([sys.executable, "-m", "quire_engine", str(path)], folder / "engine.log"):
+        yield endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router that serves the engine's model."""
+
+    name: str
+    port: int
+
+    async def run(self, jobs: Sequence[Job], concurrency: int) -> float:
+        """Seconds for all jobs as streams, `concurrency` at a time. Raises if one is not answered in full."""
+        places = asyncio.Semaphore(concurrency)
+
+        async def one(job: Job) -> None:
+            async with places:
+                body = await self._post(
+                    "/v1/completions",
+                    {
+                        "model": "tiny",
+                        "prompt": list(job.prompt),
+                        "max_tokens": job.output_tokens,
+                        "temperature": 0,
+                        "ignore_eos": True,
+                        "stream": True,
+                        "stream_options": {"include_usage": True},
+                    },
+                )
+                if f'"completion_tokens":{job.output_tokens},'.encode() not in body or b"[DONE]" not in body:
+                    raise RuntimeError(f"{self.name}: not the answer that was asked for: {body[-500:]!r}")
+
+        start = time.perf_counter()
+        await asyncio.gather(*(one(job) for job in jobs))
+        return time.perf_counter() - start
+
+    async def counts(self) -> dict[str, float]:
+        """The unlabelled and labelled series of its /metrics."""
+        text = (await self._send(b"GET /metrics HTTP/1.1\r\n", b"")).decode()
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("quire_")]
+        return {name: float(value) for name, value in lines}
+
+    async def _post(self, path: str, body: Mapping[str, object]) -> bytes:
+        return await self._send(f"POST {path} HTTP/1.1\r\n".encode(), json.dumps(body).encode())
+
+    async def _send(self, line: bytes, body: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = (
+            b"Host: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        writer.write(line + head % len(body) + body)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+
+@contextlib.contextmanager
+def router(folder: Path, name: str, environment: Mapping[str, str]) -> Iterator[Router]:
+    """A router process with these variables; it serves nothing until `connect`."""
+    own = folder / name
+    own.mkdir()
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(1024)
+    config = RouterConfig(control_socket=str(own / "c.sock"), snapshot_file=str(own / "table.json"))
+    (own / "router.json").write_bytes(msgspec.json.encode(config))
+    command = [sys.executable, "-m", "quire.router", str(own / "router.json")]
+    variables = {**plain_environment(), **environment, LISTEN_FD: str(listening.fileno())}
+    with running(command, own / "router.log", env=variables, pass_fds=[listening.fileno()]):
+        yield Router(name, listening.getsockname()[1])
+    listening.close()
+
+
+async def connect(folder: Path, name: str, endpoint: wire.ReplicaEndpoint) -> None:
+    """Give the router a table with the engine, and wait until it is connected."""
+    route = wire.ModelRoute(
+        model="tiny",
+        names=("tiny",),
+        revision=1,
+        template_hash="",
+        tokenizer_dir=str(builtin.path("tiny")),
+        chat_template_file=None,
+        max_model_len=MAX_MODEL_LEN,
+        kv_tokens=MAX_SEQS * MAX_MODEL_LEN,
+        max_queue_length=4096,
+        max_queue_wait=600.0,
+        created=0,
+        replicas=(endpoint,),
+    )
+    message: wire.ToRouter = wire.RoutingTable(version=1, models=(route,))
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            reader, writer = await asyncio.open_unix_connection(folder / name / "c.sock")
+            writer.write(wire.frame(message))
+            status = await wire.Reader[wire.RouterStatus](reader, wire.FromRouter).read()
+            writer.close()
+            if status is not None and any(load.connected for load in status.replicas):
+                return
+            message = wire.GetRouterStatus()
+        await asyncio.sleep(0.1)
+    raise RuntimeError(f"the router {name} is not connected to the engine; see {folder}")
