@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from quire.router.spans import RequestSpans, engine_offset
+from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
 from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Tracing, _Health, exporters
 from quire_schemas.wire import Timings
 
@@ -153,6 +153,24 @@ def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
         span.end(3.0, "queue_full" if not failed else "engine_died", failed=failed)
     assert [span.name for span in kept.get_finished_spans()] == ["tokenize", "chat"]
     assert (kept.get_finished_spans()[1].attributes or {})["error.type"] == "engine_died"
+
+
+def test_a_preemption_is_an_event_where_it_happened() -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    span = RequestSpans(Tracing(provider)).start("chat", [], "/v1/chat/completions", None)
+    timings = Timings(10.0, 11.0, 14.0, 20.0, preempted_at=(12.0, 13.0, 15.0))
+    span.sequence(SequenceTimes(9.0, 21.0, timings, prompt_tokens=5, generated=3), {"quire.replica.id": "r"})
+    span.end(22.0, None, failed=False)
+    found = {each.name: each for each in kept.get_finished_spans()}
+    assert list(found) == ["queue", "prefill", "decode", "chat"]
+    lengths = {name: (found[name].end_time or 0) - (found[name].start_time or 0) for name in found}
+    assert [round(lengths[name] / 1e9) for name in ("queue", "prefill", "decode")] == [1, 3, 6]
+    for name, times in (("queue", []), ("prefill", [1, 2]), ("decode", [1])):
+        start = found[name].start_time or 0
+        assert {event.name for event in found[name].events} <= {"preempted"}
+        assert [round((event.timestamp - start) / 1e9) for event in found[name].events] == times
 
 
 # ── the client's context ──────────────────────────────────────────────────────────────────────────────────
