@@ -15,12 +15,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pynvml
 
+from quire_operators.host import ControlGroups
 from quire_operators.rollout import Row
 from quire_schemas.quantities import BadQuantity, parse_quantity
 
@@ -68,48 +68,60 @@ class Inventory:
 
 def detect() -> Inventory:
     """This machine, now."""
+    groups = ControlGroups.own()
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    if (limit := _cgroup_number("memory.max")) is not None:
-        used = _cgroup_number("memory.current") or 0
+    if (limited := groups.memory()) is not None:
+        limit, used = limited
         total, available = min(total, limit), min(available, max(limit - used, 0))
-    return Inventory(total, available, _cores(), _gpus())
+    return Inventory(total, available, usable_cores(groups), nvml().gpus)
 
 
-def _cgroup_number(name: str) -> int | None:
-    """A number of this process's cgroup (version 2), or None when there is no such limit."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        text = (Path("/sys/fs/cgroup") / own.lstrip("/") / name).read_text().strip()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return None
-    return int(text) if text.isdigit() else None
+def usable_cores(groups: ControlGroups) -> int:
+    """Cores that this process may run on, and its control groups give it the time of; at least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = groups.cores()
+    return max(1, allowed if quota is None else min(allowed, int(quota)))
 
 
-def _cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
+@dataclass(frozen=True, slots=True)
+class Nvml:
+    """What NVML says: the driver's version and the GPUs, or why there is nothing to say."""
+
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    problem: str | None
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def nvml() -> Nvml:
     """GPUs that NVML reports; none on a machine without its driver. CUDA_VISIBLE_DEVICES narrows them by index."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
+    except pynvml.NVMLError as error:
+        return Nvml(None, (), f"NVML cannot be used: {error}")
     try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name = pynvml.nvmlDeviceGetName(handle)
-            found.append(Gpu(index, str(name), int(memory.total), int(memory.free)))
+        return _ask_nvml()
+    except pynvml.NVMLError as error:  # a GPU that fell off the bus takes the answer with it
+        return Nvml(None, (), f"NVML stopped answering: {error}")
     finally:
         pynvml.nvmlShutdown()
+
+
+def _ask_nvml() -> Nvml:
+    driver = str(pynvml.nvmlSystemGetDriverVersion())
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+        found.append(Gpu(index, str(name), int(memory.total), int(memory.free)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return tuple(found)
+        return Nvml(driver, tuple(found), None)
     allowed = {int(part) for part in visible.split(",") if part.strip().isdigit()}
-    return tuple(gpu for gpu in found if gpu.index in allowed)
+    seen = tuple(gpu for gpu in found if gpu.index in allowed)
+    hidden = len(found) - len(seen)
+    return Nvml(driver, seen, f"CUDA_VISIBLE_DEVICES={visible} hides {hidden} of {len(found)}" if hidden else None)
 
 
 def declared(document: Any) -> Inventory:

@@ -9,10 +9,7 @@ any free one, and then the same again as long as nobody else took it.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 from quire_operators import status
 from quire_operators.clock import on_the_wall
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
+from quire_operators.host import address_problem
 from quire_operators.paths import StateDir
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes
@@ -57,20 +55,6 @@ def resolved_spec(stored: StoredObject | None) -> dict[str, Any]:
         {"apiVersion": API_VERSION, "kind": "Gateway", "metadata": {"name": "default"}}
     )
     return default.spec.model_dump(mode="json", by_alias=True)
-
-
-def address_problem(host: str, port: int) -> str | None:
-    """Why nothing can listen on (host, port) now, or None. Binds and lets go at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return f"{host}:{port} is in use by another program"
-            return f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
-    return None
 
 
 class GatewayReconciler:

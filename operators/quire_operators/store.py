@@ -25,6 +25,7 @@ Exceptions:
     StoreError
     ├── Conflict            the object changed since it was read
     ├── NotFound            no such object
+    ├── StoreUnavailable    the disk is full, read-only or failing: nothing was written
     └── UnusableStore       another version's file, a network filesystem, or a damaged one
 """
 
@@ -33,6 +34,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from quire_operators.clock import SteadyClock, boot_id, new_base
+from quire_operators.host import NETWORK_FILESYSTEMS, file_system
 from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_schemas.resource import Key
 
@@ -51,9 +54,6 @@ SCHEMA_VERSION = 2
 NAMESPACE = "default"
 EVENTS_PER_OBJECT = 200
 EVENT_SECONDS = 7 * 86400.0
-NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "ceph", "glusterfs", "afs"}
-)
 
 _metadata = sa.MetaData()
 _meta = sa.Table("meta", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
@@ -167,6 +167,33 @@ class NotFound(StoreError):
     """No such object."""
 
 
+class StoreUnavailable(StoreError):
+    """The file cannot be written or read now. `full` says that it is for want of room, `passing` that the cause
+    lies outside the file and can pass."""
+
+    def __init__(self, message: str, hint: str, *, full: bool, passing: bool) -> None:
+        super().__init__(message, hint)
+        self.full = full
+        self.passing = passing
+
+    @classmethod
+    def of(cls, error: sa.exc.DBAPIError, path: Path) -> StoreUnavailable:
+        """What SQLite's error means for whoever wanted something written."""
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        # A disk whose quota or limit is reached answers with an error of input and output.
+        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        hint = {
+            sqlite3.SQLITE_READONLY: f"make {path.parent} writable",
+            sqlite3.SQLITE_BUSY: "another program holds the store open: end it",
+        }.get(code, f"make room where {path.parent} is" if full else "platform doctor says more")
+        return cls(
+            f"the store {path} cannot be used now: {error.orig}. Nothing was stored; what runs goes on",
+            f"{hint}, then try again",
+            full=full,
+            passing=full or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY),
+        )
+
+
 class UnusableStore(StoreError):
     """The file cannot serve as a store."""
 
@@ -266,16 +293,7 @@ class Event:
 
 def _refuse_network_filesystem(folder: Path) -> None:
     """SQLite's locks and its WAL do not hold on a network filesystem. Raises `UnusableStore`."""
-    best, kind = Path("/"), ""
-    try:
-        mounts = Path("/proc/self/mounts").read_text().splitlines()
-    except FileNotFoundError:
-        return
-    for line in mounts:
-        _, point, found, *_ = line.split()
-        path = Path(point.replace("\\040", " "))
-        if folder.is_relative_to(path) and len(path.parts) >= len(best.parts):
-            best, kind = path, found
+    kind = file_system(folder)
     if kind in NETWORK_FILESYSTEMS:
         raise UnusableStore(
             f"the state directory {folder} is on a network filesystem ({kind})",
@@ -287,7 +305,8 @@ class Store:
     """One open store. `clock` gives unix seconds; without one it is the steady clock that the store keeps."""
 
     def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
-        _refuse_network_filesystem(path.parent.resolve())
+        _refuse_network_filesystem(path.parent)
+        self._path = path
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
         os.close(descriptor)
@@ -295,13 +314,16 @@ class Store:
         sa.event.listen(self._engine, "connect", _set_pragmas)
         sa.event.listen(self._engine, "begin", _begin_immediate)
         try:
-            with self._engine.begin() as db:
+            with self._transaction() as db:
                 self._upgrade(db, path)
                 _metadata.create_all(db)
                 self.install_id = self._setting(db, "installId", lambda: uuid.uuid4().hex)
                 self.clock = clock or self._steady_clock(db)
         except sa.exc.DatabaseError as error:
             self._engine.dispose()
+            refused = StoreUnavailable.of(error, path)
+            if refused.passing:
+                raise refused from error
             raise UnusableStore(
                 f"{path} is not a usable store: {error.orig}",
                 "move it away; what was applied must be applied again",
@@ -351,14 +373,19 @@ class Store:
         self._engine.dispose()
 
     @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as db:
-            yield db
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """One transaction, as a whole or not at all. What the disk refuses is a `StoreUnavailable`: nothing was
+        written, and the next transaction may well succeed."""
+        try:
+            with self._engine.begin() as db:
+                yield db
+        except sa.exc.DBAPIError as error:
+            raise StoreUnavailable.of(error, self._path) from error
 
     # ── objects ───────────────────────────────────────────────────────────────────────────────────────────
 
     def get(self, key: Key) -> StoredObject | None:
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return self._get(db, key)
 
     def objects(self, kind: str | None = None) -> list[StoredObject]:
@@ -366,7 +393,7 @@ class Store:
         query = sa.select(_objects).order_by(_objects.c.kind, _objects.c.name)
         if kind is not None:
             query = query.where(_objects.c.kind == kind)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return [_object(row) for row in db.execute(query).mappings()]
 
     @staticmethod
@@ -385,7 +412,7 @@ class Store:
         Raises `Conflict` when an object is not what the decision was made on.
         """
         now = self.clock()
-        with self._write() as db:
+        with self._transaction() as db:
             return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
     def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:
@@ -470,7 +497,7 @@ class Store:
 
     def mark_deleting(self, key: Key, traceparent: str | None = None) -> StoredObject:
         """Begin a deletion: the object stays until what runs of it is gone. Raises `NotFound`."""
-        with self._write() as db:
+        with self._transaction() as db:
             old = self._get(db, key)
             if old is None:
                 raise NotFound(f"there is no {key}", "platform get shows what there is")
@@ -496,7 +523,7 @@ class Store:
 
     def remove(self, key: Key) -> None:
         """Forget a deleted object with its revisions and status; its events stay."""
-        with self._write() as db:
+        with self._transaction() as db:
             old = self._get(db, key)
             if old is None:
                 return
@@ -510,7 +537,7 @@ class Store:
             .select_from(_objects.outerjoin(_origins, _origins.c.uid == _objects.c.uid))
             .where(_objects.c.kind == key.kind, _objects.c.namespace == NAMESPACE, _objects.c.name == key.name)
         )
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             found = db.execute(query).first()
         return Origin(*found) if found is not None else None
 
@@ -519,12 +546,12 @@ class Store:
     def revisions(self, uid: str) -> Sequence[Revision]:
         """All kept revisions of an object, newest first."""
         query = sa.select(_revisions).where(_revisions.c.uid == uid).order_by(_revisions.c.n.desc())
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return tuple(Revision(**row) for row in db.execute(query).mappings())
 
     def set_load_seconds(self, uid: str, n: int, seconds: float) -> None:
         """Remember how long a replica of this revision took to load, for the next estimate."""
-        with self._write() as db:
+        with self._transaction() as db:
             db.execute(
                 sa.update(_revisions)
                 .where(_revisions.c.uid == uid, _revisions.c.n == n)
@@ -538,12 +565,12 @@ class Store:
         query = sa.select(_replicas).order_by(_replicas.c.model, _replicas.c.revision, _replicas.c.index)
         if model is not None:
             query = query.where(_replicas.c.model == model)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return tuple(_row(found) for found in db.execute(query).mappings())
 
     def create_replica(self, row: Row) -> Row:
         """Write a new row. It takes up counting incarnations where its id last stopped."""
-        with self._write() as db:
+        with self._transaction() as db:
             last = db.scalar(sa.select(_incarnations.c.n).where(_incarnations.c.id == row.id)) or 0
             row = replace(row, incarnation=last, exited=last)
             db.execute(insert(_replicas).values(resource_version=1, **_values(row)))
@@ -551,7 +578,7 @@ class Store:
 
     def update_replica(self, old: Row, new: Row) -> Row:
         """Compare-and-set: `old` must be what is stored, apart from its revision number. Raises `Conflict`."""
-        with self._write() as db:
+        with self._transaction() as db:
             found = db.execute(sa.select(_replicas).where(_replicas.c.id == old.id)).mappings().first()
             if found is None or replace(_row(found), revision=old.revision) != old:
                 raise Conflict(f"replica {old.id} was changed meanwhile", "it is looked at again")
@@ -570,12 +597,12 @@ class Store:
             return new
 
     def delete_replica(self, replica_id: str) -> None:
-        with self._write() as db:
+        with self._transaction() as db:
             db.execute(sa.delete(_replicas).where(_replicas.c.id == replica_id))
 
     def next_incarnation(self, name: str) -> int:
         """A number above every one this name ever had, durable before it is used."""
-        with self._write() as db:
+        with self._transaction() as db:
             n = (db.scalar(sa.select(_incarnations.c.n).where(_incarnations.c.id == name)) or 0) + 1
             statement = insert(_incarnations).values(id=name, n=n)
             db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": n}))
@@ -590,13 +617,13 @@ class Store:
 
     def status(self, uid: str) -> dict[str, Any]:
         """What was last reported of an object; empty before the first report."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             found = db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid))
         return dict(found) if found is not None else {}
 
     def put_status(self, uid: str, status: dict[str, Any]) -> bool:
         """Write a report if it differs from the last; says whether it did."""
-        with self._write() as db:
+        with self._transaction() as db:
             if db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid)) == status:
                 return False
             statement = insert(_status).values(uid=uid, json=status)
@@ -604,22 +631,22 @@ class Store:
             return True
 
     def routing_version(self) -> int:
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return int(self._setting(db, "routingVersion", lambda: "0"))
 
     def set_routing_version(self, version: int) -> None:
         """Durable before the table is sent: no two tables ever share a version."""
-        with self._write() as db:
+        with self._transaction() as db:
             self._set(db, "routingVersion", str(version))
 
     def note(self, name: str) -> dict[str, Any]:
         """What a control plane left under this name for itself or the next one; empty if nothing."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             found = db.scalar(sa.select(_meta.c.value).where(_meta.c.key == f"note:{name}"))
         return dict(json.loads(found)) if found is not None else {}
 
     def set_note(self, name: str, content: dict[str, Any]) -> None:
-        with self._write() as db:
+        with self._transaction() as db:
             self._set(db, f"note:{name}", json.dumps(content))
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────
@@ -628,7 +655,7 @@ class Store:
         """Note an event; one with the same reason and message as an earlier one of the object raises its count."""
         now = self.clock()
         name = str(key)
-        with self._write() as db:
+        with self._transaction() as db:
             uid = self._uid(db, key)
             same = db.scalar(
                 sa.select(_events.c.id).where(
@@ -673,7 +700,7 @@ class Store:
         nothing has, they are all that are kept.
         """
         query = sa.select(_events).where(_events.c.id > after).order_by(_events.c.last_seen, _events.c.id)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             if key is not None:
                 query = query.where(_events.c.object == str(key))
                 if uid := self._uid(db, key):

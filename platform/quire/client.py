@@ -6,8 +6,8 @@ Auto-start without races. A client connects. If nobody listens it takes an exclu
 connects again: whoever held the lock before may have started it. Only then does it spawn
 `python -m quire.controlplane` in a session of its own, with a clean environment, and waits on an inherited pipe
 for `ready <version>` or for the error in words. The control plane holds `daemon.lock` for its whole life and
-leaves quietly if somebody else has it; a client that sees it leave quietly (one is just going down, or was
-started by other means) tries again until its deadline. No process id is ever consulted.
+leaves with `HELD` if somebody else has it; a client that sees that (one is just going down, or was started by
+other means) tries again until its deadline. No process id is ever consulted.
 
 Exceptions:
 
@@ -44,6 +44,8 @@ TAIL_LINES = 20
 DOWN = "the platform is down: platform down stopped it, and what was applied is kept"
 UP = "platform up starts it again, and so does platform apply"
 TRACE = ("traceparent", "tracestate")
+HELD = 5
+"""Exit code of a control plane that found another one on its state directory."""
 
 # fmt: off
 PASSED_ON = frozenset({
@@ -248,7 +250,7 @@ class Client:
             os.close(lock)
 
     def _spawn(self, deadline: float) -> None:
-        """Start one control plane; return when it is ready, or has left quietly because another has the lock."""
+        """Start one control plane; return when it is ready, or has left because another has the lock."""
         log = self.state.log("controlplane")
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         readable, writable = os.pipe()
@@ -293,7 +295,7 @@ class Client:
             process.returncode = 0
             return
         code = process.wait()
-        if said or code != 0:
+        if said or code not in (0, HELD):
             reason, _, hint = said.partition("\nhint: ")
             raise Unreachable(
                 f"the control plane failed to start: {reason or f'it exited with status {code}'}"

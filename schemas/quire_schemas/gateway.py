@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from quire_schemas.quantities import BadQuantity, Duration, Quantity, parse_duration
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 
+DEFAULT_BIND = "127.0.0.1"
 DEFAULT_PORT = 8000
 _NO_TLS = "the API is plain HTTP on loopback"
 _NO_CORS = "there are no CORS headers yet"
@@ -74,7 +75,7 @@ class GatewaySpec(Strict):
     bind: Annotated[str, StringConstraints(min_length=1, max_length=255)] = declared(
         "Address to listen on. Only loopback addresses (127.0.0.1, ::1) are taken as long as there are no access "
         "policies to protect others.",
-        "127.0.0.1",
+        DEFAULT_BIND,
         update="rolling",
     )
     port: int = declared(

@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,7 +23,7 @@ import msgspec
 import pytest
 from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
 
-from quire.client import InvalidManifest, Refused
+from quire.client import HELD, InvalidManifest, Refused
 from quire_schemas import wire
 
 LLAMA_8B = {
@@ -69,8 +71,13 @@ def test_one_control_plane_at_a_time_and_none_of_torch(plane: Plane) -> None:
     assert ping["pid"] == plane.process.pid
     assert ping["stateDir"] == str(plane.state.root)
     second, said = plane.spawn()
-    assert second.wait(20) == 0
+    assert second.wait(20) == HELD
     assert said == ""
+    by_hand = [sys.executable, "-P", "-m", "quire.controlplane", "--state-dir", str(plane.state.root)]
+    third = subprocess.run(by_hand, env=plane.env, capture_output=True, text=True, timeout=60)
+    assert third.returncode == HELD
+    assert f"another control plane (process {plane.process.pid}) has the state directory" in third.stderr
+    assert "hint: " in third.stderr
     maps = Path(f"/proc/{plane.process.pid}/maps").read_text()
     assert "torch" not in maps
     assert plane.state.store.stat().st_mode & 0o777 == 0o600

@@ -39,7 +39,7 @@ class ExitCode(enum.IntEnum):
     TIMED_OUT = 4, "timed out, still progressing"
     CONFLICT = 5, "conflict: changed meanwhile, or owned by another manager"
     FAILED = 6, "terminal failure: stalled, or deleted meanwhile"
-    UNREACHABLE = 7, "control plane unreachable, or it failed to start"
+    UNREACHABLE = 7, "control plane unreachable, failed to start, or cannot use its store"
     NOT_FOUND = 8, "not found"
     CHANGES = 10, "`plan --detailed-exitcode`: changes exist"
     INTERRUPTED = 130, "interrupted by the user; what was started goes on"

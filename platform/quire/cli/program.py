@@ -33,6 +33,7 @@ COMMANDS = {
     "schema": "offline",
     "explain": "offline",
     "reference": "reference",
+    "doctor": "doctor",
     "down": "daemon",
     "up": "daemon",
     "version": "daemon",

@@ -1,8 +1,9 @@
 """`python -m quire.controlplane --state-dir DIR [--ready-fd N]`: run one control plane until it is told to end.
 
-It takes `daemon.lock` for its whole life and leaves quietly (exit 0) if another has it. A stale socket is
-removed only under that lock. `ready <version>` goes to the descriptor N once the API listens; before that, what
-went wrong in words. SIGTERM and SIGINT end the control plane alone; router and engines go on.
+It takes `daemon.lock` for its whole life; if another has it, it says so on stderr and leaves (exit 5), and says
+nothing to N: whoever started it looks for the other one. A stale socket is removed only under that lock.
+`ready <version>` goes to the descriptor N once the API listens; before that, what went wrong in words. SIGTERM and
+SIGINT end the control plane alone; router and engines go on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from pathlib import Path
 import uvicorn
 
 from quire import builtin
+from quire.client import HELD
 from quire.controlplane.app import create_app
 from quire.controlplane.plane import ControlPlane
 from quire.tracing import BadTelemetry, Tracing
+from quire_operators.host import lock_holder
 from quire_operators.paths import StateDir, StateDirError
 from quire_operators.store import StoreError
 from quire_schemas import signals
@@ -60,7 +63,13 @@ def main() -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return 0
+        holder = lock_holder(state.daemon_lock)
+        who = f" (process {holder})" if holder is not None else ""
+        sys.stderr.write(
+            f"error: another control plane{who} has the state directory {state.root}\n"
+            "hint: platform version shows it; QUIRE_STATE_DIR chooses another state directory\n"
+        )
+        return HELD
     _log_to(state.log("controlplane"))
     try:
         tracing = Tracing.set_up(signals.SERVICE_CONTROL_PLANE)
@@ -80,10 +89,12 @@ def _fail(ready_fd: int | None, error: Exception) -> int:
     """Say why nothing runs, to whoever waits for it."""
     message, hint = getattr(error, "message", str(error)), getattr(error, "hint", "")
     text = f"{message}\nhint: {hint}\n" if hint else f"{message}\n"
-    sys.stderr.write(text)
     if ready_fd is not None:
         with contextlib.suppress(BrokenPipeError):  # nobody waits any more
             os.write(ready_fd, text.encode())
+    with contextlib.suppress(OSError):  # it is a log file, and the disk may be what is wrong
+        sys.stderr.write(text)
+        sys.stderr.flush()
     return 1
 
 

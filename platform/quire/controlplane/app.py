@@ -17,7 +17,7 @@ from litestar.params import Parameter
 
 from quire.controlplane.plane import ApiError, ControlPlane, parse_key
 from quire.controlplane.spans import traced
-from quire_operators.store import StoreError
+from quire_operators.store import StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,11 @@ def _http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[dic
     return _api_error(_, ApiError(error.status_code, code, error.detail))
 
 
+def _store_unavailable(_: Request[Any, Any, Any], error: StoreUnavailable) -> Response[dict[str, Any]]:
+    status = 507 if error.full else 503
+    return _api_error(_, ApiError(status, "store_unavailable", error.message, error.hint, exit_code=7))
+
+
 def _store_error(_: Request[Any, Any, Any], error: StoreError) -> Response[dict[str, Any]]:
     return _api_error(_, ApiError(409, "conflict", error.message, error.hint, exit_code=5))
 
@@ -133,6 +138,7 @@ def create_app(plane: ControlPlane) -> Litestar:
         state=State({"plane": plane}),
         exception_handlers={
             ApiError: _api_error,
+            StoreUnavailable: _store_unavailable,
             StoreError: _store_error,
             HTTPException: _http_error,
             Exception: _unexpected,

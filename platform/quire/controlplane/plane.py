@@ -47,7 +47,7 @@ from quire_operators.paths import StateDir
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
 from quire_operators.sources import Sources
-from quire_operators.store import Conflict, NotFound, Store, StoredObject
+from quire_operators.store import Conflict, NotFound, Store, StoredObject, StoreUnavailable
 from quire_operators.tracing import Passes
 from quire_schemas import manifest
 from quire_schemas.manifest import Problem
@@ -432,13 +432,14 @@ class ControlPlane:
         except Conflict as conflict:
             raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
         for item in applied:
+            self._controller.add(item.key)
+            if item.result != "unchanged" and item.key.kind == "model":
+                self.models.refresh(item.key)
+        self._controller.add(GATEWAY)
+        for item in applied:
             if item.result != "unchanged":
                 text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
-                self.store.add_event(item.key, "Normal", item.result.capitalize(), text)
-                if item.key.kind == "model":
-                    self.models.refresh(item.key)
-            self._controller.add(item.key)
-        self._controller.add(GATEWAY)
+                self._note(item.key, item.result.capitalize(), text)
         await self._rise()
         return {
             "results": [
@@ -451,6 +452,13 @@ class ControlPlane:
                 for item in applied
             ]
         }
+
+    def _note(self, key: Key, reason: str, text: str) -> None:
+        """An event of something that is stored already: a disk that is full by now does not undo it."""
+        try:
+            self.store.add_event(key, "Normal", reason, text)
+        except StoreUnavailable as error:
+            log.warning("no event %s for %s: %s", reason, key, error.message)
 
     def _refuse_when_down(self) -> None:
         """While something still ends it can be looked at; when nothing runs there is nothing to tell."""
@@ -512,10 +520,10 @@ class ControlPlane:
             stored = self.store.mark_deleting(key, traceparent)
         except NotFound as error:
             raise _not_found(key) from error
-        self.store.add_event(key, "Normal", "Deleting", f"generation {stored.generation}")
         view = self._view(stored)
+        self._note(key, "Deleting", f"generation {stored.generation}")
         if self._is_down and all(seen.life is Life.GONE for seen in self.fleet.observed()):
-            self.store.add_event(key, "Normal", "Deleted", "nothing of it ran: the platform is down")
+            self._note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self.store.replicas(key.name) if key.kind == "model" else ():
                 self.store.delete_replica(row.id)
             self.store.remove(key)

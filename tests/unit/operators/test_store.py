@@ -183,7 +183,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnusableStore, match="not a usable store"):
         Store(tmp_path / "junk.db")
     store = Store(tmp_path / "newer.db")
-    with store._write() as db:
+    with store._transaction() as db:
         db.exec_driver_sql("UPDATE meta SET value = '99' WHERE key = 'schemaVersion'")
     store.close()
     with pytest.raises(UnusableStore, match="another version"):

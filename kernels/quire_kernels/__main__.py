@@ -1,0 +1,46 @@
+"""`python -m quire_kernels`: which back-ends can be used here, as one JSON object on stdout.
+
+    {"torch": version, "cuda": version torch was built for or null, "gpus": number that torch sees,
+     "backends": [{"name", "available", "reason"}]}
+
+A back-end is available when it loads and one small operation comes out right; otherwise `reason` says what
+was in the way. For `platform doctor`, which runs it as a process of its own: nothing else there loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from quire_kernels import BACKENDS, load
+
+
+def main() -> None:
+    """Print the report."""
+    print(  # noqa: T201 - the report is what this program is for
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "gpus": torch.cuda.device_count(),
+                "backends": [check(name) for name in BACKENDS],
+            }
+        )
+    )
+
+
+def check(name: str) -> dict[str, Any]:
+    """Whether a back-end loads and computes the norm of (3, 4)."""
+    try:
+        found = load(name).rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)
+    except Exception as error:  # noqa: BLE001 - whatever stands in its way is what was asked for
+        return {"name": name, "available": False, "reason": f"{type(error).__name__}: {error}"}
+    wanted = torch.tensor([[3.0, 4.0]]) / 12.5**0.5
+    right = bool(torch.allclose(found, wanted, atol=1e-3))
+    return {"name": name, "available": right, "reason": None if right else f"it computed {found.tolist()}"}
+
+
+if __name__ == "__main__":
+    main()

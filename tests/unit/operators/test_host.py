@@ -1,0 +1,96 @@
+"""Control groups of both versions, mount tables and listeners, from what the kernel writes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from quire_operators.host import ControlGroups, address_problem, file_system, file_system_in, listener, lock_holder
+
+MOUNTS = r"""
+/dev/vda / ext4 rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+server:/export /mnt/share nfs4 rw 0 0
+server:/blank /mnt/with\040blank cifs rw 0 0
+/dev/vdb /mnt/share/local ext4 rw 0 0
+first /mnt/twice ext4 rw 0 0
+second /mnt/twice 9p rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/home/me", "ext4"),
+        ("/tmp/x/y", "tmpfs"),
+        ("/mnt/share/state", "nfs4"),
+        ("/mnt/shared", "ext4"),
+        ("/mnt/share/local/state", "ext4"),
+        ("/mnt/with blank/state", "cifs"),
+        ("/mnt/twice", "9p"),
+    ],
+)
+def test_the_innermost_mount_counts_and_the_last_of_equals(folder: str, kind: str) -> None:
+    assert file_system_in(MOUNTS, Path(folder)) == kind
+
+
+def test_a_folder_that_is_not_there_yet_is_where_it_would_be_made(tmp_path: Path) -> None:
+    assert file_system(tmp_path / "a" / "b") == file_system(tmp_path) != ""
+
+
+def group(root: Path, folder: str, **files: str) -> None:
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_limits_of_version_2_and_of_every_group_above(tmp_path: Path) -> None:
+    group(tmp_path, "outer/inner", cpu__max="max 100000", memory__max="max", memory__current="5")
+    group(tmp_path, "outer", cpu__max="150000 100000", memory__max="1000", memory__current="400")
+    groups = ControlGroups(tmp_path, "0::/outer/inner\n")
+    assert groups.cores() == 1.5
+    assert groups.memory() == (1000, 400)
+    group(tmp_path, "outer/inner", cpu__max="50000 100000", memory__max="700", memory__current="300")
+    assert groups.cores() == 0.5
+    assert groups.memory() == (700, 300)
+
+
+def test_limits_of_version_1(tmp_path: Path) -> None:
+    membership = "4:memory:/a/b\n3:cpu,cpuacct:/\n0::/\n"
+    group(tmp_path, "memory/a/b", memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="7")
+    group(tmp_path, "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    groups = ControlGroups(tmp_path, membership)
+    assert (groups.cores(), groups.memory()) == (None, None)
+    group(tmp_path, "cpu", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
+    group(tmp_path, "memory/a", memory__limit_in_bytes="4096", memory__usage_in_bytes="96")
+    assert (groups.cores(), groups.memory()) == (2.0, (4096, 96))
+
+
+def test_no_control_groups_are_no_limits(tmp_path: Path) -> None:
+    groups = ControlGroups(tmp_path, "")
+    assert (groups.cores(), groups.memory()) == (None, None)
+
+
+def test_who_listens_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = listener("127.0.0.1", port)
+        assert found is not None
+        assert found.pid == os.getpid()
+        assert f"in use by another program (process {os.getpid()}, " in (address_problem("127.0.0.1", port) or "")
+    assert listener("127.0.0.1", port) is None
+    assert address_problem("127.0.0.1", port) is None
+    assert "cannot listen on 192.0.2.1" in (address_problem("192.0.2.1", 0) or "")
+
+
+def test_the_holder_of_a_lock_is_found_in_the_kernels_table(tmp_path: Path) -> None:
+    lock = tmp_path / "daemon.lock"
+    assert lock_holder(lock) is None
+    with lock.open("w") as file:
+        assert lock_holder(lock) is None
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert lock_holder(lock) == os.getpid()

@@ -1,0 +1,138 @@
+"""The doctor's judgement on prepared reports, and what it reads off files. Real processes are in tests/e2e."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import doctor
+from quire.cli.doctor import exit_code, lines
+from quire.cli.outcome import ExitCode
+from quire_operators.paths import StateDir
+from quire_operators.store import Store
+
+DOCS = Path(__file__).resolve().parents[3] / "docs/doctor.md"
+REPLICA = {
+    "model": "m", "id": "m-r1-0", "shimPid": 5, "shimAnswers": True, "enginePid": 6, "engineAnswers": True,
+}  # fmt: skip
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report of this machine on an empty state folder, with a replica that runs and a port that is free."""
+    state = StateDir(tmp_path_factory.mktemp("doctor") / "state")
+    report = doctor.examine(state)
+    assert not os.path.exists(state.root), "the doctor makes nothing"
+    report["ports"][0] |= {"state": "free", "pid": None, "process": None, "why": None}
+    for disk in report["disk"]:
+        disk["free"] = 1 << 40
+    report["controlPlane"] |= {"pid": 3, "answers": True, "version": report["versions"]["quire"]}
+    report["router"] = {"pid": 4, "shimPid": 2, "baseUrl": "http://127.0.0.1:8000/v1", "answers": True}
+    report["replicas"] = [dict(REPLICA)]
+    report["devices"] = {"driver": None, "gpus": [], "problem": "none here"}
+    return report
+
+
+def test_a_sound_report_has_no_findings(sound: Report) -> None:
+    assert doctor.judge(sound) == []
+    assert json.loads(json.dumps(sound)) == sound
+
+
+def _set(*path: Any, value: Any) -> Callable[[Report], None]:
+    def change(report: Report) -> None:
+        holder: Any = report
+        for step in path[:-1]:
+            holder = holder[step]
+        holder[path[-1]] = value
+
+    return change
+
+
+WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
+    "owner": (_set("stateDir", "own", value=False), "error", "another user", "QUIRE_STATE_DIR"),
+    "full": (_set("stateDir", "writeProblem", value="/x: No space left"), "error", "No space", "make room"),
+    "network": (_set("stateDir", "fileSystem", value="nfs4"), "error", "file system (nfs4)", "local disk"),
+    "sockets": (_set("stateDir", "sockets", "problem", value="not a folder of"), "error", "somebody", "rm -r"),
+    "store": (_set("stateDir", "store", "problem", value="not a database"), "error", "not a database", "move it"),
+    "disk": (_set("disk", 0, "free", value=1000), "warning", "0 MiB are free", "make room"),
+    "port": (
+        lambda report: report["ports"][0].update(state="taken", why="127.0.0.1:8000 is in use (process 7, x)"),
+        "error", "in use (process 7, x)", "another spec.port",
+    ),
+    "silent": (_set("controlPlane", "answers", value=False), "error", "(pid 3) does not answer", "kill -9 3"),
+    "older": (_set("controlPlane", "version", value="0.0.1"), "warning", "is 0.0.1", "platform down"),
+    "down": (_set("controlPlane", "problem", value="still alive: m"), "error", "still alive", "platform down"),
+    "router": (_set("router", "answers", value=False), "error", "router (pid 4)", "logs"),
+    "lost": (
+        lambda report: report["controlPlane"].update(pid=None, answers=False),
+        "warning", "no control plane", "platform get",
+    ),
+    "shim": (_set("replicas", 0, "shimAnswers", value=False), "error", "shim of m-r1-0", "describe"),
+    "engine": (_set("replicas", 0, "engineAnswers", value=False), "warning", "of m-r1-0 (pid 6)", "model/m"),
+    "torch": (_set("kernels", "problem", value="ImportError: no"), "error", "ImportError: no", "install"),
+    "kernels": (
+        _set("kernels", "backends", value=[{"name": "reference", "available": False, "reason": "it computed 7"}]),
+        "error", "reference: it computed 7", "install",
+    ),
+    "gpu": (_set("devices", "gpus", value=[{"index": 0}]), "error", "torch none of them", "install a torch"),
+    "package": (_set("versions", "uvicorn", value=None), "error", "not installed: uvicorn", "make venv"),
+    "mode": (
+        lambda report: report["stateDir"].update(exists=True, mode="drwxr-xr-x"),
+        "warning", "open to other users", "chmod 700",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_with_a_remedy(name: str, sound: Report) -> None:
+    change, severity, message, hint = WRONG[name]
+    report = copy.deepcopy(sound)
+    change(report)
+    (finding,) = doctor.judge(report)
+    assert finding.severity == severity
+    assert message in finding.message
+    assert hint in finding.hint
+    report |= {"findings": [vars_of(finding)], "healthy": severity != "error"}
+    shown = "\n".join(lines({**report, "devices": sound["devices"]}))
+    assert f"{severity}: {finding.message}\nhint: " in shown
+    wanted = ExitCode.OK if severity == "warning" else ExitCode.FAILED
+    assert exit_code(report) == (ExitCode.UNREACHABLE if name == "silent" else wanted)
+
+
+def vars_of(finding: doctor.Finding) -> dict[str, str]:
+    return {name: getattr(finding, name) for name in ("severity", "subject", "message", "hint")}
+
+
+def test_every_key_is_documented_and_every_documented_key_is_there(sound: Report) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE))
+    assert set(rows) == set(sound)
+    for name, text in rows.items():
+        value = sound[name]
+        examples = value if isinstance(value, list) else [value]
+        for example in examples:
+            if isinstance(example, dict) and name != "versions":
+                assert set(example) <= set(re.findall(r"\w+", text)), name
+
+
+def test_a_store_is_looked_at_and_not_touched(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "state")
+    state.root.mkdir()
+    Store(state.store).close()
+    before = state.store.stat().st_mtime_ns
+    found = doctor.store_of(state.store)
+    assert (found["problem"], found["schema"]) == (None, "1")
+    assert state.store.stat().st_mtime_ns == before
+    state.store.write_bytes(b"garbage" * 1000)
+    assert "not a database" in doctor.store_of(state.store)["problem"]
+    with sqlite3.connect(tmp_path / "other.db") as db:
+        db.execute("CREATE TABLE t (x)")
+    assert "no such table" in doctor.store_of(tmp_path / "other.db")["problem"]
