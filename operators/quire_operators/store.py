@@ -314,7 +314,7 @@ class Store:
         sa.event.listen(self._engine, "connect", _set_pragmas)
         sa.event.listen(self._engine, "begin", _begin_immediate)
         try:
-            with self._transaction() as db:
+            with self._engine.begin() as db:
                 self._upgrade(db, path)
                 _metadata.create_all(db)
                 self.install_id = self._setting(db, "installId", lambda: uuid.uuid4().hex)
