@@ -47,7 +47,7 @@ from quire_operators.paths import StateDir
 from quire_operators.sources import Sources
 from quire_schemas.gateway import DEFAULT_BIND, DEFAULT_PORT
 
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 2.0
 """A process that says nothing for so long does not answer."""
 KERNEL_SECONDS = 120.0
 """How long torch may take to load on a cold disk."""

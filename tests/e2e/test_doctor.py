@@ -49,16 +49,6 @@ def test_the_doctor_names_every_process_and_what_does_not_answer(platform: Platf
     assert ill["router"]["answers"]
     assert f"(pid {ping_pid}) does not answer" in ill["findings"][0]["message"]
 
-    platform.run("down")
-    with platform.state.store.open("r+b") as store:
-        store.write(b"no database at all")
-    done = platform.run("doctor", code=6)
-    assert "error: the store " in done.stdout
-    assert "hint: move it away" in done.stdout
-    assert "control plane  not running" in done.stdout
-    assert not platform.processes(), "the doctor starts nothing"
-    platform.state.store.unlink()
-
 
 def test_the_doctor_names_who_has_the_port_and_makes_nothing(platform: Platform) -> None:
     with socket.socket() as ours:

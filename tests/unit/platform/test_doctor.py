@@ -17,7 +17,7 @@ from quire import doctor
 from quire.cli.doctor import exit_code, lines
 from quire.cli.outcome import ExitCode
 from quire_operators.paths import StateDir
-from quire_operators.store import Store
+from quire_operators.store import SCHEMA_VERSION, Store
 
 DOCS = Path(__file__).resolve().parents[3] / "docs/doctor.md"
 REPLICA = {
@@ -129,7 +129,7 @@ def test_a_store_is_looked_at_and_not_touched(tmp_path: Path) -> None:
     Store(state.store).close()
     before = state.store.stat().st_mtime_ns
     found = doctor.store_of(state.store)
-    assert (found["problem"], found["schema"]) == (None, "1")
+    assert (found["problem"], found["schema"]) == (None, str(SCHEMA_VERSION))
     assert state.store.stat().st_mtime_ns == before
     state.store.write_bytes(b"garbage" * 1000)
     assert "not a database" in doctor.store_of(state.store)["problem"]
