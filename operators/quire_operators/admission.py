@@ -23,16 +23,19 @@ from quire_operators import rollout
 from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.sources import Located as Folder
-from quire_operators.sources import SourceError, Sources
+from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Change, NewRevision, Revision, Store, StoredObject
 from quire_schemas.checkpoint import (
     CheckpointError,
     ModelProfile,
     UnsupportedArchitecture,
     UnsupportedFeature,
+    names_dtype,
     profile_from_config,
+    read_config,
     read_profile,
 )
+from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, Problem, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, LivenessProbe, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
@@ -48,6 +51,8 @@ from quire_schemas.update import (
     template_hash,
 )
 
+SPARE = 64 * 1024 * 1024
+"""Bytes that a download leaves free on the disk of the cache."""
 CAUSE_ANNOTATION = "quire.dev/change-cause"
 
 
@@ -59,6 +64,19 @@ class Refusal:
     reason: str
     message: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A part of a repository at a revision that only its hub can tell of; `auth` is a secret's reference."""
+
+    repository: str
+    revision: str
+    part: Part
+    auth: tuple[tuple[str, str], ...] | None = None
+
+    def is_about(self, error: NotLocal) -> bool:
+        return (self.repository, self.revision, self.part) == (error.repository, error.revision, error.part)
 
 
 @dataclass(slots=True)
@@ -75,6 +93,8 @@ class Review:
     changes: tuple[FieldChange, ...] = ()
     rollout: str = ""
     notes: list[str] = field(default_factory=list)
+    download: int = 0
+    """Bytes that are to be fetched from a hub."""
     warnings: list[str] = field(default_factory=list)
     """What goes against the wish, though it is accepted."""
     refusal: Refusal | None = None
@@ -140,11 +160,16 @@ class Admission:
         resources: Sequence[Located],
         inventory: Inventory | None = None,
         configs: Mapping[str, Mapping[str, Any]] | None = None,
+        unfound: Mapping[Ask, SourceError] | None = None,
     ) -> list[Review]:
         """One review a resource, in order. `configs` (by model name or source) stand in for checkpoints that are
-        not on this machine, so that a plan can be made without them."""
+        not on this machine, so that a plan can be made without them. `unfound` is what the hub answered to those
+        of `asks` that it refused."""
+        here = inventory is None
         inventory = inventory or self._detect()
-        reviews = [self._review(located, inventory, configs or {}) for located in resources]
+        reviews = [self._review(located, inventory, configs or {}, unfound or {}) for located in resources]
+        if here:
+            self._check_disk(reviews)
         self._refuse_name_conflicts(reviews)
         self._note_crowding(reviews, inventory)
         return reviews
@@ -164,9 +189,58 @@ class Admission:
             for review in reviews
         ]
 
+    def asks(
+        self, resources: Sequence[Located], configs: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> list[Ask]:
+        """What only a hub can tell before these resources can be reviewed; empty when all is on this machine."""
+        found: dict[Ask, None] = {}
+        for located in resources:
+            old = self._store.get(located.key)
+            if not isinstance(located.resource, Model):
+                continue
+            if old is not None and old.intent_hash == intent_hash(located.resource):
+                continue
+            spec = resolve_defaults(located.resource)
+            for look in (
+                partial(self._locate, spec, old, located.key.name, configs or {}),
+                partial(self._locate_tokenizer, spec, old),
+            ):
+                try:
+                    look()
+                except NotLocal as error:
+                    auth = spec.get("sourceAuth")
+                    key = tuple(sorted((k, v) for k, v in auth.items() if v is not None)) if auth else None
+                    found[Ask(error.repository, error.revision, error.part, key)] = None
+                except SourceError:
+                    continue  # the review says it
+        return list(found)
+
+    def pinned(self, resources: Sequence[Located]) -> dict[Key, Ask]:
+        """The branches and tags that existing models were resolved from, for whoever asks where they are now."""
+        found = {}
+        for located in resources:
+            old = self._store.get(located.key)
+            if old is None or not isinstance(located.resource, Model):
+                continue
+            spec = located.resource.spec
+            if old.intent["spec"]["source"] != spec.source or not spec.source.startswith("hf://"):
+                continue
+            revision = spec.revision or "main"
+            if not old.resolved["revision"].startswith(revision):
+                auth = old.resolved.get("sourceAuth")
+                key = tuple(sorted((k, v) for k, v in auth.items() if v is not None)) if auth else None
+                found[located.key] = Ask(spec.source.removeprefix("hf://"), revision, "model", key)
+        return found
+
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _review(self, located: Located, inventory: Inventory, configs: Mapping[str, Mapping[str, Any]]) -> Review:
+    def _review(
+        self,
+        located: Located,
+        inventory: Inventory,
+        configs: Mapping[str, Mapping[str, Any]],
+        unfound: Mapping[Ask, SourceError],
+    ) -> Review:
         old = self._store.get(located.key)
         unchanged = old is not None and old.intent_hash == intent_hash(located.resource)
         review = Review(located, old, "unchanged" if unchanged else "update" if old else "create")
@@ -178,6 +252,10 @@ class Admission:
         if isinstance(located.resource, Model):
             try:
                 self._review_model(review, located.resource, inventory, configs)
+            except NotLocal as error:
+                said = next((unfound[ask] for ask in unfound if ask.is_about(error)), error)
+                path = error.path if said.path == "spec.source" else said.path
+                self._refuse(review, Refusal(path, said.reason, said.message, said.hint))
             except SourceError as error:
                 self._refuse(review, Refusal(error.path, error.reason, error.message, error.hint))
             except CheckpointError as error:
@@ -270,6 +348,20 @@ class Admission:
                 revision = old.resolved["revision"]
         return self._sources.locate(spec["source"], revision)
 
+    def _locate_tokenizer(self, spec: Mapping[str, Any], old: StoredObject | None) -> Folder | None:
+        """The tokenizer's folder, if it has a source of its own; at the commit that was recorded before."""
+        source, revision = spec["tokenizer"]["source"], None
+        if source is None:
+            return None
+        if old is not None and old.resolved["tokenizer"]["source"] == source and source.startswith("hf://"):
+            current = next((r for r in self._store.revisions(old.uid) if r.n == old.revision), None)
+            revision = Path(current.placement["tokenizer_dir"]).name if current is not None else None
+        try:
+            return self._sources.locate(source, revision, "tokenizer")
+        except SourceError as error:
+            error.path = "spec.tokenizer.source"
+            raise
+
     @staticmethod
     def _known_revision(
         spec: Mapping[str, Any], current: Revision | None, history: Sequence[Revision]
@@ -306,6 +398,8 @@ class Admission:
     ) -> Placed:
         profile, model_dir = self._profile(name, spec, folder, configs)
         tokenizer_dir = self._tokenizer(review, spec, model_dir, standing_in=folder is None)
+        if folder is not None and folder.missing:
+            self._note_download(review, folder)
         rows = self._store.replicas()
         own = held(row for row in rows if row.model == name)
         commit = folder.commit if folder is not None else None
@@ -320,7 +414,24 @@ class Admission:
         if folder is None:
             config = configs[name] if name in configs else configs[spec["source"]]
             return profile_from_config(config), ""
-        return read_profile(folder.folder), str(folder.folder)
+        if not folder.missing:
+            return read_profile(folder.folder), str(folder.folder)
+        profile = read_config(folder.folder)
+        if spec["engine"]["dtype"] == "auto" and not names_dtype(profile.raw):
+            raise SourceError(
+                "InvalidReference",
+                "its config.json names no dtype, and the weights, which would show it, are not here yet",
+                "declare spec.engine.dtype",
+                "spec.engine.dtype",
+            )
+        return profile, str(folder.folder)
+
+    def _note_download(self, review: Review, folder: Folder) -> None:
+        review.download = folder.missing
+        review.notes.append(
+            f"downloads {format_bytes(folder.missing)} (commit {str(folder.commit)[:12]}) "
+            f"into {self._sources.cache.root}"
+        )
 
     def _tokenizer(self, review: Review, spec: Mapping[str, Any], model_dir: str, *, standing_in: bool) -> str:
         """The tokenizer's folder; its files are checked here, where a person is there to read the answer."""
@@ -339,13 +450,8 @@ class Admission:
         if source is None and standing_in:
             review.notes.append("planned from a configuration; the checkpoint itself was not looked at")
             return ""
-        folder = model_dir
-        if source is not None:
-            try:
-                folder = str(self._sources.locate(source).folder)
-            except SourceError as error:
-                error.path = "spec.tokenizer.source"
-                raise
+        located = self._locate_tokenizer(spec, review.old)
+        folder = str(located.folder) if located is not None else model_dir
         if not (Path(folder) / "tokenizer.json").is_file():
             self._refuse(
                 review,
@@ -437,6 +543,19 @@ class Admission:
         if each is not None:
             text += f"\n{_count(want, 'replica')}, about {format_duration(each)} each"
         return text + f"; {budget.floor} of {want} serve meanwhile"
+
+    def _check_disk(self, reviews: Sequence[Review]) -> None:
+        """Refuse downloads that the disk of the cache cannot hold, one after the other."""
+        free = self._sources.cache.free()
+        for review in reviews:
+            if review.download and review.download + SPARE > free and review.refusal is None:
+                text = (
+                    f"{format_bytes(review.download)} are to be downloaded, and {self._sources.cache.root} has "
+                    f"{format_bytes(max(free, 0))} free"
+                )
+                hint = "platform cache prune, or set HF_HUB_CACHE to a folder on a larger disk and platform down"
+                self._refuse(review, Refusal("spec.source", "DiskFull", text, hint))
+            free -= review.download
 
     def _refuse_name_conflicts(self, reviews: Sequence[Review]) -> None:
         """Two models may not claim one served name, whether stored or in this very set."""

@@ -20,8 +20,10 @@ import msgspec
 
 from quire_operators import rollout, status
 from quire_operators.admission import desired_of, stall_timeout
+from quire_operators.cache import Need
 from quire_operators.clock import on_the_wall
 from quire_operators.devices import Inventory, free_places, held
+from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
@@ -131,6 +133,8 @@ class View:
     placement: Placement
     desired: Desired
     world: World
+    fetching: Progress | None = None
+    """What its files still lack; None when all are there and verified."""
 
 
 class ModelReconciler:
@@ -148,10 +152,12 @@ class ModelReconciler:
         engine_argv: Callable[[Path], Sequence[str]],
         environ: Mapping[str, str],
         changed: Callable[[Key], None],
+        downloads: Downloads,
         clock: Callable[[], float],
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
+        self._downloads = downloads
         self._fleet = fleet
         self._routes = routes
         self._gateway = gateway
@@ -211,6 +217,30 @@ class ModelReconciler:
 
     def _observe(self, stored: StoredObject) -> View:
         revision = self._revision(stored)
+        fetching = self._fetching(stored, revision)
+        return self._observe_as(stored, revision, fetching)
+
+    def _fetching(self, stored: StoredObject, revision: Revision) -> Progress | None:
+        """Have the files of the current revision fetched; how far that is."""
+        if stored.deletion_time is not None or stored.resolved["replicas"] == 0:
+            self._downloads.forget(stored.key)
+            return None
+        needs = needs_of(revision.resolved, Placement.from_dict(revision.placement))
+        return self._downloads.demand(stored.key, stored.generation, needs, stored.resolved.get("sourceAuth"))
+
+    def _acting(self, view: View) -> View:
+        """The view to plan by. While the files of the current revision are on their way, what runs is kept as it
+        is, by the intent that it was started for: a rollout begins when there is something to roll out."""
+        if view.fetching is None:
+            return view
+        running = {row.revision for row, _ in view.world.replicas}
+        kept = [revision for revision in self._store.revisions(view.stored.uid) if revision.n in running]
+        if not kept:
+            return view
+        newest = max(kept, key=lambda revision: revision.n)
+        return self._observe_as(replace(view.stored, resolved=newest.resolved), newest, view.fetching)
+
+    def _observe_as(self, stored: StoredObject, revision: Revision, fetching: Progress | None) -> View:
         placement = Placement.from_dict(revision.placement)
         pairs = []
         for row in self._store.replicas(stored.key.name):
@@ -228,7 +258,7 @@ class ModelReconciler:
             orphans=tuple(self._orphans(stored.key.name)),
             jitter=self._rng.uniform(-1, 1),
         )
-        return View(stored, revision, placement, desired, world)
+        return View(stored, revision, placement, desired, world, fetching)
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -291,16 +321,19 @@ class ModelReconciler:
         """One pass; seconds until it wants to run again, or None to wait for a hint."""
         stored = self._store.get(key)
         if stored is None:
+            self._downloads.forget(key)
             return await self._sweep(key)
         view = self._observe(stored)
-        planned = rollout.plan(view.desired, view.world, self._clock())
+        acting = self._acting(view)
+        planned = rollout.plan(acting.desired, acting.world, self._clock())
+        steps = [step for step in planned.steps if not self._lacks_files(view, acting, step)]
         try:
-            for step in planned.steps:
-                await self._execute(view, step)
+            for step in steps:
+                await self._execute(acting, step)
         except Conflict as conflict:
             log.info("%s: %s", key, conflict.message)  # an apply came in between: the next pass sees it
             return 0.0
-        lasting = [step for step in planned.steps if not isinstance(step, rollout.PushLimits | rollout.StopOrphan)]
+        lasting = [step for step in steps if not isinstance(step, rollout.PushLimits | rollout.StopOrphan)]
         stored = self._store.get(key)
         if stored is None:
             return 0.0
@@ -314,7 +347,18 @@ class ModelReconciler:
         deadline = self._report(view, no_room=planned.no_room)
         if lasting:
             return 0.0
-        return due_in((planned.requeue_at, deadline), self._clock())
+        # A step that waits for files is due when they are there, of which the download tells.
+        requeue_at = planned.requeue_at if len(steps) == len(planned.steps) else None
+        retry_at = view.fetching.retry_at if view.fetching is not None else None
+        return due_in((requeue_at, deadline, retry_at), self._clock())
+
+    def _lacks_files(self, view: View, acting: View, step: rollout.Step) -> bool:
+        """Whether a step would start an engine of the current revision before its files are there."""
+        if view.fetching is None:
+            return False
+        if isinstance(step, rollout.Create):
+            return acting.revision.n == view.revision.n
+        return isinstance(step, rollout.Launch) and self._row(step.replica).revision == view.revision.n
 
     async def _sweep(self, key: Key) -> float | None:
         """Processes that carry the name of a model that does not exist."""
@@ -430,6 +474,8 @@ class ModelReconciler:
             self._store.add_event(view.stored.key, "Warning", "NoRevision", text)
             return
         placement = Placement.from_dict(revision.placement)
+        for need in needs_of(revision.resolved, placement):
+            self._downloads.cache.used(need)
         new = replace(rollout.after(row, step, self._clock()), nonce=Store.new_nonce())
         row = self._store.update_replica(row, new)
         spec = view.stored.resolved
@@ -446,7 +492,13 @@ class ModelReconciler:
             shim=str(folder / "shim.sock"),
         )
         declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
-        env = {**self._environ, **declared, **device_env(row.device)}
+        tokens = {
+            auth["env"]
+            for other in self._store.objects("model")
+            if (auth := other.resolved.get("sourceAuth")) and auth.get("env")
+        }
+        inherited = {name: value for name, value in self._environ.items() if name not in tokens}
+        env = {**inherited, **declared, **device_env(row.device)}
         unit = Unit(
             folder=folder,
             name=row.id,
@@ -490,7 +542,12 @@ class ModelReconciler:
         settled = rollout.is_settled(desired, view.world, now)
         reports = {row.id: read_report(self._lines(row)) for row, _ in pairs}
         replicas = [self._replica(row, seen, reports[row.id]) for row, seen in pairs]
-        signature = [[r["id"], r["incarnation"], r["state"], reports[r["id"]].bytes_done] for r in replicas]
+        signature: list[Any] = [
+            [r["id"], r["incarnation"], r["state"], reports[r["id"]].bytes_done] for r in replicas
+        ]
+        fetching = view.fetching
+        if fetching is not None:
+            signature.append(fetching.done)
         since = before.get("progressAt", now)
         if [stored.generation, signature] != before.get("signature"):
             since = now
@@ -502,12 +559,18 @@ class ModelReconciler:
         loaded = [seen for _, seen in current if seen.process is Process.READY]
         reached = {
             "accepted": True,
-            "weights": True,
+            "weights": fetching is None,
             "device": bool(current) or want == 0,
             "loaded": bool(loaded) or want == 0,
             "ready": len(updated) >= want,
         }
         details: dict[str, Any] = {"weights": {"bytes": view.placement.weights}}
+        if fetching is not None:
+            details["weights"] = {
+                "bytes": fetching.total,
+                "bytesDone": fetching.done,
+                "rate": round(fetching.rate),
+            }
         if current:
             details["device"] = {"device": ",".join(sorted({row.device for row, _ in current}))}
             if not loaded:
@@ -540,10 +603,20 @@ class ModelReconciler:
         }
         if self._store.put_status(stored.uid, document):
             self._changed(ROUTES)
+        self._note_fetch(stored, facts, before)
         for fact in facts:
             if fact.type == "Stalled" and fact.status and not _was(before, "Stalled", fact.reason):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
         return None if settled or now >= deadline else deadline
+
+    def _note_fetch(self, stored: StoredObject, facts: Sequence[Fact], before: Mapping[str, Any]) -> None:
+        """An event when a fetch begins, fails or ends."""
+        fetched = next(fact for fact in facts if fact.type == "Fetched")
+        was = next((c["reason"] for c in before.get("conditions", ()) if c["type"] == "Fetched"), None)
+        if was == fetched.reason or (was is None and fetched.status):
+            return
+        kind = "Normal" if fetched.reason in (Reason.VERIFIED, Reason.DOWNLOADING) else "Warning"
+        self._store.add_event(stored.key, kind, fetched.reason.value, fetched.message)
 
     def _replica(self, row: Row, seen: Seen, report: Report) -> dict[str, Any]:
         own = next((o for o in self._fleet.observed(row.id) if o.nonce == row.nonce), None)
@@ -580,7 +653,6 @@ class ModelReconciler:
     def _facts(self, view: View, no_room: bool, available: int, settled: bool, *, late: bool) -> list[Fact]:
         stored, desired, world = view.stored, view.desired, view.world
         want = 0 if desired.deleting else desired.replicas
-        placement = view.placement
         hot_pending = any(
             seen.hot_hash not in (None, desired.hot_hash)
             for row, seen in world.replicas
@@ -589,14 +661,14 @@ class ModelReconciler:
         lacking = self._lacking(view) if no_room else None
         facts = [
             Fact("Accepted", True, Reason.VALID),
-            Fact("Fetched", True, Reason.VERIFIED, f"{format_bytes(placement.weights)} in {placement.model_dir}"),
+            self._fetched_fact(view),
             lacking
             or Fact(
                 "Scheduled",
                 len(world.replicas) >= want,
                 Reason.SCHEDULED if len(world.replicas) >= want else Reason.PROGRESS_MADE,
             ),
-            self._ready_fact(world, available, want),
+            self._ready_fact(view, available, want),
         ]
         if settled and hot_pending:
             facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
@@ -607,7 +679,32 @@ class ModelReconciler:
         facts.append(self._stalled_fact(view, lacking, available, settled, late=late))
         return facts
 
-    def _ready_fact(self, world: World, available: int, want: int) -> Fact:
+    def _fetched_fact(self, view: View) -> Fact:
+        fetching, placement = view.fetching, view.placement
+        if fetching is None:
+            text = f"{format_bytes(placement.weights)} in {placement.model_dir}"
+            return Fact("Fetched", True, Reason.VERIFIED, text + self._moved(view))
+        if fetching.failure is not None:
+            return Fact("Fetched", False, Reason(fetching.failure.reason), fetching.failure.message)
+        text = f"{format_bytes(fetching.done)} of {format_bytes(fetching.total)}"
+        if fetching.rate:
+            left = max(fetching.total - fetching.done, 0) / fetching.rate
+            text += f", {format_bytes(round(fetching.rate))}/s, {max(round(left), 1)} s left"
+        return Fact("Fetched", False, Reason.DOWNLOADING, text)
+
+    def _moved(self, view: View) -> str:
+        """That the branch stands for another commit in the cache than the one that was recorded."""
+        spec = view.stored.intent["spec"]
+        branch, commit = spec.get("revision", "main"), view.placement.commit
+        if commit is None:
+            return ""
+        now = self._downloads.cache.commit_of(spec["source"].removeprefix("hf://"), branch)
+        if now is None or now == commit:
+            return ""
+        return f"; {branch} is at {now[:12]} in the cache by now, this model stays at {commit[:12]}"
+
+    def _ready_fact(self, view: View, available: int, want: int) -> Fact:
+        world = view.world
         if available:
             return Fact("Ready", True, Reason.SERVING, f"{available} of {want} replicas")
         if want == 0:
@@ -622,6 +719,9 @@ class ModelReconciler:
                 return Fact(
                     "Ready", False, Reason.ENGINE_STALLED, f"{row.id}: {row.message or 'it is being killed'}"
                 )
+        if view.fetching is not None and not world.replicas:
+            failure_ = view.fetching.failure
+            return Fact("Ready", False, Reason(failure_.reason) if failure_ is not None else Reason.DOWNLOADING)
         starting = any(seen.process is Process.STARTING for _, seen in world.replicas)
         if starting or any(seen.process is Process.READY for _, seen in world.replicas):
             return Fact("Ready", False, Reason.STARTING, "requests are held meanwhile")
@@ -660,6 +760,9 @@ class ModelReconciler:
     ) -> Fact:
         desired = view.desired
         current = [(row, seen) for row, seen in view.world.replicas if row.template_hash == desired.template_hash]
+        fetch = view.fetching.failure if view.fetching is not None else None
+        if fetch is not None and fetch.stuck:
+            return Fact("Stalled", True, Reason(fetch.reason), fetch.message)
         for row, _ in current:
             if row.failed_generation is not None:
                 text = f"{row.id}: {row.reason}: {row.message}"
@@ -769,6 +872,18 @@ def device_env(device: str) -> dict[str, str]:
     if not device.startswith("cuda:"):
         return {}
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}
+
+
+def needs_of(resolved: Mapping[str, Any], placement: Placement) -> tuple[Need, ...]:
+    """The parts of repositories that engine and router read for one revision."""
+    found = []
+    if placement.commit is not None:
+        found.append(Need(resolved["source"].removeprefix("hf://"), placement.commit, "model"))
+    tokenizer = resolved["tokenizer"]["source"]
+    if tokenizer is not None and tokenizer.startswith("hf://"):
+        commit = Path(placement.tokenizer_dir).name
+        found.append(Need(tokenizer.removeprefix("hf://"), commit, "tokenizer"))
+    return tuple(found)
 
 
 ROUTES = Key("routes", "router")

@@ -9,6 +9,7 @@ that belongs to this user and is closed to everybody else.
 
     <root>/state.db  daemon.lock  start.lock  down  routes.snapshot  logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
+    <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>
     /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
 
 Exceptions:
@@ -79,6 +80,15 @@ class StateDir:
     def router_snapshot(self) -> Path:
         """The routing table that the router last accepted, and begins with when there is no control plane."""
         return self.root / "routes.snapshot"
+
+    @property
+    def sources(self) -> Path:
+        """What is known of the repositories whose files lie in the cache."""
+        return self.root / "sources"
+
+    @property
+    def secrets(self) -> Path:
+        return self.root / "secrets"
 
     @property
     def runtime(self) -> Path:

@@ -30,6 +30,9 @@ class Reason(enum.StrEnum):
     STOPPED = "Stopped"
     LISTENING = "Listening"
     # not (yet)
+    DOWNLOADING = "Downloading"
+    HUB_UNREACHABLE = "HubUnreachable"
+    FETCH_FAILED = "FetchFailed"
     STARTING = "Starting"
     NO_REPLICA_AVAILABLE = "NoReplicaAvailable"
     ENGINE_STALLED = "EngineStalled"
@@ -39,6 +42,10 @@ class Reason(enum.StrEnum):
     # stuck
     INVALID_REFERENCE = "InvalidReference"
     NOT_FOUND = "NotFound"
+    UNAUTHORIZED = "Unauthorized"
+    SECRET_NOT_FOUND = "SecretNotFound"
+    DISK_FULL = "DiskFull"
+    CHECKSUM_MISMATCH = "ChecksumMismatch"
     UNSUPPORTED_ARCHITECTURE = "UnsupportedArchitecture"
     INSUFFICIENT_MEMORY = "InsufficientMemory"
     INSUFFICIENT_DEVICES = "InsufficientDevices"
@@ -60,6 +67,48 @@ class Advice:
 
 
 ADVICE: dict[Reason, Advice] = {
+    Reason.DOWNLOADING: Advice(
+        "Files of the source are on their way, or are verified before their first use.",
+        ("platform describe {key}   how far it is, and how fast",),
+    ),
+    Reason.HUB_UNREACHABLE: Advice(
+        "The hub does not answer, or the connection broke; it is tried again with growing pauses, and goes on "
+        "where it stopped.",
+        (
+            "check the network, HTTPS_PROXY and HF_ENDPOINT; the control plane has those of the shell that "
+            "started it: platform down, then apply again",
+        ),
+    ),
+    Reason.FETCH_FAILED: Advice(
+        "The download ended for a reason of this machine; it is tried again with growing pauses.",
+        ("platform logs controlplane   what it said", "platform cache list   where the cache is"),
+    ),
+    Reason.UNAUTHORIZED: Advice(
+        "The hub does not give the repository to this token, or no token was sent. It is tried again every 5 "
+        "minutes, and at once after an apply that changes the model.",
+        (
+            "accept the terms of a gated repository on its page, with the account that the token belongs to",
+            "hf auth login, or platform secret set hf-token and spec.sourceAuth: {{secretRef: hf-token}}",
+        ),
+    ),
+    Reason.SECRET_NOT_FOUND: Advice(
+        "spec.sourceAuth leads to no value. It is looked at again every 5 minutes.",
+        ("platform secret list   which there are", "platform secret set NAME   keeps one"),
+    ),
+    Reason.DISK_FULL: Advice(
+        "The files do not fit on the disk of the cache. It is looked at again every minute.",
+        (
+            "platform cache prune   removes what no model uses",
+            "set HF_HUB_CACHE to a folder on a larger disk; platform down, then apply again",
+        ),
+    ),
+    Reason.CHECKSUM_MISMATCH: Advice(
+        "A file was fetched twice and had another digest than the hub names each time. It was removed.",
+        (
+            "look at the disk, and at what stands before the hub (HF_ENDPOINT, a proxy)",
+            "change the manifest and apply it again: a new intent tries again",
+        ),
+    ),
     Reason.STARTING: Advice(
         "Replicas load; requests are held for up to batching.maxQueueWait.",
         ("platform events --for {key} -w   follow what happens", "platform logs {key} -f   what the engine says"),
@@ -88,8 +137,8 @@ ADVICE: dict[Reason, Advice] = {
         "The source is written in a way that leads nowhere.", ("correct spec.source and apply again",)
     ),
     Reason.NOT_FOUND: Advice(
-        "The files of the source are not on this machine.",
-        ("download the checkpoint, or correct spec.source, and apply again",),
+        "The source is neither on this machine nor on its hub. A hub is asked again every 5 minutes.",
+        ("correct spec.source or spec.revision, and apply again",),
     ),
     Reason.UNSUPPORTED_ARCHITECTURE: Advice(
         "This version cannot run the checkpoint.", ("choose a checkpoint of a supported architecture",)
@@ -215,6 +264,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return f"Stalled: {by_type['Stalled'].reason}"
     if want == 0:
         return "Stopped" if by_type["RolledOut"].status else "Stopping"
+    if by_type["Fetched"].status is False:
+        return f"{'Serving, ' if by_type['Ready'].status else ''}{by_type['Fetched'].reason}"
     if by_type["RolledOut"].status:
         return "Serving" if by_type["Ready"].status else by_type["Ready"].reason.value
     if ready and updated < want:

@@ -53,10 +53,12 @@ PASSED_ON = frozenset({
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "TRITON_CACHE_DIR",
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH",
+    "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
 })
 # fmt: on
-"""What a started control plane inherits. No token is among them: it would depend on which shell came first."""
+"""What a started control plane inherits. HF_TOKEN is what users of the hub expect to be enough; it stays in the
+control plane's own process, and is not passed on to engines, to the router, or to any file."""
 PASSED_ON_PREFIXES = ("LC_", "QUIRE_", "XDG_", "NVIDIA_", "NCCL_", "OTEL_")
 KEPT_BACK = re.compile(r"OTEL_EXPORTER_OTLP\w*_(HEADERS|CERTIFICATE|CLIENT_KEY)")
 """Of the settings for traces, those that hold or name secrets stay behind as every other secret does. An exporter

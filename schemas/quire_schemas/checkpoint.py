@@ -15,6 +15,7 @@ Exceptions, all with a `hint`:
     ├── UnsupportedArchitecture   no class of this version runs it
     ├── UnsupportedFeature        the architecture is known, this variant of it is not
     ├── InvalidConfig             config.json or the index is not what it should be
+    ├── OutsideFolder             a file is a link to a place outside of the checkpoint
     ├── BadHeader                 a safetensors file is cut off or contradicts itself
     └── WrongTensors              tensors are missing, unexpected, or of another shape than config.json says
 """
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +44,9 @@ _HEADER_DTYPES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][\w.+-]*\.safetensors")
 _WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -70,6 +76,10 @@ class UnsupportedFeature(CheckpointError):
 
 class InvalidConfig(CheckpointError):
     """A JSON file of the checkpoint is malformed or contradicts itself."""
+
+
+class OutsideFolder(CheckpointError):
+    """A file of the folder is a symbolic link that leaves it."""
 
 
 class BadHeader(CheckpointError):
@@ -275,6 +285,7 @@ def _config_error(key: str, problem: str, file: str = "config.json") -> InvalidC
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     hint = "download the file again; it may be damaged"
+    _stay_inside(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
@@ -289,6 +300,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidConfig(f"{path}: not a JSON object", hint)
     return value
+
+
+def _stay_inside(path: Path) -> None:
+    """Refuse a link that leads out of the folder of `path`: who publishes a checkpoint shall not choose what else
+    of this machine is read. The snapshots of the Hugging Face cache are links by design, into that same cache."""
+    folder = path.parent.resolve()
+    root = folder.parents[2] if folder.parent.name == "snapshots" and len(folder.parents) > 2 else folder
+    if path.is_symlink() and not path.resolve().is_relative_to(root):
+        raise OutsideFolder(
+            f"{path}: is a link to {path.resolve()}, outside of the checkpoint",
+            "put the file itself, or a hard link to it, into the folder",
+        )
 
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -444,12 +467,22 @@ def read_profile(model_dir: Path) -> ModelProfile:
             f"{model_dir}: no config.json",
             "a checkpoint folder holds config.json, tokenizer.json and *.safetensors",
         )
-    config = _read_json(model_dir / "config.json")
-    profile = profile_from_config(config)
+    profile = read_config(model_dir)
     tensors = read_tensors(model_dir)
     needed = check_tensors(profile, tensors)
-    if config.get("dtype") is None and config.get("torch_dtype") is None:
+    if not names_dtype(profile.raw):
         profile = replace(profile, dtype=_WEIGHT_DTYPES[needed[0].dtype])
+    return replace(profile, weight_bytes=sum(tensor.nbytes for tensor in needed))
+
+
+def names_dtype(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says in which number format the checkpoint computes; if not, its tensors do."""
+    return config.get("dtype") is not None or config.get("torch_dtype") is not None
+
+
+def read_config(model_dir: Path) -> ModelProfile:
+    """The profile by config.json and generation_config.json alone: for a folder whose weights are to come."""
+    profile = profile_from_config(_read_json(model_dir / "config.json"))
     eos = profile.eos_token_ids
     if (model_dir / "generation_config.json").is_file():
         value = _read_json(model_dir / "generation_config.json").get("eos_token_id")
@@ -457,7 +490,7 @@ def read_profile(model_dir: Path) -> ModelProfile:
             eos = _token_ids(value)
         elif value is not None:
             raise _config_error("eos_token_id", f"expected ids, got {value!r}", "generation_config.json")
-    return replace(profile, eos_token_ids=eos, weight_bytes=sum(tensor.nbytes for tensor in needed))
+    return replace(profile, eos_token_ids=eos)
 
 
 # ── safetensors ───────────────────────────────────────────────────────────────────────────────────────────
@@ -482,9 +515,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     def bad(problem: str) -> BadHeader:
         return BadHeader(f"{path}: {problem}", "the file is damaged or was not downloaded in full; fetch it again")
 
+    _stay_inside(path)
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             if len(head) < 8:
                 raise bad(f"{size} bytes are too few for a safetensors file")
@@ -536,7 +570,7 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
 
     Raises `MissingFile`, `InvalidConfig` (the index) or `BadHeader`.
     """
-    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    single, index = model_dir / "model.safetensors", model_dir / INDEX
     if single.is_file():
         return read_header(single)
     if not index.is_file():
@@ -550,13 +584,9 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
             f"{model_dir}: no model.safetensors and no model.safetensors.index.json",
             "a checkpoint in several files needs the index that lists them",
         )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _config_error("weight_map", "is missing or no object", index.name)
+    weight_map = read_index(index)
     shards: dict[str, dict[str, TensorInfo]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
-            raise _config_error(f"weight_map.{name}", f"{file!r} is not the name of a file beside it", index.name)
         if file not in shards:
             if not (model_dir / file).is_file():
                 raise MissingFile(
@@ -570,7 +600,21 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
             if weight_map.get(name) != file:
                 place = f"places it in {weight_map[name]}" if name in weight_map else "does not list it"
                 raise _config_error(f"weight_map.{name}", f"in {file}, but the index {place}", index.name)
+    for path in sorted(model_dir.glob("*.safetensors")):
+        if _SHARD.fullmatch(path.name) and path.name not in shards:
+            raise _config_error("weight_map", f"{path.name} is a shard that it does not list", index.name)
     return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of the shard beside the index that holds it. Raises `MissingFile` or `InvalidConfig`."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _config_error("weight_map", "is missing or no object", path.name)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise _config_error(f"weight_map.{name}", f"{file!r} is not the name of a file beside it", path.name)
+    return weight_map
 
 
 def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -23,7 +23,7 @@ from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, se
 DEFAULTS_VERSION = 1
 MAX_MODEL_LEN = 16_777_216
 
-_NO_SECRETS = "there is no store of secrets yet"
+_NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
 _NO_QUANTIZATION = "weights are computed with in a float type"
 _NO_CANARY = "there are no canary rollouts yet"
@@ -61,20 +61,27 @@ ServedName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 
-class SecretReference(Strict):
-    """Where a secret value comes from; the value itself never stands in a manifest."""
+SECRET_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
-    secret_ref: str | None = declared(
-        "Name of a secret stored with the platform.", None, update="rolling", refused=_NO_SECRETS
+
+class SecretReference(Strict):
+    """Where a secret value comes from, by one of these fields; the value itself never stands in a manifest."""
+
+    secret_ref: Annotated[str, StringConstraints(pattern=SECRET_NAME)] | None = declared(
+        "Name of a secret stored with the platform: platform secret set NAME.", None, update="rolling"
     )
     file: str | None = declared(
-        "File that holds the value, read when it is needed.", None, update="rolling", refused=_NO_SECRETS
-    )
-    env: str | None = declared(
-        "Variable of the control plane's environment that holds the value.",
+        "Absolute path of a file that holds the value, read when it is needed.",
         None,
         update="rolling",
-        refused=_NO_SECRETS,
+        min_length=1,
+        max_length=4096,
+    )
+    env: EnvName | None = declared(
+        "Variable of the control plane's environment that holds the value. A control plane that started by itself "
+        "has only part of the environment of the shell that started it.",
+        None,
+        update="rolling",
     )
 
 
@@ -639,18 +646,24 @@ class ModelSpec(Strict):
 
     source: Source = declared(
         "Where the checkpoint is: builtin://tiny (ships with the platform), file:///absolute/path (a folder in "
-        "Hugging Face format), or hf://organisation/name (a Hugging Face repository).",
+        "Hugging Face format), or hf://organisation/name (a Hugging Face repository: downloaded into the Hugging "
+        "Face cache if it is not there, and verified by its digests).",
         update="rolling",
     )
     revision: Text | None = declared(
-        "Branch, tag or commit of an hf:// source. It is resolved to a commit once and recorded. Left out: main.",
+        "Branch, tag or commit of an hf:// source. It is resolved to a commit once, by the cache if it has that "
+        "revision and else by the hub, and recorded: a branch that moves later changes nothing that runs. "
+        "Left out: main.",
         None,
         update="rolling",
         min_length=1,
         max_length=256,
     )
     source_auth: SecretReference | None = section(
-        SecretReference, "Credential for the source.", refused=_NO_SECRETS, optional=True
+        SecretReference,
+        "Token for the hub of an hf:// source, by reference. Left out: HF_TOKEN of the control plane's "
+        "environment, else the token that `hf auth login` saved.",
+        optional=True,
     )
     tokenizer: Tokenizer = section(Tokenizer, "Which tokenizer and chat template stand before the model.")
     trust_remote_code: bool = declared(

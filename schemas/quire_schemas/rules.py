@@ -211,6 +211,21 @@ def _revision(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _source_auth(facts: Facts) -> Iterator[Finding]:
+    reference, path = facts["spec.sourceAuth"], ("spec", "sourceAuth")
+    if reference is None:
+        return
+    given = [name for name in ("secretRef", "file", "env") if reference.get(name) is not None]
+    if len(given) != 1:
+        said = f"{' and '.join(given)} are given" if given else "nothing is given"
+        yield Finding(path, f"one place of the token is needed, and {said}", "declare secretRef, file or env")
+    elif given == ["file"] and not reference["file"].startswith("/"):
+        yield Finding((*path, "file"), "is a relative path", "give the absolute path")
+    tokenizer = facts["spec.tokenizer.source"] or ""
+    if not facts["spec.source"].startswith("hf://") and not tokenizer.startswith("hf://"):
+        yield Finding(path, "only an hf:// source needs a token", "remove it, or declare an hf:// source", True)
+
+
 def _replicas(facts: Facts) -> Iterator[Finding]:
     if facts.declares("spec.replicas") and facts.declares("spec.autoscaling"):
         yield Finding(
@@ -381,6 +396,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _tokenizer_source,
         _template_path,
         _revision,
+        _source_auth,
         _replicas,
         _autoscaling_range,
         _token_budget,

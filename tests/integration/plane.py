@@ -69,6 +69,7 @@ class Plane:
         (standin / "__init__.py").write_text("")
         shutil.copy(HERE / "standin_engine.py", standin / "__main__.py")
         self.env = {**os.environ, "PYTHONPATH": str(standin.parent), "OMP_NUM_THREADS": "1"}
+        self.env["HF_HUB_OFFLINE"] = "1"
         self.wall_clock = folder / "wall-clock"
         if movable:
             self.move_clock(0)

@@ -34,6 +34,8 @@ COMMANDS = {
     "explain": "offline",
     "reference": "reference",
     "doctor": "doctor",
+    "cache": "cache",
+    "secret": "secret",
     "down": "daemon",
     "up": "daemon",
     "version": "daemon",

@@ -1,7 +1,8 @@
 """Waiting for objects to become what was declared, with a line of progress for each.
 
 `judge` is the decision, a pure function of one answer of the control plane. `wait` polls, shows and stops: on a
-terminal each model has one line that is redrawn in place; anywhere else every finished step is one plain line.
+terminal each model has one line that is redrawn in place; anywhere else every finished step is one plain line, and
+so is every tenth of a download.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Display:
         self._drawn: list[str] = []
         self._seen: dict[str, set[str]] = {}
         self._summaries: dict[str, str] = {}
+        self._tenths: dict[str, int] = {}
 
     @classmethod
     def on_stderr(cls) -> Display:
@@ -103,6 +105,9 @@ class Display:
             for stage in render.stages(view):
                 if stage.done and stage.name not in seen:
                     seen.add(stage.name)
+                    self._write(f"{render.label(view)}  {stage.text()}\n")
+                elif not stage.done and stage.tenths > self._tenths.get(f"{key} {stage.name}", 0):
+                    self._tenths[f"{key} {stage.name}"] = stage.tenths
                     self._write(f"{render.label(view)}  {stage.text()}\n")
             summary = view["status"].get("summary", "")
             if summary and summary != self._summaries.get(key):

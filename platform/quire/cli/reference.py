@@ -65,6 +65,9 @@ def cli_page() -> str:
             continue
         context = click.Context(command, info_name=name, parent=root, terminal_width=WIDTH)
         lines += [f"## platform {name}", "", "```", command.get_help(context), "```", ""]
+        for part, inner in command.commands.items() if isinstance(command, click.Group) else ():
+            below = click.Context(inner, info_name=part, parent=context, terminal_width=WIDTH)
+            lines += [f"### platform {name} {part}", "", "```", inner.get_help(below), "```", ""]
     lines += ["## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {code.value} | {code.meaning} |" for code in ExitCode]
     return "\n".join(lines) + "\n"

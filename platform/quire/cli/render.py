@@ -310,6 +310,29 @@ def _indent(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
+# ── cache ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache(items: Sequence[View], now: float) -> list[str]:
+    """One row a snapshot of a repository."""
+    rows = []
+    for item in items:
+        unfinished = f" + {size(item['incompleteBytes'])} unfinished" if item["incompleteBytes"] else ""
+        users = item["usedBy"] or [f"({name}, an older revision)" for name in item["formerlyUsedBy"]]
+        rows.append(
+            [
+                item["source"],
+                item["commit"][:12],
+                ",".join(item["refs"]) or "-",
+                f"{size(item['bytes'])}{unfinished}",
+                ", ".join(users) or "-",
+                age(item["lastUsed"], now),
+                size(item["prunableBytes"]) if item["prunableBytes"] else "-",
+            ]
+        )
+    return table(("SOURCE", "COMMIT", "REFS", "SIZE", "USED BY", "LAST USED", "PRUNABLE"), rows)
+
+
 # ── events ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -399,6 +422,8 @@ class Stage:
     done: bool
     detail: str = ""
     seconds: float | None = None
+    tenths: int = 0
+    """How many tenths of its bytes are done."""
 
     def text(self) -> str:
         took = f"{self.seconds:.1f}s" if self.done and self.seconds is not None else ""
@@ -420,11 +445,14 @@ def stages(view: View) -> list[Stage]:
         total, done = step.get("bytes"), step.get("bytesDone")
         if total and done is not None and not step["ok"]:
             detail = f"{size(done)} of {size(total)}"
+            if step.get("rate"):
+                detail += f", {size(step['rate'])}/s"
         elif total and name == "weights":
             detail = size(total)
         elif name == "device":
             detail = step.get("device") or ""
-        found.append(Stage(name, bool(step["ok"]), detail, step.get("seconds")))
+        tenths = 10 * (done or 0) // total if total else 0
+        found.append(Stage(name, bool(step["ok"]), detail, step.get("seconds"), tenths))
     return found
 
 

@@ -50,7 +50,7 @@ async def ping(state: State) -> dict[str, Any]:
 
 @post("/v1/plan", status_code=200)
 async def plan(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    return _plane(state).plan(await _body(request))
+    return await _plane(state).plan(await _body(request))
 
 
 @post("/v1/apply", status_code=200)
@@ -95,6 +95,31 @@ async def logs(
     return _plane(state).logs(name, replica, tail, None if offset is None else max(offset, 0))
 
 
+@get("/v1/cache")
+async def cache(state: State) -> dict[str, Any]:
+    return await _plane(state).cache()
+
+
+@post("/v1/cache/prune", status_code=200)
+async def prune(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    return await _plane(state).prune(dry_run=(await _body(request)).get("dryRun") is True)
+
+
+@get("/v1/secrets")
+async def secrets(state: State) -> dict[str, Any]:
+    return _plane(state).list_secrets()
+
+
+@post("/v1/secrets/{name:str}", status_code=200)
+async def set_secret(request: Request[Any, Any, Any], state: State, name: str) -> dict[str, Any]:
+    return _plane(state).set_secret(name, (await _body(request)).get("value"))
+
+
+@delete("/v1/secrets/{name:str}", status_code=200)
+async def remove_secret(state: State, name: str) -> dict[str, Any]:
+    return _plane(state).remove_secret(name)
+
+
 @post("/v1/down", status_code=202)
 async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/down"):
@@ -134,7 +159,10 @@ def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[d
 def create_app(plane: ControlPlane) -> Litestar:
     """The API over `plane`."""
     return Litestar(
-        [ping, plan, apply, up, objects, read_object, delete_object, events, logs, down],
+        [
+            *(ping, plan, apply, up, objects, read_object, delete_object, events, logs, down),
+            *(cache, prune, secrets, set_secret, remove_secret),
+        ],
         state=State({"plane": plane}),
         exception_handlers={
             ApiError: _api_error,

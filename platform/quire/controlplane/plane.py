@@ -38,20 +38,23 @@ from quire_operators import admission, devices, status
 from quire_operators.clock import on_the_wall
 from quire_operators.controller import Controller
 from quire_operators.devices import Inventory, InventoryError
+from quire_operators.downloads import Downloads
 from quire_operators.fleet.local import Life, LocalFleet
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import UNIT as ROUTER_UNIT
 from quire_operators.gateway import GatewayReconciler, RouterCommand, resolved_spec
-from quire_operators.models import ROUTES, ModelReconciler
+from quire_operators.models import ROUTES, ModelReconciler, needs_of
 from quire_operators.paths import StateDir
+from quire_operators.placement import Placement
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
-from quire_operators.sources import Sources
+from quire_operators.secrets import SecretNotFound, Secrets
+from quire_operators.sources import SourceError, Sources
 from quire_operators.store import Conflict, NotFound, Store, StoredObject, StoreUnavailable
 from quire_operators.tracing import Passes
 from quire_schemas import manifest
 from quire_schemas.manifest import Problem
-from quire_schemas.model import Model
+from quire_schemas.model import SECRET_NAME, Model
 from quire_schemas.resource import NAME_PATTERN, Key
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ OTHER_PORT = (
 )
 CONTROL_PLANE = Key("controlplane", "default")
 """What events of the control plane itself are told of; no object."""
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _NAME = re.compile(NAME_PATTERN)
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
@@ -161,11 +165,17 @@ class ControlPlane:
         self.started_at = time.time()
         self.store = Store(state.store)
         self._machine = _Machine(time.monotonic)
-        self.admission = admission.Admission(self.store, Sources.of_environment(builtin, environ), self._machine)
+        sources = Sources.of_environment(builtin, state.sources, environ)
+        self.admission = admission.Admission(self.store, sources, self._machine)
+        self.secrets = Secrets(state.secrets, environ)
+        self.downloads = Downloads(sources.cache, self.secrets, environ, self._key_changed, self.store.clock)
+        self._offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         roots = (state.replicas, state.gateway)
         clock = self.store.clock
         self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed, clock)
-        child_env = dict(environ)
+        # Engines and router read local files only, and have no use for the hub's token.
+        child_env = {name: value for name, value in environ.items() if name not in HUB_TOKENS}
+        child_env["HF_HUB_OFFLINE"] = "1"
         command = router or router_command(state)
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
         self.routes = Routes(state.router_control, self.store, self.gateway.router_runs, clock)
@@ -180,6 +190,7 @@ class ControlPlane:
             engine,
             child_env,
             self._key_changed,
+            self.downloads,
             clock,
         )
         passes = Passes(self.tracer, self.store.origin)
@@ -243,6 +254,7 @@ class ControlPlane:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
             self._work = None
+        await self.downloads.close()
 
     def begin_down(self, grace: float) -> None:
         """Start stopping everything; `finished` is set when nothing is left. While it is under way a second call
@@ -358,7 +370,7 @@ class ControlPlane:
             "downFailed": self._down_failed,
         }
 
-    def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """What applying these files would do, on this machine or on a declared one. Writes nothing."""
         loaded = _load(body)
         declared = body.get("devices")
@@ -369,10 +381,42 @@ class ControlPlane:
             inventory = devices.declared(declared) if declared is not None else None
         except InventoryError as error:
             raise ApiError(422, "bad_inventory", error.message, error.hint, exit_code=3) from error
-        reviews = self.admission.review(loaded.resources, inventory, configs)
+        unfound = await self._look(self.admission.asks(loaded.resources, configs))
+        reviews = self.admission.review(loaded.resources, inventory, configs, unfound)
         if inventory is None:
             self._foresee_address(reviews)
+        await self._note_moved(reviews)
         return admission.report(reviews)
+
+    async def _look(self, asks: Sequence[admission.Ask]) -> dict[admission.Ask, SourceError]:
+        """Ask the hub about what the cache does not know; what it refused, and why."""
+        if self._offline:
+            return {}
+        answers = await asyncio.gather(
+            *(
+                self.downloads.look(ask.repository, ask.revision, ask.part, dict(ask.auth) if ask.auth else None)
+                for ask in asks
+            )
+        )
+        return {ask: answer for ask, answer in zip(asks, answers, strict=True) if answer is not None}
+
+    async def _note_moved(self, reviews: Sequence[admission.Review]) -> None:
+        """Say of models that stay at a commit where their branch is on the hub now."""
+        pinned = self.admission.pinned([review.located for review in reviews])
+        if self._offline:
+            return
+        for review in reviews:
+            if (ask := pinned.get(review.key)) is None or review.old is None:
+                continue
+            stays = review.old.resolved["revision"]
+            now = await self.downloads.moved_to(ask.repository, ask.revision, dict(ask.auth) if ask.auth else None)
+            if now is None:
+                review.notes.append(f"the hub does not say where {ask.revision} of hf://{ask.repository} is now")
+            elif now != stays:
+                review.notes.append(
+                    f"{ask.revision} of hf://{ask.repository} is at {now} on the hub by now; this model stays at "
+                    f"{stays[:12]} until spec.revision names another"
+                )
 
     def _foresee_address(self, reviews: Sequence[admission.Review]) -> None:
         """Say in a plan what `_check_address` would say to an apply."""
@@ -423,7 +467,9 @@ class ControlPlane:
         """
         self._refuse_while_going_down()
         loaded = _load(body)
-        reviews = self.admission.review(loaded.resources)
+        unfound = await self._look(self.admission.asks(loaded.resources))
+        self._refuse_while_going_down()  # it may have begun meanwhile
+        reviews = self.admission.review(loaded.resources, unfound=unfound)
         if found := admission.problems(reviews):
             raise invalid(found)
         self._check_address(reviews)
@@ -556,6 +602,84 @@ class ControlPlane:
             "replicas": [],
             "revisions": [],
         }
+
+    # ── cache and secrets ─────────────────────────────────────────────────────────────────────────────────
+
+    def _cache_users(self) -> tuple[dict[tuple[str, str], list[str]], dict[tuple[str, str], list[str]]]:
+        """(repository, commit) -> the models that use it now, and those that only had it in an older revision."""
+        now: dict[tuple[str, str], list[str]] = {}
+        before: dict[tuple[str, str], list[str]] = {}
+        for stored in self.store.objects("model"):
+            rows = {row.revision for row in self.store.replicas(stored.key.name)}
+            for revision in self.store.revisions(stored.uid):
+                used = revision.n == stored.revision or revision.n in rows
+                for need in needs_of(revision.resolved, Placement.from_dict(revision.placement)):
+                    users = (now if used else before).setdefault((need.repository, need.commit), [])
+                    if str(stored.key) not in users:
+                        users.append(str(stored.key))
+        return now, before
+
+    async def cache(self) -> dict[str, Any]:
+        """What lies in the cache, who uses it, and what `prune` would free."""
+        cache = self.downloads.cache
+        now, before = self._cache_users()
+        entries = await asyncio.to_thread(cache.usage)
+        items = []
+        for entry in entries:
+            key = (entry.repository, entry.commit)
+            items.append(
+                {
+                    "source": f"hf://{entry.repository}",
+                    "commit": entry.commit,
+                    "refs": list(entry.refs),
+                    "bytes": entry.size,
+                    "incompleteBytes": entry.incomplete,
+                    "prunableBytes": 0 if key in now else entry.ours + entry.incomplete,
+                    "downloadedByQuire": entry.ours + entry.incomplete > 0,
+                    "usedBy": now.get(key, []),
+                    "formerlyUsedBy": [name for name in before.get(key, []) if name not in now.get(key, [])],
+                    "lastUsed": None if entry.last_used is None else status.timestamp(entry.last_used),
+                }
+            )
+        return {"folder": str(cache.root), "free": cache.free(), "items": items}
+
+    async def prune(self, *, dry_run: bool) -> dict[str, Any]:
+        """Remove what Quire downloaded and no declared model uses."""
+        cache = self.downloads.cache
+        removed = []
+        for entry in await asyncio.to_thread(cache.usage):
+            # Asked anew for each: an apply may have come in between.
+            if (entry.repository, entry.commit) in self._cache_users()[0] or not entry.ours + entry.incomplete:
+                continue
+            freed = await asyncio.to_thread(cache.prune, entry.repository, entry.commit, dry_run=dry_run)
+            removed.append({"source": f"hf://{entry.repository}", "commit": entry.commit, "bytes": freed})
+        return {"folder": str(cache.root), "dryRun": dry_run, "items": removed}
+
+    def list_secrets(self) -> dict[str, Any]:
+        """Names, and which models refer to them; never a value."""
+        users: dict[str, list[str]] = {}
+        for stored in self.store.objects("model"):
+            name = (stored.resolved.get("sourceAuth") or {}).get("secretRef")
+            if name is not None:
+                users.setdefault(name, []).append(str(stored.key))
+        names = sorted({*self.secrets.names(), *users})
+        kept = set(self.secrets.names())
+        return {"items": [{"name": n, "set": n in kept, "usedBy": users.get(n, [])} for n in names]}
+
+    def set_secret(self, name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
+            raise ApiError(400, "bad_request", "a secret is one line of text", exit_code=2)
+        try:
+            self.secrets.put(name, value.strip())
+        except SecretNotFound as error:
+            raise ApiError(400, "bad_request", error.message, error.hint, exit_code=2) from error
+        self.downloads.look_again()
+        return {"name": name}
+
+    def remove_secret(self, name: str) -> dict[str, Any]:
+        if not re.fullmatch(SECRET_NAME, name) or not self.secrets.remove(name):
+            raise ApiError(404, "not_found", f"there is no secret {name}", "platform secret list", exit_code=8)
+        return {"name": name}
 
     def _tell_unavailable(self, report: dict[str, Any]) -> None:
         """Say in a status why its endpoints cannot be reached now, whatever was true when it was written."""

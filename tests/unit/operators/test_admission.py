@@ -9,6 +9,7 @@ import pytest
 
 from quire import builtin
 from quire_operators.admission import Admission, Review
+from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import Sources
@@ -28,7 +29,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def admission(store: Store, tmp_path: Path) -> Admission:
-    return Admission(store, Sources({"tiny": builtin.path("tiny")}, tmp_path / "hub"), lambda: MACHINE)
+    return Admission(
+        store,
+        Sources({"tiny": builtin.path("tiny")}, HubCache(tmp_path / "hub", tmp_path / "records")),
+        lambda: MACHINE,
+    )
 
 
 def review(admission: Admission, *specs: str) -> list[Review]:

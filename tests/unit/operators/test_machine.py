@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quire_operators.cache import HubCache
 from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
 from quire_operators.models import device_env, due_in, log_owner
 from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
@@ -206,11 +207,18 @@ def test_without_chunked_prefill_the_context_is_one_step_long() -> None:
 def sources(tmp_path: Path) -> Sources:
     home = tmp_path / "hub" / "models--acme--small"
     commit = "0123456789abcdef0123456789abcdef01234567"
-    (home / "snapshots" / commit).mkdir(parents=True)
+    snapshot = home / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for name, digest in (("config.json", "a" * 40), ("model.safetensors", "b" * 64)):
+        (home / "blobs" / digest).write_bytes(b"{}")
+        (snapshot / name).symlink_to(Path("../../blobs") / digest)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     (tmp_path / "tiny").mkdir()
-    return Sources({"tiny": tmp_path / "tiny", "broken": tmp_path / "broken"}, tmp_path / "hub")
+    return Sources(
+        {"tiny": tmp_path / "tiny", "broken": tmp_path / "broken"}, HubCache(tmp_path / "hub", tmp_path / "r")
+    )
 
 
 def test_sources_lead_to_folders_and_branches_to_commits(sources: Sources, tmp_path: Path) -> None:
@@ -247,9 +255,12 @@ def test_a_source_that_leads_nowhere_says_why(
 
 
 def test_the_cache_is_where_its_own_tools_look(tmp_path: Path) -> None:
-    assert Sources.of_environment({}, {"HF_HUB_CACHE": "/a"}).hf_cache == Path("/a")
-    assert Sources.of_environment({}, {"HF_HOME": "/b"}).hf_cache == Path("/b/hub")
-    assert Sources.of_environment({}, {"XDG_CACHE_HOME": "/c"}).hf_cache == Path("/c/huggingface/hub")
+    def root(**environ: str) -> Path:
+        return Sources.of_environment({}, tmp_path, environ).cache.root
+
+    assert root(HF_HUB_CACHE="/a") == Path("/a")
+    assert root(HF_HOME="/b") == Path("/b/hub")
+    assert root(XDG_CACHE_HOME="/c") == Path("/c/huggingface/hub")
 
 
 # ── paths ─────────────────────────────────────────────────────────────────────────────────────────────────

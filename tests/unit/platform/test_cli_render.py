@@ -292,15 +292,15 @@ def test_a_terminal_redraws_what_changed_and_a_pipe_appends() -> None:
     assert not any("\x1b" in line for line in written)
 
 
-def test_a_started_control_plane_inherits_no_secret_and_no_python_setting() -> None:
+def test_a_started_control_plane_inherits_no_secret_but_the_hubs_and_no_python_setting() -> None:
     shell = {
         "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "QUIRE_STATE_DIR": "/s", "HF_HOME": "/hf",
-        "HF_TOKEN": "secret", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "/evil", "LD_PRELOAD": "/evil.so",
+        "HF_TOKEN": "hf", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "/evil", "LD_PRELOAD": "/evil.so",
         "OTEL_EXPORTER_OTLP_HEADERS": "secret", "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "secret",
         "OTEL_EXPORTER_OTLP_CLIENT_KEY": "/key", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE": "/pem",
         "OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318",
     }  # fmt: skip
-    passed_on = {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME"}
+    passed_on = {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME", "HF_TOKEN"}
     passed_on |= {"OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"}
     assert set(clean_environment(shell)) == passed_on
 

@@ -240,10 +240,32 @@ def test_bad_sources(source: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("auth", "path", "words"),
+    [
+        ("{}", "spec.sourceAuth", "nothing is given"),
+        ("{secretRef: a, env: B}", "spec.sourceAuth", "secretRef and env are given"),
+        ("{file: token}", "spec.sourceAuth.file", "relative path"),
+        ("{env: not-a-name}", "spec.sourceAuth.env", "does not have the form"),
+        ("{secretRef: ../x}", "spec.sourceAuth.secretRef", "does not have the form"),
+        ("hf_abc", "spec.sourceAuth", "mapping of fields"),
+    ],
+)
+def test_a_token_is_referred_to_in_one_way(auth: str, path: str, words: str) -> None:
+    [problem] = problems(HEAD + f"spec: {{source: 'hf://a/b', sourceAuth: {auth}}}")
+    assert problem.path == path
+    assert words in problem.message
+
+
+def test_only_a_hub_needs_a_token() -> None:
+    assert not load([("f.yaml", HEAD + "spec: {source: 'hf://a/b', sourceAuth: {secretRef: hf-token}}")]).problems
+    [problem] = problems(HEAD + "spec: {source: 'builtin://tiny', sourceAuth: {secretRef: hf-token}}")
+    assert "only an hf:// source" in problem.message
+
+
+@pytest.mark.parametrize(
     "body",
     [
         "trustRemoteCode: true",
-        "sourceAuth: {secretRef: t}",
         "engine: {kvCache: {dtype: fp8}}",
         "engine: {kvCache: {dtype: int8}}",
         "engine: {kvCache: {swapSpace: 8Gi}}",

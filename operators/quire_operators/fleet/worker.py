@@ -1,0 +1,62 @@
+"""A process that works for the control plane and ends with it: no shim, no adoption, nothing to find again.
+
+What it is to do is the first line of its standard input, which stays open: the process ends itself when that ends,
+however the control plane ended. What it has to say are the lines of its standard output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+MAX_LINE = 1024 * 1024
+TAIL = 2000
+
+
+class WorkerEnded(Exception):
+    """The process ended other than it should; the message has the end of what it wrote to standard error."""
+
+
+async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> AsyncIterator[bytes]:
+    """Start a worker on `job` and give its lines. It is killed when the caller stops reading or is cancelled.
+
+    Raises OSError when it cannot be started, `WorkerEnded` when it ended with another status than 0 or 1.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=dict(env),
+        limit=MAX_LINE,
+        start_new_session=True,
+    )
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise OSError("a worker without pipes")
+    errors = asyncio.create_task(_tail(process.stderr))
+    try:
+        with contextlib.suppress(ConnectionError):  # it ended at once: its status says why
+            process.stdin.write(job + b"\n")
+            await process.stdin.drain()
+        async for line in process.stdout:
+            yield line
+        code = await process.wait()
+        if code not in (0, 1):
+            raise WorkerEnded(f"ended with status {code}: {(await errors)[-TAIL:].strip()}")
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        process.stdin.close()
+        errors.cancel()
+        await asyncio.gather(errors, return_exceptions=True)
+
+
+async def _tail(stream: asyncio.StreamReader) -> str:
+    """The last of what a stream says; all of it is read, so that the writer never waits."""
+    kept = b""
+    while piece := await stream.read(65536):
+        kept = (kept + piece)[-TAIL:]
+    return kept.decode(errors="replace")

@@ -1,0 +1,67 @@
+"""`platform secret`: values that manifests refer to by name, kept in the state directory, mode 0600."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import click
+
+from quire.cli import render
+from quire.cli.outcome import ExitCode, usage_error
+from quire.cli.session import connect
+
+
+@click.group(short_help="Keep tokens that manifests refer to by name.")
+def secret() -> None:
+    """Tokens that manifests refer to by name, as in spec.sourceAuth: {secretRef: NAME}. A value is never shown."""
+
+
+@secret.command("set")
+@click.argument("name")
+@click.option("--from-env", metavar="VARIABLE", help="Take the value of a variable of this shell.")
+@click.option("--from-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Or of a file.")
+def set_(name: str, from_env: str | None, from_file: Path | None) -> int:
+    """Keep a secret: asked for on a terminal, else read from standard input."""
+    if from_env is not None and from_file is not None:
+        usage_error("--from-env and --from-file exclude each other", "give only one of them")
+    if from_env is not None:
+        value = os.environ.get(from_env, "")
+        if not value:
+            usage_error(f"{from_env} is not set in this shell", f"export {from_env}=..., or leave --from-env out")
+    elif from_file is not None:
+        value = from_file.read_text()
+    elif sys.stdin.isatty():
+        value = click.prompt(name, hide_input=True, err=True)
+    else:
+        value = sys.stdin.read()
+    connect().post(f"/v1/secrets/{quote(name, safe='')}", {"value": value})
+    print(f"secret {name}  set")
+    return ExitCode.OK
+
+
+@secret.command("list")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def list_(output: str) -> int:
+    """List the names, and which models refer to them."""
+    answer = connect().get("/v1/secrets")
+    if output == "json":
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+    elif answer["items"]:
+        rows = [[i["name"], str(i["set"]), ", ".join(i["usedBy"]) or "-"] for i in answer["items"]]
+        print("\n".join(render.table(("NAME", "SET", "USED BY"), rows)))
+    else:
+        print("no secrets: platform secret set NAME", file=sys.stderr)
+    return ExitCode.OK
+
+
+@secret.command()
+@click.argument("name")
+def delete(name: str) -> int:
+    """Forget a secret."""
+    connect().delete(f"/v1/secrets/{quote(name, safe='')}")
+    print(f"secret {name}  deleted")
+    return ExitCode.OK

@@ -1,0 +1,204 @@
+"""Models from a hub: the real command line, control plane, download and engine against a hub of our own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests import standin_hub
+from tests.e2e.conftest import Platform
+from tests.standin_hub import Hub
+
+from quire.builtin import path as builtin_path
+
+TOKEN = "hf_kept_out_of_everything"
+MANIFEST = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {{name: {name}}}
+spec:
+  source: hf://acme/small
+  engine: {{maxModelLen: 1024, kvCache: {{size: 16Mi}}}}
+  resources: {{cpu: 1}}
+"""
+
+
+def small_files() -> dict[str, bytes]:
+    """A model that an engine can serve, with files beside it that nobody needs."""
+    files = {path.name: path.read_bytes() for path in builtin_path().iterdir() if path.is_file()}
+    return files | {"README.md": b"# small", "pytorch_model.bin": b"x" * 200_000, "original/a.pth": b"y"}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with standin_hub.serve() as own:
+        yield own
+
+
+@pytest.fixture
+def at_hub(platform: Platform, hub: Hub, tmp_path: Path) -> Platform:
+    """A platform whose hub is ours, with a cache of its own and no login."""
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
+        platform.environment.pop(name, None)
+    platform.environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    return platform
+
+
+def manifest(platform: Platform, name: str = "small", more: str = "") -> Path:
+    return platform.write(f"{name}.yaml", MANIFEST.format(name=name) + more)
+
+
+def eventually(true: Callable[[], Any], what: str, platform: Platform, seconds: float = 90.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"did not happen in time: {what}\n{platform.logs()}"
+        time.sleep(0.1)
+    return value
+
+
+def fetchers(platform: Platform) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "quire_operators.fetch" in process.cmdline() and process.environ().get("QUIRE_STATE_DIR") == str(
+                platform.state.root
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def condition(platform: Platform, model: str, kind: str) -> dict[str, Any]:
+    view = platform.json("get", f"model/{model}")
+    return next(c for c in view["status"]["conditions"] if c["type"] == kind)
+
+
+def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, hub: Hub) -> None:
+    """From an empty machine to a served model: planned before anything large is fetched, fetched with progress,
+    gone on from after the control plane was killed, verified, pinned, listed, offline afterwards, pruned."""
+    platform = at_hub
+    repository = hub.repository("acme/small", token=TOKEN)
+    commit = repository.commit(small_files())
+    weights = len(small_files()["model.safetensors"])
+    platform.environment["MY_TOKEN"] = TOKEN
+    platform.run("secret", "set", "hub", "--from-env", "MY_TOKEN")
+    del platform.environment["MY_TOKEN"]
+    own = manifest(platform, more="  sourceAuth: {secretRef: hub}\n")
+
+    planned = platform.run("plan", own)
+    assert f"downloads 10.0 MiB (commit {commit[:12]})" in planned.stdout
+    assert not [seen for seen in hub.seen if "model.safetensors" in seen.path], "a plan fetches no weights"
+
+    hub.rate = 2_000_000
+    apply = platform.start("apply", platform.gateway, own)
+    eventually(lambda: sum(hub.bytes_sent.values()) > 3_500_000, "a third of the download", platform)
+    [process] = fetchers(platform)
+    inherited = process.environ()
+    assert TOKEN not in " ".join(process.cmdline()) + " ".join(inherited.values())
+    assert condition(platform, "small", "Fetched")["reason"] == "Downloading"
+    assert not list(Path(platform.environment["HF_HOME"]).rglob("snapshots/*/model.safetensors"))
+    pid = platform.json("get", "gateway/default") and eventually(
+        lambda: next((p.pid for p in platform.processes() if "quire.controlplane" in p.cmdline()), None),
+        "the control plane's process",
+        platform,
+    )
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not process.is_running(), "the download ends with the control plane", platform)
+    hub.rate = None
+    out, err = apply.communicate(timeout=120)
+    assert apply.returncode == 0, out + err + platform.logs()
+    assert "weights" in err
+    assert "MiB/s" in err
+
+    resumed = [seen.range for seen in hub.downloads() if "/cdn/" in seen.path and seen.range]
+    assert resumed
+    assert int(resumed[0].removeprefix("bytes=").removesuffix("-")) > 2_000_000
+    path = next(path for path in hub.bytes_sent if path.startswith("/cdn/") and hub.bytes_sent[path] >= weights)
+    assert hub.bytes_sent[path] < 1.5 * weights, "what had arrived was not fetched again"
+    assert not [seen for seen in hub.seen if ".bin" in seen.path or ".pth" in seen.path]
+    assert all(TOKEN not in (seen.authorization or "") for seen in hub.seen if "/cdn/" in seen.path)
+
+    view = platform.json("get", "model/small")
+    assert view["resolved"]["revision"] == view["status"]["resolved"]["commit"] == commit
+    assert condition(platform, "small", "Fetched")["reason"] == "Verified"
+    for file in platform.state.root.rglob("*"):
+        if file.is_file() and file.parent.name != "secrets":
+            assert TOKEN.encode() not in file.read_bytes(), file
+    for path_ in platform.state.runtime.rglob("*.json"):
+        assert TOKEN not in path_.read_text()
+
+    # The branch moves: nothing that runs changes, and a plan says so.
+    moved = repository.commit(small_files() | {"config.json": small_files()["config.json"] + b"\n"})
+    edited = manifest(platform, more="  sourceAuth: {secretRef: hub}\n  batching: {maxQueueLength: 7}\n")
+    assert f"main of hf://acme/small is at {moved} on the hub by now" in platform.run("plan", edited).stdout
+    before = {replica["pid"] for replica in view["replicas"]}
+    platform.run("apply", edited)
+    view = platform.json("get", "model/small")
+    assert {replica["pid"] for replica in view["replicas"]} == before
+    assert view["resolved"]["revision"] == commit
+
+    # All is local now: with no hub, a second model of the same source needs none.
+    requests = len(hub.seen)
+    platform.run("down", "--grace", "1s")
+    platform.environment["HF_HUB_OFFLINE"] = "1"
+    platform.run("apply", manifest(platform, "other", "  replicas: 0\n"), "--no-wait")
+    eventually(
+        lambda: platform.json("get", "model/small")["status"]["replicas"]["ready"] == 1, "serving", platform
+    )
+    assert len(hub.seen) == requests
+
+    listed = platform.json("cache", "list")
+    [item] = listed["items"]
+    assert item["usedBy"] == ["model/other", "model/small"]
+    assert item["bytes"] > weights
+    assert item["prunableBytes"] == 0
+    assert item["lastUsed"]
+    assert "hf://acme/small" in platform.run("cache", "list").stdout
+    assert platform.run("cache", "prune").stdout == "0 B freed\n"
+    platform.run("delete", "model/small", "model/other")
+    assert "would be freed" in platform.run("cache", "prune", "--dry-run").stdout
+    assert len(platform.json("cache", "list")["items"]) == 1
+    assert "10.1 MiB freed" in platform.run("cache", "prune").stdout
+    assert platform.json("cache", "list")["items"] == []
+
+
+def test_what_the_hub_refuses_is_said_at_apply(at_hub: Platform, hub: Hub) -> None:
+    """Each with its place and a remedy, and nothing is stored."""
+    platform = at_hub
+    hub.repository("acme/gated", token=TOKEN, gated=True).commit(small_files())
+    files = small_files()
+    del files["model.safetensors"]
+    hub.repository("acme/unsafe").commit(files)
+    hub.repository("acme/small").commit(small_files())
+
+    def refused(source: str, more: str = "") -> str:
+        text = MANIFEST.format(name="small").replace("hf://acme/small", source) + more
+        return platform.run("apply", platform.gateway, platform.write("small.yaml", text), code=3).stderr
+
+    said = refused("hf://acme/gated")
+    assert "small.yaml:" in said
+    assert "spec.source: hf://acme/gated is gated; no token was sent" in said
+    assert f"hint: accept its terms at {hub.url}/acme/gated" in said
+    said = refused("hf://acme/gated", "  sourceAuth: {file: /nowhere/token}\n")
+    assert "spec.sourceAuth: /nowhere/token cannot be read" in said
+    said = refused("hf://acme/gated", f"  sourceAuth: {{file: {platform.write('token', 'hf_wrong')}}}\n")
+    assert "the token was not accepted" in said
+    assert "hf_wrong" not in said
+    said = refused("hf://acme/unsafe")
+    assert "original/a.pth is of a format that is not read" in said
+    said = refused("hf://acme/small", "  revision: v9\n")
+    assert "spec.revision: hf://acme/small has no branch, tag or commit 'v9'" in said
+    said = refused("hf://acme/missing")
+    assert "does not exist, or is private" in said
+    hub.rules.append(standin_hub.fail(503, "/api/models/"))
+    said = refused("hf://acme/small")
+    assert "answers 503" in said
+    assert "hint: apply it again" in said
+    assert platform.json("get", "models")["items"] == []
