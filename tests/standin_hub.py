@@ -154,8 +154,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
         if any(rule(self, path) for rule in list(self.hub.rules)):
             return
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._info(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(found[1], found[2])
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(found[1], found[2], found[3])
         elif found := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
@@ -209,7 +211,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 digest = hashlib.sha256(data).hexdigest()
                 item["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
             siblings.append(item)
-        body = json.dumps({"id": name, "modelId": name, "sha": commit, "siblings": siblings}).encode()
+        self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings})
+
+    def _tree(self, name: str, revision: str) -> None:
+        """All files of a commit, folders opened, as `recursive=true` asks for."""
+        if (found := self._open(name, revision)) is None:
+            return
+        entries: list[dict[str, Any]] = []
+        for path, data in found[1].items():
+            item: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+            if len(data) >= LARGE:
+                item["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            entries.append(item)
+        self._json(entries)
+
+    def _json(self, document: Any) -> None:
+        body = json.dumps(document).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

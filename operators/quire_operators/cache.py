@@ -128,6 +128,11 @@ class HubCache:
                 found.append(Need(record.repository, record.commit, record.part))
         return found
 
+    def brought(self, repository: str) -> set[str]:
+        """Digests of the blobs of a repository that Quire downloaded, for whichever commit."""
+        records = (self.record(need) for need in self.recorded(repository))
+        return {digest for record in records if record is not None for digest in record.brought}
+
     def used(self, need: Need) -> None:
         """Note that an engine starts from these files."""
         with contextlib.suppress(FileNotFoundError):
@@ -146,7 +151,9 @@ class HubCache:
     def is_whole(self, need: Need) -> bool:
         """Whether every file is there as it was when its digest was right."""
         record = self.record(need)
-        return record is not None and all(
+        if record is None or not record.files:  # of a look that broke off nothing is known but what it got
+            return False
+        return all(
             (stamp := self.stamp(need, file)) is not None and record.verified.get(file.path) == stamp
             for file in record.files
         )
@@ -266,7 +273,7 @@ class HubCache:
                 if digest not in kept:
                     freed += self._remove(repository, digest, path, dry_run)
         if not dry_run:
-            self._remove_dead(repository, commit)
+            self._remove_links(repository, commit, {digest for record in records for digest in record.brought})
             for need in needs:
                 self._record_path(need).unlink(missing_ok=True)
         return freed
@@ -290,11 +297,11 @@ class HubCache:
                 path.unlink()
             return size
 
-    def _remove_dead(self, repository: str, commit: str) -> None:
-        """Links without a blob, then the snapshot, its names and the repository's folder if nothing is left."""
+    def _remove_links(self, repository: str, commit: str, brought: set[str]) -> None:
+        """Links to what Quire brought; then the snapshot, its names and the repository's folder, if empty."""
         folder, home = self.snapshot(repository, commit), self.home(repository)
         for path in folder.rglob("*"):
-            if path.is_symlink() and not path.exists():
+            if path.is_symlink() and (Path(os.readlink(path)).name in brought or not path.exists()):
                 path.unlink()
         if folder.is_dir() and not _files(folder):
             shutil.rmtree(folder)

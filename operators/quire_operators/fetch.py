@@ -221,12 +221,13 @@ class Fetch:
     def _bring(self, need: Need, record: Record, files: Sequence[RepositoryFile]) -> Record:
         """Have `files` in the snapshot, their digests verified, and gives the record that says so."""
         total = sum(file.size for file in files)
+        ours = self._cache.brought(need.repository)
         lock = threading.Lock()
         current = record
 
         def one(file: RepositoryFile) -> None:
             nonlocal current
-            brought = self._bring_file(need, record, file)
+            brought = self._bring_file(need, record, file) or file.digest in ours
             stamp = self._cache.stamp(need, file)
             if stamp is None:
                 raise OSError(errno.ENOENT, "vanished", file.path)

@@ -202,3 +202,17 @@ def test_what_the_hub_refuses_is_said_at_apply(at_hub: Platform, hub: Hub) -> No
     assert "answers 503" in said
     assert "hint: apply it again" in said
     assert platform.json("get", "models")["items"] == []
+
+    # What is refused later, in the middle, is a condition; the model can be deleted, and what came can be pruned.
+    hub.rules[:] = [standin_hub.fail(403, "model.safetensors")]
+    own = manifest(platform)
+    said = platform.run("apply", own, code=6).stderr
+    assert "model/small  Stalled: Unauthorized (hf://acme/small is not given out" in said or (
+        "Stalled: Unauthorized (hf://acme/small does not exist, or is private" in said
+    )
+    view = platform.json("describe", "model/small")
+    assert view["status"]["summary"] == "Stalled: Unauthorized"
+    assert any("hf auth login" in remedy for remedy in view["status"]["remedies"])
+    assert "Unauthorized" in {event["reason"] for event in view["events"]}
+    platform.run("delete", "model/small")
+    assert "freed" in platform.run("cache", "prune").stdout

@@ -79,7 +79,7 @@ def sharded(folder: Path) -> Path:
     """The same in two shards with their index."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     shapes = list(expected_tensors(profile_from_config(CONFIG)))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, part in ((ONE, shapes[:4]), (TWO, shapes[4:])):
         (folder / name).write_bytes(packed(part))
         weight_map |= {tensor: name for tensor, _ in part}

@@ -1,0 +1,78 @@
+"""A change of source under a model that serves: the real control plane and download, a stand-in for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests import standin_hub
+from tests.integration.test_controlplane import GATEWAY, Plane, eventually, model
+from tests.standin_hub import Hub
+
+from quire.builtin import path as builtin_path
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with standin_hub.serve() as own:
+        own.repository("acme/small").commit(
+            {path.name: path.read_bytes() for path in builtin_path().iterdir() if path.is_file()}
+        )
+        yield own
+
+
+@pytest.fixture
+def plane(tmp_path: Path, hub: Hub) -> Iterator[Plane]:
+    own = Plane(tmp_path)
+    own.env = {name: value for name, value in own.env.items() if not name.startswith("HF_")}
+    own.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    own.start()
+    own.apply(GATEWAY)
+    yield own
+    own.end()
+    assert own.ours() == []
+
+
+def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hub) -> None:
+    plane.apply(model("m"), model("neighbour"))
+    [before] = plane.wait_served("m")["replicas"]
+    hub.rate = 1_000_000
+    plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
+    moving = eventually(
+        lambda: (p := plane.view("m")["status"]["progress"]["weights"]) and p.get("rate") and p, "it moves"
+    )
+    assert 0 < moving["bytesDone"] < moving["bytes"]
+    view = plane.view("m")
+    assert view["status"]["summary"] == "Serving, Downloading"
+    assert [(r["id"], r["pid"], r["state"]) for r in view["replicas"]] == [(before["id"], before["pid"], "Ready")]
+    assert plane.complete("m").status_code == 200
+    # Nothing waits for it: another model is changed and served meanwhile.
+    plane.apply(model("neighbour", "  batching: {maxNumSeqs: 8}\n"))
+    plane.wait_served("neighbour")
+    # The old replica, killed in the middle, comes back as what it was.
+    plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
+    assert plane.condition("m", "Fetched")["reason"] == "Downloading"
+    hub.rate = None
+    [after] = plane.wait_served("m")["replicas"]
+    assert after["revision"] == 2
+    assert after["pid"] != before["pid"]
+    reasons = [event["reason"] for event in plane.client.get("/v1/events", **{"for": "model/m"})["items"]]
+    assert reasons.index("Downloading") < reasons.index("Verified") < reasons.index("Draining")
+
+
+def test_a_model_that_is_deleted_stops_its_download(plane: Plane, hub: Hub) -> None:
+    hub.rate = 300_000
+    plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
+    eventually(lambda: sum(hub.bytes_sent.values()) > 600_000, "it moves")
+    plane.delete("m")
+    sent = sum(hub.bytes_sent.values())
+    hub.rate = None
+    plane.apply(model("neighbour"))
+    plane.wait_served("neighbour")
+    assert sum(hub.bytes_sent.values()) - sent < 1_000_000, "what lay in buffers, at most"
+    [item] = plane.client.get("/v1/cache")["items"]
+    assert item["usedBy"] == []
+    assert item["incompleteBytes"] > 0
+    assert plane.client.post("/v1/cache/prune", {})["items"][0]["bytes"] == item["prunableBytes"]
+    assert plane.client.get("/v1/cache")["items"] == []
