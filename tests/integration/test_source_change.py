@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def plane(tmp_path: Path, hub: Hub) -> Iterator[Plane]:
 def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hub) -> None:
     plane.apply(model("m"), model("neighbour"))
     [before] = plane.wait_served("m")["replicas"]
-    hub.rate = 1_000_000
+    hub.rate = 500_000
     plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
     moving = eventually(
         lambda: (p := plane.view("m")["status"]["progress"]["weights"]) and p.get("rate") and p, "it moves"
@@ -51,7 +53,15 @@ def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hu
     plane.apply(model("neighbour", "  batching: {maxNumSeqs: 8}\n"))
     plane.wait_served("neighbour")
     # The old replica, killed in the middle, comes back as what it was.
-    plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
+    os.kill(before["pid"], signal.SIGKILL)
+
+    def back() -> bool:
+        replicas = plane.view("m")["replicas"]
+        return [(r["id"], r["revision"], r["state"]) for r in replicas] == [(before["id"], 1, "Ready")] and (
+            replicas[0]["pid"] != before["pid"]
+        )
+
+    eventually(back, "the old revision is back")
     assert plane.condition("m", "Fetched")["reason"] == "Downloading"
     hub.rate = None
     [after] = plane.wait_served("m")["replicas"]
@@ -62,9 +72,9 @@ def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hu
 
 
 def test_a_model_that_is_deleted_stops_its_download(plane: Plane, hub: Hub) -> None:
-    hub.rate = 300_000
+    hub.rate = 1_500_000
     plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))
-    eventually(lambda: sum(hub.bytes_sent.values()) > 600_000, "it moves")
+    eventually(lambda: sum(hub.bytes_sent.values()) > 2_500_000, "it moves")
     plane.delete("m")
     sent = sum(hub.bytes_sent.values())
     hub.rate = None
