@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests import standin_hub
-from tests.integration.test_controlplane import GATEWAY, Plane, eventually, model
+from tests.integration.plane import GATEWAY, Plane, eventually, model
 from tests.standin_hub import Hub
 
 from quire.builtin import path as builtin_path

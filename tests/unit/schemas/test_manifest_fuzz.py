@@ -17,6 +17,7 @@ from tests.mutations import as_json, as_yaml, damaged, generator, scarred
 
 from quire_operators.admission import Admission
 from quire_operators.admission import problems as refusals
+from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
 from quire_operators.sources import Sources
 from quire_operators.store import Store
@@ -98,7 +99,8 @@ def test_mutated_manifests_give_problems_in_places_or_resources(tmp_path: Path) 
     file = tmp_path / "m.yaml"
     store = Store(tmp_path / "state.db")
     tiny = ROOT / "platform/quire/builtin/tiny"
-    admission = Admission(store, Sources({"tiny": tiny}, tmp_path), lambda: MACHINE)
+    sources = Sources({"tiny": tiny}, HubCache(tmp_path / "hub", tmp_path / "records"))
+    admission = Admission(store, sources, lambda: MACHINE)
     taken = refused = 0
     for seed, number in fuzz_cases():
         data = case(seed, number)
