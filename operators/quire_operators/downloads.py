@@ -21,6 +21,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,12 +234,13 @@ class Downloads:
     async def _work(self, job: FetchJob, fetch: _Fetch | None = None) -> FetchEvent:
         """Run one worker; gives its last event."""
         argv = [sys.executable, "-P", "-m", "quire_operators.fetch"]
-        async for line in worker.lines(argv, self._environ, msgspec.json.encode(job)):
-            event = _events.decode(line)
-            if event.event != "progress":
-                return event
-            if fetch is not None:
-                self._note_progress(fetch, event)
+        async with aclosing(worker.lines(argv, self._environ, msgspec.json.encode(job))) as lines:
+            async for line in lines:
+                event = _events.decode(line)
+                if event.event != "progress":
+                    return event
+                if fetch is not None:
+                    self._note_progress(fetch, event)
         raise worker.WorkerEnded("ended without a word")
 
     def _note_progress(self, fetch: _Fetch, event: FetchEvent) -> None:

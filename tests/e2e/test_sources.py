@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -167,6 +168,32 @@ def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, h
     assert len(platform.json("cache", "list")["items"]) == 1
     assert "10.1 MiB freed" in platform.run("cache", "prune").stdout
     assert platform.json("cache", "list")["items"] == []
+
+
+def test_llama_of_the_examples_is_planned_for_a_gpu_from_the_hub(at_hub: Platform, hub: Hub) -> None:
+    """All of `platform apply manifests/llama.yaml` that comes before the device, with HF_TOKEN of the shell."""
+    platform = at_hub
+    examples = platform.manifests.parent / "docs" / "examples"
+    names = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
+    hub.repository("meta-llama/Llama-3.1-8B-Instruct", token=TOKEN, gated=True).commit(
+        dict.fromkeys(names, b"w" * 300_000)
+        | {
+            "config.json": (examples / "llama-3.1-8b.config.json").read_bytes(),
+            "tokenizer.json": small_files()["tokenizer.json"],
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": {f"tensor{number}": name for number, name in enumerate(names)}}
+            ).encode(),
+            "original/consolidated.00.pth": b"pickle",
+        }
+    )
+    platform.environment["HF_TOKEN"] = TOKEN
+    report = platform.json("plan", platform.manifests / "llama.yaml", "--devices", examples / "one-l4.yaml")
+    [item] = report["items"]
+    assert item["action"] == "create"
+    assert item["fit"]["fits"]
+    assert (item["resolved"]["device"], item["resolved"]["maxModelLen"]) == ("cuda", 8192)
+    assert any(note.startswith("downloads 1.1 MiB") for note in item["notes"])
+    assert not hub.bytes_sent.keys() & {path for path in hub.bytes_sent if "model-0000" in path}
 
 
 def test_what_the_hub_refuses_is_said_at_apply(at_hub: Platform, hub: Hub) -> None:

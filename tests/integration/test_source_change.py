@@ -14,6 +14,8 @@ from tests.standin_hub import Hub
 
 from quire.builtin import path as builtin_path
 
+TOKEN = "hf_of_the_shell"
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
@@ -28,7 +30,7 @@ def hub() -> Iterator[Hub]:
 def plane(tmp_path: Path, hub: Hub) -> Iterator[Plane]:
     own = Plane(tmp_path)
     own.env = {name: value for name, value in own.env.items() if not name.startswith("HF_")}
-    own.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    own.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
     own.start()
     own.apply(GATEWAY)
     yield own
@@ -67,6 +69,11 @@ def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hu
     [after] = plane.wait_served("m")["replicas"]
     assert after["revision"] == 2
     assert after["pid"] != before["pid"]
+    told = [path.read_text() for path in plane.state.runtime.rglob("*.json")]
+    assert len(told) >= 3, "what shims were told: router and engines"
+    assert not any(TOKEN in text for text in told)
+    assert {seen.authorization for seen in hub.seen} == {f"Bearer {TOKEN}", None}
+    assert {seen.authorization for seen in hub.seen if seen.path.startswith("/cdn/")} == {None}
     reasons = [event["reason"] for event in plane.client.get("/v1/events", **{"for": "model/m"})["items"]]
     assert reasons.index("Downloading") < reasons.index("Verified") < reasons.index("Draining")
 

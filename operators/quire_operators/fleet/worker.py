@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 MAX_LINE = 1024 * 1024
 TAIL = 2000
@@ -18,7 +18,7 @@ class WorkerEnded(Exception):
     """The process ended other than it should; the message has the end of what it wrote to standard error."""
 
 
-async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> AsyncIterator[bytes]:
+async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> AsyncGenerator[bytes, None]:
     """Start a worker on `job` and give its lines. It is killed when the caller stops reading or is cancelled.
 
     Raises OSError when it cannot be started, `WorkerEnded` when it ended with another status than 0 or 1.
