@@ -78,6 +78,7 @@ def test_what_serves_goes_on_until_the_new_files_are_there(plane: Plane, hub: Hu
     assert reasons.index("Downloading") < reasons.index("Verified") < reasons.index("Draining")
 
 
+@pytest.mark.nightly
 def test_a_model_that_is_deleted_stops_its_download(plane: Plane, hub: Hub) -> None:
     hub.rate = 1_500_000
     plane.apply(model("m").replace("builtin://tiny", "hf://acme/small"))

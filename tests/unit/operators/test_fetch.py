@@ -328,6 +328,13 @@ def test_a_revision_that_is_not_there_is_about_the_revision(fetcher: Fetcher, hu
     assert (said.reason, said.path) == ("NotFound", "spec.revision")
 
 
+def test_a_repository_that_is_not_there_may_be_private(fetcher: Fetcher, hub: Hub) -> None:
+    said = fetcher.look()
+    assert said.reason == "Unauthorized"
+    assert "does not exist, or is private; no token was sent" in said.message
+    assert "check the name" in said.hint
+
+
 # ── what others brought, and what goes ────────────────────────────────────────────────────────────────────
 
 
@@ -461,7 +468,7 @@ async def test_two_at_once_fetch_once(loop: Loop, fetcher: Fetcher, hub: Hub, tm
     """Two control planes share the cache of one user: the second waits for the first one's lock."""
     commit = hub.repository(NAME).commit(files())
     fetcher.look()
-    hub.rate = 3_000_000
+    hub.rate = 6_000_000
     with (
         downloads(loop, fetcher.cache, tmp_path, Clock()) as one,
         downloads(loop, HubCache(fetcher.cache.root, tmp_path / "other"), tmp_path, Clock()) as two,
