@@ -84,7 +84,7 @@ def examine(state: StateDir, environ: Mapping[str, str] = os.environ) -> Report:
     plane, gateway = _control_plane(client)
     shims = [found for path in sorted(_shim_sockets(state)) if (found := _shim(path))]
     router = next((found for found in shims if found["listen"]), None)
-    cache = Sources.of_environment({}, environ).hf_cache
+    cache = Sources.of_environment({}, state.sources, environ).cache.root
     report: Report = {
         "machine": _machine(),
         "memory": _memory(),
