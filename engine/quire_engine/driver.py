@@ -4,8 +4,8 @@ Commands wait in an inbox and are carried out between two steps, all that are th
 `Output` through a callback, together with a `Stats` when one is due. With nothing to compute the thread sleeps on
 its inbox. It never waits for a reader: the other side keeps what it cannot send.
 
-`Stats` is due when somebody asked (after `Hello`, `Limits` and `Ping`), and otherwise at most four times a second
-as long as something changes; the last one before the thread goes to sleep shows the idle engine.
+`Stats` is due when somebody asked (after `Hello`, `Limits` and `GetStats`), and otherwise at most four times a
+second as long as something changes; the last one before the thread goes to sleep shows the idle engine.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ from quire_schemas.wire import (
     EngineEvent,
     EngineSpec,
     Generate,
+    GetStats,
     Hello,
     Limits,
-    Ping,
     Reader,
     ToEngine,
     Welcome,
@@ -150,7 +150,7 @@ class Server:
         self._routes: dict[str, _Route] = {}
         self._numbers = itertools.count(1)
         self._step = 0
-        self._lease = Lease(spec.adoption_window, spec.shim, self._loop.time)
+        self._lease = Lease(spec.adoption_window, self._loop.time)
 
     async def run(self) -> int:
         """Load, listen, serve; returns the exit code once the socket is gone."""
@@ -323,9 +323,9 @@ class Server:
             raise WireError(f"the client speaks protocol {hello.protocol}, this engine {PROTOCOL}")
         self._connections.add(connection)
         self._driver.report()
-        is_router = hello.role == "router"
+        above = hello.role in ("router", "control")
         while True:
-            if is_router:
+            if above:
                 self._lease.heard()
             message = await messages.read()
             match message:
@@ -337,7 +337,7 @@ class Server:
                     self._abort(connection, request_id)
                 case Limits():
                     self._driver.set_limits(message)
-                case Ping():
+                case GetStats():
                     self._driver.report()
                 case Hello():
                     raise WireError("a second Hello on one connection")

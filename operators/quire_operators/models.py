@@ -489,7 +489,6 @@ class ModelReconciler:
             hot,
             hot_hash(hot),
             adoption_window=self._gateway.adoption_window(),
-            shim=str(folder / "shim.sock"),
         )
         declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
         tokens = {

@@ -127,7 +127,6 @@ class Placement:
         hot_hash: str,
         *,
         adoption_window: float,
-        shim: str,
     ) -> wire.EngineSpec:
         """The spec of one engine. Hot values are those declared in `resolved`, which `hot_hash` stands for: a new
         incarnation begins where a running one was moved to. Blocks and the memory limit are those of the bounds,
@@ -154,7 +153,6 @@ class Placement:
             memory_limit=self.memory,
             hot_hash=hot_hash,
             adoption_window=adoption_window,
-            shim=shim,
         )
 
 

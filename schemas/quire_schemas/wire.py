@@ -3,9 +3,9 @@
 Three conversations use this module.
 
 - **router -> engine** (Unix socket `engine.sock` in the replica's folder): `Hello`/`Welcome`, then
-  `Generate`, `Abort`, `Limits` and `Ping` one way, `Deltas` (one frame a step for all requests) and `Stats` the
-  other. The control plane is a client of the same socket that sends `Ping` alone: the answer, which the engine's
-  loop gives between two steps, is the replica's sign of life.
+  `Generate`, `Abort`, `Limits` and `GetStats` one way, `Deltas` (one frame a step for all requests) and `Stats`
+  the other. The control plane is a client of the same socket that sends `GetStats` alone. The answer, which the
+  engine's loop gives between two steps, is the replica's sign of life; the question, that somebody is above it.
 - **control plane -> router** (Unix socket `control.sock`): `RoutingTable` one way, `RouterStatus` back. A table
   is absolute and versioned; sending the same one twice changes nothing.
 - **control plane -> engine** at start: an `EngineSpec`, written as JSON into the replica's folder; back: one
@@ -34,7 +34,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
 """Seconds of the lease of an engine that no Gateway stands above; a Gateway's default is the same."""
@@ -100,8 +100,8 @@ class Welcome(msgspec.Struct, tag=True):
     block_size: int
     num_blocks: int
     max_num_seqs: int
-    lease: float
-    """A router that stays silent this many seconds is taken for gone."""
+    lease: float = ADOPTION_WINDOW
+    """A router or control plane that stays silent this many seconds is taken for gone."""
 
 
 class Generate(msgspec.Struct, tag=True):
@@ -129,8 +129,8 @@ class Limits(msgspec.Struct, tag=True):
     chunked_prefill: bool
 
 
-class Ping(msgspec.Struct, tag=True):
-    """Answered with `Stats` by the thread that steps, so that an idle engine, too, can be seen to live."""
+class GetStats(msgspec.Struct, tag=True):
+    """Ask for a `Stats`. It is answered between two steps, so an engine that makes no step gives no answer."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -183,7 +183,8 @@ class Deltas(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, tag=True):
-    """The engine's state, sent after `Hello`, `Limits`, `Ping`, and at most four times a second while it runs."""
+    """The engine's state: sent after `Hello`, `Limits` and `GetStats`, and at most four times a second while it
+    runs."""
 
     steps: int
     max_num_seqs: int
@@ -203,7 +204,7 @@ class Stats(msgspec.Struct, tag=True):
     """When the running request that was let in first was let in."""
 
 
-ToEngine = Hello | Generate | Abort | Limits | Ping
+ToEngine = Hello | Generate | Abort | Limits | GetStats
 FromEngine = Welcome | Deltas | Stats
 
 
@@ -276,8 +277,6 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
     connected: bool
     in_flight: int
     hot_hash: str | None = None
-    stalled: bool = False
-    """It has given no sign of progress for the stall time: it gets nothing new."""
 
 
 class RouterStatus(msgspec.Struct, tag=True):
@@ -327,8 +326,6 @@ class EngineSpec(msgspec.Struct, frozen=True):
     hot_hash: str
     adoption_window: float = ADOPTION_WINDOW
     """Seconds without a word from a router or a control plane after which the engine leaves by itself."""
-    shim: str | None = None
-    """Socket of the shim above it, which knows whether a control plane is there. None: nobody does."""
 
 
 class EngineEvent(msgspec.Struct, omit_defaults=True):

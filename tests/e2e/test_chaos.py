@@ -71,7 +71,7 @@ class World:
         with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as file:
             sock.settimeout(10)
             sock.connect(str(folder / "engine.sock"))
-            sock.sendall(wire.frame(wire.Hello(role="script")) + wire.frame(wire.Ping()))
+            sock.sendall(wire.frame(wire.Hello(role="script")) + wire.frame(wire.GetStats()))
             while True:
                 length = int.from_bytes(file.read(4), "big")
                 message = msgspec.msgpack.decode(file.read(length), type=wire.FromEngine)

@@ -37,7 +37,7 @@ class Replica:
         folder.mkdir(mode=0o700)
         self.socket = folder / "engine.sock"
         self.shim_socket = folder / "shim.sock"
-        fields = {"replica_id": name, "socket": str(self.socket), "max_num_seqs": 3, "shim": str(self.shim_socket)}
+        fields = {"replica_id": name, "socket": str(self.socket), "max_num_seqs": 3}
         (folder / "engine.json").write_bytes(msgspec.json.encode(tiny_spec(**{**fields, **spec})))
         self.shim: subprocess.Popen[bytes] | None = None
         self.pid = 0
@@ -93,9 +93,12 @@ class Replica:
         record: dict[str, Any] = json.loads((self.folder / "exit.json").read_text())
         return record
 
-    def close(self) -> None:
-        if self.shim is not None:
+    def begin_to_end(self) -> None:
+        if self.lives and self.shim is not None:
             self.shim.terminate()
+
+    def end(self) -> None:
+        if self.shim is not None:
             self.shim.wait(20)
 
     async def stats(self) -> wire.Stats:
@@ -146,7 +149,7 @@ class House:
     world: World
     replicas: tuple[Replica, Replica]
     references: list[str] = field(default_factory=list)
-    max_tokens: int = 60
+    max_tokens: int = 40
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     async def open(self) -> None:
@@ -243,7 +246,9 @@ class House:
 
     def close(self) -> None:
         for replica in self.replicas:
-            replica.close()
+            replica.begin_to_end()
+        for replica in self.replicas:
+            replica.end()
 
 
 async def _done(value: bool) -> bool:

@@ -110,7 +110,7 @@ class Engine:
                     case wire.Abort():
                         if message.id in self.running:
                             self.running.pop(message.id).cancel()
-                    case wire.Ping():
+                    case wire.GetStats():
                         writer.write(wire.frame(self.stats()))
                     case wire.Limits():
                         self.hot_hash = message.hot_hash

@@ -16,7 +16,7 @@ from quire_schemas import wire
 
 @dataclass
 class Engine:
-    """Answers `Ping` while `awake`; its socket accepts and welcomes whatever happens."""
+    """Answers `GetStats` while `awake`; its socket accepts and welcomes whatever happens."""
 
     socket: Path
     awake: bool = True
@@ -32,12 +32,8 @@ class Engine:
         while (message := await frames.read()) is not None:
             if isinstance(message, wire.Hello):
                 self.roles.append(message.role)
-                writer.write(
-                    wire.frame(
-                        wire.Welcome(self.replica, 1, wire.PROTOCOL, 9, (), 9, 1, 9, 1, wire.ADOPTION_WINDOW)
-                    )
-                )
-            elif isinstance(message, wire.Ping):
+                writer.write(wire.frame(wire.Welcome(self.replica, 1, wire.PROTOCOL, 9, (), 9, 1, 9, 1)))
+            elif isinstance(message, wire.GetStats):
                 self.asked += 1
                 if self.awake:
                     writer.write(wire.frame(wire.Stats(0, 1, 0.0, 0, 0, 9, 0, 0, 0, 0, 0, "h")))

@@ -11,7 +11,8 @@ import asyncio
 import json
 import os
 import signal
-import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -41,6 +42,12 @@ def standing() -> Iterator[House]:
         yield house
         house.close()
         end_world(world)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="qs") as name:
+        yield Path(name)
 
 
 @pytest.fixture
@@ -163,7 +170,7 @@ async def test_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house
             killed = time.monotonic()
             os.kill(replica.pid if victim == "engine" else replica.shim.pid, signal.SIGKILL)
             count = len(heard)
-            await eventually(lambda: _more(heard, count + 2 * CLIENTS), 60)
+            await eventually(lambda: _more(heard, count + CLIENTS + 4), 60)
 
         heard = await house.under_load(CLIENTS, act)
         assert not replica.engine_lives()
@@ -195,35 +202,54 @@ async def test_a_request_that_kills_engines_takes_each_of_two_down_once(house: H
         assert not any(replica.engine_lives() for replica in house.replicas)
         for replica in house.replicas:
             assert replica.exit_record()["exit"]["signal"] == signal.SIGKILL
-        await house.open()
+        house.replicas[0].start()  # a replacement, which must not be the third to die
+        await eventually(lambda: house.world.is_ready(1), 90)
         for seed in range(3):
             answer = await http.post("/v1/completions", json={**poison, "seed": seed, "stream": True})
             assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
         (await house.ask(http, 1, stream=True)).verify(house.references)
-    assert all(replica.engine_lives() for replica in house.replicas)
+    assert house.replicas[0].engine_lives()
 
 
-def test_an_engine_that_nobody_watches_or_calls_leaves_and_says_so() -> None:
-    """A control plane's watch of the shim keeps it; when that ends, too, it goes within the window."""
-    with tempfile.TemporaryDirectory(prefix="qs") as name:
-        replica = Replica(Path(name) / "a", "a", adoption_window=1.0)
-        replica.start()
-        with socket.socket(socket.AF_UNIX) as watch:
-            watch.connect(str(replica.shim_socket))
-            watch.sendall(b'{"op":"watch"}\n')
-            _wait_for(replica, "ready")
-            time.sleep(2.5)
-            state = replica.ask("status")
-            assert (state["running"], state["unwatchedFor"]) == (True, 0)
-        unwatched = time.monotonic()
-        record = replica.exit_record()
-        took = time.monotonic() - unwatched
-        print(f"left {took:.3f} s after the last word, with a window of 1 s")
-        assert 0.9 < took < 2 + SLACK
+async def test_an_engine_to_which_nobody_speaks_leaves_and_says_so(short_folder: Path) -> None:
+    """A control plane keeps it; one that is stopped, its connections open, does not."""
+    replica = Replica(short_folder / "a", "a", adoption_window=1.5)
+    replica.start()
+    _wait_for(replica, "ready")
+    plane = subprocess.Popen([sys.executable, "-c", _HEARTBEATS, str(replica.socket)], stdout=subprocess.PIPE)
+    try:
+        assert plane.stdout is not None
+        with plane.stdout as said:
+            assert said.readline() == b"asking\n"
+        await asyncio.sleep(3.2)
+        assert replica.ask("status")["running"], "two windows"
+        plane.send_signal(signal.SIGSTOP)
+        silent = time.monotonic()
+        record = await asyncio.to_thread(replica.exit_record)
+        took = time.monotonic() - silent
+        print(f"left {took:.3f} s after the last word, with a window of 1.5 s")
+        assert 0.9 < took < 3 + SLACK
         assert record["exit"]["code"] == 0
         last = json.loads(record["lines"][-1])
         assert (last["event"], last["reason"]) == ("failed", "LeaseEnded")
         assert not replica.engine_lives()
+    finally:
+        plane.kill()
+        plane.wait()
+
+
+_HEARTBEATS = """
+import asyncio, sys, time
+from quire_operators.fleet.heartbeat import Heartbeats
+
+async def main():
+    beats = Heartbeats(lambda replica: None, time.monotonic)
+    beats.keep("m", {("a", 1): sys.argv[1]})
+    print("asking", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
 
 
 def _wait_for(replica: Replica, event: str) -> None:

@@ -146,7 +146,7 @@ class WireEngine:
             case wire.Abort():
                 self.aborts.append(message.id)
                 self.running.pop(message.id, None)
-            case wire.Ping():
+            case wire.GetStats():
                 writer.write(wire.frame(self._stats()))
             case wire.Limits():
                 self.limits = message

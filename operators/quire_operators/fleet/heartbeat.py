@@ -1,6 +1,6 @@
-"""Whether ready engines still get on: one connection to each, and a `Ping` on it twice a second.
+"""Whether ready engines still get on: one connection to each, and a `GetStats` on it twice a second.
 
-An engine answers `Ping` between two steps of its loop. So the answer stays out when the process is stopped,
+An engine answers `GetStats` between two steps of its loop. So the answer stays out when the process is stopped,
 when a step hangs, and when the loop is dead behind a socket that still accepts; it comes from an idle engine and
 from a busy one. How long the silence may last is the planner's business.
 
@@ -129,6 +129,6 @@ class Heartbeats:
     @staticmethod
     async def _beat(writer: asyncio.StreamWriter) -> None:
         while True:
-            writer.write(wire.frame(wire.Ping()))
+            writer.write(wire.frame(wire.GetStats()))
             await writer.drain()
             await asyncio.sleep(BEAT_SECONDS)

@@ -27,7 +27,6 @@ answers with it now and after every change, {"op":"stop","grace":s} ends the chi
 shim; its answer comes when the tree is gone. The child's status lines are kept unread, the last `KEEP_LINES` of
 them. `exit` in the state is how the child last ended, with the last `TAIL_LINES` lines it wrote to its log; it
 stays while the child runs again.
-The child may ask as well: `unwatchedFor` of the state says for how many seconds no control plane has watched.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
 is one JSON object {"error", "message"} on stdout and exit status 75 (address in use or another system error).
@@ -147,7 +146,6 @@ class Shim:
         self.log = Log(spec["log"], spec.get("logLimit", 16 * 1024 * 1024), spec.get("logKeep", 3))
         self.selector = selectors.DefaultSelector()
         self.connections: set[Connection] = set()
-        self.watched_at = time.monotonic()
         self.listening: socket.socket | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.starts = 0
@@ -450,14 +448,7 @@ class Shim:
             "listen": list(address) if address else None,
             "lines": self.lines,
             "exit": self.exit,
-            "unwatchedFor": self.unwatched_for(),
         }
-
-    def unwatched_for(self) -> float:
-        """Seconds since a control plane last listened; the child asks before it leaves for want of one."""
-        if any(connection.watching for connection in self.connections):
-            return 0.0
-        return time.monotonic() - self.watched_at
 
     def accept(self) -> None:
         sock, _ = self.server.accept()
@@ -515,8 +506,6 @@ class Shim:
 
     def drop(self, connection: Connection) -> None:
         if connection in self.connections:
-            if connection.watching:
-                self.watched_at = time.monotonic()
             self.connections.discard(connection)
             self.selector.unregister(connection.sock)
             connection.sock.close()

@@ -7,9 +7,9 @@ woken: what becomes of it is the gateway's decision. A client that left the rout
 new sequences, does not reconnect, and closes when its last sequence has ended.
 
 Progress is what counts as life. A replica has made some when it sends deltas, when its count of steps has gone up,
-or when it says that there is nothing to do; since the thread that steps is the one that answers a `Ping`, an
+or when it says that there is nothing to do; since the thread that steps is the one that answers `GetStats`, an
 engine that is stopped or stuck says none of these. After `stall_seconds` without progress it is not ready,
-whatever its socket says. The pings come often enough for that, and for the engine's lease.
+whatever its socket says. It is asked often enough for that, and for the engine's lease.
 
     NotConnected      a sequence was to be started on a connection that is not up
 """
@@ -31,10 +31,10 @@ log = logging.getLogger("quire.router")
 
 HANDSHAKE_SECONDS = 5.0
 _BACKOFF = (0.05, 1.0)
-PING_SECONDS = 1.0
-"""Longest time between two pings."""
-_PINGS_A_LEASE = 4
-_PING = wire.frame(wire.Ping())
+ASK_SECONDS = 1.0
+"""Longest time between two questions for stats."""
+_ASKED_A_LEASE = 4
+_GET_STATS = wire.frame(wire.GetStats())
 
 
 class NotConnected(Exception):
@@ -144,7 +144,6 @@ class EngineClient:
             connected=self.connected,
             in_flight=self.in_flight,
             hot_hash=self.stats.hot_hash if self.stats is not None and self.connected else None,
-            stalled=self.stalled,
         )
 
     def queued(self, sequence: Sequence) -> bool:
@@ -226,7 +225,7 @@ class EngineClient:
         """One connection from its start to its end."""
         self._was_up = False
         reader, writer = await asyncio.open_unix_connection(self.endpoint.socket)
-        pinging: asyncio.Task[None] | None = None
+        asking: asyncio.Task[None] | None = None
         try:
             frames: wire.Reader[wire.FromEngine] = wire.Reader(reader, wire.FromEngine)
             async with asyncio.timeout(HANDSHAKE_SECONDS):
@@ -238,7 +237,7 @@ class EngineClient:
             self.connection += 1
             self.stats = None
             self._progress_at = time.monotonic()
-            pinging = asyncio.create_task(self._ping(writer, lease / _PINGS_A_LEASE))
+            asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))
             self._complaint = ""
             log.info("replica %s: connected", self.endpoint.replica_id)
             self._changed()
@@ -247,8 +246,8 @@ class EngineClient:
             while (message := await frames.read()) is not None:
                 self._hear(message)
         finally:
-            if pinging is not None:
-                pinging.cancel()
+            if asking is not None:
+                asking.cancel()
             self._was_up, self._writer = self._writer is not None, None
             lost, self._sequences = self._sequences, {}
             for sequence in lost.values():
@@ -261,11 +260,11 @@ class EngineClient:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _ping(self, writer: asyncio.StreamWriter, for_lease: float) -> None:
+    async def _ask(self, writer: asyncio.StreamWriter, for_lease: float) -> None:
         """Ask for stats until cancelled, four times a stall time at least."""
         while True:
-            await asyncio.sleep(min(PING_SECONDS, self.stall_seconds / 4, for_lease))
-            writer.write(_PING)
+            await asyncio.sleep(min(ASK_SECONDS, self.stall_seconds / 4, for_lease))
+            writer.write(_GET_STATS)
 
     def _accept(self, message: wire.FromEngine | None) -> float:
         """Check who answers; the lease that we hold by speaking, in seconds."""

@@ -33,9 +33,9 @@ from quire_schemas.wire import (
     Deltas,
     EngineEvent,
     Generate,
+    GetStats,
     Hello,
     Limits,
-    Ping,
     Sampling,
     Stats,
     Welcome,
@@ -174,7 +174,7 @@ async def test_a_ping_is_answered_by_the_thread_that_steps(folder: Path, monkeyp
     spec = spec_in(folder)
     async with serving(spec):
         client = await greeted(spec)
-        client.send(Ping())
+        client.send(GetStats())
         idle = await client.next(Stats)
         assert (idle.running, idle.waiting, idle.oldest_running_at) == (0, 0, None)
         let_go = threading.Event()
@@ -185,7 +185,7 @@ async def test_a_ping_is_answered_by_the_thread_that_steps(folder: Path, monkeyp
             return schedule(scheduler)
 
         monkeypatch.setattr(Scheduler, "schedule", stuck)
-        client.send(Generate("a", [5], LONG), Ping(), Ping())
+        client.send(Generate("a", [5], LONG), GetStats(), GetStats())
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(client.next(Stats), 0.5)
         let_go.set()
@@ -251,7 +251,7 @@ async def test_frames_that_are_cut_off_or_changed_hurt_nobody_else(
         frame(Hello("router"))
         + frame(Generate("a", [5, 6], LONG))
         + frame(Limits("h", 8, 64, True))
-        + frame(Ping())
+        + frame(GetStats())
     )
     async with serving(spec):
         good = await greeted(spec)

@@ -126,15 +126,15 @@ def test_every_auto_is_resolved_and_kept_through_json() -> None:
     assert Placement.from_dict(found.as_dict()) == found
     resolved = found.resolved()
     assert resolved["kvTokensPerReplica"] == found.num_blocks * 16
-    engine = found.engine_spec("m", "m-r1-0", 3, "/s", spec(), "hot", adoption_window=90.0, shim="/shim")
+    engine = found.engine_spec("m", "m-r1-0", 3, "/s", spec(), "hot", adoption_window=90.0)
     assert (engine.memory_limit, engine.num_blocks, engine.hot_hash) == (found.memory, found.num_blocks, "hot")
-    assert (engine.adoption_window, engine.shim) == (90.0, "/shim")
+    assert engine.adoption_window == 90.0
 
 
 def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bounds() -> None:
     found = placed(CPU, batching={"maxNumSeqs": 64, "maxNumBatchedTokens": 512})
     lowered = spec(batching={"maxNumSeqs": 4, "maxNumBatchedTokens": 128})
-    engine = found.engine_spec("m", "m-r1-0", 2, "/s", lowered, "hot", adoption_window=90.0, shim="/shim")
+    engine = found.engine_spec("m", "m-r1-0", 2, "/s", lowered, "hot", adoption_window=90.0)
     assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (4, 128)
     assert (engine.num_blocks, engine.memory_limit) == (found.num_blocks, found.memory)
 
