@@ -214,6 +214,7 @@ class Downloads:
             log.info("%s: verified", fetch.need)
             fetch.failure, fetch.tries = None, 0
             self._fetches.pop(fetch.need, None)
+        fetch.task = None
         for model in fetch.for_:
             self._changed(model)
 
