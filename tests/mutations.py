@@ -78,7 +78,13 @@ def as_json(rng: random.Random, tree: Tree) -> bytes:
 
 
 def as_yaml(rng: random.Random, tree: Tree) -> str:
-    """YAML in one of several styles, sometimes with anchors, merge keys, tags, tabs, comments or directives."""
+    """YAML in one of several styles, sometimes with anchors, merge keys, tags, tabs, comments or directives.
+
+    A deep tree is written as JSON, which is YAML too: whether the writer of YAML gets to its end would depend on
+    how much stack the caller has left.
+    """
+    if _depth(tree) > DEEP // 2:
+        return json.dumps(tree)
     try:
         text = yaml.dump(
             tree,
@@ -89,11 +95,20 @@ def as_yaml(rng: random.Random, tree: Tree) -> str:
             width=rng.choice((20, 80, 10_000)),
             explicit_start=rng.random() < 0.2,
         )
-    except (UnicodeEncodeError, RecursionError):  # a lone surrogate, or nested deeper than it can write
+    except UnicodeEncodeError:  # a lone surrogate
         text = json.dumps(tree)
     for _ in range(rng.choice((0, 0, 1, 2))):
         text = rng.choice(_SPELLINGS)(rng, text)
     return text
+
+
+def _depth(tree: Tree) -> int:
+    """How many containers deep a tree is."""
+    deepest, level = 0, [tree]
+    while level := [node for node in level if isinstance(node, dict | list)]:
+        deepest += 1
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+    return deepest
 
 
 # ── damage to trees ───────────────────────────────────────────────────────────────────────────────────────

@@ -206,7 +206,7 @@ class Simulation:
                     running = self.processes.get((row.id, row.incarnation))
                     if running is not None and running.ready and row.ready_since is not None:
                         assert self.router is Router.KNOWN or self.desired.replicas == 0, "a blind drain"
-                        after_drain = self.available() - 1
+                        after_drain = max(0, self.available() - 1)  # none is, as long as the router is down
                         assert after_drain >= min(self.floor(), self.desired.replicas), "I1: below the floor"
                 self.rows[step.replica] = after(row, step, self.now)
             case Stop():
