@@ -203,7 +203,6 @@ def test_what_only_the_machine_can_refuse(platform: Platform) -> None:
     wrong = {
         "unknown": (text.replace("builtin://tiny", f"file://{checkpoint}"), "5:11", "MambaForCausalLM"),
         "missing": (text.replace("builtin://tiny", f"file://{checkpoint}-not"), "5:11", "mamba-not"),
-        "elsewhere": (text.replace("builtin://tiny", "hf://nobody/nothing"), "5:11", "local cache"),
         "huge": (text.replace("16Mi", "900Ti"), "6:47", "900.0 TiB"),
         "many": (text + "  replicas: 999\n", "8:13", "999 replicas"),
     }

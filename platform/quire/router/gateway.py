@@ -483,6 +483,7 @@ class Run:
         self._metrics = gateway.fleet.metrics.model(job.model.route.model)
         self._choices = [_Choice(job, index) for index in range(len(job.prompts) * job.n)]
         self._bell = asyncio.Event()
+        self._held = 0
         self._alarm: asyncio.TimerHandle | None = None
         """Rings the bell when the choices of which nothing has gone out are to be looked after."""
         self._starts: set[asyncio.Task[None]] = set()
@@ -668,15 +669,20 @@ class Run:
                     )
                 if held_since is None:
                     held_since = time.monotonic()
-                    self._metrics.held.inc()
+                    self._hold(1)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if suspected and served.ready else changed).wait()
         finally:
             if held_since is not None:
-                self._metrics.held.dec()
+                self._hold(-1)
                 until = choice.sent_at if choice.sequence is not None else time.monotonic()
                 self.job.span.phase(signals.SPAN_HOLD, held_since, until, self._which(choice))
+
+    def _hold(self, choices: int) -> None:
+        """Count the choices that are held; the gauge counts requests."""
+        before, self._held = self._held, self._held + choices
+        self._metrics.held.inc(bool(self._held) - bool(before))
 
     def _choose(self, choice: _Choice, suspected: bool = False) -> EngineClient | None:
         """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
