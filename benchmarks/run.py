@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -263,6 +264,7 @@ def main() -> None:
     for command in (one, two, three):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written
     args.action(args)
 
 

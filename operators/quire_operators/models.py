@@ -172,16 +172,11 @@ class ModelReconciler:
         self._not_started: dict[str, rollout.Exit] = {}
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of a starting engine: how far it last said it was, and when that was new."""
-        self._heartbeats = Heartbeats(self._heartbeat_changed, clock)
+        self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
     async def close(self) -> None:
         """Let go of the engines. They go on."""
         await self._heartbeats.close()
-
-    def _heartbeat_changed(self, replica: str) -> None:
-        for row in self._store.replicas():
-            if row.id == replica:
-                self._changed(Key("model", row.model))
 
     # ── observe ───────────────────────────────────────────────────────────────────────────────────────────
 

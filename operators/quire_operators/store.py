@@ -427,6 +427,13 @@ class Store:
         revision = old.revision if old else None
         if change.revision is not None:
             revision = self._add_revision(db, uid, change, now)
+        elif revision is not None:
+            # Its template is what it was; how many there are and what can change while they run is what is wanted now.
+            db.execute(
+                sa.update(_revisions)
+                .where(_revisions.c.uid == uid, _revisions.c.n == revision)
+                .values(resolved=change.resolved)
+            )
         values = {
             "intent": change.intent,
             "intent_hash": change.intent_hash,

@@ -36,12 +36,14 @@ class _Pulse:
     model: str
     socket: str
     heard_at: float
+    speaks: bool = False
+    """It has answered once. One that never did may be of another version: what it says is a refusal, not silence."""
     silent: bool = False
     task: asyncio.Task[None] | None = None
 
 
 class Heartbeats:
-    """Asks the engines it was told of. `clock` never jumps; `on_silence` gets the id of a replica that fell
+    """Asks the engines it was told of. `clock` never jumps; `on_silence` gets the model of a replica that fell
     silent, or that answers again."""
 
     def __init__(self, on_silence: Callable[[str], None], clock: Callable[[], float]) -> None:
@@ -86,13 +88,13 @@ class Heartbeats:
             now = self._clock()
             asleep = now - before - BEAT_SECONDS / 2
             before = now
-            for (replica, _), pulse in list(self._pulses.items()):
+            for pulse in list(self._pulses.values()):
                 if asleep > BEAT_SECONDS:
                     pulse.heard_at = min(pulse.heard_at + asleep, now)
                 silent = now - pulse.heard_at >= SILENCE_SECONDS
                 if silent is not pulse.silent:
                     pulse.silent = silent
-                    self._on_silence(replica)
+                    self._on_silence(pulse.model)
 
     async def _ask(self, name: Name, pulse: _Pulse) -> None:
         complaint = ""
@@ -100,6 +102,8 @@ class Heartbeats:
             try:
                 await self._converse(name, pulse)
             except (OSError, EOFError, TimeoutError, wire.WireError) as error:
+                if isinstance(error, wire.WireError) and not pulse.speaks:
+                    pulse.heard_at = self._clock()
                 if complaint != (complaint := repr(error)):
                     log.info("no heartbeat of %s, incarnation %d: %s", *name, complaint)
             await asyncio.sleep(BEAT_SECONDS)
@@ -118,7 +122,9 @@ class Heartbeats:
             try:
                 while (message := await frames.read()) is not None:
                     if isinstance(message, wire.Stats):
-                        pulse.heard_at = self._clock()
+                        pulse.heard_at, pulse.speaks = self._clock(), True
+                if not pulse.speaks:
+                    raise wire.BadMessage("it left without an answer")
             finally:
                 beat.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
