@@ -237,7 +237,10 @@ class Downloads:
         argv = [sys.executable, "-P", "-m", "quire_operators.fetch"]
         async with aclosing(worker.lines(argv, self._environ, msgspec.json.encode(job))) as lines:
             async for line in lines:
-                event = _events.decode(line)
+                try:
+                    event = _events.decode(line)
+                except msgspec.MsgspecError as error:
+                    raise worker.WorkerEnded(f"said {line[:200]!r}") from error
                 if event.event != "progress":
                     return event
                 if fetch is not None:

@@ -48,7 +48,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
-from quire_operators.cache import HubCache, Need
+from quire_operators.cache import COMMIT, HubCache, Need
 from quire_schemas.checkpoint import (
     INDEX,
     CheckpointError,
@@ -169,7 +169,7 @@ class Fetch:
                 raise FetchFailed(
                     "HubUnreachable", f"{self._name}: the hub gives no digest: {error}", "check HF_ENDPOINT"
                 ) from error
-        if info.sha is None:
+        if info.sha is None or not COMMIT.fullmatch(info.sha):  # it becomes a part of paths
             raise FetchFailed("HubUnreachable", f"{self._name}: the hub names no commit", "check HF_ENDPOINT")
         return info.sha, files
 
@@ -463,9 +463,9 @@ def main() -> int:
         commit = Fetch(job, say).run()
     except FetchFailed as failed:
         say(FetchEvent("failed", reason=failed.reason, message=failed.message, hint=failed.hint, path=failed.path))
-        return 1
-    say(FetchEvent("done", commit=commit))
-    return 0
+    else:
+        say(FetchEvent("done", commit=commit))
+    return 0  # what has been said is an end in order; any other status is a fault of this program
 
 
 if __name__ == "__main__":

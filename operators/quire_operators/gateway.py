@@ -22,6 +22,7 @@ from quire_operators.host import address_problem
 from quire_operators.paths import StateDir
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes
+from quire_operators.secrets import without_tokens
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store, StoredObject
 from quire_operators.tracing import acted
@@ -223,7 +224,7 @@ class GatewayReconciler:
             incarnation=incarnation,
             nonce=Store.new_nonce(),
             argv=self._command.argv(folder / "router.json"),
-            env=dict(self._environ),
+            env=without_tokens(self._environ, [model.resolved for model in self._store.objects("model")]),
             cwd=self._state.root,
             log=self._state.log("router"),
             labels=_labels(spec),

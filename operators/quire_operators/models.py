@@ -31,6 +31,7 @@ from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
 from quire_operators.rollout import Cause, Desired, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
+from quire_operators.secrets import without_tokens
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Conflict, Revision, Store, StoredObject
 from quire_operators.tracing import acted
@@ -486,13 +487,8 @@ class ModelReconciler:
             adoption_window=self._gateway.adoption_window(),
         )
         declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
-        tokens = {
-            auth["env"]
-            for other in self._store.objects("model")
-            if (auth := other.resolved.get("sourceAuth")) and auth.get("env")
-        }
-        inherited = {name: value for name, value in self._environ.items() if name not in tokens}
-        env = {**inherited, **declared, **device_env(row.device)}
+        specs = [other.resolved for other in self._store.objects("model")]
+        env = {**without_tokens(self._environ, specs), **declared, **device_env(row.device)}
         unit = Unit(
             folder=folder,
             name=row.id,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ class SecretNotFound(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def without_tokens(environ: Mapping[str, str], specs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What may be handed down to engines and the router, and so to files: `environ` without the variables that a
+    model's `sourceAuth` takes its token from. `specs` are the resolved specs of all models."""
+    tokens = {auth["env"] for spec in specs if (auth := spec.get("sourceAuth")) and auth.get("env")}
+    return {name: value for name, value in environ.items() if name not in tokens}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,9 @@ class Secrets:
         return found
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if re.fullmatch(SECRET_NAME, path.name))
 
     def put(self, name: str, value: str) -> None:
         """Keep a value, mode 0600."""
@@ -71,9 +80,13 @@ class Secrets:
         path = self._path(name)
         temporary = path.with_name(f".{name}.new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w") as file:
-            file.write(value)
-        os.replace(temporary, path)
+        try:
+            with open(descriptor, "w") as file:
+                file.write(value)
+            os.replace(temporary, path)
+        except OSError:  # a full disk: half a value is none
+            temporary.unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> bool:
         """Forget a value; gives whether there was one."""

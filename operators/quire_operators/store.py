@@ -6,7 +6,7 @@ another writes, whatever the timeout). Objects and replicas carry a `resource_ve
 compare-and-set on it. Status and events live in tables of their own, so that writing them never changes an object.
 
     objects       kind, namespace, name -> intent as submitted, its hash, generation, current revision
-    revisions     what one rollout template was resolved to; frozen when it was made
+    revisions     what one rollout template was resolved to; what needs no new template follows later intents
     replicas      one row each: see `rollout.Row`
     incarnations  the highest incarnation a replica id ever had, so that no two processes ever share one
     origins       the trace context of the request that made an object's generation
@@ -428,7 +428,7 @@ class Store:
         if change.revision is not None:
             revision = self._add_revision(db, uid, change, now)
         elif revision is not None:
-            # Its template is what it was; how many there are and what can change while they run is what is wanted now.
+            # Its template stays; how many there are, and what can change while they run, is what is wanted now.
             db.execute(
                 sa.update(_revisions)
                 .where(_revisions.c.uid == uid, _revisions.c.n == revision)

@@ -107,7 +107,8 @@ async def test_a_shim_that_does_not_answer_is_unknown_and_gets_no_twin(
 
 
 async def test_what_carries_a_units_name_and_has_no_shim_is_killed_and_nobody_else_is(plane: ControlPlane) -> None:
-    ours, foreign = plane.store.install_id, "another-installation"
+    place = plane.state.replicas.parent.name
+    ours, foreign = f"{plane.store.install_id}@{place}", f"{plane.store.install_id}@a-copy-of-the-store"
 
     async def carrier(name: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(*SLEEPER, env={"QUIRE_UNIT": name})
@@ -116,7 +117,7 @@ async def test_what_carries_a_units_name_and_has_no_shim_is_killed_and_nobody_el
     beside = await carrier(f"{ours}/m-r1-0")
     started = await plane.fleet.start(unit(plane.state))
     assert await asyncio.wait_for(beside.wait(), 20) == -signal.SIGKILL, "a start has the name for itself"
-    later = LocalFleet((plane.state.replicas,), ours, lambda name: None, time.monotonic)
+    later = LocalFleet((plane.state.replicas,), plane.store.install_id, lambda name: None, time.monotonic)
     await later.open()
     assert await asyncio.wait_for(left.wait(), 20) == -signal.SIGKILL
     assert later.observed("m-r1-0")[0].child_pid == started.child_pid

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quire_operators.fleet.heartbeat import Heartbeats
+from quire_operators.fleet.heartbeat import SILENCE_SECONDS, Heartbeats
 from quire_schemas import wire
 
 
@@ -23,6 +23,8 @@ class Engine:
     asked: int = 0
     replica: str = "m-r1-0"
     roles: list[str] = field(default_factory=list)
+    mute: bool = False
+    """Hangs up on a greeting, as an engine of another version does."""
 
     async def open(self) -> asyncio.Server:
         return await asyncio.start_unix_server(self.talk, self.socket)
@@ -32,6 +34,8 @@ class Engine:
         while (message := await frames.read()) is not None:
             if isinstance(message, wire.Hello):
                 self.roles.append(message.role)
+                if self.mute:
+                    break
                 writer.write(wire.frame(wire.Welcome(self.replica, 1, wire.PROTOCOL, 9, (), 9, 1, 9, 1)))
             elif isinstance(message, wire.GetStats):
                 self.asked += 1
@@ -86,7 +90,7 @@ async def test_an_engine_whose_loop_stands_is_silent_though_its_socket_answers(w
     assert stopped_at - 1 <= since <= stopped_at + 0.3
     world.engine.awake = True
     await until(world, silent=False)
-    assert world.news == ["m-r1-0", "m-r1-0"]
+    assert world.news == ["m", "m"]
     world.beats.keep("m", {})
     assert world.beats.silent_since(NAME) is None
 
@@ -95,6 +99,14 @@ async def test_a_stranger_on_the_socket_is_no_sign_of_life(world: World) -> None
     world.engine.replica = "m-r1-7"
     world.beats.keep("m", {NAME: str(world.engine.socket)})
     await until(world, silent=True)
+
+
+async def test_an_engine_that_cannot_read_the_greeting_is_not_taken_for_silent(world: World) -> None:
+    world.engine.mute = True
+    world.beats.keep("m", {NAME: str(world.engine.socket)})
+    await asyncio.sleep(SILENCE_SECONDS + 1.5)
+    assert len(world.engine.roles) > 1, "it was greeted again"
+    assert world.beats.silent_since(NAME) is None
 
 
 async def test_time_that_this_process_slept_through_is_not_held_against_engines(world: World) -> None:

@@ -38,7 +38,7 @@ def events(plane: Plane, name: str) -> dict[str, dict[str, Any]]:
 
 def carriers(plane: Plane) -> set[int]:
     """Every process that an engine's or router's environment was handed down to."""
-    mark = f"QUIRE_UNIT={plane.client.get('/v1/ping')['installId']}/".encode()
+    mark = f"QUIRE_UNIT={plane.client.get('/v1/ping')['installId']}@".encode()
     found = set()
     for process in psutil.process_iter():
         try:

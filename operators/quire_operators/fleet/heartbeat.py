@@ -37,9 +37,13 @@ class _Pulse:
     socket: str
     heard_at: float
     speaks: bool = False
-    """It has answered once. One that never did may be of another version: what it says is a refusal, not silence."""
+    """It has answered once. What another version makes of a greeting that it cannot read is no silence."""
     silent: bool = False
     task: asyncio.Task[None] | None = None
+
+
+class _Stranger(Exception):
+    """Somebody else answers on the socket: that says nothing of the engine."""
 
 
 class Heartbeats:
@@ -101,7 +105,7 @@ class Heartbeats:
         while True:
             try:
                 await self._converse(name, pulse)
-            except (OSError, EOFError, TimeoutError, wire.WireError) as error:
+            except (OSError, EOFError, TimeoutError, _Stranger, wire.WireError) as error:
                 if isinstance(error, wire.WireError) and not pulse.speaks:
                     pulse.heard_at = self._clock()
                 if complaint != (complaint := repr(error)):
@@ -116,8 +120,10 @@ class Heartbeats:
             writer.write(wire.frame(wire.Hello(role="control")))
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 welcome = await frames.read()
-            if not isinstance(welcome, wire.Welcome) or (welcome.replica_id, welcome.incarnation) != name:
-                raise wire.BadMessage(f"it answers as {welcome!r:.80}")
+            if not isinstance(welcome, wire.Welcome):
+                raise wire.BadMessage(f"it answers with {welcome!r:.80}")
+            if (welcome.replica_id, welcome.incarnation) != name:
+                raise _Stranger(f"it answers as {welcome.replica_id}, incarnation {welcome.incarnation}")
             beat = asyncio.create_task(self._beat(writer), name=f"beat {name[0]}")
             try:
                 while (message := await frames.read()) is not None:

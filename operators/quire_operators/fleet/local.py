@@ -147,6 +147,8 @@ class LocalFleet:
     ) -> None:
         self._roots = tuple(roots)
         self._install_id = install_id
+        # With the folder in it: a copy of a store has the installation's id, and nothing of what runs.
+        self._mark = f"{install_id}@{self._roots[0].parent.name}/"
         self._on_change = on_change
         self._clock = clock
         self._observed: dict[Path, Observation] = {}
@@ -180,7 +182,7 @@ class LocalFleet:
                 self._drop(folder)  # nobody listens, and nothing says who did
         if all(folder in self._observed or folder not in self._watches for folder in nameless):
             # Else the owner of a name may be one that has not said who it is.
-            for name in {name for name, _ in _carriers(self._install_id)}:
+            for name in {name for name, _ in _carriers(self._mark)}:
                 await self._end_strays(name)  # of units that left no folder
 
     async def close(self) -> None:
@@ -278,7 +280,7 @@ class LocalFleet:
             },
             "labels": dict(unit.labels),
             "argv": list(unit.argv),
-            "env": {**unit.env, "QUIRE_UNIT": f"{self._install_id}/{unit.name}"},
+            "env": {**unit.env, "QUIRE_UNIT": f"{self._mark}{unit.name}"},
             "cwd": str(unit.cwd),
             "log": str(unit.log),
             "socket": str(unit.folder / "shim.sock"),
@@ -379,7 +381,7 @@ class LocalFleet:
         not); the pid of a process that is still there afterwards, or None."""
         if any(seen.life is not Life.GONE and seen.folder != dead for seen in self.observed(name)):
             return None
-        for carried, pid in _carriers(self._install_id):
+        for carried, pid in _carriers(self._mark):
             if carried != name:
                 continue
             try:
@@ -387,7 +389,7 @@ class LocalFleet:
             except ProcessLookupError:
                 continue
             try:
-                if _unit_of(pid, self._install_id) == name:  # the descriptor is of the process that was looked at
+                if _unit_of(pid, self._mark) == name:  # the descriptor is of the process that was looked at
                     log.warning("killing process %d: it carries the name %s, and its shim is gone", pid, name)
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     if not await _ends(process, STRAY_SECONDS):
@@ -509,24 +511,24 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _carriers(install_id: str) -> list[tuple[str, int]]:
+def _carriers(mark: str) -> list[tuple[str, int]]:
     """Live processes of this user whose environment says that they belong to a unit: (its name, pid)."""
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and (name := _unit_of(int(entry), install_id)) is not None:
+        if entry.isdigit() and (name := _unit_of(int(entry), mark)) is not None:
             found.append((name, int(entry)))
     return found
 
 
-def _unit_of(pid: int, install_id: str) -> str | None:
+def _unit_of(pid: int, mark: str) -> str | None:
     """The unit that a process carries the name of, if it does. A zombie has no environment any more."""
-    mark = f"QUIRE_UNIT={install_id}/".encode()
+    wanted = f"QUIRE_UNIT={mark}".encode()
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
-            found = next((part for part in file.read().split(b"\0") if part.startswith(mark)), None)
+            found = next((part for part in file.read().split(b"\0") if part.startswith(wanted)), None)
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return None
-    return found.removeprefix(mark).decode(errors="replace") if found is not None else None
+    return found.removeprefix(wanted).decode(errors="replace") if found is not None else None
 
 
 async def _ends(process: int, timeout: float) -> bool:

@@ -21,7 +21,8 @@ class WorkerEnded(Exception):
 async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> AsyncGenerator[bytes, None]:
     """Start a worker on `job` and give its lines. It is killed when the caller stops reading or is cancelled.
 
-    Raises OSError when it cannot be started, `WorkerEnded` when it ended with another status than 0 or 1.
+    Raises OSError when it cannot be started, `WorkerEnded` when it ended with another status than 0 or said a line
+    that is too long.
     """
     process = await asyncio.create_subprocess_exec(
         *argv,
@@ -39,10 +40,13 @@ async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> Asyn
         with contextlib.suppress(ConnectionError):  # it ended at once: its status says why
             process.stdin.write(job + b"\n")
             await process.stdin.drain()
-        async for line in process.stdout:
-            yield line
+        try:
+            while line := await process.stdout.readline():
+                yield line
+        except ValueError as error:
+            raise WorkerEnded(f"said a line of more than {MAX_LINE} bytes") from error
         code = await process.wait()
-        if code not in (0, 1):
+        if code != 0:
             raise WorkerEnded(f"ended with status {code}: {(await errors)[-TAIL:].strip()}")
     finally:
         if process.returncode is None:

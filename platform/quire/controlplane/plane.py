@@ -201,6 +201,7 @@ class ControlPlane:
         self._is_down = state.down_marker.exists()
         self._down: asyncio.Task[None] | None = None
         self._down_failed: str | None = None
+        self._rising = asyncio.Lock()
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,6 +231,7 @@ class ControlPlane:
 
     async def _begin_work(self) -> None:
         await self.routes.reconcile(build(self.models.routables()))
+        self._refuse_while_going_down()  # it may have begun meanwhile
         for stored in self.store.objects():
             if stored.key.kind == "model":
                 self.models.refresh(stored.key)
@@ -245,7 +247,10 @@ class ControlPlane:
         await self.stop_working()
         await self.models.close()
         await self.fleet.close()
-        self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": True})
+        try:
+            self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": True})
+        except StoreUnavailable as error:
+            log.warning("the next control plane will think that this one was lost: %s", error.message)
         self.store.close()
 
     async def stop_working(self) -> None:
@@ -291,8 +296,11 @@ class ControlPlane:
         await self._stop_units(names, min(grace, ENGINE_GRACE))
         left = [seen for seen in self.fleet.observed() if seen.life is not Life.GONE]
         if not left:
-            for row in self.store.replicas():
-                self.store.delete_replica(row.id)
+            try:
+                for row in self.store.replicas():
+                    self.store.delete_replica(row.id)
+            except StoreUnavailable as error:  # the next one finds that they are gone
+                log.warning("what ran is not forgotten: %s", error.message)
             await self.fleet.close()
             shutil.rmtree(self.state.runtime)
         return [f"{seen.name} (process {seen.child_pid or 'unknown'})" for seen in left]
@@ -453,11 +461,12 @@ class ControlPlane:
 
     async def _rise(self) -> bool:
         """End a `down`: remove its marker and reconcile from now on; whether there was one."""
-        if not self._is_down:
-            return False
-        self._is_down = False
-        self.state.down_marker.unlink(missing_ok=True)
-        await self._begin_work()
+        async with self._rising:
+            if not self._is_down:
+                return False
+            await self._begin_work()
+            self._is_down = False
+            self.state.down_marker.unlink(missing_ok=True)
         return True
 
     async def apply(self, body: Mapping[str, Any], traceparent: str | None = None) -> dict[str, Any]:
@@ -479,11 +488,10 @@ class ControlPlane:
             raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
         for item in applied:
             self._controller.add(item.key)
-            if item.result != "unchanged" and item.key.kind == "model":
-                self.models.refresh(item.key)
         self._controller.add(GATEWAY)
         for item in applied:
             if item.result != "unchanged":
+                self._refresh(item.key)
                 text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
                 self._note(item.key, item.result.capitalize(), text)
         await self._rise()
@@ -498,6 +506,14 @@ class ControlPlane:
                 for item in applied
             ]
         }
+
+    def _refresh(self, key: Key) -> None:
+        """The status of something that is stored already, as `_note`."""
+        try:
+            if key.kind == "model":
+                self.models.refresh(key)
+        except StoreUnavailable as error:
+            log.warning("no status of %s yet: %s", key, error.message)
 
     def _note(self, key: Key, reason: str, text: str) -> None:
         """An event of something that is stored already: a disk that is full by now does not undo it."""

@@ -132,6 +132,15 @@ def test_revisions_beyond_the_limit_are_forgotten(store: Store) -> None:
     assert [r.n for r in store.revisions(stored.uid)] == [5, 4, 3]
 
 
+def test_what_needs_no_new_revision_is_wanted_of_the_last_one(store: Store) -> None:
+    store.apply([change()])
+    store.apply([replace(change("h2", 1, template=None), resolved={"replicas": 3})])
+    store.apply([replace(change("h3", 2, template="t2"), resolved={"replicas": 4})])
+    stored = store.get(KEY)
+    assert stored is not None
+    assert [(r.n, r.resolved["replicas"]) for r in store.revisions(stored.uid)] == [(2, 4), (1, 3)]
+
+
 def test_a_revision_with_an_old_template_adopts_its_replicas_and_load_time(store: Store) -> None:
     store.apply([change()])
     stored = store.get(KEY)
