@@ -76,11 +76,12 @@ class Progress:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One part that somebody needs. `for_` are the models, with the generation that asked for it."""
+    """One part that somebody needs. `for_` are the models, with the generation that asked for it, `auths` how they
+    say that it is to be had."""
 
     need: Need
-    auth: Mapping[str, Any] | None
-    for_: dict[Key, int]
+    for_: dict[Key, int] = field(default_factory=dict)
+    auths: dict[Key, Mapping[str, Any] | None] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     failure: Failure | None = None
     tries: int = 0
@@ -122,7 +123,7 @@ class Downloads:
         """Say all that `model` needs now; gives how far it is, or None when all of it is whole."""
         for need, fetch in list(self._fetches.items()):
             if model in fetch.for_ and need not in needs:
-                del fetch.for_[model]
+                del fetch.for_[model], fetch.auths[model]
                 self._drop_unwanted(fetch)
         missing = [need for need in needs if not self.cache.is_whole(need)]
         if not missing:
@@ -130,8 +131,8 @@ class Downloads:
         for need in missing:
             known = self._fetches.get(need)
             if known is None:
-                known = self._fetches[need] = _Fetch(need, auth, {})
-            known.auth = auth
+                known = self._fetches[need] = _Fetch(need)
+            known.auths[model] = auth
             if known.for_.get(model, 0) < generation:
                 known.for_[model] = generation
                 known.failure, known.tries = None, 0  # a new intent is a new chance
@@ -192,7 +193,8 @@ class Downloads:
         async with self._slots:
             log.info("%s: fetching its %s", fetch.need, fetch.need.part)
             try:
-                token = self._token(fetch.auth)
+                # a model beside it that names no token does not take it away
+                token = self._token(next((auth for auth in fetch.auths.values() if auth is not None), None))
                 job = FetchJob(
                     "fetch",
                     fetch.need.repository,

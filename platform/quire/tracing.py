@@ -67,12 +67,16 @@ class Counts:
 
 def exporters(environment: Mapping[str, str]) -> list[str]:
     """Names of the exporters that OTEL_* ask for, OTLP with its protocol; empty when traces are off."""
-    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+    if _disabled(environment):
         return []
     names = [name.strip() for name in environment.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
     if not names and any(environment.get(f"OTEL_EXPORTER_OTLP{which}_ENDPOINT") for which in ("", "_TRACES")):
         names = ["otlp"]
     return [] if names == ["none"] else [_otlp(environment) if name == "otlp" else name for name in names]
+
+
+def _disabled(environment: Mapping[str, str]) -> bool:
+    return environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
 def _otlp(environment: Mapping[str, str]) -> str:
@@ -97,10 +101,15 @@ class Tracing:
     def set_up(
         cls, service: str, environment: Mapping[str, str] = os.environ, declared: Declared | None = None
     ) -> Tracing:
-        """Traces of the process `service`, as declared, else as OTEL_* say. Raises `BadTelemetry`.
+        """Traces of the process `service`, as declared, else as OTEL_* say; none where the SDK is disabled. Raises
+        `BadTelemetry`.
 
         What the SDK reads itself (sampler, limits, resource, the exporter's own settings) comes from `os.environ`.
         """
+        if _disabled(environment):  # the SDK obeys it whatever is declared
+            if declared is not None and declared.otlp_endpoint is not None:
+                log.warning("OTEL_SDK_DISABLED is set: no traces go to %s", declared.otlp_endpoint)
+            return cls()
         names = exporters(environment)
         if declared is not None:
             if declared.sampling == "never":

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from quire.controlplane import plane as planes
-from quire.controlplane.plane import ApiError, ControlPlane
+from quire.controlplane.errors import ApiError
+from quire.controlplane.plane import ControlPlane
 from quire_operators.fleet import local
 from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
 from quire_operators.paths import StateDir

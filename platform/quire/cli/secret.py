@@ -33,11 +33,14 @@ def set_(name: str, from_env: str | None, from_file: Path | None) -> int:
         if not value:
             usage_error(f"{from_env} is not set in this shell", f"export {from_env}=..., or leave --from-env out")
     elif from_file is not None:
-        value = from_file.read_text()
+        try:
+            value = from_file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            usage_error(f"{from_file} cannot be read: {error}", "give a file of text that you may read")
     elif sys.stdin.isatty():
         value = click.prompt(name, hide_input=True, err=True)
     else:
-        value = sys.stdin.read()
+        value = sys.stdin.buffer.read().decode(errors="replace")
     connect().post(f"/v1/secrets/{quote(name, safe='')}", {"value": value})
     print(f"secret {name}  set")
     return ExitCode.OK

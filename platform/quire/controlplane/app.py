@@ -15,9 +15,9 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
-from quire.controlplane.plane import ApiError, ControlPlane, parse_key
+from quire.controlplane.errors import ApiError, answer
+from quire.controlplane.plane import ControlPlane, parse_key
 from quire.controlplane.spans import traced
-from quire_operators.store import StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ async def cache(state: State) -> dict[str, Any]:
 
 @post("/v1/cache/prune", status_code=200)
 async def prune(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    return await _plane(state).prune(dry_run=(await _body(request)).get("dryRun") is True)
+    with traced(_plane(state).tracer, request, "/v1/cache/prune"):
+        return await _plane(state).prune(dry_run=(await _body(request)).get("dryRun") is True)
 
 
 @get("/v1/secrets")
@@ -112,12 +113,14 @@ async def secrets(state: State) -> dict[str, Any]:
 
 @post("/v1/secrets/{name:str}", status_code=200)
 async def set_secret(request: Request[Any, Any, Any], state: State, name: str) -> dict[str, Any]:
-    return _plane(state).set_secret(name, (await _body(request)).get("value"))
+    with traced(_plane(state).tracer, request, "/v1/secrets/{name}"):
+        return _plane(state).set_secret(name, (await _body(request)).get("value"))
 
 
 @delete("/v1/secrets/{name:str}", status_code=200)
-async def remove_secret(state: State, name: str) -> dict[str, Any]:
-    return _plane(state).remove_secret(name)
+async def remove_secret(request: Request[Any, Any, Any], state: State, name: str) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/secrets/{name}"):
+        return _plane(state).remove_secret(name)
 
 
 @post("/v1/down", status_code=202)
@@ -130,30 +133,11 @@ async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
         return {"stopping": True, "grace": math.ceil(grace)}
 
 
-def _api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
-    return Response(error.body, status_code=error.status)
-
-
-def _http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
-    """What the framework refuses: an unknown path, a wrong query parameter, a body that is too large."""
-    code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code, "bad_request")
-    return _api_error(_, ApiError(error.status_code, code, error.detail))
-
-
-def _store_unavailable(_: Request[Any, Any, Any], error: StoreUnavailable) -> Response[dict[str, Any]]:
-    status = 507 if error.full else 503
-    return _api_error(_, ApiError(status, "store_unavailable", error.message, error.hint, exit_code=7))
-
-
-def _store_error(_: Request[Any, Any, Any], error: StoreError) -> Response[dict[str, Any]]:
-    return _api_error(_, ApiError(409, "conflict", error.message, error.hint, exit_code=5))
-
-
-def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _api_error(
-        request, ApiError(500, "internal", f"{type(error).__name__}: {error}", "platform logs controlplane")
-    )
+def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    answered = answer(error)
+    if answered.status == 500:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return Response(answered.body, status_code=answered.status)
 
 
 def create_app(plane: ControlPlane) -> Litestar:
@@ -164,13 +148,7 @@ def create_app(plane: ControlPlane) -> Litestar:
             *(cache, prune, secrets, set_secret, remove_secret),
         ],
         state=State({"plane": plane}),
-        exception_handlers={
-            ApiError: _api_error,
-            StoreUnavailable: _store_unavailable,
-            StoreError: _store_error,
-            HTTPException: _http_error,
-            Exception: _unexpected,
-        },
+        exception_handlers=dict.fromkeys((HTTPException, Exception), _refused),
         request_max_body_size=MAX_BODY,
         openapi_config=None,
         logging_config=None,

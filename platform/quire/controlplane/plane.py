@@ -32,6 +32,7 @@ from typing import Any
 import msgspec
 
 from quire.client import DOWN, UP
+from quire.controlplane.errors import ApiError
 from quire.router.config import RouterConfig
 from quire.tracing import Declared, Tracing
 from quire_operators import admission, devices, status
@@ -78,20 +79,6 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _NAME = re.compile(NAME_PATTERN)
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
-
-
-class ApiError(Exception):
-    """An answer that is not a success."""
-
-    def __init__(
-        self, status_code: int, code: str, message: str, hint: str = "", exit_code: int = 1, **extra: Any
-    ) -> None:
-        super().__init__(message)
-        self.status = status_code
-        self.body: dict[str, Any] = {
-            "error": {"code": code, "message": message, "hint": hint or None, "exitCode": exit_code},
-            **extra,
-        }
 
 
 def invalid(problems: Sequence[Problem]) -> ApiError:
@@ -685,8 +672,18 @@ class ControlPlane:
     def set_secret(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
             raise ApiError(400, "bad_request", "a secret is one line of text", exit_code=2)
+        if not (value.strip().isascii() and value.strip().isprintable()):
+            raise ApiError(400, "bad_request", "a secret is of letters, digits and signs of ASCII", exit_code=2)
         try:
             self.secrets.put(name, value.strip())
+        except OSError as error:
+            raise ApiError(
+                507,
+                "store_unavailable",
+                f"the secret cannot be kept: {error.strerror}",
+                "platform doctor",
+                exit_code=7,
+            ) from error
         except SecretNotFound as error:
             raise ApiError(400, "bad_request", error.message, error.hint, exit_code=2) from error
         self.downloads.look_again()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from litestar import Request
 
-from quire.controlplane.plane import ApiError
-from quire_operators.store import StoreError
+from quire.controlplane.errors import answer
 from quire_schemas import signals
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ def traced(tracer: Tracer | None, request: Request[Any, Any, Any], route: str) -
         try:
             yield carrier.get("traceparent")
         except Exception as error:
-            status = error.status if isinstance(error, ApiError) else 409 if isinstance(error, StoreError) else 500
-            code = error.body["error"]["code"] if isinstance(error, ApiError) else type(error).__qualname__
-            span.set_attributes({signals.HTTP_STATUS: status, signals.ERROR_TYPE: code})
-            if status >= 500:
+            answered = answer(error)
+            code = answered.body["error"]["code"] if answered.status != 500 else type(error).__qualname__
+            span.set_attributes({signals.HTTP_STATUS: answered.status, signals.ERROR_TYPE: code})
+            if answered.status >= 500:
                 span.set_status(StatusCode.ERROR)
             raise

@@ -78,7 +78,9 @@ def test_what_cannot_be_done_is_an_error_with_a_hint(environment: dict[str, str]
 def test_a_manifest_goes_before_the_environment() -> None:
     never = Tracing.set_up("x", {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT}, Declared(sampling="never"))
     assert never.tracer("x") is None
-    for environment in ({}, {"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "console"}):
+    disabled = Tracing.set_up("x", {"OTEL_SDK_DISABLED": "true"}, Declared("http://127.0.0.1:9", "always"))
+    assert disabled.tracer("x") is None, "but for the switch that switches everything off"
+    for environment in ({}, {"OTEL_TRACES_EXPORTER": "console"}):
         declared = Tracing.set_up("x", environment, Declared("http://127.0.0.1:9", "errors"))
         assert declared.tracer("x") is not None
         assert declared.errors_only
