@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from tests.e2e.conftest import GATEWAY
 from tests.effort import examples
 
@@ -262,6 +263,7 @@ def kill_control_plane(platform: Platform) -> None:
     plane.wait(10)
 
 
+@pytest.mark.nightly
 def test_a_killed_control_plane_takes_nothing_with_it(platform: Platform) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     base, replica = platform.base_url("m"), platform.json("get", "model/m")["replicas"][0]

@@ -9,6 +9,8 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from tests.e2e.conftest import Platform
 
@@ -19,6 +21,7 @@ def examined(platform: Platform, code: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_doctor_names_every_process_and_what_does_not_answer(platform: Platform) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     sound = examined(platform, 0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from benchmarks.transformers_systems import Transformers
 from benchmarks.workload import SCENARIOS
@@ -16,6 +17,7 @@ from quire import builtin
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.nightly
 def test_the_smoke_scenario_gives_whole_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "benchmarks.run", "throughput", "--scenario", "smoke", "--threads", "1"]
