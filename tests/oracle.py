@@ -8,6 +8,8 @@ prompts whose answers agree are asked. From then on every stream must be an exac
     refused     a status of 400 or above before any text
     cut         the connection ended without a word: allowed only where the router itself was killed
 
+A stream that hangs is none of these, whatever it brought before.
+
     oracle = Oracle(base_url, "quickstart", tokens=200)
     with oracle.clients(8) as clients:
         ...kill something...
@@ -45,8 +47,8 @@ class Reading:
     finish_reason: str | None = None
     done: bool = False
     errors: list[dict[str, Any]] = field(default_factory=list)
-    cut: bool = False
-    """The connection broke, or ended, without a last word."""
+    hung: bool = False
+    """Nothing came for so long that the client gave up."""
     began_at: float = 0.0
     error_at: float | None = None
     ended_at: float = 0.0
@@ -61,11 +63,21 @@ class Reading:
         return "broken" if self.errors else "cut"
 
 
-def read(base_url: str, body: dict[str, Any], reading: Reading, give_up: threading.Event | None = None) -> Reading:
-    """Send one streamed completion and note what comes back, until its end or until `give_up`."""
+def read(
+    base_url: str,
+    body: dict[str, Any],
+    reading: Reading,
+    give_up: threading.Event | None = None,
+    patience: float = 120.0,
+) -> Reading:
+    """Send one streamed completion and note what comes back, until its end or until `give_up`.
+
+    A stream that brings nothing for `patience` seconds is noted as hung.
+    """
     reading.began_at = time.monotonic()
+    body = {**body, "stream": True}
     try:
-        with httpx.stream("POST", f"{base_url}/completions", json={**body, "stream": True}, timeout=120) as answer:
+        with httpx.stream("POST", f"{base_url}/completions", json=body, timeout=patience) as answer:
             reading.status = answer.status_code
             if answer.status_code != 200:
                 answer.read()
@@ -74,6 +86,8 @@ def read(base_url: str, body: dict[str, Any], reading: Reading, give_up: threadi
                     _note(reading, line.removeprefix("data: "))
                 if give_up is not None and give_up.is_set():
                     break
+    except httpx.TimeoutException:
+        reading.hung = True
     except httpx.HTTPError:
         pass  # an error event is followed by a broken connection; without one `outcome` says cut
     reading.ended_at = time.monotonic()
@@ -96,6 +110,7 @@ def _note(reading: Reading, data: str) -> None:
 def check(reading: Reading, reference: str, *, cut_allowed: bool = False) -> None:
     """Fail unless the stream is one of the four kinds, and a prefix of `reference`."""
     text, outcome = reading.text, reading.outcome
+    assert not reading.hung, f"it hangs: {reading}"
     assert reference.startswith(text), f"altered: {reading.prompt!r} gave {text!r}, not {reference!r}"
     if outcome == "finished":
         assert text == reference, f"cut short and called whole: {reading}"
@@ -105,6 +120,8 @@ def check(reading: Reading, reference: str, *, cut_allowed: bool = False) -> Non
     assert not reading.done, f"[DONE] without a finish_reason: {reading}"
     if outcome == "broken":
         assert len(reading.errors) == 1, f"more than one error event: {reading}"
+    if outcome == "refused":
+        assert not text, f"refused with a text: {reading}"
     if outcome == "cut":
         assert cut_allowed, f"cut without a word: {reading}"
 

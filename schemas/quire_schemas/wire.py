@@ -249,7 +249,7 @@ class ModelRoute(msgspec.Struct, frozen=True):
     stopped: bool = False
     """No replica is wanted: waiting for one is in vain."""
     stall_seconds: float = 30.0
-    """A replica with requests and no step for this long counts as not ready."""
+    """Seconds without progress (deltas, a step, or an answer to `GetStats`) after which a replica is not ready."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

@@ -208,6 +208,21 @@ async def test_a_stalled_engine_is_unhealthy_and_gets_nothing_more(world: World)
         assert len(stuck.aborts) == 1
 
 
+async def test_an_engine_whose_clock_is_ahead_stalls_like_any_other(world: World) -> None:
+    engine = await world.engine("ahead", skew=3600.0, pace=0.02)
+    await world.serve(engine)
+    asked = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(stream=True))))
+
+    async def under_way() -> bool:
+        return engine.steps > 3
+
+    await eventually(under_way)
+    engine.stalled = True
+    await eventually(lambda: world.is_ready(0))
+    engine.stalled = False
+    assert events(await asked)[-1] == "DONE"
+
+
 async def test_an_engine_with_another_identity_is_not_connected(world: World) -> None:
     engine = await world.engine("r1", incarnation=4)
     other = wire.ReplicaEndpoint("r1", 5, str(engine.socket))
@@ -342,6 +357,52 @@ async def test_several_choices_of_a_suspect_wait_for_each_other(world: World) ->
         await eventually(lambda: world.is_ready(2))
         answer = await http.post("/v1/chat/completions", json={**CHAT, "n": 4})
         assert [c["message"]["content"] for c in answer.json()["choices"]] == [TEXT] * 4
+
+
+async def suspected_after_it_left(world: World, name: str) -> tuple[asyncio.Task[httpx.Response], WireEngine]:
+    """A request that has hung the only replica, which has left the table and is not dead yet."""
+    stuck = await world.engine(f"{name}-stuck", stalled=True)
+    await world.serve(stuck, model=name, names=("tiny",))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=world.url, timeout=30) as http:
+            return await http.post("/v1/chat/completions", json=CHAT)
+
+    async def hung() -> bool:
+        return bool(stuck.running)
+
+    asked = asyncio.create_task(ask())
+    await eventually(hung)
+    await world.table(world.route(model=name, names=("tiny",)))
+    return asked, stuck
+
+
+async def test_what_hangs_an_engine_is_suspected_though_the_table_lost_the_replica_first(world: World) -> None:
+    asked, stuck = await suspected_after_it_left(world, "left")
+    await stuck.stop()
+    other = await world.engine("left-other", poison=lambda _: True)
+    await world.serve(other, model="left", names=("tiny",))
+    answer = await asked
+    assert answer.json()["error"]["code"] == "request_quarantined"
+    assert other.deaths == 1, "it was there on trial"
+
+
+async def test_choices_that_are_held_when_their_request_is_suspected_are_tried_in_turn(world: World) -> None:
+    asked, stuck = await suspected_after_it_left(world, "held")
+    async with httpx.AsyncClient(base_url=world.url, timeout=30) as http:
+        several = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "n": 3}))
+
+        async def held(count: int) -> bool:
+            return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="held"}}'] == count
+
+        await eventually(lambda: held(1))
+        await stuck.stop()
+        await eventually(lambda: held(2))  # the first one is suspected now, and so are the others
+        asked.cancel()  # else its own token would clear them
+        await eventually(lambda: held(1))
+        await world.serve(await world.engine("held-other"), model="held", names=("tiny",))
+        answer = await several
+    assert [c["message"]["content"] for c in answer.json()["choices"]] == [TEXT] * 3
 
 
 async def idle(*engines: WireEngine) -> bool:

@@ -157,7 +157,7 @@ class WireEngine:
         return wire.Stats(
             steps=self.steps,
             max_num_seqs=self.limits.max_num_seqs if self.limits is not None else self.max_num_seqs,
-            last_step_at=time.monotonic(),
+            last_step_at=time.monotonic() + self.skew,
             running=len(self.running) - waiting,
             waiting=waiting,
             blocks_total=64,

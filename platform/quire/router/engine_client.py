@@ -298,7 +298,8 @@ class EngineClient:
             if message.running + message.waiting == 0:
                 self._progress_at = time.monotonic()
             elif self.stats is None or message.steps != self.stats.steps:
-                self._progress_at = max(self._progress_at, message.last_step_at)
+                # its clock may be ahead of ours
+                self._progress_at = max(self._progress_at, min(message.last_step_at, time.monotonic()))
             self.stats = message
             self.max_num_seqs = message.max_num_seqs
         else:

@@ -14,7 +14,7 @@ A sequence whose engine dies or stalls is started again elsewhere as long as not
 of `balancer.may_retry`, for which it waits if it must, while the job's other sequences go on. After that, or after
 the first byte, the request fails. It also fails when the model's tokenizer or template has become another since
 its ids were made: they would be nonsense to the replicas that serve now. A request that may be what engines die
-of is tried with no other such beside it on the replica, and not at all once two have died (`quarantine`).
+of is tried with no other such beside it on the replica, and not at all once it has died there too (`quarantine`).
 Whatever way a run ends, `updates` aborts what still runs.
 """
 
@@ -29,6 +29,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Itera
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
+
+import msgspec
 
 from quire.errors import (
     ContextLengthExceeded,
@@ -162,7 +164,7 @@ class _Choice:
             job.sampling
             if seed is None or index == 0
             # The choices of one seeded request must differ from each other and repeat from run to run.
-            else _with_seed(job.sampling, (seed + index) % 2**63)
+            else msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63)
         )
         self.attempts = 0
         self.fingerprint: bytes | None = None
@@ -245,11 +247,6 @@ class _Choice:
 
 def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
     return any(delta.error_code == "engine_shutdown" for delta in deltas)
-
-
-def _with_seed(sampling: wire.Sampling, seed: int) -> wire.Sampling:
-    fields = {name: getattr(sampling, name) for name in sampling.__struct_fields__}
-    return wire.Sampling(**{**fields, "seed": seed})
 
 
 class Gateway:
@@ -502,12 +499,11 @@ class Run:
         live = {choice.index: choice for choice in self._choices}
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
         try:
-            if self._gateway.suspects and len(self._choices) > 1:
+            if len(self._choices) > 1:
                 for choice in self._choices:  # one may have to wait until another has brought its token
                     self._begin(self._place(choice))
             else:
-                for choice in self._choices:
-                    await self._place(choice)
+                await self._place(self._choices[0])
             while live:
                 await self._ring(live.values())
                 batch: list[Update] = []
@@ -560,13 +556,14 @@ class Run:
             return None
         deltas = sequence.take()
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
-            if not (sequence.generated or sequence.client.leaving or _was_asked_to_end(deltas)):
+            # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
+            if not (sequence.generated or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
                 death = (
                     sequence.client.endpoint.replica_id,
                     sequence.client.endpoint.incarnation,
                     sequence.connection,
                 )
-                self._gateway.suspects.blame(self._fingerprint(choice), death)
+                self._gateway.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
             choice.avoid.add(sequence.client.endpoint.replica_id)

@@ -1,9 +1,10 @@
 """Which requests may be what engines die of, so that none of them takes down one replica after the other.
 
 A request is *suspected* when its engine died, or stopped making steps, before it had brought a token: something
-that kills on sight was among those. It is *condemned*, and never sent again, when that has happened to it twice.
-The first token of a request with the same fingerprint clears it. To keep the innocent apart from the guilty, the
-gateway tries suspects one at a time on each replica: what dies a second time has then died alone.
+that kills on sight was among those. It is *condemned*, and not sent again, when that has happened to it twice, at
+least once on trial. The first token of a request with the same fingerprint clears it. To keep the innocent apart
+from the guilty, the gateway tries suspects one at a time on each replica: no other suspect was beside what died on
+trial, though requests that nobody suspects yet may have been.
 
 Remembered are fingerprints, never contents; at most `MAX_REMEMBERED`, the oldest are forgotten first, and each for
 `REMEMBERED_SECONDS` after its last death. The router alone knows them, and forgets them when it starts anew.
@@ -40,6 +41,7 @@ def fingerprint(model: str, template_hash: str, token_ids: Sequence[int], sampli
 class _Record:
     last_at: float
     deaths: set[Hashable] = field(default_factory=set)
+    tried: bool = False
 
 
 class Suspects:
@@ -52,11 +54,15 @@ class Suspects:
     def __len__(self) -> int:
         return len(self._records)
 
-    def blame(self, fingerprint: bytes, death: Hashable) -> None:
-        """An engine died under the request before its first token. One `death` counts once."""
+    def blame(self, fingerprint: bytes, death: Hashable, *, tried: bool) -> None:
+        """An engine died under the request before its first token. One `death` counts once.
+
+        `tried`: the request was there on trial, with no other suspect beside it.
+        """
         record = self._find(fingerprint) or _Record(0.0)
         record.last_at = self._clock()
         record.deaths.add(death)
+        record.tried |= tried
         self._records.pop(fingerprint, None)
         self._records[fingerprint] = record
         while len(self._records) > MAX_REMEMBERED or self._is_over(next(iter(self._records.values()))):
@@ -71,7 +77,7 @@ class Suspects:
 
     def is_condemned(self, fingerprint: bytes) -> bool:
         record = self._find(fingerprint)
-        return record is not None and len(record.deaths) >= DEATHS_TO_CONDEMN
+        return record is not None and record.tried and len(record.deaths) >= DEATHS_TO_CONDEMN
 
     def _find(self, fingerprint: bytes) -> _Record | None:
         record = self._records.get(fingerprint)

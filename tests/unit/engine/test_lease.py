@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import pytest
-from tests.unit.engine.serving import Client, spec_in
+from tests.unit.engine.serving import SHORT, Client, spec_in
 
 from quire_engine.lease import Lease
+from quire_engine.scheduler import Scheduler
 from quire_engine.server import Server, Status
-from quire_schemas.wire import Deltas, EngineEvent, EngineSpec, Generate, GetStats, Hello, Sampling, Stats
-
-LONG = Sampling(max_tokens=1000, temperature=0.0, ignore_eos=True)
+from quire_engine.step import StepPlan
+from quire_schemas.wire import EngineEvent, EngineSpec, Generate, GetStats, Hello, Stats
 
 
 class Life:
@@ -89,25 +90,47 @@ async def test_words_from_above_keep_the_engine_and_an_open_connection_does_not(
         script.close()
 
 
-async def test_what_is_computed_is_finished_first(folder: Path) -> None:
-    async with living(spec_in(folder, adoption_window=0.2, max_model_len=2048)) as life:
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No step is made while it is clear. It begins set: loading makes a step of its own."""
+    let_go = threading.Event()
+    let_go.set()
+    schedule = Scheduler.schedule
+
+    def stuck(scheduler: Scheduler) -> StepPlan:
+        assert let_go.wait(20)
+        return schedule(scheduler)
+
+    monkeypatch.setattr(Scheduler, "schedule", stuck)
+    yield let_go
+    let_go.set()
+
+
+async def test_what_is_computed_is_finished_first(folder: Path, held: threading.Event) -> None:
+    async with living(spec_in(folder, adoption_window=0.5)) as life:
         router = await Client.connect(str(life.socket))
-        router.send(Hello("router"), Generate("a", [5, 6], LONG))
-        await router.next(Deltas)
-        began = time.monotonic()
+        held.clear()
+        router.send(Hello("router"), Generate("a", [5, 6], SHORT))
+        await asyncio.sleep(1.2)  # the window and the last look are over
+        assert not life.task.done()
+        held.set()
         heard = await router.hear("a")
-        assert time.monotonic() - began > 0.5, "else the lease had no time to run out"
         assert heard["a"][-1].finish_reason == "length"
         assert (await life.end()).reason == "LeaseEnded"
         router.close()
 
 
-async def test_whoever_speaks_again_while_it_drains_finds_it_alive(folder: Path) -> None:
-    async with living(spec_in(folder, adoption_window=0.4, max_model_len=2048)) as life:
+async def test_whoever_speaks_again_while_it_drains_finds_it_alive(folder: Path, held: threading.Event) -> None:
+    async with living(spec_in(folder, adoption_window=0.8)) as life:
         router = await Client.connect(str(life.socket))
-        router.send(Hello("router"), Generate("a", [5, 6], LONG))
-        await asyncio.sleep(0.7)
-        await speak(router, 1.0)
+        held.clear()
+        router.send(Hello("router"), Generate("a", [5, 6], SHORT))
+        await asyncio.sleep(1.5)  # the window and the last look are over
+        router.send(GetStats())
+        await asyncio.sleep(0.1)
+        held.set()
+        assert (await router.hear("a"))["a"][-1].finish_reason == "length"
+        await speak(router, 1.2)
         assert not life.task.done()
         router.close()
 

@@ -19,43 +19,57 @@ def test_two_deaths_condemn_and_one_death_counts_once() -> None:
     suspects = Suspects(Clock())
     assert not suspects
     for _ in range(3):
-        suspects.blame(b"a", ("r1", 1, 1))
+        suspects.blame(b"a", ("r1", 1, 1), tried=True)
     assert suspects.is_suspected(b"a")
     assert not suspects.is_condemned(b"a")
-    suspects.blame(b"a", ("r1", 1, 2))
+    suspects.blame(b"a", ("r1", 1, 2), tried=True)
     assert suspects.is_condemned(b"a")
     assert not suspects.is_suspected(b"b")
 
 
+def test_deaths_in_the_crowd_condemn_nobody_until_one_on_trial() -> None:
+    suspects = Suspects(Clock())
+    for death in range(3):
+        suspects.blame(b"a", death, tried=False)
+    assert suspects.is_suspected(b"a")
+    assert not suspects.is_condemned(b"a")
+    suspects.blame(b"a", 3, tried=True)
+    assert suspects.is_condemned(b"a")
+    suspects.blame(b"b", 1, tried=True)
+    assert not suspects.is_condemned(b"b"), "one death is not two"
+    suspects.blame(b"b", 2, tried=False)
+    assert suspects.is_condemned(b"b")
+
+
 def test_whoever_brings_a_token_is_cleared() -> None:
     suspects = Suspects(Clock())
-    suspects.blame(b"a", 1)
+    suspects.blame(b"a", 1, tried=True)
     suspects.clear(b"a")
     suspects.clear(b"never seen")
-    suspects.blame(b"a", 2)
+    suspects.blame(b"a", 2, tried=True)
     assert not suspects.is_condemned(b"a")
 
 
 def test_all_is_forgotten_after_its_time_and_the_oldest_first() -> None:
     clock = Clock()
     suspects = Suspects(clock)
-    suspects.blame(b"a", 1)
-    suspects.blame(b"a", 2)
+    suspects.blame(b"a", 1, tried=True)
+    suspects.blame(b"a", 2, tried=True)
     clock.now += REMEMBERED_SECONDS
     assert suspects.is_condemned(b"a")
     clock.now += 0.1
     assert not suspects.is_suspected(b"a")
     assert len(suspects) == 0
     for number in range(3):
-        suspects.blame(b"old%d" % number, 1)
+        suspects.blame(b"old%d" % number, 1, tried=True)
     clock.now += REMEMBERED_SECONDS + 1
-    suspects.blame(b"new", 1)
+    suspects.blame(b"new", 1, tried=True)
     assert len(suspects) == 1, "what nobody asks for any more goes, too"
     for number in range(MAX_REMEMBERED - 1):
-        suspects.blame(b"%d" % number, 1)
+        suspects.blame(b"%d" % number, 1, tried=True)
     assert suspects.is_suspected(b"new")
-    suspects.blame(b"new", 2)
-    suspects.blame(b"one more", 1)
+    suspects.blame(b"new", 2, tried=True)
+    suspects.blame(b"one more", 1, tried=True)
     assert len(suspects) == MAX_REMEMBERED
     assert suspects.is_condemned(b"new"), "it died last"
     assert not suspects.is_suspected(b"0")

@@ -3,8 +3,9 @@
 - `/livez`: does the process answer? 200 whenever it does. For whoever would restart it.
 - `/readyz`: does it know what to serve? 200 once it acts by a routing table, even by one without models.
 - `/health`: can a request be served now? 200 when at least one model has a replica that is connected, neither
-  draining nor on standby, and making progress; else 503. A replica that has requests and makes no step counts as
-  stalled, though its socket answers: the body tells, model by model, how many there are of each.
+  draining nor on standby, and making progress; else 503. A replica is stalled after its model's stall time without
+  progress (deltas, a step, or an answer to `GetStats` by which there is nothing to do), though its socket is open:
+  the body tells, model by model, how many there are of each.
 """
 
 from __future__ import annotations
