@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quire_operators import rollout
+from quire_operators.cache import SPARE
 from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.sources import Located as Folder
@@ -51,8 +52,6 @@ from quire_schemas.update import (
     template_hash,
 )
 
-SPARE = 64 * 1024 * 1024
-"""Bytes that a download leaves free on the disk of the cache."""
 CAUSE_ANNOTATION = "quire.dev/change-cause"
 
 

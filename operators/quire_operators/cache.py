@@ -32,6 +32,8 @@ from quire_schemas.checkpoint import INDEX, CheckpointError, read_index
 from quire_schemas.hub import MODEL_FILES, SINGLE, TEXT_FILES, Part, Record, RepositoryFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SPARE = 64 * 1024 * 1024
+"""Bytes that a download leaves free on the disk of the cache."""
 _records = msgspec.json.Decoder(Record)
 
 

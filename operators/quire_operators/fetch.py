@@ -48,7 +48,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
-from quire_operators.cache import COMMIT, HubCache, Need
+from quire_operators.cache import COMMIT, SPARE, HubCache, Need
 from quire_schemas.checkpoint import (
     INDEX,
     CheckpointError,
@@ -64,8 +64,6 @@ PARALLEL = 4
 """Files at a time: one connection seldom fills a line, and more than a few annoy the hub."""
 REPORT_SECONDS = 0.5
 LOOK_SECONDS = 10.0
-SPARE = 64 * 1024 * 1024
-"""Bytes that a download leaves free on the disk of the cache."""
 PIECE = 1024 * 1024
 """Bytes handled at a time: what a broken connection loses at most."""
 READ_SECONDS = 20.0
