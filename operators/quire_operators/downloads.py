@@ -43,6 +43,8 @@ RECHECK = {"Unauthorized": 300.0, "NotFound": 300.0, "SecretNotFound": 300.0, "D
 """Seconds after which a failure that a person has to mend is looked at again."""
 RETRIED = ("HubUnreachable", "FetchFailed")
 LOOK_SECONDS = 45.0
+LOOKS_AT_ONCE = 4
+"""Each is a process of its own."""
 RATE_SECONDS = 5.0
 _events = msgspec.json.Decoder(FetchEvent)
 
@@ -114,6 +116,7 @@ class Downloads:
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._fetches: dict[Need, _Fetch] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._looks = asyncio.Semaphore(LOOKS_AT_ONCE)
 
     # ── what models need ──────────────────────────────────────────────────────────────────────────────────
 
@@ -288,7 +291,7 @@ class Downloads:
         try:
             token = self._token(auth)
             job = FetchJob(op, repository, revision, part, str(self.cache.root), str(self.cache.records), token)
-            async with asyncio.timeout(LOOK_SECONDS):
+            async with self._looks, asyncio.timeout(LOOK_SECONDS):
                 return await self._work(job)
         except SecretNotFound as error:
             return FetchEvent(

@@ -49,8 +49,8 @@ class NotLocal(SourceError):
         super().__init__(
             "NotFound",
             f"hf://{repository} at {revision} is not in the local cache ({cache})",
-            "HF_HUB_OFFLINE is set, so the hub is not asked: unset it and platform down; or bring the files here: "
-            f"hf download {repository} --revision {revision}",
+            f"bring the files here: hf download {repository} --revision {revision}; or, where HF_HUB_OFFLINE "
+            "keeps the hub from being asked, unset it and platform down",
         )
         self.repository = repository
         self.revision = revision

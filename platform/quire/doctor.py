@@ -83,7 +83,8 @@ def examine(state: StateDir, environ: Mapping[str, str] = os.environ) -> Report:
     client = Client(state, start=False, timeout=ANSWER_SECONDS)
     plane, gateway = _control_plane(client)
     shims = [found for path in sorted(_shim_sockets(state)) if (found := _shim(path))]
-    router = next((found for found in shims if found["listen"]), None)
+    address = gateway or _stored_gateway(state)
+    router = next((found for found in shims if state.gateway in found["folder"].parents), None)
     cache = Sources.of_environment({}, state.sources, environ).cache.root
     report: Report = {
         "machine": _machine(),
@@ -92,9 +93,9 @@ def examine(state: StateDir, environ: Mapping[str, str] = os.environ) -> Report:
         "stateDir": _state_dir(state),
         "disk": [_disk("state", state.root), _disk("cache", cache), _disk("sockets", state.runtime)],
         "controlPlane": plane,
-        "router": _router(router),
-        "replicas": [_replica(found) for found in shims if not found["listen"]],
-        "ports": [_port(gateway or _stored_gateway(state), router)],
+        "router": _router(router, address),
+        "replicas": [_replica(found) for found in shims if found is not router],
+        "ports": [_port(address, router)],
         "versions": _versions(),
         "compiler": _compiler(),
         "kernels": _kernels(),
@@ -289,11 +290,11 @@ def _ask(path: Path, question: bytes, whole: Callable[[bytes], bool]) -> bytes:
         return heard
 
 
-def _router(shim: Report | None) -> Report:
-    """The router: whether its own `/livez` answers."""
+def _router(shim: Report | None, address: tuple[str, int]) -> Report:
+    """The router: whether its own `/livez` answers. `address` is where to ask when its shim says nothing."""
     if shim is None:
-        return {"pid": None, "shimPid": None, "baseUrl": None, "answers": False}
-    host, port = shim["listen"]
+        return {"pid": None, "shimPid": None, "shimAnswers": False, "baseUrl": None, "answers": False}
+    host, port = shim["listen"] or address
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
     try:
@@ -303,7 +304,13 @@ def _router(shim: Report | None) -> Report:
         answers = False
     finally:
         connection.close()
-    return {"pid": shim["childPid"], "shimPid": shim["shimPid"], "baseUrl": f"{base}/v1", "answers": answers}
+    return {
+        "pid": shim["childPid"],
+        "shimPid": shim["shimPid"],
+        "shimAnswers": shim["answers"],
+        "baseUrl": f"{base}/v1",
+        "answers": answers,
+    }
 
 
 def _replica(shim: Report) -> Report:
@@ -333,7 +340,9 @@ def _engine_greets(path: Path) -> bool:
 def _port(address: tuple[str, int], router: Report | None) -> Report:
     """The gateway's port: held by our router, free, or taken by somebody else."""
     host, port = address
-    if router is not None and router["listen"][1] == port:
+    why = address_problem(host, port)
+    # A shim that is silent does not say which port it holds: the one that it was given, as long as one is held.
+    if router is not None and (router["listen"][1] == port if router["listen"] else why is not None):
         return {
             "host": host,
             "port": port,
@@ -342,7 +351,6 @@ def _port(address: tuple[str, int], router: Report | None) -> Report:
             "process": None,
             "why": None,
         }
-    why = address_problem(host, port)
     if why is None:
         return {"host": host, "port": port, "state": "free", "pid": None, "process": None, "why": None}
     who = listener(host, port)
@@ -456,10 +464,13 @@ def _judge_processes(report: Report) -> Iterator[Finding]:
     elif plane["problem"]:
         message = f"a down did not succeed: {plane['problem']}"
         yield Finding("error", "controlPlane", message, "platform down tries again")
-    if router["shimPid"] is not None and not router["answers"]:
+    if router["baseUrl"] is not None and not router["shimAnswers"]:
+        message = "the shim of the router does not answer"
+        yield Finding("error", "router", message, "platform logs router; platform down, then platform up")
+    elif router["baseUrl"] is not None and not router["answers"]:
         message = f"the router (pid {router['pid']}) does not answer on {router['baseUrl']}"
         yield Finding("error", "router", message, "platform logs router")
-    lost = plane["pid"] is None and (router["shimPid"] is not None or report["replicas"])
+    lost = plane["pid"] is None and (router["baseUrl"] is not None or report["replicas"])
     if lost:
         message = "there is no control plane; what it started goes on, and nobody replaces what fails"
         yield Finding("warning", "controlPlane", message, "platform get starts it; it takes over what runs")

@@ -72,7 +72,7 @@ class Record(msgspec.Struct, frozen=True):
 
     `verified` holds the size and the time of change (ns) that a file had when its digest was right; a file that
     has others now is verified again. `brought` are the digests of the files that this platform downloaded; the
-    others were in the cache already. `listed` is false while only the small files are known.
+    others were in the cache already.
     """
 
     repository: str

@@ -52,6 +52,17 @@ def test_the_doctor_names_every_process_and_what_does_not_answer(platform: Platf
     assert ill["router"]["answers"]
     assert f"(pid {ping_pid}) does not answer" in ill["findings"][0]["message"]
 
+    os.kill(sound["router"]["shimPid"], signal.SIGSTOP)
+    try:
+        ill = examined(platform, 6)
+    finally:
+        os.kill(sound["router"]["shimPid"], signal.SIGCONT)
+    assert not ill["router"]["shimAnswers"]
+    assert ill["router"]["baseUrl"] == sound["router"]["baseUrl"]
+    assert [each["id"] for each in ill["replicas"]] == [replica["id"]], "it is no replica"
+    assert ill["ports"][0]["state"] == "ours"
+    assert [each["message"] for each in ill["findings"]] == ["the shim of the router does not answer"]
+
 
 def test_the_doctor_names_who_has_the_port_and_makes_nothing(platform: Platform) -> None:
     with socket.socket() as ours:

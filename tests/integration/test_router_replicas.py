@@ -129,6 +129,56 @@ async def test_retries_are_bounded_and_the_answer_says_to_try_again(world: World
     assert len(engine.generates) == 3
 
 
+async def test_a_model_whose_engines_are_gone_keeps_no_other_from_trying_again(world: World) -> None:
+    gone = await world.engine("gone", pace=60.0)
+    dying, alive = await world.engine("dying", die_after=1), await world.engine("alive")
+    await world.table(
+        world.route(gone.endpoint(), model="broken", names=("broken",), max_queue_wait=30.0),
+        world.route(dying.endpoint(), alive.endpoint()),
+    )
+    await world.connected("gone", "dying", "alive")
+
+    async def all_held() -> bool:
+        return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="broken"}}'] == 5
+
+    async with httpx.AsyncClient() as http:
+        url = f"{world.url}/v1/chat/completions"
+        body = CHAT | {"model": "broken"}
+        stuck = [asyncio.create_task(http.post(url, json=body, timeout=60)) for _ in range(5)]
+        await eventually(lambda: at_engine(gone, 5))
+        await gone.stop()
+        await eventually(all_held)
+        answers = await asyncio.gather(*(http.post(url, json=CHAT, timeout=10) for _ in range(6)))
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert dying.generates, "the balancer should have tried both"
+        assert await all_held(), "those that wait for their part of the budget count, too"
+        for task in stuck:
+            task.cancel()
+
+
+async def test_waits_of_all_attempts_count_together(world: World) -> None:
+    engine = await world.engine(text="word " * 100, max_num_seqs=1, pace=0.2)
+    await world.serve(engine, max_queue_wait=2.0)
+    async with httpx.AsyncClient() as http:
+        url = f"{world.url}/v1/chat/completions"
+        first = asyncio.create_task(http.post(url, json=CHAT, timeout=30))
+        await eventually(lambda: at_engine(engine, 1))
+        began = time.monotonic()
+        second = asyncio.create_task(http.post(url, json=CHAT, timeout=30))
+        await asyncio.sleep(1.6)
+        assert not second.done()
+        await engine.stop()
+        answer = await second
+        waited = time.monotonic() - began
+        await first
+    assert answer.status_code == 502, "1.6 s in the engine's queue, 0.4 s for another replica"
+    assert 1.9 < waited < 3.4
+
+
+async def at_engine(engine: WireEngine, requests: int) -> bool:
+    return len(engine.generates) == requests
+
+
 async def test_a_request_that_the_engine_fails_is_ours_to_word(world: World) -> None:
     engine = await world.engine(fail_with="out_of_memory")
     await world.serve(engine)

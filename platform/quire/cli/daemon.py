@@ -38,7 +38,13 @@ def down(grace: float) -> int:
     if not client.is_running():
         if not _living(client.state):
             if client.state.root.is_dir():
-                client.state.down_marker.touch(mode=0o600)
+                try:
+                    client.state.down_marker.touch(mode=0o600)
+                except OSError as error:
+                    notice(
+                        f"cannot leave {client.state.down_marker} ({error.strerror}): the next command will start "
+                        "what was applied"
+                    )
             _remove_sockets(client.state)
             print("nothing is running")
             return ExitCode.OK

@@ -67,6 +67,8 @@ DETECT_SECONDS = 1.0
 ENGINE_GRACE = 10.0
 ROUTER_EXTRA = 5.0
 """How much longer than its grace the router has to end by itself before its shim kills it."""
+MOVED_SECONDS = 15.0
+"""How long a plan waits for the hub to say where branches are now."""
 STOP_SECONDS = 10.0
 """How long a shim may take to hear of a stop, and then to end after the grace."""
 OTHER_PORT = (
@@ -189,6 +191,8 @@ class ControlPlane:
         self._down: asyncio.Task[None] | None = None
         self._down_failed: str | None = None
         self._rising = asyncio.Lock()
+        self._cache_turn = asyncio.Lock()
+        """Held from an apply's look at the hub until what it found is stored, and by a prune."""
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -400,11 +404,20 @@ class ControlPlane:
         pinned = self.admission.pinned([review.located for review in reviews])
         if self._offline:
             return
-        for review in reviews:
-            if (ask := pinned.get(review.key)) is None or review.old is None:
-                continue
-            stays = review.old.resolved["revision"]
-            now = await self.downloads.moved_to(ask.repository, ask.revision, dict(ask.auth) if ask.auth else None)
+        questions = {
+            asyncio.create_task(
+                self.downloads.moved_to(ask.repository, ask.revision, dict(ask.auth) if ask.auth else None)
+            ): (review, ask, review.old.resolved["revision"])
+            for review in reviews
+            if (ask := pinned.get(review.key)) is not None and review.old is not None
+        }
+        if questions:
+            _, late = await asyncio.wait(questions, timeout=MOVED_SECONDS)
+            for question in late:
+                question.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for question, (review, ask, stays) in questions.items():
+            now = None if question.cancelled() else question.result()
             if now is None:
                 review.notes.append(f"the hub does not say where {ask.revision} of hf://{ask.repository} is now")
             elif now != stays:
@@ -463,16 +476,17 @@ class ControlPlane:
         """
         self._refuse_while_going_down()
         loaded = _load(body)
-        unfound = await self._look(self.admission.asks(loaded.resources))
-        self._refuse_while_going_down()  # it may have begun meanwhile
-        reviews = self.admission.review(loaded.resources, unfound=unfound)
-        if found := admission.problems(reviews):
-            raise invalid(found)
-        self._check_address(reviews)
-        try:
-            applied = self.store.apply(self.admission.changes(reviews), traceparent)
-        except Conflict as conflict:
-            raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
+        async with self._cache_turn:
+            unfound = await self._look(self.admission.asks(loaded.resources))
+            self._refuse_while_going_down()  # it may have begun meanwhile
+            reviews = self.admission.review(loaded.resources, unfound=unfound)
+            if found := admission.problems(reviews):
+                raise invalid(found)
+            self._check_address(reviews)
+            try:
+                applied = self.store.apply(self.admission.changes(reviews), traceparent)
+            except Conflict as conflict:
+                raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
         for item in applied:
             self._controller.add(item.key)
         self._controller.add(GATEWAY)
@@ -650,12 +664,13 @@ class ControlPlane:
         """Remove what Quire downloaded and no declared model uses."""
         cache = self.downloads.cache
         removed = []
-        for entry in await asyncio.to_thread(cache.usage):
-            # Asked anew for each: an apply may have come in between.
-            if (entry.repository, entry.commit) in self._cache_users()[0] or not entry.ours + entry.incomplete:
-                continue
-            freed = await asyncio.to_thread(cache.prune, entry.repository, entry.commit, dry_run=dry_run)
-            removed.append({"source": f"hf://{entry.repository}", "commit": entry.commit, "bytes": freed})
+        async with self._cache_turn:
+            used, _ = self._cache_users()
+            for entry in await asyncio.to_thread(cache.usage):
+                if (entry.repository, entry.commit) in used or not entry.ours + entry.incomplete:
+                    continue
+                freed = await asyncio.to_thread(cache.prune, entry.repository, entry.commit, dry_run=dry_run)
+                removed.append({"source": f"hf://{entry.repository}", "commit": entry.commit, "bytes": freed})
         return {"folder": str(cache.root), "dryRun": dry_run, "items": removed}
 
     def list_secrets(self) -> dict[str, Any]:

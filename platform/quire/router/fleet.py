@@ -23,10 +23,22 @@ import msgspec
 from quire.errors import ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
+from quire.router.quarantine import Suspects
 from quire.text import BadTokenizer, TextError, Tokenizer
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Wakes everybody who waits on `event`, and has a new event for those who come later."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def fire(self) -> None:
+        fired, self.event = self.event, asyncio.Event()
+        fired.set()
 
 
 @dataclass(slots=True)
@@ -38,6 +50,13 @@ class ServedModel:
     clients: tuple[EngineClient, ...] = ()
     in_flight: int = 0
     """Sequences admitted and not ended, those without a replica included."""
+    retrying: int = 0
+    """Sequences on a further attempt that has not brought a token yet."""
+    suspects: Suspects = field(default_factory=Suspects)
+    trials: set[str] = field(default_factory=set)
+    """Replicas on which a suspect is tried now."""
+    settled: Pulse = field(default_factory=Pulse)
+    """A further attempt or a trial has brought its token, or ended."""
 
     @property
     def usable(self) -> Tokenizer:
@@ -68,17 +87,6 @@ class ServedModel:
     def slots(self) -> int:
         """Sequences that the ready replicas compute at once."""
         return sum(client.max_num_seqs for client in self.clients if client.ready)
-
-
-@dataclass(slots=True)
-class Pulse:
-    """Wakes everybody who waits on `event`, and has a new event for those who come later."""
-
-    event: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def fire(self) -> None:
-        fired, self.event = self.event, asyncio.Event()
-        fired.set()
 
 
 class Fleet:

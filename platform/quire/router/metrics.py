@@ -88,9 +88,7 @@ class Metrics:
         self.prompt_tokens = Counter(signals.PROMPT_TOKENS, "Tokens of accepted prompts.", model, **into)
         self.generation_tokens = Counter(signals.GENERATION_TOKENS, "Tokens that engines wrote.", model, **into)
         self.in_flight = Gauge(signals.REQUESTS_IN_FLIGHT, "Requests accepted and not yet ended.", model, **into)
-        self.held = Gauge(
-            signals.REQUESTS_HELD, "Requests that wait for a replica to become ready.", model, **into
-        )
+        self.held = Gauge(signals.REQUESTS_HELD, "Requests that wait for a replica to take them.", model, **into)
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, help_text, model, buckets=buckets, **into)

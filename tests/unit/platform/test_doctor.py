@@ -36,7 +36,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Report:
     for disk in report["disk"]:
         disk["free"] = 1 << 40
     report["controlPlane"] |= {"pid": 3, "answers": True, "version": report["versions"]["quire"]}
-    report["router"] = {"pid": 4, "shimPid": 2, "baseUrl": "http://127.0.0.1:8000/v1", "answers": True}
+    base = "http://127.0.0.1:8000/v1"
+    report["router"] = {"pid": 4, "shimPid": 2, "shimAnswers": True, "baseUrl": base, "answers": True}
     report["replicas"] = [dict(REPLICA)]
     report["devices"] = {"driver": None, "gpus": [], "problem": "none here"}
     return report
@@ -72,6 +73,7 @@ WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
     "older": (_set("controlPlane", "version", value="0.0.1"), "warning", "is 0.0.1", "platform down"),
     "down": (_set("controlPlane", "problem", value="still alive: m"), "error", "still alive", "platform down"),
     "router": (_set("router", "answers", value=False), "error", "router (pid 4)", "logs"),
+    "router's shim": (_set("router", "shimAnswers", value=False), "error", "shim of the router", "platform down"),
     "lost": (
         lambda report: report["controlPlane"].update(pid=None, answers=False),
         "warning", "no control plane", "platform get",

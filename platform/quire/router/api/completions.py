@@ -13,7 +13,8 @@ import msgspec
 from quire.router.api import logprobs
 from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
-from quire.router.gateway import Gateway, Job, TokenScore, Update
+from quire.router.gateway import Gateway
+from quire.router.job import Job, TokenScore, Update
 from quire.router.spans import RequestSpan
 from quire_schemas.openai import (
     Completion,

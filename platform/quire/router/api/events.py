@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from quire.router.gateway import Job
+from quire.router.job import Job
 from quire_schemas.openai import Usage
 
 _json = msgspec.json.Encoder()

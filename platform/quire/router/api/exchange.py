@@ -34,8 +34,10 @@ from quire.errors import (
     describe,
 )
 from quire.router.fleet import ServedModel
-from quire.router.gateway import Gateway, Job, Run, Update
+from quire.router.gateway import Gateway
+from quire.router.job import Job, Update
 from quire.router.metrics import NO_MODEL
+from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
 from quire_schemas.openai import BadRequest, PromptTokensDetails, SamplingFields, Usage
@@ -146,7 +148,7 @@ class Exchange(Generic[R]):
         span.set({signals.GEN_AI_REQUEST_MODEL: request.model, signals.GEN_AI_RESPONSE_MODEL: self._model})
         with self._gateway.admit(served, self._format.sequences(request)):
             job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway, job)
+            run = Run(self._gateway.fleet, job)
             span.set(_request_attributes(request, job))
             in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
             in_flight.inc()

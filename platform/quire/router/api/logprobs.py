@@ -5,7 +5,7 @@ A token that is part of a character has U+FFFD in its text; `bytes` is what to j
 
 from __future__ import annotations
 
-from quire.router.gateway import TokenScore
+from quire.router.job import TokenScore
 from quire.text import Tokenizer
 from quire_schemas.openai import TokenLogprob, TopLogprob
 

@@ -1,0 +1,329 @@
+"""The status of a model as people read it: conditions with their reasons, progress, replicas; and its events.
+
+`ModelStatus.write` makes one document of one pass's view. The facts are in order of what a reader asks first; the
+words of conditions and summaries are `status`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire_operators import rollout, status
+from quire_operators.cache import HubCache
+from quire_operators.clock import on_the_wall
+from quire_operators.devices import Inventory, held
+from quire_operators.downloads import Progress
+from quire_operators.fleet.local import LocalFleet
+from quire_operators.gateway import GatewayReconciler
+from quire_operators.observed import Report, report_of
+from quire_operators.placement import Placement
+from quire_operators.rollout import Cause, Desired, Goal, Process, Row, Seen, World
+from quire_operators.status import Fact, Reason
+from quire_operators.store import Revision, Store, StoredObject
+from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One pass's view of a model."""
+
+    stored: StoredObject
+    revision: Revision
+    placement: Placement
+    desired: Desired
+    world: World
+    fetching: Progress | None = None
+    """What its files still lack; None when all are there and verified."""
+
+
+class ModelStatus:
+    """Writes statuses; `changed` is called when one reads otherwise than before. `clock` as the store's."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: LocalFleet,
+        gateway: GatewayReconciler,
+        cache: HubCache,
+        detect: Callable[[], Inventory],
+        clock: Callable[[], float],
+        changed: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._gateway = gateway
+        self._cache = cache
+        self._detect = detect
+        self._clock = clock
+        self._changed = changed
+
+    def write(self, view: View, *, no_room: bool) -> float | None:
+        """Write the status and its events; gives the time of the progress deadline while it is ahead."""
+        now = self._clock()
+        stored, desired, pairs = view.stored, view.desired, view.world.replicas
+        before = self._store.status(stored.uid)
+        want = 0 if desired.deleting else desired.replicas
+        current = [(row, seen) for row, seen in pairs if row.template_hash == desired.template_hash]
+        available = [row for row, seen in pairs if rollout.is_available(desired, row, seen, now)]
+        updated = [row for row in available if row.template_hash == desired.template_hash]
+        settled = rollout.is_settled(desired, view.world, now)
+        reports = {row.id: report_of(row, self._fleet.observed(row.id)) for row, _ in pairs}
+        replicas = [self._replica(row, seen, reports[row.id]) for row, seen in pairs]
+        signature: list[Any] = [
+            [r["id"], r["incarnation"], r["state"], reports[r["id"]].bytes_done] for r in replicas
+        ]
+        fetching = view.fetching
+        if fetching is not None:
+            signature.append(fetching.done)
+        since = before.get("progressAt", now)
+        if [stored.generation, signature] != before.get("signature"):
+            since = now
+        deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
+        facts = self._facts(view, no_room, len(available), settled, late=not settled and now >= deadline)
+        wall = on_the_wall(now, self._clock)
+        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
+        loading = max((report.bytes_done for report in reports.values()), default=0)
+        loaded = [seen for _, seen in current if seen.process is Process.READY]
+        reached = {
+            "accepted": True,
+            "weights": fetching is None,
+            "device": bool(current) or want == 0,
+            "loaded": bool(loaded) or want == 0,
+            "ready": len(updated) >= want,
+        }
+        details: dict[str, Any] = {"weights": {"bytes": view.placement.weights}}
+        if fetching is not None:
+            details["weights"] = {
+                "bytes": fetching.total,
+                "bytesDone": fetching.done,
+                "rate": round(fetching.rate),
+            }
+        if current:
+            details["device"] = {"device": ",".join(sorted({row.device for row, _ in current}))}
+            if not loaded:
+                details["loaded"] = {"bytesDone": loading, "bytes": view.placement.weights}
+        served = max((row.revision for row in available), default=before.get("servedRevision"))
+        document = {
+            "observedGeneration": stored.generation,
+            "summary": status.summary(facts, len(available), want, len(updated), deleting=desired.deleting),
+            "servedRevision": stored.revision if settled else served,
+            "replicas": {
+                "desired": want,
+                "live": sum(not seen.process.gone for _, seen in pairs),
+                "ready": len(available),
+                "updated": len(updated),
+                "draining": sum(row.goal is Goal.DRAIN for row, _ in pairs),
+            },
+            "endpoints": {
+                "openai": f"{self._gateway.base_url()}/v1",
+                "modelNames": stored.resolved["servedModelNames"],
+            },
+            "resolved": view.placement.resolved(),
+            "progress": status.progress(
+                before.get("progress"), stored.generation, reached, now - stored.applied_at, **details
+            ),
+            "conditions": shown,
+            "remedies": status.remedies(str(stored.key), shown),
+            "replicaList": replicas,
+            "signature": [stored.generation, signature],
+            "progressAt": since,
+        }
+        if self._store.put_status(stored.uid, document):
+            self._changed()
+        self._note_fetch(stored, facts, before)
+        for fact in facts:
+            if fact.type == "Stalled" and fact.status and not _was(before, "Stalled", fact.reason):
+                self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
+        return None if settled or now >= deadline else deadline
+
+    def _note_fetch(self, stored: StoredObject, facts: Sequence[Fact], before: Mapping[str, Any]) -> None:
+        """An event when a fetch begins, fails or ends."""
+        fetched = next(fact for fact in facts if fact.type == "Fetched")
+        was = next((c["reason"] for c in before.get("conditions", ()) if c["type"] == "Fetched"), None)
+        if was == fetched.reason or (was is None and fetched.status):
+            return
+        kind = "Normal" if fetched.reason in (Reason.VERIFIED, Reason.DOWNLOADING) else "Warning"
+        self._store.add_event(stored.key, kind, fetched.reason.value, fetched.message)
+
+    def _replica(self, row: Row, seen: Seen, report: Report) -> dict[str, Any]:
+        own = next((o for o in self._fleet.observed(row.id) if o.nonce == row.nonce), None)
+        state = rollout.state_of(row, seen)
+        message = row.message
+        if state == "Starting" and report.event == "loading" and report.bytes_total:
+            message = f"loading {format_bytes(report.bytes_done)} of {format_bytes(report.bytes_total)}"
+        times = {
+            "Ready": row.ready_since,
+            "Draining": row.drain_since,
+            "Stopping": row.stop_sent,
+            "Starting": row.launched_at,
+        }
+        return {
+            "id": row.id,
+            "revision": row.revision,
+            "state": state,
+            "incarnation": row.incarnation,
+            "restarts": row.restarts,
+            "pid": own.child_pid if own is not None else None,
+            "since": times.get(state) or row.created_at,
+            "message": message,
+            "reason": row.reason,
+            "lastExit": {
+                "reason": row.last_exit.reason,
+                "message": row.last_exit.message,
+                "log": list(row.last_exit.lines),
+            }
+            if row.last_exit is not None
+            else None,
+            "devices": [row.device],
+        }
+
+    def _facts(self, view: View, no_room: bool, available: int, settled: bool, *, late: bool) -> list[Fact]:
+        stored, desired, world = view.stored, view.desired, view.world
+        want = 0 if desired.deleting else desired.replicas
+        hot_pending = any(
+            seen.hot_hash not in (None, desired.hot_hash)
+            for row, seen in world.replicas
+            if row.template_hash == desired.template_hash
+        )
+        lacking = self._lacking(view) if no_room else None
+        facts = [
+            Fact("Accepted", True, Reason.VALID),
+            self._fetched_fact(view),
+            lacking
+            or Fact(
+                "Scheduled",
+                len(world.replicas) >= want,
+                Reason.SCHEDULED if len(world.replicas) >= want else Reason.PROGRESS_MADE,
+            ),
+            self._ready_fact(view, available, want),
+        ]
+        if settled and hot_pending:
+            facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
+        elif settled:
+            facts.append(Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {stored.revision}"))
+        else:
+            facts.append(Fact("RolledOut", False, Reason.DELETING if desired.deleting else Reason.PROGRESS_MADE))
+        facts.append(self._stalled_fact(view, lacking, available, settled, late=late))
+        return facts
+
+    def _fetched_fact(self, view: View) -> Fact:
+        fetching, placement = view.fetching, view.placement
+        if fetching is None:
+            text = f"{format_bytes(placement.weights)} in {placement.model_dir}"
+            return Fact("Fetched", True, Reason.VERIFIED, text + self._moved(view))
+        if fetching.failure is not None:
+            return Fact("Fetched", False, Reason(fetching.failure.reason), fetching.failure.message)
+        text = f"{format_bytes(fetching.done)} of {format_bytes(fetching.total)}"
+        if fetching.rate:
+            left = max(fetching.total - fetching.done, 0) / fetching.rate
+            text += f", {format_bytes(round(fetching.rate))}/s, {max(round(left), 1)} s left"
+        return Fact("Fetched", False, Reason.DOWNLOADING, text)
+
+    def _moved(self, view: View) -> str:
+        """That the branch stands for another commit in the cache than the one that was recorded."""
+        spec = view.stored.intent["spec"]
+        branch, commit = spec.get("revision", "main"), view.placement.commit
+        if commit is None:
+            return ""
+        now = self._cache.commit_of(spec["source"].removeprefix("hf://"), branch)
+        if now is None or now == commit:
+            return ""
+        return f"; {branch} is at {now[:12]} in the cache by now, this model stays at {commit[:12]}"
+
+    def _ready_fact(self, view: View, available: int, want: int) -> Fact:
+        world = view.world
+        if available:
+            return Fact("Ready", True, Reason.SERVING, f"{available} of {want} replicas")
+        if want == 0:
+            return Fact("Ready", False, Reason.STOPPED, "no replica is asked for")
+        if world.router is not rollout.Router.KNOWN:
+            failure = self._gateway.failure()
+            return Fact(
+                "Ready", False, Reason.ROUTER_NOT_READY, failure.message if failure else "the router starts"
+            )
+        for row, _ in world.replicas:
+            if row.reason == rollout.STALLED:
+                return Fact(
+                    "Ready", False, Reason.ENGINE_STALLED, f"{row.id}: {row.message or 'it is being killed'}"
+                )
+        if view.fetching is not None and not world.replicas:
+            failure_ = view.fetching.failure
+            return Fact("Ready", False, Reason(failure_.reason) if failure_ is not None else Reason.DOWNLOADING)
+        starting = any(seen.process is Process.STARTING for _, seen in world.replicas)
+        if starting or any(seen.process is Process.READY for _, seen in world.replicas):
+            return Fact("Ready", False, Reason.STARTING, "requests are held meanwhile")
+        return Fact("Ready", False, Reason.NO_REPLICA_AVAILABLE)
+
+    def _lacking(self, view: View) -> Fact:
+        """Scheduled is False: what a replica needs and what there is."""
+        placement = view.placement
+        need = format_bytes(placement.memory)
+        taken = held(self._store.replicas())
+        if placement.device == "cuda":
+            text = f"a replica needs a GPU with {need} free; held: " + (
+                ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(taken.items())) or "nothing"
+            )
+            return Fact("Scheduled", False, Reason.INSUFFICIENT_DEVICES, text)
+        share = view.stored.resolved["engine"]["memory"]
+        limit = int(self._detect().memory * parse_percent(share))
+        text = (
+            f"a replica needs {need}; {format_bytes(taken.get('cpu', 0))} of {format_bytes(limit)} "
+            f"({share} of this machine) are held by replicas already"
+        )
+        return Fact("Scheduled", False, Reason.INSUFFICIENT_MEMORY, text)
+
+    def _arithmetic(self, view: View, row: Row) -> str:
+        """What a replica was planned with, and what its device has."""
+        placed = view.placement
+        rest = max(row.memory - placed.weights - placed.kv, 0)
+        return (
+            f"planned were weights {format_bytes(placed.weights)} + KV cache {format_bytes(placed.kv)} "
+            f"+ activations and process {format_bytes(rest)} = {format_bytes(row.memory)} a replica; "
+            f"{row.device} has {format_bytes(self._detect().total(row.device))}"
+        )
+
+    def _stalled_fact(
+        self, view: View, lacking: Fact | None, available: int, settled: bool, *, late: bool
+    ) -> Fact:
+        desired = view.desired
+        current = [(row, seen) for row, seen in view.world.replicas if row.template_hash == desired.template_hash]
+        fetch = view.fetching.failure if view.fetching is not None else None
+        if fetch is not None and fetch.stuck:
+            return Fact("Stalled", True, Reason(fetch.reason), fetch.message)
+        for row, _ in current:
+            if row.failed_generation is not None:
+                text = f"{row.id}: {row.reason}: {row.message}"
+                if row.last_exit is not None and row.last_exit.cause is Cause.MEMORY:
+                    return Fact("Stalled", True, Reason.OUT_OF_MEMORY, f"{text}; {self._arithmetic(view, row)}")
+                return Fact("Stalled", True, Reason.CONFIG_REJECTED, text)
+        for row, seen in current:
+            exit_ = row.last_exit
+            if exit_ is not None and exit_.cause is Cause.SOURCE and seen.process.gone:
+                reason = Reason(exit_.reason) if exit_.reason in set(Reason) else Reason.NOT_FOUND
+                often = f"tried again every {format_duration(rollout.SOURCE_SECONDS)}"
+                return Fact("Stalled", True, reason, f"{row.id}: {exit_.reason}: {exit_.message}; {often}")
+        for row, seen in current:
+            if row.restarts >= status.CRASH_LOOP_RESTARTS and not seen.routed:
+                text = f"{row.id} ended {row.restarts} times" + (f": {row.message}" if row.message else "")
+                return Fact("Stalled", True, Reason.CRASH_LOOP, text)
+        leaving = any(row.goal is Goal.DRAIN for row in self._store.replicas()) or any(
+            stored.deletion_time is not None for stored in self._store.objects("model")
+        )
+        if lacking is not None and not leaving:
+            return Fact("Stalled", True, lacking.reason, lacking.message)
+        failure = self._gateway.failure()
+        if failure is not None and not desired.deleting and available == 0:
+            return failure
+        if late and not settled:
+            deadline = view.stored.resolved["rollout"]["progressDeadline"]
+            return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")
+        return Fact("Stalled", False, Reason.PROGRESS_MADE)
+
+
+def _was(before: Mapping[str, Any], type_: str, reason: Reason) -> bool:
+    return any(
+        c["type"] == type_ and c["status"] == "True" and c["reason"] == reason.value
+        for c in before.get("conditions", ())
+    )

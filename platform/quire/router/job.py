@@ -1,0 +1,196 @@
+"""One request as the fleet sees it (`Job`), and each of its sequences on the way from ids to text (`Choice`)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from quire.errors import ContextLengthExceeded, InternalError
+from quire.router import engine_client
+from quire.router.fleet import ServedModel
+from quire.router.spans import RequestSpan
+from quire.text import Detokenizer, StopStrings, Tokenizer
+from quire_schemas import wire
+
+log = logging.getLogger("quire.router")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, ready for engines."""
+
+    id: str
+    asked_model: str
+    """The name the request used; answers repeat it."""
+    model: ServedModel
+    tokenizer: Tokenizer
+    """What made the prompts' ids, and reads the answer's."""
+    operation: str
+    prompts: tuple[list[int], ...]
+    echoes: tuple[str, ...]
+    """The prompts' texts, when the answer is to begin with them."""
+    n: int
+    sampling: wire.Sampling
+    stops: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    stream: bool
+    arrived_at: float
+    span: RequestSpan
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the model behind the name does."""
+        return f"fp_{self.model.route.template_hash[:10] or self.model.route.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One token of an answer with its log-probabilities; `offset` counts characters from the answer's start."""
+
+    offset: int
+    until: int
+    """The token may be shown once this many characters are out: all of its own, and at least one."""
+    scores: wire.TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one choice gained since its last update. The last one has a finish reason, `stop` or `length`."""
+
+    index: int
+    text: str
+    scores: tuple[TokenScore, ...]
+    finish_reason: str | None
+
+
+class Choice:
+    """One sequence's way from ids to text, over all its attempts."""
+
+    __slots__ = (
+        "_made",
+        "_out",
+        "attempts",
+        "avoid",
+        "deadline",
+        "fingerprint",
+        "generated",
+        "index",
+        "job",
+        "kept",
+        "last_token_at",
+        "prompt",
+        "retrying",
+        "sampling",
+        "scores",
+        "sent",
+        "sent_at",
+        "sequence",
+        "stops",
+        "text",
+        "timings",
+        "trial",
+        "turn_at",
+        "where",
+    )
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job = job
+        self.index = index
+        self.prompt = job.prompts[index // job.n]
+        seed = job.sampling.seed
+        self.sampling = (
+            job.sampling
+            if seed is None or index == 0
+            # The choices of one seeded request must differ from each other and repeat from run to run.
+            else msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63)
+        )
+        self.attempts = 0
+        self.fingerprint: bytes | None = None
+        self.trial: str | None = None
+        """The replica where it is tried although engines may die of it."""
+        self.avoid: set[str] = set()
+        self.deadline = 0.0
+        """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
+        self.retrying = False
+        self.sent = False
+        self.sent_at = 0.0
+        """When the attempt that runs was handed to its engine."""
+        self.where: dict[str, Any] = {}
+        """What spans say of the last attempt that ended."""
+        self.sequence: engine_client.Sequence | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what an attempt before has brought."""
+        self.text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
+        self.stops = StopStrings(self.job.stops, self.job.include_stop)
+        self.scores: list[TokenScore] = []
+        self.kept: list[Update] = []
+        self.generated = 0
+        self.turn_at: float | None = None  # first seen to have its turn
+        self.last_token_at: float | None = None
+        self.timings: wire.Timings | None = None
+        self._made = self._out = 0  # characters detokenized, and given out
+
+    def read(self, deltas: Sequence[wire.Delta]) -> Update | None:
+        """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
+        pieces: list[str] = []
+        finish: str | None = None
+        for delta in deltas:
+            scores = delta.logprobs or []
+            for position, token in enumerate(delta.token_ids):
+                self.generated += 1
+                piece = self.text.push((token,))
+                if position < len(scores):
+                    until = self._made + max(len(piece), 1)
+                    self.scores.append(TokenScore(self._made, until, scores[position]))
+                pieces.append(self._through_stops(piece))
+                if self.stops.hit is not None:
+                    break
+            if self.stops.hit is not None:
+                finish = "stop"
+                break
+            if delta.timings is not None:
+                self.timings = delta.timings
+            if delta.finish_reason is not None:
+                self.generated += delta.stop_token_id is not None
+                self._raise_if_failed(delta)
+                pieces.append(self._through_stops(self.text.finish()))
+                pieces.append(self.stops.finish())
+                finish = "stop" if self.stops.hit is not None else delta.finish_reason
+        text = "".join(pieces)
+        self._out += len(text)
+        ready = tuple(self._ready_scores(ended=finish is not None))
+        if not (text or ready or finish):
+            return None
+        return Update(self.index, text, ready, finish)
+
+    def _through_stops(self, piece: str) -> str:
+        self._made += len(piece)
+        if self.generated <= self.sampling.min_tokens:
+            return piece  # too early for a stop string to count
+        return self.stops.push(piece)[0]
+
+    def _ready_scores(self, ended: bool) -> Iterator[TokenScore]:
+        """Scores of the tokens whose text is out. What a stop string cut off never shows, in no field."""
+        while self.scores and (self.scores[0].until <= self._out or (ended and self.stops.hit is None)):
+            yield self.scores.pop(0)
+
+    def _raise_if_failed(self, delta: wire.Delta) -> None:
+        if delta.finish_reason in ("stop", "length"):
+            return
+        if delta.error_code == "context_length_exceeded":
+            raise ContextLengthExceeded("The request needs more context than a replica of this model has.")
+        log.error("request %s: the engine ended it: %s %s", self.job.id, delta.error_code, delta.error)
+        raise InternalError("The engine failed on this request.")

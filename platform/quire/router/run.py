@@ -1,0 +1,385 @@
+"""One job on the fleet, from its first sequence to its last token.
+
+One bell rings whenever any of the job's sequences has news; all that has come by then goes out in one batch of
+`Update`s (`Run.updates`), so a slow reader gets fewer and larger pieces and holds nothing but token ids. Each
+sequence has its own detokenizer and stop strings. A stop string found is an abort to the engine.
+
+A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
+`maxQueueWait` says, over all its attempts together.
+
+A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
+(nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
+(`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
+the first byte, the request fails. It also fails when the model's tokenizer or template has become another since
+its ids were made: they would be nonsense to the replicas that serve now. A request that may be what engines die
+of is tried with no other such beside it on the replica, and not at all once it has died there too (`quarantine`).
+Whatever way a run ends, `updates` aborts what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from typing import Any, Final
+
+from quire.errors import (
+    EngineDied,
+    EngineUnavailable,
+    ModelNotFound,
+    QueueTimeout,
+    RequestQuarantined,
+    ServiceUnavailable,
+)
+from quire.router import engine_client, quarantine
+from quire.router.balancer import choose, may_retry
+from quire.router.engine_client import EngineClient, NotConnected
+from quire.router.fleet import Fleet
+from quire.router.job import Choice, Job, Update
+from quire.router.spans import SequenceTimes
+from quire.text import TextError
+from quire_schemas import signals, wire
+
+log = logging.getLogger("quire.router")
+
+MAX_RETRIES: Final = 2
+DEFAULT_RETRY_AFTER: Final = 5.0
+RECHECK_SECONDS: Final = 0.5
+"""How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
+ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
+"""Error codes of sequences that end because their engine does."""
+_QUARANTINED: Final = (
+    f"{quarantine.DEATHS_TO_CONDEMN} engines died when they were given this request, so it is not tried again for "
+    f"{quarantine.REMEMBERED_SECONDS / 60:g} minutes. Other requests are served."
+)
+
+
+def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
+    return any(delta.error_code == "engine_shutdown" for delta in deltas)
+
+
+class Run:
+    """One job on the fleet, from its first sequence to its last token."""
+
+    def __init__(self, fleet: Fleet, job: Job) -> None:
+        self.job = job
+        self.first_token_at: float | None = None
+        self._fleet = fleet
+        self._metrics = fleet.metrics.model(job.model.route.model)
+        self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.n)]
+        self._bell = asyncio.Event()
+        self._held = 0
+        self._alarm: asyncio.TimerHandle | None = None
+        """Rings the bell when the choices of which nothing has gone out are to be looked after."""
+        self._starts: set[asyncio.Task[None]] = set()
+        """Choices that are being placed while others go on."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.generated for choice in self._choices)
+
+    async def updates(self) -> AsyncGenerator[list[Update], None]:
+        """Batches of updates until every choice has its finish reason.
+
+        Raises `ServiceUnavailable`, `QueueTimeout`, `EngineUnavailable`, `EngineDied`, `InternalError`,
+        `ModelNotFound`. However it ends, no sequence of the job is left running.
+        """
+        live = {choice.index: choice for choice in self._choices}
+        for choice in self._choices:
+            choice.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+        self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
+        try:
+            if len(self._choices) > 1:
+                for choice in self._choices:  # one may have to wait until another has brought its token
+                    self._begin(self._place(choice))
+            else:
+                await self._place(self._choices[0])
+            while live:
+                await self._ring(live.values())
+                batch: list[Update] = []
+                lost: list[Choice] = []
+                for choice in list(live.values()):
+                    update = self._read(choice, lost)
+                    if update is None:
+                        continue
+                    if not self.job.stream:  # until it is whole, another attempt may have to replace it
+                        choice.kept.append(update)
+                        if update.finish_reason is None:
+                            continue
+                    batch += choice.kept or [update]
+                    if update.finish_reason is not None:
+                        self._end(choice)
+                        del live[choice.index]
+                if batch:
+                    yield batch
+                self._recover(lost)
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            for start in self._starts:
+                start.cancel()
+            if self._starts:
+                await asyncio.gather(*self._starts, return_exceptions=True)
+            for choice in self._choices:
+                self._end(choice)
+
+    def _begin(self, start: Coroutine[Any, Any, None]) -> None:
+        """Place a choice while others go on."""
+        task = asyncio.create_task(start)
+        task.add_done_callback(lambda _: self._bell.set())
+        self._starts.add(task)
+
+    def _recover(self, lost: Sequence[Choice]) -> None:
+        """Begin to start lost choices again, and raise what earlier starts have ended in."""
+        if any(choice.sent for choice in lost):
+            raise EngineDied("The engine died while it was writing this answer.")
+        for choice in lost:
+            self._begin(self._again(choice))
+        for start in [start for start in self._starts if start.done()]:
+            self._starts.discard(start)
+            start.result()
+
+    def _read(self, choice: Choice, lost: list[Choice]) -> Update | None:
+        """The choice's news, counted; a choice whose engine is gone goes to `lost`."""
+        sequence = choice.sequence
+        if sequence is None:
+            return None
+        deltas = sequence.take()
+        if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
+            # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
+            if not (sequence.generated or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
+                death = (
+                    sequence.client.endpoint.replica_id,
+                    sequence.client.endpoint.incarnation,
+                    sequence.connection,
+                )
+                self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
+            self._trace(choice, sequence, lost=True)
+            choice.sequence = None
+            if choice.turn_at is not None:
+                choice.deadline += time.monotonic() - choice.turn_at
+            choice.avoid.add(sequence.client.endpoint.replica_id)
+            level = logging.INFO if sequence.client.leaving else logging.WARNING
+            log.log(level, "request %s: engine gone, attempt %d", self.job.id, choice.attempts)
+            lost.append(choice)
+            return None
+        if not deltas:
+            return None
+        before = choice.generated
+        update = choice.read(deltas)
+        if choice.generated and not before:
+            if choice.trial is not None:
+                self.job.model.suspects.clear(self._fingerprint(choice))
+            self._settle(choice)
+        self._count(choice, choice.generated - before)
+        if update is not None:
+            choice.sent = self.job.stream
+        return update
+
+    def _count(self, choice: Choice, tokens: int) -> None:
+        if not tokens:
+            return
+        now = time.monotonic()
+        self._metrics.generation_tokens.inc(tokens)
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.job.span.event(signals.EVENT_FIRST_TOKEN, now)
+            self._metrics.time_to_first_token.observe(now - self.job.arrived_at)
+        if choice.last_token_at is not None:
+            for _ in range(tokens):
+                self._metrics.inter_token.observe((now - choice.last_token_at) / tokens)
+        choice.last_token_at = now
+
+    async def _ring(self, choices: Iterable[Choice]) -> None:
+        """Wait for news. Raises `QueueTimeout` when a sequence has waited too long for its first step."""
+        if self._alarm is None:
+            unsent = [choice for choice in choices if not choice.sent]
+            if unsent:
+                until = min(self._look_after(choice) for choice in unsent)
+                self._alarm = asyncio.get_running_loop().call_later(until, self._sound)
+        await self._bell.wait()
+        self._bell.clear()
+
+    def _sound(self) -> None:
+        self._alarm = None
+        self._bell.set()
+
+    def _look_after(self, choice: Choice) -> float:
+        """Nothing of a choice has gone out yet: is there hope where it is? Seconds until the next look."""
+        sequence = choice.sequence
+        if sequence is None or sequence.lost:
+            return RECHECK_SECONDS  # it is on its way to another replica
+        if sequence.client.stalled and self._choose(choice) is not None:
+            sequence.abort()
+            sequence.lost = True
+            self._bell.set()
+            return RECHECK_SECONDS
+        now = time.monotonic()
+        if not sequence.client.queued(sequence):
+            choice.turn_at = choice.turn_at or now
+            return RECHECK_SECONDS  # it is being computed: a long prompt is no reason to give up
+        choice.turn_at = None
+        if now >= choice.deadline:
+            raise QueueTimeout(
+                f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
+                "seconds that this model's manifest allows."
+            )
+        return min(max(choice.deadline - now, 0.01), RECHECK_SECONDS)
+
+    async def _place(self, choice: Choice) -> None:
+        """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says.
+
+        Raises `EngineUnavailable` after too many attempts and when its ids are not those that the model's replicas
+        now understand, `RequestQuarantined` when engines die of it, `ServiceUnavailable` when none gets ready.
+        """
+        served = self.job.model
+        held_since: float | None = None
+        try:
+            while True:
+                changed, settled = self._fleet.changed, served.settled.event
+                suspected = self._check_wanted(choice)
+                permitted = choice.attempts == 0 or self._may_try_again(choice)
+                client = self._choose(choice, suspected) if permitted else None
+                if client is not None and self._start(choice, client, suspected):
+                    return
+                left = choice.deadline - time.monotonic()
+                if left <= 0 and choice.attempts:
+                    raise self._gave_up(choice)
+                if left <= 0:
+                    raise ServiceUnavailable(
+                        "No replica of this model is ready.", retry_after=served.route.eta or DEFAULT_RETRY_AFTER
+                    )
+                if held_since is None:
+                    held_since = time.monotonic()
+                    self._hold(1)
+                for_others = not permitted or (suspected and served.ready)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, RECHECK_SECONDS)):
+                        await (settled if for_others else changed).wait()
+        finally:
+            if held_since is not None:
+                self._hold(-1)
+                until = choice.sent_at if choice.sequence is not None else time.monotonic()
+                self.job.span.phase(signals.SPAN_HOLD, held_since, until, self._which(choice))
+
+    def _check_wanted(self, choice: Choice) -> bool:
+        """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
+        served, suspects = self.job.model, self.job.model.suspects
+        if self._fleet.models.get(self.job.asked_model) is not served:
+            raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
+        served.check_wanted()
+        serving = served.tokenizer
+        if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
+            raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
+        suspected = bool(suspects) and suspects.is_suspected(self._fingerprint(choice))
+        if suspected and suspects.is_condemned(self._fingerprint(choice)):
+            log.warning("request %s is refused: engines have died of it", self.job.id)
+            raise RequestQuarantined(_QUARANTINED)
+        return suspected
+
+    def _may_try_again(self, choice: Choice) -> bool:
+        """Whether the lost choice has, or now gets, its part of the model's budget of further attempts."""
+        served = self.job.model
+        if not choice.retrying and may_retry(served.retrying, served.in_flight):
+            self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
+            choice.retrying = True
+            served.retrying += 1
+        return choice.retrying
+
+    def _gave_up(self, choice: Choice) -> EngineUnavailable:
+        return EngineUnavailable(
+            f"The engine died under this request, at attempt {choice.attempts}.", retry_after=1.0
+        )
+
+    def _hold(self, choices: int) -> None:
+        """Count the choices that are held; the gauge counts requests."""
+        before, self._held = self._held, self._held + choices
+        self._metrics.held.inc(bool(self._held) - bool(before))
+
+    def _choose(self, choice: Choice, suspected: bool = False) -> EngineClient | None:
+        """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
+        clients = {
+            client.endpoint.replica_id: client
+            for client in self.job.model.clients
+            if not (suspected and client.endpoint.replica_id in self.job.model.trials)
+        }
+        chosen = choose((client.candidate() for client in clients.values()), choice.avoid)
+        return clients[chosen] if chosen is not None else None
+
+    def _fingerprint(self, choice: Choice) -> bytes:
+        """Made when there is somebody to suspect, and not before."""
+        if choice.fingerprint is None:
+            route = self.job.model.route
+            choice.fingerprint = quarantine.fingerprint(
+                route.model, route.template_hash, choice.prompt, choice.sampling
+            )
+        return choice.fingerprint
+
+    def _start(self, choice: Choice, client: EngineClient, suspected: bool) -> bool:
+        """Whether the sequence is on its way; a connection that broke this moment says no."""
+        request = wire.Generate(
+            id=f"{self.job.id}-{choice.index}-{choice.attempts}",
+            token_ids=choice.prompt,
+            sampling=choice.sampling,
+            trace=self.job.span.traceparent,
+        )
+        choice.sent_at = time.monotonic()
+        try:
+            choice.sequence = client.start(request, self._bell)
+        except NotConnected:
+            return False
+        if suspected:
+            choice.trial = client.endpoint.replica_id
+            self.job.model.trials.add(choice.trial)
+        choice.attempts += 1
+        return True
+
+    async def _again(self, choice: Choice) -> None:
+        """Start a lost choice once more. Raises as `_place` does."""
+        self._settle(choice)
+        if choice.attempts > MAX_RETRIES:
+            raise self._gave_up(choice)
+        choice.begin()
+        await self._place(choice)
+
+    def _settle(self, choice: Choice) -> None:
+        """The choice is no longer on a further attempt, nor on trial."""
+        if choice.retrying:
+            choice.retrying = False
+            self.job.model.retrying -= 1
+            self.job.model.settled.fire()
+        if choice.trial is not None:
+            self.job.model.trials.discard(choice.trial)
+            choice.trial = None
+            self.job.model.settled.fire()
+
+    def _end(self, choice: Choice) -> None:
+        """Nothing of the choice runs on; may be called twice."""
+        self._settle(choice)
+        sequence, choice.sequence = choice.sequence, None
+        if sequence is None:
+            return
+        sequence.abort()
+        self._trace(choice, sequence, lost=sequence.lost)
+        timings = choice.timings
+        if timings is not None and timings.scheduled_at is not None:
+            self._metrics.queue_time.observe(max(timings.scheduled_at - timings.received_at, 0.0))
+
+    def _which(self, choice: Choice) -> dict[str, Any]:
+        """Attributes that tell one sequence of the job from its others; none where there is one."""
+        return {signals.QUIRE_CHOICE: choice.index} if len(self._choices) > 1 else {}
+
+    def _trace(self, choice: Choice, sequence: engine_client.Sequence, *, lost: bool) -> None:
+        """Note where the time of the attempt that ends now went."""
+        where = {signals.QUIRE_REPLICA: sequence.client.endpoint.replica_id, **self._which(choice)}
+        if choice.attempts > 1:
+            where[signals.QUIRE_ATTEMPT] = choice.attempts
+        if lost:
+            where[signals.ERROR_TYPE] = "engine_died"
+        self.job.span.sequence(
+            SequenceTimes(choice.sent_at, time.monotonic(), choice.timings, len(choice.prompt), choice.generated),
+            where,
+        )
+        choice.where = where
