@@ -187,7 +187,8 @@ def test_a_killed_engine_ends_its_streams_cleanly_and_serves_again_by_itself(
             assert again - killed <= bound(10)
             clients.wait_streaming()
         assert world.oracle.check(clients.readings)["finished"] >= 8
-        assert not process.is_running()
+        # An orphan that nobody reaps stays in the list of processes; it has ended all the same.
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
         assert world.replica()["incarnation"] == before["incarnation"] + 1, "one replacement"
 
 
