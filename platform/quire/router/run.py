@@ -84,7 +84,8 @@ class Run:
         """Batches of updates until every choice has its finish reason.
 
         Raises `ServiceUnavailable`, `QueueTimeout`, `EngineUnavailable`, `EngineDied`, `InternalError`,
-        `ModelNotFound`. However it ends, no sequence of the job is left running.
+        `ModelNotFound`, `ModelStopped`, `RequestQuarantined`. However it ends, no sequence of the job is left
+        running.
         """
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
