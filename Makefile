@@ -56,8 +56,8 @@ fmt: $(STAMP) ## format the source
 bench: $(STAMP) ## compare with transformers on the built-in model; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run throughput --model tiny
 
-nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed
-	QUIRE_TEST_EFFORT=20 $(BIN)/python -m pytest -m ''; code=$$?; \
+nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed and what it measured
+	QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl $(BIN)/python -m pytest -m ''; code=$$?; \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code
 

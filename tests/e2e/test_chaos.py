@@ -1,11 +1,10 @@
 """Kills of each kind of process under oracle streams: nothing is altered, nothing hangs, all comes back by itself.
 
-Times are asserted with `effort.bound`, and written as rows to the file that QUIRE_FIGURES names, if it names one.
+Times are asserted with `effort.bound`. `make nightly` keeps them as rows, in the file that QUIRE_FIGURES names.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from benchmarks.run import provenance, write
 from tests.effort import bound, times
 from tests.oracle import Clients, Oracle
 
@@ -90,17 +90,15 @@ def figures() -> Iterator[dict[str, list[float]]]:
     found: dict[str, list[float]] = {}
     yield found
     if path := os.environ.get("QUIRE_FIGURES"):
-        with Path(path).open("a") as file:
-            for name, seconds in found.items():
-                ordered = sorted(seconds)
-                row = {
-                    "figure": name,
-                    "count": len(ordered),
-                    "p50": ordered[len(ordered) // 2],
-                    "max": ordered[-1],
-                }
-                file.write(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
-                file.write("\n")
+        rows = []
+        for name, seconds in found.items():
+            p50, p90, p99, most = (
+                sorted(seconds)[int(part * (len(seconds) - 1))] for part in (0.5, 0.9, 0.99, 1.0)
+            )
+            figure = {"p50_s": p50, "p90_s": p90, "p99_s": p99, "max_s": most}
+            row = {**provenance(), "benchmark": "survival", "system": name, "repeat": len(seconds)}
+            rows.append({**row, **{key: round(value, 3) for key, value in figure.items()}})
+        write(Path(path), rows)
 
 
 def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> float:

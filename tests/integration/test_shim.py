@@ -253,6 +253,27 @@ def test_a_router_that_crashes_comes_back_behind_the_same_socket_and_no_connecti
     assert shim.ask(op="stop", grace=1)["gone"]
 
 
+def test_only_a_child_that_ends_young_is_waited_for_longer_each_time(start: Start) -> None:
+    backoff = {"base": 0.1, "max": 10.0, "healthy": 0.5}
+    shim = start(SERVER, listen={"host": "127.0.0.1", "port": 0}, restart=True, backoff=backoff)
+    port = shim.ask(op="hello")["listen"][1]
+
+    def restarted(age: float) -> float:
+        """Crash a child that old; seconds until the next one answers."""
+        say(port, b"hello")
+        time.sleep(age)
+        say(port, b"crash")
+        since = time.monotonic()
+        say(port, b"hello")
+        return time.monotonic() - since
+
+    young = [restarted(0.0) for _ in range(4)]
+    assert young[3] >= 0.8, "0.1 s doubled three times"
+    assert restarted(0.5) < 1.6, "it had run well, and is not waited for twice as long again"
+    assert shim.ask(op="status")["starts"] == 6
+    assert shim.ask(op="stop", grace=1)["gone"]
+
+
 def test_a_taken_address_is_said_before_anything_runs(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         shim = start(SERVER, listen={"host": "127.0.0.1", "port": taken.getsockname()[1]}, restart=True)

@@ -50,6 +50,9 @@ ANSWER_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 STRAY_SECONDS = 5.0
 """How long a stray may take to be gone after it was killed."""
+BACKOFF = {"base": 0.05, "max": 10.0, "healthy": 2.0}
+"""How a shim waits before it starts a child again. Only the router is started again, and while it is not there
+nobody is served: what ran two seconds had started, so that only an end in start-up is worth waiting for."""
 MAX_LINE = 4 * 1024 * 1024
 
 
@@ -287,7 +290,7 @@ class LocalFleet:
             "exitFile": str(unit.folder / "exit.json"),
             "listen": None if unit.listen is None else {"host": unit.listen[0], "port": unit.listen[1]},
             "restart": unit.restart,
-            "backoff": {"base": 0.05, "max": 10.0},
+            "backoff": BACKOFF,
             "grace": unit.grace,
         }
 

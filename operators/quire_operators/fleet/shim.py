@@ -18,8 +18,9 @@ SPEC.json (written by the fleet):
     exitFile   path written atomically when the child has ended for good
     listen     {host, port} or null: the shim binds it, keeps it through restarts of the child and passes the
                descriptor's number in QUIRE_LISTEN_FD
-    restart    true: start the child again after it ends, waiting `backoff.base` seconds, doubling to
-               `backoff.max`, except after exit 78 (nothing would change)
+    restart    true: start the child again after it ends, except after exit 78 (nothing would change)
+    backoff    {base, max, healthy}: seconds to wait before that, from `base` doubling to `max` while children
+               end sooner than `healthy` seconds after their start; one that ran longer begins at `base` again
     grace      seconds between SIGTERM and SIGKILL when the shim itself is told to end by a signal
 
 Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
@@ -55,8 +56,6 @@ TAIL_LINES = 20
 TAIL_LINE = 400
 """Characters of a line in the tail."""
 MAX_LINE = 64 * 1024
-HEALTHY_SECONDS = 60.0
-"""A child that ran this long starts its back-off from the base again."""
 NOT_RETRYABLE = 78
 START_FAILED = 75
 
@@ -157,7 +156,8 @@ class Shim:
         self.stop_waiters: list[Connection] = []
         self.kill_at: float | None = None
         self.restart_at: float | None = None
-        self.delay = float(spec.get("backoff", {}).get("base", 0.2))
+        self.backoff = {"base": 0.2, "max": 30.0, "healthy": 60.0, **spec.get("backoff", {})}
+        self.delay = self.backoff["base"]
         self.pipes: set[int] = set()
         self.done = False
 
@@ -306,11 +306,10 @@ class Shim:
         if self.stopping:
             return
         if self.spec.get("restart") and how["code"] != NOT_RETRYABLE:
-            backoff = self.spec.get("backoff", {})
-            if ran >= HEALTHY_SECONDS:
-                self.delay = float(backoff.get("base", 0.2))
+            if ran >= self.backoff["healthy"]:
+                self.delay = self.backoff["base"]
             self.restart_at = time.monotonic() + self.delay
-            self.delay = min(self.delay * 2, float(backoff.get("max", 30.0)))
+            self.delay = min(self.delay * 2, self.backoff["max"])
             self.changed()
         elif self.spec.get("restart"):
             self.changed()  # stays, so that the reason can be asked for and the address is kept
