@@ -8,18 +8,32 @@ from pathlib import Path
 import msgspec
 
 from quire_engine.errors import InvalidSpec
-from quire_schemas.wire import EngineSpec
+from quire_schemas.wire import EngineSpec, Limits, Policy
 
 _LEAST = {"threads": 1, "max_model_len": 2, "block_size": 1, "num_blocks": 1, "memory_limit": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """The hot knobs: sequences that run at once, tokens that a step computes, and whether prompts are cut."""
+    """The hot knobs: sequences that run at once, tokens that a step computes, and whether prompts are cut; who
+    goes first, and how many may wait (None: any number)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     chunked_prefill: bool
+    policy: Policy = "fcfs"
+    max_waiting: int | None = None
+
+    @classmethod
+    def of(cls, source: EngineSpec | Limits) -> BatchLimits:
+        """The hot knobs as a spec or a change of them has them."""
+        return cls(
+            source.max_num_seqs,
+            source.max_num_batched_tokens,
+            source.chunked_prefill,
+            source.policy,
+            source.max_waiting,
+        )
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
@@ -27,11 +41,6 @@ class BatchLimits:
                 f"max_num_seqs {self.max_num_seqs} and max_num_batched_tokens {self.max_num_batched_tokens} "
                 "must both be at least 1"
             )
-
-
-def limits_of(spec: EngineSpec) -> BatchLimits:
-    """The hot knobs as the spec has them."""
-    return BatchLimits(spec.max_num_seqs, spec.max_num_batched_tokens, spec.chunked_prefill)
 
 
 def read_spec(path: Path) -> EngineSpec:
@@ -54,4 +63,4 @@ def check_spec(spec: EngineSpec) -> None:
             raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least {least}")
     if not spec.adoption_window > 0:
         raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
-    limits_of(spec)
+    BatchLimits.of(spec)

@@ -1,6 +1,9 @@
-"""The engine: requests in, tokens out, one step at a time. No I/O, no threads, no clock of its own but timings.
+"""The engine: requests in, tokens out, one step at a time. No I/O, and no clock of its own but timings and
+deadlines.
 
-A step is three lines: the scheduler decides, the runner computes, the scheduler takes over. Around the middle one
+A step is three lines: the scheduler decides, the runner computes, the scheduler takes over. With asynchronous
+scheduling the runner computes in the background (`ahead`): the next step is decided while it runs, and what it
+gave is taken over while the next one does; each request gets the same tokens. Around the middle line
 stands a fence: when a step fails, its items are computed again one by one (which is safe, see `runner`), and only
 those that fail alone end with an error; everybody else does not notice.
 
@@ -19,17 +22,18 @@ from pathlib import Path
 
 import torch
 
+from quire_engine.ahead import Ahead
 from quire_engine.blocks import BlockPool
-from quire_engine.config import BatchLimits, check_spec, limits_of
+from quire_engine.config import BatchLimits, check_spec
 from quire_engine.errors import DeviceLost, DeviceUnavailable, InvalidSpec, MemoryMismatch, RequestRefused
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
-from quire_engine.runner import Runner
+from quire_engine.runner import ModelRunner, Runner
 from quire_engine.scheduler import Counters, Scheduler
 from quire_engine.step import StepPlan, StepResult
 from quire_kernels import load as load_kernels
 from quire_schemas.checkpoint import ModelProfile, read_profile
-from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
+from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling, Stats
 
 log = logging.getLogger(__name__)
@@ -57,15 +61,17 @@ class Engine:
         self.runner = runner
         self.hot_hash = spec.hot_hash
         self._clock = clock
+        windows = [group.window for group in kv_groups(profile)]
         self._scheduler = Scheduler(
-            BlockPool(spec.num_blocks, spec.block_size),
-            limits_of(spec),
+            BlockPool(spec.num_blocks, spec.block_size, windows),
+            BatchLimits.of(spec),
             max_model_len=spec.max_model_len,
             clock=clock,
         )
         # replicas of one model must not give the same answers to requests without a seed
         self._seeds = random.Random(f"{spec.seed}/{spec.replica_id}")  # noqa: S311 - sampling, no secret
         self._last_step_at = clock()
+        self._ahead = Ahead(self._execute) if spec.async_scheduling else None
 
     @classmethod
     def load(cls, spec: EngineSpec, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Engine:
@@ -94,13 +100,14 @@ class Engine:
         )
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
-        return cls(spec, profile, Runner(model, kv, block_size=spec.block_size, device=device))
+        return cls(spec, profile, ModelRunner(model, kv, block_size=spec.block_size, device=device))
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether `step` has something to do or to hand out."""
+        return self._scheduler.has_work or (self._ahead is not None and self._ahead.is_busy)
 
     def add(self, message: Generate, received_at: float | None = None) -> None:
         """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
@@ -112,6 +119,10 @@ class Engine:
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             received_at=self._clock() if received_at is None else received_at,
         )
+        if self.spec.prefix_caching:
+            request.share_with("all", message.cache_salt)
+        elif message.family is not None:
+            request.share_with("family", message.family)
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -134,14 +145,28 @@ class Engine:
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[Delta]:
-        """Compute one step for whoever is due; one delta for each request that got a token or ended."""
-        if not self.has_work:
-            return []
-        plan = self._scheduler.schedule()
-        result = self._execute(plan)
-        deltas = self._scheduler.commit(plan, result)
+        """Compute one step for whoever is due; one delta for each request that got a token or ended.
+
+        With asynchronous scheduling what is computed comes with the next call.
+        """
+        scheduler = self._scheduler
+        deltas = scheduler.expire(self._clock())
+        if self._ahead is not None:
+            deltas += self._step_ahead(self._ahead)
+        elif scheduler.has_work:
+            plan = scheduler.schedule()
+            deltas += scheduler.commit(plan, self._execute(plan))
         self._last_step_at = self._clock()
         return deltas
+
+    def _step_ahead(self, ahead: Ahead) -> list[Delta]:
+        """Decide, then begin as soon as the step under way is done, then take that one over."""
+        scheduler = self._scheduler
+        plan = scheduler.schedule()
+        done = ahead.finish() if ahead.is_busy else None
+        if plan.items:
+            ahead.begin(plan, {} if done is None else done[1].tokens)
+        return [] if done is None else scheduler.commit(*done)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """The plan's result, failures in place of exceptions. Raises `DeviceLost` when no step can succeed."""
@@ -164,9 +189,10 @@ class Engine:
     def warm_up(self) -> None:
         """Generate one token, then forget it: the first request of a user pays no first-time cost."""
         self.add(Generate(_WARM_UP, [0], Sampling(max_tokens=1, temperature=0.0)))
-        for delta in self.step():
-            if delta.error is not None:
-                raise DeviceUnavailable(f"the first token could not be generated: {delta.error}")
+        while self.has_work:
+            for delta in self.step():
+                if delta.error is not None:
+                    raise DeviceUnavailable(f"the first token could not be generated: {delta.error}")
         self._scheduler.counters = Counters()
 
     @property
@@ -178,9 +204,9 @@ class Engine:
 
     def set_limits(self, limits: Limits) -> None:
         """Apply hot knobs from the next step on. Raises `StartError`, and changes nothing, if they cannot hold."""
-        changed = BatchLimits(limits.max_num_seqs, limits.max_num_batched_tokens, limits.chunked_prefill)
+        changed = BatchLimits.of(limits)
         _planned_bytes(self.spec, self.profile, changed)
-        self._scheduler.limits = changed
+        self._scheduler.set_limits(changed)
         self.hot_hash = limits.hot_hash
 
     @property
@@ -206,6 +232,9 @@ class Engine:
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
+            prefix_queried_tokens=counters.prefix_queried_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            blocks_cached=scheduler.pool.num_idle,
             hot_hash=self.hot_hash,
             oldest_running_at=scheduler.oldest_running_at,
         )
@@ -232,9 +261,9 @@ def _device(spec: EngineSpec) -> torch.device:
 
 def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:
     """The arithmetic of the plan; `MemoryMismatch` if it lies above the spec's limit."""
-    limits = limits or limits_of(spec)
+    limits = limits or BatchLimits.of(spec)
     weights = weight_bytes(profile, spec.dtype)
-    kv = spec.num_blocks * spec.block_size * kv_bytes_per_token(profile, spec.kv_dtype)
+    kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
     activations = activation_bytes(
         profile, spec.dtype, limits.max_num_batched_tokens, limits.max_num_seqs, spec.max_model_len
     )

@@ -1,8 +1,13 @@
 """One sequence on its way through the engine.
 
-`token_ids` holds prompt and output in one list that only grows: what is *known*. `num_computed` says how many of
-them have keys and values in the cache, and the scheduler's whole work is to let it catch up. Preemption sets it
-back to zero and loses nothing that is known. Only the scheduler changes a request.
+`token_ids` holds prompt and output in one list that only grows: what is *known*. Two counts run after it:
+
+    num_planned    tokens whose keys and values are in the cache once every step given out so far is carried out
+    num_computed   those of steps that have come back
+
+and `num_drawing` counts the steps given out that draw a token: the next one can be planned for before anybody
+knows it. Preemption sets the counts back and loses nothing that is known. Only the scheduler changes a
+request.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from quire_engine.blocks import Tables, chain, root
 from quire_engine.step import Draw
 from quire_schemas.wire import Generate, Timings
 
@@ -32,9 +38,31 @@ class Request:
     draw: Draw
     ending_ids: frozenset[int]
     received_at: float
+    priority: int = 0
+    deadline: float | None = None
+    """When it ends with `timeout` if it has not ended before, by the scheduler's clock."""
+    root: bytes | None = None
+    """First link of its blocks' hashes; None when nobody may share them."""
+
+    key: tuple[int, int] = (0, 0)
+    """Its place among all requests: smaller goes first. Set once, when it is queued."""
+    ticket: int = 0
+    """Drawn anew each time it is let in; what a step says to another ticket is not for this life of it."""
     state: State = State.WAITING
+    num_planned: int = 0
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    num_drawing: int = 0
+    tables: Tables = field(default_factory=list)
+    capacity: int = 0
+    """Tokens that its tables hold."""
+    frozen_tables: tuple[tuple[int, ...], ...] | None = None
+    """`tables` as a plan shows them; None when they have changed since."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were asked for."""
+    num_sealed: int = 0
+    """Its leading blocks that others can find."""
+    num_cached: int = 0
+    """Prompt tokens that it did not have to compute when it was first let in."""
     scheduled_at: float | None = None
     first_token_at: float | None = None
     preempted_at: list[float] = field(default_factory=list)
@@ -52,16 +80,17 @@ class Request:
             draw=Draw(sampling, seed, len(message.token_ids), ending),
             ending_ids=frozenset(ending),
             received_at=received_at,
+            priority=message.priority,
+            deadline=None if message.timeout is None else received_at + message.timeout,
         )
+
+    def share_with(self, *kin: str) -> None:
+        """From now on its blocks can be found by requests that begin alike and were given the same `kin`."""
+        self.root = root(*kin)
 
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_pending(self) -> int:
-        """Known tokens that the cache does not hold yet; at least one while the request lives."""
-        return len(self.token_ids) - self.num_computed
 
     @property
     def num_output(self) -> int:
@@ -72,6 +101,17 @@ class Request:
         """Tokens that can ever lie in the cache: the last one drawn is never computed."""
         return self.num_prompt + self.draw.sampling.max_tokens - 1
 
+    def chain_of(self, count: int, block_size: int) -> list[bytes]:
+        """The digests of its first `count` blocks, all of them full of known tokens; none if it has no root."""
+        if self.root is None:
+            return []
+        digests = self.digests
+        while len(digests) < count:
+            at = len(digests)
+            before = digests[-1] if digests else self.root
+            digests.append(chain(before, self.token_ids[at * block_size : (at + 1) * block_size]))
+        return digests[:count]
+
     def timings(self, finished_at: float | None = None) -> Timings:
         """Where its time went until now; `finished_at` when this was its last step."""
         return Timings(
@@ -80,4 +120,5 @@ class Request:
             first_token_at=self.first_token_at,
             finished_at=finished_at,
             preempted_at=tuple(self.preempted_at),
+            cached_tokens=self.num_cached,
         )

@@ -9,6 +9,8 @@ Legend: T new tokens of a step, R rows that draw, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from quire_engine.models import DecoderModel, KVCache
@@ -17,7 +19,16 @@ from quire_engine.step import StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 
 
-class Runner:
+class Runner(Protocol):
+    """Whatever carries out plans."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """The result of every item of a plan without pending tokens. Raises what the model or the device
+        raises.
+        """
+
+
+class ModelRunner:
     """A model and its cache on one device."""
 
     def __init__(self, model: DecoderModel, kv: KVCache, *, block_size: int, device: torch.device) -> None:
@@ -28,23 +39,26 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every item of `plan` and draw where it says so. Raises what the model or the device raises."""
+        """Compute every item of `plan` and draw where it says so."""
         items = plan.items
         rows = [item for item in items if item.draw is not None]
-        batch = PagedBatch.build(
-            starts=[item.start for item in items],
-            query_lens=[len(item.token_ids) for item in items],
-            block_tables=[item.block_ids for item in items],
-            logits=[item.draw is not None for item in items],
-            block_size=self.block_size,
-            device=self.device,
-        )
+        batches = [
+            PagedBatch.build(
+                starts=[item.start for item in items],
+                query_lens=[len(item.token_ids) for item in items],
+                block_tables=[item.tables[group] for item in items],
+                logits=[item.draw is not None for item in items],
+                block_size=self.block_size,
+                device=self.device,
+            )
+            for group in range(len(self.kv.groups))
+        ]
         flat = [token for item in items for token in item.token_ids]
         token_ids_T = torch.tensor(flat, dtype=torch.int64, device=self.device)
-        logits_RV = self.model.forward(token_ids_T, batch, self.kv)
+        states_RW = self.model.forward(token_ids_T, batches, self.kv)
         if not rows:
             return StepResult({})
-        drawn = sample(logits_RV, rows)
+        drawn = sample(self.model.logits(states_RW), rows)
         return StepResult(
             tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
             logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},

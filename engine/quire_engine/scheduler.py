@@ -1,33 +1,52 @@
 """Which tokens are computed next, and what becomes of a request: `schedule() -> StepPlan`, `commit() -> deltas`.
 
-One rule drives everything: each request has a number of *computed* tokens that catches up with its *known* ones
+One rule drives everything: each request has a number of *planned* tokens that catches up with its *known* ones
 within one budget of tokens per step. A long prompt is computed in chunks because the budget is small, a
-generating request needs one token because one is missing, a preempted one starts again because its count went back
-to zero. Nothing here asks which "phase" a request is in.
+generating request needs one token because one is missing, a preempted one starts again because its count went
+back, a prompt that others have computed starts further on. Nothing here asks which "phase" a request is in.
 
-Order. Running requests come first, oldest first, then waiting ones in order of arrival. When no block is free, the
-newest running request loses its blocks and goes to the head of the queue with all its tokens; since victims
-are never older than the one that needs room, the oldest always proceeds, and by induction everyone does. A
-waiting request is let in only if there is room for all its known tokens, for what running prompts still lack, and
-for one more block per running request: it then survives at least one block length of everybody's growth, and a
-preempted request does not come back just to be thrown out again.
+Order. Every request has a place, its key: in order of arrival, or, with the policy `priority`, of priority and
+then arrival. A step is filled in this order. When no block is free, the running request with the last key loses
+its blocks and waits again, with all its tokens; since victims never have an earlier key than the one that needs
+room, the first always proceeds, and by induction everyone does. A waiting request is let in only if there is room
+for all its known tokens, for what running prompts still lack, and for one more block per running request: it then
+survives at least one block length of everybody's growth, and a preempted request does not come back just to be
+thrown out again. For this room, and for a seat, running requests of a lower priority have to go. Who cannot be
+let in keeps those behind it out, too.
+
+Prefixes. A request that may share begins behind the blocks that are there already (never with its last token: that
+one's logits are wanted). If the next block of its prompt is being computed by a running request it stands aside
+until that is done, and others may pass.
+
+Ahead of time. `schedule` may be called again before the result of the plan before it is known: requests then count
+as having what they were given, and the token that is being drawn is `PENDING`. What ends meanwhile is passed over.
 
 A request that could never finish (context, or the whole pool) is refused by `add` and never waits.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
 
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
 from quire_engine.request import Request, State
-from quire_engine.step import Scheduled, StepPlan, StepResult
+from quire_engine.step import PENDING, Draw, Scheduled, StepPlan, StepResult
+from quire_schemas.sizing import longest_held
 from quire_schemas.wire import Delta
+
+_KEY = attrgetter("key")
+_NOBODY = (math.inf, 0)
+"""A key behind every request's."""
+_PENDING_ALONE = (PENDING,)
 
 
 @dataclass(slots=True)
@@ -38,6 +57,22 @@ class Counters:
     preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    """Tokens of requests that might have shared, each time one was let in."""
+    prefix_hit_tokens: int = 0
+    """Those of them that were there."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan that is being made."""
+
+    left: int
+    """Of the budget of tokens."""
+    items: list[Scheduled] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    reserved: int | None = None
+    """Blocks that running requests may still need; None when it has to be counted."""
 
 
 class Scheduler:
@@ -55,9 +90,18 @@ class Scheduler:
         self.limits = limits
         self.max_model_len = max_model_len
         self.counters = Counters()
-        self.waiting: deque[Request] = deque()
-        self.running: dict[str, Request] = {}  # in order of admission
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        """Both in order of their keys."""
+        self._widest = limits.max_num_batched_tokens
         self._live: dict[str, Request] = {}
+        self._arrivals = 0
+        self._tickets = 0
+        self._given_out = 0
+        self._coming: dict[bytes, Request] = {}
+        """Digests of blocks of prompts that are not computed yet, and who computes them."""
+        self._deadlines: list[tuple[float, int, str]] = []
+        """A heap of when, arrival and id."""
         self._clock = clock
 
     # ── in and out ────────────────────────────────────────────────────────────────────────────────────
@@ -67,7 +111,7 @@ class Scheduler:
         return bool(self._live)
 
     def add(self, request: Request) -> None:
-        """Queue `request`, or raise `RequestRefused` if it could not finish even alone."""
+        """Queue `request`, or raise `RequestRefused` if it could not finish even alone, or too many wait."""
         if request.id in self._live:
             raise RequestRefused("duplicate_request", f"a request with the id {request.id!r} is still live")
         total = request.num_prompt + request.draw.sampling.max_tokens
@@ -77,14 +121,38 @@ class Scheduler:
                 f"{request.num_prompt} prompt tokens and max_tokens {request.draw.sampling.max_tokens} "
                 f"make {total}, above the context of {self.max_model_len}",
             )
-        if self.pool.blocks_for(request.max_cached) > self.pool.num_blocks:
+        pool = self.pool
+        if pool.most_held(request.max_cached, self._widest) > pool.num_blocks:
+            most = longest_held(pool.windows, pool.num_blocks, self._widest, pool.block_size, request.max_cached)
             raise RequestRefused(
                 "context_length_exceeded",
-                f"the request needs room for {request.max_cached} tokens; the whole KV cache holds "
-                f"{self.pool.num_blocks * self.pool.block_size}",
+                f"the request needs room for {request.max_cached} tokens; the whole KV cache holds {most}",
             )
+        limits = self.limits
+        if limits.max_waiting is not None and len(self._live) >= limits.max_num_seqs + limits.max_waiting:
+            raise RequestRefused(
+                "queue_full",
+                f"{len(self._live)} requests run or wait, as many as {limits.max_num_seqs} seats and a queue of "
+                f"{limits.max_waiting} hold",
+            )
+        self._arrivals += 1
+        request.key = self._place(request, self._arrivals)
+        request.tables = pool.empty()
         self._live[request.id] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_KEY)
+        if request.deadline is not None:
+            if len(self._deadlines) > 2 * len(self._live) + 64:  # most are of requests that ended in time
+                self._deadlines = [entry for entry in self._deadlines if self._whose(entry) is not None]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, self._arrivals, request.id))
+
+    def set_limits(self, limits: BatchLimits) -> None:
+        """Limits from the next step on. Another policy puts everybody in its order and throws nobody out."""
+        self.limits = limits
+        for queue in (self.running, self.waiting):
+            for request in queue:
+                request.key = self._place(request, request.key[1])
+            queue.sort(key=_KEY)
 
     def abort(self, request_id: str) -> bool:
         """End a request now, without a delta; its blocks are free on return. False if it is not live."""
@@ -94,146 +162,287 @@ class Scheduler:
         self._leave(request)
         return True
 
+    def expire(self, now: float) -> list[Delta]:
+        """End every request whose deadline has come."""
+        deltas: list[Delta] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self._whose(heapq.heappop(self._deadlines))
+            if request is not None:
+                deltas.append(self._fail(request, now, "timeout", "the request did not end within its time"))
+        return deltas
+
+    def _place(self, request: Request, arrival: int) -> tuple[int, int]:
+        return (request.priority if self.limits.policy == "priority" else 0, arrival)
+
+    def _whose(self, deadline: tuple[float, int, str]) -> Request | None:
+        """The live request that a deadline is of, if it still lives."""
+        _, arrival, name = deadline
+        request = self._live.get(name)
+        return request if request is not None and request.key[1] == arrival else None
+
     # ── one step ──────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> StepPlan:
-        """Decide the next step. Not empty while there is work."""
-        items: list[Scheduled] = []
-        preempted: list[str] = []
-        left = self._schedule_running(items, preempted)
-        if self.waiting and not preempted:
-            self._schedule_waiting(items, left)
-        if self._live and not items:
+        """Decide the next step. Not empty while there is work, unless all of it hangs on steps given out."""
+        draft = _Draft(self.limits.max_num_batched_tokens)
+        at = seen = 0  # places in the two queues, which are gone through as one
+        while draft.left > 0:
+            ahead = self.waiting[at] if at < len(self.waiting) and not draft.preempted else None
+            seen = self._schedule_running(draft, seen, _NOBODY if ahead is None else ahead.key)
+            if ahead is None or draft.left <= 0:
+                break
+            if draft.preempted:
+                continue  # where somebody has to go, nobody comes in
+            digests = self._cached_prefix(ahead)
+            if digests is None:
+                at += 1
+            elif self._schedule_waiting(draft, ahead, at, digests):
+                seen += 1
+            else:
+                self._schedule_running(draft, seen, _NOBODY)
+                break
+        if draft.items:
+            self._given_out += 1
+        elif self._live and not self._given_out:
             raise InvariantBroken(f"{len(self._live)} live requests and nothing to compute")
-        return StepPlan(self.counters.steps, tuple(items), tuple(preempted))
+        step = self.counters.steps + self._given_out - bool(draft.items)
+        return StepPlan(step, tuple(draft.items), tuple(draft.preempted))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take over what a step computed. Requests that left since `schedule` are passed over."""
         self.counters.steps += 1
+        self._given_out -= 1
         now = self._clock()
         deltas: list[Delta] = []
+        live, block_size = self._live, self.pool.block_size
+        drawn, failures, logprobs = result.tokens, result.failures, result.logprobs
+        generated = 0
         for item in plan.items:
-            request = self.running.get(item.request_id)
-            if request is None or request.num_computed != item.start:
+            request = live.get(item.request_id)
+            if request is None or request.ticket != item.ticket:
                 continue
-            failure = result.failures.get(request.id)
-            if failure is not None:
-                deltas.append(self._fail(request, now, *failure))
+            if failures and request.id in failures:
+                deltas.append(self._fail(request, now, *failures[request.id]))
                 continue
-            request.num_computed = item.end
-            if item.draw is not None:
-                deltas.append(self._take_token(request, result, now))
+            computed = request.num_computed = item.start + len(item.token_ids)
+            if request.root is not None and computed // block_size > request.num_sealed:
+                self._seal(request)
+            draw = item.draw
+            if draw is None:
+                continue
+            token = drawn[request.id]
+            generated += 1
+            request.num_drawing -= 1
+            sampling = draw.sampling
+            num_output = len(request.token_ids) - request.num_prompt
+            if token in request.ending_ids and num_output >= sampling.min_tokens:
+                delta = Delta(request.id, finish_reason="stop", stop_token_id=token)
+            else:
+                request.token_ids.append(token)
+                delta = Delta(request.id, [token])
+                if sampling.logprobs is not None:
+                    delta.logprobs = [logprobs[request.id]]
+                if num_output + 1 >= sampling.max_tokens:
+                    delta.finish_reason = "length"
+            if request.first_token_at is None:
+                request.first_token_at = now
+                self.counters.prompt_tokens += request.num_prompt
+                delta.timings = request.timings()
+            if delta.finish_reason is not None:
+                delta.timings = request.timings(now)
+                self._leave(request)
+            deltas.append(delta)
+        self.counters.generation_tokens += generated
         return deltas
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _schedule_running(self, items: list[Scheduled], preempted: list[str]) -> int:
-        """Give each running request its share of the budget, oldest first; returns what is left of it."""
-        left = self.limits.max_num_batched_tokens
-        for request in list(self.running.values()):
-            if left <= 0:
-                break
-            if request.state is not State.RUNNING:
-                continue  # an older one has just taken its blocks
-            count = self._chunk(request, left, first=not items)
-            if count and self._make_room(request, request.num_computed + count, preempted):
-                items.append(self._scheduled(request, count))
-                left -= count
-        return left
+    def _schedule_running(self, draft: _Draft, seen: int, until: tuple[float, int]) -> int:
+        """Give running requests their share of the budget, in order, from place `seen` to the key `until`.
 
-    def _schedule_waiting(self, items: list[Scheduled], left: int) -> None:
-        """Let waiting requests in, in order, while budget, seats and blocks last."""
-        reserved = sum(self.pool.blocks_for(r.num_known) - len(r.block_ids) + 1 for r in self.running.values())
-        while self.waiting and left > 0 and len(self.running) < self.limits.max_num_seqs:
-            request = self.waiting[0]
-            need = self.pool.blocks_for(request.num_known)
-            count = self._chunk(request, left, first=not items)
-            if not count or need + reserved > self.pool.num_free:
-                return
-            self._let_in(request, count)
-            reserved += need - len(request.block_ids) + 1
-            items.append(self._scheduled(request, count))
-            left -= count
-
-    def _chunk(self, request: Request, left: int, *, first: bool) -> int:
-        """How many tokens of `request` go into this step; 0 if it must wait for the next.
-
-        Without chunked prefill missing tokens are computed all at once; more than the whole budget only when the
-        step holds nothing else (`first`).
+        Returns the place reached.
         """
-        pending = request.num_pending
-        if pending <= left:
-            return pending
-        if self.limits.chunked_prefill:
+        left, items = draft.left, draft.items
+        for request in islice(self.running, seen, None):  # which loses requests at its end meanwhile, only there
+            if left <= 0 or request.key > until:
+                break
+            seen += 1
+            start, drawing = request.num_planned, request.num_drawing
+            known = len(request.token_ids) + drawing
+            count = known - start
+            if count == 1:
+                if drawing and known > request.max_cached:
+                    continue  # what is being drawn is its last token
+            elif count > 1:
+                count = self._chunk(request, count, left, first=not items)
+            if not count:
+                continue
+            end = start + count
+            if end > request.capacity and not self._make_room(request, end, draft.preempted):
+                break
+            items.append(self._scheduled(request, start, end, known))
+            left -= count
+            draft.reserved = None
+        draft.left = left
+        return seen
+
+    def _schedule_waiting(self, draft: _Draft, request: Request, at: int, digests: list[bytes]) -> bool:
+        """Let in the waiting request at place `at` behind its prefix `digests`, if budget, seat and blocks last.
+
+        One of lower priority that runs makes room for it.
+        """
+        pool = self.pool
+        start = len(digests) * pool.block_size
+        held, idle = pool.price(digests) if digests else (0, 0)
+        need = pool.most_held(request.num_known, self._widest) - held + idle
+        if draft.reserved is None:
+            draft.reserved = sum(self._reserve(running) for running in self.running)
+        while not self._has_room(need + draft.reserved):
+            if (
+                not self.running
+                or self.running[-1].key[0] <= request.key[0]
+                or not self._would_help(request, need)
+            ):
+                return False
+            victim = self.running[-1]
+            draft.reserved -= self._reserve(victim)
+            self._preempt(victim)
+            draft.preempted.append(victim.id)
+        count = self._chunk(request, request.num_known - start, draft.left, first=not draft.items)
+        if not count:
+            return False
+        del self.waiting[at]
+        self._let_in(request, digests, start + count)
+        draft.reserved += self._reserve(request)
+        draft.items.append(self._scheduled(request, start, start + count, request.num_known))
+        draft.left -= count
+        return True
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """Whether a seat is free, and so many blocks."""
+        return len(self.running) < self.limits.max_num_seqs and num_blocks <= self.pool.num_free
+
+    def _would_help(self, request: Request, need: int) -> bool:
+        """Whether `need` blocks and a seat would be there if all that run with a lower priority had gone."""
+        lesser = [running for running in self.running if running.key[0] > request.key[0]]
+        others = self.running[: len(self.running) - len(lesser)]
+        freed = sum(self.pool.held(running.tables) for running in lesser)
+        kept = sum(self._reserve(running) for running in others)
+        return len(others) < self.limits.max_num_seqs and need + kept <= self.pool.num_free + freed
+
+    def _chunk(self, request: Request, missing: int, left: int, *, first: bool) -> int:
+        """How many of its `missing` tokens go into this step; 0 if it must wait for the next.
+
+        Without chunked prefill they are computed all at once; more than the whole budget only when the step holds
+        nothing else (`first`), and when the pool could hold them whole.
+        """
+        if self.pool.is_windowed:
+            left = min(left, self._widest)  # what windows leave free is counted for no wider a step
+        if missing <= left:
+            return missing
+        whole = self.pool.blocks_for(request.num_known) * self.pool.num_groups
+        if self.limits.chunked_prefill or whole > self.pool.num_blocks:
             return left
-        return pending if first else 0
+        return missing if first else 0
+
+    def _reserve(self, request: Request) -> int:
+        """Blocks that must stay free for a running request: what it lacks, and one more in every group."""
+        pool = self.pool
+        lacking = pool.most_held(request.num_known, self._widest) - pool.held(request.tables)
+        return max(0, lacking) + pool.num_groups
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
-        """Blocks for `num_tokens` tokens, from newer requests if need be. False if `request` itself had to go."""
-        while not self.pool.grow(request.block_ids, num_tokens):
-            victim = next(reversed(self.running.values()))
+        """Blocks for `num_tokens` tokens, from later requests if need be. False if `request` itself had to go."""
+        self.pool.trim(request.tables, request.num_planned)
+        while not self.pool.grow(request.tables, num_tokens):
+            victim = self.running[-1]
             self._preempt(victim)
             preempted.append(victim.id)
             if victim is request:
                 return False
+        request.capacity = len(request.tables[0]) * self.pool.block_size
+        request.frozen_tables = None
         return True
 
     def _preempt(self, victim: Request) -> None:
-        """Back to the head of the queue: what was known stays known, what was computed is to be computed again."""
-        del self.running[victim.id]
-        self.pool.release(victim.block_ids)
+        """Back to the queue: what was known stays known, what was computed is to be computed again."""
+        self.running.remove(victim)
+        self._let_go(victim)
         victim.state = State.WAITING
-        victim.num_computed = 0
         victim.preempted_at.append(self._clock())
         self.counters.preemptions += 1
-        self.waiting.appendleft(victim)
+        insort(self.waiting, victim, key=_KEY)
 
-    def _let_in(self, request: Request, count: int) -> None:
-        self.waiting.popleft()
+    def _let_in(self, request: Request, digests: list[bytes], num_tokens: int) -> None:
+        """Give a waiting request a seat, the blocks of the prefix `digests`, and room for `num_tokens` tokens."""
+        pool = self.pool
+        self._tickets += 1
+        request.ticket = self._tickets
         request.state = State.RUNNING
-        self.running[request.id] = request
+        insort(self.running, request, key=_KEY)
+        if request.root is not None:
+            self.counters.prefix_queried_tokens += request.num_known
+            self.counters.prefix_hit_tokens += len(digests) * pool.block_size
+            pool.adopt(request.tables, digests)
+            request.num_sealed = len(digests)
+            request.num_planned = request.num_computed = len(digests) * pool.block_size
+            for digest in request.chain_of(request.num_prompt // pool.block_size, pool.block_size)[len(digests) :]:
+                self._coming.setdefault(digest, request)
         if request.scheduled_at is None:
             request.scheduled_at = self._clock()
-        if not self.pool.grow(request.block_ids, count):
-            raise InvariantBroken(f"{request.id} was let in without room for {count} tokens")
+            request.num_cached = min(len(digests) * pool.block_size, request.num_prompt)
+        if not pool.grow(request.tables, num_tokens):
+            raise InvariantBroken(f"{request.id} was let in without room for {num_tokens} tokens")
+        request.capacity = len(request.tables[0]) * pool.block_size
 
-    def _scheduled(self, request: Request, count: int) -> Scheduled:
-        start, known = request.num_computed, request.token_ids
-        completes = start + count == len(known)
-        return Scheduled(
-            request_id=request.id,
-            token_ids=(known[start],) if count == 1 else tuple(known[start : start + count]),
-            start=start,
-            block_ids=tuple(request.block_ids),
-            draw=request.draw if completes else None,
-            history=tuple(known) if completes and request.draw.has_penalty else (),
-        )
-
-    # ── taking over ───────────────────────────────────────────────────────────────────────────────────
-
-    def _take_token(self, request: Request, result: StepResult, now: float) -> Delta:
-        """One drawn token: known from now on, or the end of the text."""
-        token = result.tokens[request.id]
-        sampling = request.draw.sampling
-        self.counters.generation_tokens += 1
-        delta = Delta(request.id)
-        if request.first_token_at is None:
-            request.first_token_at = now
-            self.counters.prompt_tokens += request.num_prompt
-            delta.timings = request.timings()
-        if token in request.ending_ids and request.num_output >= sampling.min_tokens:
-            delta.finish_reason, delta.stop_token_id = "stop", token
+    def _scheduled(self, request: Request, start: int, end: int, known: int) -> Scheduled:
+        """Its share of the step, tokens `start` to `end` of the `known` ones; it counts as planned from now on."""
+        token_ids, drawing = request.token_ids, request.num_drawing
+        request.num_planned = end
+        draw: Draw | None = None
+        history: tuple[int, ...] = ()
+        tokens: tuple[int, ...]
+        if end == known:
+            draw = request.draw
+            request.num_drawing = drawing + 1
+            if draw.needs_history:
+                history = (*token_ids, PENDING) if drawing else tuple(token_ids)
+        if drawing:
+            tokens = _PENDING_ALONE
+        elif end - start == 1:
+            tokens = (token_ids[start],)
         else:
-            request.token_ids.append(token)
-            delta.token_ids = [token]
-            if sampling.logprobs is not None:
-                delta.logprobs = [result.logprobs[request.id]]
-            if request.num_output >= sampling.max_tokens:
-                delta.finish_reason = "length"
-        if delta.finish_reason is not None:
-            delta.timings = request.timings(now)
-            self._leave(request)
-        return delta
+            tokens = tuple(token_ids[start:end])
+        tables = request.frozen_tables
+        if tables is None:
+            tables = request.frozen_tables = tuple([tuple(table) for table in request.tables])
+        return Scheduled(request.id, request.ticket, tokens, start, tables, draw, history)
+
+    # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _cached_prefix(self, request: Request) -> list[bytes] | None:
+        """Digests of the leading blocks that need not be computed; None if it should wait for more of them."""
+        if request.root is None:
+            return []
+        size = self.pool.block_size
+        digests = request.chain_of((request.num_known - 1) // size, size)
+        count = self.pool.match(digests)
+        if count < len(digests) and digests[count] in self._coming:
+            return None
+        return digests[:count]
+
+    def _seal(self, request: Request) -> None:
+        """Others may find the blocks that have become full and computed."""
+        full = request.num_computed // self.pool.block_size
+        digests = request.chain_of(full, self.pool.block_size)
+        for index in range(request.num_sealed, full):
+            digest = digests[index]
+            self.pool.seal(request.tables, index, digest)
+            if self._coming.get(digest) is request:
+                del self._coming[digest]
+        request.num_sealed = full
+
+    # ── leaving ───────────────────────────────────────────────────────────────────────────────────────
 
     def _fail(self, request: Request, now: float, code: str, message: str) -> Delta:
         self._leave(request)
@@ -247,37 +456,61 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """The one way out of every state: blocks back, name forgotten."""
-        if request.state is State.RUNNING:
-            del self.running[request.id]
-        else:
-            self.waiting.remove(request)
+        (self.running if request.state is State.RUNNING else self.waiting).remove(request)
+        self._let_go(request)
         request.state = State.FINISHED
-        self.pool.release(request.block_ids)
         del self._live[request.id]
+
+    def _let_go(self, request: Request) -> None:
+        """It holds nothing any more, and steps that still run are not for it."""
+        for digest in request.digests[request.num_sealed :]:
+            if self._coming.get(digest) is request:
+                del self._coming[digest]
+        self.pool.release(request.tables)
+        request.ticket = request.num_planned = request.num_computed = request.num_drawing = 0
+        request.capacity = request.num_sealed = 0
+        request.frozen_tables = None
 
     # ── looking ───────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def slots_used(self) -> int:
-        """Tokens that lie in allocated blocks."""
-        return sum(request.num_computed for request in self.running.values())
+        """Slots of allocated blocks that hold a token: all but the rest of the block that each request fills."""
+        unfilled = sum(request.capacity - request.num_computed for request in self.running)
+        return self.pool.num_used * self.pool.block_size - unfilled * self.pool.num_groups
 
     @property
     def oldest_running_at(self) -> float | None:
         """When the running request that was let in first was let in; None when nothing runs."""
-        return min((r.scheduled_at for r in self.running.values() if r.scheduled_at is not None), default=None)
+        return min((r.scheduled_at for r in self.running if r.scheduled_at is not None), default=None)
 
     def check_integrity(self) -> None:
         """Raise `InvariantBroken` unless queues, states, tables and pool agree. For tests and idle moments."""
-        self.pool.check_integrity(request.block_ids for request in self._live.values())
-        queued = [*self.running.values(), *self.waiting]
+        self.pool.check_integrity(request.tables for request in self._live.values())
+        queued = [*self.running, *self.waiting]
         if len(queued) != len(self._live) or any(self._live.get(r.id) is not r for r in queued):
             raise InvariantBroken("a live request is not in exactly one queue")
+        for queue in (self.running, self.waiting):
+            if queue != sorted(queue, key=_KEY):
+                raise InvariantBroken("a queue is not in order")
         for request in self.waiting:
-            if request.state is not State.WAITING or request.block_ids or request.num_computed:
-                raise InvariantBroken(f"{request.id} waits with blocks or computed tokens")
-        for request in self.running.values():
-            if request.state is not State.RUNNING or not 0 <= request.num_computed < request.num_known:
-                raise InvariantBroken(f"{request.id} runs with a count of {request.num_computed} computed tokens")
-            if len(request.block_ids) != self.pool.blocks_for(request.num_computed):
-                raise InvariantBroken(f"{request.id} has {len(request.block_ids)} blocks for its tokens")
+            if request.state is not State.WAITING or any(request.tables) or request.num_planned or request.ticket:
+                raise InvariantBroken(f"{request.id} waits with blocks, a ticket or planned tokens")
+        for request in self.running:
+            known = request.num_known + request.num_drawing
+            if request.state is not State.RUNNING or not (
+                0
+                <= request.num_sealed * self.pool.block_size
+                <= request.num_computed
+                <= request.num_planned
+                <= known
+            ):
+                raise InvariantBroken(
+                    f"{request.id} runs with {request.num_computed} tokens computed, {request.num_planned} planned"
+                )
+            if len(request.tables[0]) != self.pool.blocks_for(request.num_planned):
+                raise InvariantBroken(f"{request.id} has {len(request.tables[0])} blocks for its tokens")
+        if not set(self._coming.values()) <= set(self.running):
+            raise InvariantBroken("a block is said to come from a request that does not run")
+        if not self.running and self._coming:
+            raise InvariantBroken("blocks are said to come, and nobody runs")

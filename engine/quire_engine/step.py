@@ -7,6 +7,9 @@ results that no model computed. No torch in here.
 There is no prefill phase and no decode phase. An item computes `token_ids` at positions `start`,
 `start + 1`, …; when that makes all known tokens computed, the item also carries a `Draw` and the step chooses the
 next token.
+
+A plan may be made while the step before it still runs: that step's token is then `PENDING`, and whoever carries
+the plan out puts it in with `resolve`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from quire_schemas.wire import Sampling, TokenLogprobs
+
+PENDING = -1
+"""In a plan: the token that the step before it draws. No vocabulary has such an id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,8 @@ class Draw:
     is_plain: bool = field(init=False)
     """Greedy with nothing that changes or reports logits: the arg-max alone decides."""
     has_penalty: bool = field(init=False)
-    """The choice depends on the tokens so far: items carry a history."""
+    needs_history: bool = field(init=False)
+    """The choice depends on the tokens so far: items carry them."""
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -42,6 +51,7 @@ class Draw:
             or sampling.frequency_penalty != 0.0
         )
         object.__setattr__(self, "has_penalty", has_penalty)
+        object.__setattr__(self, "needs_history", has_penalty)
         object.__setattr__(
             self,
             "is_plain",
@@ -53,20 +63,23 @@ class Draw:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step.
 
-    `token_ids` lie at positions `start`, `start + 1`, … and attend to all before them. `block_ids` is the
-    request's whole block table, long enough for the last of these positions. `draw` is None while known tokens
-    remain uncomputed after this step. `history` is prompt and output so far when the draw has a penalty, else
-    empty.
+    `token_ids` lie at positions `start`, `start + 1`, … and attend to all before them; `PENDING` stands for the
+    one that the step before draws for this request. `tables` is its block table in each group of layers, long
+    enough for the last of these positions. `draw` is None while known tokens remain uncomputed after this step.
+    `history` is prompt and output so far when the draw needs it, else empty. `ticket` tells lives of a request
+    apart.
+
+    A msgspec.Struct, although it stays in the process: a step makes hundreds of them, and these are made in C.
     """
 
     request_id: str
+    ticket: int
     token_ids: tuple[int, ...]
     start: int
-    block_ids: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
     draw: Draw | None = None
     history: tuple[int, ...] = ()
 
@@ -104,3 +117,27 @@ class StepResult:
     tokens: Mapping[str, int]
     logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)
     failures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:
+    """`plan` with its pending tokens as `drawn` by the step before; items without one, whose request ended, left
+    out.
+    """
+    items: list[Scheduled] = []
+    for item in plan.items:
+        if item.token_ids[-1] != PENDING:
+            items.append(item)
+        elif (token := drawn.get(item.request_id)) is not None:
+            history = (*item.history[:-1], token) if item.history else ()
+            items.append(
+                Scheduled(
+                    item.request_id,
+                    item.ticket,
+                    (*item.token_ids[:-1], token),
+                    item.start,
+                    item.tables,
+                    item.draw,
+                    history,
+                )
+            )
+    return StepPlan(plan.step, tuple(items), plan.preempted)

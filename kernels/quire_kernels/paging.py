@@ -54,16 +54,16 @@ class PagedBatch:
         starts: Sequence[int],
         query_lens: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        logits: Sequence[bool],
+        logits: Sequence[int],
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> PagedBatch:
         """From plain lists, one entry a sequence; two tensors are allocated and everything else is a view.
 
         `starts`: tokens already in the cache. `query_lens`: new tokens, at least one each. `block_tables`: block
-        numbers that cover `start + query_len` tokens (more are allowed). `logits`: whether the last new token's
-        logits are wanted. Raises ValueError when a table is too short or a count is not positive: the caller's
-        bookkeeping is broken then, and writing would corrupt another sequence.
+        numbers that cover `start + query_len` tokens (more are allowed). `logits`: of how many of the last new
+        tokens the logits are wanted. Raises ValueError when a table is too short or a count is not positive: the
+        caller's bookkeeping is broken then, and writing would corrupt another sequence.
         """
         positions: list[int] = []
         slots: list[int] = []
@@ -90,7 +90,7 @@ class PagedBatch:
             tables.extend(table)
             tables.extend([0] * (width - len(table)))
             if wanted:
-                rows.append(query_starts[-1] - 1)
+                rows.extend(range(query_starts[-1] - wanted, query_starts[-1]))
         tokens, sequences = len(positions), len(contexts)
         wide = torch.tensor(positions + slots + rows, dtype=torch.int64).to(device)
         narrow = torch.tensor(tables + query_starts + contexts, dtype=torch.int32).to(device)

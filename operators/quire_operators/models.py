@@ -537,4 +537,6 @@ def limits_of(resolved: Mapping[str, Any], digest: str) -> wire.Limits:
         max_num_seqs=batching["maxNumSeqs"],
         max_num_batched_tokens=batching["maxNumBatchedTokens"],
         chunked_prefill=batching["chunkedPrefill"],
+        policy=batching["policy"],
+        max_waiting=batching["maxQueueLength"],
     )

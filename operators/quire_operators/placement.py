@@ -84,10 +84,8 @@ class Placement:
     seed: int
     template: str
     """`update.template_hash` of the spec this was made for, without the bounds."""
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+    kv_tokens: int
+    """Of the longest sequence that the KV cache holds."""
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
@@ -98,7 +96,8 @@ class Placement:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Placement:
-        return cls(**document)
+        # what was stored before layers had groups has one
+        return cls(**{"kv_tokens": document["num_blocks"] * document["block_size"], **document})
 
     def resolved(self) -> dict[str, Any]:
         """What `auto` became, for `status.resolved`."""
@@ -149,6 +148,9 @@ class Placement:
             max_num_seqs=batching["maxNumSeqs"],
             max_num_batched_tokens=batching["maxNumBatchedTokens"],
             chunked_prefill=batching["chunkedPrefill"],
+            policy=batching["policy"],
+            max_waiting=batching["maxQueueLength"],
+            prefix_caching=batching["prefixCaching"],
             seed=self.seed,
             memory_limit=self.memory,
             hot_hash=hot_hash,
@@ -265,6 +267,7 @@ def place(
             kv=report.kv,
             seed=engine["seed"],
             template=template,
+            kv_tokens=report.kv_tokens,
         ),
         report,
         fits_now,

@@ -22,7 +22,7 @@ import psutil
 
 from quire.builtin import path as builtin_path
 from quire_schemas.checkpoint import ModelProfile, read_profile
-from quire_schemas.sizing import FitReport, SizingRequest, fit
+from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
 from quire_schemas.wire import EngineSpec, FinishReason, Generate, Sampling, Timings, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _fit(profile: ModelProfile, request: SizingRequest, num_blocks: int | None) 
     """The report that the engine is built by. A fixed number of blocks may be less than one full context."""
     report = fit(profile, request)
     if num_blocks is not None:
-        per_block = report.kv_bytes_per_token * request.block_size
+        per_block = kv_block_bytes(profile, request.kv_dtype, request.block_size)
         room = report.limit - report.weights - report.activations - report.overhead
         reason = "" if num_blocks * per_block <= room else f"{num_blocks} blocks are more than the limit leaves"
         if report.max_model_len > profile.max_position_embeddings:

@@ -296,18 +296,19 @@ class Batching(Strict):
         update="hot",
     )
     prefix_caching: bool = declared(
-        "Keep the blocks of finished prompts and reuse them for prompts that begin alike.",
-        False,
+        "Keep the blocks of finished prompts and reuse them for prompts that begin alike. Takes no memory of its "
+        "own: blocks are kept until something else needs them. Answers do not depend on it, their time does, from "
+        "which a client could learn what others asked: give each tenant a cache_salt.",
+        True,
         update="rolling",
-        refused="every prompt is computed in full",
-        honours=(False,),
     )
     policy: Literal["fcfs", "priority", "slo"] = declared(
-        "Who is scheduled first: 'fcfs' is first come, first served.",
+        "Who is scheduled first: 'fcfs' is first come, first served; 'priority' goes by the requests' priority "
+        "(lower first), then by arrival, and takes room for them from running requests of a higher number.",
         "fcfs",
         update="hot",
         refused=_NO_SLO,
-        honours=("fcfs",),
+        honours=("fcfs", "priority"),
     )
     slo: Slo | None = section(Slo, "Latency that the scheduler aims for.", refused=_NO_SLO, optional=True)
     max_queue_length: int = declared(

@@ -4,12 +4,16 @@
 
     limit   = min(share × device, what is free, the declared memory limit)
     KV room = limit − weights − activations − overhead
-    blocks  = ⌊KV budget / (block size × KV bytes a token)⌋
-    KV bytes a token = Σ layers 2 × max(1, KV heads / tensor parallel) × head size × bytes of a number
+    blocks  = ⌊KV budget / bytes of a block⌋
+    a block = block size × layers of a group × 2 × max(1, KV heads / tensor parallel) × head size × bytes of a
+    number
+
+Layers that see the same keys form a group, and a block holds some tokens of one group (`kv_groups`). A model whose
+layers are of one kind is one group, so that a block holds all layers. A group whose layers see only a window keeps
+no more blocks of a sequence than the window and one step touch (`blocks_held`).
 
 The KV budget is `kv_size` if declared; else on a GPU all the room; else, on a CPU, where other programs live, the
 least of the room, 4 GiB, what `max_num_seqs` sequences of full length need, and a quarter of the free memory.
-Sliding layers keep their whole history in this version, so they count as full ones.
 
 Activations are the peak over the stages of one forward pass, counted from the code of `quire_engine` and
 `quire_kernels.reference`; the bound is tested against the bytes that torch really allocates. Legend of that part:
@@ -18,7 +22,7 @@ T tokens of a step, R rows that get logits, e bytes of a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -104,13 +108,26 @@ class FitReport:
     kv_bytes_per_token: int
     num_blocks: int
     max_model_len: int
+    windows: tuple[int | None, ...] = (None,)
+    """Of each group of layers."""
     notes: tuple[str, ...] = ()
     counter_offers: tuple[CounterOffer, ...] = ()
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that all blocks hold."""
-        return self.num_blocks * self.request.block_size
+        """Tokens of the longest sequence that all blocks hold; if windows bound it, the context."""
+        request, most = self.request, self.num_blocks * self.request.block_size
+        if any(self.windows):
+            most = min(most, self.max_model_len)
+        return longest_held(
+            self.windows, self.num_blocks, request.max_num_batched_tokens, request.block_size, most
+        )
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks that a sequence of `max_model_len` holds at most."""
+        request = self.request
+        return blocks_held(self.windows, self.max_model_len, request.max_num_batched_tokens, request.block_size)
 
     @property
     def room(self) -> int:
@@ -120,12 +137,23 @@ class FitReport:
     @property
     def concurrency(self) -> float:
         """Sequences of `max_model_len` that the cache holds at once."""
+        if any(self.windows):
+            return self.num_blocks / self.blocks_per_sequence
         return self.kv_tokens / self.max_model_len
 
     @property
     def used(self) -> int:
         """Everything together."""
         return self.weights + self.activations + self.overhead + self.kv
+
+    def _blocks(self) -> str:
+        blocks = f"{self.num_blocks:,} blocks of {self.request.block_size}"
+        sliding = [window for window in self.windows if window is not None]
+        if not sliding:
+            return f"{blocks} = {self.kv_tokens:,} tokens"
+        return (
+            f"{blocks}, of which {len(sliding)} of {len(self.windows)} groups of layers keep {sliding[0]:,} tokens"
+        )
 
     def lines(self) -> list[str]:
         """The arithmetic as printable lines."""
@@ -146,9 +174,8 @@ class FitReport:
             ]
         return [
             f"Memory   {' + '.join(parts)} + KV {format_bytes(self.kv)} = {format_bytes(self.used)} of {limit}",
-            f"         KV {format_bytes(self.kv_bytes_per_token)} a token; {self.num_blocks:,} blocks of "
-            f"{request.block_size} = {self.kv_tokens:,} tokens = {self.concurrency:.1f} sequences of "
-            f"{self.max_model_len:,}",
+            f"         KV {format_bytes(self.kv_bytes_per_token)} a token; {self._blocks()} = "
+            f"{self.concurrency:.1f} sequences of {self.max_model_len:,}",
             *(f"         ⚠ {note}" for note in self.notes),
         ]
 
@@ -161,10 +188,80 @@ def weight_bytes(profile: ModelProfile, dtype: str) -> int:
     return profile.num_parameters * DTYPE_BYTES[dtype]
 
 
-def kv_bytes_per_token(profile: ModelProfile, kv_dtype: str, tensor_parallel: int = 1) -> int:
-    """Keys and values of one token over all layers, on one of `tensor_parallel` ranks."""
+MOST_GROUPS = 8
+"""More groups cost more time a step than the padding that they save is worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers, by number, that share a block table. `window`: tokens that they see back; None for all."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def kv_groups(profile: ModelProfile) -> tuple[KVGroup, ...]:
+    """The groups of a model's layers: equally large but for padding, each of one kind, full ones first.
+
+    The size of a group is what wastes the fewest layers to padding, then what makes the fewest groups.
+    """
+    kinds = sorted(set(profile.layer_kinds), key=lambda kind: (kind != "full", kind))
+    members = [[at for at, other in enumerate(profile.layer_kinds) if other == kind] for kind in kinds]
+
+    def groups(size: int) -> int:
+        return sum(-(-len(layers) // size) for layers in members)
+
+    sizes = range(1, max(map(len, members)) + 1)
+    size = min(
+        (size for size in sizes if groups(size) <= max(MOST_GROUPS, len(kinds))),
+        key=lambda size: (size * groups(size), groups(size)),
+    )
+    return tuple(
+        KVGroup(profile.sliding_window if kind == "sliding" else None, tuple(layers[at : at + size]))
+        for kind, layers in zip(kinds, members, strict=True)
+        for at in range(0, len(layers), size)
+    )
+
+
+def group_size(groups: Iterable[KVGroup]) -> int:
+    """Layers that a block has room for."""
+    return max(len(group.layers) for group in groups)
+
+
+def kv_block_bytes(profile: ModelProfile, kv_dtype: str, block_size: int, tensor_parallel: int = 1) -> int:
+    """Keys and values of `block_size` tokens in the layers of one group, on one of `tensor_parallel` ranks."""
     heads = max(1, profile.num_kv_heads // tensor_parallel)
-    return 2 * profile.num_layers * heads * profile.head_dim * DTYPE_BYTES[kv_dtype]
+    number = heads * profile.head_dim * DTYPE_BYTES[kv_dtype]
+    return block_size * group_size(kv_groups(profile)) * 2 * number
+
+
+def kv_bytes_per_token(profile: ModelProfile, kv_dtype: str, tensor_parallel: int = 1) -> int:
+    """What a token takes that all layers see, on one of `tensor_parallel` ranks."""
+    return len(kv_groups(profile)) * kv_block_bytes(profile, kv_dtype, 1, tensor_parallel)
+
+
+def blocks_held(windows: Iterable[int | None], num_tokens: int, chunk: int, block_size: int) -> int:
+    """Blocks that a sequence of `num_tokens` holds at most if a step computes `chunk` of them.
+
+    `windows` has the window of each group. A token sees `window - 1` before it; the block in which the first of
+    them lies may have begun just before.
+    """
+    whole = -(-num_tokens // block_size)
+    return sum(
+        whole if window is None else min(whole, -(-(window - 1 + chunk) // block_size) + 1) for window in windows
+    )
+
+
+def longest_held(windows: Sequence[int | None], num_blocks: int, chunk: int, block_size: int, most: int) -> int:
+    """Tokens, up to `most`, of the longest sequence that `num_blocks` hold."""
+    low, high = 0, most
+    while low < high:
+        middle = -(-(low + high) // 2)
+        if blocks_held(windows, middle, chunk, block_size) <= num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def activation_bytes(
@@ -241,9 +338,10 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
     overhead = FOOTPRINT[request.device].overhead
     limit = _limit(request)
     per_token = kv_bytes_per_token(profile, request.kv_dtype)
-    block = per_token * request.block_size
+    block = kv_block_bytes(profile, request.kv_dtype, request.block_size)
+    windows = tuple(group.window for group in kv_groups(profile))
     room = kv_room(limit, weights, activations, overhead)
-    per_sequence = -(-length // request.block_size)
+    per_sequence = blocks_held(windows, length, request.max_num_batched_tokens, request.block_size)
     if request.kv_size is not None:
         budget = request.kv_size
     elif request.device == "cpu":
@@ -275,6 +373,7 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         kv_bytes_per_token=per_token,
         num_blocks=blocks,
         max_model_len=length,
+        windows=windows,
     )
 
 
@@ -339,9 +438,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     def fits(changed: SizingRequest) -> bool:
         return _resolve(profile, changed).fits
 
-    per_token = report.kv_bytes_per_token
-    blocks = -(-report.max_model_len // request.block_size)
-    one = -(-blocks * request.block_size * per_token // MIB) * MIB
+    block = kv_block_bytes(profile, request.kv_dtype, request.block_size)
+    one = -(-report.blocks_per_sequence * block // MIB) * MIB
     size = report.room // MIB * MIB if report.kv > report.room else one
     offered = size > 0 and size != request.kv_size and fits(replace(request, kv_size=size))
     if offered:
@@ -394,7 +492,7 @@ def _halved(value: int, least: int, fits: Callable[[int], bool]) -> int | None:
 def _larger_device(profile: ModelProfile, report: FitReport) -> CounterOffer:
     """The memory that the request needs as it stands, with room for one sequence of its context."""
     request = report.request
-    one = -(-report.max_model_len // request.block_size) * report.kv_bytes_per_token * request.block_size
+    one = report.blocks_per_sequence * kv_block_bytes(profile, request.kv_dtype, request.block_size)
     fixed = report.weights + report.activations + report.overhead
     need = max((fixed + (request.kv_size or one)) / request.memory_share, fixed + (request.kv_size or one))
     if request.kv_size is None and request.device == "cpu":

@@ -57,6 +57,10 @@ class BadMessage(WireError):
 # ── router -> engine ──────────────────────────────────────────────────────────────────────────────────────
 
 
+Policy = Literal["fcfs", "priority"]
+"""Who is scheduled first: by arrival, or by priority and then arrival."""
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are chosen. The router has already checked every bound.
 
@@ -110,6 +114,16 @@ class Generate(msgspec.Struct, tag=True):
     id: str
     token_ids: list[int]
     sampling: Sampling
+    priority: int = 0
+    """Lower goes first, where the policy is `priority`."""
+    timeout: float | None = None
+    """Seconds from its receipt after which it ends with the error `timeout`."""
+    cache_salt: str = ""
+    """Its blocks are found only by requests of the same salt."""
+    family: str | None = None
+    """Sequences of one request, which have one family, share the blocks of their prompt, also without a prefix
+    cache.
+    """
     trace: str | None = None
     """W3C traceparent of the request's span; the engine's log shows it with a request that fails."""
 
@@ -127,6 +141,8 @@ class Limits(msgspec.Struct, tag=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     chunked_prefill: bool
+    policy: Policy = "fcfs"
+    max_waiting: int | None = None
 
 
 class GetStats(msgspec.Struct, tag=True):
@@ -154,7 +170,9 @@ class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
     first_token_at: float | None = None
     finished_at: float | None = None
     preempted_at: tuple[float, ...] = ()
-    """Each time it lost its blocks to an older request, to be computed again."""
+    """Each time it lost its blocks to another request, to be computed again."""
+    cached_tokens: int = 0
+    """Tokens of its prompt that were in the cache when it was first let in."""
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -200,6 +218,12 @@ class Stats(msgspec.Struct, tag=True):
     prompt_tokens: int
     generation_tokens: int
     hot_hash: str
+    prefix_queried_tokens: int = 0
+    """Tokens of requests that might have found them computed, counted each time one was let in."""
+    prefix_hit_tokens: int = 0
+    """Those of them that were found."""
+    blocks_cached: int = 0
+    """Free blocks that a request which begins alike would find."""
     oldest_running_at: float | None = None
     """When the running request that was let in first was let in."""
 
@@ -324,6 +348,12 @@ class EngineSpec(msgspec.Struct, frozen=True):
     memory_limit: int
     """Bytes the engine may hold for weights, activations and KV; it refuses to start above it."""
     hot_hash: str
+    policy: Policy = "fcfs"
+    max_waiting: int | None = None
+    """Requests that may wait in the engine; None for any number."""
+    prefix_caching: bool = False
+    async_scheduling: bool = False
+    """Plan a step while the one before it runs."""
     adoption_window: float = ADOPTION_WINDOW
     """Seconds without a word from a router or a control plane after which the engine leaves by itself."""
 

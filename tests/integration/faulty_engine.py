@@ -11,19 +11,19 @@ import signal
 import sys
 
 from quire_engine.__main__ import main
-from quire_engine.runner import Runner
+from quire_engine.runner import ModelRunner
 from quire_engine.step import StepPlan, StepResult
 
 POISON = (777, 777, 777)
-_execute = Runner.execute
+_execute = ModelRunner.execute
 
 
-def execute(self: Runner, plan: StepPlan) -> StepResult:
+def execute(self: ModelRunner, plan: StepPlan) -> StepResult:
     if any(item.start == 0 and item.token_ids[: len(POISON)] == POISON for item in plan.items):
         os.kill(os.getpid(), signal.SIGKILL)
     return _execute(self, plan)
 
 
 if __name__ == "__main__":
-    Runner.execute = execute  # type: ignore[method-assign]
+    ModelRunner.execute = execute  # type: ignore[method-assign]
     sys.exit(main())

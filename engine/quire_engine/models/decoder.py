@@ -11,7 +11,7 @@ block, K key/value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,55 +27,46 @@ from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import Weights
 from quire_kernels import Kernels, PagedBatch
-from quire_schemas.checkpoint import LayerKind, ModelProfile
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.sizing import KVGroup, group_size, kv_groups
 
 
-@dataclass(slots=True, frozen=True)
-class CacheGroup:
-    """Layers of one kind, which see the same keys of a sequence. All groups share one block table today."""
-
-    kind: LayerKind
-    window: int | None
-    layers: tuple[int, ...]
-
-
-@dataclass(slots=True, frozen=True)
 class KVCache:
-    """The keys and values of all sequences, a tensor [2, N, P, K, D] a layer."""
+    """The keys and values of all sequences.
 
-    layers: tuple[Tensor, ...]
-    groups: tuple[CacheGroup, ...]
-    num_blocks: int
-    block_size: int
+    `tensors[i]` [2, N, P, K, D] holds layer `group.layers[i]` of every group: a block is a slice of all of them,
+    and which group it serves is told by the block tables it is in.
+    """
+
+    def __init__(self, groups: tuple[KVGroup, ...], tensors: tuple[Tensor, ...]) -> None:
+        self.groups = groups
+        self.tensors = tensors
+        places = {
+            layer: (number, at) for number, group in enumerate(groups) for at, layer in enumerate(group.layers)
+        }
+        self.places = tuple(places[layer] for layer in range(len(places)))
+        """Of each layer: its group, and its tensor."""
 
     @classmethod
     def allocate(
         cls, profile: ModelProfile, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         """A cache for `profile`, zeroed: the memory is touched now, so a lack of it shows now."""
+        groups = kv_groups(profile)
         shape = (2, num_blocks, block_size, profile.num_kv_heads, profile.head_dim)
-        return cls(
-            layers=tuple(
-                torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(profile.num_layers)
-            ),
-            groups=cache_groups(profile),
-            num_blocks=num_blocks,
-            block_size=block_size,
-        )
+        tensors = (torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(group_size(groups)))
+        return cls(groups, tuple(tensors))
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Makes each second block of `copies` what the first of its pair is."""
+        source, target = (torch.tensor(side, device=self.tensors[0].device) for side in zip(*copies, strict=True))
+        for tensor in self.tensors:
+            tensor[:, target] = tensor[:, source]
 
     @property
     def bytes(self) -> int:
         """What the tensors hold."""
-        return sum(layer.nbytes for layer in self.layers)
-
-
-def cache_groups(profile: ModelProfile) -> tuple[CacheGroup, ...]:
-    """The kinds of layers that `profile` has, each with its layers."""
-    groups = []
-    for kind in dict.fromkeys(profile.layer_kinds):
-        layers = tuple(index for index, other in enumerate(profile.layer_kinds) if other == kind)
-        groups.append(CacheGroup(kind, profile.sliding_window if kind == "sliding" else None, layers))
-    return tuple(groups)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(slots=True, frozen=True)
@@ -113,11 +104,6 @@ class DecoderModel:
         self._head = head
         self._rotary = rotary
         self._kernels = kernels
-        self._groups = cache_groups(profile)
-        self._group_of = tuple(
-            next(at for at, group in enumerate(self._groups) if index in group.layers)
-            for index in range(len(layers))
-        )
 
     @classmethod
     def load(
@@ -185,24 +171,35 @@ class DecoderModel:
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, batch: PagedBatch, kv: KVCache) -> Tensor:
-        """Computes one step: `token_ids` [T] int64 at the places `batch` says, keys and values into `kv`.
+    def forward(self, token_ids: Tensor, batches: Sequence[PagedBatch], kv: KVCache) -> Tensor:
+        """Computes one step: `token_ids` [T] int64 at the places `batches` say, keys and values into `kv`.
 
-        Returns the logits of `batch.logits_rows`, [R, V] float32.
+        `batches` has the addresses of the same tokens in each group of the cache. Returns the final states of
+        `logits_rows`, normed, [R, W].
         """
+        batch = batches[0]
         rows, everything = batch.logits_rows, batch.logits_rows.shape[0] == batch.num_tokens
         cos, sin = self._rotary(batch.positions)
-        attentions = [self._kernels.paged_attention(batch, window=group.window) for group in self._groups]
+        attentions = [
+            self._kernels.paged_attention(addresses, window=group.window)
+            for addresses, group in zip(batches, kv.groups, strict=True)
+        ]
         residual = F.embedding(token_ids, self._embedding)
         x = self._layers[0].attention_norm(residual)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
+            group, place = kv.places[index]
             heads = layer.attention.attend(
-                x, cos, sin, kv.layers[index], batch.slot_mapping, attentions[self._group_of[index]]
+                x, cos, sin, kv.tensors[place], batches[group].slot_mapping, attentions[group]
             )
             if index == last and not everything:
                 heads, residual = heads[rows], residual[rows]
             x = layer.mlp_norm.add(layer.attention.out(heads), residual)
             following = self._norm if index == last else self._layers[index + 1].attention_norm
             x = following.add(layer.mlp(x), residual)
-        return self._head(x).float()
+        return x
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """Of final states [R, W]: the logits [R, V], float32."""
+        return self._head(states).float()

@@ -20,7 +20,7 @@ from quire.llm import LLM, DoesNotFit
 from quire_engine.engine import Engine, SlotCounts
 from quire_engine.errors import DeviceLost, InvalidSpec, MemoryMismatch, RequestRefused
 from quire_engine.models import KVCache
-from quire_engine.runner import Runner
+from quire_engine.runner import ModelRunner
 from quire_engine.step import StepPlan, StepResult
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
@@ -34,6 +34,11 @@ PROMPT = [50, 60, 70, 80, 90]
 def shared() -> Engine:
     """One engine for tests that leave it empty."""
     return Engine.load(SPEC)
+
+
+def model_runner(engine: Engine) -> ModelRunner:
+    assert isinstance(engine.runner, ModelRunner)
+    return engine.runner
 
 
 def with_fields(**fields: Any) -> EngineSpec:
@@ -91,7 +96,7 @@ def test_a_request_that_would_break_a_step_never_enters(
 # ── the fence ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Faulty(Runner):
+class Faulty(ModelRunner):
     """A runner in which a request with a certain token in its share of a step fails."""
 
     poison = 666
@@ -105,7 +110,7 @@ class Faulty(Runner):
 
 def faulty_engine() -> Engine:
     engine = Engine.load(SPEC)
-    real = engine.runner
+    real = model_runner(engine)
     engine.runner = Faulty(real.model, real.kv, block_size=real.block_size, device=real.device)
     return engine
 
@@ -161,16 +166,16 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     shared: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(shared, Generate("a", list(PROMPT), GREEDY))["a"]
-    forward = shared.runner.model.forward
+    forward = model_runner(shared).model.forward
 
-    def poisoned(token_ids: Tensor, batch: Any, kv: KVCache) -> Tensor:
-        logits = forward(token_ids, batch, kv)
-        for row, index in enumerate(batch.logits_rows.tolist()):
+    def poisoned(token_ids: Tensor, batches: Any, kv: KVCache) -> Tensor:
+        states = forward(token_ids, batches, kv)
+        for row, index in enumerate(batches[0].logits_rows.tolist()):
             if int(token_ids[index]) == 99:
-                logits[row, 7] = float("nan")
-        return logits
+                states[row, 7] = float("nan")
+        return states
 
-    monkeypatch.setattr(shared.runner.model, "forward", poisoned)
+    monkeypatch.setattr(model_runner(shared).model, "forward", poisoned)
     heard = run(shared, Generate("bad", [5, 99], GREEDY), Generate("a", list(PROMPT), GREEDY))
     assert [delta.error_code for delta in heard["bad"]] == ["numerical_error"]
     assert tokens(heard["a"]) == tokens(expected)
@@ -294,9 +299,9 @@ def test_what_is_allocated_is_what_the_arithmetic_says(
     spec = with_fields(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, num_blocks=num_blocks)
     engine = Engine.load(spec)
     profile = read_profile(builtin_path())
-    assert sum(p.nbytes for p in engine.runner.model.parameters()) == weight_bytes(profile, dtype)
+    assert sum(p.nbytes for p in model_runner(engine).model.parameters()) == weight_bytes(profile, dtype)
     per_token = kv_bytes_per_token(profile, kv_dtype)
-    assert sum(layer.nbytes for layer in engine.runner.kv.layers) == per_token * block_size * num_blocks
+    assert sum(tensor.nbytes for tensor in model_runner(engine).kv.tensors) == per_token * block_size * num_blocks
     assert len(tokens(run(engine, Generate("a", list(PROMPT), params(3)))["a"])) == 3
 
 

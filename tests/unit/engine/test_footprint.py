@@ -99,8 +99,8 @@ def test_weights_and_cache_are_what_the_report_says(
         assert report.fits
         kv = KVCache.allocate(described, report.num_blocks, block_size, DTYPES[kv_dtype], CPU)
         assert sum(parameter.nbytes for parameter in model.parameters()) == model.bytes == report.weights
-        assert sum(layer.nbytes for layer in kv.layers) == kv.bytes == report.kv
-        assert report.kv_tokens * report.kv_bytes_per_token == report.kv
+        assert sum(tensor.nbytes for tensor in kv.tensors) == kv.bytes == report.kv
+        assert report.num_blocks * sizing.kv_block_bytes(described, kv_dtype, block_size) == report.kv
 
 
 def test_parameters_lie_in_memory_of_exactly_their_size(tmp_path: Path) -> None:
@@ -178,19 +178,22 @@ def test_a_step_stays_below_the_activation_bound(
     sampling = Sampling(max_tokens=9, temperature=0.7, top_p=0.9, frequency_penalty=0.1)
     draws = [Draw(sampling, seed=1, num_prompt=1, ending_ids=()) for _ in sequences]
     rows = [
-        Scheduled(str(at), (1,) * count, start, tuple(range(blocks)), draw, (1,) * (start + count))
+        Scheduled(str(at), at, (1,) * count, start, (tuple(range(blocks)),), draw, (1,) * (start + count))
         for at, ((start, count), draw) in enumerate(zip(sequences, draws, strict=True))
     ]
 
     def step() -> None:
-        batch = PagedBatch.build(
-            starts=[start for start, _ in sequences],
-            query_lens=[count for _, count in sequences],
-            block_tables=[list(range(blocks))] * len(sequences),
-            logits=[True] * len(sequences),
-            block_size=16,
-        )
-        sample(model.forward(torch.ones(tokens, dtype=torch.int64), batch, kv), rows)
+        batches = [
+            PagedBatch.build(
+                starts=[start for start, _ in sequences],
+                query_lens=[count for _, count in sequences],
+                block_tables=[list(range(blocks))] * len(sequences),
+                logits=[True] * len(sequences),
+                block_size=16,
+            )
+            for _ in kv.groups
+        ]
+        sample(model.logits(model.forward(torch.ones(tokens, dtype=torch.int64), batches, kv)), rows)
 
     found = peak(step)
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)

@@ -146,30 +146,34 @@ class Server:
     def __init__(self, model: DecoderModel, block_size: int = 8, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.size = model, block_size
         self.kv = KVCache.allocate(model.profile, 400, block_size, dtype, CPU)
-        for layer in self.kv.layers:
-            layer.fill_(torch.nan)
+        for tensor in self.kv.tensors:
+            tensor.fill_(torch.nan)
         self.free = list(range(400))
         random.Random(0).shuffle(self.free)
-        self.tables: dict[int, list[int]] = {}
+        self.tables: dict[int, list[list[int]]] = {}
         self.done: dict[int, int] = {}
 
     def step(self, items: list[tuple[int, list[int]]]) -> Tensor:
         """New tokens of sequences, by number; logits after the last one of each, [S, V]."""
         for number, tokens in items:
-            table = self.tables.setdefault(number, [])
-            while len(table) * self.size < self.done.get(number, 0) + len(tokens):
-                table.append(self.free.pop())
-        batch = PagedBatch.build(
-            starts=[self.done.get(number, 0) for number, _ in items],
-            query_lens=[len(tokens) for _, tokens in items],
-            block_tables=[self.tables[number] for number, _ in items],
-            logits=[True] * len(items),
-            block_size=self.size,
-        )
+            tables = self.tables.setdefault(number, [[] for _ in self.kv.groups])
+            for table in tables:
+                while len(table) * self.size < self.done.get(number, 0) + len(tokens):
+                    table.append(self.free.pop())
+        batches = [
+            PagedBatch.build(
+                starts=[self.done.get(number, 0) for number, _ in items],
+                query_lens=[len(tokens) for _, tokens in items],
+                block_tables=[self.tables[number][group] for number, _ in items],
+                logits=[True] * len(items),
+                block_size=self.size,
+            )
+            for group in range(len(self.kv.groups))
+        ]
         for number, tokens in items:
             self.done[number] = self.done.get(number, 0) + len(tokens)
         ids = torch.tensor([token for _, tokens in items for token in tokens])
-        return self.model.forward(ids, batch, self.kv)
+        return self.model.logits(self.model.forward(ids, batches, self.kv))
 
 
 def prompts(count: int, low: int, high: int, seed: int = 3) -> list[list[int]]:
@@ -259,7 +263,7 @@ def test_a_step_without_wanted_logits_still_fills_the_cache(tmp_path: Path) -> N
             logits=[wanted],
             block_size=8,
         )
-        logits = model.forward(torch.tensor(text[begin:end]), batch, kv)
+        logits = model.logits(model.forward(torch.tensor(text[begin:end]), [batch], kv))
         assert logits.shape == (int(wanted), VOCAB)
     with torch.no_grad():
         expected = theirs(torch.tensor([text])).logits[0, -1]

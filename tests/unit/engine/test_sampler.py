@@ -38,7 +38,7 @@ def row(
     """An item that draws after `prompt` and `output`."""
     known = (*prompt, *output)
     draw = Draw(sampling, seed, len(prompt), ending)
-    return Scheduled("r", (known[-1],), len(known) - 1, (), draw, known if draw.has_penalty else ())
+    return Scheduled("r", 1, (known[-1],), len(known) - 1, (), draw, known if draw.needs_history else ())
 
 
 def params(**fields: Any) -> Sampling:
@@ -137,6 +137,7 @@ def distribution(item: Scheduled, logits: Tensor, draws: int = 4000) -> Tensor:
     rows = [
         Scheduled(
             "r",
+            1,
             item.token_ids,
             item.start,
             (),

@@ -87,7 +87,7 @@ def test_resolved_defaults_have_a_value_for_every_field_and_keep_auto() -> None:
         "maxNumSeqs": 64,
         "maxNumBatchedTokens": 512,
         "chunkedPrefill": True,
-        "prefixCaching": False,
+        "prefixCaching": True,
         "policy": "fcfs",
         "slo": None,
         "maxQueueLength": 512,

@@ -113,7 +113,7 @@ def test_concurrency_of_613024_tokens() -> None:
 
 def test_ten_million_tokens_over_eight_ranks() -> None:
     """vllm issue 19407: Llama-4-Scout, 240.0 GiB a rank; 88.38 GiB hold 3 861 381 tokens (its log: 3 861 424)."""
-    scout = replace(LLAMA_8B, num_layers=48, num_kv_heads=8, head_dim=128)
+    scout = replace(LLAMA_8B, num_layers=48, layer_kinds=("full",) * 48, num_kv_heads=8, head_dim=128)
     per_token = kv_bytes_per_token(scout, "bfloat16", tensor_parallel=8)
     assert per_token * 10_485_760 / GIB == 240.0
     assert round(88.38 * GIB / per_token) == pytest.approx(3_861_381, abs=1)
