@@ -74,6 +74,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         chunked_prefill: bool = True,
         memory_share: float = 0.9,
+        prefix_caching: bool = True,
+        async_scheduling: bool = False,
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
@@ -118,6 +120,8 @@ class LLM:
             seed=seed,
             memory_limit=self.fit.limit,
             hot_hash="",
+            prefix_caching=prefix_caching,
+            async_scheduling=async_scheduling,
         )
         self.engine: Engine = Engine.load(spec)
         self.profile = profile

@@ -7,7 +7,9 @@ In bfloat16 rounding may turn a near tie: there each side's token must be among 
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.effort import EFFORT
 from transformers import AutoModelForCausalLM
 
 from quire.builtin import path as builtin_path
@@ -25,6 +28,8 @@ from quire_schemas.wire import Sampling
 NEW_TOKENS = 20
 GREEDY = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
 BALLAST = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
+BALLAST_PROMPTS = [[5], [6], [7], [8], [9], [10]]
+"""Older requests that alone outgrow a small pool, so that everybody else is thrown out now and then."""
 PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
 
 
@@ -114,8 +119,7 @@ def test_together_in_any_chunks_preempted_or_not_nothing_changes(
         block_size=1 if preempted else 16,
         num_blocks=300 if preempted else None,  # just above the longest prompt and its answer
     )
-    # six older requests that alone outgrow the small pool, so that everybody else is thrown out now and then
-    ballast = [[5], [6], [7], [8], [9], [10]] if preempted else []
+    ballast = BALLAST_PROMPTS if preempted else []
     params = [BALLAST] * len(ballast) + [GREEDY] * len(prompts)
     outputs = llm.generate(ballast + prompts, params)[len(ballast) :]
     check(outputs, expected)
@@ -125,6 +129,65 @@ def test_together_in_any_chunks_preempted_or_not_nothing_changes(
     assert stats.prompt_tokens == sum(map(len, ballast + prompts))
     thrown_out = [output for output in outputs if output.timings is not None and output.timings.preempted_at]
     assert bool(thrown_out) == preempted
+
+
+WAYS = list(itertools.product(["miss", "hit"], ["roomy", "preempted"], ["", "ahead"]))
+MATRIX = [
+    pytest.param(batch, chunk, *way, marks=() if number == (3 * i + 5 * j) % len(WAYS) else pytest.mark.nightly)
+    for i, batch in enumerate([1, 2, 7, 32])
+    for j, chunk in enumerate([16, 64, None])
+    for number, way in enumerate(WAYS)
+]
+"""Every combination by night; in CI every batch with every chunk, and the rest in turns."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunk", "prefix", "pool", "ahead"), MATRIX, ids=lambda value: str(value or "whole")
+)
+def test_no_way_of_running_it_changes_what_is_said(
+    prompts: list[list[int]],
+    expected: list[Reference],
+    batch: int,
+    chunk: int | None,
+    prefix: str,
+    pool: str,
+    ahead: str,
+) -> None:
+    """Batch, chunk, prefix hit, preemption and planning ahead, together."""
+    size = 1 if pool == "preempted" else 4
+    llm = LLM(
+        "builtin://tiny",
+        dtype="float32",
+        threads=1,
+        max_model_len=512,
+        max_num_seqs=batch if pool == "roomy" else batch + len(BALLAST_PROMPTS),
+        max_num_batched_tokens=chunk or 512,
+        chunked_prefill=chunk is not None,
+        block_size=size,
+        num_blocks=300 if pool == "preempted" else 2000,
+        prefix_caching=prefix == "hit",
+        async_scheduling=bool(ahead),
+    )
+    rng = random.Random(f"{batch}{chunk}{prefix}{pool}{ahead}{EFFORT}")
+    chosen = rng.sample(range(len(prompts)), max(batch, 8 if EFFORT > 1 else 1))
+    ballast = BALLAST_PROMPTS if pool == "preempted" else []
+    for turn in ("first", "second"):
+        outputs: list[RequestOutput] = []
+        for at in range(0, len(chosen), batch):
+            some = [prompts[number] for number in chosen[at : at + batch]]
+            params = [BALLAST] * len(ballast) + [GREEDY] * len(some)
+            outputs += llm.generate(ballast + some, params)[len(ballast) :]
+        check(outputs, [expected[number] for number in chosen])
+        llm.engine.check_integrity()
+        if turn == "second" and prefix == "hit" and pool == "roomy":
+            for output in outputs:
+                assert output.timings is not None
+                assert output.timings.cached_tokens >= (len(output.prompt_token_ids) - 1) // size * size
+    stats = llm.engine.stats()
+    assert stats.blocks_used == 0
+    assert bool(stats.prefix_hit_tokens) == (prefix == "hit")
+    if pool == "preempted":
+        assert stats.preemptions > 0
 
 
 def test_blocks_of_another_size_change_nothing(prompts: list[list[int]], expected: list[Reference]) -> None:
