@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up|tracing`.
+"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling`.
 
 Rows go to `results/`, a table to stdout.
 
@@ -6,7 +6,8 @@ Rows go to `results/`, a table to stdout.
 run sequentially, in the best static batch found, and with its continuous batching. Tokens that were asked for
 count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
 that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes. `tracing` puts
-the same streams through routers with and without traces, in pairs, before one engine.
+the same streams through routers with and without traces, in pairs, before one engine. `scheduling` times the
+host's part of a step.
 """
 
 from __future__ import annotations
@@ -239,6 +240,16 @@ def start_up(args: argparse.Namespace) -> None:
     write(args.out or ROOT / "benchmarks/results/start-up.jsonl", [common | row for row in rows])
 
 
+def scheduling(args: argparse.Namespace) -> None:
+    """Microseconds of the host for a step of a full batch that generates."""
+    from benchmarks.scheduling import rows
+
+    common, found = provenance(), rows(args.running, args.steps, seed=0)
+    for row in found:
+        print(f"{row['system']:18} p50 {row['p50_us']} us   p99 {row['p99_us']} us   A/A {row['aa_ratio']}")
+    write(args.out or ROOT / "benchmarks/results/scheduling.jsonl", [common | row for row in found])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -261,7 +272,11 @@ def main() -> None:
     three.add_argument("--concurrency", type=int, default=16)
     three.add_argument("--threads", type=int, default=1)
     three.set_defaults(action=tracing)
-    for command in (one, two, three):
+    four = commands.add_parser("scheduling")
+    four.add_argument("--running", type=int, default=256)
+    four.add_argument("--steps", type=int, default=1000)
+    four.set_defaults(action=scheduling)
+    for command in (one, two, three, four):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written

@@ -24,8 +24,9 @@ of it. The first link is `root`: what keys and values depend on besides tokens, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from array import array
+import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -49,7 +50,12 @@ def root(*parts: str) -> bytes:
 
 def chain(before: bytes, token_ids: Sequence[int]) -> bytes:
     """The hash of a full block of `token_ids` behind the blocks that `before` stands for."""
-    return hashlib.blake2b(before + array("i", token_ids).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(before + _numbers(len(token_ids)).pack(*token_ids), digest_size=16).digest()
+
+
+@functools.cache
+def _numbers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}i")
 
 
 class BlockPool:
@@ -86,7 +92,8 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # the least recently used first
         self._refs = [0] * num_blocks
         self._known: tuple[dict[bytes, int], ...] = tuple({} for _ in windows)
-        self._sealed: list[tuple[int, bytes] | None] = [None] * num_blocks
+        self._sealed: list[tuple[dict[bytes, int], bytes] | None] = [None] * num_blocks
+        """Of each block, the part of `_known` that it is in and the digest it is found by."""
 
     # ── counting ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,12 +200,13 @@ class BlockPool:
 
         Where another block already has the digest that one stays the known one.
         """
-        for group, table in enumerate(tables):
+        sealed = self._sealed
+        for known, table in zip(self._known, tables, strict=True):
             block = table[index]
-            if block == GONE or digest in self._known[group] or self._sealed[block] is not None:
+            if block == GONE or digest in known or sealed[block] is not None:
                 continue
-            self._known[group][digest] = block
-            self._sealed[block] = (group, digest)
+            known[digest] = block
+            sealed[block] = (known, digest)
 
     def match(self, digests: Sequence[bytes]) -> int:
         """How many leading blocks of a chain are there, in every group as far as its window reaches back."""
@@ -261,7 +269,7 @@ class BlockPool:
             self.evictions += 1
             sealed = self._sealed[block]
             if sealed is not None:
-                del self._known[sealed[0]][sealed[1]]
+                del sealed[0][sealed[1]]
                 self._sealed[block] = None
         self._refs[block] = 1
         return block
@@ -309,8 +317,6 @@ class BlockPool:
             self._sealed[block] is None for block in self._idle
         ):
             raise InvariantBroken("blank blocks are those without a hash, idle ones those with one")
-        hashed = {
-            block: (group, digest) for group, known in enumerate(self._known) for digest, block in known.items()
-        }
-        if hashed != {block: sealed for block, sealed in enumerate(self._sealed) if sealed is not None}:
+        found = {block: (known, digest) for known in self._known for digest, block in known.items()}
+        if found != {block: sealed for block, sealed in enumerate(self._sealed) if sealed is not None}:
             raise InvariantBroken("the hashes that are known are not those that blocks were sealed with")

@@ -19,6 +19,8 @@ from quire_engine.blocks import Tables, chain, root
 from quire_engine.step import Draw
 from quire_schemas.wire import Generate, Timings
 
+NEVER = 1 << 62
+
 
 class State(enum.Enum):
     """Where a request is. A preempted one is waiting again."""
@@ -37,6 +39,8 @@ class Request:
     num_prompt: int
     draw: Draw
     ending_ids: frozenset[int]
+    full_at: int
+    """Known tokens at which it has all that it may have."""
     received_at: float
     priority: int = 0
     deadline: float | None = None
@@ -61,6 +65,8 @@ class Request:
     """Of its full blocks, as far as they were asked for."""
     num_sealed: int = 0
     """Its leading blocks that others can find."""
+    seal_at: int = NEVER
+    """Computed tokens at which the next block can be found; `NEVER` without a root."""
     num_cached: int = 0
     """Prompt tokens that it did not have to compute when it was first let in."""
     scheduled_at: float | None = None
@@ -79,6 +85,7 @@ class Request:
             num_prompt=len(message.token_ids),
             draw=Draw(sampling, seed, len(message.token_ids), ending),
             ending_ids=frozenset(ending),
+            full_at=len(message.token_ids) + sampling.max_tokens,
             received_at=received_at,
             priority=message.priority,
             deadline=None if message.timeout is None else received_at + message.timeout,
@@ -99,18 +106,20 @@ class Request:
     @property
     def max_cached(self) -> int:
         """Tokens that can ever lie in the cache: the last one drawn is never computed."""
-        return self.num_prompt + self.draw.sampling.max_tokens - 1
+        return self.full_at - 1
 
     def chain_of(self, count: int, block_size: int) -> list[bytes]:
-        """The digests of its first `count` blocks, all of them full of known tokens; none if it has no root."""
-        if self.root is None:
-            return []
+        """The digests of at least its first `count` blocks, which are full of known tokens; none without a
+        root.
+        """
         digests = self.digests
+        if self.root is None:
+            return digests
         while len(digests) < count:
             at = len(digests)
             before = digests[-1] if digests else self.root
             digests.append(chain(before, self.token_ids[at * block_size : (at + 1) * block_size]))
-        return digests[:count]
+        return digests
 
     def timings(self, finished_at: float | None = None) -> Timings:
         """Where its time went until now; `finished_at` when this was its last step."""

@@ -27,7 +27,6 @@ A request that could never finish (context, or the whole pool) is refused by `ad
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -38,15 +37,13 @@ from operator import attrgetter
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
-from quire_engine.request import Request, State
-from quire_engine.step import PENDING, Draw, Scheduled, StepPlan, StepResult
+from quire_engine.request import NEVER, Request, State
+from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
 from quire_schemas.sizing import longest_held
 from quire_schemas.wire import Delta
 
 _KEY = attrgetter("key")
-_NOBODY = (math.inf, 0)
-"""A key behind every request's."""
-_PENDING_ALONE = (PENDING,)
+_PENDING_ALONE: tuple[int, ...] = (PENDING,)
 
 
 @dataclass(slots=True)
@@ -188,7 +185,7 @@ class Scheduler:
         at = seen = 0  # places in the two queues, which are gone through as one
         while draft.left > 0:
             ahead = self.waiting[at] if at < len(self.waiting) and not draft.preempted else None
-            seen = self._schedule_running(draft, seen, _NOBODY if ahead is None else ahead.key)
+            seen = self._schedule_running(draft, seen, None if ahead is None else ahead.key)
             if ahead is None or draft.left <= 0:
                 break
             if draft.preempted:
@@ -199,7 +196,7 @@ class Scheduler:
             elif self._schedule_waiting(draft, ahead, at, digests):
                 seen += 1
             else:
-                self._schedule_running(draft, seen, _NOBODY)
+                self._schedule_running(draft, seen, None)
                 break
         if draft.items:
             self._given_out += 1
@@ -214,35 +211,33 @@ class Scheduler:
         self._given_out -= 1
         now = self._clock()
         deltas: list[Delta] = []
-        live, block_size = self._live, self.pool.block_size
-        drawn, failures, logprobs = result.tokens, result.failures, result.logprobs
+        live, drawn, failures, logprobs = self._live, result.tokens, result.failures, result.logprobs
         generated = 0
         for item in plan.items:
-            request = live.get(item.request_id)
+            name = item.request_id
+            request = live.get(name)
             if request is None or request.ticket != item.ticket:
                 continue
-            if failures and request.id in failures:
-                deltas.append(self._fail(request, now, *failures[request.id]))
+            if failures and name in failures:
+                deltas.append(self._fail(request, now, *failures[name]))
                 continue
-            computed = request.num_computed = item.start + len(item.token_ids)
-            if request.root is not None and computed // block_size > request.num_sealed:
+            request.num_computed = computed = item.end
+            if computed >= request.seal_at:
                 self._seal(request)
             draw = item.draw
             if draw is None:
                 continue
-            token = drawn[request.id]
+            token, token_ids = drawn[name], request.token_ids
             generated += 1
             request.num_drawing -= 1
-            sampling = draw.sampling
-            num_output = len(request.token_ids) - request.num_prompt
-            if token in request.ending_ids and num_output >= sampling.min_tokens:
-                delta = Delta(request.id, finish_reason="stop", stop_token_id=token)
+            if token in request.ending_ids and request.num_output >= draw.sampling.min_tokens:
+                delta = Delta(name, finish_reason="stop", stop_token_id=token)
             else:
-                request.token_ids.append(token)
-                delta = Delta(request.id, [token])
-                if sampling.logprobs is not None:
-                    delta.logprobs = [logprobs[request.id]]
-                if num_output + 1 >= sampling.max_tokens:
+                token_ids.append(token)
+                delta = Delta(name, [token])
+                if logprobs and name in logprobs:
+                    delta.logprobs = [logprobs[name]]
+                if len(token_ids) >= request.full_at:
                     delta.finish_reason = "length"
             if request.first_token_at is None:
                 request.first_token_at = now
@@ -257,32 +252,40 @@ class Scheduler:
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _schedule_running(self, draft: _Draft, seen: int, until: tuple[float, int]) -> int:
-        """Give running requests their share of the budget, in order, from place `seen` to the key `until`.
+    def _schedule_running(self, draft: _Draft, seen: int, until: tuple[int, int] | None) -> int:
+        """Give running requests their share of the budget, in order, from place `seen` to the key `until`
+        or to the last.
 
         Returns the place reached.
         """
         left, items = draft.left, draft.items
+        draft.reserved = None
         for request in islice(self.running, seen, None):  # which loses requests at its end meanwhile, only there
-            if left <= 0 or request.key > until:
+            if left <= 0 or (until is not None and request.key > until):
                 break
             seen += 1
             start, drawing = request.num_planned, request.num_drawing
             known = len(request.token_ids) + drawing
             count = known - start
-            if count == 1:
-                if drawing and known > request.max_cached:
-                    continue  # what is being drawn is its last token
-            elif count > 1:
-                count = self._chunk(request, count, left, first=not items)
-            if not count:
-                continue
+            if count != 1:
+                count = self._chunk(request, count, left, first=not items) if count else 0
+                if not count:
+                    continue
+            elif drawing and known >= request.full_at:
+                continue  # what is being drawn is its last token
             end = start + count
             if end > request.capacity and not self._make_room(request, end, draft.preempted):
                 break
-            items.append(self._scheduled(request, start, end, known))
             left -= count
-            draft.reserved = None
+            if count > 1 or end < known or (draw := request.draw).needs_history:
+                items.append(self._scheduled(request, start, end, known))
+                continue
+            # what `_scheduled` does, without the call: nearly all of a large batch comes by here
+            tokens = _PENDING_ALONE if drawing else (request.token_ids[start],)
+            request.num_planned = end
+            request.num_drawing = drawing + 1
+            tables = request.frozen_tables or self._freeze(request)
+            items.append(Scheduled(request.id, request.ticket, tokens, start, end, tables, draw))
         draft.left = left
         return seen
 
@@ -353,14 +356,16 @@ class Scheduler:
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
         """Blocks for `num_tokens` tokens, from later requests if need be. False if `request` itself had to go."""
-        self.pool.trim(request.tables, request.num_planned)
-        while not self.pool.grow(request.tables, num_tokens):
+        pool = self.pool
+        if pool.is_windowed:
+            pool.trim(request.tables, request.num_planned)
+        while not pool.grow(request.tables, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
             preempted.append(victim.id)
             if victim is request:
                 return False
-        request.capacity = len(request.tables[0]) * self.pool.block_size
+        request.capacity = len(request.tables[0]) * pool.block_size
         request.frozen_tables = None
         return True
 
@@ -386,7 +391,9 @@ class Scheduler:
             pool.adopt(request.tables, digests)
             request.num_sealed = len(digests)
             request.num_planned = request.num_computed = len(digests) * pool.block_size
-            for digest in request.chain_of(request.num_prompt // pool.block_size, pool.block_size)[len(digests) :]:
+            request.seal_at = request.num_planned + pool.block_size
+            in_prompt = request.num_prompt // pool.block_size
+            for digest in request.chain_of(in_prompt, pool.block_size)[len(digests) : in_prompt]:
                 self._coming.setdefault(digest, request)
         if request.scheduled_at is None:
             request.scheduled_at = self._clock()
@@ -399,24 +406,27 @@ class Scheduler:
         """Its share of the step, tokens `start` to `end` of the `known` ones; it counts as planned from now on."""
         token_ids, drawing = request.token_ids, request.num_drawing
         request.num_planned = end
-        draw: Draw | None = None
-        history: tuple[int, ...] = ()
-        tokens: tuple[int, ...]
-        if end == known:
-            draw = request.draw
-            request.num_drawing = drawing + 1
-            if draw.needs_history:
-                history = (*token_ids, PENDING) if drawing else tuple(token_ids)
+        tables = request.frozen_tables or self._freeze(request)
         if drawing:
             tokens = _PENDING_ALONE
         elif end - start == 1:
             tokens = (token_ids[start],)
         else:
             tokens = tuple(token_ids[start:end])
-        tables = request.frozen_tables
-        if tables is None:
-            tables = request.frozen_tables = tuple([tuple(table) for table in request.tables])
-        return Scheduled(request.id, request.ticket, tokens, start, tables, draw, history)
+        if end < known:
+            return Scheduled(request.id, request.ticket, tokens, start, end, tables)
+        draw = request.draw
+        request.num_drawing = drawing + 1
+        if not draw.needs_history:
+            return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw)
+        history = (*token_ids, PENDING) if drawing else tuple(token_ids)
+        return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw, history)
+
+    @staticmethod
+    def _freeze(request: Request) -> tuple[tuple[int, ...], ...]:
+        """Its tables as plans show them until they change."""
+        request.frozen_tables = tuple([tuple(table) for table in request.tables])
+        return request.frozen_tables
 
     # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -425,7 +435,8 @@ class Scheduler:
         if request.root is None:
             return []
         size = self.pool.block_size
-        digests = request.chain_of((request.num_known - 1) // size, size)
+        most = (request.num_known - 1) // size
+        digests = request.chain_of(most, size)[:most]
         count = self.pool.match(digests)
         if count < len(digests) and digests[count] in self._coming:
             return None
@@ -433,14 +444,17 @@ class Scheduler:
 
     def _seal(self, request: Request) -> None:
         """Others may find the blocks that have become full and computed."""
-        full = request.num_computed // self.pool.block_size
-        digests = request.chain_of(full, self.pool.block_size)
-        for index in range(request.num_sealed, full):
+        pool, coming = self.pool, self._coming
+        size, index = pool.block_size, request.num_sealed
+        digests = request.chain_of(request.num_computed // size, size)
+        while (index + 1) * size <= request.num_computed:
             digest = digests[index]
-            self.pool.seal(request.tables, index, digest)
-            if self._coming.get(digest) is request:
-                del self._coming[digest]
-        request.num_sealed = full
+            pool.seal(request.tables, index, digest)
+            if coming and coming.get(digest) is request:
+                del coming[digest]
+            index += 1
+        request.num_sealed = index
+        request.seal_at = (index + 1) * size
 
     # ── leaving ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -469,6 +483,7 @@ class Scheduler:
         self.pool.release(request.tables)
         request.ticket = request.num_planned = request.num_computed = request.num_drawing = 0
         request.capacity = request.num_sealed = 0
+        request.seal_at = NEVER
         request.frozen_tables = None
 
     # ── looking ───────────────────────────────────────────────────────────────────────────────────────

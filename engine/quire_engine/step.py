@@ -79,14 +79,11 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
     ticket: int
     token_ids: tuple[int, ...]
     start: int
+    end: int
+    """Position after the last computed one: where a drawn token will lie."""
     tables: tuple[tuple[int, ...], ...]
     draw: Draw | None = None
     history: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """Position after the last computed one: where a drawn token will lie."""
-        return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +132,7 @@ def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:
                     item.ticket,
                     (*item.token_ids[:-1], token),
                     item.start,
+                    item.end,
                     item.tables,
                     item.draw,
                     history,

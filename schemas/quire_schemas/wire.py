@@ -178,7 +178,7 @@ class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Delta(msgspec.Struct, omit_defaults=True):
+class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """What one step gave one request: new ids (a stop token is not among them), and its end if it ended."""
 
     id: str

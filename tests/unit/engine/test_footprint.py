@@ -178,7 +178,9 @@ def test_a_step_stays_below_the_activation_bound(
     sampling = Sampling(max_tokens=9, temperature=0.7, top_p=0.9, frequency_penalty=0.1)
     draws = [Draw(sampling, seed=1, num_prompt=1, ending_ids=()) for _ in sequences]
     rows = [
-        Scheduled(str(at), at, (1,) * count, start, (tuple(range(blocks)),), draw, (1,) * (start + count))
+        Scheduled(
+            str(at), at, (1,) * count, start, start + count, (tuple(range(blocks)),), draw, (1,) * (start + count)
+        )
         for at, ((start, count), draw) in enumerate(zip(sequences, draws, strict=True))
     ]
 

@@ -38,7 +38,9 @@ def row(
     """An item that draws after `prompt` and `output`."""
     known = (*prompt, *output)
     draw = Draw(sampling, seed, len(prompt), ending)
-    return Scheduled("r", 1, (known[-1],), len(known) - 1, (), draw, known if draw.needs_history else ())
+    return Scheduled(
+        "r", 1, (known[-1],), len(known) - 1, len(known), (), draw, known if draw.needs_history else ()
+    )
 
 
 def params(**fields: Any) -> Sampling:
@@ -140,6 +142,7 @@ def distribution(item: Scheduled, logits: Tensor, draws: int = 4000) -> Tensor:
             1,
             item.token_ids,
             item.start,
+            item.end,
             (),
             Draw(item.draw.sampling, seed, item.draw.num_prompt, item.draw.ending_ids),
             item.history,

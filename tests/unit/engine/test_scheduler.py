@@ -816,7 +816,7 @@ class ForgetfulPool(BlockPool):
             sealed = self._sealed[block]
             minted = super()._mint()
             if sealed is not None:
-                self._known[sealed[0]][sealed[1]] = minted
+                sealed[0][sealed[1]] = minted
             return minted
         return super()._mint()
 
