@@ -11,11 +11,13 @@ second as long as something changes; the last one before the thread goes to slee
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire_engine.errors import RequestRefused, StartError
@@ -145,6 +147,8 @@ class Driver:
 
             engine = Engine.load(self._spec, self._on_progress)
             engine.warm_up()
+            if path := os.environ.get("QUIRE_SCHEDULE_TRACE"):
+                engine.record(Path(path))
             seconds = time.monotonic() - started
             self._out(Loaded(engine.profile.vocab_size, engine.profile.eos_token_ids, seconds))
             while self._pass(engine):

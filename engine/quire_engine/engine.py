@@ -25,12 +25,20 @@ import torch
 from quire_engine.ahead import Ahead
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits, check_spec
-from quire_engine.errors import DeviceLost, DeviceUnavailable, InvalidSpec, MemoryMismatch, RequestRefused
+from quire_engine.errors import (
+    DeviceLost,
+    DeviceUnavailable,
+    InvalidSpec,
+    InvariantBroken,
+    MemoryMismatch,
+    RequestRefused,
+)
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
 from quire_engine.runner import ModelRunner, Runner
 from quire_engine.scheduler import Counters, Scheduler
 from quire_engine.step import StepPlan, StepResult
+from quire_engine.trace import RecordingScheduler
 from quire_kernels import load as load_kernels
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
@@ -61,13 +69,8 @@ class Engine:
         self.runner = runner
         self.hot_hash = spec.hot_hash
         self._clock = clock
-        windows = [group.window for group in kv_groups(profile)]
-        self._scheduler = Scheduler(
-            BlockPool(spec.num_blocks, spec.block_size, windows),
-            BatchLimits.of(spec),
-            max_model_len=spec.max_model_len,
-            clock=clock,
-        )
+        pool = BlockPool(spec.num_blocks, spec.block_size, [group.window for group in kv_groups(profile)])
+        self._scheduler = Scheduler(pool, BatchLimits.of(spec), max_model_len=spec.max_model_len, clock=clock)
         # replicas of one model must not give the same answers to requests without a seed
         self._seeds = random.Random(f"{spec.seed}/{spec.replica_id}")  # noqa: S311 - sampling, no secret
         self._last_step_at = clock()
@@ -101,6 +104,17 @@ class Engine:
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
         return cls(spec, profile, ModelRunner(model, kv, block_size=spec.block_size, device=device))
+
+    def record(self, path: Path) -> None:
+        """Write to `path` all that is scheduled from now on (`quire_engine.trace`). The engine must be idle.
+
+        The prefix cache begins empty again: a trace has to tell everything that decisions came from.
+        """
+        if self.has_work:
+            raise InvariantBroken("recording begins with an idle engine")
+        old = self._scheduler
+        pool = BlockPool(old.pool.num_blocks, old.pool.block_size, old.pool.windows)
+        self._scheduler = RecordingScheduler(pool, old.limits, max_model_len=old.max_model_len, path=path)
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 

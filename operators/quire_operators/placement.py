@@ -151,6 +151,7 @@ class Placement:
             policy=batching["policy"],
             max_waiting=batching["maxQueueLength"],
             prefix_caching=batching["prefixCaching"],
+            async_scheduling=batching.get("asyncScheduling", False),  # revisions from before it was declared
             seed=self.seed,
             memory_limit=self.memory,
             hot_hash=hot_hash,

@@ -302,6 +302,12 @@ class Batching(Strict):
         True,
         update="rolling",
     )
+    async_scheduling: bool = declared(
+        "Decide each step while the one before it is computed, and hand its tokens out while the next one is. The "
+        "same tokens, a step later; it pays where the host is slow beside the device.",
+        False,
+        update="rolling",
+    )
     policy: Literal["fcfs", "priority", "slo"] = declared(
         "Who is scheduled first: 'fcfs' is first come, first served; 'priority' goes by the requests' priority "
         "(lower first), then by arrival, and takes room for them from running requests of a higher number.",

@@ -18,10 +18,11 @@ from torch import Tensor
 from quire.builtin import path as builtin_path
 from quire.llm import LLM, DoesNotFit
 from quire_engine.engine import Engine, SlotCounts
-from quire_engine.errors import DeviceLost, InvalidSpec, MemoryMismatch, RequestRefused
+from quire_engine.errors import DeviceLost, InvalidSpec, InvariantBroken, MemoryMismatch, RequestRefused
 from quire_engine.models import KVCache
 from quire_engine.runner import ModelRunner
 from quire_engine.step import StepPlan, StepResult
+from quire_engine.trace import replay
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
@@ -286,6 +287,22 @@ def test_hot_limits_apply_from_the_next_step_and_impossible_ones_not_at_all() ->
     with pytest.raises(MemoryMismatch, match="above the limit"):
         engine.set_limits(Limits("h2", 64, 1 << 22, True))
     assert (engine.stats().max_num_seqs, engine.stats().hot_hash) == (2, "h1")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_an_engine_records_is_decided_again_without_it(ahead: bool, tmp_path: Path) -> None:
+    engine = Engine.load(with_fields(async_scheduling=ahead, num_blocks=12))
+    trace = tmp_path / "trace.jsonl"
+    engine.record(trace)
+    heard = run(engine, *(Generate(f"r{i}", [*PROMPT, i], params(24)) for i in range(6)))
+    assert [len(tokens(deltas)) for deltas in heard.values()] == [24] * 6
+    assert engine.stats().preemptions > 0
+    pairs = list(replay(trace.read_bytes().splitlines()))
+    assert len(pairs) >= engine.steps
+    assert all(recorded == decided for recorded, decided in pairs)
+    engine.add(Generate("late", list(PROMPT), GREEDY))
+    with pytest.raises(InvariantBroken, match="idle"):
+        engine.record(trace)
 
 
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -174,8 +174,8 @@ TABLE = {
     "scale": ["replicas", "autoscaling", "residency"],
     "rolling": [
         "source", "revision", "tokenizer", "trustRemoteCode", "engine", "parallelism", "quantization",
-        "batching.prefixCaching", "speculative", "lora.maxRank", "lora.maxLoaded", "resources", "env",
-        "sourceAuth", "placement.deviceIds", "determinism",
+        "batching.prefixCaching", "batching.asyncScheduling", "speculative", "lora.maxRank", "lora.maxLoaded",
+        "resources", "env", "sourceAuth", "placement.deviceIds", "determinism",
     ],
     "immutable": ["placement.backend"],
 }  # fmt: skip

@@ -1,0 +1,264 @@
+"""What a scheduler was told and what it decided, as lines of JSON; and the same decided again.
+
+    QUIRE_SCHEDULE_TRACE in a model's spec.env, or Engine.record, names the file that an engine records to
+    python -m quire_engine.trace FILE decides it all again
+
+A scheduler decides by nothing but its calls, so the calls are the whole trace: requests with their token ids,
+aborts, deadlines, limits, and the tokens that steps drew. Replaying needs no model; a plan that comes out
+otherwise is named, which is how a change of the scheduler, or a suspicion about it, is tried on what really
+happened. Traces hold prompts and answers as token ids: they are written with mode 0600.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from quire_engine.blocks import BlockPool
+from quire_engine.config import BatchLimits
+from quire_engine.errors import RequestRefused
+from quire_engine.request import Request
+from quire_engine.scheduler import Scheduler
+from quire_engine.step import Draw, StepPlan, StepResult
+from quire_schemas.wire import Delta, Policy, Sampling
+
+log = logging.getLogger(__name__)
+
+
+class Limits(msgspec.Struct, tag=True):
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    policy: Policy
+    max_waiting: int | None
+
+    @classmethod
+    def of(cls, limits: BatchLimits) -> Limits:
+        return cls(
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            limits.chunked_prefill,
+            limits.policy,
+            limits.max_waiting,
+        )
+
+    def restored(self) -> BatchLimits:
+        return BatchLimits(*msgspec.structs.astuple(self))
+
+
+class Built(msgspec.Struct, tag=True):
+    """The first line: what the scheduler was made with."""
+
+    num_blocks: int
+    block_size: int
+    windows: list[int | None]
+    max_model_len: int
+    limits: Limits
+
+
+class Added(msgspec.Struct, tag=True, omit_defaults=True):
+    id: str
+    token_ids: list[int]
+    sampling: Sampling
+    seed: int
+    ending_ids: list[int]
+    received_at: float
+    priority: int = 0
+    deadline: float | None = None
+    root: bytes | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Added:
+        return cls(
+            request.id,
+            list(request.token_ids),
+            request.draw.sampling,
+            request.draw.seed,
+            list(request.draw.ending_ids),
+            request.received_at,
+            request.priority,
+            request.deadline,
+            request.root,
+        )
+
+    def restored(self) -> Request:
+        draw = Draw(self.sampling, self.seed, len(self.token_ids), tuple(self.ending_ids))
+        return Request(
+            id=self.id,
+            token_ids=self.token_ids,
+            num_prompt=len(self.token_ids),
+            draw=draw,
+            ending_ids=frozenset(self.ending_ids),
+            full_at=len(self.token_ids) + self.sampling.max_tokens,
+            received_at=self.received_at,
+            priority=self.priority,
+            deadline=self.deadline,
+            root=self.root,
+        )
+
+
+class Aborted(msgspec.Struct, tag=True):
+    id: str
+
+
+class Expired(msgspec.Struct, tag=True):
+    now: float
+
+
+class Item(msgspec.Struct, array_like=True):
+    """A `Scheduled` but for how it draws, which is the request's."""
+
+    request_id: str
+    ticket: int
+    token_ids: tuple[int, ...]
+    start: int
+    tables: tuple[tuple[int, ...], ...]
+    draws: bool
+
+
+class Planned(msgspec.Struct, tag=True):
+    step: int
+    items: list[Item]
+    preempted: list[str]
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Planned:
+        items = [
+            Item(i.request_id, i.ticket, i.token_ids, i.start, i.tables, i.draw is not None) for i in plan.items
+        ]
+        return cls(plan.step, items, list(plan.preempted))
+
+
+class Committed(msgspec.Struct, tag=True, omit_defaults=True):
+    """The result of the oldest plan whose result had not come."""
+
+    tokens: dict[str, int]
+    failures: dict[str, tuple[str, str]] = {}
+
+
+Line = Built | Limits | Added | Aborted | Expired | Planned | Committed
+
+
+class RecordingScheduler(Scheduler):
+    """A scheduler that writes each call to the file `path`, whatever was in it before."""
+
+    def __init__(self, pool: BlockPool, limits: BatchLimits, *, max_model_len: int, path: Path) -> None:
+        super().__init__(pool, limits, max_model_len=max_model_len)
+        self._path = path
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._encoder = msgspec.json.Encoder()
+        self._write(Built(pool.num_blocks, pool.block_size, list(pool.windows), max_model_len, Limits.of(limits)))
+
+    def add(self, request: Request) -> None:
+        self._write(Added.of(request))
+        super().add(request)
+
+    def abort(self, request_id: str) -> bool:
+        self._write(Aborted(request_id))
+        return super().abort(request_id)
+
+    def expire(self, now: float) -> list[Delta]:
+        deltas = super().expire(now)
+        if deltas:  # every step asks, and only this is a decision
+            self._write(Expired(now))
+        return deltas
+
+    def set_limits(self, limits: BatchLimits) -> None:
+        self._write(Limits.of(limits))
+        super().set_limits(limits)
+
+    def schedule(self) -> StepPlan:
+        plan = super().schedule()
+        self._write(Planned.of(plan))
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
+        self._write(Committed(dict(result.tokens), dict(result.failures)))
+        return super().commit(plan, result)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, line: Line) -> None:
+        if self._file is None:
+            return
+        try:
+            left = memoryview(self._encoder.encode(line) + b"\n")
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:  # a full disk ends the trace and not the engine
+            log.error("%s: the trace of the schedule ends here: %s", self._path, error)
+            self.close()
+
+
+def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
+    """Each plan as it was recorded, and as it is decided now. Raises `ValueError` for lines that are no trace."""
+    decoder = msgspec.json.Decoder(Line)
+    scheduler: Scheduler | None = None
+    given_out: list[StepPlan] = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = decoder.decode(text)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if isinstance(line, Built):
+            pool = BlockPool(line.num_blocks, line.block_size, line.windows)
+            scheduler = Scheduler(pool, line.limits.restored(), max_model_len=line.max_model_len)
+            continue
+        if scheduler is None:
+            raise ValueError(f"line {number}: a trace begins with what its scheduler was built with")
+        match line:
+            case Added():
+                try:
+                    scheduler.add(line.restored())
+                except RequestRefused:
+                    continue  # as it was then: a refusal changes nothing
+            case Aborted(id=name):
+                scheduler.abort(name)
+            case Expired(now=now):
+                scheduler.expire(now)
+            case Limits():
+                scheduler.set_limits(line.restored())
+            case Planned():
+                plan = scheduler.schedule()
+                if plan.items:
+                    given_out.append(plan)
+                yield line, Planned.of(plan)
+            case Committed(tokens=tokens, failures=failures):
+                if not given_out:
+                    raise ValueError(f"line {number}: a result without a plan")
+                scheduler.commit(given_out.pop(0), StepResult(tokens, failures=failures))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Replay the trace named; 0 when every plan comes out as recorded, 1 at the first that does not."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m quire_engine.trace TRACE.jsonl\n")
+        return 2
+    plans = 0
+    try:
+        with Path(arguments[0]).open("rb") as lines:
+            for recorded, decided in replay(lines):
+                if recorded != decided:
+                    sys.stdout.write(
+                        f"step {recorded.step} differs\n  recorded {recorded}\n  decided  {decided}\n"
+                    )
+                    return 1
+                plans += 1
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {arguments[0]}: {error}\n    hint: name a file that an engine recorded\n")
+        return 2
+    sys.stdout.write(f"{plans} plans, each as recorded\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
