@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from quire_engine.ahead import Ahead
+from quire_engine.beam import Searches
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits, check_spec
 from quire_engine.errors import (
@@ -74,6 +75,7 @@ class Engine:
         # replicas of one model must not give the same answers to requests without a seed
         self._seeds = random.Random(f"{spec.seed}/{spec.replica_id}")  # noqa: S311 - sampling, no secret
         self._last_step_at = clock()
+        self._searches = Searches()
         self._ahead = Ahead(self._execute) if spec.async_scheduling else None
 
     @classmethod
@@ -126,7 +128,9 @@ class Engine:
     def add(self, message: Generate, received_at: float | None = None) -> None:
         """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
         self._check(message)
-        seed = message.sampling.seed
+        sampling, seed = message.sampling, message.sampling.seed
+        if message.beam is not None:
+            message.sampling = Searches.asks(message.beam, sampling)
         request = Request.of(
             message,
             eos_token_ids=self.profile.eos_token_ids,
@@ -135,13 +139,15 @@ class Engine:
         )
         if self.spec.prefix_caching:
             request.share_with("all", message.cache_salt)
-        elif message.family is not None:
-            request.share_with("family", message.family)
+        elif message.family is not None or message.beam is not None:
+            request.share_with("family", message.family or message.id)
         self._scheduler.add(request)
+        if message.beam is not None:
+            self._searches.begin(request, message.beam, sampling)
 
     def abort(self, request_id: str) -> bool:
         """End a request without a delta; its blocks are free on return. False if it is not live."""
-        return self._scheduler.abort(request_id)
+        return self._searches.abort(request_id, self._scheduler) or self._scheduler.abort(request_id)
 
     def _check(self, message: Generate) -> None:
         """What would break the step for everybody is refused here."""
@@ -153,6 +159,13 @@ class Engine:
         sampling = message.sampling
         if sampling.max_tokens < 1:
             raise RequestRefused("invalid_request", f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        beam = message.beam
+        if beam is not None and not 1 <= beam.width <= min(self.limits.max_num_seqs, vocabulary // 2):
+            raise RequestRefused(
+                "invalid_request",
+                f"a beam search of width {beam.width} needs as many seats; "
+                f"the engine has {self.limits.max_num_seqs}",
+            )
         if sampling.logit_bias and not all(0 <= token < vocabulary for token in sampling.logit_bias):
             raise RequestRefused("invalid_request", f"logit_bias has ids outside the vocabulary of {vocabulary}")
 
@@ -171,7 +184,7 @@ class Engine:
             plan = scheduler.schedule()
             deltas += scheduler.commit(plan, self._execute(plan))
         self._last_step_at = self._clock()
-        return deltas
+        return self._searches.follow(deltas, self._scheduler) if self._searches else deltas
 
     def _step_ahead(self, ahead: Ahead) -> list[Delta]:
         """Decide, then begin as soon as the step under way is done, then take that one over."""
@@ -193,7 +206,10 @@ class Engine:
             if len(plan.items) == 1:
                 failure = ("internal_error", f"the engine failed on this request: {type(error).__name__}")
                 return StepResult({}, failures={plan.items[0].request_id: failure})
-        alone = [self._execute(StepPlan(plan.step, (item,))) for item in plan.items]
+        alone = [
+            self._execute(StepPlan(plan.step, (item,), copies=plan.copies if item is plan.items[0] else ()))
+            for item in plan.items
+        ]
         return StepResult(
             tokens={name: token for result in alone for name, token in result.tokens.items()},
             logprobs={name: entry for result in alone for name, entry in result.logprobs.items()},

@@ -48,6 +48,14 @@ class Request:
     root: bytes | None = None
     """First link of its blocks' hashes; None when nobody may share them."""
 
+    width: int = 0
+    """Of the beam search that it is a beam of. It is *held* then: told what it would draw, it draws what it is
+    told.
+    """
+
+    told: bool = False
+    """A held one knows what it would draw and has not been told yet what it does."""
+
     key: tuple[int, int] = (0, 0)
     """Its place among all requests: smaller goes first. Set once, when it is queued."""
     ticket: int = 0
@@ -88,12 +96,18 @@ class Request:
             full_at=len(message.token_ids) + sampling.max_tokens,
             received_at=received_at,
             priority=message.priority,
+            width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
         )
 
     def share_with(self, *kin: str) -> None:
         """From now on its blocks can be found by requests that begin alike and were given the same `kin`."""
         self.root = root(*kin)
+
+    @property
+    def held(self) -> bool:
+        """Whether `Scheduler.extend` gives it its tokens."""
+        return self.width > 0
 
     @property
     def num_known(self) -> int:

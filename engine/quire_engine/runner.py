@@ -41,6 +41,8 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every item of `plan` and draw where it says so."""
         items = plan.items
+        if plan.copies:
+            self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
         batches = [
             PagedBatch.build(

@@ -30,7 +30,7 @@ import heapq
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import attrgetter
 
@@ -40,7 +40,7 @@ from quire_engine.errors import InvariantBroken, RequestRefused
 from quire_engine.request import NEVER, Request, State
 from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
 from quire_schemas.sizing import longest_held
-from quire_schemas.wire import Delta
+from quire_schemas.wire import Delta, Timings, TokenLogprobs
 
 _KEY = attrgetter("key")
 _PENDING_ALONE: tuple[int, ...] = (PENDING,)
@@ -95,6 +95,8 @@ class Scheduler:
         self._arrivals = 0
         self._tickets = 0
         self._given_out = 0
+        self._copies: list[tuple[int, int]] = []
+        """Of blocks, (from, to), to be made before the next step."""
         self._coming: dict[bytes, Request] = {}
         """Digests of blocks of prompts that are not computed yet, and who computes them."""
         self._deadlines: list[tuple[float, int, str]] = []
@@ -119,11 +121,12 @@ class Scheduler:
                 f"make {total}, above the context of {self.max_model_len}",
             )
         pool = self.pool
-        if pool.most_held(request.max_cached, self._widest) > pool.num_blocks:
+        if self._most_held(request) > pool.num_blocks:
             most = longest_held(pool.windows, pool.num_blocks, self._widest, pool.block_size, request.max_cached)
+            room = f"{request.max_cached} tokens" + (f" in each of {request.width} beams" if request.held else "")
             raise RequestRefused(
                 "context_length_exceeded",
-                f"the request needs room for {request.max_cached} tokens; the whole KV cache holds {most}",
+                f"the request needs room for {room}; the whole KV cache holds {most}",
             )
         limits = self.limits
         if limits.max_waiting is not None and len(self._live) >= limits.max_num_seqs + limits.max_waiting:
@@ -135,6 +138,8 @@ class Scheduler:
         self._arrivals += 1
         request.key = self._place(request, self._arrivals)
         request.tables = pool.empty()
+        if request.held:
+            request.full_at = request.num_known + 1  # nothing is planned behind what it is told
         self._live[request.id] = request
         insort(self.waiting, request, key=_KEY)
         if request.deadline is not None:
@@ -159,6 +164,43 @@ class Scheduler:
         self._leave(request)
         return True
 
+    def extend(self, name: str, token: int) -> None:
+        """The next token of a held request."""
+        request = self._live[name]
+        request.token_ids.append(token)
+        request.full_at += 1
+        request.told = False
+
+    def fork(self, name: str, child: str) -> None:
+        """A second held request like `name`, whose known tokens are all computed, in its place and with its
+        blocks.
+
+        Without a seat or a block for it, it waits and is computed anew.
+        """
+        parent = self._live[name]
+        twin = replace(parent, id=child, token_ids=list(parent.token_ids), digests=list(parent.digests))
+        twin.preempted_at, twin.tables, twin.frozen_tables = [], self.pool.empty(), None
+        self._live[child] = twin
+        if twin.deadline is not None:
+            heapq.heappush(self._deadlines, (twin.deadline, twin.key[1], child))
+        if parent.state is State.RUNNING and len(self.running) < self.limits.max_num_seqs:
+            forked = self.pool.fork(parent.tables, parent.num_computed)
+            if forked is not None:
+                twin.tables, copies = forked
+                self._copies += copies
+                self._tickets += 1
+                twin.ticket = self._tickets
+                twin.capacity = len(twin.tables[0]) * self.pool.block_size
+                insort(self.running, twin, key=_KEY)
+                return
+        twin.state = State.WAITING
+        self._let_go(twin)
+        insort(self.waiting, twin, key=_KEY)
+
+    def timings(self, name: str) -> Timings:
+        """Where the time of a live request went, if this is its end."""
+        return self._live[name].timings(self._clock())
+
     def expire(self, now: float) -> list[Delta]:
         """End every request whose deadline has come."""
         deltas: list[Delta] = []
@@ -167,6 +209,15 @@ class Scheduler:
             if request is not None:
                 deltas.append(self._fail(request, now, "timeout", "the request did not end within its time"))
         return deltas
+
+    def _most_held(self, request: Request) -> int:
+        """Blocks that it holds at most, with all beams of its search, which share the full blocks of their
+        prompt.
+        """
+        pool = self.pool
+        alone = pool.most_held(request.max_cached, self._widest)
+        shared = min(alone, request.num_prompt // pool.block_size * pool.num_groups)
+        return shared + (alone - shared) * max(1, request.width)
 
     def _place(self, request: Request, arrival: int) -> tuple[int, int]:
         return (request.priority if self.limits.policy == "priority" else 0, arrival)
@@ -181,6 +232,25 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide the next step. Not empty while there is work, unless all of it hangs on steps given out."""
+        draft = self._draft()
+        while not draft.items and self._live and not self._given_out:
+            # all that run are beams that wait for one that has no room
+            idle = next((request for request in reversed(self.running) if request.held), None)
+            if idle is None:
+                raise InvariantBroken(f"{len(self._live)} live requests and nothing to compute")
+            self._preempt(idle)
+            gone = [*draft.preempted, idle.id]
+            draft = self._draft()
+            draft.preempted = gone + draft.preempted
+        copies: tuple[tuple[int, int], ...] = ()
+        if draft.items:
+            self._given_out += 1
+            copies, self._copies = tuple(self._copies), []
+        step = self.counters.steps + self._given_out - bool(draft.items)
+        return StepPlan(step, tuple(draft.items), tuple(draft.preempted), copies)
+
+    def _draft(self) -> _Draft:
+        """Fill a step."""
         draft = _Draft(self.limits.max_num_batched_tokens)
         at = seen = 0  # places in the two queues, which are gone through as one
         while draft.left > 0:
@@ -191,19 +261,14 @@ class Scheduler:
             if draft.preempted:
                 continue  # where somebody has to go, nobody comes in
             digests = self._cached_prefix(ahead)
-            if digests is None:
+            if digests is None or ahead.told:  # the latter has nothing to do until it is extended
                 at += 1
             elif self._schedule_waiting(draft, ahead, at, digests):
                 seen += 1
             else:
                 self._schedule_running(draft, seen, None)
                 break
-        if draft.items:
-            self._given_out += 1
-        elif self._live and not self._given_out:
-            raise InvariantBroken(f"{len(self._live)} live requests and nothing to compute")
-        step = self.counters.steps + self._given_out - bool(draft.items)
-        return StepPlan(step, tuple(draft.items), tuple(draft.preempted))
+        return draft
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take over what a step computed. Requests that left since `schedule` are passed over."""
@@ -227,9 +292,12 @@ class Scheduler:
             draw = item.draw
             if draw is None:
                 continue
-            token, token_ids = drawn[name], request.token_ids
             generated += 1
             request.num_drawing -= 1
+            if request.held:
+                deltas.append(self._told(request, logprobs[name], now))
+                continue
+            token, token_ids = drawn[name], request.token_ids
             if token in request.ending_ids and request.num_output >= draw.sampling.min_tokens:
                 delta = Delta(name, finish_reason="stop", stop_token_id=token)
             else:
@@ -249,6 +317,14 @@ class Scheduler:
             deltas.append(delta)
         self.counters.generation_tokens += generated
         return deltas
+
+    def _told(self, request: Request, told: TokenLogprobs, now: float) -> Delta:
+        """What a held request would draw."""
+        request.told = True
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self.counters.prompt_tokens += request.num_prompt
+        return Delta(request.id, logprobs=[told])
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -413,7 +489,7 @@ class Scheduler:
             tokens = (token_ids[start],)
         else:
             tokens = tuple(token_ids[start:end])
-        if end < known:
+        if end < known or request.told:
             return Scheduled(request.id, request.ticket, tokens, start, end, tables)
         draw = request.draw
         request.num_drawing = drawing + 1

@@ -93,6 +93,8 @@ class StepPlan:
     step: int
     items: tuple[Scheduled, ...]
     preempted: tuple[str, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+    """Blocks, (from, to), to be copied before anything is computed."""
 
     @property
     def num_tokens(self) -> int:
@@ -138,4 +140,4 @@ def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:
                     history,
                 )
             )
-    return StepPlan(plan.step, tuple(items), plan.preempted)
+    return StepPlan(plan.step, tuple(items), plan.preempted, plan.copies)

@@ -25,7 +25,7 @@ from quire_engine.errors import RequestRefused
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
 from quire_engine.step import Draw, StepPlan, StepResult
-from quire_schemas.wire import Delta, Policy, Sampling
+from quire_schemas.wire import Delta, Policy, Sampling, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     priority: int = 0
     deadline: float | None = None
     root: bytes | None = None
+    width: int = 0
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -84,6 +85,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.priority,
             request.deadline,
             request.root,
+            request.width,
         )
 
     def restored(self) -> Request:
@@ -99,11 +101,22 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             priority=self.priority,
             deadline=self.deadline,
             root=self.root,
+            width=self.width,
         )
 
 
 class Aborted(msgspec.Struct, tag=True):
     id: str
+
+
+class Extended(msgspec.Struct, tag=True):
+    id: str
+    token: int
+
+
+class Forked(msgspec.Struct, tag=True):
+    id: str
+    child: str
 
 
 class Expired(msgspec.Struct, tag=True):
@@ -125,13 +138,14 @@ class Planned(msgspec.Struct, tag=True):
     step: int
     items: list[Item]
     preempted: list[str]
+    copies: list[tuple[int, int]]
 
     @classmethod
     def of(cls, plan: StepPlan) -> Planned:
         items = [
             Item(i.request_id, i.ticket, i.token_ids, i.start, i.tables, i.draw is not None) for i in plan.items
         ]
-        return cls(plan.step, items, list(plan.preempted))
+        return cls(plan.step, items, list(plan.preempted), list(plan.copies))
 
 
 class Committed(msgspec.Struct, tag=True, omit_defaults=True):
@@ -141,7 +155,7 @@ class Committed(msgspec.Struct, tag=True, omit_defaults=True):
     failures: dict[str, tuple[str, str]] = {}
 
 
-Line = Built | Limits | Added | Aborted | Expired | Planned | Committed
+Line = Built | Limits | Added | Aborted | Extended | Forked | Expired | Planned | Committed
 
 
 class RecordingScheduler(Scheduler):
@@ -161,6 +175,14 @@ class RecordingScheduler(Scheduler):
     def abort(self, request_id: str) -> bool:
         self._write(Aborted(request_id))
         return super().abort(request_id)
+
+    def extend(self, name: str, token: int) -> None:
+        self._write(Extended(name, token))
+        super().extend(name, token)
+
+    def fork(self, name: str, child: str) -> None:
+        self._write(Forked(name, child))
+        super().fork(name, child)
 
     def expire(self, now: float) -> list[Delta]:
         deltas = super().expire(now)
@@ -199,6 +221,13 @@ class RecordingScheduler(Scheduler):
             self.close()
 
 
+class _Untold(dict[str, TokenLogprobs]):
+    """What beams were told is not in a trace: what they were given then is."""
+
+    def __missing__(self, name: str) -> TokenLogprobs:
+        return TokenLogprobs(0, 0.0)
+
+
 def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
     """Each plan as it was recorded, and as it is decided now. Raises `ValueError` for lines that are no trace."""
     decoder = msgspec.json.Decoder(Line)
@@ -223,6 +252,10 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
                     continue  # as it was then: a refusal changes nothing
             case Aborted(id=name):
                 scheduler.abort(name)
+            case Extended(id=name, token=token):
+                scheduler.extend(name, token)
+            case Forked(id=name, child=child):
+                scheduler.fork(name, child)
             case Expired(now=now):
                 scheduler.expire(now)
             case Limits():
@@ -235,7 +268,7 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
             case Committed(tokens=tokens, failures=failures):
                 if not given_out:
                     raise ValueError(f"line {number}: a result without a plan")
-                scheduler.commit(given_out.pop(0), StepResult(tokens, failures=failures))
+                scheduler.commit(given_out.pop(0), StepResult(tokens, _Untold(), failures))
 
 
 def main(arguments: Sequence[str]) -> int:

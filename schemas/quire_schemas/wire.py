@@ -108,12 +108,32 @@ class Welcome(msgspec.Struct, tag=True):
     """A router or control plane that stays silent this many seconds is taken for gone."""
 
 
+class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Look for the `width` best texts instead of drawing one. Score: log-probability ÷ tokens ^
+    `length_penalty`.
+    """
+
+    width: int
+    length_penalty: float = 1.0
+
+
+class BeamResult(msgspec.Struct, frozen=True, array_like=True):
+    """One text that a beam search found. `logprob` is the sum over its tokens, the stop token included."""
+
+    token_ids: list[int]
+    logprob: float
+    finish_reason: Literal["stop", "length"]
+    stop_token_id: int | None = None
+
+
 class Generate(msgspec.Struct, tag=True):
     """Start one sequence. `id` is unique among the connection's live requests."""
 
     id: str
     token_ids: list[int]
     sampling: Sampling
+    beam: BeamSearch | None = None
+    """The whole answer is then the last delta's `beams`; of `sampling` only the bounds and stop ids count."""
     priority: int = 0
     """Lower goes first, where the policy is `priority`."""
     timeout: float | None = None
@@ -191,6 +211,8 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """Set when `finish_reason` is error: a word of the error contract, such as `context_length_exceeded`."""
     error: str | None = None
     timings: Timings | None = None
+    beams: list[BeamResult] | None = None
+    """Of a beam search that has ended: the texts found, the best first."""
 
 
 class Deltas(msgspec.Struct, tag=True):
