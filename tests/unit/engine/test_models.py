@@ -29,10 +29,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from quire.llm import LLM
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
+from quire_schemas.sizing import kv_groups
+from quire_schemas.wire import Sampling
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -234,6 +237,50 @@ def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Pat
     for chunk in (1, 7, 16, 1000):
         assert generate(texts, chunk) == expected
     assert generate(texts[:1], 7) == expected[:1]
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding"])
+@pytest.mark.parametrize(("blocks", "ahead"), [(96, False), (28, True)], ids=["roomy", "tight and ahead"])
+def test_windows_that_let_go_of_blocks_change_nothing(name: str, blocks: int, ahead: bool, tmp_path: Path) -> None:
+    """The engine trims, shares and preempts; twice the same prompts, the second time behind cached prefixes."""
+    theirs = build(name, tmp_path)
+    texts, new = (prompts(6, 6, 12), 60) if ahead else (prompts(6, 40, 70), 24)
+    texts[3:] = [texts[0][:32] + text for text in texts[3:]]
+    expected = [
+        theirs.generate(
+            torch.tensor([text]),
+            attention_mask=torch.ones(1, len(text), dtype=torch.long),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(text) :].tolist()
+        for text in texts
+    ]
+    profile = read_profile(tmp_path)
+    groups = kv_groups(profile)
+    llm = LLM(
+        str(tmp_path),
+        dtype="float32",
+        threads=1,
+        max_model_len=160,
+        block_size=4,
+        num_blocks=blocks * len(groups),
+        max_num_batched_tokens=24,
+        prefix_caching=True,
+        async_scheduling=ahead,
+    )
+    greedy = Sampling(max_tokens=new, temperature=0.0, ignore_eos=True)
+    for _ in range(2):
+        for output, tokens in zip(llm.generate(texts, greedy), expected, strict=True):
+            assert output.token_ids == tokens
+        llm.engine.check_integrity()
+    stats = llm.engine.stats()
+    if not ahead:
+        assert stats.prefix_hit_tokens > 32 * 3
+    elif any(group.window is None for group in groups):
+        assert stats.preemptions > 0, "what grows runs out of room"
+    assert stats.blocks_used == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

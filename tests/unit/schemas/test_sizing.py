@@ -14,17 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.effort import examples
 
-from quire_schemas.checkpoint import ModelProfile, profile_from_config
+from quire_schemas.checkpoint import LayerKind, ModelProfile, profile_from_config
 from quire_schemas.sizing import (
     FOOTPRINT,
     GIB,
     MIB,
+    MOST_GROUPS,
     FitReport,
     SizingRequest,
     activation_bytes,
+    blocks_held,
     fit,
+    group_size,
     kv_bytes_per_token,
+    kv_groups,
     kv_room,
+    longest_held,
     weight_bytes,
 )
 
@@ -345,3 +350,58 @@ def test_activations_grow_with_every_dimension() -> None:
     assert activation_bytes(QWEN_HALF_B, "bfloat16", 4096, 64, 4096) > base
     assert activation_bytes(QWEN_HALF_B, "bfloat16", 512, 256, 4096) > base
     assert activation_bytes(QWEN_HALF_B, "bfloat16", 512, 64, 32768) > base
+
+
+# ── layers in groups ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_kinds(kinds: str, window: int = 64) -> ModelProfile:
+    """A model with a layer for each letter: f sees everything, s a window."""
+    layer_kinds: tuple[LayerKind, ...] = tuple("full" if kind == "f" else "sliding" for kind in kinds)
+    return replace(LLAMA_8B, num_layers=len(kinds), layer_kinds=layer_kinds, sliding_window=window)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("ffff", [(None, (0, 1, 2, 3))]),
+        ("ssss", [(64, (0, 1, 2, 3))]),
+        ("sfsf", [(None, (1, 3)), (64, (0, 2))]),
+        ("sssf" * 2, [(None, (3, 7)), (64, (0, 1)), (64, (2, 4)), (64, (5, 6))]),
+        ("f" + "s" * 4, [(None, (0,)), (64, (1,)), (64, (2,)), (64, (3,)), (64, (4,))]),
+        ("f" * 7 + "s" * 29, None),
+    ],
+)
+def test_groups_are_of_one_kind_equally_large_and_few(kinds: str, expected: list[Any] | None) -> None:
+    groups = kv_groups(of_kinds(kinds))
+    if expected is not None:
+        assert [(group.window, group.layers) for group in groups] == expected
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(kinds)))
+    assert len(groups) <= MOST_GROUPS
+    assert len(groups) * group_size(groups) < 1.2 * len(kinds), "little is padding"
+
+
+def test_a_window_bounds_what_a_sequence_holds() -> None:
+    assert blocks_held([None], 1000, 512, 16) == 63
+    assert blocks_held([100], 1000, 32, 16) == 10, (
+        "99 + 32 tokens touch nine blocks, or ten if they begin within one"
+    )
+    assert blocks_held([100], 40, 32, 16) == 3, "and never more than there are"
+    assert blocks_held([None, 100, 100], 1000, 32, 16) == 63 + 20
+    assert longest_held([None], 63, 512, 16, 10_000) == 1008
+    assert longest_held([100], 10, 32, 16, 10_000) == 10_000
+    assert longest_held([100], 9, 32, 16, 10_000) == 144
+
+
+def test_windows_let_a_context_fit_that_would_not_without_them() -> None:
+    ask_long = ask(
+        max_model_len=100_000, kv_size=GIB, device_bytes_total=64 * GIB, device_bytes_available=64 * GIB
+    )
+    whole = fit(of_kinds("f" * 32), ask_long)
+    assert not whole.fits
+    windowed = fit(of_kinds("f" + "s" * 7 + "f" + "s" * 7, window=1024), ask_long)
+    assert windowed.fits
+    assert windowed.windows.count(1024) == 7
+    assert windowed.kv_tokens == 100_000
+    assert windowed.concurrency == windowed.num_blocks / windowed.blocks_per_sequence > 1
+    assert "of which 7 of 8 groups of layers keep 1,024 tokens" in "\n".join(windowed.lines())
