@@ -81,10 +81,10 @@ class World:
                 raise AssertionError((self.folder / "router.log").read_text())
             time.sleep(0.02)
 
-    def restart(self) -> None:
+    def restart(self, status_fd: int | None = None) -> None:
         self.process.kill()
         self.process.wait()
-        self.process = launch(self.folder, self.listening, self.config_file, self.environment)
+        self.process = launch(self.folder, self.listening, self.config_file, self.environment, status_fd)
 
     async def engine(self, name: str = "r1", text: str = TEXT, **options: Any) -> WireEngine:
         engine = WireEngine(self.folder / f"{name}.sock", name, self.says(text), **options)
@@ -180,14 +180,27 @@ async def eventually(look: Callable[[], Awaitable[V | None]], seconds: float = 1
 
 
 def launch(
-    folder: Path, listening: socket.socket, config_file: Path, more: dict[str, str]
+    folder: Path,
+    listening: socket.socket,
+    config_file: Path,
+    more: dict[str, str],
+    status_fd: int | None = None,
 ) -> subprocess.Popen[bytes]:
+    told = [] if status_fd is None else [status_fd]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
     with (folder / "router.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "quire.router", str(config_file)],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-m",
+                "quire.router",
+                str(config_file),
+                *(f"--status-fd={fd}" for fd in told),
+            ],
             env={**environment, **more, LISTEN_FD: str(listening.fileno())},
-            pass_fds=[listening.fileno()],
+            pass_fds=[listening.fileno(), *told],
             stderr=log,
         )
 

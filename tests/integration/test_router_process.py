@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import openai
 import pytest
 from tests.integration.router_world import ASK, TEXT, World, big, events, eventually
 
+from quire.router import __main__ as router
 from quire.router.config import BadRouterConfig, load
 from quire_schemas import signals, wire
 
@@ -32,6 +35,23 @@ def test_a_wrong_configuration_ends_the_router_with_78(tmp_path: Path) -> None:
     )
     assert done.returncode == 78
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 78), (["a", "b"], 78), (["--help"], 0)])
+def test_wrong_arguments_are_not_worth_another_start(arguments: list[str], code: int) -> None:
+    assert router.main(arguments) == code
+
+
+def test_it_says_ready_when_requests_are_answered(own_world: World) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as told:
+        own_world.restart(writing)
+        os.close(writing)
+        assert json.loads(told.readline()) == {"event": "ready"}
+        assert httpx.get(f"{own_world.url}/livez", timeout=10).status_code == 200
+        assert (own_world.folder / "control.sock").exists()
+        own_world.process.terminate()
+        assert told.read() == ""
 
 
 async def test_health_is_about_serving(world: World) -> None:

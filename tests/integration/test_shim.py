@@ -216,6 +216,7 @@ def test_the_log_is_rotated(start: Start) -> None:
 
 SERVER = """
 import os, socket, sys
+os.write(int(sys.argv[1]), b'{"event": "ready"}\\n')
 listening = socket.socket(fileno=int(os.environ["QUIRE_LISTEN_FD"]))
 while True:
     connection, _ = listening.accept()
@@ -253,7 +254,7 @@ def test_a_router_that_crashes_comes_back_behind_the_same_socket_and_no_connecti
     assert shim.ask(op="stop", grace=1)["gone"]
 
 
-def test_only_a_child_that_ends_young_is_waited_for_longer_each_time(start: Start) -> None:
+def test_only_a_child_that_did_not_serve_for_a_while_is_waited_for_longer_each_time(start: Start) -> None:
     backoff = {"base": 0.1, "max": 10.0, "healthy": 0.5}
     shim = start(SERVER, listen={"host": "127.0.0.1", "port": 0}, restart=True, backoff=backoff)
     port = shim.ask(op="hello")["listen"][1]
@@ -271,6 +272,16 @@ def test_only_a_child_that_ends_young_is_waited_for_longer_each_time(start: Star
     assert young[3] >= 0.8, "0.1 s doubled three times"
     assert restarted(0.5) < 1.6, "it had run well, and is not waited for twice as long again"
     assert shim.ask(op="status")["starts"] == 6
+    assert shim.ask(op="stop", grace=1)["gone"]
+
+
+def test_how_long_a_child_took_to_start_does_not_count_as_serving(start: Start) -> None:
+    said = b'[1]\n{"event": "starting"}\n'
+    code = f"import os, sys, time; time.sleep(0.4); os.write(int(sys.argv[1]), {said!r})"
+    shim = start(code, restart=True, backoff={"base": 0.1, "max": 10.0, "healthy": 0.2})
+    since = time.monotonic()
+    eventually(lambda: shim.ask(op="status")["starts"] == 4)
+    assert time.monotonic() - since >= 0.1 + 0.2 + 0.4 + 3 * 0.4
     assert shim.ask(op="stop", grace=1)["gone"]
 
 

@@ -50,9 +50,10 @@ ANSWER_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 STRAY_SECONDS = 5.0
 """How long a stray may take to be gone after it was killed."""
-BACKOFF = {"base": 0.05, "max": 10.0, "healthy": 2.0}
+BACKOFF = {"base": 0.05, "max": 10.0, "healthy": 0.5}
 """How a shim waits before it starts a child again. Only the router is started again, and while it is not there
-nobody is served: what ran two seconds had started, so that only an end in start-up is worth waiting for."""
+nobody is served: one that served for half a second starts again at once, however often it is killed. One that ends
+in its start, or by the requests that waited for it, is worth waiting for."""
 MAX_LINE = 4 * 1024 * 1024
 
 

@@ -19,15 +19,16 @@ SPEC.json (written by the fleet):
     listen     {host, port} or null: the shim binds it, keeps it through restarts of the child and passes the
                descriptor's number in QUIRE_LISTEN_FD
     restart    true: start the child again after it ends, except after exit 78 (nothing would change)
-    backoff    {base, max, healthy}: seconds to wait before that, from `base` doubling to `max` while children
-               end sooner than `healthy` seconds after their start; one that ran longer begins at `base` again
+    backoff    {base, max, healthy}: seconds to wait before that, from `base` doubling to `max` while children end
+               before they have been ready for `healthy` seconds; after one that was, it begins at `base` again.
+               How long a start took says nothing: a child is ready from its status line {"event": "ready"} on
     grace      seconds between SIGTERM and SIGKILL when the shim itself is told to end by a signal
 
 Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
 answers with it now and after every change, {"op":"stop","grace":s} ends the child's whole tree and then the
-shim; its answer comes when the tree is gone. The child's status lines are kept unread, the last `KEEP_LINES` of
-them. `exit` in the state is how the child last ended, with the last `TAIL_LINES` lines it wrote to its log; it
-stays while the child runs again.
+shim; its answer comes when the tree is gone. Of the child's status lines the last `KEEP_LINES` are kept; the shim
+itself looks for nothing in them but the one that says "ready". `exit` in the state is how the child last ended,
+with the last `TAIL_LINES` lines it wrote to its log; it stays while the child runs again.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
 is one JSON object {"error", "message"} on stdout and exit status 75 (address in use or another system error).
@@ -72,6 +73,15 @@ def complain(text: str) -> None:
     """Say it on stderr, which is a file too: on a disk that is full nothing can be said, and the child goes on."""
     with contextlib.suppress(OSError):
         os.write(2, f"shim: {text}\n".encode())
+
+
+def says_ready(line: bytes) -> bool:
+    """Whether a status line is the one with which a child says that it serves."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and said.get("event") == "ready"
 
 
 class Log:
@@ -149,6 +159,7 @@ class Shim:
         self.child: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self.child_since = 0.0
+        self.ready_since: float | None = None
         self.lines: list[str] = []
         self.status_rest = b""
         self.exit: dict[str, Any] | None = None
@@ -212,6 +223,7 @@ class Shim:
         self.log.tail = b""
         self.starts += 1
         self.child_since = time.monotonic()
+        self.ready_since = None
         self.log.note(f"starting {' '.join(argv)}")
         try:
             self.child = subprocess.Popen(
@@ -300,15 +312,16 @@ class Shim:
             reader()
             if descriptor in self.pipes:
                 self.forget(descriptor)
-        ran = time.monotonic() - self.child_since
+        now = time.monotonic()
+        ran = now - self.child_since
         self.exit = {**how, "ran": round(ran, 3), "stopped": self.stopping, "tail": self.log.last_lines()}
         self.log.note(f"ended with {how}")
         if self.stopping:
             return
         if self.spec.get("restart") and how["code"] != NOT_RETRYABLE:
-            if ran >= self.backoff["healthy"]:
+            if self.ready_since is not None and now - self.ready_since >= self.backoff["healthy"]:
                 self.delay = self.backoff["base"]
-            self.restart_at = time.monotonic() + self.delay
+            self.restart_at = now + self.delay
             self.delay = min(self.delay * 2, self.backoff["max"])
             self.changed()
         elif self.spec.get("restart"):
@@ -410,6 +423,8 @@ class Shim:
                 if line.strip() and len(line) <= MAX_LINE:
                     self.lines = [*self.lines[-(KEEP_LINES - 1) :], line.decode(errors="replace")]
                     changed = True
+                    if self.ready_since is None and says_ready(line):
+                        self.ready_since = time.monotonic()
         if changed:
             self.changed()
 

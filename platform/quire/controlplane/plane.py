@@ -117,7 +117,10 @@ def router_command(state: StateDir) -> RouterCommand:
             )
         )
 
-    return RouterCommand(lambda path: [sys.executable, "-P", "-m", "quire.router", str(path)], config)
+    def argv(path: Path) -> list[str]:
+        return [sys.executable, "-P", "-m", "quire.router", str(path), "--status-fd", "{status_fd}"]
+
+    return RouterCommand(argv, config)
 
 
 class _Machine:

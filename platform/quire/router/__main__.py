@@ -1,4 +1,7 @@
-"""`python -m quire.router CONFIG.json`: run a router until SIGTERM, or until the control plane tells it to finish.
+"""`python -m quire.router CONFIG.json [--status-fd N]`: run a router until SIGTERM, or until it is told to finish.
+
+The line {"event": "ready"} goes to the descriptor N when requests are answered: its shim waits longer each time
+with a router that does not get there.
 
 The end: no new connection is taken, requests in flight may go on for the grace, and what then still runs ends with
 an error (in a stream: its one error event). A client that does not take even that within `LAST_WORDS` is cut.
@@ -9,6 +12,7 @@ pointless), 1 otherwise.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -44,9 +48,10 @@ class _Server(uvicorn.Server):
     and leaves as soon as it has cancelled the requests, before their last words are out.
     """
 
-    def __init__(self, config: uvicorn.Config, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, grace: float, status_fd: int | None) -> None:
         super().__init__(config)
         self._grace = grace
+        self._status_fd = status_fd
         self._ends_at = math.inf
         self._timers: list[asyncio.TimerHandle] = []
 
@@ -69,6 +74,11 @@ class _Server(uvicorn.Server):
     def _cut(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._status_fd is not None:
+            os.write(self._status_fd, b'{"event": "ready"}\n')
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self._timers:  # by a signal
@@ -104,7 +114,9 @@ def base_url(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(config: configuration.RouterConfig, listening: socket.socket, tracing: Tracing) -> None:
+async def serve(
+    config: configuration.RouterConfig, listening: socket.socket, tracing: Tracing, status_fd: int | None
+) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
     fleet = Fleet(Path(config.snapshot_file))
@@ -124,6 +136,7 @@ async def serve(config: configuration.RouterConfig, listening: socket.socket, tr
             backlog=BACKLOG,
         ),
         config.shutdown_grace,
+        status_fd,
     )
     control = ControlServer(fleet, Path(config.control_socket), base_url(listening), server.finish)
 
@@ -146,14 +159,18 @@ async def serve(config: configuration.RouterConfig, listening: socket.socket, tr
 
 def main(arguments: list[str]) -> int:
     """Run with the configuration file named in `arguments`."""
+    parser = argparse.ArgumentParser(prog="python -m quire.router", description=__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG.json")
+    parser.add_argument("--status-fd", type=int, metavar="N", help="open descriptor for the line that says ready")
+    try:
+        given = parser.parse_args(arguments)
+    except SystemExit as end:
+        return EX_CONFIG if end.code else 0
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m quire.router CONFIG.json\n")
-        return EX_CONFIG
     try:
-        config = configuration.load(Path(arguments[0]))
+        config = configuration.load(given.config)
         tracing = Tracing.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
     except (configuration.BadRouterConfig, BadTelemetry) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -167,7 +184,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     try:
-        asyncio.run(serve(config, listening, tracing))
+        asyncio.run(serve(config, listening, tracing, given.status_fd))
     finally:
         tracing.shutdown()
     return 0
