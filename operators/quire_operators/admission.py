@@ -146,13 +146,20 @@ def stall_timeout(spec: Mapping[str, Any]) -> float:
     return parse_duration(declared["timeout"])
 
 
+TextProblem = Callable[[Path, Path | None], str | None]
+"""Given a tokenizer's folder and a chat template's file or None: why the router could not load them, or None."""
+
+
 class Admission:
     """Reviews resources against the store, the sources and the machine."""
 
-    def __init__(self, store: Store, sources: Sources, detect: Callable[[], Inventory]) -> None:
+    def __init__(
+        self, store: Store, sources: Sources, detect: Callable[[], Inventory], text_problem: TextProblem
+    ) -> None:
         self._store = store
         self._sources = sources
         self._detect = detect
+        self._text_problem = text_problem
 
     def review(
         self,
@@ -459,6 +466,21 @@ class Admission:
                     "NotFound",
                     f"{folder} has no tokenizer.json",
                     "name a folder with a fast tokenizer in spec.tokenizer.source",
+                ),
+            )
+        elif (
+            review.refusal is None
+            and (problem := self._text_problem(Path(folder), None if template is None else Path(template)))
+            is not None
+        ):
+            self._refuse(
+                review,
+                Refusal(
+                    "spec.tokenizer.source" if source is not None else "spec.source",
+                    "ModelUnusable",
+                    f"{folder}: {problem}",
+                    "download the files again; or name a folder with a tokenizer in spec.tokenizer.source, "
+                    "or another template in spec.tokenizer.chatTemplateFile",
                 ),
             )
         return folder

@@ -36,6 +36,8 @@ class View:
     world: World
     fetching: Progress | None = None
     """What its files still lack; None when all are there and verified."""
+    unusable: str | None = None
+    """Why the router cannot serve it, whatever its replicas do."""
 
 
 class ModelStatus:
@@ -243,6 +245,8 @@ class ModelStatus:
             return Fact(
                 "Ready", False, Reason.ROUTER_NOT_READY, failure.message if failure else "the router starts"
             )
+        if view.unusable is not None:
+            return Fact("Ready", False, Reason.MODEL_UNUSABLE, view.unusable)
         for row, _ in world.replicas:
             if row.reason == rollout.STALLED:
                 return Fact(
@@ -308,6 +312,8 @@ class ModelStatus:
             if row.restarts >= status.CRASH_LOOP_RESTARTS and not seen.routed:
                 text = f"{row.id} ended {row.restarts} times" + (f": {row.message}" if row.message else "")
                 return Fact("Stalled", True, Reason.CRASH_LOOP, text)
+        if view.unusable is not None and not desired.deleting:
+            return Fact("Stalled", True, Reason.MODEL_UNUSABLE, view.unusable)
         leaving = any(row.goal is Goal.DRAIN for row in self._store.replicas()) or any(
             stored.deletion_time is not None for stored in self._store.objects("model")
         )

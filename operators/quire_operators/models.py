@@ -167,7 +167,8 @@ class ModelReconciler:
             orphans=tuple(self._orphans(stored.key.name)),
             jitter=self._rng.uniform(-1, 1),
         )
-        return View(stored, revision, placement, desired, world, fetching)
+        unusable = self._routes.unusable(stored.key.name)
+        return View(stored, revision, placement, desired, world, fetching, unusable)
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()

@@ -194,6 +194,12 @@ class Routes:
             unready_since=self._lost.get(name),
         )
 
+    def unusable(self, model: str) -> str | None:
+        """Why the router cannot serve this model, whatever its replicas do; None when it can, or is not known."""
+        if self.knowledge() is not Router.KNOWN or self._status is None:
+            return None
+        return self._status.unusable.get(model)
+
     def load_of(self, name: str, incarnation: int) -> tuple[bool, int]:
         """(released, in flight) of a process that no row accounts for."""
         if self.knowledge() is Router.DOWN:
@@ -292,4 +298,4 @@ def _news(status: wire.RouterStatus | None) -> object:
         (load.replica_id, load.incarnation, load.connected, load.in_flight == 0, load.hot_hash)
         for load in status.replicas
     ]
-    return status.version, status.pid, status.base_url, sorted(loads, key=lambda load: load[:2])
+    return status.version, status.pid, status.base_url, status.unusable, sorted(loads, key=lambda load: load[:2])

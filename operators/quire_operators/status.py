@@ -53,6 +53,7 @@ class Reason(enum.StrEnum):
     CONFIG_REJECTED = "ConfigRejected"
     OUT_OF_MEMORY = "OutOfMemory"
     MISSING_FILE = "MissingFile"
+    MODEL_UNUSABLE = "ModelUnusable"
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
@@ -183,6 +184,14 @@ ADVICE: dict[Reason, Advice] = {
         "A file of the checkpoint was there when the manifest was applied and is gone; it is looked for again by "
         "itself.",
         ("put the checkpoint back where spec.source says", "or correct spec.source and apply again"),
+    ),
+    Reason.MODEL_UNUSABLE: Advice(
+        "The router cannot load the tokenizer or the chat template of the checkpoint: no request can be served.",
+        (
+            "platform logs router   what is wrong with the files",
+            "declare a folder with whole files as spec.source or spec.tokenizer.source, or another template as "
+            "spec.tokenizer.chatTemplateFile, and apply again",
+        ),
     ),
     Reason.PROGRESS_DEADLINE: Advice(
         "The rollout made no progress for spec.rollout.progressDeadline.",

@@ -326,12 +326,16 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
 
 
 class RouterStatus(msgspec.Struct, tag=True):
-    """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it."""
+    """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it.
+
+    `unusable` maps models whose tokenizer or template cannot be loaded to the reason.
+    """
 
     version: int
     pid: int
     base_url: str
     replicas: list[ReplicaLoad]
+    unusable: dict[str, str] = {}
 
 
 class SetLimits(msgspec.Struct, tag=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -23,6 +24,7 @@ import msgspec
 import pytest
 from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
 
+from quire import builtin
 from quire.client import HELD, InvalidManifest, Refused
 from quire_schemas import wire
 
@@ -264,6 +266,25 @@ def test_what_cannot_run_is_refused_with_its_place_and_a_hint(plane: Plane, tmp_
         plane.apply(model("thief", "  servedModelNames: [owner]\n"))
     assert "already served by model/owner" in wrong.value.problems[0]["message"]
     plane.delete("owner")
+
+
+def test_files_that_were_damaged_after_the_apply_are_told_of_by_the_router(plane: Plane, tmp_path: Path) -> None:
+    folder = shutil.copytree(builtin.path("tiny"), tmp_path / "model")
+    plane.apply(model("damaged").replace("builtin://tiny", f"file://{folder}"))
+    plane.wait_served("damaged")
+    (folder / "tokenizer.json").write_text("{}")
+    os.kill(plane.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
+    stalled = plane.wait_stalled("damaged")
+    assert (stalled["reason"], stalled["message"]) == (
+        "ModelUnusable", "the checkpoint's tokenizer.json cannot be read"
+    )  # fmt: skip
+    assert plane.condition("damaged", "Ready")["reason"] == "ModelUnusable"
+    assert plane.view("damaged")["status"]["summary"] == "Stalled: ModelUnusable"
+    plane.apply(
+        model("damaged").replace("builtin://tiny", f"file://{folder}") + "  tokenizer: {source: builtin://tiny}\n"
+    )
+    plane.wait_served("damaged")
+    plane.delete("damaged")
 
 
 def test_plan_does_the_arithmetic_for_a_declared_machine(plane: Plane) -> None:

@@ -34,6 +34,7 @@ import msgspec
 from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
 from quire.router.config import RouterConfig
+from quire.text import Tokenizer
 from quire.tracing import Declared, Tracing
 from quire_operators import admission, devices, status
 from quire_operators.clock import on_the_wall
@@ -123,6 +124,15 @@ def router_command(state: StateDir) -> RouterCommand:
     return RouterCommand(argv, config)
 
 
+def text_problem(folder: Path, template: Path | None) -> str | None:
+    """Why the router could not load the tokenizer in `folder`, or this template for it; None when it could."""
+    loaded = Tokenizer.attempt(folder, template)
+    if isinstance(loaded, Tokenizer):
+        return None
+    cause = str(loaded.__cause__ or "").splitlines()
+    return f"{loaded} ({cause[0][:200]})" if cause else str(loaded)
+
+
 class _Machine:
     """`devices.detect`, asked at most once a second: NVML takes its time."""
 
@@ -158,7 +168,7 @@ class ControlPlane:
         self.store = Store(state.store)
         self._machine = _Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
-        self.admission = admission.Admission(self.store, sources, self._machine)
+        self.admission = admission.Admission(self.store, sources, self._machine, text_problem)
         self.secrets = Secrets(state.secrets, environ)
         self.downloads = Downloads(sources.cache, self.secrets, environ, self._key_changed, self.store.clock)
         self._offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -6,7 +6,8 @@ never written. Connections to replicas that are in both tables stay; those that 
 a restarted router begins with while the control plane is away.
 
 A model whose tokenizer or template cannot be loaded stays in the table, unusable: its requests are answered with
-the reason, and its replicas are not connected to, so that the control plane never sees it ready.
+the reason, its replicas are not connected to, so that the control plane never sees it ready, and the
+acknowledgement says why.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from quire.errors import ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
-from quire.text import BadTokenizer, TextError, Tokenizer
+from quire.text import TextError, Tokenizer
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -170,7 +171,7 @@ class Fleet:
         known = self._tokenizers.get(key)
         if known is not None:
             return key, known
-        loaded = await asyncio.to_thread(_load_tokenizer, folder, chosen)
+        loaded = await asyncio.to_thread(Tokenizer.attempt, folder, chosen)
         if isinstance(loaded, TextError):
             log.error("model %s cannot be served: %s (%r)", route.model, loaded, loaded.__cause__)
         return key, loaded
@@ -211,7 +212,15 @@ class Fleet:
         self._leaving = [client for client in self._leaving if not client.closed]
         loads = [client.load() for client in [*self._clients.values(), *self._leaving]]
         return wire.RouterStatus(
-            version=self.table.version, pid=os.getpid(), base_url=base_url, replicas=[*loads, *self._unconnected()]
+            version=self.table.version,
+            pid=os.getpid(),
+            base_url=base_url,
+            replicas=[*loads, *self._unconnected()],
+            unusable={
+                served.route.model: str(served.tokenizer)
+                for served in self.models.values()
+                if isinstance(served.tokenizer, TextError)
+            },
         )
 
     def _unconnected(self) -> Iterator[wire.ReplicaLoad]:
@@ -238,18 +247,6 @@ _FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-def _load_tokenizer(folder: Path, chosen: Path | None) -> Tokenizer | TextError:
-    """The tokenizer, or why there is none; a checkpoint's files are never a reason to stop."""
-    try:
-        return Tokenizer.load(folder, chosen)
-    except TextError as error:
-        return error
-    except BaseException as error:  # noqa: BLE001 - a panic of the tokenizers library is no `Exception`
-        broken = BadTokenizer("the checkpoint's tokenizer cannot be loaded")
-        broken.__cause__ = error
-        return broken
 
 
 def _changed_at(path: Path) -> int | None:

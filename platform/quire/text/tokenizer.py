@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import tokenizers
 
-from quire.text.errors import BadTokenizer, NoChatTemplate
+from quire.text.errors import BadTokenizer, NoChatTemplate, TextError
 from quire.text.templates import ChatTemplate
 
 _SPECIAL_NAMES: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -100,6 +100,18 @@ class Tokenizer:
         source = _template_source(folder, config, chat_template_file)
         template = ChatTemplate(source, special) if source is not None else None
         return cls(backend, special, template, _advised(_json_object(folder / "generation_config.json")))
+
+    @classmethod
+    def attempt(cls, folder: Path, chat_template_file: Path | None = None) -> Tokenizer | TextError:
+        """What `load` gives, or why there is none: a checkpoint's files are never a reason to stop."""
+        try:
+            return cls.load(folder, chat_template_file)
+        except TextError as error:
+            return error
+        except BaseException as error:  # noqa: BLE001 - a panic of the tokenizers library is no `Exception`
+            broken = BadTokenizer("the checkpoint's tokenizer cannot be loaded")
+            broken.__cause__ = error
+            return broken
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. `add_special_tokens` puts what the tokenizer puts around a text (BOS, …)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from quire import builtin
+from quire.controlplane.plane import text_problem
 from quire_operators.admission import Admission, Review
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
@@ -33,6 +35,7 @@ def admission(store: Store, tmp_path: Path) -> Admission:
         store,
         Sources({"tiny": builtin.path("tiny")}, HubCache(tmp_path / "hub", tmp_path / "records")),
         lambda: MACHINE,
+        text_problem,
     )
 
 
@@ -63,6 +66,32 @@ def test_a_refusal_names_the_field_it_is_about(admission: Admission, spec: str, 
     assert found.refusal is not None
     assert found.refusal.path == path
     assert found.refusal.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read (Model missing"),
+        ("tokenizer.json", "{", "tokenizer.json cannot be read (EOF while parsing"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json is not a JSON object"),
+        ("chat_template.jinja", "{% if %}", "the chat template"),
+    ],
+)
+def test_a_tokenizer_or_template_that_the_router_could_not_load_is_refused(
+    admission: Admission, tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    folder = shutil.copytree(builtin.path("tiny"), tmp_path / "model")
+    (folder / name).write_text(text)
+    manifests = {
+        "spec.source": f"source: 'file://{folder}'",
+        "spec.tokenizer.source": f"source: 'builtin://tiny', tokenizer: {{source: 'file://{folder}'}}",
+    }
+    for path, spec in manifests.items():
+        document = f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: m}}\nspec: {{{spec}}}\n"
+        (found,) = admission.review(manifest.load([("m.yaml", document)]).resources)
+        assert found.refusal is not None
+        assert (found.refusal.path, found.refusal.reason) == (path, "ModelUnusable")
+        assert said in found.refusal.message
 
 
 def test_models_that_fit_alone_and_not_together_say_so(admission: Admission) -> None:
