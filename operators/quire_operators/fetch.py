@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import threading
 import time
@@ -395,9 +396,8 @@ class Fetch:
                 ) from error
             raise FetchFailed("HubUnreachable", f"{endpoint} answers {status}", again) from error
         except httpx2.HTTPError as error:
-            raise FetchFailed(
-                "HubUnreachable", f"{endpoint} cannot be reached: {error or type(error).__name__}", again
-            ) from error
+            why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+            raise FetchFailed("HubUnreachable", f"{endpoint} cannot be reached: {why}", again) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise FetchFailed(

@@ -281,14 +281,14 @@ def _kind(asked: str, device_ids: Sequence[int], inventory: Inventory) -> Litera
     if asked == "cuda" and not inventory.gpus:
         raise NoDevice(
             "InsufficientDevices",
-            "spec.engine.device is cuda, and this machine has no GPU that NVML reports",
+            "cuda is asked for, and this machine has no GPU that NVML reports",
             "use spec.engine.device: cpu or auto, or check the GPU's driver with nvidia-smi",
             path="spec.engine.device",
         )
     if asked == "auto" and device_ids and not inventory.gpus:
         raise NoDevice(
             "InsufficientDevices",
-            f"spec.placement.deviceIds {list(device_ids)} names GPUs, and this machine has none that NVML reports",
+            f"{list(device_ids)} names GPUs, and this machine has none that NVML reports",
             "remove spec.placement.deviceIds to run on the CPU, or check the GPU's driver with nvidia-smi",
             path="spec.placement.deviceIds",
         )

@@ -300,8 +300,8 @@ class Client:
         if said or code not in (0, HELD):
             reason, _, hint = said.partition("\nhint: ")
             raise Unreachable(
-                f"the control plane failed to start: {reason or f'it exited with status {code}'}"
-                + self._log_tail(),
+                "the control plane failed to start: "
+                + (reason or f"it exited with status {code}{self._log_tail()}"),
                 hint or f"its log: {display(log)}",
             )
         time.sleep(0.1)

@@ -89,6 +89,17 @@ def test_a_full_disk_at_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("namespaces")
+def test_a_full_file_system_is_said_in_two_lines(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    done = platform(state, "get", before=f"mount -t tmpfs -o size=64k none {state}")
+    assert done.returncode == 7, done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: the control plane failed to start: the store ")
+    assert hint == f"hint: make room where {state} is, then try again"
+
+
+@pytest.mark.usefixtures("namespaces")
 def test_a_read_only_state_folder(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()

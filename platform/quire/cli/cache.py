@@ -22,7 +22,9 @@ def cache() -> None:
 @cache.command("list")
 @OUTPUT
 def list_(output: str) -> int:
-    """List what is there: size, which models use it, when it was last used, and what prune would free."""
+    """List what is there, and who uses it.
+
+    Size, the models that use it, when it was last used, and what prune would free."""
     answer = connect().get("/v1/cache")
     if output == "json":
         print(json.dumps(answer, indent=2, ensure_ascii=False))

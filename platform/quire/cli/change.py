@@ -245,7 +245,9 @@ def conclude(results: Mapping[str, tuple[Verdict, str, View | None]], timeout: f
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
 def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
-    """Stop serving objects: running requests finish first, within drainTimeout."""
+    """Stop serving objects.
+
+    Running requests finish first, within drainTimeout."""
     named = [object_path(reference) for reference in references]
     client = connect(wakes=True)
     return _traced(client, "delete", lambda: _delete(client, named, waits=waits, timeout=timeout))

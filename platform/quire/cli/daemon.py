@@ -32,8 +32,10 @@ EXTRA_SECONDS = 60.0
     help="How long running requests may go on.",
 )
 def down(grace: float) -> int:
-    """Stop everything on this machine: engines, router, control plane. What was applied is kept, and stays stopped
-    until platform up or platform apply."""
+    """Stop everything on this machine.
+
+    Engines, router and control plane end. What was applied is kept, and stays stopped until platform up or
+    platform apply."""
     client = connect(start=False)
     if not client.is_running():
         if not _living(client.state):
@@ -150,7 +152,8 @@ def _raise_failure(client: Client) -> None:
 def up(waits: bool, timeout: float) -> int:
     """Start again what was applied before platform down. What runs already stays as it is."""
     client = connect(wakes=True)
-    answer = client.post("/v1/up", {})
+    with interruptible("detached: everything goes on starting. Follow with: platform get"):
+        answer = client.post("/v1/up", {})
     if not answer["results"]:
         notice("nothing was applied yet: platform apply manifests/quickstart.yaml")
     return follow(client, answer, waits=waits, timeout=timeout)
@@ -158,7 +161,7 @@ def up(waits: bool, timeout: float) -> int:
 
 @click.command()
 def version() -> int:
-    """Print the version of this command and of the control plane, if it runs."""
+    """Print the versions of this command and of the control plane."""
     import importlib.metadata
 
     own = importlib.metadata.version("quire")

@@ -59,7 +59,9 @@ def validate(paths: tuple[str, ...], output: str) -> int:
 
 @click.command()
 def schema() -> int:
-    """Print the JSON Schema (draft 7) of manifests, for editors and other tools."""
+    """Print the JSON Schema of manifests.
+
+    Draft 7, for editors and other tools."""
     from quire_schemas.manifest import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

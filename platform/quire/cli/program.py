@@ -103,6 +103,9 @@ def run(args: Sequence[str] | None = None) -> int:
         return interrupted(error.goes_on)
     except (click.Abort, KeyboardInterrupt):
         return interrupted(UNCHANGED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return error.exit_code
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "platform"
         message, _, hint = error.format_message().partition("\nhint: ")

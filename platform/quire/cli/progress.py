@@ -102,6 +102,8 @@ class Display:
         for view in views:
             key = render.key_of(view)
             seen = self._seen.setdefault(key, set())
+            if render.is_starting_again(view):
+                seen.update(stage.name for stage in render.stages(view))
             for stage in render.stages(view):
                 if stage.done and stage.name not in seen:
                     seen.add(stage.name)

@@ -20,6 +20,10 @@ LAST_LINES = 5
 """How much of the log of a replica that ended is shown with it."""
 
 
+BYTES = frozenset({"kvCacheSize", "memoryPerReplica"})
+"""Resolved figures that are bytes."""
+
+
 # ── small things ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -266,7 +270,10 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
             lines += _last_words(replica)
     if status.get("resolved"):
         lines.append("Resolved")
-        lines += _indent(_pairs(status["resolved"].items()))
+        shown = {**status["resolved"]}
+        for name in BYTES & shown.keys():
+            shown[name] = size(shown[name])
+        lines += _indent(_pairs(shown.items()))
     if view["generation"]:
         lines.append("Spec (as submitted)")
         lines += _indent(_pairs(flatten(view["intent"].get("spec", {}))))
@@ -337,18 +344,25 @@ def cache(items: Sequence[View], now: float) -> list[str]:
 
 
 def event_lines(events: Sequence[View], now: float) -> list[str]:
-    rows = [
-        [
-            age(event["lastSeen"], now),
-            event["type"],
-            event["reason"],
-            f"x{event['count']}" if event["count"] > 1 else "",
-            event["object"],
-            event["message"],
-        ]
-        for event in events
+    header = ("LAST SEEN", "TYPE", "REASON", "COUNT", "OBJECT", "MESSAGE")
+    return table(header, [_event_cells(event, now) for event in events])
+
+
+def event_line(event: View, now: float) -> str:
+    """One event that is shown alone: its columns stand where those of the usual ones before and after it do."""
+    cells = _event_cells(event, now)
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, (9, 7, 14, 5, 20, 0), strict=True))
+
+
+def _event_cells(event: View, now: float) -> list[str]:
+    return [
+        age(event["lastSeen"], now),
+        event["type"],
+        event["reason"],
+        f"x{event['count']}" if event["count"] > 1 else "",
+        event["object"],
+        event["message"],
     ]
-    return table(("LAST SEEN", "TYPE", "REASON", "COUNT", "OBJECT", "MESSAGE"), rows)
 
 
 # ── plan ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -456,6 +470,12 @@ def stages(view: View) -> list[Stage]:
     return found
 
 
+def is_starting_again(view: View) -> bool:
+    """Whether the steps of its apply are all done and it does not serve: they say nothing about now."""
+    steps = stages(view)
+    return bool(steps) and all(stage.done for stage in steps) and not is_true(view, "Ready")
+
+
 def progress_line(view: View, width: int) -> str:
     """One object's progress on one line of at most `width` characters, for a terminal that redraws.
 
@@ -464,8 +484,7 @@ def progress_line(view: View, width: int) -> str:
     steps = stages(view)
     working = next((stage for stage in steps if not stage.done), None)
     settled = is_true(view, "Ready")
-    # A replica that starts again leaves the steps of its apply done; they say nothing about now.
-    done = [f"✔ {stage.text()}" for stage in steps if stage.done] if settled or working else []
+    done = [f"✔ {stage.text()}" for stage in steps if stage.done and not is_starting_again(view)]
     tail = [f"… {working.text()}"] if working else []
     if not settled and view["status"].get("summary"):
         tail.append(f"({view['status']['summary']})" if tail else f"… {view['status']['summary']}")

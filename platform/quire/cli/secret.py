@@ -25,7 +25,9 @@ def secret() -> None:
 @click.option("--from-env", metavar="VARIABLE", help="Take the value of a variable of this shell.")
 @click.option("--from-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Or of a file.")
 def set_(name: str, from_env: str | None, from_file: Path | None) -> int:
-    """Keep a secret: asked for on a terminal, else read from standard input."""
+    """Keep a secret.
+
+    It is asked for on a terminal, else read from standard input."""
     if from_env is not None and from_file is not None:
         usage_error("--from-env and --from-file exclude each other", "give only one of them")
     if from_env is not None:

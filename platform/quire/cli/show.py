@@ -95,7 +95,7 @@ def describe(reference: str, output: str) -> int:
 @click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="How many last lines.")
 @click.option("--replica", help="Only this replica (its id, as in: platform get replicas).")
 def logs(name: str, follow: bool, tail: int, replica: str | None) -> int:
-    """Print the log of a model's engines, of the control plane, or of the router."""
+    """Print a log: a model's engines', the control plane's or the router's."""
     if "/" not in name and name not in ("controlplane", "router"):
         usage_error(f"{name!r} has no log", f"model/{name} for that of a model, or one of controlplane and router")
     asked = name if "/" not in name else object_path(name)[0]
@@ -186,5 +186,5 @@ def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, int], output
         if output == "json":
             print(json.dumps(event, ensure_ascii=False))
         else:
-            print("\n".join(render.event_lines([event], time.time())[1:]))
+            print(render.event_line(event, time.time()))
     sys.stdout.flush()

@@ -77,7 +77,9 @@ def main() -> int:
         return _fail(arguments.ready_fd, error)
     try:
         asyncio.run(_run(state, arguments.ready_fd, tracing))
-    except (StateDirError, StoreError, OSError) as error:
+    except (StateDirError, StoreError) as error:  # its sentence says it all, to the one who waits and in the log
+        return _fail(arguments.ready_fd, error)
+    except OSError as error:
         log.exception("cannot run")
         return _fail(arguments.ready_fd, error)
     finally:

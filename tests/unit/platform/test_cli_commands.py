@@ -392,6 +392,30 @@ def test_apply_shows_progress_line_by_line_without_a_terminal(
     ]
 
 
+def test_steps_of_an_earlier_start_are_not_shown_as_those_of_now(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["POST /v1/apply"] = [(200, applied("unchanged"))]
+    starting = model(status={"summary": "Starting 0/1", "conditions": [condition("Ready", "False")]})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, starting), (200, model())]
+    assert main(["apply", str(manifest)]) == ExitCode.OK
+    assert said(capsys)[1].splitlines() == ["quickstart  Starting 0/1", "quickstart  Serving"]
+
+
+def test_without_a_command_there_is_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == ExitCode.USAGE
+    out, err = said(capsys)
+    assert out == ""
+    assert err.startswith("Usage: platform ")
+    assert "error:" not in err
+
+
+def test_what_a_command_does_is_said_in_one_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for group in ([], ["cache"], ["secret"]):
+        assert main([*group, "--help"]) == ExitCode.OK
+        assert "..." not in said(capsys)[0].partition("Commands:")[2]
+
+
 def test_applying_the_same_again_says_unchanged_and_nothing_else(
     server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,6 +199,7 @@ def test_describe_ends_with_what_one_can_do_about_a_stall() -> None:
         status={
             "summary": "Stalled: InsufficientMemory",
             "remedies": ["lower spec.replicas"],
+            "resolved": {"kvCacheSize": 384 << 20, "threads": 2},
             "conditions": [condition("Stalled", "True", "InsufficientMemory", "needs 9 GiB")],
         }
     )
@@ -209,6 +210,7 @@ def test_describe_ends_with_what_one_can_do_about_a_stall() -> None:
     text = render.describe(stalled, [event], NOW)
     assert text[0] == "Model quickstart   generation 1 (observed 1)   created 4m ago"
     assert "  Stalled  True  InsufficientMemory  30s  needs 9 GiB" in text
+    assert text[text.index("Resolved") + 1 :][:2] == ["  kvCacheSize  384.0 MiB", "  threads      2"]
     assert text[text.index("What you can do") + 1] == "  lower spec.replicas"
     assert text[-1] == "  3m58s      Warning  InsufficientMemory  x7     model/quickstart  needs 9 GiB"
 
@@ -340,3 +342,20 @@ def test_the_gateway_without_a_manifest_has_a_row_and_no_age() -> None:
         "NAME     READY  BASE URL  STATUS                 AGE",
         "default  False  -         Stalled: AddressInUse  -",
     ]
+
+
+def test_events_that_come_one_by_one_stand_in_columns() -> None:
+    event = {
+        "lastSeen": NOW - 5,
+        "type": "Normal",
+        "reason": "Created",
+        "object": "model/m",
+        "message": "generation 1",
+    }
+    lines = [
+        render.event_line({**event, "count": 1}, NOW),
+        render.event_line({**event, "count": 3, "type": "Warning", "reason": "ProcessEnded"}, NOW),
+    ]
+    assert lines[0].index("model/m") == lines[1].index("model/m")
+    assert {line.index("generation 1") for line in lines} == {lines[0].index("generation 1")}
+    assert "x3" in lines[1]
