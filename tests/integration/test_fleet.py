@@ -16,7 +16,9 @@ import pytest
 
 from quire.controlplane import plane as planes
 from quire.controlplane.errors import ApiError
+from quire.controlplane.intents import Intents
 from quire.controlplane.plane import ControlPlane
+from quire.controlplane.views import Views
 from quire_operators.fleet import local
 from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
 from quire_operators.paths import StateDir
@@ -139,18 +141,18 @@ async def test_a_down_that_cannot_end_a_process_says_so_and_can_be_tried_again(
     os.kill(started.shim_pid, signal.SIGSTOP)
     try:
         await down(plane)
-        assert f"still alive: m-r1-0 (process {started.child_pid})" == plane.ping()["downFailed"]
+        assert f"still alive: m-r1-0 (process {started.child_pid})" == plane.down_failed
         assert not plane.finished.is_set(), "the control plane stays"
         assert plane.state.runtime.exists()
         with pytest.raises(ApiError) as refused:
-            await plane.apply({"files": []})
+            await Intents(plane, Views(plane)).apply({"files": []})
         assert "m-r1-0" in refused.value.body["error"]["message"]
     finally:
         os.kill(started.shim_pid, signal.SIGCONT)
     monkeypatch.undo()
     await down(plane)
     assert plane.finished.is_set()
-    assert plane.ping()["downFailed"] is None
+    assert plane.down_failed is None
 
 
 async def test_an_error_in_a_down_is_told(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +161,7 @@ async def test_an_error_in_a_down_is_told(plane: ControlPlane, monkeypatch: pyte
 
     monkeypatch.setattr(plane.store, "replicas", broken)
     await down(plane)
-    assert plane.ping()["downFailed"] == "OSError: the disk is gone"
+    assert plane.down_failed == "OSError: the disk is gone"
     assert not plane.finished.is_set()
     monkeypatch.undo()
 
@@ -168,5 +170,5 @@ async def down(plane: ControlPlane) -> None:
     """Begin a `down` and wait until it succeeded or failed."""
     plane.begin_down(0.1)
     async with asyncio.timeout(30):
-        while not plane.finished.is_set() and plane.ping()["downFailed"] is None:
+        while not plane.finished.is_set() and plane.down_failed is None:
             await asyncio.sleep(0.02)

@@ -1,4 +1,5 @@
-"""The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: every answer is the plane's.
+"""The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: `views`, `intents`
+and `holdings` have the answers, `plane` the life of the processes.
 
 Errors are `{"error": {"code", "message", "hint", "exitCode"}}`; manifests with problems add `"problems"`. The API
 is described in docs/admin-api.md.
@@ -16,8 +17,11 @@ from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
 from quire.controlplane.errors import ApiError, answer
-from quire.controlplane.plane import ControlPlane, parse_key
+from quire.controlplane.holdings import Holdings
+from quire.controlplane.intents import Intents
+from quire.controlplane.plane import ControlPlane
 from quire.controlplane.spans import traced
+from quire.controlplane.views import Views, parse_key
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,21 @@ DEFAULT_GRACE = 30.0
 def _plane(state: State) -> ControlPlane:
     plane: ControlPlane = state.plane
     return plane
+
+
+def _views(state: State) -> Views:
+    views: Views = state.views
+    return views
+
+
+def _intents(state: State) -> Intents:
+    intents: Intents = state.intents
+    return intents
+
+
+def _holdings(state: State) -> Holdings:
+    holdings: Holdings = state.holdings
+    return holdings
 
 
 async def _body(request: Request[Any, Any, Any]) -> dict[str, Any]:
@@ -45,82 +64,82 @@ async def _body(request: Request[Any, Any, Any]) -> dict[str, Any]:
 
 @get("/v1/ping")
 async def ping(state: State) -> dict[str, Any]:
-    return _plane(state).ping()
+    return _views(state).ping()
 
 
 @post("/v1/plan", status_code=200)
 async def plan(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
-    return await _plane(state).plan(await _body(request))
+    return await _intents(state).plan(await _body(request))
 
 
 @post("/v1/apply", status_code=200)
 async def apply(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/apply") as traceparent:
-        return await _plane(state).apply(await _body(request), traceparent)
+        return await _intents(state).apply(await _body(request), traceparent)
 
 
 @post("/v1/up", status_code=200)
 async def up(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/up"):
-        return await _plane(state).up()
+        return await _intents(state).up()
 
 
 @get("/v1/objects")
 async def objects(state: State, kind: str | None = None) -> dict[str, Any]:
-    return _plane(state).objects(kind.lower() if kind else None)
+    return _views(state).objects(kind.lower() if kind else None)
 
 
 @get("/v1/objects/{kind:str}/{name:str}")
 async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
-    return _plane(state).object(parse_key(f"{kind}/{name}"))
+    return _views(state).object(parse_key(f"{kind}/{name}"))
 
 
 @delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
 async def delete_object(request: Request[Any, Any, Any], state: State, kind: str, name: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}") as traceparent:
-        return _plane(state).delete(parse_key(f"{kind}/{name}"), traceparent)
+        return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent)
 
 
 @get("/v1/events")
 async def events(
     state: State, for_: str | None = Parameter(query="for", default=None, required=False), after: int = 0
 ) -> dict[str, Any]:
-    return _plane(state).events(parse_key(for_) if for_ else None, after)
+    return _views(state).events(parse_key(for_) if for_ else None, after)
 
 
 @get("/v1/logs")
 async def logs(
     state: State, name: str, replica: str | None = None, tail: int = 200, offset: int | None = None
 ) -> dict[str, Any]:
-    return _plane(state).logs(name, replica, tail, None if offset is None else max(offset, 0))
+    return _views(state).logs(name, replica, tail, None if offset is None else max(offset, 0))
 
 
 @get("/v1/cache")
 async def cache(state: State) -> dict[str, Any]:
-    return await _plane(state).cache()
+    return await _holdings(state).cache()
 
 
 @post("/v1/cache/prune", status_code=200)
 async def prune(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/cache/prune"):
-        return await _plane(state).prune(dry_run=(await _body(request)).get("dryRun") is True)
+        return await _holdings(state).prune(dry_run=(await _body(request)).get("dryRun") is True)
 
 
 @get("/v1/secrets")
 async def secrets(state: State) -> dict[str, Any]:
-    return _plane(state).list_secrets()
+    return _holdings(state).list_secrets()
 
 
 @post("/v1/secrets/{name:str}", status_code=200)
 async def set_secret(request: Request[Any, Any, Any], state: State, name: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/secrets/{name}"):
-        return _plane(state).set_secret(name, (await _body(request)).get("value"))
+        return _holdings(state).set_secret(name, (await _body(request)).get("value"))
 
 
 @delete("/v1/secrets/{name:str}", status_code=200)
 async def remove_secret(request: Request[Any, Any, Any], state: State, name: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/secrets/{name}"):
-        return _plane(state).remove_secret(name)
+        return _holdings(state).remove_secret(name)
 
 
 @post("/v1/down", status_code=202)
@@ -142,12 +161,14 @@ def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict
 
 def create_app(plane: ControlPlane) -> Litestar:
     """The API over `plane`."""
+    views = Views(plane)
+    rooms = {"plane": plane, "views": views, "intents": Intents(plane, views), "holdings": Holdings(plane)}
     return Litestar(
         [
             *(ping, plan, apply, up, objects, read_object, delete_object, events, logs, down),
             *(cache, prune, secrets, set_secret, remove_secret),
         ],
-        state=State({"plane": plane}),
+        state=State(rooms),
         exception_handlers=dict.fromkeys((HTTPException, Exception), _refused),
         request_max_body_size=MAX_BODY,
         openapi_config=None,

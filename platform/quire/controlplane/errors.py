@@ -5,11 +5,14 @@ ApiError      an answer that is not a success
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from litestar.exceptions import HTTPException
 
 from quire_operators.store import StoreError, StoreUnavailable
+from quire_schemas.manifest import Problem
+from quire_schemas.resource import Key
 
 
 class ApiError(Exception):
@@ -40,3 +43,25 @@ def answer(error: Exception) -> ApiError:
         )
         return ApiError(error.status_code, code, error.detail)
     return ApiError(500, "internal", f"{type(error).__name__}: {error}", "platform logs controlplane")
+
+
+def invalid(problems: Sequence[Problem]) -> ApiError:
+    """Manifests with problems: 422, with each problem's place."""
+    number = len(problems)
+    return ApiError(
+        422,
+        "invalid_manifest",
+        f"{number} error{'' if number == 1 else 's'}",
+        exit_code=3,
+        problems=[problem.as_dict() for problem in problems],
+    )
+
+
+def address_in_use(message: str, hint: str) -> ApiError:
+    """The router cannot listen there: 409."""
+    return ApiError(409, "address_in_use", message, hint, exit_code=6)
+
+
+def not_found(key: Key) -> ApiError:
+    """No such object: 404."""
+    return ApiError(404, "not_found", f"there is no {key}", "platform get shows what there is", exit_code=8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quire import builtin
-from quire.controlplane.plane import text_problem
+from quire.controlplane.wiring import text_problem
 from quire_operators.admission import Admission, Review
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory

@@ -15,7 +15,7 @@ import yaml
 from tests.effort import fuzz_cases, replay
 from tests.mutations import as_json, as_yaml, damaged, generator, scarred
 
-from quire.controlplane.plane import text_problem
+from quire.controlplane.wiring import text_problem
 from quire_operators.admission import Admission
 from quire_operators.admission import problems as refusals
 from quire_operators.cache import HubCache

@@ -1,0 +1,249 @@
+"""What a person wants: plan it, apply it, delete it, start it again after a `down`.
+
+Everything is decided before anything is written: what `plan` prints, what `apply` refuses and what it stores come
+from the same reviews. What only a hub can tell is asked first. Nothing here waits for a process: the objects' keys
+go to the work queue, and their status tells the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.controlplane.errors import ApiError, address_in_use, invalid, not_found
+from quire.controlplane.plane import ControlPlane
+from quire.controlplane.views import Views
+from quire_operators import admission, devices
+from quire_operators.devices import InventoryError
+from quire_operators.fleet.local import Life
+from quire_operators.gateway import KEY as GATEWAY
+from quire_operators.gateway import resolved_spec
+from quire_operators.models import ROUTES
+from quire_operators.sources import SourceError
+from quire_operators.store import Conflict, NotFound, StoreUnavailable
+from quire_schemas import manifest
+from quire_schemas.model import Model
+from quire_schemas.resource import Key
+
+log = logging.getLogger(__name__)
+
+MOVED_SECONDS = 15.0
+"""How long a plan waits for the hub to say where branches are now."""
+OTHER_PORT = (
+    "platform apply manifests/gateway.yaml, a Gateway named default with port 0 for any free one; "
+    "or set its spec.port to one that is free"
+)
+
+
+class Intents:
+    """What changes the desired state of one control plane, or says what would."""
+
+    def __init__(self, plane: ControlPlane, views: Views) -> None:
+        self._plane = plane
+        self._views = views
+
+    async def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What applying these files would do, on this machine or on a declared one. Writes nothing."""
+        loaded = _load(body)
+        declared = body.get("devices")
+        configs = body.get("configs") or {}
+        if not isinstance(configs, dict) or not all(isinstance(value, dict) for value in configs.values()):
+            raise ApiError(400, "bad_request", "configs maps a model's name or source to its config.json")
+        try:
+            inventory = devices.declared(declared) if declared is not None else None
+        except InventoryError as error:
+            raise ApiError(422, "bad_inventory", error.message, error.hint, exit_code=3) from error
+        unfound = await self._look(self._plane.admission.asks(loaded.resources, configs))
+        reviews = self._plane.admission.review(loaded.resources, inventory, configs, unfound)
+        if inventory is None:
+            self._foresee_address(reviews)
+        await self._note_moved(reviews)
+        return admission.report(reviews)
+
+    async def _look(self, asks: Sequence[admission.Ask]) -> dict[admission.Ask, SourceError]:
+        """Ask the hub about what the cache does not know; what it refused, and why."""
+        if self._plane.offline:
+            return {}
+        look = self._plane.downloads.look
+        answers = await asyncio.gather(
+            *(look(ask.repository, ask.revision, ask.part, dict(ask.auth) if ask.auth else None) for ask in asks)
+        )
+        return {ask: answer for ask, answer in zip(asks, answers, strict=True) if answer is not None}
+
+    async def _note_moved(self, reviews: Sequence[admission.Review]) -> None:
+        """Say of models that stay at a commit where their branch is on the hub now."""
+        pinned = self._plane.admission.pinned([review.located for review in reviews])
+        if self._plane.offline:
+            return
+        questions = {
+            asyncio.create_task(
+                self._plane.downloads.moved_to(ask.repository, ask.revision, dict(ask.auth) if ask.auth else None)
+            ): (review, ask, review.old.resolved["revision"])
+            for review in reviews
+            if (ask := pinned.get(review.key)) is not None and review.old is not None
+        }
+        if questions:
+            _, late = await asyncio.wait(questions, timeout=MOVED_SECONDS)
+            for question in late:
+                question.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for question, (review, ask, stays) in questions.items():
+            now = None if question.cancelled() else question.result()
+            if now is None:
+                review.notes.append(f"the hub does not say where {ask.revision} of hf://{ask.repository} is now")
+            elif now != stays:
+                review.notes.append(
+                    f"{ask.revision} of hf://{ask.repository} is at {now} on the hub by now; this model stays at "
+                    f"{stays[:12]} until spec.revision names another"
+                )
+
+    def _foresee_address(self, reviews: Sequence[admission.Review]) -> None:
+        """Say in a plan what `_check_address` would say to an apply."""
+        own = next((review for review in reviews if review.key == GATEWAY), None)
+        models = [review for review in reviews if isinstance(review.located.resource, Model)]
+        if own is not None and own.refusal is not None:
+            return
+        problem = self._plane.gateway.conflict(
+            own.resolved if own is not None else resolved_spec(self._plane.store.get(GATEWAY))
+        )
+        if problem is None:
+            return
+        if own is not None:
+            own.action = "refused"
+            own.refusal = admission.Refusal("spec.port", "AddressInUse", problem, "choose another, or 0 for any")
+        elif models:
+            models[0].warnings.append(f"the router cannot listen: {problem}; apply would be refused")
+
+    async def apply(self, body: Mapping[str, Any], traceparent: str | None = None) -> dict[str, Any]:
+        """Store these files' resources, all or none, and set the reconcilers to work. Ends a `down`.
+
+        `traceparent` is remembered with the objects as the origin of their new generation.
+        """
+        self._plane.refuse_while_going_down()
+        loaded = _load(body)
+        async with self._plane.cache_turn:
+            unfound = await self._look(self._plane.admission.asks(loaded.resources))
+            self._plane.refuse_while_going_down()  # it may have begun meanwhile
+            reviews = self._plane.admission.review(loaded.resources, unfound=unfound)
+            if found := admission.problems(reviews):
+                raise invalid(found)
+            self._check_address(reviews)
+            try:
+                applied = self._plane.store.apply(self._plane.admission.changes(reviews), traceparent)
+            except Conflict as conflict:
+                raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
+        for item in applied:
+            self._plane.wake(item.key)
+        self._plane.wake(GATEWAY)
+        for item in applied:
+            if item.result != "unchanged":
+                self._refresh(item.key)
+                text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
+                self._note(item.key, item.result.capitalize(), text)
+        await self._plane.rise()
+        return {
+            "results": [
+                {
+                    "key": str(item.key),
+                    "result": item.result,
+                    "generation": item.generation,
+                    "revision": item.revision,
+                }
+                for item in applied
+            ]
+        }
+
+    def _refresh(self, key: Key) -> None:
+        """The status of something that is stored already, as `_note`."""
+        try:
+            if key.kind == "model":
+                self._plane.models.refresh(key)
+        except StoreUnavailable as error:
+            log.warning("no status of %s yet: %s", key, error.message)
+
+    def _note(self, key: Key, reason: str, text: str) -> None:
+        """An event of something that is stored already: a disk that is full by now does not undo it."""
+        try:
+            self._plane.store.add_event(key, "Normal", reason, text)
+        except StoreUnavailable as error:
+            log.warning("no event %s for %s: %s", reason, key, error.message)
+
+    def _check_address(self, reviews: Sequence[admission.Review]) -> None:
+        """Refuse an apply whose router could not listen, while a person is there to read it."""
+        own = next((review for review in reviews if review.key == GATEWAY), None)
+        needed = own is not None or any(isinstance(review.located.resource, Model) for review in reviews)
+        if not needed:
+            return
+        spec = own.resolved if own is not None else resolved_spec(self._plane.store.get(GATEWAY))
+        problem = self._plane.gateway.conflict(spec)
+        if problem is None:
+            return
+        place = ""
+        if own is not None:
+            at = own.located.problem("spec.port", "", "")
+            place = f"{at.file}:{at.line}:{at.col}: {at.path}: "
+        raise address_in_use(f"{place}the router cannot listen: {problem}", OTHER_PORT)
+
+    async def up(self) -> dict[str, Any]:
+        """Start again what was applied before a `down`. What is not down stays as it is."""
+        self._plane.refuse_while_going_down()
+        rose = await self._plane.rise()
+        return {
+            "results": [
+                {
+                    "key": str(stored.key),
+                    "result": "starting" if rose else "unchanged",
+                    "generation": stored.generation,
+                    "revision": stored.revision,
+                }
+                for stored in self._plane.store.objects()
+            ]
+        }
+
+    def delete(self, key: Key, traceparent: str | None = None) -> dict[str, Any]:
+        """Begin a deletion; the object stays until nothing of it runs."""
+        self._plane.refuse_while_going_down()
+        if key == GATEWAY and (problem := self._no_way_back()) is not None:
+            raise address_in_use(
+                f"without it the router would move to its default address, where it cannot listen: {problem}",
+                "keep it, or stop the program that holds the address first; nothing was changed",
+            )
+        try:
+            stored = self._plane.store.mark_deleting(key, traceparent)
+        except NotFound as error:
+            raise not_found(key) from error
+        view = self._views.of(stored)
+        self._note(key, "Deleting", f"generation {stored.generation}")
+        if self._plane.is_down and all(seen.life is Life.GONE for seen in self._plane.fleet.observed()):
+            self._note(key, "Deleted", "nothing of it ran: the platform is down")
+            for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():
+                self._plane.store.delete_replica(row.id)
+            self._plane.store.remove(key)
+        self._plane.wake(key)
+        self._plane.wake(ROUTES)
+        return view
+
+    def _no_way_back(self) -> str | None:
+        """Why the router could not listen where it does without a manifest; None when it could, or need not."""
+        stored = self._plane.store.get(GATEWAY)
+        if stored is None or stored.deletion_time is not None:
+            return None
+        if self._plane.gateway.current() is None and not self._plane.store.objects("model"):
+            return None
+        return self._plane.gateway.conflict(resolved_spec(None))
+
+
+def _load(body: Mapping[str, Any]) -> manifest.Manifest:
+    """The resources of a request's files. Raises `ApiError` for a wrong request or problems in the files."""
+    files = body.get("files")
+    if not isinstance(files, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("text"), str)
+        for item in files
+    ):
+        raise ApiError(400, "bad_request", 'files is a list of {"name", "text"}')
+    loaded = manifest.load([(item["name"], item["text"]) for item in files])
+    if loaded.problems:
+        raise invalid(loaded.problems)
+    return loaded

@@ -1,0 +1,189 @@
+"""What is shown: the control plane itself, objects with their status, events, logs. Writes nothing.
+
+Statuses are as the reconcilers left them in the store; only what may have changed since without a word of theirs,
+whether the router can be reached, is added here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from quire.controlplane.errors import ApiError, not_found
+from quire.controlplane.plane import ControlPlane
+from quire_operators import status
+from quire_operators.clock import on_the_wall
+from quire_operators.gateway import KEY as GATEWAY
+from quire_operators.gateway import resolved_spec
+from quire_operators.store import StoredObject
+from quire_schemas.resource import NAME_PATTERN, Key
+
+MAX_LOG = 4 * 1024 * 1024
+"""Bytes of one log in one answer."""
+_NAME = re.compile(NAME_PATTERN)
+
+
+class Views:
+    """Answers about one control plane and what it knows."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self._plane = plane
+
+    def ping(self) -> dict[str, Any]:
+        runner = self._plane.gateway.current()
+        return {
+            "version": self._plane.version,
+            "pid": os.getpid(),
+            "startedAt": status.timestamp(self._plane.started_at),
+            "stateDir": str(self._plane.state.root),
+            "installId": self._plane.store.install_id,
+            "router": {
+                "baseUrl": f"{self._plane.gateway.base_url()}/v1",
+                "ready": self._plane.gateway.ready(),
+                "pid": runner.child_pid if runner is not None else None,
+            },
+            "down": self._plane.is_down,
+            "downFailed": self._plane.down_failed,
+        }
+
+    def objects(self, kind: str | None) -> dict[str, Any]:
+        self._plane.refuse_when_down()
+        items = [self.of(stored) for stored in self._plane.store.objects(kind)]
+        if kind == GATEWAY.kind and not items:
+            items = [self._default_gateway()]
+        return {"items": items}
+
+    def object(self, key: Key) -> dict[str, Any]:
+        stored = self._plane.store.get(key)
+        if stored is not None or key == GATEWAY:
+            self._plane.refuse_when_down()
+        if stored is None and key == GATEWAY:
+            return self._default_gateway()
+        if stored is None:
+            raise not_found(key)
+        return self.of(stored)
+
+    def _default_gateway(self) -> dict[str, Any]:
+        """The gateway that there is without a manifest: generation 0, never created."""
+        report = self._plane.gateway.status((), 0)
+        self._tell_unavailable(report)
+        return {
+            "kind": GATEWAY.kind,
+            "name": GATEWAY.name,
+            "generation": 0,
+            "intent": {},
+            "resolved": resolved_spec(None),
+            "createdAt": None,
+            "deleting": False,
+            "status": report,
+            "replicas": [],
+            "revisions": [],
+        }
+
+    def _tell_unavailable(self, report: dict[str, Any]) -> None:
+        """Say in a status why its endpoints cannot be reached now, whatever was true when it was written."""
+        why = self._plane.gateway.unavailable()
+        if why is not None and "endpoints" in report:
+            report["endpoints"] = {**report["endpoints"], "unavailable": why}
+
+    def of(self, stored: StoredObject) -> dict[str, Any]:
+        """An object with its status, replicas and revisions."""
+        report = self._plane.store.status(stored.uid)
+        self._tell_unavailable(report)
+        replicas = report.pop("replicaList", [])
+        for name in ("signature", "progressAt"):
+            report.pop(name, None)
+        return {
+            "kind": stored.key.kind,
+            "name": stored.key.name,
+            "generation": stored.generation,
+            "intent": stored.intent,
+            "resolved": stored.resolved,
+            "createdAt": self._shown(stored.created_at),
+            "deleting": stored.deletion_time is not None,
+            "status": report,
+            "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
+            "revisions": self._revisions(stored),
+        }
+
+    def _shown(self, at: float) -> str:
+        """A time of the store for people."""
+        return status.timestamp(on_the_wall(at, self._plane.store.clock))
+
+    def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
+        alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
+        return [
+            {
+                "revision": revision.n,
+                "templateHash": revision.template_hash,
+                "state": "Current"
+                if revision.n == stored.revision
+                else "Leaving"
+                if revision.n in alive
+                else "Old",
+                "cause": revision.cause,
+                "createdAt": self._shown(revision.created_at),
+                "loadSeconds": revision.load_seconds,
+            }
+            for revision in self._plane.store.revisions(stored.uid)
+        ]
+
+    def events(self, key: Key | None, after: int) -> dict[str, Any]:
+        self._plane.refuse_when_down()
+        return {
+            "items": [
+                {
+                    "id": event.id,
+                    "type": event.type,
+                    "reason": event.reason,
+                    "object": event.object,
+                    "message": event.message,
+                    "count": event.count,
+                    "firstSeen": self._shown(event.first_seen),
+                    "lastSeen": self._shown(event.last_seen),
+                }
+                for event in self._plane.store.events(key, after)
+            ]
+        }
+
+    def logs(self, name: str, replica: str | None, tail: int, offset: int | None) -> dict[str, Any]:
+        """Text of logs: the last `tail` lines, or everything from byte `offset` on."""
+        self._plane.refuse_when_down()
+        if name in ("controlplane", "router"):
+            files = [(name, self._plane.state.log(name))]
+        else:
+            key = parse_key(name)
+            folder = self._plane.state.logs / "replicas" / key.name
+            if key.kind != "model" or (self._plane.store.get(key) is None and not folder.is_dir()):
+                raise not_found(key)
+            files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
+            if replica is not None:
+                files = [(stem, path) for stem, path in files if stem == replica]
+        return {"sources": [_read_log(source, path, tail, offset) for source, path in files if path.is_file()]}
+
+
+def _read_log(name: str, path: Path, tail: int, offset: int | None) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(size - MAX_LOG, 0) if offset is None or offset > size else offset
+        file.seek(begin)
+        data = file.read(MAX_LOG)
+    end = begin + len(data)
+    text = data.decode(errors="replace")
+    if offset is None:
+        text = "".join(text.splitlines(keepends=True)[-tail:]) if tail > 0 else ""
+    return {"name": name, "path": str(path), "text": text, "offset": end}
+
+
+def parse_key(text: str) -> Key:
+    """`model/quickstart` as a key whose name an object could have: names become parts of paths here."""
+    hint = "write it as kind/name, for example model/quickstart"
+    try:
+        key = Key.parse(text)
+    except ValueError as error:
+        raise ApiError(400, "bad_request", str(error), hint, exit_code=2) from error
+    if not _NAME.fullmatch(key.name):
+        raise ApiError(400, "bad_request", f"{key.name!r} is not the name of an object", hint, exit_code=2)
+    return key

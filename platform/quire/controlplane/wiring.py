@@ -1,0 +1,74 @@
+"""What the operators cannot know of themselves and are handed: how an engine and the router are started, whether
+the router could load a tokenizer, and what this machine has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from quire.router.config import RouterConfig
+from quire.text import Tokenizer
+from quire.tracing import Declared
+from quire_operators import devices
+from quire_operators.devices import Inventory
+from quire_operators.gateway import RouterCommand
+from quire_operators.paths import StateDir
+
+DETECT_SECONDS = 1.0
+
+
+def engine_argv(spec: Path) -> list[str]:
+    """How an engine is started."""
+    return [sys.executable, "-P", "-m", "quire_engine", str(spec), "--status-fd", "{status_fd}"]
+
+
+def router_command(state: StateDir) -> RouterCommand:
+    """How the router of this state directory is started."""
+
+    def config(spec: Mapping[str, Any]) -> bytes:
+        host, port, telemetry = spec["bind"], spec["port"], spec.get("telemetry")
+        names = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
+        return msgspec.json.encode(
+            RouterConfig(
+                control_socket=str(state.router_control),
+                snapshot_file=str(state.router_snapshot),
+                host=host,
+                port=port,
+                allowed_hosts=tuple(dict.fromkeys(names)),
+                telemetry=Declared(telemetry["otlpEndpoint"], telemetry["sampling"]) if telemetry else None,
+            )
+        )
+
+    def argv(path: Path) -> list[str]:
+        return [sys.executable, "-P", "-m", "quire.router", str(path), "--status-fd", "{status_fd}"]
+
+    return RouterCommand(argv, config)
+
+
+def text_problem(folder: Path, template: Path | None) -> str | None:
+    """Why the router could not load the tokenizer in `folder`, or this template for it; None when it could."""
+    loaded = Tokenizer.attempt(folder, template)
+    if isinstance(loaded, Tokenizer):
+        return None
+    cause = str(loaded.__cause__ or "").splitlines()
+    return f"{loaded} ({cause[0][:200]})" if cause else str(loaded)
+
+
+class Machine:
+    """`devices.detect`, asked at most once a second: NVML takes its time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._at = float("-inf")
+        self._inventory: Inventory | None = None
+
+    def __call__(self) -> Inventory:
+        now = self._clock()
+        if self._inventory is None or now - self._at > DETECT_SECONDS:
+            self._inventory, self._at = devices.detect(), now
+        return self._inventory
