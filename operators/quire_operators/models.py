@@ -484,6 +484,8 @@ class ModelReconciler:
             eta=self._eta(revision, pairs) if not ready else None,
             stopped=stored.resolved["replicas"] == 0,
             stall_seconds=stall_timeout(stored.resolved),
+            policy=batching["policy"],
+            prefix_caching=batching["prefixCaching"],
         )
 
     def _eta(self, revision: Revision, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

@@ -16,7 +16,8 @@
     ├── EngineUnavailable             engines died under the request, retries are used up
     │   └── RequestQuarantined        each time before its first token: it is not tried again
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
-    ├── QueueTimeout                  waited for its turn longer than the manifest allows
+    ├── TimedOut                      waited for its turn longer than the manifest allows, or is not complete
+    │                                 within the `timeout` that it set itself
     └── InternalError                 ours, or the engine's; details are in the log
 
     TextError                         of `quire.text`: what a checkpoint's template or tokenizer cannot do
@@ -107,8 +108,8 @@ class EngineDied(ApiError):
     """The engine died in the middle of a stream."""
 
 
-class QueueTimeout(ApiError):
-    """The request waited too long for its turn."""
+class TimedOut(ApiError):
+    """The request waited too long for its turn, or its own time is over."""
 
 
 class InternalError(ApiError):
@@ -163,7 +164,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
     RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
-    QueueTimeout: Row(504, _OURS, "timeout", retry=False),
+    TimedOut: Row(504, _OURS, "timeout", retry=False),
     InternalError: Row(500, _OURS, "internal_error"),
 }
 _UNKNOWN: Final = Row(

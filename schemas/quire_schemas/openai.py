@@ -43,6 +43,8 @@ MAX_STOP_BYTES: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
 MAX_PROMPTS: Final = 64
+MAX_SALT: Final = 256
+MAX_TIMEOUT: Final = 86_400
 _MAX_INT: Final = 2**31 - 1
 
 
@@ -63,7 +65,7 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "service_tier": "there is one tier",
     "store": "nothing is stored",
     "safety_identifier": "names the end user, as `user`",
-    "prompt_cache_key": "a hint for routing to a prompt cache",
+    "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",
     "prompt_cache_retention": "a hint for a prompt cache",
     "session_id": "a hint for routing",
     "parallel_tool_calls": "matters only with `tools`, which are refused",
@@ -105,7 +107,6 @@ _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "json_schema": Refusal(f"structured output {_NOT_YET}"),
     "stop_regex": Refusal(f"it {_NOT_YET}; use stop"),
     "no_stop_trim": Refusal("use include_stop_str_in_output", (False,)),
-    "priority": Refusal("requests are served first come, first served", (0,)),
     "request_id": Refusal("send the header X-Request-Id"),
     "rid": Refusal("send the header X-Request-Id"),
     "return_tokens_as_token_ids": Refusal(f"it {_NOT_YET}", (False,)),
@@ -116,8 +117,7 @@ _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "return_hidden_states": Refusal(f"it {_NOT_YET}", (False,)),
     "return_cached_tokens_details": Refusal(f"it {_NOT_YET}", (False,)),
     "routed_experts_prompt_start": Refusal(f"it {_NOT_YET}"),
-    "cache_salt": Refusal("there is no cache across requests in this version"),
-    "extra_key": Refusal("there is no cache across requests in this version"),
+    "extra_key": Refusal("it is another server's name for cache_salt; use that"),
     "kv_transfer_params": Refusal(f"moving KV between engines {_NOT_YET}"),
     "ec_transfer_params": Refusal(f"moving caches between engines {_NOT_YET}"),
     "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
@@ -242,6 +242,12 @@ class SamplingFields(_Shape):
     max_tokens: Count | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-_MAX_INT, le=_MAX_INT)] | None = None
+    """Lower goes first; other than 0 only for models whose `batching.policy` is `priority`."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
+    """Cached blocks of the prompt are shared with requests of the same salt alone."""
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
+    """Seconds from the arrival of the request after which it ends with an error, whatever is still missing."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -296,6 +296,10 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """No replica is wanted: waiting for one is in vain."""
     stall_seconds: float = 30.0
     """Seconds without progress (deltas, a step, or an answer to `GetStats`) after which a replica is not ready."""
+    policy: Policy = "fcfs"
+    """Whether requests may have a priority."""
+    prefix_caching: bool = False
+    """Whether engines keep the blocks of prompts: a request then goes where its beginning is known."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

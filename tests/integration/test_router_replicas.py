@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -483,10 +484,11 @@ async def test_a_dead_engine_ends_a_stream_at_once_though_its_other_choice_could
 
 
 async def test_what_runs_is_written_while_another_choice_waits_for_a_replica(world: World) -> None:
-    """Of two choices on two replicas one is lost before its first token; the other one's stream goes on."""
+    """Of two prompts on two replicas one is lost before its first token; the other one's stream goes on."""
     steady, dying = await world.engine("steady", pace=0.02), await world.engine("dying", stalled=True)
     await world.serve(steady, dying)
-    asked = asyncio.create_task(world.raw(world.post("/v1/chat/completions", big(stream=True, n=2))))
+    body = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 400, "stream": True}
+    asked = asyncio.create_task(world.raw(world.post("/v1/completions", json.dumps(body).encode())))
 
     async def both() -> bool:
         return bool(steady.running) and bool(dying.running)
@@ -497,7 +499,7 @@ async def test_what_runs_is_written_while_another_choice_waits_for_a_replica(wor
     assert got[-1] == "DONE"
     for index in (0, 1):
         mine = [c["choices"][0] for c in got[:-1] if c["choices"][0]["index"] == index]
-        assert "".join(choice["delta"].get("content", "") for choice in mine) == TEXT
+        assert "".join(choice["text"] for choice in mine) == TEXT
         assert len([choice for choice in mine if choice["finish_reason"]]) == 1
 
 

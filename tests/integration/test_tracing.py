@@ -80,7 +80,7 @@ def within(parent: Span, children: list[Span]) -> None:
 async def test_a_stream_is_a_server_span_below_the_clients_with_a_span_for_each_place(
     world: World, collector: Collector
 ) -> None:
-    engine = await world.engine(text="CANARY-ANSWER one two CANARY-STOP three", pace=0.02)
+    engine = await world.engine(text="CANARY-ANSWER one two CANARY-STOP three", pace=0.02, cached=lambda _: 16)
     await world.serve(engine)
     headers = {"traceparent": TRACEPARENT, "tracestate": "vendor=1,other=2", "baggage": "key=CANARY-BAGGAGE"}
     before = time.time_ns()
@@ -122,6 +122,7 @@ async def test_a_stream_is_a_server_span_below_the_clients_with_a_span_for_each_
         "gen_ai.request.stream": True,
         "gen_ai.response.finish_reasons": ["stop"],
         "gen_ai.usage.input_tokens": prompt,
+        "gen_ai.usage.cache_read.input_tokens": 16,
         "server.address": "127.0.0.1",
         "server.port": world.port,
         "http.request.method": "POST",

@@ -26,7 +26,7 @@ class _Running:
     scheduled_at: float | None = None
     first_token_at: float | None = None
 
-    def timings(self, skew: float, finished_at: float | None) -> wire.Timings:
+    def timings(self, skew: float, cached: int, finished_at: float | None) -> wire.Timings:
         def there(at: float | None) -> float | None:
             return at + skew if at is not None else None
 
@@ -35,6 +35,7 @@ class _Running:
             scheduled_at=there(self.scheduled_at),
             first_token_at=there(self.first_token_at),
             finished_at=there(finished_at),
+            cached_tokens=cached,
         )
 
 
@@ -61,6 +62,10 @@ class WireEngine:
     """Reads what comes and answers nothing, as a stopped process's kernel does."""
     skew: float = 0.0
     """Seconds by which its clock is ahead of the router's, as if it was on another machine."""
+    by_priority: bool = False
+    """Serves requests by their priority, then by arrival, as an engine whose policy that is."""
+    cached: Callable[[wire.Generate], int] = lambda _: 0
+    """Prompt tokens that it says it had cached."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -167,6 +172,9 @@ class WireEngine:
             prompt_tokens=0,
             generation_tokens=0,
             hot_hash=self.limits.hot_hash if self.limits is not None else "h0",
+            prefix_queried_tokens=1000,
+            prefix_hit_tokens=750,
+            blocks_cached=12,
         )
 
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:
@@ -175,7 +183,10 @@ class WireEngine:
             if self.stalled or not self.running:
                 continue
             self.steps += 1
-            items = [self._advance(run) for run in list(self.running.values())[: self.max_num_seqs]]
+            order = list(self.running.values())
+            if self.by_priority:
+                order.sort(key=lambda run: run.request.priority)
+            items = [self._advance(run) for run in order[: self.max_num_seqs]]
             for item in items:
                 if item.finish_reason is not None:
                     del self.running[item.id]
@@ -193,7 +204,7 @@ class WireEngine:
         now = time.monotonic()
         if run.first_token_at is None:
             run.scheduled_at, run.first_token_at = max(now - self.pace, run.received_at), now
-            delta.timings = run.timings(self.skew, None)
+            delta.timings = run.timings(self.skew, self.cached(run.request), None)
         wanted = run.request.sampling.logprobs
         if wanted is not None:
             delta.logprobs = [
@@ -207,5 +218,5 @@ class WireEngine:
         elif run.sent >= len(run.answer):
             delta.finish_reason, delta.stop_token_id = "stop", 0
         if delta.finish_reason is not None:
-            delta.timings = run.timings(self.skew, now)
+            delta.timings = run.timings(self.skew, self.cached(run.request), now)
         return delta

@@ -114,6 +114,21 @@ def api_page() -> str:
         "else OpenAI's default. `builtin://tiny` says `do_sample: false` there, so it is greedy unless the "
         "request gives a `temperature`.",
         "",
+        "Fields beyond OpenAI's that are not about sampling:",
+        "",
+        "- `timeout`: seconds, counted from the arrival of the request. What is not complete by then ends with "
+        "the error `timeout`: a 504, or in a stream that has begun its one error event. It shortens "
+        "`batching.maxQueueWait` and never lengthens it.",
+        "- `priority`: a whole number, lower goes first. Other than 0 it is refused for a model whose "
+        "`batching.policy` is not `priority`.",
+        f"- `cache_salt`: up to {openai.MAX_SALT} characters. Cached beginnings of prompts are shared only among "
+        "requests of the same salt: with one for each tenant, the time of an answer does not tell what others "
+        "asked.",
+        "",
+        "`usage.prompt_tokens_details.cached_tokens` counts the prompt tokens that the prefix cache had. Of `n` "
+        "choices, which share their prompt, it counts what was there before the first of them; like "
+        "`prompt_tokens` it counts each prompt once.",
+        "",
     ]
     for title, request, refused in endpoints:
         lines += [

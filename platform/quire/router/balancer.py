@@ -1,8 +1,25 @@
-"""Which replica takes a request: pure functions over what the router knows of them."""
+"""Which replica takes a request: pure functions over what the router knows of them, and the memory of prefixes.
+
+The rule is one sum: a request goes where the fewest tokens stand before its own first one. These are the tokens
+that the replica's other requests still have to compute, and those of its own prompt that the replica has not
+computed yet. So a cached prefix of k tokens is worth k tokens of other work and never more: no replica is loaded
+beyond that for its cache, and once it is busier by k tokens the prefix is computed a second time elsewhere, which
+then has it, too. Without a cache the second part of the sum is the same everywhere, and the least outstanding work
+decides.
+
+A replica that has no place left, in its batch or its queue, is not given more. The `n` sequences of one prompt
+share its blocks, so they all go where the first of them went, as long as that is ready and has places (`home`).
+
+What a replica has computed is remembered from what it was given (`Prefixes`): engines do not tell what they throw
+away. A prefix that is remembered in vain costs a detour, after which it is there again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +27,10 @@ EXPECTED_COMPLETION: Final = 256
 """Tokens counted for a request that may write many: most stop far before their limit, often the whole context."""
 RETRY_SHARE: Final = 0.2
 RETRY_FLOOR: Final = 3
+PREFIX_BLOCK: Final = 16
+"""Tokens of a block of a remembered prefix."""
+MAX_REMEMBERED: Final = 65_536
+"""Blocks that are remembered of one replica at most, a million tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +44,31 @@ class Candidate:
     in_flight: int
     served: int
     """Requests it was ever given: spreads the load when all are idle."""
+    places: int
+    """Sequences it computes or queues at most."""
+    cached_tokens: int = 0
+    """Of the prompt of the request that is to be placed, from its beginning."""
 
 
 def outstanding(prompt_tokens: int, max_tokens: int, generated: int) -> int:
-    """Tokens still ahead of one request; its prompt counts until its first token is there."""
+    """Tokens still ahead of one request. Its prompt counts until its first token is there, less what is cached."""
     prompt = prompt_tokens if generated == 0 else 0
     return prompt + max(min(max_tokens, EXPECTED_COMPLETION) - generated, 1)
 
 
-def choose(candidates: Iterable[Candidate], avoid: Collection[str] = ()) -> str | None:
-    """The ready replica with the least ahead of it; one of `avoid` only if it is the last. None: none is ready."""
-    ready = [candidate for candidate in candidates if candidate.ready]
-    pool = [candidate for candidate in ready if candidate.replica_id not in avoid] or ready
+def choose(candidates: Iterable[Candidate], avoid: Collection[str] = (), home: str | None = None) -> str | None:
+    """The replica that is to have a sequence, None if there is none now.
+
+    Only those that are ready and have a place come into question, and one of `avoid` only if it is the last. Of
+    these `home`, else the one with the least ahead of it, less what it has of the prompt.
+    """
+    able = [candidate for candidate in candidates if candidate.ready and candidate.in_flight < candidate.places]
+    pool = [candidate for candidate in able if candidate.replica_id not in avoid] or able
     if not pool:
         return None
-    best = min(pool, key=lambda c: (c.outstanding_tokens, c.in_flight, c.served, c.replica_id))
+    if home is not None and any(candidate.replica_id == home for candidate in pool):
+        return home
+    best = min(pool, key=lambda c: (c.outstanding_tokens - c.cached_tokens, c.in_flight, c.served, c.replica_id))
     return best.replica_id
 
 
@@ -47,3 +78,47 @@ def may_retry(retrying: int, in_flight: int) -> bool:
     Keeps a dying fleet from being finished off by the requests that its deaths send round again.
     """
     return retrying < max(RETRY_FLOOR, int(in_flight * RETRY_SHARE))
+
+
+def prefix_chain(token_ids: Sequence[int], salt: str) -> tuple[bytes, ...]:
+    """A hash for each full block of `token_ids`, of the block and all before it; other salts give other hashes.
+
+    The last token is left out, as engines compute it in any case. The hashes are the router's own: they say the
+    same of a prompt as an engine's, and are not compared with them.
+    """
+    digest = hashlib.blake2b(salt.encode(), digest_size=8).digest()
+    chain: list[bytes] = []
+    ids = array("q", token_ids).tobytes()
+    size = PREFIX_BLOCK * 8
+    for at in range((len(token_ids) - 1) // PREFIX_BLOCK):
+        digest = hashlib.blake2b(digest + ids[at * size : (at + 1) * size], digest_size=8).digest()
+        chain.append(digest)
+    return tuple(chain)
+
+
+class Prefixes:
+    """The blocks of prompts that one replica was given, at most `capacity`, the least recently used forgotten
+    first.
+    """
+
+    __slots__ = ("_blocks", "capacity")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = min(max(capacity, 0), MAX_REMEMBERED)
+        self._blocks: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def add(self, chain: Sequence[bytes]) -> None:
+        """The replica was given a prompt with this chain. The end of a chain is forgotten before its beginning."""
+        for digest in reversed(chain[: self.capacity]):
+            self._blocks[digest] = None
+            self._blocks.move_to_end(digest)
+        while len(self._blocks) > self.capacity:
+            self._blocks.popitem(last=False)
+
+    def known(self, chain: Sequence[bytes]) -> int:
+        """Tokens at the beginning of a prompt that the replica has, as far as is remembered."""
+        count = next((at for at, digest in enumerate(chain) if digest not in self._blocks), len(chain))
+        return count * PREFIX_BLOCK

@@ -23,8 +23,9 @@ import math
 import random
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Series
 
-from quire.router.balancer import Candidate, outstanding
+from quire.router.balancer import PREFIX_BLOCK, Candidate, Prefixes, outstanding
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -54,16 +55,21 @@ class Sequence:
         "id",
         "lost",
         "max_tokens",
+        "priority",
         "prompt_tokens",
     )
 
-    def __init__(self, client: EngineClient, request: wire.Generate, bell: asyncio.Event) -> None:
+    def __init__(
+        self, client: EngineClient, request: wire.Generate, bell: asyncio.Event, cached_tokens: int
+    ) -> None:
         self.client = client
         self.connection = client.connection
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
-        self.prompt_tokens = len(request.token_ids)
+        self.prompt_tokens = len(request.token_ids) - cached_tokens
+        """Those that are probably to be computed."""
+        self.priority = request.priority
         self.max_tokens = request.sampling.max_tokens
         self.generated = 0
         self.ended = False
@@ -85,7 +91,11 @@ class EngineClient:
     def __init__(self, endpoint: wire.ReplicaEndpoint, changed: Callable[[], None]) -> None:
         self.endpoint = endpoint
         self.stall_seconds = math.inf
-        """The route's; set with the endpoint."""
+        """The route's; set with the endpoint, as are the next two."""
+        self.max_queue_length = 0
+        self.policy: wire.Policy = "fcfs"
+        self.prefixes = Prefixes(0)
+        """What it has computed since it was connected."""
         self.welcome: wire.Welcome | None = None
         self.stats: wire.Stats | None = None
         self.max_num_seqs = 0
@@ -133,9 +143,17 @@ class EngineClient:
         """Whether its end is expected: it drains, or the table has it no more."""
         return self.retired or self.endpoint.draining
 
-    def candidate(self) -> Candidate:
-        ahead = sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values())
-        return Candidate(self.endpoint.replica_id, self.ready, ahead, self.in_flight, self.served)
+    def candidate(self, chain: Series[bytes] = ()) -> Candidate:
+        """What it is for a sequence whose prompt has this chain of blocks."""
+        return Candidate(
+            self.endpoint.replica_id,
+            self.ready,
+            sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values()),
+            self.in_flight,
+            self.served,
+            self.max_num_seqs + self.max_queue_length,
+            self.prefixes.known(chain),
+        )
 
     def load(self) -> wire.ReplicaLoad:
         return wire.ReplicaLoad(
@@ -149,20 +167,26 @@ class EngineClient:
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
 
-        Engines serve first come, first served, so those that wait are the youngest of the connection.
+        Those that wait are the last in the engine's order, which is that of arrival, or of priority before it.
         """
-        if sequence.generated or self.stats is None:
+        if sequence.generated or self.stats is None or not self.stats.waiting:
             return False
-        youngest = list(self._sequences)[::-1][: self.stats.waiting]
-        return sequence.id in youngest
+        order = list(self._sequences.values())
+        if self.policy == "priority":
+            order.sort(key=lambda each: each.priority)  # keeps the order of arrival among equals
+        return sequence in order[-self.stats.waiting :]
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self, request: wire.Generate, bell: asyncio.Event) -> Sequence:
-        """Send a sequence to the engine. `bell` is set whenever the sequence has news."""
+    def start(self, request: wire.Generate, bell: asyncio.Event, chain: Series[bytes] = ()) -> Sequence:
+        """Send a sequence, whose prompt has this chain of blocks, to the engine.
+
+        `bell` is set whenever the sequence has news.
+        """
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
-        sequence = Sequence(self, request, bell)
+        sequence = Sequence(self, request, bell, self.prefixes.known(chain))
+        self.prefixes.add(chain)
         self._sequences[request.id] = sequence
         self.served += 1
         self._writer.write(wire.frame(request))
@@ -278,6 +302,7 @@ class EngineClient:
             raise wire.BadMessage(f"it answers as {theirs}, the table says {mine}")
         self.welcome = message
         self.max_num_seqs = message.max_num_seqs
+        self.prefixes = Prefixes(message.num_blocks * message.block_size // PREFIX_BLOCK)
         return message.lease
 
     def _hear(self, message: wire.FromEngine) -> None:

@@ -147,6 +147,7 @@ class Fleet:
                 key = endpoint_key(endpoint)
                 client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire)
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
+                client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)

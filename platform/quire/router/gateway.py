@@ -163,6 +163,12 @@ class Gateway:
             raise InvalidRequest(
                 f"'logit_bias' has a token id outside the vocabulary of {served.vocab_size}.", param="logit_bias"
             )
+        if request.priority and served.route.policy != "priority":
+            raise InvalidRequest(
+                f"'priority' is {request.priority}, and this model serves requests in the order of their arrival: "
+                "its batching.policy is not 'priority'.",
+                param="priority",
+            )
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
@@ -197,6 +203,9 @@ class Gateway:
             stream=bool(request.stream),
             arrived_at=arrived_at,
             span=span,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
+            timeout=request.timeout,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from quire.errors import ContextLengthExceeded, InternalError
+from quire.errors import ContextLengthExceeded, InternalError, QueueFull, TimedOut
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
@@ -42,11 +42,24 @@ class Job:
     stream: bool
     arrived_at: float
     span: RequestSpan
+    priority: int = 0
+    cache_salt: str = ""
+    timeout: float | None = None
+    """Seconds from `arrived_at` that all of it may take."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def ends_at(self) -> float | None:
+        """When its time is over, if it set itself one."""
+        return None if self.timeout is None else self.arrived_at + self.timeout
+
+    def out_of_time(self) -> TimedOut:
+        """The error that it ends with at `ends_at`."""
+        return TimedOut(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +103,7 @@ class Choice:
         "kept",
         "last_token_at",
         "prompt",
+        "prompt_index",
         "retrying",
         "sampling",
         "scores",
@@ -107,7 +121,8 @@ class Choice:
     def __init__(self, job: Job, index: int) -> None:
         self.job = job
         self.index = index
-        self.prompt = job.prompts[index // job.n]
+        self.prompt_index = index // job.n
+        self.prompt = job.prompts[self.prompt_index]
         seed = job.sampling.seed
         self.sampling = (
             job.sampling
@@ -148,6 +163,8 @@ class Choice:
         pieces: list[str] = []
         finish: str | None = None
         for delta in deltas:
+            if delta.timings is not None:
+                self.timings = delta.timings
             scores = delta.logprobs or []
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
@@ -161,8 +178,6 @@ class Choice:
             if self.stops.hit is not None:
                 finish = "stop"
                 break
-            if delta.timings is not None:
-                self.timings = delta.timings
             if delta.finish_reason is not None:
                 self.generated += delta.stop_token_id is not None
                 self._raise_if_failed(delta)
@@ -192,5 +207,9 @@ class Choice:
             return
         if delta.error_code == "context_length_exceeded":
             raise ContextLengthExceeded("The request needs more context than a replica of this model has.")
+        if delta.error_code == "queue_full":
+            raise QueueFull("As many requests run or wait for this model as it takes.", retry_after=1.0)
+        if delta.error_code == "timeout" and self.job.timeout is not None:
+            raise self.job.out_of_time()
         log.error("request %s: the engine ended it: %s %s", self.job.id, delta.error_code, delta.error)
         raise InternalError("The engine failed on this request.")

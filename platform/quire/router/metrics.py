@@ -163,6 +163,15 @@ class _Replicas(Collector):
             signals.PREEMPTIONS, "Sequences put back for want of blocks.", labels=labels
         )
         steps = CounterMetricFamily(signals.ENGINE_STEPS, "Steps the engine has made.", labels=labels)
+        queries = CounterMetricFamily(
+            signals.PREFIX_CACHE_QUERIES, "Tokens looked up in the prefix cache.", labels=labels
+        )
+        hits = CounterMetricFamily(
+            signals.PREFIX_CACHE_HITS, "Tokens that were found in the prefix cache.", labels=labels
+        )
+        cached = GaugeMetricFamily(
+            signals.PREFIX_CACHE_BLOCKS, "Free KV blocks that the prefix cache could still give.", labels=labels
+        )
         for replica in self._sample():
             key = [replica.model, replica.replica]
             stats = replica.stats
@@ -172,7 +181,10 @@ class _Replicas(Collector):
             usage.add_metric(key, stats.blocks_used / stats.blocks_total if stats and stats.blocks_total else 0)
             preemptions.add_metric(key, stats.preemptions if stats else 0)
             steps.add_metric(key, stats.steps if stats else 0)
-        yield from (up, running, waiting, usage, preemptions, steps)
+            queries.add_metric(key, stats.prefix_queried_tokens if stats else 0)
+            hits.add_metric(key, stats.prefix_hit_tokens if stats else 0)
+            cached.add_metric(key, stats.blocks_cached if stats else 0)
+        yield from (up, running, waiting, usage, preemptions, steps, queries, hits, cached)
 
 
 class _Spans(Collector):

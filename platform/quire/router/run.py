@@ -4,8 +4,12 @@ One bell rings whenever any of the job's sequences has news; all that has come b
 `Update`s (`Run.updates`), so a slow reader gets fewer and larger pieces and holds nothing but token ids. Each
 sequence has its own detokenizer and stop strings. A stop string found is an abort to the engine.
 
+The `n` sequences of one prompt go to one replica, as one family, and compute their prompt once (`balancer` says
+where that is). A sequence that has to start again takes those that follow it along.
+
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
-`maxQueueWait` says, over all its attempts together.
+`maxQueueWait` says, over all its attempts together. A request that set itself a `timeout` ends when that is over,
+wherever it is: the engines know of it, too, but the run does not wait for their word.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
 (nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
@@ -29,12 +33,12 @@ from quire.errors import (
     EngineDied,
     EngineUnavailable,
     ModelNotFound,
-    QueueTimeout,
     RequestQuarantined,
     ServiceUnavailable,
+    TimedOut,
 )
 from quire.router import engine_client, quarantine
-from quire.router.balancer import choose, may_retry
+from quire.router.balancer import choose, may_retry, prefix_chain
 from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet
 from quire.router.job import Choice, Job, Update
@@ -71,6 +75,9 @@ class Run:
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.n)]
         self._bell = asyncio.Event()
         self._held = 0
+        self._homes: dict[int, str] = {}
+        """By prompt, the replica that was given one of its sequences last."""
+        self._chains: dict[int, tuple[bytes, ...]] = {}
         self._alarm: asyncio.TimerHandle | None = None
         """Rings the bell when the choices of which nothing has gone out are to be looked after."""
         self._starts: set[asyncio.Task[None]] = set()
@@ -80,17 +87,33 @@ class Run:
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were there before the job: of each prompt as many as none of its sequences computed.
+
+        A prompt counts as soon as all of its sequences have their first token.
+        """
+        found = 0
+        for first in range(0, len(self._choices), self.job.n):
+            told = [choice.timings for choice in self._choices[first : first + self.job.n]]
+            found += min(timings.cached_tokens if timings is not None else 0 for timings in told)
+        return found
+
     async def updates(self) -> AsyncGenerator[list[Update], None]:
         """Batches of updates until every choice has its finish reason.
 
-        Raises `ServiceUnavailable`, `QueueTimeout`, `EngineUnavailable`, `EngineDied`, `InternalError`,
-        `ModelNotFound`, `ModelStopped`, `RequestQuarantined`. However it ends, no sequence of the job is left
-        running.
+        Raises `ServiceUnavailable`, `TimedOut`, `EngineUnavailable`, `EngineDied`, `InternalError`,
+        `ModelNotFound`, `ModelStopped`, `RequestQuarantined`, `QueueFull`. However it ends, no
+        sequence of the job is left running.
         """
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
             choice.deadline = time.monotonic() + self.job.model.route.max_queue_wait
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
+        ending: asyncio.TimerHandle | None = None
+        if self.job.ends_at is not None:
+            left = self.job.ends_at - time.monotonic()
+            ending = asyncio.get_running_loop().call_later(max(left, 0.0), self._bell.set)
         try:
             if len(self._choices) > 1:
                 for choice in self._choices:  # one may have to wait until another has brought its token
@@ -115,16 +138,24 @@ class Run:
                         del live[choice.index]
                 if batch:
                     yield batch
+                if live:
+                    self._check_time()
                 self._recover(lost)
         finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
+            for timer in (self._alarm, ending):
+                if timer is not None:
+                    timer.cancel()
             for start in self._starts:
                 start.cancel()
             if self._starts:
                 await asyncio.gather(*self._starts, return_exceptions=True)
             for choice in self._choices:
                 self._end(choice)
+
+    def _check_time(self) -> None:
+        """Raises `TimedOut` when the job's own time is over."""
+        if self.job.ends_at is not None and time.monotonic() >= self.job.ends_at:
+            raise self.job.out_of_time()
 
     def _begin(self, start: Coroutine[Any, Any, None]) -> None:
         """Place a choice while others go on."""
@@ -194,7 +225,7 @@ class Run:
         choice.last_token_at = now
 
     async def _ring(self, choices: Iterable[Choice]) -> None:
-        """Wait for news. Raises `QueueTimeout` when a sequence has waited too long for its first step."""
+        """Wait for news. Raises `TimedOut` when a sequence has waited too long for its first step."""
         if self._alarm is None:
             unsent = [choice for choice in choices if not choice.sent]
             if unsent:
@@ -223,17 +254,21 @@ class Run:
             return RECHECK_SECONDS  # it is being computed: a long prompt is no reason to give up
         choice.turn_at = None
         if now >= choice.deadline:
-            raise QueueTimeout(
-                f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
-                "seconds that this model's manifest allows."
-            )
+            raise self._waited()
         return min(max(choice.deadline - now, 0.01), RECHECK_SECONDS)
+
+    def _waited(self) -> TimedOut:
+        return TimedOut(
+            f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
+            "seconds that this model's manifest allows."
+        )
 
     async def _place(self, choice: Choice) -> None:
         """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says.
 
         Raises `EngineUnavailable` after too many attempts and when its ids are not those that the model's replicas
-        now understand, `RequestQuarantined` when engines die of it, `ServiceUnavailable` when none gets ready.
+        now understand, `RequestQuarantined` when engines die of it, `ServiceUnavailable` when none gets ready,
+        `TimedOut` when none that is has a place, or the job's own time is over.
         """
         served = self.job.model
         held_since: float | None = None
@@ -241,6 +276,7 @@ class Run:
             while True:
                 changed, settled = self._fleet.changed, served.settled.event
                 suspected = self._check_wanted(choice)
+                self._check_time()
                 permitted = choice.attempts == 0 or self._may_try_again(choice)
                 client = self._choose(choice, suspected) if permitted else None
                 if client is not None and self._start(choice, client, suspected):
@@ -248,6 +284,8 @@ class Run:
                 left = choice.deadline - time.monotonic()
                 if left <= 0 and choice.attempts:
                     raise self._gave_up(choice)
+                if left <= 0 and served.ready:
+                    raise self._waited()
                 if left <= 0:
                     raise ServiceUnavailable(
                         "No replica of this model is ready.", retry_after=served.route.eta or DEFAULT_RETRY_AFTER
@@ -256,6 +294,8 @@ class Run:
                     held_since = time.monotonic()
                     self._hold(1)
                 for_others = not permitted or (suspected and served.ready)
+                if self.job.ends_at is not None:
+                    left = min(left, self.job.ends_at - time.monotonic())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if for_others else changed).wait()
@@ -306,8 +346,23 @@ class Run:
             for client in self.job.model.clients
             if not (suspected and client.endpoint.replica_id in self.job.model.trials)
         }
-        chosen = choose((client.candidate() for client in clients.values()), choice.avoid)
+        chain = self._chain(choice)
+        chosen = choose(
+            (client.candidate(chain) for client in clients.values()),
+            choice.avoid,
+            self._homes.get(choice.prompt_index),
+        )
         return clients[chosen] if chosen is not None else None
+
+    def _chain(self, choice: Choice) -> tuple[bytes, ...]:
+        """The hashes of the choice's prompt, where there are several replicas of which one may have it cached."""
+        served, index = self.job.model, choice.prompt_index
+        if not served.route.prefix_caching or len(served.clients) < 2:
+            return ()
+        chain = self._chains.get(index)
+        if chain is None:
+            chain = self._chains[index] = prefix_chain(choice.prompt, self.job.cache_salt)
+        return chain
 
     def _fingerprint(self, choice: Choice) -> bytes:
         """Made when there is somebody to suspect, and not before."""
@@ -320,17 +375,23 @@ class Run:
 
     def _start(self, choice: Choice, client: EngineClient, suspected: bool) -> bool:
         """Whether the sequence is on its way; a connection that broke this moment says no."""
+        choice.sent_at = time.monotonic()
+        ends_at = self.job.ends_at
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
             sampling=choice.sampling,
+            priority=self.job.priority,
+            timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
+            cache_salt=self.job.cache_salt,
+            family=self.job.id if self.job.n > 1 else None,
             trace=self.job.span.traceparent,
         )
-        choice.sent_at = time.monotonic()
         try:
-            choice.sequence = client.start(request, self._bell)
+            choice.sequence = client.start(request, self._bell, self._chain(choice))
         except NotConnected:
             return False
+        self._homes[choice.prompt_index] = client.endpoint.replica_id
         if suspected:
             choice.trial = client.endpoint.replica_id
             self.job.model.trials.add(choice.trial)

@@ -38,7 +38,7 @@ from quire_schemas.openai import ErrorBody
         (errors.EngineUnavailable("no"), 502, "server_error", "engine_unavailable", {"x-should-retry": "true"}),
         (errors.RequestQuarantined("no"), 502, "server_error", "request_quarantined", {"x-should-retry": "false"}),
         (errors.EngineDied("no"), 502, "server_error", "engine_died", {"x-should-retry": "true"}),
-        (errors.QueueTimeout("no"), 504, "server_error", "timeout", {"x-should-retry": "false"}),
+        (errors.TimedOut("no"), 504, "server_error", "timeout", {"x-should-retry": "false"}),
         (TemplateRefused("no"), 400, "invalid_request_error", "template_refused", {}),
         (TemplateFailed("no"), 400, "invalid_request_error", "template_failed", {}),
     ],

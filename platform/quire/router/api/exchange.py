@@ -211,7 +211,7 @@ def usage_of(run: Run) -> Usage:
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
     )
 
 
@@ -291,6 +291,7 @@ def _answer_attributes(run: Run) -> dict[str, Any]:
     until_first = first - run.job.arrived_at if first is not None else None
     return {
         signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
+        signals.GEN_AI_USAGE_CACHE_READ: run.cached_tokens,
         signals.GEN_AI_TIME_TO_FIRST_TOKEN: until_first,
         signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: until_first if run.job.stream else None,
     }
