@@ -49,7 +49,6 @@ CHAT: dict[str, Any] = {
     "top_logprobs": 2,
     "presence_penalty": 0.1,
     "seed": 5,
-    "timeout": 60,
     "priority": 0,
     "cache_salt": "naïve",
     "user": "u",
