@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from tests.effort import times
 from tests.engine_specs import tiny_spec
 
+from quire_engine.engine import Engine
 from quire_schemas.wire import (
     Deltas,
     EngineEvent,
     FromEngine,
     Generate,
+    GetStats,
     Hello,
     Sampling,
     Stats,
@@ -257,6 +260,93 @@ def test_one_socket_has_one_engine_and_a_dead_one_is_replaced(start: Callable[..
     third.status = -1
     assert third.wait(10) == 0, "an engine that nobody watches any more ends"
     assert not (folder / "r" / "engine.sock").exists()
+
+
+# ── KV exhaustion ─────────────────────────────────────────────────────────────────────────────────────────
+
+CROWD, PROMPT, OUTPUT = 32, 48, times(48, 208)
+CROWDED: dict[str, Any] = {
+    "dtype": "float32", "kv_dtype": "float32", "max_num_seqs": CROWD, "max_num_batched_tokens": 64,
+    "num_blocks": (PROMPT + OUTPUT) // 16 * 3 // 2,
+}  # fmt: skip
+
+
+def crowd() -> list[Generate]:
+    """Requests that begin alike for a block and then go their own ways."""
+    sampling = Sampling(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
+    begin, own = list(range(100, 116)), PROMPT - 16
+    return [
+        Generate(str(n), [*begin, *(64 + (37 * n + 11 * at) % 1900 for at in range(own))], sampling)
+        for n in range(CROWD)
+    ]
+
+
+@pytest.fixture(scope="module")
+def unhurried() -> list[list[int]]:
+    """What an engine says that has room for the whole crowd."""
+    engine = Engine.load(tiny_spec(max_num_seqs=CROWD, num_blocks=CROWD * (PROMPT + OUTPUT) // 16))
+    for request in crowd():
+        engine.add(request)
+    found: list[list[int]] = [[] for _ in range(CROWD)]
+    while engine.has_work:
+        for delta in engine.step():
+            found[int(delta.id)] += delta.token_ids
+    assert engine.stats().preemptions == 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prefix_caching", "async_scheduling"),
+    [
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.nightly),
+        pytest.param(False, True, marks=pytest.mark.nightly),
+        pytest.param(False, False, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_crowd_in_a_pool_of_one_and_a_half_sequences_is_served_in_turn_and_unaltered(
+    start: Callable[..., Process],
+    folder: Path,
+    unhurried: list[list[int]],
+    prefix_caching: bool,
+    async_scheduling: bool,
+) -> None:
+    """All finish, in the order in which they came, none later than if each had had the pool for itself in turn."""
+    start(**CROWDED, prefix_caching=prefix_caching, async_scheduling=async_scheduling).wait_for("ready")
+    client = connect(folder)
+    _, ended, _ = serve(client, crowd()[-1:])
+    alone = ended[0]
+    tokens, ended, preempted = serve(client, crowd())
+    client.send(GetStats())
+    while (stats := client.next(Stats)).running:
+        pass
+    client.close()
+    assert tokens == unhurried
+    assert preempted == stats.preemptions > 0
+    assert (stats.waiting, stats.blocks_used) == (0, 0)
+    assert ended == sorted(ended), "the first to come is the first to end"
+    late = [turn for turn, steps in enumerate(ended, 1) if steps > turn * (alone + 1)]
+    assert not late, f"of the crowd, those at {late} waited longer than for those before them"
+
+
+def serve(client: Client, requests: list[Generate]) -> tuple[list[list[int]], list[int], int]:
+    """Per request its tokens, and after how many steps it had ended; how often one lost its blocks."""
+    client.send(GetStats())
+    began = client.next(Stats).steps
+    client.send(*requests)
+    tokens = {request.id: list[int]() for request in requests}
+    ended: dict[str, int] = {}
+    preempted = 0
+    while len(ended) < len(requests):
+        deltas = client.next(Deltas)
+        for delta in deltas.items:
+            tokens[delta.id] += delta.token_ids
+            if delta.finish_reason is not None:
+                assert delta.finish_reason == "length", delta
+                assert delta.timings is not None
+                ended[delta.id] = deltas.step - began
+                preempted += len(delta.timings.preempted_at)
+    return list(tokens.values()), [ended[request.id] for request in requests], preempted
 
 
 def test_a_signal_during_the_start_is_heard(start: Callable[..., Process], folder: Path) -> None:
