@@ -40,6 +40,7 @@ class Quire:
         max_num_batched_tokens: int = 512,
         max_model_len: int = 1024,
         block_size: int = 16,
+        prefix_caching: bool = False,
     ) -> None:
         profile = read_profile(folder)
         self.vocab_size = profile.vocab_size
@@ -61,6 +62,7 @@ class Quire:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 chunked_prefill=True,
+                prefix_caching=prefix_caching,
                 seed=0,
                 memory_limit=1 << 40,
                 hot_hash="",

@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling`.
+"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|prefix`.
 
 Rows go to `results/`, a table to stdout.
 
@@ -7,7 +7,8 @@ run sequentially, in the best static batch found, and with its continuous batchi
 count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
 that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes. `tracing` puts
 the same streams through routers with and without traces, in pairs, before one engine. `scheduling` times the
-host's part of a step.
+host's part of a step. `prefix` runs requests that begin alike with the prefix cache on and off, the choices of one
+request with and without shared blocks, and requests without anything in common, for what the cache costs then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -250,6 +252,112 @@ def scheduling(args: argparse.Namespace) -> None:
     write(args.out or ROOT / "benchmarks/results/scheduling.jsonl", [common | row for row in found])
 
 
+def prefix(args: argparse.Namespace) -> None:
+    """What the prefix cache saves and costs, and what parallel sampling shares; each beside its A/A pair."""
+    import torch
+
+    from benchmarks import prefix as work
+    from benchmarks.models import model_dir
+    from benchmarks.quire_systems import Quire
+
+    torch.set_num_threads(args.threads)
+    folder = model_dir(args.model, args.cache)
+    settings = {"on": True, "off": False, "off-again": False}
+    systems = {
+        name: Quire(folder, args.dtype, threads=args.threads, max_num_seqs=96, prefix_caching=caching)
+        for name, caching in settings.items()
+    }
+    engines = {name: system.engine for name, system in systems.items()}
+    vocabulary = systems["on"].vocab_size
+    common = provenance() | {
+        "benchmark": "prefix", "model": args.model, "dtype": args.dtype, "threads": args.threads, "seed": 0,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(common | row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+    def shared() -> None:
+        scenario = work.Shared(requests=args.requests)
+        jobs = scenario.jobs(vocabulary)
+        passes: dict[str, list[work.SharedPass]] = {name: [] for name in ("on", "on-again", "off", "off-again")}
+        for engine in engines.values():
+            work.shared_pass(engine, jobs[:4], scenario.concurrency)  # untimed: allocators, thread pools
+        order = list(passes)
+        for _ in range(args.rounds):
+            for name in order:
+                engine = engines["on" if name.startswith("on") else name]
+                passes[name].append(work.shared_pass(engine, jobs, scenario.concurrency))
+            order.append(order.pop(0))
+        firsts = {name: sorted(t for each in found for t in each.first_token) for name, found in passes.items()}
+        seconds = {name: statistics.median(each.seconds for each in found) for name, found in passes.items()}
+        computed = {name: found[0].computed for name, found in passes.items()}
+
+        def at(part: float, name: str) -> float:
+            return round(1000 * work.percentile(firsts[name], part), 1)
+
+        note(
+            {
+                "part": "shared", "requests": len(jobs), "shared_tokens": scenario.shared_tokens,
+                "concurrency": scenario.concurrency, "rounds": args.rounds,
+                "prompt_tokens": passes["on"][0].prompt_tokens,
+                "prefill_tokens_on": computed["on"], "prefill_tokens_off": computed["off"],
+                "prefill_ratio": round(computed["off"] / computed["on"], 2),
+                "ttft_p50_ms_on": at(0.5, "on"), "ttft_p50_ms_off": at(0.5, "off"),
+                "ttft_p90_ms_on": at(0.9, "on"), "ttft_p90_ms_off": at(0.9, "off"),
+                "ttft_p50_ratio": round(at(0.5, "off") / at(0.5, "on"), 2),
+                "ttft_p90_ratio": round(at(0.9, "off") / at(0.9, "on"), 2),
+                "aa_ttft_p50_on": round(at(0.5, "on-again") / at(0.5, "on"), 3),
+                "aa_ttft_p50_off": round(at(0.5, "off-again") / at(0.5, "off"), 3),
+                "seconds_on": round(seconds["on"], 2), "seconds_off": round(seconds["off"], 2),
+                "seconds_ratio": round(seconds["off"] / seconds["on"], 2),
+                "aa_seconds_on": round(seconds["on-again"] / seconds["on"], 3),
+                "aa_seconds_off": round(seconds["off-again"] / seconds["off"], 3),
+            }
+        )  # fmt: skip
+
+    def parallel() -> None:
+        for name, shape in work.SHAPES.items():
+            jobs = replace(shape, requests=args.parallel_requests).jobs(vocabulary)
+            alone = work.parallel_pass(engines["off"], jobs, args.n, share=False)
+            together = work.parallel_pass(engines["off"], jobs, args.n, share=True)
+            note(
+                {
+                    "part": "parallel", "shape": name, "requests": len(jobs), "n": args.n,
+                    "mean_prompt": round(statistics.fmean(len(job.prompt) for job in jobs), 1),
+                    "mean_output": round(statistics.fmean(job.output_tokens for job in jobs), 1),
+                    "blocks_mean_shared": round(together.mean, 1), "blocks_mean_alone": round(alone.mean, 1),
+                    "blocks_most_shared": together.most, "blocks_most_alone": alone.most,
+                    "saved_mean_percent": round(100 * (1 - together.mean / alone.mean), 1),
+                    "saved_most_percent": round(100 * (1 - together.most / alone.most), 1),
+                }
+            )  # fmt: skip
+
+    def cost() -> None:
+        seconds = work.step_times(engines, args.running, args.steps, seed=0)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        off = statistics.geometric_mean([medians["off"], medians["off-again"]])
+        note(
+            {
+                "part": "no hits", "running": args.running, "steps": args.steps,
+                "step_p50_ms_on": round(medians["on"] * 1000, 3), "step_p50_ms_off": round(off * 1000, 3),
+                "on_ratio": round(medians["on"] / off, 4),
+                "aa_ratio": round(medians["off-again"] / medians["off"], 4),
+                "on_ratio_mean": round(
+                    2 * sum(seconds["on"]) / (sum(seconds["off"]) + sum(seconds["off-again"])), 4
+                ),
+                "aa_ratio_mean": round(sum(seconds["off-again"]) / sum(seconds["off"]), 4),
+            }
+        )  # fmt: skip
+
+    try:
+        for part in args.parts:
+            {"shared": shared, "parallel": parallel, "cost": cost}[part]()
+    finally:
+        write(args.out or ROOT / "benchmarks/results/prefix.jsonl", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -276,7 +384,21 @@ def main() -> None:
     four.add_argument("--running", type=int, default=256)
     four.add_argument("--steps", type=int, default=1000)
     four.set_defaults(action=scheduling)
-    for command in (one, two, three, four):
+    five = commands.add_parser("prefix")
+    five.add_argument("--model", default="tiny", choices=["tiny", "qwen2.5-0.5b"])
+    five.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    five.add_argument("--threads", type=int, default=os.cpu_count())
+    parts = ["shared", "parallel", "cost"]
+    five.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    five.add_argument("--requests", type=int, default=100, help="that share a system prompt of 600 tokens")
+    five.add_argument("--rounds", type=int, default=2)
+    five.add_argument("--n", type=int, default=6)
+    five.add_argument("--parallel-requests", type=int, default=8)
+    five.add_argument("--running", type=int, default=32)
+    five.add_argument("--steps", type=int, default=400)
+    five.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
+    five.set_defaults(action=prefix)
+    for command in (one, two, three, four, five):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written
