@@ -195,10 +195,28 @@ def test_blocks_of_another_size_change_nothing(prompts: list[list[int]], expecte
     check(llm.generate(prompts[:20], GREEDY), expected[:20])
 
 
-def test_in_bfloat16_the_first_difference_is_a_near_tie(prompts: list[list[int]]) -> None:
-    references = generate("bfloat16", prompts)
-    llm = LLM("builtin://tiny", dtype="bfloat16", threads=1, max_model_len=512)
-    outputs = llm.generate(prompts, Sampling(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=5, ignore_eos=True))
+@pytest.fixture(scope="module")
+def in_bfloat16(prompts: list[list[int]]) -> list[Reference]:
+    return generate("bfloat16", prompts)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"max_num_batched_tokens": 16, "async_scheduling": True, "block_size": 4},
+        {"max_num_seqs": 7, "num_blocks": 170, "block_size": 2},
+    ],
+    ids=["at once", "in chunks and ahead", "few at a time and short of blocks"],
+)
+def test_in_bfloat16_the_first_difference_is_a_near_tie(
+    way: dict[str, Any], prompts: list[list[int]], in_bfloat16: list[Reference]
+) -> None:
+    references = in_bfloat16
+    llm = LLM("builtin://tiny", dtype="bfloat16", threads=1, max_model_len=320, prefix_caching=True, **way)
+    params = Sampling(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=5, ignore_eos=True)
+    llm.generate(prompts[:7], params)  # so that some prefixes are there
+    outputs = llm.generate(prompts, params)
     differing = 0
     for number, (output, reference) in enumerate(zip(outputs, references, strict=True)):
         theirs = reference.tokens if reference.ended_by is None else [*reference.tokens, reference.ended_by]
