@@ -39,7 +39,7 @@ PROMPTS = (
 
 @dataclass
 class Reading:
-    """One stream as it was received. Times are `time.monotonic()`."""
+    """One answer as it was received. Times are `time.monotonic()`."""
 
     prompt: str
     text: str = ""
@@ -50,8 +50,12 @@ class Reading:
     hung: bool = False
     """Nothing came for so long that the client gave up."""
     began_at: float = 0.0
+    first_at: float | None = None
+    """When the first event of a stream came."""
     error_at: float | None = None
     ended_at: float = 0.0
+    stream: bool = True
+    """Whether it was asked for as a stream."""
 
     @property
     def outcome(self) -> str:
@@ -80,10 +84,9 @@ def read(
         with httpx.stream("POST", f"{base_url}/completions", json=body, timeout=patience) as answer:
             reading.status = answer.status_code
             if answer.status_code != 200:
-                answer.read()
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    _note(reading, line.removeprefix("data: "))
+                note_whole(reading, answer.read())
+            for line in answer.iter_lines() if answer.status_code == 200 else ():
+                note_line(reading, line)
                 if give_up is not None and give_up.is_set():
                     break
     except httpx.TimeoutException:
@@ -94,7 +97,23 @@ def read(
     return reading
 
 
-def _note(reading: Reading, data: str) -> None:
+def note_whole(reading: Reading, body: bytes) -> None:
+    """Note an answer that is no stream: a completion, or an error."""
+    answer = json.loads(body)
+    if "error" in answer:
+        reading.errors.append(answer["error"])
+        return
+    (choice,) = answer["choices"]
+    reading.text, reading.finish_reason, reading.done = choice["text"], choice["finish_reason"], True
+
+
+def note_line(reading: Reading, line: str) -> None:
+    """Note one line of a stream."""
+    if not line.startswith("data: "):
+        return
+    if reading.first_at is None:
+        reading.first_at = time.monotonic()
+    data = line.removeprefix("data: ")
     if data == "[DONE]":
         reading.done = True
         return
@@ -122,6 +141,7 @@ def check(reading: Reading, reference: str, *, cut_allowed: bool = False) -> Non
         assert len(reading.errors) == 1, f"more than one error event: {reading}"
     if outcome == "refused":
         assert not text, f"refused with a text: {reading}"
+        assert len(reading.errors) == 1, f"refused without a word: {reading}"
     if outcome == "cut":
         assert cut_allowed, f"cut without a word: {reading}"
 

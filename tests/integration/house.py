@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 
 import httpx
 import msgspec
+from tests import oracle
 from tests.engine_specs import tiny_spec
 from tests.integration.router_world import World, eventually
+from tests.oracle import Reading
 
 from quire import builtin
 from quire_operators.fleet.local import SHIM
@@ -119,36 +121,11 @@ class Replica:
 
 
 @dataclass
-class Heard:
-    """One request as its client saw it."""
-
-    prompt: int
-    stream: bool
-    status: int = 0
-    text: str = ""
-    finish: str | None = None
-    done: bool = False
-    errors: list[str] = field(default_factory=list)
-    began_at: float = 0.0
-    first_byte_at: float | None = None
-    ended_at: float = 0.0
-
-    def verify(self, references: Sequence[str]) -> None:
-        """An answer is a prefix of its reference, equal to it if it says that it is whole; silence is no end."""
-        reference = references[self.prompt]
-        assert reference.startswith(self.text), (self.text, reference)
-        if self.finish is not None:
-            assert (self.text, self.done, self.errors) == (reference, True, []), "cut off and called whole"
-        else:
-            assert len(self.errors) == 1, "exactly one error says that there is no more"
-            assert not self.done
-
-
-@dataclass
 class House:
     world: World
     replicas: tuple[Replica, Replica]
     references: list[str] = field(default_factory=list)
+    """By the number of the prompt."""
     max_tokens: int = 40
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
@@ -169,7 +146,7 @@ class House:
         async with self.http() as http:
             for prompt in range(prompts):
                 heard = await self.ask(http, prompt, stream=False)
-                assert heard.finish == "length"
+                assert heard.finish_reason == "length"
                 self.references.append(heard.text)
 
     def http(self) -> httpx.AsyncClient:
@@ -185,48 +162,28 @@ class House:
             "stream": stream,
         }
 
-    async def ask(self, http: httpx.AsyncClient, prompt: int, *, stream: bool) -> Heard:
-        heard = Heard(prompt, stream, began_at=time.monotonic())
+    async def ask(self, http: httpx.AsyncClient, prompt: int, *, stream: bool) -> Reading:
+        heard = Reading(str(prompt), stream=stream, began_at=time.monotonic())
         async with http.stream("POST", "/v1/completions", json=self.body(prompt, stream=stream)) as answer:
             heard.status = answer.status_code
             if answer.status_code != 200 or not stream:
-                body = json.loads(await answer.aread())
-                self._whole(heard, body)
+                oracle.note_whole(heard, await answer.aread())
             else:
                 try:
                     async for line in answer.aiter_lines():
-                        self._line(heard, line)
+                        oracle.note_line(heard, line)
                 except httpx.RemoteProtocolError:
                     assert heard.errors, "the stream was cut without a word"
         heard.ended_at = time.monotonic()
         return heard
 
-    def _whole(self, heard: Heard, body: dict[str, Any]) -> None:
-        if "error" in body:
-            heard.errors.append(body["error"]["code"])
-            return
-        heard.text, heard.finish = body["choices"][0]["text"], body["choices"][0]["finish_reason"]
-        heard.done = True
+    def verify(self, heard: Reading) -> None:
+        """An answer is a prefix of its reference, equal to it if it says that it is whole; silence is no end."""
+        oracle.check(heard, self.references[int(heard.prompt)])
 
-    def _line(self, heard: Heard, line: str) -> None:
-        if not line.startswith("data: "):
-            return
-        if heard.first_byte_at is None:
-            heard.first_byte_at = time.monotonic()
-        if line == "data: [DONE]":
-            heard.done = True
-            return
-        event = json.loads(line[6:])
-        if "error" in event:
-            heard.errors.append(event["error"]["code"])
-            return
-        for choice in event["choices"]:
-            heard.text += choice["text"]
-            heard.finish = choice["finish_reason"] or heard.finish
-
-    async def under_load(self, clients: int, act: Callable[[list[Heard]], Any]) -> list[Heard]:
+    async def under_load(self, clients: int, act: Callable[[list[Reading]], Any]) -> list[Reading]:
         """Ask with so many clients, half of them streaming, until `act(all that was asked so far)` is over."""
-        heard: list[Heard] = []
+        heard: list[Reading] = []
         over = asyncio.Event()
 
         async def client(number: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.effort import times
+from tests.effort import bound, times
 from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
 
 SLOW = "  restartPolicy: {backoffBase: 1h, backoffMax: 1h}\n"
@@ -236,7 +236,9 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
         plane.wait_stopped("often")
         assert not alive(pid)
         eventually(
-            lambda: not [p for p in own.children() if p.status() == psutil.STATUS_ZOMBIE], "no zombie", seconds=10
+            lambda: not [p for p in own.children() if p.status() == psutil.STATUS_ZOMBIE],
+            "every process is reaped",
+            seconds=bound(1),
         )
     assert sorted(plane.state.runtime.rglob("*")) == files
     assert set(Path("/dev/shm").iterdir()) <= shared

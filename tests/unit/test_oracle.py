@@ -18,7 +18,7 @@ BROKEN = [{"code": "engine_died"}]
         Reading("p", REFERENCE, 200, "length", done=True),
         Reading("p", "one tw", 200, errors=BROKEN),
         Reading("p", "", 200, errors=BROKEN),
-        Reading("p", "", 503),
+        Reading("p", "", 503, errors=BROKEN),
     ],
 )
 def test_a_whole_answer_a_declared_end_and_a_refusal_pass(reading: Reading) -> None:
@@ -38,7 +38,8 @@ def test_a_whole_answer_a_declared_end_and_a_refusal_pass(reading: Reading) -> N
         Reading("p", "one", 200, errors=BROKEN, done=True),
         Reading("p", "one", 200),
         Reading("p", "one"),
-        Reading("p", "one", 503),
+        Reading("p", "one", 503, errors=BROKEN),
+        Reading("p", "", 503),
         Reading("p", "one", 200, errors=BROKEN, hung=True),
     ],
 )
