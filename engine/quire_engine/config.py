@@ -63,4 +63,6 @@ def check_spec(spec: EngineSpec) -> None:
             raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least {least}")
     if not spec.adoption_window > 0:
         raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
+    if not 0 <= spec.step_time < float("inf") or (spec.step_time and spec.runner != "scripted"):
+        raise InvalidSpec(f"step_time is {spec.step_time}; only the scripted runner takes one, in seconds")
     BatchLimits.of(spec)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from quire_engine.ahead import Ahead
@@ -38,10 +39,11 @@ from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
 from quire_engine.runner import ModelRunner, Runner
 from quire_engine.scheduler import Counters, Scheduler
+from quire_engine.scripted import ScriptedRunner
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
 from quire_kernels import load as load_kernels
-from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling, Stats
 
@@ -86,14 +88,12 @@ class Engine:
         `DeviceUnavailable`. `on_progress(done, total)` counts bytes of weights.
         """
         check_spec(spec)
+        if spec.runner == "scripted":
+            return cls._load_scripted(spec)
         torch.set_num_threads(spec.threads)
         device = _device(spec)
         profile = read_profile(Path(spec.model_dir))
-        if spec.max_model_len > profile.max_position_embeddings:
-            raise InvalidSpec(
-                f"max_model_len {spec.max_model_len} is above the checkpoint's {profile.max_position_embeddings} "
-                "positions"
-            )
+        _check_length(spec, profile)
         planned = _planned_bytes(spec, profile)
         model = load_model(
             Path(spec.model_dir),
@@ -106,6 +106,19 @@ class Engine:
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
         return cls(spec, profile, ModelRunner(model, kv, block_size=spec.block_size, device=device))
+
+    @classmethod
+    def _load_scripted(cls, spec: EngineSpec) -> Engine:
+        """An engine of which nothing but the checkpoint's configuration is read."""
+        profile = read_config(Path(spec.model_dir))
+        _check_length(spec, profile)
+        runner = ScriptedRunner(
+            eos_token_ids=profile.eos_token_ids,
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+            step_time=spec.step_time,
+        )
+        return cls(spec, profile, runner)
 
     def record(self, path: Path) -> None:
         """Write to `path` all that is scheduled from now on (`quire_engine.trace`). The engine must be idle.
@@ -128,6 +141,8 @@ class Engine:
     def add(self, message: Generate, received_at: float | None = None) -> None:
         """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
         self._check(message)
+        if self.spec.runner == "scripted" and message.sampling.script is None:
+            message.sampling = msgspec.structs.replace(message.sampling, script=tuple(message.token_ids))
         sampling, seed = message.sampling, message.sampling.seed
         if message.beam is not None:
             message.sampling = Searches.asks(message.beam, sampling)
@@ -160,6 +175,8 @@ class Engine:
         if sampling.max_tokens < 1:
             raise RequestRefused("invalid_request", f"max_tokens is {sampling.max_tokens}; it must be at least 1")
         beam = message.beam
+        if beam is not None and self.spec.runner == "scripted":
+            raise RequestRefused("invalid_request", "a script is one answer: there are no others to search")
         if beam is not None and not 1 <= beam.width <= min(self.limits.max_num_seqs, vocabulary // 2):
             raise RequestRefused(
                 "invalid_request",
@@ -168,6 +185,17 @@ class Engine:
             )
         if sampling.logit_bias and not all(0 <= token < vocabulary for token in sampling.logit_bias):
             raise RequestRefused("invalid_request", f"logit_bias has ids outside the vocabulary of {vocabulary}")
+        if sampling.script is not None:
+            self._check_script(sampling, sampling.script)
+
+    def _check_script(self, sampling: Sampling, script: tuple[int, ...]) -> None:
+        vocabulary = self.profile.vocab_size
+        if self.spec.runner != "scripted":
+            raise RequestRefused("invalid_request", "a script is for engines with the scripted runner alone")
+        if not script and (sampling.ignore_eos or sampling.min_tokens or not self.profile.eos_token_ids):
+            raise RequestRefused("invalid_request", "the script is empty, and the request is not to end with it")
+        if script and not 0 <= min(script) <= max(script) < vocabulary:
+            raise RequestRefused("invalid_request", f"the script has ids outside the vocabulary of {vocabulary}")
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,8 +317,18 @@ def _device(spec: EngineSpec) -> torch.device:
     return torch.device(spec.device)
 
 
+def _check_length(spec: EngineSpec, profile: ModelProfile) -> None:
+    if spec.max_model_len > profile.max_position_embeddings:
+        raise InvalidSpec(
+            f"max_model_len {spec.max_model_len} is above the checkpoint's {profile.max_position_embeddings} "
+            "positions"
+        )
+
+
 def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:
     """The arithmetic of the plan; `MemoryMismatch` if it lies above the spec's limit."""
+    if spec.runner == "scripted":
+        return _Planned(0, 0)
     limits = limits or BatchLimits.of(spec)
     weights = weight_bytes(profile, spec.dtype)
     kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)

@@ -420,6 +420,8 @@ class Admission:
         if folder is None:
             config = configs[name] if name in configs else configs[spec["source"]]
             return profile_from_config(config), ""
+        if spec["engine"]["runner"] == "scripted":
+            return read_config(folder.folder), str(folder.folder)
         if not folder.missing:
             return read_profile(folder.folder), str(folder.folder)
         profile = read_config(folder.folder)

@@ -447,7 +447,7 @@ class ModelReconciler:
                 r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
             }
             texts = {
-                row.id: Text(placed.tokenizer_dir, placed.chat_template_file)
+                row.id: Text(placed.tokenizer_dir, placed.chat_template_file, placed.runner == "scripted")
                 for row in rows
                 if (placed := placements.get(row.template_hash)) is not None
             }
@@ -483,6 +483,7 @@ class ModelReconciler:
             replicas=(),
             eta=self._eta(revision, pairs) if not ready else None,
             stopped=stored.resolved["replicas"] == 0,
+            scripted=placement.runner == "scripted",
             stall_seconds=stall_timeout(stored.resolved),
             policy=batching["policy"],
             prefix_caching=batching["prefixCaching"],

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from quire_operators.devices import Inventory
 from quire_schemas import wire
 from quire_schemas.checkpoint import ModelProfile
-from quire_schemas.quantities import format_bytes, parse_percent, parse_quantity
+from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
 from quire_schemas.sizing import FitReport, SizingRequest, fit
 from quire_schemas.update import EngineLimits
 
@@ -86,6 +86,8 @@ class Placement:
     """`update.template_hash` of the spec this was made for, without the bounds."""
     kv_tokens: int
     """Of the longest sequence that the KV cache holds."""
+    runner: wire.RunnerKind = "model"
+    step_time: float = 0.0
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
@@ -112,6 +114,8 @@ class Placement:
             "memoryPerReplica": self.memory,
             "modelDir": self.model_dir,
         }
+        if self.runner != "model":
+            shown["runner"] = self.runner
         if self.commit is not None:
             shown["commit"] = self.commit
         return shown
@@ -156,6 +160,8 @@ class Placement:
             memory_limit=self.memory,
             hot_hash=hot_hash,
             adoption_window=adoption_window,
+            runner=self.runner,
+            step_time=self.step_time,
         )
 
 
@@ -186,7 +192,8 @@ def place(
     """
     engine = resolved["engine"]
     device_ids = resolved["placement"]["deviceIds"]
-    kind = _kind(engine["device"], device_ids, inventory)
+    runner: wire.RunnerKind = engine["runner"]
+    kind = "cpu" if runner == "scripted" else _kind(engine["device"], device_ids, inventory)
     host_limit = resolved["resources"]["memory"]
     if host_limit is not None and kind == "cuda":
         raise NoSuchBound(
@@ -215,6 +222,7 @@ def place(
         kv_size=None if cache["size"] == "auto" else parse_quantity(cache["size"]),
         memory_limit=parse_quantity(host_limit) if host_limit is not None else None,
         device_name=_device_name(inventory, name),
+        runner=runner,
     )
     longest = profile.max_position_embeddings
     if request.max_model_len is not None and request.max_model_len > longest:
@@ -269,6 +277,8 @@ def place(
             seed=engine["seed"],
             template=template,
             kv_tokens=report.kv_tokens,
+            runner=runner,
+            step_time=parse_duration(engine.get("stepTime") or "0s"),
         ),
         report,
         fits_now,

@@ -35,10 +35,16 @@ FRESH_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What turns text into ids and back for an engine. Replicas of equal `Text` can serve one route."""
+    """What turns text into ids and back for an engine, and whether it takes scripts. Replicas of equal `Text` can
+    serve one route."""
 
     tokenizer_dir: str
     chat_template_file: str | None
+    scripted: bool = False
+
+    @classmethod
+    def of(cls, route: wire.ModelRoute) -> Text:
+        return cls(route.tokenizer_dir, route.chat_template_file, route.scripted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Routable:
     texts: Mapping[str, Text] = field(default_factory=dict)
 
     def text_of(self, row: Row) -> Text:
-        return self.texts.get(row.id, Text(self.route.tokenizer_dir, self.route.chat_template_file))
+        return self.texts.get(row.id, Text.of(self.route))
 
 
 def serving_text(model: Routable) -> Text:
@@ -73,7 +79,7 @@ def serving_text(model: Routable) -> Text:
             vote[0] += row.ready_since is not None
             vote[1] += 1
         vote[2] = max(vote[2], row.revision)
-    current = Text(model.route.tokenizer_dir, model.route.chat_template_file)
+    current = Text.of(model.route)
     return max(votes, key=lambda text: votes[text], default=current)
 
 
@@ -103,6 +109,7 @@ def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
                 model.route,
                 tokenizer_dir=text.tokenizer_dir,
                 chat_template_file=text.chat_template_file,
+                scripted=text.scripted,
                 replicas=endpoints,
             )
         )

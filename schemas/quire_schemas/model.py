@@ -138,11 +138,16 @@ class Engine(Strict):
     """How one replica computes."""
 
     runner: Literal["model", "scripted"] = declared(
-        "'model' computes; 'scripted' answers from a script, for tests of what stands around the engine.",
+        "'model' computes; 'scripted' answers what each request brings as its script, or its own prompt, for "
+        "tests of clients. It loads no weights, allocates no cache and runs on the CPU; config.json, tokenizer, "
+        "scheduler and API are the model's.",
         "model",
         update="rolling",
-        refused="there is no scripted runner yet",
-        honours=("model",),
+    )
+    step_time: Duration | None = declared(
+        "Time that each step of the scripted runner takes. Left out: as little as it can.",
+        None,
+        update="rolling",
     )
     device: Literal["auto", "cpu", "cuda"] = declared(
         "Kind of device that a replica runs on. 'auto' takes a free GPU if the machine has one, else the CPU.",

@@ -196,6 +196,12 @@ def _bias(value: object) -> dict[int, float]:
     return made
 
 
+def _script(value: object) -> str | list[int]:
+    if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)):
+        return value
+    raise PydanticCustomError("script", "must be a string or a list of token ids")
+
+
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=_MAX_INT)]
 
@@ -250,6 +256,8 @@ class SamplingFields(_Shape):
     """Seconds from the arrival of the request after which it ends with an error, whatever is still missing."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    script: Annotated[str | list[int], PlainValidator(_script)] | None = None
+    """The answer, for models whose runner is scripted alone: text, or token ids."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> SamplingFields:
@@ -650,6 +658,7 @@ def _explained(detail: ErrorDetails) -> BadRequest:
             "tool_calls",
             "arguments",
             "prompt",
+            "script",
         }
         text = detail["msg"] if ours else "is not valid"
         if kind in _CROSS_FIELD:

@@ -324,6 +324,36 @@ def _device_ids(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _scripted(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.engine.runner"] != "scripted":
+        if facts["spec.engine.stepTime"] is not None:
+            yield Finding(
+                ("spec", "engine", "stepTime"),
+                "only the scripted runner takes a declared time",
+                "remove it, or declare engine.runner scripted",
+                True,
+            )
+        return
+    if facts["spec.engine.device"] == "cuda":
+        yield Finding(
+            ("spec", "engine", "device"), "the scripted runner computes on no GPU", "remove it, or declare cpu"
+        )
+    if facts["spec.placement.deviceIds"]:
+        yield Finding(
+            ("spec", "placement", "deviceIds"),
+            "names GPUs, and the scripted runner computes on none",
+            "remove deviceIds",
+            True,
+        )
+    step_time, patience = facts["spec.engine.stepTime"], facts["spec.probes.liveness.timeout"]
+    if step_time is not None and parse_duration(step_time) >= parse_duration(patience):
+        yield Finding(
+            ("spec", "engine", "stepTime"),
+            "is as long as probes.liveness.timeout: the engine would be killed as stalled",
+            "declare a shorter time, for example 20ms",
+        )
+
+
 def _environment(facts: Facts) -> Iterator[Finding]:
     entries = facts["spec.env"]
     for index, entry in enumerate(entries):
@@ -407,6 +437,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _deadlines,
         _served_names,
         _device_ids,
+        _scripted,
         _environment,
         _quantization,
         _canary,

@@ -28,6 +28,7 @@ from typing import Literal
 
 from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile
 from quire_schemas.quantities import format_bytes
+from quire_schemas.wire import RunnerKind
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -79,6 +80,9 @@ class SizingRequest:
     kv_size: int | None = None
     memory_limit: int | None = None
     device_name: str = ""
+    runner: RunnerKind = "model"
+    """`scripted` has the blocks that the model would have, and neither they nor weights nor activations take
+    memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +335,8 @@ def _limit_reason(request: SizingRequest) -> str:
 
 def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport:
     """The report for one context length."""
+    if request.runner == "scripted":
+        return _scripted_at(profile, request, length)
     weights = weight_bytes(profile, request.dtype)
     activations = activation_bytes(
         profile, request.dtype, request.max_num_batched_tokens, request.max_num_seqs, length
@@ -377,6 +383,41 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
     )
 
 
+def _scripted_at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport:
+    """As `_at`, where blocks are numbers alone: as many as the declared cache would have, else as the largest one
+    of a CPU, and then enough for one sequence."""
+    block = kv_block_bytes(profile, request.kv_dtype, request.block_size)
+    windows = tuple(group.window for group in kv_groups(profile))
+    per_sequence = blocks_held(windows, length, request.max_num_batched_tokens, request.block_size)
+    if request.kv_size is not None:
+        blocks = request.kv_size // block
+    else:
+        blocks = max(per_sequence, min(CPU_KV_CAP // block, request.max_num_seqs * per_sequence))
+    overhead, limit = FOOTPRINT[request.device].overhead, _limit(request)
+    reason = ""
+    if blocks < per_sequence:
+        reason = (
+            f"kvCache.size is {blocks} blocks of {request.block_size} tokens, one sequence of {length:,} tokens "
+            f"needs {per_sequence}"
+        )
+    elif overhead > limit:
+        reason = f"overhead alone is {format_bytes(overhead - limit)} above the limit"
+    return FitReport(
+        fits=not reason,
+        reason=reason,
+        request=request,
+        weights=0,
+        activations=0,
+        overhead=overhead,
+        kv=0,
+        limit=limit,
+        kv_bytes_per_token=0,
+        num_blocks=blocks,
+        max_model_len=length,
+        windows=windows,
+    )
+
+
 def _resolve(profile: ModelProfile, request: SizingRequest) -> FitReport:
     longest = profile.max_position_embeddings
     if request.max_model_len is not None:
@@ -413,6 +454,8 @@ def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int
 
 def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
     request = report.request
+    if request.runner == "scripted":
+        yield "engine.runner is scripted: no weights are loaded, and blocks of the cache are numbers alone"
     if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
         yield (
             f"maxModelLen auto is {report.max_model_len:,}; the checkpoint would allow "

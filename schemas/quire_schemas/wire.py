@@ -57,6 +57,9 @@ class BadMessage(WireError):
 # ── router -> engine ──────────────────────────────────────────────────────────────────────────────────────
 
 
+RunnerKind = Literal["model", "scripted"]
+"""What carries out an engine's steps: a model, or a script that each request brings."""
+
 Policy = Literal["fcfs", "priority"]
 """Who is scheduled first: by arrival, or by priority and then arrival."""
 
@@ -83,6 +86,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     """None: off. k >= 0: the chosen token's log-probability and those of the k likeliest."""
+    script: tuple[int, ...] | None = None
+    """The tokens of the answer, for an engine with the scripted runner alone; None: those of the prompt."""
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -294,6 +299,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Seconds until a replica is expected ready, when none is; None when not known."""
     stopped: bool = False
     """No replica is wanted: waiting for one is in vain."""
+    scripted: bool = False
+    """The runner of its replicas is `scripted`: requests may bring their script."""
     stall_seconds: float = 30.0
     """Seconds without progress (deltas, a step, or an answer to `GetStats`) after which a replica is not ready."""
     policy: Policy = "fcfs"
@@ -386,6 +393,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Plan a step while the one before it runs."""
     adoption_window: float = ADOPTION_WINDOW
     """Seconds without a word from a router or a control plane after which the engine leaves by itself."""
+    runner: RunnerKind = "model"
+    step_time: float = 0.0
+    """Seconds that a step of the scripted runner takes at least."""
 
 
 class EngineEvent(msgspec.Struct, omit_defaults=True):

@@ -74,17 +74,18 @@ class Gateway:
         goes_on = bool(request.continue_final_message)
         prompted = request.add_generation_prompt if request.add_generation_prompt is not None else not goes_on
 
-        def ids() -> list[int]:
+        def ids() -> tuple[list[int], tuple[int, ...] | None]:
             text = tokenizer.render(
                 [message.for_template() for message in request.messages],
                 add_generation_prompt=prompted,
                 continue_final_message=goes_on,
                 **variables,
             )
-            return tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+            prompt = tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+            return prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
 
         began = time.monotonic()
-        prompt = await _off_loop_if_long(ids, size)
+        prompt, script = await _off_loop_if_long(ids, size)
         _tokenized(span, began, len(prompt))
         return self._job(
             request,
@@ -93,6 +94,7 @@ class Gateway:
             (prompt,),
             (),
             request.wanted_logprobs,
+            script,
             f"chatcmpl-{uuid.uuid4().hex}",
             arrived_at,
             span,
@@ -111,14 +113,15 @@ class Gateway:
         special = request.add_special_tokens is not False
         skip = request.skip_special_tokens is not False
 
-        def ids() -> tuple[list[int], ...]:
-            return tuple(
+        def ids() -> tuple[tuple[list[int], ...], tuple[int, ...] | None]:
+            prompts = tuple(
                 tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else list(prompt)
                 for prompt in request.prompt
             )
+            return prompts, _script(request, None, served, tokenizer)
 
         began = time.monotonic()
-        prompts = await _off_loop_if_long(ids, size)
+        prompts, script = await _off_loop_if_long(ids, size)
         _tokenized(span, began, sum(map(len, prompts)))
         vocab = served.vocab_size
         for given, prompt in zip(request.prompt, prompts, strict=True):
@@ -135,6 +138,7 @@ class Gateway:
             prompts,
             echoes,
             request.wanted_logprobs,
+            script,
             f"cmpl-{uuid.uuid4().hex}",
             arrived_at,
             span,
@@ -148,6 +152,7 @@ class Gateway:
         prompts: tuple[list[int], ...],
         echoes: tuple[str, ...],
         logprobs: int | None,
+        script: tuple[int, ...] | None,
         job_id: str,
         arrived_at: float,
         span: RequestSpan,
@@ -186,6 +191,7 @@ class Gateway:
             repetition_penalty=_first(request.repetition_penalty, advised.repetition_penalty, 1.0),
             logit_bias=bias,
             logprobs=logprobs,
+            script=script,
         )
         return Job(
             id=job_id,
@@ -224,6 +230,33 @@ def _room(route: wire.ModelRoute, prompt: Sequence[int], request: SamplingFields
             param=request.prompt_field if len(prompt) >= limit else request.limit_field,
         )
     return asked if asked is not None else limit - len(prompt)
+
+
+def _script(
+    request: SamplingFields, default: str | None, served: ServedModel, tokenizer: Tokenizer
+) -> tuple[int, ...] | None:
+    """What a scripted model is to answer: the request's script, else `default`; None is the prompt, word for word.
+
+    Raises `InvalidRequest` for a script that no replica of `served` would follow.
+    """
+    if not served.route.scripted:
+        if request.script is not None:
+            raise InvalidRequest(
+                "'script' is for models whose spec.engine.runner is scripted; this one computes its answers.",
+                param="script",
+            )
+        return None
+    script = default if request.script is None else request.script
+    if script is None:
+        return None
+    ids = tuple(tokenizer.encode(script, add_special_tokens=False) if isinstance(script, str) else script)
+    if not ids and (request.ignore_eos or request.min_tokens):
+        raise InvalidRequest("'script' is empty, and the answer is not to end with it.", param="script")
+    if ids and max(ids) >= served.vocab_size:
+        raise InvalidRequest(
+            f"'script' has a token id outside the vocabulary of {served.vocab_size}.", param="script"
+        )
+    return ids
 
 
 V = TypeVar("V", int, float)

@@ -109,30 +109,33 @@ class Faulty(ModelRunner):
         return super().execute(plan)
 
 
-def faulty_engine() -> Engine:
-    engine = Engine.load(SPEC)
+def faulty_engine(**fields: Any) -> Engine:
+    engine = Engine.load(with_fields(**fields))
     real = model_runner(engine)
     engine.runner = Faulty(real.model, real.kv, block_size=real.block_size, device=real.device)
     return engine
 
 
-def test_a_request_on_which_the_model_fails_ends_alone(shared: Engine) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "a step ahead"])
+def test_a_request_on_which_the_model_fails_ends_alone(shared: Engine, ahead: bool) -> None:
     neighbours = [Generate(f"good{i}", [*PROMPT, i], GREEDY) for i in range(3)]
     expected = run(shared, *msgspec.convert(msgspec.to_builtins(neighbours), list[Generate]))
-    heard = run(faulty_engine(), *neighbours[:1], Generate("bad", [1, 666, 2], GREEDY), *neighbours[1:])
+    engine = faulty_engine(async_scheduling=ahead)
+    heard = run(engine, *neighbours[:1], Generate("bad", [1, 666, 2], GREEDY), *neighbours[1:])
     assert heard["bad"][0].error_code == "internal_error"
     assert "planted" not in (heard["bad"][0].error or ""), "what failed inside is for the log"
     for name, deltas in expected.items():
         assert tokens(heard[name]) == tokens(deltas)
 
 
-def test_an_exception_at_any_step_fails_those_it_is_about_and_leaks_nothing(shared: Engine) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "a step ahead"])
+def test_an_exception_at_any_step_fails_those_it_is_about_and_leaks_nothing(shared: Engine, ahead: bool) -> None:
     """At step k the forward of a batch fails: once, which nobody notices, or for one request, which ends alone."""
     rng = random.Random(EFFORT)
     names = [f"r{number}" for number in range(6)]
     prompts = {name: [*PROMPT, number] for number, name in enumerate(names)}
     expected = run(shared, *(Generate(name, list(prompts[name]), GREEDY) for name in names))
-    engine = faulty_engine()
+    engine = faulty_engine(async_scheduling=ahead)
     real = engine.runner.execute
     for _ in range(examples(10)):
         fails_at = engine.steps + rng.randrange(8)
@@ -154,19 +157,24 @@ def test_an_exception_at_any_step_fails_those_it_is_about_and_leaks_nothing(shar
         assert engine.slots() == SlotCounts(0, 0)
 
 
-def test_a_lost_device_is_not_blamed_on_requests() -> None:
-    engine = faulty_engine()
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "a step ahead"])
+def test_a_lost_device_is_not_blamed_on_requests(ahead: bool) -> None:
+    engine = faulty_engine(async_scheduling=ahead)
     assert isinstance(engine.runner, Faulty)
     engine.runner.error = lambda: torch.AcceleratorError("planted")
     engine.add(Generate("a", [666], GREEDY))
     with pytest.raises(DeviceLost, match="planted"):
-        engine.step()
+        for _ in range(2):
+            engine.step()
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "a step ahead"])
 def test_logits_that_are_not_finite_end_their_request_alone(
-    shared: Engine, monkeypatch: pytest.MonkeyPatch
+    shared: Engine, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     expected = run(shared, Generate("a", list(PROMPT), GREEDY))["a"]
+    spec = with_fields(async_scheduling=ahead)
+    engine = Engine(spec, shared.profile, shared.runner)
     forward = model_runner(shared).model.forward
 
     def poisoned(token_ids: Tensor, batches: Any, kv: KVCache) -> Tensor:
@@ -177,7 +185,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(
         return states
 
     monkeypatch.setattr(model_runner(shared).model, "forward", poisoned)
-    heard = run(shared, Generate("bad", [5, 99], GREEDY), Generate("a", list(PROMPT), GREEDY))
+    heard = run(engine, Generate("bad", [5, 99], GREEDY), Generate("a", list(PROMPT), GREEDY))
     assert [delta.error_code for delta in heard["bad"]] == ["numerical_error"]
     assert tokens(heard["a"]) == tokens(expected)
 

@@ -153,3 +153,46 @@ def test_an_absurd_cache_is_answered_with_a_size_and_not_with_a_device(admission
     assert found.refusal is not None
     assert "spec.engine.kvCache.size: " in found.refusal.hint
     assert "device" not in found.refusal.hint
+
+
+# ── models without weights ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_scripted_model_needs_no_weights_and_no_memory_for_them(admission: Admission, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin.path("tiny") / name, tmp_path)
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+        f"spec: {{source: 'file://{tmp_path}', engine: {{runner: RUNNER, kvCache: {{size: 1Mi}}}}}}\n"
+    )
+    loaded = manifest.load([("m.yaml", text.replace("RUNNER", "scripted"))])
+    (found,) = admission.review(loaded.resources)
+    assert found.refusal is None
+    assert found.fit is not None
+    assert found.placement is not None
+    assert (found.fit.weights, found.fit.activations, found.fit.kv) == (0, 0, 0)
+    assert found.placement.memory == found.fit.overhead
+    assert any("no weights are loaded" in line for line in found.fit.lines())
+    spec = found.placement.engine_spec("m", "m-0", 1, "s", found.resolved, "h", adoption_window=1.0)
+    assert spec.runner == "scripted"
+    (model,) = admission.review(manifest.load([("m.yaml", text.replace("RUNNER", "model"))]).resources)
+    assert model.refusal is not None
+    assert "safetensors" in model.refusal.message
+
+
+def test_a_scripted_model_has_the_blocks_that_the_model_would_have(admission: Admission) -> None:
+    size = "kvCache: {size: 64Mi}, maxModelLen: 256"
+    scripted, model = review(
+        admission, f"engine: {{runner: scripted, stepTime: 250ms, {size}}}", f"engine: {{{size}}}"
+    )
+    assert scripted.placement is not None
+    assert model.placement is not None
+    assert scripted.placement.num_blocks == model.placement.num_blocks
+    assert scripted.placement.kv_tokens == model.placement.kv_tokens
+    assert (scripted.placement.device, scripted.placement.step_time) == ("cpu", 0.25)
+    (small,) = review(admission, "engine: {runner: scripted, maxModelLen: 2048, kvCache: {size: 64Ki}}")
+    assert small.refusal is not None
+    assert "one sequence of 2,048 tokens needs 128" in small.refusal.message
+    (auto,) = review(admission, "engine: {runner: scripted}")
+    assert auto.placement is not None
+    assert auto.placement.max_model_len == auto.placement.kv_tokens // 64

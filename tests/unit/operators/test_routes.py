@@ -89,6 +89,15 @@ def test_revisions_of_one_text_serve_together() -> None:
     assert not any(endpoint.standby for endpoint in route.replicas)
 
 
+def test_scripted_replicas_and_computing_ones_do_not_serve_together() -> None:
+    scripted = Text("/new", None, scripted=True)
+    (route,) = build([mixed(("a", scripted, "ready"), ("b", NEW, "new"))])
+    assert route.scripted
+    assert [endpoint.standby for endpoint in route.replicas] == [False, True]
+    (route,) = build([mixed(("a", scripted, "new"), ("b", NEW, "ready"))])
+    assert not route.scripted
+
+
 class Counterpart:
     """A router's control socket that keeps the table and answers with what the test says."""
 

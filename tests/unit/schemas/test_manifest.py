@@ -198,6 +198,10 @@ def test_one_run_reports_all_mistakes_of_all_files() -> None:
         ("tokenizer: {chatTemplateFile: ./a.jinja}", 6, 33, "spec.tokenizer.chatTemplateFile", "relative", "path"),
         ("tokenizer: {source: s3://a/b}", 6, 23, "spec.tokenizer.source", "not honoured", "download"),
         ("engine: {device: cpu}\nplacement: {deviceIds: [0]}", 7, 15, "spec.placement.deviceIds", "cpu", "cuda"),
+        ("engine: {stepTime: 9ms}", 6, 12, "spec.engine.stepTime", "scripted runner", "runner scripted"),
+        ("engine: {runner: scripted, stepTime: 30s}", 6, 40, "spec.engine.stepTime", "stalled", "20ms"),
+        ("engine: {runner: scripted, device: cuda}", 6, 38, "spec.engine.device", "no GPU", "cpu"),
+        ("engine: {runner: scripted}\nplacement: {deviceIds: [0]}", 7, 15, "spec.placement.deviceIds", "GPU", ""),
         ("status: {}", 6, 3, "spec.status", "unknown", "explain"),
     ],
 )  # fmt: skip
@@ -270,7 +274,6 @@ def test_only_a_hub_needs_a_token() -> None:
         "engine: {kvCache: {dtype: int8}}",
         "engine: {kvCache: {swapSpace: 8Gi}}",
         "engine: {extraArgs: [--fast]}",
-        "engine: {runner: scripted}",
         "parallelism: {tensor: 2}",
         "parallelism: {pipeline: 2}",
         "parallelism: {data: 2}",
