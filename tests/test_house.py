@@ -55,7 +55,7 @@ def test_python_run_from_the_root_still_finds_the_standard_platform_module(state
 
 @pytest.mark.parametrize(
     "module",
-    ["quire.controlplane.app", "quire.router.app", "quire.text", "quire.cli", "quire_operators.models"],
+    ["quire", "quire.controlplane.app", "quire.router.app", "quire.text", "quire.cli", "quire_operators.models"],
 )
 def test_control_plane_router_and_cli_start_without_torch(module: str) -> None:
     code = f"import sys, {module}; bad = {{'torch', 'transformers'}} & set(sys.modules); assert not bad, bad"

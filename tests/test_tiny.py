@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quire.llm import LLM, Sampling
+from quire import LLM, SamplingParams
 from quire_schemas import manifest
 from quire_schemas.model import Model, resolve_defaults
 from quire_schemas.update import template_hash
@@ -23,9 +23,9 @@ def test_a_manifest_becomes_an_answer() -> None:
     llm = LLM(resolved["source"], dtype="float32", max_num_seqs=4, threads=1)
     assert llm.fit.fits, llm.fit.lines()
     prompt = llm.tokenizer.render([{"role": "user", "content": "What is PagedAttention?"}])
-    short, long = llm.generate([prompt, prompt], [Sampling(8, temperature=0.0), Sampling(48, temperature=0.0)])
+    brief, ample = (SamplingParams(max_tokens=most, temperature=0) for most in (8, 48))
+    (short,), (long,) = (output.outputs for output in llm.generate([prompt, prompt], [brief, ample]))
 
-    assert long.text is not None
     assert long.text.startswith(short.text or "?")
     assert "cache" in long.text.lower() or "block" in long.text.lower()
     assert short.finish_reason == "length"

@@ -1,35 +1,41 @@
 """The engine in one process, for scripts, tests and benchmarks: no router, no sockets, no manifest.
 
-    from quire.llm import LLM, Sampling
+    from quire import LLM, SamplingParams
 
     llm = LLM("builtin://tiny")
-    for output in llm.generate(["What is PagedAttention?"], Sampling(max_tokens=40, temperature=0.0)):
-        print(output.text)
+    for output in llm.generate(["What is PagedAttention?"], SamplingParams(max_tokens=40, temperature=0)):
+        print(output.outputs[0].text)
 
-`LLM` sizes itself by the same arithmetic as `platform plan`. It is the only module of this package that loads
-the engine, and with it torch.
+`LLM` sizes itself by the same arithmetic as `platform plan`, and drives the same engine, text side included: what
+it says is what a served model says. No other module of the package loads the engine, and with it torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import psutil
 
 from quire.builtin import path as builtin_path
+from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.sampling import SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.openai import BadRequest, read_messages
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
-from quire_schemas.wire import EngineSpec, FinishReason, Generate, Sampling, Timings, TokenLogprobs
+from quire_schemas.wire import Delta, EngineSpec, Generate, Policy, TokenLogprobs
 
 if TYPE_CHECKING:
     from quire.text import Tokenizer
     from quire_engine.engine import Engine
 
-__all__ = ["LLM", "DoesNotFit", "RequestOutput", "Sampling"]
+__all__ = ["LLM", "DoesNotFit", "RequestOutput", "SamplingParams"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
@@ -39,18 +45,11 @@ class DoesNotFit(Exception):
     """The model does not fit this machine as asked; the message has the arithmetic and what would fit."""
 
 
-@dataclass(slots=True)
-class RequestOutput:
-    """What became of one prompt. `text` is None when the folder has no tokenizer."""
-
-    prompt_token_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    text: str | None = None
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    error: str | None = None
-    timings: Timings | None = None
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages as the HTTP API has them."""
+_V = TypeVar("_V")
 
 
 class LLM:
@@ -76,6 +75,7 @@ class LLM:
         memory_share: float = 0.9,
         prefix_caching: bool = True,
         async_scheduling: bool = False,
+        policy: Policy = "fcfs",
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
@@ -122,6 +122,7 @@ class LLM:
             hot_hash="",
             prefix_caching=prefix_caching,
             async_scheduling=async_scheduling,
+            policy=policy,
         )
         self.engine: Engine = Engine.load(spec)
         self.profile = profile
@@ -138,48 +139,245 @@ class LLM:
             self._tokenizer = Tokenizer.load(self._folder)
         return self._tokenizer
 
+    def default_sampling(self, max_tokens: int | None = 16) -> SamplingParams:
+        """What the checkpoint's makers advise (`generation_config.json`), as a request to the HTTP API has it."""
+        advised = self.tokenizer.advised
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(advised, name)) is not None}
+        return SamplingParams(max_tokens=max_tokens, **given)
+
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
-        sampling: Sampling | Sequence[Sampling] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt, all in one batch; outputs in the order of the prompts.
 
-        Text is encoded as it stands (special tokens may be written out). `sampling` is one for all or one for
-        each; None is 128 greedy tokens. Raises `quire_engine.errors.RequestRefused`, before anything is computed,
-        if one of the prompts cannot be served.
-        """
-        each = sampling or Sampling(max_tokens=128, temperature=0.0)
-        samplings = [each] * len(prompts) if isinstance(each, Sampling) else list(each)
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        outputs: dict[str, RequestOutput] = {}
-        try:
-            for prompt, params in zip(ids, samplings, strict=True):
-                name = str(next(self._numbers))
-                self.engine.add(Generate(name, list(prompt), params))
-                outputs[name] = RequestOutput(prompt, logprobs=None if params.logprobs is None else [])
-            while self.engine.has_work:
-                self._step(outputs)
-        finally:
-            for name, output in outputs.items():
-                if output.finish_reason is None:
-                    self.engine.abort(name)
-        if (self._folder / "tokenizer.json").is_file():
-            for output in outputs.values():
-                output.text = self.tokenizer.decode(output.token_ids)
-        return list(outputs.values())
+        Text is encoded as it stands (special tokens may be written out). `sampling_params` is one for all or one
+        for each; None is `default_sampling`. `priority`, one for each prompt, lower first, needs
+        `policy="priority"`. `use_tqdm` shows progress on stderr; None does if that is a terminal.
 
-    def _step(self, outputs: dict[str, RequestOutput]) -> None:
-        for delta in self.engine.step():
-            output = outputs[delta.id]
-            output.token_ids += delta.token_ids
-            if output.logprobs is not None and delta.logprobs:
-                output.logprobs += delta.logprobs
-            if delta.finish_reason is not None:
-                output.finish_reason = delta.finish_reason
-                output.stop_token_id = delta.stop_token_id
-                output.error = delta.error
-                output.timings = delta.timings
+        Raises ValueError and TypeError for arguments that make no sense, `quire.text.TextError`, and
+        `quire_engine.errors.RequestRefused` if a prompt cannot be served: all before anything is computed. An
+        answer that fails on its own has the finish reason `error`.
+        """
+        whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
+        params = _for_each(sampling_params or self.default_sampling(), len(whole), "sampling_params")
+        return self._generate(whole, params, priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, rendered by the checkpoint's chat template.
+
+        `add_generation_prompt` is true unless the final message is to be continued. `tools` are shown to the
+        template; calls come back as the text that the model writes. `sampling_params` None is
+        `default_sampling(max_tokens=None)`. Otherwise as `generate`.
+        """
+        from quire.text.templates import RESERVED
+
+        variables = dict(chat_template_kwargs or {})
+        for name in variables:
+            if not name.isidentifier() or name.startswith("_") or name in RESERVED:
+                raise ValueError(f"chat_template_kwargs: {name!r} may not be set")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], messages if several else [messages])
+        prompted = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        whole: list[tuple[str | None, list[int]]] = []
+        for conversation in conversations:
+            text = self.tokenizer.render(
+                _messages(conversation), tools, prompted, continue_final_message, **variables
+            )
+            whole.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+        params = _for_each(sampling_params or self.default_sampling(None), len(whole), "sampling_params")
+        return self._generate(whole, params, priority, use_tqdm)
+
+    # ── the way of a batch ────────────────────────────────────────────────────────────────────────────────
+
+    def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt as text, if it was given as that, and as ids."""
+        if isinstance(prompt, Mapping):
+            if set(prompt) == {"prompt"}:
+                prompt = prompt["prompt"]
+            elif set(prompt) == {"prompt_token_ids"}:
+                prompt = prompt["prompt_token_ids"]
+            else:
+                raise ValueError(
+                    f"a prompt has 'prompt' or 'prompt_token_ids' and nothing else, not {set(prompt)}"
+                )
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        return None, [_id(index) for index in prompt]
+
+    def _generate(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        each: Sequence[SamplingParams],
+        priority: Sequence[int] | None,
+        use_tqdm: bool | None,
+    ) -> list[RequestOutput]:
+        if priority is not None and self.engine.limits.policy != "priority":
+            raise ValueError('priority needs the policy of that name\nhint: LLM(…, policy="priority")')
+        priorities = _for_each(0 if priority is None else priority, len(prompts), "priority")
+        for params in each:
+            if (params.logprobs or 0) > self.profile.vocab_size:
+                raise ValueError(f"logprobs must be at most the vocabulary of {self.profile.vocab_size}")
+        outputs: list[RequestOutput] = []
+        answers: dict[str, _Answer] = {}
+        try:
+            for (text, ids), params, place in zip(prompts, each, priorities, strict=True):
+                output = RequestOutput(str(next(self._numbers)), text, ids, [])
+                room = max(1, min(self.fit.max_model_len, self.fit.kv_tokens) - len(ids))
+                for index in range(params.n):
+                    name = f"{output.request_id}-{index}"
+                    self.engine.add(
+                        Generate(
+                            name,
+                            list(ids),
+                            params.sampling(index, room),
+                            priority=place,
+                            family=output.request_id if params.n > 1 else None,
+                        )
+                    )
+                    answers[name] = _Answer(self, index, params, output)
+                outputs.append(output)
+            self._compute(answers, len(prompts), use_tqdm)
+        finally:
+            for name, answer in answers.items():
+                if answer.made.finish_reason is None:
+                    self.engine.abort(name)
+        return outputs
+
+    def _compute(self, answers: Mapping[str, _Answer], total: int, use_tqdm: bool | None) -> None:
+        """Step until every answer has its finish reason."""
+        began, tokens = time.monotonic(), 0
+        with _progress(total, use_tqdm) as bar:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    answer = answers[delta.id]
+                    if answer.take(delta):
+                        self.engine.abort(delta.id)
+                    tokens += len(delta.token_ids)
+                    if bar is not None and answer.made.finish_reason is not None and answer.whole.finished:
+                        rate = tokens / (time.monotonic() - began)
+                        bar.set_postfix_str(f"{rate:.0f} output tokens/s", refresh=False)
+                        bar.update()
+
+
+class _Answer:
+    """One sequence on its way from ids to text, as the router does it."""
+
+    def __init__(self, llm: LLM, index: int, params: SamplingParams, whole: RequestOutput) -> None:
+        from quire.text import Detokenizer, StopStrings
+
+        self.whole = whole
+        self.made = CompletionOutput(index)
+        whole.outputs.append(self.made)
+        self._tokenizer = llm.tokenizer if params.detokenize else None
+        self._eos = llm.profile.eos_token_ids
+        self._text = Detokenizer(llm.tokenizer, params.skip_special_tokens) if params.detokenize else None
+        self._stops = StopStrings(params.stops, params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens
+        if params.logprobs is not None:
+            self.made.logprobs, self.made.cumulative_logprob = [], 0.0
+
+    def take(self, delta: Delta) -> bool:
+        """Take over what a step gave; whether a stop string has ended it, which the engine does not know."""
+        made = self.made
+        scores = delta.logprobs or ()
+        for position, token in enumerate(delta.token_ids):
+            made.token_ids.append(token)
+            if made.logprobs is not None:
+                self._score(scores[position])
+            if self._text is not None:
+                self._read(self._text.push((token,)))
+                if self._stops.hit is not None:
+                    break
+        if delta.timings is not None:
+            made.timings = delta.timings
+        if self._stops.hit is None and delta.finish_reason is not None:
+            if self._text is not None:
+                self._read(self._text.finish())
+                made.text += self._stops.finish()
+            made.finish_reason, made.error = delta.finish_reason, delta.error
+            made.stop_token_id = delta.stop_token_id
+            if delta.stop_token_id not in self._eos:
+                made.stop_reason = delta.stop_token_id
+        if self._stops.hit is None:
+            return False
+        made.finish_reason, made.stop_reason = "stop", self._stops.hit
+        return delta.finish_reason is None
+
+    def _read(self, piece: str) -> None:
+        early = len(self.made.token_ids) <= self._min_tokens  # too early for a stop string to count
+        self.made.text += piece if early else self._stops.push(piece)[0]
+
+    def _score(self, scores: TokenLogprobs) -> None:
+        made = self.made
+        shown = {token: self._logprob(token, value, rank) for rank, (token, value) in enumerate(scores.top, 1)}
+        shown.setdefault(scores.token_id, self._logprob(scores.token_id, scores.logprob, None))
+        if made.logprobs is not None:
+            made.logprobs.append(shown)
+        made.cumulative_logprob = (made.cumulative_logprob or 0.0) + scores.logprob
+
+    def _logprob(self, token: int, value: float, rank: int | None) -> Logprob:
+        return Logprob(value, rank, None if self._tokenizer is None else self._tokenizer.token_text(token))
+
+
+def _progress(total: int, use_tqdm: bool | None) -> AbstractContextManager[Any]:
+    """A bar over `total` prompts on stderr, or None where none is wanted."""
+    if not (sys.stderr.isatty() if use_tqdm is None else use_tqdm):
+        return nullcontext()
+    from tqdm import tqdm
+
+    bar: AbstractContextManager[Any] = tqdm(
+        total=total, desc="Processed prompts", unit="prompt", file=sys.stderr, dynamic_ncols=True
+    )
+    return bar
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt as a list of one."""
+    if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return cast(Sequence[Prompt], prompts)
+
+
+def _id(index: object) -> int:
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"a prompt is text or token ids; {index!r} is neither")
+    return index
+
+
+def _for_each(values: _V | Sequence[_V], count: int, name: str) -> Sequence[_V]:
+    """One value for all, or as many as there are prompts."""
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+    return values
+
+
+def _messages(conversation: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation as templates know it. Raises ValueError."""
+    try:
+        return [message.for_template() for message in read_messages(list(conversation))]
+    except BadRequest as error:
+        raise ValueError(error.message) from None
 
 
 def _folder(model: str) -> Path:

@@ -387,6 +387,10 @@ class Message(_Shape):
         return shown
 
 
+class _Conversation(_Shape):
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
@@ -497,6 +501,14 @@ R = TypeVar("R", bound=SamplingFields)
 def read_chat(body: bytes) -> ChatRequest:
     """The chat request in `body`. Raises `BadRequest`."""
     return _read(body, ChatRequest, CHAT_REFUSED)
+
+
+def read_messages(messages: list[Any]) -> list[Message]:
+    """The turns of a conversation that comes from nowhere but this process. Raises `BadRequest`."""
+    try:
+        return _Conversation.model_validate({"messages": messages}).messages
+    except ValidationError as error:
+        raise _explained(error.errors(include_url=False)[0]) from None
 
 
 def read_completion(body: bytes) -> CompletionRequest:

@@ -378,27 +378,6 @@ def test_a_context_of_two_tokens_warms_up() -> None:
 # ── the engine as a library ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_llm_takes_text_and_ids_and_answers_in_order() -> None:
-    llm = LLM("builtin://tiny", max_model_len=128, num_blocks=32, threads=1)
-    assert llm.engine.spec.dtype == "bfloat16", "auto is the checkpoint's own"
-    by_text = llm.generate(["When the", "A list is"], GREEDY)
-    ids = [llm.tokenizer.encode(text) for text in ("When the", "A list is")]
-    by_ids = llm.generate(ids, [GREEDY, params(2, temperature=0.0)])
-    assert [output.prompt_token_ids for output in by_text] == ids
-    assert by_ids[0].token_ids == by_text[0].token_ids
-    assert by_ids[1].token_ids == by_text[1].token_ids[:2]
-    assert by_text[0].text == llm.tokenizer.decode(by_text[0].token_ids)
-    assert [output.finish_reason for output in by_ids] == ["length", "length"]
-
-
-def test_llm_refuses_before_computing_and_is_empty_afterwards() -> None:
-    llm = LLM("builtin://tiny", max_model_len=64, num_blocks=32, threads=1)
-    with pytest.raises(RequestRefused, match="above the context of 64"):
-        llm.generate([[1, 2], [1] * 64], GREEDY)
-    assert not llm.engine.has_work
-    assert llm.engine.steps == 0
-
-
 def test_llm_says_why_a_model_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="does not fit"):
         LLM("builtin://tiny", num_blocks=1 << 30)

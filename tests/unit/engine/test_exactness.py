@@ -20,14 +20,13 @@ import torch
 from tests.effort import EFFORT
 from transformers import AutoModelForCausalLM
 
+from quire import LLM, RequestOutput, SamplingParams
 from quire.builtin import path as builtin_path
-from quire.llm import LLM, RequestOutput
 from quire.text import Tokenizer
-from quire_schemas.wire import Sampling
 
 NEW_TOKENS = 20
-GREEDY = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
-BALLAST = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+BALLAST = SamplingParams(max_tokens=70, temperature=0.0, ignore_eos=True)
 BALLAST_PROMPTS = [[5], [6], [7], [8], [9], [10]]
 """Older requests that alone outgrow a small pool, so that everybody else is thrown out now and then."""
 PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
@@ -91,9 +90,10 @@ def expected(prompts: list[list[int]]) -> list[Reference]:
 
 def check(outputs: list[RequestOutput], expected: list[Reference]) -> None:
     for number, (output, reference) in enumerate(zip(outputs, expected, strict=True)):
-        assert output.token_ids == reference.tokens, f"prompt {number}"
-        assert output.stop_token_id == reference.ended_by
-        assert output.finish_reason == ("length" if reference.ended_by is None else "stop")
+        (answer,) = output.outputs
+        assert answer.token_ids == reference.tokens, f"prompt {number}"
+        assert answer.stop_token_id == reference.ended_by
+        assert answer.finish_reason == ("length" if reference.ended_by is None else "stop")
 
 
 def test_alone_every_prompt_continues_as_hugging_face_does(
@@ -127,8 +127,8 @@ def test_together_in_any_chunks_preempted_or_not_nothing_changes(
     stats = llm.engine.stats()
     assert stats.blocks_used == 0
     assert stats.prompt_tokens == sum(map(len, ballast + prompts))
-    thrown_out = [output for output in outputs if output.timings is not None and output.timings.preempted_at]
-    assert bool(thrown_out) == preempted
+    timings = [output.outputs[0].timings for output in outputs]
+    assert any(times is not None and times.preempted_at for times in timings) == preempted
 
 
 WAYS = list(itertools.product(["miss", "hit"], ["roomy", "preempted"], ["", "ahead"]))
@@ -181,8 +181,7 @@ def test_no_way_of_running_it_changes_what_is_said(
         llm.engine.check_integrity()
         if turn == "second" and prefix == "hit" and pool == "roomy":
             for output in outputs:
-                assert output.timings is not None
-                assert output.timings.cached_tokens >= (len(output.prompt_token_ids) - 1) // size * size
+                assert output.num_cached_tokens >= (len(output.prompt_token_ids) - 1) // size * size
     stats = llm.engine.stats()
     assert stats.blocks_used == 0
     assert bool(stats.prefix_hit_tokens) == (prefix == "hit")
@@ -214,18 +213,19 @@ def test_in_bfloat16_the_first_difference_is_a_near_tie(
 ) -> None:
     references = in_bfloat16
     llm = LLM("builtin://tiny", dtype="bfloat16", threads=1, max_model_len=320, prefix_caching=True, **way)
-    params = Sampling(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=5, ignore_eos=True)
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=5, ignore_eos=True)
     llm.generate(prompts[:7], params)  # so that some prefixes are there
     outputs = llm.generate(prompts, params)
     differing = 0
     for number, (output, reference) in enumerate(zip(outputs, references, strict=True)):
         theirs = reference.tokens if reference.ended_by is None else [*reference.tokens, reference.ended_by]
-        assert output.logprobs is not None
-        for position, (their, our) in enumerate(zip(theirs, output.token_ids, strict=False)):
+        (answer,) = output.outputs
+        assert answer.logprobs is not None
+        for position, (their, our) in enumerate(zip(theirs, answer.token_ids, strict=False)):
             if their == our:
                 continue
             differing += 1
-            ours_top = {token for token, _ in output.logprobs[position].top}
+            ours_top = {token for token, found in answer.logprobs[position].items() if found.rank}
             assert their in ours_top, f"prompt {number}, position {position}"
             assert our in reference.top[position], f"prompt {number}, position {position}"
             break

@@ -29,13 +29,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from quire.llm import LLM
+from quire import LLM, SamplingParams
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
 from quire_schemas.sizing import kv_groups
-from quire_schemas.wire import Sampling
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -270,10 +269,10 @@ def test_windows_that_let_go_of_blocks_change_nothing(name: str, blocks: int, ah
         prefix_caching=True,
         async_scheduling=ahead,
     )
-    greedy = Sampling(max_tokens=new, temperature=0.0, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     for _ in range(2):
         for output, tokens in zip(llm.generate(texts, greedy), expected, strict=True):
-            assert output.token_ids == tokens
+            assert output.outputs[0].token_ids == tokens
         llm.engine.check_integrity()
     stats = llm.engine.stats()
     if not ahead:

@@ -1,0 +1,287 @@
+"""`from quire import LLM, SamplingParams`: batches on the built-in model in this process, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import quire
+from quire import LLM, RequestOutput, SamplingParams
+from quire.llm import DoesNotFit
+from quire_engine.errors import RequestRefused
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+ASK: list[dict[str, Any]] = [{"role": "user", "content": "What is PagedAttention?"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("builtin://tiny", dtype="float32", max_model_len=256, num_blocks=64, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _left_empty(llm: LLM) -> Any:
+    yield
+    assert not llm.engine.has_work
+    assert llm.engine.stats().blocks_used == 0
+    llm.engine.check_integrity()
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [answer.text for output in outputs for answer in output.outputs]
+
+
+# ── prompts in, outputs in their order ────────────────────────────────────────────────────────────────────
+
+
+def test_prompts_are_text_or_ids_alone_or_several(llm: LLM) -> None:
+    said = ["When the", "A list is"]
+    ids = [llm.tokenizer.encode(text) for text in said]
+    by_text = llm.generate(said, GREEDY)
+    assert [output.prompt for output in by_text] == said
+    assert [output.prompt_token_ids for output in by_text] == ids
+    assert all(output.finished for output in by_text)
+    assert len({output.request_id for output in by_text}) == 2
+    by_ids = llm.generate(ids, [GREEDY, SamplingParams(max_tokens=2, temperature=0)])
+    assert [output.prompt for output in by_ids] == [None, None]
+    assert by_ids[0].outputs[0].token_ids == by_text[0].outputs[0].token_ids
+    assert by_ids[1].outputs[0].token_ids == by_text[1].outputs[0].token_ids[:2]
+    assert [output.outputs[0].finish_reason for output in by_ids] == ["length", "length"]
+    for output in by_text:
+        assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
+    one: Any
+    for one in ("When the", ids[0], {"prompt": "When the"}, {"prompt_token_ids": ids[0]}, [ids[0]]):
+        assert texts(llm.generate(one, GREEDY)) == texts(by_text)[:1]
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_chat_is_rendered_as_the_router_renders_it(llm: LLM) -> None:
+    prompt = llm.tokenizer.render(ASK)
+    (output,) = llm.chat(ASK, GREEDY)
+    assert (output.prompt, texts([output])) == (prompt, texts(llm.generate(prompt, GREEDY)))
+    parts: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    several = llm.chat([ASK, parts], GREEDY)
+    assert [output.prompt for output in several] == [prompt, prompt.replace("What is PagedAttention?", "Hi")]
+    begun = [*ASK, {"role": "assistant", "content": "It is"}]
+    (output,) = llm.chat(begun, GREEDY, continue_final_message=True)
+    assert (output.prompt or "").endswith("It is")
+    (output,) = llm.chat(ASK, GREEDY, add_generation_prompt=False)
+    assert prompt.startswith(output.prompt or "?")
+    assert output.prompt != prompt
+    (output,) = llm.chat(ASK)  # the checkpoint advises greedy, and its answer ends
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_token_id in llm.profile.eos_token_ids
+    assert output.outputs[0].stop_reason is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "words"),
+    [
+        ([{"role": "user"}], {}, "must have content"),
+        ([{"role": "king", "content": "a"}], {}, "'messages[0].role' must be"),
+        (ASK, {"chat_template_kwargs": {"messages": []}}, "'messages' may not be set"),
+        (ASK, {"chat_template_kwargs": {"_x": 1}}, "'_x' may not be set"),
+        (ASK, {"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused(llm: LLM, messages: Any, options: Any, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        llm.chat(messages, **options)
+    assert words in str(error.value)
+
+
+def test_several_answers_differ_repeat_and_share_their_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=3, max_tokens=12, temperature=1.5, seed=7, ignore_eos=True)
+    (first,) = llm.generate("When the", params)
+    assert [answer.index for answer in first.outputs] == [0, 1, 2]
+    assert len({tuple(answer.token_ids) for answer in first.outputs}) == 3
+    (again,) = llm.generate("When the", params)
+    assert texts([again]) == texts([first])
+    (alone,) = llm.generate("When the", SamplingParams(max_tokens=12, temperature=1.5, seed=8, ignore_eos=True))
+    assert alone.outputs[0].token_ids == first.outputs[1].token_ids, "as the router numbers them"
+
+
+def test_stop_strings_end_an_answer(llm: LLM) -> None:
+    (plain,) = llm.generate("When the", GREEDY)
+    text = plain.outputs[0].text
+    stop = text[3:6]
+    (cut,) = llm.generate("When the", SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, stop=stop))
+    answer = cut.outputs[0]
+    assert (answer.text, answer.finish_reason, answer.stop_reason) == (text[: text.index(stop)], "stop", stop)
+    assert plain.outputs[0].token_ids[: len(answer.token_ids)] == answer.token_ids
+    assert len(answer.token_ids) < 8
+    kept = SamplingParams(max_tokens=8, temperature=0, stop=["§", stop], include_stop_str_in_output=True)
+    assert texts(llm.generate("When the", kept)) == [text[: text.index(stop)] + stop]
+    late = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, stop=stop, min_tokens=8)
+    assert texts(llm.generate("When the", late)) == [text]
+    token = plain.outputs[0].token_ids[2]
+    (ended,) = llm.generate("When the", SamplingParams(max_tokens=8, temperature=0, stop_token_ids=[token]))
+    assert (ended.outputs[0].stop_reason, ended.outputs[0].stop_token_id) == (token, token)
+
+
+def test_logprobs_are_by_id_with_their_rank(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, logprobs=3)
+    (output,) = llm.generate("When the", params)
+    answer = output.outputs[0]
+    assert answer.logprobs is not None
+    assert [len(entry) for entry in answer.logprobs] == [3] * 4
+    chosen = [entry[token] for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    assert [entry.rank for entry in chosen] == [1] * 4
+    assert answer.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in chosen))
+    assert "".join(entry.decoded_token or "" for entry in chosen) == answer.text
+    (bare,) = llm.generate("When the", SamplingParams(max_tokens=4, temperature=0, logprobs=0, detokenize=False))
+    assert bare.outputs[0].text == ""
+    assert bare.outputs[0].logprobs is not None
+    assert [(e.rank, e.decoded_token) for entry in bare.outputs[0].logprobs for e in entry.values()] == [
+        (None, None)
+    ] * 4
+    assert (plain := llm.generate("When the", GREEDY)[0].outputs[0]).logprobs is None
+    assert plain.cumulative_logprob is None
+
+
+def test_a_second_prompt_finds_the_first_ones_blocks() -> None:
+    llm = LLM(
+        "builtin://tiny", dtype="float32", max_model_len=256, num_blocks=64, threads=1, async_scheduling=True
+    )
+    prompt = list(range(10, 50))
+    assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 0
+    assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 32
+    bare = LLM(
+        "builtin://tiny", dtype="float32", max_model_len=256, num_blocks=64, threads=1, prefix_caching=False
+    )
+    outputs = [bare.generate([prompt], GREEDY)[0] for _ in range(2)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+
+
+def test_priority_decides_who_is_first() -> None:
+    llm = LLM("builtin://tiny", max_model_len=64, num_blocks=16, max_num_seqs=1, threads=1, policy="priority")
+    outputs = llm.generate(["a", "b", "c"], GREEDY, priority=[2, 1, 0])
+    starts = [timings.scheduled_at or 0 for o in outputs if (timings := o.outputs[0].timings) is not None]
+    assert starts == sorted(starts, reverse=True)
+    assert len(set(starts)) == 3
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_with_a_prompt_that_cannot_be_served_is_not_begun(llm: LLM) -> None:
+    before = llm.engine.steps
+    with pytest.raises(RequestRefused, match="above the context of 256"):
+        llm.generate([[1, 2], [1] * 256], GREEDY)
+    with pytest.raises(RequestRefused, match="above the context of 256"):
+        llm.generate([[1] * 256], SamplingParams(max_tokens=None))
+    for prompts, params, priority, words in [
+        (["a", "b"], [GREEDY], None, "sampling_params has 1 entries for 2 prompts"),
+        (["a"], GREEDY, [1], 'LLM(…, policy="priority")'),
+        ([{"text": "a"}], GREEDY, None, "'prompt' or 'prompt_token_ids'"),
+        (["a"], SamplingParams(logprobs=2049), None, "vocabulary of 2048"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            llm.generate(prompts, params, priority=priority)  # type: ignore[arg-type]
+        assert words in str(error.value)
+    with pytest.raises(TypeError, match="'x' is neither"):
+        llm.generate([[1, "x"]], GREEDY)  # type: ignore[arg-type]
+    assert llm.engine.steps == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temprature": 1}, "did you mean 'temperature'?"),
+        ({"xyzzy": 1}, "the names are n, max_tokens"),
+        ({"bad_words": ["a"]}, "'bad_words' is not honoured by this version"),
+        ({"best_of": 2}, "'best_of' is not honoured: choosing the best"),
+        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"n": True}, "n must be a whole number, not True"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number, not 1.5"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False"),
+        ({"stop": [1]}, "stop must be a string or several"),
+    ],
+)
+def test_names_and_types_that_are_wrong_are_type_errors(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError) as error:
+        SamplingParams(**given)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1\nhint: 0 is greedy"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0\nhint: 1 is off"),
+        ({"top_k": -2}, "top_k must be at least -1, not -2"),
+        ({"min_p": 1.5}, "min_p must be at least 0 and at most 1"),
+        ({"n": 0}, "n must be at least 1, not 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"min_tokens": 17}, "min_tokens 17 is above max_tokens 16"),
+        ({"presence_penalty": 3}, "presence_penalty must be at least -2 and at most 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"logit_bias": {5: 101}}, "logit_bias of 5 must be"),
+        ({"logit_bias": {-5: 1}}, "logit_bias: a token id must be at least 0"),
+        ({"stop": ""}, "an empty string"),
+        ({"stop": "a", "detokenize": False}, "hint: use stop_token_ids"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"logprobs": -1}, "logprobs must be at least 0"),
+    ],
+)
+def test_values_out_of_bounds_are_value_errors(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        SamplingParams(**given)
+    assert words in str(error.value)
+
+
+def test_an_answer_that_fails_ends_alone_and_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = llm.engine.runner.execute
+
+    def execute(plan: Any) -> Any:
+        if any(666 in item.token_ids for item in plan.items):
+            raise RuntimeError("planted")
+        return real(plan)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", execute)
+    bad, good = llm.generate([[1, 666], [1, 2]], GREEDY)
+    assert bad.outputs[0].finish_reason == "error"
+    assert "the engine failed on this request" in (bad.outputs[0].error or "")
+    assert (good.outputs[0].finish_reason, good.outputs[0].error) == ("length", None)
+
+
+def test_why_a_model_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match="does not fit"):
+        LLM("builtin://tiny", num_blocks=1 << 30)
+    with pytest.raises(DoesNotFit, match="above the checkpoint's"):
+        LLM("builtin://tiny", max_model_len=1 << 20)
+    with pytest.raises(LookupError, match="no built-in model is called 'huge'"):
+        LLM("builtin://huge")
+
+
+# ── around it ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_progress_is_shown_on_stderr_when_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr() == ("", ""), "no terminal, no bar"
+    llm.generate(["a", "b"], GREEDY, use_tqdm=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Processed prompts: 100%" in shown.err
+    assert "2/2" in shown.err
+    assert "output tokens/s" in shown.err
+    llm.generate(["a"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_names_are_found_when_they_are_used() -> None:
+    assert set(quire.__all__) <= set(dir(quire))
+    with pytest.raises(AttributeError, match="no attribute 'Llm'"):
+        _ = quire.Llm
+    code = (
+        "import sys; from quire import LLM, SamplingParams; SamplingParams(n=2)\n"
+        "assert 'torch' not in sys.modules\n"
+        "LLM('builtin://tiny', threads=1, num_blocks=32, max_model_len=64); assert 'torch' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
