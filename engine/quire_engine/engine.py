@@ -45,7 +45,7 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import load as load_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
-from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling, Stats
+from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Pooling, Sampling, Stats
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +140,10 @@ class Engine:
 
     def add(self, message: Generate, received_at: float | None = None) -> None:
         """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
+        pooling = message.pooling
+        if pooling is not None:
+            self._check_pooling(message, pooling)
+            message.sampling = Sampling(max_tokens=0)
         self._check(message)
         if self.spec.runner == "scripted" and message.sampling.script is None:
             message.sampling = msgspec.structs.replace(message.sampling, script=tuple(message.token_ids))
@@ -152,7 +156,9 @@ class Engine:
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             received_at=self._clock() if received_at is None else received_at,
         )
-        if self.spec.prefix_caching:
+        if pooling is not None and pooling.kind == "mean":
+            pass  # it needs the states of every token: none may be found in the cache
+        elif self.spec.prefix_caching:
             request.share_with("all", message.cache_salt)
         elif message.family is not None or message.beam is not None:
             request.share_with("family", message.family or message.id)
@@ -172,7 +178,7 @@ class Engine:
         if min(message.token_ids) < 0 or max(message.token_ids) >= vocabulary:
             raise RequestRefused("invalid_request", f"the prompt has ids outside the vocabulary of {vocabulary}")
         sampling = message.sampling
-        if sampling.max_tokens < 1:
+        if sampling.max_tokens < 1 and message.pooling is None:
             raise RequestRefused("invalid_request", f"max_tokens is {sampling.max_tokens}; it must be at least 1")
         beam = message.beam
         if beam is not None and self.spec.runner == "scripted":
@@ -187,6 +193,19 @@ class Engine:
             raise RequestRefused("invalid_request", f"logit_bias has ids outside the vocabulary of {vocabulary}")
         if sampling.script is not None:
             self._check_script(sampling, sampling.script)
+
+    def _check_pooling(self, message: Generate, pooling: Pooling) -> None:
+        hidden = self.profile.hidden_size
+        if message.beam is not None:
+            raise RequestRefused(
+                "invalid_request", "a beam search has no vector: pooling and beam exclude each other"
+            )
+        if self.spec.runner == "scripted":
+            raise RequestRefused("invalid_request", "the scripted runner has no hidden states to make a vector of")
+        if pooling.dimensions is not None and not 1 <= pooling.dimensions <= hidden:
+            raise RequestRefused(
+                "invalid_request", f"dimensions is {pooling.dimensions}; this model's vectors have {hidden}"
+            )
 
     def _check_script(self, sampling: Sampling, script: tuple[int, ...]) -> None:
         vocabulary = self.profile.vocab_size
@@ -242,6 +261,7 @@ class Engine:
             tokens={name: token for result in alone for name, token in result.tokens.items()},
             logprobs={name: entry for result in alone for name, entry in result.logprobs.items()},
             failures={name: failure for result in alone for name, failure in result.failures.items()},
+            states={name: states for result in alone for name, states in result.states.items()},
         )
 
     def warm_up(self) -> None:

@@ -16,8 +16,9 @@ import enum
 from dataclasses import dataclass, field
 
 from quire_engine.blocks import Tables, chain, root
+from quire_engine.pooling import Pool
 from quire_engine.step import Draw
-from quire_schemas.wire import Generate, Timings
+from quire_schemas.wire import Generate, Sampling, Timings
 
 NEVER = 1 << 62
 
@@ -47,6 +48,8 @@ class Request:
     """When it ends with `timeout` if it has not ended before, by the scheduler's clock."""
     root: bytes | None = None
     """First link of its blocks' hashes; None when nobody may share them."""
+    pool: Pool | None = None
+    """Where its final states go if it draws nothing and ends with its prompt."""
 
     width: int = 0
     """Of the beam search that it is a beam of. It is *held* then: told what it would draw, it draws what it is
@@ -93,11 +96,12 @@ class Request:
             num_prompt=len(message.token_ids),
             draw=Draw(sampling, seed, len(message.token_ids), ending),
             ending_ids=frozenset(ending),
-            full_at=len(message.token_ids) + sampling.max_tokens,
+            full_at=full_at(len(message.token_ids), sampling),
             received_at=received_at,
             priority=message.priority,
             width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
+            pool=None if message.pooling is None else Pool(message.pooling, len(message.token_ids)),
         )
 
     def share_with(self, *kin: str) -> None:
@@ -145,3 +149,9 @@ class Request:
             preempted_at=tuple(self.preempted_at),
             cached_tokens=self.num_cached,
         )
+
+
+def full_at(num_prompt: int, sampling: Sampling) -> int:
+    """Known tokens at which a request has all that it may have; one that draws nothing has its whole prompt
+    computed, as if one were to follow."""
+    return num_prompt + max(sampling.max_tokens, 1)

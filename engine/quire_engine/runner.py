@@ -4,18 +4,21 @@ It knows nothing of requests: all that a step needs is in the plan, and nothing 
 plan's slots were filled with. Carrying out the same item twice writes the same values to the same slots and
 draws the same token, so a step that failed can be tried again in parts.
 
-Legend: T new tokens of a step, R rows that draw, V vocabulary.
+Legend: T new tokens of a step, R rows that draw or are pooled, S items that are pooled, W hidden width, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import sample
-from quire_engine.step import StepPlan, StepResult
+from quire_engine.step import Scheduled, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 
 
@@ -44,12 +47,13 @@ class ModelRunner:
         if plan.copies:
             self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
+        wanted = [item.pooled or int(item.draw is not None) for item in items]
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
                 query_lens=[len(item.token_ids) for item in items],
                 block_tables=[item.tables[group] for item in items],
-                logits=[item.draw is not None for item in items],
+                logits=wanted,
                 block_size=self.block_size,
                 device=self.device,
             )
@@ -58,8 +62,12 @@ class ModelRunner:
         flat = [token for item in items for token in item.token_ids]
         token_ids_T = torch.tensor(flat, dtype=torch.int64, device=self.device)
         states_RW = self.model.forward(token_ids_T, batches, self.kv)
+        pooled: dict[str, bytes] = {}
+        broken: dict[str, tuple[str, str]] = {}
+        if any(item.pooled for item in items):
+            pooled, broken, states_RW = _pool(items, wanted, states_RW)
         if not rows:
-            return StepResult({})
+            return StepResult({}, failures=broken, states=pooled)
         drawn = sample(self.model.logits(states_RW), rows)
         return StepResult(
             tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
@@ -67,5 +75,31 @@ class ModelRunner:
             failures={
                 rows[r].request_id: ("numerical_error", "the model's logits are not finite for this request")
                 for r in drawn.broken
-            },
+            }
+            | broken,
+            states=pooled,
         )
+
+
+def _pool(
+    items: Sequence[Scheduled], wanted: Sequence[int], states_RW: Tensor
+) -> tuple[dict[str, bytes], dict[str, tuple[str, str]], Tensor]:
+    """The sums of pooled states, whose are not finite, and the states of the rows that draw."""
+    names: list[str] = []
+    sums: list[Tensor] = []
+    drawing: list[int] = []
+    at = 0
+    for item, count in zip(items, wanted, strict=True):
+        if item.pooled:
+            names.append(item.request_id)
+            sums.append(states_RW[at : at + count].sum(0, dtype=torch.float32))
+        elif count:
+            drawing.append(at)
+        at += count
+    sums_SW = torch.stack(sums)
+    finite = sums_SW.isfinite().all(1).tolist()
+    host = sums_SW.cpu().numpy()
+    pooled = {name: host[number].tobytes() for number, name in enumerate(names)}
+    message = ("numerical_error", "the model's hidden states are not finite for this request")
+    broken = {name: message for name, fine in zip(names, finite, strict=True) if not fine}
+    return pooled, broken, states_RW[drawing]

@@ -37,6 +37,7 @@ from operator import attrgetter
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
+from quire_engine.pooling import Pool
 from quire_engine.request import NEVER, Request, State
 from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
 from quire_schemas.sizing import longest_held
@@ -291,6 +292,8 @@ class Scheduler:
                 self._seal(request)
             draw = item.draw
             if draw is None:
+                if request.pool is not None and (pooled := self._pool(request, request.pool, item, result, now)):
+                    deltas.append(pooled)
                 continue
             generated += 1
             request.num_drawing -= 1
@@ -326,6 +329,17 @@ class Scheduler:
             self.counters.prompt_tokens += request.num_prompt
         return Delta(request.id, logprobs=[told])
 
+    def _pool(self, request: Request, pool: Pool, item: Scheduled, result: StepResult, now: float) -> Delta | None:
+        """Take over final states; with the last of them the request ends."""
+        if item.pooled:
+            pool.add(result.states[request.id])
+        if item.end < request.num_prompt:
+            return None
+        request.first_token_at = now
+        self.counters.prompt_tokens += request.num_prompt
+        self._leave(request)
+        return Delta(request.id, finish_reason="stop", timings=request.timings(now), embedding=pool.vector())
+
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────
 
     def _schedule_running(self, draft: _Draft, seen: int, until: tuple[int, int] | None) -> int:
@@ -353,7 +367,7 @@ class Scheduler:
             if end > request.capacity and not self._make_room(request, end, draft.preempted):
                 break
             left -= count
-            if count > 1 or end < known or (draw := request.draw).needs_history:
+            if count > 1 or end < known or (draw := request.draw).needs_history or request.pool is not None:
                 items.append(self._scheduled(request, start, end, known))
                 continue
             # what `_scheduled` does, without the call: nearly all of a large batch comes by here
@@ -447,6 +461,8 @@ class Scheduler:
 
     def _preempt(self, victim: Request) -> None:
         """Back to the queue: what was known stays known, what was computed is to be computed again."""
+        if victim.pool is not None:
+            victim.pool.clear()
         self.running.remove(victim)
         self._let_go(victim)
         victim.state = State.WAITING
@@ -489,6 +505,9 @@ class Scheduler:
             tokens = (token_ids[start],)
         else:
             tokens = tuple(token_ids[start:end])
+        if request.pool is not None:
+            rows = request.pool.rows(start, end)
+            return Scheduled(request.id, request.ticket, tokens, start, end, tables, pooled=rows)
         if end < known or request.told:
             return Scheduled(request.id, request.ticket, tokens, start, end, tables)
         draw = request.draw

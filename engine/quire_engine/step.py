@@ -84,6 +84,8 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
     tables: tuple[tuple[int, ...], ...]
     draw: Draw | None = None
     history: tuple[int, ...] = ()
+    pooled: int = 0
+    """Of so many of the last of these tokens the final states are wanted, summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a plan, by request id: items with a draw have a token, and log-probabilities if asked for.
+    """What came of a plan, by request id: items with a draw have a token, and log-probabilities if asked for;
+    those with `pooled` tokens have the sum of their final states as float32.
 
     `failures` gives (code, message) of requests that cannot go on; their tokens, if any, do not count.
     """
@@ -116,6 +119,7 @@ class StepResult:
     tokens: Mapping[str, int]
     logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)
     failures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    states: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:

@@ -22,10 +22,11 @@ import msgspec
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
 from quire_engine.errors import RequestRefused
-from quire_engine.request import Request
+from quire_engine.pooling import Pool
+from quire_engine.request import Request, full_at
 from quire_engine.scheduler import Scheduler
 from quire_engine.step import Draw, StepPlan, StepResult
-from quire_schemas.wire import Delta, Policy, Sampling, TokenLogprobs
+from quire_schemas.wire import Delta, Policy, Pooling, Sampling, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     deadline: float | None = None
     root: bytes | None = None
     width: int = 0
+    pooling: Pooling | None = None
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -86,6 +88,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.deadline,
             request.root,
             request.width,
+            request.pool.pooling if request.pool is not None else None,
         )
 
     def restored(self) -> Request:
@@ -96,12 +99,13 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             num_prompt=len(self.token_ids),
             draw=draw,
             ending_ids=frozenset(self.ending_ids),
-            full_at=len(self.token_ids) + self.sampling.max_tokens,
+            full_at=full_at(len(self.token_ids), self.sampling),
             received_at=self.received_at,
             priority=self.priority,
             deadline=self.deadline,
             root=self.root,
             width=self.width,
+            pool=None if self.pooling is None else Pool(self.pooling, len(self.token_ids)),
         )
 
 
@@ -155,6 +159,7 @@ class Committed(msgspec.Struct, tag=True, omit_defaults=True):
     failures: dict[str, tuple[str, str]] = {}
 
 
+_NO_STATE = bytes(4)
 Line = Built | Limits | Added | Aborted | Extended | Forked | Expired | Planned | Committed
 
 
@@ -268,7 +273,10 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
             case Committed(tokens=tokens, failures=failures):
                 if not given_out:
                     raise ValueError(f"line {number}: a result without a plan")
-                scheduler.commit(given_out.pop(0), StepResult(tokens, _Untold(), failures))
+                plan = given_out.pop(0)
+                # nothing is decided by what states are
+                states = {item.request_id: _NO_STATE for item in plan.items if item.pooled}
+                scheduler.commit(plan, StepResult(tokens, _Untold(), failures, states))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quire.llm import LLM as LLM
     from quire.outputs import CompletionOutput as CompletionOutput
+    from quire.outputs import EmbeddingOutput as EmbeddingOutput
+    from quire.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from quire.outputs import Logprob as Logprob
     from quire.outputs import RequestOutput as RequestOutput
     from quire.sampling import SamplingParams as SamplingParams
@@ -21,12 +23,22 @@ if TYPE_CHECKING:
 _WHERE = {
     "LLM": "quire.llm",
     "CompletionOutput": "quire.outputs",
+    "EmbeddingOutput": "quire.outputs",
+    "EmbeddingRequestOutput": "quire.outputs",
     "Logprob": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "SamplingParams": "quire.sampling",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,12 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import psutil
 
 from quire.builtin import path as builtin_path
-from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
 from quire.sampling import SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.openai import BadRequest, read_messages
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
-from quire_schemas.wire import Delta, EngineSpec, Generate, Policy, TokenLogprobs
+from quire_schemas.wire import Delta, EngineSpec, Generate, Policy, Pooling, Sampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from quire.text import Tokenizer
@@ -205,6 +211,46 @@ class LLM:
             whole.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         params = _for_each(sampling_params or self.default_sampling(None), len(whole), "sampling_params")
         return self._generate(whole, params, priority, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for every prompt: its final hidden states, of the last token or the mean over all of them.
+
+        `dimensions` keeps that many leading ones, which means something for models that were trained for it;
+        `normalize` brings what is kept to length 1. Raises as `generate` does.
+        """
+        if pooling not in ("last", "mean"):
+            raise ValueError(f"pooling must be 'last' or 'mean', not {pooling!r}")
+        wanted = Pooling(pooling, normalize, dimensions)
+        vectors: dict[str, EmbeddingRequestOutput] = {}
+        ended = 0
+        whole = [self._prompt(prompt)[1] for prompt in _prompts(prompts)]
+        try:
+            for ids in whole:
+                name = str(next(self._numbers))
+                self.engine.add(Generate(name, list(ids), Sampling(max_tokens=0), pooling=wanted))
+                vectors[name] = EmbeddingRequestOutput(name, ids, EmbeddingOutput([]))
+            with _progress(len(whole), use_tqdm) as bar:
+                while self.engine.has_work:
+                    for delta in self.engine.step():
+                        made = vectors[delta.id].outputs
+                        made.embedding = [*memoryview(delta.embedding or b"").cast("f")]
+                        made.error, made.timings = delta.error, delta.timings
+                        ended += 1
+                        if bar is not None:
+                            bar.update()
+        finally:
+            if ended < len(vectors):
+                for name in vectors:
+                    self.engine.abort(name)
+        return list(vectors.values())
 
     # ── the way of a batch ────────────────────────────────────────────────────────────────────────────────
 

@@ -62,3 +62,21 @@ class RequestOutput:
         """Tokens of the prompt that the first answer found computed."""
         timings = self.outputs[0].timings
         return timings.cached_tokens if timings is not None else 0
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """One vector; empty if the engine failed on this prompt, which `error` tells then."""
+
+    embedding: list[float]
+    error: str | None = None
+    timings: Timings | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What became of one prompt that was embedded."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput

@@ -90,6 +90,17 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """The tokens of the answer, for an engine with the scripted runner alone; None: those of the prompt."""
 
 
+class Pooling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which vector is made of a prompt's final hidden states, behind the model's last norm."""
+
+    kind: Literal["mean", "last"]
+    """Of all tokens, or of the last one."""
+    normalize: bool = True
+    """To length 1, after `dimensions`."""
+    dimensions: int | None = None
+    """The leading ones alone; None for all."""
+
+
 class Hello(msgspec.Struct, tag=True):
     """First frame of a client of an engine."""
 
@@ -151,6 +162,8 @@ class Generate(msgspec.Struct, tag=True):
     """
     trace: str | None = None
     """W3C traceparent of the request's span; the engine's log shows it with a request that fails."""
+    pooling: Pooling | None = None
+    """Draw nothing: the one delta has the `embedding` of the prompt. `sampling` means nothing then."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -218,6 +231,8 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     timings: Timings | None = None
     beams: list[BeamResult] | None = None
     """Of a beam search that has ended: the texts found, the best first."""
+    embedding: bytes | None = None
+    """The vector that `Generate.pooling` asked for, little-endian float32; `finish_reason` is stop."""
 
 
 class Deltas(msgspec.Struct, tag=True):
