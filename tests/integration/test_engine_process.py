@@ -28,6 +28,7 @@ from quire_schemas.wire import (
     Generate,
     GetStats,
     Hello,
+    Pooling,
     Sampling,
     Stats,
     Welcome,
@@ -178,6 +179,11 @@ def test_a_life_from_starting_to_a_clean_end(start: Callable[..., Process], fold
             break
     assert len(tokens) == 4
     assert delta.finish_reason == "length"
+    client.send(Generate("v", [5, 6, 7], SHORT, pooling=Pooling("mean", dimensions=8)))
+    (delta,) = client.next(Deltas).items
+    vector = struct.unpack("<8f", delta.embedding or b"")
+    assert (delta.id, delta.token_ids, delta.finish_reason) == ("v", [], "stop")
+    assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-5)
     other = connect(folder)
     leaving = connect(folder)
     leaving.send(Generate("gone", [8], LONG))
