@@ -384,9 +384,8 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
     names = config.get("architectures")
     supported = f"this version runs {', '.join(ARCHITECTURES)}"
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise UnsupportedArchitecture(
-            f"config.json: architectures: expected a list with one name, got {names!r}", supported
-        )
+        found = "is missing" if names is None else f"should be a list with one name, not {names!r}"
+        raise UnsupportedArchitecture(f"config.json: architectures: {found}", supported)
     if names[0] not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"config.json: architectures: {names[0]} is not supported by this version", supported

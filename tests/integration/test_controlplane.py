@@ -268,6 +268,22 @@ def test_what_cannot_run_is_refused_with_its_place_and_a_hint(plane: Plane, tmp_
     plane.delete("owner")
 
 
+def test_the_router_tells_its_shim_when_it_serves(plane: Plane) -> None:
+    """By that its shim knows which of its ends to wait longer after."""
+    plane.apply(model("told"))
+    plane.wait_served("told")
+    (control,) = plane.state.gateway.rglob("shim.sock")
+    with closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.settimeout(10)
+        sock.connect(str(control))
+        with sock.makefile("rwb") as file:
+            file.write(b'{"op": "hello"}\n')
+            file.flush()
+            said = json.loads(file.readline())
+    assert said["lines"] == ['{"event": "ready"}']
+    plane.delete("told")
+
+
 def test_files_that_were_damaged_after_the_apply_are_told_of_by_the_router(plane: Plane, tmp_path: Path) -> None:
     folder = shutil.copytree(builtin.path("tiny"), tmp_path / "model")
     plane.apply(model("damaged").replace("builtin://tiny", f"file://{folder}"))

@@ -214,7 +214,10 @@ def test_known_architectures_with_unknown_features(change: dict[str, Any], words
 
 @pytest.mark.parametrize("value", [["GPT2LMHeadModel"], ["LlamaModel"], [], None, "LlamaForCausalLM", [3]])
 def test_an_unsupported_architecture_lists_those_there_are(value: object) -> None:
-    with refused(UnsupportedArchitecture, "architectures", "hint: this version runs LlamaForCausalLM, Mistral"):
+    found = "is missing" if value is None else ""
+    with refused(
+        UnsupportedArchitecture, "architectures", found, "hint: this version runs LlamaForCausalLM, Mistral"
+    ):
         profile_from_config(SMALL | {"architectures": value})
 
 
