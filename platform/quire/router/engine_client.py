@@ -167,14 +167,16 @@ class EngineClient:
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
 
-        Those that wait are the last in the engine's order, which is that of arrival, or of priority before it.
+        Those that run are the first in the engine's order, which is that of arrival, or of priority before it.
+        They are counted, and not those that wait, because one that gives up leaves the queue before the engine
+        says so: who runs must not be taken for it.
         """
         if sequence.generated or self.stats is None or not self.stats.waiting:
             return False
         order = list(self._sequences.values())
         if self.policy == "priority":
             order.sort(key=lambda each: each.priority)  # keeps the order of arrival among equals
-        return sequence in order[-self.stats.waiting :]
+        return sequence in order[self.stats.running :]
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
 
