@@ -138,6 +138,23 @@ def test_hot_settings_reach_the_engine_and_restart_nothing(plane: Plane) -> None
     plane.delete("hot")
 
 
+def test_the_policy_is_hot_and_the_router_takes_priorities_by_it(plane: Plane) -> None:
+    def urgent() -> httpx.Response:
+        body = {"model": "ranked", "prompt": [1, 2], "max_tokens": 1, "priority": -1}
+        return httpx.post(f"{plane.base_url}/completions", json=body, timeout=30)
+
+    plane.apply(model("ranked"))
+    plane.wait_served("ranked")
+    refused = urgent()
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+    (before,) = plane.view("ranked")["replicas"]
+    plane.apply(model("ranked", "  batching: {policy: priority}\n"))
+    eventually(lambda: urgent().status_code == 200, "the router hears of the policy")
+    (after,) = plane.wait_served("ranked")["replicas"]
+    assert after == before, "no new replica"
+    plane.delete("ranked")
+
+
 def test_a_rolling_update_under_load_fails_no_request_and_a_revert_is_a_new_revision(plane: Plane) -> None:
     plane.apply(model("rolling", LOAD="0.2"))
     plane.wait_served("rolling")
