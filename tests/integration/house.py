@@ -27,6 +27,8 @@ from quire import builtin
 from quire_operators.fleet.local import SHIM
 from quire_schemas import wire
 
+SYSTEM = list(range(200, 240))
+"""What all prompts begin with."""
 FAULTY = Path(__file__).with_name("faulty_engine.py")
 
 
@@ -39,7 +41,10 @@ class Replica:
         folder.mkdir(mode=0o700)
         self.socket = folder / "engine.sock"
         self.shim_socket = folder / "shim.sock"
-        fields = {"replica_id": name, "socket": str(self.socket), "max_num_seqs": 3}
+        fields = {
+            "replica_id": name, "socket": str(self.socket), "max_num_seqs": 3, "prefix_caching": True,
+            "async_scheduling": name == "b",  # one of each, in case they differ
+        }  # fmt: skip
         (folder / "engine.json").write_bytes(msgspec.json.encode(tiny_spec(**{**fields, **spec})))
         self.shim: subprocess.Popen[bytes] | None = None
         self.pid = 0
@@ -139,7 +144,9 @@ class House:
 
     def _route(self) -> wire.ModelRoute:
         ends = [wire.ReplicaEndpoint(replica.name, 1, str(replica.socket)) for replica in self.replicas]
-        return self.world.route(*ends, tokenizer_dir=str(builtin.path("tiny")), max_queue_wait=60.0)
+        return self.world.route(
+            *ends, tokenizer_dir=str(builtin.path("tiny")), max_queue_wait=60.0, prefix_caching=True
+        )
 
     async def learn(self, prompts: int) -> None:
         """Ask each prompt once: what the running engines say is the reference."""
@@ -155,7 +162,7 @@ class House:
     def body(self, prompt: int, *, stream: bool) -> dict[str, Any]:
         return {
             "model": "tiny",
-            "prompt": [50 + prompt, 60, 70 + prompt],
+            "prompt": [*SYSTEM, 50 + prompt, 60, 70 + prompt],
             "temperature": 0,
             "max_tokens": self.max_tokens,
             "ignore_eos": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,8 @@ async def test_a_real_engine_computes_a_shared_beginning_once(world: World, real
         return (queries, hits) == (7 * 161, 5 * 160) and found[f"{signals.PREFIX_CACHE_BLOCKS}{labels}"] >= 20
 
     await eventually(counted)
+    await late(world, {**CHAT, "max_tokens": 400, "ignore_eos": True}, 0.3)
+    await eventually(real.is_empty)
 
 
 # ── priorities ────────────────────────────────────────────────────────────────────────────────────────────
@@ -373,3 +376,69 @@ async def test_bounds_are_told_by_name(world: World, field: str, value: object, 
     error = json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]
     assert error["param"] == field
     assert words in error["message"]
+
+
+# ── all of it at once ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.nightly
+async def test_mixed_traffic_on_small_pools_alters_no_answer_and_leaks_no_block(world: World) -> None:
+    """Families, salts, priorities, deadlines and clients that leave, on two engines that have to preempt."""
+    fields: dict[str, Any] = {"max_num_seqs": 6, "num_blocks": 20, "policy": "priority", "max_waiting": 256}
+    replicas = [Replica(world.folder / name, name, **fields) for name in ("a", "b")]
+    for replica in replicas:
+        replica.start()
+    rng = random.Random()
+    prompts = [[*range(200, 200 + rng.randrange(10, 60)), *rng.sample(range(300, 900), 9)] for _ in range(8)]
+    plain: dict[str, Any] = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 60}
+    try:
+        ends = [wire.ReplicaEndpoint(replica.name, 1, str(replica.socket)) for replica in replicas]
+        folder = str(builtin.path("tiny"))
+        await world.table(
+            world.route(*ends, tokenizer_dir=folder, policy="priority", prefix_caching=True, max_queue_length=256)
+        )
+        await eventually(lambda: world.is_ready(2), 60)
+        async with http_of(world) as http:
+            references = [(await complete(http, prompt, **plain))["choices"][0]["text"] for prompt in prompts]
+
+            async def ask() -> str:
+                which = rng.randrange(len(prompts))
+                body = {
+                    **plain,
+                    "prompt": prompts[which],
+                    "n": rng.choice((1, 1, 2, 4)),
+                    "priority": rng.randrange(3),
+                }
+                body |= rng.choice(
+                    ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"timeout": rng.uniform(0.05, 3)})
+                )
+                patience = rng.choice((None, None, None, 0.3))
+                try:
+                    async with asyncio.timeout(patience):
+                        answer = await http.post("/v1/completions", json=body, timeout=120)
+                except TimeoutError:
+                    return "left"
+                if answer.status_code != 200:
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), answer.text
+                    assert "timeout" in body or "longer for its turn" in answer.text
+                    return "late"
+                choices = answer.json()["choices"]
+                assert [choice["text"] for choice in choices] == [references[which]] * body["n"]
+                usage = shapes.Usage.model_validate(answer.json()["usage"])
+                assert usage.prompt_tokens_details is not None
+                assert usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens == len(prompts[which])
+                return "whole"
+
+            async def client() -> list[str]:
+                return [await ask() for _ in range(30)]
+
+            ended = [word for words in await asyncio.gather(*(client() for _ in range(8))) for word in words]
+        assert set(ended) == {"whole", "late", "left"}, "all of it happened"
+        for replica in replicas:
+            await eventually(replica.is_empty)
+            assert (await replica.stats()).preemptions > 0
+    finally:
+        for replica in replicas:
+            replica.begin_to_end()
+        for replica in replicas:
+            replica.end()
