@@ -159,6 +159,23 @@ COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
     "suffix": Refusal("filling in the middle is not honoured by this version", ("",)),
     "prompt_embeds": Refusal("prompts are text or token ids"),
 }
+EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
+    "messages": Refusal("send texts or token ids as input"),
+    "truncate_prompt_tokens": Refusal("an input is never cut short here; send a shorter one", (-1,)),
+    "truncation_side": Refusal("an input is never cut short here"),
+    "embed_dtype": Refusal("vectors are float32", ("float32",)),
+    "endianness": Refusal("base64 has little-endian numbers", ("native", "little")),
+    "use_activation": Refusal("vectors have length 1", (True,)),
+    "padding": Refusal("inputs are not padded here", (False,)),
+    "priority": Refusal(f"priorities of embeddings {_NOT_YET}".replace("is not", "are not"), (0,)),
+    "cache_salt": Refusal(f"it {_NOT_YET} for embeddings"),
+    "request_id": Refusal("send the header X-Request-Id"),
+    "chat_template": Refusal("send texts or token ids as input"),
+    "chat_template_kwargs": Refusal("send texts or token ids as input", ({},)),
+    "add_generation_prompt": Refusal("send texts or token ids as input", (False,)),
+    "continue_final_message": Refusal("send texts or token ids as input", (False,)),
+    "stream": Refusal("vectors are not streamed", (False,)),
+}
 """Fields refused, by endpoint."""
 
 
@@ -217,10 +234,25 @@ class StreamOptions(_Shape):
     """Padding against traffic analysis is not offered: only false."""
 
 
-class SamplingFields(_Shape):
-    """What both endpoints take. None everywhere means the default: the checkpoint's advice, else OpenAI's."""
+class ModelRequest(_Shape):
+    """What every request to a model has."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+
+    @property
+    def wants_usage(self) -> bool:
+        """One more event of a stream, with the usage."""
+        return False
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """The usage so far in every event of a stream."""
+        return False
+
+
+class SamplingFields(ModelRequest):
+    """What requests for text take. None everywhere means the default: the checkpoint's advice, else OpenAI's."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -488,6 +520,25 @@ class CompletionRequest(SamplingFields):
         return self.logprobs
 
 
+def _inputs(value: object) -> list[Prompt]:
+    try:
+        return _prompts(value)
+    except PydanticCustomError as error:
+        raise PydanticCustomError("input", error.message().replace(" prompts", " inputs")) from None
+
+
+class EmbeddingRequest(ModelRequest):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Annotated[list[Prompt], PlainValidator(_inputs)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+    """The leading ones alone, for models that were trained for it."""
+    pooling: Literal["last", "mean"] | None = None
+    """The state of the last token, as is the default, or the mean over all."""
+    add_special_tokens: bool | None = None
+
+
 def _check_min_tokens(least: int | None, most: int | None) -> None:
     if least is not None and most is not None and least > most:
         raise PydanticCustomError("min_tokens", "must not be above max_tokens")
@@ -495,7 +546,7 @@ def _check_min_tokens(least: int | None, most: int | None) -> None:
 
 # ── reading a body ────────────────────────────────────────────────────────────────────────────────────────
 
-R = TypeVar("R", bound=SamplingFields)
+R = TypeVar("R", bound=ModelRequest)
 
 
 def read_chat(body: bytes) -> ChatRequest:
@@ -514,6 +565,11 @@ def read_messages(messages: list[Any]) -> list[Message]:
 def read_completion(body: bytes) -> CompletionRequest:
     """The completion request in `body`. Raises `BadRequest`."""
     return _read(body, CompletionRequest, COMPLETION_REFUSED)
+
+
+def read_embedding(body: bytes) -> EmbeddingRequest:
+    """The embedding request in `body`. Raises `BadRequest`."""
+    return _read(body, EmbeddingRequest, EMBEDDING_REFUSED)
 
 
 def _read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
@@ -670,6 +726,7 @@ def _explained(detail: ErrorDetails) -> BadRequest:
             "tool_calls",
             "arguments",
             "prompt",
+            "input",
             "script",
         }
         text = detail["msg"] if ours else "is not valid"
@@ -822,6 +879,30 @@ class Completion(_Answer):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """The vector of one input: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: str | list[float]
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    """Answer to `POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class ModelCard(_Answer):

@@ -117,7 +117,7 @@ async def test_requests_that_do_not_reach_a_route_have_the_same_shape(world: Wor
 
 async def test_a_wrong_path_or_method_is_told_what_there_is(world: World) -> None:
     async with httpx.AsyncClient(base_url=world.url) as http:
-        nowhere = await http.post("/v1/embeddings", json={})
+        nowhere = await http.post("/v1/nowhere", json={})
         wrong = await http.get("/v1/chat/completions")
     words = nowhere.json()["error"]["message"]
     for endpoint in ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models/{name}", "GET /health"):

@@ -108,6 +108,7 @@ def api_page() -> str:
     endpoints = (
         ("POST /v1/chat/completions", openai.ChatRequest, openai.CHAT_REFUSED),
         ("POST /v1/completions", openai.CompletionRequest, openai.COMPLETION_REFUSED),
+        ("POST /v1/embeddings", openai.EmbeddingRequest, openai.EMBEDDING_REFUSED),
     )
     lines += [
         "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "

@@ -15,6 +15,7 @@ from quire.errors import InvalidRequest, MethodNotAllowed, NotFound, describe
 from quire.router.api import health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
+from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
@@ -57,6 +58,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     spans = RequestSpans(tracing)
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)
+    embedding_format = EmbeddingFormat(gateway)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -65,6 +67,10 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     @post("/v1/completions")
     async def completions() -> ASGIApp:
         return Exchange(gateway, spans, completion_format, config.max_body_bytes)
+
+    @post("/v1/embeddings")
+    async def embeddings() -> ASGIApp:
+        return Exchange(gateway, spans, embedding_format, config.max_body_bytes)
 
     @get("/v1/models")
     async def list_models() -> ASGIApp:
@@ -91,7 +97,17 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     async def get_metrics() -> ASGIApp:
         return Reply(200, fleet.metrics.render(), CONTENT_TYPE)
 
-    routes = [chat, completions, list_models, get_model, get_health, get_livez, get_readyz, get_metrics]
+    routes = [
+        chat,
+        completions,
+        embeddings,
+        list_models,
+        get_model,
+        get_health,
+        get_livez,
+        get_readyz,
+        get_metrics,
+    ]
     app = Litestar(
         route_handlers=list(routes),
         exception_handlers={Exception: answer},

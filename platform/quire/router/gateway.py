@@ -21,7 +21,7 @@ from quire.router.spans import RequestSpan
 from quire.text import Tokenizer
 from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
-from quire_schemas.openai import ChatRequest, CompletionRequest, SamplingFields
+from quire_schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingFields
 
 W = TypeVar("W")
 
@@ -142,6 +142,64 @@ class Gateway:
             f"cmpl-{uuid.uuid4().hex}",
             arrived_at,
             span,
+        )
+
+    async def embedding(
+        self,
+        request: EmbeddingRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job of a request for vectors. Raises `InvalidRequest`."""
+        tokenizer = served.usable
+        if served.route.scripted:
+            raise InvalidRequest(
+                "This model's spec.engine.runner is scripted: it has no hidden states to make a vector of.",
+                param="model",
+            )
+        special = request.add_special_tokens is not False
+
+        def ids() -> tuple[list[int], ...]:
+            return tuple(
+                tokenizer.encode(text, add_special_tokens=special) if isinstance(text, str) else list(text)
+                for text in request.input
+            )
+
+        began = time.monotonic()
+        prompts = await _off_loop_if_long(ids, size)
+        _tokenized(span, began, sum(map(len, prompts)))
+        limit = min(served.route.max_model_len, served.route.kv_tokens)
+        for prompt in prompts:
+            if not prompt:
+                raise InvalidRequest("An input is empty: it has no token.", param="input")
+            if max(prompt) >= served.vocab_size:
+                raise InvalidRequest(
+                    f"'input' has a token id outside the vocabulary of {served.vocab_size}.", param="input"
+                )
+            if len(prompt) > limit:
+                raise ContextLengthExceeded(
+                    f"This model takes {limit} tokens; an input has {len(prompt)}.", param="input"
+                )
+        return Job(
+            id=f"embd-{uuid.uuid4().hex}",
+            asked_model=request.model,
+            model=served,
+            tokenizer=tokenizer,
+            operation="embeddings",
+            prompts=prompts,
+            echoes=(),
+            n=1,
+            sampling=wire.Sampling(max_tokens=0),
+            stops=(),
+            include_stop=False,
+            skip_special_tokens=True,
+            stream=False,
+            arrived_at=arrived_at,
+            span=span,
+            pooling=wire.Pooling(request.pooling or "last", dimensions=request.dimensions),
+            as_base64=request.encoding_format == "base64",
         )
 
     def _job(

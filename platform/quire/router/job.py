@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from quire.errors import ContextLengthExceeded, InternalError, QueueFull, TimedOut
+from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, QueueFull, TimedOut
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
@@ -46,6 +46,10 @@ class Job:
     cache_salt: str = ""
     timeout: float | None = None
     """Seconds from `arrived_at` that all of it may take."""
+    pooling: wire.Pooling | None = None
+    """Vectors are wanted instead of text."""
+    as_base64: bool = False
+    """How vectors are to be written."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -85,6 +89,8 @@ class Update:
     text: str
     scores: tuple[TokenScore, ...]
     finish_reason: str | None
+    embedding: bytes | None = None
+    """The vector, where one was asked for."""
 
 
 class Choice:
@@ -162,6 +168,7 @@ class Choice:
         """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
         pieces: list[str] = []
         finish: str | None = None
+        embedding: bytes | None = None
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
@@ -181,6 +188,7 @@ class Choice:
             if delta.finish_reason is not None:
                 self.generated += delta.stop_token_id is not None
                 self._raise_if_failed(delta)
+                embedding = delta.embedding
                 pieces.append(self._through_stops(self.text.finish()))
                 pieces.append(self.stops.finish())
                 finish = "stop" if self.stops.hit is not None else delta.finish_reason
@@ -189,7 +197,7 @@ class Choice:
         ready = tuple(self._ready_scores(ended=finish is not None))
         if not (text or ready or finish):
             return None
-        return Update(self.index, text, ready, finish)
+        return Update(self.index, text, ready, finish, embedding)
 
     def _through_stops(self, piece: str) -> str:
         self._made += len(piece)
@@ -205,6 +213,8 @@ class Choice:
     def _raise_if_failed(self, delta: wire.Delta) -> None:
         if delta.finish_reason in ("stop", "length"):
             return
+        if delta.error_code == "invalid_request":
+            raise InvalidRequest(f"A replica of this model refuses the request: {delta.error}.")
         if delta.error_code == "context_length_exceeded":
             raise ContextLengthExceeded("The request needs more context than a replica of this model has.")
         if delta.error_code == "queue_full":

@@ -28,7 +28,7 @@ from quire.tracing import Counts
 from quire_schemas import signals
 from quire_schemas.wire import Stats
 
-OPERATIONS: Final = ("chat", "text_completion")
+OPERATIONS: Final = ("chat", "text_completion", "embeddings")
 FINISHES: Final = ("stop", "length", "abort", "error", "refused")
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

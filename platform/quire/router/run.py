@@ -386,6 +386,7 @@ class Run:
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.n > 1 else None,
             trace=self.job.span.traceparent,
+            pooling=self.job.pooling,
         )
         try:
             choice.sequence = client.start(request, self._bell, self._chain(choice))

@@ -13,10 +13,12 @@ from tests.effort import examples
 from quire_schemas.openai import (
     CHAT_REFUSED,
     COMPLETION_REFUSED,
+    EMBEDDING_REFUSED,
     WITHOUT_EFFECT,
     BadRequest,
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     read_chat,
     read_completion,
 )
@@ -127,6 +129,11 @@ CHAT_ONLY = [
     "function_call",
 ]
 COMPLETION_ONLY = ["prompt", "echo", "suffix", "prompt_embeds", "best_of"]
+EMBEDDING = [
+    *["input", "messages", "model", "encoding_format", "embed_dtype", "endianness", "dimensions", "user"],
+    *["truncate_prompt_tokens", "truncation_side", "padding", "request_id", "priority", "cache_salt"],
+    *["use_activation", "add_special_tokens", "chat_template", "chat_template_kwargs", "add_generation_prompt"],
+]
 
 
 def chat(**changes: object) -> ChatRequest:
@@ -147,6 +154,7 @@ def test_every_known_field_is_in_exactly_one_place() -> None:
     for fields, model, refusals in (
         (SAMPLING + CHAT_ONLY, ChatRequest, CHAT_REFUSED),
         (SAMPLING + COMPLETION_ONLY, CompletionRequest, COMPLETION_REFUSED),
+        (EMBEDDING, EmbeddingRequest, EMBEDDING_REFUSED),
     ):
         for name in fields:
             places = [name in model.model_fields, name in refusals, name in WITHOUT_EFFECT]

@@ -40,7 +40,7 @@ from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
-from quire_schemas.openai import BadRequest, PromptTokensDetails, SamplingFields, Usage
+from quire_schemas.openai import BadRequest, ModelRequest, PromptTokensDetails, Usage
 
 log = logging.getLogger("quire.router")
 
@@ -53,7 +53,7 @@ _STREAM_HEADERS: Final = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-R = TypeVar("R", bound=SamplingFields)
+R = TypeVar("R", bound=ModelRequest)
 
 
 class ClientGone(Exception):
@@ -149,7 +149,7 @@ class Exchange(Generic[R]):
         with self._gateway.admit(served, self._format.sequences(request)):
             job = await self._format.job(request, served, len(body), arrived_at, span)
             run = Run(self._gateway.fleet, job)
-            span.set(_request_attributes(request, job))
+            span.set(_request_attributes(job))
             in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
             in_flight.inc()
             self._refused = False
@@ -268,17 +268,22 @@ async def _disconnect(receive: Receive) -> None:
         continue
 
 
-def _request_attributes(request: SamplingFields, job: Job) -> dict[str, Any]:
+def _request_attributes(job: Job) -> dict[str, Any]:
     """What was asked for, as it is carried out. Stop strings are left out: they are text."""
     sampling = job.sampling
+    if job.pooling is not None:
+        return {
+            signals.GEN_AI_RESPONSE_ID: job.id,
+            signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
+        }
     return {
         signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
         signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
         signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
         signals.GEN_AI_REQUEST_TOP_K: sampling.top_k or None,
         signals.GEN_AI_REQUEST_SEED: sampling.seed,
-        signals.GEN_AI_REQUEST_FREQUENCY_PENALTY: request.frequency_penalty,
-        signals.GEN_AI_REQUEST_PRESENCE_PENALTY: request.presence_penalty,
+        signals.GEN_AI_REQUEST_FREQUENCY_PENALTY: sampling.frequency_penalty or None,
+        signals.GEN_AI_REQUEST_PRESENCE_PENALTY: sampling.presence_penalty or None,
         signals.GEN_AI_REQUEST_CHOICES: job.n if job.n != 1 else None,
         signals.GEN_AI_REQUEST_STREAM: job.stream or None,
         signals.GEN_AI_RESPONSE_ID: job.id,

@@ -1,0 +1,68 @@
+"""`POST /v1/embeddings`: a vector for each text, from the final hidden states of a decoder model.
+
+The vectors come as lists of numbers or, with `encoding_format: base64`, as the engine's float32 bytes
+(little-endian), which is what the official client asks for and unpacks.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import NoReturn
+
+import msgspec
+
+from quire.errors import InternalError, InvalidRequest
+from quire.router.fleet import ServedModel
+from quire.router.gateway import Gateway
+from quire.router.job import Job, Update
+from quire.router.spans import RequestSpan
+from quire_schemas.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage, Usage, read_embedding
+
+_json = msgspec.json.Encoder()
+
+
+class EmbeddingFormat:
+    """The embeddings endpoint's `Format`."""
+
+    operation = "embeddings"
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def read(self, body: bytes) -> EmbeddingRequest:
+        return read_embedding(body)
+
+    def sequences(self, request: EmbeddingRequest) -> int:
+        return len(request.input)
+
+    async def job(
+        self,
+        request: EmbeddingRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        return await self._gateway.embedding(request, served, size, arrived_at, span)
+
+    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+        vectors = {update.index: update.embedding for update in updates if update.embedding is not None}
+        if len(vectors) != len(job.prompts):
+            raise InternalError("The engine left out a vector.")
+        answer = EmbeddingList(
+            data=[
+                Embedding(index=index, embedding=_shown(vectors[index], job.as_base64))
+                for index in range(len(job.prompts))
+            ],
+            model=job.asked_model,
+            usage=EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens),
+        )
+        return _json.encode(answer)
+
+    def stream(self, job: Job, request: EmbeddingRequest) -> NoReturn:
+        raise InvalidRequest("Vectors are not streamed.", param="stream")
+
+
+def _shown(vector: bytes, as_base64: bool) -> str | list[float]:
+    return base64.b64encode(vector).decode() if as_base64 else [*memoryview(vector).cast("f")]
