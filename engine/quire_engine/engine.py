@@ -13,10 +13,11 @@ that `quire_schemas.sizing` planned, and lie, together with the activations, bel
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +46,24 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import load as load_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
-from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Pooling, Sampling, Stats
+from quire_schemas.wire import (
+    MAX_LOGPROB_ENTRIES,
+    WHOLE_VOCABULARY,
+    Delta,
+    EngineSpec,
+    Generate,
+    Limits,
+    Pooling,
+    Sampling,
+    Stats,
+)
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
+"""Log-probabilities that all live requests together may ask for when another one wants the whole vocabulary's:
+what one step makes of them has to go through a client's connection at once."""
 _WARM_UP = "warm-up"
 
 
@@ -105,7 +119,9 @@ class Engine:
         )
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
-        return cls(spec, profile, ModelRunner(model, kv, block_size=spec.block_size, device=device))
+        rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
+        runner = ModelRunner(model, kv, block_size=spec.block_size, head_rows=rows, device=device)
+        return cls(spec, profile, runner)
 
     @classmethod
     def _load_scripted(cls, spec: EngineSpec) -> Engine:
@@ -189,8 +205,23 @@ class Engine:
                 f"a beam search of width {beam.width} needs as many seats; "
                 f"the engine has {self.limits.max_num_seqs}",
             )
-        if sampling.logit_bias and not all(0 <= token < vocabulary for token in sampling.logit_bias):
-            raise RequestRefused("invalid_request", f"logit_bias has ids outside the vocabulary of {vocabulary}")
+        for name, ids in _named_ids(sampling):
+            if not all(0 <= token < vocabulary for token in ids):
+                raise RequestRefused("invalid_request", f"{name} has ids outside the vocabulary of {vocabulary}")
+        if not all(sampling.bad_words):
+            raise RequestRefused("invalid_request", "bad_words has an entry without ids")
+        entries = sampling.logprob_entries(len(message.token_ids), vocabulary)
+        if entries > MAX_LOGPROB_ENTRIES:
+            raise RequestRefused(
+                "invalid_request",
+                f"{entries} log-probabilities are asked for, above the limit of {MAX_LOGPROB_ENTRIES}",
+            )
+        if sampling.logprobs == WHOLE_VOCABULARY or sampling.prompt_logprobs == WHOLE_VOCABULARY:
+            scheduler = self._scheduler
+            for other in (*scheduler.running, *scheduler.waiting):
+                entries += other.draw.sampling.logprob_entries(other.num_prompt, vocabulary)
+            if entries > MAX_LIVE_ENTRIES:
+                raise RequestRefused("queue_full", "as many log-probabilities are being made as the engine holds")
         if sampling.script is not None:
             self._check_script(sampling, sampling.script)
 
@@ -260,6 +291,7 @@ class Engine:
         return StepResult(
             tokens={name: token for result in alone for name, token in result.tokens.items()},
             logprobs={name: entry for result in alone for name, entry in result.logprobs.items()},
+            prompt_logprobs={name: found for result in alone for name, found in result.prompt_logprobs.items()},
             failures={name: failure for result in alone for name, failure in result.failures.items()},
             states={name: states for result in alone for name, states in result.states.items()},
         )
@@ -320,6 +352,16 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise `InvariantBroken` unless all books balance. For tests and idle moments."""
         self._scheduler.check_integrity()
+
+
+def _named_ids(sampling: Sampling) -> Iterator[tuple[str, Iterable[int]]]:
+    """The ids that a request names, by field. Those that end it may lie outside: they are then never drawn."""
+    yield "logit_bias", sampling.logit_bias
+    yield "allowed_token_ids", sampling.allowed_token_ids
+    yield "logprob_token_ids", sampling.logprob_token_ids
+    yield "bad_words", itertools.chain.from_iterable(sampling.bad_words)
+    if sampling.thinking is not None:
+        yield "thinking", (*sampling.thinking.opening, *sampling.thinking.closing)
 
 
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -78,6 +78,8 @@ class Request:
     """Its leading blocks that others can find."""
     seal_at: int = NEVER
     """Computed tokens at which the next block can be found; `NEVER` without a root."""
+    num_unscored: int = field(init=False)
+    """Tokens of its prompt whose log-probabilities are wanted and have not been given out."""
     num_cached: int = 0
     """Prompt tokens that it did not have to compute when it was first let in."""
     scheduled_at: float | None = None
@@ -103,6 +105,9 @@ class Request:
             deadline=None if message.timeout is None else received_at + message.timeout,
             pool=None if message.pooling is None else Pool(message.pooling, len(message.token_ids)),
         )
+
+    def __post_init__(self) -> None:
+        self.num_unscored = 0 if self.draw.sampling.prompt_logprobs is None else self.num_prompt - 1
 
     def share_with(self, *kin: str) -> None:
         """From now on its blocks can be found by requests that begin alike and were given the same `kin`."""

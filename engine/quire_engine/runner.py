@@ -4,12 +4,16 @@ It knows nothing of requests: all that a step needs is in the plan, and nothing 
 plan's slots were filled with. Carrying out the same item twice writes the same values to the same slots and
 draws the same token, so a step that failed can be tried again in parts.
 
-Legend: T new tokens of a step, R rows that draw or are pooled, S items that are pooled, W hidden width, V
+Log-probabilities of prompt tokens need the logits of all of the prompt's rows. These are computed a slice at a
+time, so that no more of them are there at once than of the rows that can draw in one step.
+
+Legend: T new tokens of a step, R rows whose states are wanted, S items that are pooled, W hidden width, V
 vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,9 +21,18 @@ import torch
 from torch import Tensor
 
 from quire_engine.models import DecoderModel, KVCache
-from quire_engine.sampler import sample
+from quire_engine.sampler import sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
+from quire_schemas.wire import Sampling, TokenLogprobs
+
+_NOT_FINITE = ("numerical_error", "the model's logits are not finite for this request")
+_STATES_NOT_FINITE = ("numerical_error", "the model's hidden states are not finite for this request")
+_NO_TOKEN_LEFT = (
+    "no_token_left",
+    "what the request allows and bans leaves no token to choose: see allowed_token_ids, bad_words, min_tokens and "
+    "logit_bias",
+)
 
 
 class Runner(Protocol):
@@ -32,12 +45,17 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """A model and its cache on one device."""
+    """A model and its cache on one device. `head_rows`: of so many rows logits may be there at once besides those
+    that draw.
+    """
 
-    def __init__(self, model: DecoderModel, kv: KVCache, *, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: DecoderModel, kv: KVCache, *, block_size: int, head_rows: int, device: torch.device
+    ) -> None:
         self.model = model
         self.kv = kv
         self.block_size = block_size
+        self.head_rows = head_rows
         self.device = device
 
     @torch.inference_mode()
@@ -47,13 +65,12 @@ class ModelRunner:
         if plan.copies:
             self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
-        wanted = [item.pooled or int(item.draw is not None) for item in items]
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
                 query_lens=[len(item.token_ids) for item in items],
                 block_tables=[item.tables[group] for item in items],
-                logits=wanted,
+                logits=[item.num_rows for item in items],
                 block_size=self.block_size,
                 device=self.device,
             )
@@ -63,43 +80,70 @@ class ModelRunner:
         token_ids_T = torch.tensor(flat, dtype=torch.int64, device=self.device)
         states_RW = self.model.forward(token_ids_T, batches, self.kv)
         pooled: dict[str, bytes] = {}
-        broken: dict[str, tuple[str, str]] = {}
-        if any(item.pooled for item in items):
-            pooled, broken, states_RW = _pool(items, wanted, states_RW)
+        failures: dict[str, tuple[str, str]] = {}
+        scores: dict[str, list[TokenLogprobs]] = {}
+        if any(item.pooled or item.targets for item in items):
+            firsts = list(itertools.accumulate((item.num_rows for item in items), initial=0))
+            pooled = _pool(items, firsts, states_RW, failures)
+            scores = self._score(items, firsts, states_RW, failures)
+            ends = zip(items, firsts[1:], strict=True)
+            states_RW = states_RW[[end - 1 for item, end in ends if item.draw is not None]]
         if not rows:
-            return StepResult({}, failures=broken, states=pooled)
+            return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
         drawn = sample(self.model.logits(states_RW), rows)
+        failures.update({rows[r].request_id: _NOT_FINITE for r in drawn.broken})
+        failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
         return StepResult(
             tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
             logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},
-            failures={
-                rows[r].request_id: ("numerical_error", "the model's logits are not finite for this request")
-                for r in drawn.broken
-            }
-            | broken,
+            failures=failures,
             states=pooled,
+            prompt_logprobs=scores,
         )
+
+    def _score(
+        self,
+        items: Sequence[Scheduled],
+        firsts: Sequence[int],
+        states_RW: Tensor,
+        failures: dict[str, tuple[str, str]],
+    ) -> dict[str, list[TokenLogprobs]]:
+        """Of each item with targets, whose rows begin at its place in `firsts`, their log-probabilities."""
+        scores: dict[str, list[TokenLogprobs]] = {}
+        places: list[int] = []
+        targets: list[tuple[str, int, Sampling]] = []
+        for item, first in zip(items, firsts, strict=False):
+            if item.scoring is not None and item.targets:
+                scores[item.request_id] = []
+                places += range(first, first + len(item.targets))
+                targets += [(item.request_id, target, item.scoring) for target in item.targets]
+        for at in range(0, len(places), self.head_rows):
+            some = targets[at : at + self.head_rows]
+            logits = self.model.logits(states_RW[places[at : at + self.head_rows]])
+            for finite, (name, _, _) in zip(torch.isfinite(logits.amax(dim=-1)).tolist(), some, strict=True):
+                if not finite:
+                    failures[name] = _NOT_FINITE
+            entries = score(logits, [target for _, target, _ in some], [sampling for _, _, sampling in some])
+            for (name, _, _), entry in zip(some, entries, strict=True):
+                scores[name].append(entry)
+        return scores
 
 
 def _pool(
-    items: Sequence[Scheduled], wanted: Sequence[int], states_RW: Tensor
-) -> tuple[dict[str, bytes], dict[str, tuple[str, str]], Tensor]:
-    """The sums of pooled states, whose are not finite, and the states of the rows that draw."""
+    items: Sequence[Scheduled], firsts: Sequence[int], states_RW: Tensor, failures: dict[str, tuple[str, str]]
+) -> dict[str, bytes]:
+    """The sums of the states of each item that is pooled, whose rows begin at its place in `firsts`."""
     names: list[str] = []
     sums: list[Tensor] = []
-    drawing: list[int] = []
-    at = 0
-    for item, count in zip(items, wanted, strict=True):
+    for item, first in zip(items, firsts, strict=False):
         if item.pooled:
             names.append(item.request_id)
-            sums.append(states_RW[at : at + count].sum(0, dtype=torch.float32))
-        elif count:
-            drawing.append(at)
-        at += count
+            sums.append(states_RW[first : first + item.pooled].sum(0, dtype=torch.float32))
+    if not sums:
+        return {}
     sums_SW = torch.stack(sums)
-    finite = sums_SW.isfinite().all(1).tolist()
     host = sums_SW.cpu().numpy()
-    pooled = {name: host[number].tobytes() for number, name in enumerate(names)}
-    message = ("numerical_error", "the model's hidden states are not finite for this request")
-    broken = {name: message for name, fine in zip(names, finite, strict=True) if not fine}
-    return pooled, broken, states_RW[drawing]
+    for name, finite in zip(names, sums_SW.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            failures[name] = _STATES_NOT_FINITE
+    return {name: host[number].tobytes() for number, name in enumerate(names)}

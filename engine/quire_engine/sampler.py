@@ -1,9 +1,10 @@
 """From logits to tokens, over all rows of a step at once.
 
-Order of operations, per row: repetition, frequency and presence penalty; logit bias; the ban on ending ids below
-`min_tokens`; temperature; top-k, top-p, min-p, each on what the one before it left; one draw. Reported
-log-probabilities are those of the raw logits. Temperature 0 takes the lowest id of the largest value after bias
-and penalties.
+Order of operations, per row: repetition, frequency and presence penalty; logit bias; the ids that are allowed;
+the ban on ending ids below `min_tokens` and on what would complete a bad word; the end of a thought that has used
+up its budget, which wins over all before; temperature; top-k, top-p, min-p, each on what the one before it left;
+one draw. Temperature 0 takes the lowest id of the largest value after all but temperature and filters. What is
+reported of a token is of the raw logits, or of those at the draw (`logprobs_mode`).
 
 A draw needs one number in [0, 1): where it falls in the cumulative probabilities decides. That number is a hash of
 (seed, position), so the sampler has no state: what a request draws depends neither on its neighbours in the batch
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from quire_engine.step import Draw, Scheduled
-from quire_schemas.wire import Sampling, TokenLogprobs
+from quire_schemas.wire import WHOLE_VOCABULARY, Sampling, Thinking, TokenLogprobs
 
 SHORTLISTS = (1024, 16384)
 """Filters look at so many of the likeliest tokens first, and sort the whole vocabulary only if they must."""
@@ -34,11 +36,14 @@ _KEY = struct.Struct("<QQ")
 
 @dataclass(slots=True)
 class Drawn:
-    """Per row: the token, its log-probabilities if asked for. `broken` are rows without a usable distribution."""
+    """Per row: the token, its log-probabilities if asked for. `broken` are rows without a usable distribution,
+    `stuck` those that had one until the request's own wishes left no token of it.
+    """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     broken: tuple[int, ...] = ()
+    stuck: tuple[int, ...] = ()
 
 
 def sample(logits: Tensor, rows: Sequence[Scheduled]) -> Drawn:
@@ -56,59 +61,157 @@ def sample(logits: Tensor, rows: Sequence[Scheduled]) -> Drawn:
         return Drawn(best.tolist(), broken=broken)
 
     shaped = _shape(logits, rows, draws)
-    tokens = best if shaped is logits else shaped.argmax(dim=-1)
-    random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0.0 and r not in broken]
+    tokens = best
+    stuck: tuple[int, ...] = ()
+    if shaped is not logits:
+        peaks, tokens = shaped.max(dim=-1)
+        stuck = tuple(r for r in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist() if r not in broken)
+    lost = {*broken, *stuck}
+    random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0.0 and r not in lost]
     if random:
-        own = shaped if shaped is not logits and len(random) == len(rows) else shaped[random]
+        own = shaped[random] if shaped is logits or len(random) < len(rows) or _is_processed(draws) else shaped
         picked = _draw(own, [draws[r] for r in random], [rows[r].end for r in random])
         tokens = tokens.index_copy(0, torch.tensor(random, device=tokens.device), picked)
     chosen: list[int] = tokens.tolist()
-    asked = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None and r not in broken]
-    return Drawn(chosen, _logprobs(logits, draws, chosen, asked) if asked else {}, broken)
+    asked = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None and r not in lost]
+    if not asked:
+        return Drawn(chosen, broken=broken, stuck=stuck)
+    wanted = [draws[r].sampling for r in asked]
+    table = logits[asked]
+    processed = [at for at, sampling in enumerate(wanted) if sampling.logprobs_mode.startswith("processed")]
+    if processed:
+        table[processed] = _processed(shaped[[asked[at] for at in processed]], [wanted[at] for at in processed])
+    found = _report(table, [chosen[r] for r in asked], wanted, [sampling.logprobs or 0 for sampling in wanted])
+    return Drawn(chosen, dict(zip(asked, found, strict=True)), broken, stuck)
 
 
 # ── before the draw ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw]) -> Tensor:
-    """Logits after penalties, bias and ban; the very same tensor if no row asks for any. [R, V]."""
-    shaped = logits
+    """Logits with all that a draw changes before temperature; the very same tensor if no row asks for any. [R, V].
+
+    Only what rows name is touched, at places in the flat [R * V], all rows' places at once.
+    """
+    vocabulary = logits.shape[1]
+    repeated: list[int] = []  # places of prompt and output, and of output, with repeats
+    said: list[int] = []
+    biased: list[int] = []
+    biases: list[float] = []
+    allowed: dict[int, tuple[int, ...]] = {}
+    banned: list[int] = []
+    forced: dict[int, int] = {}
     for r, (row, draw) in enumerate(zip(rows, draws, strict=True)):
-        sampling = draw.sampling
-        banned = draw.ending_ids if row.end - draw.num_prompt < sampling.min_tokens else ()
-        if not (draw.has_penalty or sampling.logit_bias or banned):
+        if draw.is_plain:
             continue
-        if shaped is logits:
-            shaped = logits.clone()
+        sampling, base = draw.sampling, r * vocabulary
         if draw.has_penalty:
-            _penalise(shaped[r], row.history, draw)
+            if sampling.repetition_penalty != 1.0:
+                repeated += [base + token for token in row.history]
+            if sampling.frequency_penalty or sampling.presence_penalty:
+                said += [base + token for token in row.history[draw.num_prompt :]]
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-            shaped[r, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-        if banned:
-            inside = [token for token in banned if token < logits.shape[1]]
-            shaped[r, inside] = -math.inf
+            biased += [base + token for token in sampling.logit_bias]
+            biases += sampling.logit_bias.values()
+        if sampling.allowed_token_ids:
+            allowed[r] = sampling.allowed_token_ids
+        if row.end - draw.num_prompt < sampling.min_tokens:
+            banned += [base + token for token in draw.ending_ids if token < vocabulary]
+        if sampling.bad_words:
+            banned += [base + token for token in _completing(draw, row)]
+        if sampling.thinking is not None:
+            closing = _closing(sampling.thinking, row.history, draw.num_prompt)
+            if closing is not None:
+                forced[r] = closing
+    if not (repeated or said or biased or allowed or banned or forced):
+        return logits
+    shaped = logits.clone()
+    flat = shaped.view(-1)
+    if repeated or said:
+        _penalise(flat, vocabulary, draws, repeated, said)
+    if biased:
+        flat[_places(biased, flat)] += torch.tensor(biases, device=flat.device)
+    if allowed:
+        kept = _places([r * vocabulary + token for r, ids in allowed.items() for token in ids], flat)
+        values = flat[kept]
+        shaped[list(allowed)] = -math.inf
+        flat[kept] = values
+    if banned:
+        flat[_places(banned, flat)] = -math.inf
+    if forced:
+        shaped[list(forced)] = -math.inf
+        flat[_places([r * vocabulary + token for r, token in forced.items()], flat)] = 0.0
     return shaped
 
 
-def _penalise(scores: Tensor, history: Sequence[int], draw: Draw) -> None:
-    """Penalties on one row, in place. `scores` [V]; `history` is the prompt and then the output.
+def _places(places: Sequence[int], beside: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=beside.device)
+
+
+def _penalise(
+    flat: Tensor, vocabulary: int, draws: Sequence[Draw], repeated: Sequence[int], said: Sequence[int]
+) -> None:
+    """Penalties, in place. `flat` [R * V]; places of each row's known tokens and of its output, with repeats.
 
     Repetition divides positive and multiplies negative scores of every token in prompt or output (as in CTRL,
     arXiv:1909.05858). Frequency subtracts once per occurrence in the output, presence once if there is any.
     """
-    sampling = draw.sampling
-    seen = torch.tensor(history, device=scores.device)
-    if sampling.repetition_penalty != 1.0:
-        ids = torch.unique(seen)
-        picked = scores[ids]
-        scores[ids] = torch.where(
-            picked > 0, picked / sampling.repetition_penalty, picked * sampling.repetition_penalty
-        )
-    output = seen[draw.num_prompt :]
-    if (sampling.frequency_penalty or sampling.presence_penalty) and len(output):
-        ids, counts = torch.unique(output, return_counts=True)
-        scores[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+
+    def of_rows(places: Tensor, name: str) -> Tensor:
+        per_row = torch.tensor([getattr(draw.sampling, name) for draw in draws], device=flat.device)
+        return per_row[places.div(vocabulary, rounding_mode="floor")]
+
+    if repeated:
+        places = torch.unique(_places(repeated, flat))
+        penalty, picked = of_rows(places, "repetition_penalty"), flat[places]
+        flat[places] = torch.where(picked > 0, picked / penalty, picked * penalty)
+    if said:
+        places, counts = torch.unique(_places(said, flat), return_counts=True)
+        flat[places] -= of_rows(places, "frequency_penalty") * counts + of_rows(places, "presence_penalty")
+
+
+def _completing(draw: Draw, row: Scheduled) -> list[int]:
+    """The ids with which a bad word would be whole in the output."""
+    output = row.history[max(0, len(row.history) - (row.end - draw.num_prompt)) :]
+    return [
+        word[-1]
+        for word in draw.sampling.bad_words
+        if len(word) <= len(output) + 1 and output[len(output) + 1 - len(word) :] == word[:-1]
+    ]
+
+
+def _closing(thinking: Thinking, history: tuple[int, ...], num_prompt: int) -> int | None:
+    """The id that must come next because an open thought has used up the budget; None when nothing must.
+
+    Tokens of the output between `opening` and `closing` count, over all thoughts. What the prompt has opened is
+    open.
+    """
+    opening, closing = thinking.opening, thinking.closing
+    spent = at = 0
+    while True:
+        began = _behind(history, opening, at)
+        if began is None:
+            return None
+        ended = _behind(history, closing, began)
+        until = len(history) if ended is None else ended - len(closing)
+        spent += max(0, until - max(began, num_prompt))
+        if ended is None:
+            break
+        at = ended
+    said = next((n for n in range(len(closing) - 1, 0, -1) if history[began:][-n:] == closing[:n]), 0)
+    return closing[said] if spent - said >= thinking.budget else None
+
+
+def _behind(history: tuple[int, ...], run: tuple[int, ...], at: int) -> int | None:
+    """The place behind the first `run` in `history` from place `at` on."""
+    while True:
+        try:
+            at = history.index(run[0], at)
+        except ValueError:
+            return None
+        if history[at : at + len(run)] == run:
+            return at + len(run)
+        at += 1
 
 
 # ── the draw ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -208,17 +311,56 @@ def shortlist(scores: Tensor, filters: Sequence[Sampling], size: int) -> tuple[T
 # ── what is reported ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _logprobs(
-    logits: Tensor, draws: Sequence[Draw], chosen: Sequence[int], asked: Sequence[int]
-) -> dict[int, TokenLogprobs]:
-    """By row: the log-probability of the chosen token and of the likeliest ones, of the raw logits."""
-    longest = min(max(draws[r].sampling.logprobs or 0 for r in asked), logits.shape[1])
-    table = torch.log_softmax(logits[list(asked)], dim=-1)
-    own = table.gather(1, torch.tensor([[chosen[r]] for r in asked], device=table.device)).flatten().tolist()
-    values, ids = table.topk(longest, dim=-1)
-    found: dict[int, TokenLogprobs] = {}
-    for r, logprob, row_ids, row_values in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
-        count = draws[r].sampling.logprobs or 0
-        top = tuple(zip(row_ids[:count], row_values[:count], strict=True))
-        found[r] = TokenLogprobs(chosen[r], logprob, top)
-    return found
+def score(logits: Tensor, targets: Sequence[int], samplings: Sequence[Sampling]) -> list[TokenLogprobs]:
+    """What `prompt_logprobs` of each row's sampling reports of its target. `logits` [R, V], not changed."""
+    return _report(logits, targets, samplings, [sampling.prompt_logprobs or 0 for sampling in samplings])
+
+
+def _is_processed(draws: Sequence[Draw]) -> bool:
+    """Whether the scores at the draw are looked at once more after it."""
+    return any(
+        draw.sampling.logprobs is not None and draw.sampling.logprobs_mode.startswith("processed")
+        for draw in draws
+    )
+
+
+def _processed(shaped: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Logits at the draw, of `shaped` [F, V], which is changed; -inf for what the filters leave out."""
+    temperature = torch.tensor(
+        [max(s.temperature, 1e-6) if s.temperature > 0.0 else 1.0 for s in samplings], device=shaped.device
+    )
+    shaped.div_(temperature.unsqueeze(1))
+    filtered = [r for r, sampling in enumerate(samplings) if sampling.temperature > 0.0 and _has_filter(sampling)]
+    if len(filtered) == len(samplings):
+        return shortlist(shaped, samplings, shaped.shape[1])[1]
+    if filtered:
+        shaped[filtered] = shortlist(shaped[filtered], [samplings[r] for r in filtered], shaped.shape[1])[1]
+    return shaped
+
+
+def _report(
+    table: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Per row of logits `table` [R, V]: its token, the `counts` likeliest, the named ones, in its mode."""
+    vocabulary = table.shape[1]
+    as_logits = [r for r, sampling in enumerate(samplings) if sampling.logprobs_mode.endswith("logits")]
+    logprobs = torch.log_softmax(table, dim=-1)
+    if as_logits:
+        logprobs[as_logits] = table[as_logits]
+    own = logprobs.gather(1, torch.tensor(tokens, device=table.device).unsqueeze(1))
+    ranks = ((logprobs > own).sum(dim=-1) + 1).tolist()
+    # one list for each length: of equals at its end, which are in it depends on how long it is
+    lengths: defaultdict[int, list[int]] = defaultdict(list)
+    for r, count in enumerate(counts):
+        lengths[vocabulary if count == WHOLE_VOCABULARY else min(count, vocabulary)].append(r)
+    top: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+    for length, members in lengths.items():
+        if length:
+            values, ids = logprobs[members].topk(length, dim=-1)
+            for r, row_ids, row_values in zip(members, ids.tolist(), values.tolist(), strict=True):
+                top[r] = tuple(zip(row_ids, row_values, strict=True))
+    named: list[tuple[float, ...]] = [()] * len(tokens)
+    for r, sampling in enumerate(samplings):
+        if sampling.logprob_token_ids:
+            named[r] = tuple(logprobs[r, list(sampling.logprob_token_ids)].tolist())
+    return [TokenLogprobs(*entry) for entry in zip(tokens, own.flatten().tolist(), top, ranks, named, strict=True)]

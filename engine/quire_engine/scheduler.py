@@ -41,7 +41,7 @@ from quire_engine.pooling import Pool
 from quire_engine.request import NEVER, Request, State
 from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
 from quire_schemas.sizing import longest_held
-from quire_schemas.wire import Delta, Timings, TokenLogprobs
+from quire_schemas.wire import Delta, Repetition, Timings, TokenLogprobs
 
 _KEY = attrgetter("key")
 _PENDING_ALONE: tuple[int, ...] = (PENDING,)
@@ -290,10 +290,13 @@ class Scheduler:
             request.num_computed = computed = item.end
             if computed >= request.seal_at:
                 self._seal(request)
+            scores = _new_scores(request, item, result) if item.targets else None
             draw = item.draw
             if draw is None:
                 if request.pool is not None and (pooled := self._pool(request, request.pool, item, result, now)):
                     deltas.append(pooled)
+                if scores:
+                    deltas.append(Delta(name, prompt_logprobs=scores))
                 continue
             generated += 1
             request.num_drawing -= 1
@@ -308,8 +311,13 @@ class Scheduler:
                 delta = Delta(name, [token])
                 if logprobs and name in logprobs:
                     delta.logprobs = [logprobs[name]]
-                if len(token_ids) >= request.full_at:
+                repetition = draw.sampling.repetition
+                if repetition is not None and _goes_round(request, repetition):
+                    delta.finish_reason = "repetition"
+                elif len(token_ids) >= request.full_at:
                     delta.finish_reason = "length"
+            if scores:
+                delta.prompt_logprobs = scores
             if request.first_token_at is None:
                 request.first_token_at = now
                 self.counters.prompt_tokens += request.num_prompt
@@ -508,14 +516,16 @@ class Scheduler:
         if request.pool is not None:
             rows = request.pool.rows(start, end)
             return Scheduled(request.id, request.ticket, tokens, start, end, tables, pooled=rows)
+        targets: tuple[int, ...] = ()
+        if request.num_unscored:
+            targets = tuple(token_ids[start + 1 : min(end + 1, request.num_prompt)])
+        scoring = request.draw.sampling if targets else None
         if end < known or request.told:
-            return Scheduled(request.id, request.ticket, tokens, start, end, tables)
+            return Scheduled(request.id, request.ticket, tokens, start, end, tables, None, (), targets, scoring)
         draw = request.draw
         request.num_drawing = drawing + 1
-        if not draw.needs_history:
-            return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw)
-        history = (*token_ids, PENDING) if drawing else tuple(token_ids)
-        return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw, history)
+        history = draw.history(token_ids, pending=bool(drawing)) if draw.needs_history else ()
+        return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw, history, targets, scoring)
 
     @staticmethod
     def _freeze(request: Request) -> tuple[tuple[int, ...], ...]:
@@ -527,7 +537,7 @@ class Scheduler:
 
     def _cached_prefix(self, request: Request) -> list[bytes] | None:
         """Digests of the leading blocks that need not be computed; None if it should wait for more of them."""
-        if request.root is None:
+        if request.root is None or request.num_unscored:
             return []
         size = self.pool.block_size
         most = (request.num_known - 1) // size
@@ -624,3 +634,23 @@ class Scheduler:
             raise InvariantBroken("a block is said to come from a request that does not run")
         if not self.running and self._coming:
             raise InvariantBroken("blocks are said to come, and nobody runs")
+
+
+def _new_scores(request: Request, item: Scheduled, result: StepResult) -> list[TokenLogprobs]:
+    """Log-probabilities of prompt tokens that this step gave and none before: a preempted prompt comes twice."""
+    before = request.num_prompt - 1 - request.num_unscored
+    known = max(0, before - item.start)
+    request.num_unscored -= max(0, len(item.targets) - known)
+    return result.prompt_logprobs.get(request.id, [])[known:]
+
+
+def _goes_round(request: Request, repetition: Repetition) -> bool:
+    """Whether the output ends with one run of tokens as often as `repetition` says."""
+    token_ids = request.token_ids
+    for size in range(repetition.shortest, repetition.longest + 1):
+        first = len(token_ids) - size * repetition.count
+        if first < request.num_prompt:
+            break
+        if token_ids[first + size :] == token_ids[first:-size]:
+            return True
+    return False

@@ -14,7 +14,8 @@ the plan out puts it in with `resolve`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -40,8 +41,9 @@ class Draw:
     is_plain: bool = field(init=False)
     """Greedy with nothing that changes or reports logits: the arg-max alone decides."""
     has_penalty: bool = field(init=False)
+    reach: int = field(init=False)
+    """The choice depends on so many of the tokens before it: items carry them."""
     needs_history: bool = field(init=False)
-    """The choice depends on the tokens so far: items carry them."""
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -50,17 +52,30 @@ class Draw:
             or sampling.presence_penalty != 0.0
             or sampling.frequency_penalty != 0.0
         )
+        reach = max(map(len, sampling.bad_words), default=1) - 1
+        if has_penalty or sampling.thinking is not None:
+            reach = sys.maxsize
         object.__setattr__(self, "has_penalty", has_penalty)
-        object.__setattr__(self, "needs_history", has_penalty)
+        object.__setattr__(self, "reach", reach)
+        object.__setattr__(self, "needs_history", reach > 0)
         object.__setattr__(
             self,
             "is_plain",
             sampling.temperature == 0.0
             and not has_penalty
             and not sampling.logit_bias
+            and not sampling.allowed_token_ids
+            and not sampling.bad_words
+            and sampling.thinking is None
             and sampling.min_tokens == 0
             and sampling.logprobs is None,
         )
+
+    def history(self, token_ids: Sequence[int], *, pending: bool = False) -> tuple[int, ...]:
+        """What an item carries of the known `token_ids`, behind which one more may be `PENDING`."""
+        most = self.reach - pending
+        tail = token_ids if most >= len(token_ids) else token_ids[len(token_ids) - most :]
+        return (*tail, PENDING) if pending else tuple(tail)
 
 
 class Scheduled(msgspec.Struct, frozen=True, gc=False):
@@ -69,8 +84,9 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
     `token_ids` lie at positions `start`, `start + 1`, … and attend to all before them; `PENDING` stands for the
     one that the step before draws for this request. `tables` is its block table in each group of layers, long
     enough for the last of these positions. `draw` is None while known tokens remain uncomputed after this step.
-    `history` is prompt and output so far when the draw needs it, else empty. `ticket` tells lives of a request
-    apart.
+    `history` is the end of prompt and output so far, as long as the draw needs it. `targets` are tokens of the
+    prompt whose log-probabilities are wanted as `scoring` says: those that follow the item's first token, its
+    second, and so on. `ticket` tells lives of a request apart.
 
     A msgspec.Struct, although it stays in the process: a step makes hundreds of them, and these are made in C.
     """
@@ -84,8 +100,15 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
     tables: tuple[tuple[int, ...], ...]
     draw: Draw | None = None
     history: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    scoring: Sampling | None = None
     pooled: int = 0
     """Of so many of the last of these tokens the final states are wanted, summed."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of how many of its last tokens the logits are wanted."""
+        return len(self.token_ids) if self.targets else self.pooled or int(self.draw is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +134,8 @@ class StepPlan:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What came of a plan, by request id: items with a draw have a token, and log-probabilities if asked for;
-    those with `pooled` tokens have the sum of their final states as float32.
+    those with `pooled` tokens have the sum of their final states as float32, those with targets the
+    log-probabilities of these.
 
     `failures` gives (code, message) of requests that cannot go on; their tokens, if any, do not count.
     """
@@ -120,6 +144,7 @@ class StepResult:
     logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)
     failures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     states: Mapping[str, bytes] = field(default_factory=dict)
+    prompt_logprobs: Mapping[str, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:

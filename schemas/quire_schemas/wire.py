@@ -64,6 +64,34 @@ Policy = Literal["fcfs", "priority"]
 """Who is scheduled first: by arrival, or by priority and then arrival."""
 
 
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+"""What is reported of a token: of the model's logits as they are, or as the draw sees them, after penalties, bias,
+bans, temperature and filters; as log-probabilities or as logits.
+"""
+
+WHOLE_VOCABULARY = -1
+"""A number of log-probabilities: all of them."""
+MAX_LOGPROB_ENTRIES = 1 << 18
+"""Log-probabilities that one request may ask for, where it asks for the whole vocabulary or for the prompt's."""
+
+
+class Repetition(msgspec.Struct, frozen=True, array_like=True):
+    """An output ends when its last tokens are one run of `shortest` to `longest` tokens, `count` times over."""
+
+    shortest: int
+    longest: int
+    count: int
+
+
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """At most `budget` tokens between the ids that open and those that close a thought, over all thoughts of an
+    output; then `closing` is forced."""
+
+    budget: int
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are chosen. The router has already checked every bound.
 
@@ -84,10 +112,32 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    """No other id is chosen; none given: any may be."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Runs of ids that never come whole into the output: the last one is not chosen after all before it."""
+    thinking: Thinking | None = None
+    repetition: Repetition | None = None
     logprobs: int | None = None
-    """None: off. k >= 0: the chosen token's log-probability and those of the k likeliest."""
+    """None: off. k >= 0: the chosen token's log-probability and those of the k likeliest. -1: of all."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Ids whose log-probabilities are reported at every position, besides those that `logprobs` asks for."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, but for its first. The prompt is then computed, not read from a
+    cache. Nothing is processed there: `logprobs_mode` decides between logits and log-probabilities alone."""
+    logprobs_mode: LogprobsMode = "raw_logprobs"
     script: tuple[int, ...] | None = None
     """The tokens of the answer, for an engine with the scripted runner alone; None: those of the prompt."""
+
+    def logprob_entries(self, num_prompt: int, vocab_size: int) -> int:
+        """What counts against `MAX_LOGPROB_ENTRIES`, for a prompt of so many tokens."""
+        entries = 0
+        if self.logprobs == WHOLE_VOCABULARY:
+            entries += self.max_tokens * (vocab_size + len(self.logprob_token_ids))
+        if self.prompt_logprobs is not None:
+            each = vocab_size if self.prompt_logprobs == WHOLE_VOCABULARY else self.prompt_logprobs + 1
+            entries += (num_prompt - 1) * (each + len(self.logprob_token_ids))
+        return entries
 
 
 class Pooling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -188,11 +238,17 @@ class GetStats(msgspec.Struct, tag=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position, of the raw logits (before temperature and filters)."""
+    """Log-probabilities at one position, or logits, as `Sampling.logprobs_mode` says.
+
+    `top` are the likeliest, in order. `named` belong to `Sampling.logprob_token_ids`, one by one. `rank` is the
+    token's own place among all, from 1.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
+    named: tuple[float, ...] = ()
 
 
 class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -213,7 +269,7 @@ class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Tokens of its prompt that were in the cache when it was first let in."""
 
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
 class Delta(msgspec.Struct, omit_defaults=True, gc=False):
@@ -222,6 +278,8 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the next tokens of the prompt, in order, beginning with its second."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The id that ended the text when `finish_reason` is stop."""

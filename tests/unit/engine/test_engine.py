@@ -112,7 +112,9 @@ class Faulty(ModelRunner):
 def faulty_engine(**fields: Any) -> Engine:
     engine = Engine.load(with_fields(**fields))
     real = model_runner(engine)
-    engine.runner = Faulty(real.model, real.kv, block_size=real.block_size, device=real.device)
+    engine.runner = Faulty(
+        real.model, real.kv, block_size=real.block_size, head_rows=real.head_rows, device=real.device
+    )
     return engine
 
 

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from quire_engine.models import DecoderModel, KVCache, load_model
+from quire_engine.runner import ModelRunner
 from quire_engine.sampler import sample
-from quire_engine.step import Draw, Scheduled
+from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import PagedBatch, load
 from quire_kernels.reference import GATHER_BYTES
 from quire_schemas import sizing
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
-from quire_schemas.wire import Sampling
+from quire_schemas.wire import WHOLE_VOCABULARY, Sampling
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -199,5 +200,42 @@ def test_a_step_stays_below_the_activation_bound(
 
     found = peak(step)
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)
+    assert found <= bound
+    assert found >= bound / 8
+
+
+ALL_OF_IT: dict[str, Any] = {"logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "many", "count"),
+    [
+        (ALL_OF_IT | {"logprobs_mode": "processed_logprobs"}, 8, 1),
+        (ALL_OF_IT | {"allowed_token_ids": tuple(range(500)), "bad_words": ((7,), (8, 9))}, 8, 1),
+        ({"prompt_logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}, 3, 20),
+    ],
+    ids=["processed", "wishes", "prompts"],
+)
+def test_what_is_reported_stays_below_the_activation_bound(
+    fields: dict[str, Any], many: int, count: int, tmp_path: Path
+) -> None:
+    """Where the vocabulary is what counts. Prompts are scored a few rows at a time."""
+    described = write_checkpoint(tmp_path, config(**WIDE_HEAD))
+    model = open_model(tmp_path, described, "float32")
+    kv = KVCache.allocate(described, 8, 16, torch.float32, CPU)
+    runner = ModelRunner(model, kv, block_size=16, head_rows=many, device=CPU)
+    sampling = Sampling(max_tokens=9, temperature=0.7, top_p=0.9, frequency_penalty=0.1, **fields)
+    draw = Draw(sampling, seed=1, num_prompt=1, ending_ids=())
+    known = (1,) * count
+    targets = known[1:] if sampling.prompt_logprobs is not None else ()
+    plan = StepPlan(
+        1,
+        tuple(
+            Scheduled(str(at), at, known, 0, count, (tuple(range(8)),), draw, known, targets, sampling)
+            for at in range(many)
+        ),
+    )
+    found = peak(lambda: runner.execute(plan))
+    bound = sizing.activation_bytes(described, "float32", many * count, many, 128)
     assert found <= bound
     assert found >= bound / 8
