@@ -651,6 +651,6 @@ def _goes_round(request: Request, repetition: Repetition) -> bool:
         first = len(token_ids) - size * repetition.count
         if first < request.num_prompt:
             break
-        if token_ids[first + size :] == token_ids[first:-size]:
+        if token_ids[-1] == token_ids[-1 - size] and token_ids[first + size :] == token_ids[first:-size]:
             return True
     return False

@@ -20,7 +20,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from pydantic import (
@@ -30,10 +30,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from quire_schemas import wire
 
 MAX_DEPTH: Final = 64
 MAX_MESSAGES: Final = 1024
@@ -42,6 +46,9 @@ MAX_STOPS: Final = 16
 MAX_STOP_BYTES: Final = 256
 MAX_LOGIT_BIAS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+MAX_LOGPROB_IDS: Final = 128
+MAX_ALLOWED_IDS: Final = 4096
+MAX_BAD_WORDS: Final = 64
 MAX_PROMPTS: Final = 64
 MAX_SALT: Final = 256
 MAX_TIMEOUT: Final = 86_400
@@ -83,18 +90,12 @@ class Refusal(msgspec.Struct, frozen=True):
 _NOT_YET = "is not honoured by this version"
 _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "use_beam_search": Refusal(f"beam search {_NOT_YET}", (False,)),
-    "best_of": Refusal(f"choosing the best of several {_NOT_YET}", (1,)),
     "watermarking": Refusal(f"watermarking {_NOT_YET}", (False,)),
     "length_penalty": Refusal("it belongs to beam search, which is not honoured by this version", (1, 1.0)),
     "early_stopping": Refusal("it belongs to beam search, which is not honoured by this version", (False,)),
-    "spaces_between_special_tokens": Refusal(f"it {_NOT_YET}", (True,)),
-    "truncate_prompt_tokens": Refusal("a prompt is never cut short here; send a shorter one", (-1,)),
-    "truncation_side": Refusal("a prompt is never cut short here"),
-    "prompt_logprobs": Refusal(f"log-probabilities of the prompt {_NOT_YET}".replace("is not", "are not")),
-    "logprob_token_ids": Refusal(f"it {_NOT_YET}", ([],)),
-    "allowed_token_ids": Refusal(f"it {_NOT_YET}; use logit_bias", ([],)),
-    "bad_words": Refusal(f"it {_NOT_YET}; use logit_bias", ([],)),
-    "repetition_detection": Refusal(f"it {_NOT_YET}"),
+    "spaces_between_special_tokens": Refusal(
+        "it is true or false, and either way the tokenizers read here put no spaces there", (True, False)
+    ),
     "stream_interval": Refusal("a stream has one event for each step of the engine", (1,)),
     "structured_outputs": Refusal(f"structured output {_NOT_YET}"),
     "response_format": Refusal(f"structured output {_NOT_YET}; only {{'type': 'text'}} is", ({"type": "text"},)),
@@ -109,8 +110,6 @@ _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "no_stop_trim": Refusal("use include_stop_str_in_output", (False,)),
     "request_id": Refusal("send the header X-Request-Id"),
     "rid": Refusal("send the header X-Request-Id"),
-    "return_tokens_as_token_ids": Refusal(f"it {_NOT_YET}", (False,)),
-    "return_token_ids": Refusal(f"it {_NOT_YET}", (False,)),
     "return_weight_versions": Refusal(f"it {_NOT_YET}", (False,)),
     "return_token_offsets": Refusal(f"it {_NOT_YET}", (False,)),
     "return_prompt_text": Refusal(f"it {_NOT_YET}", (False,)),
@@ -130,12 +129,12 @@ _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
 
 CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
     **_SAMPLING_REFUSED,
+    "best_of": Refusal("choosing the best of several is offered for /v1/completions only", (1,)),
     "tools": Refusal("tool calls are not honoured by this version", ([],)),
     "tool_choice": Refusal("tool calls are not honoured by this version", ("none", "auto")),
     "functions": Refusal("tool calls are not honoured by this version", ([],)),
     "function_call": Refusal("tool calls are not honoured by this version", ("none", "auto")),
     "reasoning_effort": Refusal(f"it {_NOT_YET}; what a template offers goes in chat_template_kwargs"),
-    "thinking_token_budget": Refusal(f"it {_NOT_YET}"),
     "include_reasoning": Refusal(f"hiding a model's reasoning {_NOT_YET}", (True,)),
     "separate_reasoning": Refusal(f"it {_NOT_YET}", (False,)),
     "stream_reasoning": Refusal(f"it {_NOT_YET}", (True,)),
@@ -234,6 +233,15 @@ class StreamOptions(_Shape):
     """Padding against traffic analysis is not offered: only false."""
 
 
+class RepetitionDetection(_Shape):
+    """An answer ends when its last tokens are one pattern, `min_count` times over."""
+
+    max_pattern_size: Annotated[int, Field(ge=1, le=128)]
+    """Tokens of the longest pattern."""
+    min_pattern_size: Annotated[int, Field(ge=1, le=128)] = 1
+    min_count: Annotated[int, Field(ge=2, le=64)]
+
+
 class ModelRequest(_Shape):
     """What every request to a model has."""
 
@@ -286,16 +294,70 @@ class SamplingFields(ModelRequest):
     """Cached blocks of the prompt are shared with requests of the same salt alone."""
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     """Seconds from the arrival of the request after which it ends with an error, whatever is still missing."""
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
+    """Only these are chosen."""
+    bad_words: (
+        Annotated[list[Annotated[str, AfterValidator(_check_stop)]], Field(max_length=MAX_BAD_WORDS)] | None
+    ) = None
+    """Texts that never come into the answer in the tokens that stand for them, with or without a space before."""
+    thinking_token_budget: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
+    """Tokens that thoughts may have; then they are closed. Only for models that mark their thoughts."""
+    repetition_detection: RepetitionDetection | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=_MAX_INT)] | None = None
+    """A longer prompt loses its beginning (see `truncation_side`). -1: what the context has no room for."""
+    truncation_side: Literal["left", "right"] | None = None
+    logprobs_mode: wire.LogprobsMode | None = None
+    """Of the model's own logits (`raw_`), which is the default, or as the draw sees them; logits or their logs."""
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_IDS)] | None = None
+    """Ids that are among the alternatives at every position, likely or not."""
+    prompt_logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
+    """Alternatives to report at each position of the prompt. -1 is the whole vocabulary."""
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Tokens in log-probabilities are written `token_id:5`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     script: Annotated[str | list[int], PlainValidator(_script)] | None = None
     """The answer, for models whose runner is scripted alone: text, or token ids."""
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> SamplingFields:
+    def _sampling_fields_agree(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "is only for requests with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError("prompt_logprobs", "is only for requests without stream: true")
+        if self.logprob_token_ids and self.wanted_logprobs is None and self.prompt_logprobs is None:
+            raise PydanticCustomError("logprob_token_ids", "needs logprobs or prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise PydanticCustomError("truncate_prompt_tokens", "must be -1 or at least 1, not 0")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise PydanticCustomError("truncation_side", "needs truncate_prompt_tokens")
+        pattern = self.repetition_detection
+        if pattern is not None and pattern.min_pattern_size > pattern.max_pattern_size:
+            raise PydanticCustomError(
+                "repetition_detection", "must not have min_pattern_size above max_pattern_size"
+            )
         return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives to report at each position, -1 for all; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def scored_prompt(self) -> int | None:
+        """Alternatives that are needed at each position of the prompt, as in `wanted_logprobs`."""
+        return self.prompt_logprobs
+
+    @property
+    def logprobs_field(self) -> str:
+        """The field that asks for the alternatives in an answer."""
+        return "logprobs"
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that are made of each prompt."""
+        return self.n or 1
 
     @property
     def asked_tokens(self) -> int | None:
@@ -429,7 +491,8 @@ class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
+    """-1 is the whole vocabulary."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer goes on with the last message instead of beginning a new one."""
@@ -463,8 +526,11 @@ class ChatRequest(SamplingFields):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """Alternatives to report at each position; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def logprobs_field(self) -> str:
+        return "top_logprobs"
 
 
 Prompt = str | list[int]
@@ -499,15 +565,21 @@ class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
+    """With `echo`, of the prompt's tokens, too. -1 is the whole vocabulary."""
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """So many are made, and the `n` with the highest mean log-probability are the answer."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError("echo", "with logprobs needs log-probabilities of the prompt: not honoured")
-        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
-            raise PydanticCustomError("n", f"times the number of prompts must not be above {MAX_PROMPTS}")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise PydanticCustomError("best_of", "must not be below n")
+        if self.sequences > (self.n or 1) and self.stream:
+            raise PydanticCustomError("best_of", "above n is only for requests without stream: true")
+        if len(self.prompt) * self.sequences > MAX_PROMPTS:
+            field = "best_of" if self.best_of is not None else "n"
+            raise PydanticCustomError(field, f"times the number of prompts must not be above {MAX_PROMPTS}")
         _check_min_tokens(self.min_tokens, self.asked_tokens)
         return self
 
@@ -518,6 +590,16 @@ class CompletionRequest(SamplingFields):
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def scored_prompt(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        counts = [count for count in asked if count is not None]
+        return None if not counts else wire.WHOLE_VOCABULARY if wire.WHOLE_VOCABULARY in counts else max(counts)
+
+    @property
+    def sequences(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
 
 
 def _inputs(value: object) -> list[Prompt]:
@@ -707,7 +789,20 @@ _WORDS: Final[Mapping[str, str]] = {
     "extra_forbidden": "is not a field of this object",
 }
 _CROSS_FIELD: Final = frozenset(
-    {"stream_options", "top_logprobs", "max_tokens", "continue_final_message", "min_tokens", "echo", "n"}
+    {
+        "stream_options",
+        "top_logprobs",
+        "max_tokens",
+        "continue_final_message",
+        "min_tokens",
+        "n",
+        "best_of",
+        "prompt_logprobs",
+        "logprob_token_ids",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "repetition_detection",
+    }
 )
 """Checks over several fields: the error's type is the field to name."""
 
@@ -755,6 +850,19 @@ class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class _AnswerOnRequest(_Answer):
+    on_request: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are only there when they were asked for; all others are there with null."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_nobody_asked_for(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        for name in self.on_request:
+            if written[name] is None:
+                del written[name]
+        return written
+
+
 class PromptTokensDetails(_Answer):
     """Where prompt tokens came from."""
 
@@ -799,21 +907,37 @@ class AssistantMessage(_Answer):
     refusal: None = None
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 
 
-class ChatChoice(_Answer):
-    """One answer."""
+class PromptLogprob(_Answer):
+    """One token at a position of a prompt; `rank` from 1, where it is known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By position of the prompt, by id: the token that is there, the likeliest, those named. None at the first."""
+
+
+class ChatChoice(_AnswerOnRequest):
+    """One answer. `token_ids` are all that were drawn, one that ended the text included."""
+
+    on_request = frozenset({"token_ids"})
 
     index: int
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | None = None
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(_AnswerOnRequest):
     """Answer to a chat request without `stream`."""
 
+    on_request = frozenset({"prompt_logprobs", "prompt_token_ids"})
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -821,6 +945,8 @@ class ChatCompletion(_Answer):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatDelta(_Answer):
@@ -837,6 +963,7 @@ class ChatChunkChoice(_Answer):
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(_Answer):
@@ -849,24 +976,32 @@ class ChatChunk(_Answer):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    """In the first event, if asked for."""
 
 
 class CompletionLogprobs(_Answer):
     """Log-probabilities in a completion choice: parallel lists, one entry a token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for a prompt's first token: nothing comes before it."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+    """Characters from the beginning of the choice's text, an echoed prompt included."""
 
 
-class CompletionChoice(_Answer):
+class CompletionChoice(_AnswerOnRequest):
     """One continuation, or in a stream its next part."""
 
+    on_request = frozenset({"prompt_logprobs", "token_ids", "prompt_token_ids"})
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(_Answer):

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
-from tests.engine_specs import tiny_spec
-from tests.integration.router_world import ASK, CHAT, TEXT, World, events, eventually
+from tests.integration.router_world import ASK, CHAT, TEXT, World, engine_process, events, eventually
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire import builtin
@@ -237,29 +232,8 @@ async def test_two_models_are_routed_by_name(world: World) -> None:
 @pytest.fixture
 def real_engine(world: World) -> Iterator[wire.ReplicaEndpoint]:
     """The built-in model in an engine process."""
-    endpoint = wire.ReplicaEndpoint("real", 1, str(world.folder / "real" / "engine.sock"))
-    spec = tiny_spec(
-        replica_id=endpoint.replica_id,
-        incarnation=endpoint.incarnation,
-        socket=endpoint.socket,
-        num_blocks=64,
-        max_num_batched_tokens=128,
-    )
-    path = world.folder / "real.json"
-    path.write_bytes(msgspec.json.encode(spec))
-    reading, writing = os.pipe()
-    with (world.folder / "engine.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "quire_engine", str(path), "--status-fd", str(writing)],
-            pass_fds=[writing],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=log,
-        )
-    os.close(writing)
-    yield endpoint
-    process.terminate()
-    process.wait(10)
-    os.close(reading)
+    with engine_process(world.folder, "real") as endpoint:
+        yield endpoint
 
 
 async def test_the_built_in_model_answers_through_a_real_engine(

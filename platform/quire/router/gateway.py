@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
+import msgspec
+
 from quire.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from quire.router.fleet import Fleet, ServedModel
-from quire.router.job import Job
+from quire.router.job import Job, Shown
 from quire.router.spans import RequestSpan
 from quire.text import Tokenizer
 from quire.text.templates import RESERVED
@@ -81,7 +83,8 @@ class Gateway:
                 continue_final_message=goes_on,
                 **variables,
             )
-            prompt = tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+            whole = tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+            prompt = _truncated(whole, served.route, request)
             return prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
 
         began = time.monotonic()
@@ -93,7 +96,6 @@ class Gateway:
             tokenizer,
             (prompt,),
             (),
-            request.wanted_logprobs,
             script,
             f"chatcmpl-{uuid.uuid4().hex}",
             arrived_at,
@@ -121,15 +123,17 @@ class Gateway:
             return prompts, _script(request, None, served, tokenizer)
 
         began = time.monotonic()
-        prompts, script = await _off_loop_if_long(ids, size)
+        whole, script = await _off_loop_if_long(ids, size)
+        prompts = tuple(_truncated(prompt, served.route, request) for prompt in whole)
         _tokenized(span, began, sum(map(len, prompts)))
         vocab = served.vocab_size
         for given, prompt in zip(request.prompt, prompts, strict=True):
             if not isinstance(given, str) and any(index >= vocab for index in prompt):
                 raise InvalidRequest(f"'prompt' has a token id outside the vocabulary of {vocab}.", param="prompt")
         echoes = tuple(
-            given if isinstance(given, str) else tokenizer.decode(given, skip_special_tokens=skip)
-            for given in (request.prompt if request.echo else ())
+            given if isinstance(given, str) and prompt is all_of_it else tokenizer.decode(prompt, skip)
+            for given, prompt, all_of_it in zip(request.prompt, prompts, whole, strict=True)
+            if request.echo
         )
         return self._job(
             request,
@@ -137,7 +141,6 @@ class Gateway:
             tokenizer,
             prompts,
             echoes,
-            request.wanted_logprobs,
             script,
             f"cmpl-{uuid.uuid4().hex}",
             arrived_at,
@@ -209,7 +212,6 @@ class Gateway:
         tokenizer: Tokenizer,
         prompts: tuple[list[int], ...],
         echoes: tuple[str, ...],
-        logprobs: int | None,
         script: tuple[int, ...] | None,
         job_id: str,
         arrived_at: float,
@@ -221,17 +223,28 @@ class Gateway:
                 f"'min_tokens' is {request.min_tokens}, and the context has room for {max_tokens}.",
                 param="min_tokens",
             )
+        vocabulary = served.vocab_size
         bias = request.logit_bias or {}
-        if any(index >= served.vocab_size for index in bias):
-            raise InvalidRequest(
-                f"'logit_bias' has a token id outside the vocabulary of {served.vocab_size}.", param="logit_bias"
-            )
         if request.priority and served.route.policy != "priority":
             raise InvalidRequest(
                 f"'priority' is {request.priority}, and this model serves requests in the order of their arrival: "
                 "its batching.policy is not 'priority'.",
                 param="priority",
             )
+        for name, ids in (
+            ("logit_bias", bias),
+            ("stop_token_ids", request.stop_token_ids or ()),
+            ("allowed_token_ids", request.allowed_token_ids or ()),
+            ("logprob_token_ids", request.logprob_token_ids or ()),
+        ):
+            if any(index >= vocabulary for index in ids):
+                raise InvalidRequest(
+                    f"'{name}' has a token id outside the vocabulary of {vocabulary}.", param=name
+                )
+        pattern = request.repetition_detection
+        logprobs = request.wanted_logprobs
+        if logprobs is None and request.sequences > (request.n or 1):
+            logprobs = 0  # what the best are told by
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
@@ -248,9 +261,19 @@ class Gateway:
             frequency_penalty=request.frequency_penalty or 0.0,
             repetition_penalty=_first(request.repetition_penalty, advised.repetition_penalty, 1.0),
             logit_bias=bias,
+            allowed_token_ids=tuple(dict.fromkeys(request.allowed_token_ids or ())),
+            bad_words=_bad_words(tokenizer, request.bad_words or (), vocabulary),
+            thinking=_thinking(tokenizer, request.thinking_token_budget, vocabulary),
+            repetition=None
+            if pattern is None
+            else wire.Repetition(pattern.min_pattern_size, pattern.max_pattern_size, pattern.min_count),
             logprobs=logprobs,
             script=script,
+            logprob_token_ids=tuple(dict.fromkeys(request.logprob_token_ids or ())),
+            prompt_logprobs=request.scored_prompt,
+            logprobs_mode=request.logprobs_mode or "raw_logprobs",
         )
+        _check_entries(request, sampling, prompts, vocabulary)
         return Job(
             id=job_id,
             asked_model=request.model,
@@ -259,8 +282,15 @@ class Gateway:
             operation="chat" if isinstance(request, ChatRequest) else "text_completion",
             prompts=prompts,
             echoes=echoes,
-            n=request.n or 1,
+            n=request.sequences,
+            kept=request.n or 1,
             sampling=sampling,
+            shown=Shown(
+                request.wanted_logprobs,
+                request.prompt_logprobs,
+                bool(request.return_token_ids),
+                bool(request.return_tokens_as_token_ids),
+            ),
             stops=tuple(request.stop or ()),
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
@@ -270,6 +300,56 @@ class Gateway:
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             timeout=request.timeout,
+        )
+
+
+def _truncated(prompt: list[int], route: wire.ModelRoute, request: SamplingFields) -> list[int]:
+    """`prompt`, or what `truncate_prompt_tokens` leaves of a longer one."""
+    most = request.truncate_prompt_tokens
+    if most == -1:
+        most = max(min(route.max_model_len, route.kv_tokens) - (request.asked_tokens or 1), 1)
+    if most is None or len(prompt) <= most:
+        return prompt
+    return prompt[:most] if request.truncation_side == "right" else prompt[-most:]
+
+
+def _bad_words(tokenizer: Tokenizer, words: Sequence[str], vocabulary: int) -> tuple[tuple[int, ...], ...]:
+    """The ids of each word as it begins a text, and as it follows a space."""
+    texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+    runs = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    if any(index >= vocabulary for run in runs for index in run):
+        raise InvalidRequest(f"'bad_words' has a token outside the vocabulary of {vocabulary}.", param="bad_words")
+    return tuple(dict.fromkeys(run for run in runs if run))
+
+
+def _thinking(tokenizer: Tokenizer, budget: int | None, vocabulary: int) -> wire.Thinking | None:
+    if budget is None:
+        return None
+    marks = tokenizer.thinking
+    if marks is None or max(marks) >= vocabulary:
+        raise InvalidRequest(
+            "'thinking_token_budget' is not honoured for this model: no tokens of it open and close a thought.",
+            param="thinking_token_budget",
+        )
+    return wire.Thinking(budget, marks[:1], marks[1:])
+
+
+def _check_entries(
+    request: SamplingFields, sampling: wire.Sampling, prompts: Sequence[list[int]], vocabulary: int
+) -> None:
+    """Raises when more log-probabilities are asked for than an answer may have."""
+    later = sampling if request.stream else msgspec.structs.replace(sampling, prompt_logprobs=None)
+    entries = sum(
+        sampling.logprob_entries(len(prompt), vocabulary)
+        + (request.sequences - 1) * later.logprob_entries(len(prompt), vocabulary)
+        for prompt in prompts
+    )
+    if entries > wire.MAX_LOGPROB_ENTRIES:
+        field = "prompt_logprobs" if request.prompt_logprobs is not None else request.logprobs_field
+        raise InvalidRequest(
+            f"'{field}' asks for {entries} log-probabilities in all; an answer has at most "
+            f"{wire.MAX_LOGPROB_ENTRIES}. Ask for fewer at each position, or lower '{request.limit_field}'.",
+            param=field,
         )
 
 

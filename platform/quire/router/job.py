@@ -21,6 +21,17 @@ log = logging.getLogger("quire.router")
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """What an answer shows besides text."""
+
+    logprobs: int | None = None
+    """Alternatives at each position, as the request counts them."""
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One request, ready for engines."""
 
@@ -35,7 +46,11 @@ class Job:
     echoes: tuple[str, ...]
     """The prompts' texts, when the answer is to begin with them."""
     n: int
+    """Sequences of each prompt."""
+    kept: int
+    """Those of them that the answer has: the best, where it is not all."""
     sampling: wire.Sampling
+    shown: Shown
     stops: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
@@ -66,6 +81,15 @@ class Job:
         return TimedOut(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
 
     @property
+    def is_large(self) -> bool:
+        """Whether writing its answer may take so long that others would notice."""
+        return self.shown.logprobs == wire.WHOLE_VOCABULARY or self.sampling.prompt_logprobs is not None
+
+    def token_text(self, index: int) -> str:
+        """A token's name in log-probabilities."""
+        return f"token_id:{index}" if self.shown.tokens_as_ids else self.tokenizer.token_text(index)
+
+    @property
     def fingerprint(self) -> str:
         """Changes when the model behind the name does."""
         return f"fp_{self.model.route.template_hash[:10] or self.model.route.revision}"
@@ -83,12 +107,17 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one choice gained since its last update. The last one has a finish reason, `stop` or `length`."""
+    """What one choice gained since its last update. The last has a finish reason: `stop`, `length`, `repetition`.
+
+    `token_ids` are all that were drawn, also one that ended the text. `prompt_scores` come with the first one.
+    """
 
     index: int
     text: str
     scores: tuple[TokenScore, ...]
     finish_reason: str | None
+    token_ids: tuple[int, ...] = ()
+    prompt_scores: tuple[wire.TokenLogprobs, ...] = ()
     embedding: bytes | None = None
     """The vector, where one was asked for."""
 
@@ -104,12 +133,14 @@ class Choice:
         "deadline",
         "fingerprint",
         "generated",
+        "ids",
         "index",
         "job",
         "kept",
         "last_token_at",
         "prompt",
         "prompt_index",
+        "prompt_scores",
         "retrying",
         "sampling",
         "scores",
@@ -136,6 +167,9 @@ class Choice:
             # The choices of one seeded request must differ from each other and repeat from run to run.
             else msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63)
         )
+        if index % job.n and not job.stream and job.sampling.prompt_logprobs is not None:
+            # the first choice of a prompt brings its log-probabilities, for all
+            self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
         self.attempts = 0
         self.fingerprint: bytes | None = None
         self.trial: str | None = None
@@ -157,6 +191,8 @@ class Choice:
         self.text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
         self.stops = StopStrings(self.job.stops, self.job.include_stop)
         self.scores: list[TokenScore] = []
+        self.prompt_scores: list[wire.TokenLogprobs] = []
+        self.ids: list[int] = []
         self.kept: list[Update] = []
         self.generated = 0
         self.turn_at: float | None = None  # first seen to have its turn
@@ -173,8 +209,10 @@ class Choice:
             if delta.timings is not None:
                 self.timings = delta.timings
             scores = delta.logprobs or []
+            self.prompt_scores += delta.prompt_logprobs or []
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
+                self.ids.append(token)
                 piece = self.text.push((token,))
                 if position < len(scores):
                     until = self._made + max(len(piece), 1)
@@ -186,9 +224,13 @@ class Choice:
                 finish = "stop"
                 break
             if delta.finish_reason is not None:
-                self.generated += delta.stop_token_id is not None
                 self._raise_if_failed(delta)
                 embedding = delta.embedding
+                if delta.stop_token_id is not None:
+                    self.generated += 1
+                    self.ids.append(delta.stop_token_id)
+                    if self.job.include_stop:
+                        pieces.append(self._through_stops(self.text.push((delta.stop_token_id,))))
                 pieces.append(self._through_stops(self.text.finish()))
                 pieces.append(self.stops.finish())
                 finish = "stop" if self.stops.hit is not None else delta.finish_reason
@@ -197,7 +239,9 @@ class Choice:
         ready = tuple(self._ready_scores(ended=finish is not None))
         if not (text or ready or finish):
             return None
-        return Update(self.index, text, ready, finish, embedding)
+        ids, self.ids = tuple(self.ids), []
+        prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
+        return Update(self.index, text, ready, finish, ids, prompt_scores, embedding)
 
     def _through_stops(self, piece: str) -> str:
         self._made += len(piece)
@@ -211,10 +255,18 @@ class Choice:
             yield self.scores.pop(0)
 
     def _raise_if_failed(self, delta: wire.Delta) -> None:
-        if delta.finish_reason in ("stop", "length"):
+        if delta.finish_reason in ("stop", "length", "repetition"):
             return
         if delta.error_code == "invalid_request":
             raise InvalidRequest(f"A replica of this model refuses the request: {delta.error}.")
+        if delta.error_code == "no_token_left":
+            wishes = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
+            named = [name for name in wishes if getattr(self.sampling, name)]
+            raise InvalidRequest(
+                f"'{named[0]}' leaves no token to choose"
+                + (f", with {' and '.join(named[1:])}." if named[1:] else "."),
+                param=named[0],
+            )
         if delta.error_code == "context_length_exceeded":
             raise ContextLengthExceeded("The request needs more context than a replica of this model has.")
         if delta.error_code == "queue_full":

@@ -29,7 +29,7 @@ from quire_schemas import signals
 from quire_schemas.wire import Stats
 
 OPERATIONS: Final = ("chat", "text_completion", "embeddings")
-FINISHES: Final = ("stop", "length", "abort", "error", "refused")
+FINISHES: Final = ("stop", "length", "repetition", "abort", "error", "refused")
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -21,6 +21,14 @@ import tokenizers
 from quire.text.errors import BadTokenizer, NoChatTemplate, TextError
 from quire.text.templates import ChatTemplate
 
+_THOUGHTS: Final = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<thinking>", "</thinking>"),
+)
+"""What models write around a thought, by the families that do."""
 _SPECIAL_NAMES: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -69,6 +77,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.template = template
         self.advised = advised
+        self._texts: dict[int, str] = {}
+        """Of tokens that were asked for one by one."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
@@ -140,7 +150,10 @@ class Tokenizer:
 
     def token_text(self, index: int) -> str:
         """The token as a user may read it: its text, with U+FFFD where it is part of a character."""
-        return self.decode([index], skip_special_tokens=False)
+        text = self._texts.get(index)
+        if text is None:
+            text = self._texts[index] = self.decode([index], skip_special_tokens=False)
+        return text
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes a token stands for; empty for an id outside the vocabulary."""
@@ -154,6 +167,18 @@ class Tokenizer:
         if is_byte_token(token):
             return bytes([int(token[3:5], 16)])
         return self.decode([index], skip_special_tokens=False).encode()
+
+    @cached_property
+    def thinking(self) -> tuple[int, int] | None:
+        """The tokens that open and close a thought; None if there are no such added tokens.
+
+        Only added tokens will do: what is split into several may be written in several ways.
+        """
+        added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        for opening, closing in _THOUGHTS:
+            if opening in added and closing in added:
+                return added[opening], added[closing]
+        return None
 
     @cached_property
     def byte_tokens(self) -> frozenset[int]:

@@ -220,7 +220,7 @@ def test_what_is_reported_stays_below_the_activation_bound(
     fields: dict[str, Any], many: int, count: int, tmp_path: Path
 ) -> None:
     """Where the vocabulary is what counts. Prompts are scored a few rows at a time."""
-    described = write_checkpoint(tmp_path, config(**WIDE_HEAD))
+    described = write_checkpoint(tmp_path, config(vocab_size=20_000))
     model = open_model(tmp_path, described, "float32")
     kv = KVCache.allocate(described, 8, 16, torch.float32, CPU)
     runner = ModelRunner(model, kv, block_size=16, head_rows=many, device=CPU)

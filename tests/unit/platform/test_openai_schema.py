@@ -236,7 +236,7 @@ def test_fields_that_must_agree() -> None:
     assert refused(chat, stream_options={"include_usage": True}).param == "stream_options"
     assert refused(chat, stream=True, stream_options={"usage": True}).param == "stream_options.usage"
     assert refused(chat, continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
-    assert refused(completion, echo=True, logprobs=1).param == "echo"
+    assert completion(echo=True, logprobs=1, prompt_logprobs=3).scored_prompt == 3
     assert completion().asked_tokens == 16
     assert chat().asked_tokens is None
 

@@ -7,6 +7,7 @@ A stream's events per choice: one with the role alone, events with content, one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import msgspec
 
@@ -58,6 +59,10 @@ class ChatFormat:
             system_fingerprint=job.fingerprint,
             choices=[_choice(job, index, updates) for index in range(job.n)],
             usage=usage,
+            prompt_logprobs=logprobs.of_prompt(
+                job, [entry for update in updates for entry in update.prompt_scores]
+            ),
+            prompt_token_ids=job.prompts[0] if job.shown.token_ids else None,
         )
         return answer.model_dump_json().encode()
 
@@ -67,19 +72,19 @@ class ChatFormat:
 
 def _choice(job: Job, index: int, updates: Sequence[Update]) -> ChatChoice:
     mine = [update for update in updates if update.index == index]
-    finish: FinishReason = "length" if mine[-1].finish_reason == "length" else "stop"
     return ChatChoice(
         index=index,
         message=AssistantMessage(role="assistant", content="".join(update.text for update in mine)),
         logprobs=_logprobs(job, [score for update in mine for score in update.scores]),
-        finish_reason=finish,
+        finish_reason=cast(FinishReason, mine[-1].finish_reason),
+        token_ids=[index for update in mine for index in update.token_ids] if job.shown.token_ids else None,
     )
 
 
 def _logprobs(job: Job, scores: Sequence[TokenScore]) -> ChoiceLogprobs | None:
-    if job.sampling.logprobs is None:
+    if job.shown.logprobs is None:
         return None
-    return ChoiceLogprobs(content=[logprobs.token(job.tokenizer, score) for score in scores])
+    return ChoiceLogprobs(content=[logprobs.token(job, score) for score in scores])
 
 
 class ChatStream:
@@ -89,22 +94,36 @@ class ChatStream:
         self._job = job
         self._envelope = Envelope(job, "chat.completion.chunk", wants_usage=request.wants_usage)
         self.closing = self._envelope.closing
+        self._first = True
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
         return b"".join(
-            self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
+            self._envelope.event(choice, usage, self._once())
+            for update in updates
+            for choice in self._choices(update)
         )
+
+    def _once(self) -> bytes:
+        """What the first event alone has."""
+        first, self._first = self._first, False
+        if not (first and self._job.shown.token_ids):
+            return b""
+        return b',"prompt_token_ids":' + _json.encode(self._job.prompts[0])
 
     def _choices(self, update: Update) -> Iterator[bytes]:
         if self._envelope.opens(update.index):
             yield _chunk(update.index, b'{"role":"assistant","content":""}')
-        if update.text or update.scores:
+        ids = update.token_ids if self._job.shown.token_ids else ()
+        if update.text or update.scores or ids:
             found = _logprobs(self._job, update.scores)
             scores = found.model_dump_json().encode() if found is not None else b"null"
-            yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores)
+            yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores, ids=ids)
         if update.finish_reason is not None:
             yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))
 
 
-def _chunk(index: int, delta: bytes, scores: bytes = b"null", finish: bytes = b"null") -> bytes:
-    return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, scores, finish)
+def _chunk(
+    index: int, delta: bytes, scores: bytes = b"null", finish: bytes = b"null", ids: Sequence[int] = ()
+) -> bytes:
+    more = b',"token_ids":' + _json.encode(ids) if ids else b""
+    return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}' % (index, delta, scores, finish, more)

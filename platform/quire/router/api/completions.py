@@ -1,12 +1,16 @@
 """`POST /v1/completions`: continuations of plain prompts, several at once if asked.
 
-Choice `p * n + i` is the i-th continuation of prompt p. With `echo` each begins with its prompt. Events of a
-stream have the shape of the whole answer; the last one of a choice has the finish reason and no text.
+Choice `p * n + i` is the i-th continuation of prompt p, in the order they were begun; with `best_of` the i-th
+best, by the mean log-probability of its tokens. With `echo` each begins with its prompt. Events of a stream have
+the shape of the whole answer; the last one of a choice has the finish reason and no text.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import msgspec
 
@@ -16,6 +20,8 @@ from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, TokenScore, Update
 from quire.router.spans import RequestSpan
+from quire.text import Detokenizer
+from quire_schemas import wire
 from quire_schemas.openai import (
     Completion,
     CompletionChoice,
@@ -41,7 +47,7 @@ class CompletionFormat:
         return read_completion(body)
 
     def sequences(self, request: CompletionRequest) -> int:
-        return len(request.prompt) * (request.n or 1)
+        return len(request.prompt) * request.sequences
 
     async def job(
         self,
@@ -60,7 +66,7 @@ class CompletionFormat:
             created=job.created,
             model=job.asked_model,
             system_fingerprint=job.fingerprint,
-            choices=[_choice(job, index, updates) for index in range(len(job.prompts) * job.n)],
+            choices=_choices(job, updates),
             usage=usage,
         )
         return answer.model_dump_json().encode()
@@ -73,30 +79,75 @@ def _echo(job: Job, index: int) -> str:
     return job.echoes[index // job.n] if job.echoes else ""
 
 
-def _choice(job: Job, index: int, updates: Sequence[Update]) -> CompletionChoice:
-    mine = [update for update in updates if update.index == index]
-    finish: FinishReason = "length" if mine[-1].finish_reason == "length" else "stop"
+def _choices(job: Job, updates: Sequence[Update]) -> list[CompletionChoice]:
+    made: list[list[Update]] = [[] for _ in range(len(job.prompts) * job.n)]
+    for update in updates:
+        made[update.index].append(update)
+    choices: list[CompletionChoice] = []
+    for first in range(0, len(made), job.n):
+        prompt_scores = [entry for update in made[first] for entry in update.prompt_scores]
+        sequences = list(range(first, first + job.n))
+        if job.kept < job.n:
+            sequences = sorted(sequences, key=lambda index: _mean_logprob(made[index]), reverse=True)[: job.kept]
+        choices += [
+            _choice(job, len(choices) + at, index, made[index], prompt_scores)
+            for at, index in enumerate(sequences)
+        ]
+    return choices
+
+
+def _mean_logprob(updates: Sequence[Update]) -> float:
+    """Of the tokens that have a place in the text; without one, a sequence is behind all others."""
+    values = [score.scores.logprob for update in updates for score in update.scores]
+    return sum(values) / len(values) if values else -math.inf
+
+
+def _choice(
+    job: Job, place: int, index: int, mine: Sequence[Update], prompt_scores: Sequence[wire.TokenLogprobs]
+) -> CompletionChoice:
+    """Sequence `index` as the choice at `place`."""
     return CompletionChoice(
-        index=index,
+        index=place,
         text=_echo(job, index) + "".join(update.text for update in mine),
-        logprobs=_logprobs(job, [score for update in mine for score in update.scores]),
-        finish_reason=finish,
+        logprobs=_logprobs(job, index, [score for update in mine for score in update.scores], prompt_scores, True),
+        finish_reason=cast(FinishReason, mine[-1].finish_reason),
+        prompt_logprobs=logprobs.of_prompt(job, prompt_scores),
+        token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
+        prompt_token_ids=job.prompts[index // job.n] if job.shown.token_ids else None,
     )
 
 
-def _logprobs(job: Job, scores: Sequence[TokenScore]) -> CompletionLogprobs | None:
-    if job.sampling.logprobs is None:
+def _logprobs(
+    job: Job, index: int, scores: Sequence[TokenScore], prompt: Sequence[wire.TokenLogprobs], opens: bool
+) -> CompletionLogprobs | None:
+    """Those of a choice, or of a part of it; where it `opens`, with those of the `prompt` if that is echoed."""
+    if job.shown.logprobs is None:
         return None
-    tokenizer = job.tokenizer
-    return CompletionLogprobs(
-        tokens=[tokenizer.token_text(score.scores.token_id) for score in scores],
-        token_logprobs=[logprobs.finite(score.scores.logprob) for score in scores],
-        top_logprobs=[
-            {tokenizer.token_text(index): logprobs.finite(value) for index, value in score.scores.top}
-            for score in scores
-        ],
-        text_offset=[score.offset for score in scores],
-    )
+    found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    if opens and job.echoes:
+        ids = job.prompts[index // job.n]
+        found.tokens += [job.token_text(token) for token in ids]
+        found.token_logprobs += [None, *(logprobs.finite(entry.logprob) for entry in prompt)]
+        found.top_logprobs += [None, *(_alternatives(job, entry) for entry in prompt)]
+        found.text_offset += _offsets(job, ids)
+    found.tokens += [job.token_text(score.scores.token_id) for score in scores]
+    found.token_logprobs += [logprobs.finite(score.scores.logprob) for score in scores]
+    found.top_logprobs += [_alternatives(job, score.scores) for score in scores]
+    behind = len(_echo(job, index))
+    found.text_offset += [behind + score.offset for score in scores]
+    return found
+
+
+def _alternatives(job: Job, scores: wire.TokenLogprobs) -> dict[str, float]:
+    shown = logprobs.alternatives(job, scores, job.shown.logprobs)
+    return {job.token_text(index): logprobs.finite(value) for index, value in shown}
+
+
+def _offsets(job: Job, ids: Sequence[int]) -> list[int]:
+    """Where in its text each token of a prompt begins."""
+    text = Detokenizer(job.tokenizer, job.skip_special_tokens)
+    lengths = [len(text.push((token,))) for token in ids]
+    return [0, *itertools.accumulate(lengths)][: len(ids)]
 
 
 class CompletionStream:
@@ -113,20 +164,24 @@ class CompletionStream:
         )
 
     def _choices(self, update: Update) -> Iterator[bytes]:
-        text = update.text
-        if self._envelope.opens(update.index):
-            text = _echo(self._job, update.index) + text
-        if text or update.scores:
-            yield self._chunk(update.index, text, update.scores, b"null")
+        job, text = self._job, update.text
+        opens = self._envelope.opens(update.index)
+        if opens:
+            text = _echo(job, update.index) + text
+        ids = update.token_ids if job.shown.token_ids else ()
+        if text or update.scores or ids:
+            found = None
+            if update.scores or (opens and job.echoes):
+                found = _logprobs(job, update.index, update.scores, update.prompt_scores, opens)
+            more = b',"token_ids":' + _json.encode(ids) if ids else b""
+            if opens and job.shown.token_ids:
+                more += b',"prompt_token_ids":' + _json.encode(job.prompts[update.index // job.n])
+            shown = found.model_dump_json().encode() if found is not None else b"null"
+            yield _chunk(update.index, text, shown, b"null", more)
         if update.finish_reason is not None:
-            yield self._chunk(update.index, "", (), _json.encode(update.finish_reason))
+            yield _chunk(update.index, "", b"null", _json.encode(update.finish_reason))
 
-    def _chunk(self, index: int, text: str, scores: Sequence[TokenScore], finish: bytes) -> bytes:
-        found = _logprobs(self._job, scores) if scores else None
-        shown = found.model_dump_json().encode() if found is not None else b"null"
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
-            index,
-            _json.encode(text),
-            shown,
-            finish,
-        )
+
+def _chunk(index: int, text: str, scores: bytes, finish: bytes, more: bytes = b"") -> bytes:
+    fields = (index, _json.encode(text), scores, finish, more)
+    return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}' % fields

@@ -35,9 +35,12 @@ class Envelope:
         self._opened.add(index)
         return True
 
-    def event(self, choice: bytes, usage: Usage | None) -> bytes:
-        """One event with one choice, with the usage so far where the client asked for it in every event."""
-        return self._head + choice + b"]" + (self._tail if usage is None else _with(usage))
+    def event(self, choice: bytes, usage: Usage | None, more: bytes = b"") -> bytes:
+        """One event with one choice, with the usage so far where the client asked for it in every event.
+
+        `more` are further fields, each behind a comma.
+        """
+        return self._head + choice + b"]" + more + (self._tail if usage is None else _with(usage))
 
     def closing(self, usage: Usage) -> bytes:
         """The event without choices that carries the whole usage."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from litestar.types import Receive, Scope, Send
@@ -162,14 +163,14 @@ class Exchange(Generic[R]):
                 in_flight.dec()
                 span.set(_answer_attributes(run))
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
-            return "length" if "length" in reasons else "stop"
+            return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
 
     async def _send_whole(self, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 updates.extend(batch)
-        payload = self._format.whole(run.job, updates, usage_of(run))
+        payload = await _off_loop_if_large(run.job, lambda: self._format.whole(run.job, updates, usage_of(run)))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": payload, "more_body": False})
@@ -184,7 +185,8 @@ class Exchange(Generic[R]):
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
                     self._started = True
                 usage = usage_of(run) if request.wants_running_usage else None
-                await send({"type": "http.response.body", "body": form.events(batch, usage), "more_body": True})
+                made = await _off_loop_if_large(run.job, functools.partial(form.events, batch, usage))
+                await send({"type": "http.response.body", "body": made, "more_body": True})
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
         end = (form.closing(usage_of(run)) if request.wants_usage else b"") + DONE
         await send({"type": "http.response.body", "body": end, "more_body": False})
@@ -202,6 +204,10 @@ class Exchange(Generic[R]):
             return
         await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
         await send({"type": "http.response.body", "body": known.body, "more_body": False})
+
+
+async def _off_loop_if_large(job: Job, write: Callable[[], bytes]) -> bytes:
+    return await asyncio.to_thread(write) if job.is_large else write()
 
 
 def usage_of(run: Run) -> Usage:
