@@ -238,7 +238,7 @@ def _draw(scores: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Te
     if not filtered:
         return _pick(scaled, points)
     tokens = torch.empty(len(draws), dtype=torch.int64, device=device)
-    free = [r for r in range(len(draws)) if r not in set(filtered)]
+    free = [r for r, draw in enumerate(draws) if not _has_filter(draw.sampling)]
     if free:
         tokens[free] = _pick(scaled[free], points[free])
     # a list is lengthened for its own row alone: a neighbour's filters must not change what a row draws
@@ -313,7 +313,8 @@ def shortlist(scores: Tensor, filters: Sequence[Sampling], size: int) -> tuple[T
 
 def score(logits: Tensor, targets: Sequence[int], samplings: Sequence[Sampling]) -> list[TokenLogprobs]:
     """What `prompt_logprobs` of each row's sampling reports of its target. `logits` [R, V], not changed."""
-    return _report(logits, targets, samplings, [sampling.prompt_logprobs or 0 for sampling in samplings])
+    counts = [sampling.prompt_logprobs or 0 for sampling in samplings]
+    return _report(logits, targets, samplings, counts, ranked=True)
 
 
 def _is_processed(draws: Sequence[Draw]) -> bool:
@@ -339,7 +340,12 @@ def _processed(shaped: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _report(
-    table: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling], counts: Sequence[int]
+    table: Tensor,
+    tokens: Sequence[int],
+    samplings: Sequence[Sampling],
+    counts: Sequence[int],
+    *,
+    ranked: bool = False,
 ) -> list[TokenLogprobs]:
     """Per row of logits `table` [R, V]: its token, the `counts` likeliest, the named ones, in its mode."""
     vocabulary = table.shape[1]
@@ -348,7 +354,9 @@ def _report(
     if as_logits:
         logprobs[as_logits] = table[as_logits]
     own = logprobs.gather(1, torch.tensor(tokens, device=table.device).unsqueeze(1))
-    ranks = ((logprobs > own).sum(dim=-1) + 1).tolist()
+    ranks = [0] * len(tokens)
+    if ranked:
+        ranks = ((logprobs > own).sum(dim=-1, dtype=torch.int32) + 1).tolist()
     # one list for each length: of equals at its end, which are in it depends on how long it is
     lengths: defaultdict[int, list[int]] = defaultdict(list)
     for r, count in enumerate(counts):

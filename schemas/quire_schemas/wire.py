@@ -241,7 +241,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position, or logits, as `Sampling.logprobs_mode` says.
 
     `top` are the likeliest, in order. `named` belong to `Sampling.logprob_token_ids`, one by one. `rank` is the
-    token's own place among all, from 1.
+    place among all of a prompt's token, from 1; 0 for one that was drawn.
     """
 
     token_id: int

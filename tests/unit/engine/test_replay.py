@@ -17,7 +17,7 @@ from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler, replay
-from quire_schemas.wire import Generate, Sampling
+from quire_schemas.wire import Generate, Repetition, Sampling
 
 
 def run(scheduler: Scheduler, seed: int) -> list[StepPlan]:
@@ -29,7 +29,13 @@ def run(scheduler: Scheduler, seed: int) -> list[StepPlan]:
     while added < 60 or scheduler.has_work:
         if added < 60 and trace.random() < 0.5:
             prompt = [trace.randrange(2) for _ in range(trace.randrange(1, 120))]
-            sampling = Sampling(max_tokens=trace.randrange(1, 60), temperature=0.0, frequency_penalty=added % 2)
+            sampling = Sampling(
+                max_tokens=trace.randrange(1, 60),
+                temperature=0.0,
+                frequency_penalty=added % 2,
+                prompt_logprobs=0 if added % 4 == 1 else None,  # such a prompt is not read from the cache
+                repetition=Repetition(1, 3, 2) if added % 5 == 1 else None,
+            )
             timeout = trace.choice([None, None, 40.0])
             message = Generate(str(added), prompt, sampling, priority=added % 3, timeout=timeout)
             request = Request.of(message, eos_token_ids=(9,), seed=0, received_at=now)

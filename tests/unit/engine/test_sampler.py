@@ -6,15 +6,21 @@ Legend: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -23,8 +29,8 @@ from transformers import (
 
 from quire_engine import sampler
 from quire_engine.sampler import sample, shortlist, uniform
-from quire_engine.step import Draw, Scheduled
-from quire_schemas.wire import Sampling
+from quire_engine.step import PENDING, Draw, Scheduled
+from quire_schemas.wire import WHOLE_VOCABULARY, Sampling, Thinking
 
 
 def row(
@@ -38,9 +44,7 @@ def row(
     """An item that draws after `prompt` and `output`."""
     known = (*prompt, *output)
     draw = Draw(sampling, seed, len(prompt), ending)
-    return Scheduled(
-        "r", 1, (known[-1],), len(known) - 1, len(known), (), draw, known if draw.needs_history else ()
-    )
+    return Scheduled("r", 1, (known[-1],), len(known) - 1, len(known), (), draw, draw.history(known))
 
 
 def params(**fields: Any) -> Sampling:
@@ -133,7 +137,7 @@ def test_repetition_penalty_is_the_one_of_hugging_face_over_prompt_and_output(pe
     assert sample(logits, [item]).tokens == [expected]
 
 
-def distribution(item: Scheduled, logits: Tensor, draws: int = 4000) -> Tensor:
+def distribution(item: Scheduled, logits: Tensor, draws: int = 6000) -> Tensor:
     """How often each token is drawn by `draws` requests like `item` that differ in their seed."""
     assert item.draw is not None
     rows = [
@@ -159,6 +163,43 @@ def chi_square_bound(freedom: int) -> float:
     return freedom * (1.0 - spread + 3.719 * math.sqrt(spread)) ** 3
 
 
+def processed(scores: Tensor, sampling: Sampling, prompt: list[int], output: list[int], ends: list[int]) -> Tensor:
+    """What Hugging Face's processors make of one row [V]; what it has none for is written out here."""
+    ids: Any = torch.tensor([prompt + output])
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    row: Any = scores.unsqueeze(0).clone()
+    found = torch.as_tensor(processors(ids, row))[0]
+    for token in output:
+        found[token] -= sampling.frequency_penalty
+    for token in set(output):
+        found[token] -= sampling.presence_penalty
+    for token, bias in sampling.logit_bias.items():
+        found[token] += bias
+    processors = LogitsProcessorList()
+    if sampling.allowed_token_ids:
+        allowed = list(sampling.allowed_token_ids)
+        processors.append(PrefixConstrainedLogitsProcessor(lambda batch, known: allowed, num_beams=1))
+    if sampling.bad_words:
+        processors.append(NoBadWordsLogitsProcessor([list(word) for word in sampling.bad_words], eos_token_id=-1))
+    if sampling.min_tokens:
+        processors.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_tokens, ends))
+    if sampling.temperature:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p:
+            processors.append(MinPLogitsWarper(sampling.min_p))
+    row = found.unsqueeze(0)
+    return torch.as_tensor(processors(ids, row))[0]
+
+
+PROMPT, OUTPUT, ENDS = [1, 2], [3, 3, 5], [4, 7]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -167,45 +208,167 @@ def chi_square_bound(freedom: int) -> float:
         {"temperature": 1.7, "top_k": 6},
         {"top_p": 0.8},
         {"min_p": 0.1},
+        {"top_k": 7, "top_p": 0.9},
+        {"top_p": 0.95, "min_p": 0.05},
+        {"top_k": 5, "min_p": 0.03},
         {"temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
         {"logit_bias": {0: 2.0, 3: -1.5}},
         {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"allowed_token_ids": (0, 3, 5, 8, 9)},
+        {"bad_words": ((8,), (5, 9), (3, 5, 10), (3, 0))},
+        {"min_tokens": 4},
+        {"thinking": Thinking(9, (1,), (11,))},
+        {
+            "temperature": 1.1,
+            "top_k": 6,
+            "top_p": 0.95,
+            "min_p": 0.01,
+            "presence_penalty": 0.3,
+            "frequency_penalty": -0.4,
+            "repetition_penalty": 1.3,
+            "logit_bias": {0: 1.0, 5: 0.5},
+            "allowed_token_ids": tuple(range(10)),
+            "bad_words": ((9,), (5, 2)),
+            "min_tokens": 4,
+        },
     ],
     ids=str,
 )
 def test_draws_follow_the_exact_distribution(fields: dict[str, Any]) -> None:
     sampling = params(**fields)
     logits = logits_of(1, size=12, seed=5) / 2
-    prompt, output = [1, 2], [3, 3, 5]
-    scores = logits[0].clone()
-    if sampling.repetition_penalty != 1.0:
-        for token in {*prompt, *output}:
-            value = scores[token]
-            penalty = sampling.repetition_penalty
-            scores[token] = value / penalty if value > 0 else value * penalty
-    for token in output:
-        scores[token] -= sampling.frequency_penalty
-    for token in set(output):
-        scores[token] -= sampling.presence_penalty
-    for token, bias in sampling.logit_bias.items():
-        scores[token] += bias
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    ids: Any = torch.zeros(1, 1, dtype=torch.long)
-    warped: Any = scores.unsqueeze(0)
-    expected = torch.softmax(torch.as_tensor(warpers(ids, warped)).double(), dim=-1)[0]
-
-    seen = distribution(row(sampling, prompt=prompt, output=output), logits)
+    expected = torch.softmax(processed(logits[0], sampling, PROMPT, OUTPUT, ENDS).double(), dim=-1)
+    item = row(sampling, prompt=PROMPT, output=OUTPUT, ending=tuple(ENDS))
+    seen = distribution(item, logits)
     assert seen[expected == 0].sum() == 0, "an excluded token was drawn"
     possible = expected > 0
     wanted = expected[possible] * seen.sum()
     statistic = float(((seen[possible] - wanted) ** 2 / wanted).sum())
     assert statistic < chi_square_bound(max(int(possible.sum()) - 1, 1))
+
+
+def wishes(seed: int, vocabulary: int) -> Sampling:
+    """Some wishes of a request, drawn by `seed`; they leave tokens to choose."""
+    rng = random.Random(seed)
+    some: dict[str, Any] = {
+        "temperature": rng.choice([0.0, 0.5, 1.0, 1.5]),
+        "top_k": rng.choice([0, 3, 20]),
+        "top_p": rng.choice([1.0, 0.9, 0.5]),
+        "min_p": rng.choice([0.0, 0.02]),
+        "repetition_penalty": rng.choice([1.0, 0.8, 1.4]),
+        "presence_penalty": rng.choice([0.0, 1.5]),
+        "frequency_penalty": rng.choice([0.0, -0.5, 0.7]),
+        "min_tokens": rng.choice([0, 6]),
+        "logprobs": WHOLE_VOCABULARY,
+        "logprobs_mode": "processed_logits",
+    }
+    if rng.random() < 0.5:
+        some["logit_bias"] = {rng.randrange(vocabulary): rng.uniform(-3, 3) for _ in range(6)}
+    if rng.random() < 0.4:
+        some["allowed_token_ids"] = tuple(rng.sample(range(vocabulary), vocabulary // 2))
+    if rng.random() < 0.5:
+        some["bad_words"] = tuple(tuple(rng.choices(range(40, 50), k=rng.randrange(1, 4))) for _ in range(5))
+    return params(**some)
+
+
+def test_all_wishes_make_of_the_logits_what_hugging_face_makes_of_them() -> None:
+    """Forty rows at once, each with wishes of its own; the reference takes them one by one."""
+    logits = logits_of(40, seed=8)
+    rows, expected = [], []
+    for r in range(40):
+        rng = random.Random(f"history {r}")
+        prompt, output = rng.choices(range(40), k=5), rng.choices(range(40, 50), k=rng.randrange(1, 8))
+        sampling = wishes(r, logits.shape[1])
+        rows.append(row(sampling, prompt=prompt, output=output, ending=(3, 60), seed=r))
+        expected.append(processed(logits[r], sampling, prompt, output, [3, 60]))
+    drawn = sample(logits, rows)
+    assert not drawn.stuck
+    assert sum(bool(torch.isneginf(values).any()) for values in expected) > 20, "the wishes matter"
+    for r, values in enumerate(expected):
+        entry = drawn.logprobs[r]
+        found = torch.empty_like(values)
+        found[[token for token, _ in entry.top]] = torch.tensor([value for _, value in entry.top])
+        torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-5)
+        assert torch.isfinite(values[entry.token_id])
+        if rows[r].draw is not None and wishes(r, logits.shape[1]).temperature == 0.0:
+            assert entry.token_id == int(values.argmax())
+
+
+def test_what_a_row_draws_and_reports_does_not_change_with_its_neighbours() -> None:
+    """To the last bit, whoever is beside it, in whatever order."""
+    logits = logits_of(30, seed=12, size=300)
+    rows: list[Scheduled] = []
+    for r in range(30):
+        rng = random.Random(f"row {r}")
+        sampling = msgspec.structs.replace(
+            wishes(r, 300),
+            logprobs=rng.choice([None, 0, 4, 9, WHOLE_VOCABULARY]),
+            logprobs_mode=rng.choice(["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]),
+            logprob_token_ids=rng.choice([(), (5, 250)]),
+            thinking=rng.choice([None, Thinking(2, (45,), (7, 8))]),
+        )
+        output = rng.choices(range(40, 50), k=rng.randrange(1, 8))
+        rows.append(row(sampling, seed=r, prompt=[1, 2, 3], output=output, ending=(3, 60)))
+    rows[4] = row(params(temperature=0.0))
+    alone = [sample(logits[r : r + 1], [rows[r]]) for r in range(30)]
+    for shuffle in range(6):
+        order = random.Random(shuffle).sample(range(30), 30 if shuffle < 3 else 11)
+        together = sample(logits[order], [rows[r] for r in order])
+        for place, r in enumerate(order):
+            assert together.tokens[place] == alone[r].tokens[0]
+            assert together.logprobs.get(place) == alone[r].logprobs.get(0)
+
+
+def test_greedy_rows_without_wishes_take_the_short_way() -> None:
+    """No copy of the logits, whatever their number; nor is a history asked for where nothing needs it."""
+    assert Draw(params(temperature=0.0), 0, 1, (3,)).is_plain
+    for fields, reach in (
+        ({"allowed_token_ids": (1,)}, 0),
+        ({"bad_words": ((1,),)}, 0),
+        ({"bad_words": ((1, 2, 3), (4,))}, 2),
+        ({"thinking": Thinking(1, (1,), (2,))}, sys.maxsize),
+        ({"repetition_penalty": 1.1}, sys.maxsize),
+        ({"logprobs": 0}, 0),
+        ({"min_tokens": 1}, 0),
+    ):
+        draw = Draw(params(temperature=0.0, **fields), 0, 1, (3,))
+        assert not draw.is_plain
+        assert (draw.reach, draw.needs_history) == (reach, reach > 0)
+    draw = Draw(params(bad_words=((1, 2, 3),)), 0, 1, ())
+    assert draw.history([5, 6, 7, 8]) == (7, 8)
+    assert draw.history([5, 6, 7, 8], pending=True) == (8, PENDING)
+    assert Draw(params(bad_words=((1, 2),)), 0, 1, ()).history([5, 6], pending=True) == (PENDING,)
+
+
+def test_a_thought_is_closed_over_all_thoughts_together() -> None:
+    logits = logits_of(1)
+    best = int(logits.argmax())
+    thinking = Thinking(4, (50, 51), (60, 61))
+
+    def next_token(prompt: list[int], output: list[int]) -> int:
+        return sample(
+            logits, [row(params(temperature=0.0, thinking=thinking), prompt=prompt, output=output)]
+        ).tokens[0]
+
+    assert next_token([1], [2, 3, 4, 5, 6, 7]) == best, "no thought is open"
+    assert next_token([50, 51, 1, 2, 3, 4, 5], []) == best, "what the prompt thought costs nothing"
+    assert next_token([50, 51], [1, 2, 3]) == best
+    assert next_token([50, 51], [1, 2, 3, 4]) == 60
+    assert next_token([50, 51], [1, 2, 3, 4, 60]) == 61, "the closing ids come whole"
+    assert next_token([50, 51], [1, 2, 3, 4, 60, 61]) == best
+    assert next_token([50, 51], [1, 60, 61, 9, 50, 51, 2, 3]) == best
+    assert next_token([50, 51], [1, 60, 61, 9, 50, 51, 2, 3, 4]) == 60, "one and three are four"
+    assert next_token([50, 51, 7, 60, 61], [1, 2, 3, 4, 5]) == best, "the prompt's thought is closed"
+
+
+def test_wishes_that_contradict_each_other_are_told_from_broken_logits() -> None:
+    logits = logits_of(3)
+    logits[1, 4] = math.nan
+    stuck = params(allowed_token_ids=(5,), bad_words=((5,),), logprobs=1)
+    drawn = sample(logits, [row(stuck), row(stuck), row(params(allowed_token_ids=(5,)))])
+    assert (drawn.broken, drawn.stuck) == ((1,), (0,))
+    assert drawn.tokens[2] == 5
+    assert not drawn.logprobs
 
 
 def test_a_seeded_draw_depends_on_seed_and_position_alone() -> None:
