@@ -11,18 +11,17 @@ from typing import cast
 
 import msgspec
 
-from quire.router.api import logprobs
 from quire.router.api.events import Envelope
+from quire.router.api.logprobs import Writer
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
-from quire.router.job import Job, TokenScore, Update
+from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan
 from quire_schemas.openai import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
     ChatRequest,
-    ChoiceLogprobs,
     FinishReason,
     Usage,
     read_chat,
@@ -51,40 +50,38 @@ class ChatFormat:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
     def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+        writer = Writer(job)
+        by_choice = [[update for update in updates if update.index == index] for index in range(job.n)]
         answer = ChatCompletion(
             id=job.id,
             object="chat.completion",
             created=job.created,
             model=job.asked_model,
             system_fingerprint=job.fingerprint,
-            choices=[_choice(job, index, updates) for index in range(job.n)],
+            choices=[_choice(job, index, mine) for index, mine in enumerate(by_choice)],
             usage=usage,
-            prompt_logprobs=logprobs.of_prompt(
-                job, [entry for update in updates for entry in update.prompt_scores]
-            ),
             prompt_token_ids=job.prompts[0] if job.shown.token_ids else None,
-        )
-        return answer.model_dump_json().encode()
+        ).model_dump()
+        for choice, mine in zip(answer["choices"], by_choice, strict=True):
+            choice["logprobs"] = msgspec.Raw(writer.chat([score for update in mine for score in update.scores]))
+        of_prompt = writer.prompt([entry for update in updates for entry in update.prompt_scores])
+        if of_prompt is not None:
+            answer["prompt_logprobs"] = msgspec.Raw(of_prompt)
+        return _json.encode(answer)
 
     def stream(self, job: Job, request: ChatRequest) -> ChatStream:
         return ChatStream(job, request)
 
 
-def _choice(job: Job, index: int, updates: Sequence[Update]) -> ChatChoice:
-    mine = [update for update in updates if update.index == index]
+def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
+    """A choice but for its log-probabilities."""
     return ChatChoice(
         index=index,
         message=AssistantMessage(role="assistant", content="".join(update.text for update in mine)),
-        logprobs=_logprobs(job, [score for update in mine for score in update.scores]),
+        logprobs=None,
         finish_reason=cast(FinishReason, mine[-1].finish_reason),
-        token_ids=[index for update in mine for index in update.token_ids] if job.shown.token_ids else None,
+        token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
     )
-
-
-def _logprobs(job: Job, scores: Sequence[TokenScore]) -> ChoiceLogprobs | None:
-    if job.shown.logprobs is None:
-        return None
-    return ChoiceLogprobs(content=[logprobs.token(job, score) for score in scores])
 
 
 class ChatStream:
@@ -94,6 +91,7 @@ class ChatStream:
         self._job = job
         self._envelope = Envelope(job, "chat.completion.chunk", wants_usage=request.wants_usage)
         self.closing = self._envelope.closing
+        self._writer = Writer(job)
         self._first = True
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
@@ -115,8 +113,7 @@ class ChatStream:
             yield _chunk(update.index, b'{"role":"assistant","content":""}')
         ids = update.token_ids if self._job.shown.token_ids else ()
         if update.text or update.scores or ids:
-            found = _logprobs(self._job, update.scores)
-            scores = found.model_dump_json().encode() if found is not None else b"null"
+            scores = self._writer.chat(update.scores)
             yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores, ids=ids)
         if update.finish_reason is not None:
             yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
@@ -66,10 +66,11 @@ class CompletionFormat:
             created=job.created,
             model=job.asked_model,
             system_fingerprint=job.fingerprint,
-            choices=_choices(job, updates),
+            choices=[],
             usage=usage,
-        )
-        return answer.model_dump_json().encode()
+        ).model_dump()
+        answer["choices"] = _choices(job, updates)
+        return _json.encode(answer)
 
     def stream(self, job: Job, request: CompletionRequest) -> CompletionStream:
         return CompletionStream(job, request)
@@ -79,20 +80,23 @@ def _echo(job: Job, index: int) -> str:
     return job.echoes[index // job.n] if job.echoes else ""
 
 
-def _choices(job: Job, updates: Sequence[Update]) -> list[CompletionChoice]:
+def _choices(job: Job, updates: Sequence[Update]) -> list[dict[str, Any]]:
+    writer = logprobs.Writer(job)
     made: list[list[Update]] = [[] for _ in range(len(job.prompts) * job.n)]
     for update in updates:
         made[update.index].append(update)
-    choices: list[CompletionChoice] = []
+    choices: list[dict[str, Any]] = []
     for first in range(0, len(made), job.n):
         prompt_scores = [entry for update in made[first] for entry in update.prompt_scores]
+        of_prompt = writer.prompt(prompt_scores)
         sequences = list(range(first, first + job.n))
         if job.kept < job.n:
             sequences = sorted(sequences, key=lambda index: _mean_logprob(made[index]), reverse=True)[: job.kept]
-        choices += [
-            _choice(job, len(choices) + at, index, made[index], prompt_scores)
-            for at, index in enumerate(sequences)
-        ]
+        for index in sequences:
+            choice = _choice(job, len(choices), index, made[index], prompt_scores).model_dump()
+            if of_prompt is not None:
+                choice["prompt_logprobs"] = msgspec.Raw(of_prompt)
+            choices.append(choice)
     return choices
 
 
@@ -105,13 +109,12 @@ def _mean_logprob(updates: Sequence[Update]) -> float:
 def _choice(
     job: Job, place: int, index: int, mine: Sequence[Update], prompt_scores: Sequence[wire.TokenLogprobs]
 ) -> CompletionChoice:
-    """Sequence `index` as the choice at `place`."""
+    """Sequence `index` as the choice at `place`, but for the log-probabilities of its prompt."""
     return CompletionChoice(
         index=place,
         text=_echo(job, index) + "".join(update.text for update in mine),
         logprobs=_logprobs(job, index, [score for update in mine for score in update.scores], prompt_scores, True),
         finish_reason=cast(FinishReason, mine[-1].finish_reason),
-        prompt_logprobs=logprobs.of_prompt(job, prompt_scores),
         token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
         prompt_token_ids=job.prompts[index // job.n] if job.shown.token_ids else None,
     )
