@@ -16,6 +16,7 @@ from tests.integration.wire_engine import WireEngine
 
 from quire import builtin
 from quire.text import Tokenizer
+from quire_schemas import openai as shapes
 from quire_schemas import wire
 
 SUM: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -157,6 +158,42 @@ async def test_alternatives_in_a_chat(client: openai.AsyncOpenAI, tokenizer: Tok
     assert tokenizer.decode(prompt, skip_special_tokens=False).startswith("<|im_start|>user")
     scores = extra(named, "prompt_logprobs")
     assert [set(entry) for entry in scores[1:]] == [{str(i), str(THINK), "9"} for i in prompt[1:]]
+
+
+async def test_answers_have_the_shapes_that_are_documented(world: World, client: openai.AsyncOpenAI) -> None:
+    wishes = {
+        "model": "tiny",
+        "max_tokens": 3,
+        "n": 2,
+        "logprob_token_ids": [9],
+        "return_token_ids": True,
+        "temperature": 1,
+    }
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        for path, shape, chunk, more in (
+            ("chat/completions", shapes.ChatCompletion, shapes.ChatChunk, {"messages": ASK, "logprobs": True}),
+            (
+                "completions",
+                shapes.Completion,
+                shapes.Completion,
+                {"prompt": ["a", "b"], "logprobs": 1, "echo": True},
+            ),
+        ):
+            whole = await http.post(f"/v1/{path}", json={**wishes, **more, "prompt_logprobs": 1})
+            found = shape.model_validate_json(whole.content).model_dump(exclude_none=True)
+            assert found["choices"][0]["logprobs"]
+            assert len(found["choices"][-1]["token_ids"]) == 3
+            assert ("prompt_logprobs" in found) == (path == "chat/completions")
+            assert ("prompt_token_ids" in found["choices"][-1]) == (path == "completions")
+            streamed = await http.post(f"/v1/{path}", json={**wishes, **more, "stream": True})
+            events = [line[6:] for line in streamed.text.split("\n\n") if line.startswith("data: {")]
+            chunks = [chunk.model_validate_json(event) for event in events]
+            assert sum(len(c.token_ids or ()) for event in chunks for c in event.choices) == 3 * len(
+                found["choices"]
+            )
+            plain = await http.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 1, **more})
+            assert "token_ids" not in plain.text
+            assert "prompt_logprobs" not in plain.text
 
 
 async def test_modes_tell_other_numbers_of_the_same_draw(client: openai.AsyncOpenAI) -> None:

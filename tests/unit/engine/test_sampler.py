@@ -272,10 +272,10 @@ def wishes(seed: int, vocabulary: int) -> Sampling:
 
 
 def test_all_wishes_make_of_the_logits_what_hugging_face_makes_of_them() -> None:
-    """Forty rows at once, each with wishes of its own; the reference takes them one by one."""
-    logits = logits_of(40, seed=8)
+    """Many rows at once, each with wishes of its own; the reference takes them one by one."""
+    logits = logits_of(30, seed=8)
     rows, expected = [], []
-    for r in range(40):
+    for r in range(30):
         rng = random.Random(f"history {r}")
         prompt, output = rng.choices(range(40), k=5), rng.choices(range(40, 50), k=rng.randrange(1, 8))
         sampling = wishes(r, logits.shape[1])
@@ -283,7 +283,7 @@ def test_all_wishes_make_of_the_logits_what_hugging_face_makes_of_them() -> None
         expected.append(processed(logits[r], sampling, prompt, output, [3, 60]))
     drawn = sample(logits, rows)
     assert not drawn.stuck
-    assert sum(bool(torch.isneginf(values).any()) for values in expected) > 20, "the wishes matter"
+    assert sum(bool(torch.isneginf(values).any()) for values in expected) > 15, "the wishes matter"
     for r, values in enumerate(expected):
         entry = drawn.logprobs[r]
         found = torch.empty_like(values)
@@ -296,23 +296,23 @@ def test_all_wishes_make_of_the_logits_what_hugging_face_makes_of_them() -> None
 
 def test_what_a_row_draws_and_reports_does_not_change_with_its_neighbours() -> None:
     """To the last bit, whoever is beside it, in whatever order."""
-    logits = logits_of(30, seed=12, size=300)
+    logits = logits_of(20, seed=12, size=150)
     rows: list[Scheduled] = []
-    for r in range(30):
+    for r in range(20):
         rng = random.Random(f"row {r}")
         sampling = msgspec.structs.replace(
-            wishes(r, 300),
+            wishes(r, 150),
             logprobs=rng.choice([None, 0, 4, 9, WHOLE_VOCABULARY]),
             logprobs_mode=rng.choice(["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]),
-            logprob_token_ids=rng.choice([(), (5, 250)]),
+            logprob_token_ids=rng.choice([(), (5, 120)]),
             thinking=rng.choice([None, Thinking(2, (45,), (7, 8))]),
         )
         output = rng.choices(range(40, 50), k=rng.randrange(1, 8))
         rows.append(row(sampling, seed=r, prompt=[1, 2, 3], output=output, ending=(3, 60)))
     rows[4] = row(params(temperature=0.0))
-    alone = [sample(logits[r : r + 1], [rows[r]]) for r in range(30)]
-    for shuffle in range(6):
-        order = random.Random(shuffle).sample(range(30), 30 if shuffle < 3 else 11)
+    alone = [sample(logits[r : r + 1], [rows[r]]) for r in range(20)]
+    for shuffle in range(4):
+        order = random.Random(shuffle).sample(range(20), 20 if shuffle < 2 else 7)
         together = sample(logits[order], [rows[r] for r in order])
         for place, r in enumerate(order):
             assert together.tokens[place] == alone[r].tokens[0]
