@@ -55,6 +55,13 @@ CHAT: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
     "response_format": {"type": "text"},
+    "logprob_token_ids": [5],
+    "logprobs_mode": "processed_logprobs",
+    "bad_words": ["zzz"],
+    "truncate_prompt_tokens": 64,
+    "truncation_side": "right",
+    "return_token_ids": True,
+    "repetition_detection": {"max_pattern_size": 3, "min_count": 9},
     "chat_template_kwargs": {"a": [1, {"b": None}]},
 }
 PLAIN: dict[str, Any] = {"model": "org/tiny", "messages": [{"role": "user", "content": "Say it"}], "max_tokens": 4}
@@ -69,6 +76,11 @@ COMPLETION: dict[str, Any] = {
     "min_p": 0.1,
     "repetition_penalty": 1.1,
     "stop_token_ids": [3],
+    "allowed_token_ids": [1, 2, 3],
+    "prompt_logprobs": 1,
+    "echo": True,
+    "best_of": 2,
+    "return_tokens_as_token_ids": True,
     "ignore_eos": False,
     "n": 1,
 }

@@ -205,12 +205,20 @@ class WireEngine:
         if run.first_token_at is None:
             run.scheduled_at, run.first_token_at = max(now - self.pace, run.received_at), now
             delta.timings = run.timings(self.skew, self.cached(run.request), None)
-        wanted = run.request.sampling.logprobs
-        if wanted is not None:
-            delta.logprobs = [
-                wire.TokenLogprobs(index, -0.5, tuple((index + k, -0.5 - k) for k in range(wanted)))
+        sampling = run.request.sampling
+        named = tuple(-3.0 for _ in sampling.logprob_token_ids)
+
+        def scores(ids: list[int], wanted: int) -> list[wire.TokenLogprobs]:
+            many = self.vocab_size if wanted == wire.WHOLE_VOCABULARY else wanted
+            return [
+                wire.TokenLogprobs(index, -0.5, tuple((index + k, -0.5 - k) for k in range(many)), 1, named)
                 for index in ids
             ]
+
+        if sampling.logprobs is not None:
+            delta.logprobs = scores(ids, sampling.logprobs)
+        if sampling.prompt_logprobs is not None and delta.timings is not None:
+            delta.prompt_logprobs = scores(run.request.token_ids[1:], sampling.prompt_logprobs)
         if self.fail_with is not None:
             delta.finish_reason, delta.error_code, delta.error = "error", self.fail_with, "/secret/path 0xdead"
         elif run.sent >= run.request.sampling.max_tokens:

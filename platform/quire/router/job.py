@@ -138,6 +138,7 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
+        "num_scored",
         "prompt",
         "prompt_index",
         "prompt_scores",
@@ -192,6 +193,7 @@ class Choice:
         self.stops = StopStrings(self.job.stops, self.job.include_stop)
         self.scores: list[TokenScore] = []
         self.prompt_scores: list[wire.TokenLogprobs] = []
+        self.num_scored = 0
         self.ids: list[int] = []
         self.kept: list[Update] = []
         self.generated = 0
@@ -210,6 +212,7 @@ class Choice:
                 self.timings = delta.timings
             scores = delta.logprobs or []
             self.prompt_scores += delta.prompt_logprobs or []
+            self.num_scored += len(delta.prompt_logprobs or ())
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
@@ -256,6 +259,9 @@ class Choice:
 
     def _raise_if_failed(self, delta: wire.Delta) -> None:
         if delta.finish_reason in ("stop", "length", "repetition"):
+            if self.sampling.prompt_logprobs is not None and self.num_scored != len(self.prompt) - 1:
+                log.error("request %s: %d log-probabilities of its prompt came", self.job.id, self.num_scored)
+                raise InternalError("The engine did not tell the log-probabilities of the prompt.")
             return
         if delta.error_code == "invalid_request":
             raise InvalidRequest(f"A replica of this model refuses the request: {delta.error}.")
