@@ -12,6 +12,7 @@ that has no such id) gets its script again from the start. Log-probabilities are
 
 from __future__ import annotations
 
+import math
 import time
 
 from quire_engine.errors import InvariantBroken
@@ -40,19 +41,22 @@ class ScriptedRunner:
         began = time.monotonic()
         tokens: dict[str, int] = {}
         logprobs: dict[str, TokenLogprobs] = {}
+        of_prompts: dict[str, list[TokenLogprobs]] = {}
         for item in plan.items:
             self._check(item)
+            if item.scoring is not None:
+                wanted = item.scoring.prompt_logprobs
+                of_prompts[item.request_id] = [_certain(token, wanted, item.scoring, 1) for token in item.targets]
             if item.draw is None:
                 continue
             sampling = item.draw.sampling
             token = tokens[item.request_id] = self._token(sampling, item.end - item.draw.num_prompt)
             if sampling.logprobs is not None:
-                top = ((token, 0.0),) if sampling.logprobs else ()
-                logprobs[item.request_id] = TokenLogprobs(token, 0.0, top)
+                logprobs[item.request_id] = _certain(token, sampling.logprobs, sampling)
         rest = began + self._step_time - time.monotonic()
         if rest > 0:
             time.sleep(rest)
-        return StepResult(tokens, logprobs)
+        return StepResult(tokens, logprobs, prompt_logprobs=of_prompts)
 
     def _token(self, sampling: Sampling, index: int) -> int:
         script = sampling.script
@@ -73,3 +77,9 @@ class ScriptedRunner:
                 raise InvariantBroken(f"{item.request_id}: a block outside the cache")
         if min(item.token_ids) < 0:
             raise InvariantBroken(f"{item.request_id}: a token that is not known")
+
+
+def _certain(token: int, wanted: int | None, sampling: Sampling, rank: int = 0) -> TokenLogprobs:
+    """What a model reports that knows the token."""
+    named = tuple(0.0 if index == token else -math.inf for index in sampling.logprob_token_ids)
+    return TokenLogprobs(token, 0.0, ((token, 0.0),) if wanted else (), rank, named)

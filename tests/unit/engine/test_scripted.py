@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import time
@@ -86,6 +87,16 @@ def test_a_script_is_certain(shared: Engine) -> None:
     assert [delta.logprobs for delta in deltas[:3]] == [[TokenLogprobs(t, 0.0, ((t, 0.0),))] for t in (9, 8, 7)]
     (first, *_) = run(shared, Generate("a", list(PROMPT), scripted(logprobs=0)))["a"]
     assert first.logprobs == [TokenLogprobs(9, 0.0)]
+
+
+def test_a_scripted_prompt_is_certain_too(shared: Engine) -> None:
+    wishes = scripted(prompt_logprobs=1, logprob_token_ids=(PROMPT[1], 4), logprobs=0)
+    deltas = run(shared, Generate("a", list(PROMPT), wishes))["a"]
+    scores = [entry for delta in deltas for entry in delta.prompt_logprobs or ()]
+    assert [(entry.token_id, entry.rank, entry.top) for entry in scores] == [
+        (t, 1, ((t, 0.0),)) for t in PROMPT[1:]
+    ]
+    assert scores[0].named == (0.0, -math.inf)
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "a step ahead"])
