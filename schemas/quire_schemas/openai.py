@@ -89,10 +89,8 @@ class Refusal(msgspec.Struct, frozen=True):
 
 _NOT_YET = "is not honoured by this version"
 _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
-    "use_beam_search": Refusal(f"beam search {_NOT_YET}", (False,)),
     "watermarking": Refusal(f"watermarking {_NOT_YET}", (False,)),
-    "length_penalty": Refusal("it belongs to beam search, which is not honoured by this version", (1, 1.0)),
-    "early_stopping": Refusal("it belongs to beam search, which is not honoured by this version", (False,)),
+    "early_stopping": Refusal("a beam search ends when no better text can be found", (False,)),
     "spaces_between_special_tokens": Refusal(
         "it is true or false, and either way the tokenizers read here put no spaces there", (True, False)
     ),
@@ -258,6 +256,21 @@ class ModelRequest(_Shape):
         return False
 
 
+_NOT_WITH_BEAMS: Final = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "stop", "allowed_token_ids", "bad_words", "thinking_token_budget",
+    "repetition_detection",
+    "prompt_logprobs", "logprob_token_ids", "script", "stream", "response_format",
+    "structured_outputs",
+)  # fmt: skip
+_NEUTRAL: Final[Mapping[str, object]] = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": -1,
+    "repetition_penalty": 1,
+}
+
+
 class SamplingFields(ModelRequest):
     """What requests for text take. None everywhere means the default: the checkpoint's advice, else OpenAI's."""
 
@@ -315,6 +328,10 @@ class SamplingFields(ModelRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Tokens in log-probabilities are written `token_id:5`."""
+    use_beam_search: bool | None = None
+    """Look for the `n` likeliest texts (`best_of` widens the search) instead of drawing."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    """Of a beam search, whose texts go by log-probability ÷ tokens ^ `length_penalty`. 1 unless given."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     script: Annotated[str | list[int], PlainValidator(_script)] | None = None
@@ -332,12 +349,25 @@ class SamplingFields(ModelRequest):
             raise PydanticCustomError("truncate_prompt_tokens", "must be -1 or at least 1, not 0")
         if self.truncation_side is not None and self.truncate_prompt_tokens is None:
             raise PydanticCustomError("truncation_side", "needs truncate_prompt_tokens")
+        self._check_beams()
         pattern = self.repetition_detection
         if pattern is not None and pattern.min_pattern_size > pattern.max_pattern_size:
             raise PydanticCustomError(
                 "repetition_detection", "must not have min_pattern_size above max_pattern_size"
             )
         return self
+
+    def _check_beams(self) -> None:
+        """A beam search draws nothing, so what shapes a draw or watches it has no meaning there."""
+        if not self.use_beam_search:
+            if self.length_penalty is not None and self.length_penalty != 1:
+                raise PydanticCustomError("length_penalty", "is only for requests with use_beam_search: true")
+            return
+        if self.wanted_logprobs is not None:
+            raise PydanticCustomError("use_beam_search", "cannot be combined with 'logprobs'")
+        for name in _NOT_WITH_BEAMS:
+            if getattr(self, name, None) not in (None, False, [], {}, "", _NEUTRAL.get(name)):
+                raise PydanticCustomError("use_beam_search", "cannot be combined with '{name}'", {"name": name})
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -802,6 +832,8 @@ _CROSS_FIELD: Final = frozenset(
         "truncate_prompt_tokens",
         "truncation_side",
         "repetition_detection",
+        "length_penalty",
+        "use_beam_search",
     }
 )
 """Checks over several fields: the error's type is the field to name."""

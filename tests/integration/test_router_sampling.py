@@ -392,7 +392,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "repetition_detection",
     ),
     ("both", {"spaces_between_special_tokens": 1}, "spaces_between_special_tokens"),
-    ("both", {"use_beam_search": True}, "use_beam_search"),
+    ("both", {"use_beam_search": True, "temperature": 0.7}, "use_beam_search"),
+    ("both", {"use_beam_search": True, "stream": True}, "use_beam_search"),
+    ("both", {"use_beam_search": True, "stop": "x"}, "use_beam_search"),
+    ("both", {"length_penalty": 2}, "length_penalty"),
     ("chat", {"best_of": 2}, "best_of"),
     ("chat", {"logprobs": True, "top_logprobs": -1, "max_tokens": 200}, "top_logprobs"),
     ("completion", {"logprobs": -1, "max_tokens": 129}, "logprobs"),
@@ -402,6 +405,45 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completion", {"best_of": 2, "stream": True}, "best_of"),
     ("completion", {"prompt": ["a"] * 9, "best_of": 8}, "best_of"),
 ]
+
+
+async def test_a_beam_search_finds_likelier_texts_than_the_greedy_one(
+    client: openai.AsyncOpenAI, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode(TEXT)
+    common: dict[str, Any] = {"model": "tiny", "max_tokens": 8}
+    greedy = await client.completions.create(
+        **common, prompt=ids, temperature=0, extra_body={"ignore_eos": True, "return_token_ids": True}
+    )
+    found = await client.completions.create(
+        **common,
+        prompt=[ids, ids[:3]],
+        n=3,
+        extra_body={"use_beam_search": True, "ignore_eos": True, "return_token_ids": True, "best_of": 4},
+    )
+    assert [choice.index for choice in found.choices] == list(range(6))
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == len(ids) + 3
+    assert found.usage.completion_tokens == 2 * 4 * 8, "what the answer leaves out was made all the same"
+
+    async def logprob(drawn: list[int]) -> float:
+        scored = await client.completions.create(
+            model="tiny", prompt=[*ids, *drawn], max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+        )
+        entries = extra(scored.choices[0], "prompt_logprobs")[len(ids) :]
+        return math.fsum(entry[str(token)]["logprob"] for entry, token in zip(entries, drawn, strict=True))
+
+    mine = found.choices[:3]
+    totals = [await logprob(extra(choice, "token_ids")) for choice in mine]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] >= await logprob(extra(greedy.choices[0], "token_ids")) - 1e-3
+    assert len({choice.text for choice in mine}) == 3
+    assert [choice.finish_reason for choice in found.choices] == ["length"] * 6
+    said = await client.chat.completions.create(
+        model="tiny", messages=ASK, n=2, max_tokens=40, extra_body={"use_beam_search": True, "length_penalty": 0}
+    )
+    assert [choice.index for choice in said.choices] == [0, 1]
+    assert all(choice.message.content for choice in said.choices)
 
 
 async def test_what_cannot_be_honoured_is_refused_by_name(world: World, client: openai.AsyncOpenAI) -> None:

@@ -245,7 +245,10 @@ class Gateway:
                 )
         pattern = request.repetition_detection
         logprobs = request.wanted_logprobs
-        if logprobs is None and request.sequences > (request.n or 1):
+        beam = None
+        if request.use_beam_search:
+            beam = wire.BeamSearch(request.sequences, _first(request.length_penalty, None, 1.0))
+        elif logprobs is None and request.sequences > (request.n or 1):
             logprobs = 0  # what the best are told by
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
@@ -302,6 +305,7 @@ class Gateway:
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             timeout=request.timeout,
+            beam=beam,
         )
 
 

@@ -63,9 +63,16 @@ class Job:
     """Seconds from `arrived_at` that all of it may take."""
     pooling: wire.Pooling | None = None
     """Vectors are wanted instead of text."""
+    beam: wire.BeamSearch | None = None
+    """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def drawn(self) -> int:
+        """Sequences that an engine is asked for, for each prompt."""
+        return self.n if self.beam is None else 1
 
     @property
     def prompt_tokens(self) -> int:
@@ -120,6 +127,8 @@ class Update:
     prompt_scores: tuple[wire.TokenLogprobs, ...] = ()
     embedding: bytes | None = None
     """The vector, where one was asked for."""
+    beams: tuple[Update, ...] = ()
+    """What a beam search found, the best first: the updates that stand for this one."""
 
 
 class Choice:
@@ -159,7 +168,7 @@ class Choice:
     def __init__(self, job: Job, index: int) -> None:
         self.job = job
         self.index = index
-        self.prompt_index = index // job.n
+        self.prompt_index = index // job.drawn
         self.prompt = job.prompts[self.prompt_index]
         seed = job.sampling.seed
         self.sampling = (
@@ -168,7 +177,7 @@ class Choice:
             # The choices of one seeded request must differ from each other and repeat from run to run.
             else msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63)
         )
-        if index % job.n and not job.stream and job.sampling.prompt_logprobs is not None:
+        if index % job.drawn and not job.stream and job.sampling.prompt_logprobs is not None:
             # the first choice of a prompt brings its log-probabilities, for all
             self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
         self.attempts = 0
@@ -228,6 +237,8 @@ class Choice:
                 break
             if delta.finish_reason is not None:
                 self._raise_if_failed(delta)
+                if delta.beams is not None:
+                    return self._found(delta.beams)
                 embedding = delta.embedding
                 if delta.stop_token_id is not None:
                     self.generated += 1
@@ -245,6 +256,19 @@ class Choice:
         ids, self.ids = tuple(self.ids), []
         prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
         return Update(self.index, text, ready, finish, ids, prompt_scores, embedding)
+
+    def _found(self, beams: Sequence[wire.BeamResult]) -> Update:
+        """The update that stands for the texts of a beam search."""
+        found: list[Update] = []
+        for place, beam in enumerate(beams):
+            stop = () if beam.stop_token_id is None else (beam.stop_token_id,)
+            self.generated += len(beam.token_ids) + len(stop)
+            text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
+            shown = (*beam.token_ids, *stop) if self.job.include_stop else beam.token_ids
+            whole = text.push(tuple(shown)) + text.finish()
+            ids = (*beam.token_ids, *stop)
+            found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids))
+        return Update(self.index, "", (), beams[0].finish_reason, beams=tuple(found))
 
     def _through_stops(self, piece: str) -> str:
         self._made += len(piece)

@@ -72,7 +72,7 @@ class Run:
         self.first_token_at: float | None = None
         self._fleet = fleet
         self._metrics = fleet.metrics.model(job.model.route.model)
-        self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.n)]
+        self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
         self._bell = asyncio.Event()
         self._held = 0
         self._homes: dict[int, str] = {}
@@ -94,8 +94,8 @@ class Run:
         A prompt counts as soon as all of its sequences have their first token.
         """
         found = 0
-        for first in range(0, len(self._choices), self.job.n):
-            told = [choice.timings for choice in self._choices[first : first + self.job.n]]
+        for first in range(0, len(self._choices), self.job.drawn):
+            told = [choice.timings for choice in self._choices[first : first + self.job.drawn]]
             found += min(timings.cached_tokens if timings is not None else 0 for timings in told)
         return found
 
@@ -132,7 +132,7 @@ class Run:
                         choice.kept.append(update)
                         if update.finish_reason is None:
                             continue
-                    batch += choice.kept or [update]
+                    batch += update.beams or choice.kept or [update]
                     if update.finish_reason is not None:
                         self._end(choice)
                         del live[choice.index]
@@ -384,7 +384,8 @@ class Run:
             priority=self.job.priority,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
-            family=self.job.id if self.job.n > 1 else None,
+            family=self.job.id if self.job.drawn > 1 else None,
+            beam=self.job.beam,
             trace=self.job.span.traceparent,
             pooling=self.job.pooling,
         )
