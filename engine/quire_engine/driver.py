@@ -2,7 +2,8 @@
 
 Commands wait in an inbox and are carried out between two steps, all that are there; what a pass gave leaves as one
 `Output` through a callback, together with a `Stats` when one is due. With nothing to compute the thread sleeps on
-its inbox. It never waits for a reader: the other side keeps what it cannot send.
+its inbox. It never waits for a reader: the other side keeps what it cannot send. Nor does it wait for a grammar:
+a request with a constraint is taken in when that is compiled, which happens in another thread.
 
 `Stats` is due when somebody asked (after `Hello`, `Limits` and `GetStats`), and otherwise at most four times a
 second as long as something changes; the last one before the thread goes to sleep shows the idle engine.
@@ -16,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Stats
 
 if TYPE_CHECKING:
     from quire_engine.engine import Engine
+    from quire_engine.grammar import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,15 @@ class _Add:
 
 
 @dataclass(frozen=True, slots=True)
+class _Compiled:
+    """An `_Add` whose constraint is done with, one way or the other."""
+
+    message: Generate
+    received_at: float
+    grammar: Future[Grammar]
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     request_id: str
 
@@ -78,7 +90,7 @@ class _Stop:
     pass
 
 
-_Command = _Add | _Abort | Limits | _Report | _Stop
+_Command = _Add | _Compiled | _Abort | Limits | _Report | _Stop
 
 
 @dataclass(slots=True)
@@ -109,6 +121,8 @@ class Driver:
         self._out = out
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._due = _Due()
+        self._compiling: set[str] = set()
+        """Requests whose constraint is being compiled."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.progress = (0, 0)
         """Bytes of weights read, and all of them; 0 until known."""
@@ -146,6 +160,7 @@ class Driver:
             from quire_engine.engine import Engine
 
             engine = Engine.load(self._spec, self._on_progress)
+            engine.grammars.prepare()
             engine.warm_up()
             if path := os.environ.get("QUIRE_SCHEDULE_TRACE"):
                 engine.record(Path(path))
@@ -189,21 +204,23 @@ class Driver:
         except queue.Empty:
             return commands
 
-    def _carry_out(self, engine: Engine, command: _Add | _Abort | Limits | _Report) -> list[Delta]:
+    def _carry_out(self, engine: Engine, command: _Add | _Compiled | _Abort | Limits | _Report) -> list[Delta]:
         self._due.changed = True
         match command:
             case _Add(message, received_at):
-                try:
-                    engine.add(message, received_at)
-                except RequestRefused as refusal:
-                    code, text = refusal.code, str(refusal)
-                    return [Delta(message.id, finish_reason="error", error_code=code, error=text)]
-                except Exception as error:
-                    # the books are changed last, so nothing of it is in them: one request is no reason to end
-                    log.exception("request %s could not be taken in", message.id)
-                    text = f"the engine failed on this request: {type(error).__name__}"
-                    return [Delta(message.id, finish_reason="error", error_code="internal_error", error=text)]
+                structured = message.sampling.structured
+                if structured is None:
+                    return self._take_in(engine, message, received_at, None)
+                self._compiling.add(message.id)
+                engine.grammars.submit(structured).add_done_callback(
+                    lambda done: self._inbox.put(_Compiled(message, received_at, done))
+                )
+            case _Compiled(message, received_at, grammar):
+                if message.id in self._compiling:
+                    self._compiling.remove(message.id)
+                    return self._take_in(engine, message, received_at, grammar)
             case _Abort(request_id):
+                self._compiling.discard(request_id)
                 engine.abort(request_id)
             case Limits():
                 self._due.asked = True
@@ -213,4 +230,20 @@ class Driver:
                     log.error("limits %s refused: %s", command.hot_hash, error)
             case _Report():
                 self._due.asked = True
+        return []
+
+    def _take_in(
+        self, engine: Engine, message: Generate, received_at: float, grammar: Future[Grammar] | None
+    ) -> list[Delta]:
+        """Add a request; a delta that ends it if that cannot be."""
+        try:
+            engine.add(message, received_at, None if grammar is None else grammar.result())
+        except RequestRefused as refusal:
+            code, text = refusal.code, str(refusal)
+            return [Delta(message.id, finish_reason="error", error_code=code, error=text)]
+        except Exception as error:
+            # the books are changed last, so nothing of it is in them: one request is no reason to end
+            log.exception("request %s could not be taken in", message.id)
+            text = f"the engine failed on this request: {type(error).__name__}"
+            return [Delta(message.id, finish_reason="error", error_code="internal_error", error=text)]
         return []

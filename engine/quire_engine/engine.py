@@ -36,6 +36,7 @@ from quire_engine.errors import (
     MemoryMismatch,
     RequestRefused,
 )
+from quire_engine.grammar import Grammar, Grammars
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
 from quire_engine.runner import ModelRunner, Runner
@@ -85,6 +86,7 @@ class Engine:
         self.profile = profile
         self.runner = runner
         self.hot_hash = spec.hot_hash
+        self.grammars = Grammars(Path(spec.model_dir), profile.vocab_size, profile.eos_token_ids)
         self._clock = clock
         pool = BlockPool(spec.num_blocks, spec.block_size, [group.window for group in kv_groups(profile)])
         self._scheduler = Scheduler(pool, BatchLimits.of(spec), max_model_len=spec.max_model_len, clock=clock)
@@ -154,16 +156,23 @@ class Engine:
         """Whether `step` has something to do or to hand out."""
         return self._scheduler.has_work or (self._ahead is not None and self._ahead.is_busy)
 
-    def add(self, message: Generate, received_at: float | None = None) -> None:
-        """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now."""
+    def add(self, message: Generate, received_at: float | None = None, grammar: Grammar | None = None) -> None:
+        """Queue a request, or raise `RequestRefused`. `received_at` is when it reached this machine, or now.
+
+        `grammar` is what `grammars` made of its constraint; without it the constraint is compiled here and now.
+        """
         pooling = message.pooling
         if pooling is not None:
             self._check_pooling(message, pooling)
             message.sampling = Sampling(max_tokens=0)
         self._check(message)
+        if self.spec.runner == "scripted" and message.sampling.structured is not None:
+            raise RequestRefused("invalid_grammar", "this model's runner is scripted and says what it says")
         if self.spec.runner == "scripted" and message.sampling.script is None:
             message.sampling = msgspec.structs.replace(message.sampling, script=tuple(message.token_ids))
         sampling, seed = message.sampling, message.sampling.seed
+        if sampling.structured is not None and grammar is None:
+            grammar = self.grammars.compile(sampling.structured)
         if message.beam is not None:
             message.sampling = Searches.asks(message.beam, sampling)
         request = Request.of(
@@ -171,6 +180,7 @@ class Engine:
             eos_token_ids=self.profile.eos_token_ids,
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             received_at=self._clock() if received_at is None else received_at,
+            grammar=grammar,
         )
         if pooling is not None and pooling.kind == "mean":
             pass  # it needs the states of every token: none may be found in the cache
@@ -205,6 +215,8 @@ class Engine:
                 f"a beam search of width {beam.width} needs as many seats; "
                 f"the engine has {self.limits.max_num_seqs}",
             )
+        if beam is not None and sampling.structured is not None:
+            raise RequestRefused("invalid_grammar", "a beam search cannot be held to it")
         for name, ids in _named_ids(sampling):
             if not all(0 <= token < vocabulary for token in ids):
                 raise RequestRefused("invalid_request", f"{name} has ids outside the vocabulary of {vocabulary}")

@@ -7,6 +7,8 @@
     ├── DeviceUnavailable     the device of the spec is not there, or does not compute
     ├── SocketTaken           another process answers on the socket; it may be about to end
     ├── RequestRefused        one request cannot be served; it never reaches the queue
+    ├── NoVocabulary          the checkpoint's tokens have no bytes of their own: no structured output
+    ├── GrammarFailed         a request's constraint allows no next token, or costs too much to go on with
     ├── InvariantBroken       blocks or counters do not add up: the engine cannot be trusted and stops
     └── DeviceLost            the accelerator's context is gone; only a new process brings it back
 
@@ -68,6 +70,14 @@ class RequestRefused(EngineError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class NoVocabulary(EngineError):
+    """The checkpoint has no table of tokens and their bytes, or none that can be read."""
+
+
+class GrammarFailed(EngineError):
+    """One request's constraint cannot be followed any further."""
 
 
 class InvariantBroken(EngineError):

@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quire_engine.blocks import Tables, chain, root
 from quire_engine.pooling import Pool
 from quire_engine.step import Draw
 from quire_schemas.wire import Generate, Sampling, Timings
+
+if TYPE_CHECKING:
+    from quire_engine.grammar import Grammar
 
 NEVER = 1 << 62
 
@@ -87,16 +91,31 @@ class Request:
     preempted_at: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, message: Generate, *, eos_token_ids: tuple[int, ...], seed: int, received_at: float) -> Request:
+    def of(
+        cls,
+        message: Generate,
+        *,
+        eos_token_ids: tuple[int, ...],
+        seed: int,
+        received_at: float,
+        grammar: Grammar | None = None,
+    ) -> Request:
         """The request that `message` asks for. Its list of ids is taken over, not copied."""
         sampling = message.sampling
-        ending = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids + eos_token_ids
+        without_eos = sampling.ignore_eos and grammar is None
+        ending = sampling.stop_token_ids if without_eos else sampling.stop_token_ids + eos_token_ids
         ending = tuple(dict.fromkeys(ending))
         return cls(
             id=message.id,
             token_ids=message.token_ids,
             num_prompt=len(message.token_ids),
-            draw=Draw(sampling, seed, len(message.token_ids), ending),
+            draw=Draw(
+                sampling,
+                seed,
+                len(message.token_ids),
+                ending,
+                matcher=None if grammar is None else grammar.matcher(ending),
+            ),
             ending_ids=frozenset(ending),
             full_at=full_at(len(message.token_ids), sampling),
             received_at=received_at,

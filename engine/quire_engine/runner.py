@@ -1,8 +1,9 @@
 """Carries out a plan: `StepPlan` -> tensors -> forward -> tokens. Owns the model and the KV tensors.
 
 It knows nothing of requests: all that a step needs is in the plan, and nothing is kept between steps but what the
-plan's slots were filled with. Carrying out the same item twice writes the same values to the same slots and
-draws the same token, so a step that failed can be tried again in parts.
+plan's slots were filled with. (A matcher that comes with a draw remembers how far it has read; see `grammar`.)
+Carrying out the same item twice writes the same values to the same slots and draws the same token, so a step that
+failed can be tried again in parts.
 
 Log-probabilities of prompt tokens need the logits of all of the prompt's rows. These are computed a slice at a
 time, so that no more of them are there at once than of the rows that can draw in one step.
@@ -20,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire_engine.grammar import REFUSED
+from quire_engine.masks import MaskThread
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
@@ -30,8 +33,8 @@ _NOT_FINITE = ("numerical_error", "the model's logits are not finite for this re
 _STATES_NOT_FINITE = ("numerical_error", "the model's hidden states are not finite for this request")
 _NO_TOKEN_LEFT = (
     "no_token_left",
-    "what the request allows and bans leaves no token to choose: see allowed_token_ids, bad_words, min_tokens and "
-    "logit_bias",
+    "what the request allows and bans leaves no token to choose: see allowed_token_ids, bad_words, min_tokens, "
+    "logit_bias and structured_outputs",
 )
 
 
@@ -57,6 +60,7 @@ class ModelRunner:
         self.block_size = block_size
         self.head_rows = head_rows
         self.device = device
+        self._masks = MaskThread()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -65,6 +69,7 @@ class ModelRunner:
         if plan.copies:
             self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
+        pending = self._masks.begin(rows)
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
@@ -90,9 +95,13 @@ class ModelRunner:
             states_RW = states_RW[[end - 1 for item, end in ends if item.draw is not None]]
         if not rows:
             return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
-        drawn = sample(self.model.logits(states_RW), rows)
-        failures.update({rows[r].request_id: _NOT_FINITE for r in drawn.broken})
+        logits_RV = self.model.logits(states_RW)
+        masks = pending.result() if pending is not None else None
+        drawn = sample(logits_RV, rows, masks)
         failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
+        if masks is not None:
+            failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})
+        failures.update({rows[r].request_id: _NOT_FINITE for r in drawn.broken})
         return StepResult(
             tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
             logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},

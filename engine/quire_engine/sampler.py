@@ -2,9 +2,9 @@
 
 Order of operations, per row: repetition, frequency and presence penalty; logit bias; the ids that are allowed;
 the ban on ending ids below `min_tokens` and on what would complete a bad word; the end of a thought that has used
-up its budget, which wins over all before; temperature; top-k, top-p, min-p, each on what the one before it left;
-one draw. Temperature 0 takes the lowest id of the largest value after all but temperature and filters. What is
-reported of a token is of the raw logits, or of those at the draw (`logprobs_mode`).
+up its budget, which wins over all before; what a grammar forbids; temperature; top-k, top-p, min-p, each on what
+the one before it left; one draw. Temperature 0 takes the lowest id of the largest value after all but temperature
+and filters. What is reported of a token is of the raw logits, or of those at the draw (`logprobs_mode`).
 
 A draw needs one number in [0, 1): where it falls in the cumulative probabilities decides. That number is a hash of
 (seed, position), so the sampler has no state: what a request draws depends neither on its neighbours in the batch
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quire_engine.masks import Masks
 from quire_engine.step import Draw, Scheduled
 from quire_schemas.wire import WHOLE_VOCABULARY, Sampling, Thinking, TokenLogprobs
 
@@ -46,10 +47,11 @@ class Drawn:
     stuck: tuple[int, ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[Scheduled]) -> Drawn:
+def sample(logits: Tensor, rows: Sequence[Scheduled], masks: Masks | None = None) -> Drawn:
     """Choose a token for each row. `logits` [R, V] float32, not changed; every one of `rows` has a draw.
 
-    A row with NaN or +inf among its logits, or with nothing but -inf, is broken: its token has no meaning.
+    A row with NaN or +inf among its logits, or with nothing but -inf, is broken: its token has no meaning; nor has
+    that of a row that is stuck. `masks` are those of all rows with a matcher.
     """
     draws = [draw for row in rows if (draw := row.draw) is not None]
     if len(draws) != len(rows) or logits.shape[0] != len(rows):
@@ -60,7 +62,7 @@ def sample(logits: Tensor, rows: Sequence[Scheduled]) -> Drawn:
     if all(draw.is_plain for draw in draws):
         return Drawn(best.tolist(), broken=broken)
 
-    shaped = _shape(logits, rows, draws)
+    shaped = _shape(logits, rows, draws, masks)
     tokens = best
     stuck: tuple[int, ...] = ()
     if shaped is not logits:
@@ -88,7 +90,7 @@ def sample(logits: Tensor, rows: Sequence[Scheduled]) -> Drawn:
 # ── before the draw ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw]) -> Tensor:
+def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw], masks: Masks | None) -> Tensor:
     """Logits with all that a draw changes before temperature; the very same tensor if no row asks for any. [R, V].
 
     Only what rows name is touched, at places in the flat [R * V], all rows' places at once.
@@ -115,7 +117,7 @@ def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw]) -> 
             biases += sampling.logit_bias.values()
         if sampling.allowed_token_ids:
             allowed[r] = sampling.allowed_token_ids
-        if row.end - draw.num_prompt < sampling.min_tokens:
+        if row.end - draw.num_prompt < sampling.min_tokens and draw.matcher is None:
             banned += [base + token for token in draw.ending_ids if token < vocabulary]
         if sampling.bad_words:
             banned += [base + token for token in _completing(draw, row)]
@@ -123,7 +125,7 @@ def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw]) -> 
             closing = _closing(sampling.thinking, row.history, draw.num_prompt)
             if closing is not None:
                 forced[r] = closing
-    if not (repeated or said or biased or allowed or banned or forced):
+    if not (repeated or said or biased or allowed or banned or forced or masks is not None):
         return logits
     shaped = logits.clone()
     flat = shaped.view(-1)
@@ -141,6 +143,8 @@ def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw]) -> 
     if forced:
         shaped[list(forced)] = -math.inf
         flat[_places([r * vocabulary + token for r, token in forced.items()], flat)] = 0.0
+    if masks is not None:
+        masks.apply(shaped)
     return shaped
 
 

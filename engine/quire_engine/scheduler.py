@@ -304,7 +304,10 @@ class Scheduler:
                 deltas.append(self._told(request, logprobs[name], now))
                 continue
             token, token_ids = drawn[name], request.token_ids
-            if token in request.ending_ids and request.num_output >= draw.sampling.min_tokens:
+            # a grammar lets a text end below min_tokens only when nothing else may come
+            if token in request.ending_ids and (
+                request.num_output >= draw.sampling.min_tokens or draw.sampling.structured is not None
+            ):
                 delta = Delta(name, finish_reason="stop", stop_token_id=token)
             else:
                 token_ids.append(token)

@@ -17,10 +17,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from quire_schemas.wire import Sampling, TokenLogprobs
+
+if TYPE_CHECKING:
+    from quire_engine.grammar import Matcher
 
 PENDING = -1
 """In a plan: the token that the step before it draws. No vocabulary has such an id."""
@@ -32,12 +36,15 @@ class Draw:
 
     `seed` is the request's own or the one drawn for it. `ending_ids` are the ids that end the text (stop ids, and
     the checkpoint's end-of-sequence ids unless ignored); the sampler bans them below `sampling.min_tokens`.
+    With a `matcher` the end-of-sequence ids are always among them, and it says where they may come. It has a state
+    of its own, which goes with the request, and all of which follows from the request and the tokens so far.
     """
 
     sampling: Sampling
     seed: int
     num_prompt: int
     ending_ids: tuple[int, ...]
+    matcher: Matcher | None = field(default=None, repr=False, compare=False)
     is_plain: bool = field(init=False)
     """Greedy with nothing that changes or reports logits: the arg-max alone decides."""
     has_penalty: bool = field(init=False)
@@ -56,12 +63,15 @@ class Draw:
         if has_penalty or sampling.thinking is not None:
             reach = sys.maxsize
         object.__setattr__(self, "has_penalty", has_penalty)
+        if self.matcher is not None:
+            reach = sys.maxsize
         object.__setattr__(self, "reach", reach)
         object.__setattr__(self, "needs_history", reach > 0)
         object.__setattr__(
             self,
             "is_plain",
             sampling.temperature == 0.0
+            and self.matcher is None
             and not has_penalty
             and not sampling.logit_bias
             and not sampling.allowed_token_ids

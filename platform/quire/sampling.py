@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from quire_schemas import wire
+from quire_schemas.openai import StructuredOutputs
 
 _BEAMS: Final = "beam search is not honoured by this version"
 _REFUSED: Final[Mapping[str, str]] = {
@@ -33,7 +36,6 @@ _NOT_YET: Final = frozenset(
         "logprob_token_ids",
         "flat_logprobs",
         "spaces_between_special_tokens",
-        "structured_outputs",
         "guided_decoding",
         "allowed_token_ids",
         "bad_words",
@@ -86,6 +88,10 @@ class SamplingParams:
     detokenize: bool = True
     """False: outputs have ids alone, and `text` is empty."""
     skip_special_tokens: bool = True
+    structured_outputs: Mapping[str, Any] | None = None
+    """What each answer is to be: one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`,
+    as in the HTTP API (docs/structured-output.md).
+    """
 
     def __new__(cls, *args: Any, **given: Any) -> SamplingParams:
         """Refuse names that `__init__` does not have, in words that help."""
@@ -135,6 +141,7 @@ class SamplingParams:
                 raise ValueError("stop: an empty string would end every answer at once")
         if self.stops and not self.detokenize:
             raise ValueError("stop needs text, and detokenize is False\nhint: use stop_token_ids")
+        _structured(self.structured_outputs)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -159,7 +166,19 @@ class SamplingParams:
             repetition_penalty=float(self.repetition_penalty),
             logit_bias={key: float(bias) for key, bias in (self.logit_bias or {}).items()},
             logprobs=self.logprobs,
+            structured=_structured(self.structured_outputs),
         )
+
+
+def _structured(asked: Mapping[str, Any] | None) -> wire.Structured | None:
+    if asked is None:
+        return None
+    try:
+        return StructuredOutputs.model_validate(dict(asked)).constraint.structured
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("structured_outputs", *first["loc"])))
+        raise ValueError(f"{where}: {first['msg']}") from None
 
 
 def _whole(name: str, value: object, least: int, most: int | None = None, hint: str = "") -> None:

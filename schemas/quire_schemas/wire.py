@@ -92,6 +92,26 @@ class Thinking(msgspec.Struct, frozen=True, array_like=True):
     closing: tuple[int, ...]
 
 
+MAX_STRUCTURED = 64 * 1024
+"""Bytes of UTF-8 that the text of a `Structured` may have."""
+
+
+class Structured(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a sequence's text must be, from its first token to its end.
+
+    `text` is, by kind: a JSON Schema; a regular expression without look-around, for the whole text; a JSON list
+    of strings, one of which the text is; a grammar in Lark's notation as llguidance reads it; or a JSON object
+    with `structures` (each with `begin`, `schema`, `end`) and `triggers`.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
+    text: str
+    whitespace: str | None = None
+    """In JSON: a regular expression for what may stand, once, between two of its signs. None: a blank, or a line
+    end and an indent; empty: nothing.
+    """
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are chosen. The router has already checked every bound.
 
@@ -128,6 +148,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs_mode: LogprobsMode = "raw_logprobs"
     script: tuple[int, ...] | None = None
     """The tokens of the answer, for an engine with the scripted runner alone; None: those of the prompt."""
+    structured: Structured | None = None
+    """With it an end-of-sequence token comes where, and only where, the constraint lets the text end."""
 
     def logprob_entries(self, num_prompt: int, vocab_size: int) -> int:
         """What counts against `MAX_LOGPROB_ENTRIES`, for a prompt of so many tokens."""

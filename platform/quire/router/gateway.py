@@ -250,6 +250,7 @@ class Gateway:
             beam = wire.BeamSearch(request.sequences, _first(request.length_penalty, None, 1.0))
         elif logprobs is None and request.sequences > (request.n or 1):
             logprobs = 0  # what the best are told by
+        constraint = request.constraint
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
@@ -277,6 +278,7 @@ class Gateway:
             logprob_token_ids=tuple(dict.fromkeys(request.logprob_token_ids or ())),
             prompt_logprobs=request.scored_prompt,
             logprobs_mode=request.logprobs_mode or "raw_logprobs",
+            structured=constraint.structured if constraint is not None else None,
         )
         _check_entries(request, sampling, prompts, vocabulary)
         return Job(
@@ -306,6 +308,7 @@ class Gateway:
             cache_salt=request.cache_salt or "",
             timeout=request.timeout,
             beam=beam,
+            constrained_by=constraint.field if constraint is not None else "",
         )
 
 

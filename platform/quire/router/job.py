@@ -67,6 +67,8 @@ class Job:
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
+    constrained_by: str = ""
+    """The field of the request that the answer is held to, if one is."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -303,5 +305,8 @@ class Choice:
             raise QueueFull("As many requests run or wait for this model as it takes.", retry_after=1.0)
         if delta.error_code == "timeout" and self.job.timeout is not None:
             raise self.job.out_of_time()
+        if delta.error_code == "invalid_grammar":
+            field = self.job.constrained_by
+            raise InvalidRequest(f"'{field}' cannot be honoured: {delta.error}.", param=field)
         log.error("request %s: the engine ended it: %s %s", self.job.id, delta.error_code, delta.error)
         raise InternalError("The engine failed on this request.")

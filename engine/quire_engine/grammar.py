@@ -1,0 +1,341 @@
+"""Structured output: from a constraint in a request to the tokens that may come next.
+
+Three steps. `source` writes the constraint as a grammar in llguidance's notation. `Grammars` compiles it, in a
+thread of its own and off the engine's: it tries it first in a child process (`trial`), where a grammar that
+crashes, hangs or swells harms nobody, and keeps what was compiled, and what was refused. `Matcher` is the state of
+one request: it takes the tokens drawn so far and gives one bit for each token that may be next.
+
+The bits allow every token whose bytes some text of the grammar continues with, however it cuts the text: which
+spelling is likely is left to the model. Where the text may end, and nowhere else, the ids that end it are allowed.
+The constraint holds from the first token on, so a model that thinks before it answers has no room for that unless
+the grammar has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import msgspec
+
+from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
+from quire_engine.trial import LIMITS, NICENESS, Trial, explain
+from quire_engine.vocabulary import Vocabulary
+from quire_schemas.wire import MAX_STRUCTURED, Structured
+
+REFUSED = "invalid_grammar"
+"""Error code of a request whose constraint cannot be honoured, or not any further."""
+WHITESPACE = r" |\r?\n[ \t]{0,24}"
+"""Between two signs of JSON, unless the request says otherwise: a blank, or a line end and what indents the next.
+Any amount of it is what a small model writes until it is cut.
+"""
+MAX_COMPILING = 64
+"""Constraints that may wait to be compiled."""
+KEPT_GRAMMARS = 256
+KEPT_BYTES = 512 * 1024
+"""Bounds on what is kept: constraints, and bytes of their text, which compile to some hundred times as many."""
+SAVINGS = 0.1
+EARNED = 0.001
+"""Seconds of processor time that a request may spend on its grammar at once, and what each token adds until it has
+as many again. An ambiguous grammar costs more with each token; 0.1 ms is usual.
+"""
+
+_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+_TRIAL = Trial()
+
+
+# ── from a request's words to the compiler's ──────────────────────────────────────────────────────────────
+
+
+def source(structured: Structured, special: Mapping[str, int]) -> str:
+    """The constraint in llguidance's notation. `special` are the tokens that no text spells, by name.
+
+    Raises `RequestRefused`.
+    """
+    text = structured.text
+    if len(text.encode()) > MAX_STRUCTURED:
+        raise RequestRefused(REFUSED, f"it has more than {MAX_STRUCTURED} bytes")
+    match structured.kind:
+        case "json_schema":
+            body = "start: " + _json(_object(text), structured.whitespace)
+        case "regex":
+            body = f"start: /{llguidance.regex_to_lark(text or '()', use_ascii='')}/"
+        case "choice":
+            choices = msgspec.json.decode(text, type=list[str])
+            body = "start: " + " | ".join(map(_quoted, choices))
+        case "grammar":
+            body = text
+        case "structural_tag":
+            body = _tags(_object(text), structured.whitespace, special)
+    return body + _OPTIONS  # behind it, so that lines and columns in errors are the author's
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RequestRefused(REFUSED, f"it is no JSON object: {error}") from None
+
+
+def _json(schema: object, whitespace: str | None) -> str:
+    """The rule for JSON that fits `schema`."""
+    if not isinstance(schema, dict):
+        raise RequestRefused(REFUSED, "a schema must be a JSON object")
+    if "x-guidance" in schema:
+        raise RequestRefused(REFUSED, "'x-guidance' is not honoured in a schema")
+    _check_counts(schema)
+    if whitespace == "":
+        options: dict[str, Any] = {"whitespace_flexible": False}
+    else:
+        options = {"whitespace_pattern": WHITESPACE if whitespace is None else whitespace}
+    return "%json " + json.dumps(schema | {"x-guidance": options})
+
+
+def _check_counts(schema: object) -> None:
+    """Refuse a count of properties that only distinct names fulfil: free names may be written twice."""
+    if isinstance(schema, dict):
+        least, required = schema.get("minProperties"), schema.get("required")
+        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+            raise RequestRefused(REFUSED, "not supported in a schema: minProperties above 1 and what is required")
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _check_counts(part)
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of the notation: a JSON string, or a regular expression where that takes none."""
+    if not text:
+        return "/()/"
+    if text.isprintable():
+        return json.dumps(text, ensure_ascii=False)
+    return "/" + "".join(f"\\u{{{ord(char):x}}}" for char in text) + "/"
+
+
+def _tags(described: Mapping[str, Any], whitespace: str | None, special: Mapping[str, int]) -> str:
+    """Free text in which a trigger begins a structure; then its `begin`, JSON by its `schema`, and its `end`.
+
+    Where several triggers fit a structure, it is the shortest that decides.
+    """
+    lines = ["TEXT: /(.|\\n)*/", "rest: TEXT"]
+    names: list[str] = []
+    try:
+        triggers = sorted(described["triggers"], key=len)
+        structures = described["structures"]
+        for number, structure in enumerate(structures):
+            begin, end = structure["begin"], structure["end"]
+            trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
+            if trigger is None:
+                raise RequestRefused(REFUSED, f"structure {number} begins with none of the triggers")
+            body = [
+                _with_special(begin[len(trigger) :], special),
+                _json(structure["schema"], whitespace),
+                _with_special(end, special),
+            ]
+            if trigger in special:
+                head = f"TEXT <[{special[trigger]}]>"
+            elif any(name in trigger for name in special):
+                raise RequestRefused(REFUSED, f"trigger {trigger!r} has a special token and more")
+            else:
+                lines.append(f"head_{number}[lazy]: TEXT {_quoted(trigger)}")
+                head = f"head_{number}"
+            lines.append(f"tag_{number}: {head} {' '.join(part for part in body if part)}")
+            names.append(f"tag_{number}")
+    except (KeyError, TypeError, AttributeError):
+        raise RequestRefused(
+            REFUSED, "it must have 'triggers' and 'structures', each with 'begin', 'schema' and 'end'"
+        ) from None
+    if not names:
+        raise RequestRefused(REFUSED, "it has no structures")
+    return "\n".join([f"start: ({' | '.join(names)})* rest", *lines])
+
+
+def _with_special(text: str, special: Mapping[str, int]) -> str:
+    """A text of which parts may be special tokens."""
+    if not special:
+        return _quoted(text) if text else ""
+    names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+    parts = (part for part in re.split(f"({names})", text) if part)
+    return " ".join(f"<[{special[part]}]>" if part in special else _quoted(part) for part in parts)
+
+
+# ── compiling ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Wrapped:
+    """A vocabulary as the compiler wants it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.tokens = vocabulary.tokens
+        self.special_token_ids = sorted({*vocabulary.special.values(), *vocabulary.eos_token_ids})
+        self.eos_token_id = vocabulary.eos_token_ids[0]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        raise NotImplementedError("no text is forced, so none is ever tokenized")
+
+
+class Grammar:
+    """A compiled constraint, for any number of requests."""
+
+    def __init__(self, fresh: llguidance.LLMatcher, eos_token_ids: tuple[int, ...]) -> None:
+        self._fresh = fresh
+        self._eos = frozenset(eos_token_ids)
+
+    def matcher(self, ending_ids: Sequence[int]) -> Matcher:
+        """The state of a request that `ending_ids` end, the checkpoint's own among them."""
+        return Matcher(self._fresh.deep_copy(), self._eos, ending_ids)
+
+
+class Matcher:
+    """How far one request's text has come in its grammar. Not thread-safe.
+
+    It takes up what is new in a history that only grows, so asking twice for the same place changes nothing, and
+    a request that is preempted and computed again needs nothing of it. What it costs is counted: a request whose
+    grammar would hold up the step for everybody ends.
+    """
+
+    __slots__ = ("_ending", "_has_own_ends", "_savings", "_state", "_taken")
+
+    def __init__(self, state: llguidance.LLMatcher, eos: frozenset[int], ending_ids: Sequence[int]) -> None:
+        self._state = state
+        self._ending = tuple(ending_ids)
+        self._has_own_ends = not eos >= set(ending_ids)
+        self._taken = 0
+        self._savings = SAVINGS
+
+    def allowed(self, output: Sequence[int], *, may_end: bool = True) -> bytes:
+        """Bits of the tokens that may follow `output`: bit `i % 8` of byte `i // 8`, and at least one of them set.
+
+        Ending ids are among them where the text may end. Without `may_end` that is only where it must; and they
+        are, wherever no other token can go on. Raises `GrammarFailed`.
+        """
+        if self._savings < 0:
+            raise GrammarFailed(f"it costs too much to follow after {self._taken} tokens")
+        began, state = time.thread_time(), self._state
+        for token in output[self._taken :]:
+            if not state.consume_token(token):
+                raise GrammarFailed(self._failure())
+            self._taken += 1
+        bits = state.compute_bitmask()
+        if state.is_error():
+            raise GrammarFailed(self._failure())
+        self._savings = min(self._savings + EARNED, SAVINGS) - (time.thread_time() - began)
+        if may_end and not self._has_own_ends:
+            return bits
+        # bytes of the checkpoint's vocabulary that a request has declared to be ends are ends, and nothing else
+        accepting = state.is_accepting()
+        shaped = bytearray(bits)
+        for index in self._ending:
+            shaped[index // 8] &= ~(1 << index % 8)
+        stuck = shaped.count(0) == len(shaped)
+        if accepting and (may_end or stuck):
+            for index in self._ending:
+                shaped[index // 8] |= 1 << index % 8
+        return bits if stuck and not accepting else bytes(shaped)
+
+    def _failure(self) -> str:
+        if self._state.get_error().startswith("NoExtensionBias"):
+            return "no token of the vocabulary can go on with the text"
+        return f"it cannot be followed after {self._taken} tokens: {explain(self._state)}"
+
+
+class Grammars:
+    """Compiles constraints for one checkpoint, in one thread, and keeps the latest."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._folder = folder
+        self._size = vocab_size
+        self._eos = eos_token_ids
+        self._thread = ThreadPoolExecutor(1, "grammar", initializer=_stand_back)
+        self._kept: OrderedDict[Structured, Future[Grammar]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._compiling = 0
+
+    def prepare(self) -> None:
+        """Read the vocabulary now, so that the first request with a constraint does not wait for it."""
+        self._thread.submit(lambda: self._tokenizer).exception()
+
+    def submit(self, structured: Structured) -> Future[Grammar]:
+        """The grammar, done if it is kept. It raises `RequestRefused` if the constraint cannot be honoured."""
+        with self._lock:
+            found = self._kept.get(structured)
+            if found is not None:
+                self._kept.move_to_end(structured)
+                return found
+            if self._compiling >= MAX_COMPILING:
+                refused: Future[Grammar] = Future()
+                refused.set_exception(
+                    RequestRefused("queue_full", f"{self._compiling} constraints wait to be compiled")
+                )
+                return refused
+            self._compiling += 1
+            future = self._thread.submit(self._compile, structured)
+            self._kept[structured] = future
+            size = sum(len(each.text) for each in self._kept)
+            while len(self._kept) > 1 and (size > KEPT_BYTES or len(self._kept) > KEPT_GRAMMARS):
+                dropped, _ = self._kept.popitem(last=False)
+                size -= len(dropped.text)
+        return future
+
+    def compile(self, structured: Structured) -> Grammar:
+        """As `submit`, and wait for it."""
+        return self.submit(structured).result()
+
+    def _compile(self, structured: Structured) -> Grammar:
+        try:
+            vocabulary, tokenizer = self._tokenizer
+            written = source(structured, vocabulary.special)
+            wrong = _TRIAL.check(written, self._size, vocabulary.special, vocabulary.eos_token_ids)
+            if not wrong:
+                matcher = llguidance.LLMatcher(tokenizer, written, log_level=0, limits=LIMITS)
+                if not matcher.is_error():
+                    matcher.compute_bitmask()  # what is found out for the first mask, the copies know
+                wrong = explain(matcher)
+            if wrong:
+                raise RequestRefused(REFUSED, _to_the_author(structured, wrong))
+            return Grammar(matcher, vocabulary.eos_token_ids)
+        except NoVocabulary as error:
+            raise RequestRefused(REFUSED, f"this model cannot be held to one: {error}") from error
+        finally:
+            with self._lock:
+                self._compiling -= 1
+
+    @cached_property
+    def _tokenizer(self) -> tuple[Vocabulary, llguidance.LLTokenizer]:
+        vocabulary = Vocabulary.read(self._folder, self._size, self._eos)
+        wrapped: Any = _Wrapped(vocabulary)
+        return vocabulary, llguidance.LLTokenizer(wrapped, eos_token=list(vocabulary.eos_token_ids))
+
+
+def _stand_back() -> None:
+    """Let the threads that compute go before this one."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _to_the_author(structured: Structured, wrong: str) -> str:
+    """The compiler's complaint without what only the compiler's notation has."""
+    if structured.kind == "grammar":
+        hint = "; this is GBNF, and Lark's notation is wanted: 'start: ...'" if "::=" in structured.text else ""
+        return wrong + hint
+    wrong = re.sub(r"^line \d+, column \d+: ", "", wrong)
+    wrong = wrong.removeprefix("failed to compile JSON schema: ")
+    if unsupported := re.fullmatch(r"Unimplemented keys: \[(.*)\]", wrong):
+        return f"not supported in a schema: {unsupported[1]}"
+    if wrong.startswith("oneOf constraints are not supported"):
+        return "not supported in a schema: oneOf with alternatives that may both fit; use anyOf"
+    if external := re.match(r"Resource '(.*)' is not present", wrong):
+        return f"not supported in a schema: $ref to another document, {external[1]}"
+    return wrong

@@ -1,0 +1,214 @@
+"""A child process in which a grammar from a request is tried before the engine itself compiles it.
+
+The compiler is fast and checks much, but it recurses: some thousand rules that lead to each other overflow its
+stack, and that ends the process it runs in. So it first runs here, where a grammar may end nothing but this
+process: on a stack smaller than that of the engine's threads, with bounds on memory and processor time that the
+kernel keeps (`setrlimit`, `setitimer`), and with one token for each byte in place of the vocabulary. Some text is
+then written by it, because not all that costs too much shows at the beginning.
+
+Run as `python -P -m quire_engine.trial` it reads a JSON object a line and answers each with one; it ends with its
+input. `Trial` is the engine's side of it; a child that died or said nothing in time is replaced by the next try.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import llguidance
+
+CPU_SECONDS = 0.3
+"""Processor time that a grammar may take to compile."""
+WALL_SECONDS = 3.0
+"""The same by the clock: on a machine with other work a process gets only a part of the time."""
+START_SECONDS = 30.0
+"""Until a new child has to be ready, which it is in a tenth of a second where nothing else runs."""
+MEMORY = 1 << 30
+"""Bytes of address space of the child."""
+STACK = 1 << 20
+"""Bytes of stack on which the child compiles. Threads of the engine have at least twice as much."""
+
+NICENESS = 5
+"""Of the child and of the engine's thread that compiles: a running request goes before one that is to begin."""
+WALK = 64
+"""Bytes of text that the child writes by a grammar."""
+
+LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=10_000,  # an object takes four for each property that may be absent
+    max_lexer_states=20_000,  # a state takes up to 2 kB, and each running request may have its own
+    step_lexer_fuel=100_000,
+    verbose_errors=False,  # what the model wrote so far is not for logs
+)
+"""What a compiled grammar may take, in the compiler's own units: about 10 ms for one mask."""
+
+
+class Trial:
+    """Tries grammars, one at a time; the child starts with the first."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def check(self, source: str, size: int, special: Mapping[str, int], eos_token_ids: tuple[int, ...]) -> str:
+        """What is wrong with a grammar, in words for its author; empty if nothing is."""
+        asked = json.dumps({"source": source, "size": size, "special": dict(special), "eos": eos_token_ids})
+        with self._lock:
+            child = self._started()
+            try:
+                _send(child, asked.encode() + b"\n")
+                answer = _line(child, WALL_SECONDS)
+            except (BrokenPipeError, TimeoutError):
+                answer = b""
+            if answer:
+                return str(json.loads(answer)["error"])
+            if self._end() in (-signal.SIGPROF, -signal.SIGKILL):
+                return f"it takes longer than {CPU_SECONDS:g} s to compile"
+            return "it is too large or too deeply nested to compile"
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        with self._lock:
+            self._end()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._child.poll() is not None:
+            self._end()
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "quire_engine.trial"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                _line(self._child, START_SECONDS)
+            except TimeoutError:
+                self._end()
+                raise
+        return self._child
+
+    def _end(self) -> int:
+        """Kill the child, or find it dead; its exit code."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        if child.poll() is None:
+            child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what it did not read is of no use any more
+                    pipe.close()
+        return child.wait()
+
+
+def _send(child: subprocess.Popen[bytes], line: bytes) -> None:
+    if child.stdin is not None:
+        child.stdin.write(line)
+        child.stdin.flush()
+
+
+def _line(child: subprocess.Popen[bytes], patience: float) -> bytes:
+    """The child's next line; empty if it died. Raises `TimeoutError`."""
+    until = time.monotonic() + patience
+    got = bytearray()
+    while child.stdout is not None and not got.endswith(b"\n"):
+        ready, _, _ = select.select([child.stdout], [], [], max(until - time.monotonic(), 0.0))
+        if not ready:
+            raise TimeoutError
+        part = os.read(child.stdout.fileno(), 65536)
+        if not part:
+            return b""
+        got += part
+    return bytes(got)
+
+
+# ── in the child ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Bytes:
+    """A tokenizer as the compiler wants it: special tokens in their places, and a token for each byte above."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, size: int, special: Mapping[str, int], eos_token_ids: list[int]) -> None:
+        self.tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
+        for name, index in special.items():
+            self.tokens[index] = name.encode()
+        self.special_token_ids = sorted({*special.values(), *eos_token_ids})
+        self.eos_token_id = eos_token_ids[0]
+        self._size = size
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return [self._size + byte for byte in (text.encode() if isinstance(text, str) else text)]
+
+
+def _tried(asked: Mapping[str, Any]) -> str:
+    tokenizer = llguidance.LLTokenizer(
+        _Bytes(asked["size"], asked["special"], asked["eos"]),  # type: ignore[arg-type]
+        eos_token=asked["eos"],
+    )
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    matcher = llguidance.LLMatcher(tokenizer, asked["source"], log_level=0, limits=LIMITS)
+    choose = random.Random(0)  # noqa: S311 - which text is written is no secret
+    for _ in range(WALK):
+        if matcher.is_stopped():  # also when it is in error
+            break
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [index for index in range(asked["size"], asked["size"] + 256) if bits >> index & 1]
+        if not allowed or matcher.is_error():
+            break
+        matcher.consume_token(choose.choice(allowed))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return explain(matcher)
+
+
+def explain(matcher: llguidance.LLMatcher) -> str:
+    """Why a matcher is in error, in few words; empty if it is not."""
+    if not matcher.is_error():
+        return ""
+    said = matcher.get_error()
+    if said.startswith("NoExtensionBias"):
+        return "no text satisfies it"
+    lines = (line.strip() for line in re.split(r"\n<(?:state|non-verbose)", said)[0].split("\n"))
+    # an excerpt of what is the compiler's notation, not the author's, and a caret below it
+    kept = " ".join(line for line in lines if line and not re.match(r"\d+ \||[\^~]+$", line))
+    kept = re.sub(r"^at (\d+)\((\d+)\): ", r"line \1, column \2: ", kept)
+    return kept if len(kept) <= 300 else kept[:150] + " … " + kept[-149:]
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
+    threading.stack_size(STACK)
+    out = sys.stdout.buffer
+    out.write(b"{}\n")
+    out.flush()
+
+    def answer(line: bytes) -> None:
+        out.write(json.dumps({"error": _tried(json.loads(line))}).encode() + b"\n")
+        out.flush()
+
+    for line in sys.stdin.buffer:
+        thread = threading.Thread(target=answer, args=(line,))
+        thread.start()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
