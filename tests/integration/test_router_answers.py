@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -291,3 +292,65 @@ async def test_the_clients_trace_reaches_the_engine(world: World) -> None:
         trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         await http.post(f"{world.url}/v1/chat/completions", json=CHAT, headers={"traceparent": trace})
     assert engine.generates[0].trace == trace
+
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "million": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["city", "million"],
+    "additionalProperties": False,
+}
+
+
+async def test_answers_of_a_real_engine_have_the_structure_that_was_asked_for(
+    world: World, real_engine: wire.ReplicaEndpoint
+) -> None:
+    await world.table(world.route(real_engine, tokenizer_dir=str(builtin.path("tiny"))))
+    await eventually(lambda: world.is_connected("real"), 60)
+    plain: Any = {"model": "tiny", "messages": ASK, "max_tokens": 120, "temperature": 0}
+    asked: dict[str, Any] = {
+        "type": "json_schema",
+        "json_schema": {"name": "city", "schema": CITY, "strict": True},
+    }
+    async with world.client() as client:
+
+        async def told(**body: Any) -> str:
+            answer = await client.chat.completions.create(**plain, extra_body=body)
+            assert answer.choices[0].finish_reason == "stop"
+            return answer.choices[0].message.content or ""
+
+        city = json.loads(await told(response_format=asked))
+        assert sorted(city) == ["city", "million"]
+        compact = await told(structured_outputs={"json": CITY, "disable_any_whitespace": True})
+        assert compact == json.dumps(json.loads(compact), separators=(",", ":"), ensure_ascii=False)
+        assert await told(structured_outputs={"choice": ["tea", "coffee"]}) in ("tea", "coffee")
+        assert re.fullmatch("[0-9]{3}-[a-f]", await told(structured_outputs={"regex": "[0-9]{3}-[a-f]"}))
+        assert await told(structured_outputs={"grammar": 'start: "a" b b\nb: "b"'}) == "abb"
+        stream = await client.chat.completions.create(
+            **plain, stream=True, n=2, extra_body={"structured_outputs": {"regex": "x{40}"}}
+        )
+        texts = {0: "", 1: ""}
+        async for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert texts == {0: "x" * 40, 1: "x" * 40}
+        completion = await client.completions.create(
+            model="tiny", prompt="Say", max_tokens=9, extra_body={"structured_outputs": {"choice": ["yes"]}}
+        )
+        assert completion.choices[0].text == "yes"
+        for body, param, words in (
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}},
+                "response_format.json_schema.schema",
+                'not supported in a schema: "not"',
+            ),
+            ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "look-around"),
+            ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar", "unknown name"),
+        ):
+            for streamed in (False, True):
+                with pytest.raises(openai.BadRequestError) as refusal:
+                    await client.chat.completions.create(**plain, stream=streamed, extra_body=body)
+                assert refusal.value.param == param
+                assert words in refusal.value.message
