@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|prefix`.
+"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|prefix|structured`.
 
 Rows go to `results/`, a table to stdout.
 
@@ -9,6 +9,7 @@ that breaks off writes the rows it has. `start-up` measures commands and imports
 the same streams through routers with and without traces, in pairs, before one engine. `scheduling` times the
 host's part of a step. `prefix` runs requests that begin alike with the prefix cache on and off, the choices of one
 request with and without shared blocks, and requests without anything in common, for what the cache costs then.
+`structured` holds a batch of running requests to a JSON Schema, and leaves it free, in turns.
 """
 
 from __future__ import annotations
@@ -358,6 +359,65 @@ def prefix(args: argparse.Namespace) -> None:
         write(args.out or ROOT / "benchmarks/results/prefix.jsonl", rows)
 
 
+def structured(args: argparse.Namespace) -> None:
+    """What a JSON Schema costs each step of a full batch, beside an A/A pair; ratios are within a round."""
+    import torch
+
+    from benchmarks import structured as work
+    from benchmarks.models import SHAPES, model_dir
+    from benchmarks.quire_systems import Quire
+
+    torch.set_num_threads(args.threads)
+    folder = model_dir(args.model, args.cache)
+    if args.model in SHAPES:
+        shape = SHAPES[args.model]
+        special = {f"<{name}>": shape[f"{name}_token_id"] for name in ("bos", "eos")}
+        work.write_vocabulary(folder, shape["vocab_size"], special)
+    engine = Quire(folder, args.dtype, threads=args.threads, max_num_seqs=args.batch).engine
+    began = time.perf_counter()
+    engine.grammars.prepare()
+    read = time.perf_counter() - began
+    began = time.perf_counter()
+    engine.grammars.compile(work.CONSTRAINT)
+    compiled = time.perf_counter() - began
+    masks = sorted(work.mask_seconds(engine, 2000))
+    systems = {"free": None, "free-again": None, "bound": work.CONSTRAINT}
+    for constraint in (None, work.CONSTRAINT):
+        work.step_seconds(engine, args.batch, 2, constraint)  # untimed
+    steps: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(args.rounds):
+        turn = number % len(systems)
+        for name in [*systems, *systems][turn : turn + len(systems)]:
+            took = work.step_seconds(engine, args.batch, args.steps, systems[name])
+            steps[name].append(statistics.median(took))
+        shown = "  ".join(f"{name} {took[-1] * 1000:7.1f} ms" for name, took in steps.items())
+        print(f"round {number + 1:3}  {shown}", flush=True)
+    pairs = list(zip(steps["free"], steps["free-again"], steps["bound"], strict=True))
+    noise = [again / free for free, again, _ in pairs]
+    cost = [bound / statistics.geometric_mean([free, again]) for free, again, bound in pairs]
+    row = provenance() | {
+        "benchmark": "structured", "model": args.model, "dtype": args.dtype, "threads": args.threads, "seed": 0,
+        "vocabulary": engine.profile.vocab_size, "synthetic_vocabulary": args.model in SHAPES,
+        "batch": args.batch, "steps": args.steps, "rounds": args.rounds,
+        "step_ms_free": round(statistics.median(steps["free"]) * 1000, 2),
+        "step_ms_bound": round(statistics.median(steps["bound"]) * 1000, 2),
+        "bound_ratio": round(statistics.median(cost), 4),
+        "bound_ratio_min": round(min(cost), 4), "bound_ratio_max": round(max(cost), 4),
+        "aa_ratio": round(statistics.median(noise), 4),
+        "aa_ratio_min": round(min(noise), 4), "aa_ratio_max": round(max(noise), 4),
+        "mask_us_p50": round(masks[len(masks) // 2] * 1e6, 1),
+        "mask_us_p99": round(masks[len(masks) * 99 // 100] * 1e6, 1),
+        "mask_us_max": round(masks[-1] * 1e6, 1),
+        "vocabulary_s": round(read, 3), "compile_s": round(compiled, 3),
+    }  # fmt: skip
+    print(
+        f"step bound to step free: {row['bound_ratio']:.3f} ({row['bound_ratio_min']:.3f}-"
+        f"{row['bound_ratio_max']:.3f}); free to free: {row['aa_ratio']:.3f}; one mask "
+        f"p50 {row['mask_us_p50']} us, p99 {row['mask_us_p99']} us"
+    )
+    write(args.out or ROOT / "benchmarks/results/structured.jsonl", [row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -398,7 +458,16 @@ def main() -> None:
     five.add_argument("--steps", type=int, default=400)
     five.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
     five.set_defaults(action=prefix)
-    for command in (one, two, three, four, five):
+    six = commands.add_parser("structured")
+    six.add_argument("--model", default="qwen2.5-0.5b", choices=["tiny", "qwen2.5-0.5b"])
+    six.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    six.add_argument("--threads", type=int, default=os.cpu_count())
+    six.add_argument("--batch", type=int, default=32)
+    six.add_argument("--steps", type=int, default=12)
+    six.add_argument("--rounds", type=int, default=6)
+    six.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
+    six.set_defaults(action=structured)
+    for command in (one, two, three, four, five, six):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written
