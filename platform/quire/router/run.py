@@ -201,7 +201,8 @@ class Run:
             return None
         before = choice.generated
         update = choice.read(deltas)
-        if choice.generated and not before:
+        embedded = update is not None and update.embedding is not None
+        if embedded or (choice.generated and not before):
             if choice.trial is not None:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
