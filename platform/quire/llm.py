@@ -280,7 +280,7 @@ class LLM:
             raise ValueError('priority needs the policy of that name\nhint: LLM(…, policy="priority")')
         priorities = _for_each(0 if priority is None else priority, len(prompts), "priority")
         for params in each:
-            if (params.logprobs or 0) > self.profile.vocab_size:
+            if max(params.logprobs or 0, params.prompt_logprobs or 0) > self.profile.vocab_size:
                 raise ValueError(f"logprobs must be at most the vocabulary of {self.profile.vocab_size}")
         outputs: list[RequestOutput] = []
         answers: dict[str, _Answer] = {}
@@ -338,12 +338,17 @@ class _Answer:
         self._text = Detokenizer(llm.tokenizer, params.skip_special_tokens) if params.detokenize else None
         self._stops = StopStrings(params.stops, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
+        self._named = tuple(dict.fromkeys(params.logprob_token_ids or ()))
+        if params.prompt_logprobs is not None and index == 0:
+            whole.prompt_logprobs = [None]
         if params.logprobs is not None:
             self.made.logprobs, self.made.cumulative_logprob = [], 0.0
 
     def take(self, delta: Delta) -> bool:
         """Take over what a step gave; whether a stop string has ended it, which the engine does not know."""
         made = self.made
+        if self.whole.prompt_logprobs is not None:
+            self.whole.prompt_logprobs += map(self._shown, delta.prompt_logprobs or ())
         scores = delta.logprobs or ()
         for position, token in enumerate(delta.token_ids):
             made.token_ids.append(token)
@@ -374,11 +379,16 @@ class _Answer:
 
     def _score(self, scores: TokenLogprobs) -> None:
         made = self.made
-        shown = {token: self._logprob(token, value, rank) for rank, (token, value) in enumerate(scores.top, 1)}
-        shown.setdefault(scores.token_id, self._logprob(scores.token_id, scores.logprob, None))
         if made.logprobs is not None:
-            made.logprobs.append(shown)
+            made.logprobs.append(self._shown(scores))
         made.cumulative_logprob = (made.cumulative_logprob or 0.0) + scores.logprob
+
+    def _shown(self, scores: TokenLogprobs) -> dict[int, Logprob]:
+        shown = {token: self._logprob(token, value, rank) for rank, (token, value) in enumerate(scores.top, 1)}
+        shown.setdefault(scores.token_id, self._logprob(scores.token_id, scores.logprob, scores.rank or None))
+        for token, value in zip(self._named, scores.named, strict=True):
+            shown.setdefault(token, self._logprob(token, value, None))
+        return shown
 
     def _logprob(self, token: int, value: float, rank: int | None) -> Logprob:
         return Logprob(value, rank, None if self._tokenizer is None else self._tokenizer.token_text(token))

@@ -11,7 +11,7 @@ from quire_schemas.wire import FinishReason, Timings
 class Logprob:
     """One token at one position: its log-probability by the raw logits, before temperature and filters.
 
-    `rank` is 1 for the likeliest; None for a chosen token that is not among those reported.
+    `rank` is 1 for the likeliest; None where it is not known: of tokens that are not among the likeliest reported.
     """
 
     logprob: float
@@ -51,6 +51,8 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     """One for each of `n`, by index."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt, as in `CompletionOutput`; None for the first, before which nothing stands."""
 
     @property
     def finished(self) -> bool:

@@ -30,14 +30,11 @@ _REFUSED: Final[Mapping[str, str]] = {
 """Names that other engines know, and why this one does not honour them."""
 _NOT_YET: Final = frozenset(
     {
-        "prompt_logprobs",
         "prompt_logprob_token_ids",
         "prompt_logprob_start",
-        "logprob_token_ids",
         "flat_logprobs",
         "spaces_between_special_tokens",
         "guided_decoding",
-        "allowed_token_ids",
         "bad_words",
         "skip_reading_prefix_cache",
         "thinking_token_budget",
@@ -83,8 +80,14 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
     """Token id to what is added to its logit, from -100 to 100."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other id is chosen."""
     logprobs: int | None = None
-    """Report the chosen token's log-probability and those of so many of the likeliest."""
+    """Report the chosen token's log-probability and those of so many of the likeliest; -1: of all."""
+    logprob_token_ids: Sequence[int] | None = None
+    """Ids whose log-probabilities are reported at every position besides."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, which is then computed and not read from a cache."""
     detokenize: bool = True
     """False: outputs have ids alone, and `text` is empty."""
     skip_special_tokens: bool = True
@@ -124,13 +127,19 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2, 2, hint="0 is off")
         _number("frequency_penalty", self.frequency_penalty, -2, 2, hint="0 is off")
         _number("repetition_penalty", self.repetition_penalty, 0, None, above=True, hint="1 is off")
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), -1, hint="-1 is the whole vocabulary")
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for index in self.stop_token_ids or ():
-            _whole("stop_token_ids", index, 0)
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            for index in getattr(self, name) or ():
+                _whole(name, index, 0)
+        if self.logprob_token_ids and self.logprobs is None and self.prompt_logprobs is None:
+            raise ValueError("logprob_token_ids needs logprobs or prompt_logprobs\nhint: logprobs=0 is enough")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: nothing could be chosen\nhint: None allows every token")
         for key, bias in (self.logit_bias or {}).items():
             _whole("logit_bias: a token id", key, 0)
             _number(f"logit_bias of {key}", bias, -100, 100)
@@ -165,8 +174,11 @@ class SamplingParams:
             frequency_penalty=float(self.frequency_penalty),
             repetition_penalty=float(self.repetition_penalty),
             logit_bias={key: float(bias) for key, bias in (self.logit_bias or {}).items()},
+            allowed_token_ids=tuple(dict.fromkeys(self.allowed_token_ids or ())),
             logprobs=self.logprobs,
             structured=_structured(self.structured_outputs),
+            logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids or ())),
+            prompt_logprobs=self.prompt_logprobs if index == 0 else None,  # it is one prompt
         )
 
 

@@ -142,6 +142,29 @@ def test_logprobs_are_by_id_with_their_rank(llm: LLM) -> None:
     assert plain.cumulative_logprob is None
 
 
+def test_log_probabilities_of_prompts_named_ids_and_the_whole_vocabulary(llm: LLM) -> None:
+    params = SamplingParams(
+        n=2, max_tokens=3, temperature=0, ignore_eos=True, prompt_logprobs=2, logprobs=0, logprob_token_ids=[9]
+    )
+    (output,) = llm.generate("When the moon", params)
+    scores = output.prompt_logprobs
+    assert scores is not None
+    assert len(scores) == len(output.prompt_token_ids) > 2
+    assert scores[0] is None
+    for token, entry in zip(output.prompt_token_ids[1:], scores[1:], strict=True):
+        assert entry is not None
+        assert entry[token].rank is not None
+        assert {9, token} <= set(entry)
+    for answer in output.outputs:
+        assert answer.logprobs is not None
+        assert [9 in entry for entry in answer.logprobs] == [True] * 3
+    (all_,) = llm.generate("When", SamplingParams(max_tokens=2, temperature=0, logprobs=-1))
+    assert [len(entry) for entry in all_.outputs[0].logprobs or ()] == [2048] * len(all_.outputs[0].token_ids)
+    assert all_.prompt_logprobs is None
+    few = SamplingParams(max_tokens=6, temperature=2, ignore_eos=True, allowed_token_ids=[70, 80])
+    assert set(llm.generate("When", few)[0].outputs[0].token_ids) <= {70, 80}
+
+
 def test_a_second_prompt_finds_the_first_ones_blocks() -> None:
     llm = LLM(
         "builtin://tiny", dtype="float32", max_model_len=256, num_blocks=64, threads=1, async_scheduling=True
@@ -225,7 +248,10 @@ def test_names_and_types_that_are_wrong_are_type_errors(given: dict[str, Any], w
         ({"stop": ""}, "an empty string"),
         ({"stop": "a", "detokenize": False}, "hint: use stop_token_ids"),
         ({"seed": 2**63}, "seed must be"),
-        ({"logprobs": -1}, "logprobs must be at least 0"),
+        ({"logprobs": -2}, "logprobs must be at least -1"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs must be at least -1"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"logprob_token_ids": [1]}, "needs logprobs or prompt_logprobs"),
     ],
 )
 def test_values_out_of_bounds_are_value_errors(given: dict[str, Any], words: str) -> None:
