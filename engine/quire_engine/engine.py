@@ -49,7 +49,6 @@ from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
-    WHOLE_VOCABULARY,
     Delta,
     EngineSpec,
     Generate,
@@ -63,8 +62,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
-"""Log-probabilities that all live requests together may ask for when another one wants the whole vocabulary's:
-what one step makes of them has to go through a client's connection at once."""
+"""Log-probabilities that all live requests together may ask for when another one wants many at a position: what
+one step makes of them has to go through a client's connection at once."""
 _WARM_UP = "warm-up"
 
 
@@ -228,7 +227,7 @@ class Engine:
                 "invalid_request",
                 f"{entries} log-probabilities are asked for, above the limit of {MAX_LOGPROB_ENTRIES}",
             )
-        if sampling.logprobs == WHOLE_VOCABULARY or sampling.prompt_logprobs == WHOLE_VOCABULARY:
+        if entries and sampling.asks_for_many:
             scheduler = self._scheduler
             for other in (*scheduler.running, *scheduler.waiting):
                 entries += other.draw.sampling.logprob_entries(other.num_prompt, vocabulary)

@@ -72,7 +72,9 @@ bans, temperature and filters; as log-probabilities or as logits.
 WHOLE_VOCABULARY = -1
 """A number of log-probabilities: all of them."""
 MAX_LOGPROB_ENTRIES = 1 << 18
-"""Log-probabilities that one request may ask for, where it asks for the whole vocabulary or for the prompt's."""
+"""Log-probabilities that one request may ask for, where it asks for many at a position or for the prompt's."""
+FEW_LOGPROBS = 20
+"""More at a position are many."""
 
 
 class Repetition(msgspec.Struct, frozen=True, array_like=True):
@@ -151,14 +153,25 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     structured: Structured | None = None
     """With it an end-of-sequence token comes where, and only where, the constraint lets the text end."""
 
+    @property
+    def asks_for_many(self) -> bool:
+        """Whether a position may have more log-probabilities than `FEW_LOGPROBS` of each kind."""
+        return (
+            WHOLE_VOCABULARY in (self.logprobs, self.prompt_logprobs) or len(self.logprob_token_ids) > FEW_LOGPROBS
+        )
+
     def logprob_entries(self, num_prompt: int, vocab_size: int) -> int:
         """What counts against `MAX_LOGPROB_ENTRIES`, for a prompt of so many tokens."""
+        named = len(self.logprob_token_ids)
+
+        def each(count: int) -> int:
+            return (vocab_size if count == WHOLE_VOCABULARY else count + 1) + named
+
         entries = 0
-        if self.logprobs == WHOLE_VOCABULARY:
-            entries += self.max_tokens * (vocab_size + len(self.logprob_token_ids))
+        if self.logprobs is not None and (self.logprobs == WHOLE_VOCABULARY or named > FEW_LOGPROBS):
+            entries += self.max_tokens * each(self.logprobs)
         if self.prompt_logprobs is not None:
-            each = vocab_size if self.prompt_logprobs == WHOLE_VOCABULARY else self.prompt_logprobs + 1
-            entries += (num_prompt - 1) * (each + len(self.logprob_token_ids))
+            entries += (num_prompt - 1) * each(self.prompt_logprobs)
         return entries
 
 

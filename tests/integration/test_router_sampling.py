@@ -399,6 +399,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"best_of": 2}, "best_of"),
     ("chat", {"logprobs": True, "top_logprobs": -1, "max_tokens": 200}, "top_logprobs"),
     ("completion", {"logprobs": -1, "max_tokens": 129}, "logprobs"),
+    ("chat", {"logprobs": True, "logprob_token_ids": list(range(128)), "n": 8}, "logprob_token_ids"),
     ("completion", {"logprobs": -1, "max_tokens": 65, "best_of": 2}, "logprobs"),
     ("completion", {"prompt": [5] * 200, "prompt_logprobs": -1}, "prompt_logprobs"),
     ("completion", {"n": 3, "best_of": 2}, "best_of"),

@@ -355,6 +355,11 @@ def _check_entries(
     )
     if entries > wire.MAX_LOGPROB_ENTRIES:
         field = "prompt_logprobs" if request.prompt_logprobs is not None else request.logprobs_field
+        if (
+            wire.WHOLE_VOCABULARY not in (sampling.logprobs, sampling.prompt_logprobs)
+            and request.logprob_token_ids
+        ):
+            field = "logprob_token_ids"
         raise InvalidRequest(
             f"'{field}' asks for {entries} log-probabilities in all; an answer has at most "
             f"{wire.MAX_LOGPROB_ENTRIES}. Ask for fewer at each position, or lower '{request.limit_field}'.",

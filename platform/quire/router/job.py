@@ -92,7 +92,7 @@ class Job:
     @property
     def is_large(self) -> bool:
         """Whether writing its answer may take so long that others would notice."""
-        return self.shown.logprobs == wire.WHOLE_VOCABULARY or self.sampling.prompt_logprobs is not None
+        return self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""

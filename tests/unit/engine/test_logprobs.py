@@ -250,6 +250,9 @@ def test_the_whole_vocabulary_is_reported_within_a_bound(engine: Engine, prompt:
     with pytest.raises(RequestRefused, match="log-probabilities are asked for") as caught:
         engine.add(Generate("b", [5], over))
     assert caught.value.code == "invalid_request"
+    many = greedy(400, logprobs=0, logprob_token_ids=tuple(range(700)))
+    with pytest.raises(RequestRefused, match="280400 log-probabilities are asked for"):
+        engine.add(Generate("b", [5], many))
     for number in range(MAX_LIVE_ENTRIES // MAX_LOGPROB_ENTRIES):
         engine.add(Generate(f"c{number}", [5], fits))
     with pytest.raises(RequestRefused) as caught:
