@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from quire_engine.blocks import Tables, chain, root
 from quire_engine.pooling import Pool
 from quire_engine.step import Draw
-from quire_schemas.wire import Generate, Sampling, Timings
+from quire_schemas.wire import Generate, Repetition, Sampling, Timings
 
 if TYPE_CHECKING:
     from quire_engine.grammar import Grammar
@@ -82,6 +82,7 @@ class Request:
     """Its leading blocks that others can find."""
     seal_at: int = NEVER
     """Computed tokens at which the next block can be found; `NEVER` without a root."""
+    repetition: Repetition | None = field(init=False)
     num_unscored: int = field(init=False)
     """Tokens of its prompt whose log-probabilities are wanted and have not been given out."""
     num_cached: int = 0
@@ -126,6 +127,7 @@ class Request:
         )
 
     def __post_init__(self) -> None:
+        self.repetition = self.draw.sampling.repetition
         self.num_unscored = 0 if self.draw.sampling.prompt_logprobs is None else self.num_prompt - 1
 
     def share_with(self, *kin: str) -> None:

@@ -290,12 +290,11 @@ class Scheduler:
             request.num_computed = computed = item.end
             if computed >= request.seal_at:
                 self._seal(request)
-            scores = _new_scores(request, item, result) if item.targets else None
             draw = item.draw
             if draw is None:
                 if request.pool is not None and (pooled := self._pool(request, request.pool, item, result, now)):
                     deltas.append(pooled)
-                if scores:
+                if item.targets and (scores := _new_scores(request, item, result)):
                     deltas.append(Delta(name, prompt_logprobs=scores))
                 continue
             generated += 1
@@ -314,14 +313,13 @@ class Scheduler:
                 delta = Delta(name, [token])
                 if logprobs and name in logprobs:
                     delta.logprobs = [logprobs[name]]
-                repetition = draw.sampling.repetition
-                if repetition is not None and _goes_round(request, repetition):
+                if request.repetition is not None and _goes_round(request, request.repetition):
                     delta.finish_reason = "repetition"
                 elif len(token_ids) >= request.full_at:
                     delta.finish_reason = "length"
-            if scores:
-                delta.prompt_logprobs = scores
-            if request.first_token_at is None:
+            if request.first_token_at is None:  # before which all of its prompt has been scored
+                if item.targets:
+                    delta.prompt_logprobs = _new_scores(request, item, result) or None
                 request.first_token_at = now
                 self.counters.prompt_tokens += request.num_prompt
                 delta.timings = request.timings()
