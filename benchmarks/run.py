@@ -290,6 +290,7 @@ def prefix(args: argparse.Namespace) -> None:
             for name in order:
                 engine = engines["on" if name.startswith("on") else name]
                 passes[name].append(work.shared_pass(engine, jobs, scenario.concurrency))
+                print(f"shared, cache {name:10} {passes[name][-1].seconds:7.1f} s", flush=True)
             order.append(order.pop(0))
         firsts = {name: sorted(t for each in found for t in each.first_token) for name, found in passes.items()}
         seconds = {name: statistics.median(each.seconds for each in found) for name, found in passes.items()}
