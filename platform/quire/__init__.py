@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quire.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from quire.outputs import Logprob as Logprob
     from quire.outputs import RequestOutput as RequestOutput
+    from quire.sampling import BeamSearchParams as BeamSearchParams
     from quire.sampling import SamplingParams as SamplingParams
 
 _WHERE = {
@@ -27,11 +28,13 @@ _WHERE = {
     "EmbeddingRequestOutput": "quire.outputs",
     "Logprob": "quire.outputs",
     "RequestOutput": "quire.outputs",
+    "BeamSearchParams": "quire.sampling",
     "SamplingParams": "quire.sampling",
 }
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",

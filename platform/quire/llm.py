@@ -31,11 +31,11 @@ from quire.outputs import (
     Logprob,
     RequestOutput,
 )
-from quire.sampling import SamplingParams
+from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.openai import BadRequest, read_messages
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
-from quire_schemas.wire import Delta, EngineSpec, Generate, Policy, Pooling, Sampling, TokenLogprobs
+from quire_schemas.wire import BeamSearch, Delta, EngineSpec, Generate, Policy, Pooling, Sampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from quire.text import Tokenizer
@@ -251,6 +251,57 @@ class LLM:
                 for name in vectors:
                     self.engine.abort(name)
         return list(vectors.values())
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """The likeliest continuations of every prompt, `beam_width` of each, the best first.
+
+        `cumulative_logprob` is over all tokens, one that ended the text included. Raises as `generate` does.
+        """
+        outputs: dict[str, RequestOutput] = {}
+        whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
+        try:
+            for text, ids in whole:
+                name = str(next(self._numbers))
+                search = BeamSearch(params.beam_width, params.length_penalty)
+                self.engine.add(Generate(name, list(ids), params.sampling(), beam=search))
+                outputs[name] = RequestOutput(name, text, ids, [])
+            with _progress(len(whole), use_tqdm) as bar:
+                while self.engine.has_work:
+                    for delta in self.engine.step():
+                        outputs[delta.id].outputs += self._found(delta)
+                        if bar is not None:
+                            bar.update()
+        finally:
+            for name, output in outputs.items():
+                if not output.outputs:
+                    self.engine.abort(name)
+        return list(outputs.values())
+
+    def _found(self, delta: Delta) -> list[CompletionOutput]:
+        """The texts of a search that has ended; one that has the error, if it failed."""
+        if delta.beams is None:
+            return [
+                CompletionOutput(0, finish_reason=delta.finish_reason, error=delta.error, timings=delta.timings)
+            ]
+        return [
+            CompletionOutput(
+                index,
+                self.tokenizer.decode(beam.token_ids),
+                beam.token_ids,
+                beam.logprob,
+                finish_reason=beam.finish_reason,
+                stop_reason=None if beam.stop_token_id in self.profile.eos_token_ids else beam.stop_token_id,
+                stop_token_id=beam.stop_token_id,
+                timings=delta.timings,
+            )
+            for index, beam in enumerate(delta.beams)
+        ]
 
     # ── the way of a batch ────────────────────────────────────────────────────────────────────────────────
 

@@ -1,4 +1,5 @@
-"""How `quire.LLM` chooses tokens: `SamplingParams`, checked when it is made, and what an engine is told of it.
+"""How `quire.LLM` chooses tokens: `SamplingParams` and `BeamSearchParams`, checked when they are made, and what an
+engine is told of them.
 
 The names are those that users of other engines know. A name that this version does not honour is a TypeError that
 says so, never ignored.
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from quire_schemas import wire
 from quire_schemas.openai import StructuredOutputs
 
-_BEAMS: Final = "beam search is not honoured by this version"
+_BEAMS: Final = "it belongs to beam search: LLM.beam_search(prompts, BeamSearchParams(…))"
 _REFUSED: Final[Mapping[str, str]] = {
     "best_of": "choosing the best of several is not honoured by this version; use n",
     "use_beam_search": _BEAMS,
@@ -179,6 +180,34 @@ class SamplingParams:
             structured=_structured(self.structured_outputs),
             logprob_token_ids=tuple(dict.fromkeys(self.logprob_token_ids or ())),
             prompt_logprobs=self.prompt_logprobs if index == 0 else None,  # it is one prompt
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSearchParams:
+    """How `LLM.beam_search` looks for the likeliest texts, by log-probability ÷ tokens ^ `length_penalty`."""
+
+    beam_width: int
+    max_tokens: int
+    min_tokens: int = 0
+    length_penalty: float = 1.0
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _whole("beam_width", self.beam_width, 1)
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("length_penalty", self.length_penalty, -10, 10)
+
+    def sampling(self) -> wire.Sampling:
+        """What an engine is told."""
+        return wire.Sampling(
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=0.0,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from tests.engine_specs import tiny_spec
 from transformers import AutoModelForCausalLM
 
+from quire import LLM, BeamSearchParams, SamplingParams
 from quire.builtin import path as builtin_path
 from quire_engine.beam import BeamGroup
 from quire_engine.engine import Engine
@@ -229,3 +230,19 @@ def test_a_search_is_replayed_from_its_trace(tmp_path: Any) -> None:
     pairs = list(replay((tmp_path / "trace").read_bytes().splitlines()))
     assert all(recorded == decided for recorded, decided in pairs)
     assert any(recorded.copies for recorded, _ in pairs)
+
+
+def test_the_class_for_scripts_gives_the_texts_of_a_search(expected: list[BeamResult]) -> None:
+    llm = LLM(str(builtin_path()), dtype="float32", threads=1, max_model_len=64)
+    params = BeamSearchParams(beam_width=3, max_tokens=12)
+    prompts: list[Any] = [PROMPT, "What is Quire?"]
+    first, second = llm.beam_search(prompts, params)
+    assert [output.token_ids for output in first.outputs] == [result.token_ids for result in expected]
+    assert [output.finish_reason for output in first.outputs] == [result.finish_reason for result in expected]
+    scores = [output.cumulative_logprob for output in first.outputs]
+    assert scores == pytest.approx([result.logprob for result in expected], abs=1e-3)
+    assert len({output.text for output in second.outputs}) == 3
+    with pytest.raises(ValueError, match="beam_width must be at least 1"):
+        BeamSearchParams(beam_width=0, max_tokens=4)
+    with pytest.raises(TypeError, match=r"LLM\.beam_search"):
+        SamplingParams(use_beam_search=True)  # type: ignore[call-arg]
