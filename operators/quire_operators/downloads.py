@@ -115,6 +115,8 @@ class Downloads:
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._fetches: dict[Need, _Fetch] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Fetches that nobody needs any more, until their workers are gone."""
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._looks = asyncio.Semaphore(LOOKS_AT_ONCE)
 
@@ -161,6 +163,8 @@ class Downloads:
         if fetch.task is not None:
             log.info("%s: nobody needs it any more", fetch.need)
             fetch.task.cancel()
+            self._leaving.add(fetch.task)
+            fetch.task.add_done_callback(self._leaving.discard)
 
     def _keep_running(self, fetch: _Fetch) -> None:
         if fetch.task is not None and not fetch.task.done():
@@ -315,7 +319,7 @@ class Downloads:
         self._fetches.clear()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._leaving, return_exceptions=True)
 
 
 def _rate(samples: Sequence[tuple[float, int]]) -> float:

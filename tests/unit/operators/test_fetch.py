@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from tests import standin_hub
 from tests.standin_hub import Hub
@@ -462,6 +463,21 @@ async def test_a_deleted_model_takes_its_download_along_and_another_keeps_it(
         assert sum(hub.bytes_sent.values()) == stopped
         assert fetcher.cache.present(need(commit)) > len(files()["config.json"]), "what came stays, to go on from"
         await own.close()
+
+
+async def test_a_close_waits_for_the_workers_of_what_was_just_forgotten(
+    loop: Loop, fetcher: Fetcher, hub: Hub, tmp_path: Path
+) -> None:
+    commit = hub.repository(NAME).commit(files())
+    fetcher.look()
+    hub.rate = 400_000
+    before = set(psutil.Process().children())
+    with downloads(loop, fetcher.cache, tmp_path, Clock()) as own:
+        own.demand(MODEL, 1, [need(commit)], None)
+        await until(lambda: set(psutil.Process().children()) - before)
+        own.forget(MODEL)
+        await own.close()
+        assert not set(psutil.Process().children()) - before
 
 
 async def test_two_at_once_fetch_once(loop: Loop, fetcher: Fetcher, hub: Hub, tmp_path: Path) -> None:
