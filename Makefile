@@ -28,8 +28,8 @@ venv: $(STAMP) ## make the virtual environment and install Quire into it
 quickstart: $(STAMP) ## serve the built-in model and ask it one question
 	$(BIN)/platform quickstart manifests/quickstart.yaml
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types layers docs-check ## run every check but the tests
 
@@ -57,7 +57,9 @@ bench: $(STAMP) ## compare with transformers on the built-in model; rows go to b
 	$(BIN)/python -m benchmarks.run throughput --model tiny
 
 nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed and what it measured
-	QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl $(BIN)/python -m pytest -m ''; code=$$?; \
+	export QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl; \
+	$(BIN)/python -m pytest -m '' tests/e2e tests/integration; timed=$$?; \
+	$(BIN)/python -m pytest -m '' -n 2 --dist loadfile tests/unit tests/test_*.py; code=$$((timed + $$?)); \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code
 
