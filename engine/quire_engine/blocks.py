@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from quire_engine.errors import InvariantBroken
@@ -139,6 +139,11 @@ class BlockPool:
         if not self._sliding:
             return len(tables[0]) * self.num_groups
         return sum(len(table) - table.count(GONE) for table in tables)
+
+    def freed_by(self, owners: Iterable[Tables]) -> int:
+        """Blocks that would be free if all these tables were released: those that nobody else holds."""
+        held = Counter(block for tables in owners for table in tables for block in table if block != GONE)
+        return sum(self._refs[block] == count for block, count in held.items())
 
     def grow(self, tables: Tables, num_tokens: int) -> bool:
         """Lengthen `tables` until they hold `num_tokens`. False, and nothing changed, if too few are free."""

@@ -61,6 +61,11 @@ def check_spec(spec: EngineSpec) -> None:
     for name, least in _LEAST.items():
         if getattr(spec, name) < least:
             raise InvalidSpec(f"{name} is {getattr(spec, name)}; it must be at least {least}")
+    if not spec.chunked_prefill and spec.max_num_batched_tokens < spec.max_model_len:
+        raise InvalidSpec(
+            f"without chunked_prefill a step has to hold a whole prompt: max_num_batched_tokens is "
+            f"{spec.max_num_batched_tokens}, max_model_len {spec.max_model_len}"
+        )
     if not spec.adoption_window > 0:
         raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
     if not 0 <= spec.step_time < float("inf") or (spec.step_time and spec.runner != "scripted"):

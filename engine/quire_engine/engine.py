@@ -208,7 +208,12 @@ class Engine:
         beam = message.beam
         if beam is not None and self.spec.runner == "scripted":
             raise RequestRefused("invalid_request", "a script is one answer: there are no others to search")
-        if beam is not None and not 1 <= beam.width <= min(self.limits.max_num_seqs, vocabulary // 2):
+        if beam is not None and 2 * beam.width > vocabulary:
+            raise RequestRefused(
+                "invalid_request",
+                f"a beam search of width {beam.width} needs a vocabulary of {2 * beam.width}; it is {vocabulary}",
+            )
+        if beam is not None and not 1 <= beam.width <= self.limits.max_num_seqs:
             raise RequestRefused(
                 "invalid_request",
                 f"a beam search of width {beam.width} needs as many seats; "

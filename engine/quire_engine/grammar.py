@@ -30,7 +30,7 @@ import llguidance
 import msgspec
 
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
-from quire_engine.trial import LIMITS, NICENESS, Trial, explain
+from quire_engine.trial import LIMITS, NICENESS, Trial, TrialFailed, explain
 from quire_engine.vocabulary import Vocabulary
 from quire_schemas.wire import MAX_STRUCTURED, Structured
 
@@ -108,7 +108,10 @@ def _check_counts(schema: object) -> None:
         least, required = schema.get("minProperties"), schema.get("required")
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
             raise RequestRefused(REFUSED, "not supported in a schema: minProperties above 1 and what is required")
-    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        parts = [part for name, part in schema.items() if name not in ("enum", "const", "default", "examples")]
+    else:
+        parts = schema if isinstance(schema, list) else []
+    for part in parts:
         _check_counts(part)
 
 
@@ -237,11 +240,12 @@ class Matcher:
         # bytes of the checkpoint's vocabulary that a request has declared to be ends are ends, and nothing else
         accepting = state.is_accepting()
         shaped = bytearray(bits)
-        for index in self._ending:
+        ending = [index for index in self._ending if index < 8 * len(shaped)]  # others are never drawn
+        for index in ending:
             shaped[index // 8] &= ~(1 << index % 8)
         stuck = shaped.count(0) == len(shaped)
         if accepting and (may_end or stuck):
-            for index in self._ending:
+            for index in ending:
                 shaped[index // 8] |= 1 << index % 8
         return bits if stuck and not accepting else bytes(shaped)
 
@@ -289,6 +293,10 @@ class Grammars:
                 size -= len(dropped.text)
         return future
 
+    def _forget(self, structured: Structured) -> None:
+        with self._lock:
+            self._kept.pop(structured, None)
+
     def compile(self, structured: Structured) -> Grammar:
         """As `submit`, and wait for it."""
         return self.submit(structured).result()
@@ -308,6 +316,9 @@ class Grammars:
             return Grammar(matcher, vocabulary.eos_token_ids)
         except NoVocabulary as error:
             raise RequestRefused(REFUSED, f"this model cannot be held to one: {error}") from error
+        except (TrialFailed, OSError) as error:
+            self._forget(structured)  # the machine's fault, not the grammar's: another time it may be tried
+            raise RequestRefused("queue_full", f"constraints cannot be tried now: {error}") from error
         finally:
             with self._lock:
                 self._compiling -= 1

@@ -96,8 +96,8 @@ class Scheduler:
         self._arrivals = 0
         self._tickets = 0
         self._given_out = 0
-        self._copies: list[tuple[int, int]] = []
-        """Of blocks, (from, to), to be made before the next step."""
+        self._copies: dict[int, int] = {}
+        """Of blocks, by the one that is written to, to be made before the next step."""
         self._coming: dict[bytes, Request] = {}
         """Digests of blocks of prompts that are not computed yet, and who computes them."""
         self._deadlines: list[tuple[float, int, str]] = []
@@ -143,11 +143,7 @@ class Scheduler:
             request.full_at = request.num_known + 1  # nothing is planned behind what it is told
         self._live[request.id] = request
         insort(self.waiting, request, key=_KEY)
-        if request.deadline is not None:
-            if len(self._deadlines) > 2 * len(self._live) + 64:  # most are of requests that ended in time
-                self._deadlines = [entry for entry in self._deadlines if self._whose(entry) is not None]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.deadline, self._arrivals, request.id))
+        self._watch(request)
 
     def set_limits(self, limits: BatchLimits) -> None:
         """Limits from the next step on. Another policy puts everybody in its order and throws nobody out."""
@@ -182,13 +178,12 @@ class Scheduler:
         twin = replace(parent, id=child, token_ids=list(parent.token_ids), digests=list(parent.digests))
         twin.preempted_at, twin.tables, twin.frozen_tables = [], self.pool.empty(), None
         self._live[child] = twin
-        if twin.deadline is not None:
-            heapq.heappush(self._deadlines, (twin.deadline, twin.key[1], child))
+        self._watch(twin)
         if parent.state is State.RUNNING and len(self.running) < self.limits.max_num_seqs:
             forked = self.pool.fork(parent.tables, parent.num_computed)
             if forked is not None:
                 twin.tables, copies = forked
-                self._copies += copies
+                self._copies.update((target, source) for source, target in copies)
                 self._tickets += 1
                 twin.ticket = self._tickets
                 twin.capacity = len(twin.tables[0]) * self.pool.block_size
@@ -220,6 +215,15 @@ class Scheduler:
         shared = min(alone, request.num_prompt // pool.block_size * pool.num_groups)
         return shared + (alone - shared) * max(1, request.width)
 
+    def _watch(self, request: Request) -> None:
+        """Let `expire` find a live request, if it has a deadline."""
+        if request.deadline is None:
+            return
+        if len(self._deadlines) > 2 * len(self._live) + 64:  # most are of requests that ended in time
+            self._deadlines = [entry for entry in self._deadlines if self._whose(entry) is not None]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.deadline, request.key[1], request.id))
+
     def _place(self, request: Request, arrival: int) -> tuple[int, int]:
         return (request.priority if self.limits.policy == "priority" else 0, arrival)
 
@@ -246,7 +250,8 @@ class Scheduler:
         copies: tuple[tuple[int, int], ...] = ()
         if draft.items:
             self._given_out += 1
-            copies, self._copies = tuple(self._copies), []
+            copies = tuple((source, target) for target, source in self._copies.items())
+            self._copies.clear()
         step = self.counters.steps + self._given_out - bool(draft.items)
         return StepPlan(step, tuple(draft.items), tuple(draft.preempted), copies)
 
@@ -428,7 +433,7 @@ class Scheduler:
         """Whether `need` blocks and a seat would be there if all that run with a lower priority had gone."""
         lesser = [running for running in self.running if running.key[0] > request.key[0]]
         others = self.running[: len(self.running) - len(lesser)]
-        freed = sum(self.pool.held(running.tables) for running in lesser)
+        freed = self.pool.freed_by(running.tables for running in lesser)
         kept = sum(self._reserve(running) for running in others)
         return len(others) < self.limits.max_num_seqs and need + kept <= self.pool.num_free + freed
 

@@ -55,6 +55,10 @@ LIMITS = llguidance.LLParserLimits(
 """What a compiled grammar may take, in the compiler's own units: about 10 ms for one mask."""
 
 
+class TrialFailed(Exception):
+    """A grammar could not be tried; which says nothing about it."""
+
+
 class Trial:
     """Tries grammars, one at a time; the child starts with the first."""
 
@@ -64,18 +68,27 @@ class Trial:
         atexit.register(self.close)
 
     def check(self, source: str, size: int, special: Mapping[str, int], eos_token_ids: tuple[int, ...]) -> str:
-        """What is wrong with a grammar, in words for its author; empty if nothing is."""
+        """What is wrong with a grammar, in words for its author; empty if nothing is.
+
+        Raises `TrialFailed` where the machine, and not the grammar, is to blame.
+        """
         asked = json.dumps({"source": source, "size": size, "special": dict(special), "eos": eos_token_ids})
         with self._lock:
             child = self._started()
             try:
                 _send(child, asked.encode() + b"\n")
                 answer = _line(child, WALL_SECONDS)
-            except (BrokenPipeError, TimeoutError):
+            except BrokenPipeError:
                 answer = b""
+            except TimeoutError:
+                self._end()
+                raise TrialFailed("the machine is too busy") from None
             if answer:
                 return str(json.loads(answer)["error"])
-            if self._end() in (-signal.SIGPROF, -signal.SIGKILL):
+            code = self._end()
+            if code == -signal.SIGKILL:
+                raise TrialFailed("the process that tries them was killed")
+            if code == -signal.SIGPROF:
                 return f"it takes longer than {CPU_SECONDS:g} s to compile"
             return "it is too large or too deeply nested to compile"
 
@@ -97,7 +110,7 @@ class Trial:
                 _line(self._child, START_SECONDS)
             except TimeoutError:
                 self._end()
-                raise
+                raise TrialFailed("the process that tries them does not start") from None
         return self._child
 
     def _end(self) -> int:

@@ -21,7 +21,8 @@ from torch import Tensor
 class PagedBatch:
     """One step's addresses. Sequence s owns tokens `query_starts[s]` to `query_starts[s + 1]`, exclusive.
 
-    Table entries past a sequence's own blocks are 0 and carry no meaning: nobody may read through them.
+    Table entries past a sequence's own blocks are 0 and carry no meaning, and so are negative ones before a
+    window: nobody may read through them.
     """
 
     positions: Tensor

@@ -467,12 +467,21 @@ _NOT_WITH_BEAMS: Final = (
     "prompt_logprobs", "logprob_token_ids", "script", "stream", "response_format",
     "structured_outputs",
 )  # fmt: skip
-_NEUTRAL: Final[Mapping[str, object]] = {
-    "temperature": 0,
-    "top_p": 1,
-    "top_k": -1,
-    "repetition_penalty": 1,
+_NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
+    "temperature": (0, 0.0),
+    "top_p": (1, 1.0),
+    "top_k": (-1, 0),
+    "min_p": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "bad_words": ([],),
+    "logprob_token_ids": ([],),
+    "stream": (False,),
 }
+"""Values that ask for nothing."""
 
 
 class SamplingFields(ModelRequest):
@@ -579,7 +588,8 @@ class SamplingFields(ModelRequest):
         if self.wanted_logprobs is not None:
             raise PydanticCustomError("use_beam_search", "cannot be combined with 'logprobs'")
         for name in _NOT_WITH_BEAMS:
-            if getattr(self, name, None) not in (None, False, [], {}, "", _NEUTRAL.get(name)):
+            value = getattr(self, name, None)
+            if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL.get(name, ())):
                 raise PydanticCustomError("use_beam_search", "cannot be combined with '{name}'", {"name": name})
 
     @property

@@ -27,7 +27,13 @@ from quire_schemas.fields import SchemaField, Shape, fields_of
 from quire_schemas.model import ModelSpec
 from quire_schemas.resource import Strict, update_tag
 
-ENGINE_HOT = ("batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.chunkedPrefill")
+ENGINE_HOT = (
+    "batching.maxNumSeqs",
+    "batching.maxNumBatchedTokens",
+    "batching.chunkedPrefill",
+    "batching.policy",
+    "batching.maxQueueLength",
+)
 """Hot fields that are pushed to running engines; the others are the router's and the control plane's."""
 
 

@@ -395,6 +395,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("both", {"use_beam_search": True, "temperature": 0.7}, "use_beam_search"),
     ("both", {"use_beam_search": True, "stream": True}, "use_beam_search"),
     ("both", {"use_beam_search": True, "stop": "x"}, "use_beam_search"),
+    ("both", {"use_beam_search": True, "prompt_logprobs": 0}, "use_beam_search"),
+    ("both", {"use_beam_search": True, "thinking_token_budget": 0}, "use_beam_search"),
     ("both", {"length_penalty": 2}, "length_penalty"),
     ("chat", {"best_of": 2}, "best_of"),
     ("chat", {"logprobs": True, "top_logprobs": -1, "max_tokens": 200}, "top_logprobs"),

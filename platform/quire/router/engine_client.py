@@ -57,6 +57,7 @@ class Sequence:
         "max_tokens",
         "priority",
         "prompt_tokens",
+        "width",
     )
 
     def __init__(
@@ -70,6 +71,7 @@ class Sequence:
         self.prompt_tokens = len(request.token_ids) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
+        self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens
         self.generated = 0
         self.ended = False
@@ -122,7 +124,8 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        return len(self._sequences)
+        """Seats and places in the queue that its sequences take: a beam search takes one for each beam."""
+        return sum(sequence.width for sequence in self._sequences.values())
 
     @property
     def stalled(self) -> bool:
@@ -176,7 +179,8 @@ class EngineClient:
         order = list(self._sequences.values())
         if self.policy == "priority":
             order.sort(key=lambda each: each.priority)  # keeps the order of arrival among equals
-        return sequence in order[self.stats.running :]
+        before = sum(each.width for each in order[: order.index(sequence)])
+        return before >= self.stats.running
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
 

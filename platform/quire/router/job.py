@@ -294,6 +294,10 @@ class Choice:
         if delta.error_code == "no_token_left":
             wishes = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
             named = [name for name in wishes if getattr(self.sampling, name)]
+            named += ["thinking_token_budget"] if self.sampling.thinking is not None else []
+            named += [self.job.constrained_by] if self.job.constrained_by else []
+            if not named:
+                raise InternalError("The engine found no token that it could choose.")
             raise InvalidRequest(
                 f"'{named[0]}' leaves no token to choose"
                 + (f", with {' and '.join(named[1:])}." if named[1:] else "."),

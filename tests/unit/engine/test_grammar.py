@@ -23,6 +23,7 @@ from tests.unit.platform import tokenizers_for_tests as made
 from quire import builtin
 from quire.text import Tokenizer
 from quire_engine import grammar as grammar_module
+from quire_engine import trial as trial_module
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
 from quire_engine.grammar import EARNED, KEPT_BYTES, SAVINGS, Grammars, Matcher, source
 from quire_engine.vocabulary import Vocabulary
@@ -540,6 +541,25 @@ def test_a_hostile_constraint_is_refused_within_a_second(tiny: Grammars, name: s
         tiny.compile(HOSTILE[name])
     assert time.monotonic() - began < bound(0.01)
     assert tiny.compile(Structured("choice", json.dumps(["still", "there", name])))
+
+
+def test_what_the_machine_is_to_blame_for_is_no_verdict(tiny: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    structured = Structured("regex", "[xyz]+ once more")
+    monkeypatch.setattr(trial_module, "WALL_SECONDS", 0.0)
+    with pytest.raises(RequestRefused, match="cannot be tried now: the machine is too busy") as refusal:
+        tiny.compile(structured)
+    assert refusal.value.code == "queue_full"
+    monkeypatch.undo()
+    assert tiny.compile(structured)
+
+
+def test_an_ending_id_outside_the_vocabulary_is_never_drawn(tiny: Grammars) -> None:
+    matcher = tiny.compile(Structured("choice", '["a"]')).matcher((*EOS, 10**6))
+    assert ids(matcher.allowed([]))
+
+
+def test_data_in_a_schema_is_not_taken_for_a_schema(tiny: Grammars) -> None:
+    assert tiny.compile(schema({"enum": [{"minProperties": 5}, 1]}))
 
 
 @pytest.mark.parametrize("name", HARMLESS)

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.effort import EFFORT, examples
+from tests.effort import EFFORT, times
 
 from quire_engine.blocks import GONE, BlockPool, Tables
 from quire_engine.config import BatchLimits
@@ -383,6 +383,27 @@ def test_priorities_decide_who_starts_and_who_has_to_go() -> None:
     assert str(step(scheduler)[0]) == "step 2: 2 tokens: urgent[3:4]* b[4:5]*", "nobody goes for an equal"
     scheduler.set_limits(BatchLimits(3, 16, True, "fcfs"))
     assert str(step(scheduler)[0]) == "step 3: 6 tokens: a[0:4]* b[5:6]* urgent[4:5]*"
+
+
+def test_nobody_is_thrown_out_for_blocks_that_others_hold_as_well() -> None:
+    limits = BatchLimits(8, 64, True, "priority")
+    scheduler = Scheduler(BlockPool(32, 4), limits, max_model_len=256, clock=lambda: 0.0)
+
+    def request(name: str, prompt: list[int], priority: int) -> Request:
+        message = Generate(name, prompt, Sampling(max_tokens=9), priority=priority)
+        return share(Request.of(message, eos_token_ids=(), seed=0, received_at=0.0))
+
+    common = list(range(40))
+    for name in "abc":
+        scheduler.add(request(name, [*common, ord(name)], 5))
+    for _ in range(3):
+        step(scheduler)
+    scheduler.add(request("kept", common, 0))
+    step(scheduler)
+    assert scheduler.pool.num_used < 4 * 11, "the prompt is there once"
+    scheduler.add(request("large", [9] * 100, 1))
+    plan, _ = step(scheduler)
+    assert plan.preempted == (), "what they would free is not enough"
 
 
 def test_a_full_queue_refuses_by_name() -> None:
@@ -766,7 +787,7 @@ class World(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=examples(300),
+    max_examples=times(300, 10_000),
     stateful_step_count=50,
     deadline=None,
     derandomize=EFFORT == 1,
