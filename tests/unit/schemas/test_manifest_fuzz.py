@@ -98,7 +98,7 @@ def printable(problem: Problem, file: str, lines: int) -> None:
     text = f"{problem.path}{problem.message}{problem.hint}"
     assert text.isprintable(), f"characters that a terminal acts upon: {text!r}"
     assert len(text) < 2_000, "nobody reads that"
-    ours = re.sub(r'".*?"', '""', text)  # without what it quotes of the file
+    ours = re.sub(r"\".*?\"|'.*?'", "''", text)  # without what it quotes of the file
     assert not re.search(r"Input should|Value error|\bNone\b", ours), text
 
 
