@@ -24,11 +24,11 @@ of it. The first link is `root`: what keys and values depend on besides tokens, 
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+import msgspec
 
 from quire_engine.errors import InvariantBroken
 from quire_schemas.sizing import blocks_held
@@ -40,22 +40,26 @@ Tables = list[list[int]]
 """One table a group."""
 
 
+_encode = msgspec.msgpack.Encoder().encode
+_BLAKE2B = blake2b(digest_size=16)
+"""To copy: that is less work than to make one with parameters."""
+
+
 def root(*parts: str) -> bytes:
     """The first link of a chain of hashes: only requests with the same `parts` can share blocks."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part.encode())
-    return digest.digest()
+    return _digest(parts)
 
 
 def chain(before: bytes, token_ids: Sequence[int]) -> bytes:
     """The hash of a full block of `token_ids` behind the blocks that `before` stands for."""
-    return hashlib.blake2b(before + _numbers(len(token_ids)).pack(*token_ids), digest_size=16).digest()
+    return _digest((before, token_ids))
 
 
-@functools.cache
-def _numbers(count: int) -> struct.Struct:
-    return struct.Struct(f"<{count}i")
+def _digest(values: Sequence[object]) -> bytes:
+    """Sixteen bytes that no other `values` give."""
+    digest = _BLAKE2B.copy()
+    digest.update(_encode(values))
+    return digest.digest()
 
 
 class BlockPool:
@@ -74,6 +78,7 @@ class BlockPool:
         "_sliding",
         "block_size",
         "evictions",
+        "is_windowed",
         "num_blocks",
         "num_groups",
         "windows",
@@ -84,6 +89,8 @@ class BlockPool:
         self.block_size = block_size
         self.windows = tuple(windows)
         self.num_groups = len(windows)
+        self.is_windowed = any(window is not None for window in windows)
+        """Whether some group does not keep everything."""
         self.evictions = 0
         """Idle blocks that were taken for something else."""
         self._full = tuple(group for group, window in enumerate(windows) if window is None)
@@ -110,11 +117,6 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._blank) - len(self._idle)
-
-    @property
-    def is_windowed(self) -> bool:
-        """Whether some group does not keep everything."""
-        return bool(self._sliding)
 
     def blocks_for(self, num_tokens: int) -> int:
         """The length of a table that holds `num_tokens` tokens."""
@@ -147,7 +149,7 @@ class BlockPool:
 
     def grow(self, tables: Tables, num_tokens: int) -> bool:
         """Lengthen `tables` until they hold `num_tokens`. False, and nothing changed, if too few are free."""
-        missing = self.blocks_for(num_tokens) - len(tables[0])
+        missing = -(-num_tokens // self.block_size) - len(tables[0])
         if missing <= 0:
             return True
         if missing * self.num_groups > len(self._blank) + len(self._idle):
@@ -206,12 +208,10 @@ class BlockPool:
         Where another block already has the digest that one stays the known one.
         """
         sealed = self._sealed
-        for known, table in zip(self._known, tables, strict=True):
-            block = table[index]
-            if block == GONE or digest in known or sealed[block] is not None:
-                continue
-            known[digest] = block
-            sealed[block] = (known, digest)
+        for group, known in enumerate(self._known):
+            block = tables[group][index]
+            if block != GONE and sealed[block] is None and known.setdefault(digest, block) == block:
+                sealed[block] = (known, digest)
 
     def match(self, digests: Sequence[bytes]) -> int:
         """How many leading blocks of a chain are there, in every group as far as its window reaches back."""

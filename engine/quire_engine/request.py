@@ -60,6 +60,9 @@ class Request:
     told.
     """
 
+    held: bool = field(init=False)
+    """Whether `Scheduler.extend` gives it its tokens."""
+
     told: bool = False
     """A held one knows what it would draw and has not been told yet what it does."""
 
@@ -82,6 +85,8 @@ class Request:
     """Its leading blocks that others can find."""
     seal_at: int = NEVER
     """Computed tokens at which the next block can be found; `NEVER` without a root."""
+    is_plain: bool = field(init=False)
+    """It draws, and nothing but its draw goes with its last token."""
     repetition: Repetition | None = field(init=False)
     num_unscored: int = field(init=False)
     """Tokens of its prompt whose log-probabilities are wanted and have not been given out."""
@@ -89,6 +94,8 @@ class Request:
     """Prompt tokens that it did not have to compute when it was first let in."""
     scheduled_at: float | None = None
     first_token_at: float | None = None
+    is_steady: bool = False
+    """It has had its first token, and only what is drawn or how long it is can end it."""
     preempted_at: list[float] = field(default_factory=list)
 
     @classmethod
@@ -127,17 +134,14 @@ class Request:
         )
 
     def __post_init__(self) -> None:
+        self.held = self.width > 0
+        self.is_plain = self.pool is None and not self.draw.needs_history
         self.repetition = self.draw.sampling.repetition
         self.num_unscored = 0 if self.draw.sampling.prompt_logprobs is None else self.num_prompt - 1
 
     def share_with(self, *kin: str) -> None:
         """From now on its blocks can be found by requests that begin alike and were given the same `kin`."""
         self.root = root(*kin)
-
-    @property
-    def held(self) -> bool:
-        """Whether `Scheduler.extend` gives it its tokens."""
-        return self.width > 0
 
     @property
     def num_known(self) -> int:
@@ -157,12 +161,11 @@ class Request:
         root.
         """
         digests = self.digests
-        if self.root is None:
-            return digests
-        while len(digests) < count:
-            at = len(digests)
+        if len(digests) < count and self.root is not None:
             before = digests[-1] if digests else self.root
-            digests.append(chain(before, self.token_ids[at * block_size : (at + 1) * block_size]))
+            for at in range(len(digests) * block_size, count * block_size, block_size):
+                before = chain(before, self.token_ids[at : at + block_size])
+                digests.append(before)
         return digests
 
     def timings(self, finished_at: float | None = None) -> Timings:

@@ -95,6 +95,8 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._arrivals = 0
         self._tickets = 0
+        self._at_work: dict[int, Request] = {}
+        """Those that run, by ticket."""
         self._given_out = 0
         self._copies: dict[int, int] = {}
         """Of blocks, by the one that is written to, to be made before the next step."""
@@ -176,7 +178,7 @@ class Scheduler:
         """
         parent = self._live[name]
         twin = replace(parent, id=child, token_ids=list(parent.token_ids), digests=list(parent.digests))
-        twin.preempted_at, twin.tables, twin.frozen_tables = [], self.pool.empty(), None
+        twin.preempted_at, twin.tables, twin.frozen_tables, twin.ticket = [], self.pool.empty(), None, 0
         self._live[child] = twin
         self._watch(twin)
         if parent.state is State.RUNNING and len(self.running) < self.limits.max_num_seqs:
@@ -184,8 +186,7 @@ class Scheduler:
             if forked is not None:
                 twin.tables, copies = forked
                 self._copies.update((target, source) for source, target in copies)
-                self._tickets += 1
-                twin.ticket = self._tickets
+                self._number(twin)
                 twin.capacity = len(twin.tables[0]) * self.pool.block_size
                 insort(self.running, twin, key=_KEY)
                 return
@@ -282,14 +283,16 @@ class Scheduler:
         self._given_out -= 1
         now = self._clock()
         deltas: list[Delta] = []
-        live, drawn, failures, logprobs = self._live, result.tokens, result.failures, result.logprobs
-        generated = 0
+        at_work, drawn, failures, logprobs = self._at_work, result.tokens, result.failures, result.logprobs
+        passed = 0  # items that drew nothing
         for item in plan.items:
-            name = item.request_id
-            request = live.get(name)
-            if request is None or request.ticket != item.ticket:
+            request = at_work.get(item.ticket)
+            if request is None:
+                passed += 1
                 continue
+            name = item.request_id
             if failures and name in failures:
+                passed += 1
                 deltas.append(self._fail(request, now, *failures[name]))
                 continue
             request.num_computed = computed = item.end
@@ -297,43 +300,57 @@ class Scheduler:
                 self._seal(request)
             draw = item.draw
             if draw is None:
+                passed += 1
                 if request.pool is not None and (pooled := self._pool(request, request.pool, item, result, now)):
                     deltas.append(pooled)
                 if item.targets and (scores := _new_scores(request, item, result)):
                     deltas.append(Delta(name, prompt_logprobs=scores))
                 continue
-            generated += 1
             request.num_drawing -= 1
-            if request.held:
-                deltas.append(self._told(request, logprobs[name], now))
-                continue
             token, token_ids = drawn[name], request.token_ids
-            # a grammar lets a text end below min_tokens only when nothing else may come
-            if token in request.ending_ids and (
-                request.num_output >= draw.sampling.min_tokens or draw.sampling.structured is not None
-            ):
-                delta = Delta(name, finish_reason="stop", stop_token_id=token)
-            else:
+            if (
+                request.is_steady
+                and not logprobs
+                and token not in request.ending_ids
+                and len(token_ids) + 1 < request.full_at
+            ):  # what `_drawn` does, without the call: nearly all of a large batch comes by here
                 token_ids.append(token)
-                delta = Delta(name, [token])
-                if logprobs and name in logprobs:
-                    delta.logprobs = [logprobs[name]]
-                if request.repetition is not None and _goes_round(request, request.repetition):
-                    delta.finish_reason = "repetition"
-                elif len(token_ids) >= request.full_at:
-                    delta.finish_reason = "length"
-            if request.first_token_at is None:  # before which all of its prompt has been scored
-                if item.targets:
-                    delta.prompt_logprobs = _new_scores(request, item, result) or None
-                request.first_token_at = now
-                self.counters.prompt_tokens += request.num_prompt
-                delta.timings = request.timings()
-            if delta.finish_reason is not None:
-                delta.timings = request.timings(now)
-                self._leave(request)
-            deltas.append(delta)
-        self.counters.generation_tokens += generated
+                deltas.append(Delta(name, (token,)))
+            elif request.held:
+                deltas.append(self._told(request, logprobs[name], now))
+            else:
+                deltas.append(self._drawn(request, item, token, result, now))
+        self.counters.generation_tokens += len(plan.items) - passed
         return deltas
+
+    def _drawn(self, request: Request, item: Scheduled, token: int, result: StepResult, now: float) -> Delta:
+        """Take over the `token` that was drawn for a request; it may be the last."""
+        sampling, token_ids = request.draw.sampling, request.token_ids
+        # a grammar lets a text end below min_tokens only when nothing else may come
+        if token in request.ending_ids and (
+            request.num_output >= sampling.min_tokens or sampling.structured is not None
+        ):
+            delta = Delta(request.id, finish_reason="stop", stop_token_id=token)
+        else:
+            token_ids.append(token)
+            delta = Delta(request.id, (token,))
+            if request.id in result.logprobs:
+                delta.logprobs = [result.logprobs[request.id]]
+            if request.repetition is not None and _goes_round(request, request.repetition):
+                delta.finish_reason = "repetition"
+            elif len(token_ids) >= request.full_at:
+                delta.finish_reason = "length"
+        if request.first_token_at is None:  # before which all of its prompt has been scored
+            if item.targets:
+                delta.prompt_logprobs = _new_scores(request, item, result) or None
+            request.first_token_at = now
+            request.is_steady = request.repetition is None
+            self.counters.prompt_tokens += request.num_prompt
+            delta.timings = request.timings()
+        if delta.finish_reason is not None:
+            delta.timings = request.timings(now)
+            self._leave(request)
+        return delta
 
     def _told(self, request: Request, told: TokenLogprobs, now: float) -> Delta:
         """What a held request would draw."""
@@ -371,17 +388,20 @@ class Scheduler:
             start, drawing = request.num_planned, request.num_drawing
             known = len(request.token_ids) + drawing
             count = known - start
-            if count != 1:
+            if count == 1:
+                if drawing and known >= request.full_at:
+                    continue  # what is being drawn is its last token
+                is_short = request.is_plain
+            else:
                 count = self._chunk(request, count, left, first=not items) if count else 0
                 if not count:
                     continue
-            elif drawing and known >= request.full_at:
-                continue  # what is being drawn is its last token
+                is_short = False
             end = start + count
             if end > request.capacity and not self._make_room(request, end, draft.preempted):
                 break
             left -= count
-            if count > 1 or end < known or (draw := request.draw).needs_history or request.pool is not None:
+            if not is_short:
                 items.append(self._scheduled(request, start, end, known))
                 continue
             # what `_scheduled` does, without the call: nearly all of a large batch comes by here
@@ -389,7 +409,7 @@ class Scheduler:
             request.num_planned = end
             request.num_drawing = drawing + 1
             tables = request.frozen_tables or self._freeze(request)
-            items.append(Scheduled(request.id, request.ticket, tokens, start, end, tables, draw))
+            items.append(Scheduled(request.id, request.ticket, tokens, start, end, tables, request.draw))
         draft.left = left
         return seen
 
@@ -487,8 +507,7 @@ class Scheduler:
     def _let_in(self, request: Request, digests: list[bytes], num_tokens: int) -> None:
         """Give a waiting request a seat, the blocks of the prefix `digests`, and room for `num_tokens` tokens."""
         pool = self.pool
-        self._tickets += 1
-        request.ticket = self._tickets
+        self._number(request)
         request.state = State.RUNNING
         insort(self.running, request, key=_KEY)
         if request.root is not None:
@@ -507,6 +526,12 @@ class Scheduler:
         if not pool.grow(request.tables, num_tokens):
             raise InvariantBroken(f"{request.id} was let in without room for {num_tokens} tokens")
         request.capacity = len(request.tables[0]) * pool.block_size
+
+    def _number(self, request: Request) -> None:
+        """Give a request the ticket of a new life."""
+        self._tickets += 1
+        request.ticket = self._tickets
+        self._at_work[request.ticket] = request
 
     def _scheduled(self, request: Request, start: int, end: int, known: int) -> Scheduled:
         """Its share of the step, tokens `start` to `end` of the `known` ones; it counts as planned from now on."""
@@ -556,16 +581,15 @@ class Scheduler:
     def _seal(self, request: Request) -> None:
         """Others may find the blocks that have become full and computed."""
         pool, coming = self.pool, self._coming
-        size, index = pool.block_size, request.num_sealed
-        digests = request.chain_of(request.num_computed // size, size)
-        while (index + 1) * size <= request.num_computed:
+        count = request.num_computed // pool.block_size
+        digests = request.chain_of(count, pool.block_size)
+        for index in range(request.num_sealed, count):
             digest = digests[index]
             pool.seal(request.tables, index, digest)
             if coming and coming.get(digest) is request:
                 del coming[digest]
-            index += 1
-        request.num_sealed = index
-        request.seal_at = (index + 1) * size
+        request.num_sealed = count
+        request.seal_at = (count + 1) * pool.block_size
 
     # ── leaving ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -592,6 +616,7 @@ class Scheduler:
             if self._coming.get(digest) is request:
                 del self._coming[digest]
         self.pool.release(request.tables)
+        self._at_work.pop(request.ticket, None)
         request.ticket = request.num_planned = request.num_computed = request.num_drawing = 0
         request.capacity = request.num_sealed = 0
         request.seal_at = NEVER
@@ -636,6 +661,8 @@ class Scheduler:
                 )
             if len(request.tables[0]) != self.pool.blocks_for(request.num_planned):
                 raise InvariantBroken(f"{request.id} has {len(request.tables[0])} blocks for its tokens")
+        if self._at_work != {request.ticket: request for request in self.running}:
+            raise InvariantBroken("the tickets are not those of the running requests")
         if not set(self._coming.values()) <= set(self.running):
             raise InvariantBroken("a block is said to come from a request that does not run")
         if not self.running and self._coming:

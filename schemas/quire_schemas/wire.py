@@ -311,7 +311,7 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """What one step gave one request: new ids (a stop token is not among them), and its end if it ended."""
 
     id: str
-    token_ids: list[int] = []
+    token_ids: tuple[int, ...] = ()
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the next tokens of the prompt, in order, beginning with its second."""

@@ -144,7 +144,7 @@ class Engine:
             await asyncio.sleep(pause)
             self.steps += 1
             last = number == count - 1
-            delta = wire.Delta(request.id, [65 + number % 26], finish_reason="length" if last else None)
+            delta = wire.Delta(request.id, (65 + number % 26,), finish_reason="length" if last else None)
             if last:
                 delta.timings = wire.Timings(received_at=time.monotonic())
             writer.write(wire.frame(wire.Deltas(self.steps, [delta])))

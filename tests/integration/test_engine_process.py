@@ -182,7 +182,7 @@ def test_a_life_from_starting_to_a_clean_end(start: Callable[..., Process], fold
     client.send(Generate("v", [5, 6, 7], SHORT, pooling=Pooling("mean", dimensions=8)))
     (delta,) = client.next(Deltas).items
     vector = struct.unpack("<8f", delta.embedding or b"")
-    assert (delta.id, delta.token_ids, delta.finish_reason) == ("v", [], "stop")
+    assert (delta.id, delta.token_ids, delta.finish_reason) == ("v", (), "stop")
     assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-5)
     other = connect(folder)
     leaving = connect(folder)

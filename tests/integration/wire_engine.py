@@ -200,7 +200,7 @@ class WireEngine:
     def _advance(self, run: _Running) -> wire.Delta:
         ids = run.answer[run.sent : run.sent + self.tokens_per_step]
         run.sent += len(ids)
-        delta = wire.Delta(id=run.request.id, token_ids=ids)
+        delta = wire.Delta(id=run.request.id, token_ids=tuple(ids))
         now = time.monotonic()
         if run.first_token_at is None:
             run.scheduled_at, run.first_token_at = max(now - self.pace, run.received_at), now

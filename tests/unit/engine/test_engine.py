@@ -228,7 +228,7 @@ def test_stop_ids_min_tokens_bias_and_logprobs_reach_the_sampler(shared: Engine)
     plain = tokens(run(shared, Generate("a", list(PROMPT), GREEDY))["a"])
     stop = plain[0]
     stopped = run(shared, Generate("a", list(PROMPT), params(temperature=0.0, stop_token_ids=(stop,))))["a"]
-    assert [(d.token_ids, d.finish_reason, d.stop_token_id) for d in stopped] == [([], "stop", stop)]
+    assert [(d.token_ids, d.finish_reason, d.stop_token_id) for d in stopped] == [((), "stop", stop)]
     patient = params(temperature=0.0, stop_token_ids=(stop,), min_tokens=3)
     assert stop not in tokens(run(shared, Generate("a", list(PROMPT), patient))["a"])[:3]
     forced = run(

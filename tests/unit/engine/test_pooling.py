@@ -66,7 +66,7 @@ def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
 
 def vector_of(deltas: list[Delta]) -> Vector:
     (delta,) = deltas
-    assert (delta.finish_reason, delta.token_ids) == ("stop", [])
+    assert (delta.finish_reason, delta.token_ids) == ("stop", ())
     assert delta.timings is not None
     assert delta.timings.finished_at is not None
     assert delta.embedding is not None

@@ -77,7 +77,7 @@ def test_one_counter_takes_a_request_from_prompt_to_end() -> None:
     assert deltas == []
     plan, deltas = step(scheduler)
     assert str(plan) == "step 1: 4 tokens: a[6:10]*"
-    assert [d.token_ids for d in deltas] == [[50]]
+    assert [d.token_ids for d in deltas] == [(50,)]
     step(scheduler)
     plan, deltas = step(scheduler)
     assert str(plan) == "step 3: 1 tokens: a[11:12]*"
@@ -197,8 +197,8 @@ def test_stop_ids_end_the_text_and_are_not_part_of_it() -> None:
     for name in ("eos", "own"):
         assert deltas[name].finish_reason == "stop"
         assert deltas[name].stop_token_id == EOS
-        assert deltas[name].token_ids == []
-    assert deltas["deaf"].token_ids == [EOS]
+        assert deltas[name].token_ids == ()
+    assert deltas["deaf"].token_ids == (EOS,)
     assert deltas["deaf"].finish_reason is None
 
 
@@ -250,7 +250,7 @@ def test_a_name_used_again_while_a_step_ahead_is_planned_gets_nothing_of_the_old
     new = scheduler.schedule()
     assert scheduler.commit(old, scripted(old)) == []
     (delta,) = scheduler.commit(new, scripted(new, 51))
-    assert delta.token_ids == [51]
+    assert delta.token_ids == (51,)
     scheduler.check_integrity()
 
 
@@ -777,9 +777,9 @@ class World(RuleBasedStateMachine):
         expected = life.tokens[len(life.prompt) + len(life.said)]
         life.said += delta.token_ids
         if expected == EOS:
-            assert (delta.finish_reason, delta.stop_token_id, delta.token_ids) == ("stop", EOS, [])
+            assert (delta.finish_reason, delta.stop_token_id, delta.token_ids) == ("stop", EOS, ())
         else:
-            assert delta.token_ids == [expected]  # I11: the same tokens, preempted or not, shared or not
+            assert delta.token_ids == (expected,)  # I11: the same tokens, preempted or not, shared or not
             assert (delta.finish_reason == "length") == (len(life.said) == life.max_tokens)
         if delta.finish_reason is not None:
             assert delta.timings is not None
@@ -878,7 +878,7 @@ class DeafAbort(Scheduler):
         deltas = super().commit(plan, result)
         heard = {delta.id for delta in deltas}
         late = [item.request_id for item in plan.items if item.draw and item.request_id not in heard]
-        return deltas + [Delta(name, [result.tokens[name]]) for name in late if name in result.tokens]
+        return deltas + [Delta(name, (result.tokens[name],)) for name in late if name in result.tokens]
 
 
 class GreedySharer(Scheduler):

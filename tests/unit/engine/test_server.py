@@ -95,7 +95,7 @@ async def test_two_connections_may_use_the_same_ids(folder: Path) -> None:
         first.send(Generate("same", [5], always(10)))
         second.send(Generate("same", [5], always(20)))
         for client, token in ((first, 10), (second, 20)):
-            assert [d.token_ids for d in (await client.hear("same"))["same"]] == [[token]] * 3
+            assert [d.token_ids for d in (await client.hear("same"))["same"]] == [(token,)] * 3
         first.close()
         second.close()
 
