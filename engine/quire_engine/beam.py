@@ -178,7 +178,7 @@ class Searches:
         return True
 
     def follow(self, deltas: Sequence[Delta], scheduler: Scheduler) -> list[Delta]:
-        """Carry out what beams were told; the deltas of everybody else, and of searches that ended."""
+        """Carry out what beams were told; the deltas of everybody else, and of searches that began or ended."""
         passed: list[Delta] = []
         gone: set[str] = set()
         for delta in deltas:
@@ -197,6 +197,8 @@ class Searches:
                     ended = self._carry_out(group, moves, scheduler)
                     if ended is not None:
                         passed.append(ended)
+                    elif delta.timings is not None:
+                        passed.append(Delta(group.name, timings=delta.timings))
         return passed
 
     def _carry_out(self, group: BeamGroup, moves: Moves, scheduler: Scheduler) -> Delta | None:

@@ -355,10 +355,12 @@ class Scheduler:
     def _told(self, request: Request, told: TokenLogprobs, now: float) -> Delta:
         """What a held request would draw."""
         request.told = True
+        delta = Delta(request.id, logprobs=[told])
         if request.first_token_at is None:
             request.first_token_at = now
             self.counters.prompt_tokens += request.num_prompt
-        return Delta(request.id, logprobs=[told])
+            delta.timings = request.timings()
+        return delta
 
     def _pool(self, request: Request, pool: Pool, item: Scheduled, result: StepResult, now: float) -> Delta | None:
         """Take over final states; with the last of them the request ends."""

@@ -274,6 +274,8 @@ class LLM:
             with _progress(len(whole), use_tqdm) as bar:
                 while self.engine.has_work:
                     for delta in self.engine.step():
+                        if delta.finish_reason is None:
+                            continue  # it has begun
                         outputs[delta.id].outputs += self._found(delta)
                         if bar is not None:
                             bar.update()

@@ -391,6 +391,23 @@ async def test_those_who_were_beside_it_are_answered(world: World) -> None:
     assert sum(engine.deaths for engine in engines) == 2
 
 
+async def test_a_beam_search_that_has_begun_is_no_suspect(world: World) -> None:
+    """It brings no token before its end, but word that it could have."""
+    name = "search"
+    engines = [await world.engine(f"{name}-{number}", die_after=3) for number in range(2)]
+    await world.serve(*engines, model=name, names=("tiny",))
+    ask = {**CHAT, "n": 2, "max_tokens": 8, "use_beam_search": True, "temperature": 0}
+    async with httpx.AsyncClient(base_url=world.url, timeout=20) as http:
+        lost = await http.post("/v1/chat/completions", json=ask)
+        assert lost.json()["error"]["code"] == "engine_unavailable", "each attempt was lost"
+        for engine in engines:
+            engine.die_after = None
+        await eventually(lambda: world.is_ready(2))
+        found = await http.post("/v1/chat/completions", json=ask)
+    assert found.status_code == 200, found.text
+    assert len(found.json()["choices"]) == 2
+
+
 async def test_several_choices_of_a_suspect_wait_for_each_other(world: World) -> None:
     first, second = await two_that_can_be_killed(world, "several", stalled=True)
     async with httpx.AsyncClient(base_url=world.url, timeout=20) as http:

@@ -227,4 +227,8 @@ class WireEngine:
             delta.finish_reason, delta.stop_token_id = "stop", 0
         if delta.finish_reason is not None:
             delta.timings = run.timings(self.skew, self.cached(run.request), now)
+        if run.request.beam is not None:  # says when it begins, and what it found
+            delta.token_ids = ()
+            if delta.finish_reason is not None:
+                delta.beams = [wire.BeamResult(run.answer, -1.0, "length", None)] * run.request.beam.width
         return delta

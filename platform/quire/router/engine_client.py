@@ -46,6 +46,7 @@ class Sequence:
     """One sequence running on an engine: an inbox of its deltas, and the bell that rings when there is one."""
 
     __slots__ = (
+        "begun",
         "bell",
         "client",
         "connection",
@@ -74,6 +75,8 @@ class Sequence:
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens
         self.generated = 0
+        self.begun = False
+        """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
         self.lost = False
 
@@ -174,7 +177,7 @@ class EngineClient:
         They are counted, and not those that wait, because one that gives up leaves the queue before the engine
         says so: who runs must not be taken for it.
         """
-        if sequence.generated or self.stats is None or not self.stats.waiting:
+        if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
         order = list(self._sequences.values())
         if self.policy == "priority":
@@ -319,6 +322,9 @@ class EngineClient:
                 if sequence is None:
                     continue  # aborted a moment ago
                 sequence.generated += len(delta.token_ids)
+                timings = delta.timings
+                if delta.token_ids or (timings is not None and timings.first_token_at is not None):
+                    sequence.begun = True
                 sequence.deltas.append(delta)
                 if delta.finish_reason is not None:
                     sequence.ended = True

@@ -1,10 +1,10 @@
 """Which requests may be what engines die of, so that none of them takes down one replica after the other.
 
-A request is *suspected* when its engine died, or stopped making steps, before it had brought a token: something
-that kills on sight was among those. It is *condemned*, and not sent again, when that has happened to it twice, at
-least once on trial. The first token of a request with the same fingerprint clears it. To keep the innocent apart
-from the guilty, the gateway tries suspects one at a time on each replica: no other suspect was beside what died on
-trial, though requests that nobody suspects yet may have been.
+A request is *suspected* when its engine died, or stopped making steps, before it had brought a token, or a beam
+search word that it could have: something that kills on sight was among those. It is *condemned*, and not sent
+again, when that has happened to it twice, at least once on trial. The first token of a request with the same
+fingerprint clears it. To keep the innocent apart from the guilty, the gateway tries suspects one at a time on each
+replica: no other suspect was beside what died on trial, though requests that nobody suspects yet may have been.
 
 Remembered are fingerprints, never contents; at most `MAX_REMEMBERED`, the oldest are forgotten first, and each for
 `REMEMBERED_SECONDS` after its last death. The router alone knows them, and forgets them when it starts anew.

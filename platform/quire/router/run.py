@@ -181,7 +181,7 @@ class Run:
         deltas = sequence.take()
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
-            if not (sequence.generated or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
+            if not (sequence.begun or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
                 death = (
                     sequence.client.endpoint.replica_id,
                     sequence.client.endpoint.incarnation,
@@ -201,8 +201,7 @@ class Run:
             return None
         before = choice.generated
         update = choice.read(deltas)
-        embedded = update is not None and update.embedding is not None
-        if embedded or (choice.generated and not before):
+        if sequence.begun:
             if choice.trial is not None:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)

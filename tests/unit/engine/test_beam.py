@@ -169,7 +169,10 @@ def test_the_engine_finds_the_same_in_company_short_of_seats_and_short_of_blocks
     others = [Generate(f"n{i}", [100 + i] * 5, Sampling(max_tokens=20, temperature=0.0)) for i in range(3)]
     heard = run(engine, others[0], ask(), *others[1:], ask("t"))
     for name in "st":
-        (delta,) = heard[name]
+        begun, delta = heard[name]
+        assert begun.beams is None
+        assert begun.timings is not None
+        assert begun.timings.first_token_at is not None
         assert delta.beams is not None
         assert [r.token_ids for r in delta.beams] == [r.token_ids for r in expected]
         assert [r.logprob for r in delta.beams] == pytest.approx([r.logprob for r in expected], abs=1e-3)
@@ -219,7 +222,7 @@ def test_a_search_can_be_aborted_fails_as_one_and_is_refused_by_name() -> None:
     engine.runner = Faulty(
         real.model, real.kv, block_size=real.block_size, head_rows=real.head_rows, device=real.device
     )
-    (delta,) = run(engine, ask())["s"]
+    _, delta = run(engine, ask())["s"]
     assert (delta.finish_reason, delta.error_code) == ("error", "internal_error")
 
 
