@@ -13,6 +13,8 @@ from quire_engine.engine import Engine
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -27,47 +29,52 @@ class Run:
     mean_live_length: float
 
 
+def engine_spec(
+    folder: Path,
+    dtype: Dtype,
+    *,
+    threads: int,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 512,
+    max_model_len: int = 1024,
+    block_size: int = 16,
+    prefix_caching: bool = False,
+) -> EngineSpec:
+    """An engine for the checkpoint in `folder`, with room for all its seats at their longest."""
+    return EngineSpec(
+        model=folder.name,
+        replica_id="benchmark",
+        incarnation=1,
+        socket="",
+        model_dir=str(folder),
+        dtype=dtype,
+        kv_dtype=dtype,
+        device="cpu",
+        threads=threads,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_blocks=max_num_seqs * max_model_len // block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        chunked_prefill=True,
+        prefix_caching=prefix_caching,
+        seed=0,
+        memory_limit=1 << 40,
+        hot_hash="",
+    )
+
+
 class Quire:
     """One loaded engine, sized so that every job of the scenario may run at once."""
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: Literal["float32", "bfloat16", "float16"],
-        *,
-        threads: int,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
-        max_model_len: int = 1024,
-        block_size: int = 16,
-        prefix_caching: bool = False,
+        self, folder: Path, dtype: Dtype, *, threads: int, prefix_caching: bool = False, **sizes: int
     ) -> None:
-        profile = read_profile(folder)
-        self.vocab_size = profile.vocab_size
-        self.max_model_len = max_model_len
-        self.engine = Engine.load(
-            EngineSpec(
-                model=folder.name,
-                replica_id="benchmark",
-                incarnation=1,
-                socket="",
-                model_dir=str(folder),
-                dtype=dtype,
-                kv_dtype=dtype,
-                device="cpu",
-                threads=threads,
-                max_model_len=max_model_len,
-                block_size=block_size,
-                num_blocks=max_num_seqs * max_model_len // block_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                chunked_prefill=True,
-                prefix_caching=prefix_caching,
-                seed=0,
-                memory_limit=1 << 40,
-                hot_hash="",
-            )
-        )
+        """`sizes` are the others of `engine_spec`."""
+        spec = engine_spec(folder, dtype, threads=threads, prefix_caching=prefix_caching, **sizes)
+        self.vocab_size = read_profile(folder).vocab_size
+        self.max_model_len = spec.max_model_len
+        self.engine = Engine.load(spec)
         self.engine.warm_up()
 
     def run(self, jobs: Sequence[Job]) -> Run:

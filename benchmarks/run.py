@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|prefix|structured`.
+"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|ahead|prefix|structured`.
 
 Rows go to `results/`, a table to stdout.
 
@@ -7,9 +7,10 @@ run sequentially, in the best static batch found, and with its continuous batchi
 count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
 that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes. `tracing` puts
 the same streams through routers with and without traces, in pairs, before one engine. `scheduling` times the
-host's part of a step. `prefix` runs requests that begin alike with the prefix cache on and off, the choices of one
-request with and without shared blocks, and requests without anything in common, for what the cache costs then.
-`structured` holds a batch of running requests to a JSON Schema, and leaves it free, in turns.
+host's part of a step, and `ahead` runs a full batch with and without asynchronous scheduling. `prefix` runs
+requests that begin alike with the prefix cache on and off, the choices of one request with and without shared
+blocks, and requests without anything in common, for what the cache costs then. `structured` holds a batch of
+running requests to a JSON Schema, and leaves it free, in turns.
 """
 
 from __future__ import annotations
@@ -253,6 +254,50 @@ def scheduling(args: argparse.Namespace) -> None:
     write(args.out or ROOT / "benchmarks/results/scheduling.jsonl", [common | row for row in found])
 
 
+def ahead(args: argparse.Namespace) -> None:
+    """What deciding a step ahead saves, beside an A/A pair; ratios are within a round."""
+    from benchmarks import ahead as work
+    from quire import builtin
+    from quire_engine.driver import spare_the_collector
+
+    rows = []
+    for part in args.parts:
+        runner: Literal["model", "scripted"] = "scripted" if part == "device" else "model"
+        threads = 1 if part == "device" else args.threads
+        engines = {
+            name: work.load(
+                builtin.path(), runner, ahead=name == "ahead", threads=threads, running=args.running,
+                step_time=args.step_ms / 1000 if part == "device" else 0.0,
+            )
+            for name in ("in turn", "in turn again", "ahead")
+        }  # fmt: skip
+        spare_the_collector()  # as an engine process does
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(args.rounds):
+            turn = number % len(engines)
+            for name in [*engines, *engines][turn : turn + len(engines)]:
+                seconds[name].append(work.step_seconds(engines[name], args.running, args.steps))
+        rounds = list(zip(*seconds.values(), strict=True))
+        saved = [then / statistics.geometric_mean([one, two]) for one, two, then in rounds]
+        row = provenance() | {
+            "benchmark": "ahead", "part": part, "threads": threads, "running": args.running,
+            "steps": args.steps, "rounds": args.rounds,
+            "device_step_ms": args.step_ms if part == "device" else None,
+            "step_ms_in_turn": round(statistics.median(seconds["in turn"]) * 1000, 3),
+            "step_ms_ahead": round(statistics.median(seconds["ahead"]) * 1000, 3),
+            "ahead_ratio": round(statistics.median(saved), 4),
+            "ahead_ratio_min": round(min(saved), 4), "ahead_ratio_max": round(max(saved), 4),
+            "aa_ratio": round(statistics.median(two / one for one, two, _ in rounds), 4),
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"{part:7} step in turn {row['step_ms_in_turn']} ms  ahead {row['step_ms_ahead']} ms  "
+            f"ratio {row['ahead_ratio']} ({row['ahead_ratio_min']}-{row['ahead_ratio_max']})  "
+            f"A/A {row['aa_ratio']}"
+        )
+    write(args.out or ROOT / "benchmarks/results/ahead.jsonl", rows)
+
+
 def prefix(args: argparse.Namespace) -> None:
     """What the prefix cache saves and costs, and what parallel sampling shares; each beside its A/A pair."""
     import torch
@@ -468,7 +513,15 @@ def main() -> None:
     six.add_argument("--rounds", type=int, default=6)
     six.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
     six.set_defaults(action=structured)
-    for command in (one, two, three, four, five, six):
+    seven = commands.add_parser("ahead")
+    seven.add_argument("--parts", nargs="*", choices=["model", "device"], default=["model", "device"])
+    seven.add_argument("--running", type=int, default=32)
+    seven.add_argument("--steps", type=int, default=200)
+    seven.add_argument("--rounds", type=int, default=6)
+    seven.add_argument("--threads", type=int, default=1)
+    seven.add_argument("--step-ms", type=float, default=4.0, help="of the device that the script stands for")
+    seven.set_defaults(action=ahead)
+    for command in (one, two, three, four, five, six, seven):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written
