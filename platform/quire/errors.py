@@ -21,6 +21,7 @@
     └── InternalError                 ours, or the engine's; details are in the log
 
     TextError                         of `quire.text`: what a checkpoint's template or tokenizer cannot do
+    └── ParamRefused                  a sampling parameter, which it names, that the model cannot honour
 
 The messages are our own words: nothing that a library said, no path, no address. Anything not in the table is an
 `InternalError`. Codes are stable; clients branch on them. `x-should-retry` is what the official clients obey.
@@ -34,7 +35,14 @@ from typing import Final
 
 import msgspec
 
-from quire.text.errors import BadTemplate, BadTokenizer, NoChatTemplate, TemplateFailed, TemplateRefused
+from quire.text.errors import (
+    BadTemplate,
+    BadTokenizer,
+    NoChatTemplate,
+    ParamRefused,
+    TemplateFailed,
+    TemplateRefused,
+)
 
 
 class ApiError(Exception):
@@ -145,6 +153,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ),
     TemplateRefused: Row(400, _BAD, "template_refused"),
     TemplateFailed: Row(400, _BAD, "template_failed"),
+    ParamRefused: Row(400, _BAD, None),
     HostRefused: Row(421, _BAD, "host_not_allowed"),
     NotFound: Row(404, _BAD, "not_found"),
     ModelNotFound: Row(404, _BAD, "model_not_found"),
@@ -186,7 +195,7 @@ class HttpError:
 def describe(error: BaseException) -> HttpError:
     """The answer for `error`: the row of its class or of the nearest base class in the table."""
     row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)
-    param = error.param if isinstance(error, ApiError) else None
+    param = error.param if isinstance(error, ApiError | ParamRefused) else None
     message = row.message if row.message is not None else str(error)
     body = msgspec.json.encode({"error": {"message": message, "type": row.type, "param": param, "code": row.code}})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

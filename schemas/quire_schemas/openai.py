@@ -96,6 +96,14 @@ _SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
         "it is true or false, and either way the tokenizers read here put no spaces there", (True, False)
     ),
     "stream_interval": Refusal("a stream has one event for each step of the engine", (1,)),
+    "prompt_logprob_token_ids": Refusal("use logprob_token_ids with prompt_logprobs", ([],)),
+    "prompt_logprob_start": Refusal("prompt_logprobs are of the whole prompt", (0,)),
+    "flat_logprobs": Refusal("log-probabilities have one form here", (False,)),
+    "detokenize": Refusal("answers are text; ids are added by return_token_ids", (True,)),
+    "output_kind": Refusal("use stream"),
+    "extra_args": Refusal("its entries have no meaning here", ({},)),
+    "skip_reading_prefix_cache": Refusal("a cache_salt of the request's own has that effect", (False,)),
+    "trace_decode_token_ids": Refusal(f"it {_NOT_YET}; use return_token_ids", (False,)),
     "guided_json": Refusal("send structured_outputs with 'json'"),
     "guided_json_object": Refusal("send structured_outputs with 'json_object'", (False,)),
     "guided_regex": Refusal("send structured_outputs with 'regex'"),
@@ -240,6 +248,17 @@ class RepetitionDetection(_Shape):
     """Tokens of the longest pattern."""
     min_pattern_size: Annotated[int, Field(ge=1, le=128)] = 1
     min_count: Annotated[int, Field(ge=2, le=64)]
+
+    @model_validator(mode="after")
+    def _sizes_are_in_order(self) -> RepetitionDetection:
+        if self.min_pattern_size > self.max_pattern_size:
+            raise PydanticCustomError("pattern", "must not have min_pattern_size above max_pattern_size")
+        return self
+
+    @property
+    def repetition(self) -> wire.Repetition:
+        """What an engine is told."""
+        return wire.Repetition(self.min_pattern_size, self.max_pattern_size, self.min_count)
 
 
 # Structured output. What a request says becomes one `Structured`; whether it compiles, the engine knows.
@@ -572,11 +591,6 @@ class SamplingFields(ModelRequest):
         if self.truncation_side is not None and self.truncate_prompt_tokens is None:
             raise PydanticCustomError("truncation_side", "needs truncate_prompt_tokens")
         self._check_beams()
-        pattern = self.repetition_detection
-        if pattern is not None and pattern.min_pattern_size > pattern.max_pattern_size:
-            raise PydanticCustomError(
-                "repetition_detection", "must not have min_pattern_size above max_pattern_size"
-            )
         return self
 
     def _check_beams(self) -> None:
@@ -837,6 +851,10 @@ class CompletionRequest(SamplingFields):
             raise PydanticCustomError("best_of", "must not be below n")
         if self.sequences > (self.n or 1) and self.stream:
             raise PydanticCustomError("best_of", "above n is only for requests without stream: true")
+        if self.sequences > (self.n or 1) and self.logprobs_mode in ("raw_logits", "processed_logits"):
+            raise PydanticCustomError(
+                "best_of", "above n goes by log-probabilities, and logprobs_mode asks for logits"
+            )
         if len(self.prompt) * self.sequences > MAX_PROMPTS:
             field = "best_of" if self.best_of is not None else "n"
             raise PydanticCustomError(field, f"times the number of prompts must not be above {MAX_PROMPTS}")
@@ -1061,7 +1079,6 @@ _CROSS_FIELD: Final = frozenset(
         "logprob_token_ids",
         "truncate_prompt_tokens",
         "truncation_side",
-        "repetition_detection",
         "length_penalty",
         "use_beam_search",
         "structured_outputs",
@@ -1093,6 +1110,7 @@ def _explained(detail: ErrorDetails) -> BadRequest:
             "script",
             "schema",
             "one_constraint",
+            "pattern",
         }
         text = detail["msg"] if ours else "is not valid"
         if kind in _CROSS_FIELD:

@@ -153,6 +153,19 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     structured: Structured | None = None
     """With it an end-of-sequence token comes where, and only where, the constraint lets the text end."""
 
+    def numbered(self, index: int) -> Sampling:
+        """That of the `index`-th answer: those of one seeded request differ, and repeat from run to run."""
+        if self.seed is None or index == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + index) % 2**63)
+
+    @property
+    def narrowing(self) -> list[str]:
+        """What may leave no token to choose, by the names that requests have for it."""
+        names = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
+        named = [name for name in names if getattr(self, name)]
+        return named + (["thinking_token_budget"] if self.thinking is not None else [])
+
     @property
     def asks_for_many(self) -> bool:
         """Whether a position may have more log-probabilities than `FEW_LOGPROBS` of each kind."""

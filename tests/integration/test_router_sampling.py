@@ -406,6 +406,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completion", {"prompt": [5] * 200, "prompt_logprobs": -1}, "prompt_logprobs"),
     ("completion", {"n": 3, "best_of": 2}, "best_of"),
     ("completion", {"best_of": 2, "stream": True}, "best_of"),
+    ("completion", {"best_of": 2, "logprobs_mode": "raw_logits"}, "best_of"),
+    ("both", {"bad_words": "page"}, "bad_words"),
+    ("both", {"stop_token_ids": [2048]}, "stop_token_ids"),
     ("completion", {"prompt": ["a"] * 9, "best_of": 8}, "best_of"),
 ]
 

@@ -20,7 +20,7 @@ from quire.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.spans import RequestSpan
-from quire.text import Tokenizer
+from quire.text import Tokenizer, params
 from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
 from quire_schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingFields
@@ -110,7 +110,7 @@ class Gateway:
         arrived_at: float,
         span: RequestSpan,
     ) -> Job:
-        """The job of a completion request. Raises `InvalidRequest`."""
+        """The job of a completion request. Raises `InvalidRequest` and `TextError`."""
         tokenizer = served.usable
         special = request.add_special_tokens is not False
         skip = request.skip_special_tokens is not False
@@ -233,17 +233,16 @@ class Gateway:
                 "its batching.policy is not 'priority'.",
                 param="priority",
             )
-        for name, ids in (
-            ("logit_bias", bias),
-            ("stop_token_ids", request.stop_token_ids or ()),
-            ("allowed_token_ids", request.allowed_token_ids or ()),
-            ("logprob_token_ids", request.logprob_token_ids or ()),
-        ):
-            if any(index >= vocabulary for index in ids):
-                raise InvalidRequest(
-                    f"'{name}' has a token id outside the vocabulary of {vocabulary}.", param=name
-                )
-        pattern = request.repetition_detection
+        params.check_ids(
+            {
+                "logit_bias": bias,
+                "stop_token_ids": request.stop_token_ids or (),
+                "allowed_token_ids": request.allowed_token_ids or (),
+                "logprob_token_ids": request.logprob_token_ids or (),
+            },
+            vocabulary,
+        )
+        budget, pattern = request.thinking_token_budget, request.repetition_detection
         logprobs = request.wanted_logprobs
         beam = None
         if request.use_beam_search:
@@ -268,11 +267,9 @@ class Gateway:
             repetition_penalty=_first(request.repetition_penalty, advised.repetition_penalty, 1.0),
             logit_bias=bias,
             allowed_token_ids=tuple(dict.fromkeys(request.allowed_token_ids or ())),
-            bad_words=_bad_words(tokenizer, request.bad_words or (), vocabulary),
-            thinking=_thinking(tokenizer, request.thinking_token_budget, vocabulary),
-            repetition=None
-            if pattern is None
-            else wire.Repetition(pattern.min_pattern_size, pattern.max_pattern_size, pattern.min_count),
+            bad_words=params.bad_words(tokenizer, request.bad_words or (), vocabulary),
+            thinking=None if budget is None else params.thinking(tokenizer, budget, vocabulary),
+            repetition=None if pattern is None else pattern.repetition,
             logprobs=logprobs,
             script=script,
             logprob_token_ids=tuple(dict.fromkeys(request.logprob_token_ids or ())),
@@ -313,34 +310,13 @@ class Gateway:
 
 
 def _truncated(prompt: list[int], route: wire.ModelRoute, request: SamplingFields) -> list[int]:
-    """`prompt`, or what `truncate_prompt_tokens` leaves of a longer one."""
-    most = request.truncate_prompt_tokens
-    if most == -1:
-        most = max(min(route.max_model_len, route.kv_tokens) - (request.asked_tokens or 1), 1)
-    if most is None or len(prompt) <= most:
-        return prompt
-    return prompt[:most] if request.truncation_side == "right" else prompt[-most:]
-
-
-def _bad_words(tokenizer: Tokenizer, words: Sequence[str], vocabulary: int) -> tuple[tuple[int, ...], ...]:
-    """The ids of each word as it begins a text, and as it follows a space."""
-    texts = [text for word in words for text in (word, f" {word.lstrip()}")]
-    runs = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    if any(index >= vocabulary for run in runs for index in run):
-        raise InvalidRequest(f"'bad_words' has a token outside the vocabulary of {vocabulary}.", param="bad_words")
-    return tuple(dict.fromkeys(run for run in runs if run))
-
-
-def _thinking(tokenizer: Tokenizer, budget: int | None, vocabulary: int) -> wire.Thinking | None:
-    if budget is None:
-        return None
-    marks = tokenizer.thinking
-    if marks is None or max(marks) >= vocabulary:
-        raise InvalidRequest(
-            "'thinking_token_budget' is not honoured for this model: no tokens of it open and close a thought.",
-            param="thinking_token_budget",
-        )
-    return wire.Thinking(budget, marks[:1], marks[1:])
+    return params.truncated(
+        prompt,
+        request.truncate_prompt_tokens,
+        request.truncation_side,
+        min(route.max_model_len, route.kv_tokens),
+        request.asked_tokens,
+    )
 
 
 def _check_entries(

@@ -14,7 +14,7 @@ from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, Q
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
-from quire.text import Detokenizer, StopStrings, Tokenizer
+from quire.text import AnswerText, Tokenizer
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -137,7 +137,6 @@ class Choice:
     """One sequence's way from ids to text, over all its attempts."""
 
     __slots__ = (
-        "_made",
         "_out",
         "attempts",
         "avoid",
@@ -159,7 +158,6 @@ class Choice:
         "sent",
         "sent_at",
         "sequence",
-        "stops",
         "text",
         "timings",
         "trial",
@@ -172,13 +170,7 @@ class Choice:
         self.index = index
         self.prompt_index = index // job.drawn
         self.prompt = job.prompts[self.prompt_index]
-        seed = job.sampling.seed
-        self.sampling = (
-            job.sampling
-            if seed is None or index == 0
-            # The choices of one seeded request must differ from each other and repeat from run to run.
-            else msgspec.structs.replace(job.sampling, seed=(seed + index) % 2**63)
-        )
+        self.sampling = job.sampling.numbered(index)
         if index % job.drawn and not job.stream and job.sampling.prompt_logprobs is not None:
             # the first choice of a prompt brings its log-probabilities, for all
             self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
@@ -200,8 +192,7 @@ class Choice:
 
     def begin(self) -> None:
         """Forget what an attempt before has brought."""
-        self.text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
-        self.stops = StopStrings(self.job.stops, self.job.include_stop)
+        self.text = self._new_text(self.sampling.min_tokens)
         self.scores: list[TokenScore] = []
         self.prompt_scores: list[wire.TokenLogprobs] = []
         self.num_scored = 0
@@ -211,7 +202,7 @@ class Choice:
         self.turn_at: float | None = None  # first seen to have its turn
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
-        self._made = self._out = 0  # characters detokenized, and given out
+        self._out = 0  # characters given out
 
     def read(self, deltas: Sequence[wire.Delta]) -> Update | None:
         """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
@@ -227,14 +218,14 @@ class Choice:
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
-                piece = self.text.push((token,))
+                offset = self.text.made
+                pieces.append(self.text.push(token))
                 if position < len(scores):
-                    until = self._made + max(len(piece), 1)
-                    self.scores.append(TokenScore(self._made, until, scores[position]))
-                pieces.append(self._through_stops(piece))
-                if self.stops.hit is not None:
+                    until = max(self.text.made, offset + 1)
+                    self.scores.append(TokenScore(offset, until, scores[position]))
+                if self.text.hit is not None:
                     break
-            if self.stops.hit is not None:
+            if self.text.hit is not None:
                 finish = "stop"
                 break
             if delta.finish_reason is not None:
@@ -245,11 +236,8 @@ class Choice:
                 if delta.stop_token_id is not None:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
-                    if self.job.include_stop:
-                        pieces.append(self._through_stops(self.text.push((delta.stop_token_id,))))
-                pieces.append(self._through_stops(self.text.finish()))
-                pieces.append(self.stops.finish())
-                finish = "stop" if self.stops.hit is not None else delta.finish_reason
+                pieces.append(self.text.finish(delta.stop_token_id))
+                finish = "stop" if self.text.hit is not None else delta.finish_reason
         text = "".join(pieces)
         self._out += len(text)
         ready = tuple(self._ready_scores(ended=finish is not None))
@@ -265,22 +253,24 @@ class Choice:
         for place, beam in enumerate(beams):
             stop = () if beam.stop_token_id is None else (beam.stop_token_id,)
             self.generated += len(beam.token_ids) + len(stop)
-            text = Detokenizer(self.job.tokenizer, self.job.skip_special_tokens)
-            shown = (*beam.token_ids, *stop) if self.job.include_stop else beam.token_ids
-            whole = text.push(tuple(shown)) + text.finish()
+            text = self._new_text()
+            whole = "".join(map(text.push, beam.token_ids)) + text.finish(beam.stop_token_id)
             ids = (*beam.token_ids, *stop)
             found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids))
         return Update(self.index, "", (), beams[0].finish_reason, beams=tuple(found))
 
-    def _through_stops(self, piece: str) -> str:
-        self._made += len(piece)
-        if self.generated <= self.sampling.min_tokens:
-            return piece  # too early for a stop string to count
-        return self.stops.push(piece)[0]
+    def _new_text(self, min_tokens: int = 0) -> AnswerText:
+        return AnswerText(
+            self.job.tokenizer,
+            stops=self.job.stops,
+            include_stop=self.job.include_stop,
+            skip_special_tokens=self.job.skip_special_tokens,
+            min_tokens=min_tokens,
+        )
 
     def _ready_scores(self, ended: bool) -> Iterator[TokenScore]:
         """Scores of the tokens whose text is out. What a stop string cut off never shows, in no field."""
-        while self.scores and (self.scores[0].until <= self._out or (ended and self.stops.hit is None)):
+        while self.scores and (self.scores[0].until <= self._out or (ended and self.text.hit is None)):
             yield self.scores.pop(0)
 
     def _raise_if_failed(self, delta: wire.Delta) -> None:
@@ -292,9 +282,7 @@ class Choice:
         if delta.error_code == "invalid_request":
             raise InvalidRequest(f"A replica of this model refuses the request: {delta.error}.")
         if delta.error_code == "no_token_left":
-            wishes = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
-            named = [name for name in wishes if getattr(self.sampling, name)]
-            named += ["thinking_token_budget"] if self.sampling.thinking is not None else []
+            named = self.sampling.narrowing
             named += [self.job.constrained_by] if self.job.constrained_by else []
             if not named:
                 raise InternalError("The engine found no token that it could choose.")

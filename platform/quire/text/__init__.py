@@ -5,11 +5,13 @@ Used by the router and by `quire.llm`. Engines know tokens only; nothing here lo
 
 from __future__ import annotations
 
+from quire.text.answer import AnswerText
 from quire.text.detokenizer import Detokenizer
 from quire.text.errors import (
     BadTemplate,
     BadTokenizer,
     NoChatTemplate,
+    ParamRefused,
     TemplateFailed,
     TemplateRefused,
     TextError,
@@ -20,11 +22,13 @@ from quire.text.tokenizer import AdvisedSampling, Tokenizer
 
 __all__ = [
     "AdvisedSampling",
+    "AnswerText",
     "BadTemplate",
     "BadTokenizer",
     "ChatTemplate",
     "Detokenizer",
     "NoChatTemplate",
+    "ParamRefused",
     "StopStrings",
     "TemplateFailed",
     "TemplateRefused",

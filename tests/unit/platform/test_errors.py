@@ -7,7 +7,7 @@ import json
 import pytest
 
 from quire import errors
-from quire.text import NoChatTemplate, TemplateFailed, TemplateRefused
+from quire.text import NoChatTemplate, ParamRefused, TemplateFailed, TemplateRefused
 from quire_schemas.openai import ErrorBody
 
 
@@ -41,13 +41,14 @@ from quire_schemas.openai import ErrorBody
         (errors.TimedOut("no"), 504, "server_error", "timeout", {"x-should-retry": "false"}),
         (TemplateRefused("no"), 400, "invalid_request_error", "template_refused", {}),
         (TemplateFailed("no"), 400, "invalid_request_error", "template_failed", {}),
+        (ParamRefused("no", param="n"), 400, "invalid_request_error", None, {}),
     ],
 )
 def test_the_contract(error: Exception, status: int, kind: str, code: str | None, headers: dict[str, str]) -> None:
     answer = errors.describe(error)
     body = ErrorBody.model_validate_json(answer.body).error
     assert (answer.status, body.type, body.code, body.message) == (status, kind, code, "no")
-    assert body.param == (error.param if isinstance(error, errors.ApiError) else None)
+    assert body.param == (error.param if isinstance(error, errors.ApiError | ParamRefused) else None)
     sent = {name.decode(): value.decode() for name, value in answer.headers}
     assert sent.pop("content-type") == "application/json"
     assert sent.pop("content-length") == str(len(answer.body))
