@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+import msgspec
 import psutil
 
 from quire.builtin import path as builtin_path
@@ -35,7 +36,18 @@ from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.openai import BadRequest, read_messages
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
-from quire_schemas.wire import BeamSearch, Delta, EngineSpec, Generate, Policy, Pooling, Sampling, TokenLogprobs
+from quire_schemas.wire import (
+    MAX_LOGPROB_ENTRIES,
+    BeamResult,
+    BeamSearch,
+    Delta,
+    EngineSpec,
+    Generate,
+    Policy,
+    Pooling,
+    Sampling,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from quire.text import Tokenizer
@@ -171,7 +183,8 @@ class LLM:
         answer that fails on its own has the finish reason `error`.
         """
         whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
-        params = _for_each(sampling_params or self.default_sampling(), len(whole), "sampling_params")
+        asked = self.default_sampling() if sampling_params is None else sampling_params
+        params = _for_each(asked, len(whole), "sampling_params")
         return self._generate(whole, params, priority, use_tqdm)
 
     def chat(
@@ -209,7 +222,8 @@ class LLM:
                 _messages(conversation), tools, prompted, continue_final_message, **variables
             )
             whole.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
-        params = _for_each(sampling_params or self.default_sampling(None), len(whole), "sampling_params")
+        asked = self.default_sampling(None) if sampling_params is None else sampling_params
+        params = _for_each(asked, len(whole), "sampling_params")
         return self._generate(whole, params, priority, use_tqdm)
 
     def embed(
@@ -228,6 +242,10 @@ class LLM:
         """
         if pooling not in ("last", "mean"):
             raise ValueError(f"pooling must be 'last' or 'mean', not {pooling!r}")
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be True or False, not {normalize!r}")
+        if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int)):
+            raise TypeError(f"dimensions must be a whole number, not {dimensions!r}\nhint: None keeps all")
         wanted = Pooling(pooling, normalize, dimensions)
         vectors: dict[str, EmbeddingRequestOutput] = {}
         ended = 0
@@ -263,20 +281,23 @@ class LLM:
 
         `cumulative_logprob` is over all tokens, one that ended the text included. Raises as `generate` does.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, not {params!r}\nhint: BeamSearchParams(…)")
         outputs: dict[str, RequestOutput] = {}
         whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
+        sampling, tokenizer = params.sampling(self.profile.vocab_size), self.tokenizer
         try:
             for text, ids in whole:
                 name = str(next(self._numbers))
                 search = BeamSearch(params.beam_width, params.length_penalty)
-                self.engine.add(Generate(name, list(ids), params.sampling(), beam=search))
+                self.engine.add(Generate(name, list(ids), sampling, beam=search))
                 outputs[name] = RequestOutput(name, text, ids, [])
             with _progress(len(whole), use_tqdm) as bar:
                 while self.engine.has_work:
                     for delta in self.engine.step():
                         if delta.finish_reason is None:
                             continue  # it has begun
-                        outputs[delta.id].outputs += self._found(delta)
+                        outputs[delta.id].outputs += self._found(delta, params, tokenizer)
                         if bar is not None:
                             bar.update()
         finally:
@@ -285,8 +306,18 @@ class LLM:
                     self.engine.abort(name)
         return list(outputs.values())
 
-    def _found(self, delta: Delta) -> list[CompletionOutput]:
+    def _found(self, delta: Delta, params: BeamSearchParams, tokenizer: Tokenizer) -> list[CompletionOutput]:
         """The texts of a search that has ended; one that has the error, if it failed."""
+        from quire.text import AnswerText
+
+        def text(beam: BeamResult) -> str:
+            read = AnswerText(
+                tokenizer,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+            return "".join(map(read.push, beam.token_ids)) + read.finish(beam.stop_token_id)
+
         if delta.beams is None:
             return [
                 CompletionOutput(0, finish_reason=delta.finish_reason, error=delta.error, timings=delta.timings)
@@ -294,7 +325,7 @@ class LLM:
         return [
             CompletionOutput(
                 index,
-                self.tokenizer.decode(beam.token_ids),
+                text(beam),
                 beam.token_ids,
                 beam.logprob,
                 finish_reason=beam.finish_reason,
@@ -329,30 +360,47 @@ class LLM:
         priority: Sequence[int] | None,
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
+        from quire.text.params import truncated
+
         if priority is not None and self.engine.limits.policy != "priority":
             raise ValueError('priority needs the policy of that name\nhint: LLM(…, policy="priority")')
         priorities = _for_each(0 if priority is None else priority, len(prompts), "priority")
         for params in each:
-            if max(params.logprobs or 0, params.prompt_logprobs or 0) > self.profile.vocab_size:
-                raise ValueError(f"logprobs must be at most the vocabulary of {self.profile.vocab_size}")
+            if not isinstance(params, SamplingParams):
+                raise TypeError(f"sampling_params must be SamplingParams, not {params!r}\nhint: SamplingParams(…)")
+        for place in priorities:
+            if isinstance(place, bool) or not isinstance(place, int):
+                raise TypeError(f"priority must be whole numbers, not {place!r}\nhint: lower goes first")
+        limit, vocabulary = min(self.fit.max_model_len, self.fit.kv_tokens), self.profile.vocab_size
+        told: dict[tuple[int, int], Sampling] = {}  # parameters are often the same for all prompts
         outputs: list[RequestOutput] = []
         answers: dict[str, _Answer] = {}
         try:
-            for (text, ids), params, place in zip(prompts, each, priorities, strict=True):
+            for (text, whole), params, place in zip(prompts, each, priorities, strict=True):
+                ids = truncated(
+                    whole, params.truncate_prompt_tokens, params.truncation_side, limit, params.max_tokens
+                )
+                room = max(1, limit - len(ids))
+                key = (id(params), room if params.max_tokens is None else 0)
+                sampling = told.get(key)
+                if sampling is None:
+                    sampling = told[key] = params.sampling(room, vocabulary, lambda: self.tokenizer)
+                _check_entries(sampling, len(ids), vocabulary)
                 output = RequestOutput(str(next(self._numbers)), text, ids, [])
-                room = max(1, min(self.fit.max_model_len, self.fit.kv_tokens) - len(ids))
                 for index in range(params.n):
+                    if index:  # the prompt is one, and so are its log-probabilities
+                        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
                     name = f"{output.request_id}-{index}"
+                    answers[name] = _Answer(self, index, params, sampling, output)
                     self.engine.add(
                         Generate(
                             name,
                             list(ids),
-                            params.sampling(index, room),
+                            sampling.numbered(index),
                             priority=place,
                             family=output.request_id if params.n > 1 else None,
                         )
                     )
-                    answers[name] = _Answer(self, index, params, output)
                 outputs.append(output)
             self._compute(answers, len(prompts), use_tqdm)
         finally:
@@ -380,22 +428,32 @@ class LLM:
 class _Answer:
     """One sequence on its way from ids to text, as the router does it."""
 
-    def __init__(self, llm: LLM, index: int, params: SamplingParams, whole: RequestOutput) -> None:
-        from quire.text import Detokenizer, StopStrings
+    def __init__(
+        self, llm: LLM, index: int, params: SamplingParams, sampling: Sampling, whole: RequestOutput
+    ) -> None:
+        from quire.text import AnswerText
 
         self.whole = whole
         self.made = CompletionOutput(index)
         whole.outputs.append(self.made)
         self._tokenizer = llm.tokenizer if params.detokenize else None
         self._eos = llm.profile.eos_token_ids
-        self._text = Detokenizer(llm.tokenizer, params.skip_special_tokens) if params.detokenize else None
-        self._stops = StopStrings(params.stops, params.include_stop_str_in_output)
-        self._min_tokens = params.min_tokens
+        self._text = None
+        if params.detokenize:
+            self._text = AnswerText(
+                llm.tokenizer,
+                stops=params.stops,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+        self._sampling = sampling
+        self._logs = sampling.logprobs_mode in ("raw_logprobs", "processed_logprobs")
         self._named = tuple(dict.fromkeys(params.logprob_token_ids or ()))
         if params.prompt_logprobs is not None and index == 0:
             whole.prompt_logprobs = [None]
         if params.logprobs is not None:
-            self.made.logprobs, self.made.cumulative_logprob = [], 0.0
+            self.made.logprobs, self.made.cumulative_logprob = [], 0.0 if self._logs else None
 
     def take(self, delta: Delta) -> bool:
         """Take over what a step gave; whether a stop string has ended it, which the engine does not know."""
@@ -408,33 +466,40 @@ class _Answer:
             if made.logprobs is not None:
                 self._score(scores[position])
             if self._text is not None:
-                self._read(self._text.push((token,)))
-                if self._stops.hit is not None:
+                made.text += self._text.push(token)
+                if self._text.hit is not None:
                     break
         if delta.timings is not None:
             made.timings = delta.timings
-        if self._stops.hit is None and delta.finish_reason is not None:
+        if self._hit is None and delta.finish_reason is not None:
             if self._text is not None:
-                self._read(self._text.finish())
-                made.text += self._stops.finish()
-            made.finish_reason, made.error = delta.finish_reason, delta.error
+                made.text += self._text.finish(delta.stop_token_id)
+            made.finish_reason, made.error = delta.finish_reason, self._error(delta)
             made.stop_token_id = delta.stop_token_id
             if delta.stop_token_id not in self._eos:
                 made.stop_reason = delta.stop_token_id
-        if self._stops.hit is None:
+        if self._hit is None:
             return False
-        made.finish_reason, made.stop_reason = "stop", self._stops.hit
+        made.finish_reason, made.stop_reason = "stop", self._hit
         return delta.finish_reason is None
 
-    def _read(self, piece: str) -> None:
-        early = len(self.made.token_ids) <= self._min_tokens  # too early for a stop string to count
-        self.made.text += piece if early else self._stops.push(piece)[0]
+    @property
+    def _hit(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._text is None else self._text.hit
+
+    def _error(self, delta: Delta) -> str | None:
+        named = self._sampling.narrowing + (["structured_outputs"] if self._sampling.structured else [])
+        if delta.error_code != "no_token_left" or not named:
+            return delta.error
+        return f"{' with '.join(named)} leaves no token to choose"
 
     def _score(self, scores: TokenLogprobs) -> None:
         made = self.made
         if made.logprobs is not None:
             made.logprobs.append(self._shown(scores))
-        made.cumulative_logprob = (made.cumulative_logprob or 0.0) + scores.logprob
+        if self._logs:
+            made.cumulative_logprob = (made.cumulative_logprob or 0.0) + scores.logprob
 
     def _shown(self, scores: TokenLogprobs) -> dict[int, Logprob]:
         shown = {token: self._logprob(token, value, rank) for rank, (token, value) in enumerate(scores.top, 1)}
@@ -464,6 +529,20 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
+
+
+def _check_entries(sampling: Sampling, num_prompt: int, vocabulary: int) -> None:
+    """Raises ValueError when more log-probabilities are asked for than an answer may have."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(sampling, name) or 0) > vocabulary:
+            raise ValueError(f"{name} must be at most the vocabulary of {vocabulary}\nhint: -1 is all of it")
+    entries = sampling.logprob_entries(num_prompt, vocabulary)
+    if entries > MAX_LOGPROB_ENTRIES:
+        name = "logprobs" if sampling.prompt_logprobs is None else "prompt_logprobs"
+        raise ValueError(
+            f"{name} asks for {entries} log-probabilities; an answer has at most {MAX_LOGPROB_ENTRIES}\n"
+            "hint: ask for fewer at each position, or for fewer tokens"
+        )
 
 
 def _id(index: object) -> int:

@@ -9,7 +9,8 @@ from quire_schemas.wire import FinishReason, Timings
 
 @dataclass(slots=True)
 class Logprob:
-    """One token at one position: its log-probability by the raw logits, before temperature and filters.
+    """One token at one position: its log-probability or its logit, as `logprobs_mode` says; minus infinity where a
+    filter left it out, in the `processed_` modes.
 
     `rank` is 1 for the likeliest; None where it is not known: of tokens that are not among the likeliest reported.
     """
@@ -28,11 +29,11 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    """Sum over the tokens; None unless `logprobs` was asked for."""
+    """Sum over the tokens; None unless `logprobs` was asked for, and where they are logits."""
     logprobs: list[dict[int, Logprob]] | None = None
     """For each token: it and the likeliest ones, by id."""
     finish_reason: FinishReason | None = None
-    """`stop`, `length`, or `error`: then `error` says what went wrong with this answer alone."""
+    """`stop`, `length`, `repetition`, or `error`: then `error` says what went wrong with this answer alone."""
     stop_reason: int | str | None = None
     """The stop string that was hit, or the id of a stop token that is not the checkpoint's own."""
     stop_token_id: int | None = None
@@ -47,8 +48,9 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    """Its text; None when it was given as ids."""
+    """Its text as it was given; None when it was given as ids."""
     prompt_token_ids: list[int]
+    """What of it was computed: see `truncate_prompt_tokens`."""
     outputs: list[CompletionOutput]
     """One for each of `n`, by index."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -602,8 +602,7 @@ class SamplingFields(ModelRequest):
         if self.wanted_logprobs is not None:
             raise PydanticCustomError("use_beam_search", "cannot be combined with 'logprobs'")
         for name in _NOT_WITH_BEAMS:
-            value = getattr(self, name, None)
-            if value is not None and not any(_same(value, neutral) for neutral in _NEUTRAL.get(name, ())):
+            if not asks_for_nothing(getattr(self, name, None), _NEUTRAL.get(name, ())):
                 raise PydanticCustomError("use_beam_search", "cannot be combined with '{name}'", {"name": name})
 
     @property
@@ -906,6 +905,7 @@ def _check_min_tokens(least: int | None, most: int | None) -> None:
 
 # ── reading a body ────────────────────────────────────────────────────────────────────────────────────────
 
+P = TypeVar("P", bound=BaseModel)
 R = TypeVar("R", bound=ModelRequest)
 
 
@@ -920,6 +920,14 @@ def read_messages(messages: list[Any]) -> list[Message]:
         return _Conversation.model_validate({"messages": messages}).messages
     except ValidationError as error:
         raise _explained(error.errors(include_url=False)[0]) from None
+
+
+def read_part(name: str, value: Mapping[str, Any], shape: type[P]) -> P:
+    """The object that requests have as field `name`, from nowhere but this process. Raises `BadRequest`."""
+    try:
+        return shape.model_validate(dict(value))
+    except ValidationError as error:
+        raise _explained(error.errors(include_url=False)[0], name) from None
 
 
 def read_completion(body: bytes) -> CompletionRequest:
@@ -941,7 +949,7 @@ def _read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
             kept[name] = value
         elif name in refused:
             refusal = refused[name]
-            if value is not None and not any(_same(value, neutral) for neutral in refusal.neutral):
+            if not asks_for_nothing(value, refusal.neutral):
                 raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
         elif name not in WITHOUT_EFFECT:
             raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), _shown(name))
@@ -951,9 +959,11 @@ def _read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
         raise _explained(error.errors(include_url=False)[0]) from None
 
 
-def _same(value: object, neutral: object) -> bool:
-    """Equality that keeps true and 1 apart."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether `value` is None or one of `neutral`, by an equality that keeps true and 1 apart."""
+    return value is None or any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral
+    )
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -1092,9 +1102,9 @@ _CROSS_FIELD: Final = frozenset(
 """Checks over several fields: the error's type is the field to name."""
 
 
-def _explained(detail: ErrorDetails) -> BadRequest:
-    """Our words for the first thing that Pydantic found."""
-    where = list(detail["loc"])
+def _explained(detail: ErrorDetails, *within: str) -> BadRequest:
+    """Our words for the first thing that Pydantic found, in the field `within` of a request or in all of it."""
+    where = [*within, *detail["loc"]]
     kind = detail["type"]
     words = _WORDS.get(kind)
     if words is None:  # our own checks bring their words; any other kind of the library has none here

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import quire
-from quire import LLM, RequestOutput, SamplingParams
+from quire import LLM, BeamSearchParams, RequestOutput, SamplingParams, builtin
 from quire.llm import DoesNotFit
+from quire.text import BadTokenizer, ParamRefused, Tokenizer
 from quire_engine.errors import RequestRefused
+from quire_schemas.wire import Sampling
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "What is PagedAttention?"}]
@@ -215,13 +224,18 @@ def test_a_batch_with_a_prompt_that_cannot_be_served_is_not_begun(llm: LLM) -> N
     [
         ({"temprature": 1}, "did you mean 'temperature'?"),
         ({"xyzzy": 1}, "the names are n, max_tokens"),
-        ({"bad_words": ["a"]}, "'bad_words' is not honoured by this version"),
-        ({"best_of": 2}, "'best_of' is not honoured: choosing the best"),
+        ({"best_of": 2}, "'best_of' is not honoured: the best of several"),
+        ({"best_of": 2}, "\nhint: use n"),
+        ({"use_beam_search": 1}, "hint: LLM.beam_search("),
+        ({"prompt_logprob_token_ids": [1]}, "use logprob_token_ids with prompt_logprobs\nhint: "),
         ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ({"n": True}, "n must be a whole number, not True"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number, not 1.5"),
         ({"ignore_eos": 1}, "ignore_eos must be True or False"),
         ({"stop": [1]}, "stop must be a string or several"),
+        ({"bad_words": "page"}, "bad_words must be a list of strings, not 'page'"),
+        ({"stop_token_ids": (i for i in [1])}, "stop_token_ids must be a list of token ids"),
+        ({"repetition_detection": 3}, "repetition_detection must be a mapping"),
     ],
 )
 def test_names_and_types_that_are_wrong_are_type_errors(given: dict[str, Any], words: str) -> None:
@@ -252,12 +266,118 @@ def test_names_and_types_that_are_wrong_are_type_errors(given: dict[str, Any], w
         ({"prompt_logprobs": -2}, "prompt_logprobs must be at least -1"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"logprob_token_ids": [1]}, "needs logprobs or prompt_logprobs"),
+        ({"bad_words": [""]}, "bad_words: an empty string"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be -1 or at least 1"),
+        ({"truncation_side": "left"}, "truncation_side needs truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 1, "truncation_side": "top"}, "truncation_side must be one of left, right"),
+        ({"logprobs_mode": "raw"}, "logprobs_mode must be one of raw_logprobs, processed_logprobs"),
+        ({"repetition_detection": {"min_count": 2}}, "'repetition_detection.max_pattern_size' is required\nhint:"),
+        ({"structured_outputs": {"regexp": "a"}}, "'structured_outputs.regexp' is not a field of this object"),
     ],
 )
 def test_values_out_of_bounds_are_value_errors(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:
         SamplingParams(**given)
     assert words in str(error.value)
+
+
+JUNK: list[Any] = [
+    object(), "text", b"text", True, -7, 1.5, float("nan"), 2**80, 10**400, [], [None], ["a", 1], [1.5], [True],
+    [-1], [2**80], (), {"a": 1}, {1: "a"}, {1: 1000}, {2**80: 1}, {}, (1 for _ in "a"), {1}, [[1]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [SamplingParams, BeamSearchParams])
+def test_no_field_takes_what_it_has_no_use_for(llm: LLM, kind: Any) -> None:
+    """Whatever a field is given, it is refused by its name, or an engine can be told of it."""
+    needed: dict[str, Any] = (
+        {"beam_width": 2, "max_tokens": 4} if kind is BeamSearchParams else {"max_tokens": None}
+    )
+    for field in dataclasses.fields(kind):
+        refused = 0
+        for junk in JUNK:
+            try:
+                params = kind(**{**needed, field.name: junk})
+                told = (
+                    params.sampling(2048) if kind is BeamSearchParams else params.sampling(9, 2048, tokenizer(llm))
+                )
+                assert msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=Sampling) == told, (field, junk)
+            except (TypeError, ValueError, ParamRefused) as error:
+                said = str(error)
+                refused += 1
+            else:
+                continue
+            assert field.name in said, (field.name, junk)
+        assert refused > 15, field.name
+
+
+def tokenizer(llm: LLM) -> Callable[[], Tokenizer]:
+    return lambda: llm.tokenizer
+
+
+def test_names_that_ask_for_nothing_pass() -> None:
+    neutral: dict[str, Any] = {
+        "best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "extra_args": {},
+        "watermarking": None, "spaces_between_special_tokens": False, "flat_logprobs": False, "output_kind": None,
+        "skip_reading_prefix_cache": False, "stream_interval": 1, "logits_processors": [],
+    }  # fmt: skip
+    assert SamplingParams(**neutral, n=2) == SamplingParams(n=2)
+    for name in neutral:
+        with pytest.raises(TypeError, match=f"{name}' is not honoured: .*\nhint: "):
+            SamplingParams(**{name: object()} if name != "spaces_between_special_tokens" else {name: 1})
+    assert BeamSearchParams(beam_width=2, max_tokens=3, temperature=0.0, top_k=-1) == BeamSearchParams(  # type: ignore[call-arg]
+        beam_width=2, max_tokens=3
+    )
+    with pytest.raises(TypeError, match="'temperature' is not honoured: a beam search draws nothing\nhint: "):
+        BeamSearchParams(beam_width=2, max_tokens=3, temperature=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="BeamSearchParams has no 'beams'\nhint: the names are beam_width, max_"):
+        BeamSearchParams(beam_width=2, max_tokens=3, beams=1)  # type: ignore[call-arg]
+    params = SamplingParams(bad_words=["a"], stop="b")
+    assert copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
+    assert dataclasses.replace(params, n=2).bad_words == ["a"]
+
+
+def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> None:
+    fine = SamplingParams(max_tokens=2)
+    asked: Any
+    for asked, words in (
+        (SamplingParams(stop_token_ids=[2048]), "'stop_token_ids' has a token id outside the vocabulary of 2048"),
+        (SamplingParams(min_tokens=300, max_tokens=None), "min_tokens is 300, and the context has room for 255"),
+        (SamplingParams(logprobs=-1, max_tokens=200), "logprobs asks for 409600 log-probabilities"),
+        ({"n": 2}, "sampling_params must be SamplingParams"),
+        (BeamSearchParams(beam_width=2, max_tokens=2), "sampling_params must be SamplingParams"),
+    ):
+        with pytest.raises((ParamRefused, ValueError, TypeError), match=words):
+            llm.generate([[1], [2]], [fine, asked])
+        assert not llm.engine.has_work
+    with pytest.raises(ValueError, match="sampling_params has 0 entries for 2 prompts"):
+        llm.generate([[1], [2]], [])
+    with pytest.raises(ParamRefused, match="'stop_token_ids' has a token id outside"):
+        llm.beam_search([[1]], BeamSearchParams(beam_width=2, max_tokens=2, stop_token_ids=[2048]))
+    with pytest.raises(TypeError, match="params must be BeamSearchParams"):
+        llm.beam_search([[1]], fine)  # type: ignore[arg-type]
+    for options, words in (({"normalize": 1}, "normalize must be"), ({"dimensions": "8"}, "dimensions must be")):
+        with pytest.raises(TypeError, match=words):
+            llm.embed([[1]], **options)
+    urgent = LLM("builtin://tiny", max_model_len=64, num_blocks=16, threads=1, policy="priority")
+    with pytest.raises(TypeError, match="priority must be whole numbers, not 'high'"):
+        urgent.generate(["a"], fine, priority=["high"])  # type: ignore[list-item]
+    assert not urgent.engine.has_work
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_ids(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(builtin.path("tiny") / name, tmp_path)
+    llm = LLM(str(tmp_path), max_model_len=64, num_blocks=16, threads=1)
+    bare = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False)
+    assert len(llm.generate([[1, 2]], bare)[0].outputs[0].token_ids) == 2
+    for params in (GREEDY, dataclasses.replace(bare, bad_words=["a"])):
+        with pytest.raises(BadTokenizer):
+            llm.generate([[1, 2], [3]], [bare, params])
+        assert not llm.engine.has_work, "what was queued before is not left there"
+    with pytest.raises(BadTokenizer):
+        llm.beam_search([[1, 2]], BeamSearchParams(beam_width=2, max_tokens=2))
+    assert not llm.engine.has_work
 
 
 def test_an_answer_that_fails_ends_alone_and_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

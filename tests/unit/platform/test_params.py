@@ -1,13 +1,30 @@
-"""What sampling parameters that are about text become: the ids that an engine takes."""
+"""What sampling parameters that are about text become, ids for an engine, and which parameters there are."""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from tests.unit.platform import tokenizers_for_tests as made
 
-from quire import builtin
+from quire import SamplingParams, builtin
 from quire.text import AdvisedSampling, AnswerText, ParamRefused, Tokenizer, params
 from quire_schemas import wire
+from quire_schemas.openai import CHAT_REFUSED, COMPLETION_REFUSED, ChatRequest, CompletionRequest
+
+# What `SamplingParams` of engines of this kind have, as published, and three that their HTTP APIs have besides.
+KNOWN = [
+    *["n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "watermarking", "top_p"],
+    *["top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs"],
+    *["prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids", "flat_logprobs"],
+    *["detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"],
+    *["output_kind", "stream_interval", "structured_outputs", "logit_bias", "allowed_token_ids", "extra_args"],
+    *["bad_words", "skip_reading_prefix_cache", "thinking_token_budget", "repetition_detection"],
+    *["routed_experts_prompt_start", "trace_decode_token_ids"],
+    *["truncate_prompt_tokens", "truncation_side", "logprobs_mode"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +100,21 @@ def test_the_text_of_an_answer_ends_as_it_was_asked_to(tiny: Tokenizer) -> None:
     assert text(end, include_stop=True) == ("One page. Two pages.", None)
     assert text(end, include_stop=True, skip_special_tokens=False)[0].endswith("pages.<|im_end|>")
     assert text(dot, include_stop=True, stops=["pages.!"]) == ("One page. Two pages.!", "pages.!")
+
+
+def test_every_known_parameter_is_honoured_or_refused_by_name_as_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sampling.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \|", page, re.MULTILINE)
+    offline = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert sorted(row[0] for row in rows) == sorted(KNOWN)
+    assert offline <= set(KNOWN)
+    for name, *said in rows:
+        for word, honoured, refused in zip(
+            said,
+            (set(CompletionRequest.model_fields), set(ChatRequest.model_fields), offline),
+            (COMPLETION_REFUSED, CHAT_REFUSED, SamplingParams.refused),
+            strict=True,
+        ):
+            assert (name in honoured, name in refused) == {"yes": (True, False), "refused": (False, True)}[word], (
+                name
+            )
