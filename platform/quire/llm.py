@@ -19,11 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import msgspec
 import psutil
 
+from quire import arguments
 from quire.builtin import path as builtin_path
 from quire.outputs import (
     CompletionOutput,
@@ -97,6 +98,28 @@ class LLM:
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
+        arguments.one_of("dtype", dtype, ("auto", *get_args(Dtype)))
+        arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(Dtype)))
+        arguments.one_of("device", device, ("auto", *get_args(Device)))
+        arguments.one_of("policy", policy, get_args(Policy))
+        for name, count in (
+            ("block_size", block_size),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_model_len", 1 if max_model_len is None else max_model_len),
+            ("num_blocks", 1 if num_blocks is None else num_blocks),
+            ("threads", 1 if threads is None else threads),
+        ):
+            arguments.whole(name, count, 1)
+        for name, choice in (
+            ("chunked_prefill", chunked_prefill),
+            ("prefix_caching", prefix_caching),
+            ("async_scheduling", async_scheduling),
+        ):
+            arguments.flag(name, choice)
+        arguments.number("memory_share", memory_share, 0, 1, above=True)
+        arguments.whole("seed", seed, -(2**63), 2**63 - 1)
+
         import torch
 
         from quire_engine.engine import Engine
@@ -128,7 +151,7 @@ class LLM:
             dtype=resolved,
             kv_dtype=cast(Dtype, request.kv_dtype),
             device=kind,
-            threads=threads or torch.get_num_threads(),
+            threads=torch.get_num_threads() if threads is None else threads,
             max_model_len=self.fit.max_model_len,
             block_size=block_size,
             num_blocks=self.fit.num_blocks,
@@ -207,6 +230,8 @@ class LLM:
         """
         from quire.text.templates import RESERVED
 
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise TypeError(f"chat_template_kwargs must be a mapping, not {chat_template_kwargs!r}")
         variables = dict(chat_template_kwargs or {})
         for name in variables:
             if not name.isidentifier() or name.startswith("_") or name in RESERVED:
@@ -240,12 +265,10 @@ class LLM:
         `dimensions` keeps that many leading ones, which means something for models that were trained for it;
         `normalize` brings what is kept to length 1. Raises as `generate` does.
         """
-        if pooling not in ("last", "mean"):
-            raise ValueError(f"pooling must be 'last' or 'mean', not {pooling!r}")
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize must be True or False, not {normalize!r}")
-        if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int)):
-            raise TypeError(f"dimensions must be a whole number, not {dimensions!r}\nhint: None keeps all")
+        arguments.one_of("pooling", pooling, ("last", "mean"))
+        arguments.flag("normalize", normalize)
+        if dimensions is not None:
+            arguments.whole("dimensions", dimensions, 1, hint="None keeps all")
         wanted = Pooling(pooling, normalize, dimensions)
         vectors: dict[str, EmbeddingRequestOutput] = {}
         ended = 0
@@ -369,16 +392,15 @@ class LLM:
             if not isinstance(params, SamplingParams):
                 raise TypeError(f"sampling_params must be SamplingParams, not {params!r}\nhint: SamplingParams(…)")
         for place in priorities:
-            if isinstance(place, bool) or not isinstance(place, int):
-                raise TypeError(f"priority must be whole numbers, not {place!r}\nhint: lower goes first")
+            arguments.whole("priority", place, -arguments.MAX_INT, hint="lower goes first")
         limit, vocabulary = min(self.fit.max_model_len, self.fit.kv_tokens), self.profile.vocab_size
         told: dict[tuple[int, int], Sampling] = {}  # parameters are often the same for all prompts
         outputs: list[RequestOutput] = []
         answers: dict[str, _Answer] = {}
         try:
-            for (text, whole), params, place in zip(prompts, each, priorities, strict=True):
+            for (text, given), params, place in zip(prompts, each, priorities, strict=True):
                 ids = truncated(
-                    whole, params.truncate_prompt_tokens, params.truncation_side, limit, params.max_tokens
+                    given, params.truncate_prompt_tokens, params.truncation_side, limit, params.max_tokens
                 )
                 room = max(1, limit - len(ids))
                 key = (id(params), room if params.max_tokens is None else 0)
@@ -392,14 +414,15 @@ class LLM:
                         sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
                     name = f"{output.request_id}-{index}"
                     answers[name] = _Answer(self, index, params, sampling, output)
-                    self.engine.add(
+                    self._add(
                         Generate(
                             name,
                             list(ids),
                             sampling.numbered(index),
                             priority=place,
                             family=output.request_id if params.n > 1 else None,
-                        )
+                        ),
+                        params,
                     )
                 outputs.append(output)
             self._compute(answers, len(prompts), use_tqdm)
@@ -408,6 +431,17 @@ class LLM:
                 if answer.made.finish_reason is None:
                     self.engine.abort(name)
         return outputs
+
+    def _add(self, message: Generate, params: SamplingParams) -> None:
+        """Queue a sequence. Raises `RequestRefused`, which names the constraint if that is to blame."""
+        from quire_engine.errors import RequestRefused
+
+        try:
+            self.engine.add(message)
+        except RequestRefused as error:
+            if error.code != "invalid_grammar":
+                raise
+            raise RequestRefused(error.code, f"{params.constrained_by} cannot be honoured: {error}") from None
 
     def _compute(self, answers: Mapping[str, _Answer], total: int, use_tqdm: bool | None) -> None:
         """Step until every answer has its finish reason."""
@@ -447,7 +481,7 @@ class _Answer:
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
             )
-        self._sampling = sampling
+        self._params, self._sampling = params, sampling
         self._logs = sampling.logprobs_mode in ("raw_logprobs", "processed_logprobs")
         self._named = tuple(dict.fromkeys(params.logprob_token_ids or ()))
         if params.prompt_logprobs is not None and index == 0:
@@ -489,7 +523,7 @@ class _Answer:
         return None if self._text is None else self._text.hit
 
     def _error(self, delta: Delta) -> str | None:
-        named = self._sampling.narrowing + (["structured_outputs"] if self._sampling.structured else [])
+        named = self._sampling.narrowing + ([self._params.constrained_by] if self._sampling.structured else [])
         if delta.error_code != "no_token_left" or not named:
             return delta.error
         return f"{' with '.join(named)} leaves no token to choose"

@@ -8,13 +8,13 @@ that is not honoured is refused (here by a TypeError) unless its value asks for 
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel
 
+from quire.arguments import flag, number, one_of, texts, token_ids, whole
 from quire_schemas import wire
 from quire_schemas.openai import (
     COMPLETION_REFUSED,
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from quire.text import Tokenizer
 
 _S = TypeVar("_S", bound=BaseModel)
-_MAX_INT: Final = 2**31 - 1
-"""As in the HTTP API."""
 
 
 class _Refusal(NamedTuple):
@@ -176,28 +174,28 @@ class SamplingParams(metaclass=_Named):
     refused: ClassVar[Mapping[str, _Refusal]] = _REFUSED
 
     def __post_init__(self) -> None:
-        _whole("n", self.n, 1)
+        whole("n", self.n, 1)
         if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0)
+            whole("max_tokens", self.max_tokens, 1)
+        whole("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}\nhint: lower it")
-        _number("temperature", self.temperature, 0, None, hint="0 is greedy")
-        _number("top_p", self.top_p, 0, 1, above=True, hint="1 is off")
-        _whole("top_k", self.top_k, -1, hint="0 and -1 are off")
-        _number("min_p", self.min_p, 0, 1, hint="0 is off")
+        number("temperature", self.temperature, 0, None, hint="0 is greedy")
+        number("top_p", self.top_p, 0, 1, above=True, hint="1 is off")
+        whole("top_k", self.top_k, -1, hint="0 and -1 are off")
+        number("min_p", self.min_p, 0, 1, hint="0 is off")
         if self.seed is not None:
-            _whole("seed", self.seed, -(2**63), 2**63 - 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2, hint="0 is off")
-        _number("frequency_penalty", self.frequency_penalty, -2, 2, hint="0 is off")
-        _number("repetition_penalty", self.repetition_penalty, 0, None, above=True, hint="1 is off")
+            whole("seed", self.seed, -(2**63), 2**63 - 1)
+        number("presence_penalty", self.presence_penalty, -2, 2, hint="0 is off")
+        number("frequency_penalty", self.frequency_penalty, -2, 2, hint="0 is off")
+        number("repetition_penalty", self.repetition_penalty, 0, None, above=True, hint="1 is off")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), -1, hint="-1 is the whole vocabulary")
+                whole(name, getattr(self, name), -1, hint="-1 is the whole vocabulary")
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
-            _flag(name, getattr(self, name))
+            flag(name, getattr(self, name))
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
-            _ids(name, getattr(self, name))
+            token_ids(name, getattr(self, name))
         if self.logprob_token_ids and self.logprobs is None and self.prompt_logprobs is None:
             raise ValueError("logprob_token_ids needs logprobs or prompt_logprobs\nhint: logprobs=0 is enough")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -205,30 +203,30 @@ class SamplingParams(metaclass=_Named):
         if not isinstance(self.logit_bias, Mapping | None):
             raise TypeError(f"logit_bias must be a mapping of token id to bias, not {self.logit_bias!r}")
         for key, bias in (self.logit_bias or {}).items():
-            _whole("logit_bias: a token id", key, 0)
-            _number(f"logit_bias of {key}", bias, -100, 100)
+            whole("logit_bias: a token id", key, 0)
+            number(f"logit_bias of {key}", bias, -100, 100)
         if not isinstance(self.stop, str):
-            _texts("stop", self.stop, "a string or several")
+            texts("stop", self.stop, "a string or several")
         if "" in self.stops:
             raise ValueError("stop: an empty string would end every answer at once\nhint: leave it out")
         if self.stops and not self.detokenize:
             raise ValueError("stop needs text, and detokenize is False\nhint: use stop_token_ids")
-        _texts("bad_words", self.bad_words, "a list of strings")
+        texts("bad_words", self.bad_words)
         if "" in (self.bad_words or ()):
             raise ValueError("bad_words: an empty string would ban every token\nhint: leave it out")
         if self.thinking_token_budget is not None:
-            _whole("thinking_token_budget", self.thinking_token_budget, 0, hint="None is without a limit")
+            whole("thinking_token_budget", self.thinking_token_budget, 0, hint="None is without a limit")
         if self.truncate_prompt_tokens is not None:
-            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, hint="-1 is the room that there is")
+            whole("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, hint="-1 is the room that there is")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens must be -1 or at least 1, not 0\nhint: None cuts nothing")
         if self.truncation_side is not None:
-            _one_of("truncation_side", self.truncation_side, ("left", "right"))
+            one_of("truncation_side", self.truncation_side, ("left", "right"))
             if self.truncate_prompt_tokens is None:
                 raise ValueError(
                     "truncation_side needs truncate_prompt_tokens\nhint: -1 is the room that there is"
                 )
-        _one_of("logprobs_mode", self.logprobs_mode, get_args(wire.LogprobsMode))
+        one_of("logprobs_mode", self.logprobs_mode, get_args(wire.LogprobsMode))
         _structured(self.structured_outputs)
         _repetition(self.repetition_detection)
 
@@ -236,6 +234,12 @@ class SamplingParams(metaclass=_Named):
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def constrained_by(self) -> str:
+        """What an answer is held to, in the words of an error; empty if it is not."""
+        shape = _shaped("structured_outputs", self.structured_outputs, StructuredOutputs)
+        return "" if shape is None else shape.constraint.field
 
     def sampling(self, room: int, vocabulary: int, tokenizer: Callable[[], Tokenizer]) -> wire.Sampling:
         """What the engine is told; `room` is what `max_tokens` None stands for. Asks for the tokenizer if need be.
@@ -302,15 +306,15 @@ class BeamSearchParams(metaclass=_Named):
     refused: ClassVar[Mapping[str, _Refusal]] = _REFUSED_OF_BEAMS
 
     def __post_init__(self) -> None:
-        _whole("beam_width", self.beam_width, 1)
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0)
+        whole("beam_width", self.beam_width, 1)
+        whole("max_tokens", self.max_tokens, 1)
+        whole("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}\nhint: lower it")
-        _number("length_penalty", self.length_penalty, -10, 10, hint="1 is the mean, 0 the sum")
+        number("length_penalty", self.length_penalty, -10, 10, hint="1 is the mean, 0 the sum")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            _flag(name, getattr(self, name))
-        _ids("stop_token_ids", self.stop_token_ids)
+            flag(name, getattr(self, name))
+        token_ids("stop_token_ids", self.stop_token_ids)
 
     def sampling(self, vocabulary: int) -> wire.Sampling:
         """What an engine is told. Raises `quire.text.ParamRefused`."""
@@ -346,62 +350,3 @@ def _shaped(name: str, asked: object, shape: type[_S]) -> _S | None:
         return read_part(name, asked, shape)
     except BadRequest as error:
         raise ValueError(f"{error.message.rstrip('.')}\nhint: its entries are those of the HTTP API") from None
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-
-
-def _one_of(name: str, value: object, words: Sequence[str]) -> None:
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
-
-
-def _ids(name: str, value: object) -> None:
-    for index in _several(name, value, "a list of token ids"):
-        _whole(name, index, 0)
-
-
-def _texts(name: str, value: object, what: str) -> None:
-    for text in _several(name, value, what):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be {what}, not {text!r}")
-
-
-def _several(name: str, value: object, what: str) -> Collection[object]:
-    """`value`, which can be looked at more than once; None is none."""
-    if value is None:
-        return ()
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        raise TypeError(f"{name} must be {what}, not {value!r}")
-    return value
-
-
-def _whole(name: str, value: object, least: int, most: int | None = None, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if most is None and value > _MAX_INT:
-        raise ValueError(f"{name} must be at most {_MAX_INT}, not {_short(value)}")
-    _within(name, value, least, most, False, hint)
-
-
-def _number(
-    name: str, value: object, least: float, most: float | None, *, above: bool = False, hint: str = ""
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
-    _within(name, value, least, most, above, hint)
-
-
-def _within(name: str, value: float, least: float, most: float | None, above: bool, hint: str) -> None:
-    low = value <= least if above else value < least
-    if low or (most is not None and value > most):
-        bounds = f"{'above' if above else 'at least'} {least}" + ("" if most is None else f" and at most {most}")
-        raise ValueError(f"{name} must be {bounds}, not {_short(value)}" + (f"\nhint: {hint}" if hint else ""))
-
-
-def _short(value: float) -> str:
-    return str(value) if abs(value) < 10**20 or not isinstance(value, int) else "so large a number"

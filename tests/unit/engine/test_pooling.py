@@ -326,7 +326,7 @@ def test_llm_embeds_text_and_ids(prompts: list[list[int]], states: list[Vector])
     assert len(text.outputs.embedding) == llm.profile.hidden_size
     (bare,) = llm.embed("When the", normalize=False)
     assert np.linalg.norm(bare.outputs.embedding) != pytest.approx(1, abs=0.1)
-    with pytest.raises(ValueError, match="'last' or 'mean'"):
+    with pytest.raises(ValueError, match="pooling must be one of last, mean, not 'max'"):
         llm.embed("a", pooling="max")  # type: ignore[arg-type]
     with pytest.raises(RequestRefused, match="above the context"):
         llm.embed([[5], [5] * 300])

@@ -360,9 +360,46 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
         with pytest.raises(TypeError, match=words):
             llm.embed([[1]], **options)
     urgent = LLM("builtin://tiny", max_model_len=64, num_blocks=16, threads=1, policy="priority")
-    with pytest.raises(TypeError, match="priority must be whole numbers, not 'high'"):
+    with pytest.raises(TypeError, match="priority must be a whole number, not 'high'"):
         urgent.generate(["a"], fine, priority=["high"])  # type: ignore[list-item]
     assert not urgent.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dtype": "float33"}, "dtype must be one of auto, float32"),
+        ({"kv_dtype": "int3"}, "kv_dtype must be one of auto, float32"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"policy": "lifo"}, "policy must be one of fcfs, priority, not 'lifo'"),
+        ({"block_size": 0}, "block_size must be at least 1, not 0"),
+        ({"num_blocks": "8"}, "num_blocks must be a whole number, not '8'"),
+        ({"max_num_seqs": None}, "max_num_seqs must be a whole number, not None"),
+        ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be at least 1"),
+        ({"max_model_len": 2.5}, "max_model_len must be a whole number"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"prefix_caching": "no"}, "prefix_caching must be True or False, not 'no'"),
+        ({"async_scheduling": 1}, "async_scheduling must be True or False"),
+        ({"chunked_prefill": None}, "chunked_prefill must be True or False"),
+        ({"memory_share": 2}, "memory_share must be above 0 and at most 1, not 2"),
+        ({"seed": "a"}, "seed must be a whole number, not 'a'"),
+    ],
+)
+def test_an_engine_is_not_made_of_arguments_that_are_wrong(given: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        LLM("builtin://tiny", **given)
+    assert words in str(error.value)
+
+
+def test_a_constraint_that_cannot_be_kept_to_is_named(llm: LLM) -> None:
+    for asked, field in (
+        ({"regex": "(("}, "regex"),
+        ({"json": {"type": "nope"}}, "json"),
+        ({"grammar": "?"}, "grammar"),
+    ):
+        with pytest.raises(RequestRefused, match=f"structured_outputs.{field} cannot be honoured: "):
+            llm.generate(["a", "b"], [GREEDY, SamplingParams(structured_outputs=asked)])
+        assert not llm.engine.has_work
 
 
 def test_a_checkpoint_without_a_tokenizer_serves_ids(tmp_path: Path) -> None:
