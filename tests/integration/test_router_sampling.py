@@ -61,6 +61,8 @@ async def test_what_was_generated_scores_the_same_as_a_prompt(
     assert choice.logprobs is not None
     drawn = extra(choice, "token_ids")
     assert len(drawn) == 6 == len(choice.logprobs.tokens or [])
+    for begin, token in zip(choice.logprobs.text_offset or [], choice.logprobs.tokens or [], strict=True):
+        assert choice.text[begin:].startswith(token)
     assert extra(choice, "prompt_token_ids") == ids
     again = await client.completions.create(
         **plain, prompt=[*ids, *drawn], echo=True, max_tokens=1, extra_body={"prompt_logprobs": 2}
