@@ -1,13 +1,16 @@
-"""The engine that tests start unless they need another: the built-in model, small, on one thread."""
+"""The engine that tests start unless they need another, the built-in model, small, on one thread; and its run."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from quire.builtin import path as builtin_path
-from quire_schemas.wire import EngineSpec
+from quire_schemas.wire import Delta, EngineSpec, Generate
+
+if TYPE_CHECKING:  # which loads torch, and tests of the router do without
+    from quire_engine.engine import Engine
 
 
 def tiny_spec(**fields: Any) -> EngineSpec:
@@ -33,3 +36,16 @@ def tiny_spec(**fields: Any) -> EngineSpec:
         hot_hash="h0",
     )
     return msgspec.structs.replace(spec, **fields)
+
+
+def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
+    """All deltas by request, once everybody has ended; books are right after each step, empty at the end."""
+    for message in messages:
+        engine.add(message)
+    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
+    while engine.has_work:
+        for delta in engine.step():
+            heard[delta.id].append(delta)
+        engine.check_integrity()
+    assert engine.stats().blocks_used == 0
+    return heard

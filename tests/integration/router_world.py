@@ -136,6 +136,12 @@ class World:
         await self.table(self.route(*(engine.endpoint() for engine in engines), **changes))
         await self.connected(*(engine.replica_id for engine in engines))
 
+    async def serve_process(self, spec: wire.EngineSpec, **changes: Any) -> None:
+        """Serve an engine that runs as a process, with the tokenizer of its checkpoint."""
+        endpoint = wire.ReplicaEndpoint(spec.replica_id, spec.incarnation, spec.socket)
+        await self.table(self.route(endpoint, tokenizer_dir=spec.model_dir, **changes))
+        await self.connected(spec.replica_id)
+
     async def is_ready(self, replicas: int) -> bool:
         """Whether /health counts so many replicas as ready."""
         async with httpx.AsyncClient() as http:

@@ -5,41 +5,28 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
-from tests.engine_specs import tiny_spec
+from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
-from tests.integration.test_engine_process import Process
 
-from quire import LLM, builtin
+from quire import LLM
 from quire_schemas import wire
 
 
 @pytest.fixture(scope="module")
 def engine_spec() -> Iterator[wire.EngineSpec]:
-    """The spec of an engine that runs."""
-    with tempfile.TemporaryDirectory(prefix="qe") as name:
-        spec = tiny_spec(socket=str(Path(name) / "e" / "engine.sock"), prefix_caching=True)
-        process = Process(msgspec.to_builtins(spec), Path(name))
-        try:
-            process.wait_for("ready")
-            yield spec
-        finally:
-            process.close()
+    with engine_running(prefix_caching=True) as spec:
+        yield spec
 
 
 @pytest.fixture
 async def served(world: World, engine_spec: wire.EngineSpec) -> World:
-    endpoint = wire.ReplicaEndpoint(engine_spec.replica_id, 1, engine_spec.socket)
-    await world.table(world.route(endpoint, tokenizer_dir=str(builtin.path("tiny"))))
-    await world.connected(engine_spec.replica_id)
+    await world.serve_process(engine_spec)
     return world
 
 

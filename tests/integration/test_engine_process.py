@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import struct
@@ -18,12 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 from tests.effort import times
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
+from tests.integration.engine_process import Process
 
 from quire_engine.engine import Engine
 from quire_schemas.wire import (
     Deltas,
-    EngineEvent,
     FromEngine,
     Generate,
     GetStats,
@@ -39,56 +38,6 @@ LONG = Sampling(max_tokens=1500, temperature=0.0, ignore_eos=True)
 SHORT = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
 M = TypeVar("M")
 _decode = msgspec.msgpack.Decoder[Any](FromEngine)
-
-
-class Process:
-    """One engine process, its events as they come, and its end."""
-
-    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
-        path = folder / "spec.json"
-        path.write_bytes(msgspec.json.encode(spec))
-        self.status, writing = os.pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "quire_engine", str(path), "--status-fd", str(writing)],
-            pass_fds=(writing,),
-            stderr=subprocess.PIPE,
-            cwd="/",
-            env=environment,
-        )
-        os.close(writing)
-        self.events: list[EngineEvent] = []
-        self.seen_at: list[float] = []
-        self._rest = b""
-
-    def wait_for(self, name: str, patience: float = 60.0) -> EngineEvent:
-        """The first event of that name, once it is there."""
-        deadline = time.monotonic() + patience
-        while True:
-            for event in self.events:
-                if event.event == name:
-                    return event
-            ready, _, _ = select.select([self.status], [], [], max(deadline - time.monotonic(), 0.0))
-            assert ready, f"no {name} within {patience} s; so far {self.events}"
-            piece = os.read(self.status, 65536)
-            assert piece, f"the engine ended without {name}: {self.events}\n{self.stderr()}"
-            *lines, self._rest = (self._rest + piece).split(b"\n")
-            self.events += [msgspec.json.decode(line, type=EngineEvent) for line in lines]
-            self.seen_at += [time.monotonic()] * len(lines)
-
-    def wait(self, patience: float = 30.0) -> int:
-        return self.child.wait(patience)
-
-    def stderr(self) -> str:
-        self.child.kill()
-        return self.child.communicate()[1].decode()
-
-    def close(self) -> None:
-        self.child.kill()
-        self.child.communicate()
-        if self.status >= 0:
-            os.close(self.status)
-            self.status = -1
 
 
 class Client:
@@ -291,12 +240,8 @@ def crowd() -> list[Generate]:
 def unhurried() -> list[list[int]]:
     """What an engine says that has room for the whole crowd."""
     engine = Engine.load(tiny_spec(max_num_seqs=CROWD, num_blocks=CROWD * (PROMPT + OUTPUT) // 16))
-    for request in crowd():
-        engine.add(request)
-    found: list[list[int]] = [[] for _ in range(CROWD)]
-    while engine.has_work:
-        for delta in engine.step():
-            found[int(delta.id)] += delta.token_ids
+    heard = run(engine, *crowd()).values()
+    found = [[token for delta in deltas for token in delta.token_ids] for deltas in heard]
     assert engine.stats().preemptions == 0
     return found
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import openai
 import pytest
-from tests.engine_specs import tiny_spec
+from tests.integration.engine_process import engine_running
 from tests.integration.router_world import ASK, TEXT, World
-from tests.integration.test_engine_process import Process
 
 from quire import builtin
 from quire.text import Tokenizer
@@ -31,31 +28,17 @@ def without_weights(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine_spec() -> Iterator[wire.EngineSpec]:
-    """The spec of a scripted engine that runs, and has no weights to load."""
-    with tempfile.TemporaryDirectory(prefix="qs") as name:
-        checkpoint = Path(name) / "ck"
-        checkpoint.mkdir()
-        spec = tiny_spec(
-            model_dir=str(without_weights(checkpoint)),
-            runner="scripted",
-            step_time=0.003,
-            socket=str(Path(name) / "e" / "engine.sock"),
-        )
-        process = Process(msgspec.to_builtins(spec), Path(name))
-        try:
-            process.wait_for("ready")
-            yield spec
-        finally:
-            process.close()
+def engine_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wire.EngineSpec]:
+    """A scripted engine, which has no weights to load."""
+    checkpoint = str(without_weights(tmp_path_factory.mktemp("checkpoint")))
+    with engine_running(model_dir=checkpoint, runner="scripted", step_time=0.003) as spec:
+        yield spec
 
 
 @pytest.fixture
 async def scripted(world: World, engine_spec: wire.EngineSpec) -> World:
     """The router with the scripted engine as its replica."""
-    endpoint = wire.ReplicaEndpoint(engine_spec.replica_id, 1, engine_spec.socket)
-    await world.table(world.route(endpoint, tokenizer_dir=engine_spec.model_dir, scripted=True))
-    await world.connected(engine_spec.replica_id)
+    await world.serve_process(engine_spec, scripted=True)
     return world
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 from transformers import AutoModelForCausalLM
 
 from quire import LLM, BeamSearchParams, SamplingParams
@@ -21,7 +21,7 @@ from quire_engine.errors import RequestRefused
 from quire_engine.runner import ModelRunner
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import replay
-from quire_schemas.wire import BeamResult, BeamSearch, Delta, Generate, Sampling, TokenLogprobs
+from quire_schemas.wire import BeamResult, BeamSearch, Generate, Sampling, TokenLogprobs
 
 VOCABULARY = 7
 EOS = 6
@@ -117,18 +117,6 @@ def test_no_text_ends_before_its_least_number_of_tokens() -> None:
 # ── in the engine ─────────────────────────────────────────────────────────────────────────────────────────
 
 PROMPT = [50, 60, 70, 80, 90, 11, 12, 13, 14, 15, 16]
-
-
-def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
-    for message in messages:
-        engine.add(message)
-    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
-    while engine.has_work:
-        for delta in engine.step():
-            heard[delta.id].append(delta)
-        engine.check_integrity()
-    assert engine.stats().blocks_used == 0
-    return heard
 
 
 def ask(name: str = "s", width: int = 3, max_tokens: int = 12, **fields: Any) -> Generate:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 from tests.effort import EFFORT, examples
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 from torch import Tensor
 
 from quire.builtin import path as builtin_path
@@ -51,18 +51,6 @@ def params(max_tokens: int = 8, **fields: Any) -> Sampling:
 
 
 GREEDY = params(temperature=0.0)
-
-
-def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
-    """All deltas by request, once everybody has ended."""
-    for message in messages:
-        engine.add(message)
-    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
-    while engine.has_work:
-        for delta in engine.step():
-            heard[delta.id].append(delta)
-        engine.check_integrity()
-    return heard
 
 
 def tokens(deltas: list[Delta]) -> list[int]:

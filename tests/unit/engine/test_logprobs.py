@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -46,21 +46,18 @@ class Answer:
     cached: int = 0
 
 
-def run(engine: Engine, requests: dict[str, tuple[list[int], Sampling]]) -> dict[str, Answer]:
+def answers_to(engine: Engine, requests: dict[str, tuple[list[int], Sampling]]) -> dict[str, Answer]:
     """Every request's answer; they run together."""
     answers = {name: Answer() for name in requests}
-    for name, (prompt, sampling) in requests.items():
-        engine.add(Generate(name, list(prompt), sampling))
-    while engine.has_work:
-        for delta in engine.step():
-            answer = answers[delta.id]
+    heard = run(engine, *(Generate(name, list(prompt), sampling) for name, (prompt, sampling) in requests.items()))
+    for name, answer in answers.items():
+        for delta in heard[name]:
             answer.token_ids += delta.token_ids
             answer.logprobs += delta.logprobs or []
             answer.prompt += delta.prompt_logprobs or []
             answer.finish, answer.code = delta.finish_reason, delta.error_code
             if delta.finish_reason is not None and delta.timings is not None:
                 answer.preempted, answer.cached = len(delta.timings.preempted_at), delta.timings.cached_tokens
-    engine.check_integrity()
     return answers
 
 
@@ -138,10 +135,10 @@ def test_log_probabilities_of_prompt_and_answer_are_those_of_the_reference(
         )
     )
     if caching:  # what is there already must not be taken: then nobody would compute these rows
-        run(engine, {"before": (prompt, greedy(1))})
-        assert run(engine, {"again": (prompt, greedy(1))})["again"].cached > 0
+        answers_to(engine, {"before": (prompt, greedy(1))})
+        assert answers_to(engine, {"again": (prompt, greedy(1))})["again"].cached > 0
     named = (3, 2044)
-    answers = run(
+    answers = answers_to(
         engine,
         {
             "both": (prompt, greedy(logprobs=4, prompt_logprobs=2, logprob_token_ids=named)),
@@ -175,7 +172,7 @@ def test_a_preempted_prompt_reports_each_of_its_tokens_once(
     engine = Engine.load(spec)
     ballast = {f"old {n}": ([n + 5], greedy(60)) for n in range(3)}
     requests = {**ballast, "late": (prompt[:50], greedy(20, prompt_logprobs=1))}
-    late = run(engine, requests)["late"]
+    late = answers_to(engine, requests)["late"]
     assert late.preempted, "this test is about preemption"
     table = reference.logits(prompt[:50]).log_softmax(dim=-1)
     assert len(late.prompt) == 49
@@ -217,7 +214,7 @@ def test_each_mode_reports_its_own_numbers(reference: Reference, engine: Engine,
         "processed_logits": at_draw,
         "processed_logprobs": at_draw.log_softmax(-1),
     }
-    answers = run(
+    answers = answers_to(
         engine,
         {
             mode: (
@@ -239,7 +236,7 @@ def test_each_mode_reports_its_own_numbers(reference: Reference, engine: Engine,
 
 
 def test_the_whole_vocabulary_is_reported_within_a_bound(engine: Engine, prompt: list[int]) -> None:
-    answer = run(engine, {"a": (prompt[:9], greedy(3, logprobs=WHOLE_VOCABULARY))})["a"]
+    answer = answers_to(engine, {"a": (prompt[:9], greedy(3, logprobs=WHOLE_VOCABULARY))})["a"]
     for entry in answer.logprobs:
         assert sorted(token for token, _ in entry.top) == list(range(VOCABULARY))
         values = [value for _, value in entry.top]
@@ -264,9 +261,9 @@ def test_the_whole_vocabulary_is_reported_within_a_bound(engine: Engine, prompt:
 
 
 def test_what_is_allowed_is_all_that_comes_and_bad_words_never_come_whole(engine: Engine) -> None:
-    free = run(engine, {"a": ([5, 6], greedy(12))})["a"].token_ids
+    free = answers_to(engine, {"a": ([5, 6], greedy(12))})["a"].token_ids
     bad = (tuple(free[2:4]), (free[7],), tuple(free[4:7]))
-    answers = run(
+    answers = answers_to(
         engine,
         {
             "allowed": ([5, 6], greedy(30, allowed_token_ids=(11, 12, 13))),
@@ -284,7 +281,7 @@ def test_what_is_allowed_is_all_that_comes_and_bad_words_never_come_whole(engine
 
 
 def test_wishes_that_leave_no_token_end_their_request_alone(engine: Engine) -> None:
-    answers = run(
+    answers = answers_to(
         engine,
         {
             "stuck": ([5, 6], greedy(4, allowed_token_ids=(7,), bad_words=((7,),), logprobs=1)),
@@ -300,7 +297,7 @@ def test_wishes_that_leave_no_token_end_their_request_alone(engine: Engine) -> N
 def test_a_thought_is_closed_when_its_budget_is_spent(ahead: bool, closing: tuple[int, ...]) -> None:
     engine = Engine.load(tiny_spec(async_scheduling=ahead))
     open_prompt = [5, 6, 2042]
-    answers = run(
+    answers = answers_to(
         engine,
         {
             f"{budget}": (open_prompt, greedy(12, thinking=Thinking(budget, (2042,), closing), bad_words=((30,),)))
@@ -318,14 +315,14 @@ def test_a_thought_is_closed_when_its_budget_is_spent(ahead: bool, closing: tupl
         assert said[: budget + len(closing)] == [*free[:budget], *closing]
         assert not set(said[budget + len(closing) :]) & set(closing), "closed once"
     assert answers["40"].token_ids == free
-    assert answers["none"].token_ids == run(engine, {"x": ([5, 6], greedy(12))})["x"].token_ids
+    assert answers["none"].token_ids == answers_to(engine, {"x": ([5, 6], greedy(12))})["x"].token_ids
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
 def test_an_output_that_goes_round_is_ended(ahead: bool) -> None:
     engine = Engine.load(tiny_spec(async_scheduling=ahead))
     round_trip = {10: 100.0}
-    answers = run(
+    answers = answers_to(
         engine,
         {
             "round": ([10, 10, 10], greedy(40, logit_bias=round_trip, repetition=Repetition(1, 2, 3))),
@@ -356,9 +353,9 @@ def test_every_wish_gives_the_same_alone_and_among_others(ahead: bool, prompt: l
     requests = {
         str(n): ([*prompt[n : n + 20 + 3 * n], 20], Sampling(**rest, **wish)) for n, wish in enumerate(wishes)
     }
-    together = run(engine, requests)
+    together = answers_to(engine, requests)
     for name, request in requests.items():
-        alone = run(engine, {name: request})[name]
+        alone = answers_to(engine, {name: request})[name]
         assert alone.token_ids == together[name].token_ids, wishes[int(name)]
         for one, other in zip(
             alone.logprobs + alone.prompt, together[name].logprobs + together[name].prompt, strict=True

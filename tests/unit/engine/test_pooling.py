@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from tests.effort import EFFORT, examples
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.test_models import CASES, build
 from transformers import AutoModel
 
@@ -51,17 +51,6 @@ def expect(states: Vector, pooling: Pooling) -> Vector:
     if pooling.normalize:
         vector = vector / float(np.linalg.norm(vector))
     return vector
-
-
-def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
-    for message in messages:
-        engine.add(message)
-    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
-    while engine.has_work:
-        for delta in engine.step():
-            heard[delta.id].append(delta)
-        engine.check_integrity()
-    return heard
 
 
 def vector_of(deltas: list[Delta]) -> Vector:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.effort import EFFORT, examples
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 
 from quire.builtin import path as builtin_path
 from quire_engine.engine import Engine
@@ -45,17 +45,6 @@ def shared(folder: Path) -> Engine:
 
 def scripted(max_tokens: int = 100, script: tuple[int, ...] | None = (9, 8, 7), **fields: Any) -> Sampling:
     return Sampling(max_tokens, script=script, **fields)
-
-
-def run(engine: Engine, *messages: Generate) -> dict[str, list[Delta]]:
-    for message in messages:
-        engine.add(message)
-    heard: dict[str, list[Delta]] = {message.id: [] for message in messages}
-    while engine.has_work:
-        for delta in engine.step():
-            heard[delta.id].append(delta)
-        engine.check_integrity()
-    return heard
 
 
 def said(deltas: list[Delta]) -> tuple[list[int], str | None]:

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import torch
 from tests.effort import EFFORT, bound, times
-from tests.engine_specs import tiny_spec
+from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.serving import Client, greeted, serving, spec_in, until_idle
 from torch import Tensor
 
@@ -58,21 +58,19 @@ def generate(
 ) -> list[Output]:
     """All prompts together through the engine, by what the wire says of them."""
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-    outputs = {str(number): Output() for number in range(len(prompts))}
-    for name, prompt, params in zip(outputs, prompts, each, strict=True):
-        ids: list[int] = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
-        llm.engine.add(Generate(name, ids, params))
-    while llm.engine.has_work:
-        for delta in llm.engine.step():
-            output = outputs[delta.id]
+    ids = [llm.tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt] for prompt in prompts]
+    messages = [Generate(str(n), *asked) for n, asked in enumerate(zip(ids, each, strict=True))]
+    outputs = []
+    for deltas in run(llm.engine, *messages).values():
+        outputs.append(output := Output())
+        for delta in deltas:
             output.token_ids += delta.token_ids
             output.logprobs += delta.logprobs or []
             if delta.finish_reason is not None:
                 output.finish_reason, output.stop_token_id = delta.finish_reason, delta.stop_token_id
                 output.error = delta.error
-    for output in outputs.values():
         output.text = llm.tokenizer.decode(output.token_ids)
-    return list(outputs.values())
+    return outputs
 
 
 @pytest.fixture(scope="module")
