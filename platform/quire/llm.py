@@ -35,7 +35,8 @@ from quire.outputs import (
 )
 from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
-from quire_schemas.openai import BadRequest, read_messages
+from quire_schemas.openai.body import BadRequest
+from quire_schemas.openai.chat import read_messages
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,

@@ -16,14 +16,10 @@ from pydantic import BaseModel
 
 from quire.arguments import flag, number, one_of, texts, token_ids, whole
 from quire_schemas import wire
-from quire_schemas.openai import (
-    COMPLETION_REFUSED,
-    BadRequest,
-    RepetitionDetection,
-    StructuredOutputs,
-    asks_for_nothing,
-    read_part,
-)
+from quire_schemas.openai.body import BadRequest, asks_for_nothing, read_part
+from quire_schemas.openai.completions import COMPLETION_REFUSED
+from quire_schemas.openai.sampling import RepetitionDetection
+from quire_schemas.openai.structured import StructuredOutputs
 
 if TYPE_CHECKING:
     from quire.text import Tokenizer

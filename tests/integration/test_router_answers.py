@@ -16,8 +16,8 @@ from tests.unit.platform import tokenizers_for_tests as made
 
 from quire import builtin
 from quire.text import Tokenizer
-from quire_schemas import openai as shapes
 from quire_schemas import signals, wire
+from quire_schemas.openai.chat import ChatChunk, ChatDelta
 
 
 async def test_a_chat_whole_and_streamed_say_the_same(world: World) -> None:
@@ -46,14 +46,14 @@ async def test_the_events_of_a_chat_stream_have_their_shape_and_order(world: Wor
     body = {"model": "tiny", "messages": ASK, "stream": True, "n": 2, "stream_options": {"include_usage": True}}
     got = events(await world.raw(world.post("/v1/chat/completions", json.dumps(body).encode())))
     assert got.pop() == "DONE"
-    chunks = [shapes.ChatChunk.model_validate(event) for event in got]
+    chunks = [ChatChunk.model_validate(event) for event in got]
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     for index in (0, 1):
         mine = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == index]
         assert (mine[0].delta.role, mine[0].delta.content) == ("assistant", "")
         assert all(c.delta.role is None and c.delta.content and c.finish_reason is None for c in mine[1:-1])
-        assert (mine[-1].delta, mine[-1].finish_reason) == (shapes.ChatDelta(), "stop")
+        assert (mine[-1].delta, mine[-1].finish_reason) == (ChatDelta(), "stop")
         assert "".join(c.delta.content or "" for c in mine) == TEXT
     assert all("\ufffd" not in (c.choices[0].delta.content or "") for c in chunks[:-1])
     assert all(event["usage"] is None for event in got[:-1])

@@ -21,7 +21,9 @@ from tests.integration.router_world import World, end_world, make_world
 from tests.mutations import as_json, damaged, generator, scarred
 
 from quire.errors import TABLE
-from quire_schemas.openai import ChatCompletion, Completion, ErrorBody
+from quire_schemas.openai.answer import ErrorBody
+from quire_schemas.openai.chat import ChatCompletion
+from quire_schemas.openai.completions import Completion
 
 AT_ONCE = 8
 """Requests under way at the same time; fewer than one engine takes."""

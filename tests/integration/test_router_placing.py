@@ -18,8 +18,8 @@ from tests.integration.router_world import ASK, CHAT, TEXT, World, big, events, 
 from tests.integration.wire_engine import WireEngine
 
 from quire import builtin
-from quire_schemas import openai as shapes
 from quire_schemas import signals, wire
+from quire_schemas.openai.answer import ErrorBody, Usage
 
 COMPLETION: dict[str, Any] = {"model": "tiny", "max_tokens": 4}
 
@@ -214,7 +214,7 @@ async def test_a_real_engine_computes_a_shared_beginning_once(world: World, real
 
         async def ask(own: int, **more: object) -> tuple[int, list[str]]:
             answer = await complete(http, [*shared, own], temperature=0, **more)
-            usage = shapes.Usage.model_validate(answer["usage"])
+            usage = Usage.model_validate(answer["usage"])
             assert usage.prompt_tokens_details is not None
             assert usage.prompt_tokens == 161
             return usage.prompt_tokens_details.cached_tokens, [choice["text"] for choice in answer["choices"]]
@@ -351,7 +351,7 @@ async def test_a_full_engine_is_a_429_like_the_routers_own(world: World, stream:
     await world.serve(engine)
     async with http_of(world) as http:
         answer = await http.post("/v1/chat/completions", json={**CHAT, "stream": stream})
-    error = shapes.ErrorBody.model_validate_json(answer.content).error
+    error = ErrorBody.model_validate_json(answer.content).error
     assert (answer.status_code, error.type, error.code) == (429, "rate_limit_exceeded", "queue_full")
     assert answer.headers["retry-after"] == "1"
     assert answer.headers["x-should-retry"] == "true"
@@ -424,7 +424,7 @@ async def test_mixed_traffic_on_small_pools_alters_no_answer_and_leaks_no_block(
                     return "late"
                 choices = answer.json()["choices"]
                 assert [choice["text"] for choice in choices] == [references[which]] * body["n"]
-                usage = shapes.Usage.model_validate(answer.json()["usage"])
+                usage = Usage.model_validate(answer.json()["usage"])
                 assert usage.prompt_tokens_details is not None
                 assert usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens == len(prompts[which])
                 return "whole"

@@ -11,8 +11,8 @@ import pytest
 from tests.integration.router_world import ASK, CHAT, TEXT, World, big, eventually
 from tests.unit.platform import tokenizers_for_tests as made
 
-from quire_schemas import openai as shapes
 from quire_schemas import signals, wire
+from quire_schemas.openai.answer import ErrorBody
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ async def test_a_bad_request_is_named(
         answer = await http.post(
             f"{world.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
         )
-    error = shapes.ErrorBody.model_validate_json(answer.content).error
+    error = ErrorBody.model_validate_json(answer.content).error
     assert (answer.status_code, error.param, error.code) == (status, param, code), error
     assert words in error.message
     assert error.type == "invalid_request_error"
@@ -106,7 +106,7 @@ async def test_requests_that_do_not_reach_a_route_have_the_same_shape(world: Wor
         answer = await world.raw(request)
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d" % status), (request[:80], answer[:300])
-        error = shapes.ErrorBody.model_validate_json(body).error
+        error = ErrorBody.model_validate_json(body).error
         assert error.code == code
         if status == 413:
             assert b"connection: close" in head.lower()

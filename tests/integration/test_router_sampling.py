@@ -16,8 +16,9 @@ from tests.integration.wire_engine import WireEngine
 
 from quire import builtin
 from quire.text import Tokenizer
-from quire_schemas import openai as shapes
 from quire_schemas import wire
+from quire_schemas.openai.chat import ChatChunk, ChatCompletion
+from quire_schemas.openai.completions import Completion
 
 SUM: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
 ASK: list[Any] = [{"role": "user", "content": "What is PagedAttention?"}]
@@ -173,11 +174,11 @@ async def test_answers_have_the_shapes_that_are_documented(world: World, client:
     }
     async with httpx.AsyncClient(base_url=world.url) as http:
         for path, shape, chunk, more in (
-            ("chat/completions", shapes.ChatCompletion, shapes.ChatChunk, {"messages": ASK, "logprobs": True}),
+            ("chat/completions", ChatCompletion, ChatChunk, {"messages": ASK, "logprobs": True}),
             (
                 "completions",
-                shapes.Completion,
-                shapes.Completion,
+                Completion,
+                Completion,
                 {"prompt": ["a", "b"], "logprobs": 1, "echo": True},
             ),
         ):

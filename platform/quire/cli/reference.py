@@ -102,13 +102,17 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
-    from quire_schemas import openai
+    from quire_schemas.openai.body import WITHOUT_EFFECT
+    from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
+    from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
+    from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
+    from quire_schemas.openai.sampling import MAX_SALT
 
     lines = _head("HTTP API")
     endpoints = (
-        ("POST /v1/chat/completions", openai.ChatRequest, openai.CHAT_REFUSED),
-        ("POST /v1/completions", openai.CompletionRequest, openai.COMPLETION_REFUSED),
-        ("POST /v1/embeddings", openai.EmbeddingRequest, openai.EMBEDDING_REFUSED),
+        ("POST /v1/chat/completions", ChatRequest, CHAT_REFUSED),
+        ("POST /v1/completions", CompletionRequest, COMPLETION_REFUSED),
+        ("POST /v1/embeddings", EmbeddingRequest, EMBEDDING_REFUSED),
     )
     lines += [
         "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "
@@ -122,7 +126,7 @@ def api_page() -> str:
         "`batching.maxQueueWait` and never lengthens it.",
         "- `priority`: a whole number, lower goes first. Other than 0 it is refused for a model whose "
         "`batching.policy` is not `priority`.",
-        f"- `cache_salt`: up to {openai.MAX_SALT} characters. Cached beginnings of prompts are shared only among "
+        f"- `cache_salt`: up to {MAX_SALT} characters. Cached beginnings of prompts are shared only among "
         "requests of the same salt: with one for each tenant, the time of an answer does not tell what others "
         "asked.",
         "",
@@ -142,7 +146,7 @@ def api_page() -> str:
         lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in refused.items()]
         lines.append("")
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
-    lines += [f"| `{name}` | {purpose} |" for name, purpose in openai.WITHOUT_EFFECT.items()]
+    lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += ["", "Any other field is a 400 with a guess at what was meant.", ""]
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]

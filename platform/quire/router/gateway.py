@@ -23,7 +23,10 @@ from quire.router.spans import RequestSpan
 from quire.text import Tokenizer, params
 from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
-from quire_schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingFields
+from quire_schemas.openai.chat import ChatRequest
+from quire_schemas.openai.completions import CompletionRequest
+from quire_schemas.openai.embeddings import EmbeddingRequest
+from quire_schemas.openai.sampling import SamplingFields
 
 W = TypeVar("W")
 

@@ -8,7 +8,7 @@ import pytest
 
 from quire import errors
 from quire.text import NoChatTemplate, ParamRefused, TemplateFailed, TemplateRefused
-from quire_schemas.openai import ErrorBody
+from quire_schemas.openai.answer import ErrorBody
 
 
 @pytest.mark.parametrize(

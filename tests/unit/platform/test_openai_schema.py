@@ -10,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.effort import examples
 
-from quire_schemas.openai import (
-    CHAT_REFUSED,
-    COMPLETION_REFUSED,
-    EMBEDDING_REFUSED,
-    WITHOUT_EFFECT,
-    BadRequest,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    read_chat,
-    read_completion,
-)
+from quire_schemas.openai.body import WITHOUT_EFFECT, BadRequest
+from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
+from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest, read_completion
+from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "x"}

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from quire_schemas.openai import BadRequest, read_chat, read_completion
+from quire_schemas.openai.body import BadRequest
+from quire_schemas.openai.chat import read_chat
+from quire_schemas.openai.completions import read_completion
 from quire_schemas.wire import MAX_STRUCTURED, Structured
 
 INTEGER = {"type": "integer"}

@@ -12,7 +12,8 @@ from tests.unit.platform import tokenizers_for_tests as made
 from quire import SamplingParams, builtin
 from quire.text import AdvisedSampling, AnswerText, ParamRefused, Tokenizer, params
 from quire_schemas import wire
-from quire_schemas.openai import CHAT_REFUSED, COMPLETION_REFUSED, ChatRequest, CompletionRequest
+from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
+from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
 
 # What `SamplingParams` of engines of this kind have, as published, and three that their HTTP APIs have besides.
 KNOWN = [

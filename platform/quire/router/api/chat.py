@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: how a conversation is read, and how its answer is written.
 
 A stream's events per choice: one with the role alone, events with content, one with the finish reason alone.
-`quire_schemas.openai.ChatChunk` is their shape, and a test holds them to it.
+`quire_schemas.openai.chat.ChatChunk` is their shape, and a test holds them to it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan
-from quire_schemas.openai import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatRequest,
-    FinishReason,
-    Usage,
-    read_chat,
-)
+from quire_schemas.openai.answer import FinishReason, Usage
+from quire_schemas.openai.chat import AssistantMessage, ChatChoice, ChatCompletion, ChatRequest, read_chat
 
 _json = msgspec.json.Encoder()
 

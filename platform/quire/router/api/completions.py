@@ -22,13 +22,12 @@ from quire.router.job import Job, TokenScore, Update
 from quire.router.spans import RequestSpan
 from quire.text import Detokenizer
 from quire_schemas import wire
-from quire_schemas.openai import (
+from quire_schemas.openai.answer import FinishReason, Usage
+from quire_schemas.openai.completions import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
-    FinishReason,
-    Usage,
     read_completion,
 )
 

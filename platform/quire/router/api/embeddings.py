@@ -17,7 +17,14 @@ from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan
-from quire_schemas.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage, Usage, read_embedding
+from quire_schemas.openai.answer import Usage
+from quire_schemas.openai.embeddings import (
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    EmbeddingUsage,
+    read_embedding,
+)
 
 _json = msgspec.json.Encoder()
 

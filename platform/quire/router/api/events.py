@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from quire.router.job import Job
-from quire_schemas.openai import Usage
+from quire_schemas.openai.answer import Usage
 
 _json = msgspec.json.Encoder()
 

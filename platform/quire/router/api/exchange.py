@@ -41,7 +41,9 @@ from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
-from quire_schemas.openai import BadRequest, ModelRequest, PromptTokensDetails, Usage
+from quire_schemas.openai.answer import PromptTokensDetails, Usage
+from quire_schemas.openai.body import BadRequest
+from quire_schemas.openai.request import ModelRequest
 
 log = logging.getLogger("quire.router")
 

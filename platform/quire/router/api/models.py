@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quire.router.fleet import Fleet, ServedModel
-from quire_schemas.openai import ModelCard, ModelList
+from quire_schemas.openai.models import ModelCard, ModelList
 
 
 def all_models(fleet: Fleet) -> bytes:

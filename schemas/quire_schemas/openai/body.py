@@ -1,0 +1,268 @@
+"""From the bytes of a body to a request, or to a `BadRequest` that names the field.
+
+A field is one of the request's own, or refused for what it asks, or on the list of those without effect; any other
+is taken for a slip. A body that is nested too deep, has a key twice or is not Unicode is refused before its fields
+are looked at. What Pydantic finds wrong with a field is told in our words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from quire_schemas.openai.request import ModelRequest
+
+
+class BadRequest(Exception):
+    """The body is not a request we can honour. `param` names the field, where one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a field is refused, and the values that ask for nothing."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+
+
+NOT_YET = "is not honoured by this version"
+
+WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    "user": "names the end user for abuse reports; nothing here reads it",
+    "metadata": "the caller's own labels",
+    "service_tier": "there is one tier",
+    "store": "nothing is stored",
+    "safety_identifier": "names the end user, as `user`",
+    "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",
+    "prompt_cache_retention": "a hint for a prompt cache",
+    "session_id": "a hint for routing",
+    "parallel_tool_calls": "matters only with `tools`, which are refused",
+}
+"""Fields accepted without effect, and what they are for."""
+
+MAX_DEPTH: Final = 64
+
+P = TypeVar("P", bound=BaseModel)
+R = TypeVar("R", bound=ModelRequest)
+
+
+def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
+    """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`."""
+    stated = _json_object(body)
+    honoured = kind.model_fields
+    kept: dict[str, Any] = {}
+    for name, value in stated.items():
+        if name in honoured:
+            kept[name] = value
+        elif name in refused:
+            refusal = refused[name]
+            if not asks_for_nothing(value, refusal.neutral):
+                raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
+        elif name not in WITHOUT_EFFECT:
+            raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), _shown(name))
+    try:
+        return kind.model_validate(kept)
+    except ValidationError as error:
+        raise explained(error.errors(include_url=False)[0]) from None
+
+
+def read_part(name: str, value: Mapping[str, Any], shape: type[P]) -> P:
+    """The object that requests have as field `name`, from nowhere but this process. Raises `BadRequest`."""
+    try:
+        return shape.model_validate(dict(value))
+    except ValidationError as error:
+        raise explained(error.errors(include_url=False)[0], name) from None
+
+
+def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether `value` is None or one of `neutral`, by an equality that keeps true and 1 apart."""
+    return value is None or any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral
+    )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.7)
+    return f"Unknown field '{_shown(name)}'." + (f" Did you mean '{near[0]}'?" if near else "")
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name[:64])
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`, nested at most `MAX_DEPTH` deep, all of its text proper Unicode."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # covers msgspec's errors and broken UTF-8
+        value = _json_object_slowly(body)
+    if not isinstance(value, dict):
+        raise BadRequest("The body must be a JSON object.")
+    depth, keys = depth_and_keys(value)
+    if depth > MAX_DEPTH:
+        raise _too_deep()
+    _check_keys(body, keys)
+    return value
+
+
+_MAYBE_KEY: Final = re.compile(rb'"\s*+:')
+
+
+def _check_keys(body: bytes, keys: int) -> None:
+    """Refuse a body with a key twice in one object; `keys` are left of it after decoding.
+
+    Every key in the body has a colon behind it, so with as many such places as keys left, none was lost. Texts
+    may have more of them; only then is the body read again, by a reader that shows every pair.
+    """
+    if len(_MAYBE_KEY.findall(body)) != keys:
+        json.loads(body, object_pairs_hook=_distinct, parse_int=float)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise BadRequest(f"The body has the key '{_shown(key)}' twice in one object.", _shown(key))
+        seen.add(key)
+
+
+def _json_object_slowly(body: bytes) -> object:
+    """What the fast reader refused, read once more by one that takes NaN, Infinity and 1e999.
+
+    They are no JSON, but clients send them, and the models can then name the field that has one.
+    """
+    try:
+        value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a string that is no text
+    except UnicodeError:
+        raise BadRequest("The body is not valid UTF-8 text.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
+    except ValueError:
+        raise BadRequest("The body has a number that is too long.") from None
+    return value
+
+
+def _too_deep() -> BadRequest:
+    return BadRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def depth_and_keys(value: object) -> tuple[int, int]:
+    """How deep objects and lists are nested, counted to just above the limit, and the keys of all objects."""
+    level, depth, keys = [value], 0, 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            break
+        keys += sum(len(item) for item in level if isinstance(item, dict))
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(child, dict | list)
+        ]
+    return depth, keys
+
+
+_WORDS: Final[Mapping[str, str]] = {
+    "missing": "is required",
+    "string_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must not be longer than {max_length} characters",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "is too large",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "none_required": "must be null",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must have at least {min_length} item",
+    "too_long": "must not have more than {max_length} items",
+    "literal_error": "must be {expected}",
+    "extra_forbidden": "is not a field of this object",
+}
+
+_CROSS_FIELD: Final = frozenset(
+    {
+        "stream_options",
+        "top_logprobs",
+        "max_tokens",
+        "continue_final_message",
+        "min_tokens",
+        "n",
+        "best_of",
+        "prompt_logprobs",
+        "logprob_token_ids",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "length_penalty",
+        "use_beam_search",
+        "structured_outputs",
+        "json_schema",
+        "structures",
+        "triggers",
+        "whitespace_pattern",
+        "disable_any_whitespace",
+    }
+)
+"""Checks over several fields: the error's type is the field to name."""
+
+
+def explained(detail: ErrorDetails, *within: str) -> BadRequest:
+    """Our words for the first thing that Pydantic found, in the field `within` of a request or in all of it."""
+    where = [*within, *detail["loc"]]
+    kind = detail["type"]
+    words = _WORDS.get(kind)
+    if words is None:  # our own checks bring their words; any other kind of the library has none here
+        ours = kind in _CROSS_FIELD | {
+            "stop",
+            "bias",
+            "content",
+            "content_missing",
+            "tool_calls",
+            "arguments",
+            "prompt",
+            "input",
+            "script",
+            "schema",
+            "one_constraint",
+            "pattern",
+        }
+        text = detail["msg"] if ours else "is not valid"
+        if kind in _CROSS_FIELD:
+            where.append(kind)
+    else:
+        text = words.format(**detail.get("ctx", {}))
+        given = detail["input"]
+        if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e18:
+            whole = isinstance(given, float) and given.is_integer()
+            if whole and kind in {"int_type", "int_from_float"}:
+                text += f", written without a point or an exponent: {int(given)}"
+            else:
+                text += f", not {int(given) if whole else given}"
+    param = ""
+    for step in where:
+        word = f"[{step}]" if isinstance(step, int) else _shown(str(step))
+        param += f".{word}" if param and isinstance(step, str) else word
+    return BadRequest(f"'{param}' {text}.", param or None)

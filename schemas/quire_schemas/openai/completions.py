@@ -1,0 +1,113 @@
+"""`POST /v1/completions`: the request, and the answer, which is also an event of its stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from quire_schemas import wire
+from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
+from quire_schemas.openai.body import Refusal, read
+from quire_schemas.openai.request import MAX_PROMPTS, Prompt, read_prompts
+from quire_schemas.openai.sampling import (
+    MAX_CHOICES,
+    MAX_TOP_LOGPROBS,
+    SAMPLING_REFUSED,
+    SamplingFields,
+    check_min_tokens,
+)
+
+COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
+    **SAMPLING_REFUSED,
+    "suffix": Refusal("filling in the middle is not honoured by this version", ("",)),
+    "prompt_embeds": Refusal("prompts are text or token ids"),
+}
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
+
+    prompt: Annotated[list[Prompt], PlainValidator(read_prompts)]
+    logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
+    """With `echo`, of the prompt's tokens, too. -1 is the whole vocabulary."""
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """So many are made, and the `n` with the highest mean log-probability are the answer."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise PydanticCustomError("best_of", "must not be below n")
+        if self.sequences > (self.n or 1) and self.stream:
+            raise PydanticCustomError("best_of", "above n is only for requests without stream: true")
+        if self.sequences > (self.n or 1) and self.logprobs_mode in ("raw_logits", "processed_logits"):
+            raise PydanticCustomError(
+                "best_of", "above n goes by log-probabilities, and logprobs_mode asks for logits"
+            )
+        if len(self.prompt) * self.sequences > MAX_PROMPTS:
+            field = "best_of" if self.best_of is not None else "n"
+            raise PydanticCustomError(field, f"times the number of prompts must not be above {MAX_PROMPTS}")
+        check_min_tokens(self.min_tokens, self.asked_tokens)
+        return self
+
+    @property
+    def asked_tokens(self) -> int:
+        return self.max_tokens if self.max_tokens is not None else 16
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def scored_prompt(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        counts = [count for count in asked if count is not None]
+        return None if not counts else wire.WHOLE_VOCABULARY if wire.WHOLE_VOCABULARY in counts else max(counts)
+
+    @property
+    def sequences(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
+
+
+def read_completion(body: bytes) -> CompletionRequest:
+    """The completion request in `body`. Raises `BadRequest`."""
+    return read(body, CompletionRequest, COMPLETION_REFUSED)
+
+
+class CompletionLogprobs(Answer):
+    """Log-probabilities in a completion choice: parallel lists, one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """None for a prompt's first token: nothing comes before it."""
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Characters from the beginning of the choice's text, an echoed prompt included."""
+
+
+class CompletionChoice(AnswerOnRequest):
+    """One continuation, or in a stream its next part."""
+
+    on_request = frozenset({"prompt_logprobs", "token_ids", "prompt_token_ids"})
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(Answer):
+    """Answer to a completion request, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

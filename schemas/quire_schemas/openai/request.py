@@ -1,0 +1,64 @@
+"""What every request to a model is made of: a shape without unknown fields, counts, token ids, prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+MAX_INT: Final = 2**31 - 1
+MAX_PROMPTS: Final = 64
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+
+
+class Shape(BaseModel):
+    """Strict and frozen, without fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelRequest(Shape):
+    """What every request to a model has."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+
+    @property
+    def wants_usage(self) -> bool:
+        """One more event of a stream, with the usage."""
+        return False
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """The usage so far in every event of a stream."""
+        return False
+
+
+Prompt = str | list[int]
+
+
+def read_prompts(value: object) -> list[Prompt]:
+    """`str | str[] | int[] | int[][]` as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            found: list[Prompt] = list(value)
+        elif are_ids(value):
+            found = [value]
+        elif all(isinstance(item, list) and item and are_ids(item) for item in value):
+            found = list(value)
+        else:
+            raise PydanticCustomError(
+                "prompt", "must be a string, a list of strings, token ids, or lists of token ids"
+            )
+        if len(found) > MAX_PROMPTS:
+            raise PydanticCustomError("prompt", f"must not have more than {MAX_PROMPTS} prompts")
+        return found
+    raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids, or lists of token ids")
+
+
+def are_ids(value: list[Any]) -> bool:
+    """Whether all of it could be token ids; true of an empty list."""
+    return all(type(item) is int and 0 <= item <= MAX_INT for item in value)
