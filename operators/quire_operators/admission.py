@@ -3,7 +3,7 @@
 `review` takes the parsed resources and answers with one `Review` each: the resolved spec, the revision if a new
 one is needed, the differences, the arithmetic of the fit, how the change would roll out, or why it is refused.
 `changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers is the
-only I/O.
+only I/O. What a review is and how it is shown: `review.py`. What fits on the machine now: `room.py`.
 
 When does a model need a new revision? When the hash over its rolling fields changed, or a hot value lies above
 what its engines allocated for. A revision of the kept history that the spec fits is taken up again with the
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quire_operators import rollout
+from quire_operators import room
 from quire_operators.cache import SPARE
-from quire_operators.devices import Inventory, device_names, free_places, held
+from quire_operators.devices import Inventory, held
 from quire_operators.placement import Placed, Placement, PlacementError, place
+from quire_operators.review import Refusal, Review
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Change, NewRevision, Revision, Store, StoredObject
@@ -37,32 +38,13 @@ from quire_schemas.checkpoint import (
     read_profile,
 )
 from quire_schemas.hub import Part
-from quire_schemas.manifest import Located, Problem, intent_hash
-from quire_schemas.model import DEFAULTS_VERSION, LivenessProbe, Model, resolve_defaults
-from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
+from quire_schemas.manifest import Located, intent_hash
+from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
+from quire_schemas.quantities import format_bytes
 from quire_schemas.resource import Key
-from quire_schemas.sizing import FitReport
-from quire_schemas.update import (
-    FieldChange,
-    UpdateClass,
-    beyond_limits,
-    diff,
-    diff_metadata,
-    hot_hash,
-    template_hash,
-)
+from quire_schemas.update import FieldChange, UpdateClass, beyond_limits, diff, diff_metadata, template_hash
 
 CAUSE_ANNOTATION = "quire.dev/change-cause"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a resource cannot be applied. `path` is the field it is about."""
-
-    path: str
-    reason: str
-    message: str
-    hint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,72 +60,9 @@ class Ask:
         return (self.repository, self.revision, self.part) == (error.repository, error.revision, error.part)
 
 
-@dataclass(slots=True)
-class Review:
-    """What applying one resource would do."""
-
-    located: Located
-    old: StoredObject | None
-    action: str
-    resolved: dict[str, Any] = field(default_factory=dict)
-    revision: NewRevision | None = None
-    placement: Placement | None = None
-    fit: FitReport | None = None
-    changes: tuple[FieldChange, ...] = ()
-    rollout: str = ""
-    notes: list[str] = field(default_factory=list)
-    download: int = 0
-    """Bytes that are to be fetched from a hub."""
-    warnings: list[str] = field(default_factory=list)
-    """What goes against the wish, though it is accepted."""
-    refusal: Refusal | None = None
-
-    @property
-    def key(self) -> Key:
-        return self.located.key
-
-
 def effective_template(template: str, max_num_seqs: int, max_num_batched_tokens: int) -> str:
     """The identity of an engine: its rolling fields and the bounds it allocates for."""
     return hashlib.sha256(f"{template}/{max_num_seqs}/{max_num_batched_tokens}".encode()).hexdigest()
-
-
-def desired_of(stored: StoredObject, revision: Revision) -> rollout.Desired:
-    """The planner's view of one stored model."""
-    spec = stored.resolved
-    return rollout.Desired(
-        model=stored.key.name,
-        generation=stored.generation,
-        revision=revision.n,
-        template_hash=revision.template_hash,
-        replicas=spec["replicas"],
-        deleting=stored.deletion_time is not None,
-        **rollout_options(spec),
-    )
-
-
-def rollout_options(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a rollout in the planner's units."""
-    ways = spec["rollout"]
-    return {
-        "strategy": rollout.Strategy(ways["strategy"]),
-        "max_surge": ways["maxSurge"],
-        "max_unavailable": ways["maxUnavailable"],
-        "min_ready": parse_duration(ways["minReadyDuration"]),
-        "drain_timeout": parse_duration(spec["drainTimeout"]),
-        "startup_timeout": parse_duration(spec["probes"]["startup"]["timeout"]),
-        "stall_timeout": stall_timeout(spec),
-        "backoff_base": parse_duration(spec["restartPolicy"]["backoffBase"]),
-        "backoff_max": parse_duration(spec["restartPolicy"]["backoffMax"]),
-        "hot_hash": hot_hash(spec),
-    }
-
-
-def stall_timeout(spec: Mapping[str, Any]) -> float:
-    """Seconds without a step after which an engine counts as stalled. A spec that was resolved by a version that
-    had no such field has its default."""
-    declared = spec["probes"]["liveness"] or LivenessProbe().model_dump(mode="json", by_alias=True)
-    return parse_duration(declared["timeout"])
 
 
 TextProblem = Callable[[Path, Path | None], str | None]
@@ -177,7 +96,7 @@ class Admission:
         if here:
             self._check_disk(reviews)
         self._refuse_name_conflicts(reviews)
-        self._note_crowding(reviews, inventory)
+        room.note_crowding(reviews, self._store.replicas(), inventory)
         return reviews
 
     def changes(self, reviews: Sequence[Review]) -> list[Change]:
@@ -251,9 +170,7 @@ class Admission:
         unchanged = old is not None and old.intent_hash == intent_hash(located.resource)
         review = Review(located, old, "unchanged" if unchanged else "update" if old else "create")
         if old is not None and old.deletion_time is not None:
-            self._refuse(
-                review, Refusal("", "Deleting", f"{located.key} is being deleted", "wait until it is gone")
-            )
+            review.refuse(Refusal("", "Deleting", f"{located.key} is being deleted", "wait until it is gone"))
             return review
         if isinstance(located.resource, Model):
             try:
@@ -261,19 +178,19 @@ class Admission:
             except NotLocal as error:
                 said = next((unfound[ask] for ask in unfound if ask.is_about(error)), error)
                 path = error.path if said.path == "spec.source" else said.path
-                self._refuse(review, Refusal(path, said.reason, said.message, said.hint))
+                review.refuse(Refusal(path, said.reason, said.message, said.hint))
             except SourceError as error:
-                self._refuse(review, Refusal(error.path, error.reason, error.message, error.hint))
+                review.refuse(Refusal(error.path, error.reason, error.message, error.hint))
             except CheckpointError as error:
                 unsupported = isinstance(error, UnsupportedArchitecture | UnsupportedFeature)
                 reason = "UnsupportedArchitecture" if unsupported else "InvalidReference"
-                self._refuse(review, Refusal("spec.source", reason, error.message, error.hint))
+                review.refuse(Refusal("spec.source", reason, error.message, error.hint))
             except PlacementError as error:
                 review.fit = error.fit
                 # Of the fields whose change would make it fit, one that the manifest itself declares is to blame.
                 offers = error.fit.counter_offers if error.fit is not None else ()
                 path = next((offer.field for offer in offers if offer.field in located.places), error.path)
-                self._refuse(review, Refusal(path, error.reason, error.message, error.hint))
+                review.refuse(Refusal(path, error.reason, error.message, error.hint))
         elif unchanged and old is not None:
             review.resolved = old.resolved
         else:
@@ -281,11 +198,6 @@ class Admission:
             review.resolved = spec
             review.changes = _plain_changes(old.resolved if old else {}, spec)
         return review
-
-    @staticmethod
-    def _refuse(review: Review, refusal: Refusal) -> None:
-        review.action = "refused"
-        review.refusal = refusal
 
     def _review_model(
         self, review: Review, model: Model, inventory: Inventory, configs: Mapping[str, Mapping[str, Any]]
@@ -325,9 +237,9 @@ class Admission:
             )
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
         if review.refusal is None:
-            self._count_replicas(review, review.placement, inventory)
+            room.count_replicas(review, review.placement, self._store.replicas(), inventory)
         if review.refusal is None:
-            review.rollout = self._rollout_text(review, spec, current, inventory)
+            review.rollout = room.rollout_text(review, current, self._store.replicas(), inventory)
 
     def _new(self, review: Review, template: str, placement: Placement, defaults: int) -> NewRevision:
         annotations = review.located.intent.get("metadata", {}).get("annotations", {})
@@ -384,13 +296,13 @@ class Admission:
     def _refuse_immutable(review: Review) -> None:
         for change in review.changes:
             if change.update is UpdateClass.IMMUTABLE:
-                key = review.key
-                review.action = "refused"
-                review.refusal = Refusal(
-                    change.path,
-                    "Immutable",
-                    f"{change.path} cannot change from {change.old} to {change.new} while the object exists",
-                    f"recreate it: platform delete {key} && platform apply -f {review.located.file}",
+                review.refuse(
+                    Refusal(
+                        change.path,
+                        "Immutable",
+                        f"{change.path} cannot change from {change.old} to {change.new} while the object exists",
+                        f"recreate it: platform delete {review.key} && platform apply -f {review.located.file}",
+                    )
                 )
 
     def _place(
@@ -446,8 +358,7 @@ class Admission:
         source = spec["tokenizer"]["source"]
         template = spec["tokenizer"]["chatTemplateFile"]
         if template is not None and not Path(template).is_file():
-            self._refuse(
-                review,
+            review.refuse(
                 Refusal(
                     "spec.tokenizer.chatTemplateFile",
                     "NotFound",
@@ -461,8 +372,7 @@ class Admission:
         located = self._locate_tokenizer(spec, review.old)
         folder = str(located.folder) if located is not None else model_dir
         if not (Path(folder) / "tokenizer.json").is_file():
-            self._refuse(
-                review,
+            review.refuse(
                 Refusal(
                     "spec.tokenizer.source" if source is not None else "spec.source",
                     "NotFound",
@@ -475,8 +385,7 @@ class Admission:
             and (problem := self._text_problem(Path(folder), None if template is None else Path(template)))
             is not None
         ):
-            self._refuse(
-                review,
+            review.refuse(
                 Refusal(
                     "spec.tokenizer.source" if source is not None else "spec.source",
                     "ModelUnusable",
@@ -486,86 +395,6 @@ class Admission:
                 ),
             )
         return folder
-
-    def _count_replicas(self, review: Review, placement: Placement, inventory: Inventory) -> None:
-        """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now."""
-        spec = review.resolved
-        want, memory = spec["replicas"], placement.memory
-        share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
-        names = device_names(inventory, placement.device, device_ids)
-        most = sum(int(inventory.total(name) * share) // memory for name in names)
-        if 0 < most < want:
-            whole = format_bytes(sum(int(inventory.total(name) * share) for name in names))
-            self._refuse(
-                review,
-                Refusal(
-                    "spec.replicas",
-                    "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
-                    f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
-                    f"this machine's share, even with nothing else on it, is {whole}",
-                    f"at most {most} fit: set spec.replicas to {most} or less",
-                ),
-            )
-            return
-        others = [row for row in self._store.replicas() if row.model != review.key.name]
-        now = len(free_places(inventory, held(others), placement.device, memory, share, device_ids))
-        if now < want:
-            holders: dict[str, int] = {}
-            for row in others:
-                if row.device in names and row.failed_generation is None:
-                    holders[row.model] = holders.get(row.model, 0) + row.memory
-            who = ", ".join(f"model/{name} holds {format_bytes(size)}" for name, size in sorted(holders.items()))
-            review.warnings.append(
-                f"{now} of {_count(want, 'replica')} fit{'s' if want == 1 else ''} now"
-                + (f": {who}" if who else "")
-                + "; the rest waits until there is room"
-            )
-
-    def _rollout_text(
-        self, review: Review, spec: Mapping[str, Any], current: Revision | None, inventory: Inventory
-    ) -> str:
-        """How the change would be carried out now, by the very budget that the planner uses."""
-        if review.placement is None:
-            return ""
-        rows = [row for row in self._store.replicas() if row.model == review.key.name]
-        want = spec["replicas"]
-        if review.revision is None:
-            if want != len(rows):
-                return f"{len(rows)} → {want} replicas; none restarts"
-            return "no replica restarts"
-        share = parse_percent(spec["engine"]["memory"])
-        places = free_places(
-            inventory,
-            held(self._store.replicas()),
-            review.placement.device,
-            review.placement.memory,
-            share,
-            spec["placement"]["deviceIds"],
-        )
-        desired = rollout.Desired(
-            model=review.key.name,
-            generation=0,
-            revision=0,
-            template_hash=review.revision.template_hash,
-            replicas=want,
-            **rollout_options(spec),
-        )
-        budget = rollout.budget(desired, len(rows), len(places))
-        if not rows:
-            short = "" if len(places) >= want else f"; {len(places)} of them fit now"
-            return f"{_count(want, 'replica')} to start{short}"
-        if budget.strategy is rollout.Strategy.RECREATE:
-            return f"Recreate: {_count(len(rows), 'replica')} stop first, then {want} start"
-        text = f"RollingUpdate, surge {budget.surge}, unavailable {budget.unavailable}"
-        if budget.stop_first:
-            asked = spec["rollout"]
-            text += f" (asked for {asked['maxSurge']}/{asked['maxUnavailable']}; nothing more fits)"
-        elif budget.surge == 0 and budget.unavailable == 0:
-            text += ": blocked, because nothing more fits and none may be taken away"
-        each = current.load_seconds if current is not None else None
-        if each is not None:
-            text += f"\n{_count(want, 'replica')}, about {format_duration(each)} each"
-        return text + f"; {budget.floor} of {want} serve meanwhile"
 
     def _check_disk(self, reviews: Sequence[Review]) -> None:
         """Refuse downloads that the disk of the cache cannot hold, one after the other."""
@@ -577,7 +406,7 @@ class Admission:
                     f"{format_bytes(max(free, 0))} free"
                 )
                 hint = "platform cache prune, or set HF_HUB_CACHE to a folder on a larger disk and platform down"
-                self._refuse(review, Refusal("spec.source", "DiskFull", text, hint))
+                review.refuse(Refusal("spec.source", "DiskFull", text, hint))
             free -= review.download
 
     def _refuse_name_conflicts(self, reviews: Sequence[Review]) -> None:
@@ -592,8 +421,7 @@ class Admission:
             for index, name in enumerate(review.resolved.get("servedModelNames", ())):
                 owner = owners.setdefault(name, review.key)
                 if owner != review.key and review.refusal is None:
-                    self._refuse(
-                        review,
+                    review.refuse(
                         Refusal(
                             f"spec.servedModelNames[{index}]" if declared else "metadata.name",
                             "NameConflict",
@@ -601,40 +429,6 @@ class Admission:
                             f"choose another name, or delete {owner} first",
                         ),
                     )
-
-    def _note_crowding(self, reviews: Sequence[Review], inventory: Inventory) -> None:
-        """Each model was reviewed as if it came alone: say so where together they do not fit this machine.
-
-        Those that exist already come first, as they do when it is applied.
-        """
-        in_set = {review.key.name for review in reviews}
-        taken = held(row for row in self._store.replicas() if row.model not in in_set)
-        others = dict(taken)
-        before: dict[str, list[str]] = {"cpu": [], "cuda": []}
-        for review in sorted(reviews, key=lambda review: review.old is None):
-            placement, spec = review.placement, review.resolved
-            if review.refusal is not None or placement is None:
-                continue
-            fits = partial(
-                free_places,
-                inventory,
-                kind=placement.device,
-                need=placement.memory,
-                share=parse_percent(spec["engine"]["memory"]),
-                device_ids=spec["placement"]["deviceIds"],
-            )
-            want = spec["replicas"]
-            places = fits(taken=taken)[:want]
-            missing, neighbours = want - len(places), before[placement.device]
-            if missing and neighbours and len(fits(taken=others)) >= want:
-                reason = "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices"
-                who = "it" if missing == want else f"{missing} of its {want} replicas"
-                names = ", ".join(neighbours)
-                review.notes.append(f"fits alone; together with {names} {who} will wait as {reason}")
-            for device in places:
-                taken[device] = taken.get(device, 0) + placement.memory
-            if places:
-                neighbours.append(str(review.key))
 
 
 def _plain_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
@@ -644,76 +438,3 @@ def _plain_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Fiel
         for name in dict.fromkeys([*old, *new])
         if old and old.get(name) != new.get(name)
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def problems(reviews: Sequence[Review]) -> list[Problem]:
-    """The refusals as problems of the files they come from."""
-    return [
-        review.located.problem(found.path, found.message, found.hint)
-        for review in reviews
-        if (found := review.refusal) is not None
-    ]
-
-
-def report(reviews: Sequence[Review]) -> dict[str, Any]:
-    """The reviews as the document that `platform plan` prints."""
-    items = []
-    for review in reviews:
-        old = review.old.revision if review.old is not None else None
-        new = old if review.revision is None else (old or 0) + 1
-        item: dict[str, Any] = {
-            "key": str(review.key),
-            "action": review.action,
-            "revision": [old, new],
-            "changes": [
-                {
-                    "path": change.path,
-                    "old": change.old,
-                    "new": change.new,
-                    "update": change.update.value,
-                    "note": change.note,
-                }
-                for change in review.changes
-            ],
-            "fit": _fit(review.fit) if review.fit is not None else None,
-            "resolved": review.placement.resolved() if review.placement is not None else None,
-            "rollout": review.rollout,
-            "notes": review.notes,
-            "warnings": review.warnings,
-        }
-        if (found := review.refusal) is not None:
-            problem = review.located.problem(found.path, found.message, found.hint)
-            item["problem"] = {**problem.as_dict(), "reason": found.reason}
-        items.append(item)
-    actions = [review.action for review in reviews]
-    return {
-        "items": items,
-        "summary": {
-            "create": actions.count("create"),
-            "update": actions.count("update"),
-            "delete": 0,
-            "refused": actions.count("refused"),
-        },
-    }
-
-
-def _fit(found: FitReport) -> dict[str, Any]:
-    return {
-        "fits": found.fits,
-        "weights": found.weights,
-        "activations": found.activations,
-        "overhead": found.overhead,
-        "kv": found.kv,
-        "used": found.used,
-        "limit": found.limit,
-        "numBlocks": found.num_blocks,
-        "kvTokens": found.kv_tokens,
-        "maxModelLen": found.max_model_len,
-        "reason": found.reason,
-        "counterOffers": [str(offer) for offer in found.counter_offers],
-        "lines": [line[9:] for line in found.lines()],  # the label is the printer's
-    }

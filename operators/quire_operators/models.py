@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 
 from quire_operators import rollout
-from quire_operators.admission import desired_of, stall_timeout
 from quire_operators.cache import Need
+from quire_operators.desired import desired_of, stall_timeout
 from quire_operators.devices import Inventory, free_places, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats

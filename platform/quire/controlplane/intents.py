@@ -15,12 +15,14 @@ from typing import Any
 from quire.controlplane.errors import ApiError, address_in_use, invalid, not_found
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
-from quire_operators import admission, devices
+from quire_operators import devices
+from quire_operators.admission import Ask
 from quire_operators.devices import InventoryError
 from quire_operators.fleet.local import Life
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.models import ROUTES
+from quire_operators.review import Refusal, Review, problems, report
 from quire_operators.sources import SourceError
 from quire_operators.store import Conflict, NotFound, StoreUnavailable
 from quire_schemas import manifest
@@ -60,9 +62,9 @@ class Intents:
         if inventory is None:
             self._foresee_address(reviews)
         await self._note_moved(reviews)
-        return admission.report(reviews)
+        return report(reviews)
 
-    async def _look(self, asks: Sequence[admission.Ask]) -> dict[admission.Ask, SourceError]:
+    async def _look(self, asks: Sequence[Ask]) -> dict[Ask, SourceError]:
         """Ask the hub about what the cache does not know; what it refused, and why."""
         if self._plane.offline:
             return {}
@@ -72,7 +74,7 @@ class Intents:
         )
         return {ask: answer for ask, answer in zip(asks, answers, strict=True) if answer is not None}
 
-    async def _note_moved(self, reviews: Sequence[admission.Review]) -> None:
+    async def _note_moved(self, reviews: Sequence[Review]) -> None:
         """Say of models that stay at a commit where their branch is on the hub now."""
         pinned = self._plane.admission.pinned([review.located for review in reviews])
         if self._plane.offline:
@@ -99,7 +101,7 @@ class Intents:
                     f"{stays[:12]} until spec.revision names another"
                 )
 
-    def _foresee_address(self, reviews: Sequence[admission.Review]) -> None:
+    def _foresee_address(self, reviews: Sequence[Review]) -> None:
         """Say in a plan what `_check_address` would say to an apply."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
         models = [review for review in reviews if isinstance(review.located.resource, Model)]
@@ -111,8 +113,7 @@ class Intents:
         if problem is None:
             return
         if own is not None:
-            own.action = "refused"
-            own.refusal = admission.Refusal("spec.port", "AddressInUse", problem, "choose another, or 0 for any")
+            own.refuse(Refusal("spec.port", "AddressInUse", problem, "choose another, or 0 for any"))
         elif models:
             models[0].warnings.append(f"the router cannot listen: {problem}; apply would be refused")
 
@@ -127,7 +128,7 @@ class Intents:
             unfound = await self._look(self._plane.admission.asks(loaded.resources))
             self._plane.refuse_while_going_down()  # it may have begun meanwhile
             reviews = self._plane.admission.review(loaded.resources, unfound=unfound)
-            if found := admission.problems(reviews):
+            if found := problems(reviews):
                 raise invalid(found)
             self._check_address(reviews)
             try:
@@ -170,7 +171,7 @@ class Intents:
         except StoreUnavailable as error:
             log.warning("no event %s for %s: %s", reason, key, error.message)
 
-    def _check_address(self, reviews: Sequence[admission.Review]) -> None:
+    def _check_address(self, reviews: Sequence[Review]) -> None:
         """Refuse an apply whose router could not listen, while a person is there to read it."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
         needed = own is not None or any(isinstance(review.located.resource, Model) for review in reviews)

@@ -29,7 +29,7 @@ from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
 from quire.controlplane.wiring import Machine, engine_argv, router_command, text_problem
 from quire.tracing import Tracing
-from quire_operators import admission
+from quire_operators.admission import Admission
 from quire_operators.controller import Controller
 from quire_operators.downloads import Downloads
 from quire_operators.fleet.local import Life, LocalFleet
@@ -81,7 +81,7 @@ class ControlPlane:
         self.store = Store(state.store)
         self._machine = Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
-        self.admission = admission.Admission(self.store, sources, self._machine, text_problem)
+        self.admission = Admission(self.store, sources, self._machine, text_problem)
         self.secrets = Secrets(state.secrets, environ)
         self.downloads = Downloads(sources.cache, self.secrets, environ, self.wake, self.store.clock)
         self.offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -10,9 +10,10 @@ import pytest
 
 from quire import builtin
 from quire.controlplane.wiring import text_problem
-from quire_operators.admission import Admission, Review
+from quire_operators.admission import Admission
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
+from quire_operators.review import Review
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import Sources
 from quire_operators.store import Store

@@ -17,9 +17,9 @@ from tests.mutations import as_json, as_yaml, damaged, generator, scarred
 
 from quire.controlplane.wiring import text_problem
 from quire_operators.admission import Admission
-from quire_operators.admission import problems as refusals
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
+from quire_operators.review import problems as refusals
 from quire_operators.sources import Sources
 from quire_operators.store import Store
 from quire_schemas.manifest import Manifest, Problem, intent_hash, load_paths, parse_intent

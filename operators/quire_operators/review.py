@@ -1,0 +1,121 @@
+"""What applying a set of resources would do: a review of each, and the document that `plan` prints of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire_operators.placement import Placement
+from quire_operators.store import NewRevision, StoredObject
+from quire_schemas.manifest import Located, Problem
+from quire_schemas.resource import Key
+from quire_schemas.sizing import FitReport
+from quire_schemas.update import FieldChange
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a resource cannot be applied. `path` is the field it is about."""
+
+    path: str
+    reason: str
+    message: str
+    hint: str
+
+
+@dataclass(slots=True)
+class Review:
+    """What applying one resource would do."""
+
+    located: Located
+    old: StoredObject | None
+    action: str
+    resolved: dict[str, Any] = field(default_factory=dict)
+    revision: NewRevision | None = None
+    placement: Placement | None = None
+    fit: FitReport | None = None
+    changes: tuple[FieldChange, ...] = ()
+    rollout: str = ""
+    notes: list[str] = field(default_factory=list)
+    download: int = 0
+    """Bytes that are to be fetched from a hub."""
+    warnings: list[str] = field(default_factory=list)
+    """What goes against the wish, though it is accepted."""
+    refusal: Refusal | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.located.key
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.action, self.refusal = "refused", refusal
+
+
+def problems(reviews: Sequence[Review]) -> list[Problem]:
+    """The refusals as problems of the files they come from."""
+    return [
+        review.located.problem(found.path, found.message, found.hint)
+        for review in reviews
+        if (found := review.refusal) is not None
+    ]
+
+
+def report(reviews: Sequence[Review]) -> dict[str, Any]:
+    """The reviews as the document that `platform plan` prints."""
+    items = []
+    for review in reviews:
+        old = review.old.revision if review.old is not None else None
+        new = old if review.revision is None else (old or 0) + 1
+        item: dict[str, Any] = {
+            "key": str(review.key),
+            "action": review.action,
+            "revision": [old, new],
+            "changes": [
+                {
+                    "path": change.path,
+                    "old": change.old,
+                    "new": change.new,
+                    "update": change.update.value,
+                    "note": change.note,
+                }
+                for change in review.changes
+            ],
+            "fit": _fit(review.fit) if review.fit is not None else None,
+            "resolved": review.placement.resolved() if review.placement is not None else None,
+            "rollout": review.rollout,
+            "notes": review.notes,
+            "warnings": review.warnings,
+        }
+        if (found := review.refusal) is not None:
+            problem = review.located.problem(found.path, found.message, found.hint)
+            item["problem"] = {**problem.as_dict(), "reason": found.reason}
+        items.append(item)
+    actions = [review.action for review in reviews]
+    return {
+        "items": items,
+        "summary": {
+            "create": actions.count("create"),
+            "update": actions.count("update"),
+            "delete": 0,
+            "refused": actions.count("refused"),
+        },
+    }
+
+
+def _fit(found: FitReport) -> dict[str, Any]:
+    return {
+        "fits": found.fits,
+        "weights": found.weights,
+        "activations": found.activations,
+        "overhead": found.overhead,
+        "kv": found.kv,
+        "used": found.used,
+        "limit": found.limit,
+        "numBlocks": found.num_blocks,
+        "kvTokens": found.kv_tokens,
+        "maxModelLen": found.max_model_len,
+        "reason": found.reason,
+        "counterOffers": [str(offer) for offer in found.counter_offers],
+        "lines": [line[9:] for line in found.lines()],  # the label is the printer's
+    }

@@ -1,0 +1,141 @@
+"""What fits on this machine now, and what a change therefore does: refused, waiting, or carried out step by step.
+
+Pure: the rows of the store say what is taken, the inventory what there is. `placement.py` has decided before how
+much one replica needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from quire_operators import rollout
+from quire_operators.desired import rollout_options
+from quire_operators.devices import Inventory, device_names, free_places, held
+from quire_operators.placement import Placement
+from quire_operators.review import Refusal, Review
+from quire_operators.store import Revision
+from quire_schemas.quantities import format_bytes, format_duration, parse_percent
+
+
+def count_replicas(
+    review: Review, placement: Placement, rows: Sequence[rollout.Row], inventory: Inventory
+) -> None:
+    """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now."""
+    spec = review.resolved
+    want, memory = spec["replicas"], placement.memory
+    share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
+    names = device_names(inventory, placement.device, device_ids)
+    most = sum(int(inventory.total(name) * share) // memory for name in names)
+    if 0 < most < want:
+        whole = format_bytes(sum(int(inventory.total(name) * share) for name in names))
+        review.refuse(
+            Refusal(
+                "spec.replicas",
+                "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
+                f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
+                f"this machine's share, even with nothing else on it, is {whole}",
+                f"at most {most} fit: set spec.replicas to {most} or less",
+            ),
+        )
+        return
+    others = [row for row in rows if row.model != review.key.name]
+    now = len(free_places(inventory, held(others), placement.device, memory, share, device_ids))
+    if now < want:
+        holders: dict[str, int] = {}
+        for row in others:
+            if row.device in names and row.failed_generation is None:
+                holders[row.model] = holders.get(row.model, 0) + row.memory
+        who = ", ".join(f"model/{name} holds {format_bytes(size)}" for name, size in sorted(holders.items()))
+        review.warnings.append(
+            f"{now} of {_count(want, 'replica')} fit{'s' if want == 1 else ''} now"
+            + (f": {who}" if who else "")
+            + "; the rest waits until there is room"
+        )
+
+
+def rollout_text(
+    review: Review, current: Revision | None, rows: Sequence[rollout.Row], inventory: Inventory
+) -> str:
+    """How the change would be carried out now, by the very budget that the planner uses."""
+    if review.placement is None:
+        return ""
+    spec = review.resolved
+    own = sum(row.model == review.key.name for row in rows)
+    want = spec["replicas"]
+    if review.revision is None:
+        if want != own:
+            return f"{own} → {want} replicas; none restarts"
+        return "no replica restarts"
+    share = parse_percent(spec["engine"]["memory"])
+    places = free_places(
+        inventory,
+        held(rows),
+        review.placement.device,
+        review.placement.memory,
+        share,
+        spec["placement"]["deviceIds"],
+    )
+    desired = rollout.Desired(
+        model=review.key.name,
+        generation=0,
+        revision=0,
+        template_hash=review.revision.template_hash,
+        replicas=want,
+        **rollout_options(spec),
+    )
+    budget = rollout.budget(desired, own, len(places))
+    if not own:
+        short = "" if len(places) >= want else f"; {len(places)} of them fit now"
+        return f"{_count(want, 'replica')} to start{short}"
+    if budget.strategy is rollout.Strategy.RECREATE:
+        return f"Recreate: {_count(own, 'replica')} stop first, then {want} start"
+    text = f"RollingUpdate, surge {budget.surge}, unavailable {budget.unavailable}"
+    if budget.stop_first:
+        asked = spec["rollout"]
+        text += f" (asked for {asked['maxSurge']}/{asked['maxUnavailable']}; nothing more fits)"
+    elif budget.surge == 0 and budget.unavailable == 0:
+        text += ": blocked, because nothing more fits and none may be taken away"
+    each = current.load_seconds if current is not None else None
+    if each is not None:
+        text += f"\n{_count(want, 'replica')}, about {format_duration(each)} each"
+    return text + f"; {budget.floor} of {want} serve meanwhile"
+
+
+def note_crowding(reviews: Sequence[Review], rows: Sequence[rollout.Row], inventory: Inventory) -> None:
+    """Each model was reviewed as if it came alone: say so where together they do not fit this machine.
+
+    Those that exist already come first, as they do when it is applied.
+    """
+    in_set = {review.key.name for review in reviews}
+    taken = held(row for row in rows if row.model not in in_set)
+    others = dict(taken)
+    before: dict[str, list[str]] = {"cpu": [], "cuda": []}
+    for review in sorted(reviews, key=lambda review: review.old is None):
+        placement, spec = review.placement, review.resolved
+        if review.refusal is not None or placement is None:
+            continue
+        fits = partial(
+            free_places,
+            inventory,
+            kind=placement.device,
+            need=placement.memory,
+            share=parse_percent(spec["engine"]["memory"]),
+            device_ids=spec["placement"]["deviceIds"],
+        )
+        want = spec["replicas"]
+        places = fits(taken=taken)[:want]
+        missing, neighbours = want - len(places), before[placement.device]
+        if missing and neighbours and len(fits(taken=others)) >= want:
+            reason = "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices"
+            who = "it" if missing == want else f"{missing} of its {want} replicas"
+            names = ", ".join(neighbours)
+            review.notes.append(f"fits alone; together with {names} {who} will wait as {reason}")
+        for device in places:
+            taken[device] = taken.get(device, 0) + placement.memory
+        if places:
+            neighbours.append(str(review.key))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
