@@ -49,7 +49,6 @@ class Reading:
     errors: list[dict[str, Any]] = field(default_factory=list)
     hung: bool = False
     """Nothing came for so long that the client gave up."""
-    began_at: float = 0.0
     first_at: float | None = None
     """When the first event of a stream came."""
     error_at: float | None = None
@@ -78,7 +77,6 @@ def read(
 
     A stream that brings nothing for `patience` seconds is noted as hung.
     """
-    reading.began_at = time.monotonic()
     body = {**body, "stream": True}
     try:
         with httpx.stream("POST", f"{base_url}/completions", json=body, timeout=patience) as answer:

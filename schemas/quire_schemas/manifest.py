@@ -126,11 +126,6 @@ class Manifest:
     resources: list[Located] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def raise_for_problems(self) -> None:
-        """Raises `ManifestInvalid` if there are any."""
-        if self.problems:
-            raise ManifestInvalid(self.problems)
-
 
 def load(texts: Sequence[tuple[str, str]]) -> Manifest:
     """Read (file name, YAML text) pairs into one set. Never raises for what the texts contain."""

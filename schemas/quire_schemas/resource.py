@@ -1,4 +1,4 @@
-"""The envelope of every resource: version, kind, metadata, keys, conditions, and how a field is declared.
+"""The envelope of every resource: version, kind, metadata, keys, and how a field is declared.
 
 Fields are camelCase in YAML and snake_case in Python. Every field carries, inside the JSON Schema itself, three
 statements beside its type: a description, the update class of a change to it (`x-quire-update`), and what
@@ -183,20 +183,3 @@ class Key:
         if not (kind and slash and name):
             raise Invalid(f"{text!r} is not an object", "write it as kind/name, for example model/quickstart")
         return cls(kind, name)
-
-
-class Condition(Strict):
-    """One fact about an object's state, in the form of Kubernetes conditions.
-
-    `reason` is one CamelCase word that programs may compare (new ones may appear); `message` is for people.
-    `last_transition_time` is when `status` last changed, RFC 3339 in UTC.
-    """
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    type: str
-    status: Literal["True", "False", "Unknown"]
-    reason: str
-    message: str = ""
-    last_transition_time: str
-    observed_generation: int

@@ -1,8 +1,8 @@
 """What a change means: the typed difference of two resolved specs, the class of each change, and two hashes.
 
 Every field's declaration carries an update class. It is the class of a change as long as the running engine
-can take it: a hot value that lies above what the engine allocated at its start is rolling. `update_class` is
-therefore a function of field, old value, new value and the engine's bounds.
+can take it: a hot value that lies above what the engine allocated at its start is rolling. The class is therefore
+a function of field, old value, new value and the engine's bounds.
 
 - `template_hash` is the identity of an engine: a SHA-256 over the resolved **rolling** fields and nothing
   else, never over process arguments, paths of this machine or the platform's version. Two spellings of one
@@ -94,14 +94,6 @@ def diff_metadata(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Field
                 path = f"metadata.{group}[{name}]"
                 changes.append(FieldChange(path, before.get(name), after.get(name), UpdateClass.HOT))
     return tuple(changes)
-
-
-def update_class(path: str, new: Any, resolved: Mapping[str, Any], limits: EngineLimits | None) -> UpdateClass:
-    """The class of changing the field at `path` (`spec.batching.maxNumSeqs`) to `new`.
-
-    `resolved` is the whole new spec, `limits` the running engines' bounds. Raises KeyError for an unknown path.
-    """
-    return _classify(path, new, UpdateClass(_tag_at(path)), limits, resolved)[0]
 
 
 def beyond_limits(resolved: Mapping[str, Any], limits: EngineLimits) -> tuple[str, ...]:
@@ -214,17 +206,6 @@ def _without_gaps(value: Any) -> Any:
     if isinstance(value, dict):
         return {n: _without_gaps(v) for n, v in value.items() if v is not None and v != [] and v != {}}
     return [_without_gaps(v) for v in value] if isinstance(value, list) else value
-
-
-def _tag_at(path: str) -> str:
-    section: type[Strict] | None = ModelSpec
-    tag = ""
-    for part in path.removeprefix("spec.").split("."):
-        if section is None:
-            raise KeyError(path)
-        field = fields_of(section)[part.partition("[")[0]]
-        tag, section = update_tag(field.info), field.shape.section
-    return tag
 
 
 def _at(resolved: Mapping[str, Any], path: str) -> Any:

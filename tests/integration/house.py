@@ -170,7 +170,7 @@ class House:
         }
 
     async def ask(self, http: httpx.AsyncClient, prompt: int, *, stream: bool) -> Reading:
-        heard = Reading(str(prompt), stream=stream, began_at=time.monotonic())
+        heard = Reading(str(prompt), stream=stream)
         async with http.stream("POST", "/v1/completions", json=self.body(prompt, stream=stream)) as answer:
             heard.status = answer.status_code
             if answer.status_code != 200 or not stream:

@@ -46,7 +46,6 @@ class Collector:
     manner: Literal["takes", "refuses", "hangs"] = "takes"
     spans: list[Span] = field(default_factory=list)
     raw: list[bytes] = field(default_factory=list)
-    posts: int = 0
     _server: ThreadingHTTPServer | None = None
     _released: threading.Event = field(default_factory=threading.Event)
 
@@ -58,7 +57,6 @@ class Collector:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                collector.posts += 1
                 if collector.manner == "hangs":
                     collector._released.wait(60)
                     return

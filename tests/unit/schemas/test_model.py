@@ -12,7 +12,7 @@ from quire_schemas.fields import default_of, dotted, walk
 from quire_schemas.kinds import KINDS
 from quire_schemas.manifest import load
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
-from quire_schemas.resource import HONOURED, UPDATE_CLASSES, Condition, Invalid, Key, honoured_values, support
+from quire_schemas.resource import HONOURED, UPDATE_CLASSES, Invalid, Key, honoured_values, support
 
 ALL_FIELDS = [(name, path, field) for name, kind in KINDS.items() for path, field in walk(kind)]
 
@@ -133,15 +133,3 @@ def test_keys_read_as_they_print() -> None:
         with pytest.raises(Invalid) as caught:
             Key.parse(text)
         assert "model/quickstart" in caught.value.hint
-
-
-def test_conditions_take_python_and_yaml_names() -> None:
-    condition = Condition(
-        type="Ready",
-        status="True",
-        reason="Served",
-        last_transition_time="2026-01-01T00:00:00Z",
-        observed_generation=2,
-    )
-    assert Condition.model_validate(condition.model_dump(by_alias=True)) == condition
-    assert condition.model_dump(by_alias=True)["observedGeneration"] == 2

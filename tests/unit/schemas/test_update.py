@@ -30,7 +30,6 @@ from quire_schemas.update import (
     diff_metadata,
     hot_hash,
     template_hash,
-    update_class,
 )
 
 GOLDEN = Path(__file__).with_name("golden_hashes.json")
@@ -215,16 +214,8 @@ def test_hot_is_what_the_running_engine_can_take(
 ) -> None:
     changes = diff(resolved(), resolved(batching=batching), LIMITS)
     assert [(c.update, c.note) for c in changes] == ([] if update is None else [(update, note)])
-    for change in changes:
-        assert update_class(change.path, change.new, resolved(batching=batching), LIMITS) is update
-        assert update_class(change.path, change.new, resolved(batching=batching), None) is UpdateClass.HOT
-
-
-def test_an_unknown_path_has_no_class() -> None:
-    assert update_class("spec.env[A]", None, resolved(), None) is UpdateClass.ROLLING
-    for path in ("spec.nothing", "spec.source.deeper"):
-        with pytest.raises(KeyError):
-            update_class(path, 1, resolved(), None)
+    without = diff(resolved(), resolved(batching=batching), None)
+    assert [(c.update, c.note) for c in without] == [(UpdateClass.HOT, "")] * len(changes)
 
 
 # ── differences ───────────────────────────────────────────────────────────────────────────────────────────
