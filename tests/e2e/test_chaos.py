@@ -21,6 +21,7 @@ import pytest
 from benchmarks.run import provenance, write
 from tests.effort import bound, times
 from tests.oracle import Clients, Oracle
+from tests.waiting import eventually
 
 from quire.client import Client
 from quire_schemas import wire
@@ -60,7 +61,7 @@ class World:
 
     def serves_again(self, before: dict[str, Any]) -> float:
         """When another incarnation than `before` was first seen to serve."""
-        return eventually(
+        return first_seen(
             lambda: self.is_ready() and self.replica()["incarnation"] > before["incarnation"], "it serves again"
         )
 
@@ -101,12 +102,9 @@ def figures() -> Iterator[dict[str, list[float]]]:
         write(Path(path), rows)
 
 
-def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> float:
-    """Wait until it is true; when it was first seen so."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"did not happen in time: {what}"
-        time.sleep(0.01)
+def first_seen(true: Callable[[], Any], what: str) -> float:
+    """When it was first seen to be true."""
+    eventually(true, what, pause=0.01)
     return time.monotonic()
 
 
@@ -140,7 +138,7 @@ def test_a_killed_control_plane_alters_no_stream_and_the_next_adopts_what_runs(
             time.sleep(random.uniform(0, 0.3))
             assert world.client.get("/v1/ping")["pid"] != pid
             back = time.monotonic()
-            adopted = eventually(lambda: world.is_ready() and world.replica()["state"] == "Ready", "it is adopted")
+            adopted = first_seen(lambda: world.is_ready() and world.replica()["state"] == "Ready", "it is adopted")
             figures.setdefault("control plane: adopted after it is ready", []).append(adopted - back)
             assert adopted - back <= bound(2)
             assert (world.replica()["pid"], world.replica()["incarnation"]) == (engine, 1)
@@ -201,9 +199,9 @@ def test_a_killed_router_listens_again_and_what_it_left_in_engines_is_freed(
             clients.last_turn()
             killed = time.monotonic()
             os.kill(world.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
-            listening = eventually(lambda: accepts(world.base_url), "it listens")
-            freed = eventually(lambda: world.stats().blocks_used == 0 == world.stats().running, "blocks are free")
-            answering = eventually(lambda: answers(world.base_url), "it answers")
+            listening = first_seen(lambda: accepts(world.base_url), "it listens")
+            freed = first_seen(lambda: world.stats().blocks_used == 0 == world.stats().running, "blocks are free")
+            answering = first_seen(lambda: answers(world.base_url), "it answers")
             figures.setdefault("router killed: blocks free", []).append(freed - killed)
             figures.setdefault("router killed: listening again", []).append(listening - killed)
             figures.setdefault("router killed: answering again", []).append(answering - killed)
@@ -230,7 +228,7 @@ def test_a_stopped_engine_leaves_the_rotation_within_the_stall_time_and_a_second
             clients.wait_streaming()
             stopped = time.monotonic()
             os.kill(before["pid"], signal.SIGSTOP)
-            out = eventually(lambda: not world.is_ready(), "it is out of rotation")
+            out = first_seen(lambda: not world.is_ready(), "it is out of rotation")
             figures.setdefault("engine stopped: out of rotation", []).append(out - stopped)
             assert out - stopped <= bound(STALL + 1)
             again = world.serves_again(before)

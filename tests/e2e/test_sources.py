@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from tests import standin_hub
 from tests.e2e.conftest import Platform
 from tests.standin_hub import Hub
+from tests.waiting import eventually
 
 from quire.builtin import path as builtin_path
 
@@ -55,14 +55,6 @@ def manifest(platform: Platform, name: str = "small", more: str = "") -> Path:
     return platform.write(f"{name}.yaml", MANIFEST.format(name=name) + more)
 
 
-def eventually(true: Callable[[], Any], what: str, platform: Platform, seconds: float = 90.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"did not happen in time: {what}\n{platform.logs()}"
-        time.sleep(0.1)
-    return value
-
-
 def fetchers(platform: Platform) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -99,7 +91,7 @@ def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, h
 
     hub.rate = 2_000_000
     apply = platform.start("apply", platform.gateway, own)
-    eventually(lambda: sum(hub.bytes_sent.values()) > 3_500_000, "a third of the download", platform)
+    eventually(lambda: sum(hub.bytes_sent.values()) > 3_500_000, "a third of the download", logs=platform.logs)
     [process] = fetchers(platform)
     inherited = process.environ()
     assert TOKEN not in " ".join(process.cmdline()) + " ".join(inherited.values())
@@ -108,10 +100,10 @@ def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, h
     pid = platform.json("get", "gateway/default") and eventually(
         lambda: next((p.pid for p in platform.processes() if "quire.controlplane" in p.cmdline()), None),
         "the control plane's process",
-        platform,
+        logs=platform.logs,
     )
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not process.is_running(), "the download ends with the control plane", platform)
+    eventually(lambda: not process.is_running(), "the download ends with the control plane", logs=platform.logs)
     hub.rate = None
     out, err = apply.communicate(timeout=120)
     assert apply.returncode == 0, out + err + platform.logs()
@@ -151,7 +143,9 @@ def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, h
     platform.environment["HF_HUB_OFFLINE"] = "1"
     platform.run("apply", manifest(platform, "other", "  replicas: 0\n"), "--no-wait")
     eventually(
-        lambda: platform.json("get", "model/small")["status"]["replicas"]["ready"] == 1, "serving", platform
+        lambda: platform.json("get", "model/small")["status"]["replicas"]["ready"] == 1,
+        "serving",
+        logs=platform.logs,
     )
     assert len(hub.seen) == requests
 

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+from tests.waiting import alive, eventually
 
 from quire.client import Client, Refused
 from quire_operators.paths import StateDir
@@ -30,21 +29,6 @@ def model(name: str, spec: str = "", **env: object) -> str:
         f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\n"
         f"spec:\n  source: builtin://tiny\n  env: [{variables}]\n{spec}"
     )
-
-
-def eventually(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"did not happen in time: {what}"
-        time.sleep(0.02)
-    return value
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 WALL_CLOCK = """\

@@ -28,7 +28,7 @@ from tests.unit.platform import tokenizers_for_tests as made
 
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire.text import Tokenizer
-from quire_schemas import wire
+from quire_schemas import signals, wire
 
 TEXT = "The quick brown fox — naïve café, 你好 🦊🙂 — jumps over the lazy dog. " * 3
 ASK: list[Any] = [{"role": "user", "content": "Say it"}]
@@ -141,6 +141,10 @@ class World:
         endpoint = wire.ReplicaEndpoint(spec.replica_id, spec.incarnation, spec.socket)
         await self.table(self.route(endpoint, tokenizer_dir=spec.model_dir, **changes))
         await self.connected(spec.replica_id)
+
+    async def holds(self, count: int, model: str = "tiny") -> bool:
+        """Whether so many of a model's requests wait for a replica."""
+        return (await self.metrics())[f'{signals.REQUESTS_HELD}{{model="{model}"}}'] == count
 
     async def is_ready(self, replicas: int) -> bool:
         """Whether /health counts so many replicas as ready."""

@@ -22,7 +22,8 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
+from tests.integration.plane import GATEWAY, Plane, Stream, model
+from tests.waiting import alive, eventually
 
 from quire import builtin
 from quire.client import HELD, InvalidManifest, Refused

@@ -15,7 +15,7 @@ from tests.integration.router_world import ASK, CHAT, TEXT, World, big, events, 
 from tests.integration.wire_engine import WireEngine
 from tests.unit.platform import tokenizers_for_tests as made
 
-from quire_schemas import signals, wire
+from quire_schemas import wire
 
 
 async def test_a_template_that_breaks_the_compiler_takes_only_its_own_model_down(own_world: World) -> None:
@@ -139,20 +139,17 @@ async def test_a_model_whose_engines_are_gone_keeps_no_other_from_trying_again(w
     )
     await world.connected("gone", "dying", "alive")
 
-    async def all_held() -> bool:
-        return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="broken"}}'] == 5
-
     async with httpx.AsyncClient() as http:
         url = f"{world.url}/v1/chat/completions"
         body = CHAT | {"model": "broken"}
         stuck = [asyncio.create_task(http.post(url, json=body, timeout=60)) for _ in range(5)]
         await eventually(lambda: at_engine(gone, 5))
         await gone.stop()
-        await eventually(all_held)
+        await eventually(lambda: world.holds(5, "broken"))
         answers = await asyncio.gather(*(http.post(url, json=CHAT, timeout=10) for _ in range(6)))
         assert [answer.status_code for answer in answers] == [200] * 6
         assert dying.generates, "the balancer should have tried both"
-        assert await all_held(), "those that wait for their part of the budget count, too"
+        assert await world.holds(5, "broken"), "those that wait for their part of the budget count, too"
         for task in stuck:
             task.cancel()
 
@@ -229,14 +226,10 @@ async def test_a_held_request_goes_on_when_a_replica_comes(world: World) -> None
     await world.table(world.route())
     async with world.client() as client:
         asked = asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK))
-
-        async def held() -> bool:
-            return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="tiny"}}'] == 1
-
-        await eventually(held)
+        await eventually(lambda: world.holds(1))
         await world.serve(await world.engine())
         assert (await asked).choices[0].message.content == TEXT
-    assert (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="tiny"}}'] == 0
+    assert await world.holds(0)
 
 
 async def test_a_stalled_engine_is_unhealthy_and_gets_nothing_more(world: World) -> None:
@@ -459,15 +452,11 @@ async def test_choices_that_are_held_when_their_request_is_suspected_are_tried_i
     asked, stuck = await suspected_after_it_left(world, "held")
     async with httpx.AsyncClient(base_url=world.url, timeout=30) as http:
         several = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "n": 3}))
-
-        async def held(count: int) -> bool:
-            return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="held"}}'] == count
-
-        await eventually(lambda: held(1))
+        await eventually(lambda: world.holds(1, "held"))
         await stuck.stop()
-        await eventually(lambda: held(2))  # the first one is suspected now, and so are the others
+        await eventually(lambda: world.holds(2, "held"))  # the first one is suspected now, and so are the others
         asked.cancel()  # else its own token would clear them
-        await eventually(lambda: held(1))
+        await eventually(lambda: world.holds(1, "held"))
         await world.serve(await world.engine("held-other"), model="held", names=("tiny",))
         answer = await several
     assert [c["message"]["content"] for c in answer.json()["choices"]] == [TEXT] * 3

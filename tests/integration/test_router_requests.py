@@ -200,11 +200,7 @@ async def test_with_no_replica_ready_one_request_waits_even_without_a_queue(worl
     await world.table(world.route(max_queue_wait=2.0, max_queue_length=0))
     async with httpx.AsyncClient(base_url=world.url) as http:
         first = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "n": 2}))
-
-        async def held() -> bool:
-            return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="tiny"}}'] == 1
-
-        await eventually(held)
+        await eventually(lambda: world.holds(1))
         second = await http.post("/v1/chat/completions", json=CHAT)
         assert (await first).json()["error"]["code"] == "service_unavailable"
     assert second.json()["error"]["code"] == "queue_full"
@@ -259,10 +255,6 @@ async def test_a_client_that_leaves_while_held_is_forgotten(world: World) -> Non
     await world.table(world.route())
     _, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(world.post("/v1/chat/completions", big()))
-
-    async def held(count: int) -> bool:
-        return (await world.metrics())[f'{signals.REQUESTS_HELD}{{model="tiny"}}'] == count
-
-    await eventually(lambda: held(1))
+    await eventually(lambda: world.holds(1))
     writer.close()
-    await eventually(lambda: held(0))
+    await eventually(lambda: world.holds(0))

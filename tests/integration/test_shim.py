@@ -15,26 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import alive, eventually
 
 from quire_operators.fleet import local
 
 IDENTITY = {"installId": "i", "replicaId": "r", "incarnation": 3, "nonce": "n"}
-
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def eventually(true: Callable[[], Any], seconds: float = 10.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
-    return value
 
 
 class Shim:
@@ -108,7 +93,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_it_answers_with_its_identity_and_keeps_status_lines_unread(start: Start) -> None:
     shim = start("import os, sys, time; os.write(int(sys.argv[1]), b'one\\n{\"two\": 2}\\n'); time.sleep(60)")
     assert shim.said == b"ready\n"
-    state = eventually(lambda: (s := shim.ask(op="hello"))["lines"] and s)
+    state = eventually(lambda: (s := shim.ask(op="hello"))["lines"] and s, "its lines are told")
     assert state["identity"] == IDENTITY
     assert state["labels"] == {"model": "m"}
     assert state["lines"] == ["one", '{"two": 2}']
@@ -159,7 +144,7 @@ time.sleep(60)
 
 def test_stop_takes_down_the_whole_tree_even_what_ignores_it_and_left_the_group(start: Start) -> None:
     shim = start(GRANDCHILDREN)
-    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s)
+    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s, "it has grandchildren")
     pids = [state["childPid"], *map(int, state["lines"][0].split())]
     assert all(alive(pid) for pid in pids)
     answer = shim.ask(op="stop", grace=0.3)
@@ -171,7 +156,7 @@ def test_stop_takes_down_the_whole_tree_even_what_ignores_it_and_left_the_group(
 
 def test_orphaned_grandchildren_do_not_outlive_the_child(start: Start) -> None:
     shim = start(GRANDCHILDREN)
-    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s)
+    state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s, "it has grandchildren")
     os.kill(state["childPid"], signal.SIGKILL)
     assert shim.process.wait(10) == 0
     assert not any(alive(int(pid)) for pid in state["lines"][0].split())
@@ -182,7 +167,7 @@ def test_the_child_dies_with_its_shim(start: Start) -> None:
     child = shim.ask(op="status")["childPid"]
     shim.process.kill()
     shim.process.wait(10)
-    eventually(lambda: not alive(child))
+    eventually(lambda: not alive(child), "the child is gone")
     with pytest.raises(ConnectionRefusedError), closing(socket.socket(socket.AF_UNIX)) as sock:
         sock.connect(str(shim.folder / "shim.sock"))
 
@@ -193,7 +178,7 @@ def test_a_polite_child_ends_within_the_grace_and_sigterm_to_the_shim_does_the_s
         "import os; os.write(int(sys.argv[1]), b'x\\n'); time.sleep(60)"
     )
     shim = start(polite)
-    eventually(lambda: shim.ask(op="status")["lines"])
+    eventually(lambda: shim.ask(op="status")["lines"], "it is up")
     shim.process.send_signal(signal.SIGTERM)
     assert shim.process.wait(10) == 0
     assert shim.exit_record()["exit"]["code"] == 5
@@ -247,7 +232,7 @@ def test_a_router_that_crashes_comes_back_behind_the_same_socket_and_no_connecti
     assert second != first
     assert shim.ask(op="status")["starts"] == 2
     say(port, b"refuse")
-    state = eventually(lambda: not (s := shim.ask(op="status"))["running"] and s["exit"] and s)
+    state = eventually(lambda: not (s := shim.ask(op="status"))["running"] and s["exit"] and s, "it has ended")
     assert state["exit"]["code"] == 78
     time.sleep(0.5)
     assert shim.ask(op="status")["starts"] == 2, "exit 78 is not tried again"
@@ -280,7 +265,7 @@ def test_how_long_a_child_took_to_start_does_not_count_as_serving(start: Start) 
     code = f"import os, sys, time; time.sleep(0.4); os.write(int(sys.argv[1]), {said!r})"
     shim = start(code, restart=True, backoff={"base": 0.1, "max": 10.0, "healthy": 0.2})
     since = time.monotonic()
-    eventually(lambda: shim.ask(op="status")["starts"] == 4)
+    eventually(lambda: shim.ask(op="status")["starts"] == 4, "the fourth start")
     assert time.monotonic() - since >= 0.1 + 0.2 + 0.4 + 3 * 0.4
     assert shim.ask(op="stop", grace=1)["gone"]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from tests import standin_hub
-from tests.integration.plane import GATEWAY, Plane, eventually, model
+from tests.integration.plane import GATEWAY, Plane, model
 from tests.standin_hub import Hub
+from tests.waiting import eventually
 
 from quire.builtin import path as builtin_path
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.plane import GATEWAY, Plane, eventually, model
+from tests.integration.plane import GATEWAY, Plane, model
+from tests.waiting import eventually
 
 from quire.client import Refused
 

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 from tests.effort import bound, times
-from tests.integration.plane import GATEWAY, Plane, Stream, alive, eventually, model
+from tests.integration.plane import GATEWAY, Plane, Stream, model
+from tests.waiting import alive, eventually
 
 SLOW = "  restartPolicy: {backoffBase: 1h, backoffMax: 1h}\n"
 QUICK = "  restartPolicy: {backoffBase: 100ms, backoffMax: 200ms}\n"

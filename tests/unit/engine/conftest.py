@@ -17,6 +17,15 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For what is compared with torch's own sums: one thread from the reference on, for the whole file."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder with a short name: a socket's path may have 107 bytes."""

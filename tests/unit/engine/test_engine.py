@@ -16,7 +16,6 @@ from tests.engine_specs import run, tiny_spec
 from torch import Tensor
 
 from quire.builtin import path as builtin_path
-from quire.llm import LLM, DoesNotFit
 from quire_engine.engine import Engine, SlotCounts
 from quire_engine.errors import DeviceLost, InvalidSpec, InvariantBroken, MemoryMismatch, RequestRefused
 from quire_engine.models import KVCache
@@ -363,15 +362,3 @@ def test_a_context_of_two_tokens_warms_up() -> None:
     engine = Engine.load(with_fields(max_model_len=2))
     engine.warm_up()
     assert engine.steps == 0
-
-
-# ── the engine as a library ───────────────────────────────────────────────────────────────────────────────
-
-
-def test_llm_says_why_a_model_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit, match="does not fit"):
-        LLM("builtin://tiny", num_blocks=1 << 30)
-    with pytest.raises(DoesNotFit, match="above the checkpoint's"):
-        LLM("builtin://tiny", max_model_len=1 << 20)
-    with pytest.raises(LookupError, match="no built-in model is called 'huge'"):
-        LLM("builtin://huge")

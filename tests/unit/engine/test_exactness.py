@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from quire import LLM, RequestOutput, SamplingParams
 from quire.builtin import path as builtin_path
 from quire.text import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEW_TOKENS = 20
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
 BALLAST = SamplingParams(max_tokens=70, temperature=0.0, ignore_eos=True)
@@ -39,14 +39,6 @@ class Reference:
     tokens: list[int]
     ended_by: int | None
     top: list[set[int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

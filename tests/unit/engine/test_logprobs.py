@@ -5,7 +5,6 @@ The reference is one forward pass over prompt and answer of the built-in model i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ from quire_schemas.wire import (
     TokenLogprobs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 2048
 TEXT = "The scheduler gives each request a share of the step. " * 4
 
@@ -63,14 +63,6 @@ def answers_to(engine: Engine, requests: dict[str, tuple[list[int], Sampling]]) 
 
 def greedy(tokens: int = 6, **fields: Any) -> Sampling:
     return Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True, **fields)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
