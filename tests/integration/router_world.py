@@ -13,8 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import openai
-from tests.engine_specs import tiny_spec
 from tests.integration.wire_engine import WireEngine
 from tests.unit.platform import tokenizers_for_tests as made
 
@@ -242,29 +240,3 @@ def end_world(world: World) -> None:
     world.process.terminate()
     assert world.process.wait(10) == 0
     world.listening.close()
-
-
-@contextmanager
-def engine_process(folder: Path, name: str) -> Iterator[wire.ReplicaEndpoint]:
-    """The built-in model in an engine process; it is still loading when this gives its endpoint."""
-    endpoint = wire.ReplicaEndpoint(name, 1, str(folder / name / "engine.sock"))
-    spec = tiny_spec(
-        replica_id=name, incarnation=1, socket=endpoint.socket, num_blocks=64, max_num_batched_tokens=128
-    )
-    path = folder / f"{name}.json"
-    path.write_bytes(msgspec.json.encode(spec))
-    reading, writing = os.pipe()
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "quire_engine", str(path), "--status-fd", str(writing)],
-            pass_fds=[writing],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=log,
-        )
-    os.close(writing)
-    try:
-        yield endpoint
-    finally:
-        process.terminate()
-        process.wait(10)
-        os.close(reading)

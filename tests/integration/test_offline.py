@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.integration.router_world import World, engine_process, eventually
+from tests.integration.engine_process import engine_running
+from tests.integration.router_world import World
 
-from quire import LLM, BeamSearchParams, RequestOutput, SamplingParams, builtin
+from quire import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from quire.text import ParamRefused
 from quire_schemas import wire
 
@@ -21,9 +22,9 @@ THINK, UNTHINK = 2042, 2043
 
 
 @pytest.fixture(scope="module")
-def engine(shared_world: World) -> Iterator[wire.ReplicaEndpoint]:
-    with engine_process(shared_world.folder, "offline") as endpoint:
-        yield endpoint
+def engine_spec() -> Iterator[wire.EngineSpec]:
+    with engine_running(replica_id="offline", num_blocks=64, max_num_batched_tokens=128) as spec:
+        yield spec
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,8 @@ def llm() -> LLM:
 
 
 @pytest.fixture
-async def http(world: World, engine: wire.ReplicaEndpoint, llm: LLM) -> AsyncIterator[httpx.AsyncClient]:
-    await world.table(world.route(engine, tokenizer_dir=str(builtin.path("tiny"))))
-    await eventually(lambda: world.is_connected("offline"), 60)
+async def http(world: World, engine_spec: wire.EngineSpec, llm: LLM) -> AsyncIterator[httpx.AsyncClient]:
+    await world.serve_process(engine_spec)
     async with httpx.AsyncClient(base_url=world.url, timeout=60) as client:
         yield client
     assert not llm.engine.has_work

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.integration.router_world import ASK, CHAT, TEXT, World, engine_process, events, eventually
+from tests.integration.engine_process import engine_running
+from tests.integration.router_world import ASK, CHAT, TEXT, World, events, eventually
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire import builtin
@@ -231,18 +232,16 @@ async def test_two_models_are_routed_by_name(world: World) -> None:
 
 
 @pytest.fixture
-def real_engine(world: World) -> Iterator[wire.ReplicaEndpoint]:
+def real_engine() -> Iterator[wire.EngineSpec]:
     """The built-in model in an engine process."""
-    with engine_process(world.folder, "real") as endpoint:
-        yield endpoint
+    with engine_running(replica_id="real", num_blocks=64, max_num_batched_tokens=128) as spec:
+        yield spec
 
 
 async def test_the_built_in_model_answers_through_a_real_engine(
-    world: World, real_engine: wire.ReplicaEndpoint
+    world: World, real_engine: wire.EngineSpec
 ) -> None:
-    folder = str(builtin.path("tiny"))
-    await world.table(world.route(real_engine, tokenizer_dir=folder))
-    await eventually(lambda: world.is_connected("real"), 60)
+    await world.serve_process(real_engine)
     async with world.client() as client:
         plain: Any = {"model": "tiny", "messages": ASK, "max_tokens": 24}
         whole = await client.chat.completions.create(**plain)
@@ -306,10 +305,9 @@ CITY = {
 
 
 async def test_answers_of_a_real_engine_have_the_structure_that_was_asked_for(
-    world: World, real_engine: wire.ReplicaEndpoint
+    world: World, real_engine: wire.EngineSpec
 ) -> None:
-    await world.table(world.route(real_engine, tokenizer_dir=str(builtin.path("tiny"))))
-    await eventually(lambda: world.is_connected("real"), 60)
+    await world.serve_process(real_engine)
     plain: Any = {"model": "tiny", "messages": ASK, "max_tokens": 120, "temperature": 0}
     asked: dict[str, Any] = {
         "type": "json_schema",

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.integration.router_world import World, engine_process, eventually
+from tests.integration.engine_process import engine_running
+from tests.integration.router_world import World
 from tests.integration.wire_engine import WireEngine
 
 from quire import builtin
@@ -27,9 +28,9 @@ THINK, UNTHINK, END = 2042, 2043, 2041
 
 
 @pytest.fixture(scope="module")
-def engine(shared_world: World) -> Iterator[wire.ReplicaEndpoint]:
-    with engine_process(shared_world.folder, "sampling") as endpoint:
-        yield endpoint
+def engine_spec() -> Iterator[wire.EngineSpec]:
+    with engine_running(replica_id="sampling", num_blocks=64, max_num_batched_tokens=128) as spec:
+        yield spec
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-async def client(world: World, engine: wire.ReplicaEndpoint) -> AsyncIterator[openai.AsyncOpenAI]:
-    await world.table(world.route(engine, tokenizer_dir=str(builtin.path("tiny"))))
-    await eventually(lambda: world.is_connected("sampling"), 60)
+async def client(world: World, engine_spec: wire.EngineSpec) -> AsyncIterator[openai.AsyncOpenAI]:
+    await world.serve_process(engine_spec)
     async with world.client() as client:
         yield client
 
