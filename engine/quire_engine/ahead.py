@@ -6,6 +6,7 @@ predecessor's tokens were known is completed with them here, at the last moment.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -27,10 +28,14 @@ class Ahead:
         return self._under_way is not None
 
     def begin(self, plan: StepPlan, drawn: Mapping[str, int]) -> None:
-        """Start to carry out `plan`, whose pending tokens are `drawn`."""
+        """Start to carry out `plan`, whose pending tokens are `drawn`; it has begun on return."""
         if self._under_way is not None:
             raise InvariantBroken("a step was begun while another was under way")
-        self._under_way = plan, self._thread.submit(self._execute, resolve(plan, drawn))
+        begun = threading.Event()
+        self._under_way = plan, self._thread.submit(self._carry_out, resolve(plan, drawn), begun)
+        # Python threads take turns of milliseconds: without this the device would be idle until the caller has
+        # nothing left to do
+        begun.wait()
 
     def finish(self) -> tuple[StepPlan, StepResult]:
         """Wait for the plan under way; raises what carrying it out raised."""
@@ -39,3 +44,7 @@ class Ahead:
         plan, future = self._under_way
         self._under_way = None
         return plan, future.result()
+
+    def _carry_out(self, plan: StepPlan, begun: threading.Event) -> StepResult:
+        begun.set()
+        return self._execute(plan)
