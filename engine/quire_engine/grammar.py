@@ -1,9 +1,13 @@
 """Structured output: from a constraint in a request to the tokens that may come next.
 
-Three steps. `source` writes the constraint as a grammar in llguidance's notation. `Grammars` compiles it, in a
-thread of its own and off the engine's: it tries it first in a child process (`trial`), where a grammar that
+Three steps. `source` writes the constraint as a grammar in llguidance's notation. `Grammars` compiles it, in
+threads of its own and off the engine's: it tries it first in a child process (`trial`), where a grammar that
 crashes, hangs or swells harms nobody, and keeps what was compiled, and what was refused. `Matcher` is the state of
 one request: it takes the tokens drawn so far and gives one bit for each token that may be next.
+
+What is usual compiles in some milliseconds. What takes longer gives way to a second queue and is tried again
+there, and either queue is served from both its ends by turns: whoever comes while many hostile grammars wait is
+soon next.
 
 The bits allow every token whose bytes some text of the grammar continues with, however it cuts the text: which
 spelling is likely is left to the model. Where the text may end, and nowhere else, the ids that end it are allowed.
@@ -19,9 +23,10 @@ import re
 import sys
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,21 +35,37 @@ import llguidance
 import msgspec
 
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
-from quire_engine.trial import LIMITS, NICENESS, Trial, TrialFailed, explain
+from quire_engine.json_schema import ESCAPES, REFUSED, prepared
+from quire_engine.trial import (
+    CPU_SECONDS,
+    LIMITS,
+    NICENESS,
+    QUICK_SECONDS,
+    TakesTooLong,
+    Trial,
+    TrialFailed,
+    explain,
+)
 from quire_engine.vocabulary import Vocabulary
 from quire_schemas.wire import MAX_STRUCTURED, Structured
 
-REFUSED = "invalid_grammar"
-"""Error code of a request whose constraint cannot be honoured, or not any further."""
 WHITESPACE = r" |\r?\n[ \t]{0,24}"
 """Between two signs of JSON, unless the request says otherwise: a blank, or a line end and what indents the next.
 Any amount of it is what a small model writes until it is cut.
 """
-MAX_COMPILING = 64
-"""Constraints that may wait to be compiled."""
+MAX_COMPILING, MAX_SLOW = 256, 64
+"""Constraints that may wait to be compiled, and to be tried again."""
 KEPT_GRAMMARS = 256
-KEPT_BYTES = 512 * 1024
-"""Bounds on what is kept: constraints, and bytes of their text, which compile to some hundred times as many."""
+KEPT_BYTES = 64 << 20
+"""Bounds on what is kept: constraints, and bytes of memory that they take."""
+GROWTH = 256 << 20
+"""Bytes that a grammar may take for each second of making masks: what requests find out about it stays with it,
+for all of them. This is for grammars made to be large; usual ones take a hundredth.
+"""
+MOST_GROWN = 32 << 20
+"""A grammar that may have grown by as much is compiled anew for the next request."""
+MAX_BYTES = 16 << 20
+"""Of one compiled constraint."""
 SAVINGS = 0.1
 EARNED = 0.001
 """Seconds of processor time that a request may spend on its grammar at once, and what each token adds until it has
@@ -52,7 +73,7 @@ as many again. An ambiguous grammar costs more with each token; 0.1 ms is usual.
 """
 
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
-_TRIAL = Trial()
+_QUICK_TRIAL, _SLOW_TRIAL = Trial(), Trial()
 
 
 # ── from a request's words to the compiler's ──────────────────────────────────────────────────────────────
@@ -94,25 +115,12 @@ def _json(schema: object, whitespace: str | None) -> str:
         raise RequestRefused(REFUSED, "a schema must be a JSON object")
     if "x-guidance" in schema:
         raise RequestRefused(REFUSED, "'x-guidance' is not honoured in a schema")
-    _check_counts(schema)
+    options: dict[str, Any] = {"json_allowed_escapes": ESCAPES}
     if whitespace == "":
-        options: dict[str, Any] = {"whitespace_flexible": False}
+        options["whitespace_flexible"] = False
     else:
-        options = {"whitespace_pattern": WHITESPACE if whitespace is None else whitespace}
-    return "%json " + json.dumps(schema | {"x-guidance": options})
-
-
-def _check_counts(schema: object) -> None:
-    """Refuse a count of properties that only distinct names fulfil: free names may be written twice."""
-    if isinstance(schema, dict):
-        least, required = schema.get("minProperties"), schema.get("required")
-        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
-            raise RequestRefused(REFUSED, "not supported in a schema: minProperties above 1 and what is required")
-        parts = [part for name, part in schema.items() if name not in ("enum", "const", "default", "examples")]
-    else:
-        parts = schema if isinstance(schema, list) else []
-    for part in parts:
-        _check_counts(part)
+        options["whitespace_pattern"] = WHITESPACE if whitespace is None else whitespace
+    return "%json " + json.dumps(prepared(schema) | {"x-guidance": options})
 
 
 def _quoted(text: str) -> str:
@@ -192,13 +200,28 @@ class _Wrapped:
 class Grammar:
     """A compiled constraint, for any number of requests."""
 
-    def __init__(self, fresh: llguidance.LLMatcher, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, fresh: llguidance.LLMatcher, eos_token_ids: tuple[int, ...], size: int) -> None:
         self._fresh = fresh
-        self._eos = frozenset(eos_token_ids)
+        self.eos = frozenset(eos_token_ids)
+        self._size = size
+        self.spent = 0.0
+        """Seconds that masks have taken."""
+        self.full = False
+        """Whether it has grown as far as it may: no request can go on with it, a new one not either."""
 
     def matcher(self, ending_ids: Sequence[int]) -> Matcher:
         """The state of a request that `ending_ids` end, the checkpoint's own among them."""
-        return Matcher(self._fresh.deep_copy(), self._eos, ending_ids)
+        return Matcher(self._fresh.deep_copy(), self, ending_ids)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes at most."""
+        return self._size + int(GROWTH * self.spent)
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether it should be compiled anew."""
+        return self.full or GROWTH * self.spent > MOST_GROWN
 
 
 class Matcher:
@@ -209,12 +232,13 @@ class Matcher:
     grammar would hold up the step for everybody ends.
     """
 
-    __slots__ = ("_ending", "_has_own_ends", "_savings", "_state", "_taken")
+    __slots__ = ("_ending", "_grammar", "_has_own_ends", "_savings", "_state", "_taken")
 
-    def __init__(self, state: llguidance.LLMatcher, eos: frozenset[int], ending_ids: Sequence[int]) -> None:
+    def __init__(self, state: llguidance.LLMatcher, grammar: Grammar, ending_ids: Sequence[int]) -> None:
         self._state = state
+        self._grammar = grammar
         self._ending = tuple(ending_ids)
-        self._has_own_ends = not eos >= set(ending_ids)
+        self._has_own_ends = not grammar.eos >= set(ending_ids)
         self._taken = 0
         self._savings = SAVINGS
 
@@ -234,7 +258,9 @@ class Matcher:
         bits = state.compute_bitmask()
         if state.is_error():
             raise GrammarFailed(self._failure())
-        self._savings = min(self._savings + EARNED, SAVINGS) - (time.thread_time() - began)
+        spent = time.thread_time() - began
+        self._savings = min(self._savings + EARNED, SAVINGS) - spent
+        self._grammar.spent += spent
         if may_end and not self._has_own_ends:
             return bits
         # bytes of the checkpoint's vocabulary that a request has declared to be ends are ends, and nothing else
@@ -250,84 +276,160 @@ class Matcher:
         return bits if stuck and not accepting else bytes(shaped)
 
     def _failure(self) -> str:
-        if self._state.get_error().startswith("NoExtensionBias"):
+        error = self._state.get_error()
+        self._grammar.full |= "too many states" in error
+        if error.startswith("NoExtensionBias"):
             return "no token of the vocabulary can go on with the text"
         return f"it cannot be followed after {self._taken} tokens: {explain(self._state)}"
 
 
+class _ByTurns:
+    """A thread for jobs that wait: the newest and the oldest of them by turns."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name, initializer=_stand_back)
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._newest = False
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        self._jobs.append(job)
+        return self._thread.submit(self._next)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def _next(self) -> None:
+        self._newest = not self._newest
+        job = self._jobs.pop() if self._newest else self._jobs.popleft()
+        job()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A constraint's grammar, its refusal, or neither yet."""
+
+    made: Future[Grammar]
+    text: int
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.made.result() if self.made.done() and self.made.exception() is None else None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return 2 * self.text + (self.grammar.size if self.grammar is not None else 0)
+
+
 class Grammars:
-    """Compiles constraints for one checkpoint, in one thread, and keeps the latest."""
+    """Compiles constraints for one checkpoint, and keeps the latest."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._folder = folder
         self._size = vocab_size
         self._eos = eos_token_ids
-        self._thread = ThreadPoolExecutor(1, "grammar", initializer=_stand_back)
-        self._kept: OrderedDict[Structured, Future[Grammar]] = OrderedDict()
+        self._quick, self._slow = _ByTurns("grammar"), _ByTurns("grammar-slow")
+        self._kept: OrderedDict[Structured, _Kept] = OrderedDict()
         self._lock = threading.Lock()
-        self._compiling = 0
 
     def prepare(self) -> None:
         """Read the vocabulary now, so that the first request with a constraint does not wait for it."""
-        self._thread.submit(lambda: self._tokenizer).exception()
+
+        def read() -> None:
+            _ = self._tokenizer
+
+        self._quick.submit(read).exception()  # what is wrong is said to who needs it
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that all that is kept takes."""
+        with self._lock:
+            return sum(each.size for each in self._kept.values())
 
     def submit(self, structured: Structured) -> Future[Grammar]:
         """The grammar, done if it is kept. It raises `RequestRefused` if the constraint cannot be honoured."""
         with self._lock:
             found = self._kept.get(structured)
-            if found is not None:
+            if found is not None and not (found.grammar is not None and found.grammar.is_worn):
                 self._kept.move_to_end(structured)
-                return found
-            if self._compiling >= MAX_COMPILING:
-                refused: Future[Grammar] = Future()
-                refused.set_exception(
-                    RequestRefused("queue_full", f"{self._compiling} constraints wait to be compiled")
-                )
-                return refused
-            self._compiling += 1
-            future = self._thread.submit(self._compile, structured)
-            self._kept[structured] = future
-            size = sum(len(each.text) for each in self._kept)
-            while len(self._kept) > 1 and (size > KEPT_BYTES or len(self._kept) > KEPT_GRAMMARS):
-                dropped, _ = self._kept.popitem(last=False)
-                size -= len(dropped.text)
-        return future
-
-    def _forget(self, structured: Structured) -> None:
-        with self._lock:
-            self._kept.pop(structured, None)
+                return found.made
+            made: Future[Grammar] = Future()
+            if len(self._quick) >= MAX_COMPILING:
+                self._kept.pop(structured, None)
+                made.set_exception(_too_many(len(self._quick)))
+                return made
+            self._kept[structured] = _Kept(made, len(structured.text))
+            self._kept.move_to_end(structured)
+        self._quick.submit(lambda: self._attempt(structured, made, _QUICK_TRIAL, QUICK_SECONDS))
+        return made
 
     def compile(self, structured: Structured) -> Grammar:
         """As `submit`, and wait for it."""
         return self.submit(structured).result()
 
-    def _compile(self, structured: Structured) -> Grammar:
+    def _attempt(self, structured: Structured, made: Future[Grammar], trial: Trial, seconds: float) -> None:
+        """Compile a constraint, refuse it, or have it tried again where it is in nobody's way."""
         try:
-            vocabulary, tokenizer = self._tokenizer
-            written = source(structured, vocabulary.special)
-            wrong = _TRIAL.check(written, self._size, vocabulary.special, vocabulary.eos_token_ids)
-            if not wrong:
-                matcher = llguidance.LLMatcher(tokenizer, written, log_level=0, limits=LIMITS)
-                if not matcher.is_error():
-                    matcher.compute_bitmask()  # what is found out for the first mask, the copies know
-                wrong = explain(matcher)
-            if wrong:
-                raise RequestRefused(REFUSED, _to_the_author(structured, wrong))
-            return Grammar(matcher, vocabulary.eos_token_ids)
-        except NoVocabulary as error:
-            raise RequestRefused(REFUSED, f"this model cannot be held to one: {error}") from error
+            grammar = self._compile(structured, trial, seconds)
+        except TakesTooLong:
+            if trial is _SLOW_TRIAL:
+                made.set_exception(RequestRefused(REFUSED, f"it takes longer than {seconds:g} s to compile"))
+            elif len(self._slow) < MAX_SLOW:
+                self._slow.submit(lambda: self._attempt(structured, made, _SLOW_TRIAL, CPU_SECONDS))
+                return
+            else:
+                self._forget(structured)
+                made.set_exception(_too_many(len(self._slow)))
         except (TrialFailed, OSError) as error:
             self._forget(structured)  # the machine's fault, not the grammar's: another time it may be tried
-            raise RequestRefused("queue_full", f"constraints cannot be tried now: {error}") from error
-        finally:
-            with self._lock:
-                self._compiling -= 1
+            made.set_exception(RequestRefused("queue_full", f"constraints cannot be tried now: {error}"))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
+            made.set_exception(error)
+        else:
+            made.set_result(grammar)
+        self._let_go()
+
+    def _forget(self, structured: Structured) -> None:
+        with self._lock:
+            self._kept.pop(structured, None)
+
+    def _let_go(self) -> None:
+        """Forget the longest unused until what is kept is within bounds."""
+        with self._lock:
+            total = sum(each.size for each in self._kept.values())
+            for structured in [structured for structured, kept in self._kept.items() if kept.made.done()]:
+                if len(self._kept) <= KEPT_GRAMMARS and total <= KEPT_BYTES:
+                    break
+                total -= self._kept.pop(structured).size
+
+    def _compile(self, structured: Structured, trial: Trial, seconds: float) -> Grammar:
+        try:
+            vocabulary, tokenizer = self._tokenizer
+        except NoVocabulary as error:
+            raise RequestRefused(REFUSED, f"this model cannot be held to one: {error}") from error
+        written = source(structured, vocabulary.special)
+        verdict = trial.check(written, self._size, vocabulary.special, vocabulary.eos_token_ids, seconds)
+        wrong = verdict.wrong
+        if not wrong and verdict.size > MAX_BYTES:
+            wrong = f"it takes more than {MAX_BYTES >> 20} MiB when compiled"
+        if not wrong:
+            matcher = llguidance.LLMatcher(tokenizer, written, log_level=0, limits=LIMITS)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # what is found out for the first mask, the copies know
+            wrong = explain(matcher)
+        if wrong:
+            raise RequestRefused(REFUSED, _to_the_author(structured, wrong))
+        return Grammar(matcher, vocabulary.eos_token_ids, verdict.size)
 
     @cached_property
     def _tokenizer(self) -> tuple[Vocabulary, llguidance.LLTokenizer]:
         vocabulary = Vocabulary.read(self._folder, self._size, self._eos)
         wrapped: Any = _Wrapped(vocabulary)
         return vocabulary, llguidance.LLTokenizer(wrapped, eos_token=list(vocabulary.eos_token_ids))
+
+
+def _too_many(waiting: int) -> RequestRefused:
+    return RequestRefused("queue_full", f"{waiting} constraints wait to be compiled")
 
 
 def _stand_back() -> None:

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire_engine.grammar import REFUSED
+from quire_engine.json_schema import REFUSED
 from quire_engine.masks import MaskThread
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import sample, score

@@ -1,13 +1,15 @@
 """A child process in which a grammar from a request is tried before the engine itself compiles it.
 
 The compiler is fast and checks much, but it recurses: some thousand rules that lead to each other overflow its
-stack, and that ends the process it runs in. So it first runs here, where a grammar may end nothing but this
-process: on a stack smaller than that of the engine's threads, with bounds on memory and processor time that the
-kernel keeps (`setrlimit`, `setitimer`), and with one token for each byte in place of the vocabulary. Some text is
-then written by it, because not all that costs too much shows at the beginning.
+stack, and that ends the process it runs in. So it first runs here, where a grammar may end nothing but a process
+made for it: on a stack smaller than that of the engine's threads, with bounds on memory and processor time that
+the kernel keeps (`setrlimit`, `setitimer`), and with one token for each byte in place of the vocabulary. Some text
+is then written by it, because not all that costs too much shows at the beginning.
 
-Run as `python -P -m quire_engine.trial` it reads a JSON object a line and answers each with one; it ends with its
-input. `Trial` is the engine's side of it; a child that died or said nothing in time is replaced by the next try.
+Run as `python -P -m quire_engine.trial` it reads a JSON object a line, forks for each, and answers with what the
+fork said or died of; it ends with its input. A fork costs some milliseconds, so a hostile grammar costs what it is
+allowed to and little more. `Trial` is the engine's side of it; a child that says nothing in time is replaced by
+the next try.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import llguidance
 
-CPU_SECONDS = 0.3
-"""Processor time that a grammar may take to compile."""
+QUICK_SECONDS, CPU_SECONDS = 0.025, 0.3
+"""Processor time that a grammar may take to compile: at first, and when it is tried again. What is usual takes a
+third of the first.
+"""
 WALL_SECONDS = 3.0
 """The same by the clock: on a machine with other work a process gets only a part of the time."""
 START_SECONDS = 30.0
@@ -59,6 +64,20 @@ class TrialFailed(Exception):
     """A grammar could not be tried; which says nothing about it."""
 
 
+class TakesTooLong(Exception):
+    """A grammar took all the time it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`wrong` says in words for the author what is wrong with a grammar; empty if nothing is. `size` is the bytes
+    that it takes.
+    """
+
+    wrong: str
+    size: int = 0
+
+
 class Trial:
     """Tries grammars, one at a time; the child starts with the first."""
 
@@ -67,12 +86,23 @@ class Trial:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def check(self, source: str, size: int, special: Mapping[str, int], eos_token_ids: tuple[int, ...]) -> str:
-        """What is wrong with a grammar, in words for its author; empty if nothing is.
+    def check(
+        self, source: str, size: int, special: Mapping[str, int], eos_token_ids: tuple[int, ...], seconds: float
+    ) -> Verdict:
+        """Try a grammar for so many seconds of processor time.
 
-        Raises `TrialFailed` where the machine, and not the grammar, is to blame.
+        Raises `TakesTooLong`; `TrialFailed` where the machine, and not the grammar, is to blame.
         """
-        asked = json.dumps({"source": source, "size": size, "special": dict(special), "eos": eos_token_ids})
+        asked = json.dumps(
+            {
+                "source": source,
+                "size": size,
+                "special": dict(special),
+                "eos": eos_token_ids,
+                "seconds": seconds,
+                "wall": WALL_SECONDS,
+            }
+        )
         with self._lock:
             child = self._started()
             try:
@@ -83,14 +113,21 @@ class Trial:
             except TimeoutError:
                 self._end()
                 raise TrialFailed("the machine is too busy") from None
-            if answer:
-                return str(json.loads(answer)["error"])
-            code = self._end()
-            if code == -signal.SIGKILL:
+            if not answer:
+                self._end()
                 raise TrialFailed("the process that tries them was killed")
-            if code == -signal.SIGPROF:
-                return f"it takes longer than {CPU_SECONDS:g} s to compile"
-            return "it is too large or too deeply nested to compile"
+        said = json.loads(answer)
+        match said["died"]:
+            case None:
+                return Verdict(said["error"], said["size"])
+            case signal.SIGPROF:
+                raise TakesTooLong
+            case signal.SIGALRM:
+                raise TrialFailed("the machine is too busy")
+            case signal.SIGKILL:
+                raise TrialFailed("the process that tries them was killed")
+            case _:
+                return Verdict("it is too large or too deeply nested to compile")
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -169,24 +206,29 @@ class _Bytes:
         return [self._size + byte for byte in (text.encode() if isinstance(text, str) else text)]
 
 
-def _tried(asked: Mapping[str, Any]) -> str:
-    tokenizer = llguidance.LLTokenizer(
-        _Bytes(asked["size"], asked["special"], asked["eos"]),  # type: ignore[arg-type]
-        eos_token=asked["eos"],
-    )
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+def _tried(asked: Mapping[str, Any], tokenizer: llguidance.LLTokenizer) -> dict[str, Any]:
+    before = _own_memory()
     matcher = llguidance.LLMatcher(tokenizer, asked["source"], log_level=0, limits=LIMITS)
     choose = random.Random(0)  # noqa: S311 - which text is written is no secret
+    first = asked["size"]
     for _ in range(WALK):
         if matcher.is_stopped():  # also when it is in error
             break
-        bits = int.from_bytes(matcher.compute_bitmask(), "little")
-        allowed = [index for index in range(asked["size"], asked["size"] + 256) if bits >> index & 1]
+        bits = int.from_bytes(matcher.compute_bitmask()[first // 8 :], "little") >> first % 8
+        allowed = [index for index in range(256) if bits >> index & 1]
         if not allowed or matcher.is_error():
             break
-        matcher.consume_token(choose.choice(allowed))
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    return explain(matcher)
+        matcher.consume_token(first + choose.choice(allowed))
+    return {"died": None, "error": explain(matcher), "size": _own_memory() - before}
+
+
+def _own_memory() -> int:
+    """Bytes that this process has of its own: not of files, which a fork reads anew."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * resource.getpagesize()
 
 
 def explain(matcher: llguidance.LLMatcher) -> str:
@@ -203,6 +245,34 @@ def explain(matcher: llguidance.LLMatcher) -> str:
     return kept if len(kept) <= 300 else kept[:150] + " … " + kept[-149:]
 
 
+def _tokenizer(asked: Mapping[str, Any], made: dict[str, llguidance.LLTokenizer]) -> llguidance.LLTokenizer:
+    """The tokenizer of a vocabulary, made once: for a large one that takes longer than most grammars."""
+    key = json.dumps([asked["size"], asked["special"], asked["eos"]])
+    if key not in made:
+        made.clear()
+        wrapped: Any = _Bytes(asked["size"], asked["special"], asked["eos"])
+        made[key] = llguidance.LLTokenizer(wrapped, eos_token=asked["eos"])
+    return made[key]
+
+
+def _in_a_fork(asked: Mapping[str, Any], tokenizer: llguidance.LLTokenizer) -> bytes:
+    """What a process of its own says of a grammar, or what that died of."""
+    reader, writer = os.pipe()
+    fork = os.fork()
+    if not fork:
+        signal.setitimer(signal.ITIMER_REAL, asked["wall"])
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+        thread = threading.Thread(target=lambda: os.write(writer, json.dumps(_tried(asked, tokenizer)).encode()))
+        thread.start()
+        thread.join()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(fork, 0)
+    return said or json.dumps({"died": os.WTERMSIG(status)}).encode()
+
+
 def main() -> None:
     """Answer until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -212,15 +282,11 @@ def main() -> None:
     out = sys.stdout.buffer
     out.write(b"{}\n")
     out.flush()
-
-    def answer(line: bytes) -> None:
-        out.write(json.dumps({"error": _tried(json.loads(line))}).encode() + b"\n")
-        out.flush()
-
+    made: dict[str, llguidance.LLTokenizer] = {}
     for line in sys.stdin.buffer:
-        thread = threading.Thread(target=answer, args=(line,))
-        thread.start()
-        thread.join()
+        asked = json.loads(line)
+        out.write(_in_a_fork(asked, _tokenizer(asked, made)) + b"\n")
+        out.flush()
 
 
 if __name__ == "__main__":

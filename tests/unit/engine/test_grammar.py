@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 import time
 from collections.abc import Iterable
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import llguidance
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.effort import bound, examples
+from tests.effort import EFFORT, bound, examples
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire import builtin
@@ -25,7 +27,7 @@ from quire.text import Tokenizer
 from quire_engine import grammar as grammar_module
 from quire_engine import trial as trial_module
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
-from quire_engine.grammar import EARNED, KEPT_BYTES, SAVINGS, Grammars, Matcher, source
+from quire_engine.grammar import EARNED, SAVINGS, Grammars, Matcher, source
 from quire_engine.vocabulary import Vocabulary
 from quire_schemas.wire import MAX_STRUCTURED, Structured
 
@@ -382,7 +384,59 @@ def test_what_the_docs_claim_of_json_schema(
             assert reader.is_valid(document) == fitting, text
 
 
+FREE = {"additionalProperties": {"type": "string"}}
+SPELLED: list[tuple[Any, list[str], list[str]]] = [
+    # a name has one spelling, or it would not be found among the properties
+    ({"properties": {"a": {"type": "integer"}}, **FREE}, ['{"a":1}', '{"b":"x"}'], ['{"\\u0061":"x"}']),
+    ({"properties": {"é": {"type": "integer"}}}, ['{"é":1}'], ['{"\\u00e9":"x"}', '{"\\u00E9":"x"}']),
+    ({"patternProperties": {"^a": {"type": "integer"}}}, ['{"ab":1}'], ['{"\\u0061b":"x"}']),
+    ({"type": "string", "format": "date"}, ['"2024-02-29"', '"2000-02-29"'], ['"2023-02-29"', '"1900-02-29"']),
+    ({"type": "string", "format": "date", "pattern": "^2"}, ['"2024-02-29"'], ['"1924-02-29"', '"2x"']),
+    ({"type": "string", "format": "time"}, ['"23:59:59.5Z"'], ['"22:59:60Z"', '"10:00:00"']),
+    ({"format": "date-time"}, ["1", '"2024-02-29T10:00:00Z"'], ['"2023-02-29T10:00:00Z"']),
+    # classes of signs, as the narrowest of the engines has them
+    ({"type": "string", "pattern": "^.$"}, ['"a"'], ['"\\r"', '"\u2028"', '"\\n"']),
+    ({"type": "string", "pattern": "^\\S$"}, ['"a"'], ['"\ufeff"', '"\u0085"', '" "']),
+    ({"type": "string", "pattern": "^\\W\\D$"}, ['"--"'], ['"é-"', '"-\u09e8"']),
+    ({"type": "string", "pattern": "^[^\\W\\d]$"}, ['"a"'], ['"é"', '"-"', '"1"', '"\u09e8"']),
+    ({"type": "string", "pattern": "^[a&&b[]$"}, ['"a"', '"&"', '"["'], ['"c"', '"a["']),
+    ({"type": "string", "pattern": "^(a\\x01|b)$"}, ['"b"'], ['"a"', '"a\\u0001"']),
+    ({"type": "string", "pattern": "^a[\\x01b]$"}, ['"ab"'], ['"a"']),
+    ({"type": "string", "pattern": "^[^\\x00-\\x1f]$"}, ['"a"'], ['"\\n"', '""']),
+    # bounds above double precision move inwards
+    ({"type": "integer", "minimum": 2**53 + 1}, [str(2**53 + 2)], [str(2**53), str(2**53 + 1)]),
+    ({"type": "integer", "maximum": 2**63 - 1, "minimum": -(2**63)}, ["0", "-7"], [str(2**63), str(-(2**63) - 1)]),
+    ({"type": "number", "maximum": 2**63}, ["0.5", str(2**53)], [str(2**63 + 1)]),
+    ({"type": "array", "maxItems": 1.0, "uniqueItems": False}, ["[1]"], ["[1,1]"]),
+    ({"properties": {"enum": {"type": "integer"}}, **CLOSED}, ['{"enum":1}'], ['{"enum":"x"}']),
+]
+
+
+@pytest.mark.parametrize(("value", "fits", "unfit"), SPELLED, ids=[str(case[0]) for case in SPELLED])
+def test_no_spelling_of_what_does_not_fit_is_accepted(
+    tiny: Grammars, byte_of: dict[int, int], value: Any, fits: list[str], unfit: list[str]
+) -> None:
+    grammar = tiny.compile(schema(value))
+    assert [text for text in fits if not takes(grammar.matcher(EOS), text, byte_of)] == []
+    assert [text for text in unfit if takes(grammar.matcher(EOS), text, byte_of)] == []
+
+
 UNSUPPORTED: list[tuple[Any, str]] = [
+    ({"const": "a\x01b"}, "const with a control character"),
+    ({"enum": [{"a\x7f": 1}]}, "enum with a control character"),
+    ({"const": 2**53 + 1}, "const with 9007199254740993, which is not exact"),
+    ({"enum": [[10**400]]}, "which is not exact"),
+    ({"type": "number", "minimum": 2**60}, "minimum beyond"),
+    ({"properties": {"default": {"minProperties": 5}}}, "minProperties above 1"),
+    ({"minProperties": 2, "required": ["a", "a"]}, "minProperties above 1"),
+    ({"$ref": "#/default", "default": {"minProperties": 5}}, "$ref to what is no schema, #/default"),
+    ({"$ref": "#/enum/0", "enum": [{"type": "string"}]}, "$ref to what is no schema"),
+    ({"properties": {"a": {"$id": "http://x/", "$ref": "y"}}}, "$ref beside $id"),
+    ({"$ref": "http://x/y#/$defs/a"}, "another document, http://x/y#/$defs/a"),
+    ({"type": "string", "pattern": "[]a]"}, "in a pattern: []"),
+    ({"type": "string", "pattern": "[a--b]"}, "in a pattern: --"),
+    ({"type": "string", "pattern": "(?x)a b"}, "in a pattern: (?x"),
+    ({"patternProperties": {"\\a": {}}}, "in a pattern: \\a"),
     ({"not": {"type": "string"}}, '"not"'),
     ({"type": "array", "uniqueItems": True}, '"uniqueItems"'),
     ({"type": "array", "contains": {"const": 1}}, '"contains"'),
@@ -627,9 +681,58 @@ def test_what_is_kept_is_bounded_by_number_and_by_bytes(monkeypatch: pytest.Monk
         grammars.compile(Structured("choice", json.dumps([str(number)])))
     assert len(grammars._kept) == 20
     assert Structured("choice", '["0"]') not in grammars._kept
+    monkeypatch.setattr(grammar_module, "KEPT_BYTES", 10 << 20)
     for number in range(12):
         grammars.compile(Structured("choice", json.dumps([f"{number:05}" + "x" * 60_000])))
-    assert sum(len(each.text) for each in grammars._kept) <= KEPT_BYTES
+    assert 60_000 < grammars.kept_bytes <= 10 << 20
+    assert 0 < len(grammars._kept) < 12
+    assert Structured("choice", json.dumps(["00011" + "x" * 60_000])) in grammars._kept, "the latest"
+
+
+def test_a_grammar_that_is_full_fails_its_request_and_not_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one request has found out about a grammar stays in it, for all that use it."""
+    monkeypatch.setattr(grammar_module, "SAVINGS", 100.0)
+    monkeypatch.setattr(grammar_module, "GROWTH", 0)
+    monkeypatch.setattr(grammar_module, "LIMITS", llguidance.LLParserLimits(max_lexer_states=1000))
+    grammars = Grammars(builtin.path(), SIZE, EOS)
+    choose = random.Random(1)
+
+    def written() -> str:
+        matcher = grammars.compile(COSTLY["many states"]).matcher(EOS)
+        output: list[int] = []
+        try:
+            for _ in range(700):
+                output.append(choose.choice(sorted(ids(matcher.allowed(output, may_end=False)))))
+        except GrammarFailed as error:
+            return str(error)
+        return "whole"
+
+    first = grammars.compile(COSTLY["many states"])
+    said = [written() for _ in range(4)]
+    assert any("too many states" in each for each in said)
+    assert not any("after 0 tokens" in each for each in said), "the next has a new one"
+    renewed = grammars.compile(COSTLY["many states"])
+    assert renewed is not first
+    assert ids(renewed.matcher(EOS).allowed([]))
+
+
+def test_a_grammar_much_used_is_compiled_anew() -> None:
+    grammars = Grammars(builtin.path(), SIZE, EOS)
+    first = grammars.compile(Structured("regex", "[a-d]{5}"))
+    assert grammars.compile(Structured("regex", "[a-d]{5}")) is first
+    first.spent = 1.0
+    assert grammars.kept_bytes > grammar_module.MOST_GROWN
+    assert grammars.compile(Structured("regex", "[a-d]{5}")) is not first
+    assert grammars.kept_bytes < grammar_module.MOST_GROWN
+
+
+def test_a_constraint_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(builtin.path(), SIZE, EOS)
+    many = Structured("choice", json.dumps([f"{number * 7919 % 100_003:05}" for number in range(3000)]))
+    assert grammars.compile(many)
+    monkeypatch.setattr(grammar_module, "MAX_BYTES", 1 << 20)
+    with pytest.raises(RequestRefused, match="it takes more than 1 MiB when compiled"):
+        grammars.compile(Structured("choice", many.text + " "))
 
 
 def test_no_more_than_so_many_wait_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,6 +744,39 @@ def test_no_more_than_so_many_wait_to_be_compiled(monkeypatch: pytest.MonkeyPatc
     assert all(future.result() for future in slow)
     assert [error.code for error in refused if isinstance(error, RequestRefused)].count("queue_full") > 0
     assert grammars.compile(Structured("regex", "b{1}")), "a refusal for lack of room is not remembered"
+
+
+def slow_one(number: int) -> Structured:
+    """A constraint that takes all the time it is given, or much of it."""
+    return [
+        Structured("regex", f"((a{{0,100}}){{0,100}}){{0,{101 + number}}}"),
+        schema({"type": "integer", "multipleOf": 1_000_000_007 + number}),
+    ][number % 2]
+
+
+@pytest.mark.parametrize("many", [1, 8, 64])
+def test_who_is_usual_does_not_wait_for_who_is_hostile(tiny: Grammars, many: int) -> None:
+    """An ordinary schema is next but one, whatever waits; all that is hostile is refused in the end."""
+    hostile = [tiny.submit(slow_one(100 * many + number)) for number in range(many)]
+    began = time.monotonic()
+    usual = {"type": "object", "properties": {f"of {many}": {"type": "string"}, "n": {"type": "integer"}}}
+    assert tiny.compile(schema(usual))
+    waited = time.monotonic() - began
+    print(f"{waited:.3f} s beside {many}")
+    assert waited < bound(1.5)
+    assert sum(future.done() for future in hostile) <= max(2, many // 2), "it did not wait for all"
+    if many == 1 or EFFORT > 1:
+        assert all(isinstance(future.exception(), RequestRefused) for future in hostile)
+
+
+def test_a_full_second_queue_refuses_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_SLOW", 1)
+    grammars = Grammars(builtin.path(), SIZE, EOS)
+    refused = [future.exception() for future in [grammars.submit(slow_one(900 + 2 * n + 1)) for n in range(6)]]
+    codes = [error.code for error in refused if isinstance(error, RequestRefused)]
+    assert len(codes) == 6
+    assert "queue_full" in codes
+    assert len(grammars._kept) == codes.count("invalid_grammar"), "only a verdict is remembered"
 
 
 def test_a_constraint_above_the_limit_is_refused_before_anything_is_read(tiny: Grammars) -> None:

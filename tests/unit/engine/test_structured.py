@@ -487,13 +487,13 @@ async def test_what_is_aborted_while_it_is_compiled_never_begins(
 ) -> None:
     spec = spec_in(folder)
     gate = threading.Event()
-    compile_ = grammar_module.Grammars._compile
+    attempt = grammar_module.Grammars._attempt
 
-    def later(self: grammar_module.Grammars, structured: Structured) -> grammar_module.Grammar:
+    def later(self: grammar_module.Grammars, *asked: Any) -> None:
         gate.wait(10)
-        return compile_(self, structured)
+        attempt(self, *asked)
 
-    monkeypatch.setattr(grammar_module.Grammars, "_compile", later)
+    monkeypatch.setattr(grammar_module.Grammars, "_attempt", later)
     async with serving(spec):
         client = await greeted(spec)
         one = Sampling(max_tokens=5, structured=Structured("regex", "a{2}"))
