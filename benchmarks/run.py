@@ -419,6 +419,10 @@ def structured(args: argparse.Namespace) -> None:
         shape = SHAPES[args.model]
         special = {f"<{name}>": shape[f"{name}_token_id"] for name in ("bos", "eos")}
         work.write_vocabulary(folder, shape["vocab_size"], special)
+    if "hostile" in args.parts:
+        write(args.out or ROOT / "benchmarks/results/structured.jsonl", [_beside_hostile(args, folder)])
+    if "cost" not in args.parts:
+        return
     engine = Quire(folder, args.dtype, threads=args.threads, max_num_seqs=args.batch).engine
     began = time.perf_counter()
     engine.grammars.prepare()
@@ -462,6 +466,50 @@ def structured(args: argparse.Namespace) -> None:
         f"p50 {row['mask_us_p50']} us, p99 {row['mask_us_p99']} us"
     )
     write(args.out or ROOT / "benchmarks/results/structured.jsonl", [row])
+
+
+def _beside_hostile(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What hostile grammars cost who is beside them: streams alone, alone again, and beside them, in turns."""
+    from benchmarks import structured as work
+    from benchmarks.quire_systems import engine_spec
+
+    streams = work.Streams(engine_spec(folder, args.dtype, threads=args.threads, max_num_seqs=128))
+    hostile = work.hostile_grammars()
+    streams.gaps(args.streams, 20, None, 1)  # untimed
+    found: dict[str, list[float]] = {"alone": [], "again": [], "beside": []}
+    for number in range(args.rounds):
+        turn = number % len(found)
+        for name in [*found, *found][turn : turn + len(found)]:
+            beside = hostile if name == "beside" else None
+            found[name] += streams.gaps(args.streams, args.tokens, beside, args.every)
+            time.sleep(args.pause)
+        shown = "  ".join(
+            f"{name} p99 {sorted(gaps)[len(gaps) * 99 // 100] * 1e3:.1f} ms" for name, gaps in found.items()
+        )
+        print(f"round {number + 1:3}  {shown}", flush=True)
+    waits = {}
+    for many in (0, 1, 8, 64):
+        time.sleep(args.pause)
+        waits[many] = statistics.median(streams.wait(many, hostile, 10 * many + at) for at in range(3))
+    streams.driver.stop(10)
+
+    def figures(name: str) -> dict[str, float]:
+        gaps = sorted(found[name])
+        return {
+            f"itl_ms_{name}_{label}": round(gaps[min(int(share * len(gaps)), len(gaps) - 1)] * 1e3, 2)
+            for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+        }
+
+    row = provenance() | {
+        "benchmark": "structured-hostile", "model": args.model, "dtype": args.dtype, "threads": args.threads,
+        "seed": 0, "streams": args.streams, "tokens": args.tokens, "rounds": args.rounds, "every": args.every,
+        **figures("alone"), **figures("again"), **figures("beside"),
+        **{f"wait_s_behind_{many}": round(seconds, 3) for many, seconds in waits.items()},
+    }  # fmt: skip
+    for name in found:
+        print(f"{name:8} {figures(name)}")
+    print("an ordinary schema behind hostile ones: " + ", ".join(f"{n}: {s:.3f} s" for n, s in waits.items()))
+    return row
 
 
 def main() -> None:
@@ -511,6 +559,12 @@ def main() -> None:
     six.add_argument("--batch", type=int, default=32)
     six.add_argument("--steps", type=int, default=12)
     six.add_argument("--rounds", type=int, default=6)
+    parts = ["cost", "hostile"]
+    six.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    six.add_argument("--streams", type=int, default=8, help="beside hostile grammars")
+    six.add_argument("--tokens", type=int, default=400, help="of each stream and round")
+    six.add_argument("--every", type=int, default=4, help="steps from one hostile grammar to the next")
+    six.add_argument("--pause", type=float, default=10.0, help="seconds in which what is still compiled ends")
     six.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
     six.set_defaults(action=structured)
     seven = commands.add_parser("ahead")

@@ -57,7 +57,9 @@ class Footprint:
 
 
 FOOTPRINT: dict[str, Footprint] = {
-    "cpu": Footprint(384 * MIB, "interpreter, torch's libraries (225 MiB, torch 2.13), allocator slack"),
+    "cpu": Footprint(
+        384 * MIB, "interpreter, torch's libraries (225 MiB, torch 2.13), kept grammars (64 MiB), allocator slack"
+    ),
     "cuda": Footprint(1 * GIB, "CUDA context, cuBLAS workspaces, allocator slack"),
 }
 """By kind of device."""

@@ -21,6 +21,8 @@ from tests.engine_specs import run, tiny_spec
 from tests.integration.engine_process import Process
 
 from quire_engine.engine import Engine
+from quire_engine.grammar import KEPT_BYTES, MAX_BYTES
+from quire_schemas.sizing import FOOTPRINT
 from quire_schemas.wire import (
     Deltas,
     FromEngine,
@@ -30,6 +32,7 @@ from quire_schemas.wire import (
     Pooling,
     Sampling,
     Stats,
+    Structured,
     Welcome,
     frame,
 )
@@ -306,3 +309,45 @@ def test_a_signal_during_the_start_is_heard(start: Callable[..., Process], folde
     engine.child.send_signal(signal.SIGTERM)
     assert engine.wait(10) == 0
     assert "failed" not in [event.event for event in engine.events]
+
+
+def in_memory(process: Process) -> int:
+    """Bytes of the engine's own, not of the files it has open."""
+    fields = Path(f"/proc/{process.child.pid}/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGESIZE")
+
+
+def large_grammars(count: int) -> Iterator[Structured]:
+    """Distinct ones of some MiB each, by turns with one whose requests make it grow."""
+    for number in range(count):
+        words = [f"{number:04}{word * 7919 % 100_003:05}" for word in range(2000)]
+        yield Structured("choice", msgspec.json.encode(words).decode())
+        yield Structured("regex", f"([ab]*a[ab]{{18}}){{1,20}}{number}")
+
+
+def test_grammars_are_kept_within_the_footprint(start: Callable[..., Process], folder: Path) -> None:
+    """What an engine takes grows by no more than what it may keep, however many grammars it has seen, and stays
+    below what the plan gives it.
+    """
+    process = start()
+    process.wait_for("ready")
+    client = connect(folder)
+    plain = Sampling(max_tokens=20, temperature=1.0, seed=1)
+    client.send(Generate("first", [5, 6, 7], msgspec.structs.replace(plain, structured=Structured("regex", "a+"))))
+    while not any(delta.id == "first" and delta.finish_reason for delta in client.next(Deltas).items):
+        pass
+    before, most = in_memory(process), 0
+    for number, structured in enumerate(large_grammars(times(8, 200))):
+        client.send(Generate(f"g{number}", [5, 6, 7], msgspec.structs.replace(plain, structured=structured)))
+        ended = False
+        while not ended:
+            for delta in client.next(Deltas).items:
+                if delta.id == f"g{number}" and delta.finish_reason:
+                    assert delta.finish_reason != "error", delta.error
+                    ended = True
+        most = max(most, in_memory(process))
+    print(f"{before >> 20} MiB before, {most >> 20} MiB at most")
+    # kept, one that is compiled and one that runs, and what the allocator does not give back
+    assert most - before < KEPT_BYTES + 3 * MAX_BYTES
+    assert most < FOOTPRINT["cpu"].overhead
+    client.close()
