@@ -1,4 +1,5 @@
-# Every target makes the virtual environment it needs; none needs the network once the packages are installed.
+# Every target makes the virtual environment it needs; none needs the network once the packages are installed, but for
+# the first `make nightly`, which has pip fetch the JSON Schema test suite.
 #   VENV=path     another environment          PYTHON=python3.12   the interpreter it is made from
 #   PIP_ARGS=...  passed to pip install, for example --index-url of a mirror
 
