@@ -59,6 +59,8 @@ _KNOWN_ESCAPES = frozenset("bBcdDfknpPrsStuvwWx")
 _CONTROL = r"\x00-\x07\x0b\x0e-\x1f\x7f"
 _unwritable = re.compile(f"[{_CONTROL}]")
 _coded = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,8})\}|(v)")
+_group = re.compile(r"\?(?:[:=!<]|P<|[is]+[:)])")
+"""What begins with `(` and all engines know, or others refuse and the rest read as Rust does."""
 _DOT = r"[^\n\r\u{2028}\u{2029}]"
 
 
@@ -215,7 +217,7 @@ def _shape(schema: dict[str, Any]) -> None:
         schema["pattern"], *others = patterns
         if others:
             also = [{"pattern": other} for other in others]
-            schema["allOf"] = [*(schema.get("allOf") or ()), *also]
+            schema["allOf"] = [{"allOf": schema["allOf"]}, *also] if "allOf" in schema else also
 
 
 def _renamed(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,25 +240,25 @@ def ecma(pattern: str) -> str:
     negated: bool | None = None  # of the class that is open
     at = 0
     while at < len(pattern):
-        char, rest = pattern[at], pattern[at + 1 :]
+        char = pattern[at]
         at += 1
-        if char == "\\" and rest:
-            coded = _coded.match(rest)
-            at += coded.end() if coded else 1
+        if char == "\\" and at < len(pattern):
+            coded, escaped = _coded.match(pattern, at), pattern[at]
+            at = coded.end() if coded else at + 1
             meant = "" if coded is None else "\v" if coded[4] else _char(coded[1] or coded[2] or coded[3])
             if _unwritable.match(meant) and negated is None:
                 out.append(f"[{_CONTROL}]")
             else:
-                out.append("\\" + coded[0] if coded else _escape(rest[0], negated))
+                out.append("\\" + coded[0] if coded else _escape(escaped, negated))
         elif negated is None:
             if char == "[":
-                negated = rest.startswith("^")
+                negated = pattern.startswith("^", at)
                 at += negated
-                if pattern[at : at + 1] == "]":
+                if pattern.startswith("]", at):
                     raise _not_in_a_pattern("[]")
                 char = "[^" if negated else "["
-            elif char == "(" and rest.startswith("?") and not _is_group(rest):
-                raise _not_in_a_pattern("(" + rest[:2])
+            elif char == "(" and pattern.startswith("?", at) and not _group.match(pattern, at):
+                raise _not_in_a_pattern("(" + pattern[at : at + 2])
             elif _unwritable.match(char):
                 char = f"[{_CONTROL}]"
             out.append(_DOT if char == "." else char)
@@ -265,7 +267,7 @@ def ecma(pattern: str) -> str:
             out.append("]" if negated else _CONTROL + "]")
             negated = None
         else:
-            if char == "-" and rest.startswith("-"):
+            if char == "-" and pattern.startswith("-", at):
                 raise _not_in_a_pattern("--")
             out.append("\\" + char if char in "[&~" else char)  # sets within sets are Rust's alone
     return "".join(out)
@@ -273,11 +275,6 @@ def ecma(pattern: str) -> str:
 
 def _char(code: str) -> str:
     return chr(min(int(code, 16), 0x10FFFF))
-
-
-def _is_group(rest: str) -> bool:
-    """Whether `(` begins what all engines know, or what other engines refuse and read as Rust does."""
-    return re.match(r"\?(?:[:=!<]|P<|[is]+[:)])", rest) is not None
 
 
 def _escape(char: str, negated: bool | None) -> str:

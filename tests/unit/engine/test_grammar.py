@@ -4,6 +4,7 @@ Schema means, who is refused, and what is kept. No model is run here.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -28,6 +29,7 @@ from quire_engine import grammar as grammar_module
 from quire_engine import trial as trial_module
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
 from quire_engine.grammar import EARNED, SAVINGS, Grammars, Matcher, source
+from quire_engine.json_schema import ecma, prepared
 from quire_engine.vocabulary import Vocabulary
 from quire_schemas.wire import MAX_STRUCTURED, Structured
 
@@ -419,6 +421,45 @@ def test_no_spelling_of_what_does_not_fit_is_accepted(
     grammar = tiny.compile(schema(value))
     assert [text for text in fits if not takes(grammar.matcher(EOS), text, byte_of)] == []
     assert [text for text in unfit if takes(grammar.matcher(EOS), text, byte_of)] == []
+
+
+WORDS_OF_SCHEMAS = [
+    *(
+        "type",
+        "enum",
+        "const",
+        "properties",
+        "required",
+        "patternProperties",
+        "items",
+        "prefixItems",
+        "allOf",
+        "anyOf",
+    ),
+    *("minimum", "exclusiveMaximum", "minProperties", "maxLength", "pattern", "format", "$ref", "$defs", "$id"),
+]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["date", "#/$defs/a", "[^a]\\s", "(?", "\\", "[", "integer", "http://x/y#/a"]),
+    lambda parts: st.lists(parts, max_size=3)
+    | st.dictionaries(st.sampled_from(WORDS_OF_SCHEMAS) | st.just("a"), parts, max_size=4),
+)  # fmt: skip
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS_OF_SCHEMAS), ANYTHING, min_size=1, max_size=4))
+def test_whatever_stands_in_a_schema_is_read_or_refused(value: dict[str, Any]) -> None:
+    before = json.dumps(value)
+    with contextlib.suppress(RequestRefused):
+        json.dumps(prepared(value))
+    assert json.dumps(value) == before
+
+
+def test_a_long_pattern_is_read_in_little_time() -> None:
+    began = time.thread_time()
+    for part in ("a", "(?:", "[a", "\\x41", "[^\\s]"):
+        ecma(part * (60_000 // len(part)))
+    assert time.thread_time() - began < bound(0.5)
 
 
 UNSUPPORTED: list[tuple[Any, str]] = [
