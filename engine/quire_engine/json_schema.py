@@ -13,6 +13,7 @@ Only places where the standard has a schema are read as one: what stands under `
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -47,6 +48,21 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 """Where a schema has schemas."""
 
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_MOST = 2**31 - 1
+"""No count of the compiler's is larger."""
+
+_KEYWORDS = frozenset(
+    {
+        *_ONE, *_LISTS, *_MAPS, *_COUNTS,
+        "$anchor", "$comment", "$dynamicAnchor", "$dynamicRef", "$id", "$recursiveAnchor", "$recursiveRef", "$ref",
+        "$schema", "$vocabulary", "const", "contentEncoding", "contentMediaType", "contentSchema", "default",
+        "dependencies", "dependentRequired", "deprecated", "description", "discriminator", "enum", "example",
+        "examples", "exclusiveMaximum", "exclusiveMinimum", "format", "id", "maxContains", "maximum",
+        "minContains", "minimum", "multipleOf", "pattern", "propertyNames", "readOnly", "required", "title",
+        "type", "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "writeOnly",
+    }
+)  # fmt: skip
+"""What the drafts know, and two notes of OpenAPI that change nothing. What begins with `x-` is a note, too."""
 
 _SPACE = r"\t-\r \u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
 _CLASSES = {
@@ -92,6 +108,7 @@ class _Reader:
             resource = schema
             if "$ref" in schema and not root:  # drafts differ on what the reference is relative to
                 raise RequestRefused(REFUSED, "not supported in a schema: $ref beside $id")
+        _check_names(schema)
         self.schemas.add(id(schema))
         if isinstance(reference := schema.get("$ref"), str):
             self._refer(reference, resource)
@@ -145,8 +162,27 @@ def _check_target(resource: object, pointer: str, schemas: set[int]) -> None:
         raise RequestRefused(REFUSED, f"not supported in a schema: $ref to what is no schema, #{pointer}")
 
 
+def _check_names(schema: Mapping[str, Any]) -> None:
+    """Refuse what no draft knows: to the standard it says nothing, and to who wrote it something."""
+    for name in schema:
+        if name in _KEYWORDS or name.startswith("x-"):
+            continue
+        close = difflib.get_close_matches(name, _KEYWORDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        if name == "nullable":
+            hint = "; a type may be a list of types, one of which is null"
+        raise RequestRefused(REFUSED, f"not supported in a schema: {name} is no keyword of JSON Schema{hint}")
+
+
 def _check_counts(schema: Mapping[str, Any]) -> None:
-    """Refuse a count of properties that only distinct names fulfil: free names may be written twice."""
+    """Refuse what is too large, or no step between multiples; and a count of properties that only distinct names
+    fulfil: free names may be written twice.
+    """
+    for name in _COUNTS:
+        if isinstance(count := schema.get(name), int | float) and count > _MOST:
+            raise RequestRefused(REFUSED, f"not supported in a schema: {name} above {_MOST}")
+    if isinstance(step := schema.get("multipleOf"), int | float) and step <= 0:
+        raise RequestRefused(REFUSED, f"not supported in a schema: multipleOf {step}; it has to be above 0")
     least, required = schema.get("minProperties"), schema.get("required")
     names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
     if isinstance(least, int | float) and least > max(1, len(names)):
