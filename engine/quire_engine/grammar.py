@@ -79,6 +79,10 @@ _QUICK_TRIAL, _SLOW_TRIAL = Trial(), Trial()
 # ── from a request's words to the compiler's ──────────────────────────────────────────────────────────────
 
 
+_not_honoured = re.compile(r"^\s*(?:\w+\s*\[[^\]\n]*\b(temperature)\s*=|(%llguidance)\b)", re.MULTILINE)
+"""What the compiler reads in a grammar and nothing heeds."""
+
+
 def source(structured: Structured, special: Mapping[str, int]) -> str:
     """The constraint in llguidance's notation. `special` are the tokens that no text spells, by name.
 
@@ -96,6 +100,9 @@ def source(structured: Structured, special: Mapping[str, int]) -> str:
             choices = msgspec.json.decode(text, type=list[str])
             body = "start: " + " | ".join(map(_quoted, choices))
         case "grammar":
+            if ignored := _not_honoured.search(text):
+                name = ignored[1] or ignored[2]
+                raise RequestRefused(REFUSED, f"not supported in a grammar: {name}")
             body = text
         case "structural_tag":
             body = _tags(_object(text), structured.whitespace, special)

@@ -587,6 +587,8 @@ def test_special_tokens_in_a_structural_tag_are_the_tokens(tiny: Grammars, byte_
         (Structured("grammar", 'start: "a" other'), 'line 1, column 8: unknown name: "other"'),
         (Structured("grammar", '# two lines\nstart: "a" other'), "line 2, column 8"),
         (Structured("grammar", 'root ::= "a"'), "this is GBNF"),
+        (Structured("grammar", "start: x\nx[lazy, temperature=2.0]: /a+/"), "not supported in a grammar: tem"),
+        (Structured("grammar", '%llguidance {"a": 1}\nstart: "a"'), "not supported in a grammar: %llguidance"),
         (Structured("grammar", 'start: "x" a\na: "y" a', None), ""),
         (tag(("<f>", {}, ""), triggers=["<g>"]), "none of the triggers"),
         (tag(triggers=["<g>"]), "no structures"),
