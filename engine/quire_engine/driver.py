@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire_engine.errors import RequestRefused, StartError
+from quire_engine.errors import InvalidSpec, RequestRefused, StartError
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Stats
 
 if TYPE_CHECKING:
@@ -176,7 +176,10 @@ class Driver:
             engine.warm_up()
             spare_the_collector()
             if path := os.environ.get("QUIRE_SCHEDULE_TRACE"):
-                engine.record(Path(path))
+                try:
+                    engine.record(Path(path))
+                except OSError as error:
+                    raise InvalidSpec(f"QUIRE_SCHEDULE_TRACE: {path}: {error.strerror}") from error
             seconds = time.monotonic() - started
             self._out(Loaded(engine.profile.vocab_size, engine.profile.eos_token_ids, seconds))
             while self._pass(engine):

@@ -6,7 +6,9 @@
 A scheduler decides by nothing but its calls, so the calls are the whole trace: requests with their token ids,
 aborts, deadlines, limits, and the tokens that steps drew. Replaying needs no model; a plan that comes out
 otherwise is named, which is how a change of the scheduler, or a suspicion about it, is tried on what really
-happened. Traces hold prompts and answers as token ids: they are written with mode 0600.
+happened. Traces hold prompts and answers as token ids: they are written with mode 0600. An engine that begins to
+record takes the file's place and leaves one that still records, as during a rollout, to a file without a name. A
+process that is killed may leave half a line at the end.
 """
 
 from __future__ import annotations
@@ -164,11 +166,13 @@ Line = Built | Limits | Added | Aborted | Extended | Forked | Expired | Planned 
 
 
 class RecordingScheduler(Scheduler):
-    """A scheduler that writes each call to the file `path`, whatever was in it before."""
+    """A scheduler that writes each call to a new file `path`, in place of one that is there. Raises OSError."""
 
     def __init__(self, pool: BlockPool, limits: BatchLimits, *, max_model_len: int, path: Path) -> None:
         super().__init__(pool, limits, max_model_len=max_model_len)
         self._path = path
+        if path.is_file():  # another engine may still write to it: two traces in one file would be none
+            path.unlink()
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._encoder = msgspec.json.Encoder()
         self._write(Built(pool.num_blocks, pool.block_size, list(pool.windows), max_model_len, Limits.of(limits)))
@@ -233,8 +237,18 @@ class _Untold(dict[str, TokenLogprobs]):
         return TokenLogprobs(0, 0.0)
 
 
+class Cut(ValueError):
+    """The last line of a trace is not whole, which ends it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"line {number} is cut")
+
+
 def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
-    """Each plan as it was recorded, and as it is decided now. Raises `ValueError` for lines that are no trace."""
+    """Each plan as it was recorded, and as it is decided now; `lines` keep their ends.
+
+    Raises `ValueError` for lines that are no trace; `Cut` where only the end of the last line is missing.
+    """
     decoder = msgspec.json.Decoder(Line)
     scheduler: Scheduler | None = None
     given_out: list[StepPlan] = []
@@ -242,6 +256,8 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
         try:
             line = decoder.decode(text)
         except msgspec.MsgspecError as error:
+            if scheduler is not None and not text.endswith(b"\n"):
+                raise Cut(number) from error
             raise ValueError(f"line {number}: {error}") from error
         if isinstance(line, Built):
             pool = BlockPool(line.num_blocks, line.block_size, line.windows)
@@ -277,6 +293,8 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
                 # nothing is decided by what states are
                 states = {item.request_id: _NO_STATE for item in plan.items if item.pooled}
                 scheduler.commit(plan, StepResult(tokens, _Untold(), failures, states))
+    if scheduler is None:
+        raise ValueError("the file is empty")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -284,7 +302,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m quire_engine.trace TRACE.jsonl\n")
         return 2
-    plans = 0
+    plans, cut = 0, ""
     try:
         with Path(arguments[0]).open("rb") as lines:
             for recorded, decided in replay(lines):
@@ -294,10 +312,12 @@ def main(arguments: Sequence[str]) -> int:
                     )
                     return 1
                 plans += 1
+    except Cut as error:
+        cut = f"; {error}, and not replayed"
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {arguments[0]}: {error}\n    hint: name a file that an engine recorded\n")
         return 2
-    sys.stdout.write(f"{plans} plans, each as recorded\n")
+    sys.stdout.write(f"{plans} plans, each as recorded{cut}\n")
     return 0
 
 

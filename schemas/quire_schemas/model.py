@@ -746,7 +746,10 @@ class ModelSpec(Strict):
     restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
     revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)
     env: Annotated[tuple[EnvVar, ...], Field(strict=False, max_length=256)] = declared(
-        "Environment variables of the engine process, by name.", (), update="rolling"
+        "Environment variables of the engine process, by name. Of those that begin with QUIRE_ only "
+        "QUIRE_SCHEDULE_TRACE may be given: the absolute path of a file to record the schedule to.",
+        (),
+        update="rolling",
     )
 
 

@@ -23,6 +23,8 @@ from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, 
 
 BUILTIN_MODELS = ("tiny",)
 REFUSED = "not honoured by this version"
+ENGINE_VARIABLES = ("QUIRE_SCHEDULE_TRACE",)
+"""Variables of our own that a manifest may set for an engine; each names a file."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -362,9 +364,14 @@ def _environment(facts: Facts) -> Iterator[Finding]:
             yield Finding(path, "value and valueFrom exclude each other", "declare only one of them")
         elif "value" not in entry and "valueFrom" not in entry:
             yield Finding(path, "has no value", "declare value; for an empty one write value: ''")
-        if entry["name"].startswith("QUIRE_"):
+        if entry["name"] in ENGINE_VARIABLES:
+            if not entry.get("value", "/").startswith("/"):
+                yield Finding((*path, "value"), f"{entry['name']} names a file", "give the absolute path")
+        elif entry["name"].startswith("QUIRE_"):
             yield Finding(
-                (*path, "name"), "names that begin with QUIRE_ are set by the platform", "choose another name"
+                (*path, "name"),
+                "names that begin with QUIRE_ are set by the platform",
+                f"choose another name; only {', '.join(ENGINE_VARIABLES)} may be given",
             )
     yield from _repeated([e["name"] for e in entries], ("spec", "env"), "variable")
 

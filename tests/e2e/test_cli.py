@@ -8,6 +8,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -35,7 +37,10 @@ def ask(base: str, model: str, content: str) -> dict[str, Any]:
 
 
 def test_the_life_of_a_model(platform: Platform) -> None:
-    quickstart = platform.manifests / "quickstart.yaml"
+    trace = platform.root / "schedule.jsonl"
+    variables = f"  env: [{{name: QUIRE_SCHEDULE_TRACE, value: {trace}}}]\n"
+    text = (platform.manifests / "quickstart.yaml").read_text()
+    quickstart = platform.write("quickstart.yaml", text + variables)
 
     done = platform.run("apply", platform.gateway, quickstart)
     assert re.search(
@@ -111,6 +116,9 @@ def test_the_life_of_a_model(platform: Platform) -> None:
     down = platform.run("down")
     assert "control plane  stopping" in down.stdout
     assert platform.run("down").stdout == "nothing is running\n"
+    replay = [sys.executable, "-m", "quire_engine.trace", str(trace)]
+    replayed = subprocess.run(replay, capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"[1-9]\d* plans, each as recorded\n", replayed.stdout), replayed
 
 
 def test_a_change_is_planned_as_it_is_done(platform: Platform) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_recorded_trace_gives_the_same_plans_again(seed: int, tmp_path: Path) 
     scheduler = make(path)
     plans = run(scheduler, seed)
     assert path.stat().st_mode & 0o777 == 0o600
-    pairs = list(replay(path.read_bytes().splitlines()))
+    pairs = list(replay(path.read_bytes().splitlines(keepends=True)))
     assert len(pairs) == len(plans)
     assert all(recorded == decided for recorded, decided in pairs)
     assert [recorded.preempted for recorded, _ in pairs] == [list(plan.preempted) for plan in plans]
@@ -102,14 +103,31 @@ def test_the_command_says_whether_and_where_a_plan_comes_out_otherwise(tmp_path:
 
     done = replayed()
     assert (done.returncode, done.stdout) == (0, f"{len(plans)} plans, each as recorded\n")
+    whole = path.read_bytes()
+    kept = [*whole.splitlines(keepends=True)]
+    path.write_bytes(b"".join(kept[:-1]) + kept[-1][:-9])
+    done = replayed()
+    assert done.returncode == 0, "a kill cuts the last line; what is whole is replayed"
+    assert re.fullmatch(rf"\d+ plans, each as recorded; line {len(kept)} is cut, and not replayed\n", done.stdout)
+    path.write_bytes(b"".join([*kept[:-2], kept[-2][:-9], b"\n", kept[-1]]))
+    assert replayed().returncode == 2, "a line cut in the middle of a file is no end"
+    path.write_bytes(whole)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["num_blocks"] = 40
     path.write_text("\n".join(map(json.dumps, lines)))
     done = replayed()
     assert done.returncode == 1
     assert "differs" in done.stdout
-    path.write_text("no trace")
-    done = replayed()
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {path}: line 1: ")
-    assert "hint:" in done.stderr
+    for text, problem in (("no trace", "line 1: "), ("", "the file is empty"), (whole[:20].decode(), "line 1: ")):
+        path.write_text(text)
+        done = replayed()
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {path}: {problem}")
+        assert "hint:" in done.stderr
+
+
+def test_who_begins_to_record_leaves_the_file_of_another_alone(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    first, _ = make(path), make(path)
+    first.schedule()
+    assert len(path.read_bytes().splitlines()) == 1, "what the first one writes is not in the second one's file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import random
 import signal
 import socket
@@ -20,6 +21,7 @@ from tests.effort import EFFORT, examples
 from tests.unit.engine.serving import LONG, SHORT, Client, greeted, serving, spec_in, until_idle
 
 from quire_engine import server as server_module
+from quire_engine.driver import Died, Driver
 from quire_engine.errors import InvalidSpec, InvariantBroken, SocketTaken
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
@@ -369,6 +371,18 @@ def test_a_socket_left_by_a_dead_process_is_replaced_and_a_file_is_not(folder: P
     with pytest.raises(InvalidSpec, match="in the way"):
         prepare_socket(path)
     assert path.read_text() == "precious"
+
+
+def test_a_trace_that_cannot_be_written_is_a_spec_that_cannot_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUIRE_SCHEDULE_TRACE", "/nonexistent/trace.jsonl")
+    news: queue.SimpleQueue[object] = queue.SimpleQueue()
+    Driver(spec_in(folder), news.put).start()
+    died = news.get(timeout=20)
+    assert isinstance(died, Died)
+    assert isinstance(died.error, InvalidSpec)
+    assert str(died.error) == "QUIRE_SCHEDULE_TRACE: /nonexistent/trace.jsonl: No such file or directory"
 
 
 async def test_the_end_of_the_engine_ends_every_stream_with_an_error(folder: Path) -> None:
