@@ -222,6 +222,7 @@ def place(
         kv_size=None if cache["size"] == "auto" else parse_quantity(cache["size"]),
         memory_limit=parse_quantity(host_limit) if host_limit is not None else None,
         device_name=_device_name(inventory, name),
+        chunked_prefill=resolved["batching"]["chunkedPrefill"],
         runner=runner,
     )
     longest = profile.max_position_embeddings
@@ -232,8 +233,6 @@ def place(
             f"set it to {longest} or less, or to auto for the most that fits",
             path="spec.engine.maxModelLen",
         )
-    if request.max_model_len is None and not resolved["batching"]["chunkedPrefill"]:
-        request = replace(request, max_model_len=min(longest, request.max_num_batched_tokens))
     report = fit(profile, request)
     fits_now = report.fits
     notes: list[str] = []

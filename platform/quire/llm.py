@@ -141,6 +141,7 @@ class LLM:
             device_bytes_available=available,
             memory_share=memory_share,
             max_model_len=max_model_len,
+            chunked_prefill=chunked_prefill,
         )
         self.fit = _fit(profile, request, num_blocks)
         spec = EngineSpec(

@@ -82,6 +82,8 @@ class SizingRequest:
     kv_size: int | None = None
     memory_limit: int | None = None
     device_name: str = ""
+    chunked_prefill: bool = True
+    """Without it a prompt, and with it the context that auto gives, has to fit `max_num_batched_tokens`."""
     runner: RunnerKind = "model"
     """`scripted` has the blocks that the model would have, and neither they nor weights nor activations take
     memory."""
@@ -428,6 +430,8 @@ def _resolve(profile: ModelProfile, request: SizingRequest) -> FitReport:
             reason = f"maxModelLen {request.max_model_len:,} is above the checkpoint's {longest:,} positions"
             return replace(report, fits=False, reason=reason)
         return report
+    if not request.chunked_prefill:
+        longest = min(longest, request.max_num_batched_tokens)
     shortest = min(longest, MIN_AUTO_LEN)
     best = _largest(shortest, longest, request.block_size, lambda length: _at(profile, request, length).fits)
     if best is None:
@@ -459,9 +463,11 @@ def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
     if request.runner == "scripted":
         yield "engine.runner is scripted: no weights are loaded, and blocks of the cache are numbers alone"
     if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
+        whole = not request.chunked_prefill and report.max_model_len == request.max_num_batched_tokens
         yield (
             f"maxModelLen auto is {report.max_model_len:,}; the checkpoint would allow "
             f"{profile.max_position_embeddings:,}"
+            + (": without chunkedPrefill a prompt has to fit maxNumBatchedTokens" if whole else "")
         )
     if report.concurrency < request.max_num_seqs:
         yield f"maxNumSeqs {request.max_num_seqs} will preempt when sequences get long"

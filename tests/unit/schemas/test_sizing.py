@@ -202,6 +202,22 @@ def test_auto_context_shrinks_to_what_fits_and_says_so() -> None:
     assert not fit(LLAMA_8B, replace(request, max_model_len=report.max_model_len + 16)).fits
 
 
+def test_without_chunks_the_auto_context_is_what_a_step_holds_or_less_and_says_why() -> None:
+    whole = fit(QWEN_HALF_B, ask(max_model_len=None, chunked_prefill=False, max_num_batched_tokens=600))
+    assert whole.fits
+    assert whole.max_model_len == 600
+    assert whole.notes[0] == (
+        "maxModelLen auto is 600; the checkpoint would allow 32,768: "
+        "without chunkedPrefill a prompt has to fit maxNumBatchedTokens"
+    )
+    # what the memory bounds is not laid at the chunks' door, and is found without them, too
+    small = {"max_model_len": None, "kv_size": 8 * MIB, "max_num_batched_tokens": 4096}
+    bounded = fit(QWEN_HALF_B, ask(chunked_prefill=False, **small))
+    assert bounded.fits
+    assert bounded.max_model_len == fit(QWEN_HALF_B, ask(**small)).max_model_len < 4096
+    assert bounded.notes[0].endswith("the checkpoint would allow 32,768")
+
+
 def test_auto_context_is_not_shrunk_to_nothing() -> None:
     report = fit(LLAMA_8B, gpu(24, kv_size=16 * MIB))
     assert "one sequence of 256 tokens needs 32.0 MiB (the least that maxModelLen auto gives)" in report.reason
