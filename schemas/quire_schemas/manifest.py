@@ -604,6 +604,9 @@ def _article(shape: Shape) -> str:
 def _structure_hint(shape: Shape) -> str:
     if shape.section is not None:
         return f"its fields are {', '.join(list(fields_of(shape.section))[:12])}"
+    if shape.kind == "list" and shape.item is not None and shape.item.section is not None:
+        names = list(fields_of(shape.item.section))
+        return f"write [{{{names[0]}: …}}], one mapping for each; their fields are {', '.join(names[:12])}"
     if shape.kind == "list":
         return "write [one, two], or a line with '- ' for each"
     return "write {key: value}" if shape.kind == "map" else f"expected {shape.word}"

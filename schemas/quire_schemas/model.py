@@ -31,7 +31,7 @@ _NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_PARSERS = "there are no parsers yet; the markup of tool calls and reasoning stays in the text"
-_NO_SLO = "requests are scheduled first come, first served"
+_NO_SLO = "there is no scheduling by a declared latency yet"
 _STALL_CHECK = "progress is watched all the time, not probed now and then; liveness.timeout bounds its absence"
 
 

@@ -40,9 +40,7 @@ def parse_duration(text: str) -> float:
     """Seconds of `30s`, `5m`, `1h30m`, `250ms`, `2d`: whole numbers, units from large to small."""
     found = _DURATION.fullmatch(text)
     if found is None or not text:
-        bare = re.fullmatch(r"\d+", text, re.ASCII)
-        example = f"'{text}s'" if bare and len(text) < 8 else "'30s', '5m' or '1h30m'"
-        raise BadQuantity(f"{_shown(text)} is not a duration", f"durations need a unit, for example {example}")
+        raise BadQuantity(f"{_shown(text)} is not a duration", _duration_hint(text))
     units = ("d", "h", "m", "s", "ms")
     seconds = sum(int(n) * _SECONDS[unit] for n, unit in zip(found.groups(), units, strict=True) if n)
     if seconds > MAX_DURATION:
@@ -69,6 +67,8 @@ def parse_percent(text: str) -> float:
     """The share, 0..1, of `90%` or `87.5%`."""
     found = _PERCENT.fullmatch(text)
     if found is None:
+        if text.startswith("-"):
+            raise BadQuantity(f"{_shown(text)} is not a percentage", "give a percentage from 0% to 100%")
         ratio = re.fullmatch(r"0?\.(\d{1,2})", text, re.ASCII)
         example = f"'{int(ratio.group(1).ljust(2, '0'))}%'" if ratio else "'90%'"
         raise BadQuantity(f"{_shown(text)} is not a percentage", f"write it as {example}")
@@ -133,7 +133,18 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
+def _duration_hint(text: str) -> str:
+    examples = "for example '30s', '5m' or '1h30m'"
+    if re.fullmatch(r"\d*", text, re.ASCII):
+        return f"durations need a unit, for example '{text}s'" if 0 < len(text) < 8 else f"give one, {examples}"
+    if text.startswith("-"):
+        return f"a duration cannot be negative: {examples}"
+    return f"whole numbers with the units d, h, m, s and ms, the largest first and without blanks: {examples}"
+
+
 def _quantity_hint(text: str) -> str:
+    if text.startswith("-"):
+        return "an amount of bytes cannot be negative: for example '512Mi' or '40Gi'"
     wrong = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([KMGTkmgt])(?:i?[bB]|i)?", text, re.ASCII)
     if wrong:
         example = f"{wrong.group(1)}{wrong.group(2).upper()}i"

@@ -42,6 +42,10 @@ def test_percentages(text: str, share: float) -> None:
     [
         ("30", "durations need a unit, for example '30s'"),
         ("", "'30s'"),
+        ("1.5h", "whole numbers"),
+        ("5min", "units d, h, m, s and ms"),
+        ("-1ms", "cannot be negative"),
+        ("99999999", "for example '30s'"),
         ("1.5h", "'1h30m'"),
         ("5 m", "'5m'"),
         ("-3s", "'30s'"),
@@ -59,7 +63,14 @@ def test_bad_durations_say_what_would_do(text: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("40GB", "'40Gi'"), ("40g", "'40Gi'"), ("1.5 M", "'1.5Mi'"), ("1024", "need a unit"), ("", "need a unit")],
+    [
+        ("40GB", "'40Gi'"),
+        ("40g", "'40Gi'"),
+        ("1.5 M", "'1.5Mi'"),
+        ("1024", "need a unit"),
+        ("", "need a unit"),
+        ("-1Gi", "negative"),
+    ],
 )
 def test_bad_quantities_say_what_would_do(text: str, hint: str) -> None:
     with pytest.raises(BadQuantity) as caught:
@@ -67,7 +78,9 @@ def test_bad_quantities_say_what_would_do(text: str, hint: str) -> None:
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize(("text", "hint"), [("0.9", "'90%'"), (".85", "'85%'"), ("90", "'90%'"), ("101%", "100%")])
+@pytest.mark.parametrize(
+    ("text", "hint"), [("0.9", "'90%'"), (".85", "'85%'"), ("90", "'90%'"), ("101%", "100%"), ("-5%", "from 0%")]
+)
 def test_bad_percentages_say_what_would_do(text: str, hint: str) -> None:
     with pytest.raises(BadQuantity) as caught:
         parse_percent(text)
