@@ -112,6 +112,23 @@ async def test_scripts_that_cannot_be_followed_are_refused(
     assert (error.value.param, error.value.body["message"]) == ("script", message)  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
+        ({"use_beam_search": True}, "use_beam_search"),
+    ],
+)
+async def test_what_would_have_to_change_a_script_is_refused(
+    scripted: World, body: dict[str, Any], param: str
+) -> None:
+    async with scripted.client() as client:
+        with pytest.raises(openai.BadRequestError, match="script") as error:
+            await client.chat.completions.create(model="tiny", messages=ASK, extra_body=body)
+    assert error.value.param == param
+
+
 async def test_a_model_that_computes_refuses_scripts_by_name(world: World) -> None:
     engine = await world.engine()
     await world.serve(engine)

@@ -150,9 +150,11 @@ def api_page() -> str:
     lines += ["", "Any other field is a 400 with a guess at what was meant.", ""]
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]
+    rows = []
     for row in TABLE.values():
         retry = "" if row.retry is None else str(row.retry).lower()
-        lines.append(f"| {row.status} | `{row.type}` | {f'`{row.code}`' if row.code else ''} | {retry} |")
+        rows.append(f"| {row.status} | `{row.type}` | {f'`{row.code}`' if row.code else ''} | {retry} |")
+    lines += dict.fromkeys(rows)  # several exceptions are one error to a client
     return "\n".join(lines) + "\n"
 
 

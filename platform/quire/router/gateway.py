@@ -377,6 +377,11 @@ def _script(
                 param="script",
             )
         return None
+    if request.use_beam_search:
+        raise InvalidRequest(
+            "'use_beam_search' is not for this model: its spec.engine.runner is scripted, and says one thing.",
+            param="use_beam_search",
+        )
     script = default if request.script is None else request.script
     if script is None:
         return None

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from tests.unit.platform.api_views import condition, model
 
-from quire.cli import main
+from quire.cli import main, reference
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
 from quire_operators.paths import StateDir
@@ -692,3 +692,8 @@ def test_hints_name_the_program_as_it_can_be_typed(tmp_path: Path, monkeypatch: 
     assert spelled("written by the platform") == "written by the platform"
     monkeypatch.setenv("PATH", str(installed.parent))
     assert spelled("platform get") == "platform get"
+
+
+def test_the_reference_has_each_error_once() -> None:
+    rows = [line for line in reference.api_page().partition("## Errors")[2].splitlines() if line.startswith("| ")]
+    assert len(rows) == len(set(rows)) > 20
