@@ -363,6 +363,7 @@ class Engine:
             blocks_cached=scheduler.pool.num_idle,
             hot_hash=self.hot_hash,
             oldest_running_at=scheduler.oldest_running_at,
+            blocks_saved=scheduler.blocks_saved,
         )
 
     def check_integrity(self) -> None:

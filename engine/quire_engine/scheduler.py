@@ -633,6 +633,11 @@ class Scheduler:
         return self.pool.num_used * self.pool.block_size - unfilled * self.pool.num_groups
 
     @property
+    def blocks_saved(self) -> int:
+        """Blocks that would be in use besides if no two tables shared one: those held, less those in use."""
+        return sum(self.pool.held(request.tables) for request in self.running) - self.pool.num_used
+
+    @property
     def oldest_running_at(self) -> float | None:
         """When the running request that was let in first was let in; None when nothing runs."""
         return min((r.scheduled_at for r in self.running if r.scheduled_at is not None), default=None)

@@ -374,6 +374,8 @@ class Stats(msgspec.Struct, tag=True):
     """Free blocks that a request which begins alike would find."""
     oldest_running_at: float | None = None
     """When the running request that was let in first was let in."""
+    blocks_saved: int = 0
+    """Blocks that would be in use besides if no running requests shared one."""
 
 
 ToEngine = Hello | Generate | Abort | Limits | GetStats

@@ -188,7 +188,8 @@ async def test_metrics_tell_of_the_prefix_cache(world: World) -> None:
             found[f"{signals.PREFIX_CACHE_QUERIES}_total{labels}"],
             found[f"{signals.PREFIX_CACHE_HITS}_total{labels}"],
             found[f"{signals.PREFIX_CACHE_BLOCKS}{labels}"],
-        ] == [1000, 750, 12]
+            found[f"{signals.KV_BLOCKS_SAVED}{labels}"],
+        ] == [1000, 750, 12, 5]
 
     await eventually(there)
 

@@ -175,6 +175,7 @@ class WireEngine:
             prefix_queried_tokens=1000,
             prefix_hit_tokens=750,
             blocks_cached=12,
+            blocks_saved=5,
         )
 
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:

@@ -159,6 +159,9 @@ class _Replicas(Collector):
             signals.NUM_REQUESTS_WAITING, "Sequences in the engine's queue.", labels=labels
         )
         usage = GaugeMetricFamily(signals.KV_CACHE_USAGE, "Allocated KV blocks, of all.", labels=labels)
+        saved = GaugeMetricFamily(
+            signals.KV_BLOCKS_SAVED, "KV blocks that sharing saves the running sequences.", labels=labels
+        )
         preemptions = CounterMetricFamily(
             signals.PREEMPTIONS, "Sequences put back for want of blocks.", labels=labels
         )
@@ -179,12 +182,13 @@ class _Replicas(Collector):
             running.add_metric(key, stats.running if stats else 0)
             waiting.add_metric(key, stats.waiting if stats else 0)
             usage.add_metric(key, stats.blocks_used / stats.blocks_total if stats and stats.blocks_total else 0)
+            saved.add_metric(key, stats.blocks_saved if stats else 0)
             preemptions.add_metric(key, stats.preemptions if stats else 0)
             steps.add_metric(key, stats.steps if stats else 0)
             queries.add_metric(key, stats.prefix_queried_tokens if stats else 0)
             hits.add_metric(key, stats.prefix_hit_tokens if stats else 0)
             cached.add_metric(key, stats.blocks_cached if stats else 0)
-        yield from (up, running, waiting, usage, preemptions, steps, queries, hits, cached)
+        yield from (up, running, waiting, usage, saved, preemptions, steps, queries, hits, cached)
 
 
 class _Spans(Collector):

@@ -362,3 +362,21 @@ def test_a_context_of_two_tokens_warms_up() -> None:
     engine = Engine.load(with_fields(max_model_len=2))
     engine.warm_up()
     assert engine.steps == 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_six_answers_to_one_prompt_save_five_times_its_full_blocks(prefix_caching: bool) -> None:
+    engine = Engine.load(with_fields(prefix_caching=prefix_caching))
+    for index in range(6):
+        sampling = Sampling(max_tokens=20, temperature=1.0, seed=index, ignore_eos=True)
+        engine.add(Generate(str(index), list(range(5, 34)), sampling, family="f"))
+    most = 0
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        stats = engine.stats()
+        most = max(most, stats.blocks_saved)
+        if stats.running == 6:
+            assert stats.blocks_saved == 5 * 3, "of 29 tokens in blocks of 8, three blocks are full"
+    assert most == 5 * 3
+    assert engine.stats().blocks_saved == 0
