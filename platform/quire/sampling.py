@@ -192,8 +192,6 @@ class SamplingParams(metaclass=_Named):
             flag(name, getattr(self, name))
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             token_ids(name, getattr(self, name))
-        if self.logprob_token_ids and self.logprobs is None and self.prompt_logprobs is None:
-            raise ValueError("logprob_token_ids needs logprobs or prompt_logprobs\nhint: logprobs=0 is enough")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: nothing could be chosen\nhint: None allows every token")
         if not isinstance(self.logit_bias, Mapping | None):
@@ -223,6 +221,13 @@ class SamplingParams(metaclass=_Named):
                     "truncation_side needs truncate_prompt_tokens\nhint: -1 is the room that there is"
                 )
         one_of("logprobs_mode", self.logprobs_mode, get_args(wire.LogprobsMode))
+        if self.logprobs is None and self.prompt_logprobs is None:
+            for name, asks in (
+                ("logprob_token_ids", bool(self.logprob_token_ids)),
+                ("logprobs_mode", self.logprobs_mode != "raw_logprobs"),
+            ):
+                if asks:
+                    raise ValueError(f"{name} needs logprobs or prompt_logprobs\nhint: logprobs=0 is enough")
         _structured(self.structured_outputs)
         _repetition(self.repetition_detection)
 

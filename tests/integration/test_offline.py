@@ -230,6 +230,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("truncation_side", {"truncate_prompt_tokens": 3, "truncation_side": "middle"}),
     ("logprobs_mode", {"logprobs_mode": "raw"}),
     ("logprobs_mode", {"logprobs_mode": 1}),
+    ("logprobs_mode", {"logprobs_mode": "raw_logits"}),
     ("stop_token_ids", {"stop_token_ids": [2048]}),
     ("stop_token_ids", {"stop_token_ids": [1.5]}),
     ("stop_token_ids", {"stop_token_ids": 5}),

@@ -214,6 +214,8 @@ _CROSS_FIELD: Final = frozenset(
         "best_of",
         "prompt_logprobs",
         "logprob_token_ids",
+        "logprobs_mode",
+        "return_tokens_as_token_ids",
         "truncate_prompt_tokens",
         "truncation_side",
         "length_penalty",

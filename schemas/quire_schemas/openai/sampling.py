@@ -241,14 +241,23 @@ class SamplingFields(ModelRequest):
             raise PydanticCustomError("stream_options", "is only for requests with stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError("prompt_logprobs", "is only for requests without stream: true")
-        if self.logprob_token_ids and self.wanted_logprobs is None and self.prompt_logprobs is None:
-            raise PydanticCustomError("logprob_token_ids", "needs logprobs or prompt_logprobs")
+        if self.wanted_logprobs is None and self.prompt_logprobs is None:
+            self._check_nothing_reported()
         if self.truncate_prompt_tokens == 0:
             raise PydanticCustomError("truncate_prompt_tokens", "must be -1 or at least 1, not 0")
         if self.truncation_side is not None and self.truncate_prompt_tokens is None:
             raise PydanticCustomError("truncation_side", "needs truncate_prompt_tokens")
         self._check_beams()
         return self
+
+    def _check_nothing_reported(self) -> None:
+        """What shapes log-probabilities has no meaning where none are reported."""
+        by_score = self.sequences > (self.n or 1) and not self.use_beam_search  # best_of goes by them, too
+        if self.logprobs_mode not in (None, "raw_logprobs") and not by_score:
+            raise PydanticCustomError("logprobs_mode", "needs logprobs or prompt_logprobs")
+        for name in ("logprob_token_ids", "return_tokens_as_token_ids"):
+            if getattr(self, name):
+                raise PydanticCustomError(name, "needs logprobs or prompt_logprobs")
 
     def _check_beams(self) -> None:
         """A beam search draws nothing, so what shapes a draw or watches it has no meaning there."""
