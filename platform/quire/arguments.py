@@ -19,10 +19,10 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def one_of(name: str, value: object, words: Sequence[str]) -> None:
+def one_of(name: str, value: object, words: Sequence[str], hint: str = "") -> None:
     """One of some words."""
     if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}" + _hinted(hint))
 
 
 def token_ids(name: str, value: object) -> None:
@@ -71,7 +71,11 @@ def _within(name: str, value: float, least: float, most: float | None, above: bo
     low = value <= least if above else value < least
     if low or (most is not None and value > most):
         bounds = f"{'above' if above else 'at least'} {least}" + ("" if most is None else f" and at most {most}")
-        raise ValueError(f"{name} must be {bounds}, not {_short(value)}" + (f"\nhint: {hint}" if hint else ""))
+        raise ValueError(f"{name} must be {bounds}, not {_short(value)}" + _hinted(hint))
+
+
+def _hinted(hint: str) -> str:
+    return f"\nhint: {hint}" if hint else ""
 
 
 def _short(value: float) -> str:

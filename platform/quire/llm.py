@@ -13,13 +13,16 @@ it says is what a served model says. No other module of the package loads the en
 from __future__ import annotations
 
 import itertools
+import re
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args
 
 import msgspec
 import psutil
@@ -37,6 +40,7 @@ from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.chat import read_messages
+from quire_schemas.quantities import parse_percent, parse_quantity
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
@@ -70,13 +74,31 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
 """Messages as the HTTP API has them."""
 _V = TypeVar("_V")
+_P = ParamSpec("_P")
+
+MAX_THREADS = 4096
+"""As `spec.resources.cpu` of a manifest."""
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[LLM, _P], _V],
+) -> Callable[Concatenate[LLM, _P], _V]:
+    """A method that steps the engine, which is not thread-safe: calls from other threads wait until it is done."""
+
+    @wraps(method)
+    def alone(self: LLM, /, *args: _P.args, **kwargs: _P.kwargs) -> _V:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class LLM:
     """One model in this process. `None` and "auto" resolve as they do in a manifest; `fit` keeps the arithmetic.
 
     `model` is `builtin://NAME`, `file:///PATH` or a folder. `num_blocks` fixes the size of the KV cache, and
-    `threads` torch's threads (of the whole process). Raises `DoesNotFit`, `CheckpointError`, `LookupError`.
+    `threads` torch's threads (of the whole process). Threads may share one `LLM`; their calls take turns. Raises
+    ValueError and TypeError for arguments, `DoesNotFit`, `CheckpointError`, `LookupError`.
     """
 
     def __init__(
@@ -99,34 +121,48 @@ class LLM:
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
-        arguments.one_of("dtype", dtype, ("auto", *get_args(Dtype)))
-        arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(Dtype)))
-        arguments.one_of("device", device, ("auto", *get_args(Device)))
-        arguments.one_of("policy", policy, get_args(Policy))
-        for name, count in (
-            ("block_size", block_size),
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("max_model_len", 1 if max_model_len is None else max_model_len),
-            ("num_blocks", 1 if num_blocks is None else num_blocks),
-            ("threads", 1 if threads is None else threads),
+        arguments.one_of("dtype", dtype, ("auto", *get_args(Dtype)), '"auto" is the checkpoint\'s own')
+        arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(Dtype)), '"auto" is what dtype is')
+        arguments.one_of("device", device, ("auto", *get_args(Device)), '"auto" takes a GPU if there is one')
+        arguments.one_of("policy", policy, get_args(Policy), '"fcfs" goes by arrival')
+        for name, count, least, most, hint in (
+            ("block_size", block_size, 1, None, "16 tokens are usual"),
+            ("max_num_seqs", max_num_seqs, 1, None, "how many sequences a step computes; 64 unless given"),
+            ("max_num_batched_tokens", max_num_batched_tokens, 1, None, "tokens of a step; 512 unless given"),
+            ("max_model_len", max_model_len, 2, None, "prompt and answer together; None is what fits"),
+            ("num_blocks", num_blocks, 1, None, "None is what fits"),
+            ("threads", threads, 1, MAX_THREADS, "None leaves it to torch"),
         ):
-            arguments.whole(name, count, 1)
+            if count is not None or name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+                arguments.whole(name, count, least, most, hint)
         for name, choice in (
             ("chunked_prefill", chunked_prefill),
             ("prefix_caching", prefix_caching),
             ("async_scheduling", async_scheduling),
         ):
             arguments.flag(name, choice)
-        arguments.number("memory_share", memory_share, 0, 1, above=True)
-        arguments.whole("seed", seed, -(2**63), 2**63 - 1)
+        arguments.number("memory_share", memory_share, 0, 1, above=True, hint="0.9 is nine tenths of the device")
+        arguments.whole("seed", seed, -(2**63), 2**63 - 1, hint="0 unless given")
+        if max_model_len is not None and not chunked_prefill and max_model_len > max_num_batched_tokens:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, and without chunked_prefill a prompt has to fit "
+                f"max_num_batched_tokens ({max_num_batched_tokens})\n"
+                f"hint: max_num_batched_tokens={max_model_len}, or chunked_prefill=True"
+            )
+        folder = _folder(model)
 
         import torch
 
         from quire_engine.engine import Engine
 
-        folder = _folder(model)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError('device is "cuda", and torch sees no such device here\nhint: device="cpu" or "auto"')
         profile = read_profile(folder)
+        if max_model_len is not None and max_model_len > profile.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, above the checkpoint's {profile.max_position_embeddings} "
+                f"positions\nhint: max_model_len={profile.max_position_embeddings} or less; None is what fits"
+            )
         resolved = cast(Dtype, profile.dtype) if dtype == "auto" else dtype
         kind: Device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         total, available = torch.cuda.mem_get_info()[::-1] if kind == "cuda" else _memory()
@@ -172,6 +208,7 @@ class LLM:
         self._folder = folder
         self._tokenizer: Tokenizer | None = None
         self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -189,6 +226,7 @@ class LLM:
         given = {name: value for name in names if (value := getattr(advised, name)) is not None}
         return SamplingParams(max_tokens=max_tokens, **given)
 
+    @_one_at_a_time
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -207,11 +245,12 @@ class LLM:
         `quire_engine.errors.RequestRefused` if a prompt cannot be served: all before anything is computed. An
         answer that fails on its own has the finish reason `error`.
         """
-        whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
+        whole = self._encoded(prompts)
         asked = self.default_sampling() if sampling_params is None else sampling_params
         params = _for_each(asked, len(whole), "sampling_params")
         return self._generate(whole, params, priority, use_tqdm)
 
+    @_one_at_a_time
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
@@ -244,15 +283,17 @@ class LLM:
         conversations = cast(Sequence[Conversation], messages if several else [messages])
         prompted = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         whole: list[tuple[str | None, list[int]]] = []
-        for conversation in conversations:
-            text = self.tokenizer.render(
-                _messages(conversation), tools, prompted, continue_final_message, **variables
-            )
+        for place, conversation in enumerate(conversations):
+            with _of_several("conversation", place, len(conversations)):
+                text = self.tokenizer.render(
+                    _messages(conversation), tools, prompted, continue_final_message, **variables
+                )
             whole.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         asked = self.default_sampling(None) if sampling_params is None else sampling_params
         params = _for_each(asked, len(whole), "sampling_params")
         return self._generate(whole, params, priority, use_tqdm)
 
+    @_one_at_a_time
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -274,11 +315,12 @@ class LLM:
         wanted = Pooling(pooling, normalize, dimensions)
         vectors: dict[str, EmbeddingRequestOutput] = {}
         ended = 0
-        whole = [self._prompt(prompt)[1] for prompt in _prompts(prompts)]
+        whole = [ids for _, ids in self._encoded(prompts)]
         try:
-            for ids in whole:
+            for place, ids in enumerate(whole):
                 name = str(next(self._numbers))
-                self.engine.add(Generate(name, list(ids), Sampling(max_tokens=0), pooling=wanted))
+                with _of_several("prompt", place, len(whole)):
+                    self.engine.add(Generate(name, list(ids), Sampling(max_tokens=0), pooling=wanted))
                 vectors[name] = EmbeddingRequestOutput(name, ids, EmbeddingOutput([]))
             with _progress(len(whole), use_tqdm) as bar:
                 while self.engine.has_work:
@@ -295,6 +337,7 @@ class LLM:
                     self.engine.abort(name)
         return list(vectors.values())
 
+    @_one_at_a_time
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -309,13 +352,14 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, not {params!r}\nhint: BeamSearchParams(…)")
         outputs: dict[str, RequestOutput] = {}
-        whole = [self._prompt(prompt) for prompt in _prompts(prompts)]
+        whole = self._encoded(prompts)
         sampling, tokenizer = params.sampling(self.profile.vocab_size), self.tokenizer
         try:
-            for text, ids in whole:
+            for place, (text, ids) in enumerate(whole):
                 name = str(next(self._numbers))
                 search = BeamSearch(params.beam_width, params.length_penalty)
-                self.engine.add(Generate(name, list(ids), sampling, beam=search))
+                with _of_several("prompt", place, len(whole)):
+                    self.engine.add(Generate(name, list(ids), sampling, beam=search))
                 outputs[name] = RequestOutput(name, text, ids, [])
             with _progress(len(whole), use_tqdm) as bar:
                 while self.engine.has_work:
@@ -363,6 +407,14 @@ class LLM:
 
     # ── the way of a batch ────────────────────────────────────────────────────────────────────────────────
 
+    def _encoded(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+        """Every prompt as `_prompt` gives it."""
+        several, whole = _prompts(prompts), []
+        for place, prompt in enumerate(several):
+            with _of_several("prompt", place, len(several)):
+                whole.append(self._prompt(prompt))
+        return whole
+
     def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The prompt as text, if it was given as that, and as ids."""
         if isinstance(prompt, Mapping):
@@ -385,54 +437,60 @@ class LLM:
         priority: Sequence[int] | None,
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
-        from quire.text.params import truncated
-
         if priority is not None and self.engine.limits.policy != "priority":
             raise ValueError('priority needs the policy of that name\nhint: LLM(…, policy="priority")')
         priorities = _for_each(0 if priority is None else priority, len(prompts), "priority")
-        for params in each:
-            if not isinstance(params, SamplingParams):
-                raise TypeError(f"sampling_params must be SamplingParams, not {params!r}\nhint: SamplingParams(…)")
-        for place in priorities:
-            arguments.whole("priority", place, -arguments.MAX_INT, hint="lower goes first")
-        limit, vocabulary = min(self.fit.max_model_len, self.fit.kv_tokens), self.profile.vocab_size
+        for number, (params, place) in enumerate(zip(each, priorities, strict=True)):
+            with _of_several("prompt", number, len(prompts)):
+                if not isinstance(params, SamplingParams):
+                    raise TypeError(
+                        f"sampling_params must be SamplingParams, not {params!r}\nhint: SamplingParams(…)"
+                    )
+                arguments.whole("priority", place, -arguments.MAX_INT, hint="lower goes first")
         told: dict[tuple[int, int], Sampling] = {}  # parameters are often the same for all prompts
         outputs: list[RequestOutput] = []
         answers: dict[str, _Answer] = {}
         try:
-            for (text, given), params, place in zip(prompts, each, priorities, strict=True):
-                ids = truncated(
-                    given, params.truncate_prompt_tokens, params.truncation_side, limit, params.max_tokens
-                )
-                room = max(1, limit - len(ids))
-                key = (id(params), room if params.max_tokens is None else 0)
-                sampling = told.get(key)
-                if sampling is None:
-                    sampling = told[key] = params.sampling(room, vocabulary, lambda: self.tokenizer)
-                _check_entries(sampling, len(ids), vocabulary)
-                output = RequestOutput(str(next(self._numbers)), text, ids, [])
-                for index in range(params.n):
-                    if index:  # the prompt is one, and so are its log-probabilities
-                        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-                    name = f"{output.request_id}-{index}"
-                    answers[name] = _Answer(self, index, params, sampling, output)
-                    self._add(
-                        Generate(
-                            name,
-                            list(ids),
-                            sampling.numbered(index),
-                            priority=place,
-                            family=output.request_id if params.n > 1 else None,
-                        ),
-                        params,
-                    )
-                outputs.append(output)
+            for number, ((text, given), params, place) in enumerate(zip(prompts, each, priorities, strict=True)):
+                with _of_several("prompt", number, len(prompts)):
+                    outputs.append(self._begin(text, given, params, place, told, answers))
             self._compute(answers, len(prompts), use_tqdm)
         finally:
             for name, answer in answers.items():
                 if answer.made.finish_reason is None:
                     self.engine.abort(name)
         return outputs
+
+    def _begin(
+        self,
+        text: str | None,
+        given: list[int],
+        params: SamplingParams,
+        priority: int,
+        told: dict[tuple[int, int], Sampling],
+        answers: dict[str, _Answer],
+    ) -> RequestOutput:
+        """Queue the sequences of a prompt, which `answers` has from then on; `told` remembers parameters."""
+        from quire.text.params import truncated
+
+        limit, vocabulary = min(self.fit.max_model_len, self.fit.kv_tokens), self.profile.vocab_size
+        ids = truncated(given, params.truncate_prompt_tokens, params.truncation_side, limit, params.max_tokens)
+        room = max(1, limit - len(ids))
+        key = (id(params), room if params.max_tokens is None else 0)
+        sampling = told.get(key)
+        if sampling is None:
+            sampling = told[key] = params.sampling(room, vocabulary, lambda: self.tokenizer)
+        _check_entries(sampling, len(ids), vocabulary)
+        output = RequestOutput(str(next(self._numbers)), text, ids, [])
+        family = output.request_id if params.n > 1 else None
+        for index in range(params.n):
+            if index:  # the prompt is one, and so are its log-probabilities
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+            name = f"{output.request_id}-{index}"
+            answers[name] = _Answer(self, index, params, sampling, output)
+            numbered = sampling.numbered(index)
+            self._add(Generate(name, list(ids), numbered, priority=priority, family=family), params)
+        return output
 
     def _add(self, message: Generate, params: SamplingParams) -> None:
         """Queue a sequence. Raises `RequestRefused`, which names the constraint if that is to blame."""
@@ -581,6 +639,20 @@ def _check_entries(sampling: Sampling, num_prompt: int, vocabulary: int) -> None
         )
 
 
+@contextmanager
+def _of_several(noun: str, place: int, count: int) -> Iterator[None]:
+    """A refusal in here says which of `count` prompts or conversations it is about; the first is 0."""
+    from quire.text import ParamRefused, TemplateFailed, TemplateRefused
+    from quire_engine.errors import RequestRefused
+
+    try:
+        yield
+    except (ValueError, TypeError, ParamRefused, TemplateFailed, TemplateRefused, RequestRefused) as error:
+        if count > 1:
+            error.args = (f"{noun} {place}: {error}",)
+        raise
+
+
 def _id(index: object) -> int:
     if isinstance(index, bool) or not isinstance(index, int):
         raise TypeError(f"a prompt is text or token ids; {index!r} is neither")
@@ -605,9 +677,28 @@ def _messages(conversation: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _folder(model: str) -> Path:
-    if model.startswith("builtin://"):
-        return builtin_path(model.removeprefix("builtin://"))
-    return Path(model.removeprefix("file://"))
+    """The folder of a checkpoint. Raises ValueError for a place that only a served model is fetched from."""
+    if not isinstance(model, str):
+        raise TypeError(f"model must be text, not {model!r}\nhint: 'builtin://tiny', or the path of a folder")
+    scheme, separator, rest = model.partition("://")
+    if scheme == "builtin" and separator:
+        return builtin_path(rest)
+    if scheme == "file" and separator:
+        return Path(rest)
+    folder = Path(model)
+    hub = rest if scheme == "hf" and separator else model
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not folder.exists():
+        raise ValueError(
+            f"model is {model!r}: LLM downloads nothing, and there is no such folder\n"
+            f"hint: `hf download {hub}` fetches it and prints the folder to give; or serve it: "
+            f"a Model with source: hf://{hub} is downloaded"
+        )
+    if separator:
+        raise ValueError(
+            f"model is {model!r}, which is not a place that LLM reads from\n"
+            "hint: give a folder, file:///PATH, or builtin://tiny"
+        )
+    return folder
 
 
 def _memory() -> tuple[int, int]:
@@ -629,5 +720,25 @@ def _fit(profile: ModelProfile, request: SizingRequest, num_blocks: int | None) 
             report, fits=not reason, reason=reason, num_blocks=num_blocks, kv=num_blocks * per_block, notes=()
         )
     if not report.fits:
-        raise DoesNotFit("\n".join(report.lines()))
+        told = [*replace(report, counter_offers=()).lines(), f"hint: {_remedy(profile, report)}"]
+        raise DoesNotFit("\n".join(told))
     return report
+
+
+def _remedy(profile: ModelProfile, report: FitReport) -> str:
+    """What would fit, in arguments of `LLM`."""
+    per_block = kv_block_bytes(profile, report.request.kv_dtype, report.request.block_size)
+    arguments_of: dict[str, Callable[[str], str]] = {
+        "spec.engine.maxModelLen": lambda value: f"max_model_len={value}",
+        "spec.engine.memory": lambda value: f"memory_share={parse_percent(value):g}",
+        "spec.engine.kvCache.size": lambda value: f"num_blocks={parse_quantity(value) // per_block}",
+        "spec.engine.kvCache.dtype": lambda value: f'kv_dtype="{value}"',
+        "spec.engine.dtype": lambda value: f'dtype="{value.split()[0]}"',
+        "spec.batching.maxNumBatchedTokens": lambda value: f"max_num_batched_tokens={value}",
+        "spec.batching.maxNumSeqs": lambda value: f"max_num_seqs={value}",
+        "device": lambda value: f"a device with {value}",
+    }
+    if report.num_blocks * per_block > report.room >= per_block:
+        return f"num_blocks={report.room // per_block}, or None for what fits"
+    fitting = [arguments_of[offer.field](offer.value) for offer in report.counter_offers]
+    return f"any one of these fits: {'; '.join(fitting)}" if fitting else "use a machine with more memory"

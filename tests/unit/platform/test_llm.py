@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 import quire
 from quire import LLM, BeamSearchParams, RequestOutput, SamplingParams, builtin
@@ -378,7 +380,15 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
         ({"max_num_seqs": None}, "max_num_seqs must be a whole number, not None"),
         ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be at least 1"),
         ({"max_model_len": 2.5}, "max_model_len must be a whole number"),
-        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"max_model_len": 0}, "max_model_len must be at least 2, not 0"),
+        ({"max_model_len": 1 << 20}, "max_model_len is 1048576, above the checkpoint's 2048 positions"),
+        ({"max_model_len": 600, "chunked_prefill": False}, "max_model_len is 600, and without chunked_prefill"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 100_000}, "threads must be at least 1 and at most 4096, not 100000"),
+        ({"model": "hf://org/name"}, "model is 'hf://org/name': LLM downloads nothing"),
+        ({"model": "org/name"}, "hint: `hf download org/name`"),
+        ({"model": "s3://a/b"}, "model is 's3://a/b', which is not a place that LLM reads from"),
+        ({"model": 5}, "model must be text, not 5"),
         ({"prefix_caching": "no"}, "prefix_caching must be True or False, not 'no'"),
         ({"async_scheduling": 1}, "async_scheduling must be True or False"),
         ({"chunked_prefill": None}, "chunked_prefill must be True or False"),
@@ -388,8 +398,72 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
 )
 def test_an_engine_is_not_made_of_arguments_that_are_wrong(given: dict[str, Any], words: str) -> None:
     with pytest.raises((TypeError, ValueError)) as error:
-        LLM("builtin://tiny", **given)
+        LLM(**{"model": "builtin://tiny", **given})
     assert words in str(error.value)
+    if isinstance(error.value, ValueError):
+        message, _, hint = str(error.value).partition("\nhint: ")
+        assert hint
+        assert "spec." not in str(error.value)
+        assert message.startswith(next(iter(given)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        ValueError, match='device is "cuda", and torch sees no such device here\nhint: device="cpu"'
+    ):
+        LLM("builtin://tiny", device="cuda")
+
+
+def test_a_refusal_among_several_says_which_it_is_about(llm: LLM) -> None:
+    long: list[int] = [1] * 300
+    strange: Any = [1, "x"]
+    bad = [{"role": "nobody", "content": "a"}]
+    ask = [{"role": "user", "content": "a"}]
+    alone = BeamSearchParams(beam_width=2, max_tokens=2)
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: llm.generate([[1], [2], long], GREEDY), "prompt 2: "),
+        (lambda: llm.generate([[1], strange], GREEDY), "prompt 1: "),
+        (lambda: llm.generate(["a", "b"], [GREEDY, SamplingParams(stop_token_ids=[2048])]), "prompt 1: "),
+        (
+            lambda: llm.generate(["a", "b"], [GREEDY, SamplingParams(structured_outputs={"regex": "(("})]),
+            "prompt 1: ",
+        ),
+        (lambda: llm.embed([[1], long]), "prompt 1: "),
+        (lambda: llm.beam_search([[1], long], alone), "prompt 1: "),
+        (lambda: llm.chat([ask, bad], GREEDY), "conversation 1: "),
+    ]
+    for call, words in calls:
+        with pytest.raises((ValueError, TypeError, ParamRefused, RequestRefused)) as error:
+            call()
+        assert str(error.value).startswith(words)
+        assert not llm.engine.has_work
+    with pytest.raises(RequestRefused) as refused:
+        llm.generate([long], GREEDY)
+    assert not str(refused.value).startswith("prompt 0"), "there is no other"
+
+
+def test_threads_share_a_model_and_get_what_each_would_get_alone(llm: LLM) -> None:
+    """Of every kind of call, again and again, so that without turns they would meet in one step."""
+    params = [SamplingParams(max_tokens=6, temperature=1.0, seed=seed) for seed in range(4)]
+    ask = [{"role": "user", "content": "What is 1 + 1?"}]
+
+    def calls(number: int) -> list[object]:
+        prompts: list[str | list[int]] = [f"{number} is", [5 + number] * 20]
+        beams = BeamSearchParams(beam_width=2, max_tokens=3)
+        return [
+            [made.token_ids for output in llm.generate(prompts, params[number]) for made in output.outputs],
+            llm.chat(ask, params[number])[0].outputs[0].text,
+            [output.outputs.embedding for output in llm.embed(prompts, pooling="mean")],
+            [made.token_ids for made in llm.beam_search(prompts[:1], beams)[0].outputs],
+        ]
+
+    serial = [calls(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda number: [calls(number) for _ in range(3)], range(4))
+        for number, together in enumerate(found):
+            assert together == [serial[number]] * 3
+    assert not llm.engine.has_work
 
 
 def test_a_constraint_that_cannot_be_kept_to_is_named(llm: LLM) -> None:
@@ -434,10 +508,10 @@ def test_an_answer_that_fails_ends_alone_and_says_so(llm: LLM, monkeypatch: pyte
 
 
 def test_why_a_model_does_not_fit() -> None:
-    with pytest.raises(DoesNotFit, match="does not fit"):
+    with pytest.raises(DoesNotFit, match=r"does not fit.*\nhint: num_blocks=\d+, or None for what fits$"):
         LLM("builtin://tiny", num_blocks=1 << 30)
-    with pytest.raises(DoesNotFit, match="above the checkpoint's"):
-        LLM("builtin://tiny", max_model_len=1 << 20)
+    with pytest.raises(DoesNotFit, match=r"\nhint: any one of these fits: memory_share=0\.\d+; a device with \d+"):
+        LLM("builtin://tiny", memory_share=0.0001)
     with pytest.raises(LookupError, match="no built-in model is called 'huge'"):
         LLM("builtin://huge")
 
