@@ -6,9 +6,9 @@
 A scheduler decides by nothing but its calls, so the calls are the whole trace: requests with their token ids,
 aborts, deadlines, limits, and the tokens that steps drew. Replaying needs no model; a plan that comes out
 otherwise is named, which is how a change of the scheduler, or a suspicion about it, is tried on what really
-happened. Traces hold prompts and answers as token ids: they are written with mode 0600. An engine that begins to
-record takes the file's place and leaves one that still records, as during a rollout, to a file without a name. A
-process that is killed may leave half a line at the end.
+happened. Traces hold prompts and answers as token ids: they are written with mode 0600. A file that is there is
+kept as FILE.1, be it of an engine that was killed, whose last line may be cut, or of one that still records, as
+during a rollout.
 """
 
 from __future__ import annotations
@@ -166,13 +166,13 @@ Line = Built | Limits | Added | Aborted | Extended | Forked | Expired | Planned 
 
 
 class RecordingScheduler(Scheduler):
-    """A scheduler that writes each call to a new file `path`, in place of one that is there. Raises OSError."""
+    """A scheduler that writes its calls to a new file `path`; what is there becomes `path`.1. Raises OSError."""
 
     def __init__(self, pool: BlockPool, limits: BatchLimits, *, max_model_len: int, path: Path) -> None:
         super().__init__(pool, limits, max_model_len=max_model_len)
         self._path = path
         if path.is_file():  # another engine may still write to it: two traces in one file would be none
-            path.unlink()
+            path.replace(path.with_name(f"{path.name}.1"))
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._encoder = msgspec.json.Encoder()
         self._write(Built(pool.num_blocks, pool.block_size, list(pool.windows), max_model_len, Limits.of(limits)))

@@ -126,8 +126,9 @@ def test_the_command_says_whether_and_where_a_plan_comes_out_otherwise(tmp_path:
         assert "hint:" in done.stderr
 
 
-def test_who_begins_to_record_leaves_the_file_of_another_alone(tmp_path: Path) -> None:
+def test_who_begins_to_record_keeps_the_trace_that_is_there(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     first, _ = make(path), make(path)
     first.schedule()
     assert len(path.read_bytes().splitlines()) == 1, "what the first one writes is not in the second one's file"
+    assert len((tmp_path / "trace.jsonl.1").read_bytes().splitlines()) == 2
