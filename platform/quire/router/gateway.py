@@ -8,9 +8,11 @@ ready, the queue length alone, and at least one request. What becomes of a job i
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
@@ -26,12 +28,15 @@ from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
 from quire_schemas.openai.embeddings import EmbeddingRequest
+from quire_schemas.openai.request import Prompt
 from quire_schemas.openai.sampling import SamplingFields
 
 W = TypeVar("W")
 
-INLINE_CHARS: Final = 16 * 1024
-"""Longer texts are rendered and tokenized on a thread: above this it takes longer than the hop there."""
+INLINE_BYTES: Final = 16 * 1024
+"""The bodies of which all is done on the event loop: above this it takes longer than the hop to a thread."""
+LONG_BYTES: Final = 256 * 1024
+"""Larger bodies have threads of their own, and wait for each other there."""
 
 
 class Gateway:
@@ -39,6 +44,18 @@ class Gateway:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self._for_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="long")
+
+    async def aside(self, work: Callable[[], W], size: int) -> W:
+        """What `work` gives for a body of `size` bytes, without others having to wait meanwhile.
+
+        That takes work which leaves the interpreter to them, as tokenizing does.
+        """
+        if size <= INLINE_BYTES:
+            return work()
+        if size <= LONG_BYTES:
+            return await asyncio.to_thread(work)
+        return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
 
     @contextmanager
     def admit(self, served: ServedModel, sequences: int) -> Iterator[None]:
@@ -86,18 +103,20 @@ class Gateway:
                 continue_final_message=goes_on,
                 **variables,
             )
-            whole = tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+            bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
+            whole = _encoded(tokenizer, text, bool(request.add_special_tokens), bound, "messages")
             prompt = _truncated(whole, served.route, request)
             return prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
 
         began = time.monotonic()
-        prompt, script = await _off_loop_if_long(ids, size)
+        prompt, script = await self.aside(ids, size)
         _tokenized(span, began, len(prompt))
         return self._job(
             request,
             served,
             tokenizer,
             (prompt,),
+            ("messages",),
             (),
             script,
             f"chatcmpl-{uuid.uuid4().hex}",
@@ -118,31 +137,35 @@ class Gateway:
         special = request.add_special_tokens is not False
         skip = request.skip_special_tokens is not False
 
-        def ids() -> tuple[tuple[list[int], ...], tuple[int, ...] | None]:
-            prompts = tuple(
-                tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else list(prompt)
-                for prompt in request.prompt
-            )
-            return prompts, _script(request, None, served, tokenizer)
+        vocab = served.vocab_size
+        bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
+
+        def read(given: Prompt, field: str) -> tuple[list[int], str]:
+            """A prompt's ids, and its text if that is to be in the answer."""
+            whole = _encoded(tokenizer, given, special, bound, field) if isinstance(given, str) else given
+            prompt = _truncated(whole, served.route, request)
+            _room(served.route, prompt, request, field)
+            if not isinstance(given, str) and max(prompt) >= vocab:
+                raise InvalidRequest(f"'{field}' has a token id outside the vocabulary of {vocab}.", param=field)
+            if not request.echo:
+                return prompt, ""
+            return prompt, given if isinstance(given, str) and prompt is whole else tokenizer.decode(prompt, skip)
+
+        def ids() -> tuple[list[tuple[list[int], str]], tuple[int, ...] | None]:
+            named = _named(request.prompt, "prompt")
+            return [read(prompt, field) for field, prompt in named], _script(request, None, served, tokenizer)
 
         began = time.monotonic()
-        whole, script = await _off_loop_if_long(ids, size)
-        prompts = tuple(_truncated(prompt, served.route, request) for prompt in whole)
+        found, script = await self.aside(ids, size)
+        prompts = tuple(prompt for prompt, _ in found)
+        echoes = tuple(text for _, text in found) if request.echo else ()
         _tokenized(span, began, sum(map(len, prompts)))
-        vocab = served.vocab_size
-        for given, prompt in zip(request.prompt, prompts, strict=True):
-            if not isinstance(given, str) and any(index >= vocab for index in prompt):
-                raise InvalidRequest(f"'prompt' has a token id outside the vocabulary of {vocab}.", param="prompt")
-        echoes = tuple(
-            given if isinstance(given, str) and prompt is all_of_it else tokenizer.decode(prompt, skip)
-            for given, prompt, all_of_it in zip(request.prompt, prompts, whole, strict=True)
-            if request.echo
-        )
         return self._job(
             request,
             served,
             tokenizer,
             prompts,
+            tuple(field for field, _ in _named(request.prompt, "prompt")),
             echoes,
             script,
             f"cmpl-{uuid.uuid4().hex}",
@@ -167,27 +190,27 @@ class Gateway:
             )
         special = request.add_special_tokens is not False
 
-        def ids() -> tuple[list[int], ...]:
-            return tuple(
-                tokenizer.encode(text, add_special_tokens=special) if isinstance(text, str) else list(text)
-                for text in request.input
-            )
+        limit = _limit(served.route)
+
+        def read(given: Prompt, field: str) -> list[int]:
+            ids = _encoded(tokenizer, given, special, limit, field) if isinstance(given, str) else given
+            if not ids:
+                raise InvalidRequest(f"'{field}' is empty: it has no token.", param=field)
+            if len(ids) > limit:
+                raise ContextLengthExceeded(
+                    f"This model takes {limit} tokens; '{field}' has {len(ids)}.", param=field
+                )
+            if max(ids) >= served.vocab_size:
+                raise InvalidRequest(
+                    f"'{field}' has a token id outside the vocabulary of {served.vocab_size}.", param=field
+                )
+            return ids
 
         began = time.monotonic()
-        prompts = await _off_loop_if_long(ids, size)
+        prompts = await self.aside(
+            lambda: tuple(read(given, field) for field, given in _named(request.input, "input")), size
+        )
         _tokenized(span, began, sum(map(len, prompts)))
-        limit = min(served.route.max_model_len, served.route.kv_tokens)
-        for prompt in prompts:
-            if not prompt:
-                raise InvalidRequest("An input is empty: it has no token.", param="input")
-            if max(prompt) >= served.vocab_size:
-                raise InvalidRequest(
-                    f"'input' has a token id outside the vocabulary of {served.vocab_size}.", param="input"
-                )
-            if len(prompt) > limit:
-                raise ContextLengthExceeded(
-                    f"This model takes {limit} tokens; an input has {len(prompt)}.", param="input"
-                )
         return Job(
             id=f"embd-{uuid.uuid4().hex}",
             asked_model=request.model,
@@ -216,13 +239,15 @@ class Gateway:
         served: ServedModel,
         tokenizer: Tokenizer,
         prompts: tuple[list[int], ...],
+        fields: tuple[str, ...],
         echoes: tuple[str, ...],
         script: tuple[int, ...] | None,
         job_id: str,
         arrived_at: float,
         span: RequestSpan,
     ) -> Job:
-        max_tokens = min(_room(served.route, prompt, request) for prompt in prompts)
+        named = zip(prompts, fields, strict=True)
+        max_tokens = min(_room(served.route, prompt, request, field) for prompt, field in named)
         if request.min_tokens is not None and request.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"'min_tokens' is {request.min_tokens}, and the context has room for {max_tokens}.",
@@ -312,12 +337,33 @@ class Gateway:
         )
 
 
+def _limit(route: wire.ModelRoute) -> int:
+    """Tokens that a prompt and its answer may have together."""
+    return min(route.max_model_len, route.kv_tokens)
+
+
+def _named(entries: Sequence[Prompt], field: str) -> Iterator[tuple[str, Prompt]]:
+    """Each entry with its name for errors: the field's, and where there are several its place."""
+    for place, entry in enumerate(entries):
+        yield (f"{field}[{place}]" if len(entries) > 1 else field), entry
+
+
+def _encoded(tokenizer: Tokenizer, text: str, special: bool, bound: int | None, field: str) -> list[int]:
+    """The ids of `text`. Raises before they are made if its length alone says that they are above `bound`."""
+    least = tokenizer.least_tokens(text) if bound is not None else 0
+    if bound is not None and least > bound:
+        raise ContextLengthExceeded(
+            f"This model takes {bound} tokens; '{field}' has at least {least}. Shorten it.", param=field
+        )
+    return tokenizer.encode(text, special)
+
+
 def _truncated(prompt: list[int], route: wire.ModelRoute, request: SamplingFields) -> list[int]:
     return params.truncated(
         prompt,
         request.truncate_prompt_tokens,
         request.truncation_side,
-        min(route.max_model_len, route.kv_tokens),
+        _limit(route),
         request.asked_tokens,
     )
 
@@ -346,19 +392,21 @@ def _check_entries(
         )
 
 
-def _room(route: wire.ModelRoute, prompt: Sequence[int], request: SamplingFields) -> int:
-    """Tokens that may follow `prompt`: those asked for, else what is left. Raises when that can never fit."""
+def _room(route: wire.ModelRoute, prompt: Sequence[int], request: SamplingFields, field: str) -> int:
+    """Tokens that may follow the prompt in `field`: those asked for, else what is left. Raises when that can never
+    fit.
+    """
     if not prompt:
-        raise InvalidRequest("The prompt is empty: it has no token.", param=request.prompt_field)
+        raise InvalidRequest(f"'{field}' is empty: it has no token.", param=field)
     asked = request.asked_tokens
-    limit = min(route.max_model_len, route.kv_tokens)
+    limit = _limit(route)
     if len(prompt) + (asked or 1) > limit:
         what = "context" if route.max_model_len <= route.kv_tokens else "KV cache"
         raise ContextLengthExceeded(
             f"The {what} of this model holds {limit} tokens; the request needs {len(prompt) + (asked or 1)}: "
-            f"{len(prompt)} in the prompt and {asked or 'at least 1'} for the answer. "
+            f"{len(prompt)} in '{field}' and {asked or 'at least 1'} for the answer. "
             "Shorten the prompt or lower the number of tokens asked for.",
-            param=request.prompt_field if len(prompt) >= limit else request.limit_field,
+            param=field if len(prompt) >= limit else request.limit_field,
         )
     return asked if asked is not None else limit - len(prompt)
 
@@ -385,7 +433,10 @@ def _script(
     script = default if request.script is None else request.script
     if script is None:
         return None
-    ids = tuple(tokenizer.encode(script, add_special_tokens=False) if isinstance(script, str) else script)
+    made = (
+        _encoded(tokenizer, script, False, _limit(served.route), "script") if isinstance(script, str) else script
+    )
+    ids = tuple(made)
     if not ids and (request.ignore_eos or request.min_tokens):
         raise InvalidRequest("'script' is empty, and the answer is not to end with it.", param="script")
     if ids and max(ids) >= served.vocab_size:
@@ -407,7 +458,3 @@ def _first(asked: V | None, advised: V | None, default: V) -> V:
 
 def _tokenized(span: RequestSpan, began: float, tokens: int) -> None:
     span.phase(signals.SPAN_TOKENIZE, began, time.monotonic(), {signals.QUIRE_TOKENS: tokens})
-
-
-async def _off_loop_if_long(work: Callable[[], W], size: int) -> W:
-    return await asyncio.to_thread(work) if size > INLINE_CHARS else work()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,11 @@ _THOUGHTS: Final = (
     ("<thinking>", "</thinking>"),
 )
 """What models write around a thought, by the families that do."""
+_LONG_TEXT: Final = 16 * 1024
+_LONG_IDS: Final = 4 * 1024
+"""From here on the library is asked for a batch of one: that alone lets other threads run meanwhile."""
+_COMPOSED: Final = 4
+"""Normalization to NFC leaves at least one byte of so many."""
 _SPECIAL_NAMES: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -87,7 +92,9 @@ class Tokenizer:
         described = [whole, self.special_tokens, template.source if template is not None else None]
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         """The same for two tokenizers that make the same ids of the same request."""
-        decoder = json.loads(whole).get("decoder") or {}
+        parsed: dict[str, Any] = json.loads(whole)
+        self._token_span = _most_bytes(parsed)
+        decoder = parsed.get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
         self.byte_level: bool = [part.get("type") for part in parts] == ["ByteLevel"]
         """Each token is a fixed run of bytes: decoding is joining them."""
@@ -125,11 +132,19 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. `add_special_tokens` puts what the tokenizer puts around a text (BOS, …)."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) < _LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def least_tokens(self, text: str) -> int:
+        """So many ids `text` has at least, by its length alone; 0 where this vocabulary gives no such bound."""
+        return -(-len(text.encode()) // self._token_span) if self._token_span else 0
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids` as a whole. Ids outside the vocabulary have no text."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if len(ids) < _LONG_IDS:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def render(
         self,
@@ -194,6 +209,67 @@ def is_byte_token(token: str) -> bool:
         and token.endswith(">")
         and all(c in "0123456789ABCDEFabcdef" for c in token[3:5])
     )
+
+
+def _most_bytes(backend: Mapping[str, Any]) -> int:
+    """The most bytes of a text that one id can stand for, or 0 where nothing bounds them.
+
+    `backend` is a `tokenizer.json`. Bytes are only ever lost where a normalizer or pre-tokenizer drops them, an
+    added token swallows the white space beside it, or what is not in the vocabulary becomes one unknown token or
+    none. A BPE whose vocabulary has every byte, behind steps that are known to drop nothing, does none of that.
+    """
+    model, added = backend["model"], backend["added_tokens"]
+    vocab = model.get("vocab")
+    if model.get("type") != "BPE" or not isinstance(vocab, dict):
+        return 0
+    if any(token["lstrip"] or token["rstrip"] for token in added):
+        return 0
+    kept = _kept_by(backend.get("normalizer"), "normalizers")
+    steps = list(_steps(backend.get("pre_tokenizer"), "pretokenizers"))
+    if not kept or not all(_drops_nothing(step) for step in steps):
+        return 0
+    if any(step["type"] == "ByteLevel" for step in steps):
+        whole, longest = _BYTE_OF.keys() <= vocab.keys(), max(map(len, vocab), default=0)
+    else:
+        whole = bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+        longest = max((len(token.encode()) for token in vocab), default=0)
+    if not whole:
+        return 0
+    return kept * max([longest, *(len(token["content"].encode()) for token in added)])
+
+
+def _steps(part: Mapping[str, Any] | None, inside: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of others."""
+    if part is None:
+        return
+    if part["type"] == "Sequence":
+        for each in part[inside]:
+            yield from _steps(each, inside)
+    else:
+        yield part
+
+
+def _drops_nothing(step: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer hands on all of its text."""
+    kind = step["type"]
+    if kind in ("Split", "Punctuation"):
+        return step.get("behavior") != "Removed"
+    return kind in ("ByteLevel", "Metaspace", "Digits")
+
+
+def _kept_by(normalizer: Mapping[str, Any] | None, inside: str) -> int:
+    """A normalizer leaves at least one byte of so many; 0 where that is not known."""
+    kept = 1
+    for step in _steps(normalizer, inside):
+        if step["type"] == "NFC":
+            kept *= _COMPOSED
+        elif step["type"] == "Replace":
+            plain = step["pattern"].get("String")
+            if plain is None or len(step["content"].encode()) < len(plain.encode()):
+                return 0
+        elif step["type"] != "Prepend":
+            return 0
+    return kept
 
 
 def _json_object(path: Path) -> dict[str, Any]:

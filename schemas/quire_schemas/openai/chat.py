@@ -182,10 +182,6 @@ class ChatRequest(SamplingFields):
         return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
 
     @property
-    def prompt_field(self) -> str:
-        return "messages"
-
-    @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 

@@ -47,7 +47,7 @@ def read_prompts(value: object) -> list[Prompt]:
             found: list[Prompt] = list(value)
         elif are_ids(value):
             found = [value]
-        elif all(isinstance(item, list) and item and are_ids(item) for item in value):
+        elif all(isinstance(item, list) and are_ids(item) for item in value):
             found = list(value)
         else:
             raise PydanticCustomError(

@@ -309,11 +309,6 @@ class SamplingFields(ModelRequest):
         return "max_tokens"
 
     @property
-    def prompt_field(self) -> str:
-        """The field that the prompt is from."""
-        return "prompt"
-
-    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 

@@ -144,7 +144,7 @@ class Exchange(Generic[R]):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
-        request = self._format.read(body)
+        request = await self._gateway.aside(lambda: self._format.read(body), len(body))
         served = self._gateway.fleet.resolve(request.model)
         self._model = served.route.model
         span.name(self._format.operation, request.model)
