@@ -184,7 +184,8 @@ class SamplingParams(metaclass=_Named):
             whole("seed", self.seed, -(2**63), 2**63 - 1)
         number("presence_penalty", self.presence_penalty, -2, 2, hint="0 is off")
         number("frequency_penalty", self.frequency_penalty, -2, 2, hint="0 is off")
-        number("repetition_penalty", self.repetition_penalty, 0, None, above=True, hint="1 is off")
+        least, most = wire.MIN_REPETITION_PENALTY, wire.MAX_REPETITION_PENALTY
+        number("repetition_penalty", self.repetition_penalty, least, most, hint="1 is off")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), -1, hint="-1 is the whole vocabulary")

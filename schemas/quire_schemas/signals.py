@@ -10,7 +10,8 @@ from typing import Final
 
 # ── metrics: name, then what it counts ────────────────────────────────────────────────────────────────────
 REQUESTS: Final = "quire_requests"
-"""Counter by model, operation and finish (stop, length, abort, error, refused)."""
+"""Counter by model (`-`: one that is not served), operation and finish: stop, length or repetition; abort (the
+client left); refused (for what it asks, or for want of a place or a replica); error."""
 PROMPT_TOKENS: Final = "quire_prompt_tokens"
 """Counter by model: tokens of prompts."""
 GENERATION_TOKENS: Final = "quire_generation_tokens"

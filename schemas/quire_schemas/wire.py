@@ -77,6 +77,11 @@ FEW_LOGPROBS = 20
 """More at a position are many."""
 
 
+MIN_REPETITION_PENALTY = 0.001
+MAX_REPETITION_PENALTY = 1000.0
+"""A logit times or divided by one of them stays far inside what float32 holds."""
+
+
 class Repetition(msgspec.Struct, frozen=True, array_like=True):
     """An output ends when its last tokens are one run of `shortest` to `longest` tokens, `count` times over."""
 

@@ -20,6 +20,7 @@ import tokenizers
 
 from quire.text.errors import BadTokenizer, NoChatTemplate, TextError
 from quire.text.templates import ChatTemplate
+from quire_schemas import wire
 
 _THOUGHTS: Final = (
     ("<think>", "</think>"),
@@ -338,5 +339,5 @@ def _advised(config: Mapping[str, Any]) -> AdvisedSampling:
         top_p=number("top_p", 1e-9, 1),
         top_k=int(top_k) if top_k is not None else None,
         min_p=number("min_p", 0, 1),
-        repetition_penalty=number("repetition_penalty", 0.01, 10),
+        repetition_penalty=number("repetition_penalty", wire.MIN_REPETITION_PENALTY, wire.MAX_REPETITION_PENALTY),
     )

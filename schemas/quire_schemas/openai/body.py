@@ -51,7 +51,8 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
 }
 """Fields accepted without effect, and what they are for."""
 
-MAX_DEPTH: Final = 64
+MAX_DEPTH: Final = 256
+"""Far above what a field may have, so that the field's own check answers and names it."""
 
 P = TypeVar("P", bound=BaseModel)
 R = TypeVar("R", bound=ModelRequest)
@@ -256,7 +257,7 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
             where.append(kind)
     else:
         text = words.format(**detail.get("ctx", {}))
-        given = detail["input"]
+        given = detail["input"] if kind != "extra_forbidden" else None
         if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e18:
             whole = isinstance(given, float) and given.is_integer()
             if whole and kind in {"int_type", "int_from_float"}:

@@ -23,6 +23,8 @@ MAX_ALLOWED_IDS: Final = 4096
 MAX_BAD_WORDS: Final = 64
 MAX_SALT: Final = 256
 MAX_TIMEOUT: Final = 86_400
+MAX_STOP_IDS: Final = 64
+MAX_TOP_K: Final = 1_000_000
 
 SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "watermarking": Refusal(f"watermarking {NOT_YET}", (False,)),
@@ -94,6 +96,8 @@ def _bias(value: object) -> dict[int, float]:
             raise PydanticCustomError("bias", "must have token ids (whole numbers from 0) as keys")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise PydanticCustomError("bias", "must have biases from -100 to 100")
+        if int(key) in made:
+            raise PydanticCustomError("bias", f"must not have the token id {int(key)} twice")
         made[int(key)] = float(bias)
     return made
 
@@ -166,10 +170,12 @@ class SamplingFields(ModelRequest):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
     """0 and -1 are off."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: (
+        Annotated[float, Field(ge=wire.MIN_REPETITION_PENALTY, le=wire.MAX_REPETITION_PENALTY)] | None
+    ) = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] | None = None
@@ -183,7 +189,7 @@ class SamplingFields(ModelRequest):
         ]
         | None
     ) = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None

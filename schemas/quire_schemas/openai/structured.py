@@ -10,9 +10,13 @@ import msgspec
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import MAX_DEPTH, depth_and_keys
+from quire_schemas.openai.body import depth_and_keys
 from quire_schemas.openai.request import Shape
 from quire_schemas.wire import MAX_STRUCTURED, Structured
+
+MAX_SCHEMA_DEPTH: Final = 64
+"""Levels of a schema."""
+MAX_CHOICE_TEXTS: Final = 4096
 
 _SPACE: Final = r"(?:[ \n\r\t]|\\[nrt]|\\x(?:20|0[9AaDd]))"
 _SPACES: Final = re.compile(rf"(?:{_SPACE}|\[{_SPACE}+\]|\{{\d{{1,4}}(?:,\d{{0,4}})?\}}|[*+?|()])*")
@@ -27,8 +31,8 @@ def _schema(value: object) -> dict[str, Any]:
             raise PydanticCustomError("schema", "must be a JSON Schema: an object, or the text of one") from error
     if not isinstance(value, dict):
         raise PydanticCustomError("schema", "must be a JSON Schema: an object, or the text of one")
-    if depth_and_keys(value)[0] > MAX_DEPTH:
-        raise PydanticCustomError("schema", f"must not be nested deeper than {MAX_DEPTH} levels")
+    if depth_and_keys(value)[0] > MAX_SCHEMA_DEPTH:
+        raise PydanticCustomError("schema", f"must not be nested deeper than {MAX_SCHEMA_DEPTH} levels")
     _written(value)
     return value
 
@@ -152,7 +156,7 @@ class StructuredOutputs(Shape):
     """A JSON Schema."""
     regex: ConstraintText | None = None
     """A regular expression for the whole text; without look-around and back-references."""
-    choice: Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
     """The text is one of these."""
     grammar: ConstraintText | None = None
     """A grammar in Lark's notation."""

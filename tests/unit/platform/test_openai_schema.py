@@ -181,7 +181,7 @@ def test_null_is_the_default_everywhere(field: str) -> None:
         ("top_p", [0.01, 1], [0, 1.1, float("nan")]),
         ("top_k", [-1, 0, 1_000_000], [-2, 1_000_001, 1.5, 2**70]),
         ("min_p", [0, 1], [-0.1, 1.1]),
-        ("repetition_penalty", [0.1, 10], [0, 10.1]),
+        ("repetition_penalty", [0.001, 10, 1000], [0, 1e-38, 0.0009, 1000.1]),
         ("presence_penalty", [-2, 2], [-2.1, 2.1, float("-inf")]),
         ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
         ("n", [1, 16], [0, 17, "2", 1.5, True]),
@@ -191,7 +191,11 @@ def test_null_is_the_default_everywhere(field: str) -> None:
         ("min_tokens", [0], [-1]),
         ("stop", ["a", ["a"] * 16, "é" * 128, []], ["", [""], ["a"] * 17, "é" * 128 + "a", [1], {"a": 1}]),
         ("stop_token_ids", [[0], []], [[-1], ["1"], list(range(65))]),
-        ("logit_bias", [{}, {"0": 100, "5": -100}], [{"a": 1}, {"-1": 1}, {"1": 101}, {"1": "1"}, [1]]),
+        (
+            "logit_bias",
+            [{}, {"0": 100, "5": -100}],
+            [{"05": 1, "5": 1}, {"a": 1}, {"-1": 1}, {"1": 101}, {"1": "1"}, [1]],
+        ),
         (
             "logit_bias",
             [{str(i): 1 for i in range(1024)}],
@@ -309,8 +313,8 @@ def test_an_unknown_field_is_guessed(name: str, guess: str) -> None:
         (b"", "not valid JSON"),
         (b"null", "JSON object"),
         (b"{'a': 1}", "not valid JSON (line 1, column 2)"),
-        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "64 levels"),
-        (b"[" * 200_000, "64 levels"),
+        (b'{"a": ' + b"[" * 256 + b"]" * 256 + b"}", "256 levels"),
+        (b"[" * 200_000, "256 levels"),
         (b'{"model": "' + b"\xff" + b'"}', "UTF-8"),
         (b'{"model": "\\ud800", "messages": []}', "UTF-8"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "too long"),
@@ -348,8 +352,13 @@ def test_a_number_that_is_not_whole_is_shown_plainly(number: str, shown: str) ->
     assert caught.value.message.endswith(shown)
 
 
+def test_an_unknown_part_is_named_without_its_value() -> None:
+    said = refused(completion, repetition_detection={"max_pattern_size": 1, "min_count": 2, "x": 1}).message
+    assert said == "'repetition_detection.x' is not a field of this object."
+
+
 def test_a_body_of_allowed_depth_is_read() -> None:
-    deep = json.dumps({**CHAT, "metadata": "METADATA"}).replace('"METADATA"', "[" * 63 + "]" * 63)
+    deep = json.dumps({**CHAT, "metadata": "METADATA"}).replace('"METADATA"', "[" * 255 + "]" * 255)
     read_chat(deep.encode())
 
 

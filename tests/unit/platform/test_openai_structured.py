@@ -26,6 +26,11 @@ def json_format(schema: Any, **more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, **more}}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object so many levels deep."""
+    return {"not": nested(levels - 1)} if levels > 1 else {}
+
+
 @pytest.mark.parametrize(
     ("body", "field", "structured"),
     [
@@ -120,6 +125,13 @@ def test_without_a_constraint_there_is_none(body: dict[str, Any]) -> None:
         (
             {"structured_outputs": {"json": '{"a":' * 99 + "1" + "}" * 99}},
             "structured_outputs.json",
+            "deeper than 64",
+        ),
+        ({"structured_outputs": {"json": nested(65)}}, "structured_outputs.json", "deeper than 64"),
+        ({"structured_outputs": {"json": nested(240)}}, "structured_outputs.json", "deeper than 64"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": nested(65)}}},
+            "response_format.json_schema.schema",
             "deeper than 64",
         ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),

@@ -127,7 +127,8 @@ class Exchange(Generic[R]):
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
             known = describe(_ours(error))
-            finish = "refused" if self._refused and known.status != 500 else "error"
+            at_fault = known.status < 500 and not self._started  # an engine may be the one who refuses
+            finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or "invalid_request", known.status
             if known.status == 500:
                 log.error("a request failed", exc_info=error)
@@ -135,7 +136,7 @@ class Exchange(Generic[R]):
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
             handles.requests[self._format.operation, finish].inc()
-            if not self._refused:
+            if not self._refused and finish != "refused":
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
             sent = 200 if self._started else status or None
