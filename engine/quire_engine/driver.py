@@ -256,8 +256,8 @@ class Driver:
         try:
             engine.add(message, received_at, None if grammar is None else grammar.result())
         except RequestRefused as refusal:
-            code, text = refusal.code, str(refusal)
-            return [Delta(message.id, finish_reason="error", error_code=code, error=text)]
+            code, text, param = refusal.code, str(refusal), refusal.param
+            return [Delta(message.id, finish_reason="error", error_code=code, error=text, error_param=param)]
         except Exception as error:
             # the books are changed last, so nothing of it is in them: one request is no reason to end
             log.exception("request %s could not be taken in", message.id)

@@ -212,12 +212,14 @@ class Engine:
             raise RequestRefused(
                 "invalid_request",
                 f"a beam search of width {beam.width} needs a vocabulary of {2 * beam.width}; it is {vocabulary}",
+                param="width",
             )
         if beam is not None and not 1 <= beam.width <= self.limits.max_num_seqs:
             raise RequestRefused(
                 "invalid_request",
                 f"a beam search of width {beam.width} needs as many seats; "
                 f"the engine has {self.limits.max_num_seqs}",
+                param="width",
             )
         if beam is not None and sampling.structured is not None:
             raise RequestRefused("invalid_grammar", "a beam search cannot be held to it")
@@ -251,7 +253,9 @@ class Engine:
             raise RequestRefused("invalid_request", "the scripted runner has no hidden states to make a vector of")
         if pooling.dimensions is not None and not 1 <= pooling.dimensions <= hidden:
             raise RequestRefused(
-                "invalid_request", f"dimensions is {pooling.dimensions}; this model's vectors have {hidden}"
+                "invalid_request",
+                f"dimensions is {pooling.dimensions}; this model's vectors have {hidden}",
+                param="dimensions",
             )
 
     def _check_script(self, sampling: Sampling, script: tuple[int, ...]) -> None:

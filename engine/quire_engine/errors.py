@@ -65,11 +65,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class RequestRefused(EngineError):
-    """One request cannot be served. `code` is a word of the error contract."""
+    """One request cannot be served. `code` is a word of the error contract, `param` the name in `BeamSearch` or
+    `Pooling` of the part that is at fault, if one is.
+    """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.param = param
 
 
 class NoVocabulary(EngineError):

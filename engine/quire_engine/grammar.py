@@ -389,7 +389,8 @@ class Grammars:
                 made.set_exception(_too_many(len(self._slow)))
         except (TrialFailed, OSError) as error:
             self._forget(structured)  # the machine's fault, not the grammar's: another time it may be tried
-            made.set_exception(RequestRefused("queue_full", f"constraints cannot be tried now: {error}"))
+            why = error.strerror if isinstance(error, OSError) else error  # without a path: clients read it
+            made.set_exception(RequestRefused("queue_full", f"constraints cannot be tried now: {why}"))
         except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
             made.set_exception(error)
         else:

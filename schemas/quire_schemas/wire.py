@@ -339,6 +339,9 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     error_code: str | None = None
     """Set when `finish_reason` is error: a word of the error contract, such as `context_length_exceeded`."""
     error: str | None = None
+    """What went wrong. With `invalid_request`, `invalid_grammar` and `queue_full` it is for the client to read."""
+    error_param: str | None = None
+    """The part of `BeamSearch` or `Pooling` that is at fault, if one is."""
     timings: Timings | None = None
     beams: list[BeamResult] | None = None
     """Of a beam search that has ended: the texts found, the best first."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
+from tests.integration.wire_engine import WHY
 
 from quire.cli.reference import metrics_page
 from quire.router.metrics import FINISHES, NO_MODEL
-from quire_schemas import signals
+from quire_schemas import signals, wire
+
+BEAMS = {"use_beam_search": True, "n": 5}
+
+
+@pytest.fixture(scope="module")
+def narrow_engine() -> Iterator[wire.EngineSpec]:
+    with engine_running(replica_id="narrow", max_num_seqs=4, num_blocks=64) as spec:
+        yield spec
 
 
 async def ask(world: World, path: str = "completions", **body: Any) -> httpx.Response:
@@ -73,3 +84,30 @@ def test_the_page_on_metrics_has_every_way_to_end() -> None:
     line = next(line for line in metrics_page().splitlines() if f"`{signals.REQUESTS}`" in line)
     assert all(finish in line for finish in FINISHES)
     assert f"`{NO_MODEL}`" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("embeddings", {"input": "a", "dimensions": 257}, "dimensions", "have 256"),
+        ("completions", {"prompt": "a", "use_beam_search": True, "n": 5}, "n", "width 5"),
+        ("completions", {"prompt": "a", "use_beam_search": True, "best_of": 6}, "best_of", "width 6"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], **BEAMS}, "n", "width 5"),
+    ],
+)
+async def test_what_a_replica_cannot_do_is_named(
+    world: World, narrow_engine: wire.EngineSpec, path: str, body: dict[str, Any], param: str, words: str
+) -> None:
+    await world.serve_process(narrow_engine)
+    answer = await ask(world, path, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(f"'{param}' cannot be honoured: ")
+    assert words in error["message"]
+
+
+async def test_why_a_replica_has_no_room_is_told(world: World) -> None:
+    await world.serve(await world.engine(fail_with="queue_full"))
+    answer = await ask(world, prompt="a", structured_outputs={"regex": "a"})
+    assert answer.status_code == 429
+    assert answer.json()["error"]["message"] == f"A replica of this model has no room for the request now: {WHY}."

@@ -90,6 +90,46 @@ async def test_what_was_generated_scores_the_same_as_a_prompt(
             assert len(entry) == (2 if own["rank"] <= 2 else 3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_can_be_scored_alone(
+    client: openai.AsyncOpenAI, tokenizer: Tokenizer, stream: bool
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": [TEXT, "A block table"],
+        "echo": True,
+        "logprobs": 2,
+        "n": 2,
+    }
+    longer = await client.completions.create(**asked, max_tokens=1, temperature=0)
+    if stream:
+        chunks = [
+            chunk
+            async for chunk in await client.completions.create(
+                **asked, max_tokens=0, stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        choices = sorted((c for chunk in chunks for c in chunk.choices if c.text), key=lambda choice: choice.index)
+        ends = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
+        usage = chunks[-1].usage
+    else:
+        whole = await client.completions.create(**asked, max_tokens=0)
+        choices, usage = whole.choices, whole.usage
+        ends = [choice.finish_reason for choice in choices]
+    assert ends == ["length"] * 4
+    assert usage is not None
+    assert (usage.completion_tokens, usage.total_tokens) == (0, usage.prompt_tokens)
+    for choice, long in zip(choices, longer.choices, strict=True):
+        scored, other = choice.logprobs, long.logprobs
+        assert scored is not None
+        assert other is not None
+        ids = tokenizer.encode(asked["prompt"][choice.index // 2])
+        assert choice.text == asked["prompt"][choice.index // 2]
+        assert len(scored.tokens or []) == len(ids) == len(other.tokens or []) - 1
+        assert (scored.token_logprobs or [])[1:] == pytest.approx((other.token_logprobs or [])[1:-1], abs=2e-4)
+        assert scored.text_offset == (other.text_offset or [])[:-1]
+
+
 async def test_a_streamed_echo_has_the_log_probabilities_of_the_whole_one(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {
         "model": "tiny",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from quire_schemas import wire
 
+WHY = "/secret/path 0xdead"
+"""What it says of a failure that it is told to have."""
 Script = Callable[[wire.Generate], list[int]]
 
 
@@ -221,7 +223,7 @@ class WireEngine:
         if sampling.prompt_logprobs is not None and delta.timings is not None:
             delta.prompt_logprobs = scores(run.request.token_ids[1:], sampling.prompt_logprobs)
         if self.fail_with is not None:
-            delta.finish_reason, delta.error_code, delta.error = "error", self.fail_with, "/secret/path 0xdead"
+            delta.finish_reason, delta.error_code, delta.error = "error", self.fail_with, WHY
         elif run.sent >= run.request.sampling.max_tokens:
             delta.finish_reason = "length"
         elif run.sent >= len(run.answer):

@@ -281,7 +281,7 @@ class Gateway:
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max(max_tokens, 1),
             min_tokens=request.min_tokens or 0,
             temperature=_first(request.temperature, advised.temperature, 1.0),
             top_p=_first(request.top_p, advised.top_p, 1.0),
@@ -333,6 +333,7 @@ class Gateway:
             cache_salt=request.cache_salt or "",
             timeout=request.timeout,
             beam=beam,
+            prompt_alone=max_tokens == 0,
             constrained_by=constraint.field if constraint is not None else "",
         )
 

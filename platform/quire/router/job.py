@@ -67,6 +67,8 @@ class Job:
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
+    prompt_alone: bool = False
+    """No text is wanted: the one token that an engine draws is left out."""
     constrained_by: str = ""
     """The field of the request that the answer is held to, if one is."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -75,6 +77,11 @@ class Job:
     def drawn(self) -> int:
         """Sequences that an engine is asked for, for each prompt."""
         return self.n if self.beam is None else 1
+
+    @property
+    def width_field(self) -> str:
+        """The field of the request that says how many texts are made of each prompt."""
+        return "best_of" if self.kept < self.n else "n"
 
     @property
     def prompt_tokens(self) -> int:
@@ -215,6 +222,11 @@ class Choice:
             scores = delta.logprobs or []
             self.prompt_scores += delta.prompt_logprobs or []
             self.num_scored += len(delta.prompt_logprobs or ())
+            if self.job.prompt_alone:
+                if delta.finish_reason is not None:
+                    self._raise_if_failed(delta)
+                    finish = "length"
+                continue
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
@@ -279,6 +291,9 @@ class Choice:
                 log.error("request %s: %d log-probabilities of its prompt came", self.job.id, self.num_scored)
                 raise InternalError("The engine did not tell the log-probabilities of the prompt.")
             return
+        if delta.error_code == "invalid_request" and delta.error_param is not None:
+            param = self.job.width_field if delta.error_param == "width" else delta.error_param
+            raise InvalidRequest(f"'{param}' cannot be honoured: {delta.error}.", param=param)
         if delta.error_code == "invalid_request":
             raise InvalidRequest(f"A replica of this model refuses the request: {delta.error}.")
         if delta.error_code == "no_token_left":
@@ -294,7 +309,9 @@ class Choice:
         if delta.error_code == "context_length_exceeded":
             raise ContextLengthExceeded("The request needs more context than a replica of this model has.")
         if delta.error_code == "queue_full":
-            raise QueueFull("As many requests run or wait for this model as it takes.", retry_after=1.0)
+            raise QueueFull(
+                f"A replica of this model has no room for the request now: {delta.error}.", retry_after=1.0
+            )
         if delta.error_code == "timeout" and self.job.timeout is not None:
             raise self.job.out_of_time()
         if delta.error_code == "invalid_grammar":

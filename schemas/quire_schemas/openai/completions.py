@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from quire_schemas import wire
 from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
 from quire_schemas.openai.body import Refusal, read
-from quire_schemas.openai.request import MAX_PROMPTS, Prompt, read_prompts
+from quire_schemas.openai.request import MAX_INT, MAX_PROMPTS, Prompt, read_prompts
 from quire_schemas.openai.sampling import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
@@ -31,6 +31,8 @@ class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
 
     prompt: Annotated[list[Prompt], PlainValidator(read_prompts)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    """0 writes nothing: for the log-probabilities of the prompt."""
     logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
     """With `echo`, of the prompt's tokens, too. -1 is the whole vocabulary."""
     echo: bool | None = None
@@ -39,6 +41,15 @@ class CompletionRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise PydanticCustomError("max_tokens", "0 is only for requests with echo or prompt_logprobs")
+        shaping = {"use_beam_search": self.use_beam_search, "script": self.script}
+        if self.constraint is not None:
+            shaping[self.constraint.field] = True
+        for name in [name for name, asked in shaping.items() if asked and self.max_tokens == 0]:
+            raise PydanticCustomError("max_tokens", "0 cannot be combined with '{name}'", {"name": name})
+        if self.sequences > (self.n or 1) and self.max_tokens == 0:
+            raise PydanticCustomError("best_of", "above n chooses among texts, and max_tokens 0 writes none")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise PydanticCustomError("best_of", "must not be below n")
         if self.sequences > (self.n or 1) and self.stream:

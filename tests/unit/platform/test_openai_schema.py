@@ -352,6 +352,26 @@ def test_a_number_that_is_not_whole_is_shown_plainly(number: str, shown: str) ->
     assert caught.value.message.endswith(shown)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"echo": True, "use_beam_search": True},
+        {"echo": True, "script": "a"},
+        {"echo": True, "structured_outputs": {"regex": "a"}},
+    ],
+)
+def test_no_tokens_are_for_the_prompts_own_sake(more: dict[str, Any]) -> None:
+    assert refused(completion, max_tokens=0, **more).param == "max_tokens"
+
+
+def test_no_tokens_may_be_asked_for_beside_an_echo() -> None:
+    assert completion(max_tokens=0, echo=True, logprobs=1, response_format={"type": "text"}).asked_tokens == 0
+    assert completion(max_tokens=0, prompt_logprobs=0).asked_tokens == 0
+    assert refused(completion, max_tokens=0, echo=True, best_of=2).param == "best_of"
+    assert refused(completion, max_tokens=0, echo=True, min_tokens=1).param == "min_tokens"
+
+
 def test_an_unknown_part_is_named_without_its_value() -> None:
     said = refused(completion, repetition_detection={"max_pattern_size": 1, "min_count": 2, "x": 1}).message
     assert said == "'repetition_detection.x' is not a field of this object."
