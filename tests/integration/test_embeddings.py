@@ -69,7 +69,11 @@ async def test_vectors_are_those_of_the_engine(served: World) -> None:
         ({"input": [5, 99999]}, "input", "outside the vocabulary of 2048"),
         ({"input": [5] * 513}, "input", "This model takes 512 tokens; 'input' has 513."),
         ({"input": "a", "dimensions": 0}, "dimensions", "must be at least 1"),
-        ({"input": "a", "dimensions": 100_000}, None, "dimensions is 100000; this model's vectors have 256"),
+        (
+            {"input": "a", "dimensions": 100_000},
+            "dimensions",
+            "dimensions is 100000; this model's vectors have 256",
+        ),
         ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "must be"),
         ({"input": "a", "pooling": "max"}, "pooling", "must be"),
         ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "never cut short"),

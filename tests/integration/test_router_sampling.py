@@ -90,6 +90,33 @@ async def test_what_was_generated_scores_the_same_as_a_prompt(
             assert len(entry) == (2 if own["rank"] <= 2 else 3)
 
 
+async def test_no_token_is_lost_among_the_alternatives(client: openai.AsyncOpenAI, tokenizer: Tokenizer) -> None:
+    """Ids 100 to 129 of the built-in model are bytes of characters, which have one and the same text."""
+    named = list(range(100, 130))
+    asked: dict[str, Any] = {"model": "tiny", "prompt": TEXT, "max_tokens": 2, "temperature": 0}
+    few = await client.completions.create(**asked, logprobs=1, extra_body={"logprob_token_ids": named})
+    every = await client.completions.create(**asked, logprobs=-1)
+    assert few.choices[0].logprobs is not None
+    assert every.choices[0].logprobs is not None
+    for some, all_of_them, token in zip(
+        few.choices[0].logprobs.top_logprobs or [],
+        every.choices[0].logprobs.top_logprobs or [],
+        few.choices[0].logprobs.tokens or [],
+        strict=True,
+    ):
+        assert len(some) == 31
+        assert len(all_of_them) == 2048
+        assert some.keys() == {token, *(tokenizer.keys[index] for index in named)}
+        assert some == pytest.approx({key: all_of_them[key] for key in some}, abs=2e-4)
+    talk = await client.chat.completions.create(
+        model="tiny", messages=SUM, max_tokens=1, logprobs=True, extra_body={"logprob_token_ids": named}
+    )
+    assert talk.choices[0].logprobs is not None
+    entries = (talk.choices[0].logprobs.content or [])[0].top_logprobs
+    assert [bytes(entry.bytes or []) for entry in entries] == [tokenizer.token_bytes(index) for index in named]
+    assert len({bytes(entry.bytes or []) for entry in entries}) == len(named)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_prompt_can_be_scored_alone(
     client: openai.AsyncOpenAI, tokenizer: Tokenizer, stream: bool

@@ -160,6 +160,8 @@ class Gateway:
         prompts = tuple(prompt for prompt, _ in found)
         echoes = tuple(text for _, text in found) if request.echo else ()
         _tokenized(span, began, sum(map(len, prompts)))
+        if request.logprobs is not None:
+            await asyncio.to_thread(lambda: tokenizer.keys)  # made once, and not on the event loop
         return self._job(
             request,
             served,

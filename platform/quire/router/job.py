@@ -105,6 +105,12 @@ class Job:
         """A token's name in log-probabilities."""
         return f"token_id:{index}" if self.shown.tokens_as_ids else self.tokenizer.token_text(index)
 
+    def token_key(self, index: int) -> str:
+        """A token's name where each must have its own."""
+        if self.shown.tokens_as_ids:
+            return f"token_id:{index}"
+        return self.tokenizer.keys.get(index) or f"token_id:{index}"
+
     @property
     def fingerprint(self) -> str:
         """Changes when the model behind the name does."""

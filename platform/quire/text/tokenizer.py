@@ -171,8 +171,25 @@ class Tokenizer:
             text = self._texts[index] = self.decode([index], skip_special_tokens=False)
         return text
 
+    @cached_property
+    def keys(self) -> dict[int, str]:
+        """A name for each id of the vocabulary that no other has: what it stands for inside a text.
+
+        Part of a character is written `bytes:\\xe2\\x80`. Of several ids with one text the lowest has it as name,
+        a byte-fallback token if there is no other, and the rest are `token_id:5`. Takes a moment the first
+        time: about 0.3 s for 100,000 ids.
+        """
+        taken: set[str] = set()
+        keys: dict[int, str] = {}
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        for index in sorted(ids, key=lambda index: (index in self.byte_tokens, index)):
+            key = _escaped(self.token_bytes(index))
+            keys[index] = f"token_id:{index}" if key in taken else key
+            taken.add(key)
+        return keys
+
     def token_bytes(self, index: int) -> bytes:
-        """The bytes a token stands for; empty for an id outside the vocabulary."""
+        """The bytes a token stands for inside a text; empty for an id outside the vocabulary."""
         token = self._backend.id_to_token(index)
         if token is None:
             return b""
@@ -182,7 +199,9 @@ class Tokenizer:
             return bytes(known) if len(known) == len(values) else token.encode()
         if is_byte_token(token):
             return bytes([int(token[3:5], 16)])
-        return self.decode([index], skip_special_tokens=False).encode()
+        once = self.decode([index], skip_special_tokens=False)  # at the beginning, where its space may be left out
+        twice = self.decode([index, index], skip_special_tokens=False)
+        return (twice[len(once) :] if twice.startswith(once) else once).encode()
 
     @cached_property
     def thinking(self) -> tuple[int, int] | None:
@@ -210,6 +229,14 @@ def is_byte_token(token: str) -> bool:
         and token.endswith(">")
         and all(c in "0123456789ABCDEFabcdef" for c in token[3:5])
     )
+
+
+def _escaped(raw: bytes) -> str:
+    """The text that the bytes are, or if they are none the bytes by their numbers."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _most_bytes(backend: Mapping[str, Any]) -> int:

@@ -81,3 +81,39 @@ def test_special_tokens_are_left_out_or_shown(tokenizers: dict[str, Tokenizer]) 
     ids = tokenizer.encode("<think>hi<|im_end|>", add_special_tokens=False)
     assert Detokenizer(tokenizer).push(ids) == "<think>hi"
     assert Detokenizer(tokenizer, skip_special_tokens=False).push(ids) == "<think>hi<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_each_token_has_a_name_of_its_own(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    keys = tokenizer.keys
+    assert len(set(keys.values())) == len(keys) == tokenizer.vocab_size
+    for index, key in keys.items():
+        raw = tokenizer.token_bytes(index)
+        if key.startswith("bytes:"):
+            assert bytes.fromhex(key.removeprefix("bytes:").replace("\\x", "")) == raw
+            assert "\ufffd" in raw.decode(errors="replace")
+        elif key != f"token_id:{index}":
+            assert key.encode() == raw
+        else:
+            assert raw.decode() in keys.values()
+    assert tokenizer.vocab_size not in keys
+
+
+def test_a_byte_token_gives_way_to_the_token_of_its_text(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
+    vocabulary = tokenizer._backend.get_vocab()
+    keys = tokenizer.keys
+    assert keys[vocabulary["b"]] == "b"
+    assert keys[vocabulary["<0x62>"]] == f"token_id:{vocabulary['<0x62>']}"
+    assert (keys[vocabulary["\u2581a"]], keys[vocabulary["a"]]) == (" a", "a")
+    assert keys[vocabulary["<0xE2>"]] == "bytes:\\xe2"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", ["the cat, the dog", "naïve 🙂 a  b"])
+def test_the_bytes_of_tokens_join_to_the_text(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(map(tokenizer.token_bytes, ids))
+    assert joined.removeprefix(b" " if kind == "byte_fallback" else b"").decode() == text

@@ -128,11 +128,11 @@ def _logprobs(
     found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     if opens and job.echoes:
         ids = job.prompts[index // job.n]
-        found.tokens += [job.token_text(token) for token in ids]
+        found.tokens += [job.token_key(token) for token in ids]
         found.token_logprobs += [None, *(logprobs.finite(entry.logprob) for entry in prompt)]
         found.top_logprobs += [None, *(_alternatives(job, entry) for entry in prompt)]
         found.text_offset += _offsets(job, ids)
-    found.tokens += [job.token_text(score.scores.token_id) for score in scores]
+    found.tokens += [job.token_key(score.scores.token_id) for score in scores]
     found.token_logprobs += [logprobs.finite(score.scores.logprob) for score in scores]
     found.top_logprobs += [_alternatives(job, score.scores) for score in scores]
     behind = len(_echo(job, index))
@@ -142,7 +142,7 @@ def _logprobs(
 
 def _alternatives(job: Job, scores: wire.TokenLogprobs) -> dict[str, float]:
     shown = logprobs.alternatives(job, scores, job.shown.logprobs)
-    return {job.token_text(index): logprobs.finite(value) for index, value in shown}
+    return {job.token_key(index): logprobs.finite(value) for index, value in shown}
 
 
 def _offsets(job: Job, ids: Sequence[int]) -> list[int]:
