@@ -102,10 +102,12 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
+    from quire.router.config import RouterConfig
     from quire_schemas.openai.body import WITHOUT_EFFECT
     from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
     from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
     from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
+    from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
 
     lines = _head("HTTP API")
@@ -148,6 +150,11 @@ def api_page() -> str:
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += ["", "Any other field is a 400 with a guess at what was meant.", ""]
+    body = RouterConfig(control_socket="", snapshot_file="").max_body_bytes
+    lines += ["## Limits", "", "What is above one of them is a 400 that names the field.", ""]
+    lines += ["| of | at most |", "|---|---|", f"| a body | {body:,} bytes; above it a 413 |"]
+    lines += [f"| {limit.what} | {limit.most:,} {limit.of}".rstrip() + " |" for limit in LIMITS]
+    lines.append("")
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]
     rows = []

@@ -15,6 +15,7 @@ from quire_schemas.openai.request import Count, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, SamplingFields, check_min_tokens
 
 MAX_MESSAGES: Final = 1024
+MAX_TEMPLATE_VARIABLES: Final = 64
 
 CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
     **SAMPLING_REFUSED,
@@ -157,7 +158,7 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer goes on with the last message instead of beginning a new one."""
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:

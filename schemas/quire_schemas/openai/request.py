@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_INT: Final = 2**31 - 1
 MAX_PROMPTS: Final = 64
+MAX_MODEL_NAME: Final = 256
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 
@@ -22,7 +23,7 @@ class Shape(BaseModel):
 class ModelRequest(Shape):
     """What every request to a model has."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME)]
 
     @property
     def wants_usage(self) -> bool:

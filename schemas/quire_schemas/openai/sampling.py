@@ -24,6 +24,9 @@ MAX_BAD_WORDS: Final = 64
 MAX_SALT: Final = 256
 MAX_TIMEOUT: Final = 86_400
 MAX_STOP_IDS: Final = 64
+MAX_PATTERN: Final = 128
+MAX_PATTERN_COUNT: Final = 64
+MAX_TEMPERATURE: Final = 2
 MAX_TOP_K: Final = 1_000_000
 
 SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
@@ -122,10 +125,10 @@ class StreamOptions(Shape):
 class RepetitionDetection(Shape):
     """An answer ends when its last tokens are one pattern, `min_count` times over."""
 
-    max_pattern_size: Annotated[int, Field(ge=1, le=128)]
+    max_pattern_size: Annotated[int, Field(ge=1, le=MAX_PATTERN)]
     """Tokens of the longest pattern."""
-    min_pattern_size: Annotated[int, Field(ge=1, le=128)] = 1
-    min_count: Annotated[int, Field(ge=2, le=64)]
+    min_pattern_size: Annotated[int, Field(ge=1, le=MAX_PATTERN)] = 1
+    min_count: Annotated[int, Field(ge=2, le=MAX_PATTERN_COUNT)]
 
     @model_validator(mode="after")
     def _sizes_are_in_order(self) -> RepetitionDetection:
@@ -167,7 +170,7 @@ _NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
 class SamplingFields(ModelRequest):
     """What requests for text take. None everywhere means the default: the checkpoint's advice, else OpenAI's."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None

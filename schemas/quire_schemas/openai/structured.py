@@ -17,6 +17,8 @@ from quire_schemas.wire import MAX_STRUCTURED, Structured
 MAX_SCHEMA_DEPTH: Final = 64
 """Levels of a schema."""
 MAX_CHOICE_TEXTS: Final = 4096
+MAX_STRUCTURES: Final = 128
+MAX_TRIGGERS: Final = 128
 
 _SPACE: Final = r"(?:[ \n\r\t]|\\[nrt]|\\x(?:20|0[9AaDd]))"
 _SPACES: Final = re.compile(rf"(?:{_SPACE}|\[{_SPACE}+\]|\{{\d{{1,4}}(?:,\d{{0,4}})?\}}|[*+?|()])*")
@@ -75,9 +77,9 @@ class StructuralTag(Shape):
     """Free text in which each of `triggers` begins one of the structures whose `begin` starts with it."""
 
     type: Literal["structural_tag"] | None = None
-    structures: Annotated[list[TagStructure], Field(min_length=1, max_length=128)]
+    structures: Annotated[list[TagStructure], Field(min_length=1, max_length=MAX_STRUCTURES)]
     triggers: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=128)
+        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=MAX_TRIGGERS)
     ]
 
     @property
