@@ -68,6 +68,22 @@ async def test_a_stream_goes_on_while_a_long_prompt_is_tokenized(
     raise AssertionError(f"the stream stood still for {longest:.2f} s of {ended - began:.2f}")
 
 
+async def test_a_prompt_of_usual_length_does_not_wait_behind_long_ones(world: World) -> None:
+    await _serve(world)
+    url = f"{world.url}/v1/completions"
+    plain = {"model": "tiny", "max_tokens": 1, "truncate_prompt_tokens": 8}
+    limits = httpx.Limits(max_connections=32)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+        long = [asyncio.create_task(http.post(url, json={**plain, "prompt": "a " * 150_000})) for _ in range(8)]
+        await asyncio.sleep(0.3)
+        before = sum(task.done() for task in long)
+        usual = await http.post(url, json={**plain, "prompt": "a " * 10_000})
+        meanwhile = sum(task.done() for task in long) - before
+        assert [(await task).status_code for task in long] == [200] * 8
+    assert usual.status_code == 200
+    assert meanwhile <= 2
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

@@ -169,6 +169,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    # Each text is tokenized on the thread that asks: in the library's own pool a short one waits behind long ones.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         config = configuration.load(given.config)
         tracing = Tracing.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
