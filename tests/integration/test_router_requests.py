@@ -22,7 +22,7 @@ from quire_schemas.openai.answer import ErrorBody
         (b"[]", 400, None, None, "JSON object"),
         (b"\xff", 400, None, None, "UTF-8"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, None, None, "UTF-8"),
-        (b"[" * 100_000, 400, None, None, "64 levels"),
+        (b"[" * 100_000, 400, None, None, "256 levels"),
         (big(temperature=float("nan")), 400, "temperature", None, "finite"),
         (big(temperature=3), 400, "temperature", None, "at most 2"),
         (big(max_tokens=-1), 400, "max_tokens", None, "at least 1, not -1"),
