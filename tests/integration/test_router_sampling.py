@@ -90,6 +90,21 @@ async def test_what_was_generated_scores_the_same_as_a_prompt(
             assert len(entry) == (2 if own["rank"] <= 2 else 3)
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logits"])
+async def test_the_bounds_of_the_repetition_penalty_are_honoured(client: openai.AsyncOpenAI, mode: str) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": TEXT, "max_tokens": 4, "logprobs": 2}
+    for penalty in (0.001, 1000):
+        answer = await client.completions.create(
+            **asked, extra_body={"repetition_penalty": penalty, "logprobs_mode": mode, "ignore_eos": True}
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 4
+    for penalty in (1e-38, 1e38):
+        with pytest.raises(openai.BadRequestError) as refusal:
+            await client.completions.create(**asked, extra_body={"repetition_penalty": penalty})
+        assert refusal.value.param == "repetition_penalty"
+
+
 async def test_no_token_is_lost_among_the_alternatives(client: openai.AsyncOpenAI, tokenizer: Tokenizer) -> None:
     """Ids 100 to 129 of the built-in model are bytes of characters, which have one and the same text."""
     named = list(range(100, 130))
