@@ -3,6 +3,9 @@
 Everything that can be wrong with a request is found here, before an engine hears of it. Admission is a bound on
 sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
 ready, the queue length alone, and at least one request. What becomes of a job is `run`'s part.
+
+What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
+A text whose length alone tells that it cannot fit is never tokenized. So no prompt holds up the streams of others.
 """
 
 from __future__ import annotations
@@ -136,7 +139,6 @@ class Gateway:
         tokenizer = served.usable
         special = request.add_special_tokens is not False
         skip = request.skip_special_tokens is not False
-
         vocab = served.vocab_size
         bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
 
@@ -191,7 +193,6 @@ class Gateway:
                 param="model",
             )
         special = request.add_special_tokens is not False
-
         limit = _limit(served.route)
 
         def read(given: Prompt, field: str) -> list[int]:

@@ -95,6 +95,7 @@ class Tokenizer:
         """The same for two tokenizers that make the same ids of the same request."""
         parsed: dict[str, Any] = json.loads(whole)
         self._token_span = _most_bytes(parsed)
+        """Bytes of a text that one id stands for at most; 0 if that is not known."""
         decoder = parsed.get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
         self.byte_level: bool = [part.get("type") for part in parts] == ["ByteLevel"]
