@@ -43,6 +43,8 @@ class Loaded:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seconds: float
+    backend: str
+    backend_lacking: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,10 @@ class Driver:
                 except OSError as error:
                     raise InvalidSpec(f"QUIRE_SCHEDULE_TRACE: {path}: {error.strerror}") from error
             seconds = time.monotonic() - started
-            self._out(Loaded(engine.profile.vocab_size, engine.profile.eos_token_ids, seconds))
+            profile = engine.profile
+            self._out(
+                Loaded(profile.vocab_size, profile.eos_token_ids, seconds, engine.backend, engine.backend_lacking)
+            )
             while self._pass(engine):
                 pass
         except BaseException as error:  # noqa: BLE001 - reported, and the process ends by it

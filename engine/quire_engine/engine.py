@@ -44,7 +44,7 @@ from quire_engine.scheduler import Counters, Scheduler
 from quire_engine.scripted import ScriptedRunner
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
-from quire_kernels import load as load_kernels
+from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import (
@@ -79,11 +79,22 @@ class Engine:
     """One model, one cache, many requests. Not thread-safe: whoever steps it also adds and aborts."""
 
     def __init__(
-        self, spec: EngineSpec, profile: ModelProfile, runner: Runner, clock: Callable[[], float] = time.monotonic
+        self,
+        spec: EngineSpec,
+        profile: ModelProfile,
+        runner: Runner,
+        *,
+        backend: str = "",
+        backend_lacking: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self.profile = profile
         self.runner = runner
+        self.backend = backend
+        """Whose kernels compute; empty for a script."""
+        self.backend_lacking = backend_lacking
+        """What keeps the back-end that was made for the device from being used; empty if it is."""
         self.hot_hash = spec.hot_hash
         self.grammars = Grammars(Path(spec.model_dir), profile.vocab_size, profile.eos_token_ids)
         self._clock = clock
@@ -110,19 +121,22 @@ class Engine:
         profile = read_profile(Path(spec.model_dir))
         _check_length(spec, profile)
         planned = _planned_bytes(spec, profile)
+        kernels, lacking = best_kernels(spec.device, spec.threads)
+        if lacking:
+            log.warning("the reference kernels compute, slowly: %s", lacking)
         model = load_model(
             Path(spec.model_dir),
             profile,
             dtype=DTYPES[spec.dtype],
             device=device,
-            kernels=load_kernels("reference"),
+            kernels=kernels,
             on_progress=on_progress,
         )
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
         rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
         runner = ModelRunner(model, kv, block_size=spec.block_size, head_rows=rows, device=device)
-        return cls(spec, profile, runner)
+        return cls(spec, profile, runner, backend=kernels.name, backend_lacking=lacking)
 
     @classmethod
     def _load_scripted(cls, spec: EngineSpec) -> Engine:

@@ -206,7 +206,16 @@ class Server:
         server = await asyncio.start_unix_server(self._accept, path)
         try:
             path.chmod(0o600)
-            self._status.emit(EngineEvent("ready", time.time(), load_seconds=self._loaded.result().seconds))
+            loaded = self._loaded.result()
+            self._status.emit(
+                EngineEvent(
+                    "ready",
+                    time.time(),
+                    load_seconds=loaded.seconds,
+                    backend=loaded.backend,
+                    backend_lacking=loaded.backend_lacking,
+                )
+            )
             self._lease.heard()  # whoever started us has waited for this
             keeping = asyncio.create_task(self._keep_lease())
             try:

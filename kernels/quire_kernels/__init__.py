@@ -1,15 +1,10 @@
-"""The operations a model is made of, as a Protocol with shapes, and `load` for the back-end that carries them out.
+"""The operations a model is made of, as a Protocol with shapes; `load` and `best` give what carries them out.
 
-Models call these and `torch.nn.functional` for plain embeddings and matrix products; they never know which
-back-end answers. `reference` is obvious torch and the oracle for every other one.
+Models call these and never know which back-end answers. `reference` is obvious torch and the oracle for the
+others; `cpu` is our own C++.
 
 Legend: T new tokens of a step, H query heads, K key/value heads (H is a multiple of K), D head size,
 N blocks, P slots a block, W hidden width, I width between the two halves of an MLP.
-
-Exceptions:
-
-    KernelError
-    └── UnknownBackend     `load` was asked for a name it does not have
 """
 
 from __future__ import annotations
@@ -18,19 +13,44 @@ from typing import Protocol
 
 from torch import Tensor
 
+from quire_kernels.errors import BackendUnavailable, KernelError, UnknownBackend
 from quire_kernels.paging import PagedBatch
 
-__all__ = ["BACKENDS", "KernelError", "Kernels", "PagedAttention", "PagedBatch", "UnknownBackend", "load"]
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "KernelError",
+    "Kernels",
+    "PagedAttention",
+    "PagedBatch",
+    "Product",
+    "UnknownBackend",
+    "best",
+    "load",
+]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
-class KernelError(Exception):
-    """A back-end cannot do what it was asked."""
+class Product(Protocol):
+    """Matrix products with one weight, in the order that the back-end reads it in."""
 
+    @property
+    def weight(self) -> Tensor:
+        """The numbers of the weight [N, K], in as many bytes, in whatever order."""
 
-class UnknownBackend(KernelError):
-    """No back-end has this name."""
+    @property
+    def bias(self) -> Tensor | None:
+        """[N]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x · weightᵀ + bias: [T, K] to [T, N], in the dtype of all three."""
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The same in float32: [T, K] to [T, N]."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] int64 of the weight, [T, K]: an embedding."""
 
 
 class PagedAttention(Protocol):
@@ -49,6 +69,9 @@ class Kernels(Protocol):
     """One back-end. All operations accept float32, bfloat16 and float16 and compute in float32 inside."""
 
     name: str
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        """Takes over `weight` [N, K] and `bias` [N], of one dtype: the caller has no more use for them."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · weight over the last dimension. `x` [..., W], `weight` [W]; new tensor."""
@@ -72,10 +95,27 @@ class Kernels(Protocol):
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
 
 
-def load(name: str) -> Kernels:
-    """The back-end of that name. Raises `UnknownBackend` with those there are."""
+def load(name: str, threads: int = 1) -> Kernels:
+    """The back-end of that name. `threads` is for those that have their own.
+
+    Raises `UnknownBackend` with those there are, `BackendUnavailable` with what is in the way on this machine.
+    """
     if name == "reference":
         from quire_kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
+    if name == "cpu":
+        from quire_kernels.cpu import CpuKernels
+
+        return CpuKernels(threads)
     raise UnknownBackend(f"no kernel back-end is called {name!r}\n    hint: one of {', '.join(BACKENDS)}")
+
+
+def best(device: str, threads: int) -> tuple[Kernels, str]:
+    """The back-end for a device as torch names it, and, if it is not the one made for it, what was in the way."""
+    if device == "cpu":
+        try:
+            return load("cpu", threads), ""
+        except BackendUnavailable as error:
+            return load("reference"), str(error)
+    return load("reference"), ""

@@ -6,7 +6,7 @@ words of conditions and summaries are `status`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class ModelStatus:
             since = now
         deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
         facts = self._facts(view, no_room, len(available), settled, late=not settled and now >= deadline)
+        facts += _accelerated(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
         loading = max((report.bytes_done for report in reports.values()), default=0)
@@ -136,7 +137,8 @@ class ModelStatus:
             self._changed()
         self._note_fetch(stored, facts, before)
         for fact in facts:
-            if fact.type == "Stalled" and fact.status and not _was(before, "Stalled", fact.reason):
+            grave = (fact.type == "Stalled" and fact.status) or fact.reason is Reason.REFERENCE_KERNELS
+            if grave and not _was(before, fact):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
         return None if settled or now >= deadline else deadline
 
@@ -328,8 +330,15 @@ class ModelStatus:
         return Fact("Stalled", False, Reason.PROGRESS_MADE)
 
 
-def _was(before: Mapping[str, Any], type_: str, reason: Reason) -> bool:
-    return any(
-        c["type"] == type_ and c["status"] == "True" and c["reason"] == reason.value
-        for c in before.get("conditions", ())
-    )
+def _was(before: Mapping[str, Any], fact: Fact) -> bool:
+    """Whether the condition had this reason already."""
+    return any(c["type"] == fact.type and c["reason"] == fact.reason.value for c in before.get("conditions", ()))
+
+
+def _accelerated(reports: Iterable[Report]) -> list[Fact]:
+    """Whether engines compute with the kernels made for their device; nothing while none has said so."""
+    loaded = [report for report in reports if report.event == "ready" and report.backend]
+    lacking = next((report.backend_lacking for report in loaded if report.backend_lacking), None)
+    if lacking is not None:
+        return [Fact("Accelerated", False, Reason.REFERENCE_KERNELS, lacking)]
+    return [Fact("Accelerated", True, Reason.NATIVE_KERNELS, loaded[0].backend)] if loaded else []

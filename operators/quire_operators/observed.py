@@ -33,6 +33,8 @@ class Report:
     message: str = ""
     retryable: bool = True
     load_seconds: float = 0.0
+    backend: str = ""
+    backend_lacking: str = ""
 
 
 def read_report(lines: Sequence[str]) -> Report:
@@ -52,6 +54,8 @@ def read_report(lines: Sequence[str]) -> Report:
             event.message,
             event.retryable,
             event.load_seconds,
+            event.backend,
+            event.backend_lacking,
         )
     return report
 

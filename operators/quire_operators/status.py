@@ -29,6 +29,7 @@ class Reason(enum.StrEnum):
     PROGRESS_MADE = "Progressing"
     STOPPED = "Stopped"
     LISTENING = "Listening"
+    NATIVE_KERNELS = "NativeKernels"
     # not (yet)
     DOWNLOADING = "Downloading"
     HUB_UNREACHABLE = "HubUnreachable"
@@ -39,6 +40,7 @@ class Reason(enum.StrEnum):
     HOT_UPDATE_PENDING = "HotUpdatePending"
     ROUTER_NOT_READY = "RouterNotReady"
     DELETING = "Deleting"
+    REFERENCE_KERNELS = "ReferenceKernels"
     # stuck
     INVALID_REFERENCE = "InvalidReference"
     NOT_FOUND = "NotFound"
@@ -108,6 +110,13 @@ ADVICE: dict[Reason, Advice] = {
         (
             "look at the disk, and at what stands before the hub (HF_ENDPOINT, a proxy)",
             "change the manifest and apply it again: a new intent tries again",
+        ),
+    ),
+    Reason.REFERENCE_KERNELS: Advice(
+        "Answers are right, and slow: the kernels made for this device cannot be used.",
+        (
+            "platform doctor   what is in the way",
+            "install a C++ compiler (g++ or clang++): engines that start afterwards use it",
         ),
     ),
     Reason.STARTING: Advice(

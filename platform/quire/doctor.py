@@ -498,6 +498,14 @@ def _judge_kernels(report: Report) -> Iterator[Finding]:
         yield Finding(
             "error", "kernels", f"no kernel back-end works ({reasons})", "install Quire again: make venv"
         )
+    native = next((backend for backend in kernels["backends"] if backend["name"] == "cpu"), None)
+    if native is not None and not native["available"]:
+        yield Finding(
+            "warning",
+            "kernels",
+            f"the native kernels for CPUs cannot be used, models run slowly there: {native['reason']}",
+            "install a C++ compiler (g++ or clang++), on a processor with AVX2",
+        )
     if report["devices"]["gpus"] and not kernels["gpus"]:
         built = "for the CPU alone" if kernels["cuda"] is None else f"for CUDA {kernels['cuda']}"
         message = f"NVML sees {len(report['devices']['gpus'])} GPUs, torch none of them: it is built {built}"

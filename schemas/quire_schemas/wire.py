@@ -546,6 +546,10 @@ class EngineEvent(msgspec.Struct, omit_defaults=True):
     message: str = ""
     retryable: bool = True
     load_seconds: float = 0.0
+    backend: str = ""
+    """Whose kernels compute; empty for a script."""
+    backend_lacking: str = ""
+    """What keeps the back-end that was made for the device from being used; empty if it is."""
 
 
 # ── framing ───────────────────────────────────────────────────────────────────────────────────────────────

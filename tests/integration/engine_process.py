@@ -22,17 +22,16 @@ from quire_schemas.wire import EngineEvent, EngineSpec
 class Process:
     """One engine process, its events as they come, and its end."""
 
-    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
+    def __init__(self, spec: dict[str, Any], folder: Path, **environment: str) -> None:
         path = folder / "spec.json"
         path.write_bytes(msgspec.json.encode(spec))
         self.status, writing = os.pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.child = subprocess.Popen(
             [sys.executable, "-m", "quire_engine", str(path), "--status-fd", str(writing)],
             pass_fds=(writing,),
             stderr=subprocess.PIPE,
             cwd="/",
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
         os.close(writing)
         self.events: list[EngineEvent] = []

@@ -9,6 +9,7 @@ that a manifest sets in `spec.env`:
     STANDIN_REASON     reason of the `failed` event before that (StandinRefuses); "none": no event
     STANDIN_SIGNAL     number of the signal that it sends itself instead of becoming ready
     STANDIN_REPEAT     if set: reports the same progress for ever instead of becoming ready
+    STANDIN_LACKING    what keeps the native kernels from being used
     STANDIN_SAY        text for stderr at the start
     STANDIN_CHILD      if set: starts a grandchild in a session of its own that ignores SIGTERM
 
@@ -73,7 +74,11 @@ class Engine:
         os.umask(mask)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.ended.set)
-        self.say(wire.EngineEvent("ready", time.time(), load_seconds=load))
+        lacking = os.environ.get("STANDIN_LACKING", "")
+        backend = "reference" if lacking else "cpu"
+        self.say(
+            wire.EngineEvent("ready", time.time(), load_seconds=load, backend=backend, backend_lacking=lacking)
+        )
         await self.ended.wait()
         server.close()
         os.unlink(self.spec.socket)

@@ -109,10 +109,26 @@ def connect(folder: Path) -> Client:
     return client
 
 
+def test_without_a_compiler_it_serves_all_the_same_and_says_why(folder: Path) -> None:
+    spec = tiny_spec(socket=str(folder / "r" / "engine.sock"))
+    engine = Process(msgspec.to_builtins(spec), folder, CXX="/nowhere/c++", XDG_CACHE_HOME=str(folder / "cache"))
+    try:
+        ready = engine.wait_for("ready")
+        assert ready.backend == "reference"
+        assert ready.backend_lacking == "CXX names /nowhere/c++, which is not there"
+        client = connect(folder)
+        client.send(Generate("a", [5, 6, 7], SHORT))
+        assert client.next(Deltas).items[0].error is None
+        client.close()
+    finally:
+        engine.close()
+
+
 def test_a_life_from_starting_to_a_clean_end(start: Callable[..., Process], folder: Path) -> None:
     engine = start()
     ready = engine.wait_for("ready")
     assert ready.load_seconds > 0
+    assert (ready.backend, ready.backend_lacking) == ("cpu", "")
     names = [event.event for event in engine.events]
     assert names[0] == "starting"
     assert set(names[1:-1]) == {"loading"}

@@ -126,6 +126,25 @@ def test_every_kind_of_failed_start_has_its_reason_its_last_words_and_no_leftove
     eventually(lambda: not plane.client.get("/v1/objects", kind="model")["items"], "their memory is free again")
 
 
+def test_kernels_that_cannot_be_used_are_a_condition_of_a_model_that_serves(plane: Plane) -> None:
+    plane.apply(model("native"))
+    plane.apply(model("slow", LACKING="no C++ compiler is installed"))
+    plane.wait_served("native")
+    view = plane.wait_served("slow")
+    assert plane.condition("native", "Accelerated") | {"status": "True", "reason": "NativeKernels"} == (
+        plane.condition("native", "Accelerated")
+    )
+    condition = plane.condition("slow", "Accelerated")
+    assert (condition["status"], condition["reason"]) == ("False", "ReferenceKernels")
+    assert condition["message"] == "no C++ compiler is installed"
+    assert any("g++" in line for line in view["status"]["remedies"])
+    assert events(plane, "slow")["ReferenceKernels"]["count"] == 1
+    assert "ReferenceKernels" not in events(plane, "native")
+    assert plane.complete("slow").status_code == 200
+    for name in ("native", "slow"):
+        plane.delete(name)
+
+
 def test_out_of_memory_twice_stalls_with_the_arithmetic(plane: Plane) -> None:
     plane.apply(model("fat", QUICK, EXIT=1, REASON="OutOfMemory"))
     stalled = plane.wait_stalled("fat")

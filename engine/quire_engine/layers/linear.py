@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from quire_kernels import Product
 
 
 class Linear(Protocol):
@@ -23,15 +24,12 @@ class Linear(Protocol):
 class Dense:
     """x · weightᵀ + bias, in the weight's dtype."""
 
-    weight: Tensor
-    """[out, in]."""
-    bias: Tensor | None = None
-    """[out]."""
+    product: Product
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x)
 
     def parameters(self) -> Iterator[Tensor]:
-        yield self.weight
-        if self.bias is not None:
-            yield self.bias
+        yield self.product.weight
+        if self.product.bias is not None:
+            yield self.product.bias

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_engine.layers.attention import Attention
-from quire_engine.layers.linear import Dense
 from quire_engine.layers.mlp import GatedMLP
 from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import Weights
-from quire_kernels import Kernels, PagedBatch
+from quire_kernels import Kernels, PagedBatch, Product
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KVGroup, group_size, kv_groups
 
@@ -90,10 +89,10 @@ class DecoderModel:
         self,
         profile: ModelProfile,
         *,
-        embedding: Tensor,
+        embedding: Tensor | None,
         layers: tuple[_Layer, ...],
         norm: RMSNorm,
-        head: Dense,
+        head: Product,
         rotary: Rotary,
         kernels: Kernels,
     ) -> None:
@@ -118,7 +117,7 @@ class DecoderModel:
     ) -> DecoderModel:
         """See `quire_engine.models.load_model`."""
         weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
-        method: LinearMethod = Plain(weights)
+        method: LinearMethod = Plain(weights, kernels)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(weights.tensor(f"{name}.weight"), profile.rms_norm_eps, kernels)
@@ -145,25 +144,25 @@ class DecoderModel:
                 ),
             )
 
-        embedding = weights.tensor("model.embed_tokens.weight")
+        tied = profile.tie_word_embeddings
         return cls(
             profile,
-            embedding=embedding,
+            embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
             layers=tuple(layer(f"model.layers.{index}") for index in range(profile.num_layers)),
             norm=norm("model.norm"),
-            head=Dense(embedding if profile.tie_word_embeddings else weights.tensor("lm_head.weight")),
+            head=kernels.product(weights.tensor("model.embed_tokens.weight" if tied else "lm_head.weight"), None),
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
             kernels=kernels,
         )
 
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter once: a tied head is the embedding."""
-        yield self._embedding
+        if self._embedding is not None:
+            yield self._embedding
         for layer in self._layers:
             yield from layer.parameters()
         yield self._norm.weight
-        if self._head.weight is not self._embedding:
-            yield self._head.weight
+        yield self._head.weight
 
     @property
     def bytes(self) -> int:
@@ -184,7 +183,10 @@ class DecoderModel:
             self._kernels.paged_attention(addresses, window=group.window)
             for addresses, group in zip(batches, kv.groups, strict=True)
         ]
-        residual = F.embedding(token_ids, self._embedding)
+        if self._embedding is None:
+            residual = self._head.rows(token_ids)
+        else:
+            residual = F.embedding(token_ids, self._embedding)
         x = self._layers[0].attention_norm(residual)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -202,4 +204,4 @@ class DecoderModel:
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Of final states [R, W]: the logits [R, V], float32."""
-        return self._head(states).float()
+        return self._head.wide(states)

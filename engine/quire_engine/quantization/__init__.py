@@ -12,6 +12,7 @@ from typing import Protocol
 
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import Weights
+from quire_kernels import Kernels
 
 
 class LinearMethod(Protocol):
@@ -24,10 +25,11 @@ class LinearMethod(Protocol):
 class Plain:
     """Weights as they are, fused along the output."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, kernels: Kernels) -> None:
         self._weights = weights
+        self._kernels = kernels
 
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         weight = self._weights.stack([f"{prefix}.{part}.weight" for part in parts])
         added = self._weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
-        return Dense(weight, added)
+        return Dense(self._kernels.product(weight, added))

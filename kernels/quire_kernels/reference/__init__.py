@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
+from quire_kernels.reference.product import PlainProduct
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -19,6 +20,9 @@ class ReferenceKernels:
 
     def __init__(self, gather_bytes: int = GATHER_BYTES) -> None:
         self._gather_bytes = gather_bytes
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> PlainProduct:
+        return PlainProduct(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == torch.float32:

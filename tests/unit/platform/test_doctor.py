@@ -85,6 +85,13 @@ WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
         _set("kernels", "backends", value=[{"name": "reference", "available": False, "reason": "it computed 7"}]),
         "error", "reference: it computed 7", "install",
     ),
+    "native": (
+        _set("kernels", "backends", value=[
+            {"name": "reference", "available": True, "reason": None},
+            {"name": "cpu", "available": False, "reason": "no C++ compiler is installed"},
+        ]),
+        "warning", "no C++ compiler is installed", "g++",
+    ),
     "gpu": (_set("devices", "gpus", value=[{"index": 0}]), "error", "torch none of them", "install a torch"),
     "package": (_set("versions", "uvicorn", value=None), "error", "not installed: uvicorn", "make venv"),
     "mode": (

@@ -1,0 +1,225 @@
+"""The back-end for processors: our own C++ (`native/`), called through ctypes without the interpreter's lock.
+
+Operations run on a few threads of their own, which wait for the next one by spinning for a moment. Computation
+is in float32; weights are packed once, in as many bytes (`native/gemm.cpp`). What comes out for a token depends on
+its own sequence alone, whatever else is in the step.
+
+The cache of keys and values has this back-end's own order inside a block (`native/attention.cpp`); nobody else
+looks. The library is built at the first use on a machine (`build`).
+
+Legend: see `quire_kernels`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quire_kernels.cpu import build
+from quire_kernels.paging import PagedBatch
+from quire_kernels.reference.product import PlainProduct
+
+if TYPE_CHECKING:
+    from quire_kernels import Product
+
+__all__ = ["CpuKernels"]
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("rows", c_int64), ("width", c_int64),
+        ("weight", c_void_p), ("bias", c_void_p), ("outputs", c_int64),
+        ("out_format", c_int64), ("out", c_void_p), ("out_stride", c_int64),
+    )  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("format", c_int64), ("kv_format", c_int64),
+        ("query", c_void_p), ("query_stride", c_int64), ("heads", c_int64), ("kv_heads", c_int64),
+        ("head_dim", c_int64), ("keys", c_void_p), ("values", c_void_p), ("block_size", c_int64),
+        ("window", c_int64), ("scale", c_float), ("out", c_void_p), ("out_stride", c_int64),
+        ("sequences", c_int64), ("table_width", c_int64), ("block_tables", c_void_p), ("query_starts", c_void_p),
+        ("contexts", c_void_p),
+    )  # fmt: skip
+
+
+class _WriteKV(ctypes.Structure):
+    _fields_ = (
+        ("format", c_int64), ("kv_format", c_int64), ("key", c_void_p), ("value", c_void_p),
+        ("key_stride", c_int64), ("value_stride", c_int64), ("rows", c_int64), ("kv_heads", c_int64),
+        ("head_dim", c_int64), ("block_size", c_int64), ("slots", c_void_p), ("keys", c_void_p),
+        ("values", c_void_p),
+    )  # fmt: skip
+
+
+class _Native:
+    """The library with a pool of threads. Calls must not overlap: an engine makes one step at a time."""
+
+    def __init__(self, threads: int, level: build.Level | None) -> None:
+        library = build.load(build.library(level))
+        library.quire_open.restype = c_void_p
+        library.quire_open.argtypes = (c_int,)
+        library.quire_close.argtypes = (c_void_p,)
+        library.quire_pack.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)
+        library.quire_unpack_rows.argtypes = (
+            c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p,
+        )  # fmt: skip
+        library.quire_linear.argtypes = (c_void_p, POINTER(_Linear))
+        library.quire_attention.argtypes = (c_void_p, POINTER(_Attention))
+        library.quire_write_kv.argtypes = (c_void_p, POINTER(_WriteKV))
+        ints = (c_int64, c_int64, c_int64, c_int64)
+        library.quire_rms_norm.argtypes = (
+            c_void_p, *ints, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p,
+        )  # fmt: skip
+        library.quire_add_rms_norm.argtypes = (
+            c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_double,
+            c_void_p,
+        )  # fmt: skip
+        library.quire_rotary.argtypes = (
+            c_void_p, *ints, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
+        )  # fmt: skip
+        library.quire_silu_mul.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p)
+        products = ("pack", "unpack_rows", "linear", "attention", "write_kv")
+        for name in ("close", *products, "rms_norm", "add_rms_norm", "rotary", "silu_mul"):
+            getattr(library, f"quire_{name}").restype = None
+        self.library = library
+        self.engine = c_void_p(library.quire_open(threads))
+        if not self.engine:
+            raise MemoryError("no memory for the threads of the back-end")
+        weakref.finalize(self, library.quire_close, self.engine)
+
+
+@dataclass(slots=True, frozen=True)
+class _Packed:
+    """`Product` over a weight in the native order."""
+
+    native: _Native
+    weight: Tensor
+    """[outputs, width] in name: the numbers lie in another order."""
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x, x.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._multiply(x, torch.float32)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        outputs, width = self.weight.shape
+        out = torch.empty((ids.shape[0], width), dtype=self.weight.dtype)
+        self.native.library.quire_unpack_rows(
+            self.native.engine, _FORMATS[out.dtype], self.weight.data_ptr(), outputs, width, ids.data_ptr(),
+            ids.shape[0], out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        outputs, width = self.weight.shape
+        out = torch.empty((x.shape[0], outputs), dtype=dtype)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        call = _Linear(
+            _FORMATS[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], width, self.weight.data_ptr(), bias, outputs,
+            _FORMATS[dtype], out.data_ptr(), outputs,
+        )  # fmt: skip
+        self.native.library.quire_linear(self.native.engine, call)
+        return out
+
+
+@dataclass(slots=True, frozen=True)
+class _StepAttention:
+    """`PagedAttention`: everything is in the batch already."""
+
+    native: _Native
+    batch: PagedBatch
+    window: int | None
+
+    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype)
+        _, _, size, kv_heads, head = cache.shape
+        keys, values = cache
+        batch = self.batch
+        call = _Attention(
+            _FORMATS[query.dtype], _FORMATS[cache.dtype], query.data_ptr(), query.stride(0), query.shape[1],
+            kv_heads, head, keys.data_ptr(), values.data_ptr(), size, self.window or 0, scale, out.data_ptr(),
+            out.stride(0), len(batch.contexts), batch.block_tables.shape[1], batch.block_tables.data_ptr(),
+            batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
+        )  # fmt: skip
+        self.native.library.quire_attention(self.native.engine, call)
+        return out
+
+
+class CpuKernels:
+    """Every operation by the native library, on `threads` threads, built for `level` or the processor's best.
+
+    Raises `BackendUnavailable`.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int, level: build.Level | None = None) -> None:
+        self._native = _Native(threads, level)
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        if weight.shape[1] % 2:
+            return PlainProduct(weight, bias)  # pairs of an odd number of inputs would need another byte or two
+        packed = torch.empty_like(weight)
+        self._native.library.quire_pack(
+            self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, packed.data_ptr()
+        )
+        return _Packed(self._native, packed, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        heads = x.shape[1] if x.dim() == 3 else 1
+        self._native.library.quire_rms_norm(
+            self._native.engine, _FORMATS[x.dtype], x.shape[0], heads, x.shape[-1], x.data_ptr(), x.stride(0),
+            x.stride(1), weight.data_ptr(), eps, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._native.library.quire_add_rms_norm(
+            self._native.engine, _FORMATS[x.dtype], *x.shape, x.data_ptr(), x.stride(0), residual.data_ptr(),
+            residual.stride(0), weight.data_ptr(), eps, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._native.library.quire_rotary(
+            self._native.engine, _FORMATS[x.dtype], *x.shape, x.data_ptr(), x.stride(0), x.stride(1),
+            cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        _, _, size, kv_heads, head = cache.shape
+        keys, values = cache
+        call = _WriteKV(
+            _FORMATS[key.dtype], _FORMATS[cache.dtype], key.data_ptr(), value.data_ptr(), key.stride(0),
+            value.stride(0), key.shape[0], kv_heads, head, size, slots.data_ptr(), keys.data_ptr(),
+            values.data_ptr(),
+        )  # fmt: skip
+        self._native.library.quire_write_kv(self._native.engine, call)
+
+    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> _StepAttention:
+        return _StepAttention(self._native, batch, window)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, both = gate_up.shape
+        out = torch.empty((rows, both // 2), dtype=gate_up.dtype)
+        self._native.library.quire_silu_mul(
+            self._native.engine, _FORMATS[gate_up.dtype], rows, both // 2, gate_up.data_ptr(), gate_up.stride(0),
+            out.data_ptr(),
+        )  # fmt: skip
+        return out

@@ -1,0 +1,159 @@
+"""The native library: which level of instructions this processor has, and a library built for it, once.
+
+A library is found by what it is made of: the sources, the level and the flags. It lies in the user's cache and is
+put there in one move, so that two engines that start at once at worst both build it; a compiler is needed only
+where it is not there yet.
+
+    avx2          256 bits, fused products                        (x86-64-v3)
+    avx512        512 bits                                        (x86-64-v4)
+    avx512_bf16   and products of bfloat16 pairs
+
+Nothing is asked at run time: a library holds one level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire_kernels.errors import BackendUnavailable
+
+SOURCES = Path(__file__).parent / "native"
+BUILD_SECONDS = 300.0
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-w")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A set of instructions: what the kernel calls it in /proc/cpuinfo, and what the compiler does."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+LEVELS = (
+    Level(
+        "avx512_bf16",
+        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c", "avx512_bf16"}),
+        (*_AVX512, "-mavx512bf16"),
+    ),
+    Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"}), _AVX512),
+    Level("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),
+)
+"""The best first."""
+
+
+def best_level(cpu_flags: frozenset[str]) -> Level:
+    """The best level whose instructions are all among `cpu_flags`. Raises `BackendUnavailable` if none is."""
+    best = next((level for level in LEVELS if level.needs <= cpu_flags), LEVELS[-1])
+    check(best, cpu_flags)
+    return best
+
+
+def check(level: Level, cpu_flags: frozenset[str]) -> None:
+    """Raises `BackendUnavailable` with the instructions of `level` that are not among `cpu_flags`."""
+    if missing := level.needs - cpu_flags:
+        raise BackendUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this processor can do, in the kernel's words; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def library(level: Level | None = None) -> Path:
+    """The file of the library for `level`, or for this processor's best; built if it is not there.
+
+    Raises `BackendUnavailable`, saying why: the processor, no compiler, or what the compiler said.
+    """
+    if platform.machine() != "x86_64":
+        raise BackendUnavailable(f"there is no native code for {platform.machine()}")
+    level = level or best_level(cpu_flags())
+    flags = (*_FLAGS, *level.flags)
+    digest = hashlib.sha256(repr(flags).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    target = _cache() / f"quire-{level.name}-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        _build(_compiler(), flags, target)
+    return target
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`. Raises `BackendUnavailable` if it cannot be loaded."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailable(f"{path} cannot be loaded: {error}") from error
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "quire" / "kernels"
+
+
+def _compiler() -> str:
+    """A C++ compiler: the one that CXX names, or the first that is there."""
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise BackendUnavailable(
+        f"CXX names {named}, which is not there" if named else "no C++ compiler is installed (c++, g++ or clang++)"
+    )
+
+
+def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    """Each source by a compiler of its own, all at once; then one library."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            sources = sorted(SOURCES.glob("*.cpp"))
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+            parts = zip(sources, objects, strict=True)
+            _all_of([[compiler, *flags, "-c", "-o", out, str(source)] for source, out in parts])
+            _all_of([[compiler, *flags, "-shared", "-o", str(made), *objects]])
+            made.replace(target)
+    except OSError as error:
+        raise BackendUnavailable(f"the library cannot be built in {target.parent}: {error}") from error
+
+
+def _all_of(commands: list[list[str]]) -> None:
+    """Runs all at once. Raises `BackendUnavailable` with the first thing that one of them says as it fails."""
+    until = time.monotonic() + BUILD_SECONDS
+    running = [
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in commands
+    ]
+    try:
+        for command, process in zip(commands, running, strict=True):
+            said, _ = process.communicate(timeout=max(until - time.monotonic(), 0.0))
+            if process.returncode != 0:
+                first = next(iter(said.strip().splitlines()), f"exit {process.returncode}")
+                raise BackendUnavailable(f"{command[0]} failed: {first}")
+    except subprocess.TimeoutExpired as error:
+        raise BackendUnavailable(f"the compiler was not done after {BUILD_SECONDS:.0f} s") from error
+    finally:
+        for process in running:
+            with process:
+                process.kill()

@@ -1,0 +1,83 @@
+// The door: what Python calls through ctypes. One `Engine` is a pool of threads and a scratch; its calls do not overlap.
+#include <cstdlib>
+#include <new>
+
+#include "attention.h"
+#include "gemm.h"
+#include "pointwise.h"
+
+namespace {
+
+struct Engine {
+  explicit Engine(int threads) : pool(threads) {}
+  ~Engine() { std::free(scratch); }
+
+  void* room(int64_t bytes) {
+    if (bytes > size) {
+      std::free(scratch);
+      size = (bytes + 4095) / 4096 * 4096;
+      scratch = std::aligned_alloc(4096, static_cast<size_t>(size));
+      if (!scratch) std::abort();  // a step that has no memory cannot go on, and nothing here may throw
+    }
+    return scratch;
+  }
+
+  quire::Pool pool;
+  void* scratch = nullptr;
+  int64_t size = 0;
+};
+
+}  // namespace
+
+using namespace quire;
+
+extern "C" {
+
+void* quire_open(int threads) { return new (std::nothrow) Engine(threads); }
+void quire_close(void* engine) { delete static_cast<Engine*>(engine); }
+
+void quire_pack(void* engine, int64_t format, const void* weight, int64_t outputs, int64_t width, void* to) {
+  pack(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), weight, outputs, width, to);
+}
+
+void quire_unpack_rows(void* engine, int64_t format, const void* packed, int64_t outputs, int64_t width,
+                       const int64_t* rows, int64_t count, void* to) {
+  unpack_rows(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), packed, outputs, width, rows, count, to);
+}
+
+void quire_linear(void* engine, const Linear* call) {
+  auto* it = static_cast<Engine*>(engine);
+  linear(it->pool, *call, it->room(linear_scratch(call->format, call->rows, call->width)));
+}
+
+void quire_attention(void* engine, const Attention* call) {
+  auto* it = static_cast<Engine*>(engine);
+  attention(it->pool, *call, it->room(attention_scratch(it->pool.size(), call->head_dim)));
+}
+
+void quire_write_kv(void* engine, const WriteKV* call) { write_kv(static_cast<Engine*>(engine)->pool, *call); }
+
+void quire_rms_norm(void* engine, int64_t format, int64_t rows, int64_t heads, int64_t width, const void* x,
+                    int64_t row_stride, int64_t head_stride, const void* weight, double eps, void* out) {
+  rms_norm(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), {rows, heads, width}, x, row_stride,
+           head_stride, weight, static_cast<float>(eps), out);
+}
+
+void quire_add_rms_norm(void* engine, int64_t format, int64_t rows, int64_t width, const void* x, int64_t x_stride,
+                        void* residual, int64_t residual_stride, const void* weight, double eps, void* out) {
+  add_rms_norm(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), rows, width, x, x_stride, residual,
+               residual_stride, weight, static_cast<float>(eps), out);
+}
+
+void quire_rotary(void* engine, int64_t format, int64_t rows, int64_t heads, int64_t width, const void* x,
+                  int64_t row_stride, int64_t head_stride, const float* cos, const float* sin, void* out) {
+  rotary(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), {rows, heads, width}, x, row_stride,
+         head_stride, cos, sin, out);
+}
+
+void quire_silu_mul(void* engine, int64_t format, int64_t rows, int64_t width, const void* gate_up, int64_t stride,
+                    void* out) {
+  silu_mul(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), rows, width, gate_up, stride, out);
+}
+
+}  // extern "C"

@@ -1,0 +1,269 @@
+// Matrix products with a weight that was packed once.
+//
+//     out[m, n] = Σ_k x[m, k] · weight[n, k] + bias[n]
+//
+// A weight is cut into panels of 64 outputs, the last of what is left. Within a panel of N outputs the numbers lie in
+// the order in which they are used, and nothing is added to them, so a packed weight has the bytes it had:
+//
+//     float32, float16    [K][N]
+//     bfloat16            [K / 2][N][2]     pairs, which is what vdpbf16ps takes; K is even
+//
+// A panel is a task. It is read from memory once a step and swept by all rows, a few at a time, whose sums stay in
+// registers for all of K; so what a number comes out as does not depend on how many rows there are. Where the
+// processor has no products of bfloat16 pairs, rows are widened to float32 first.
+#include "gemm.h"
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace quire {
+
+namespace {
+
+constexpr int64_t kPanel = 64;
+constexpr int kVecs = sizeof(Vec) == 64 ? 4 : 2;  // of a row, held in registers at once
+constexpr int kSlice = kVecs * kLanes;            // outputs that are
+constexpr int kRows = sizeof(Vec) == 64 ? 6 : 5;
+
+// How many of each vector's lanes a slice of `left` outputs has.
+struct Lanes {
+  int n[kVecs];
+  explicit Lanes(int64_t left) {
+    for (int v = 0; v < kVecs; ++v)
+      n[v] = static_cast<int>(std::clamp<int64_t>(left - v * kLanes, 0, kLanes));
+  }
+};
+
+// Sums of `Rows` rows over all of K, for one slice of a panel of `outputs`.
+template <int Rows, bool Whole, class Weight>
+inline void sums(const float* x, int64_t stride, const Weight* slice, int64_t outputs, int64_t width,
+                 const Lanes& lanes, Vec (&acc)[Rows][kVecs]) {
+  for (int64_t k = 0; k < width; ++k) {
+    Vec w[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const Weight* at = slice + k * outputs + v * kLanes;
+      w[v] = Whole ? load(at) : load(at, lanes.n[v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      Vec a = splat(x[r * stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+
+template <int Rows, bool Whole>
+inline void sums(const bf16* x, int64_t stride, const bf16* slice, int64_t outputs, int64_t width, const Lanes& lanes,
+                 Vec (&acc)[Rows][kVecs]) {
+  for (int64_t k = 0; k < width; k += 2) {
+    __m512bh w[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const bf16* at = slice + k * outputs + v * 2 * kLanes;
+      w[v] = reinterpret_cast<__m512bh>(Whole ? _mm512_loadu_si512(at)
+                                              : _mm512_maskz_loadu_epi32(first(lanes.n[v]), at));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + k, 4);
+      __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, a, w[v]);
+    }
+  }
+}
+
+#else
+constexpr bool kPairs = false;
+
+template <int Rows, bool Whole>
+inline void sums(const float* x, int64_t stride, const bf16* slice, int64_t outputs, int64_t width, const Lanes& lanes,
+                 Vec (&acc)[Rows][kVecs]) {
+  for (int64_t k = 0; k < width; k += 2) {
+    Pair w[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const bf16* at = slice + k * outputs + v * 2 * kLanes;
+      w[v] = Whole ? load_pair(at) : load_pair(at, lanes.n[v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      Vec a = splat(x[r * stride + k]), b = splat(x[r * stride + k + 1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(b, odd(w[v]), fma(a, even(w[v]), acc[r][v]));
+    }
+  }
+}
+
+#endif
+
+template <class X, class Weight>
+struct Product {
+  const X* x;
+  int64_t stride, rows, width;
+  const Weight* weight;
+  int64_t outputs;
+  const Weight* bias;
+
+  template <int Rows, bool Whole, class Out>
+  void block(int64_t row, int64_t output, const Weight* slice, int64_t in_panel, const Lanes& lanes, Out* out,
+             int64_t out_stride) const {
+    Vec acc[Rows][kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
+    sums<Rows, Whole>(x + row * stride, stride, slice, in_panel, width, lanes, acc);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      if (lanes.n[v] == 0) break;
+      int64_t at = output + v * kLanes;
+      Vec b = bias ? load(bias + at, lanes.n[v]) : zero();
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        Out* to = out + (row + r) * out_stride + at;
+        Whole ? store(to, acc[r][v] + b) : store(to, acc[r][v] + b, lanes.n[v]);
+      }
+    }
+  }
+
+  template <bool Whole, class Out>
+  void slice(int64_t output, const Weight* from, int64_t in_panel, const Lanes& lanes, Out* out,
+             int64_t out_stride) const {
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) block<kRows, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+    switch (rows - row) {
+      case 5: return block<5, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+      case 4: return block<4, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+      case 3: return block<3, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+      case 2: return block<2, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+      case 1: return block<1, Whole>(row, output, from, in_panel, lanes, out, out_stride);
+      default: return;
+    }
+  }
+
+  template <class Out>
+  void panel(int64_t number, Out* out, int64_t out_stride) const {
+    constexpr int64_t each = std::is_same_v<Weight, bf16> ? 2 : 1;  // numbers of an output that lie together
+    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    for (int64_t at = 0; at < in_panel; at += kSlice) {
+      const Weight* from = weight + begin * width + at * each;
+      Lanes lanes(in_panel - at);
+      if (in_panel - at >= kSlice) {
+        slice<true>(begin + at, from, in_panel, lanes, out, out_stride);
+      } else {
+        slice<false>(begin + at, from, in_panel, lanes, out, out_stride);
+      }
+    }
+  }
+};
+
+template <class X, class Weight>
+void multiply(Pool& pool, const Product<X, Weight>& product, Format out_format, void* out, int64_t out_stride) {
+  int64_t panels = (product.outputs + kPanel - 1) / kPanel;
+  pool.each(panels, [&](int64_t number, int) {
+    if (out_format == kFloat32) {
+      product.panel(number, static_cast<float*>(out), out_stride);
+    } else if (out_format == kBfloat16) {
+      product.panel(number, static_cast<bf16*>(out), out_stride);
+    } else {
+      product.panel(number, static_cast<fp16*>(out), out_stride);
+    }
+  });
+}
+
+template <class T>
+const float* widened(Pool& pool, const Linear& call, float* to) {
+  pool.each(call.rows, [&](int64_t row, int) {
+    const T* from = static_cast<const T*>(call.x) + row * call.stride;
+    float* into = to + row * call.width;
+    int64_t k = 0;
+    for (; k + kLanes <= call.width; k += kLanes) store(into + k, load(from + k));
+    if (k < call.width) {
+      int n = static_cast<int>(call.width - k);
+      store(into + k, load(from + k, n), n);
+    }
+  });
+  return to;
+}
+
+// Where number `k` of output `column` lies in a panel of `outputs`.
+inline int64_t place(bool pairs, int64_t outputs, int64_t column, int64_t k) {
+  return pairs ? (k / 2 * outputs + column) * 2 + k % 2 : k * outputs + column;
+}
+
+template <class T>
+void pack_as(Pool& pool, bool pairs, const T* weight, int64_t outputs, int64_t width, T* to) {
+  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int) {
+    int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    T* panel = to + begin * width;
+    for (int64_t n = 0; n < in_panel; ++n)
+      for (int64_t k = 0; k < width; ++k) panel[place(pairs, in_panel, n, k)] = weight[(begin + n) * width + k];
+  });
+}
+
+template <class T>
+void unpack_as(Pool& pool, bool pairs, const T* packed, int64_t outputs, int64_t width, const int64_t* rows,
+               int64_t count, T* to) {
+  pool.each(count, [&](int64_t number, int) {
+    int64_t begin = rows[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    const T* panel = packed + begin * width;
+    for (int64_t k = 0; k < width; ++k) to[number * width + k] = panel[place(pairs, in_panel, rows[number] - begin, k)];
+  });
+}
+
+}  // namespace
+
+void pack(Pool& pool, Format format, const void* weight, int64_t outputs, int64_t width, void* to) {
+  if (format == kFloat32) {
+    pack_as(pool, false, static_cast<const float*>(weight), outputs, width, static_cast<float*>(to));
+  } else {
+    pack_as(pool, format == kBfloat16, static_cast<const uint16_t*>(weight), outputs, width,
+            static_cast<uint16_t*>(to));
+  }
+}
+
+void unpack_rows(Pool& pool, Format format, const void* packed, int64_t outputs, int64_t width, const int64_t* rows,
+                 int64_t count, void* to) {
+  if (format == kFloat32) {
+    unpack_as(pool, false, static_cast<const float*>(packed), outputs, width, rows, count, static_cast<float*>(to));
+  } else {
+    unpack_as(pool, format == kBfloat16, static_cast<const uint16_t*>(packed), outputs, width, rows, count,
+              static_cast<uint16_t*>(to));
+  }
+}
+
+int64_t linear_scratch(Format format, int64_t rows, int64_t width) {
+  if (format == kFloat32 || (format == kBfloat16 && kPairs)) return 0;
+  return rows * width * static_cast<int64_t>(sizeof(float));
+}
+
+template <class X, class Weight>
+static void run(Pool& pool, const Linear& call, const X* x, int64_t stride) {
+  Product<X, Weight> product{x,           stride, call.rows, call.width, static_cast<const Weight*>(call.weight),
+                             call.outputs, static_cast<const Weight*>(call.bias)};
+  multiply(pool, product, call.out_format, call.out, call.out_stride);
+}
+
+void linear(Pool& pool, const Linear& call, void* scratch) {
+  float* wide = static_cast<float*>(scratch);
+  switch (call.format) {
+    case kFloat32: return run<float, float>(pool, call, static_cast<const float*>(call.x), call.stride);
+    case kFloat16: return run<float, fp16>(pool, call, widened<fp16>(pool, call, wide), call.width);
+    case kBfloat16:
+#if defined(__AVX512BF16__)
+      return run<bf16, bf16>(pool, call, static_cast<const bf16*>(call.x), call.stride);
+#else
+      return run<float, bf16>(pool, call, widened<bf16>(pool, call, wide), call.width);
+#endif
+  }
+}
+
+}  // namespace quire

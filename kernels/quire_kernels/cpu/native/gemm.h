@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cstdint>
+
+#include "ops.h"
+
+namespace quire {
+
+struct Linear {
+  Format format;  // of x, weight and bias
+  const void* x;  // [rows, width]
+  int64_t stride, rows, width;
+  const void* weight;  // as `pack` made it
+  const void* bias;    // [outputs], or null
+  int64_t outputs;
+  Format out_format;
+  void* out;  // [rows, outputs]
+  int64_t out_stride;
+};
+
+// `weight` [outputs, width], row-major, to the order that `linear` reads, in as many bytes.
+void pack(Pool& pool, Format format, const void* weight, int64_t outputs, int64_t width, void* to);
+// Rows of a packed weight as they were, [count, width]: what an embedding that is the head, too, looks up.
+void unpack_rows(Pool& pool, Format format, const void* packed, int64_t outputs, int64_t width, const int64_t* rows,
+                 int64_t count, void* to);
+int64_t linear_scratch(Format format, int64_t rows, int64_t width);
+void linear(Pool& pool, const Linear& call, void* scratch);
+
+}  // namespace quire

@@ -1,0 +1,54 @@
+// A few threads that wait for the next piece of work by spinning for a moment, then by sleeping.
+//
+// A step is a long row of short operations, so what counts is the time from the end of one to the start of the next:
+// one or two microseconds while everybody spins. Who has spun for some tens of microseconds lets others have the
+// processor: a pool has no more threads than it was given processors, but it may not be alone on them. Work is handed
+// out in order of its number, one piece at a time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace quire {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls work(number, thread) for every number below `count`; returns when all are done. The caller works, too.
+  template <class Work>
+  void each(int64_t count, Work&& work) {
+    if (count <= 0) return;
+    if (count == 1 || workers_.empty()) {
+      for (int64_t number = 0; number < count; ++number) work(number, 0);
+      return;
+    }
+    run(count, [](void* it, int64_t number, int thread) { (*static_cast<std::remove_reference_t<Work>*>(it))(number, thread); },
+        const_cast<void*>(static_cast<const void*>(&work)));
+  }
+
+ private:
+  using Call = void (*)(void*, int64_t, int);
+  void run(int64_t count, Call call, void* work);
+  void serve(int thread);
+  void take(int thread);
+
+  std::vector<std::thread> workers_;
+  Call call_ = nullptr;
+  void* work_ = nullptr;
+  int64_t count_ = 0;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  std::atomic<bool> over_{false};
+};
+
+}  // namespace quire

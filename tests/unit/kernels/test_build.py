@@ -1,0 +1,120 @@
+"""The native library: built once, found again, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quire_kernels import BackendUnavailable, best
+from quire_kernels.cpu import build
+
+AVX2 = frozenset({"avx2", "fma", "f16c"})
+Compiler = Callable[[str], Path]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """Makes a shell script the compiler, and the cache an empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def use(script: str) -> Path:
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        return path
+
+    return use
+
+
+WRITES = 'while [ "$1" != -o ]; do shift; done; echo made >"$2"'
+
+
+def test_the_best_level_is_the_one_whose_instructions_are_all_there() -> None:
+    avx512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    assert build.best_level(AVX2 | {"sse4_2"}).name == "avx2"
+    assert build.best_level(avx512 - {"avx512vl"}).name == "avx2"
+    assert build.best_level(avx512).name == "avx512"
+    assert build.best_level(avx512 | {"avx512_bf16"}).name == "avx512_bf16"
+    with pytest.raises(BackendUnavailable, match="lacks fma"):
+        build.best_level(AVX2 - {"fma"})
+    with pytest.raises(BackendUnavailable, match="lacks avx2, f16c, fma"):
+        build.best_level(frozenset())
+
+
+def test_a_library_is_built_once_and_then_needs_no_compiler(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(WRITES)
+    level = build.LEVELS[-1]
+    path = build.library(level)
+    assert path.read_text() == "made\n"
+    assert [other.name for other in path.parent.iterdir()] == [path.name], "nothing is left beside it"
+    compiler("exit 1")
+    assert build.library(level) == path
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert build.library(level) == path
+    assert _fails(build.LEVELS[0]).startswith("CXX names /nowhere/c++")
+
+
+def test_other_sources_or_flags_are_another_library(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(WRITES)
+    first = build.library(build.LEVELS[-1])
+    sources = tmp_path / "native"
+    sources.mkdir()
+    for source in build.SOURCES.iterdir():
+        (sources / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(build, "SOURCES", sources)
+    assert build.library(build.LEVELS[-1]) == first
+    with (sources / "simd.h").open("a") as file:
+        file.write("// another comment\n")
+    assert build.library(build.LEVELS[-1]) != first
+    assert build.library(build.LEVELS[0]).name.startswith("quire-avx512_bf16-")
+
+
+def test_what_the_compiler_says_is_told_and_nothing_stays_behind(compiler: Compiler, tmp_path: Path) -> None:
+    compiler("echo 'error: no such instruction' >&2; exit 1")
+    assert "compiler failed: error: no such instruction" in _fails(build.LEVELS[-1])
+    compiler("exit 3")
+    assert "compiler failed: exit 3" in _fails(build.LEVELS[-1])
+    assert list((tmp_path / "cache/quire/kernels").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(compiler: Compiler, tmp_path: Path) -> None:
+    compiler(WRITES)
+    (tmp_path / "cache").write_text("a file")
+    assert f"cannot be built in {tmp_path}/cache/quire/kernels" in _fails(build.LEVELS[-1])
+
+
+def test_a_compiler_that_hangs_is_ended(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler("exec sleep 60")
+    monkeypatch.setattr(build, "BUILD_SECONDS", 0.2)
+    assert "not done after" in _fails(build.LEVELS[-1])
+
+
+def test_a_file_that_is_no_library_is_told(compiler: Compiler) -> None:
+    compiler(WRITES)
+    path = build.library(build.LEVELS[-1])
+    with pytest.raises(BackendUnavailable, match="cannot be loaded"):
+        build.load(path)
+
+
+def test_without_a_compiler_the_reference_kernels_serve_and_say_why(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    kernels, lacking = best("cpu", 1)
+    assert kernels.name == "reference"
+    assert lacking == "CXX names /nowhere/c++, which is not there"
+    assert best("cuda", 1)[0].name == "reference"
+    assert best("cuda", 1)[1] == ""
+
+
+def _fails(level: build.Level) -> str:
+    with pytest.raises(BackendUnavailable) as caught:
+        build.library(level)
+    return str(caught.value)
