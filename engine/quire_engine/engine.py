@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ from quire_engine.errors import (
     RequestRefused,
 )
 from quire_engine.grammar import Grammar, Grammars
+from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
 from quire_engine.runner import ModelRunner, Runner
@@ -135,7 +137,14 @@ class Engine:
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
         rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
-        runner = ModelRunner(model, kv, block_size=spec.block_size, head_rows=rows, device=device)
+        runner = ModelRunner(
+            model,
+            kv,
+            block_size=spec.block_size,
+            head_rows=rows,
+            device=device,
+            masks=MaskMaker(meanwhile=device.type != "cpu" or spec.threads < len(os.sched_getaffinity(0))),
+        )
         return cls(spec, profile, runner, backend=kernels.name, backend_lacking=lacking)
 
     @classmethod

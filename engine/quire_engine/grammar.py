@@ -18,9 +18,7 @@ the grammar has.
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -39,12 +37,12 @@ from quire_engine.json_schema import ESCAPES, REFUSED, prepared
 from quire_engine.trial import (
     CPU_SECONDS,
     LIMITS,
-    NICENESS,
     QUICK_SECONDS,
     TakesTooLong,
     Trial,
     TrialFailed,
     explain,
+    stand_back,
 )
 from quire_engine.vocabulary import Vocabulary
 from quire_schemas.wire import MAX_STRUCTURED, Structured
@@ -294,7 +292,7 @@ class _ByTurns:
     """A thread for jobs that wait: the newest and the oldest of them by turns."""
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, name, initializer=_stand_back)
+        self._thread = ThreadPoolExecutor(1, name, initializer=stand_back)
         self._jobs: deque[Callable[[], None]] = deque()
         self._newest = False
 
@@ -438,12 +436,6 @@ class Grammars:
 
 def _too_many(waiting: int) -> RequestRefused:
     return RequestRefused("queue_full", f"{waiting} constraints wait to be compiled")
-
-
-def _stand_back() -> None:
-    """Let the threads that compute go before this one."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _to_the_author(structured: Structured, wrong: str) -> str:

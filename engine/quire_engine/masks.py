@@ -1,23 +1,26 @@
 """Masks for the rows of a step that a grammar binds, made while the model computes.
 
 What a row's grammar has to know is in the plan, so a thread can begin with the step and is asked for the result
-when the logits are there. The compiler works without Python's lock.
+when the logits are there. The compiler works without Python's lock. Where the model's own threads have all
+processors, there is nothing to gain: whoever takes one from them for a moment holds up all of them. The masks are
+then made behind the logits.
 
 Legend: M bound rows, V vocabulary, B bytes of a packed row.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quire_engine.errors import GrammarFailed
 from quire_engine.step import Scheduled
+from quire_kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,41 +31,34 @@ class Masks:
     bits: Tensor
     failed: dict[int, str]
 
-    def apply(self, logits: Tensor) -> None:
+    def apply(self, logits: Tensor, kernels: Kernels) -> None:
         """-inf in `logits` [R, V] for every token that a bound row does not allow, in place."""
-        if not self.rows:
-            return
-        vocabulary, device = logits.shape[1], logits.device
-        octets = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
-        allowed = (octets >> torch.arange(8, dtype=torch.int32, device=device)) & 1
-        penalty_of = torch.where(allowed == 1, 0.0, -math.inf)
-        # eight tokens at a time, and added: on a CPU several times as fast as to fill by a mask of booleans
-        bits = self.bits.to(device).flatten().int()
-        penalty_MV = penalty_of.index_select(0, bits).view(len(self.rows), -1)[:, :vocabulary]
-        if len(self.rows) == logits.shape[0]:
-            logits.add_(penalty_MV)
-        else:
-            logits.index_add_(0, torch.tensor(self.rows, device=device), penalty_MV)
+        if self.rows:
+            rows = torch.tensor(self.rows, device=logits.device)
+            kernels.mask_tokens(logits, rows, self.bits.to(logits.device))
 
 
-class MaskThread:
-    """One thread that makes masks."""
+class MaskMaker:
+    """Makes masks, `meanwhile` the model computes or behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, meanwhile: bool) -> None:
+        self._meanwhile = meanwhile
         self._thread: ThreadPoolExecutor | None = None
 
-    def begin(self, rows: Sequence[Scheduled]) -> Future[Masks] | None:
-        """Start on the masks of a step's rows; None if no row is bound."""
+    def begin(self, rows: Sequence[Scheduled]) -> Callable[[], Masks] | None:
+        """What gives the masks of a step's rows when it is called; None if no row is bound."""
         if not any(row.draw is not None and row.draw.matcher is not None for row in rows):
             return None
+        if not self._meanwhile:
+            return partial(masks, rows)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "masks")
-        return self._thread.submit(masks, rows)
+        return self._thread.submit(masks, rows).result
 
 
 def masks(rows: Sequence[Scheduled]) -> Masks:
     """The masks of a step's rows, one after the other."""
-    bound: list[int] = []
+    made: list[int] = []
     packed = bytearray()
     failed: dict[int, str] = {}
     for number, row in enumerate(rows):
@@ -76,6 +72,6 @@ def masks(rows: Sequence[Scheduled]) -> Masks:
         except GrammarFailed as error:
             failed[number] = str(error)
         else:
-            bound.append(number)
+            made.append(number)
     bits = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
-    return Masks(tuple(bound), bits.view(len(bound), -1) if bound else bits, failed)
+    return Masks(tuple(made), bits.view(len(made), -1) if made else bits, failed)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quire_engine.json_schema import REFUSED
-from quire_engine.masks import MaskThread
+from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
@@ -53,14 +53,21 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: DecoderModel, kv: KVCache, *, block_size: int, head_rows: int, device: torch.device
+        self,
+        model: DecoderModel,
+        kv: KVCache,
+        *,
+        block_size: int,
+        head_rows: int,
+        device: torch.device,
+        masks: MaskMaker,
     ) -> None:
         self.model = model
         self.kv = kv
         self.block_size = block_size
         self.head_rows = head_rows
         self.device = device
-        self._masks = MaskThread()
+        self.masks = masks
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -69,7 +76,7 @@ class ModelRunner:
         if plan.copies:
             self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
-        pending = self._masks.begin(rows)
+        pending = self.masks.begin(rows)
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
@@ -96,8 +103,8 @@ class ModelRunner:
         if not rows:
             return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
         logits_RV = self.model.logits(states_RW)
-        masks = pending.result() if pending is not None else None
-        drawn = sample(logits_RV, rows, masks)
+        masks = pending() if pending is not None else None
+        drawn = sample(logits_RV, rows, self.model.kernels, masks)
         failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
         if masks is not None:
             failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quire_engine.masks import Masks
 from quire_engine.step import Draw, Scheduled
+from quire_kernels import Kernels
 from quire_schemas.wire import WHOLE_VOCABULARY, Sampling, Thinking, TokenLogprobs
 
 SHORTLISTS = (1024, 16384)
@@ -47,8 +48,9 @@ class Drawn:
     stuck: tuple[int, ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[Scheduled], masks: Masks | None = None) -> Drawn:
-    """Choose a token for each row. `logits` [R, V] float32, not changed; every one of `rows` has a draw.
+def sample(logits: Tensor, rows: Sequence[Scheduled], kernels: Kernels, masks: Masks | None = None) -> Drawn:
+    """Choose a token for each row. `logits` [R, V] float32, dense, which become something else; every one of
+    `rows` has a draw.
 
     A row with NaN or +inf among its logits, or with nothing but -inf, is broken: its token has no meaning; nor has
     that of a row that is stuck. `masks` are those of all rows with a matcher.
@@ -56,33 +58,35 @@ def sample(logits: Tensor, rows: Sequence[Scheduled], masks: Masks | None = None
     draws = [draw for row in rows if (draw := row.draw) is not None]
     if len(draws) != len(rows) or logits.shape[0] != len(rows):
         raise ValueError(f"{len(rows)} rows, {len(draws)} with a draw, {logits.shape[0]} rows of logits")
-    peaks, best = logits.max(dim=-1)
+    peaks, best = kernels.largest(logits)
     usable = torch.isfinite(peaks)
     broken = () if bool(usable.all()) else tuple(torch.nonzero(~usable).flatten().tolist())
     if all(draw.is_plain for draw in draws):
         return Drawn(best.tolist(), broken=broken)
 
-    shaped = _shape(logits, rows, draws, masks)
+    asked = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None]
+    table = logits[asked] if asked else logits
     tokens = best
     stuck: tuple[int, ...] = ()
-    if shaped is not logits:
-        peaks, tokens = shaped.max(dim=-1)
+    if _shape(logits, rows, draws, kernels, masks):
+        peaks, tokens = kernels.largest(logits)
         stuck = tuple(r for r in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist() if r not in broken)
     lost = {*broken, *stuck}
     random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0.0 and r not in lost]
     if random:
-        own = shaped[random] if shaped is logits or len(random) < len(rows) or _is_processed(draws) else shaped
+        own = logits[random] if len(random) < len(rows) or _is_processed(draws) else logits
         picked = _draw(own, [draws[r] for r in random], [rows[r].end for r in random])
         tokens = tokens.index_copy(0, torch.tensor(random, device=tokens.device), picked)
     chosen: list[int] = tokens.tolist()
-    asked = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None and r not in lost]
+    if lost.intersection(asked):
+        table = table[[at for at, r in enumerate(asked) if r not in lost]]
+        asked = [r for r in asked if r not in lost]
     if not asked:
         return Drawn(chosen, broken=broken, stuck=stuck)
     wanted = [draws[r].sampling for r in asked]
-    table = logits[asked]
     processed = [at for at, sampling in enumerate(wanted) if sampling.logprobs_mode.startswith("processed")]
     if processed:
-        table[processed] = _processed(shaped[[asked[at] for at in processed]], [wanted[at] for at in processed])
+        table[processed] = _processed(logits[[asked[at] for at in processed]], [wanted[at] for at in processed])
     found = _report(table, [chosen[r] for r in asked], wanted, [sampling.logprobs or 0 for sampling in wanted])
     return Drawn(chosen, dict(zip(asked, found, strict=True)), broken, stuck)
 
@@ -90,8 +94,10 @@ def sample(logits: Tensor, rows: Sequence[Scheduled], masks: Masks | None = None
 # ── before the draw ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw], masks: Masks | None) -> Tensor:
-    """Logits with all that a draw changes before temperature; the very same tensor if no row asks for any. [R, V].
+def _shape(
+    logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw], kernels: Kernels, masks: Masks | None
+) -> bool:
+    """All that a draw changes in `logits` [R, V] before temperature, in place. False if no row asks for any.
 
     Only what rows name is touched, at places in the flat [R * V], all rows' places at once.
     """
@@ -126,9 +132,8 @@ def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw], mas
             if closing is not None:
                 forced[r] = closing
     if not (repeated or said or biased or allowed or banned or forced or masks is not None):
-        return logits
-    shaped = logits.clone()
-    flat = shaped.view(-1)
+        return False
+    flat = logits.view(-1)
     if repeated or said:
         _penalise(flat, vocabulary, draws, repeated, said)
     if biased:
@@ -136,16 +141,16 @@ def _shape(logits: Tensor, rows: Sequence[Scheduled], draws: Sequence[Draw], mas
     if allowed:
         kept = _places([r * vocabulary + token for r, ids in allowed.items() for token in ids], flat)
         values = flat[kept]
-        shaped[list(allowed)] = -math.inf
+        logits[list(allowed)] = -math.inf
         flat[kept] = values
     if banned:
         flat[_places(banned, flat)] = -math.inf
     if forced:
-        shaped[list(forced)] = -math.inf
+        logits[list(forced)] = -math.inf
         flat[_places([r * vocabulary + token for r, token in forced.items()], flat)] = 0.0
     if masks is not None:
-        masks.apply(shaped)
-    return shaped
+        masks.apply(logits, kernels)
+    return True
 
 
 def _places(places: Sequence[int], beside: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ STACK = 1 << 20
 """Bytes of stack on which the child compiles. Threads of the engine have at least twice as much."""
 
 NICENESS = 5
-"""Of the child and of the engine's thread that compiles: a running request goes before one that is to begin."""
+"""Of the child and of the engine's threads that compile and that make masks: those that compute go first."""
 WALK = 64
 """Bytes of text that the child writes by a grammar."""
 
@@ -58,6 +58,12 @@ LIMITS = llguidance.LLParserLimits(
     verbose_errors=False,  # what the model wrote so far is not for logs
 )
 """What a compiled grammar may take, in the compiler's own units: about 10 ms for one mask."""
+
+
+def stand_back() -> None:
+    """Let the threads that compute go before this one."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class TrialFailed(Exception):

@@ -94,6 +94,17 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
 
+    def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row of `logits` [R, V] float32 its largest number and the lowest place of it.
+
+        [R] float32 and [R] int64. A row with NaN has NaN, and no particular place.
+        """
+
+    def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        """-inf, in place, wherever a bit is not set: `bits` [M, B] uint8, bit v % 8 of byte v // 8 for token v,
+        are those of the rows `rows` [M] int64 of `logits` [R, V] float32; 8 · B is at least V.
+        """
+
 
 def load(name: str, threads: int = 1) -> Kernels:
     """The back-end of that name. `threads` is for those that have their own.

@@ -102,7 +102,7 @@ class DecoderModel:
         self._norm = norm
         self._head = head
         self._rotary = rotary
-        self._kernels = kernels
+        self.kernels = kernels
 
     @classmethod
     def load(
@@ -180,7 +180,7 @@ class DecoderModel:
         rows, everything = batch.logits_rows, batch.logits_rows.shape[0] == batch.num_tokens
         cos, sin = self._rotary(batch.positions)
         attentions = [
-            self._kernels.paged_attention(addresses, window=group.window)
+            self.kernels.paged_attention(addresses, window=group.window)
             for addresses, group in zip(batches, kv.groups, strict=True)
         ]
         if self._embedding is None:

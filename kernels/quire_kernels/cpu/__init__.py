@@ -88,8 +88,13 @@ class _Native:
             c_void_p, *ints, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
         )  # fmt: skip
         library.quire_silu_mul.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p)
+        library.quire_largest.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)
+        library.quire_mask_tokens.argtypes = (
+            c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64,
+        )  # fmt: skip
         products = ("pack", "unpack_rows", "linear", "attention", "write_kv")
-        for name in ("close", *products, "rms_norm", "add_rms_norm", "rotary", "silu_mul"):
+        rows = ("rms_norm", "add_rms_norm", "rotary", "silu_mul", "mask_tokens", "largest")
+        for name in ("close", *products, *rows):
             getattr(library, f"quire_{name}").restype = None
         self.library = library
         self.engine = c_void_p(library.quire_open(threads))
@@ -223,3 +228,18 @@ class CpuKernels:
             out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows, width = logits.shape
+        values, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._native.library.quire_largest(
+            self._native.engine, logits.data_ptr(), logits.stride(0), rows, width, values.data_ptr(),
+            places.data_ptr(),
+        )  # fmt: skip
+        return values, places
+
+    def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        self._native.library.quire_mask_tokens(
+            self._native.engine, logits.data_ptr(), logits.stride(0), logits.shape[1], rows.data_ptr(),
+            rows.shape[0], bits.data_ptr(), bits.shape[1],
+        )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,3 +53,15 @@ class ReferenceKernels:
         if gate_up.dtype == torch.float32:
             return F.silu(gate).mul_(up)
         return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+
+    def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        found = logits.max(dim=-1)
+        return found.values, found.indices
+
+    def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        octets = torch.arange(256, dtype=torch.int32, device=logits.device).unsqueeze(1)
+        allowed = (octets >> torch.arange(8, dtype=torch.int32, device=logits.device)) & 1
+        penalty_of = torch.where(allowed == 1, 0.0, -math.inf)
+        # eight tokens at a time, and added: several times as fast as to fill by a mask of booleans
+        penalty_MV = penalty_of.index_select(0, bits.flatten().int()).view(rows.shape[0], -1)[:, : logits.shape[1]]
+        logits.index_add_(0, rows, penalty_MV)

@@ -208,7 +208,12 @@ def test_a_search_can_be_aborted_fails_as_one_and_is_refused_by_name() -> None:
             return super().execute(plan)
 
     engine.runner = Faulty(
-        real.model, real.kv, block_size=real.block_size, head_rows=real.head_rows, device=real.device
+        real.model,
+        real.kv,
+        block_size=real.block_size,
+        head_rows=real.head_rows,
+        device=real.device,
+        masks=real.masks,
     )
     _, delta = run(engine, ask())["s"]
     assert (delta.finish_reason, delta.error_code) == ("error", "internal_error")

@@ -100,7 +100,12 @@ def faulty_engine(**fields: Any) -> Engine:
     engine = Engine.load(with_fields(**fields))
     real = model_runner(engine)
     engine.runner = Faulty(
-        real.model, real.kv, block_size=real.block_size, head_rows=real.head_rows, device=real.device
+        real.model,
+        real.kv,
+        block_size=real.block_size,
+        head_rows=real.head_rows,
+        device=real.device,
+        masks=real.masks,
     )
     return engine
 

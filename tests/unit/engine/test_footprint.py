@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
+from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.runner import ModelRunner
 from quire_engine.sampler import sample
@@ -185,6 +186,7 @@ def test_a_step_stays_below_the_activation_bound(
         for at, ((start, count), draw) in enumerate(zip(sequences, draws, strict=True))
     ]
 
+    @torch.inference_mode()
     def step() -> None:
         batches = [
             PagedBatch.build(
@@ -196,7 +198,9 @@ def test_a_step_stays_below_the_activation_bound(
             )
             for _ in kv.groups
         ]
-        sample(model.logits(model.forward(torch.ones(tokens, dtype=torch.int64), batches, kv)), rows)
+        sample(
+            model.logits(model.forward(torch.ones(tokens, dtype=torch.int64), batches, kv)), rows, model.kernels
+        )
 
     found = peak(step)
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)
@@ -223,7 +227,7 @@ def test_what_is_reported_stays_below_the_activation_bound(
     described = write_checkpoint(tmp_path, config(vocab_size=20_000))
     model = open_model(tmp_path, described, "float32")
     kv = KVCache.allocate(described, 8, 16, torch.float32, CPU)
-    runner = ModelRunner(model, kv, block_size=16, head_rows=many, device=CPU)
+    runner = ModelRunner(model, kv, block_size=16, head_rows=many, device=CPU, masks=MaskMaker(meanwhile=False))
     sampling = Sampling(max_tokens=9, temperature=0.7, top_p=0.9, frequency_penalty=0.1, **fields)
     draw = Draw(sampling, seed=1, num_prompt=1, ending_ids=())
     known = (1,) * count

@@ -821,9 +821,9 @@ def test_who_is_usual_does_not_wait_for_who_is_hostile(tiny: Grammars, many: int
 def test_a_full_second_queue_refuses_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_module, "MAX_SLOW", 1)
     grammars = Grammars(builtin.path(), SIZE, EOS)
-    refused = [future.exception() for future in [grammars.submit(slow_one(900 + 2 * n + 1)) for n in range(4)]]
+    refused = [future.exception() for future in [grammars.submit(slow_one(900 + 2 * n + 1)) for n in range(16)]]
     codes = [error.code for error in refused if isinstance(error, RequestRefused)]
-    assert len(codes) == 4
+    assert len(codes) == 16
     assert "queue_full" in codes
     assert len(grammars._kept) == codes.count("invalid_grammar"), "only a verdict is remembered"
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from tests.effort import EFFORT, bound, times
 from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.serving import Client, greeted, serving, spec_in, until_idle
@@ -26,7 +25,6 @@ from quire import LLM, SamplingParams
 from quire_engine import grammar as grammar_module
 from quire_engine.engine import Engine
 from quire_engine.errors import RequestRefused
-from quire_engine.masks import Masks
 from quire_engine.step import StepPlan, StepResult
 from quire_schemas.wire import Abort, Deltas, Generate, Sampling, Structured, TokenLogprobs
 
@@ -328,18 +326,6 @@ def test_neighbours_without_a_grammar_get_what_they_get_alone(llm: LLM) -> None:
     mixed = generate(llm, [PROMPT] * 5, [bound_, free, bound_, free, bound_])
     assert mixed[1].token_ids == mixed[3].token_ids == alone.token_ids
     assert mixed[0].token_ids == mixed[2].token_ids == mixed[4].token_ids
-
-
-def test_masks_set_nothing_but_what_they_forbid() -> None:
-    logits = torch.randn(3, 70)
-    bits = torch.randint(0, 256, (2, 12), dtype=torch.uint8)
-    shaped = logits.clone()
-    Masks((0, 2), bits, {}).apply(shaped)
-    assert torch.equal(shaped[1], logits[1])
-    for row, packed in ((0, bits[0]), (2, bits[1])):
-        for token in range(70):
-            allowed = int(packed[token // 8]) >> token % 8 & 1
-            assert shaped[row, token] == (logits[row, token] if allowed else float("-inf"))
 
 
 # ── under every schedule ──────────────────────────────────────────────────────────────────────────────────

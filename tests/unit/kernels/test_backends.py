@@ -334,3 +334,33 @@ def test_what_is_not_finite_shows_in_its_own_sequence_alone(kernels: Kernels, wh
     found = kernels.paged_attention(case.batch, window=None)(case.query, cache, case.scale)
     assert not found[0].isfinite().all()
     assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 70, 32768, 70001])
+def test_masks_set_nothing_but_what_they_forbid(kernels: Kernels, width: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, width)
+    bits = torch.randint(0, 256, (2, width // 8 + 3), dtype=torch.uint8)
+    bits[:, : width // 16] = 255
+    shaped = logits.clone()
+    kernels.mask_tokens(shaped, torch.tensor([0, 2]), bits)
+    assert torch.equal(shaped[1], logits[1])
+    allowed = (bits[:, :, None] >> torch.arange(8) & 1).bool().flatten(1)[:, :width]
+    assert torch.equal(shaped[[0, 2]], logits[[0, 2]].masked_fill(~allowed, -torch.inf))
+
+
+@pytest.mark.parametrize("width", [1, 5, 128, 257, 70001])
+def test_the_largest_number_is_the_first_of_equals(kernels: Kernels, width: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, width + 3)[:, :width].contiguous()
+    logits[0] = 1.5
+    logits[1, width // 2 :] = 9.0
+    logits[2] = -torch.inf
+    logits[3, width - 1] = torch.inf
+    logits[4, width // 3] = torch.nan
+    values, places = kernels.largest(logits)
+    expected = logits.max(dim=-1).values
+    assert torch.equal(values.nan_to_num(7.0), expected.nan_to_num(7.0))
+    for row in (0, 1, 2, 3, 5):
+        assert places[row] == (logits[row] == expected[row]).nonzero()[0, 0]
+    assert values[4].isnan()

@@ -1,4 +1,6 @@
 // The door: what Python calls through ctypes. One `Engine` is a pool of threads and a scratch; its calls do not overlap.
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -31,12 +33,21 @@ struct Engine {
 
 using namespace quire;
 
+// Ask for large pages where nothing has been written yet: a step reads all weights once, and looks up every page.
+static void in_large_pages(void* memory, int64_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish: refused, it is slower
+}
+
 extern "C" {
 
 void* quire_open(int threads) { return new (std::nothrow) Engine(threads); }
 void quire_close(void* engine) { delete static_cast<Engine*>(engine); }
 
 void quire_pack(void* engine, int64_t format, const void* weight, int64_t outputs, int64_t width, void* to) {
+  in_large_pages(to, outputs * width * (format == kFloat32 ? 4 : 2));
   pack(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), weight, outputs, width, to);
 }
 
@@ -78,6 +89,17 @@ void quire_rotary(void* engine, int64_t format, int64_t rows, int64_t heads, int
 void quire_silu_mul(void* engine, int64_t format, int64_t rows, int64_t width, const void* gate_up, int64_t stride,
                     void* out) {
   silu_mul(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), rows, width, gate_up, stride, out);
+}
+
+void quire_largest(void* engine, const float* logits, int64_t stride, int64_t rows, int64_t width, float* values,
+                   int64_t* places) {
+  auto* it = static_cast<Engine*>(engine);
+  largest(it->pool, logits, stride, rows, width, values, places, it->room(largest_scratch(rows, width)));
+}
+
+void quire_mask_tokens(void* engine, float* logits, int64_t stride, int64_t width, const int64_t* rows, int64_t count,
+                       const uint8_t* bits, int64_t bits_stride) {
+  mask_tokens(static_cast<Engine*>(engine)->pool, logits, stride, width, rows, count, bits, bits_stride);
 }
 
 }  // extern "C"

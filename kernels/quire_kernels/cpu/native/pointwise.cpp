@@ -138,4 +138,78 @@ void silu_mul(Pool& pool, Format format, int64_t rows, int64_t width, const void
   format == kFloat32 ? as(float{}) : format == kBfloat16 ? as(bf16{}) : as(fp16{});
 }
 
+namespace {
+constexpr int64_t kPart = 1 << 15;  // numbers of a row that are a piece
+struct Found {
+  float value;
+  int64_t place;
+};
+}  // namespace
+
+int64_t largest_scratch(int64_t rows, int64_t width) {
+  return rows * ((width + kPart - 1) / kPart) * static_cast<int64_t>(sizeof(Found));
+}
+
+void largest(Pool& pool, const float* logits, int64_t stride, int64_t rows, int64_t width, float* values,
+             int64_t* places, void* scratch) {
+  const int64_t parts = (width + kPart - 1) / kPart;
+  Found* found = static_cast<Found*>(scratch);
+  pool.each(rows * parts, [&](int64_t piece, int) {
+    const float* row = logits + piece / parts * stride;
+    const int64_t begin = piece % parts * kPart, end = std::min(width, begin + kPart);
+    // the largest first, in eight independent runs; then where it is
+    Vec most[8];
+    int wrong = 0;
+    for (auto& v : most) v = splat(-INFINITY);
+    int64_t at = begin;
+    for (; at + 8 * kLanes <= end; at += 8 * kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        Vec v = load(row + at + i * kLanes);
+        most[i] = max(most[i], v);
+        wrong |= not_numbers(v);
+      }
+    }
+    for (int i = 1; i < 8; ++i) most[0] = max(most[0], most[i]);
+    float value = largest(most[0]);
+    for (; at < end; ++at) {
+      value = std::max(value, row[at]);
+      wrong |= std::isnan(row[at]);
+    }
+    int64_t place = begin;
+    if (wrong) {
+      value = NAN;
+    } else {
+      while (row[place] != value) ++place;
+    }
+    found[piece] = {value, place};
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    Found best = found[row * parts];
+    for (int64_t part = 1; part < parts; ++part) {
+      const Found& other = found[row * parts + part];
+      if (std::isnan(other.value) || other.value > best.value) best = other;
+      if (std::isnan(best.value)) break;
+    }
+    values[row] = best.value;
+    places[row] = best.place;
+  }
+}
+
+void mask_tokens(Pool& pool, float* logits, int64_t stride, int64_t width, const int64_t* rows, int64_t count,
+                 const uint8_t* bits, int64_t bits_stride) {
+  const int64_t parts = (width + kPart - 1) / kPart;
+  pool.each(count * parts, [&](int64_t piece, int) {
+    float* row = logits + rows[piece / parts] * stride;
+    const uint8_t* of = bits + piece / parts * bits_stride;
+    const int64_t begin = piece % parts * kPart, end = std::min(width, begin + kPart);
+    for (int64_t at = begin; at < end; at += 8) {
+      const uint8_t octet = of[at / 8];
+      if (octet == 0xff) continue;
+      for (int64_t token = at; token < std::min(end, at + 8); ++token)
+        if (!(octet >> (token - at) & 1)) row[token] = -INFINITY;
+    }
+  });
+}
+
 }  // namespace quire

@@ -39,6 +39,7 @@ inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec round_to_int(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 // a · 2^n for whole n
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline int not_numbers(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }  // a bit for each lane
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline Vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
@@ -108,6 +109,7 @@ inline float largest(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 inline Vec round_to_int(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline int not_numbers(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)); }
 inline Vec scale_by_power(Vec a, Vec n) {
   // in two halves, so that results below the smallest normal number come out, too
   __m256i whole = _mm256_cvtps_epi32(n.v);
