@@ -45,6 +45,7 @@ class Loaded:
     seconds: float
     backend: str
     backend_lacking: str
+    batch_invariant: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,14 @@ class Driver:
             seconds = time.monotonic() - started
             profile = engine.profile
             self._out(
-                Loaded(profile.vocab_size, profile.eos_token_ids, seconds, engine.backend, engine.backend_lacking)
+                Loaded(
+                    profile.vocab_size,
+                    profile.eos_token_ids,
+                    seconds,
+                    engine.backend,
+                    engine.backend_lacking,
+                    engine.spec.batch_invariant,
+                )
             )
             while self._pass(engine):
                 pass

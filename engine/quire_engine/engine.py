@@ -26,6 +26,7 @@ import msgspec
 import torch
 
 from quire_engine.ahead import Ahead
+from quire_engine.attest import attest
 from quire_engine.beam import Searches
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits, check_spec
@@ -35,6 +36,7 @@ from quire_engine.errors import (
     InvalidSpec,
     InvariantBroken,
     MemoryMismatch,
+    NotInvariant,
     RequestRefused,
 )
 from quire_engine.grammar import Grammar, Grammars
@@ -136,6 +138,10 @@ class Engine:
         )
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
+        if spec.batch_invariant:
+            if lacking:
+                raise NotInvariant(f"the kernels that keep to it cannot be used: {lacking}")
+            attest(model, kv, block_size=spec.block_size, backend=kernels.name)
         rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
         runner = ModelRunner(
             model,

@@ -3,6 +3,7 @@
     EngineError
     ├── StartError            this spec cannot give an engine on this machine; trying again is pointless
     │   ├── InvalidSpec       the spec itself: a bound, a path, a folder that others may enter
+    │   ├── NotInvariant      answers would depend on what else runs, and the spec forbids that
     │   └── MemoryMismatch    real bytes differ from the sizing arithmetic, or lie above the limit
     ├── DeviceUnavailable     the device of the spec is not there, or does not compute
     ├── SocketTaken           another process answers on the socket; it may be about to end
@@ -35,6 +36,12 @@ class InvalidSpec(StartError):
     """The spec names something impossible."""
 
     reason = "InvalidSpec"
+
+
+class NotInvariant(StartError):
+    """The numbers of a sequence depend on what else is in its steps, and the spec forbids that."""
+
+    reason = "NotDeterministic"
 
 
 class MemoryMismatch(StartError):

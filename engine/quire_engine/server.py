@@ -214,6 +214,7 @@ class Server:
                     load_seconds=loaded.seconds,
                     backend=loaded.backend,
                     backend_lacking=loaded.backend_lacking,
+                    batch_invariant=loaded.batch_invariant,
                 )
             )
             self._lease.heard()  # whoever started us has waited for this

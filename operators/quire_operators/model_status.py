@@ -84,7 +84,7 @@ class ModelStatus:
             since = now
         deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
         facts = self._facts(view, no_room, len(available), settled, late=not settled and now >= deadline)
-        facts += _accelerated(reports.values())
+        facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
         loading = max((report.bytes_done for report in reports.values()), default=0)
@@ -342,3 +342,10 @@ def _accelerated(reports: Iterable[Report]) -> list[Fact]:
     if lacking is not None:
         return [Fact("Accelerated", False, Reason.REFERENCE_KERNELS, lacking)]
     return [Fact("Accelerated", True, Reason.NATIVE_KERNELS, loaded[0].backend)] if loaded else []
+
+
+def _deterministic(reports: Iterable[Report]) -> list[Fact]:
+    """That the engines have found themselves batch-invariant, where that was asked of them."""
+    if any(report.event == "ready" and report.batch_invariant for report in reports):
+        return [Fact("Deterministic", True, Reason.ATTESTED, "alone, in chunks and in company, bit by bit")]
+    return []

@@ -35,6 +35,7 @@ class Report:
     load_seconds: float = 0.0
     backend: str = ""
     backend_lacking: str = ""
+    batch_invariant: bool = False
 
 
 def read_report(lines: Sequence[str]) -> Report:
@@ -56,6 +57,7 @@ def read_report(lines: Sequence[str]) -> Report:
             event.load_seconds,
             event.backend,
             event.backend_lacking,
+            event.batch_invariant,
         )
     return report
 

@@ -156,6 +156,7 @@ class Placement:
             max_waiting=batching["maxQueueLength"],
             prefix_caching=batching["prefixCaching"],
             async_scheduling=batching.get("asyncScheduling", False),  # revisions from before it was declared
+            batch_invariant=resolved.get("determinism") == "batchInvariant",
             seed=self.seed,
             memory_limit=self.memory,
             hot_hash=hot_hash,

@@ -30,6 +30,7 @@ class Reason(enum.StrEnum):
     STOPPED = "Stopped"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
+    ATTESTED = "Attested"
     # not (yet)
     DOWNLOADING = "Downloading"
     HUB_UNREACHABLE = "HubUnreachable"

@@ -713,11 +713,10 @@ class ModelSpec(Strict):
         Parsers, "How tool calls and reasoning are read out of the text.", refused=_NO_PARSERS, optional=True
     )
     determinism: Literal["none", "batchInvariant"] = declared(
-        "'batchInvariant': a sequence gets the same numbers whatever else runs in its steps.",
+        "'batchInvariant': a sequence gets the same numbers, bit by bit, whatever else runs in its steps; each "
+        "engine finds out at its start, and refuses to serve if it is not so. On CPUs alone.",
         "none",
         update="rolling",
-        refused="there are no batch-invariant kernels yet",
-        honours=("none",),
     )
     resources: Resources = section(Resources, "What one replica may take of the machine.")
     placement: Placement = section(Placement, "Where replicas run.")

@@ -383,6 +383,21 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _determinism(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.determinism"] == "none":
+        return
+    if facts["spec.engine.device"] == "cuda":
+        yield Finding(
+            ("spec", "determinism"),
+            f"{REFUSED}: there are no batch-invariant kernels for GPUs yet",
+            "declare engine.device: cpu, or determinism: none",
+        )
+    if facts["spec.engine.runner"] == "scripted":
+        yield Finding(
+            ("spec", "determinism"), "a scripted model computes nothing", "remove it, or runner: scripted", True
+        )
+
+
 def _canary(facts: Facts) -> Iterator[Finding]:
     if facts.declares("spec.rollout.canary") and facts["spec.rollout.strategy"] != "Canary":
         yield Finding(
@@ -447,6 +462,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _scripted,
         _environment,
         _quantization,
+        _determinism,
         _canary,
     ),
     "Gateway": (_gateway_name, _loopback),

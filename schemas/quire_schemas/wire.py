@@ -522,6 +522,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     prefix_caching: bool = False
     async_scheduling: bool = False
     """Plan a step while the one before it runs."""
+    batch_invariant: bool = False
+    """Refuse to start unless a sequence gets the same numbers whatever else is in its steps."""
     adoption_window: float = ADOPTION_WINDOW
     """Seconds without a word from a router or a control plane after which the engine leaves by itself."""
     runner: RunnerKind = "model"
@@ -548,6 +550,8 @@ class EngineEvent(msgspec.Struct, omit_defaults=True):
     load_seconds: float = 0.0
     backend: str = ""
     """Whose kernels compute; empty for a script."""
+    batch_invariant: bool = False
+    """It was found, with the model and the cache that serve, that company changes no number."""
     backend_lacking: str = ""
     """What keeps the back-end that was made for the device from being used; empty if it is."""
 

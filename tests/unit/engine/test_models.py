@@ -32,7 +32,7 @@ from transformers.utils import logging
 from quire import LLM, SamplingParams
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
-from quire_kernels import PagedBatch, load
+from quire_kernels import BACKENDS, PagedBatch, load
 from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
 from quire_schemas.sizing import kv_groups
 
@@ -126,7 +126,9 @@ def build(name: str, folder: Path, **save: Any) -> Any:
     return model
 
 
-def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[DecoderModel, ModelProfile]:
+def open_model(
+    folder: Path, dtype: torch.dtype = torch.float32, backend: str = "reference"
+) -> tuple[DecoderModel, ModelProfile]:
     profile = read_profile(folder)
     seen: list[tuple[int, int]] = []
     model = load_model(
@@ -134,7 +136,7 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Decode
         profile,
         dtype=dtype,
         device=CPU,
-        kernels=load("reference"),
+        kernels=load(backend, 2),
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1][0] == seen[-1][1] == profile.weight_bytes
@@ -183,10 +185,11 @@ def prompts(count: int, low: int, high: int, seed: int = 3) -> list[list[int]]:
     return [[source.randrange(VOCAB) for _ in range(source.randrange(low, high))] for _ in range(count)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers_at_every_position(name: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers_at_every_position(name: str, backend: str, tmp_path: Path) -> None:
     theirs = build(name, tmp_path)
-    model, profile = open_model(tmp_path)
+    model, profile = open_model(tmp_path, backend=backend)
     text = prompts(1, 120, 121)[0]
     with torch.no_grad():
         expected = theirs(torch.tensor([text])).logits[0]

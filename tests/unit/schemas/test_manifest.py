@@ -289,7 +289,7 @@ def test_only_a_hub_needs_a_token() -> None:
         "speculative: {method: ngram}",
         "lora: {maxRank: 8}",
         "parsers: {tools: hermes}",
-        "determinism: batchInvariant",
+        "determinism: batchInvariant\nengine: {device: cuda}",
         "residency: onDemand",
         "resources: {accelerator: {type: nvidia-h100}}",
         "resources: {accelerator: {countPerReplica: 2}}",
@@ -322,6 +322,7 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
         "resources: {accelerator: {type: any, countPerReplica: 1}}",
         "rollout: {strategy: Recreate, autoRollback: false}",
         "residency: always\ndeterminism: none",
+        "determinism: batchInvariant",
     ],
 )
 def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
