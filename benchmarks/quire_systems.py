@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from benchmarks.workload import Job
-from quire_engine.engine import Engine
+from quire_engine.engine import DTYPES, Engine
+from quire_engine.masks import MaskMaker
+from quire_engine.models import KVCache, load_model
+from quire_engine.runner import ModelRunner
+from quire_kernels import Kernels
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
@@ -62,6 +68,23 @@ def engine_spec(
         memory_limit=1 << 40,
         hot_hash="",
     )
+
+
+def engine_of(spec: EngineSpec, kernels: Kernels) -> Engine:
+    """As `Engine.load`, with kernels of one's choice."""
+    folder, profile = Path(spec.model_dir), read_profile(Path(spec.model_dir))
+    cpu, dtype = torch.device("cpu"), DTYPES[spec.dtype]
+    model = load_model(
+        folder, profile, dtype=dtype, device=cpu, kernels=kernels, on_progress=lambda done, total: None
+    )
+    cache = KVCache.allocate(profile, spec.num_blocks, spec.block_size, dtype, cpu)
+    masks = MaskMaker(meanwhile=False)
+    runner = ModelRunner(
+        model, cache, block_size=spec.block_size, head_rows=spec.max_num_seqs, device=cpu, masks=masks
+    )
+    engine = Engine(spec, profile, runner, backend=kernels.name)
+    engine.warm_up()
+    return engine
 
 
 class Quire:

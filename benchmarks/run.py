@@ -1,4 +1,4 @@
-"""The one runner: `python -m benchmarks.run throughput|start-up|tracing|scheduling|ahead|prefix|structured`.
+"""The one runner: `python -m benchmarks.run NAME`, where a name is one of those below.
 
 Rows go to `results/`, a table to stdout.
 
@@ -7,10 +7,11 @@ run sequentially, in the best static batch found, and with its continuous batchi
 count, nothing else. A system that has not finished after `--limit` seconds is stopped, and its row says so; a run
 that breaks off writes the rows it has. `start-up` measures commands and imports in fresh processes. `tracing` puts
 the same streams through routers with and without traces, in pairs, before one engine. `scheduling` times the
-host's part of a step, and `ahead` runs a full batch with and without asynchronous scheduling. `prefix` runs
-requests that begin alike with the prefix cache on and off, the choices of one request with and without shared
-blocks, and requests without anything in common, for what the cache costs then. `structured` holds a batch of
-running requests to a JSON Schema, and leaves it free, in turns.
+host's part of a step, and `ahead` runs a full batch with and without asynchronous scheduling. `kernels` computes
+the same steps with the native kernels and with the reference ones. `prefix` runs requests that begin alike with
+the prefix cache on and off, the choices of one request with and without shared blocks, and requests without
+anything in common, for what the cache costs then. `structured` holds a batch of running requests to a JSON Schema,
+and leaves it free, in turns; its part `hostile` has grammars compiled beside streams that take too long.
 """
 
 from __future__ import annotations
@@ -298,6 +299,47 @@ def ahead(args: argparse.Namespace) -> None:
     write(args.out or ROOT / "benchmarks/results/ahead.jsonl", rows)
 
 
+def kernels(args: argparse.Namespace) -> None:
+    """Steps with the native kernels (twice) and with the reference ones, on one checkpoint, in turns."""
+    import torch
+
+    from benchmarks import structured as work
+    from benchmarks.models import model_dir
+    from benchmarks.quire_systems import engine_of, engine_spec
+    from quire_kernels import load
+
+    torch.set_num_threads(args.threads)
+    folder = model_dir(args.model, args.cache)
+    spec = engine_spec(folder, args.dtype, threads=args.threads, max_num_seqs=max(args.batches))
+    backends = {"native": "cpu", "native-again": "cpu", "reference": "reference"}
+    engines = {name: engine_of(spec, load(backend, args.threads)) for name, backend in backends.items()}
+    rows = []
+    for batch in args.batches:
+        steps: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(args.rounds):
+            turn = number % len(engines)
+            for name in [*engines, *engines][turn : turn + len(engines)]:
+                steps[name].append(statistics.median(work.step_seconds(engines[name], batch, args.steps, None)))
+        pairs = list(zip(*steps.values(), strict=True))
+        faster = [reference / statistics.geometric_mean([one, two]) for one, two, reference in pairs]
+        row = provenance() | {
+            "benchmark": "kernels", "model": args.model, "dtype": args.dtype, "threads": args.threads, "seed": 0,
+            "backend": engines["native"].backend, "batch": batch, "steps": args.steps, "rounds": args.rounds,
+            "step_ms_native": round(statistics.median(steps["native"]) * 1000, 2),
+            "step_ms_reference": round(statistics.median(steps["reference"]) * 1000, 2),
+            "native_ratio": round(statistics.median(faster), 3),
+            "native_ratio_min": round(min(faster), 3), "native_ratio_max": round(max(faster), 3),
+            "aa_ratio": round(statistics.median(two / one for one, two, _ in pairs), 4),
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"batch {batch:3}  native {row['step_ms_native']} ms  reference {row['step_ms_reference']} ms  "
+            f"{row['native_ratio']} times as fast ({row['native_ratio_min']}-{row['native_ratio_max']})  "
+            f"A/A {row['aa_ratio']}"
+        )
+    write(args.out or ROOT / "benchmarks/results/kernels.jsonl", rows)
+
+
 def prefix(args: argparse.Namespace) -> None:
     """What the prefix cache saves and costs, and what parallel sampling shares; each beside its A/A pair."""
     import msgspec
@@ -384,7 +426,8 @@ def prefix(args: argparse.Namespace) -> None:
             )  # fmt: skip
 
     def cost() -> None:
-        # three schedulers before one model and one cache: where weights happen to lie makes more of a difference
+        # three schedulers before one model and one cache, in which they write over each other (tokens mean
+        # nothing): where weights happen to lie makes more of a difference
         one = engines["off"]
         alike = {
             name: Engine(msgspec.structs.replace(one.spec, prefix_caching=caching), one.profile, one.runner)
@@ -583,7 +626,16 @@ def main() -> None:
     seven.add_argument("--threads", type=int, default=1)
     seven.add_argument("--step-ms", type=float, default=4.0, help="of the device that the script stands for")
     seven.set_defaults(action=ahead)
-    for command in (one, two, three, four, five, six, seven):
+    eight = commands.add_parser("kernels")
+    eight.add_argument("--model", default="qwen2.5-0.5b", choices=["tiny", "qwen2.5-0.5b"])
+    eight.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    eight.add_argument("--threads", type=int, default=os.cpu_count())
+    eight.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
+    eight.add_argument("--steps", type=int, default=8)
+    eight.add_argument("--rounds", type=int, default=3)
+    eight.add_argument("--cache", type=Path, default=Path.home() / ".cache/quire/benchmarks")
+    eight.set_defaults(action=kernels)
+    for command in (one, two, three, four, five, six, seven, eight):
         command.add_argument("--out", type=Path, help="JSONL file to append to (default: benchmarks/results/)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was measured so far is written

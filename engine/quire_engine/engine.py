@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -149,7 +148,7 @@ class Engine:
             block_size=spec.block_size,
             head_rows=rows,
             device=device,
-            masks=MaskMaker(meanwhile=device.type != "cpu" or spec.threads < len(os.sched_getaffinity(0))),
+            masks=MaskMaker(meanwhile=device.type != "cpu" or spec.spare_core),
         )
         return cls(spec, profile, runner, backend=kernels.name, backend_lacking=lacking)
 

@@ -167,11 +167,13 @@ def _check_names(schema: Mapping[str, Any]) -> None:
     for name in schema:
         if name in _KEYWORDS or name.startswith("x-"):
             continue
-        close = difflib.get_close_matches(name, _KEYWORDS, 1)
+        close = difflib.get_close_matches(name[:100], _KEYWORDS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         if name == "nullable":
             hint = "; a type may be a list of types, one of which is null"
-        raise RequestRefused(REFUSED, f"not supported in a schema: {name} is no keyword of JSON Schema{hint}")
+        raise RequestRefused(
+            REFUSED, f"not supported in a schema: {name[:100]} is no keyword of JSON Schema{hint}"
+        )
 
 
 def _check_counts(schema: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Masks for the rows of a step that a grammar binds, made while the model computes.
+"""Masks for the rows of a step that a grammar binds, made beside the model or behind it.
 
 What a row's grammar has to know is in the plan, so a thread can begin with the step and is asked for the result
 when the logits are there. The compiler works without Python's lock. Where the model's own threads have all
-processors, there is nothing to gain: whoever takes one from them for a moment holds up all of them. The masks are
+cores, there is nothing to gain: whoever takes one from them for a moment holds up all of them. The masks are
 then made behind the logits.
 
 Legend: M bound rows, V vocabulary, B bytes of a packed row.

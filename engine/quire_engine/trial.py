@@ -47,7 +47,7 @@ STACK = 1 << 20
 """Bytes of stack on which the child compiles. Threads of the engine have at least twice as much."""
 
 NICENESS = 5
-"""Of the child and of the engine's threads that compile and that make masks: those that compute go first."""
+"""Of the child and of the engine's threads that compile: a running request goes before one that is to begin."""
 WALK = 64
 """Bytes of text that the child writes by a grammar."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import (
     BadHeader,
     ModelProfile,
@@ -62,7 +63,8 @@ class Weights:
         """Tensors that agree in all but the first dimension, one after the other along it."""
         infos = [self._tensors[name] for name in names]
         rows = sum(info.shape[0] for info in infos)
-        result = torch.empty((rows, *infos[0].shape[1:]), dtype=self._dtype, device=self._device)
+        shape = (rows, *infos[0].shape[1:])
+        result = large_pages(torch.empty(shape, dtype=self._dtype, device=self._device))
         at = 0
         for info in infos:
             self._fill(result[at : at + info.shape[0]].view(-1), info)

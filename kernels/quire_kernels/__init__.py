@@ -60,8 +60,8 @@ class PagedAttention(Protocol):
         """Causal attention of this step's tokens over their sequences' cached keys and values.
 
         `query` [T, H, D]; `cache` [2, N, P, K, D] (keys, values), this step's tokens already written; `scale`
-        multiplies the products of queries and keys. Returns [T, H, D] in the query's dtype. Reads only slots
-        that hold a token of the sequence itself, so whatever lies in other slots cannot reach the result.
+        multiplies the products of queries and keys. Returns [T, H, D] in the query's dtype. Whatever lies in slots
+        that hold no token of the sequence itself cannot reach the result.
         """
 
 
@@ -71,10 +71,13 @@ class Kernels(Protocol):
     name: str
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
-        """Takes over `weight` [N, K] and `bias` [N], of one dtype: the caller has no more use for them."""
+        """Takes over `weight` [N, K] and `bias` [N], dense and of one dtype: they are nobody else's any more."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight over the last dimension. `x` [..., W], `weight` [W]; new tensor."""
+        """x / sqrt(mean(x²) + eps) · weight over the last dimension. New tensor.
+
+        `x` [T, W] or [T, heads, W], `weight` [W].
+        """
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
@@ -129,4 +132,4 @@ def best(device: str, threads: int) -> tuple[Kernels, str]:
             return load("cpu", threads), ""
         except BackendUnavailable as error:
             return load("reference"), str(error)
-    return load("reference"), ""
+    return load("reference"), "there are no kernels of our own for GPUs yet"

@@ -88,6 +88,7 @@ class Placement:
     """Of the longest sequence that the KV cache holds."""
     runner: wire.RunnerKind = "model"
     step_time: float = 0.0
+    spare_core: bool = False
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
@@ -146,6 +147,7 @@ class Placement:
             kv_dtype=self.kv_dtype,
             device=self.device,
             threads=self.threads,
+            spare_core=self.spare_core,
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             num_blocks=self.num_blocks,
@@ -266,6 +268,7 @@ def place(
             dtype=_float(report.request.dtype),
             kv_dtype=_float(report.request.kv_dtype),
             threads=threads,
+            spare_core=threads < inventory.cores,
             max_model_len=report.max_model_len,
             block_size=report.request.block_size,
             num_blocks=report.num_blocks,

@@ -117,7 +117,7 @@ ADVICE: dict[Reason, Advice] = {
         "Answers are right, and slow: the kernels made for this device cannot be used.",
         (
             "platform doctor   what is in the way",
-            "install a C++ compiler (g++ or clang++): engines that start afterwards use it",
+            "install a C++ compiler (g++ or clang++) if that is it: engines that start afterwards use it",
         ),
     ),
     Reason.STARTING: Advice(

@@ -392,7 +392,7 @@ def _kernels() -> Report:
         )  # fmt: skip
         said = json.loads(done.stdout) if done.returncode == 0 else None
     except subprocess.TimeoutExpired:
-        return {**silent, "problem": f"torch did not load within {KERNEL_SECONDS:.0f} s"}
+        return {**silent, "problem": f"torch and the kernels did not load within {KERNEL_SECONDS:.0f} s"}
     except (OSError, ValueError) as error:
         return {**silent, "problem": str(error)}
     if said is None:
@@ -504,7 +504,7 @@ def _judge_kernels(report: Report) -> Iterator[Finding]:
             "warning",
             "kernels",
             f"the native kernels for CPUs cannot be used, models run slowly there: {native['reason']}",
-            "install a C++ compiler (g++ or clang++), on a processor with AVX2",
+            "they need a processor with AVX2, and once a C++ compiler (g++, clang++, or what CXX names)",
         )
     if report["devices"]["gpus"] and not kernels["gpus"]:
         built = "for the CPU alone" if kernels["cuda"] is None else f"for CUDA {kernels['cuda']}"

@@ -13,6 +13,7 @@ it says is what a served model says. No other module of the package loads the en
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 import threading
@@ -97,8 +98,9 @@ class LLM:
     """One model in this process. `None` and "auto" resolve as they do in a manifest; `fit` keeps the arithmetic.
 
     `model` is `builtin://NAME`, `file:///PATH` or a folder. `num_blocks` fixes the size of the KV cache, and
-    `threads` torch's threads (of the whole process). Threads may share one `LLM`; their calls take turns. Raises
-    ValueError and TypeError for arguments, `DoesNotFit`, `CheckpointError`, `LookupError`.
+    `threads` those that compute: torch's, of the whole process, and the kernels' own. Threads may share one `LLM`;
+    their calls take turns. Raises ValueError and TypeError for arguments, `DoesNotFit`, `CheckpointError`,
+    `LookupError`.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class LLM:
             ("max_num_batched_tokens", max_num_batched_tokens, 1, None, "tokens of a step; 512 unless given"),
             ("max_model_len", max_model_len, 2, None, "prompt and answer together; None is what fits"),
             ("num_blocks", num_blocks, 1, None, "None is what fits"),
-            ("threads", threads, 1, MAX_THREADS, "None leaves it to torch"),
+            ("threads", threads, 1, MAX_THREADS, "None: as many as torch takes"),
         ):
             if count is not None or name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
                 arguments.whole(name, count, least, most, hint)
@@ -180,6 +182,7 @@ class LLM:
             chunked_prefill=chunked_prefill,
         )
         self.fit = _fit(profile, request, num_blocks)
+        threads = threads or torch.get_num_threads()
         spec = EngineSpec(
             model=model,
             replica_id="in-process",
@@ -189,7 +192,8 @@ class LLM:
             dtype=resolved,
             kv_dtype=cast(Dtype, request.kv_dtype),
             device=kind,
-            threads=torch.get_num_threads() if threads is None else threads,
+            threads=threads,
+            spare_core=threads < len(os.sched_getaffinity(0)),
             max_model_len=self.fit.max_model_len,
             block_size=block_size,
             num_blocks=self.fit.num_blocks,

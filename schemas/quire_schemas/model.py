@@ -302,16 +302,16 @@ class Batching(Strict):
     )
     prefix_caching: bool = declared(
         "Keep the blocks of finished prompts and reuse them for prompts that begin alike. Takes no memory of its "
-        "own: blocks are kept until something else needs them. Answers depend on it by rounding alone (in float32 "
-        "not at all), but their time does, from which a client could learn what others asked: give each tenant a "
-        "cache_salt.",
+        "own: blocks are kept until something else needs them. No answer depends on it (by rounding alone where "
+        "there are no native kernels), but its time does, from which a client could learn what others asked: give "
+        "each tenant a cache_salt.",
         True,
         update="rolling",
     )
     async_scheduling: bool = declared(
         "Decide each step while the one before it is computed, and hand its tokens out while the next one is. The "
-        "same tokens but for the rounding of steps of another size, a step later; it pays where the host is slow "
-        "beside the device.",
+        "same tokens (but for rounding where there are no native kernels), a step later; it pays where the host "
+        "is slow beside the device.",
         False,
         update="rolling",
     )

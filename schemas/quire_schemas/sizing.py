@@ -285,6 +285,7 @@ def activation_bytes(
     # all through: the residual, the normed input, cosines and sines; addresses at 8 bytes, tables twice
     base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
+    base += tokens * max(hidden, inner, q) * wide  # what native products widen; it is kept
     norm = tokens * hidden * (wide + 3 * 4 + e)
     rotary = tokens * ((q + 2 * kv) * e + (q + kv) * (e + wide + 3 * 4))
 

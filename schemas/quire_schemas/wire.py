@@ -522,6 +522,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     prefix_caching: bool = False
     async_scheduling: bool = False
     """Plan a step while the one before it runs."""
+    spare_core: bool = False
+    """The machine has more cores than `threads`: what can be done beside the model need not wait for it."""
     batch_invariant: bool = False
     """Refuse to start unless a sequence gets the same numbers whatever else is in its steps."""
     adoption_window: float = ADOPTION_WINDOW

@@ -26,6 +26,7 @@ from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import Weights
 from quire_kernels import Kernels, PagedBatch, Product
+from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KVGroup, group_size, kv_groups
 
@@ -53,7 +54,9 @@ class KVCache:
         """A cache for `profile`, zeroed: the memory is touched now, so a lack of it shows now."""
         groups = kv_groups(profile)
         shape = (2, num_blocks, block_size, profile.num_kv_heads, profile.head_dim)
-        tensors = (torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(group_size(groups)))
+        tensors = (
+            large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(group_size(groups))
+        )
         return cls(groups, tuple(tensors))
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quire_kernels.cpu import build
+from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.product import PlainProduct
 
@@ -69,7 +70,9 @@ class _Native:
         library.quire_open.restype = c_void_p
         library.quire_open.argtypes = (c_int,)
         library.quire_close.argtypes = (c_void_p,)
-        library.quire_pack.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)
+        library.quire_kept.restype = c_int64
+        library.quire_kept.argtypes = (c_void_p,)
+        library.quire_pack.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64)
         library.quire_unpack_rows.argtypes = (
             c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p,
         )  # fmt: skip
@@ -99,8 +102,9 @@ class _Native:
         self.library = library
         self.engine = c_void_p(library.quire_open(threads))
         if not self.engine:
-            raise MemoryError("no memory for the threads of the back-end")
-        weakref.finalize(self, library.quire_close, self.engine)
+            raise BackendUnavailable(f"the machine gives no {threads} threads")
+        # not at the end of the process: a thread may still be in a call
+        weakref.finalize(self, library.quire_close, self.engine).atexit = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -129,6 +133,10 @@ class _Packed:
 
     def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outputs, width = self.weight.shape
+        if x.dtype != self.weight.dtype or x.shape[1] != width or x.stride(1) != 1:
+            raise KernelError(
+                f"x is {x.dtype} {tuple(x.shape)}, the weight {self.weight.dtype} [{outputs}, {width}]"
+            )
         out = torch.empty((x.shape[0], outputs), dtype=dtype)
         bias = None if self.bias is None else self.bias.data_ptr()
         call = _Linear(
@@ -173,14 +181,18 @@ class CpuKernels:
     def __init__(self, threads: int, level: build.Level | None = None) -> None:
         self._native = _Native(threads, level)
 
+    @property
+    def kept_bytes(self) -> int:
+        """What the library keeps for itself between operations: room for the widest so far."""
+        return int(self._native.library.quire_kept(self._native.engine))
+
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         if weight.shape[1] % 2:
             return PlainProduct(weight, bias)  # pairs of an odd number of inputs would need another byte or two
-        packed = torch.empty_like(weight)
         self._native.library.quire_pack(
-            self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, packed.data_ptr()
+            self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape
         )
-        return _Packed(self._native, packed, bias)
+        return _Packed(self._native, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

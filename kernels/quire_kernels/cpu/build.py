@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +28,7 @@ from pathlib import Path
 from quire_kernels.errors import BackendUnavailable
 
 SOURCES = Path(__file__).parent / "native"
-BUILD_SECONDS = 300.0
+BUILD_SECONDS = 100.0
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-w")
 
 
@@ -105,22 +106,28 @@ def load(path: Path) -> ctypes.CDLL:
 
 def _cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "quire" / "kernels"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "quire" / "kernels"
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"there is no place for the library: {error}; XDG_CACHE_HOME names one"
+        ) from error
 
 
-def _compiler() -> str:
-    """A C++ compiler: the one that CXX names, or the first that is there."""
-    named = os.environ.get("CXX")
-    for name in (named,) if named else ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
+def _compiler() -> list[str]:
+    """How a C++ compiler is called: as CXX says, or the first that is there."""
+    named = os.environ.get("CXX", "")
+    for words in [shlex.split(named)] if named.strip() else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(words[0]) is not None:
+            return words
     raise BackendUnavailable(
-        f"CXX names {named}, which is not there" if named else "no C++ compiler is installed (c++, g++ or clang++)"
+        f"CXX names {named}, which is not there"
+        if named.strip()
+        else "no C++ compiler is installed (c++, g++ or clang++)"
     )
 
 
-def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+def _build(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
     """Each source by a compiler of its own, all at once; then one library."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,28 +136,30 @@ def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
             sources = sorted(SOURCES.glob("*.cpp"))
             objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
             parts = zip(sources, objects, strict=True)
-            _all_of([[compiler, *flags, "-c", "-o", out, str(source)] for source, out in parts])
-            _all_of([[compiler, *flags, "-shared", "-o", str(made), *objects]])
+            _all_of([[*compiler, *flags, "-c", "-o", out, str(source)] for source, out in parts])
+            _all_of([[*compiler, *flags, "-shared", "-o", str(made), *objects]])
             made.replace(target)
     except OSError as error:
         raise BackendUnavailable(f"the library cannot be built in {target.parent}: {error}") from error
 
 
 def _all_of(commands: list[list[str]]) -> None:
-    """Runs all at once. Raises `BackendUnavailable` with the first thing that one of them says as it fails."""
+    """Runs all at once. Raises `BackendUnavailable` with what one of them complains of."""
     until = time.monotonic() + BUILD_SECONDS
-    running = [
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command in commands
-    ]
+    running: list[subprocess.Popen[str]] = []
     try:
+        for command in commands:
+            running.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
         for command, process in zip(commands, running, strict=True):
             said, _ = process.communicate(timeout=max(until - time.monotonic(), 0.0))
             if process.returncode != 0:
-                first = next(iter(said.strip().splitlines()), f"exit {process.returncode}")
-                raise BackendUnavailable(f"{command[0]} failed: {first}")
+                lines = [*filter(None, map(str.strip, said.splitlines())), f"exit {process.returncode}"]
+                wrong = next((line for line in lines if "error" in line), lines[0])
+                raise BackendUnavailable(f"{command[0]} failed: {wrong[:300]}")
     except subprocess.TimeoutExpired as error:
         raise BackendUnavailable(f"the compiler was not done after {BUILD_SECONDS:.0f} s") from error
     finally:

@@ -22,7 +22,8 @@ from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.runner import ModelRunner
 from quire_engine.sampler import sample
 from quire_engine.step import Draw, Scheduled, StepPlan
-from quire_kernels import PagedBatch, load
+from quire_kernels import BACKENDS, Kernels, PagedBatch, load
+from quire_kernels.cpu import CpuKernels
 from quire_kernels.reference import GATHER_BYTES
 from quire_schemas import sizing
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
@@ -61,13 +62,13 @@ def write_checkpoint(folder: Path, description: dict[str, Any]) -> ModelProfile:
     return read_profile(folder)
 
 
-def open_model(folder: Path, described: ModelProfile, dtype: str) -> DecoderModel:
+def open_model(folder: Path, described: ModelProfile, dtype: str, kernels: Kernels | None = None) -> DecoderModel:
     return load_model(
         folder,
         described,
         dtype=DTYPES[dtype],
         device=CPU,
-        kernels=load("reference"),
+        kernels=kernels or load("reference"),
         on_progress=lambda done, total: None,
     )
 
@@ -148,6 +149,7 @@ MIXED = SLIDING | {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "steps", "length"),
@@ -168,10 +170,16 @@ MIXED = SLIDING | {
     ],
 )
 def test_a_step_stays_below_the_activation_bound(
-    shape: dict[str, Any], steps: list[tuple[int, int, int]], length: int, dtype: str, tmp_path: Path
+    shape: dict[str, Any],
+    steps: list[tuple[int, int, int]],
+    length: int,
+    dtype: str,
+    backend: str,
+    tmp_path: Path,
 ) -> None:
     described = write_checkpoint(tmp_path, config(**shape))
-    model = open_model(tmp_path, described, dtype)
+    kernels = load(backend)
+    model = open_model(tmp_path, described, dtype, kernels)
     sequences = [(start, count) for many, start, count in steps for _ in range(many)]
     tokens = sum(count for _, count in sequences)
     blocks = -(-length // 16)
@@ -203,9 +211,12 @@ def test_a_step_stays_below_the_activation_bound(
         )
 
     found = peak(step)
+    if isinstance(kernels, CpuKernels):
+        found += kernels.kept_bytes
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)
     assert found <= bound
-    assert found >= bound / 8
+    if backend == "reference":  # native attention gathers nothing
+        assert found >= bound / 8
 
 
 ALL_OF_IT: dict[str, Any] = {"logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}

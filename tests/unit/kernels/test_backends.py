@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import BackendUnavailable, Kernels, PagedBatch, load
+from quire_kernels import BackendUnavailable, KernelError, Kernels, PagedBatch, load
 from quire_kernels.cpu import CpuKernels, build
 from quire_kernels.reference import ReferenceKernels
 
@@ -128,7 +128,7 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 12, 16, 24, 32, 300])
 @pytest.mark.parametrize("edge", [-1, 0, 1])
 def test_decode_and_prefill_at_block_edges(
     kernels: Kernels, block_size: int, edge: int, dtype: torch.dtype
@@ -184,6 +184,13 @@ def test_long_prompts_are_masked_in_tiles(kernels: Kernels) -> None:
     case.check(kernels, window=900)
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 12, 20, 24, 32, 100, 256, 300])
+def test_long_sequences_in_blocks_of_any_size(kernels: Kernels, block_size: int) -> None:
+    case = Case([(599, 1), (250, 30), (0, 270), (255, 1), (256, 1)], block_size=block_size)
+    case.check(kernels)
+    case.check(kernels, window=100)
+
+
 def test_sequences_may_share_blocks(kernels: Kernels) -> None:
     torch.manual_seed(1)
     cache = torch.empty(2, 6, 16, 2, 64)
@@ -220,7 +227,7 @@ def test_write_kv_touches_its_slots_and_nothing_else(kernels: Kernels) -> None:
             assert torch.equal(numbers.sort().values, written.to(dtype).flatten().sort().values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(7, 96) * 3).to(dtype), torch.randn(96).to(dtype)
@@ -235,7 +242,7 @@ def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
     assert torch.equal(residual, total)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotary_turns_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(5, 3, 16).to(dtype), torch.randn(5, 1, 8).double()
@@ -248,7 +255,7 @@ def test_rotary_turns_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
     close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     both = (torch.randn(4, 60) * 3).to(dtype)
@@ -352,7 +359,7 @@ def test_masks_set_nothing_but_what_they_forbid(kernels: Kernels, width: int) ->
 @pytest.mark.parametrize("width", [1, 5, 128, 257, 70001])
 def test_the_largest_number_is_the_first_of_equals(kernels: Kernels, width: int) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(6, width + 3)[:, :width].contiguous()
+    logits = torch.randn(6, width + 3)[:, :width]
     logits[0] = 1.5
     logits[1, width // 2 :] = 9.0
     logits[2] = -torch.inf
@@ -364,3 +371,10 @@ def test_the_largest_number_is_the_first_of_equals(kernels: Kernels, width: int)
     for row in (0, 1, 2, 3, 5):
         assert places[row] == (logits[row] == expected[row]).nonzero()[0, 0]
     assert values[4].isnan()
+
+
+def test_what_does_not_fit_a_weight_is_refused(native: Kernels) -> None:
+    product = native.product(torch.randn(8, 16).bfloat16(), None)
+    for x in (torch.randn(2, 16), torch.randn(2, 8).bfloat16(), torch.randn(16, 2).bfloat16().T):
+        with pytest.raises(KernelError, match=r"the weight torch\.bfloat16"):
+            product(x)

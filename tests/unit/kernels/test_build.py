@@ -84,6 +84,24 @@ def test_what_the_compiler_says_is_told_and_nothing_stays_behind(compiler: Compi
     assert list((tmp_path / "cache/quire/kernels").iterdir()) == []
 
 
+def test_a_compiler_may_be_named_with_words_behind_it(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = compiler(f'[ "$1" = --wrapped ] || exit 1; {WRITES}')
+    monkeypatch.setenv("CXX", f"{path} --wrapped")
+    assert build.library(build.LEVELS[-1]).exists()
+
+
+def test_of_what_the_compiler_says_the_error_is_told(compiler: Compiler) -> None:
+    compiler("echo 'In file included from a.h:1,'; echo 'b.h:2: error: no such thing'; exit 1")
+    assert _fails(build.LEVELS[-1]).endswith("failed: b.h:2: error: no such thing")
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    assert "XDG_CACHE_HOME names one" in _fails(build.LEVELS[-1])
+
+
 def test_a_cache_that_cannot_be_written_is_told(compiler: Compiler, tmp_path: Path) -> None:
     compiler(WRITES)
     (tmp_path / "cache").write_text("a file")
@@ -110,8 +128,8 @@ def test_without_a_compiler_the_reference_kernels_serve_and_say_why(
     kernels, lacking = best("cpu", 1)
     assert kernels.name == "reference"
     assert lacking == "CXX names /nowhere/c++, which is not there"
-    assert best("cuda", 1)[0].name == "reference"
-    assert best("cuda", 1)[1] == ""
+    kernels, lacking = best("cuda", 1)
+    assert (kernels.name, lacking) == ("reference", "there are no kernels of our own for GPUs yet")
 
 
 def _fails(level: build.Level) -> str:

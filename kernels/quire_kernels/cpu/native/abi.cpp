@@ -1,8 +1,6 @@
 // The door: what Python calls through ctypes. One `Engine` is a pool of threads and a scratch; its calls do not overlap.
-#include <sys/mman.h>
-
 #include <cstdlib>
-#include <new>
+#include <exception>
 
 #include "attention.h"
 #include "gemm.h"
@@ -33,22 +31,24 @@ struct Engine {
 
 using namespace quire;
 
-// Ask for large pages where nothing has been written yet: a step reads all weights once, and looks up every page.
-static void in_large_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096;
-  uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish: refused, it is slower
-}
-
 extern "C" {
 
-void* quire_open(int threads) { return new (std::nothrow) Engine(threads); }
+// Null if the machine gives no such number of threads.
+void* quire_open(int threads) {
+  try {
+    return new Engine(threads);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+// Bytes that it keeps between operations.
+int64_t quire_kept(void* engine) { return static_cast<Engine*>(engine)->size; }
 void quire_close(void* engine) { delete static_cast<Engine*>(engine); }
 
-void quire_pack(void* engine, int64_t format, const void* weight, int64_t outputs, int64_t width, void* to) {
-  in_large_pages(to, outputs * width * (format == kFloat32 ? 4 : 2));
-  pack(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), weight, outputs, width, to);
+void quire_pack(void* engine, int64_t format, void* weight, int64_t outputs, int64_t width) {
+  auto* it = static_cast<Engine*>(engine);
+  pack(it->pool, static_cast<Format>(format), weight, outputs, width,
+       it->room(pack_scratch(it->pool.size(), static_cast<Format>(format), width)));
 }
 
 void quire_unpack_rows(void* engine, int64_t format, const void* packed, int64_t outputs, int64_t width,

@@ -83,9 +83,10 @@ struct Worker {
   // Tokens of a block that lie in the tile: scores[r, at + j] = q[r] · keys[j].
   void products(const Task& task, const KV* keys, int64_t at) const {
     const int64_t size = call.block_size, dim = call.head_dim;
-    for (int64_t j = 0; j < size; j += kLanes) {
-      int n = static_cast<int>(std::min<int64_t>(kLanes, size - j));
-      if (at + j < 0 || at + j >= kTile) continue;  // the rest of a block that is longer than a tile
+    // a block may begin before the tile or end behind it
+    const int64_t end = std::min(size, kTile - at);
+    for (int64_t j = std::max<int64_t>(0, -at); j < end; j += kLanes) {
+      int n = static_cast<int>(std::min<int64_t>(kLanes, end - j));
       Vec acc[kRows];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) acc[r] = zero();

@@ -199,13 +199,16 @@ inline int64_t place(bool pairs, int64_t outputs, int64_t column, int64_t k) {
   return pairs ? (k / 2 * outputs + column) * 2 + k % 2 : k * outputs + column;
 }
 
+// The rows of a panel lie together before and after, so a panel is made beside them and put in their place.
 template <class T>
-void pack_as(Pool& pool, bool pairs, const T* weight, int64_t outputs, int64_t width, T* to) {
-  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int) {
-    int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
-    T* panel = to + begin * width;
+void pack_as(Pool& pool, bool pairs, T* weight, int64_t outputs, int64_t width, T* scratch) {
+  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
+    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    T* rows = weight + begin * width;
+    T* panel = scratch + thread * kPanel * width;
     for (int64_t n = 0; n < in_panel; ++n)
-      for (int64_t k = 0; k < width; ++k) panel[place(pairs, in_panel, n, k)] = weight[(begin + n) * width + k];
+      for (int64_t k = 0; k < width; ++k) panel[place(pairs, in_panel, n, k)] = rows[n * width + k];
+    std::memcpy(rows, panel, in_panel * width * sizeof(T));
   });
 }
 
@@ -221,12 +224,16 @@ void unpack_as(Pool& pool, bool pairs, const T* packed, int64_t outputs, int64_t
 
 }  // namespace
 
-void pack(Pool& pool, Format format, const void* weight, int64_t outputs, int64_t width, void* to) {
+int64_t pack_scratch(int threads, Format format, int64_t width) {
+  return threads * kPanel * width * (format == kFloat32 ? 4 : 2);
+}
+
+void pack(Pool& pool, Format format, void* weight, int64_t outputs, int64_t width, void* scratch) {
   if (format == kFloat32) {
-    pack_as(pool, false, static_cast<const float*>(weight), outputs, width, static_cast<float*>(to));
+    pack_as(pool, false, static_cast<float*>(weight), outputs, width, static_cast<float*>(scratch));
   } else {
-    pack_as(pool, format == kBfloat16, static_cast<const uint16_t*>(weight), outputs, width,
-            static_cast<uint16_t*>(to));
+    pack_as(pool, format == kBfloat16, static_cast<uint16_t*>(weight), outputs, width,
+            static_cast<uint16_t*>(scratch));
   }
 }
 

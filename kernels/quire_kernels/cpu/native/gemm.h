@@ -18,8 +18,9 @@ struct Linear {
   int64_t out_stride;
 };
 
-// `weight` [outputs, width], row-major, to the order that `linear` reads, in as many bytes.
-void pack(Pool& pool, Format format, const void* weight, int64_t outputs, int64_t width, void* to);
+// `weight` [outputs, width], row-major, to the order that `linear` reads, in place.
+void pack(Pool& pool, Format format, void* weight, int64_t outputs, int64_t width, void* scratch);
+int64_t pack_scratch(int threads, Format format, int64_t width);
 // Rows of a packed weight as they were, [count, width]: what an embedding that is the head, too, looks up.
 void unpack_rows(Pool& pool, Format format, const void* packed, int64_t outputs, int64_t width, const int64_t* rows,
                  int64_t count, void* to);

@@ -2,8 +2,9 @@
 //
 // A step is a long row of short operations, so what counts is the time from the end of one to the start of the next:
 // one or two microseconds while everybody spins. Who has spun for some tens of microseconds lets others have the
-// processor: a pool has no more threads than it was given processors, but it may not be alone on them. Work is handed
-// out in order of its number, one piece at a time.
+// processor, for a pool may not be alone on those it was given. Work is handed out in order of its number, one piece
+// at a time; an operation ends when all threads have looked for work, so one that has to wait for a processor holds up
+// the others.
 #pragma once
 
 #include <atomic>
@@ -40,6 +41,7 @@ class Pool {
   void run(int64_t count, Call call, void* work);
   void serve(int thread);
   void take(int thread);
+  void end();
 
   std::vector<std::thread> workers_;
   Call call_ = nullptr;
