@@ -42,6 +42,9 @@ _EXACT = 2**53
 _EXACT_WHOLE = 2**63 - 1024
 """The largest bounds that the compiler keeps exactly, of numbers and of whole numbers."""
 
+_STEP = 1e-15
+"""From a bound that a number is not to have to the next that it may have: what is nearer has too many digits."""
+
 _ONE = ("items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -241,6 +244,25 @@ def _bound(schema: dict[str, Any]) -> None:
                 near = math.nextafter(near, math.inf if lower else -math.inf)
             kept = int(near)
         schema[name] = kept
+    if schema.get("type") != "integer":
+        _include(schema)
+
+
+def _include(schema: dict[str, Any]) -> None:
+    """Bounds of numbers that exclude themselves become ones close by that do not.
+
+    The compiler lets 2 pass where 2 is excluded and the other bound begins with 2, too. And a text of many digits
+    that is read as the bound itself is outside then.
+    """
+    for exclusive, inclusive, outer, towards in (
+        ("exclusiveMinimum", "minimum", max, 1),
+        ("exclusiveMaximum", "maximum", min, -1),
+    ):
+        value, other = schema.get(exclusive), schema.get(inclusive)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            del schema[exclusive]
+            near = value + towards * max(math.ulp(value), _STEP)
+            schema[inclusive] = outer(near, other) if isinstance(other, int | float) else near
 
 
 def _shape(schema: dict[str, Any]) -> None:

@@ -529,7 +529,9 @@ class _Planner:
                     self.wake.append(deadline)
             elif row.goal is Goal.DRAIN and row.stop_sent is not None:
                 self.wake.append(row.stop_sent + STOP_AGAIN_SECONDS)
-                if self.now >= row.stop_sent + STOP_AGAIN_SECONDS:
+                # a router that was down when it was first stopped may have come back with a table of before
+                unused = seen.released or row.reason not in ("Drained", "DrainTimeout")
+                if unused and self.now >= row.stop_sent + STOP_AGAIN_SECONDS:
                     self.do(Stop(row.id, row.incarnation, row.reason))
 
     def take_back_drains(self) -> None:

@@ -398,6 +398,16 @@ SPELLED: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "string", "format": "date", "pattern": "^2"}, ['"2024-02-29"'], ['"1924-02-29"', '"2x"']),
     ({"type": "string", "format": "time"}, ['"23:59:59.5Z"'], ['"22:59:60Z"', '"10:00:00"']),
     ({"format": "date-time"}, ["1", '"2024-02-29T10:00:00Z"'], ['"2023-02-29T10:00:00Z"']),
+    # bounds that exclude themselves, where both begin with the same number
+    (
+        {"type": "number", "exclusiveMinimum": 2.0, "exclusiveMaximum": 2.9},
+        ["2.5", "2.01"],
+        ["2", "2.0", "2.9", "3"],
+    ),
+    ({"exclusiveMinimum": -2.96, "exclusiveMaximum": -2}, ["-2.5", "-2.01"], ["-2", "-2.0", "-2.96", "-3"]),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0.5", "0.1"], ["0", "0.0", "-0", "0.00"]),
+    ({"type": "number", "exclusiveMaximum": 3}, ["2.5", "-9"], ["3", "3.0", "2.99999999999999999999"]),
+    ({"type": "integer", "exclusiveMinimum": 2, "exclusiveMaximum": 4}, ["3"], ["2", "4"]),
     # classes of signs, as the narrowest of the engines has them
     ({"type": "string", "pattern": "^.$"}, ['"a"'], ['"\\r"', '"\u2028"', '"\\n"']),
     ({"type": "string", "pattern": "^\\S$"}, ['"a"'], ['"\ufeff"', '"\u0085"', '" "']),

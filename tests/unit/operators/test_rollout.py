@@ -574,6 +574,24 @@ QUICK = settings(
 )
 
 
+def test_who_was_to_be_stopped_while_the_router_was_down_is_stopped_when_it_lets_go() -> None:
+    """The stop was written and never sent; the router comes back with the table that it had."""
+    world = settled(capacity=1, replicas=1, max_surge=0)
+    world.router = Router.DOWN
+    world.intend(strategy=Strategy.AUTO, replicas=0)
+    world.reconcile(1)
+    world.reconcile(1, cut_off=True)
+    (row,) = world.rows.values()
+    assert row.stop_sent is not None
+    world.router = Router.KNOWN
+    world.tick(rollout.STOP_AGAIN_SECONDS + 1)
+    world.reconcile()
+    assert world.processes, "not while the router may send something there"
+    world.settle()
+    assert not world.processes
+    assert not world.rows
+
+
 def test_no_sequence_of_intents_and_faults_breaks_an_invariant() -> None:
     run_state_machine_as_test(Rollouts, settings=QUICK)
 
