@@ -444,7 +444,12 @@ def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits 
     weights = weight_bytes(profile, spec.dtype)
     kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
     activations = activation_bytes(
-        profile, spec.dtype, limits.max_num_batched_tokens, limits.max_num_seqs, spec.max_model_len
+        profile,
+        spec.dtype,
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
+        spec.max_model_len,
+        device=spec.device,
     )
     if weights + kv + activations > spec.memory_limit:
         raise MemoryMismatch(

@@ -273,7 +273,13 @@ def longest_held(windows: Sequence[int | None], num_blocks: int, chunk: int, blo
 
 
 def activation_bytes(
-    profile: ModelProfile, dtype: str, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+    profile: ModelProfile,
+    dtype: str,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    *,
+    device: str = "cpu",
 ) -> int:
     """An upper bound of what one step holds besides weights and cache, sampling included."""
     tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
@@ -285,7 +291,8 @@ def activation_bytes(
     # all through: the residual, the normed input, cosines and sines; addresses at 8 bytes, tables twice
     base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
-    base += tokens * max(hidden, inner, q) * wide  # what native products widen; it is kept
+    if device == "cpu":
+        base += tokens * max(hidden, inner, q) * wide  # what native products widen; it is kept
     norm = tokens * hidden * (wide + 3 * 4 + e)
     rotary = tokens * ((q + 2 * kv) * e + (q + kv) * (e + wide + 3 * 4))
 
@@ -344,7 +351,12 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         return _scripted_at(profile, request, length)
     weights = weight_bytes(profile, request.dtype)
     activations = activation_bytes(
-        profile, request.dtype, request.max_num_batched_tokens, request.max_num_seqs, length
+        profile,
+        request.dtype,
+        request.max_num_batched_tokens,
+        request.max_num_seqs,
+        length,
+        device=request.device,
     )
     overhead = FOOTPRINT[request.device].overhead
     limit = _limit(request)
