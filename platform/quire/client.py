@@ -40,6 +40,8 @@ from quire_operators.paths import StateDir, StateDirError, check_private
 START_SECONDS = 60.0
 """How long a start may take before the client gives up: a cold disk on a small machine needs several seconds."""
 REQUEST_SECONDS = 60.0
+ASK_AGAIN = (0.0, 0.1, 0.5)
+"""Seconds before a question whose connection broke is asked again."""
 TAIL_LINES = 20
 DOWN = "the platform is down: platform down stopped it, and what was applied is kept"
 UP = "platform up starts it again, and so does platform apply"
@@ -149,13 +151,17 @@ class Client:
         """Headers of the W3C trace context that requests are made in; at first the one of this process."""
 
     def get(self, path: str, **query: str | int | None) -> Any:
-        """GET. Asked once more when the connection breaks: the control plane may die and return at any time."""
+        """GET. Asked again when the connection breaks: the control plane may die and return at any time, and while
+        the system clears away a killed one's socket, connections are taken and broken.
+        """
         given = {name: value for name, value in query.items() if value is not None}
         target = f"{path}?{urlencode(given)}" if given else path
-        try:
-            return self._request("GET", target, None)
-        except (http.client.HTTPException, ConnectionError):
-            return self._once("GET", target, None)
+        for pause in ASK_AGAIN:
+            try:
+                return self._request("GET", target, None)
+            except (http.client.HTTPException, ConnectionError):
+                time.sleep(pause)
+        return self._once("GET", target, None)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._once("POST", path, body)
