@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ PIECE = 16 * 1024 * 1024
 """Bytes read at a time: small enough to stay in cache between reading and converting, and to report often."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class TensorSource(Protocol):
+    """Where a model's parameters come from, by the names that its checkpoint has for them."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as a parameter of its own."""
+
+    def stack(self, names: Sequence[str]) -> Tensor:
+        """Tensors that agree in all but the first dimension, one after the other along it."""
 
 
 class Weights:
@@ -56,11 +67,11 @@ class Weights:
             self._require_equal("lm_head.weight", "model.embed_tokens.weight")
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as a parameter of its own."""
+        """See `TensorSource`."""
         return self.stack([name])
 
     def stack(self, names: Sequence[str]) -> Tensor:
-        """Tensors that agree in all but the first dimension, one after the other along it."""
+        """See `TensorSource`."""
         infos = [self._tensors[name] for name in names]
         rows = sum(info.shape[0] for info in infos)
         shape = (rows, *infos[0].shape[1:])

@@ -48,6 +48,11 @@ class PagedBatch:
         """T."""
         return self.positions.shape[0]
 
+    @property
+    def longest(self) -> int:
+        """No sequence has more tokens in the cache; known on the host."""
+        return max(self.contexts, default=0)
+
     @classmethod
     def build(
         cls,

@@ -24,7 +24,7 @@ from quire_engine.layers.mlp import GatedMLP
 from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
-from quire_engine.weights import Weights
+from quire_engine.weights import TensorSource, Weights
 from quire_kernels import Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
@@ -120,6 +120,13 @@ class DecoderModel:
     ) -> DecoderModel:
         """See `quire_engine.models.load_model`."""
         weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
+        return cls.build(profile, weights, device=device, kernels=kernels)
+
+    @classmethod
+    def build(
+        cls, profile: ModelProfile, weights: TensorSource, *, device: torch.device, kernels: Kernels
+    ) -> DecoderModel:
+        """The model of `profile`, its parameters handed out by `weights` on `device`."""
         method: LinearMethod = Plain(weights, kernels)
 
         def norm(name: str) -> RMSNorm:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from quire_engine.layers.linear import Dense, Linear
-from quire_engine.weights import Weights
+from quire_engine.weights import TensorSource
 from quire_kernels import Kernels
 
 
@@ -25,7 +25,7 @@ class LinearMethod(Protocol):
 class Plain:
     """Weights as they are, fused along the output."""
 
-    def __init__(self, weights: Weights, kernels: Kernels) -> None:
+    def __init__(self, weights: TensorSource, kernels: Kernels) -> None:
         self._weights = weights
         self._kernels = kernels
 
