@@ -9,21 +9,28 @@ N blocks, P slots a block, W hidden width, I width between the two halves of an 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quire_kernels.errors import BackendUnavailable, KernelError, UnknownBackend
 from quire_kernels.paging import PagedBatch
+from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, QuantizedWeight
 
 __all__ = [
     "BACKENDS",
+    "Activations",
     "BackendUnavailable",
+    "Int4Weight",
+    "Int8Weight",
     "KernelError",
     "Kernels",
     "PagedAttention",
     "PagedBatch",
     "Product",
+    "QuantizedWeight",
     "UnknownBackend",
     "best",
     "load",
@@ -35,22 +42,17 @@ BACKENDS = ("reference", "cpu")
 class Product(Protocol):
     """Matrix products with one weight, in the order that the back-end reads it in."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The numbers of the weight [N, K], in as many bytes, in whatever order."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[N]."""
-
     def __call__(self, x: Tensor) -> Tensor:
-        """x · weightᵀ + bias: [T, K] to [T, N], in the dtype of all three."""
+        """x · weightᵀ + bias: [T, K] to [T, N], in the dtype of x."""
 
     def wide(self, x: Tensor) -> Tensor:
         """The same in float32: [T, K] to [T, N]."""
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids` [T] int64 of the weight, [T, K]: an embedding."""
+        """Rows `ids` [T] int64 of the weight, [T, K], in the dtype of the activations: an embedding."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every tensor it holds, once: all bytes of the weight, in whatever order."""
 
 
 class PagedAttention(Protocol):
@@ -72,6 +74,16 @@ class Kernels(Protocol):
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """Takes over `weight` [N, K] and `bias` [N], dense and of one dtype: they are nobody else's any more."""
+
+    def quantized_product(
+        self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
+    ) -> Product:
+        """Takes over `weight` and `bias` [N] float. Its input and its results are of `dtype`.
+
+        `activations` "int8" rounds each row of the input by a scale of its own, so that its largest number becomes
+        127, and multiplies whole numbers exactly; a row with a number that is not finite comes out as NaN. "float"
+        multiplies what the weight stands for, in float32.
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · weight over the last dimension. New tensor.

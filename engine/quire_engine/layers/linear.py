@@ -1,4 +1,4 @@
-"""Matrix products. `Dense` keeps its weight as it is; quantised and parallel ones answer the same call."""
+"""Matrix products. `Dense` is one product, of whatever weight; parallel ones answer the same call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Linear(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Dense:
-    """x · weightᵀ + bias, in the weight's dtype."""
+    """x · weightᵀ + bias, in the dtype of x."""
 
     product: Product
 
@@ -30,6 +30,4 @@ class Dense:
         return self.product(x)
 
     def parameters(self) -> Iterator[Tensor]:
-        yield self.product.weight
-        if self.product.bias is not None:
-            yield self.product.bias
+        yield from self.product.parameters()

@@ -172,7 +172,7 @@ class DecoderModel:
         for layer in self._layers:
             yield from layer.parameters()
         yield self._norm.weight
-        yield self._head.weight
+        yield from self._head.parameters()
 
     @property
     def bytes(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Iterator
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,8 @@ from torch import Tensor
 from quire_kernels.cpu import build
 from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
-from quire_kernels.reference.product import PlainProduct
+from quire_kernels.quantized import Activations, QuantizedWeight
+from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
     from quire_kernels import Product
@@ -131,6 +133,11 @@ class _Packed:
         )  # fmt: skip
         return out
 
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
     def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outputs, width = self.weight.shape
         if x.dtype != self.weight.dtype or x.shape[1] != width or x.stride(1) != 1:
@@ -193,6 +200,11 @@ class CpuKernels:
             self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape
         )
         return _Packed(self._native, weight, bias)
+
+    def quantized_product(
+        self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
+    ) -> Product:
+        return QuantizedProduct(weight, None if bias is None else bias.float(), activations == "int8", dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

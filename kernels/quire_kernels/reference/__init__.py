@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
-from quire_kernels.reference.product import PlainProduct
+from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -25,6 +26,11 @@ class ReferenceKernels:
 
     def product(self, weight: Tensor, bias: Tensor | None) -> PlainProduct:
         return PlainProduct(weight, bias)
+
+    def quantized_product(
+        self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
+    ) -> QuantizedProduct:
+        return QuantizedProduct(weight, None if bias is None else bias.float(), activations == "int8", dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == torch.float32:

@@ -1,11 +1,40 @@
-"""Matrix products by torch, with the weight as it is."""
+"""Matrix products by torch, with the weight as it is.
+
+A quantised product rounds each row of the input to 8 bits by a scale of its own:
+
+    s = max |x| / 127,   a[k] = round(x[k] · 127 / max |x|)
+
+and multiplies whole numbers. Their sums are exact here: float32 holds each sum of at most 1024 products of two
+8-bit numbers, in whatever order, because none is above 2^24; longer ones are added up in int32. With a scale for
+each group of inputs the sums end with the group, and what they stand for is added in float32, in order.
+
+    int8    out[n] = (Σ_k a[k] · w[n, k]) · s · scales[n] + bias[n]
+    int4    out[n] = (Σ_groups (Σ_k in group a[k] · w[n, k]) · scales[n, group]) · s + bias[n]
+
+Floating-point activations meet the dequantised weight in float32. Weights are widened a piece at a time.
+
+Legend: T tokens, N outputs, K inputs, G groups, g inputs of a group.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
+
+_PIECE = 1 << 22
+"""Numbers of a weight that are widened at a time."""
+
+_EXACT = 1024
+"""Products of two 8-bit numbers whose sum float32 holds: 1024 · 127 · 127 < 2^24."""
+
+_NOTHING = 1e-30
+"""A row whose largest number is below this is taken for zero: 127 divided by less may be infinite."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,3 +52,84 @@ class PlainProduct:
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
+
+@dataclass(slots=True, frozen=True)
+class QuantizedProduct:
+    """`Product` with a quantised weight."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    """[N] float32."""
+    round_input: bool
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.wide(x).to(self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        multiply = self._rounded if self.round_input else self._floating
+        out = multiply(x.float())
+        return out if self.bias is None else out.add_(self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.weight.part(ids).dequantized().to(self.dtype)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight.values
+        yield self.weight.scales
+        if self.bias is not None:
+            yield self.bias
+
+    def _floating(self, x: Tensor) -> Tensor:
+        pieces = _pieces(*self.weight.shape)
+        return torch.cat([x @ self.weight.part(piece).dequantized().T for piece in pieces], -1)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        codes, scales = quantize_rows(x)
+        wide, weight, pieces = codes.float(), self.weight, _pieces(*self.weight.shape)
+        if isinstance(weight, Int8Weight):
+            sums = torch.cat([_exact(wide, weight.values[piece].float()) for piece in pieces], -1)
+            return sums.float() * scales.unsqueeze(-1) * weight.scales
+        return torch.cat([_grouped(wide, weight.part(piece)) for piece in pieces], -1) * scales.unsqueeze(-1)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T, K] float32 as [T, K] int8, -127 to 127, and their scales [T] float32.
+
+    A row with a number that is not finite has NaN for its scale: its product is NaN.
+    """
+    most = x.abs().amax(-1)
+    usable = most.isfinite() & (most >= _NOTHING)
+    # by `full_like`, for torch computes 127 / most by a reciprocal, which rounds twice
+    inverse = torch.where(usable, torch.full_like(most, 127.0) / most, 0.0)
+    codes = torch.where(usable.unsqueeze(-1), x * inverse.unsqueeze(-1), 0.0).round_().clamp_(-127, 127)
+    scales = torch.where(usable, most / 127.0, torch.where(most.isfinite(), 0.0, torch.nan))
+    return codes.to(torch.int8), scales
+
+
+def _pieces(outputs: int, width: int) -> Iterator[slice]:
+    """Outputs of a weight, some at a time."""
+    step = max(1, _PIECE // width)
+    return (slice(start, start + step) for start in range(0, outputs, step))
+
+
+def _exact(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ of whole numbers in float32 of at most 8 bits, [T, N] int32."""
+    parts = zip(torch.split(x, _EXACT, -1), torch.split(weight, _EXACT, -1), strict=True)
+    return torch.stack([(left @ right.T).to(torch.int32) for left, right in parts]).sum(0, dtype=torch.int32)
+
+
+def _grouped(x: Tensor, weight: Int4Weight) -> Tensor:
+    """Sums of each group times its scale, added in order. [T, N] float32."""
+    scales, size = weight.scales.float(), weight.group_size
+    out = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
+    parts = zip(torch.split(x, size, -1), torch.split(weight.codes().float(), size, -1), strict=True)
+    for group, (left, right) in enumerate(parts):
+        out.addcmul_(left @ right.T, scales[:, group])
+    return out

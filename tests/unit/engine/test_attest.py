@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,6 @@ class _Shifted:
     product: Product
     when: Callable[[int], bool]
 
-    @property
-    def weight(self) -> Tensor:
-        return self.product.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.product.bias
-
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x) * (1 + 1e-6 * self.when(x.shape[0]))
 
@@ -73,6 +65,9 @@ class _Shifted:
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.product.rows(ids)
+
+    def parameters(self) -> Iterator[Tensor]:
+        return self.product.parameters()
 
 
 @pytest.mark.parametrize(
