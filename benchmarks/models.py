@@ -7,6 +7,7 @@ checkpoint so that every system loads the same file.
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from quire import builtin
+from quire_engine.vocabulary import _BYTE_OF
+
+CACHE = Path.home() / ".cache/quire/benchmarks"
+"""Where random weights are kept."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {
@@ -50,6 +55,34 @@ def model_dir(name: str, cache: Path) -> Path:
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_file(_random_qwen2(config), weights, metadata={"format": "pt"})
     return folder
+
+
+def write_vocabulary(folder: Path, size: int, special: dict[str, int]) -> None:
+    """A byte-level tokenizer.json of so many tokens besides `special`, the same each time."""
+    rng = random.Random(0)
+    spell = {byte: char for char, byte in _BYTE_OF.items()}
+    texts = dict.fromkeys(bytes([byte]) for byte in range(256))
+    free = size - len(special)
+    while len(texts) < free:
+        if rng.random() < 0.02:
+            token = "".join(rng.choices('"{}[],: \n\t', k=rng.randint(2, 5)))
+        else:
+            token = rng.choice(["", "", " "]) + "".join(
+                rng.choices("etaoinshrdlucmfwypvbgkqjxz", k=rng.randint(2, 9))
+            )
+            if rng.random() < 0.05:
+                token += rng.choice(['"', '",', '":', "."])
+        texts[token.encode()] = None
+    ids = (index for index in range(size) if index not in special.values())
+    described = {
+        "model": {
+            "type": "BPE",
+            "vocab": {"".join(spell[b] for b in text): at for text, at in zip(texts, ids, strict=False)},
+        },
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [{"id": at, "content": name, "special": True} for name, at in special.items()],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described))
 
 
 def _random_qwen2(config: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -6,14 +6,25 @@ computed are counted where that is done, in the plans that the runner gets, not 
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
 import random
 import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+import msgspec
+import torch
+
+from benchmarks.models import CACHE, model_dir
+from benchmarks.quire_systems import Quire
+from benchmarks.rounds import in_turns
+from benchmarks.rows import RESULTS, Row, provenance, write
 from benchmarks.workload import Job, Lengths, Scenario
 from quire_engine.engine import Engine
 from quire_engine.runner import Runner
@@ -28,6 +39,129 @@ SHAPES = {
 }
 """Mean lengths of the two data sets for which PagedAttention's authors published the saving (6 % to 30 %)."""
 _OWN = Lengths(mean=24, low=8, high=48)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", choices=["tiny", "qwen2.5-0.5b"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parts = ["shared", "parallel", "cost"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--requests", type=int, default=100, help="that share a system prompt of 600 tokens")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--n", type=int, default=6)
+    parser.add_argument("--parallel-requests", type=int, default=8)
+    parser.add_argument("--running", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=RESULTS / "prefix.jsonl")
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = model_dir(args.model, args.cache)
+    settings = {"on": True, "off": False, "off-again": False}
+    systems = {
+        name: Quire(folder, args.dtype, threads=args.threads, max_num_seqs=96, prefix_caching=caching)
+        for name, caching in settings.items()
+    }
+    engines = {name: system.engine for name, system in systems.items()}
+    vocabulary = systems["on"].vocab_size
+    common = provenance(engines["on"].backend) | {
+        "benchmark": "prefix", "model": args.model, "dtype": args.dtype, "threads": args.threads, "seed": 0,
+    }  # fmt: skip
+    rows: list[Row] = []
+
+    def note(row: Row) -> None:
+        rows.append(common | row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+    def shared() -> None:
+        scenario = Shared(requests=args.requests)
+        jobs = scenario.jobs(vocabulary)
+        for engine in engines.values():
+            shared_pass(engine, jobs[:4], scenario.concurrency)  # untimed: allocators, thread pools
+        passes = in_turns(
+            {
+                name: partial(shared_pass, engines[engine], jobs, scenario.concurrency)
+                for name, engine in {"on": "on", "on-again": "on", "off": "off", "off-again": "off-again"}.items()
+            },
+            args.rounds,
+            lambda each: f"{each.seconds:.1f} s",
+        )
+        firsts = {name: sorted(t for each in found for t in each.first_token) for name, found in passes.items()}
+        seconds = {name: statistics.median(each.seconds for each in found) for name, found in passes.items()}
+        computed = {name: found[0].computed for name, found in passes.items()}
+
+        def at(part: float, name: str) -> float:
+            return round(1000 * percentile(firsts[name], part), 1)
+
+        note(
+            {
+                "part": "shared", "requests": len(jobs), "shared_tokens": scenario.shared_tokens,
+                "concurrency": scenario.concurrency, "rounds": args.rounds,
+                "prompt_tokens": passes["on"][0].prompt_tokens,
+                "prefill_tokens_on": computed["on"], "prefill_tokens_off": computed["off"],
+                "prefill_ratio": round(computed["off"] / computed["on"], 2),
+                "ttft_p50_ms_on": at(0.5, "on"), "ttft_p50_ms_off": at(0.5, "off"),
+                "ttft_p90_ms_on": at(0.9, "on"), "ttft_p90_ms_off": at(0.9, "off"),
+                "ttft_p50_ratio": round(at(0.5, "off") / at(0.5, "on"), 2),
+                "ttft_p90_ratio": round(at(0.9, "off") / at(0.9, "on"), 2),
+                "aa_ttft_p50_on": round(at(0.5, "on-again") / at(0.5, "on"), 3),
+                "aa_ttft_p50_off": round(at(0.5, "off-again") / at(0.5, "off"), 3),
+                "seconds_on": round(seconds["on"], 2), "seconds_off": round(seconds["off"], 2),
+                "seconds_ratio": round(seconds["off"] / seconds["on"], 2),
+                "aa_seconds_on": round(seconds["on-again"] / seconds["on"], 3),
+                "aa_seconds_off": round(seconds["off-again"] / seconds["off"], 3),
+            }
+        )  # fmt: skip
+
+    def parallel() -> None:
+        for name, shape in SHAPES.items():
+            jobs = replace(shape, requests=args.parallel_requests).jobs(vocabulary)
+            alone = parallel_pass(engines["off"], jobs, args.n, share=False)
+            together = parallel_pass(engines["off"], jobs, args.n, share=True)
+            note(
+                {
+                    "part": "parallel", "shape": name, "requests": len(jobs), "n": args.n,
+                    "mean_prompt": round(statistics.fmean(len(job.prompt) for job in jobs), 1),
+                    "mean_output": round(statistics.fmean(job.output_tokens for job in jobs), 1),
+                    "blocks_mean_shared": round(together.mean, 1), "blocks_mean_alone": round(alone.mean, 1),
+                    "blocks_most_shared": together.most, "blocks_most_alone": alone.most,
+                    "saved_mean_percent": round(100 * (1 - together.mean / alone.mean), 1),
+                    "saved_most_percent": round(100 * (1 - together.most / alone.most), 1),
+                }
+            )  # fmt: skip
+
+    def cost() -> None:
+        # three schedulers before one model and one cache, in which they write over each other (tokens mean
+        # nothing): where weights happen to lie makes more of a difference
+        one = engines["off"]
+        alike = {
+            name: Engine(msgspec.structs.replace(one.spec, prefix_caching=caching), one.profile, one.runner)
+            for name, caching in settings.items()
+        }
+        seconds = step_times(alike, args.running, args.steps, seed=0)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        off = statistics.geometric_mean([medians["off"], medians["off-again"]])
+        note(
+            {
+                "part": "no hits", "running": args.running, "steps": args.steps,
+                "step_p50_ms_on": round(medians["on"] * 1000, 3), "step_p50_ms_off": round(off * 1000, 3),
+                "on_ratio": round(medians["on"] / off, 4),
+                "aa_ratio": round(medians["off-again"] / medians["off"], 4),
+                "on_ratio_mean": round(
+                    2 * sum(seconds["on"]) / (sum(seconds["off"]) + sum(seconds["off-again"])), 4
+                ),
+                "aa_ratio_mean": round(sum(seconds["off-again"]) / sum(seconds["off"]), 4),
+            }
+        )  # fmt: skip
+
+    try:
+        for part in args.parts:
+            {"shared": shared, "parallel": parallel, "cost": cost}[part]()
+    finally:
+        write(args.out, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +281,16 @@ def step_times(engines: Mapping[str, Engine], running: int, steps: int, seed: in
         begun: set[str] = set()
         while len(begun) < running:
             begun.update(delta.id for delta in engine.step())
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    order = list(engines.items())
-    for _ in range(steps):
-        for name, engine in order:
-            began = time.perf_counter()
-            deltas = engine.step()
-            seconds[name].append(time.perf_counter() - began)
-            if len(deltas) != running:
-                raise RuntimeError(f"{name}: {len(deltas)} of {running} requests drew a token")
-        order.append(order.pop(0))
+
+    def step(engine: Engine) -> float:
+        began = time.perf_counter()
+        deltas = engine.step()
+        took = time.perf_counter() - began
+        if len(deltas) != running:
+            raise RuntimeError(f"{len(deltas)} of {running} requests drew a token")
+        return took
+
+    seconds = in_turns({name: partial(step, engine) for name, engine in engines.items()}, steps)
     for engine in engines.values():
         for index in range(running):
             engine.abort(f"{number}/{index}")

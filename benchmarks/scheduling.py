@@ -5,10 +5,15 @@ Prompts have random lengths, so that blocks become full, and are sealed, a few i
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import time
+from functools import partial
+from pathlib import Path
 
+from benchmarks.rounds import in_turns
+from benchmarks.rows import NO_KERNELS, RESULTS, Row, provenance, write
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
 from quire_engine.driver import spare_the_collector
@@ -43,13 +48,23 @@ def host_times(running: int, steps: int, seed: int, *, prefix_cache: bool) -> li
     return seconds
 
 
-def rows(running: int, steps: int, seed: int) -> list[dict[str, object]]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=RESULTS / "scheduling.jsonl")
+
+
+def run(args: argparse.Namespace) -> None:
+    common, found = provenance(NO_KERNELS), rows(args.running, args.steps, seed=0)
+    for row in found:
+        print(f"{row['system']:18} p50 {row['p50_us']} us   p99 {row['p99_us']} us   A/A {row['aa_ratio']}")
+    write(args.out, [common | row for row in found])
+
+
+def rows(running: int, steps: int, seed: int) -> list[Row]:
     """A row with and one without prefix cache, each twice in turns: the ratio of the two medians is the noise."""
     spare_the_collector()  # as an engine process does
-    found: dict[bool, list[list[float]]] = {True: [], False: []}
-    for _ in range(2):
-        for prefix_cache, runs in found.items():
-            runs.append(host_times(running, steps, seed, prefix_cache=prefix_cache))
+    found = in_turns({on: partial(host_times, running, steps, seed, prefix_cache=on) for on in (True, False)}, 2)
     rows = []
     for prefix_cache, runs in found.items():
         medians = [statistics.median(run) for run in runs]

@@ -1,4 +1,4 @@
-"""The served model as processes: one engine, routers before it, a collector; and a client that keeps them busy.
+"""The served model as processes: one engine, routers before it, a collector.
 
 All routers share the engine, so that nothing but the router's own settings differs between two of them. The
 collector is a process of its own, as it is in life, and does no more than read and answer.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -20,14 +19,12 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.client import get, keep_busy
 from benchmarks.workload import Job
-from quire import builtin
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire_schemas import wire
 
 START_SECONDS = 120.0
-MAX_SEQS = 32
-MAX_MODEL_LEN = 1024
 COLLECTOR = """\
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,29 +73,10 @@ def collector(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def engine(folder: Path, threads: int) -> Iterator[wire.ReplicaEndpoint]:
-    """The built-in model in an engine process."""
+def engine(folder: Path, spec: wire.EngineSpec) -> Iterator[wire.ReplicaEndpoint]:
+    """An engine process; its socket lies in `folder`."""
     endpoint = wire.ReplicaEndpoint("benchmark-0", 1, str(folder / "engine.sock"))
-    spec = wire.EngineSpec(
-        model="tiny",
-        replica_id=endpoint.replica_id,
-        incarnation=1,
-        socket=endpoint.socket,
-        model_dir=str(builtin.path("tiny")),
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        device="cpu",
-        threads=threads,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=16,
-        num_blocks=MAX_SEQS * MAX_MODEL_LEN // 16,
-        max_num_seqs=MAX_SEQS,
-        max_num_batched_tokens=512,
-        chunked_prefill=True,
-        seed=0,
-        memory_limit=1 << 40,
-        hot_hash="",
-    )
+    spec = msgspec.structs.replace(spec, replica_id=endpoint.replica_id, socket=endpoint.socket)
     path = folder / "engine.json"
     path.write_bytes(msgspec.json.encode(spec))
     with running([sys.executable, "-m", "quire_engine", str(path)], folder / "engine.log"):
@@ -107,54 +85,22 @@ def engine(folder: Path, threads: int) -> Iterator[wire.ReplicaEndpoint]:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router that serves the engine's model."""
+    """A router process."""
 
     name: str
     port: int
 
-    async def run(self, jobs: Sequence[Job], concurrency: int) -> float:
-        """Seconds for all jobs as streams, `concurrency` at a time. Raises if one is not answered in full."""
-        places = asyncio.Semaphore(concurrency)
-
-        async def one(job: Job) -> None:
-            async with places:
-                body = await self._post(
-                    "/v1/completions",
-                    {
-                        "model": "tiny",
-                        "prompt": list(job.prompt),
-                        "max_tokens": job.output_tokens,
-                        "temperature": 0,
-                        "ignore_eos": True,
-                        "stream": True,
-                        "stream_options": {"include_usage": True},
-                    },
-                )
-                if f'"completion_tokens":{job.output_tokens},'.encode() not in body or b"[DONE]" not in body:
-                    raise RuntimeError(f"{self.name}: not the answer that was asked for: {body[-500:]!r}")
-
+    async def run(self, model: str, jobs: Sequence[Job], clients: int) -> float:
+        """Seconds for all jobs as streams. Raises if one is not answered in full."""
         start = time.perf_counter()
-        await asyncio.gather(*(one(job) for job in jobs))
+        await keep_busy(self.port, model, jobs, clients)
         return time.perf_counter() - start
 
     async def counts(self) -> dict[str, float]:
         """The unlabelled and labelled series of its /metrics."""
-        text = (await self._send(b"GET /metrics HTTP/1.1\r\n", b"")).decode()
+        text = (await get(self.port, "/metrics")).decode()
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("quire_")]
         return {name: float(value) for name, value in lines}
-
-    async def _post(self, path: str, body: Mapping[str, object]) -> bytes:
-        return await self._send(f"POST {path} HTTP/1.1\r\n".encode(), json.dumps(body).encode())
-
-    async def _send(self, line: bytes, body: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = (
-            b"Host: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        )
-        writer.write(line + head % len(body) + body)
-        answer = await reader.read()
-        writer.close()
-        return answer
 
 
 @contextlib.contextmanager
@@ -174,22 +120,26 @@ def router(folder: Path, name: str, environment: Mapping[str, str]) -> Iterator[
     listening.close()
 
 
-async def connect(folder: Path, name: str, endpoint: wire.ReplicaEndpoint) -> None:
-    """Give the router a table with the engine, and wait until it is connected."""
-    route = wire.ModelRoute(
-        model="tiny",
-        names=("tiny",),
+def route(spec: wire.EngineSpec, endpoint: wire.ReplicaEndpoint) -> wire.ModelRoute:
+    """How a router serves the engine of `spec`, by the name of its model."""
+    return wire.ModelRoute(
+        model=spec.model,
+        names=(spec.model,),
         revision=1,
         template_hash="",
-        tokenizer_dir=str(builtin.path("tiny")),
+        tokenizer_dir=spec.model_dir,
         chat_template_file=None,
-        max_model_len=MAX_MODEL_LEN,
-        kv_tokens=MAX_SEQS * MAX_MODEL_LEN,
+        max_model_len=spec.max_model_len,
+        kv_tokens=spec.num_blocks * spec.block_size,
         max_queue_length=4096,
         max_queue_wait=600.0,
         created=0,
         replicas=(endpoint,),
     )
+
+
+async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
+    """Give the router a table with the route, and wait until it is connected to the engine."""
     message: wire.ToRouter = wire.RoutingTable(version=1, models=(route,))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:

@@ -11,18 +11,27 @@ still being compiled.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import os
 import queue
 import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from benchmarks.models import CACHE, SHAPES, model_dir, write_vocabulary
+from benchmarks.quire_systems import Quire, engine_spec
+from benchmarks.rounds import Against, in_turns, milliseconds
+from benchmarks.rows import RESULTS, Row, backend, provenance, write
 from quire_engine.driver import Died, Driver, Loaded, Output
 from quire_engine.engine import Engine
-from quire_engine.vocabulary import _BYTE_OF
 from quire_schemas.wire import Delta, EngineSpec, Generate, Sampling, Structured
 
 SCHEMA = {
@@ -43,32 +52,110 @@ SCHEMA = {
 CONSTRAINT = Structured("json_schema", json.dumps(SCHEMA))
 
 
-def write_vocabulary(folder: Path, size: int, special: dict[str, int]) -> None:
-    """A byte-level tokenizer.json of so many tokens besides `special`, the same each time."""
-    rng = random.Random(0)
-    spell = {byte: char for char, byte in _BYTE_OF.items()}
-    texts = dict.fromkeys(bytes([byte]) for byte in range(256))
-    free = size - len(special)
-    while len(texts) < free:
-        if rng.random() < 0.02:
-            token = "".join(rng.choices('"{}[],: \n\t', k=rng.randint(2, 5)))
-        else:
-            token = rng.choice(["", "", " "]) + "".join(
-                rng.choices("etaoinshrdlucmfwypvbgkqjxz", k=rng.randint(2, 9))
-            )
-            if rng.random() < 0.05:
-                token += rng.choice(['"', '",', '":', "."])
-        texts[token.encode()] = None
-    ids = (index for index in range(size) if index not in special.values())
-    described = {
-        "model": {
-            "type": "BPE",
-            "vocab": {"".join(spell[b] for b in text): at for text, at in zip(texts, ids, strict=False)},
-        },
-        "decoder": {"type": "ByteLevel"},
-        "added_tokens": [{"id": at, "content": name, "special": True} for name, at in special.items()],
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="qwen2.5-0.5b", choices=["tiny", "qwen2.5-0.5b"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
+    parts = ["cost", "hostile"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--streams", type=int, default=8, help="beside hostile grammars")
+    parser.add_argument("--tokens", type=int, default=400, help="of each stream and round")
+    parser.add_argument("--every", type=int, default=4, help="steps from one hostile grammar to the next")
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds in which what is still compiled ends")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=RESULTS / "structured.jsonl")
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = model_dir(args.model, args.cache)
+    if args.model in SHAPES:
+        shape = SHAPES[args.model]
+        special = {f"<{name}>": shape[f"{name}_token_id"] for name in ("bos", "eos")}
+        write_vocabulary(folder, shape["vocab_size"], special)
+    if "hostile" in args.parts:
+        write(args.out, [_beside_hostile(args, folder)])
+    if "cost" not in args.parts:
+        return
+    engine = Quire(folder, args.dtype, threads=args.threads, max_num_seqs=args.batch).engine
+    began = time.perf_counter()
+    engine.grammars.prepare()
+    read = time.perf_counter() - began
+    began = time.perf_counter()
+    engine.grammars.compile(CONSTRAINT)
+    compiled = time.perf_counter() - began
+    masks = sorted(mask_seconds(engine, 2000))
+    systems = {"free": None, "free-again": None, "bound": CONSTRAINT}
+
+    def step(constraint: Structured | None) -> float:
+        return statistics.median(step_seconds(engine, args.batch, args.steps, constraint))
+
+    for constraint in (None, CONSTRAINT):
+        step_seconds(engine, args.batch, 2, constraint)  # untimed
+    measures = {name: partial(step, constraint) for name, constraint in systems.items()}
+    steps = in_turns(measures, args.rounds, milliseconds)
+    cost = Against.of(steps["bound"], steps["free"], steps["free-again"])
+    row = provenance(engine.backend) | {
+        "benchmark": "structured", "model": args.model, "dtype": args.dtype, "threads": args.threads, "seed": 0,
+        "vocabulary": engine.profile.vocab_size, "synthetic_vocabulary": args.model in SHAPES,
+        "batch": args.batch, "steps": args.steps, "rounds": args.rounds,
+        "step_ms_free": round(statistics.median(steps["free"]) * 1000, 2),
+        "step_ms_bound": round(statistics.median(steps["bound"]) * 1000, 2),
+        **cost.row("bound"),
+        "mask_us_p50": round(masks[len(masks) // 2] * 1e6, 1),
+        "mask_us_p99": round(masks[len(masks) * 99 // 100] * 1e6, 1),
+        "mask_us_max": round(masks[-1] * 1e6, 1),
+        "vocabulary_s": round(read, 3), "compile_s": round(compiled, 3),
+    }  # fmt: skip
+    print(f"step bound to step free: {cost}; one mask p50 {row['mask_us_p50']} us, p99 {row['mask_us_p99']} us")
+    write(args.out, [row])
+
+
+def _beside_hostile(args: argparse.Namespace, folder: Path) -> Row:
+    """What hostile grammars cost who is beside them: streams alone, alone again, and beside them, in turns."""
+    streams = Streams(engine_spec(folder, args.dtype, threads=args.threads, max_num_seqs=128))
+    hostile = hostile_grammars()
+    streams.gaps(args.streams, 20, None, 1)  # untimed
+
+    def gaps(beside: Iterator[Structured] | None) -> list[float]:
+        took = streams.gaps(args.streams, args.tokens, beside, args.every)
+        time.sleep(args.pause)
+        return took
+
+    found = {
+        name: sorted(itertools.chain.from_iterable(rounds))
+        for name, rounds in in_turns(
+            {"alone": partial(gaps, None), "again": partial(gaps, None), "beside": partial(gaps, hostile)},
+            args.rounds,
+            lambda took: f"p99 {milliseconds(took[len(took) * 99 // 100])}",
+        ).items()
     }
-    (folder / "tokenizer.json").write_text(json.dumps(described))
+    waits = {}
+    for many in (0, 1, 8, 64):
+        time.sleep(args.pause)
+        waits[many] = statistics.median(streams.wait(many, hostile, 10 * many + at) for at in range(3))
+    streams.driver.stop(10)
+
+    def figures(name: str) -> dict[str, float]:
+        ordered = found[name]
+        return {
+            f"itl_ms_{name}_{label}": round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1e3, 2)
+            for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+        }
+
+    row = provenance(backend(args.threads)) | {
+        "benchmark": "structured-hostile", "model": args.model, "dtype": args.dtype, "threads": args.threads,
+        "seed": 0, "streams": args.streams, "tokens": args.tokens, "rounds": args.rounds, "every": args.every,
+        **figures("alone"), **figures("again"), **figures("beside"),
+        **{f"wait_s_behind_{many}": round(seconds, 3) for many, seconds in waits.items()},
+    }  # fmt: skip
+    for name in found:
+        print(f"{name:8} {figures(name)}")
+    print("an ordinary schema behind hostile ones: " + ", ".join(f"{n}: {s:.3f} s" for n, s in waits.items()))
+    return row
 
 
 def step_seconds(engine: Engine, batch: int, steps: int, constraint: Structured | None) -> list[float]:

@@ -18,7 +18,7 @@ import httpx
 import msgspec
 import psutil
 import pytest
-from benchmarks.run import provenance, write
+from benchmarks.rows import backend, provenance, write
 from tests.effort import bound, times
 from tests.oracle import Clients, Oracle
 from tests.waiting import eventually
@@ -97,7 +97,7 @@ def figures() -> Iterator[dict[str, list[float]]]:
                 sorted(seconds)[int(part * (len(seconds) - 1))] for part in (0.5, 0.9, 0.99, 1.0)
             )
             figure = {"p50_s": p50, "p90_s": p90, "p99_s": p99, "max_s": most}
-            row = {**provenance(), "benchmark": "survival", "system": name, "repeat": len(seconds)}
+            row = {**provenance(backend(1)), "benchmark": "survival", "system": name, "repeat": len(seconds)}
             rows.append({**row, **{key: round(value, 3) for key, value in figure.items()}})
         write(Path(path), rows)
 
