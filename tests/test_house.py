@@ -89,6 +89,18 @@ def test_source_has_no_unsafe_loader_and_no_assert_as_check(path: Path) -> None:
             )
 
 
+def test_kernels_alone_have_arguments_without_types() -> None:
+    for path in PYTHON_FILES:
+        if "quire_kernels/triton" not in path.as_posix():
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                bare = [arg.arg for arg in given if arg.annotation is None and arg.arg not in ("self", "cls")]
+                assert not bare, f"{path}:{node.lineno}: {node.name}: {bare}"
+                assert node.returns is not None, f"{path}:{node.lineno}: {node.name}"
+
+
 def test_every_module_says_what_it_does() -> None:
     silent = [
         str(p.relative_to(ROOT)) for p in PYTHON_FILES if ast.get_docstring(ast.parse(p.read_text())) is None

@@ -1,7 +1,7 @@
 """The operations a model is made of, as a Protocol with shapes; `load` and `best` give what carries them out.
 
 Models call these and never know which back-end answers. `reference` is obvious torch and the oracle for the
-others; `cpu` is our own C++.
+others; `cpu` is our own C++; `triton` is for NVIDIA GPUs.
 
 Legend: T new tokens of a step, H query heads, K key/value heads (H is a multiple of K), D head size,
 N blocks, P slots a block, W hidden width, I width between the two halves of an MLP.
@@ -10,6 +10,7 @@ N blocks, P slots a block, W hidden width, I width between the two halves of an 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "Activations",
     "BackendUnavailable",
+    "HeadNorms",
     "Int4Weight",
     "Int8Weight",
     "KernelError",
@@ -36,7 +38,18 @@ __all__ = [
     "load",
 ]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
+
+
+@dataclass(slots=True, frozen=True)
+class HeadNorms:
+    """RMS norms of each head's queries and keys before they are rotated (QK-norm, as in Qwen3)."""
+
+    query: Tensor
+    """[D]."""
+    key: Tensor
+    """[D]."""
+    eps: float
 
 
 class Product(Protocol):
@@ -94,14 +107,25 @@ class Kernels(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates the pairs (x[d], x[d + D/2]) of each head. `x` [T, heads, D]; `cos` and `sin` [T, 1, D] float32.
+    def place_heads(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        """Norms and rotates queries and keys, stores keys and values, and returns the queries [T, H, D].
 
-        `sin` carries the sign: its first half is negated (what `quire_engine.layers.rotary` builds). New tensor.
+        `qkv` [T, H + 2·K, D], with `num_heads` H: queries, keys, values; there and in what is returned each
+        token's numbers are dense. Rotation turns the pairs (x[d], x[d + D/2]) of each head: `cos` and `sin`
+        [T, 1, D] float32, where `sin` carries the sign, its first half negated (what `quire_engine.layers.rotary`
+        builds). Keys and values go to `slots` [T] int64 of `cache` [2, N, P, K, D], cast to its dtype; within a
+        block their order is the back-end's own. A token with a negative slot is padding of a captured graph, and
+        nothing is stored for it: batches for `triton` alone may have such tokens.
         """
-
-    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache` [2, N, P, K, D], cast to its dtype."""
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> PagedAttention:
         """Prepares a step. `window` w limits token p to keys p - w + 1 to p; None means all before it."""
@@ -134,14 +158,19 @@ def load(name: str, threads: int = 1) -> Kernels:
         from quire_kernels.cpu import CpuKernels
 
         return CpuKernels(threads)
+    if name == "triton":
+        try:
+            from quire_kernels.triton.backend import TritonKernels
+        except ImportError as error:
+            raise BackendUnavailable(f"triton cannot be imported: {error}") from error
+        return TritonKernels()
     raise UnknownBackend(f"no kernel back-end is called {name!r}\n    hint: one of {', '.join(BACKENDS)}")
 
 
 def best(device: str, threads: int) -> tuple[Kernels, str]:
     """The back-end for a device as torch names it, and, if it is not the one made for it, what was in the way."""
-    if device == "cpu":
-        try:
-            return load("cpu", threads), ""
-        except BackendUnavailable as error:
-            return load("reference"), str(error)
-    return load("reference"), "there are no kernels of our own for GPUs yet"
+    made_for = "cpu" if device == "cpu" else "triton"
+    try:
+        return load(made_for, threads), ""
+    except BackendUnavailable as error:
+        return load("reference"), str(error)

@@ -34,7 +34,9 @@ def main() -> None:
 def check(name: str) -> dict[str, Any]:
     """Whether a back-end loads and computes the norm of (3, 4)."""
     try:
-        found = load(name).rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        x = torch.tensor([[3.0, 4.0]], device=device)
+        found = load(name).rms_norm(x, torch.ones(2, device=device), 0.0).cpu()
     except Exception as error:  # noqa: BLE001 - whatever stands in its way is what was asked for
         return {"name": name, "available": False, "reason": f"{type(error).__name__}: {error}"}
     wanted = torch.tensor([[3.0, 4.0]]) / 12.5**0.5

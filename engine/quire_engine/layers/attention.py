@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire_engine.layers.linear import Linear
 from quire_engine.layers.norm import RMSNorm
-from quire_kernels import Kernels, PagedAttention
+from quire_kernels import HeadNorms, Kernels, PagedAttention
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,15 +32,11 @@ class Attention:
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor, attention: PagedAttention
     ) -> Tensor:
         """`x` [T, W] to the heads' results [T, H · D]; this step's keys and values are in `cache` afterwards."""
-        heads, turned = self.num_heads, self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            rotated = self.kernels.rotary(qkv[:, :turned], cos, sin)
-            query, key = rotated[:, :heads], rotated[:, heads:]
-        else:
-            query = self.kernels.rotary(self.q_norm(qkv[:, :heads]), cos, sin)
-            key = self.kernels.rotary(self.k_norm(qkv[:, heads:turned]), cos, sin)
-        self.kernels.write_kv(key, qkv[:, turned:], cache, slots)
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        query = self.kernels.place_heads(qkv, self.num_heads, norms, cos, sin, cache, slots)
         return attention(query, cache, self.head_dim**-0.5).view(x.shape[0], -1)
 
     def parameters(self) -> Iterator[Tensor]:

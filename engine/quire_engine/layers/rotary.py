@@ -33,7 +33,7 @@ class Rotary:
         self._sign = torch.cat((-torch.ones(half), torch.ones(half))).mul_(self._factor).to(device)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`positions` [T] to cosines and signed sines, both [T, 1, D] float32, as `Kernels.rotary` takes them."""
+        """`positions` [T] to cosines and signed sines, [T, 1, D] float32, as `Kernels.place_heads` takes them."""
         angles = positions.float()[:, None] * self._frequencies
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos(), angles.sin_().mul_(self._sign)

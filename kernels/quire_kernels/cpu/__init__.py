@@ -29,7 +29,7 @@ from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Product
+    from quire_kernels import HeadNorms, Product
 
 __all__ = ["CpuKernels"]
 
@@ -223,7 +223,28 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
+    def place_heads(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        turned = num_heads + cache.shape[3]
+        if norms is None:
+            rotated = self.rotary(qkv[:, :turned], cos, sin)
+            query, key = rotated[:, :num_heads], rotated[:, num_heads:]
+        else:
+            query = self.rotary(self.rms_norm(qkv[:, :num_heads], norms.query, norms.eps), cos, sin)
+            key = self.rotary(self.rms_norm(qkv[:, num_heads:turned], norms.key, norms.eps), cos, sin)
+        self.write_kv(key, qkv[:, turned:], cache, slots)
+        return query
+
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the pairs of each head of `x` [T, heads, D]; `cos` and `sin` as of `place_heads`. New tensor."""
         out = torch.empty(x.shape, dtype=x.dtype)
         self._native.library.quire_rotary(
             self._native.engine, _FORMATS[x.dtype], *x.shape, x.data_ptr(), x.stride(0), x.stride(1),
@@ -232,6 +253,7 @@ class CpuKernels:
         return out
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, cast to its dtype."""
         _, _, size, kv_heads, head = cache.shape
         keys, values = cache
         call = _WriteKV(

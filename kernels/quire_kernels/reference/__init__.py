@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
+
+if TYPE_CHECKING:
+    from quire_kernels import HeadNorms
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -41,12 +45,34 @@ class ReferenceKernels:
         residual.add_(x)
         return self.rms_norm(residual, weight, eps)
 
+    def place_heads(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        turned = num_heads + cache.shape[3]
+        if norms is None:
+            rotated = self.rotary(qkv[:, :turned], cos, sin)
+            query, key = rotated[:, :num_heads], rotated[:, num_heads:]
+        else:
+            query = self.rotary(self.rms_norm(qkv[:, :num_heads], norms.query, norms.eps), cos, sin)
+            key = self.rotary(self.rms_norm(qkv[:, num_heads:turned], norms.key, norms.eps), cos, sin)
+        self.write_kv(key, qkv[:, turned:], cache, slots)
+        return query
+
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the pairs of each head of `x` [T, heads, D]; `cos` and `sin` as of `place_heads`. New tensor."""
         wide = x.float()
         # rolling by half a head puts each number's partner in its place; its sign is in `sin`
         return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, cast to its dtype."""
         keys, values = cache.view(2, -1, *cache.shape[3:])
         keys.index_copy_(0, slots, key.to(cache.dtype))
         values.index_copy_(0, slots, value.to(cache.dtype))

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from quire import LLM, SamplingParams
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
-from quire_kernels import BACKENDS, PagedBatch, load
+from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
 from quire_schemas.sizing import kv_groups
 
@@ -185,7 +185,7 @@ def prompts(count: int, low: int, high: int, seed: int = 3) -> list[list[int]]:
     return [[source.randrange(VOCAB) for _ in range(source.randrange(low, high))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_at_every_position(name: str, backend: str, tmp_path: Path) -> None:
     theirs = build(name, tmp_path)

@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import BackendUnavailable, KernelError, Kernels, PagedBatch, load
+from quire_kernels import BackendUnavailable, HeadNorms, KernelError, PagedBatch
 from quire_kernels.cpu import CpuKernels, build
 from quire_kernels.reference import ReferenceKernels
+
+Backend = ReferenceKernels | CpuKernels
 
 torch.set_num_threads(1)
 TOLERANCE = {torch.float32: (1e-5, 1.3e-6), torch.bfloat16: (1e-5, 1.6e-2), torch.float16: (1e-5, 2e-3)}
@@ -31,9 +33,9 @@ BACKENDS = ["reference", *(level.name for level in reversed(build.LEVELS))]
 
 
 @functools.cache
-def backend(name: str) -> Kernels:
+def backend(name: str) -> Backend:
     if name == "reference":
-        return load(name)
+        return ReferenceKernels()
     level = next(level for level in build.LEVELS if level.name == name)
     try:
         build.check(level, build.cpu_flags())
@@ -43,12 +45,12 @@ def backend(name: str) -> Kernels:
 
 
 @pytest.fixture(params=BACKENDS)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+def kernels(request: pytest.FixtureRequest) -> Backend:
     return backend(request.param)
 
 
 @pytest.fixture(params=BACKENDS[1:])
-def native(request: pytest.FixtureRequest) -> Kernels:
+def native(request: pytest.FixtureRequest) -> Backend:
     return backend(request.param)
 
 
@@ -114,7 +116,7 @@ class Case:
             block_size=block_size,
         )
 
-    def check(self, kernels: Kernels, window: int | None = None) -> None:
+    def check(self, kernels: Backend, window: int | None = None) -> None:
         cache = torch.full(self.cache_shape, torch.nan, dtype=self.keys[0].dtype)
         for keys, values, slots in zip(self.keys, self.values, self.slots, strict=True):
             kernels.write_kv(keys, values, cache, slots)
@@ -131,7 +133,7 @@ class Case:
 @pytest.mark.parametrize("block_size", [1, 3, 8, 12, 16, 24, 32, 300])
 @pytest.mark.parametrize("edge", [-1, 0, 1])
 def test_decode_and_prefill_at_block_edges(
-    kernels: Kernels, block_size: int, edge: int, dtype: torch.dtype
+    kernels: Backend, block_size: int, edge: int, dtype: torch.dtype
 ) -> None:
     length = 3 * block_size + edge
     Case(
@@ -143,18 +145,18 @@ def test_decode_and_prefill_at_block_edges(
 
 @pytest.mark.parametrize("head", [64, 80, 96, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (8, 1), (5, 1)])
-def test_head_sizes_and_shared_key_heads(kernels: Kernels, heads: int, kv_heads: int, head: int) -> None:
+def test_head_sizes_and_shared_key_heads(kernels: Backend, heads: int, kv_heads: int, head: int) -> None:
     Case([(40, 1), (0, 19), (17, 20), (33, 1)], heads=heads, kv_heads=kv_heads, head=head).check(kernels)
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
 @pytest.mark.parametrize("block_size", [1, 16])
-def test_sliding_windows(kernels: Kernels, window: int, block_size: int) -> None:
+def test_sliding_windows(kernels: Backend, window: int, block_size: int) -> None:
     Case([(40, 1), (39, 1), (0, 50), (20, 30), (3, 1), (64, 1)], block_size=block_size).check(kernels, window)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_mixed_steps(kernels: Kernels, seed: int) -> None:
+def test_random_mixed_steps(kernels: Backend, seed: int) -> None:
     source = random.Random(seed)
     sequences = [(source.randrange(200), source.choice([1, 1, 1, source.randrange(2, 70)])) for _ in range(24)]
     case = Case(sequences, block_size=source.choice([8, 16, 32]), seed=seed)
@@ -165,7 +167,7 @@ def test_random_mixed_steps(kernels: Kernels, seed: int) -> None:
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cache_and_query_may_differ_in_dtype(
-    kernels: Kernels, dtype: torch.dtype, cache_dtype: torch.dtype
+    kernels: Backend, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> None:
     Case([(30, 1), (0, 20), (11, 1)], dtype=dtype, cache_dtype=cache_dtype).check(kernels)
 
@@ -177,7 +179,7 @@ def test_a_small_gather_bound_cuts_groups_and_heads_but_not_results(gather_bytes
     case.check(ReferenceKernels(gather_bytes), window=100)
 
 
-def test_long_prompts_are_masked_in_tiles(kernels: Kernels) -> None:
+def test_long_prompts_are_masked_in_tiles(kernels: Backend) -> None:
     # 1300 rows of 1300 keys are above one tile of 2^20 entries
     case = Case([(0, 1300)], heads=1, kv_heads=1)
     case.check(kernels)
@@ -185,13 +187,13 @@ def test_long_prompts_are_masked_in_tiles(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 12, 20, 24, 32, 100, 256, 300])
-def test_long_sequences_in_blocks_of_any_size(kernels: Kernels, block_size: int) -> None:
+def test_long_sequences_in_blocks_of_any_size(kernels: Backend, block_size: int) -> None:
     case = Case([(599, 1), (250, 30), (0, 270), (255, 1), (256, 1)], block_size=block_size)
     case.check(kernels)
     case.check(kernels, window=100)
 
 
-def test_sequences_may_share_blocks(kernels: Kernels) -> None:
+def test_sequences_may_share_blocks(kernels: Backend) -> None:
     torch.manual_seed(1)
     cache = torch.empty(2, 6, 16, 2, 64)
     kept = torch.randn(2, 6, 16, 2, 64)
@@ -207,14 +209,14 @@ def test_sequences_may_share_blocks(kernels: Kernels) -> None:
         close(found[row : row + 1], dense(query[row : row + 1], keys, values, length - 1, 0.125, None))
 
 
-def test_a_query_that_is_a_slice_of_a_wider_tensor(kernels: Kernels) -> None:
+def test_a_query_that_is_a_slice_of_a_wider_tensor(kernels: Backend) -> None:
     case = Case([(20, 1), (0, 9)])
     case.query = torch.cat((case.query, torch.randn_like(case.query)), 1)[:, :4]
     assert not case.query.is_contiguous()
     case.check(kernels)
 
 
-def test_write_kv_touches_its_slots_and_nothing_else(kernels: Kernels) -> None:
+def test_write_kv_touches_its_slots_and_nothing_else(kernels: Backend) -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         cache = torch.full((2, 5, 4, 2, 8), torch.nan, dtype=dtype)
@@ -228,7 +230,7 @@ def test_write_kv_touches_its_slots_and_nothing_else(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_norms(kernels: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(7, 96) * 3).to(dtype), torch.randn(96).to(dtype)
     residual = torch.randn(7, 96).to(dtype)
@@ -243,7 +245,7 @@ def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rotary_turns_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_rotary_turns_pairs(kernels: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(5, 3, 16).to(dtype), torch.randn(5, 1, 8).double()
     cos, sin = angles.cos(), angles.sin()
@@ -255,8 +257,26 @@ def test_rotary_turns_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
     close(found, expected)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_heads_are_placed_as_their_parts_say(kernels: Backend, dtype: torch.dtype, normed: bool) -> None:
+    torch.manual_seed(0)
+    qkv, angles = torch.randn(5, 9, 16).to(dtype), torch.randn(5, 1, 8)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    norms = HeadNorms(torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-5) if normed else None
+    query, key = qkv[:, :5], qkv[:, 5:7]
+    if norms is not None:
+        query, key = kernels.rms_norm(query, norms.query, 1e-5), kernels.rms_norm(key, norms.key, 1e-5)
+    slots = torch.tensor([3, 8, 1, 11, 6])
+    expected, found = (torch.zeros(2, 3, 4, 2, 16, dtype=dtype) for _ in range(2))
+    kernels.write_kv(kernels.rotary(key, cos, sin), qkv[:, 7:], expected, slots)
+    placed = kernels.place_heads(qkv, 5, norms, cos, sin, found, slots)
+    assert torch.equal(placed, kernels.rotary(query, cos, sin))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_silu_mul(kernels: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     both = (torch.randn(4, 60) * 3).to(dtype)
     gate, up = both.double().chunk(2, -1)
@@ -267,7 +287,7 @@ def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("outputs", "width"), [(1, 2), (15, 64), (16, 8), (63, 64), (64, 64), (65, 66), (130, 96), (448, 896)]
 )
-def test_products(kernels: Kernels, outputs: int, width: int, dtype: torch.dtype) -> None:
+def test_products(kernels: Backend, outputs: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, bias = (torch.randn(outputs, width) / width**0.5).to(dtype), torch.randn(outputs).to(dtype)
     plain, added = kernels.product(weight.clone(), None), kernels.product(weight.clone(), bias)
@@ -288,7 +308,7 @@ def test_products(kernels: Kernels, outputs: int, width: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_comes_out_the_same_whatever_is_beside_it(native: Kernels, dtype: torch.dtype) -> None:
+def test_a_row_comes_out_the_same_whatever_is_beside_it(native: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     product = native.product(torch.randn(200, 128).to(dtype), torch.randn(200).to(dtype))
     x = torch.randn(40, 128).to(dtype)
@@ -298,7 +318,7 @@ def test_a_row_comes_out_the_same_whatever_is_beside_it(native: Kernels, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Kernels, dtype: torch.dtype) -> None:
+def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     length, query = 600, torch.randn(600, 6, 64).to(dtype)
     keys, values = torch.randn(2, length, 2, 64).to(dtype)
@@ -329,7 +349,7 @@ def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Kernels, 
 
 @pytest.mark.parametrize("what", ["query", "keys", "values"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_what_is_not_finite_shows_in_its_own_sequence_alone(kernels: Kernels, what: str, number: float) -> None:
+def test_what_is_not_finite_shows_in_its_own_sequence_alone(kernels: Backend, what: str, number: float) -> None:
     case = Case([(30, 1), (20, 1)])
     if what == "query":
         case.query[0, 0, 5] = number
@@ -344,7 +364,7 @@ def test_what_is_not_finite_shows_in_its_own_sequence_alone(kernels: Kernels, wh
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 70, 32768, 70001])
-def test_masks_set_nothing_but_what_they_forbid(kernels: Kernels, width: int) -> None:
+def test_masks_set_nothing_but_what_they_forbid(kernels: Backend, width: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, width)
     bits = torch.randint(0, 256, (2, width // 8 + 3), dtype=torch.uint8)
@@ -357,7 +377,7 @@ def test_masks_set_nothing_but_what_they_forbid(kernels: Kernels, width: int) ->
 
 
 @pytest.mark.parametrize("width", [1, 5, 128, 257, 70001])
-def test_the_largest_number_is_the_first_of_equals(kernels: Kernels, width: int) -> None:
+def test_the_largest_number_is_the_first_of_equals(kernels: Backend, width: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, width + 3)[:, :width]
     logits[0] = 1.5
@@ -373,7 +393,7 @@ def test_the_largest_number_is_the_first_of_equals(kernels: Kernels, width: int)
     assert values[4].isnan()
 
 
-def test_what_does_not_fit_a_weight_is_refused(native: Kernels) -> None:
+def test_what_does_not_fit_a_weight_is_refused(native: Backend) -> None:
     product = native.product(torch.randn(8, 16).bfloat16(), None)
     for x in (torch.randn(2, 16), torch.randn(2, 8).bfloat16(), torch.randn(16, 2).bfloat16().T):
         with pytest.raises(KernelError, match=r"the weight torch\.bfloat16"):

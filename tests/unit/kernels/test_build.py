@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from quire_kernels import BackendUnavailable, best
+from quire_kernels import BackendUnavailable, best, load
 from quire_kernels.cpu import build
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -128,8 +129,14 @@ def test_without_a_compiler_the_reference_kernels_serve_and_say_why(
     kernels, lacking = best("cpu", 1)
     assert kernels.name == "reference"
     assert lacking == "CXX names /nowhere/c++, which is not there"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_reference_kernels_serve_one_and_say_why() -> None:
+    with pytest.raises(BackendUnavailable, match="torch sees no CUDA device"):
+        load("triton")
     kernels, lacking = best("cuda", 1)
-    assert (kernels.name, lacking) == ("reference", "there are no kernels of our own for GPUs yet")
+    assert (kernels.name, lacking) == ("reference", "torch sees no CUDA device")
 
 
 def _fails(level: build.Level) -> str:
