@@ -41,7 +41,10 @@ class PagedBatch:
     query_lens: tuple[int, ...]
     """[S], on the host: planning must not wait for a device."""
     contexts: tuple[int, ...]
-    """[S], `context_lens` on the host."""
+    """[S], `context_lens` on the host, or at least as much where the host does not know."""
+    table_rows: Tensor | None = None
+    """[S] int32, which row of `block_tables` each sequence has; None: they are in order. Only batches that are
+    made on a device have it, for back-ends that live there."""
 
     @property
     def num_tokens(self) -> int:

@@ -21,9 +21,10 @@ from quire_kernels.errors import BackendUnavailable
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference import ReferenceKernels
+from quire_kernels.triton.attention import StepAttention
 
 if TYPE_CHECKING:
-    from quire_kernels import HeadNorms, PagedAttention, Product
+    from quire_kernels import HeadNorms, Product
 
 __all__ = ["TritonKernels"]
 
@@ -40,6 +41,8 @@ class TritonKernels:
         if not INTERPRETED and not torch.cuda.is_available():
             raise BackendUnavailable("torch sees no CUDA device")
         self._reference = ReferenceKernels()
+        device = None if INTERPRETED else torch.cuda.get_device_properties(torch.cuda.current_device())
+        self._multiprocessors = 8 if device is None else device.multi_processor_count
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         return self._reference.product(weight, bias)
@@ -78,14 +81,8 @@ class TritonKernels:
             inside[places // size, :, places % size] = new[stored].to(cache.dtype)
         return self._reference.rotary(query, cos, sin)
 
-    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> PagedAttention:
-        attend = self._reference.paged_attention(batch, window=window)
-
-        def in_own_order(query: Tensor, cache: Tensor, scale: float) -> Tensor:
-            sides, blocks, size, kv_heads, head = cache.shape
-            return attend(query, cache.view(sides, blocks, kv_heads, size, head).transpose(2, 3), scale)
-
-        return in_own_order
+    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
+        return StepAttention(batch, window, self._multiprocessors)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return self._reference.silu_mul(gate_up)

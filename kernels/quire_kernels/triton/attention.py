@@ -1,0 +1,424 @@
+"""Paged attention of one step: split-KV decode and tiled prefill, in one step side by side.
+
+    out[t] = Σ_j p[t, j] v[j],   p[t, ·] = softmax over visible j of (q[t] · k[j] · scale)
+
+Query heads that share a key/value head are the rows of one matrix product, so keys and values are read once for
+all of them. Softmax is computed online, tile by tile, in powers of two.
+
+`_decode` serves sequences with one new token. There the time goes into reading the cache, and a long sequence
+must not leave most of the chip idle: its keys are cut into splits, as many as fill the multiprocessors, but none
+shorter than `_LEAST_SPLIT` keys; `_merge` then weighs the parts by their sums. Splits are cut on the device from
+the length that is there, so a captured graph fits any length.
+
+`_prefill` serves sequences with several new tokens, `BLOCK_Q` of them a program. Which sequence a program is for
+is found by bisection: sequence s has at most query_len / BLOCK_Q + 1 blocks, so if it begins at block
+query_starts[s] / BLOCK_Q + s, no two overlap. The host has to know no lengths.
+
+A block of the cache holds [K, P, D] here: the slots of one head lie side by side.
+
+Legend: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head size, N blocks, P slots a block,
+X splits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire_kernels.paging import PagedBatch
+
+_LEAST_SPLIT = 128
+_MOST_SPLITS = 64
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _tile(
+    state_max,
+    state_sum,
+    acc,
+    q,
+    keys,
+    values,
+    table,
+    start,
+    low,
+    high,
+    row_last,
+    row_low,
+    head,
+    kv_heads,
+    scale,
+    MASKED: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
+    `row_last`; those of the tile outside `low` to `high` are not read."""
+    dims = tl.arange(0, BLOCK_D)
+    places = start + tl.arange(0, BLOCK_N)
+    there = (places >= low) & (places < high)
+    blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
+    at = ((blocks * kv_heads + head) * P + places % P) * D
+    k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
+    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    if MASKED:
+        seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None]) & there[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(state_max, tl.max(scores, 1))
+    # a row that has seen nothing yet has no maximum to subtract
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(state_max - shift)
+    state_sum = state_sum * fade + tl.sum(weights, 1)
+    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0)
+    acc = acc * fade[:, None]
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+    return new_max, state_sum, acc
+
+
+@triton.jit
+def _split_of(length, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys a split holds if `length` keys are cut into at most SPLITS, in whole tiles."""
+    splits = tl.minimum(tl.maximum(length // LEAST, 1), SPLITS)
+    return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def _decode(
+    out,
+    parts,
+    sums,
+    query,
+    keys,
+    values,
+    tables,
+    table_rows,
+    query_starts,
+    contexts,
+    table_width,
+    kv_heads,
+    scale,
+    INDIRECT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(query_starts + sequence)
+    if tl.load(query_starts + sequence + 1) - row != 1:
+        return
+    context = tl.load(contexts + sequence)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(context - WINDOW, 0)
+    size = _split_of(context - low, SPLITS, LEAST, BLOCK_N)
+    begin = low + split * size
+    end = tl.minimum(begin + size, context)
+    if begin >= end:
+        return
+    members, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    heads = head * G + members
+    inside = (members < G)[:, None] & (dims < D)[None, :]
+    base = row.to(tl.int64) * kv_heads * G
+    q = tl.load(query + (base + heads[:, None]) * D + dims[None, :], mask=inside, other=0.0)
+    table_row = sequence
+    if INDIRECT:
+        table_row = tl.load(table_rows + sequence)
+    table = tables + table_row.to(tl.int64) * table_width
+    state_max = tl.full([ROWS], float("-inf"), tl.float32)
+    state_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    nothing = tl.zeros([ROWS], tl.int32)
+    # whole tiles first: they need no mask
+    whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+    for start in tl.range(begin, whole, BLOCK_N):
+        state_max, state_sum, acc = _tile(
+            state_max, state_sum, acc, q, keys, values, table, start, begin, end, nothing, nothing, head,
+            kv_heads, scale, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    if whole < end:
+        state_max, state_sum, acc = _tile(
+            state_max, state_sum, acc, q, keys, values, table, whole, begin, end, nothing + end, nothing, head,
+            kv_heads, scale, True, P, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    if SPLITS == 1:
+        acc = acc / state_sum[:, None]
+        tl.store(out + (base + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        place = (base + heads) * SPLITS + split
+        tl.store(parts + place[:, None] * D + dims[None, :], acc, mask=inside)
+        tl.store(sums + place * 2, state_max, mask=members < G)
+        tl.store(sums + place * 2 + 1, state_sum, mask=members < G)
+
+
+@triton.jit
+def _merge(
+    out,
+    parts,
+    sums,
+    query_starts,
+    contexts,
+    num_heads,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """The splits of one head of one sequence, weighed by what their exponentials sum to."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    row = tl.load(query_starts + sequence)
+    if tl.load(query_starts + sequence + 1) - row != 1:
+        return
+    context = tl.load(contexts + sequence)
+    if context <= 0:
+        return
+    length = context
+    if WINDOW > 0:
+        length = tl.minimum(context, WINDOW)
+    used = tl.cdiv(length, _split_of(length, SPLITS, LEAST, BLOCK_N))
+    splits, dims = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_D)
+    there = splits < used
+    place = (row.to(tl.int64) * num_heads + head) * SPLITS + splits
+    peaks = tl.load(sums + place * 2, mask=there, other=float("-inf"))
+    totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0)
+    weights = tl.exp2(peaks - tl.max(peaks, 0))
+    found = tl.load(
+        parts + place[:, None] * D + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0
+    )
+    result = tl.sum(found * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    at = (row.to(tl.int64) * num_heads + head) * D + dims
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def _prefill(
+    out,
+    query,
+    keys,
+    values,
+    tables,
+    query_starts,
+    contexts,
+    num_sequences,
+    table_width,
+    kv_heads,
+    scale,
+    WINDOW: tl.constexpr,
+    SKIP_SINGLE: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # the last blocks of a sequence see the most keys: they begin first
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    left, right = block * 0, num_sequences - 1
+    while left < right:
+        middle = (left + right + 1) // 2
+        if tl.load(query_starts + middle) // BLOCK_Q + middle <= block:
+            left = middle
+        else:
+            right = middle - 1
+    sequence = left
+    first = tl.load(query_starts + sequence)
+    count = tl.load(query_starts + sequence + 1) - first
+    offset = (block - (first // BLOCK_Q + sequence)) * BLOCK_Q
+    if offset >= count:
+        return
+    if SKIP_SINGLE and count == 1:
+        return
+    context = tl.load(contexts + sequence)
+    rows, dims = tl.arange(0, BLOCK_Q * BLOCK_G), tl.arange(0, BLOCK_D)
+    tokens, members = offset + rows // BLOCK_G, rows % BLOCK_G
+    inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
+    at = ((first + tokens).to(tl.int64) * kv_heads * G + head * G + members) * D
+    q = tl.load(query + at[:, None] + dims[None, :], mask=inside, other=0.0)
+    row_last = context - count + tokens
+    row_low = tl.zeros_like(row_last)
+    low = 0
+    if WINDOW > 0:
+        row_low = tl.maximum(row_last - WINDOW + 1, 0)
+        low = tl.maximum(context - count + offset - WINDOW + 1, 0)
+    high = tl.minimum(context - count + offset + BLOCK_Q, context)
+    table = tables + sequence.to(tl.int64) * table_width
+    state_max = tl.full([BLOCK_Q * BLOCK_G], float("-inf"), tl.float32)
+    state_sum = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
+    begin = low // BLOCK_N * BLOCK_N
+    # tiles that every row sees whole need no mask
+    plain = begin
+    if WINDOW == 0:
+        plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
+    for start in tl.range(begin, plain, BLOCK_N):
+        state_max, state_sum, acc = _tile(
+            state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
+            kv_heads, scale, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(plain, high, BLOCK_N):
+        state_max, state_sum, acc = _tile(
+            state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
+            kv_heads, scale, True, P, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
+    tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+class StepAttention:
+    """`PagedAttention` of the Triton back-end. `num_multiprocessors` decides into how many splits keys are cut."""
+
+    def __init__(self, batch: PagedBatch, window: int | None, num_multiprocessors: int) -> None:
+        self._batch = batch
+        self._window = window or 0
+        self._multiprocessors = num_multiprocessors
+        self._decodes = any(count == 1 for count in batch.query_lens)
+        self._prefills = any(count != 1 for count in batch.query_lens)
+
+    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+        """See `PagedAttention`."""
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if self._decodes:
+            self._decode(out, query, cache, scale)
+        if self._prefills:
+            self._prefill(out, query, cache, scale)
+        return out
+
+    def _decode(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
+        batch, shape = self._batch, _shape(query, cache)
+        sequences, kv_heads = len(batch.query_lens), cache.shape[3]
+        tuning = decode_tuning(shape["D"], cache.element_size())
+        splits = num_splits(self._multiprocessors, sequences * kv_heads, batch.longest)
+        parts = sums = out
+        if splits > 1:
+            heads = query.shape[0] * query.shape[1]
+            parts = torch.empty((heads, splits, shape["D"]), dtype=torch.float32, device=query.device)
+            sums = torch.empty((heads, splits, 2), dtype=torch.float32, device=query.device)
+        fixed: dict[str, Any] = {
+            "WINDOW": self._window,
+            "D": shape["D"],
+            "BLOCK_D": shape["BLOCK_D"],
+            "BLOCK_N": tuning["BLOCK_N"],
+            "SPLITS": splits,
+            "LEAST": _LEAST_SPLIT,
+        }
+        _decode[(kv_heads, sequences, splits)](
+            out,
+            parts,
+            sums,
+            query,
+            cache[0],
+            cache[1],
+            batch.block_tables,
+            batch.query_starts if batch.table_rows is None else batch.table_rows,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables.shape[1],
+            kv_heads,
+            scale * _LOG2_E,
+            INDIRECT=batch.table_rows is not None,
+            G=shape["G"],
+            ROWS=max(16, triton.next_power_of_2(shape["G"])),
+            P=shape["P"],
+            PRECISION=shape["PRECISION"],
+            num_warps=tuning["num_warps"],
+            num_stages=tuning["num_stages"],
+            **fixed,
+        )
+        if splits > 1:
+            _merge[(query.shape[1], sequences)](
+                out,
+                parts,
+                sums,
+                batch.query_starts,
+                batch.context_lens,
+                query.shape[1],
+                BLOCK_X=triton.next_power_of_2(splits),
+                num_warps=4,
+                **fixed,
+            )
+
+    def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
+        batch, shape = self._batch, _shape(query, cache)
+        sequences = len(batch.query_lens)
+        tuning = prefill_tuning(shape["D"], query.element_size())
+        members = triton.next_power_of_2(shape["G"])
+        block_q = max(1, tuning["BLOCK_M"] // members)
+        _prefill[(query.shape[0] // block_q + sequences, cache.shape[3])](
+            out,
+            query,
+            cache[0],
+            cache[1],
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            sequences,
+            batch.block_tables.shape[1],
+            cache.shape[3],
+            scale * _LOG2_E,
+            WINDOW=self._window,
+            SKIP_SINGLE=self._decodes,
+            G=shape["G"],
+            BLOCK_G=members,
+            BLOCK_Q=block_q,
+            P=shape["P"],
+            D=shape["D"],
+            BLOCK_D=shape["BLOCK_D"],
+            BLOCK_N=tuning["BLOCK_N"],
+            PRECISION=shape["PRECISION"],
+            num_warps=tuning["num_warps"],
+            num_stages=tuning["num_stages"],
+        )
+
+
+def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
+    """Into how many parts the keys of each of `rows` pairs of a sequence and a head are cut, of at most `longest`
+    keys.
+    """
+    wanted = -(-2 * num_multiprocessors // rows)
+    return max(1, min(wanted, longest // _LEAST_SPLIT, _MOST_SPLITS))
+
+
+def decode_tuning(head_dim: int, cache_bytes: int) -> dict[str, int]:
+    """Tile and pipeline of `_decode` for a head size and the bytes of a cached number."""
+    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if head_dim * cache_bytes <= 256 else 2}
+
+
+def prefill_tuning(head_dim: int, number_bytes: int) -> dict[str, int]:
+    """Tile and pipeline of `_prefill` for a head size and the bytes of a number."""
+    if number_bytes > 2 or head_dim > 128:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:
+    head_dim = query.shape[2]
+    return {
+        "G": query.shape[1] // cache.shape[3],
+        "P": cache.shape[2],
+        "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        # three-term tf32 would do for float32, the interpreter knows ieee alone
+        "PRECISION": "ieee",
+    }
