@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.cpu import build
 from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
-from quire_kernels.quantized import Activations, QuantizedWeight
-from quire_kernels.reference.product import PlainProduct, QuantizedProduct
+from quire_kernels.quantized import Activations, Int4Weight, QuantizedWeight
+from quire_kernels.reference.product import PlainProduct
 
 if TYPE_CHECKING:
     from quire_kernels import HeadNorms, Product
@@ -41,6 +42,14 @@ class _Linear(ctypes.Structure):
         ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("rows", c_int64), ("width", c_int64),
         ("weight", c_void_p), ("bias", c_void_p), ("outputs", c_int64),
         ("out_format", c_int64), ("out", c_void_p), ("out_stride", c_int64),
+    )  # fmt: skip
+
+
+class _QuantizedLinear(ctypes.Structure):
+    _fields_ = (
+        ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("rows", c_int64), ("width", c_int64),
+        ("weight", c_void_p), ("scales", c_void_p), ("group", c_int64), ("bias", c_void_p), ("outputs", c_int64),
+        ("round_input", c_int64), ("out_format", c_int64), ("out", c_void_p), ("out_stride", c_int64),
     )  # fmt: skip
 
 
@@ -79,6 +88,11 @@ class _Native:
             c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p,
         )  # fmt: skip
         library.quire_linear.argtypes = (c_void_p, POINTER(_Linear))
+        library.quire_pack_quantized.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int)
+        library.quire_unpack_quantized.argtypes = (
+            c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        )  # fmt: skip
+        library.quire_quantized_linear.argtypes = (c_void_p, POINTER(_QuantizedLinear))
         library.quire_attention.argtypes = (c_void_p, POINTER(_Attention))
         library.quire_write_kv.argtypes = (c_void_p, POINTER(_WriteKV))
         ints = (c_int64, c_int64, c_int64, c_int64)
@@ -98,8 +112,9 @@ class _Native:
             c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64,
         )  # fmt: skip
         products = ("pack", "unpack_rows", "linear", "attention", "write_kv")
+        quantized = ("pack_quantized", "unpack_quantized", "quantized_linear")
         rows = ("rms_norm", "add_rms_norm", "rotary", "silu_mul", "mask_tokens", "largest")
-        for name in ("close", *products, *rows):
+        for name in ("close", *products, *quantized, *rows):
             getattr(library, f"quire_{name}").restype = None
         self.library = library
         self.engine = c_void_p(library.quire_open(threads))
@@ -155,6 +170,57 @@ class _Packed:
 
 
 @dataclass(slots=True, frozen=True)
+class _PackedQuantized:
+    """`Product` over a quantised weight in the native order."""
+
+    native: _Native
+    values: Tensor
+    scales: Tensor
+    group_size: int
+    """Inputs that share a scale; 0 in 8 bits, where an output has one."""
+    shape: tuple[int, int]
+    """Outputs and width."""
+    bias: Tensor | None
+    """[outputs] float32."""
+    round_input: bool
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._multiply(x, torch.float32)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        out = torch.empty((ids.shape[0], self.shape[1]), dtype=self.dtype)
+        self.native.library.quire_unpack_quantized(
+            self.native.engine, self.values.data_ptr(), self.scales.data_ptr(), self.group_size, *self.shape,
+            ids.data_ptr(), ids.shape[0], _FORMATS[out.dtype], out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.values
+        yield self.scales
+        if self.bias is not None:
+            yield self.bias
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        outputs, width = self.shape
+        if x.dtype != self.dtype or x.shape[1] != width or x.stride(1) != 1:
+            raise KernelError(f"x is {x.dtype} {tuple(x.shape)}, the product of {self.dtype} [{outputs}, {width}]")
+        out = torch.empty((x.shape[0], outputs), dtype=dtype)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        call = _QuantizedLinear(
+            _FORMATS[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], width, self.values.data_ptr(),
+            self.scales.data_ptr(), self.group_size, bias, outputs, self.round_input, _FORMATS[dtype],
+            out.data_ptr(), outputs,
+        )  # fmt: skip
+        self.native.library.quire_quantized_linear(self.native.engine, call)
+        return out
+
+
+@dataclass(slots=True, frozen=True)
 class _StepAttention:
     """`PagedAttention`: everything is in the batch already."""
 
@@ -204,7 +270,23 @@ class CpuKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        return QuantizedProduct(weight, None if bias is None else bias.float(), activations == "int8", dtype)
+        native, (outputs, width) = self._native, weight.shape
+        if isinstance(weight, Int4Weight):
+            values, group_size = weight.values, weight.group_size
+            # the scales lie as the numbers do, in panels
+            native.library.quire_pack(
+                native.engine, _FORMATS[torch.float16], weight.scales.data_ptr(), *weight.scales.shape
+            )
+        else:
+            # four inputs lie together; what is added costs memory twice for a moment, but few widths need it
+            values, group_size = F.pad(weight.values, (0, -width % 4)) if width % 4 else weight.values, 0
+        native.library.quire_pack_quantized(
+            native.engine, values.data_ptr(), *values.shape, isinstance(weight, Int4Weight)
+        )
+        wide_bias = None if bias is None else bias.float()
+        return _PackedQuantized(
+            native, values, weight.scales, group_size, (outputs, width), wide_bias, activations == "int8", dtype
+        )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

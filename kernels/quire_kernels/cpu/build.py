@@ -6,6 +6,7 @@ where it is not there yet.
 
     avx2          256 bits, fused products                        (x86-64-v3)
     avx512        512 bits                                        (x86-64-v4)
+    avx512_vnni   and sums of four products of bytes
     avx512_bf16   and products of bfloat16 pairs
 
 Nothing is asked at run time: a library holds one level.
@@ -43,13 +44,15 @@ class Level:
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_NEEDS_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
 LEVELS = (
     Level(
         "avx512_bf16",
-        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c", "avx512_bf16"}),
-        (*_AVX512, "-mavx512bf16"),
+        _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16"},
+        (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     ),
-    Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"}), _AVX512),
+    Level("avx512_vnni", _NEEDS_AVX512 | {"avx512_vnni"}, (*_AVX512, "-mavx512vnni")),
+    Level("avx512", _NEEDS_AVX512, _AVX512),
     Level("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),
 )
 """The best first."""

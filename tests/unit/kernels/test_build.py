@@ -38,7 +38,8 @@ def test_the_best_level_is_the_one_whose_instructions_are_all_there() -> None:
     assert build.best_level(AVX2 | {"sse4_2"}).name == "avx2"
     assert build.best_level(avx512 - {"avx512vl"}).name == "avx2"
     assert build.best_level(avx512).name == "avx512"
-    assert build.best_level(avx512 | {"avx512_bf16"}).name == "avx512_bf16"
+    assert build.best_level(avx512 | {"avx512_vnni"}).name == "avx512_vnni"
+    assert build.best_level(avx512 | {"avx512_vnni", "avx512_bf16"}).name == "avx512_bf16"
     with pytest.raises(BackendUnavailable, match="lacks fma"):
         build.best_level(AVX2 - {"fma"})
     with pytest.raises(BackendUnavailable, match="lacks avx2, f16c, fma"):

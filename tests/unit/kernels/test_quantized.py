@@ -186,7 +186,7 @@ def test_rows_of_nothing_and_rows_that_are_not_finite(kernels: Kernels, group_si
     assert torch.equal(found[[0, 6]], before[[0, 6]])
 
 
-@pytest.mark.parametrize("activations", ["int8"])
+@pytest.mark.parametrize("activations", ["int8", "float"])
 @pytest.mark.parametrize("group_size", [None, 32, 128])
 @pytest.mark.parametrize("name", BACKENDS[1:])
 def test_a_row_comes_out_the_same_whatever_is_beside_it(

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "pointwise.h"
+#include "quantized.h"
 
 namespace {
 
@@ -59,6 +60,23 @@ void quire_unpack_rows(void* engine, int64_t format, const void* packed, int64_t
 void quire_linear(void* engine, const Linear* call) {
   auto* it = static_cast<Engine*>(engine);
   linear(it->pool, *call, it->room(linear_scratch(call->format, call->rows, call->width)));
+}
+
+void quire_pack_quantized(void* engine, void* weight, int64_t outputs, int64_t row_bytes, int four_bits) {
+  auto* it = static_cast<Engine*>(engine);
+  pack_quantized(it->pool, weight, outputs, row_bytes, four_bits != 0,
+                 it->room(pack_quantized_scratch(it->pool.size(), row_bytes)));
+}
+
+void quire_unpack_quantized(void* engine, const void* packed, const void* scales, int64_t group, int64_t outputs,
+                            int64_t width, const int64_t* rows, int64_t count, int64_t format, void* to) {
+  unpack_quantized(static_cast<Engine*>(engine)->pool, packed, scales, group, outputs, width, rows, count,
+                   static_cast<Format>(format), to);
+}
+
+void quire_quantized_linear(void* engine, const QuantizedLinear* call) {
+  auto* it = static_cast<Engine*>(engine);
+  quantized_linear(it->pool, *call, it->room(quantized_scratch(it->pool.size(), *call)));
 }
 
 void quire_attention(void* engine, const Attention* call) {

@@ -1,6 +1,7 @@
-// One vector of floats, as wide as the machine has them, and the number formats that tensors come in.
+// One vector of floats or of whole numbers, as wide as the machine has them, and the number formats that tensors come
+// in.
 //
-// Everything is computed in float32: loads widen, stores round to nearest even. The file is compiled for one level
+// Floats are computed in float32: loads widen, stores round to nearest even. The file is compiled for one level
 // of instructions at a time (see build.py); nothing here asks the processor anything.
 #pragma once
 
@@ -82,6 +83,54 @@ inline Vec odd(Pair a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
+// kLanes whole numbers of 32 bits, or the same bits as bytes.
+struct Ints {
+  __m512i v;
+};
+inline Ints splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints operator>>(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a.v); }
+inline Ints bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
+inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, even
+inline Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints load_ints(const void* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
+inline void store_bytes(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+
+#if defined(__AVX512VNNI__)
+// acc[i] + Σ_4 bytes of weights[i] · of inputs[i]: the weights without, the inputs with a sign. Exact.
+struct Weights {
+  __m512i v;
+};
+struct Inputs {
+  __m512i v;
+};
+inline Weights weights(Ints a) { return {a.v}; }
+inline Inputs inputs(int32_t four) { return {_mm512_set1_epi32(four)}; }
+inline Ints dot(Ints acc, Weights w, Inputs x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+#else
+// The same by products of 16 bits. (Products of bytes that end in 16 bits saturate.)
+struct Weights {
+  __m512i even, odd;
+};
+using Inputs = Weights;
+inline Weights weights(Ints a) {
+  return {_mm512_and_si512(a.v, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(a.v, 8)};
+}
+inline Inputs inputs(int32_t four) {
+  __m512i x = _mm512_set1_epi32(four);
+  return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+}
+inline Ints dot(Ints acc, Weights w, Inputs x) {
+  return {_mm512_add_epi32(acc.v, _mm512_add_epi32(_mm512_madd_epi16(w.even, x.even), _mm512_madd_epi16(w.odd, x.odd)))};
+}
+#endif
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 struct Vec {
@@ -160,6 +209,53 @@ inline Pair load_pair(const bf16* p, int n) {
 inline Vec even(Pair a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
 inline Vec odd(Pair a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+struct Ints {
+  __m256i v;
+};
+inline Ints splat(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Ints operator>>(Ints a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
+inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline int32_t sum(Ints a) {
+  __m128i h = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+inline int32_t largest(Ints a) {
+  __m128i h = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+inline Ints bits(Vec a) { return {_mm256_castps_si256(a.v)}; }
+inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Ints to_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline Ints load_ints(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline Ints load_ints(const void* p, int n) {
+  int32_t some[kLanes] = {};
+  std::memcpy(some, p, n * sizeof(int32_t));
+  return load_ints(some);
+}
+inline void store_bytes(int8_t* p, Ints a) {
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+struct Weights {
+  __m256i even, odd;
+};
+using Inputs = Weights;
+inline Weights weights(Ints a) {
+  return {_mm256_and_si256(a.v, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(a.v, 8)};
+}
+inline Inputs inputs(int32_t four) {
+  __m256i x = _mm256_set1_epi32(four);
+  return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+inline Ints dot(Ints acc, Weights w, Inputs x) {
+  return {_mm256_add_epi32(acc.v, _mm256_add_epi32(_mm256_madd_epi16(w.even, x.even), _mm256_madd_epi16(w.odd, x.odd)))};
 }
 
 #else

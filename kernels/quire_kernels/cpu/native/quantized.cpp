@@ -1,0 +1,474 @@
+// Matrix products with a weight in 8 or 4 bits that was packed once.
+//
+// Panels of 64 outputs, as in gemm.cpp; within a panel of N outputs four inputs of an output lie together, which is
+// what vpdpbusd takes. A weight is stored without its sign, by adding 128 or 8 to each number:
+//
+//     8 bits    [K / 4][N][4]     number + 128, K rounded up to a multiple of 4
+//     4 bits    [K / 8][N][4]     number + 8: of eight inputs the first four in the low halves, the others in the high
+//
+// Rows of x are rounded to 8 bits with a sign first, all by itself a row:
+//
+//     most = max |x|,   code[k] = round(x[k] · (127 / most)),   scale = most / 127
+//
+// What was added to the weights is taken off again by the sum of a row's codes: Σ (w + 128) · code - 128 · Σ code. That
+// is where sums begin. They are whole numbers and exact, on every level of instructions the same, with or without
+// vpdpbusd. In 4 bits they end with the group of inputs that has its scale; what they stand for is added in float32, in
+// order.
+//
+// Where x is not rounded, the weight is widened to float32 in registers.
+#include "quantized.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "simd.h"
+
+namespace quire {
+
+namespace {
+
+constexpr int64_t kPanel = 64;
+constexpr int kVecs = sizeof(Vec) == 64 ? 4 : 2;
+constexpr int kSlice = kVecs * kLanes;
+#if defined(__AVX512VNNI__)
+constexpr int kRows = 6;
+#else
+constexpr int kRows = 4;  // weights take twice the registers
+#endif
+constexpr float kNothing = 1e-30f;  // a row that has nothing larger is zero: 127 by less may be infinite
+constexpr int64_t kAhead = 2048;    // bytes between what is read and what is asked for
+
+int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows of x as the products take them: in whole numbers, or as float32.
+struct Rows {
+  int64_t count, width, groups;
+  int64_t stride;        // numbers from one row to the next; zeros up to there
+  const int8_t* codes;   // [count, stride]
+  const int32_t* start;  // [count, groups]: where the sums of a row begin
+  const float* scale;    // [count]
+  const float* wide;     // [count, stride]
+};
+
+struct Lanes {
+  int n[kVecs];
+  explicit Lanes(int64_t left) {
+    for (int v = 0; v < kVecs; ++v)
+      n[v] = static_cast<int>(std::clamp<int64_t>(left - v * kLanes, 0, kLanes));
+  }
+};
+
+template <class X>
+void round_row(const X* x, int64_t width, int64_t group, int32_t added, int64_t padded, int8_t* codes, int32_t* start,
+               float* scale) {
+  // bits of numbers without their signs are in the order of the numbers; what is not a number comes last
+  const Ints no_sign = splat(int32_t{0x7fffffff});
+  Ints most_bits = splat(int32_t{0});
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) most_bits = max(most_bits, bits(load(x + k)) & no_sign);
+  if (k < width) most_bits = max(most_bits, bits(load(x + k, static_cast<int>(width - k))) & no_sign);
+  int32_t found = largest(most_bits);
+  float most;
+  std::memcpy(&most, &found, 4);
+  bool finite = found < 0x7f800000, usable = finite && most >= kNothing;
+  *scale = usable ? most / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  std::memset(codes + width, 0, padded - width);
+  if (!usable) {
+    std::memset(codes, 0, width);
+    std::fill_n(start, width / group, 0);
+    return;
+  }
+  const Vec inverse = splat(127.0f / most);
+  for (int64_t begin = 0; begin < width; begin += group) {
+    Ints total = splat(int32_t{0});
+    int64_t end = begin + group;
+    for (k = begin; k + kLanes <= end; k += kLanes) {
+      Ints code = to_int(load(x + k) * inverse);
+      total = total + code;
+      store_bytes(codes + k, code);
+    }
+    if (k < end) {
+      Ints code = to_int(load(x + k, static_cast<int>(end - k)) * inverse);
+      int8_t some[kLanes];
+      store_bytes(some, code);
+      std::memcpy(codes + k, some, end - k);
+      total = total + code;
+    }
+    start[begin / group] = -added * sum(total);
+  }
+}
+
+// Four inputs of all outputs of a slice.
+template <bool Whole>
+inline Ints four_inputs(const uint8_t* at, const Lanes& lanes, int v) {
+  return Whole ? load_ints(at + v * 4 * kLanes) : load_ints(at + v * 4 * kLanes, lanes.n[v]);
+}
+
+inline int32_t four_codes(const int8_t* at) {
+  int32_t four;
+  std::memcpy(&four, at, 4);
+  return four;
+}
+
+template <int Count>
+inline void ask_for(const uint8_t* at) {
+#pragma GCC unroll 8
+  for (int line = 0; line < Count; ++line) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * line), _MM_HINT_T0);
+}
+
+template <int Count>
+inline void multiply_add(Ints (&acc)[Count][kVecs], const Weights (&w)[kVecs], const int8_t* codes, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r) {
+    Inputs x = inputs(four_codes(codes + r * stride));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot(acc[r][v], w[v], x);
+  }
+}
+
+// One slice of a panel, for some rows; the results in float32 at `sums` [Count][kSlice], the scale of the row in them.
+struct Eight {
+  using Scale = float;
+
+  template <int Count, bool Whole>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
+                    const float* scales, float* sums) {
+    Ints acc[Count][kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(x.start[row + r]);
+    const int8_t* codes = x.codes + row * x.stride;
+    for (int64_t k = 0; k < x.width; k += 4) {
+      const uint8_t* at = slice + k * outputs;
+      ask_for<kVecs>(at + kAhead);
+      Weights w[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v));
+      multiply_add(acc, w, codes + k, x.stride);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      Vec scale = load(scales + v * kLanes, lanes.n[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r)
+        store(sums + r * kSlice + v * kLanes, to_float(acc[r][v]) * splat(x.scale[row + r]) * scale);
+    }
+  }
+};
+
+struct Four {
+  using Scale = bf16;
+
+  template <int Count, bool Whole>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
+                    const bf16* scales, float* sums) {
+    const int64_t group = x.width / x.groups;
+    const Ints low = splat(int32_t{0x0f0f0f0f});
+    for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
+    const uint8_t* at = slice;
+    for (int64_t g = 0; g < x.groups; ++g) {
+      Ints acc[Count][kVecs];
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(x.start[(row + r) * x.groups + g]);
+      const int8_t* codes = x.codes + row * x.stride + g * group;
+      for (int64_t k = 0; k < group; k += 8, at += 4 * outputs) {
+        ask_for<kVecs>(at + kAhead);
+        Weights w[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v) & low);
+        multiply_add(acc, w, codes + k, x.stride);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) w[v] = weights((four_inputs<Whole>(at, lanes, v) >> 4) & low);
+        multiply_add(acc, w, codes + k + 4, x.stride);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        Vec scale = load(scales + g * outputs + v * kLanes, lanes.n[v]);
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; ++r) {
+          float* to = sums + r * kSlice + v * kLanes;
+          store(to, fma(to_float(acc[r][v]), scale, load(to)));
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = sums + r * kSlice + v * kLanes;
+        store(to, load(to) * splat(x.scale[row + r]));
+      }
+  }
+};
+
+// The same with x in float32: weights are widened, each by a shift to its place.
+template <int Count>
+inline void multiply_add(Vec (&acc)[Count][kVecs], const Vec (&w)[kVecs], const float* x, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r) {
+    Vec a = splat(x[r * stride]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
+  }
+}
+
+template <int Count>
+inline void clear(Vec (&acc)[Count][kVecs]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
+}
+
+struct WideEight {
+  using Scale = float;
+
+  template <int Count, bool Whole>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
+                    const float* scales, float* sums) {
+    Vec acc[Count][kVecs];
+    clear(acc);
+    const float* wide = x.wide + row * x.stride;
+    const Ints byte = splat(int32_t{0xff}), added = splat(int32_t{128});
+    for (int64_t k = 0; k < x.width; k += 4) {
+      ask_for<kVecs>(slice + k * outputs + kAhead);
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        Vec w[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v)
+          w[v] = to_float(((four_inputs<Whole>(slice + k * outputs, lanes, v) >> (8 * part)) & byte) - added);
+        multiply_add(acc, w, wide + k + part, x.stride);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      Vec scale = load(scales + v * kLanes, lanes.n[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r) store(sums + r * kSlice + v * kLanes, acc[r][v] * scale);
+    }
+  }
+};
+
+struct WideFour {
+  using Scale = bf16;
+
+  template <int Count, bool Whole>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
+                    const bf16* scales, float* sums) {
+    const int64_t group = x.width / x.groups;
+    Vec acc[Count][kVecs];
+    clear(acc);
+    const float* wide = x.wide + row * x.stride;
+    const Ints half = splat(int32_t{15}), added = splat(int32_t{8});
+    const uint8_t* at = slice;
+    for (int64_t g = 0; g < x.groups; ++g) {
+      Vec scale[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) scale[v] = load(scales + g * outputs + v * kLanes, lanes.n[v]);
+      for (int64_t k = g * group; k < (g + 1) * group; k += 8, at += 4 * outputs) {
+        ask_for<kVecs>(at + kAhead);
+#pragma GCC unroll 8
+        for (int part = 0; part < 8; ++part) {
+          Vec w[kVecs];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) {
+            Ints code = (four_inputs<Whole>(at, lanes, v) >> (part % 4 * 8 + part / 4 * 4)) & half;
+            w[v] = to_float(code - added) * scale[v];
+          }
+          multiply_add(acc, w, wide + k + part, x.stride);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) store(sums + r * kSlice + v * kLanes, acc[r][v]);
+  }
+};
+
+template <class Kind, class Out>
+struct Sweep {
+  const QuantizedLinear& call;
+  const Rows& x;
+  float* sums;  // a thread's own
+
+  template <int Count, bool Whole>
+  void block(int64_t row, int64_t output, const uint8_t* from, int64_t in_panel, const Lanes& lanes,
+             const typename Kind::Scale* scales) const {
+    Kind::template block<Count, Whole>(x, row, from, in_panel, lanes, scales, sums);
+    Out* out = static_cast<Out*>(call.out) + row * call.out_stride + output;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      if (lanes.n[v] == 0) break;
+      Vec b = call.bias ? load(call.bias + output + v * kLanes, lanes.n[v]) : zero();
+      for (int r = 0; r < Count; ++r) {
+        Out* to = out + r * call.out_stride + v * kLanes;
+        Vec sum = load(sums + r * kSlice + v * kLanes) + b;
+        Whole ? store(to, sum) : store(to, sum, lanes.n[v]);
+      }
+    }
+  }
+
+  template <bool Whole>
+  void slice(int64_t output, const uint8_t* from, int64_t in_panel, const typename Kind::Scale* scales) const {
+    Lanes lanes(in_panel - output % kPanel);
+    int64_t row = 0;
+    for (; row + kRows <= x.count; row += kRows) block<kRows, Whole>(row, output, from, in_panel, lanes, scales);
+    switch (x.count - row) {
+      case 5: return block<5, Whole>(row, output, from, in_panel, lanes, scales);
+      case 4: return block<4, Whole>(row, output, from, in_panel, lanes, scales);
+      case 3: return block<3, Whole>(row, output, from, in_panel, lanes, scales);
+      case 2: return block<2, Whole>(row, output, from, in_panel, lanes, scales);
+      case 1: return block<1, Whole>(row, output, from, in_panel, lanes, scales);
+      default: return;
+    }
+  }
+
+  void panel(int64_t number) const {
+    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, call.outputs - begin);
+    const int64_t row_bytes = call.group ? x.width / 2 : x.width;
+    for (int64_t at = 0; at < in_panel; at += kSlice) {
+      const uint8_t* from = call.weight + begin * row_bytes + 4 * at;
+      const auto* scales = static_cast<const typename Kind::Scale*>(call.scales) + begin * x.groups + at;
+      if (in_panel - at >= kSlice) {
+        slice<true>(begin + at, from, in_panel, scales);
+      } else {
+        slice<false>(begin + at, from, in_panel, scales);
+      }
+    }
+  }
+};
+
+template <class Kind, class Out>
+void sweep(Pool& pool, const QuantizedLinear& call, const Rows& x, float* sums) {
+  pool.each((call.outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
+    Sweep<Kind, Out>{call, x, sums + thread * kRows * kSlice}.panel(number);
+  });
+}
+
+template <class Kind>
+void sweep(Pool& pool, const QuantizedLinear& call, const Rows& x, float* sums) {
+  switch (call.out_format) {
+    case kFloat32: return sweep<Kind, float>(pool, call, x, sums);
+    case kBfloat16: return sweep<Kind, bf16>(pool, call, x, sums);
+    case kFloat16: return sweep<Kind, fp16>(pool, call, x, sums);
+  }
+}
+
+// Calls work(a number of the format).
+template <class Work>
+void by_format(Format format, Work&& work) {
+  switch (format) {
+    case kFloat32: return work(float{});
+    case kBfloat16: return work(bf16{});
+    case kFloat16: return work(fp16{});
+  }
+}
+
+// Of eight halves of a byte in a row, 0 to 7 from the lowest: 0 4 1 5 2 6 3 7.
+inline uint32_t halves_apart(uint32_t eight) {
+  auto spread = [](uint32_t four) {
+    four = (four | four << 8) & 0x00ff00ffu;
+    return (four | four << 4) & 0x0f0f0f0fu;
+  };
+  return spread(eight & 0xffffu) | spread(eight >> 16) << 4;
+}
+
+// How the scratch is cut.
+struct Layout {
+  int64_t padded, groups, stride, sums, start, scale, rows, bytes;
+
+  Layout(int threads, const QuantizedLinear& call) {
+    padded = up_to(call.width, 4);
+    groups = call.group ? call.width / call.group : 1;
+    stride = up_to(padded, 64);
+    sums = 0;
+    start = sums + up_to(threads * kRows * kSlice * 4, 64);
+    scale = start + up_to(call.rows * groups * 4, 64);
+    rows = scale + up_to(call.rows * 4, 64);
+    bytes = rows + call.rows * stride * (call.round_input ? 1 : 4);
+  }
+};
+
+}  // namespace
+
+int64_t quantized_scratch(int threads, const QuantizedLinear& call) { return Layout(threads, call).bytes; }
+
+void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch) {
+  const Layout layout(pool.size(), call);
+  char* base = static_cast<char*>(scratch);
+  auto* start = reinterpret_cast<int32_t*>(base + layout.start);
+  auto* scale = reinterpret_cast<float*>(base + layout.scale);
+  auto* codes = reinterpret_cast<int8_t*>(base + layout.rows);
+  auto* wide = reinterpret_cast<float*>(base + layout.rows);
+  by_format(call.format, [&](auto number) {
+    using X = decltype(number);
+    pool.each(call.rows, [&](int64_t row, int) {
+      const X* from = static_cast<const X*>(call.x) + row * call.stride;
+      if (call.round_input) {
+        round_row(from, call.width, call.group ? call.group : call.width, call.group ? 8 : 128, layout.stride,
+                  codes + row * layout.stride, start + row * layout.groups, scale + row);
+        return;
+      }
+      float* to = wide + row * layout.stride;
+      int64_t k = 0;
+      for (; k + kLanes <= call.width; k += kLanes) store(to + k, load(from + k));
+      for (; k < layout.padded; ++k) to[k] = k < call.width ? as_float(from[k]) : 0.0f;
+    });
+  });
+  const Rows x{call.rows, layout.padded, layout.groups, layout.stride, codes, start, scale, wide};
+  auto* sums = reinterpret_cast<float*>(base + layout.sums);
+  if (call.round_input) {
+    call.group ? sweep<Four>(pool, call, x, sums) : sweep<Eight>(pool, call, x, sums);
+  } else {
+    call.group ? sweep<WideFour>(pool, call, x, sums) : sweep<WideEight>(pool, call, x, sums);
+  }
+}
+
+int64_t pack_quantized_scratch(int threads, int64_t row_bytes) { return threads * kPanel * row_bytes; }
+
+void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes, bool four_bits, void* scratch) {
+  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
+    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    uint8_t* rows = static_cast<uint8_t*>(weight) + begin * row_bytes;
+    uint8_t* panel = static_cast<uint8_t*>(scratch) + thread * kPanel * row_bytes;
+    for (int64_t n = 0; n < in_panel; ++n)
+      for (int64_t at = 0; at < row_bytes; at += 4) {
+        uint32_t four;
+        std::memcpy(&four, rows + n * row_bytes + at, 4);
+        four = four_bits ? halves_apart(four) : four ^ 0x80808080u;
+        std::memcpy(panel + at * in_panel + 4 * n, &four, 4);
+      }
+    std::memcpy(rows, panel, in_panel * row_bytes);
+  });
+}
+
+void unpack_quantized(Pool& pool, const void* packed, const void* scales, int64_t group, int64_t outputs, int64_t width,
+                      const int64_t* rows, int64_t count, Format format, void* to) {
+  const int64_t row_bytes = group ? width / 2 : up_to(width, 4), groups = group ? width / group : 1;
+  by_format(format, [&](auto kind) {
+    using Out = decltype(kind);
+    pool.each(count, [&](int64_t number, int) {
+      const int64_t begin = rows[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
+      const int64_t n = rows[number] - begin;
+      const uint8_t* panel = static_cast<const uint8_t*>(packed) + begin * row_bytes;
+      for (int64_t k = 0; k < width; ++k) {
+        float value;
+        if (group) {
+          uint8_t byte = panel[(k / 8 * in_panel + n) * 4 + k % 4];
+          const bf16* scale = static_cast<const bf16*>(scales) + begin * groups + k / group * in_panel + n;
+          value = static_cast<float>((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * as_float(*scale);
+        } else {
+          value = static_cast<float>(panel[(k / 4 * in_panel + n) * 4 + k % 4] - 128) *
+                  static_cast<const float*>(scales)[rows[number]];
+        }
+        store(static_cast<Out*>(to) + number * width + k, splat(value), 1);
+      }
+    });
+  });
+}
+
+}  // namespace quire
