@@ -1,17 +1,19 @@
 # Every target makes the virtual environment it needs; none needs the network once the packages are installed, but for
 # the first `make nightly`, which has pip fetch the JSON Schema test suite.
 #   VENV=path     another environment          PYTHON=python3.12   the interpreter it is made from
+#   PEERS=path    where bench-cpu's peers are  BENCH_ARGS=...      what bench-cpu measures, and how much of it
 #   PIP_ARGS=...  passed to pip install, for example --index-url of a mirror
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench nightly clean
+.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers nightly clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,23 @@ fmt: $(STAMP) ## format the source
 
 bench: $(STAMP) ## compare with transformers on the built-in model; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run throughput --model tiny
+
+bench-cpu: $(STAMP) bench-peers ## compare with llama.cpp, oneDNN, transformers and the machine (hours); BENCH_ARGS=--quick
+	$(BIN)/python -m benchmarks.run cpu --peers $(PEERS) $(BENCH_ARGS)
+
+bench-peers: $(PEERS)/.installed ## build llama.cpp for bench-cpu from the source that a Python package brings along
+
+$(PEERS)/.installed:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) gguf cmake ninja
+	$(PEERS)/bin/python -m pip download -q --disable-pip-version-check $(PIP_ARGS) --no-deps --no-binary llama-cpp-python \
+		-d $(PEERS) llama-cpp-python
+	mkdir -p $(PEERS)/source && tar -xzf $(PEERS)/llama_cpp_python-*.tar.gz --strip-components 1 -C $(PEERS)/source
+	$(PEERS)/bin/cmake -S $(PEERS)/source/vendor/llama.cpp -B $(PEERS)/llama -G Ninja \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(PEERS))/bin/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	$(PEERS)/bin/cmake --build $(PEERS)/llama --target llama-server llama-batched-bench llama-quantize
+	@touch $@
 
 nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed and what it measured
 	export QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl; \

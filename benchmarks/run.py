@@ -1,6 +1,7 @@
 """The one runner: `python -m benchmarks.run NAME`, where a name is one of those below.
 
     throughput   ours and transformers on the same weights, dtype and work
+    cpu          ours against llama.cpp, oneDNN and transformers, and all of them against this machine
     kernels      a step with the native kernels and with the reference ones
     start-up     commands and imports in fresh processes
     tracing      routers with and without traces before one engine

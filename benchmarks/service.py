@@ -73,14 +73,14 @@ def collector(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def engine(folder: Path, spec: wire.EngineSpec) -> Iterator[wire.ReplicaEndpoint]:
-    """An engine process; its socket lies in `folder`."""
+def engine(folder: Path, spec: wire.EngineSpec) -> Iterator[tuple[wire.ReplicaEndpoint, int]]:
+    """An engine process: its socket, which lies in `folder`, and its number."""
     endpoint = wire.ReplicaEndpoint("benchmark-0", 1, str(folder / "engine.sock"))
     spec = msgspec.structs.replace(spec, replica_id=endpoint.replica_id, socket=endpoint.socket)
     path = folder / "engine.json"
     path.write_bytes(msgspec.json.encode(spec))
-    with running([sys.executable, "-m", "quire_engine", str(path)], folder / "engine.log"):
-        yield endpoint
+    with running([sys.executable, "-m", "quire_engine", str(path)], folder / "engine.log") as process:
+        yield endpoint, process.pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class Router:
 
     name: str
     port: int
+    pid: int
 
     async def run(self, model: str, jobs: Sequence[Job], clients: int) -> float:
         """Seconds for all jobs as streams. Raises if one is not answered in full."""
@@ -115,8 +116,8 @@ def router(folder: Path, name: str, environment: Mapping[str, str]) -> Iterator[
     (own / "router.json").write_bytes(msgspec.json.encode(config))
     command = [sys.executable, "-m", "quire.router", str(own / "router.json")]
     variables = {**plain_environment(), **environment, LISTEN_FD: str(listening.fileno())}
-    with running(command, own / "router.log", env=variables, pass_fds=[listening.fileno()]):
-        yield Router(name, listening.getsockname()[1])
+    with running(command, own / "router.log", env=variables, pass_fds=[listening.fileno()]) as process:
+        yield Router(name, listening.getsockname()[1], process.pid)
     listening.close()
 
 
@@ -152,4 +153,5 @@ async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
                 return
             message = wire.GetRouterStatus()
         await asyncio.sleep(0.1)
-    raise RuntimeError(f"the router {name} is not connected to the engine; see {folder}")
+    said = "".join((folder / log).read_text()[-500:] for log in ("engine.log", f"{name}/router.log"))
+    raise RuntimeError(f"the router {name} is not connected to the engine:\n{said}")

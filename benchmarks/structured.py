@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import CACHE, SHAPES, model_dir, write_vocabulary
+from benchmarks.models import CACHE, SHAPES, model_dir
 from benchmarks.quire_systems import Quire, engine_spec
 from benchmarks.rounds import Against, in_turns, milliseconds
 from benchmarks.rows import RESULTS, Row, backend, provenance, write
@@ -72,10 +72,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     folder = model_dir(args.model, args.cache)
-    if args.model in SHAPES:
-        shape = SHAPES[args.model]
-        special = {f"<{name}>": shape[f"{name}_token_id"] for name in ("bos", "eos")}
-        write_vocabulary(folder, shape["vocab_size"], special)
     if "hostile" in args.parts:
         write(args.out, [_beside_hostile(args, folder)])
     if "cost" not in args.parts:

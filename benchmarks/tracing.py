@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qb")))
         url = stack.enter_context(service.collector(folder))
-        endpoint = stack.enter_context(service.engine(folder, spec))
+        endpoint, _ = stack.enter_context(service.engine(folder, spec))
         settings: list[tuple[str, dict[str, str]]] = [
             ("off", {}), ("off-again", {}), ("on", {"OTEL_EXPORTER_OTLP_ENDPOINT": url}),
         ]  # fmt: skip

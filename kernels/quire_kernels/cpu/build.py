@@ -95,7 +95,7 @@ def library(level: Level | None = None) -> Path:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     target = _cache() / f"quire-{level.name}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
-        _build(_compiler(), flags, target)
+        _build(compiler(), flags, target)
     return target
 
 
@@ -117,7 +117,7 @@ def _cache() -> Path:
         ) from error
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """How a C++ compiler is called: as CXX says, or the first that is there."""
     named = os.environ.get("CXX", "")
     for words in [shlex.split(named)] if named.strip() else [["c++"], ["g++"], ["clang++"]]:

@@ -1,0 +1,264 @@
+"""Ours against llama.cpp, oneDNN and transformers on this machine's processors, and all against the machine.
+
+    ceilings       what memory and instructions can do, by plain loops; every run has them
+    gemm           products alone, ours and oneDNN's
+    attention      decode over long contexts, ours and torch's
+    host           what of a step of one sequence is not in the native kernels
+    tune           flags of llama.cpp, to find its best; the parts behind use what this run found
+    engine         engines without servers: decode of 1, 16 and 32 sequences, a prompt of 512 tokens
+    servers        64 requests over each one's own OpenAI server at 1, 8 and 32 clients
+    transformers   the same requests without a server, in three ways
+
+Systems that are compared run in blocks there and back (A B B A): each half of a block is a pair. A row is written
+when it is measured; `--resume` goes on with the file's last run, whatever parts are asked for then, and `--report`
+prints it. The peers are built once by `make bench-peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu import ceilings, child, operations, servers
+from benchmarks.cpu.ceilings import Ceilings, Format
+from benchmarks.cpu.ledger import Ledger, read
+from benchmarks.cpu.llama import FILES, Llama, Settings, candidates
+from benchmarks.cpu.report import report
+from benchmarks.models import CACHE, SHAPES, model_dir
+from benchmarks.rows import RESULTS, ROOT, Row, backend, provenance
+from quire_kernels import load
+from quire_kernels.cpu import build
+from quire_schemas.checkpoint import read_profile
+
+PARTS = ("gemm", "attention", "host", "tune", "engine", "servers", "transformers")
+FORMATS: tuple[Format, ...] = ("bf16", "int8", "int4")
+GEMM_ROWS = (1, 8, 32, 256)
+ATTENTION = {"qwen2.5-0.5b": (14, 2, 64), "llama-3.2-1b": (32, 8, 64)}
+CONTEXT = 8192
+SEQUENCES = (1, 16, 32)
+CLIENTS = (1, 8, 32)
+STATIC_BATCH = 32
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--models", nargs="*", choices=[*SHAPES, "tiny"], default=["qwen2.5-0.5b"])
+    parser.add_argument("--sequences", nargs="*", type=int, default=SEQUENCES, help="of the part engine")
+    parser.add_argument("--clients", nargs="*", type=int, default=CLIENTS, help="of tune and servers")
+    parser.add_argument("--blocks", type=int, default=2, help="A B B A each, so two pairs")
+    parser.add_argument("--quick", action="store_true", help="less work, one pair of each: a look, not a figure")
+    parser.add_argument("--resume", action="store_true", help="go on with the last run of the file")
+    parser.add_argument("--report", action="store_true", help="print the last run of the file, measure nothing")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--limit", type=float, default=1200.0, help="seconds for transformers' continuous batching"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="ours alone, without llama.cpp")
+    parser.add_argument(
+        "--peers", type=Path, default=ROOT / ".venv-peers", help="where make bench-peers built them"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.report:
+        rows = read(args.out)
+        print(report([row for row in rows if row["run"] == rows[-1]["run"]]))
+        return
+    torch.set_num_threads(args.threads)
+    common = provenance(backend(args.threads)) | {
+        "benchmark": "cpu", "level": build.best_level(build.cpu_flags()).name, "threads": args.threads, "seed": 0,
+        "quick": args.quick,
+    }  # fmt: skip
+    ledger = Ledger(args.out, common, args.resume)
+    bench = _Bench(args, ledger)
+    for part in args.parts:
+        print(f"\n── {part}", flush=True)
+        getattr(bench, f"run_{part}")()
+    print("\n" + report(ledger.rows))
+    print(f"\nrun {ledger.run}: {len(ledger.rows)} rows in {args.out}")
+
+
+class _Bench:
+    """The parts of a run."""
+
+    def __init__(self, args: argparse.Namespace, ledger: Ledger) -> None:
+        self.args = args
+        self.ledger = ledger
+        row = ledger.measured(lambda: asdict(ceilings.measure(args.threads)), part="ceilings")
+        self.ceilings = Ceilings.of(row)
+        self.folders = {name: model_dir(name, args.cache) for name in args.models}
+        self.llamas = (
+            {}
+            if args.no_peers
+            else {
+                name: Llama(args.peers, folder, args.cache, args.threads)
+                for name, folder in self.folders.items()
+                if name in SHAPES
+            }
+        )
+        self.served = [format for format in args.formats if format in child.SERVED]
+        for llama in self.llamas.values():
+            for format in self.served:
+                llama.file(format)
+
+    def run_gemm(self) -> None:
+        kernels = load("cpu", self.args.threads)
+        rounds, least = (2, 0.05) if self.args.quick else (5, 0.3)
+        formats: list[Format] = ["fp32", *self.args.formats]
+        for format in formats:
+            for rows in GEMM_ROWS:
+                action = partial(operations.product, kernels, self.ceilings, format, rows, rounds, least)
+                self.ledger.measured(action, part="gemm", format=format, rows=rows, rounds=rounds)
+
+    def run_attention(self) -> None:
+        kernels = load("cpu", self.args.threads)
+        rounds, least = (2, 0.05) if self.args.quick else (5, 0.3)
+        for model, shape in ATTENTION.items():
+            for sequences in (1, 8):
+                action = partial(
+                    operations.attention, kernels, self.ceilings, shape, CONTEXT, sequences, rounds, least
+                )
+                self.ledger.measured(
+                    action, part="attention", format="bf16", model=model, context=CONTEXT, sequences=sequences,
+                    rounds=rounds,
+                )  # fmt: skip
+
+    def run_host(self) -> None:
+        steps = 32 if self.args.quick else 200
+        for model, folder in self.folders.items():
+            for format in self.served:
+                action = partial(
+                    child.run, "host", folder=str(folder), format=format, threads=self.args.threads, steps=steps
+                )
+                self.ledger.measured(action, part="host", model=model, format=format)
+
+    def run_tune(self) -> None:
+        for model, llama in self.llamas.items():
+            for format in self.served:
+                for flags in ({"-fa": "on"}, {"-fa": "off"}):
+                    bench = partial(llama.batched_bench, format, 128, 32, 16, 1, flags)
+                    self.ledger.measured(
+                        bench, part="tune", kind="engine", model=model, format=format, settings=flags
+                    )
+                for clients in self.args.clients:
+                    jobs = child.jobs(SHAPES[model]["vocab_size"], 4 if clients == 1 else clients)
+                    for flags in candidates(clients):
+                        action = partial(servers.theirs, llama, format, flags, jobs, clients)
+                        self.ledger.measured(
+                            action, part="tune", kind="server", model=model, format=format, clients=clients,
+                            requests=len(jobs), settings=flags,
+                        )  # fmt: skip
+
+    def run_engine(self) -> None:
+        output, repeats = (32, 1) if self.args.quick else (128, 2)
+        for model in self.folders:
+            for format in self.served:
+                for sequences in self.args.sequences:
+                    self._contest(
+                        self._engines(model, [format], 128, output, sequences, repeats),
+                        part="engine", kind="decode", model=model, sequences=sequences, format=format,
+                    )  # fmt: skip
+            self._contest(
+                self._engines(model, self.served, 512, 2, 1, 1 if self.args.quick else 3),
+                part="engine", kind="prefill", model=model, prompt=512,
+            )  # fmt: skip
+
+    def run_servers(self) -> None:
+        for model, folder in self.folders.items():
+            for clients in self.args.clients:
+                jobs = child.jobs(read_profile(folder).vocab_size, self._requests(clients))
+                for format in self.served:
+                    systems: dict[str, Callable[[], Row]] = {
+                        f"quire {format}": partial(servers.ours, folder, format, self.args.threads, jobs, clients)
+                    }
+                    if model in self.llamas:
+                        flags = self._best(model, format, "server", clients, candidates(clients)[0])
+                        systems[f"llama.cpp {FILES[format]}"] = partial(
+                            servers.theirs, self.llamas[model], format, flags, jobs, clients
+                        )
+                    self._contest(
+                        systems, part="servers", model=model, format=format, clients=clients, requests=len(jobs)
+                    )
+
+    def run_transformers(self) -> None:
+        """One pass each, between two of ours with the same requests: they take long, and the ratios are large."""
+        for model, folder in self.folders.items():
+            requests = self._requests(32)
+            jobs = child.jobs(read_profile(folder).vocab_size, requests)
+            ways = {
+                f"transformers {way}": partial(
+                    child.run, "transformers", folder=str(folder), way=way, threads=self.args.threads,
+                    requests=requests, limit=self.args.limit, batch=STATIC_BATCH,
+                )
+                for way in ("sequential", "static", "continuous")
+            }  # fmt: skip
+            ours = {
+                f"quire {format} at {clients}": partial(
+                    servers.ours, folder, format, self.args.threads, jobs, clients
+                )
+                for format in self.served
+                if format != "int4"
+                for clients in (1, 32)
+            }
+            key: Row = {"part": "transformers", "model": model, "requests": requests, "block": 0}
+            for half in range(1 if self.args.quick else 2):
+                for system, action in ours.items():
+                    self.ledger.measured(action, **key, system=system, half=half)
+                if half == 0:
+                    for system, action in ways.items():
+                        self.ledger.measured(action, **key, system=system, half=0)
+
+    def _engines(
+        self, model: str, formats: list[Format], prompt: int, output: int, sequences: int, repeats: int
+    ) -> dict[str, Callable[[], Row]]:
+        systems: dict[str, Callable[[], Row]] = {}
+        for format in formats:
+            systems[f"quire {format}"] = partial(
+                child.run, "engine", folder=str(self.folders[model]), format=format, threads=self.args.threads,
+                sequences=sequences, prompt=prompt, output=output, repeats=repeats,
+            )  # fmt: skip
+        for format in formats if model in self.llamas else ():
+            flags = self._best(model, format, "engine", None, {"-fa": "on"})
+            systems[f"llama.cpp {FILES[format]}"] = partial(
+                self._batched_bench, model, format, prompt, output, sequences, repeats, flags
+            )
+        return systems
+
+    def _batched_bench(
+        self, model: str, format: Format, prompt: int, output: int, sequences: int, repeats: int, flags: Settings
+    ) -> Row:
+        found = self.llamas[model].batched_bench(format, prompt, output, sequences, repeats, flags)
+        return {"backend": "llama.cpp", "settings": flags} | found
+
+    def _contest(self, systems: dict[str, Callable[[], Row]], **key: object) -> None:
+        """All systems there and back, block after block."""
+        for block in range(1 if self.args.quick else self.args.blocks):
+            for half, order in enumerate((list(systems), list(reversed(systems)))[: 1 if self.args.quick else 2]):
+                for system in order:
+                    self.ledger.measured(systems[system], **key, system=system, block=block, half=half)
+
+    def _best(self, model: str, format: Format, kind: str, clients: int | None, default: Settings) -> Settings:
+        """The fastest flags that `tune` found in this run, or `default`."""
+        found = [
+            row
+            for row in self.ledger.rows
+            if row["part"] == "tune" and (row["model"], row["format"], row["kind"]) == (model, format, kind)
+            and row.get("clients") == clients
+        ]  # fmt: skip
+        speed = "decode_tokens_per_s" if kind == "engine" else "tokens_per_s"
+        best: Settings = max(found, key=lambda row: float(row[speed]))["settings"] if found else default
+        return best
+
+    def _requests(self, clients: int) -> int:
+        if self.args.quick:
+            return {1: 4, 8: 16}.get(clients, 32)
+        return 64
