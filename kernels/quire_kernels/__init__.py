@@ -160,7 +160,7 @@ def load(name: str, threads: int = 1) -> Kernels:
         return CpuKernels(threads)
     if name == "triton":
         try:
-            from quire_kernels.triton.backend import TritonKernels
+            from quire_kernels.triton import TritonKernels
         except ImportError as error:
             raise BackendUnavailable(f"triton cannot be imported: {error}") from error
         return TritonKernels()

@@ -1,0 +1,35 @@
+"""The gate of an MLP: out = silu(gate) · up, silu(g) = g / (1 + exp(-g)).
+
+Legend: T tokens, I width between the two halves of an MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = dims < width
+    here = gate_up + row * stride + dims
+    gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * width + dims, result.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `Kernels.silu_mul`."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
+        out, gate_up, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4
+    )
+    return out

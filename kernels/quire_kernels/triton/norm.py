@@ -1,0 +1,92 @@
+"""RMS norm, alone and after a residual is added to.
+
+    out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight
+
+A row is one program's, held in registers: it is read once and written once. Sums are float32.
+
+Legend: T tokens, W width of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(
+    out,
+    x,
+    residual,
+    weight,
+    eps,
+    heads,
+    token_stride,
+    head_stride,
+    residual_stride,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_W)
+    inside = dims < W
+    scale = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
+    at = row // heads * token_stride + row % heads * head_stride
+    number = tl.load(x + at + dims, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        kept = residual + row * residual_stride + dims
+        # the sum that the next layer will read is the one that is normed
+        total = (number + tl.load(kept, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(kept, total, mask=inside)
+        number = total.to(tl.float32)
+    square = tl.sum(number * number, 0) / W
+    result = number * tl.rsqrt(square + eps) * scale
+    tl.store(out + row * W + dims, result.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `Kernels.rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+    _launch(out, x, None, weight, eps, heads, x.stride(0), head_stride)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `Kernels.add_rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(out, x, residual, weight, eps, 1, x.stride(0), 0)
+    return out
+
+
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    heads: int,
+    token_stride: int,
+    head_stride: int,
+) -> None:
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    _rms_norm[(x.shape[0] * heads,)](
+        out,
+        x,
+        x if residual is None else residual,
+        weight,
+        eps,
+        heads,
+        token_stride,
+        head_stride,
+        0 if residual is None else residual.stride(0),
+        W=width,
+        BLOCK_W=block,
+        ADD=residual is not None,
+        # eight numbers a thread: 16 bytes of a 16-bit format
+        num_warps=min(16, max(1, block // 256)),
+    )

@@ -1,0 +1,179 @@
+"""Matrix products with a few rows, where all the time goes into reading the weight; cuBLAS does the others.
+
+    out[m, n] = Σ_k x[m, k] · weight[n, k] + bias[n]
+
+`_one_row` multiplies and adds number by number: a program has `block_n` outputs, its threads hold partial sums
+side by side along k and add them up at the end. `_few_rows` gives weight tiles to the tensor cores with up to 16
+rows of x as the narrow side. Either way a weight is read once, and sums are float32.
+
+Legend: M rows of x, N outputs, K width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_FEW = 16
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: outputs and numbers along k of a tile, and how many tiles are on their way at once."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+ONE_ROW = tuple(
+    Tiling(block_n, block_k, num_warps, num_stages)
+    for block_n, block_k, num_warps in (
+        (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 256, 4),
+        (16, 256, 4), (4, 512, 2), (8, 512, 8),
+    )
+    for num_stages in (1, 3)
+)  # fmt: skip
+"""Tilings worth trying with one row."""
+FEW_ROWS = tuple(
+    Tiling(block_n, block_k, num_warps, num_stages)
+    for block_n, block_k, num_warps in (
+        (16, 128, 2), (16, 256, 2), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (64, 64, 4),
+        (64, 128, 4), (128, 64, 4),
+    )
+    for num_stages in (3, 4, 5)
+)  # fmt: skip
+"""Tilings worth trying with 2 to 16 rows."""
+
+OWN_ROWS = frozenset({1})
+"""Numbers of rows that kernels of our own serve: of 2 to 16 those that a sweep on the device found faster."""
+TUNED: dict[tuple[bool, int, int], Tiling] = {}
+"""By (more than one row, N, K), where something was measured to be better than what `tiling_for` would say."""
+
+
+def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
+    """The tiling of a product: as large a tile as leaves each of 132 multiprocessors several programs."""
+    tuned = TUNED.get((rows > 1, outputs, width))
+    if tuned is not None:
+        return tuned
+    if rows == 1:
+        tiles, programs, least = (Tiling(8, 512, 4, 1), Tiling(4, 1024, 4, 1)), 528, Tiling(2, 1024, 4, 1)
+    else:
+        tiles, programs, least = (Tiling(64, 128, 4, 4), Tiling(32, 256, 4, 4)), 264, Tiling(16, 256, 2, 4)
+    return next((tile for tile in tiles if outputs >= programs * tile.block_n), least)
+
+
+@triton.jit
+def _one_row(
+    out,
+    x,
+    weight,
+    bias,
+    outputs,
+    width,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N
+    rows, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    inside = first + rows < outputs
+    here = weight + first.to(tl.int64) * width + (rows * width)[:, None] + ks[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+        there = k + ks < width
+        # nobody reads a weight again before the next step
+        w = tl.load(here + k, mask=inside[:, None] & there[None, :], other=0.0, eviction_policy="evict_first")
+        number = tl.load(x + k + ks, mask=there, other=0.0)
+        acc += w.to(tl.float32) * number.to(tl.float32)[None, :]
+    total = tl.sum(acc, 1)
+    if BIAS:
+        total += tl.load(bias + first + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first + rows, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _few_rows(
+    out,
+    x,
+    weight,
+    bias,
+    tokens,
+    outputs,
+    width,
+    x_stride,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N
+    rows, ks, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    inside = first + rows < outputs
+    real = columns < tokens
+    here = weight + first.to(tl.int64) * width + (rows * width)[:, None] + ks[None, :]
+    numbers = x + (columns * x_stride)[None, :] + ks[:, None]
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for k in tl.range(0, width, BLOCK_K):
+        there = k + ks < width
+        w = tl.load(here + k, mask=inside[:, None] & there[None, :], other=0.0, eviction_policy="evict_first")
+        number = tl.load(numbers + k, mask=there[:, None] & real[None, :], other=0.0)
+        acc = tl.dot(w, number, acc, input_precision="ieee")
+    if BIAS:
+        acc += tl.load(bias + first + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    places = out + (columns * outputs)[None, :] + (first + rows)[:, None]
+    tl.store(places, acc.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiling: Tiling) -> Tensor:
+    """x · weightᵀ + bias in `dtype`, for 1 to 16 rows `x` [M, K], each dense, and `weight` [N, K], dense."""
+    (rows, width), outputs = x.shape, weight.shape[0]
+    out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
+    grid = (triton.cdiv(outputs, tiling.block_n),)
+    added = weight if bias is None else bias
+    if rows == 1:
+        _one_row[grid](
+            out, x, weight, added, outputs, width, BIAS=bias is not None, BLOCK_N=tiling.block_n,
+            BLOCK_K=tiling.block_k, STAGES=tiling.num_stages, num_warps=tiling.num_warps,
+        )  # fmt: skip
+    else:
+        _few_rows[grid](
+            out, x, weight, added, rows, outputs, width, x.stride(0), BIAS=bias is not None, ROWS=_FEW,
+            BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )  # fmt: skip
+    return out
+
+
+@dataclass(slots=True, frozen=True)
+class TritonProduct:
+    """`Product` of the Triton back-end."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] in OWN_ROWS:
+            return multiply(x, self.weight, self.bias, x.dtype, tiling_for(x.shape[0], *self.weight.shape))
+        return F.linear(x, self.weight, self.bias)
+
+    def wide(self, x: Tensor) -> Tensor:
+        if x.shape[0] in OWN_ROWS:
+            return multiply(x, self.weight, self.bias, torch.float32, tiling_for(x.shape[0], *self.weight.shape))
+        return F.linear(x, self.weight, self.bias).float()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias

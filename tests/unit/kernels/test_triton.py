@@ -1,0 +1,39 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for GPUs that are not there.
+
+Either needs a process of its own: whether a kernel is interpreted is decided when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COMPILING = ["80", "90", "100"]
+
+
+def passes(arguments: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("suite", sorted(path.name for path in HERE.glob("triton_ops*.py")))
+def test_in_the_interpreter(suite: str) -> None:
+    passes(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", suite], TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("capability", COMPILING)
+def test_every_launch_compiles(capability: str, tmp_path: Path) -> None:
+    passes(["triton_launches.py", capability], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", COMPILING)
+def test_every_variant_compiles(capability: str, tmp_path: Path) -> None:
+    passes(["triton_launches.py", capability, "--every"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

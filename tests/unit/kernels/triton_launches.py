@@ -1,0 +1,109 @@
+"""Compiles every Triton kernel for GPUs that need not be there: `python triton_launches.py 80 90 [--every]`.
+
+`LAUNCHES` calls the launchers as an engine does, on tensors nobody reads, so that what is compiled is what would
+be launched: the same dtypes, alignments and constants. A launch compiles and goes no further.
+
+Prints one line for each failure; the exit status is 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import KernelInterface
+
+from quire_kernels import HeadNorms
+from quire_kernels.triton import gate, heads, norm, product, tokens
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool) -> None:
+    norms = HeadNorms(new(head), new(head), 1e-6) if normed else None
+    angles = new(3, 1, head, dtype=F32)
+    cache, slots = new(2, 9, 16, kv_heads, head), new(3, dtype=torch.int64)
+    heads.place_heads(new(3, num_heads + 2 * kv_heads, head), num_heads, norms, angles, angles, cache, slots)
+
+
+def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
+    x, weight, bias = new(rows, width), new(outputs, width), new(outputs) if rows > 1 else None
+    product.multiply(x, weight, bias, BF16, tiling or product.tiling_for(rows, outputs, width))
+
+
+LAUNCHES: list[Callable[[], Any]] = [
+    lambda: norm.rms_norm(new(3, 4096), new(4096), 1e-6),
+    lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6),
+    lambda: place_heads(32, 8, 128, normed=False),
+    lambda: place_heads(16, 8, 128, normed=True),
+    lambda: gate.silu_mul(new(3, 2 * 14336)),
+    lambda: tokens.largest(new(3, 151936, dtype=F32)),
+    lambda: tokens.mask_tokens(
+        new(3, 151936, dtype=F32), new(2, dtype=torch.int64), new(2, 18992, dtype=torch.uint8)
+    ),
+    lambda: multiply(1, 4096, 4096),
+    lambda: multiply(7, 4096, 4096),
+]
+MORE: list[Callable[[], Any]] = [
+    lambda: norm.rms_norm(new(3, 16, 80), new(80), 1e-6),
+    lambda: norm.rms_norm(new(3, 16384, dtype=F32), new(16384, dtype=F32), 1e-6),
+    lambda: norm.add_rms_norm(new(3, 896), new(3, 896), new(896), 1e-6),
+    lambda: place_heads(14, 2, 64, normed=False),
+    lambda: place_heads(5, 1, 96, normed=True),
+    lambda: place_heads(8, 8, 256, normed=True),
+    lambda: gate.silu_mul(new(3, 130)),
+    lambda: tokens.largest(new(3, 1001, dtype=F32)),
+    lambda: multiply(1, 1000, 900),
+    lambda: multiply(16, 151936, 1024),
+    *(partial(multiply, 1, 6144, 4096, tiling) for tiling in product.ONE_ROW),
+    *(partial(multiply, 16, 6144, 4096, tiling) for tiling in product.FEW_ROWS),
+]
+
+
+class Nowhere:
+    """A driver for one GPU of the given compute capability, on which nothing runs."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+
+def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
+    return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+
+
+def main() -> int:
+    every = "--every" in sys.argv
+    failed = 0
+    KernelInterface.__getitem__ = compile_only
+    for capability in (int(word) for word in sys.argv[1:] if word != "--every"):
+        triton.runtime.driver.set_active(Nowhere(capability))
+        for number, launch in enumerate(LAUNCHES + MORE * every):
+            try:
+                launch()
+            except Exception as error:  # noqa: BLE001 - all that fail are to be told
+                failed += 1
+                print(f"sm_{capability}, launch {number}: {type(error).__name__}: {error}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
