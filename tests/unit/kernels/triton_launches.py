@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
-from quire_kernels.triton import gate, heads, norm, product, tokens
+from quire_kernels.triton import gate, heads, norm, product, sample, tokens
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -34,6 +34,19 @@ def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool) -> None:
     angles = new(3, 1, head, dtype=F32)
     cache, slots = new(2, 9, 16, kv_heads, head), new(3, dtype=torch.int64)
     heads.place_heads(new(3, num_heads + 2 * kv_heads, head), num_heads, norms, angles, angles, cache, slots)
+
+
+def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    table = sample.DrawTable(
+        new(9, dtype=F32),
+        new(9, dtype=torch.int32),
+        new(9, dtype=F32),
+        new(9, dtype=F32),
+        new(9, dtype=torch.int64),
+    )
+    slots, out, last = (new(rows, dtype=torch.int32) for _ in range(3))
+    room = sample.scratch(rows, vocabulary, "cpu")
+    sample.draw(new(rows, vocabulary, dtype=dtype), slots, new(rows, dtype=torch.int32), table, out, last, room)
 
 
 def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
@@ -51,6 +64,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: tokens.mask_tokens(
         new(3, 151936, dtype=F32), new(2, dtype=torch.int64), new(2, 18992, dtype=torch.uint8)
     ),
+    lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
 ]
@@ -63,6 +77,8 @@ MORE: list[Callable[[], Any]] = [
     lambda: place_heads(8, 8, 256, normed=True),
     lambda: gate.silu_mul(new(3, 130)),
     lambda: tokens.largest(new(3, 1001, dtype=F32)),
+    lambda: draw(1, 1001, F32),
+    lambda: draw(256, 128256, F32),
     lambda: multiply(1, 1000, 900),
     lambda: multiply(16, 151936, 1024),
     *(partial(multiply, 1, 6144, 4096, tiling) for tiling in product.ONE_ROW),
