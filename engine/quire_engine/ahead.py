@@ -1,7 +1,8 @@
 """A step in the background: the host plans the next one and hands out the last one's tokens while it runs.
 
-One thread carries plans out, one after the other; at most one is under way. A plan that was made before its
-predecessor's tokens were known is completed with them here, at the last moment.
+`Background` is what the engine knows of it. On a CPU it is `Ahead`: one thread carries plans out, one after the
+other. A plan that was made before its predecessor's tokens were known is completed with them here, at the last
+moment. A GPU goes on by itself and needs no thread; see `resident.pipeline`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
-from quire_engine.errors import InvariantBroken
 from quire_engine.step import StepPlan, StepResult, resolve
+
+
+class Background(Protocol):
+    """Carries plans out in order; the host waits for one when it hands over the next."""
+
+    @property
+    def is_busy(self) -> bool:
+        """A plan was handed over and its result not taken."""
+
+    def exchange(self, plan: StepPlan) -> tuple[StepPlan, StepResult] | None:
+        """Hands over `plan`, which may have no items, and takes the one before it with its result, if there is
+        one. Raises what carrying that one out raised.
+        """
 
 
 class Ahead:
@@ -24,26 +38,23 @@ class Ahead:
 
     @property
     def is_busy(self) -> bool:
-        """A plan was begun and its result not taken."""
+        """See `Background`."""
         return self._under_way is not None
 
-    def begin(self, plan: StepPlan, drawn: Mapping[str, int]) -> None:
-        """Start to carry out `plan`, whose pending tokens are `drawn`; it has begun on return."""
-        if self._under_way is not None:
-            raise InvariantBroken("a step was begun while another was under way")
+    def exchange(self, plan: StepPlan) -> tuple[StepPlan, StepResult] | None:
+        """See `Background`; `plan` begins when the one before it has ended, and has begun on return."""
+        before, self._under_way = self._under_way, None
+        done = None if before is None else (before[0], before[1].result())
+        if plan.items:
+            self._begin(plan, {} if done is None else done[1].tokens)
+        return done
+
+    def _begin(self, plan: StepPlan, drawn: Mapping[str, int]) -> None:
         begun = threading.Event()
         self._under_way = plan, self._thread.submit(self._carry_out, resolve(plan, drawn), begun)
         # Python threads take turns of milliseconds: without this the device would be idle until the caller has
         # nothing left to do
         begun.wait()
-
-    def finish(self) -> tuple[StepPlan, StepResult]:
-        """Wait for the plan under way; raises what carrying it out raised."""
-        if self._under_way is None:
-            raise InvariantBroken("no step is under way")
-        plan, future = self._under_way
-        self._under_way = None
-        return plan, future.result()
 
     def _carry_out(self, plan: StepPlan, begun: threading.Event) -> StepResult:
         begun.set()

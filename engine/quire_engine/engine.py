@@ -19,12 +19,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
 
-from quire_engine.ahead import Ahead
+from quire_engine.ahead import Ahead, Background
 from quire_engine.attest import attest
 from quire_engine.beam import Searches
 from quire_engine.blocks import BlockPool
@@ -89,6 +90,7 @@ class Engine:
         *,
         backend: str = "",
         backend_lacking: str = "",
+        background: Callable[[Callable[[StepPlan], StepResult]], Background] = Ahead,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
@@ -107,7 +109,7 @@ class Engine:
         self._seeds = random.Random(f"{spec.seed}/{spec.replica_id}")  # noqa: S311 - sampling, no secret
         self._last_step_at = clock()
         self._searches = Searches()
-        self._ahead = Ahead(self._execute) if spec.async_scheduling else None
+        self._ahead = background(self._execute) if spec.async_scheduling else None
 
     @classmethod
     def load(cls, spec: EngineSpec, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Engine:
@@ -141,16 +143,42 @@ class Engine:
             if lacking:
                 raise NotInvariant(f"the kernels that keep to it cannot be used: {lacking}")
             attest(model, kv, block_size=spec.block_size, backend=kernels.name)
-        rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
+        return cls.assemble(spec, profile, model, kv, backend_lacking=lacking)
+
+    @classmethod
+    def assemble(
+        cls,
+        spec: EngineSpec,
+        profile: ModelProfile,
+        model: DecoderModel,
+        kv: KVCache,
+        *,
+        backend_lacking: str = "",
+    ) -> Engine:
+        """An engine of a loaded model and its cache, with the runner that fits the model's kernels."""
+        device = kv.tensors[0].device
         runner = ModelRunner(
             model,
             kv,
             block_size=spec.block_size,
-            head_rows=rows,
+            head_rows=min(spec.max_num_seqs, spec.max_num_batched_tokens),
             device=device,
             masks=MaskMaker(meanwhile=device.type != "cpu" or spec.spare_core),
         )
-        return cls(spec, profile, runner, backend=kernels.name, backend_lacking=lacking)
+        backend = model.kernels.name
+        if backend != "triton":
+            return cls(spec, profile, runner, backend=backend, backend_lacking=backend_lacking)
+        # here and not above: nothing else needs Triton, which takes a second to import
+        from quire_engine.resident.pipeline import Pipeline
+        from quire_engine.resident.runner import ResidentRunner
+
+        resident = ResidentRunner(
+            runner,
+            seats=spec.max_num_seqs,
+            max_model_len=spec.max_model_len,
+            captures=device.type == "cuda",
+        )
+        return cls(spec, profile, resident, backend=backend, background=partial(Pipeline, resident))
 
     @classmethod
     def _load_scripted(cls, spec: EngineSpec) -> Engine:
@@ -305,21 +333,13 @@ class Engine:
         scheduler = self._scheduler
         deltas = scheduler.expire(self._clock())
         if self._ahead is not None:
-            deltas += self._step_ahead(self._ahead)
+            done = self._ahead.exchange(scheduler.schedule())
+            deltas += [] if done is None else scheduler.commit(*done)
         elif scheduler.has_work:
             plan = scheduler.schedule()
             deltas += scheduler.commit(plan, self._execute(plan))
         self._last_step_at = self._clock()
         return self._searches.follow(deltas, self._scheduler) if self._searches else deltas
-
-    def _step_ahead(self, ahead: Ahead) -> list[Delta]:
-        """Decide, then begin as soon as the step under way is done, then take that one over."""
-        scheduler = self._scheduler
-        plan = scheduler.schedule()
-        done = ahead.finish() if ahead.is_busy else None
-        if plan.items:
-            ahead.begin(plan, {} if done is None else done[1].tokens)
-        return [] if done is None else scheduler.commit(*done)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """The plan's result, failures in place of exceptions. Raises `DeviceLost` when no step can succeed."""

@@ -29,7 +29,7 @@ from quire_engine.step import Scheduled, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 from quire_schemas.wire import Sampling, TokenLogprobs
 
-_NOT_FINITE = ("numerical_error", "the model's logits are not finite for this request")
+NOT_FINITE = ("numerical_error", "the model's logits are not finite for this request")
 _STATES_NOT_FINITE = ("numerical_error", "the model's hidden states are not finite for this request")
 _NO_TOKEN_LEFT = (
     "no_token_left",
@@ -108,7 +108,7 @@ class ModelRunner:
         failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
         if masks is not None:
             failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})
-        failures.update({rows[r].request_id: _NOT_FINITE for r in drawn.broken})
+        failures.update({rows[r].request_id: NOT_FINITE for r in drawn.broken})
         return StepResult(
             tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
             logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},
@@ -138,7 +138,7 @@ class ModelRunner:
             logits = self.model.logits(states_RW[places[at : at + self.head_rows]])
             for finite, (name, _, _) in zip(torch.isfinite(logits.amax(dim=-1)).tolist(), some, strict=True):
                 if not finite:
-                    failures[name] = _NOT_FINITE
+                    failures[name] = NOT_FINITE
             entries = score(logits, [target for _, target, _ in some], [sampling for _, _, sampling in some])
             for (name, _, _), entry in zip(some, entries, strict=True):
                 scores[name].append(entry)

@@ -47,6 +47,9 @@ class Draw:
     matcher: Matcher | None = field(default=None, repr=False, compare=False)
     is_plain: bool = field(init=False)
     """Greedy with nothing that changes or reports logits: the arg-max alone decides."""
+    is_free: bool = field(init=False)
+    """Once `min_tokens` are there, logits, temperature, filters, seed and position decide, and nothing else is
+    reported."""
     has_penalty: bool = field(init=False)
     reach: int = field(init=False)
     """The choice depends on so many of the tokens before it: items carry them."""
@@ -67,19 +70,17 @@ class Draw:
             reach = sys.maxsize
         object.__setattr__(self, "reach", reach)
         object.__setattr__(self, "needs_history", reach > 0)
-        object.__setattr__(
-            self,
-            "is_plain",
-            sampling.temperature == 0.0
-            and self.matcher is None
+        is_free = (
+            self.matcher is None
             and not has_penalty
             and not sampling.logit_bias
             and not sampling.allowed_token_ids
             and not sampling.bad_words
             and sampling.thinking is None
-            and sampling.min_tokens == 0
-            and sampling.logprobs is None,
+            and sampling.logprobs is None
         )
+        object.__setattr__(self, "is_free", is_free)
+        object.__setattr__(self, "is_plain", is_free and sampling.temperature == 0.0 and sampling.min_tokens == 0)
 
     def history(self, token_ids: Sequence[int], *, pending: bool = False) -> tuple[int, ...]:
         """What an item carries of the known `token_ids`, behind which one more may be `PENDING`."""

@@ -215,3 +215,8 @@ class DecoderModel:
     def logits(self, states: Tensor) -> Tensor:
         """Of final states [R, W]: the logits [R, V], float32."""
         return self._head.wide(states)
+
+    @torch.inference_mode()
+    def narrow_logits(self, states: Tensor) -> Tensor:
+        """The same in the model's own number format, where that is all that is wanted of them."""
+        return self._head(states)

@@ -23,7 +23,7 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import gate, heads, norm, tokens
-from quire_kernels.triton.attention import StepAttention
+from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class TritonKernels:
     def __init__(self) -> None:
         if not INTERPRETED and not torch.cuda.is_available():
             raise BackendUnavailable("torch sees no CUDA device")
-        device = None if INTERPRETED else torch.cuda.get_device_properties(torch.cuda.current_device())
-        self._multiprocessors = 8 if device is None else device.multi_processor_count
+        self._chip = Chip(8, 227 * 1024) if INTERPRETED else Chip.current()
 
-    def product(self, weight: Tensor, bias: Tensor | None) -> TritonProduct:
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         return TritonProduct(weight, bias)
 
     def quantized_product(
@@ -76,7 +75,7 @@ class TritonKernels:
         return heads.place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
-        return StepAttention(batch, window, self._multiprocessors)
+        return StepAttention(batch, window, self._chip)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up)

@@ -23,6 +23,7 @@ X splits.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
 
-_LEAST_SPLIT = 128
+_LEAST_SPLIT = 64
 _MOST_SPLITS = 64
+_ROOMY = 200 * 1024
+"""Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
 
 
@@ -55,6 +58,7 @@ def _tile(
     kv_heads,
     scale,
     MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,21 +66,22 @@ def _tile(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
-    `row_last`; those of the tile outside `low` to `high` are not read."""
+    `row_last`; those of the tile outside `low` to `high` are not read. GUARDED: a row may have seen none yet."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
     blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
     at = ((blocks * kv_heads + head) * P + places % P) * D
     k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
     if MASKED:
         seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None]) & there[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-    new_max = tl.maximum(state_max, tl.max(scores, 1))
-    # a row that has seen nothing yet has no maximum to subtract
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - shift[:, None])
+    new_max = tl.maximum(state_max, tl.max(scores, 1) * scale)
+    shift = new_max
+    if GUARDED:  # a row that has seen nothing yet has no maximum to subtract
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * scale - shift[:, None])
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
     v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0)
@@ -150,12 +155,12 @@ def _decode(
     for start in tl.range(begin, whole, BLOCK_N):
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, keys, values, table, start, begin, end, nothing, nothing, head,
-            kv_heads, scale, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, False, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, keys, values, table, whole, begin, end, nothing + end, nothing, head,
-            kv_heads, scale, True, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, True, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
         acc = acc / state_sum[:, None]
@@ -275,24 +280,38 @@ def _prefill(
     for start in tl.range(begin, plain, BLOCK_N):
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
-            kv_heads, scale, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, False, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     for start in tl.range(plain, high, BLOCK_N):
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
-            kv_heads, scale, True, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, True, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
     tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-class StepAttention:
-    """`PagedAttention` of the Triton back-end. `num_multiprocessors` decides into how many splits keys are cut."""
+@dataclass(slots=True, frozen=True)
+class Chip:
+    """What tiles depend on: how many multiprocessors there are, and the bytes that a program may share on one."""
 
-    def __init__(self, batch: PagedBatch, window: int | None, num_multiprocessors: int) -> None:
+    multiprocessors: int
+    shared_bytes: int
+
+    @classmethod
+    def current(cls) -> Chip:
+        """That of the current CUDA device."""
+        found = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+        return cls(found["multiprocessor_count"], found["max_shared_mem"])
+
+
+class StepAttention:
+    """`PagedAttention` of the Triton back-end."""
+
+    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip) -> None:
         self._batch = batch
         self._window = window or 0
-        self._multiprocessors = num_multiprocessors
+        self._chip = chip
         self._decodes = any(count == 1 for count in batch.query_lens)
         self._prefills = any(count != 1 for count in batch.query_lens)
 
@@ -308,8 +327,9 @@ class StepAttention:
     def _decode(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
         batch, shape = self._batch, _shape(query, cache)
         sequences, kv_heads = len(batch.query_lens), cache.shape[3]
-        tuning = decode_tuning(shape["D"], cache.element_size())
-        splits = num_splits(self._multiprocessors, sequences * kv_heads, batch.longest)
+        rows = sequences * kv_heads
+        tuning = decode_tuning(self._chip, rows, shape["D"] * cache.element_size())
+        splits = num_splits(self._chip.multiprocessors, rows, batch.longest)
         parts = sums = out
         if splits > 1:
             heads = query.shape[0] * query.shape[1]
@@ -362,7 +382,7 @@ class StepAttention:
     def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
         batch, shape = self._batch, _shape(query, cache)
         sequences = len(batch.query_lens)
-        tuning = prefill_tuning(shape["D"], query.element_size())
+        tuning = prefill_tuning(self._chip, shape["D"], query.element_size())
         members = triton.next_power_of_2(shape["G"])
         block_q = max(1, tuning["BLOCK_M"] // members)
         _prefill[(query.shape[0] // block_q + sequences, cache.shape[3])](
@@ -396,20 +416,32 @@ def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     """Into how many parts the keys of each of `rows` pairs of a sequence and a head are cut, of at most `longest`
     keys.
     """
-    wanted = -(-2 * num_multiprocessors // rows)
+    wanted = round(2 * num_multiprocessors / rows)
     return max(1, min(wanted, longest // _LEAST_SPLIT, _MOST_SPLITS))
 
 
-def decode_tuning(head_dim: int, cache_bytes: int) -> dict[str, int]:
-    """Tile and pipeline of `_decode` for a head size and the bytes of a cached number."""
-    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if head_dim * cache_bytes <= 256 else 2}
+def decode_tuning(chip: Chip, rows: int, row_bytes: int) -> dict[str, int]:
+    """Tile and pipeline of `_decode` for `rows` pairs of a sequence and a head, whose keys have `row_bytes` bytes.
+
+    With few programs each must have much on its way; with many, small ones share a multiprocessor better. Found on
+    an H200 (`benchmarks.gpu --sweep`).
+    """
+    if row_bytes > 256:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if rows <= 2 * chip.multiprocessors and chip.shared_bytes >= _ROOMY:
+        return {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 3}
 
 
-def prefill_tuning(head_dim: int, number_bytes: int) -> dict[str, int]:
-    """Tile and pipeline of `_prefill` for a head size and the bytes of a number."""
-    if number_bytes > 2 or head_dim > 128:
+def prefill_tuning(chip: Chip, head_dim: int, number_bytes: int) -> dict[str, int]:
+    """Tile and pipeline of `_prefill` for a head size and the bytes of a number; found like those of `_decode`."""
+    if number_bytes > 2:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if chip.shared_bytes < _ROOMY:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
 def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:

@@ -1,0 +1,557 @@
+"""Quire on one GPU: figures beside the roofline of the same card, measured in the same run.
+
+    python -m benchmarks.gpu --parts facts,attention,decode,prefill,offline,transformers --out rows.jsonl
+
+Needs torch, triton and what engine, kernels and schemas import; no network and no weights, which are random and
+made on the device. `roofline` is what a step cannot beat: bytes that it has to read over the bandwidth of a large
+copy, and operations over the rate of a large bf16 product, both measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quire_engine.engine import Engine
+from quire_engine.models import DecoderModel, KVCache
+from quire_engine.resident.runner import Begun, ResidentRunner
+from quire_engine.step import StepResult
+from quire_kernels import load as load_kernels
+from quire_kernels.paging import PagedBatch
+from quire_kernels.triton import attention
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config
+from quire_schemas.sizing import kv_block_bytes, kv_bytes_per_token
+from quire_schemas.wire import EngineSpec, Generate, Sampling
+
+CUDA = torch.device("cuda")
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    },
+}
+
+
+class RandomWeights:
+    """A `TensorSource` of normal numbers (standard deviation 0.02, norms 1), made on the device."""
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self._shapes = dict(expected_tensors(profile))
+        self._generator = torch.Generator(CUDA).manual_seed(0)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.stack([name])
+
+    def stack(self, names: Sequence[str]) -> Tensor:
+        shapes = [self._shapes[name] for name in names]
+        shape = (sum(first for first, *_ in shapes), *shapes[0][1:])
+        if names[0].endswith("norm.weight"):
+            return torch.ones(shape, dtype=torch.bfloat16, device=CUDA)
+        result = torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
+        return result.normal_(0.0, 0.02, generator=self._generator)
+
+
+# ── the card ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the GPU gives, measured: bytes a second of a copy (read and written), operations a second in bf16."""
+
+    bandwidth: float
+    bf16: float
+
+
+def timed(work: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds of one call, between events."""
+    work()
+    torch.cuda.synchronize()
+    found: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) / 1000)
+    return statistics.median(found)
+
+
+def replayed(work: Callable[[], object], count: int = 20) -> float:
+    """Seconds of one call, launched from a graph that holds `count` of them."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            work()
+    return timed(graph.replay, 5) / count
+
+
+def measure_card() -> Card:
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=CUDA)
+    target = torch.empty_like(source)
+    copied = timed(partial(target.copy_, source), 10)
+    del source, target
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    multiplied = timed(lambda: a @ b, 10)
+    return Card(2 * (1 << 31) / copied, 2 * 8192**3 / multiplied)
+
+
+def facts() -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+# ── engines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench:
+    """One engine on the device, and the seconds that its host waited for tokens."""
+
+    def __init__(self, name: str, *, seqs: int, tokens: int, length: int, kv_bytes: int) -> None:
+        profile = profile_from_config(SHAPES[name])
+        folder = Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text(json.dumps(SHAPES[name]))
+        blocks = kv_bytes // kv_block_bytes(profile, "bfloat16", 16)
+        self.profile, self.name = profile, name
+        spec = EngineSpec(
+            model=name,
+            replica_id="benchmark",
+            incarnation=1,
+            socket="",
+            model_dir=str(folder),
+            dtype="bfloat16",
+            kv_dtype="bfloat16",
+            device="cuda",
+            threads=4,
+            max_model_len=length,
+            block_size=16,
+            num_blocks=blocks,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            chunked_prefill=True,
+            prefix_caching=False,
+            async_scheduling=True,
+            seed=0,
+            memory_limit=1 << 40,
+            hot_hash="",
+        )
+        began = time.perf_counter()
+        kernels = load_kernels("triton")
+        model = DecoderModel.build(profile, RandomWeights(profile), device=CUDA, kernels=kernels)
+        cache = KVCache.allocate(profile, blocks, 16, torch.bfloat16, CUDA)
+        self.model, self.spec = model, spec
+        self.engine = Engine.assemble(spec, profile, model, cache)
+        if not isinstance(self.engine.runner, ResidentRunner):
+            raise TypeError("the engine did not choose the resident runner")
+        self.runner = self.engine.runner
+        self.waited = 0.0
+        finish = self.runner.finish
+
+        def watched(begun: Begun) -> StepResult:
+            start = time.perf_counter()
+            if begun.done is not None:
+                begun.done.synchronize()
+            self.waited += time.perf_counter() - start
+            return finish(begun)
+
+        self.runner.finish = watched  # type: ignore[method-assign]
+        self.engine.warm_up()
+        self.load_seconds = time.perf_counter() - began
+
+    @property
+    def read_bytes(self) -> int:
+        """Weights that a decode step reads: all but an embedding that is not the head."""
+        hidden = 0 if self.profile.tie_word_embeddings else self.profile.vocab_size * self.profile.hidden_size
+        return 2 * (self.profile.num_parameters - hidden)
+
+    def step_floor(self, card: Card, tokens: int, contexts: float) -> float:
+        """Seconds that a step of `tokens` tokens, which see `contexts` cached ones in all, cannot beat."""
+        kv = contexts * kv_bytes_per_token(self.profile, "bfloat16")
+        return max(self.read_bytes / card.bandwidth, self.read_bytes * tokens / card.bf16) + kv / card.bandwidth
+
+    def add(self, name: str, prompt: int, output: int, rng: random.Random) -> None:
+        ids = [rng.randrange(32, 100_000) for _ in range(prompt)]
+        self.engine.add(Generate(name, ids, Sampling(max_tokens=output, temperature=0.0, ignore_eos=True)))
+
+    def drain(self) -> None:
+        while self.engine.has_work:
+            self._step()
+
+    def _step(self) -> int:
+        deltas = self.engine.step()
+        for delta in deltas:
+            if delta.finish_reason not in (None, "length"):
+                raise RuntimeError(f"request {delta.id} ended with {delta.finish_reason}: {delta.error}")
+        return sum(len(delta.token_ids) for delta in deltas)
+
+    def close(self) -> None:
+        del self.engine, self.runner, self.model
+        torch.cuda.empty_cache()
+
+
+def decode(bench: Bench, card: Card, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """Steady decoding of `batch` sequences around `context` tokens."""
+    rng = random.Random(batch)
+    before = context - steps // 2 - 8
+    for number in range(batch):
+        bench.add(str(number), before, steps + 24 + batch, rng)
+    # a prompt more than the budget takes leaves the first ones further: wait until all decode
+    while bench.engine.stats().waiting or any(r.num_computed < r.num_prompt for r in _running(bench.engine)):
+        bench._step()
+    for _ in range(6):
+        bench._step()
+    torch.cuda.synchronize()
+    seen = statistics.mean(r.num_known for r in _running(bench.engine)) + steps / 2
+    bench.waited = 0.0
+    start = time.perf_counter()
+    for _ in range(steps):
+        bench._step()
+    seconds = (time.perf_counter() - start) / steps
+    host = seconds - bench.waited / steps
+    for number in range(batch):
+        bench.engine.abort(str(number))
+    bench.drain()
+    floor = bench.step_floor(card, batch, batch * seen)
+    return {
+        "part": "decode",
+        "model": bench.name,
+        "batch": batch,
+        "context": round(seen),
+        "ms": round(seconds * 1000, 3),
+        "tokens_per_second": round(batch / seconds, 1),
+        "roofline_share": round(floor / seconds, 3),
+        "host_us": round(host * 1e6),
+    }
+
+
+def prefill(bench: Bench, card: Card, tokens: int) -> dict[str, Any]:
+    """One prompt of `tokens` tokens in one step."""
+    rng, found = random.Random(tokens), []
+    for number in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        bench.add(str(number), tokens, 1, rng)
+        bench.drain()
+        found.append(time.perf_counter() - start)
+    seconds = min(found)
+    profile = bench.profile
+    body = bench.read_bytes // 2 - profile.vocab_size * profile.hidden_size
+    attention = 4 * profile.num_layers * tokens * tokens / 2 * profile.q_size
+    rate = (2 * body * tokens + attention) / seconds
+    return {
+        "part": "prefill",
+        "model": bench.name,
+        "tokens": tokens,
+        "ms": round(seconds * 1000, 2),
+        "tokens_per_second": round(tokens / seconds),
+        "tflops": round(rate / 1e12, 1),
+        "roofline_share": round(rate / card.bf16, 3),
+    }
+
+
+def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """All requests at once, to the end."""
+    rng = random.Random(0)
+    for number, (prompt, output) in enumerate(lengths):
+        bench.add(str(number), prompt, output, rng)
+    steps, produced, bench.waited, floor = bench.engine.steps, 0, 0.0, 0.0
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while bench.engine.has_work:
+        produced += bench._step()
+    seconds = time.perf_counter() - start
+    if produced != sum(output for _, output in lengths):
+        raise RuntimeError("another number of tokens than asked for")
+    steps = bench.engine.steps - steps
+    floor = _offline_floor(bench, card, lengths)
+    return {
+        "part": "offline",
+        "workload": name,
+        "model": bench.name,
+        "requests": len(lengths),
+        "prompt_tokens": sum(prompt for prompt, _ in lengths),
+        "output_tokens": produced,
+        "seconds": round(seconds, 3),
+        "output_per_second": round(produced / seconds, 1),
+        "steps": steps,
+        "host_us": round((seconds - bench.waited) / steps * 1e6),
+        "roofline_share": round(floor / seconds, 3),
+    }
+
+
+def _offline_floor(bench: Bench, card: Card, lengths: Sequence[tuple[int, int]]) -> float:
+    """The additive roofline: all products at the peak or their weights read once a step of full batches, and every
+    token's keys and values read once for each token behind it."""
+    outputs = sum(output for _, output in lengths)
+    prompts = sum(prompt for prompt, _ in lengths)
+    seen = sum(prompt * output + output * output / 2 for prompt, output in lengths)
+    per_step = min(bench.spec.max_num_seqs, len(lengths))
+    weights = max(bench.read_bytes * outputs / card.bf16, outputs / per_step * bench.read_bytes / card.bandwidth)
+    profile = bench.profile
+    body = bench.read_bytes - 2 * profile.vocab_size * profile.hidden_size
+    kv = seen * kv_bytes_per_token(profile, "bfloat16") / card.bandwidth
+    return weights + body * prompts / card.bf16 + kv
+
+
+def _running(engine: Engine) -> list[Any]:
+    return engine._scheduler.running
+
+
+def nano_lengths() -> list[tuple[int, int]]:
+    """256 requests, prompts and outputs uniform in 100 … 1024, as published with seed 0."""
+    rng = random.Random(0)
+    # the ids are drawn between the lengths there, so they are here: 142,827 tokens in, 133,966 out
+    prompts = [len([rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))]) for _ in range(256)]
+    return [(length, rng.randint(100, 1024)) for length in prompts]
+
+
+def sharegpt_lengths(count: int) -> list[tuple[int, int]]:
+    """Lognormal around the means of filtered ShareGPT (216 in, 196 out), clipped as its filters do."""
+    rng = random.Random(0)
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        prompt, output = (round(rng.lognormvariate(mu, 1.0)) for mu in (4.88, 4.78))
+        if 4 <= prompt <= 1024 and output >= 4 and prompt + output <= 2048:
+            found.append((prompt, output))
+    return found
+
+
+# ── attention alone ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
+    """Paged decode attention: bytes of keys and values over time, beside a copy."""
+    shapes = [(8, 4, 128, 1, 8192), (8, 4, 128, 32, 1024), (8, 4, 128, 128, 1024), (8, 4, 128, 256, 1024)]
+    shapes += [(8, 2, 128, 256, 1024), (8, 4, 128, 8, 8192), (8, 4, 128, 1, 32768), (2, 7, 64, 256, 1024)]
+    kernels = load_kernels("triton")
+    own = attention.decode_tuning
+    tunings: list[dict[str, int]] = [{}]
+    if sweep:
+        tunings += [
+            {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (64, 128) for w in (2, 4) for s in (2, 3, 4)
+        ]
+    for kv_heads, group, dim, batch, context in shapes:
+        step, cache, query = _attention_case(kv_heads, group, dim, batch, context)
+        moved = 2 * batch * context * kv_heads * dim * 2
+        for tuning in tunings:
+            attention.decode_tuning = partial(_given, tuning) if tuning else own
+            seconds = replayed(partial(kernels.paged_attention(step, window=None), query, cache, dim**-0.5), 10)
+            attention.decode_tuning = own
+            yield {
+                "part": "attention",
+                "kv_heads": kv_heads,
+                "group": group,
+                "dim": dim,
+                "batch": batch,
+                "context": context,
+                "us": round(seconds * 1e6, 1),
+                "bandwidth_share": round(moved / seconds / card.bandwidth, 3),
+                **tuning,
+            }
+
+
+def _given(tuning: dict[str, int], *_: object) -> dict[str, int]:
+    return tuning
+
+
+def _attention_case(kv_heads: int, group: int, dim: int, batch: int, context: int) -> tuple[Any, Tensor, Tensor]:
+    per = context // 16
+    order = torch.randperm(batch * per).tolist()
+    tables = [order[at * per : (at + 1) * per] for at in range(batch)]
+    step = PagedBatch.build(
+        starts=[context - 1] * batch,
+        query_lens=[1] * batch,
+        block_tables=tables,
+        logits=[1] * batch,
+        block_size=16,
+        device=CUDA,
+    )
+    cache = torch.randn(2, batch * per, 16, kv_heads, dim, device=CUDA, dtype=torch.bfloat16)
+    query = torch.randn(batch, kv_heads * group, dim, device=CUDA, dtype=torch.bfloat16)
+    return step, cache, query
+
+
+# ── transformers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def transformers_rows(
+    name: str, lengths: Sequence[tuple[int, int]], sizes: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The best static batch: sorted by output, every row run to the longest of its batch."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**SHAPES[name])
+    with torch.device(CUDA):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    order = sorted(lengths, key=lambda pair: pair[1])
+    useful = sum(output for _, output in lengths)
+    for size in sizes:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for at in range(0, len(order), size):
+            batch = order[at : at + size]
+            width, longest = max(p for p, _ in batch), max(o for _, o in batch)
+            ids = torch.randint(32, 100_000, (len(batch), width), device=CUDA)
+            mask = torch.ones_like(ids)
+            for row, (prompt, _) in enumerate(batch):
+                mask[row, : width - prompt] = 0
+            with torch.inference_mode():
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=longest,
+                    min_new_tokens=longest,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        yield {
+            "part": "transformers",
+            "way": "static",
+            "model": name,
+            "batch": size,
+            "requests": len(lengths),
+            "seconds": round(seconds, 2),
+            "output_per_second": round(useful / seconds, 1),
+            "transformers": transformers.__version__,
+        }
+
+
+# ── the run ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", default="attention,0.6b,8b,transformers")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="try every tile of the attention kernel")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    card = measure_card()
+    about = {**facts(), "copy_tb_s": round(card.bandwidth / 1e12, 3), "bf16_tflops": round(card.bf16 / 1e12, 1)}
+    print(about, flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def take(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.out is not None:
+            with options.out.open("a") as file:
+                file.write(json.dumps({**row, **about}) + "\n")
+
+    for part in options.parts.split(","):
+        began = time.perf_counter()
+        try:
+            for row in _rows(part, card, options):
+                take(row)
+        except Exception:  # noqa: BLE001 - the other parts are worth having
+            traceback.print_exc()
+            print(f"part {part} failed", flush=True)
+        torch.cuda.empty_cache()
+        print(f"{part}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    quick = options.quick
+    if part == "attention":
+        yield from attention_rows(card, sweep=options.sweep)
+    elif part == "0.6b":
+        bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=60 << 30)
+        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        for batch in (1, 32, 256) if quick else (1, 8, 32, 128, 256):
+            yield decode(bench, card, batch, 1024, 64)
+        yield prefill(bench, card, 2048)
+        yield offline(bench, card, "nano", nano_lengths())
+        bench.close()
+    elif part == "8b":
+        bench = Bench("llama-3.1-8b", seqs=256, tokens=8192, length=8448, kv_bytes=50 << 30)
+        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        for batch in (1, 32, 256) if quick else (1, 8, 32, 64, 128, 256):
+            yield decode(bench, card, batch, 1024, 32)
+        for tokens in (2048, 8192):
+            yield prefill(bench, card, tokens)
+        yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
+        bench.close()
+    elif part == "transformers":
+        yield from transformers_rows("qwen3-0.6b", nano_lengths()[: 64 if quick else 256], (64,))
+        yield from transformers_rows("llama-3.1-8b", sharegpt_lengths(128), (64,))
+    else:
+        raise ValueError(f"no part is called {part!r}")
+
+
+if __name__ == "__main__":
+    main()

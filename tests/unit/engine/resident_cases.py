@@ -1,0 +1,230 @@
+"""Engines whose steps stay on the device, against engines whose steps come back to the host.
+
+`test_resident` runs this file in a process of its own, in Triton's interpreter; on a machine with a GPU
+`pytest tests/unit/engine/resident_cases.py` runs it there, graphs and all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from tests.engine_specs import run, tiny_spec
+from tests.unit.engine.test_models import build
+from torch import Tensor
+
+from quire_engine.engine import DTYPES, Engine
+from quire_engine.models import KVCache, load_model
+from quire_engine.resident.runner import ResidentRunner
+from quire_kernels import HeadNorms, Kernels, Product, load
+from quire_kernels.reference import ReferenceKernels
+from quire_kernels.triton import INTERPRETED, TritonKernels
+from quire_schemas.checkpoint import read_profile
+from quire_schemas.wire import Delta, EngineSpec, Generate, Sampling
+
+torch.set_num_threads(1)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+WHOLE = "QUIRE_WHOLE" in os.environ
+"""Every kernel is Triton's own: by night, and on a GPU."""
+
+
+class Quick(TritonKernels):
+    """The Triton back-end with torch for what neither begins nor ends a step: the interpreter takes milliseconds a
+    program, and `triton_ops` has tried those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = ReferenceKernels()
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        return self.reference.product(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.reference.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.reference.add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.reference.silu_mul(gate_up)
+
+    def place_heads(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        _, blocks, size, kv_heads, head = cache.shape
+        query, key = qkv[:, :num_heads], qkv[:, num_heads : num_heads + kv_heads]
+        if norms is not None:
+            query = self.rms_norm(query, norms.query, norms.eps)
+            key = self.rms_norm(key, norms.key, norms.eps)
+        key, real = self.reference.rotary(key, cos, sin), slots >= 0
+        for side, new in zip(cache, (key, qkv[:, num_heads + kv_heads :]), strict=True):
+            inside = side.view(blocks, kv_heads, size, head)
+            inside[slots[real] // size, :, slots[real] % size] = new[real]
+        return self.reference.rotary(query, cos, sin)
+
+
+def kernels_of(backend: str) -> Kernels:
+    return Quick() if backend == "triton" and INTERPRETED and not WHOLE else load(backend)
+
+
+def engine_of(spec: EngineSpec, backend: str) -> Engine:
+    folder, device = Path(spec.model_dir), DEVICE if backend == "triton" else torch.device("cpu")
+    profile, kernels = read_profile(folder), kernels_of(backend)
+    model = load_model(
+        folder, profile, dtype=DTYPES[spec.dtype], device=device, kernels=kernels, on_progress=lambda *_: None
+    )
+    kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
+    return Engine.assemble(spec, profile, model, kv)
+
+
+def spec_of(folder: Path, **fields: Any) -> EngineSpec:
+    return tiny_spec(
+        model_dir=str(folder),
+        max_model_len=128,
+        num_blocks=64,
+        max_num_seqs=3,
+        max_num_batched_tokens=16,
+        **fields,
+    )
+
+
+def texts(deltas: dict[str, list[Delta]]) -> dict[str, tuple[list[int], str | None]]:
+    return {
+        name: ([token for delta in heard for token in delta.token_ids], heard[-1].finish_reason)
+        for name, heard in deltas.items()
+    }
+
+
+def requests(count: int, **sampling: Any) -> list[Generate]:
+    rng = random.Random(3)
+    return [
+        Generate(
+            str(number),
+            [rng.randrange(1, 90) for _ in range(rng.randint(2, 14))],
+            Sampling(
+                max_tokens=rng.randint(2, 6), **{"temperature": 0.0, "ignore_eos": number % 2 == 0} | sampling
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3-mqa-sliding", "llama-biases"])
+def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
+    for ahead in (False, True):
+        engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
+        assert isinstance(engine.runner, ResidentRunner)
+        assert texts(run(engine, *requests(5))) == expected
+
+
+def test_preempted_and_sent_again(tmp_path: Path) -> None:
+    build("llama-mqa", tmp_path)
+    spec = msgspec.structs.replace(spec_of(tmp_path, async_scheduling=True), block_size=4)
+
+    def long() -> list[Generate]:
+        sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+        return [Generate(str(number), [number + 1] * 9, sampling) for number in range(3)]
+
+    expected = texts(run(engine_of(spec, "cpu"), *long()))
+    crowded = engine_of(msgspec.structs.replace(spec, num_blocks=12), "triton")
+    assert texts(run(crowded, *long())) == expected
+    assert crowded.stats().preemptions > 0
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
+    build("llama-tied", tmp_path)
+    asked = {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9}
+    alone = engine_of(spec_of(tmp_path), "triton")
+    one = requests(1, **asked)[0]
+    expected = texts(run(alone, one))["0"]
+    together = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    assert texts(run(together, *requests(4, **asked)))["0"] == expected
+    other = engine_of(spec_of(tmp_path), "triton")
+    assert texts(run(other, requests(1, **asked | {"seed": 12})[0]))["0"] != expected
+
+
+def test_what_the_device_cannot_do_goes_by_the_host_and_back(tmp_path: Path) -> None:
+    """Penalties and log-probabilities need the host: a step with such a request goes there, the next one not."""
+    build("qwen2", tmp_path)
+
+    def mixed() -> list[Generate]:
+        plain, special = requests(4), requests(4, repetition_penalty=1.3, logprobs=2)
+        return [*plain[:2], Generate("special", special[2].token_ids, special[2].sampling), plain[3]]
+
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *mixed()))
+    for ahead in (False, True):
+        engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
+        begun: list[int] = []
+        executed: list[int] = []
+        runner: Any = engine.runner
+        begin, general = runner.begin, runner._general.execute
+        runner.begin = lambda plan, begin=begin, begun=begun: begun.append(plan.step) or begin(plan)
+        runner._general.execute = lambda plan, go=general, to=executed: to.append(plan.step) or go(plan)
+        assert texts(run(engine, *mixed())) == expected
+        assert begun
+        assert executed
+
+
+def test_logits_that_are_not_finite_end_one_request(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    runner: Any = engine.runner
+    model, calls = runner._model, [0]
+    narrow = model.narrow_logits
+
+    def spoiled(states: Tensor) -> Tensor:
+        calls[0] += 1
+        logits: Tensor = narrow(states)
+        if calls[0] == 3:
+            logits[0] = torch.nan
+        return logits
+
+    model.narrow_logits = spoiled
+    heard = run(engine, *requests(3))
+    assert [name for name, deltas in heard.items() if deltas[-1].error_code == "numerical_error"] == ["0"]
+    assert texts(heard)["1"] == expected["1"]
+    assert texts(heard)["2"] == expected["2"]
+
+
+def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(4)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    runner: Any = engine.runner
+    begin, left = runner._begin, [2, 5]
+
+    def sometimes(plan: Any) -> Any:
+        if plan.step in left:
+            left.remove(plan.step)
+            runner._table.rows([item for item in plan.items if item.draw is not None])
+            raise RuntimeError("planted")
+        return begin(plan)
+
+    runner._begin = sometimes
+    assert texts(run(engine, *requests(4))) == expected
+    assert not left
+
+
+def test_more_seats_than_the_table_was_made_for(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    from quire_engine.config import BatchLimits
+
+    engine._scheduler.set_limits(BatchLimits(5, 16, True))
+    assert texts(run(engine, *requests(5))) == expected

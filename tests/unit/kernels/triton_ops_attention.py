@@ -1,0 +1,126 @@
+"""Triton's paged attention and the addresses it makes on the device, against the reference.
+
+Run as `triton_ops.py` is. Tolerances, as ‖found - expected‖ / ‖expected‖ with the reference in float32: 1e-5 in
+float32, whose sums are taken in another order; 16-bit formats round weights and results once each.
+
+Legend: H query heads, K key/value heads, D head size, P slots a block.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from quire_kernels.paging import PagedBatch
+from quire_kernels.reference.attention import StepAttention as Reference
+from quire_kernels.triton import INTERPRETED
+from quire_kernels.triton.attention import Chip, StepAttention, num_splits
+from quire_kernels.triton.step import LAST, StepBuffers, prepare
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CHIP = Chip(16, 227 * 1024) if INTERPRETED else Chip.current()
+CLOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+
+# cached and new tokens of each sequence, H, K, D, P, window
+STEPS = {
+    "decode": ([(5, 1), (300, 1), (0, 1)], 4, 2, 64, 16, None),
+    "one long": ([(700, 1)], 14, 2, 64, 16, None),
+    "prompts": ([(0, 37), (20, 5)], 4, 2, 32, 16, None),
+    "mixed": ([(5, 1), (300, 1), (0, 40), (17, 9)], 8, 2, 64, 16, None),
+    "window": ([(5, 1), (300, 1), (0, 40), (170, 9)], 6, 2, 80, 8, 33),
+    "window of one": ([(90, 1), (0, 20)], 2, 1, 16, 16, 1),
+    "no sharing": ([(31, 1), (0, 33), (170, 9)], 8, 8, 128, 16, None),
+    "blocks of one": ([(6, 1), (3, 4)], 2, 2, 16, 1, None),
+}
+
+
+def batch_of(lengths: list[tuple[int, int]], block_size: int) -> tuple[PagedBatch, int]:
+    """A step of sequences in shuffled blocks, and how many blocks there are."""
+    held = [-(-(start + count) // block_size) for start, count in lengths]
+    ids = list(range(sum(held) + 3))
+    random.Random(0).shuffle(ids)
+    batch = PagedBatch.build(
+        starts=[start for start, _ in lengths],
+        query_lens=[count for _, count in lengths],
+        block_tables=[[ids.pop() for _ in range(count)] for count in held],
+        logits=[1] * len(lengths),
+        block_size=block_size,
+        device=DEVICE,
+    )
+    return batch, sum(held) + 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STEPS)
+def test_attention(name: str, dtype: torch.dtype) -> None:
+    lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
+    if INTERPRETED and dtype != torch.float32 and name not in ("mixed", "window"):
+        pytest.skip("the interpreter takes its time, and two cases show the rounding")
+    batch, blocks = batch_of(lengths, block_size)
+    source = torch.Generator().manual_seed(1)
+    cache = torch.randn((2, blocks, block_size, kv_heads, dim), generator=source).to(DEVICE, dtype)
+    query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
+    own = cache.transpose(2, 3).contiguous().view(cache.shape)
+    # what lies in slots that hold no token must not matter
+    ends = {int(table[count // block_size]): count % block_size for table, count in zip(
+        batch.block_tables, batch.contexts, strict=True
+    ) if count % block_size}  # fmt: skip
+    for block, used in ends.items():
+        own.view(2, blocks, kv_heads, block_size, dim)[:, block, :, used:] = torch.nan
+    expected = Reference(batch, window, 1 << 26)(query.float(), cache.float(), dim**-0.5)
+    found = StepAttention(batch, window, CHIP)(query, own, dim**-0.5)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
+
+
+@pytest.mark.parametrize(("rows", "longest", "splits"), [(8, 8192, 33), (2048, 8192, 1), (8, 100, 1), (8, 600, 9)])
+def test_splits_fill_the_chip_and_are_never_short(rows: int, longest: int, splits: int) -> None:
+    assert num_splits(132, rows, longest) == splits
+
+
+def test_addresses_are_made_on_the_device() -> None:
+    # two groups of layers, rows of 6 blocks of 4 slots
+    tables = torch.arange(2 * 5 * 6, dtype=torch.int32, device=DEVICE).view(2, 5, 6).clone()
+    last = torch.tensor([70, 71, 72, 73, 74], dtype=torch.int32, device=DEVICE)
+    step = StepBuffers.allocate(4, tables, 4, 24, torch.device(DEVICE))
+    words = [
+        [2, 9, LAST, -1, 0, -1, 0],  # goes on with what it drew
+        [0, 8, 5, 2, 900, 2, 901],  # a given token, in a block that is new in both groups
+        [4, 0, LAST, -1, 0, 0, 555],  # new in one group alone
+        [-1, -1, -1, -1, -1, -1, -1],
+    ]
+    step.items.copy_(torch.tensor(words, dtype=torch.int32))
+    prepare(step, tables, last)
+    assert step.token_ids.tolist() == [72, 5, 74, 0]
+    assert step.batches[0].positions.tolist() == [9, 8, 0, 0]
+    assert step.ends.tolist() == step.batches[1].context_lens.tolist() == [10, 9, 1, 0]
+    assert step.rows.tolist() == [2, 0, 4, -1]
+    assert tables[0, 0].tolist() == [0, 1, 900, 3, 4, 5]
+    assert tables[1, 0].tolist() == [30, 31, 901, 33, 34, 35]
+    assert tables[1, 4].tolist() == [555, 55, 56, 57, 58, 59]
+    assert step.slots[0].tolist() == [14 * 4 + 1, 900 * 4, 24 * 4, -1]
+    assert step.slots[1].tolist() == [44 * 4 + 1, 901 * 4, 555 * 4, -1]
+
+
+def test_a_batch_may_name_its_rows() -> None:
+    batch, blocks = batch_of([(40, 1), (9, 1), (100, 1)], 16)
+    cache = torch.randn((2, blocks, 16, 2, 32), device=DEVICE)
+    query = torch.randn((3, 4, 32), device=DEVICE)
+    expected = StepAttention(batch, None, CHIP)(query, cache, 0.2)
+    order = torch.tensor([2, 0, 1], device=DEVICE)
+    named = PagedBatch(
+        positions=batch.positions,
+        slot_mapping=batch.slot_mapping,
+        block_tables=batch.block_tables[order].contiguous(),
+        query_starts=batch.query_starts,
+        context_lens=batch.context_lens,
+        logits_rows=batch.logits_rows,
+        block_size=16,
+        query_lens=batch.query_lens,
+        contexts=batch.contexts,
+        table_rows=torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE),
+    )
+    assert torch.equal(StepAttention(named, None, CHIP)(query, cache, 0.2), expected)
