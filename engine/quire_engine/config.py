@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 
 from quire_engine.errors import InvalidSpec
-from quire_schemas.wire import EngineSpec, Limits, Policy
+from quire_schemas.quantization import GROUP_SIZES
+from quire_schemas.wire import EngineSpec, Limits, Policy, Quantization
 
 _LEAST = {"threads": 1, "max_model_len": 2, "block_size": 1, "num_blocks": 1, "memory_limit": 1}
 
@@ -70,4 +71,17 @@ def check_spec(spec: EngineSpec) -> None:
         raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
     if not 0 <= spec.step_time < float("inf") or (spec.step_time and spec.runner != "scripted"):
         raise InvalidSpec(f"step_time is {spec.step_time}; only the scripted runner takes one, in seconds")
+    if spec.quantization is not None:
+        _check_quantization(spec, spec.quantization)
     BatchLimits.of(spec)
+
+
+def _check_quantization(spec: EngineSpec, quantization: Quantization) -> None:
+    if quantization.group_size not in (GROUP_SIZES if quantization.method == "int4" else (None,)):
+        raise InvalidSpec(f"{quantization.method} weights have no groups of {quantization.group_size}")
+    if spec.device != "cpu":
+        raise InvalidSpec(f"weights are quantized on a CPU alone; device is {spec.device}")
+    if spec.runner == "scripted":
+        raise InvalidSpec("a scripted engine has no weights to quantize")
+    if quantization.activations == "bf16" and spec.dtype != "bfloat16":
+        raise InvalidSpec(f"activations of quantized layers are bf16, and dtype is {spec.dtype}")

@@ -50,6 +50,7 @@ from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
+from quire_schemas.quantization import ungrouped
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
@@ -125,6 +126,7 @@ class Engine:
         device = _device(spec)
         profile = read_profile(Path(spec.model_dir))
         _check_length(spec, profile)
+        _check_groups(spec, profile)
         planned = _planned_bytes(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)
         if lacking:
@@ -136,6 +138,7 @@ class Engine:
             device=device,
             kernels=kernels,
             on_progress=on_progress,
+            quantization=spec.quantization,
         )
         kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
         _check_bytes(planned, model, kv)
@@ -456,12 +459,21 @@ def _check_length(spec: EngineSpec, profile: ModelProfile) -> None:
         )
 
 
+def _check_groups(spec: EngineSpec, profile: ModelProfile) -> None:
+    size = spec.quantization and spec.quantization.group_size
+    if not size:
+        return
+    name, width = ungrouped(profile, size)
+    if name:
+        raise InvalidSpec(f"the {width} inputs of {name} are no whole number of groups of {size}")
+
+
 def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:
     """The arithmetic of the plan; `MemoryMismatch` if it lies above the spec's limit."""
     if spec.runner == "scripted":
         return _Planned(0, 0)
     limits = limits or BatchLimits.of(spec)
-    weights = weight_bytes(profile, spec.dtype)
+    weights = weight_bytes(profile, spec.dtype, spec.quantization)
     kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
     activations = activation_bytes(
         profile,
@@ -470,6 +482,7 @@ def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits 
         limits.max_num_seqs,
         spec.max_model_len,
         device=spec.device,
+        quantization=spec.quantization,
     )
     if weights + kv + activations > spec.memory_limit:
         raise MemoryMismatch(

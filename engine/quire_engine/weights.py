@@ -24,6 +24,7 @@ from quire_schemas.checkpoint import (
     check_tensors,
     read_tensors,
 )
+from quire_schemas.quantization import QUANTIZED_AT_A_TIME
 
 PIECE = 16 * 1024 * 1024
 """Bytes read at a time: small enough to stay in cache between reading and converting, and to report often."""
@@ -60,8 +61,8 @@ class Weights:
         self._tensors = read_tensors(model_dir)
         self._total = sum(tensor.nbytes for tensor in check_tensors(profile, self._tensors))
         self._done = 0
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._on_progress = on_progress
         if profile.tie_word_embeddings and "lm_head.weight" in self._tensors:
             self._require_equal("lm_head.weight", "model.embed_tokens.weight")
@@ -70,17 +71,33 @@ class Weights:
         """See `TensorSource`."""
         return self.stack([name])
 
-    def stack(self, names: Sequence[str]) -> Tensor:
-        """See `TensorSource`."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as the file has it."""
+        return self._tensors[name].shape
+
+    def stack(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:
+        """See `TensorSource`. `dtype` replaces that of all others."""
         infos = [self._tensors[name] for name in names]
         rows = sum(info.shape[0] for info in infos)
         shape = (rows, *infos[0].shape[1:])
-        result = large_pages(torch.empty(shape, dtype=self._dtype, device=self._device))
+        result = large_pages(torch.empty(shape, dtype=dtype or self.dtype, device=self.device))
         at = 0
         for info in infos:
             self._fill(result[at : at + info.shape[0]].view(-1), info)
             at += info.shape[0]
         return result
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The rows of a matrix in the file's number format, in order, some of them at a time and on the host. What
+        is given out is written over when the next is asked for.
+        """
+        info = self._tensors[name]
+        count, width = info.shape
+        size = info.nbytes // count * min(count, max(1, QUANTIZED_AT_A_TIME // width))
+        staging = torch.empty(size, dtype=torch.uint8)
+        for length in self._read(info, staging, size):
+            yield staging[:length].view(_DTYPES[info.dtype]).view(-1, width)
+            self._advance(length)
 
     def _fill(self, target: Tensor, info: TensorInfo) -> None:
         """Writes the tensor at `info` into the flat `target`, which has as many numbers."""
@@ -91,7 +108,7 @@ class Weights:
             return
         staging = torch.empty(min(PIECE, info.nbytes), dtype=torch.uint8)
         at = 0
-        narrows = self._dtype == torch.float16 and stored != torch.float16
+        narrows = target.dtype == torch.float16 and stored != torch.float16
         for length in self._read(info, staging):
             numbers = staging[:length].view(stored)
             piece = target[at : at + numbers.shape[0]]
@@ -104,8 +121,8 @@ class Weights:
             at += numbers.shape[0]
             self._advance(length)
 
-    def _read(self, info: TensorInfo, buffer: Tensor) -> Iterator[int]:
-        """Fills `buffer` (bytes) piece by piece: further along it if it holds the tensor, else from its start.
+    def _read(self, info: TensorInfo, buffer: Tensor, size: int = PIECE) -> Iterator[int]:
+        """Fills `buffer` in pieces of `size` bytes: further along it if it holds the tensor, else from its start.
 
         Yields the length of each piece after it was read.
         """
@@ -115,7 +132,7 @@ class Weights:
             file.seek(info.offset)
             done = 0
             while done < info.nbytes:
-                want = min(PIECE, info.nbytes - done)
+                want = min(size, info.nbytes - done)
                 start = done if whole else 0
                 got = 0
                 while got < want:

@@ -10,6 +10,7 @@ Exceptions:
     PlacementError         has path of the field, reason (a word of `status.Reason`), message and hint
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
+    ├── NoSuchNumbers      a quantization that the checkpoint, the dtype or the device cannot have
     ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
 """
@@ -20,10 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import msgspec
+
 from quire_operators.devices import Inventory
 from quire_schemas import wire
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
+from quire_schemas.quantization import Unquantizable
+from quire_schemas.quantization import resolve as resolve_quantization
 from quire_schemas.sizing import FitReport, SizingRequest, fit
 from quire_schemas.update import EngineLimits
 
@@ -48,6 +53,10 @@ class NoDevice(PlacementError):
 
 class NoSuchBound(PlacementError):
     """A bound that this kind of device has nothing to keep it with."""
+
+
+class NoSuchNumbers(PlacementError):
+    """A quantization that the checkpoint, the dtype or the device cannot have."""
 
 
 class TooLong(PlacementError):
@@ -89,18 +98,21 @@ class Placement:
     runner: wire.RunnerKind = "model"
     step_time: float = 0.0
     spare_core: bool = False
+    quantization: wire.Quantization | None = None
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
         return EngineLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "quantization": msgspec.to_builtins(self.quantization)}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Placement:
         # what was stored before layers had groups has one
-        return cls(**{"kv_tokens": document["num_blocks"] * document["block_size"], **document})
+        fields = {"kv_tokens": document["num_blocks"] * document["block_size"], **document}
+        quantization = msgspec.convert(fields.get("quantization"), wire.Quantization | None)
+        return cls(**fields | {"quantization": quantization})
 
     def resolved(self) -> dict[str, Any]:
         """What `auto` became, for `status.resolved`."""
@@ -117,6 +129,8 @@ class Placement:
         }
         if self.runner != "model":
             shown["runner"] = self.runner
+        if self.quantization is not None:
+            shown["quantization"] = str(self.quantization)
         if self.commit is not None:
             shown["commit"] = self.commit
         return shown
@@ -165,6 +179,7 @@ class Placement:
             adoption_window=adoption_window,
             runner=self.runner,
             step_time=self.step_time,
+            quantization=self.quantization,
         )
 
 
@@ -227,6 +242,7 @@ def place(
         device_name=_device_name(inventory, name),
         chunked_prefill=resolved["batching"]["chunkedPrefill"],
         runner=runner,
+        quantization=_quantization(resolved["quantization"], profile, dtype, kind),
     )
     longest = profile.max_position_embeddings
     if request.max_model_len is not None and request.max_model_len > longest:
@@ -282,11 +298,23 @@ def place(
             kv_tokens=report.kv_tokens,
             runner=runner,
             step_time=parse_duration(engine.get("stepTime") or "0s"),
+            quantization=request.quantization,
         ),
         report,
         fits_now,
         tuple(notes),
     )
+
+
+def _quantization(
+    declared: Mapping[str, Any], profile: ModelProfile, dtype: str, kind: Literal["cpu", "cuda"]
+) -> wire.Quantization | None:
+    try:
+        return resolve_quantization(declared, profile, dtype=dtype, device=kind)
+    except Unquantizable as found:
+        raise NoSuchNumbers(
+            "ConfigRejected", found.message, found.hint, path=f"spec.quantization.{found.field}"
+        ) from found
 
 
 def _kind(asked: str, device_ids: Sequence[int], inventory: Inventory) -> Literal["cpu", "cuda"]:

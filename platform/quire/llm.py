@@ -42,6 +42,7 @@ from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.chat import read_messages
 from quire_schemas.quantities import parse_percent, parse_quantity
+from quire_schemas.quantization import GROUP_SIZES, METHODS, Unquantizable, resolve
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
@@ -98,9 +99,9 @@ class LLM:
     """One model in this process. `None` and "auto" resolve as they do in a manifest; `fit` keeps the arithmetic.
 
     `model` is `builtin://NAME`, `file:///PATH` or a folder. `num_blocks` fixes the size of the KV cache, and
-    `threads` those that compute: torch's, of the whole process, and the kernels' own. Threads may share one `LLM`;
-    their calls take turns. Raises ValueError and TypeError for arguments, `DoesNotFit`, `CheckpointError`,
-    `LookupError`.
+    `threads` those that compute: torch's, of the whole process, and the kernels' own. `quantization`, `group_size`
+    and `activations` are what `spec.quantization` has. Threads may share one `LLM`; their calls take turns.
+    Raises ValueError and TypeError for arguments, `DoesNotFit`, `CheckpointError`, `LookupError`.
     """
 
     def __init__(
@@ -110,6 +111,9 @@ class LLM:
         dtype: Literal["auto"] | Dtype = "auto",
         kv_dtype: Literal["auto"] | Dtype = "auto",
         device: Literal["auto"] | Device = "auto",
+        quantization: Literal["int8", "int4"] | None = None,
+        group_size: int | None = None,
+        activations: Literal["auto", "int8", "bf16"] = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -126,6 +130,7 @@ class LLM:
         arguments.one_of("dtype", dtype, ("auto", *get_args(Dtype)), '"auto" is the checkpoint\'s own')
         arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(Dtype)), '"auto" is what dtype is')
         arguments.one_of("device", device, ("auto", *get_args(Device)), '"auto" takes a GPU if there is one')
+        _check_quantization(quantization, group_size, activations)
         arguments.one_of("policy", policy, get_args(Policy), '"fcfs" goes by arrival')
         for name, count, least, most, hint in (
             ("block_size", block_size, 1, None, "16 tokens are usual"),
@@ -167,6 +172,15 @@ class LLM:
             )
         resolved = cast(Dtype, profile.dtype) if dtype == "auto" else dtype
         kind: Device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        try:
+            numbers = resolve(
+                {"method": quantization or "none", "activations": activations, "groupSize": group_size},
+                profile,
+                dtype=resolved,
+                device=kind,
+            )
+        except Unquantizable as found:
+            raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {_INSTEAD[found.field]}") from None
         total, available = torch.cuda.mem_get_info()[::-1] if kind == "cuda" else _memory()
         request = SizingRequest(
             dtype=resolved,
@@ -180,6 +194,7 @@ class LLM:
             memory_share=memory_share,
             max_model_len=max_model_len,
             chunked_prefill=chunked_prefill,
+            quantization=numbers,
         )
         self.fit = _fit(profile, request, num_blocks)
         threads = threads or torch.get_num_threads()
@@ -206,6 +221,7 @@ class LLM:
             prefix_caching=prefix_caching,
             async_scheduling=async_scheduling,
             policy=policy,
+            quantization=numbers,
         )
         self.engine: Engine = Engine.load(spec)
         self.profile = profile
@@ -705,6 +721,34 @@ def _folder(model: str) -> Path:
     return folder
 
 
+def _check_quantization(method: object, group_size: object, activations: object) -> None:
+    if method is not None:
+        arguments.one_of("quantization", method, METHODS, "None computes with the checkpoint's own numbers")
+    arguments.one_of("activations", activations, ("auto", "int8", "bf16"), '"auto" is int8')
+    if group_size is not None:
+        arguments.whole("group_size", group_size, 1, hint="None is 32")
+        if group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size must be one of {sizes}, not {group_size}\nhint: None is 32")
+        if method != "int4":
+            raise ValueError(
+                f'group_size is {group_size}, and only quantization="int4" has groups\nhint: group_size=None'
+            )
+    if method is None and activations != "auto":
+        raise ValueError(
+            f"activations is {activations!r}, and nothing is quantized\n"
+            'hint: quantization="int8" or "int4", or activations="auto"'
+        )
+
+
+_INSTEAD = {
+    "method": 'device="cpu", or quantization=None',
+    "activations": 'dtype="bfloat16", or activations="int8"',
+    "groupSize": 'another group_size, or quantization="int8"',
+}
+"""By field of `spec.quantization`: what to pass where it cannot be had."""
+
+
 def _memory() -> tuple[int, int]:
     """Total and available bytes of this machine."""
     memory = psutil.virtual_memory()
@@ -738,6 +782,7 @@ def _remedy(profile: ModelProfile, report: FitReport) -> str:
         "spec.engine.kvCache.size": lambda value: f"num_blocks={parse_quantity(value) // per_block}",
         "spec.engine.kvCache.dtype": lambda value: f'kv_dtype="{value}"',
         "spec.engine.dtype": lambda value: f'dtype="{value.split()[0]}"',
+        "spec.quantization.method": lambda value: f'quantization="{value.split()[0]}"',
         "spec.batching.maxNumBatchedTokens": lambda value: f"max_num_batched_tokens={value}",
         "spec.batching.maxNumSeqs": lambda value: f"max_num_seqs={value}",
         "device": lambda value: f"a device with {value}",

@@ -25,7 +25,8 @@ MAX_MODEL_LEN = 16_777_216
 
 _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
-_NO_QUANTIZATION = "weights are computed with in a float type"
+_NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
+_NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
 _NO_CANARY = "there are no canary rollouts yet"
 _NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
@@ -236,27 +237,30 @@ class Quantization(Strict):
     """Number format of the weights, where it is not that of the checkpoint."""
 
     method: Literal["none", "int8", "int4", "fp8", "awq", "gptq"] = declared(
-        "How weights are quantized. 'none' takes them as the checkpoint has them.",
+        "How weights are quantized. 'none' takes them as the checkpoint has them. 'int8' and 'int4' make integers "
+        "of those of all linear layers and of the head while the engine loads, on a CPU: less memory, more speed, "
+        "other numbers. An untied embedding and norms stay in engine.dtype.",
         "none",
         update="rolling",
-        refused=_NO_QUANTIZATION,
-        honours=("none",),
+        refused=_NO_FORMAT,
+        honours=("none", "int8", "int4"),
     )
     format: Literal["auto"] = declared(
         "Layout of quantized weights in the checkpoint; 'auto' reads it there.", "auto", update="rolling"
     )
     activations: Literal["auto", "int8", "bf16"] = declared(
-        "Number format of what enters a quantized layer; 'auto' follows the method.",
+        "Number format of what enters a quantized layer. 'int8' has one scale for each token, found as it comes, "
+        "and products of integers; 'bf16' leaves it as it is. 'auto' is int8.",
         "auto",
         update="rolling",
-        refused=_NO_QUANTIZATION,
-        honours=("auto",),
     )
     group_size: int | None = declared(
-        "Weights that share one scale. Left out: the method's own.",
+        "Weights of an output, next to each other, that share one scale with int4: 32, 64 or 128. Left out: 32. "
+        "With int8 an output has one.",
         None,
         update="rolling",
-        refused=_NO_QUANTIZATION,
+        refused=_NO_GROUPS,
+        honours=(32, 64, 128),
         ge=8,
         le=4096,
     )

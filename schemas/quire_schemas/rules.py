@@ -377,9 +377,33 @@ def _environment(facts: Facts) -> Iterator[Finding]:
 
 
 def _quantization(facts: Facts) -> Iterator[Finding]:
-    if facts["spec.quantization.method"] == "none" and facts["spec.quantization.groupSize"] is not None:
+    at: Path = ("spec", "quantization")
+    method, groups = facts["spec.quantization.method"], facts["spec.quantization.groupSize"]
+    activations = facts["spec.quantization.activations"]
+    if groups is not None and method in ("none", "int8"):
+        why = "there are no groups with method none" if method == "none" else "int8 has one scale for each output"
+        yield Finding((*at, "groupSize"), why, "remove groupSize, or declare method: int4", True)
+    if method == "none":
+        if activations != "auto":
+            why = "nothing is quantized with method none"
+            yield Finding((*at, "activations"), why, "remove activations, or declare method: int8", True)
+        return
+    if method not in ("int8", "int4"):
+        return
+    if facts["spec.engine.runner"] == "scripted":
+        yield Finding((*at, "method"), "a scripted model has no weights", "remove it, or runner: scripted")
+    elif facts["spec.engine.device"] == "cuda":
         yield Finding(
-            ("spec", "quantization", "groupSize"), "there are no groups with method none", "remove groupSize", True
+            (*at, "method"),
+            f"{REFUSED}: there are no integer kernels for GPUs yet",
+            "declare engine.device: cpu, or method: none",
+        )
+    dtype = facts["spec.engine.dtype"]
+    if activations == "bf16" and dtype not in ("auto", "bfloat16"):
+        yield Finding(
+            (*at, "activations"),
+            f"the activations are {dtype}, by engine.dtype",
+            "declare engine.dtype: bfloat16, or activations: int8",
         )
 
 

@@ -22,13 +22,15 @@ T tokens of a step, R rows that get logits, e bytes of a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile
+from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
 from quire_schemas.quantities import format_bytes
-from quire_schemas.wire import RunnerKind
+from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes, ungrouped
+from quire_schemas.wire import Quantization, RunnerKind
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -42,6 +44,13 @@ MASK_BYTES = 4 * MIB
 CPU_KV_CAP = 4 * GIB
 MIN_AUTO_LEN = 256
 """`maxModelLen: auto` never resolves below this (or the checkpoint's own maximum, if that is smaller)."""
+
+WIDENED = 1 << 22
+"""Numbers of a quantized weight that the reference kernels widen at a time (`quire_kernels.reference.product`)."""
+_WIDENED_BYTES = 10
+"""Of each: float32, and what it is unpacked from."""
+_QUANTIZING_BYTES = 24
+"""Of each number that is quantized: as the file has it, and some copies in float32."""
 
 _LARGEST_BLOCK = 32
 _SAMPLER_BYTES = 52
@@ -87,6 +96,8 @@ class SizingRequest:
     runner: RunnerKind = "model"
     """`scripted` has the blocks that the model would have, and neither they nor weights nor activations take
     memory."""
+    quantization: Quantization | None = None
+    """None: weights in `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +179,9 @@ class FitReport:
         request = self.request
         name = request.device_name or {"cpu": "this machine's memory", "cuda": "the GPU"}[request.device]
         limit = f"{format_bytes(self.limit)} ({_limit_reason(request)}, {name})"
+        numbers = "" if request.quantization is None else f" ({request.quantization})"
         parts = [
-            f"weights {format_bytes(self.weights)}",
+            f"weights {format_bytes(self.weights)}{numbers}",
             f"activations {format_bytes(self.activations)}",
             f"overhead {format_bytes(self.overhead)}",
         ]
@@ -191,9 +203,16 @@ class FitReport:
 # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def weight_bytes(profile: ModelProfile, dtype: str) -> int:
-    """What the engine's parameters hold in `dtype`, exactly."""
-    return profile.num_parameters * DTYPE_BYTES[dtype]
+def weight_bytes(profile: ModelProfile, dtype: str, quantization: Quantization | None = None) -> int:
+    """What the engine's parameters hold, exactly: in `dtype`, but for those that are quantized."""
+    if quantization is None:
+        return profile.num_parameters * DTYPE_BYTES[dtype]
+    return sum(
+        quantized_bytes(quantization, *shape)
+        if is_quantized(profile, name, shape)
+        else math.prod(shape) * (4 if name.endswith(".bias") else DTYPE_BYTES[dtype])
+        for name, shape in expected_tensors(profile)
+    )
 
 
 MOST_GROUPS = 8
@@ -280,8 +299,10 @@ def activation_bytes(
     max_model_len: int,
     *,
     device: str = "cpu",
+    quantization: Quantization | None = None,
 ) -> int:
-    """An upper bound of what one step holds besides weights and cache, sampling included."""
+    """An upper bound of what one step holds besides weights and cache, sampling included; and of what quantizing a
+    weight does, which comes before any step."""
     tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
     hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
     wide = 4 if e < 4 else 0  # a float32 copy, where the number format is not float32 already
@@ -293,6 +314,14 @@ def activation_bytes(
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
     if device == "cpu":
         base += tokens * max(hidden, inner, q) * wide  # what native products widen; it is kept
+
+    def product(count: int, inputs: int, outputs: int) -> int:
+        """What a product of `count` rows with a quantized weight holds besides input and result."""
+        if quantization is None:
+            return 0
+        widened = min(WIDENED, inputs * outputs) * _WIDENED_BYTES
+        return count * (inputs * (3 * 4 + wide + 1) + outputs * 4 * 4) + widened
+
     norm = tokens * hidden * (wide + 3 * 4 + e)
     rotary = tokens * ((q + 2 * kv) * e + (q + kv) * (e + wide + 3 * 4))
 
@@ -304,12 +333,19 @@ def activation_bytes(
     gather += len(set(profile.layer_kinds)) * rows * (grouped * 5 + (512 + length) * 8)
     mask = 2 * min(max(MASK_BYTES, 16 * length * 4), (tokens + 16) * length * 4)
     attend = tokens * ((q + 2 * kv) * e + (q + kv) * e + q * (2 * e + 3 * 4) + profile.num_heads * 4)
-    attention = max(rotary, attend + gather + mask)
+    qkv = tokens * (q + 2 * kv) * e + product(tokens, hidden, q + 2 * kv)
+    attention = max(qkv, rotary, attend + gather + mask)
 
     mlp = tokens * (q * e + hidden * e + inner * (2 * e + wide + 4 + e))
-    output = tokens * q * e + norm + tokens * hidden * e
+    mlp += max(product(tokens, hidden, 2 * inner), product(tokens, inner, hidden))
+    output = tokens * q * e + max(norm + tokens * hidden * e, tokens * hidden * e + product(tokens, q, hidden))
     head = rows * (profile.vocab_size * (e + _SAMPLER_BYTES) + 4 * hidden * 4)
-    return base + max(attention, mlp, output, norm, head)
+    head = max(head, rows * profile.vocab_size * 4 + product(rows, hidden, profile.vocab_size))
+    step = base + max(attention, mlp, output, norm, head)
+    if quantization is None:
+        return step
+    piece = max(hidden, inner, q, min(QUANTIZED_AT_A_TIME, max(profile.vocab_size, inner, q) * hidden))
+    return max(step, piece * _QUANTIZING_BYTES)
 
 
 def kv_room(limit: int, weights: int, activations: int, overhead: int) -> int:
@@ -349,7 +385,7 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
     """The report for one context length."""
     if request.runner == "scripted":
         return _scripted_at(profile, request, length)
-    weights = weight_bytes(profile, request.dtype)
+    weights = weight_bytes(profile, request.dtype, request.quantization)
     activations = activation_bytes(
         profile,
         request.dtype,
@@ -357,6 +393,7 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         request.max_num_seqs,
         length,
         device=request.device,
+        quantization=request.quantization,
     )
     overhead = FOOTPRINT[request.device].overhead
     limit = _limit(request)
@@ -535,6 +572,12 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.kvCache.dtype", "bfloat16")
     if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
+    if request.quantization is None and request.device == "cpu" and request.runner == "model":
+        for quantization in (Quantization("int8"), Quantization("int4", group_size=GROUP_SIZES[0])):
+            grouped = quantization.group_size is None or not ungrouped(profile, quantization.group_size)[0]
+            if grouped and fits(replace(request, quantization=quantization)):
+                yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
+                break
     if request.memory_limit is not None:
         need = report.weights + report.activations + report.overhead + (request.kv_size or one)
         limit = -(-need // MIB) * MIB

@@ -494,6 +494,20 @@ FromRouter = RouterStatus
 # ── control plane -> engine, at start ─────────────────────────────────────────────────────────────────────
 
 
+class Quantization(msgspec.Struct, frozen=True):
+    """Weights that are made integers at load: of all linear layers and the head."""
+
+    method: Literal["int8", "int4"]
+    activations: Literal["int8", "bf16"] = "int8"
+    """What enters them: integers with a scale for each token, or the model's own numbers."""
+    group_size: int | None = None
+    """Weights that share a scale; None, with int8: all of an output."""
+
+    def __str__(self) -> str:
+        groups = "" if self.group_size is None else f" in groups of {self.group_size}"
+        return f"{self.method}{groups}, {self.activations} activations"
+
+
 class EngineSpec(msgspec.Struct, frozen=True):
     """One engine, fully resolved: no `auto` is left. Written as JSON; the engine allocates exactly this."""
 
@@ -531,6 +545,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     runner: RunnerKind = "model"
     step_time: float = 0.0
     """Seconds that a step of the scripted runner takes at least."""
+    quantization: Quantization | None = None
+    """None: weights in `dtype`."""
 
 
 class EngineEvent(msgspec.Struct, omit_defaults=True):

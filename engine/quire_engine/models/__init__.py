@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from quire_engine.models.decoder import DecoderModel, KVCache
+from quire_engine.quantization import linear_method
+from quire_engine.weights import Weights
 from quire_kernels import Kernels
 from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.wire import Quantization
 
 __all__ = ["DecoderModel", "KVCache", "load_model"]
 
@@ -26,12 +29,13 @@ def load_model(
     device: torch.device,
     kernels: Kernels,
     on_progress: Callable[[int, int], None],
+    quantization: Quantization | None = None,
 ) -> DecoderModel:
-    """The model of a checkpoint folder, its weights in `dtype` on `device`.
+    """The model of a checkpoint folder, its weights on `device`, in `dtype` but for those that are quantized.
 
     `on_progress(done, total)` is called with bytes read of the files, at least every 64 MiB and at the end.
     Raises `quire_schemas.checkpoint.CheckpointError` when the files do not hold what the profile says.
     """
-    return DecoderModel.load(
-        model_dir, profile, dtype=dtype, device=device, kernels=kernels, on_progress=on_progress
-    )
+    weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
+    method = linear_method(weights, kernels, quantization)
+    return DecoderModel.build(profile, weights, device=device, kernels=kernels, method=method)

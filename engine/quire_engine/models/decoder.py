@@ -11,9 +11,8 @@ block, K key/value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from quire_engine.layers.mlp import GatedMLP
 from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
-from quire_engine.weights import TensorSource, Weights
+from quire_engine.weights import TensorSource
 from quire_kernels import Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
@@ -108,26 +107,18 @@ class DecoderModel:
         self.kernels = kernels
 
     @classmethod
-    def load(
+    def build(
         cls,
-        model_dir: Path,
         profile: ModelProfile,
+        weights: TensorSource,
         *,
-        dtype: torch.dtype,
         device: torch.device,
         kernels: Kernels,
-        on_progress: Callable[[int, int], None],
+        method: LinearMethod | None = None,
     ) -> DecoderModel:
-        """See `quire_engine.models.load_model`."""
-        weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
-        return cls.build(profile, weights, device=device, kernels=kernels)
-
-    @classmethod
-    def build(
-        cls, profile: ModelProfile, weights: TensorSource, *, device: torch.device, kernels: Kernels
-    ) -> DecoderModel:
-        """The model of `profile`, its parameters handed out by `weights` on `device`."""
-        method: LinearMethod = Plain(weights, kernels)
+        """The model of `profile`, its parameters handed out by `weights` on `device`; without a `method` in the
+        dtype that they come in."""
+        method = method or Plain(weights, kernels)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(weights.tensor(f"{name}.weight"), profile.rms_norm_eps, kernels)
@@ -160,7 +151,7 @@ class DecoderModel:
             embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
             layers=tuple(layer(f"model.layers.{index}") for index in range(profile.num_layers)),
             norm=norm("model.norm"),
-            head=kernels.product(weights.tensor("model.embed_tokens.weight" if tied else "lm_head.weight"), None),
+            head=method.head("model.embed_tokens.weight" if tied else "lm_head.weight"),
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
             kernels=kernels,
         )

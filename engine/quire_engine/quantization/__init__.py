@@ -1,8 +1,8 @@
 """How a layer gets its linear: it asks a `LinearMethod`, by the name under which the checkpoint stores it.
 
-A method decides what is read and what class multiplies by it, so a quantised or a tensor-parallel model differs
-from a plain one in the method alone. This version has `Plain`; `quire_schemas.checkpoint` refuses checkpoints
-that would need another.
+A method decides what is read and what class multiplies by it, so a quantized or a tensor-parallel model differs
+from a plain one in the method alone. There are `Plain` and `Integers`; `quire_schemas.checkpoint` refuses
+checkpoints that would need another.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from quire_engine.layers.linear import Dense, Linear
-from quire_engine.weights import TensorSource
-from quire_kernels import Kernels
+from quire_engine.layers.linear import Linear
+from quire_engine.quantization.integers import Integers
+from quire_engine.quantization.plain import Plain
+from quire_engine.weights import Weights
+from quire_kernels import Kernels, Product
+from quire_schemas.wire import Quantization
+
+__all__ = ["LinearMethod", "Plain", "linear_method"]
 
 
 class LinearMethod(Protocol):
-    """Builds the linears of one model."""
+    """Builds the products of one model."""
 
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         """The projections `prefix`.`part` as one linear whose outputs lie side by side in that order."""
 
+    def head(self, name: str) -> Product:
+        """The product that gives logits, with the tensor `name`; a tied head's rows are the embedding."""
 
-class Plain:
-    """Weights as they are, fused along the output."""
 
-    def __init__(self, weights: TensorSource, kernels: Kernels) -> None:
-        self._weights = weights
-        self._kernels = kernels
-
-    def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
-        weight = self._weights.stack([f"{prefix}.{part}.weight" for part in parts])
-        added = self._weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
-        return Dense(self._kernels.product(weight, added))
+def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:
+    """The method that `EngineSpec.quantization` names."""
+    return Plain(weights, kernels) if quantization is None else Integers(weights, kernels, quantization)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
 
-_PIECE = 1 << 22
+WIDENED = 1 << 22
 """Numbers of a weight that are widened at a time."""
 
 _EXACT = 1024
@@ -115,7 +115,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pieces(outputs: int, width: int) -> Iterator[slice]:
     """Outputs of a weight, some at a time."""
-    step = max(1, _PIECE // width)
+    step = max(1, WIDENED // width)
     return (slice(start, start + step) for start in range(0, outputs, step))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import Kernels, PagedBatch, load
 from quire_kernels.cpu import CpuKernels
 from quire_kernels.reference import GATHER_BYTES
+from quire_kernels.reference.product import WIDENED
 from quire_schemas import sizing
-from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
-from quire_schemas.wire import WHOLE_VOCABULARY, Sampling
+from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.wire import WHOLE_VOCABULARY, Quantization, Sampling
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -62,7 +64,13 @@ def write_checkpoint(folder: Path, description: dict[str, Any]) -> ModelProfile:
     return read_profile(folder)
 
 
-def open_model(folder: Path, described: ModelProfile, dtype: str, kernels: Kernels | None = None) -> DecoderModel:
+def open_model(
+    folder: Path,
+    described: ModelProfile,
+    dtype: str,
+    kernels: Kernels | None = None,
+    quantization: Quantization | None = None,
+) -> DecoderModel:
     return load_model(
         folder,
         described,
@@ -70,6 +78,7 @@ def open_model(folder: Path, described: ModelProfile, dtype: str, kernels: Kerne
         device=CPU,
         kernels=kernels or load("reference"),
         on_progress=lambda done, total: None,
+        quantization=quantization,
     )
 
 
@@ -114,8 +123,51 @@ def test_parameters_lie_in_memory_of_exactly_their_size(tmp_path: Path) -> None:
     assert sum(storages.values()) == model.bytes == sizing.weight_bytes(described, "float32")
 
 
+INT8 = Quantization("int8")
+INT4 = Quantization("int4", group_size=32)
+METHODS = [INT8, Quantization("int8", "bf16"), INT4, Quantization("int4", "bf16", 64)]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantization", METHODS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_quantized_weights_are_what_the_report_says(
+    architecture: str, tied: bool, quantization: Quantization, backend: str, tmp_path: Path
+) -> None:
+    described = write_checkpoint(tmp_path, config(architecture, tie_word_embeddings=tied))
+    for dtype in ("float32", "bfloat16") if quantization.activations == "int8" else ("bfloat16",):
+        model = open_model(tmp_path, described, dtype, load(backend), quantization)
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        assert sum(storages.values()) == model.bytes == sizing.weight_bytes(described, dtype, quantization)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "stored", "backend"),
+    [
+        (INT8, "bfloat16", "cpu"),
+        (INT8, "float32", "reference"),
+        (INT4, "bfloat16", "reference"),
+        (INT4, "float32", "cpu"),
+    ],
+)
+def test_no_weight_is_there_twice_while_a_model_loads(
+    quantization: Quantization, stored: str, backend: str, tmp_path: Path
+) -> None:
+    """What loading holds besides the weights is less than the largest of them, and part of the plan."""
+    shape = config(dtype=stored, hidden_size=256, vocab_size=60_000, tie_word_embeddings=True)
+    described = write_checkpoint(tmp_path, shape)
+    kernels = load(backend)
+    weights = sizing.weight_bytes(described, "bfloat16", quantization)
+    found = peak(lambda: open_model(tmp_path, described, "bfloat16", kernels, quantization)) - weights
+    assert found <= sizing.activation_bytes(described, "bfloat16", 1, 1, 64, quantization=quantization)
+    largest = max(math.prod(shape) for _, shape in expected_tensors(described))
+    assert found < largest * DTYPE_BYTES[stored]
+
+
 def test_the_two_sides_agree_on_the_gather_bound() -> None:
     assert sizing.GATHER_BYTES == GATHER_BYTES
+    assert sizing.WIDENED == WIDENED
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -177,9 +229,21 @@ def test_a_step_stays_below_the_activation_bound(
     backend: str,
     tmp_path: Path,
 ) -> None:
-    described = write_checkpoint(tmp_path, config(**shape))
+    a_step_stays_below_the_bound(shape, steps, length, dtype, backend, tmp_path)
+
+
+def a_step_stays_below_the_bound(
+    shape: dict[str, Any],
+    steps: list[tuple[int, int, int]],
+    length: int,
+    dtype: str,
+    backend: str,
+    folder: Path,
+    quantization: Quantization | None = None,
+) -> None:
+    described = write_checkpoint(folder, config(**shape))
     kernels = load(backend)
-    model = open_model(tmp_path, described, dtype, kernels)
+    model = open_model(folder, described, dtype, kernels, quantization)
     sequences = [(start, count) for many, start, count in steps for _ in range(many)]
     tokens = sum(count for _, count in sequences)
     blocks = -(-length // 16)
@@ -213,10 +277,33 @@ def test_a_step_stays_below_the_activation_bound(
     found = peak(step)
     if isinstance(kernels, CpuKernels):
         found += kernels.kept_bytes
-    bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length)
+    bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length, quantization=quantization)
     assert found <= bound
     if backend == "reference":  # native attention gathers nothing
         assert found >= bound / 8
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("quantization", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "steps", "length"),
+    [
+        (SMALL, [(1, 0, 256)], 1024),
+        (WIDE_HEAD | {"hidden_size": 1024}, [(3, 20, 1)], 64),
+        (WIDE_MLP | {"hidden_size": 256, "intermediate_size": 3072}, [(1, 0, 300)], 512),
+        (MANY_HEADS | {"hidden_size": 2048}, [(1, 0, 200), (6, 700, 1)], 1024),
+    ],
+    ids=["small", "large head", "wide mlp", "many heads"],
+)
+def test_a_quantized_step_stays_below_the_activation_bound(
+    shape: dict[str, Any],
+    steps: list[tuple[int, int, int]],
+    length: int,
+    quantization: Quantization,
+    backend: str,
+    tmp_path: Path,
+) -> None:
+    a_step_stays_below_the_bound(shape, steps, length, "bfloat16", backend, tmp_path, quantization)
 
 
 ALL_OF_IT: dict[str, Any] = {"logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}

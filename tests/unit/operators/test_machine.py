@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from quire_operators.cache import HubCache
 from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
 from quire_operators.models import device_env, due_in, log_owner
 from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
-from quire_operators.placement import NoDevice, Placement, PlacementError, TooLarge, place
+from quire_operators.placement import NoDevice, NoSuchNumbers, Placement, PlacementError, TooLarge, place
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import SourceError, Sources
 from quire_schemas.checkpoint import profile_from_config
 from quire_schemas.model import Model, resolve_defaults
+from quire_schemas.sizing import weight_bytes
 from quire_schemas.update import template_hash
+from quire_schemas.wire import EngineSpec, Quantization
 
 GIB = 1 << 30
 TINY = {
@@ -193,6 +197,39 @@ def test_what_never_fits_is_refused_with_offers_and_what_does_not_fit_now_waits(
     with pytest.raises(TooLarge):
         place(resolved, profile, ("/m", "/t"), None, full, {}, {}, "t")
     assert place(resolved, profile, ("/m", "/t"), None, full, {"cpu": 6 * GIB}, {"cpu": 6 * GIB}, "t").fits_now
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({"method": "int8"}, Quantization("int8")),
+        ({"method": "int4", "groupSize": 64, "activations": "bf16"}, Quantization("int4", "bf16", 64)),
+    ],
+)
+def test_a_quantization_reaches_the_engine(declared: dict[str, Any], expected: Quantization) -> None:
+    found, plain = placed(CPU, quantization=declared), placed(CPU)
+    assert found.template != plain.template, "other numbers, other engines"
+    assert (found.quantization, plain.quantization) == (expected, None)
+    assert found.weights == weight_bytes(profile_from_config(TINY), "bfloat16", expected) < plain.weights
+    stored = json.loads(json.dumps(found.as_dict()))
+    assert Placement.from_dict(stored) == found
+    assert Placement.from_dict({k: v for k, v in plain.as_dict().items() if k != "quantization"}) == plain
+    assert found.resolved()["quantization"] == str(expected)
+    assert "quantization" not in plain.resolved()
+    engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(quantization=declared), "hot", adoption_window=90.0)
+    assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).quantization == expected
+
+
+def test_a_quantization_that_cannot_be_is_refused_at_its_field() -> None:
+    with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+    with pytest.raises(NoSuchNumbers, match="runs on a GPU") as refused:
+        placed(with_gpu, quantization={"method": "int8"})
+    assert (refused.value.path, refused.value.reason) == ("spec.quantization.method", "ConfigRejected")
+    assert placed(with_gpu, quantization={"method": "int8"}, engine={"device": "cpu"}).quantization
+    with pytest.raises(NoSuchNumbers, match=r"64 inputs of .* groups of 128") as refused:
+        placed(CPU, quantization={"method": "int4", "groupSize": 128})
+    assert refused.value.path == "spec.quantization.groupSize"
+    assert "groupSize: 32" in refused.value.hint
 
 
 def test_without_chunked_prefill_the_context_is_one_step_long() -> None:

@@ -376,6 +376,17 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
         ({"dtype": "float33"}, "dtype must be one of auto, float32"),
         ({"kv_dtype": "int3"}, "kv_dtype must be one of auto, float32"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"quantization": "fp8"}, "quantization must be one of int8, int4, not 'fp8'"),
+        ({"group_size": 32}, 'group_size is 32, and only quantization="int4" has groups'),
+        ({"group_size": 32, "quantization": "int8"}, "group_size is 32, and only"),
+        ({"group_size": 48, "quantization": "int4"}, "group_size must be one of 32, 64, 128, not 48"),
+        ({"group_size": "32", "quantization": "int4"}, "group_size must be a whole number"),
+        ({"activations": "int8"}, "activations is 'int8', and nothing is quantized"),
+        ({"activations": "int4", "quantization": "int4"}, "activations must be one of auto, int8, bf16"),
+        (
+            {"quantization": "int4", "activations": "bf16", "dtype": "float32"},
+            "quantization is 'int4': the activations are float32",
+        ),
         ({"policy": "lifo"}, "policy must be one of fcfs, priority, not 'lifo'"),
         ({"block_size": 0}, "block_size must be at least 1, not 0"),
         ({"num_blocks": "8"}, "num_blocks must be a whole number, not '8'"),
@@ -507,6 +518,31 @@ def test_an_answer_that_fails_ends_alone_and_says_so(llm: LLM, monkeypatch: pyte
     assert bad.outputs[0].finish_reason == "error"
     assert "the engine failed on this request" in (bad.outputs[0].error or "")
     assert (good.outputs[0].finish_reason, good.outputs[0].error) == ("length", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "described", "share"),
+    [
+        ({"quantization": "int8"}, "int8, int8 activations", 0.51),
+        ({"quantization": "int4"}, "int4 in groups of 32, int8 activations", 0.28),
+        (
+            {"quantization": "int4", "group_size": 128, "activations": "bf16"},
+            "groups of 128, bf16 activations",
+            0.26,
+        ),
+    ],
+)
+def test_quantized_weights_answer_by_heart_what_the_others_do(
+    given: dict[str, Any], described: str, share: float
+) -> None:
+    llm = LLM("builtin://tiny", max_model_len=256, num_blocks=32, threads=1, **given)
+    assert described in llm.fit.lines()[0]
+    assert llm.fit.weights == pytest.approx(share * llm.profile.weight_bytes, rel=0.03)
+    (output,) = llm.chat(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        SamplingParams(max_tokens=30, temperature=0),
+    )
+    assert "Paris" in output.outputs[0].text
 
 
 def test_why_a_model_does_not_fit() -> None:

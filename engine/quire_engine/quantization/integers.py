@@ -1,0 +1,62 @@
+"""Weights in 8 or 4 bits, made of a checkpoint in a float type while it is read.
+
+The file's own numbers are quantized, not those of the engine's dtype, some rows at a time: no weight is in memory
+in both forms. Outputs of projections that are fused lie side by side; as no scale is shared between outputs, each
+is what it would be alone. Biases are added to sums in float32 and are kept as that.
+
+Legend: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quire_engine.layers.linear import Dense, Linear
+from quire_engine.weights import Weights
+from quire_kernels import Int4Weight, Int8Weight, KernelError, Kernels, Product, QuantizedWeight
+from quire_schemas.checkpoint import WrongTensors
+from quire_schemas.wire import Quantization
+
+
+@dataclass(slots=True, frozen=True)
+class Integers:
+    """`LinearMethod` of `int8` and `int4`, which differ in the weight that is filled."""
+
+    weights: Weights
+    kernels: Kernels
+    quantization: Quantization
+
+    def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
+        biases = [f"{prefix}.{part}.bias" for part in parts] if bias else []
+        return Dense(self._product([f"{prefix}.{part}.weight" for part in parts], biases))
+
+    def head(self, name: str) -> Product:
+        return self._product([name], [])
+
+    def _product(self, names: Sequence[str], biases: Sequence[str]) -> Product:
+        shapes = [self.weights.shape(name) for name in names]
+        weight = self._empty(sum(outputs for outputs, _ in shapes), shapes[0][1])
+        at = 0
+        for name in names:
+            for rows in self.weights.rows(name):
+                try:
+                    weight.put(at, rows)
+                except KernelError as error:
+                    raise WrongTensors(
+                        f"tensor {name}: {error}", "the file is damaged, or its numbers were never right"
+                    ) from error
+                at += rows.shape[0]
+        return self.kernels.quantized_product(
+            weight,
+            self.weights.stack(biases, torch.float32) if biases else None,
+            "int8" if self.quantization.activations == "int8" else "float",
+            self.weights.dtype,
+        )
+
+    def _empty(self, outputs: int, inputs: int) -> QuantizedWeight:
+        if self.quantization.group_size is None:
+            return Int8Weight.empty(outputs, inputs, self.weights.device)
+        return Int4Weight.empty(outputs, inputs, self.quantization.group_size, self.weights.device)

@@ -1,0 +1,134 @@
+"""What `spec.quantization` becomes for a checkpoint, and the bytes that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
+
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.quantization import GROUP_SIZES, Unquantizable, resolve
+from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
+from quire_schemas.wire import Quantization
+
+ODD = replace(QWEN_HALF_B, intermediate_size=4864 + 32)
+"""Of which groups of 64 do not fit one weight; groups of 128 do not fit 896 either."""
+
+
+def section(method: str, activations: str = "auto", groups: int | None = None) -> dict[str, Any]:
+    return {"method": method, "format": "auto", "activations": activations, "groupSize": groups}
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        (section("none"), None),
+        (section("int8"), Quantization("int8", "int8", None)),
+        (section("int8", "bf16"), Quantization("int8", "bf16", None)),
+        (section("int4"), Quantization("int4", "int8", 32)),
+        (section("int4", "int8", 128), Quantization("int4", "int8", 128)),
+        (section("int4", "bf16", 64), Quantization("int4", "bf16", 64)),
+    ],
+)
+def test_auto_follows_the_method(declared: dict[str, Any], expected: Quantization | None) -> None:
+    found = resolve(declared, LLAMA_8B, dtype="bfloat16", device="cpu")
+    assert found == expected
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Quantization | None) == found
+
+
+@pytest.mark.parametrize(
+    ("declared", "profile", "dtype", "device", "field", "words", "hint"),
+    [
+        (section("int8"), LLAMA_8B, "bfloat16", "cuda", "method", "on a GPU", "engine.device: cpu"),
+        (section("int4", "bf16"), LLAMA_8B, "float16", "cpu", "activations", "are float16", "bfloat16"),
+        (
+            section("int4", groups=64),
+            ODD,
+            "bfloat16",
+            "cpu",
+            "groupSize",
+            "4896 inputs of .*layers.0.mlp.down",
+            "32",
+        ),
+        (
+            section("int4"),
+            replace(QWEN_HALF_B, hidden_size=900),
+            *("bfloat16", "cpu", "groupSize", "900 inputs of model.embed_tokens", "method: int8"),
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    declared: dict[str, Any], profile: ModelProfile, dtype: str, device: Any, field: str, words: str, hint: str
+) -> None:
+    with pytest.raises(Unquantizable, match=words) as refused:
+        resolve(declared, profile, dtype=dtype, device=device)
+    assert refused.value.field == field
+    assert hint in refused.value.hint
+    if "groupSize: " in refused.value.hint:
+        assert resolve(section("int4"), profile, dtype=dtype, device=device) is not None
+
+
+def test_bytes_of_known_checkpoints() -> None:
+    """By hand: Llama 8B has 525,336,576 numbers in its embedding, as many in its head and 266,240 in norms. Its
+    linear layers have 6,979,321,856 numbers for 32 × 43,008 outputs, its head has 128,256 outputs."""
+    linear, head, outputs = 6_979_321_856, 525_336_576, 32 * 43_008 + 128_256
+    kept = 2 * (head + 266_240)
+    assert LLAMA_8B.num_parameters == linear + 2 * head + 266_240
+    assert weight_bytes(LLAMA_8B, "bfloat16", Quantization("int8")) == linear + head + 4 * outputs + kept
+    for size in GROUP_SIZES:
+        found = weight_bytes(LLAMA_8B, "bfloat16", Quantization("int4", group_size=size))
+        assert found == (linear + head) // 2 + (linear + head) * 2 // size + kept
+
+
+def test_a_tied_embedding_is_quantized_and_biases_are_wide() -> None:
+    numbers = QWEN_HALF_B.num_parameters
+    norms, biases = 24 * 2 * 896 + 896, 24 * (896 + 2 * 128)
+    outputs = 24 * (896 + 2 * 128 + 896 + 2 * 4864 + 896) + 151_936
+    expected = numbers - norms - biases + 4 * outputs + 2 * norms + 4 * biases
+    assert weight_bytes(QWEN_HALF_B, "bfloat16", Quantization("int8")) == expected
+    four = expected + 2 * norms  # of float32
+    assert weight_bytes(QWEN_HALF_B, "float32", Quantization("int8")) == four
+
+
+def test_the_report_counts_by_the_method_and_says_so() -> None:
+    plain = fit(QWEN_HALF_B, ask())
+    for method, share in ((Quantization("int8"), 0.51), (Quantization("int4", group_size=32), 0.28)):
+        report = fit(QWEN_HALF_B, ask(quantization=method))
+        assert report.fits
+        assert report.weights == weight_bytes(QWEN_HALF_B, "bfloat16", method)
+        assert report.weights == pytest.approx(share * plain.weights, rel=0.02)
+        assert f"({method})" in report.lines()[0]
+        assert report.activations == activation_bytes(
+            QWEN_HALF_B, "bfloat16", 512, 64, report.max_model_len, quantization=method
+        )
+        assert report.activations >= plain.activations
+    wide = activation_bytes(QWEN_HALF_B, "bfloat16", 4096, 1, 64, quantization=method)
+    assert wide > activation_bytes(QWEN_HALF_B, "bfloat16", 4096, 1, 64)
+    assert "int" not in plain.lines()[0]
+    assert str(method) == "int4 in groups of 32, int8 activations"
+
+
+@pytest.mark.parametrize(
+    ("gib", "profile", "expected"),
+    [
+        (12, LLAMA_8B, "int8"),
+        (8, LLAMA_8B, "int4"),
+        (8, replace(LLAMA_8B, intermediate_size=14_340), None),
+        (4, LLAMA_8B, None),
+    ],
+)
+def test_weights_above_a_machine_are_offered_the_method_that_fits(
+    gib: int, profile: ModelProfile, expected: str | None
+) -> None:
+    request = ask(device_bytes_total=gib * GIB, device_bytes_available=gib * GIB, max_model_len=1024)
+    found = offers(fit(profile, request)).get("spec.quantization.method")
+    assert (found or " ").split()[0] == expected if expected else found is None
+
+
+def test_no_gpu_and_nothing_that_is_quantized_is_offered_it() -> None:
+    assert "spec.quantization.method" not in offers(fit(LLAMA_8B, gpu(12)))
+    small = {"device_bytes_total": 8 * GIB, "device_bytes_available": 8 * GIB, "max_model_len": 1024}
+    assert "spec.quantization.method" not in offers(fit(LLAMA_8B, ask(**small, quantization=Quantization("int8"))))
