@@ -9,6 +9,7 @@
     ahead        a full batch with and without asynchronous scheduling
     prefix       what the prefix cache saves and costs; blocks that n choices share
     structured   what a JSON Schema costs each step; hostile grammars beside streams
+    quality      bits per byte of a text in each arithmetic
 
 A scenario is the module of that name: `arguments` and `run`. Rows go to `results/`, a table to stdout.
 """
