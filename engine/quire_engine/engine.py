@@ -50,7 +50,7 @@ from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
-from quire_schemas.quantization import ungrouped
+from quire_schemas.quantization import misfit
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
@@ -126,7 +126,8 @@ class Engine:
         device = _device(spec)
         profile = read_profile(Path(spec.model_dir))
         _check_length(spec, profile)
-        _check_groups(spec, profile)
+        if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
+            raise InvalidSpec(problem)
         planned = _planned_bytes(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)
         if lacking:
@@ -457,15 +458,6 @@ def _check_length(spec: EngineSpec, profile: ModelProfile) -> None:
             f"max_model_len {spec.max_model_len} is above the checkpoint's {profile.max_position_embeddings} "
             "positions"
         )
-
-
-def _check_groups(spec: EngineSpec, profile: ModelProfile) -> None:
-    size = spec.quantization and spec.quantization.group_size
-    if not size:
-        return
-    name, width = ungrouped(profile, size)
-    if name:
-        raise InvalidSpec(f"the {width} inputs of {name} are no whole number of groups of {size}")
 
 
 def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:

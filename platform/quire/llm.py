@@ -742,7 +742,7 @@ def _check_quantization(method: object, group_size: object, activations: object)
 
 
 _INSTEAD = {
-    "method": 'device="cpu", or quantization=None',
+    "method": "quantization=None",
     "activations": 'dtype="bfloat16", or activations="int8"',
     "groupSize": 'another group_size, or quantization="int8"',
 }

@@ -24,6 +24,8 @@ from quire_schemas.wire import Quantization
 METHODS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 """With int4; the first is the default."""
+INT8_INPUTS = 4
+"""A product of whole numbers takes so many inputs at once: a weight has a multiple of it."""
 QUANTIZED_AT_A_TIME = 1 << 20
 """Numbers of a weight that are read and quantized together, unless one output has more."""
 
@@ -60,27 +62,28 @@ def resolve(
             f"the activations are {dtype}",
             "declare engine.dtype: bfloat16, or activations: int8",
         )
-    size = None
-    if method == "int4":
-        size = declared["groupSize"] or GROUP_SIZES[0]
-        name, width = ungrouped(profile, size)
-        if name:
-            least = GROUP_SIZES[0]
-            smaller = size != least and not ungrouped(profile, least)[0]
-            raise Unquantizable(
-                "groupSize",
-                f"the {width} inputs of {name} are no whole number of groups of {size}",
-                f"declare groupSize: {least}, or method: int8" if smaller else "declare method: int8",
-            )
-    return Quantization(method, "bf16" if activations == "bf16" else "int8", size)
+    size = declared["groupSize"] or GROUP_SIZES[0] if method == "int4" else None
+    found = Quantization(method, "bf16" if activations == "bf16" else "int8", size)
+    if problem := misfit(profile, found):
+        least = GROUP_SIZES[0]
+        others = [
+            (f"groupSize: {least}", Quantization("int4", group_size=least)),
+            ("method: int8", Quantization("int8")),
+        ]
+        fitting = [said for said, other in others if not misfit(profile, other)]
+        field = "method" if size is None else "groupSize"
+        raise Unquantizable(field, problem, f"declare {', or '.join(fitting or ['method: none'])}")
+    return found
 
 
-def ungrouped(profile: ModelProfile, group_size: int) -> tuple[str, int]:
-    """Name and inputs of the first quantized weight that groups of that size do not fit; no name if all do."""
+def misfit(profile: ModelProfile, quantization: Quantization) -> str:
+    """Which quantized weight has a number of inputs that the format does not take; empty if all fit."""
+    size = quantization.group_size
     for name, shape in expected_tensors(profile):
-        if is_quantized(profile, name, shape) and shape[1] % group_size:
-            return name, shape[1]
-    return "", 0
+        if is_quantized(profile, name, shape) and shape[1] % (size or INT8_INPUTS):
+            what = f"multiple of {INT8_INPUTS}" if size is None else f"whole number of groups of {size}"
+            return f"the {shape[1]} inputs of {name} are no {what}"
+    return ""
 
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...]) -> bool:

@@ -29,7 +29,7 @@ from typing import Literal
 
 from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
 from quire_schemas.quantities import format_bytes
-from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes, ungrouped
+from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, misfit, quantized_bytes
 from quire_schemas.wire import Quantization, RunnerKind
 
 GIB = 1 << 30
@@ -574,8 +574,7 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
     if request.quantization is None and request.device == "cpu" and request.runner == "model":
         for quantization in (Quantization("int8"), Quantization("int4", group_size=GROUP_SIZES[0])):
-            grouped = quantization.group_size is None or not ungrouped(profile, quantization.group_size)[0]
-            if grouped and fits(replace(request, quantization=quantization)):
+            if not misfit(profile, quantization) and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break
     if request.memory_limit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,13 +17,16 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.effort import times
 from tests.engine_specs import run, tiny_spec
 from tests.integration.engine_process import Process
 
 from quire_engine.engine import Engine
 from quire_engine.grammar import KEPT_BYTES, MAX_BYTES
-from quire_schemas.sizing import FOOTPRINT
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.sizing import FOOTPRINT, activation_bytes, kv_block_bytes, weight_bytes
 from quire_schemas.wire import (
     Deltas,
     FromEngine,
@@ -30,6 +34,7 @@ from quire_schemas.wire import (
     GetStats,
     Hello,
     Pooling,
+    Quantization,
     Sampling,
     Stats,
     Structured,
@@ -214,6 +219,85 @@ def test_what_cannot_work_is_said_once_and_not_to_be_tried_again(
     assert engine.wait() == 78
     assert (failed.reason, failed.retryable) == (reason, False)
     assert message in failed.message
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        pytest.param(Quantization("int8"), marks=pytest.mark.nightly),  # the examples have one: tests/e2e
+        Quantization("int4", group_size=32),
+    ],
+    ids=str,
+)
+def test_a_quantized_engine_says_what_one_in_this_process_does(
+    start: Callable[..., Process], folder: Path, quantization: Quantization
+) -> None:
+    sampling = msgspec.structs.replace(SHORT, logprobs=2)
+
+    def asked() -> list[Generate]:
+        return [Generate(f"r{first}", list(range(first, 60)), sampling) for first in range(5, 50, 9)]
+
+    engine = start(quantization=msgspec.to_builtins(quantization), batch_invariant=True)
+    assert engine.wait_for("ready").batch_invariant
+    client = connect(folder)
+    client.send(*asked())
+    said: dict[str, list[Any]] = {message.id: [] for message in asked()}
+    while any(len(entries) < sampling.max_tokens for entries in said.values()):
+        for delta in client.next(Deltas).items:
+            assert delta.error is None
+            said[delta.id] += delta.logprobs or []
+    client.close()
+    here = {
+        method: Engine.load(tiny_spec(dtype="bfloat16", kv_dtype="bfloat16", quantization=method))
+        for method in (quantization, None)
+    }
+    for message in asked():
+        alone = [entry for delta in run(here[quantization], message)[message.id] for entry in delta.logprobs or []]
+        assert alone == said[message.id], "to the last bit, whoever else is there"
+    for message in asked():
+        plain = [entry for delta in run(here[None], message)[message.id] for entry in delta.logprobs or []]
+        assert plain != said[message.id]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("quantization", [Quantization("int8"), Quantization("int4", group_size=32)], ids=str)
+def test_the_memory_of_loading_is_that_of_the_result(
+    start: Callable[..., Process], tmp_path: Path, quantization: Quantization
+) -> None:
+    """The most that a process ever held, against one with a small model: the difference is the plan's."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "vocab_size": 200_000, "hidden_size": 512,
+        "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    large = profile_from_config(shape)
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    save_file(
+        {name: torch.randn(sizes).bfloat16() for name, sizes in expected_tensors(large)},
+        tmp_path / "model.safetensors",
+    )
+    sizes = {"max_num_batched_tokens": 8, "max_num_seqs": 2, "max_model_len": 64, "num_blocks": 16}
+
+    def most(**fields: Any) -> int:
+        engine = start(quantization=msgspec.to_builtins(quantization), **sizes, **fields)
+        engine.wait_for("ready")
+        status = Path(f"/proc/{engine.child.pid}/status").read_text()
+        engine.child.kill()
+        engine.wait()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+    def planned(profile: ModelProfile) -> int:
+        return (
+            weight_bytes(profile, "bfloat16", quantization)
+            + activation_bytes(profile, "bfloat16", 8, 2, 64, quantization=quantization)
+            + 16 * kv_block_bytes(profile, "bfloat16", 16)
+        )
+
+    found = most(model_dir=str(tmp_path), memory_limit=1 << 32) - most()
+    expected = planned(large) - planned(read_profile(Path(tiny_spec().model_dir)))
+    print(f"{found >> 20} MiB, planned {expected >> 20}; in bfloat16 {large.weight_bytes >> 20}")
+    assert found < expected + (16 << 20)
+    assert expected + (16 << 20) < large.weight_bytes, "in both forms it would show"
 
 
 def test_one_socket_has_one_engine_and_a_dead_one_is_replaced(start: Callable[..., Process], folder: Path) -> None:

@@ -130,13 +130,13 @@ METHODS = [INT8, Quantization("int8", "bf16"), INT4, Quantization("int4", "bf16"
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("quantization", METHODS, ids=str)
+@pytest.mark.parametrize("quantization", [INT8, INT4], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_quantized_weights_are_what_the_report_says(
     architecture: str, tied: bool, quantization: Quantization, backend: str, tmp_path: Path
 ) -> None:
     described = write_checkpoint(tmp_path, config(architecture, tie_word_embeddings=tied))
-    for dtype in ("float32", "bfloat16") if quantization.activations == "int8" else ("bfloat16",):
+    for dtype in ("float32", "bfloat16"):
         model = open_model(tmp_path, described, dtype, load(backend), quantization)
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         assert sum(storages.values()) == model.bytes == sizing.weight_bytes(described, dtype, quantization)
@@ -160,6 +160,8 @@ def test_no_weight_is_there_twice_while_a_model_loads(
     kernels = load(backend)
     weights = sizing.weight_bytes(described, "bfloat16", quantization)
     found = peak(lambda: open_model(tmp_path, described, "bfloat16", kernels, quantization)) - weights
+    if isinstance(kernels, CpuKernels):
+        found += kernels.kept_bytes
     assert found <= sizing.activation_bytes(described, "bfloat16", 1, 1, 64, quantization=quantization)
     largest = max(math.prod(shape) for _, shape in expected_tensors(described))
     assert found < largest * DTYPE_BYTES[stored]
@@ -289,11 +291,13 @@ def a_step_stays_below_the_bound(
     ("shape", "steps", "length"),
     [
         (SMALL, [(1, 0, 256)], 1024),
-        (WIDE_HEAD | {"hidden_size": 1024}, [(3, 20, 1)], 64),
         (WIDE_MLP | {"hidden_size": 256, "intermediate_size": 3072}, [(1, 0, 300)], 512),
-        (MANY_HEADS | {"hidden_size": 2048}, [(1, 0, 200), (6, 700, 1)], 1024),
+        pytest.param(WIDE_HEAD | {"hidden_size": 1024}, [(3, 20, 1)], 64, marks=pytest.mark.nightly),
+        pytest.param(
+            MANY_HEADS | {"hidden_size": 2048}, [(1, 0, 200), (6, 700, 1)], 1024, marks=pytest.mark.nightly
+        ),
     ],
-    ids=["small", "large head", "wide mlp", "many heads"],
+    ids=["small", "wide mlp", "large head", "many heads"],
 )
 def test_a_quantized_step_stays_below_the_activation_bound(
     shape: dict[str, Any],

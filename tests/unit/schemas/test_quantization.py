@@ -56,7 +56,12 @@ def test_auto_follows_the_method(declared: dict[str, Any], expected: Quantizatio
         (
             section("int4"),
             replace(QWEN_HALF_B, hidden_size=900),
-            *("bfloat16", "cpu", "groupSize", "900 inputs of model.embed_tokens", "method: int8"),
+            *("bfloat16", "cpu", "groupSize", "900 inputs of model.embed_tokens", "declare method: int8"),
+        ),
+        (
+            section("int8"),
+            replace(QWEN_HALF_B, hidden_size=902),
+            *("bfloat16", "cpu", "method", "902 inputs of model.embed_tokens.weight are no multiple of 4", "none"),
         ),
     ],
 )
