@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.models import CACHE, model_dir
 from benchmarks.quire_systems import engine_spec
 from benchmarks.rows import RESULTS, ROOT, Row, backend, provenance, write
@@ -90,11 +88,11 @@ def measure(
     """A row for each arithmetic in `names`, the first of which is what the others are compared with."""
     ids = Tokenizer.load(folder).encode(text, add_special_tokens=False)
     size = len(text.encode())
-    plain = engine_spec(folder, "bfloat16", threads=threads, max_num_seqs=8)
     rows: list[Row] = []
     first: Reading | None = None
     for name in names:
-        found = read(msgspec.structs.replace(plain, quantization=ARITHMETIC[name]), ids)
+        spec = engine_spec(folder, "bfloat16", threads=threads, max_num_seqs=8, quantization=ARITHMETIC[name])
+        found = read(spec, ids)
         first = first or found
         bits = found.bits_per_byte(size)
         rows.append(

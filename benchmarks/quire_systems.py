@@ -17,7 +17,7 @@ from quire_engine.models import KVCache, load_model
 from quire_engine.runner import ModelRunner
 from quire_kernels import Kernels
 from quire_schemas.checkpoint import read_profile
-from quire_schemas.wire import EngineSpec, Generate, Sampling
+from quire_schemas.wire import EngineSpec, Generate, Quantization, Sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -45,6 +45,7 @@ def engine_spec(
     max_model_len: int = 1024,
     block_size: int = 16,
     prefix_caching: bool = False,
+    quantization: Quantization | None = None,
 ) -> EngineSpec:
     """An engine for the checkpoint in `folder`, with room for all its seats at their longest."""
     return EngineSpec(
@@ -67,6 +68,7 @@ def engine_spec(
         seed=0,
         memory_limit=1 << 40,
         hot_hash="",
+        quantization=quantization,
     )
 
 
@@ -75,7 +77,13 @@ def engine_of(spec: EngineSpec, kernels: Kernels) -> Engine:
     folder, profile = Path(spec.model_dir), read_profile(Path(spec.model_dir))
     cpu, dtype = torch.device("cpu"), DTYPES[spec.dtype]
     model = load_model(
-        folder, profile, dtype=dtype, device=cpu, kernels=kernels, on_progress=lambda done, total: None
+        folder,
+        profile,
+        dtype=dtype,
+        device=cpu,
+        kernels=kernels,
+        on_progress=lambda done, total: None,
+        quantization=spec.quantization,
     )
     cache = KVCache.allocate(profile, spec.num_blocks, spec.block_size, dtype, cpu)
     masks = MaskMaker(meanwhile=False)
@@ -91,10 +99,19 @@ class Quire:
     """One loaded engine, sized so that every job of the scenario may run at once."""
 
     def __init__(
-        self, folder: Path, dtype: Dtype, *, threads: int, prefix_caching: bool = False, **sizes: int
+        self,
+        folder: Path,
+        dtype: Dtype,
+        *,
+        threads: int,
+        prefix_caching: bool = False,
+        quantization: Quantization | None = None,
+        **sizes: int,
     ) -> None:
         """`sizes` are the others of `engine_spec`."""
-        spec = engine_spec(folder, dtype, threads=threads, prefix_caching=prefix_caching, **sizes)
+        spec = engine_spec(
+            folder, dtype, threads=threads, prefix_caching=prefix_caching, quantization=quantization, **sizes
+        )
         self.vocab_size = read_profile(folder).vocab_size
         self.max_model_len = spec.max_model_len
         self.engine = Engine.load(spec)
