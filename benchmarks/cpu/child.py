@@ -27,7 +27,7 @@ from benchmarks.workload import SCENARIOS, Job
 from quire_engine.driver import spare_the_collector
 from quire_engine.engine import Engine
 from quire_kernels.cpu import build
-from quire_schemas.wire import EngineSpec, Generate, Sampling
+from quire_schemas.wire import EngineSpec, Generate, Quantization, Sampling
 
 BUDGET = 512
 """Tokens of a step."""
@@ -43,8 +43,12 @@ def run(name: str, **words: Any) -> Row:
     return row
 
 
-SERVED: tuple[Format, ...] = ("bf16",)
-"""What engines can store weights in."""
+SERVED: dict[Format, Quantization | None] = {
+    "bf16": None,
+    "int8": Quantization("int8"),
+    "int4": Quantization("int4", group_size=32),
+}
+"""What engines can store weights in; as many bits as the files of llama.cpp that they stand beside."""
 
 
 def spec(folder: Path, format: Format, *, threads: int, sequences: int, context: int) -> EngineSpec:
@@ -53,7 +57,7 @@ def spec(folder: Path, format: Format, *, threads: int, sequences: int, context:
         raise ValueError(f"engines have no weights in {format}")
     return engine_spec(
         folder, "bfloat16", threads=threads, max_num_seqs=sequences,
-        max_num_batched_tokens=BUDGET, max_model_len=-(-context // 16) * 16,
+        max_num_batched_tokens=BUDGET, max_model_len=-(-context // 16) * 16, quantization=SERVED[format],
     )  # fmt: skip
 
 
