@@ -90,6 +90,7 @@ ROLLING = [
     {"revision": "abc"},
     {"tokenizer": {"source": "file:///models/y"}},
     {"engine": {"dtype": "float32"}},
+    {"quantization": {"method": "int8"}},
     {"engine": {"maxModelLen": 512}},
     {"engine": {"memory": "50%"}},
     {"engine": {"kvCache": {"size": "1Gi"}}},
