@@ -45,7 +45,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 64, 100, 1000, 16384])
+@pytest.mark.parametrize("width", [1, 64, 1000, 16384])
 def test_norms(width: int, dtype: torch.dtype) -> None:
     wide, weight, added = (
         random(6, width + 8, dtype=dtype),
@@ -65,9 +65,16 @@ def test_norms_of_heads_that_lie_in_something_wider() -> None:
     close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
 
-@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
-    ("num_heads", "kv_heads", "head"), [(4, 2, 64), (5, 1, 80), (2, 2, 96), (8, 1, 128), (3, 3, 256), (7, 1, 16)]
+    ("num_heads", "kv_heads", "head", "normed"),
+    [
+        (4, 2, 64, False),
+        (5, 1, 80, True),
+        (2, 2, 96, False),
+        (8, 1, 128, True),
+        (3, 3, 256, True),
+        (7, 1, 16, False),
+    ],
 )
 def test_heads_are_placed(num_heads: int, kv_heads: int, head: int, normed: bool) -> None:
     for dtype in DTYPES:
@@ -105,7 +112,7 @@ def test_the_gate(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "outputs", "width"), [(1, 1, 2), (1, 70, 300), (2, 65, 129), (16, 40, 66)])
+@pytest.mark.parametrize(("rows", "outputs", "width"), [(1, 1, 2), (1, 9, 2100), (2, 65, 129), (16, 40, 66)])
 def test_products_of_a_few_rows(rows: int, outputs: int, width: int, dtype: torch.dtype) -> None:
     x, weight = random(rows, width + 3, dtype=dtype)[:, :width], random(outputs, width, dtype=dtype, seed=1)
     bias = random(outputs, dtype=dtype, seed=2)
