@@ -37,6 +37,7 @@ from quire_kernels.cpu import build
 from quire_schemas.checkpoint import read_profile
 
 PARTS = ("gemm", "attention", "host", "tune", "engine", "servers", "transformers")
+_WITH_LLAMA = {"tune", "engine", "servers"}
 FORMATS: tuple[Format, ...] = ("bf16", "int8", "int4")
 GEMM_ROWS = (1, 8, 32, 256)
 ATTENTION = {"qwen2.5-0.5b": (14, 2, 64), "llama-3.2-1b": (32, 8, 64)}
@@ -52,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="*", choices=[*SHAPES, "tiny"], default=["qwen2.5-0.5b"])
     parser.add_argument("--sequences", nargs="*", type=int, default=SEQUENCES, help="of the part engine")
     parser.add_argument("--clients", nargs="*", type=int, default=CLIENTS, help="of tune and servers")
+    parser.add_argument("--requests", type=int, help="of servers and transformers, instead of 64")
     parser.add_argument("--blocks", type=int, default=2, help="A B B A each, so two pairs")
     parser.add_argument("--quick", action="store_true", help="less work, one pair of each: a look, not a figure")
     parser.add_argument("--resume", action="store_true", help="go on with the last run of the file")
@@ -96,15 +98,12 @@ class _Bench:
         row = ledger.measured(lambda: asdict(ceilings.measure(args.threads)), part="ceilings")
         self.ceilings = Ceilings.of(row)
         self.folders = {name: model_dir(name, args.cache) for name in args.models}
-        self.llamas = (
-            {}
-            if args.no_peers
-            else {
-                name: Llama(args.peers, folder, args.cache, args.threads)
-                for name, folder in self.folders.items()
-                if name in SHAPES
-            }
-        )
+        peers = not args.no_peers and not _WITH_LLAMA.isdisjoint(args.parts)
+        self.llamas = {
+            name: Llama(args.peers, folder, args.cache, args.threads)
+            for name, folder in self.folders.items()
+            if peers and name in SHAPES
+        }
         self.served = [format for format in args.formats if format in child.SERVED]
         for llama in self.llamas.values():
             for format in self.served:
@@ -259,6 +258,8 @@ class _Bench:
         return best
 
     def _requests(self, clients: int) -> int:
+        if self.args.requests:
+            return int(self.args.requests)
         if self.args.quick:
             return {1: 4, 8: 16}.get(clients, 32)
         return 64

@@ -7,6 +7,7 @@ fixed loop took before and after as it took at its fastest in this process.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -106,25 +107,22 @@ def _own() -> float:
 
 def tree_seconds(pid: int) -> float:
     """Processor seconds so far of a process, of those that it has started, and of those that have ended."""
-    total = 0.0
-    for each in _tree(pid):
-        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-        total += sum(map(int, fields[11:15])) / _TICK
-    return total
+    fields = [said.rpartition(")")[2].split() for said in _told(pid, "stat")]
+    return sum(sum(map(int, each[11:15])) for each in fields) / _TICK
 
 
 def peak_bytes(pid: int) -> int:
     """The most resident memory so far, of a process and those it has started, added up."""
-    total = 0
-    for each in _tree(pid):
-        lines = Path(f"/proc/{each}/status").read_text().splitlines()
-        total += next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
-    return total
+    lines = [line.split() for said in _told(pid, "status") for line in said.splitlines()]
+    return sum(int(line[1]) << 10 for line in lines if line[:1] == ["VmHWM:"])
 
 
-def _tree(pid: int) -> list[int]:
-    found = [pid]
-    for each in found:
-        for task in Path(f"/proc/{each}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
-    return found
+def _told(pid: int, name: str) -> list[str]:
+    """What /proc/PID/`name` says of a process and of those it has started; some may end meanwhile."""
+    pids, said = [pid], []
+    for each in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            said.append(Path(f"/proc/{each}/{name}").read_text())
+            for task in Path(f"/proc/{each}/task").glob("*/children"):
+                pids += map(int, task.read_text().split())
+    return said

@@ -26,7 +26,7 @@ from benchmarks.cpu.ceilings import Format
 from benchmarks.cpu.child import spec
 from benchmarks.cpu.ledger import peak_bytes, tree_seconds
 from benchmarks.cpu.llama import ASKED, Llama, Settings
-from benchmarks.rows import ROOT, Row
+from benchmarks.rows import ROOT, Row, backend
 from benchmarks.workload import Job
 
 CONTEXT = 1024
@@ -38,7 +38,7 @@ def ours(folder: Path, format: Format, threads: int, jobs: Sequence[Job], client
     """A pass over a router and an engine with as many places as there are clients, at most 32."""
     wanted = spec(folder, format, threads=threads, sequences=min(clients, 32), context=CONTEXT)
     with _ours(wanted) as (port, pids):
-        return {"backend": "cpu"} | _pass(port, pids, wanted.model, jobs, clients, {})
+        return {"backend": backend(threads)} | _pass(port, pids, wanted.model, jobs, clients, {})
 
 
 def theirs(llama: Llama, format: Format, settings: Settings, jobs: Sequence[Job], clients: int) -> Row:
