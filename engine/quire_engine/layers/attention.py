@@ -1,6 +1,6 @@
 """Self-attention of one decoder layer over the paged cache.
 
-Legend: T tokens of the step, W hidden width, H query heads, K key/value heads, D head size.
+Legend: T tokens of the step, W hidden width, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quire_engine.layers.linear import Linear
-from quire_engine.layers.norm import RMSNorm
 from quire_kernels import HeadNorms, Kernels, PagedAttention
 
 
@@ -21,10 +20,8 @@ class Attention:
 
     qkv: Linear
     out: Linear
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
+    norms: HeadNorms | None
     num_heads: int
-    num_kv_heads: int
     head_dim: int
     kernels: Kernels
 
@@ -33,15 +30,12 @@ class Attention:
     ) -> Tensor:
         """`x` [T, W] to the heads' results [T, H · D]; this step's keys and values are in `cache` afterwards."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        query = self.kernels.place_heads(qkv, self.num_heads, norms, cos, sin, cache, slots)
+        query = self.kernels.place_heads(qkv, self.num_heads, self.norms, cos, sin, cache, slots)
         return attention(query, cache, self.head_dim**-0.5).view(x.shape[0], -1)
 
     def parameters(self) -> Iterator[Tensor]:
         yield from self.qkv.parameters()
         yield from self.out.parameters()
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                yield norm.weight
+        if self.norms is not None:
+            yield self.norms.query
+            yield self.norms.key

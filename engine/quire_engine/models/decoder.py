@@ -24,7 +24,7 @@ from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import TensorSource
-from quire_kernels import Kernels, PagedBatch, Product
+from quire_kernels import HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KVGroup, group_size, kv_groups
@@ -123,6 +123,10 @@ class DecoderModel:
         def norm(name: str) -> RMSNorm:
             return RMSNorm(weights.tensor(f"{name}.weight"), profile.rms_norm_eps, kernels)
 
+        def head_norms(at: str) -> HeadNorms:
+            query, key = (weights.tensor(f"{at}.{name}.weight") for name in ("q_norm", "k_norm"))
+            return HeadNorms(query, key, profile.rms_norm_eps)
+
         def layer(prefix: str) -> _Layer:
             at = f"{prefix}.self_attn"
             return _Layer(
@@ -130,10 +134,8 @@ class DecoderModel:
                 attention=Attention(
                     qkv=method.linear(at, ("q_proj", "k_proj", "v_proj"), bias=profile.qkv_bias),
                     out=method.linear(at, ("o_proj",), bias=profile.output_bias),
-                    q_norm=norm(f"{at}.q_norm") if profile.qk_norm else None,
-                    k_norm=norm(f"{at}.k_norm") if profile.qk_norm else None,
+                    norms=head_norms(at) if profile.qk_norm else None,
                     num_heads=profile.num_heads,
-                    num_kv_heads=profile.num_kv_heads,
                     head_dim=profile.head_dim,
                     kernels=kernels,
                 ),
