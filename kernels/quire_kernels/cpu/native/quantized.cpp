@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace quire {
@@ -35,8 +36,8 @@ constexpr int kRows = 6;
 #else
 constexpr int kRows = 4;  // weights take twice the registers
 #endif
+constexpr int kLines = kSlice * 4 / 64;  // of memory, four bytes of each output of a slice
 constexpr float kNothing = 1e-30f;  // a row that has nothing larger is zero: 127 by less may be infinite
-constexpr int64_t kAhead = 2048;    // bytes between what is read and what is asked for
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -111,12 +112,6 @@ inline int32_t four_codes(const int8_t* at) {
 }
 
 template <int Count>
-inline void ask_for(const uint8_t* at) {
-#pragma GCC unroll 8
-  for (int line = 0; line < Count; ++line) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * line), _MM_HINT_T0);
-}
-
-template <int Count>
 inline void multiply_add(Ints (&acc)[Count][kVecs], const Weights (&w)[kVecs], const int8_t* codes, int64_t stride) {
 #pragma GCC unroll 8
   for (int r = 0; r < Count; ++r) {
@@ -132,7 +127,7 @@ struct Eight {
 
   template <int Count, bool Whole>
   [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const float* scales, float* sums) {
+                    const float* scales, Ahead ahead, float* sums) {
     Ints acc[Count][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
@@ -141,7 +136,7 @@ struct Eight {
     const int8_t* codes = x.codes + row * x.stride;
     for (int64_t k = 0; k < x.width; k += 4) {
       const uint8_t* at = slice + k * outputs;
-      ask_for<kVecs>(at + kAhead);
+      ahead.operator()<kLines>(at);
       Weights w[kVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v));
@@ -162,7 +157,7 @@ struct Four {
 
   template <int Count, bool Whole>
   [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const bf16* scales, float* sums) {
+                    const bf16* scales, Ahead ahead, float* sums) {
     const int64_t group = x.width / x.groups;
     const Ints low = splat(int32_t{0x0f0f0f0f});
     for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
@@ -175,7 +170,7 @@ struct Four {
         for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(x.start[(row + r) * x.groups + g]);
       const int8_t* codes = x.codes + row * x.stride + g * group;
       for (int64_t k = 0; k < group; k += 8, at += 4 * outputs) {
-        ask_for<kVecs>(at + kAhead);
+        ahead.operator()<kLines>(at);
         Weights w[kVecs];
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v) & low);
@@ -227,13 +222,13 @@ struct WideEight {
 
   template <int Count, bool Whole>
   [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const float* scales, float* sums) {
+                    const float* scales, Ahead ahead, float* sums) {
     Vec acc[Count][kVecs];
     clear(acc);
     const float* wide = x.wide + row * x.stride;
     const Ints byte = splat(int32_t{0xff}), added = splat(int32_t{128});
     for (int64_t k = 0; k < x.width; k += 4) {
-      ask_for<kVecs>(slice + k * outputs + kAhead);
+      ahead.operator()<kLines>(slice + k * outputs);
 #pragma GCC unroll 4
       for (int part = 0; part < 4; ++part) {
         Vec w[kVecs];
@@ -257,7 +252,7 @@ struct WideFour {
 
   template <int Count, bool Whole>
   [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const bf16* scales, float* sums) {
+                    const bf16* scales, Ahead ahead, float* sums) {
     const int64_t group = x.width / x.groups;
     Vec acc[Count][kVecs];
     clear(acc);
@@ -269,7 +264,7 @@ struct WideFour {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) scale[v] = load(scales + g * outputs + v * kLanes, lanes.n[v]);
       for (int64_t k = g * group; k < (g + 1) * group; k += 8, at += 4 * outputs) {
-        ask_for<kVecs>(at + kAhead);
+        ahead.operator()<kLines>(at);
 #pragma GCC unroll 8
         for (int part = 0; part < 8; ++part) {
           Vec w[kVecs];
@@ -297,8 +292,8 @@ struct Sweep {
 
   template <int Count, bool Whole>
   void block(int64_t row, int64_t output, const uint8_t* from, int64_t in_panel, const Lanes& lanes,
-             const typename Kind::Scale* scales) const {
-    Kind::template block<Count, Whole>(x, row, from, in_panel, lanes, scales, sums);
+             const typename Kind::Scale* scales, const Ahead& ahead) const {
+    Kind::template block<Count, Whole>(x, row, from, in_panel, lanes, scales, ahead, sums);
     Out* out = static_cast<Out*>(call.out) + row * call.out_stride + output;
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -313,30 +308,39 @@ struct Sweep {
   }
 
   template <bool Whole>
-  void slice(int64_t output, const uint8_t* from, int64_t in_panel, const typename Kind::Scale* scales) const {
-    Lanes lanes(in_panel - output % kPanel);
+  void slice(int64_t output, const uint8_t* from, int64_t in_panel, const typename Kind::Scale* scales,
+             const uint8_t* next) const {
+    const Lanes lanes(in_panel - output % kPanel);
+    const Passes passes(x.count, kRows);
     int64_t row = 0;
-    for (; row + kRows <= x.count; row += kRows) block<kRows, Whole>(row, output, from, in_panel, lanes, scales);
-    switch (x.count - row) {
-      case 5: return block<5, Whole>(row, output, from, in_panel, lanes, scales);
-      case 4: return block<4, Whole>(row, output, from, in_panel, lanes, scales);
-      case 3: return block<3, Whole>(row, output, from, in_panel, lanes, scales);
-      case 2: return block<2, Whole>(row, output, from, in_panel, lanes, scales);
-      case 1: return block<1, Whole>(row, output, from, in_panel, lanes, scales);
-      default: return;
+    for (int64_t pass = 0; pass < passes.count; ++pass) {
+      const Ahead ahead(from, in_panel * row_bytes(), next, 4 * in_panel, pass, passes.count);
+      switch (passes.rows(pass)) {
+        case 6: block<6, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+        case 5: block<5, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+        case 4: block<4, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+        case 3: block<3, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+        case 2: block<2, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+        case 1: block<1, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
+      }
+      row += passes.rows(pass);
     }
   }
 
-  void panel(int64_t number) const {
+  int64_t row_bytes() const { return call.group ? x.width / 2 : x.width; }
+
+  // `apart`: panels from one that a thread takes to the next, as a rule.
+  void panel(int64_t number, int64_t apart) const {
     const int64_t begin = number * kPanel, in_panel = std::min(kPanel, call.outputs - begin);
-    const int64_t row_bytes = call.group ? x.width / 2 : x.width;
+    const bool more = begin + (apart + 1) * kPanel <= call.outputs;
     for (int64_t at = 0; at < in_panel; at += kSlice) {
-      const uint8_t* from = call.weight + begin * row_bytes + 4 * at;
+      const uint8_t* from = call.weight + begin * row_bytes() + 4 * at;
+      const uint8_t* next = more ? from + apart * kPanel * row_bytes() : nullptr;
       const auto* scales = static_cast<const typename Kind::Scale*>(call.scales) + begin * x.groups + at;
       if (in_panel - at >= kSlice) {
-        slice<true>(begin + at, from, in_panel, scales);
+        slice<true>(begin + at, from, in_panel, scales, next);
       } else {
-        slice<false>(begin + at, from, in_panel, scales);
+        slice<false>(begin + at, from, in_panel, scales, next);
       }
     }
   }
@@ -345,7 +349,7 @@ struct Sweep {
 template <class Kind, class Out>
 void sweep(Pool& pool, const QuantizedLinear& call, const Rows& x, float* sums) {
   pool.each((call.outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
-    Sweep<Kind, Out>{call, x, sums + thread * kRows * kSlice}.panel(number);
+    Sweep<Kind, Out>{call, x, sums + thread * kRows * kSlice}.panel(number, pool.size());
   });
 }
 

@@ -1,0 +1,60 @@
+// Memory asked for before it is read: a weight comes once through the caches in every step, and the processor's own
+// guesses end with the page.
+//
+// A panel is swept by rows in passes of a few. If one pass does, it asks some kilobytes ahead of itself, and from the
+// panel's end on for the one that its thread probably takes next. If there are more, all but the first find the panel
+// in the second cache, so memory would stand idle; they all ask for their share of the next panel instead.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace quire {
+
+constexpr int64_t kFar = 8192;   // bytes, to the second cache
+constexpr int64_t kNear = 1024;  // to the first
+
+// `rows` in passes of at most `most`, as even as can be.
+struct Passes {
+  int64_t count, each, longer;
+  Passes(int64_t rows, int64_t most) : count((rows + most - 1) / most) {
+    each = count ? rows / count : 0;
+    longer = count ? rows % count : 0;
+  }
+  int64_t rows(int64_t pass) const { return each + (pass < longer); }
+};
+
+class Ahead {
+ public:
+  // For pass `pass` of `passes` over the part of a panel that begins at `from`: `size` bytes, of which each step takes
+  // some of the next `step`. The same part of the next panel is at `next`, or null.
+  Ahead(const void* from, int64_t size, const void* next, int64_t step, int64_t pass, int64_t passes)
+      : next_(static_cast<const char*>(next ? next : from)), step_(step / passes) {
+    if (passes == 1 && size > kFar) {
+      at_ = static_cast<const char*>(from) + kFar;
+      end_ = static_cast<const char*>(from) + size;
+    } else {
+      at_ = next_ + size / passes * pass;
+      end_ = nullptr;
+    }
+  }
+
+  // Before a step that reads `Lines` lines at `from`.
+  template <int Lines>
+  void operator()(const void* from) {
+#pragma GCC unroll 8
+    for (int line = 0; line < Lines; ++line) {
+      _mm_prefetch(static_cast<const char*>(from) + kNear + 64 * line, _MM_HINT_T0);
+      _mm_prefetch(at_ + 64 * line, _MM_HINT_T1);
+    }
+    at_ += step_;
+    if (at_ == end_) at_ = next_;
+  }
+
+ private:
+  const char *at_, *end_, *next_;
+  int64_t step_;
+};
+
+}  // namespace quire
