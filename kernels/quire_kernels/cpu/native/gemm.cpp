@@ -8,13 +8,14 @@
 //     float32, float16    [K][N]
 //     bfloat16            [K / 2][N][2]     pairs, which is what vdpbf16ps takes; K is even
 //
-// A panel is a task. It is read from memory once a step and swept by all rows, a few at a time, whose sums stay in
-// registers for all of K; so what a number comes out as does not depend on how many rows there are. Where the
+// A panel is a task. It is read from memory once a step and swept by all rows, a few at a time (ahead.h), whose sums stay
+// in registers for all of K; so what a number comes out as does not depend on how many rows there are. Where the
 // processor has no products of bfloat16 pairs, rows are widened to float32 first.
 #include "gemm.h"
 
 #include <algorithm>
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace quire {
@@ -38,8 +39,9 @@ struct Lanes {
 // Sums of `Rows` rows over all of K, for one slice of a panel of `outputs`.
 template <int Rows, bool Whole, class Weight>
 inline void sums(const float* x, int64_t stride, const Weight* slice, int64_t outputs, int64_t width,
-                 const Lanes& lanes, Vec (&acc)[Rows][kVecs]) {
+                 const Lanes& lanes, Ahead ahead, Vec (&acc)[Rows][kVecs]) {
   for (int64_t k = 0; k < width; ++k) {
+    ahead.operator()<kSlice * sizeof(Weight) / 64>(slice + k * outputs);
     Vec w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -60,8 +62,9 @@ constexpr bool kPairs = true;
 
 template <int Rows, bool Whole>
 inline void sums(const bf16* x, int64_t stride, const bf16* slice, int64_t outputs, int64_t width, const Lanes& lanes,
-                 Vec (&acc)[Rows][kVecs]) {
+                 Ahead ahead, Vec (&acc)[Rows][kVecs]) {
   for (int64_t k = 0; k < width; k += 2) {
+    ahead.operator()<kSlice * 4 / 64>(slice + k * outputs);
     __m512bh w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -85,8 +88,9 @@ constexpr bool kPairs = false;
 
 template <int Rows, bool Whole>
 inline void sums(const float* x, int64_t stride, const bf16* slice, int64_t outputs, int64_t width, const Lanes& lanes,
-                 Vec (&acc)[Rows][kVecs]) {
+                 Ahead ahead, Vec (&acc)[Rows][kVecs]) {
   for (int64_t k = 0; k < width; k += 2) {
+    ahead.operator()<kSlice * 4 / 64>(slice + k * outputs);
     Pair w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -112,15 +116,17 @@ struct Product {
   int64_t outputs;
   const Weight* bias;
 
+  static constexpr int64_t kTogether = std::is_same_v<Weight, bf16> ? 2 : 1;  // numbers of an output that lie together
+
   template <int Rows, bool Whole, class Out>
-  void block(int64_t row, int64_t output, const Weight* slice, int64_t in_panel, const Lanes& lanes, Out* out,
-             int64_t out_stride) const {
+  void block(int64_t row, int64_t output, const Weight* slice, int64_t in_panel, const Lanes& lanes,
+             const Ahead& ahead, Out* out, int64_t out_stride) const {
     Vec acc[Rows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
-    sums<Rows, Whole>(x + row * stride, stride, slice, in_panel, width, lanes, acc);
+    sums<Rows, Whole>(x + row * stride, stride, slice, in_panel, width, lanes, ahead, acc);
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       if (lanes.n[v] == 0) break;
@@ -135,31 +141,38 @@ struct Product {
   }
 
   template <bool Whole, class Out>
-  void slice(int64_t output, const Weight* from, int64_t in_panel, const Lanes& lanes, Out* out,
+  void slice(int64_t output, const Weight* from, const Weight* next, int64_t in_panel, const Lanes& lanes, Out* out,
              int64_t out_stride) const {
+    const int64_t step = in_panel * static_cast<int64_t>(sizeof(Weight)) * kTogether;
+    const Passes passes(rows, kRows);
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) block<kRows, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-    switch (rows - row) {
-      case 5: return block<5, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-      case 4: return block<4, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-      case 3: return block<3, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-      case 2: return block<2, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-      case 1: return block<1, Whole>(row, output, from, in_panel, lanes, out, out_stride);
-      default: return;
+    for (int64_t pass = 0; pass < passes.count; ++pass) {
+      const Ahead ahead(from, width / kTogether * step, next, step, pass, passes.count);
+      switch (passes.rows(pass)) {
+        case 6: block<std::min(6, kRows), Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+        case 5: block<5, Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+        case 4: block<4, Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+        case 3: block<3, Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+        case 2: block<2, Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+        case 1: block<1, Whole>(row, output, from, in_panel, lanes, ahead, out, out_stride); break;
+      }
+      row += passes.rows(pass);
     }
   }
 
+  // `apart`: panels from one that a thread takes to the next, as a rule.
   template <class Out>
-  void panel(int64_t number, Out* out, int64_t out_stride) const {
-    constexpr int64_t each = std::is_same_v<Weight, bf16> ? 2 : 1;  // numbers of an output that lie together
+  void panel(int64_t number, int64_t apart, Out* out, int64_t out_stride) const {
     const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+    const bool more = begin + (apart + 1) * kPanel <= outputs;
     for (int64_t at = 0; at < in_panel; at += kSlice) {
-      const Weight* from = weight + begin * width + at * each;
+      const Weight* from = weight + begin * width + at * kTogether;
+      const Weight* next = more ? from + apart * kPanel * width : nullptr;
       Lanes lanes(in_panel - at);
       if (in_panel - at >= kSlice) {
-        slice<true>(begin + at, from, in_panel, lanes, out, out_stride);
+        slice<true>(begin + at, from, next, in_panel, lanes, out, out_stride);
       } else {
-        slice<false>(begin + at, from, in_panel, lanes, out, out_stride);
+        slice<false>(begin + at, from, next, in_panel, lanes, out, out_stride);
       }
     }
   }
@@ -170,11 +183,11 @@ void multiply(Pool& pool, const Product<X, Weight>& product, Format out_format, 
   int64_t panels = (product.outputs + kPanel - 1) / kPanel;
   pool.each(panels, [&](int64_t number, int) {
     if (out_format == kFloat32) {
-      product.panel(number, static_cast<float*>(out), out_stride);
+      product.panel(number, pool.size(), static_cast<float*>(out), out_stride);
     } else if (out_format == kBfloat16) {
-      product.panel(number, static_cast<bf16*>(out), out_stride);
+      product.panel(number, pool.size(), static_cast<bf16*>(out), out_stride);
     } else {
-      product.panel(number, static_cast<fp16*>(out), out_stride);
+      product.panel(number, pool.size(), static_cast<fp16*>(out), out_stride);
     }
   });
 }
