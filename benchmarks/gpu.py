@@ -37,7 +37,7 @@ from quire_kernels import load as load_kernels
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config
-from quire_schemas.sizing import kv_block_bytes, kv_bytes_per_token
+from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_bytes_per_token
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
 CUDA = torch.device("cuda")
@@ -295,28 +295,57 @@ def decode(bench: Bench, card: Card, batch: int, context: int, steps: int) -> di
     }
 
 
-def prefill(bench: Bench, card: Card, tokens: int) -> dict[str, Any]:
-    """One prompt of `tokens` tokens in one step."""
+def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str, Any]:
+    """`prompts` prompts of `tokens` tokens, as many in a step as its budget takes."""
     rng, found = random.Random(tokens), []
-    for number in range(4):
+    for _ in range(3):
+        for number in range(prompts):
+            bench.add(str(number), tokens, 1, rng)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        bench.add(str(number), tokens, 1, rng)
         bench.drain()
         found.append(time.perf_counter() - start)
-    seconds = min(found)
+    seconds = statistics.median(found)
     profile = bench.profile
     body = bench.read_bytes // 2 - profile.vocab_size * profile.hidden_size
     attention = 4 * profile.num_layers * tokens * tokens / 2 * profile.q_size
-    rate = (2 * body * tokens + attention) / seconds
+    rate = prompts * (2 * body * tokens + attention) / seconds
     return {
         "part": "prefill",
         "model": bench.name,
         "tokens": tokens,
-        "ms": round(seconds * 1000, 2),
-        "tokens_per_second": round(tokens / seconds),
+        "prompts": prompts,
+        "budget": bench.spec.max_num_batched_tokens,
+        "ms_each": round(seconds / prompts * 1000, 2),
+        "tokens_per_second": round(prompts * tokens / seconds),
         "tflops": round(rate / 1e12, 1),
         "roofline_share": round(rate / card.bf16, 3),
+    }
+
+
+def memory(bench: Bench) -> dict[str, Any]:
+    """What the plan says, and what torch holds at its peak."""
+    spec, profile = bench.spec, bench.profile
+    activations = activation_bytes(
+        profile,
+        "bfloat16",
+        spec.max_num_batched_tokens,
+        spec.max_num_seqs,
+        spec.max_model_len,
+        device="cuda",
+    )
+    kv = spec.num_blocks * kv_block_bytes(profile, "bfloat16", spec.block_size)
+    weights = bench.model.bytes
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "part": "memory",
+        "model": bench.name,
+        "weights_mib": weights >> 20,
+        "kv_mib": kv >> 20,
+        "planned_activations_mib": activations >> 20,
+        "peak_activations_mib": (torch.cuda.max_memory_allocated() - weights - kv) >> 20,
+        "reserved_mib": torch.cuda.max_memory_reserved() >> 20,
+        "device_used_mib": (total - free) >> 20,
     }
 
 
@@ -536,6 +565,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
             yield decode(bench, card, batch, 1024, 64)
         yield prefill(bench, card, 2048)
         yield offline(bench, card, "nano", nano_lengths())
+        yield memory(bench)
         bench.close()
     elif part == "8b":
         bench = Bench("llama-3.1-8b", seqs=256, tokens=8192, length=8448, kv_bytes=50 << 30)
@@ -545,6 +575,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         for tokens in (2048, 8192):
             yield prefill(bench, card, tokens)
         yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
+        yield memory(bench)
         bench.close()
     elif part == "transformers":
         yield from transformers_rows("qwen3-0.6b", nano_lengths()[: 64 if quick else 256], (64,))

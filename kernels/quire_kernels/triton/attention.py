@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.triton.launch import dependent, wait
 
 _LEAST_SPLIT = 64
 _MOST_SPLITS = 64
@@ -123,7 +124,9 @@ def _decode(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait(DEPENDENT)
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(query_starts + sequence)
     if tl.load(query_starts + sequence + 1) - row != 1:
@@ -187,8 +190,10 @@ def _merge(
     SPLITS: tl.constexpr,
     BLOCK_X: tl.constexpr,
     LEAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The splits of one head of one sequence, weighed by what their exponentials sum to."""
+    wait(DEPENDENT)
     head, sequence = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
     if tl.load(query_starts + sequence + 1) - row != 1:
@@ -237,7 +242,9 @@ def _prefill(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait(DEPENDENT)
     # the last blocks of a sequence see the most keys: they begin first
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     left, right = block * 0, num_sequences - 1
@@ -364,6 +371,7 @@ class StepAttention:
             PRECISION=shape["PRECISION"],
             num_warps=tuning["num_warps"],
             num_stages=tuning["num_stages"],
+            **dependent(),
             **fixed,
         )
         if splits > 1:
@@ -376,6 +384,7 @@ class StepAttention:
                 query.shape[1],
                 BLOCK_X=triton.next_power_of_2(splits),
                 num_warps=4,
+                **dependent(),
                 **fixed,
             )
 
@@ -409,6 +418,7 @@ class StepAttention:
             PRECISION=shape["PRECISION"],
             num_warps=tuning["num_warps"],
             num_stages=tuning["num_stages"],
+            **dependent(),
         )
 
 

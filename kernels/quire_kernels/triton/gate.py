@@ -10,15 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.launch import dependent, wait
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr):
+def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = dims < width
     here = gate_up + row * stride + dims
+    wait(DEPENDENT)
     gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
     result = gate / (1.0 + tl.exp(-gate)) * up
@@ -30,6 +33,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
-        out, gate_up, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4
+        out, gate_up, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, **dependent()
     )
     return out

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.launch import dependent, wait
+
 if TYPE_CHECKING:
     from quire_kernels import HeadNorms
 
@@ -51,6 +53,7 @@ def _place_heads(
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -62,6 +65,7 @@ def _place_heads(
     is_value = (heads >= num_heads + kv_heads)[:, None]
 
     here = qkv + token * token_stride + (heads * head_stride)[:, None] + dims[None, :]
+    wait(DEPENDENT)
     first = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(here + HALF, mask=inside, other=0.0).to(tl.float32)
     x, y = first, second
@@ -133,5 +137,6 @@ def place_heads(
         HEADS=_HEADS,
         # eight numbers a thread
         num_warps=max(1, _HEADS * block // 128),
+        **dependent(),
     )
     return out

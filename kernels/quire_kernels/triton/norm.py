@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.launch import dependent, wait
+
 
 @triton.jit
 def _rms_norm(
@@ -29,11 +31,13 @@ def _rms_norm(
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_W)
     inside = dims < W
     scale = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     at = row // heads * token_stride + row % heads * head_stride
     number = tl.load(x + at + dims, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -89,4 +93,5 @@ def _launch(
         ADD=residual is not None,
         # eight numbers a thread: 16 bytes of a 16-bit format
         num_warps=min(16, max(1, block // 256)),
+        **dependent(),
     )

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.launch import dependent, wait
+
 _FEW = 16
 
 
@@ -82,18 +84,25 @@ def _one_row(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     rows, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = first + rows < outputs
     here = weight + first.to(tl.int64) * width + (rows * width)[:, None] + ks[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    # a weight is written by no kernel: its first tile is on its way before the last kernel has ended, and the
+    # next one always before this one is needed; nobody reads it again before the next step
+    w = tl.load(here, mask=inside[:, None] & (ks < width)[None, :], other=0.0, eviction_policy="evict_first")
+    wait(DEPENDENT)
     for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        there = k + ks < width
-        # nobody reads a weight again before the next step
-        w = tl.load(here + k, mask=inside[:, None] & there[None, :], other=0.0, eviction_policy="evict_first")
-        number = tl.load(x + k + ks, mask=there, other=0.0)
+        following = k + BLOCK_K + ks < width
+        coming = tl.load(
+            here + k + BLOCK_K, mask=inside[:, None] & following[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        number = tl.load(x + k + ks, mask=k + ks < width, other=0.0)
         acc += w.to(tl.float32) * number.to(tl.float32)[None, :]
+        w = coming
     total = tl.sum(acc, 1)
     if BIAS:
         total += tl.load(bias + first + rows, mask=inside, other=0.0).to(tl.float32)
@@ -114,6 +123,7 @@ def _few_rows(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     rows, ks, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
@@ -122,6 +132,7 @@ def _few_rows(
     here = weight + first.to(tl.int64) * width + (rows * width)[:, None] + ks[None, :]
     numbers = x + (columns * x_stride)[None, :] + ks[:, None]
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    wait(DEPENDENT)
     for k in tl.range(0, width, BLOCK_K):
         there = k + ks < width
         w = tl.load(here + k, mask=inside[:, None] & there[None, :], other=0.0, eviction_policy="evict_first")
@@ -142,13 +153,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
     if rows == 1:
         _one_row[grid](
             out, x, weight, added, outputs, width, BIAS=bias is not None, BLOCK_N=tiling.block_n,
-            BLOCK_K=tiling.block_k, STAGES=tiling.num_stages, num_warps=tiling.num_warps,
+            BLOCK_K=tiling.block_k, STAGES=tiling.num_stages, num_warps=tiling.num_warps, **dependent(),
         )  # fmt: skip
     else:
         _few_rows[grid](
             out, x, weight, added, rows, outputs, width, x.stride(0), BIAS=bias is not None, ROWS=_FEW,
             BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            num_stages=tiling.num_stages, **dependent(),
         )  # fmt: skip
     return out
 

@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.launch import dependent, wait
+
 BROKEN = -2
 """Instead of a token: the row has NaN, +inf, or nothing but -inf."""
 PADDING = -1
@@ -182,8 +184,10 @@ def _survey(
     top_ps,
     min_ps,
     seeds,
+    DEPENDENT: tl.constexpr,
 ):
     row, split = tl.program_id(0), tl.program_id(1)
+    wait(DEPENDENT)
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
         return
@@ -470,8 +474,10 @@ def _settle(
     min_ps,
     seeds,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0)
+    wait(DEPENDENT)
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
         tl.store(tokens_out + row, -1)
@@ -529,10 +535,10 @@ def draw(
     how = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
     _survey[(rows, splits)](
         room.numbers, room.places, room.maxima, logits, logits.stride(0), vocabulary, share, splits, slots,
-        positions, *how, num_warps=4,
+        positions, *how, num_warps=4, **dependent(),
     )  # fmt: skip
     _settle[(rows,)](
         tokens_out, last_token, room.numbers, room.places, room.maxima, room.listed,
         room.listed_ids, logits, logits.stride(0), vocabulary, splits, slots, positions, *how,
-        SPLITS=triton.next_power_of_2(triton.cdiv(vocabulary, _TILE.value)), num_warps=16,
+        SPLITS=triton.next_power_of_2(triton.cdiv(vocabulary, _TILE.value)), num_warps=16, **dependent(),
     )  # fmt: skip

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.triton.launch import dependent, wait
 
 LAST = -1
 """Instead of a token: the one drawn last for that row."""
@@ -43,7 +44,9 @@ def _prepare(
     GROUPS: tl.constexpr,
     P: tl.constexpr,
     ITEMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait(DEPENDENT)
     at = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     there = at < num_items
     mine = items + at * (3 + 2 * GROUPS)
@@ -142,4 +145,5 @@ def prepare(step: StepBuffers, tables: Tensor, last_token: Tensor) -> None:
         P=batch.block_size,
         ITEMS=_ITEMS,
         num_warps=1,
+        **dependent(),
     )

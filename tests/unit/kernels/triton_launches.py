@@ -20,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
-from quire_kernels.triton import gate, heads, norm, product, sample, tokens
+from quire_kernels.paging import PagedBatch
+from quire_kernels.triton import gate, heads, norm, product, sample, step, tokens
+from quire_kernels.triton.attention import Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -54,6 +56,28 @@ def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None 
     product.multiply(x, weight, bias, BF16, tiling or product.tiling_for(rows, outputs, width))
 
 
+def attend(
+    counts: list[int], cached: int, kv_heads: int, group: int, head: int, chip: Chip, window: int | None
+) -> None:
+    blocks = -(-(cached + max(counts)) // 16)
+    batch = PagedBatch.build(
+        starts=[cached] * len(counts),
+        query_lens=counts,
+        block_tables=[range(blocks)] * len(counts),
+        logits=[1] * len(counts),
+        block_size=16,
+    )
+    cache, query = new(2, blocks, 16, kv_heads, head), new(sum(counts), kv_heads * group, head)
+    StepAttention(batch, window, chip)(query, cache, 1.0)
+
+
+def prepare(groups: int) -> None:
+    tables = new(groups, 8, 64, dtype=torch.int32)
+    buffers = step.StepBuffers.allocate(4, tables, 16, 1024, torch.device("cpu"))
+    step.prepare(buffers, tables, new(8, dtype=torch.int32))
+
+
+H200, A100 = Chip(132, 227 * 1024), Chip(108, 163 * 1024)
 LAUNCHES: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 4096), new(4096), 1e-6),
     lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6),
@@ -67,6 +91,10 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
+    lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
+    lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
+    lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
+    lambda: prepare(1),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 16, 80), new(80), 1e-6),
@@ -81,6 +109,14 @@ MORE: list[Callable[[], Any]] = [
     lambda: draw(256, 128256, F32),
     lambda: multiply(1, 1000, 900),
     lambda: multiply(16, 151936, 1024),
+    *(
+        partial(attend, counts, 999, *heads, chip, window)
+        for counts in ([1], [1] * 64, [1, 40])
+        for heads in ((8, 4, 128), (2, 7, 64), (1, 8, 256), (3, 1, 80))
+        for chip in (H200, A100)
+        for window in (None, 100)
+    ),
+    partial(prepare, 3),
     *(partial(multiply, 1, 6144, 4096, tiling) for tiling in product.ONE_ROW),
     *(partial(multiply, 16, 6144, 4096, tiling) for tiling in product.FEW_ROWS),
 ]
