@@ -313,7 +313,8 @@ def activation_bytes(
     base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
     if device == "cpu":
-        base += tokens * max(hidden, inner, q) * wide  # what native products widen; it is kept
+        kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
+        base += tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
 
     def product(count: int, inputs: int, outputs: int) -> int:
         """What a product of `count` rows with a quantized weight holds besides input and result."""

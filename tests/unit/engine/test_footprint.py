@@ -307,7 +307,8 @@ def test_a_quantized_step_stays_below_the_activation_bound(
     backend: str,
     tmp_path: Path,
 ) -> None:
-    a_step_stays_below_the_bound(shape, steps, length, "bfloat16", backend, tmp_path, quantization)
+    for dtype in ("bfloat16", "float32"):
+        a_step_stays_below_the_bound(shape, steps, length, dtype, backend, tmp_path, quantization)
 
 
 ALL_OF_IT: dict[str, Any] = {"logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}
