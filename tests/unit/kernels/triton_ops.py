@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quire_kernels import HeadNorms
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, TritonKernels, product
+from quire_kernels.triton import INTERPRETED, TritonKernels, product, tokens
 
 torch.set_num_threads(1)
 # exp(1000) is inf, on purpose; numpy, which interprets, tells each time
@@ -144,8 +144,13 @@ def test_tilings_leave_no_multiprocessor_idle_and_fit() -> None:
 # ── over logits ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("width", [1, 5, 2048, 2049, 20001])
-def test_the_largest_number_is_the_first_of_equals(width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "programs"), [(1, 99), (5, 99), (2048, 99), (2049, 99), (20001, 99), (20001, 12)]
+)
+def test_the_largest_number_is_the_first_of_equals(
+    width: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_PROGRAMS", programs)
     logits = random(6, width + 3)[:, :width]
     logits[0] = 1.5
     logits[1, width // 2 :] = 9.0

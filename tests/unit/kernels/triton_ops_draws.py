@@ -91,7 +91,11 @@ def test_what_the_noise_picks_is_distributed_as_the_softmax() -> None:
     assert abs(statistic - 39) < 4 * (2 * 39) ** 0.5
 
 
-def test_seed_position_and_token_decide_and_nothing_else_does() -> None:
+@pytest.mark.parametrize("programs", [1024, 6])
+def test_seed_position_and_token_decide_and_nothing_else_does(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "_PROGRAMS", programs)
     logits, asked = 2 * random(3, 9000), Sampling(max_tokens=1, temperature=0.8)
     seeds, positions = [7, 1 << 40, (1 << 63) - 1], [100, 0, 2**31 - 1]
     scores = logits.cpu().double().numpy() / 0.8
@@ -105,6 +109,14 @@ def test_seed_position_and_token_decide_and_nothing_else_does() -> None:
     assert draw(logits[1:2], [asked], seeds[1:2], positions[1:2])[0] == expected[1:2]
 
 
+def test_a_score_of_before_is_not_kept_when_a_lane_finds_a_higher_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_PROGRAMS", 1)
+    logits = torch.zeros((1, 9000), device=DEVICE)
+    logits[0, 4103] = 20.0
+    favours_7 = int(noise(5, np.arange(1 << 16), np.array(7)).argmax())
+    assert draw(logits, [Sampling(max_tokens=1, temperature=1.0)], [5], [favours_7])[0] == [4103]
+
+
 def test_a_vocabulary_is_cut_into_whole_tiles_and_no_more_programs_than_there_is_room_for() -> None:
     for vocabulary in (1, 4096, 4097, 151936, 262144):
         room = sample.scratch(1000, vocabulary, "meta")
@@ -115,7 +127,8 @@ def test_a_vocabulary_is_cut_into_whole_tiles_and_no_more_programs_than_there_is
         assert sample.num_splits(1, vocabulary) == -(-vocabulary // 4096)
 
 
-def test_greedy_rows_take_the_first_of_the_largest() -> None:
+def test_greedy_rows_take_the_first_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_PROGRAMS", 8)  # two splits, of two tiles and one
     logits = random(4, 9001).half()
     logits[1, 4000:] = 9.0
     logits[2] = -torch.inf
@@ -179,8 +192,11 @@ def kept(logits: Tensor, asked: Sampling) -> list[int]:
         (1.0, Sampling(max_tokens=1, temperature=1.0, top_k=7000, top_p=0.9, min_p=0.001)),
     ],
 )
-def test_filters_leave_what_a_shortlist_has(spread: float, asked: Sampling) -> None:
+def test_filters_leave_what_a_shortlist_has(
+    spread: float, asked: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last that stays and the first that does not, each where the noise prefers it to all others."""
+    monkeypatch.setattr(sample, "_PROGRAMS", 4)  # two splits, of two tiles and one
     vocabulary = 9000
     logits = spread * random(vocabulary)
     scores = (logits / asked.temperature).cpu().double().numpy()
