@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quire_kernels.cpu import build
 from quire_kernels.errors import BackendUnavailable, KernelError
+from quire_kernels.memory import Slabs
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Int4Weight, QuantizedWeight
 from quire_kernels.reference.product import PlainProduct
@@ -253,6 +254,7 @@ class CpuKernels:
 
     def __init__(self, threads: int, level: build.Level | None = None) -> None:
         self._native = _Native(threads, level)
+        self._slabs = Slabs()
 
     @property
     def kept_bytes(self) -> int:
@@ -262,6 +264,7 @@ class CpuKernels:
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         if weight.shape[1] % 2:
             return PlainProduct(weight, bias)  # pairs of an odd number of inputs would need another byte or two
+        weight = self._slabs.settle(weight)
         self._native.library.quire_pack(
             self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape
         )
@@ -271,21 +274,21 @@ class CpuKernels:
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
         native, (outputs, width) = self._native, weight.shape
+        scales = self._slabs.settle(weight.scales)
         if isinstance(weight, Int4Weight):
             values, group_size = weight.values, weight.group_size
             # the scales lie as the numbers do, in panels
-            native.library.quire_pack(
-                native.engine, _FORMATS[torch.float16], weight.scales.data_ptr(), *weight.scales.shape
-            )
+            native.library.quire_pack(native.engine, _FORMATS[torch.float16], scales.data_ptr(), *scales.shape)
         else:
             # four inputs lie together; what is added costs memory twice for a moment, but few widths need it
             values, group_size = F.pad(weight.values, (0, -width % 4)) if width % 4 else weight.values, 0
+        values = self._slabs.settle(values)
         native.library.quire_pack_quantized(
             native.engine, values.data_ptr(), *values.shape, isinstance(weight, Int4Weight)
         )
         wide_bias = None if bias is None else bias.float()
         return _PackedQuantized(
-            native, values, weight.scales, group_size, (outputs, width), wide_bias, activations == "int8", dtype
+            native, values, scales, group_size, (outputs, width), wide_bias, activations == "int8", dtype
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
