@@ -44,7 +44,7 @@ ATTENTION = {"qwen2.5-0.5b": (14, 2, 64), "llama-3.2-1b": (32, 8, 64)}
 CONTEXT = 8192
 SEQUENCES = (1, 16, 32)
 CLIENTS = (1, 8, 32)
-STATIC_BATCH = 32
+STATIC_BATCHES = (16, 32)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,15 +145,13 @@ class _Bench:
             for format in self.served:
                 for flags in ({"-fa": "on"}, {"-fa": "off"}):
                     bench = partial(llama.batched_bench, format, 128, 32, 16, 1, flags)
-                    self.ledger.measured(
-                        bench, part="tune", kind="engine", model=model, format=format, settings=flags
-                    )
+                    self.ledger.measured(bench, part="tune", model=model, format=format, settings=flags)
                 for clients in self.args.clients:
                     jobs = child.jobs(SHAPES[model]["vocab_size"], 4 if clients == 1 else clients)
                     for flags in candidates(clients):
                         action = partial(servers.theirs, llama, format, flags, jobs, clients)
                         self.ledger.measured(
-                            action, part="tune", kind="server", model=model, format=format, clients=clients,
+                            action, part="tune", model=model, format=format, clients=clients,
                             requests=len(jobs), settings=flags,
                         )  # fmt: skip
 
@@ -163,11 +161,11 @@ class _Bench:
             for format in self.served:
                 for sequences in self.args.sequences:
                     self._contest(
-                        self._engines(model, [format], 128, output, sequences, repeats),
+                        self._engines("decode", model, [format], 128, output, sequences, repeats),
                         part="engine", kind="decode", model=model, sequences=sequences, format=format,
                     )  # fmt: skip
             self._contest(
-                self._engines(model, self.served, 512, 2, 1, 1 if self.args.quick else 3),
+                self._engines("prefill", model, self.served, 512, 2, 1, 1 if self.args.quick else 3),
                 part="engine", kind="prefill", model=model, prompt=512,
             )  # fmt: skip
 
@@ -180,7 +178,7 @@ class _Bench:
                         f"quire {format}": partial(servers.ours, folder, format, self.args.threads, jobs, clients)
                     }
                     if model in self.llamas:
-                        flags = self._best(model, format, "server", clients, candidates(clients)[0])
+                        flags = self._best("tokens_per_s", model, format, clients, candidates(clients)[0])
                         systems[f"llama.cpp {FILES[format]}"] = partial(
                             servers.theirs, self.llamas[model], format, flags, jobs, clients
                         )
@@ -193,31 +191,29 @@ class _Bench:
         for model, folder in self.folders.items():
             requests = self._requests(32)
             jobs = child.jobs(read_profile(folder).vocab_size, requests)
-            ways = {
-                f"transformers {way}": partial(
-                    child.run, "transformers", folder=str(folder), way=way, threads=self.args.threads,
-                    requests=requests, limit=self.args.limit, batch=STATIC_BATCH,
-                )
-                for way in ("sequential", "static", "continuous")
-            }  # fmt: skip
-            ours = {
-                f"quire {format} at {clients}": partial(
-                    servers.ours, folder, format, self.args.threads, jobs, clients
-                )
-                for format in self.served
-                if format != "int4"
-                for clients in (1, 32)
-            }
+            theirs = [("sequential", 1), *(("static", size) for size in STATIC_BATCHES), ("continuous", 0)]
+            ours = [(format, 32) for format in self.served if format != "int4"]
             key: Row = {"part": "transformers", "model": model, "requests": requests, "block": 0}
             for half in range(1 if self.args.quick else 2):
-                for system, action in ours.items():
-                    self.ledger.measured(action, **key, system=system, half=half)
-                if half == 0:
-                    for system, action in ways.items():
-                        self.ledger.measured(action, **key, system=system, half=0)
+                for format, clients in [*ours, ("bf16", 1)] if half == 0 else ours:
+                    action = partial(servers.ours, folder, format, self.args.threads, jobs, clients)
+                    self.ledger.measured(action, **key, system=f"quire {format} at {clients}", half=half)
+                for way, batch in theirs if half == 0 else ():
+                    action = partial(
+                        child.run, "transformers", folder=str(folder), way=way, threads=self.args.threads,
+                        requests=requests, limit=self.args.limit, batch=batch,
+                    )  # fmt: skip
+                    self.ledger.measured(action, **key, system=f"transformers {way}", batch=batch, half=half)
 
     def _engines(
-        self, model: str, formats: list[Format], prompt: int, output: int, sequences: int, repeats: int
+        self,
+        kind: str,
+        model: str,
+        formats: list[Format],
+        prompt: int,
+        output: int,
+        sequences: int,
+        repeats: int,
     ) -> dict[str, Callable[[], Row]]:
         systems: dict[str, Callable[[], Row]] = {}
         for format in formats:
@@ -226,7 +222,7 @@ class _Bench:
                 sequences=sequences, prompt=prompt, output=output, repeats=repeats,
             )  # fmt: skip
         for format in formats if model in self.llamas else ():
-            flags = self._best(model, format, "engine", None, {"-fa": "on"})
+            flags = self._best(f"{kind}_tokens_per_s", model, format, None, {"-fa": "on"})
             systems[f"llama.cpp {FILES[format]}"] = partial(
                 self._batched_bench, model, format, prompt, output, sequences, repeats, flags
             )
@@ -245,15 +241,14 @@ class _Bench:
                 for system in order:
                     self.ledger.measured(systems[system], **key, system=system, block=block, half=half)
 
-    def _best(self, model: str, format: Format, kind: str, clients: int | None, default: Settings) -> Settings:
-        """The fastest flags that `tune` found in this run, or `default`."""
+    def _best(self, speed: str, model: str, format: Format, clients: int | None, default: Settings) -> Settings:
+        """The flags that `tune` found the fastest in this run, by the column `speed`, or `default`."""
         found = [
             row
             for row in self.ledger.rows
-            if row["part"] == "tune" and (row["model"], row["format"], row["kind"]) == (model, format, kind)
+            if row["part"] == "tune" and (row["model"], row["format"]) == (model, format)
             and row.get("clients") == clients
         ]  # fmt: skip
-        speed = "decode_tokens_per_s" if kind == "engine" else "tokens_per_s"
         best: Settings = max(found, key=lambda row: float(row[speed]))["settings"] if found else default
         return best
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -253,3 +254,35 @@ def test_a_small_run_without_peers_gives_whole_rows_and_tables(tmp_path: Path) -
         assert title in report(rows)
     subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, check=True)
     assert len(out.read_text().splitlines()) == len(rows), "nothing is measured twice"
+
+
+def test_the_tables_of_a_run() -> None:
+    """Two pairs of each, ours twice and four times as fast; what is missed is marked."""
+    common: Row = {"machine": "a machine", "level": "avx512", "backend": "cpu", "run": "1", "quick": False,
+                   "foreign": 0.0, "model": "qwen2.5-0.5b", "format": "bf16"}  # fmt: skip
+    rows: list[Row] = [common | {"part": "ceilings", **asdict(ZEN)}]
+    for half, times in ((0, 2.0), (1, 4.0)):
+        for system, factor in (("quire bf16", times), ("llama.cpp BF16", 1.0)):
+            place: Row = common | {"block": 0, "half": half, "system": system}
+            speeds: Row = {"decode_tokens_per_s": 20.0 * factor, "prefill_tokens_per_s": 500.0 * factor}
+            rows.append(place | {"part": "engine", "kind": "decode", "sequences": 1, **speeds})
+            rows.append(place | {"part": "engine", "kind": "prefill", "prompt": 512, **speeds})
+            rows.append(
+                place | {"part": "servers", "clients": 32, "requests": 64, "seconds": 10.0, "client_cpu_s": 1.0,
+                         "tokens_per_s": 50.0 * factor, "cpu_s_per_1000": 9.0 / factor,
+                         "ttft_p50_ms": 9.0 / factor, "itl_p99_ms": 100.0}
+            )  # fmt: skip
+    theirs = common | {"part": "transformers", "requests": 64, "block": 0, "half": 0}
+    rows += [
+        theirs | {"system": "quire bf16 at 32", "tokens_per_s": 150.0},
+        theirs | {"system": "transformers static", "batch": 16, "tokens_per_s": 20.0},
+        theirs | {"system": "transformers static", "batch": 32, "tokens_per_s": 25.0},
+    ]
+    lines = {tuple(line.split()) for line in report(rows).splitlines()}
+    model = "qwen2.5-0.5b"
+    assert (model, "bf16", "1", "60.0", "20.0", "2.83", "[2.00,", "4.00]", "1.25", "91%", "85%") in lines
+    assert (model, "bf16", "1500.0", "500.0", "2.83", "[2.00,", "4.00]", "1.30", "128%") in lines
+    served = next(line for line in lines if line[:3] == (model, "bf16", "32") and "5.0%" in line)
+    assert served[3:10] == ("150.0", "50.0", "2.83", "[2.00,", "4.00]", "3.00!", "36%")
+    assert served[-5:] == ("1.00", "[1.00,", "1.00]", "0.70!", "5.0%")
+    assert (model, "bf16", "32", "150.0", "static,", "batch", "32", "25.0", "6.00", "5.50") in lines
