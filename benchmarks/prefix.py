@@ -197,6 +197,10 @@ class Counted:
             self.prompt_tokens += max(0, min(item.end, self._prompts[item.request_id]) - item.start)
         return self._runner.execute(plan)
 
+    def warm_up(self, seconds: float) -> None:
+        """See `Runner`."""
+        self._runner.warm_up(seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class SharedPass:

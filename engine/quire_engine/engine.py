@@ -70,6 +70,8 @@ MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
 """Log-probabilities that all live requests together may ask for when another one wants many at a position: what
 one step makes of them has to go through a client's connection at once."""
 _WARM_UP = "warm-up"
+_WARM_UP_SECONDS = 30.0
+"""What a start may take longer so that no step has to be captured later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +371,10 @@ class Engine:
         )
 
     def warm_up(self) -> None:
-        """Generate one token, then forget it: the first request of a user pays no first-time cost."""
+        """Make ready for all steps and generate one token, which is forgotten: the first request of a user pays no
+        first-time cost.
+        """
+        self.runner.warm_up(_WARM_UP_SECONDS)
         self.add(Generate(_WARM_UP, [0], Sampling(max_tokens=1, temperature=0.0)))
         while self.has_work:
             for delta in self.step():

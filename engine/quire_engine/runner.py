@@ -46,6 +46,9 @@ class Runner(Protocol):
         raises.
         """
 
+    def warm_up(self, seconds: float) -> None:
+        """Make ready for steps of all shapes, as far as the time lasts."""
+
 
 class ModelRunner:
     """A model and its cache on one device. `head_rows`: of so many rows logits may be there at once besides those
@@ -68,6 +71,9 @@ class ModelRunner:
         self.head_rows = head_rows
         self.device = device
         self.masks = masks
+
+    def warm_up(self, seconds: float) -> None:
+        """Every step is launched as it comes."""
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

@@ -34,6 +34,9 @@ class ScriptedRunner:
         self._block_size = block_size
         self._step_time = step_time
 
+    def warm_up(self, seconds: float) -> None:
+        """There is nothing to make ready."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """The scripted token of every item that draws. Raises `InvariantBroken` for a plan that a cache could not
         carry out.

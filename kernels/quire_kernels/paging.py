@@ -42,6 +42,8 @@ class PagedBatch:
     """[S], on the host: planning must not wait for a device."""
     contexts: tuple[int, ...]
     """[S], `context_lens` on the host, or at least as much where the host does not know."""
+    every_row: bool = False
+    """Whether `logits_rows` are all rows of T."""
     table_rows: Tensor | None = None
     """[S] int32, which row of `block_tables` each sequence has; None: they are in order. Only batches that are
     made on a device have it, for back-ends that live there."""
@@ -114,4 +116,5 @@ class PagedBatch:
             block_size=block_size,
             query_lens=tuple(query_lens),
             contexts=tuple(contexts),
+            every_row=len(rows) == tokens,
         )

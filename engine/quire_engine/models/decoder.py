@@ -180,7 +180,7 @@ class DecoderModel:
         `logits_rows`, normed, [R, W].
         """
         batch = batches[0]
-        rows, everything = batch.logits_rows, batch.logits_rows.shape[0] == batch.num_tokens
+        rows = batch.logits_rows
         cos, sin = self._rotary(batch.positions)
         attentions = [
             self.kernels.paged_attention(addresses, window=group.window)
@@ -197,7 +197,7 @@ class DecoderModel:
             heads = layer.attention.attend(
                 x, cos, sin, kv.tensors[place], batches[group].slot_mapping, attentions[group]
             )
-            if index == last and not everything:
+            if index == last and not batch.every_row:
                 heads, residual = heads[rows], residual[rows]
             x = layer.mlp_norm.add(layer.attention.out(heads), residual)
             following = self._norm if index == last else self._layers[index + 1].attention_norm

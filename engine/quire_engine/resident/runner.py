@@ -3,14 +3,14 @@ has seen its tokens.
 
 What a token depends on is all there: the request table has the token drawn last, the plan the places, the draw
 its parameters. So `begin` only enqueues work, and `finish` is the one place that waits, for a copy of the tokens
-that was enqueued with it. Steps of one token a request run as one captured program (`decode`); others, with
-prompts in them, are launched kernel by kernel.
+that was enqueued with it. Most steps run as one captured program (`program`); those with long prompts are launched
+kernel by kernel.
 
 A draw that depends on more than logits and position (penalties, bad words, grammars, log-probabilities, …) needs
 the host between the head and the choice. A plan with such an item, or with states or scores to hand out, is not
 `takes`n; `ModelRunner`, which can do all of it, carries it out on the same model and cache.
 
-Legend: T new tokens of the step, R rows that draw, W hidden width.
+Legend: B items of the step, T new tokens, R items that draw, W hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire_engine.resident.decode import DecodeProgram
+from quire_engine.resident.program import MIXED_TOKENS, StepProgram
 from quire_engine.resident.table import RequestTable
 from quire_engine.runner import NOT_FINITE, ModelRunner
 from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
@@ -36,7 +36,7 @@ _BROKEN = -2
 
 @dataclass(slots=True)
 class Begun:
-    """A plan under way; `items` are those that draw, in the order of `tokens` (host, [R] int32)."""
+    """A plan under way; `items` in the order of `tokens` (host, [B] int32), where those that draw have theirs."""
 
     plan: StepPlan
     items: Sequence[Scheduled]
@@ -46,10 +46,12 @@ class Begun:
 
 @dataclass(slots=True)
 class _Staging:
-    """Host memory that the device reads and writes by itself."""
+    """Host memory that the device reads and writes by itself, int32."""
 
-    words: Tensor
-    tokens: Tensor
+    decode: Tensor
+    mixed: Tensor
+    token_ids: Tensor
+    drawn: Tensor
 
 
 class ResidentRunner:
@@ -68,7 +70,7 @@ class ResidentRunner:
         groups = len(self._kv.groups)
         width = -(-self._max_model_len // self._block_size)
         self._table = RequestTable(seats, groups, width, self._device)
-        self.program = DecodeProgram(
+        self.program = StepProgram(
             self._model,
             self._kv,
             self._table,
@@ -76,15 +78,20 @@ class ResidentRunner:
             max_model_len=self._max_model_len,
             captures=self._captures,
         )
-        pinned = self._device.type == "cuda"
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+
         self._staging = [
-            _Staging(
-                torch.empty((seats, 3 + 2 * groups), dtype=torch.int32, pin_memory=pinned),
-                torch.empty(seats, dtype=torch.int32, pin_memory=pinned),
-            )
+            _Staging(room(seats, 3 + 2 * groups), room(seats, 4), room(MIXED_TOKENS[-1]), room(seats))
             for _ in range(_DEPTH)
         ]
         self._turn = 0
+
+    def warm_up(self, seconds: float) -> None:
+        """Make ready for steps of all shapes, as far as the time lasts."""
+        with torch.inference_mode():
+            self.program.warm_up(seconds)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""
@@ -119,51 +126,61 @@ class ResidentRunner:
     def _begin(self, plan: StepPlan) -> Begun:
         if plan.copies:
             self._kv.copy_blocks(plan.copies)
-        items = plan.items
+        items, table = plan.items, self._table
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _DEPTH
         if all(len(item.token_ids) == 1 and item.draw is not None for item in items):
-            drawing: Sequence[Scheduled] = items
-            words = staging.words[: len(items)]
-            words.numpy()[:] = self._table.addresses(items)
-            drawn = self.program.run(words)
+            words = staging.decode[: len(items)]
+            words.numpy()[:] = table.addresses(items)
+            drawn = self.program.decode(words)
         else:
-            drawing = [item for item in items if item.draw is not None]
-            drawn = self._mixed(items, drawing)
-        tokens = staging.tokens[: len(drawing)]
-        tokens.copy_(drawn[: len(drawing)], non_blocking=True)
+            # a pending token is `LAST` to the device
+            flat = [token for item in items for token in item.token_ids]
+            if self.program.fits(len(flat)):
+                words, token_ids = staging.mixed[: len(items)], staging.token_ids[: len(flat)]
+                words.numpy()[:] = table.spans(items)
+                token_ids.numpy()[:] = flat
+                drawn = self.program.mixed(words, token_ids)
+            else:
+                drawn = self._launch(items, flat)
+        tokens = staging.drawn[: len(items)]
+        tokens.copy_(drawn[: len(items)], non_blocking=True)
         done = None
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return Begun(plan, drawing, tokens, done)
+        return Begun(plan, items, tokens, done)
 
     def finish(self, begun: Begun) -> StepResult:
         """Wait for a plan that was begun."""
         if begun.done is not None:
             begun.done.synchronize()
         drawn = begun.tokens.tolist()
-        tokens = dict(zip([item.request_id for item in begun.items], drawn, strict=True))
+        tokens = {
+            item.request_id: token for item, token in zip(begun.items, drawn, strict=True) if item.draw is not None
+        }
         if _BROKEN not in drawn:
             return StepResult(tokens)
         return StepResult(
             tokens, failures={name: NOT_FINITE for name, token in tokens.items() if token == _BROKEN}
         )
 
-    def _mixed(self, items: Sequence[Scheduled], drawing: Sequence[Scheduled]) -> Tensor:
-        """Prompts and others in one step, launched one by one; the tokens of those `drawing`, [R] int32."""
+    def _launch(self, items: Sequence[Scheduled], flat: Sequence[int]) -> Tensor:
+        """A step that no program is made for, kernel by kernel: `flat` are the tokens of all `items`.
+
+        Of each item the token, [B] int32; those of items that draw nothing mean nothing.
+        """
         table, device = self._table, self._device
-        rows = table.rows(drawing)
-        flat: list[int] = []
+        rows = table.rows(items)
+        drawing = [number for number, item in enumerate(items) if item.draw is not None]
         waiting: list[int] = []
         sources: list[int] = []
-        row_of = iter(rows)
-        for item in items:
-            row = next(row_of) if item.draw is not None else -1
+        end = 0
+        for item, row in zip(items, rows, strict=True):
+            end += len(item.token_ids)
             if item.token_ids[-1] == PENDING:
-                waiting.append(len(flat) + len(item.token_ids) - 1)
+                waiting.append(end - 1)
                 sources.append(row)
-            flat += item.token_ids
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
@@ -175,26 +192,25 @@ class ResidentRunner:
             )
             for group in range(len(self._kv.groups))
         ]
-        ends = [item.end for item in drawing]
         token_ids_T = self._send(torch.tensor(flat, dtype=torch.int64))
-        facts = self._send(torch.tensor([*waiting, *sources, *rows, *ends], dtype=torch.int32))
-        cut, count = len(waiting), len(rows)
+        cut, count = len(waiting), len(drawing)
+        facts = self._send(
+            torch.tensor(
+                [*waiting, *sources, *drawing, *(rows[at] for at in drawing), *(items[at].end for at in drawing)],
+                dtype=torch.int32,
+            )
+        )
         if waiting:
             drawn = table.last_token[facts[cut : 2 * cut].long()]
             token_ids_T.index_copy_(0, facts[:cut].long(), drawn.long())
         states_RW = self._model.forward(token_ids_T, batches, self._kv)
-        tokens = torch.empty(count, dtype=torch.int32, device=device)
+        tokens = torch.full((len(items),), -1, dtype=torch.int32, device=device)
         if count:
-            at = 2 * cut
-            sample.draw(
-                self._model.narrow_logits(states_RW),
-                facts[at : at + count],
-                facts[at + count :],
-                table.draws,
-                tokens,
-                table.last_token,
-                self.program.scratch,
-            )
+            places, own, ends = facts[2 * cut :].view(3, count)
+            chosen = torch.empty(count, dtype=torch.int32, device=device)
+            logits_RV = self._model.narrow_logits(states_RW)
+            sample.draw(logits_RV, own, ends, table.draws, chosen, table.last_token, self.program.scratch)
+            tokens.index_copy_(0, places.long(), chosen)
         return tokens
 
     def _send(self, host: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire_engine.errors import InvariantBroken
 from quire_engine.step import PENDING, Draw, Scheduled
 from quire_kernels.triton.sample import DrawTable
 from quire_kernels.triton.step import LAST
@@ -43,12 +42,14 @@ _WORDS = struct.Struct("<fiffq")
 class _Row:
     """What the device knows of one life."""
 
-    __slots__ = ("index", "sent")
+    __slots__ = ("draws", "index", "sent")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.sent = 0
         """Blocks of each table that are there."""
+        self.draws = False
+        """How it draws is there."""
 
 
 class RequestTable:
@@ -84,19 +85,19 @@ class RequestTable:
         return sum(tensor.nbytes for tensor in (self.tables, self.last_token, *held))
 
     def rows(self, items: Sequence[Scheduled]) -> list[int]:
-        """The row of each of `items`, all of which draw; those that are new here are sent how they do."""
+        """The row of each of `items`; of those that draw for the first time it is sent how they do."""
         rows = self._rows
         new: list[tuple[int, Draw]] = []
         found: list[int] = []
         for item in items:
             row = rows.get(item.ticket)
             if row is None:
-                if item.draw is None:
-                    raise InvariantBroken(f"{item.request_id} draws nothing and asks for a row")
                 row = rows[item.ticket] = _Row(self._free_row())
-                new.append((row.index, item.draw))
             else:
                 rows.move_to_end(item.ticket)
+            if item.draw is not None and not row.draws:
+                row.draws = True
+                new.append((row.index, item.draw))
             found.append(row.index)
         if new:
             self._send_draws(new)
@@ -126,6 +127,20 @@ class RequestTable:
             self._seen = tables
         return words
 
+    def spans(self, items: Sequence[Scheduled]) -> list[tuple[int, int, int, bool]]:
+        """What `MixedBuffers.items` wants of items of any kind. All blocks that the device lacks are sent."""
+        late: list[tuple[int, int, int, tuple[int, ...]]] = []
+        found: list[tuple[int, int, int, bool]] = []
+        for item, index in zip(items, self.rows(items), strict=True):
+            row, held = self._rows[item.ticket], len(item.tables[0])
+            if held > row.sent:
+                late += [(group, index, row.sent, table[row.sent :]) for group, table in enumerate(item.tables)]
+                row.sent = held
+            found.append((index, item.start, len(item.token_ids), item.draw is not None))
+        if late:
+            self._send_blocks(late)
+        return found
+
     def _grow(self, tables: Sequence[_Tables]) -> None:
         """Put into the words, or send, what the tables of the last step's items have that the device has not."""
         late: list[tuple[int, int, int, tuple[int, ...]]] = []
@@ -151,7 +166,10 @@ class RequestTable:
         self._free = list(range(self.tables.shape[1] - 1, -1, -1))
 
     def _free_row(self) -> int:
-        return self._free.pop() if self._free else self._rows.popitem(last=False)[1].index
+        if self._free:
+            return self._free.pop()
+        self._tickets = []  # it may have been one of those
+        return self._rows.popitem(last=False)[1].index
 
     def _send_draws(self, new: Sequence[tuple[int, Draw]]) -> None:
         packed = bytearray()

@@ -56,20 +56,22 @@ FEW_ROWS = tuple(
 
 OWN_ROWS = frozenset({1})
 """Numbers of rows that kernels of our own serve: of 2 to 16 those that a sweep on the device found faster."""
-TUNED: dict[tuple[bool, int, int], Tiling] = {}
-"""By (more than one row, N, K), where something was measured to be better than what `tiling_for` would say."""
 
 
 def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
-    """The tiling of a product: as large a tile as leaves each of 132 multiprocessors several programs."""
-    tuned = TUNED.get((rows > 1, outputs, width))
-    if tuned is not None:
-        return tuned
-    if rows == 1:
-        tiles, programs, least = (Tiling(8, 512, 4, 1), Tiling(4, 1024, 4, 1)), 528, Tiling(2, 1024, 4, 1)
-    else:
-        tiles, programs, least = (Tiling(64, 128, 4, 4), Tiling(32, 256, 4, 4)), 264, Tiling(16, 256, 2, 4)
-    return next((tile for tile in tiles if outputs >= programs * tile.block_n), least)
+    """The tiling of a product, by what was fastest on an H200: with few outputs small tiles, so that each of its
+    multiprocessors has several programs; with many, or with long rows, more numbers on their way in each.
+    """
+    if rows > 1:
+        tiles = (Tiling(64, 128, 4, 4), Tiling(32, 256, 4, 4))
+        return next((tile for tile in tiles if outputs >= 264 * tile.block_n), Tiling(16, 256, 2, 4))
+    if outputs < 3072 and width <= 4096:
+        return Tiling(2, 2048, 4, 3)
+    if width >= 8192:
+        return Tiling(8, 512, 8, 3)
+    if outputs >= 16384:
+        return Tiling(2, 2048, 4, 1) if width >= 2048 else Tiling(8, 512, 4, 1)
+    return Tiling(4, 512, 2, 1)
 
 
 @triton.jit

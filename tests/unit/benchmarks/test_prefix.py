@@ -26,6 +26,9 @@ class SameToken:
     def execute(self, plan: StepPlan) -> StepResult:
         return StepResult({item.request_id: 7 for item in plan.items if item.draw is not None})
 
+    def warm_up(self, seconds: float) -> None:
+        pass
+
 
 def engine(*, prefix_caching: bool) -> Engine:
     spec = tiny_spec(

@@ -125,9 +125,11 @@ def requests(count: int, **sampling: Any) -> list[Generate]:
 def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
-    for ahead in (False, True):
+    for ahead, fits in ((False, True), (True, True), (True, False)):
         engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
         assert isinstance(engine.runner, ResidentRunner)
+        if not fits:  # as if its prompts were long: kernel by kernel
+            engine.runner.program.fits = lambda num_tokens: False  # type: ignore[method-assign]
         assert texts(run(engine, *requests(5))) == expected
 
 
@@ -179,6 +181,7 @@ def test_what_the_device_cannot_do_goes_by_the_host_and_back(tmp_path: Path) -> 
         assert executed
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a graph does not come by what is planted here")
 def test_logits_that_are_not_finite_end_one_request(tmp_path: Path) -> None:
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))

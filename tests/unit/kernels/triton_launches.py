@@ -75,6 +75,10 @@ def prepare(groups: int) -> None:
     tables = new(groups, 8, 64, dtype=torch.int32)
     buffers = step.StepBuffers.allocate(4, tables, 16, 1024, torch.device("cpu"))
     step.prepare(buffers, tables, new(8, dtype=torch.int32))
+    mixed = step.MixedBuffers.allocate(100, 5, tables, 16, 1024)
+    step.prepare_mixed(mixed, tables, new(8, dtype=torch.int32))
+    attention = StepAttention(mixed.batches[0], None, H200)
+    attention(new(100, 8, 64), new(2, 9, 16, 2, 64), 1.0)
 
 
 H200, A100 = Chip(132, 227 * 1024), Chip(108, 163 * 1024)

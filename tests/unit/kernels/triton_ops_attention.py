@@ -15,9 +15,9 @@ import torch
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.attention import StepAttention as Reference
-from quire_kernels.triton import INTERPRETED
+from quire_kernels.triton import INTERPRETED, attention
 from quire_kernels.triton.attention import Chip, StepAttention, num_splits
-from quire_kernels.triton.step import LAST, StepBuffers, prepare
+from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CHIP = Chip(16, 227 * 1024) if INTERPRETED else Chip.current()
@@ -76,7 +76,24 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
 
 
-@pytest.mark.parametrize(("rows", "longest", "splits"), [(8, 8192, 33), (2048, 8192, 1), (8, 100, 1), (8, 600, 9)])
+@pytest.mark.parametrize("window", [None, 30])
+def test_whole_prompts_are_torchs(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WHOLE", 40)
+    lengths = [(0, 40), (9, 1), (3, 50), (0, 71), (0, 12)]
+    batch, blocks = batch_of(lengths, 16)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    cache = torch.randn((2, blocks, 16, 2, 32), device=DEVICE).to(dtype)
+    query = torch.randn((batch.num_tokens, 6, 32), device=DEVICE).to(dtype)
+    own = cache.transpose(2, 3).contiguous().view(cache.shape)
+    for number, count in ((0, 40), (3, 71)):
+        last = int(batch.block_tables[number, count // 16])
+        own.view(2, blocks, 2, 16, 32)[:, last, :, count % 16 :] = torch.nan
+    expected = Reference(batch, window, 1 << 26)(query.float(), cache.float(), 0.2)
+    found = StepAttention(batch, window, CHIP)(query, own, 0.2)
+    assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
+
+
+@pytest.mark.parametrize(("rows", "longest", "splits"), [(8, 8192, 32), (2048, 8192, 1), (8, 70, 1), (8, 600, 8)])
 def test_splits_fill_the_chip_and_are_never_short(rows: int, longest: int, splits: int) -> None:
     assert num_splits(132, rows, longest) == splits
 
@@ -103,6 +120,25 @@ def test_addresses_are_made_on_the_device() -> None:
     assert tables[1, 4].tolist() == [555, 55, 56, 57, 58, 59]
     assert step.slots[0].tolist() == [14 * 4 + 1, 900 * 4, 24 * 4, -1]
     assert step.slots[1].tolist() == [44 * 4 + 1, 901 * 4, 555 * 4, -1]
+
+
+def test_addresses_of_mixed_steps_are_made_on_the_device() -> None:
+    tables = torch.arange(2 * 5 * 6, dtype=torch.int32, device=DEVICE).view(2, 5, 6).clone()
+    last = torch.tensor([70, 71, 72, 73, 74], dtype=torch.int32, device=DEVICE)
+    step = MixedBuffers.allocate(12, 5, tables, 4, 24)
+    step.items[:3] = torch.tensor([[2, 9, 1, 1], [0, 6, 5, 0], [4, 0, 3, 1]], dtype=torch.int32)
+    step.given[:9] = torch.tensor([LAST, 10, 11, 12, 13, 14, 20, 21, 22], dtype=torch.int32)
+    step.given[9:] = 99
+    prepare_mixed(step, tables, last)
+    batch = step.batches[1]
+    assert step.token_ids[:9].tolist() == [72, 10, 11, 12, 13, 14, 20, 21, 22]
+    assert batch.positions.tolist() == [9, 6, 7, 8, 9, 10, 0, 1, 2, 0, 0, 0]
+    assert batch.query_starts.tolist() == [0, 1, 6, 9, 9, 9]
+    assert batch.context_lens.tolist() == step.ends.tolist() == [10, 11, 3, 0, 0]
+    assert batch.logits_rows.tolist() == [0, 5, 8, 8, 8]
+    assert step.rows.tolist() == [[2, 0, 4, -1, -1], [2, -1, 4, -1, -1]]
+    assert step.slots[0].tolist() == [14 * 4 + 1, 6, 7, 8, 9, 10, 96, 97, 98, -1, -1, -1]
+    assert step.slots[1].tolist() == [44 * 4 + 1, *(30 * 4 + n for n in range(6, 11)), 216, 217, 218, -1, -1, -1]
 
 
 def test_a_batch_may_name_its_rows() -> None:

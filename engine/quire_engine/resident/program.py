@@ -1,0 +1,205 @@
+"""A step as one program: addresses, model, head, draw, with no host in between.
+
+The program is the same for every step of one shape, so on a GPU it is captured once and replayed: one call
+instead of hundreds. There are two kinds of shapes, each in some sizes up to which a step is filled with padding,
+which sees nothing and writes nowhere:
+
+    decode   B items of one new token each
+    mixed    up to T tokens of up to B items, prompts and others; only small ones, for in a large step the device
+             is busy for longer than the host needs to launch everything
+
+A shape is captured when it is first needed; `warm_up` does so ahead, as long as its time lasts. All graphs share
+one pool of memory: no two run at once.
+
+Legend: B items of a shape, T tokens, X groups of layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quire_engine.models import DecoderModel, KVCache
+from quire_engine.resident.table import RequestTable
+from quire_kernels.triton import sample
+from quire_kernels.triton.step import MixedBuffers, StepBuffers, prepare, prepare_mixed
+
+DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 64))
+"""B of decode shapes."""
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""T of mixed shapes."""
+MIXED_ITEMS = (8, 64)
+"""B of mixed shapes, besides all seats."""
+
+
+@dataclass(slots=True)
+class _Shape:
+    """What a step is put into, how it is computed, and where its tokens will be, [B] int32."""
+
+    buffers: StepBuffers | MixedBuffers
+    compute: Callable[[], None]
+    tokens: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> Tensor:
+        if self.graph is None:
+            self.compute()
+        else:
+            self.graph.replay()
+        return self.tokens
+
+
+class StepProgram:
+    """Steps of up to as many items as `table` has seats. `captures` False launches every kernel by itself."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv: KVCache,
+        table: RequestTable,
+        *,
+        block_size: int,
+        max_model_len: int,
+        captures: bool,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._table = table
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._captures = captures
+        self._decode_sizes = _up_to(table.seats, DECODE_SIZES)
+        self._mixed_items = _up_to(table.seats, MIXED_ITEMS)
+        self._decode: dict[int, _Shape] = {}
+        self._mixed: dict[tuple[int, int], _Shape] = {}
+        self._pool = torch.cuda.graph_pool_handle() if captures else None
+        self._stream = torch.cuda.Stream(table.device) if captures else None  # type: ignore[no-untyped-call]
+        self.scratch = sample.scratch(table.seats, model.profile.vocab_size, table.device)
+        """For `sample.draw`."""
+
+    @property
+    def captured(self) -> int:
+        """How many shapes are replayed."""
+        return sum(shape.graph is not None for shape in (*self._decode.values(), *self._mixed.values()))
+
+    def decode(self, words: Tensor) -> Tensor:
+        """Begin a step of one new token each, whose `words`, on the host, are those of `RequestTable.addresses`.
+        Its tokens will be in what is returned, [B] int32 on the device.
+        """
+        num_items = words.shape[0]
+        shape = self._decode_shape(_fitting(self._decode_sizes, num_items))
+        _fill(shape.buffers.items, words)
+        return shape.run()
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a mixed step has a shape."""
+        return num_tokens <= MIXED_TOKENS[-1]
+
+    def mixed(self, words: Tensor, token_ids: Tensor) -> Tensor:
+        """Begin a step whose `words` are those of `RequestTable.spans`, and whose `token_ids` [T] int32 all on the
+        host. Its tokens will be in what is returned, [B] int32; those of items that draw nothing mean nothing.
+        """
+        size = _fitting(MIXED_TOKENS, token_ids.shape[0]), _fitting(self._mixed_items, words.shape[0])
+        shape = self._mixed_shape(*size)
+        buffers = shape.buffers
+        if isinstance(buffers, MixedBuffers):
+            buffers.given[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
+        _fill(buffers.items, words)
+        return shape.run()
+
+    def warm_up(self, seconds: float) -> None:
+        """Capture shapes until they are all there or the time is up: the largest of each kind first."""
+        until = time.monotonic() + seconds
+        seats = self._table.seats
+        captures: list[Callable[[], _Shape]] = [
+            *(partial(self._decode_shape, size) for size in reversed(self._decode_sizes)),
+            *(partial(self._mixed_shape, size, seats) for size in reversed(MIXED_TOKENS)),
+        ]
+        for capture in captures:
+            if time.monotonic() > until:
+                break
+            capture()
+
+    def _decode_shape(self, num_items: int) -> _Shape:
+        shape = self._decode.get(num_items)
+        if shape is None:
+            table = self._table
+            buffers = StepBuffers.allocate(
+                num_items, table.tables, self._block_size, self._max_model_len, table.device
+            )
+            tokens = torch.zeros(num_items, dtype=torch.int32, device=table.device)
+
+            def compute() -> None:
+                prepare(buffers, table.tables, table.last_token)
+                states = self._model.forward(buffers.token_ids, buffers.batches, self._kv)
+                self._draw(states, buffers.rows, buffers.ends, tokens)
+
+            shape = self._decode[num_items] = self._captured(_Shape(buffers, compute, tokens))
+        return shape
+
+    def _mixed_shape(self, num_tokens: int, num_items: int) -> _Shape:
+        shape = self._mixed.get((num_tokens, num_items))
+        if shape is None:
+            table = self._table
+            buffers = MixedBuffers.allocate(
+                num_tokens, num_items, table.tables, self._block_size, self._max_model_len
+            )
+            tokens = torch.zeros(num_items, dtype=torch.int32, device=table.device)
+
+            def compute() -> None:
+                prepare_mixed(buffers, table.tables, table.last_token)
+                states = self._model.forward(buffers.token_ids, buffers.batches, self._kv)
+                self._draw(states, buffers.rows[1], buffers.ends, tokens)
+
+            shape = self._mixed[num_tokens, num_items] = self._captured(_Shape(buffers, compute, tokens))
+        return shape
+
+    def _draw(self, states: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor) -> None:
+        table = self._table
+        sample.draw(
+            self._model.narrow_logits(states), rows, ends, table.draws, tokens, table.last_token, self.scratch
+        )
+
+    def _captured(self, shape: _Shape) -> _Shape:
+        """With its graph, if there are any. All items are padding meanwhile: running it changes nothing."""
+        if self._stream is None:
+            return shape
+        # kernels are compiled and libraries take their workspaces on the first run, which no graph could hold
+        shape.compute()
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # by hand: `torch.cuda.graph` would collect Python's garbage and give memory back each time, and the loop
+        # that waits for this one serves everybody
+        with torch.cuda.stream(self._stream):
+            # other threads (masks, tokenizing) may touch the device meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                shape.compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        shape.graph = graph
+        return shape
+
+
+def _up_to(most: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `sizes` that are smaller, and `most`."""
+    return (*(size for size in sizes if size < most), most)
+
+
+def _fitting(sizes: tuple[int, ...], count: int) -> int:
+    return sizes[bisect_left(sizes, count)]
+
+
+def _fill(items: Tensor, words: Tensor) -> None:
+    """`words` from the host, and padding behind them."""
+    count = words.shape[0]
+    items[:count].copy_(words, non_blocking=True)
+    if count < items.shape[0]:
+        items[count:].fill_(-1)
