@@ -13,6 +13,7 @@ Legend: N outputs, K inputs, n rows of a piece, g inputs of a group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ from quire_kernels.memory import large_pages
 
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale in 4 bits."""
+
+_PIECE = 1 << 18
+"""Numbers that are quantised at a time: what is in between stays in a core's cache."""
 
 Activations = Literal["int8", "float"]
 """What a product with a quantised weight does with its input: rounds each row to 8 bits, or takes it as it is."""
@@ -56,12 +60,11 @@ class Int8Weight:
 
         The largest number of an output becomes 127. Raises `KernelError` if a number is not finite.
         """
-        wide = rows.float()
-        most = _finite(wide.abs().amax(-1))
-        scales = most / 127.0
-        self.scales[start : start + rows.shape[0]] = scales
-        codes = (wide / _divisor(scales).unsqueeze(-1)).round_().clamp_(-127, 127)
-        self.values[start : start + rows.shape[0]] = codes.to(torch.int8)
+        for at, piece in _pieces(start, rows):
+            wide = piece.float()
+            scales = _finite(wide.abs().amax(-1)) / 127.0
+            self.scales[at] = scales
+            self.values[at] = (wide / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
 
     def part(self, outputs: slice | Tensor) -> Int8Weight:
         """Some outputs, by a slice or by their numbers [n] int64."""
@@ -111,14 +114,14 @@ class Int4Weight:
         The number of a group that is largest without its sign becomes -8. Raises `KernelError` if a number is
         not finite.
         """
-        count, width = rows.shape
-        groups = rows.float().view(count, width // self.group_size, self.group_size)
-        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales = (_finite(extreme) / -8.0).bfloat16()
-        self.scales[start : start + count] = scales
-        codes = (groups / _divisor(scales.float()).unsqueeze(-1)).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-        pairs = codes.view(count, width // 2, 2)
-        self.values[start : start + count] = pairs[..., 0] | pairs[..., 1] << 4
+        for at, piece in _pieces(start, rows):
+            groups = piece.float().reshape(*self.scales[at].shape, self.group_size)
+            low, high = groups.amin(-1), groups.amax(-1)  # `aminmax` takes five times as long
+            scales = (_finite(torch.where(-low > high, low, high)) / -8.0).bfloat16()
+            self.scales[at] = scales
+            codes = (groups / _divisor(scales.float())).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+            pairs = codes.view(piece.shape).view(torch.int16)  # the first of a pair in the lower byte
+            self.values[at] = (pairs | pairs >> 4).to(torch.uint8)
 
     def part(self, outputs: slice | Tensor) -> Int4Weight:
         """Some outputs, by a slice or by their numbers [n] int64."""
@@ -169,5 +172,13 @@ def _finite(largest: Tensor) -> Tensor:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """`scales`, or 1 where all that is scaled is zero."""
-    return torch.where(scales == 0, 1.0, scales)
+    """`scales`, or 1 where all that is scaled is zero, with a last dimension of one."""
+    return torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
+
+
+def _pieces(start: int, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """`rows`, some at a time, and where they belong if the first is `start`."""
+    step = max(1, _PIECE // rows.shape[1])
+    for first in range(0, rows.shape[0], step):
+        piece = rows[first : first + step]
+        yield slice(start + first, start + first + piece.shape[0]), piece

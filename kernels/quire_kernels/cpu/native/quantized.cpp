@@ -453,23 +453,37 @@ void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes
 void unpack_quantized(Pool& pool, const void* packed, const void* scales, int64_t group, int64_t outputs, int64_t width,
                       const int64_t* rows, int64_t count, Format format, void* to) {
   const int64_t row_bytes = group ? width / 2 : up_to(width, 4), groups = group ? width / group : 1;
+  const Ints added = splat(int32_t{group ? 8 : 128});
   by_format(format, [&](auto kind) {
     using Out = decltype(kind);
     pool.each(count, [&](int64_t number, int) {
       const int64_t begin = rows[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
       const int64_t n = rows[number] - begin;
-      const uint8_t* panel = static_cast<const uint8_t*>(packed) + begin * row_bytes;
-      for (int64_t k = 0; k < width; ++k) {
-        float value;
+      const uint8_t* at = static_cast<const uint8_t*>(packed) + begin * row_bytes + 4 * n;
+      const bf16* group_scales = static_cast<const bf16*>(scales) + begin * groups + n;
+      Out* out = static_cast<Out*>(to) + number * width;
+      // kLanes inputs at a time, of which a group has a multiple
+      for (int64_t k = 0; k < width; k += kLanes) {
+        uint8_t codes[kLanes] = {};
+        float scale;
         if (group) {
-          uint8_t byte = panel[(k / 8 * in_panel + n) * 4 + k % 4];
-          const bf16* scale = static_cast<const bf16*>(scales) + begin * groups + k / group * in_panel + n;
-          value = static_cast<float>((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * as_float(*scale);
+          for (int eight = 0; eight < kLanes; eight += 8, at += 4 * in_panel)
+            for (int byte = 0; byte < 4; ++byte) {
+              codes[eight + byte] = at[byte] & 15;
+              codes[eight + 4 + byte] = at[byte] >> 4;
+            }
+          scale = as_float(group_scales[k / group * in_panel]);
         } else {
-          value = static_cast<float>(panel[(k / 4 * in_panel + n) * 4 + k % 4] - 128) *
-                  static_cast<const float*>(scales)[rows[number]];
+          for (int four = 0; four < kLanes && k + four < width; four += 4, at += 4 * in_panel)
+            std::memcpy(codes + four, at, 4);
+          scale = static_cast<const float*>(scales)[rows[number]];
         }
-        store(static_cast<Out*>(to) + number * width + k, splat(value), 1);
+        Vec value = to_float(widen_bytes(codes) - added) * splat(scale);
+        if (k + kLanes <= width) {
+          store(out + k, value);
+        } else {
+          store(out + k, value, static_cast<int>(width - k));
+        }
       }
     });
   });

@@ -100,6 +100,9 @@ inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, even
 inline Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints load_ints(const void* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
+inline Ints widen_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store_bytes(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 
 #if defined(__AVX512VNNI__)
@@ -238,6 +241,9 @@ inline Ints load_ints(const void* p, int n) {
   int32_t some[kLanes] = {};
   std::memcpy(some, p, n * sizeof(int32_t));
   return load_ints(some);
+}
+inline Ints widen_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_bytes(int8_t* p, Ints a) {
   __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
