@@ -138,12 +138,12 @@ async def pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield part
 
 
-async def get(port: int, path: str) -> bytes:
-    """The body of a GET."""
-    reader, writer = await request(port, "GET", path)
-    body = b"".join([part async for part in pieces(reader)])
+async def fetch(port: int, method: str, path: str, body: bytes = b"") -> bytes:
+    """The whole body of an answer."""
+    reader, writer = await request(port, method, path, body)
+    answer = b"".join([part async for part in pieces(reader)])
     writer.close()
-    return body
+    return answer
 
 
 def main() -> None:

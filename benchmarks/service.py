@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.client import get, keep_busy
+from benchmarks.client import fetch, keep_busy
 from benchmarks.workload import Job
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire_schemas import wire
@@ -99,7 +99,7 @@ class Router:
 
     async def counts(self) -> dict[str, float]:
         """The unlabelled and labelled series of its /metrics."""
-        text = (await get(self.port, "/metrics")).decode()
+        text = (await fetch(self.port, "GET", "/metrics")).decode()
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("quire_")]
         return {name: float(value) for name, value in lines}
 

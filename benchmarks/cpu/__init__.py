@@ -1,5 +1,6 @@
 """Ours against llama.cpp, oneDNN and transformers on this machine's processors, and all against the machine.
 
+    agreement      ours and llama.cpp's answer with the same tokens; where llama.cpp takes part
     ceilings       what memory and instructions can do, by plain loops; every run has them
     gemm           products alone, ours and oneDNN's
     attention      decode over long contexts, ours and torch's
@@ -17,7 +18,9 @@ prints it. The peers are built once by `make bench-peers`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +48,10 @@ CONTEXT = 8192
 SEQUENCES = (1, 16, 32)
 CLIENTS = (1, 8, 32)
 STATIC_BATCHES = (16, 32)
+AGREEMENT = 0.75
+"""Share of first greedy tokens that must be the same in bfloat16. The weights are random: a close call that falls
+the other way changes all tokens behind it.
+"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +60,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="*", choices=[*SHAPES, "tiny"], default=["qwen2.5-0.5b"])
     parser.add_argument("--sequences", nargs="*", type=int, default=SEQUENCES, help="of the part engine")
     parser.add_argument("--clients", nargs="*", type=int, default=CLIENTS, help="of tune and servers")
-    parser.add_argument("--requests", type=int, help="of servers and transformers, instead of 64")
+    parser.add_argument("--requests", type=int, help="of tune, servers and transformers, instead of their own")
     parser.add_argument("--blocks", type=int, default=2, help="A B B A each, so two pairs")
     parser.add_argument("--quick", action="store_true", help="less work, one pair of each: a look, not a figure")
     parser.add_argument("--resume", action="store_true", help="go on with the last run of the file")
@@ -95,7 +102,10 @@ class _Bench:
     def __init__(self, args: argparse.Namespace, ledger: Ledger) -> None:
         self.args = args
         self.ledger = ledger
-        row = ledger.measured(lambda: asdict(ceilings.measure(args.threads)), part="ceilings")
+        row = ledger.measured(
+            lambda: {name: round(value) for name, value in asdict(ceilings.measure(args.threads)).items()},
+            part="ceilings",
+        )
         self.ceilings = Ceilings.of(row)
         self.folders = {name: model_dir(name, args.cache) for name in args.models}
         peers = not args.no_peers and not _WITH_LLAMA.isdisjoint(args.parts)
@@ -108,6 +118,23 @@ class _Bench:
         for llama in self.llamas.values():
             for format in self.served:
                 llama.file(format)
+
+        for model in self.llamas:
+            row = ledger.measured(partial(self._agreement, model), part="agreement", model=model, format="bf16")
+            if row["equal"] < AGREEMENT * row["tokens"]:
+                raise RuntimeError(f"ours and llama.cpp's are not the same model: {row}")
+
+    def _agreement(self, model: str) -> Row:
+        """How many of the first tokens of some answers ours and llama.cpp's have in common."""
+        llama, tokens = self.llamas[model], 4
+        prompts = [list(job.prompt[:24]) for job in child.jobs(SHAPES[model]["vocab_size"], 8)]
+        ours = child.run(
+            "first_tokens", folder=str(llama.model), threads=self.args.threads, prompts=prompts, tokens=tokens
+        )["answers"]
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = llama.first_tokens(prompts, tokens, Path(folder) / "server.log")
+        pairs = zip(itertools.chain.from_iterable(ours), itertools.chain.from_iterable(theirs), strict=True)
+        return {"tokens": tokens * len(prompts), "equal": sum(a == b for a, b in pairs)}
 
     def run_gemm(self) -> None:
         kernels = load("cpu", self.args.threads)
@@ -147,7 +174,8 @@ class _Bench:
                     bench = partial(llama.batched_bench, format, 128, 32, 16, 1, flags)
                     self.ledger.measured(bench, part="tune", model=model, format=format, settings=flags)
                 for clients in self.args.clients:
-                    jobs = child.jobs(SHAPES[model]["vocab_size"], 4 if clients == 1 else clients)
+                    requests = self.args.requests or (4 if clients == 1 else clients)
+                    jobs = child.jobs(SHAPES[model]["vocab_size"], requests)
                     for flags in candidates(clients):
                         action = partial(servers.theirs, llama, format, flags, jobs, clients)
                         self.ledger.measured(

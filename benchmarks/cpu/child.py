@@ -2,6 +2,7 @@
 
 engine         our engine alone: decode of so many sequences after their prompts, and the prompts
 host           what a step of one sequence costs beside the native kernels
+first_tokens   what our engine answers to some prompts, greedily
 transformers   the jobs in one of three ways
 """
 
@@ -157,6 +158,20 @@ class _Timed:
         return answer
 
 
+def first_tokens(folder: str, threads: int, prompts: list[list[int]], tokens: int) -> Row:
+    """The first so many tokens of each answer, in bfloat16."""
+    longest = max(map(len, prompts)) + tokens
+    engine = Engine.load(spec(Path(folder), "bf16", threads=threads, sequences=len(prompts), context=longest))
+    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
+        engine.add(Generate(str(number), prompt, sampling))
+    answers: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for delta in engine.step():
+            answers[int(delta.id)] += delta.token_ids
+    return {"answers": answers}
+
+
 def transformers(folder: str, way: str, threads: int, requests: int, limit: float, batch: int) -> Row:
     """Output tokens a second of the jobs in that way, in bfloat16."""
     torch.set_num_threads(threads)
@@ -209,7 +224,7 @@ def _end(engine: Engine, sequences: int) -> None:
         engine.step()
 
 
-CHILDREN: Sequence[Callable[..., Row]] = (engine, host, transformers)
+CHILDREN: Sequence[Callable[..., Row]] = (engine, host, first_tokens, transformers)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,16 @@ class Llama:
             _wait_for(port, process, log)
             yield port, process.pid
 
+    def first_tokens(self, prompts: Sequence[Sequence[int]], tokens: int, log: Path) -> list[list[int]]:
+        """The first so many tokens of each answer, greedily, in bfloat16."""
+        answers = []
+        with self.server("bf16", 1024, {"-np": "1"}, log) as (port, _):
+            for prompt in prompts:
+                asked = {**ASKED, "prompt": prompt, "n_predict": tokens, "ignore_eos": True, "return_tokens": True}
+                body = asyncio.run(client.fetch(port, "POST", "/completion", json.dumps(asked).encode()))
+                answers.append(json.loads(body)["tokens"])
+        return answers
+
     def _program(self, name: str) -> Path:
         return self.home / f"llama/bin/llama-{name}"
 
@@ -127,7 +137,7 @@ def _wait_for(port: int, process: subprocess.Popen[str], log: Path) -> None:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until and process.poll() is None:
         with contextlib.suppress(OSError, RuntimeError):  # not listening, or still loading
-            asyncio.run(client.get(port, "/health"))
+            asyncio.run(client.fetch(port, "GET", "/health"))
             return
         time.sleep(0.2)
     raise RuntimeError(f"llama-server is not ready: {log.read_text()[-500:]}")

@@ -85,6 +85,10 @@ def report(rows: Sequence[Row]) -> str:
         f"ceilings{loaded}: read {ceilings.read / 1e9:.1f} GB/s (one thread {ceilings.read_one / 1e9:.1f}); "
         f"TOPS vfmadd {ceilings.fma / 1e12:.3f}, vdpbf16ps {ceilings.dpbf16 / 1e12:.3f}, "
         f"vpdpbusd {ceilings.dpbusd / 1e12:.3f}",
+        *(
+            f"{row['model']}: {row['equal']} of {row['tokens']} first tokens are llama.cpp's"
+            for row in _of(rows, part="agreement")
+        ),
     ]  # fmt: skip
     for title, make in (
         ("products, N = K = 4096; shares of the peak and of the roofline", _gemm),
