@@ -10,6 +10,7 @@ copy, and operations over the rate of a large bf16 product, both measured here.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -206,6 +207,7 @@ class Bench:
             memory_limit=1 << 40,
             hot_hash="",
         )
+        torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         kernels = load_kernels("triton")
         model = DecoderModel.build(profile, RandomWeights(profile), device=CUDA, kernels=kernels)
@@ -256,7 +258,9 @@ class Bench:
         return sum(len(delta.token_ids) for delta in deltas)
 
     def close(self) -> None:
+        """Give everything back."""
         del self.engine, self.runner, self.model
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -354,12 +358,15 @@ def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, in
     rng = random.Random(0)
     for number, (prompt, output) in enumerate(lengths):
         bench.add(str(number), prompt, output, rng)
-    steps, produced, bench.waited, floor = bench.engine.steps, 0, 0.0, 0.0
+    steps, produced, bench.waited = bench.engine.steps, 0, 0.0
+    longest: list[float] = []
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = then = time.perf_counter()
     while bench.engine.has_work:
         produced += bench._step()
-    seconds = time.perf_counter() - start
+        then, before = time.perf_counter(), then
+        longest.append(then - before)
+    seconds = then - start
     if produced != sum(output for _, output in lengths):
         raise RuntimeError("another number of tokens than asked for")
     steps = bench.engine.steps - steps
@@ -375,6 +382,7 @@ def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, in
         "output_per_second": round(produced / seconds, 1),
         "steps": steps,
         "host_us": round((seconds - bench.waited) / steps * 1e6),
+        "longest_steps_ms": [round(one * 1000) for one in sorted(longest, reverse=True)[:12]],
         "roofline_share": round(floor / seconds, 3),
     }
 
@@ -477,14 +485,29 @@ def _attention_case(kv_heads: int, group: int, dim: int, batch: int, context: in
 def transformers_rows(
     name: str, lengths: Sequence[tuple[int, int]], sizes: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """The best static batch: sorted by output, every row run to the longest of its batch."""
+    """Static batches, sorted by output, every row run to the longest of its batch; then continuous batching."""
     import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
 
-    config = transformers.AutoConfig.for_model(**SHAPES[name])
+    config = AutoConfig.for_model(**SHAPES[name])
     with torch.device(CUDA):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     order = sorted(lengths, key=lambda pair: pair[1])
     useful = sum(output for _, output in lengths)
+
+    def row(way: str, seconds: float, produced: int, **more: Any) -> dict[str, Any]:
+        return {
+            "part": "transformers",
+            "way": way,
+            "model": name,
+            "requests": len(lengths),
+            "seconds": round(seconds, 2),
+            "output_per_second": round(produced / seconds, 1),
+            "transformers": transformers.__version__,
+            **more,
+        }
+
     for size in sizes:
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -493,8 +516,8 @@ def transformers_rows(
             width, longest = max(p for p, _ in batch), max(o for _, o in batch)
             ids = torch.randint(32, 100_000, (len(batch), width), device=CUDA)
             mask = torch.ones_like(ids)
-            for row, (prompt, _) in enumerate(batch):
-                mask[row, : width - prompt] = 0
+            for number, (prompt, _) in enumerate(batch):
+                mask[number, : width - prompt] = 0
             with torch.inference_mode():
                 model.generate(
                     ids,
@@ -506,17 +529,31 @@ def transformers_rows(
                     pad_token_id=0,
                 )
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        yield {
-            "part": "transformers",
-            "way": "static",
-            "model": name,
-            "batch": size,
-            "requests": len(lengths),
-            "seconds": round(seconds, 2),
-            "output_per_second": round(useful / seconds, 1),
-            "transformers": transformers.__version__,
+        yield row("static", time.perf_counter() - start, useful, batch=size)
+    rng, limit = random.Random(0), 60.0
+    asked = GenerationConfig(do_sample=False, max_new_tokens=max(output for _, output in lengths))
+    batching = ContinuousBatchingConfig(max_batch_tokens=8192)
+    with model.continuous_batching_context_manager(
+        generation_config=asked, continuous_batching_config=batching
+    ) as manager:
+        start = time.perf_counter()
+        wanted = {
+            manager.add_request(
+                [rng.randrange(32, 100_000) for _ in range(prompt)], max_new_tokens=output, eos_token_id=-1
+            )
+            for prompt, output in lengths
         }
+        done = 0
+        while wanted and (left := start + limit - time.perf_counter()) > 0:
+            result = manager.get_result(timeout=left)
+            if result is None:
+                break
+            if result.error:
+                raise RuntimeError(f"continuous batching failed: {result.error}")
+            if result.is_finished():
+                done += len(result.generated_tokens)
+                wanted.discard(result.request_id)
+        yield row("continuous", time.perf_counter() - start, done, unfinished=len(wanted))
 
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -565,6 +602,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
             yield decode(bench, card, batch, 1024, 64)
         yield prefill(bench, card, 2048)
         yield offline(bench, card, "nano", nano_lengths())
+        yield offline(bench, card, "nano, the first 128", nano_lengths()[:128])
         yield memory(bench)
         bench.close()
     elif part == "8b":
@@ -575,11 +613,14 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         for tokens in (2048, 8192):
             yield prefill(bench, card, tokens)
         yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
+        yield offline(bench, card, "sharegpt, 128", sharegpt_lengths(128))
         yield memory(bench)
         bench.close()
     elif part == "transformers":
-        yield from transformers_rows("qwen3-0.6b", nano_lengths()[: 64 if quick else 256], (64,))
-        yield from transformers_rows("llama-3.1-8b", sharegpt_lengths(128), (64,))
+        yield from transformers_rows("qwen3-0.6b", nano_lengths()[:128], (64, 128))
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield from transformers_rows("llama-3.1-8b", sharegpt_lengths(128), (128,))
     else:
         raise ValueError(f"no part is called {part!r}")
 

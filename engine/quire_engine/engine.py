@@ -181,6 +181,7 @@ class Engine:
         resident = ResidentRunner(
             runner,
             seats=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
             max_model_len=spec.max_model_len,
             captures=device.type == "cuda",
         )

@@ -57,10 +57,19 @@ class _Staging:
 class ResidentRunner:
     """`Runner` with `begin` and `finish`. `general` carries out what does not fit the device alone."""
 
-    def __init__(self, general: ModelRunner, *, seats: int, max_model_len: int, captures: bool) -> None:
+    def __init__(
+        self,
+        general: ModelRunner,
+        *,
+        seats: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        captures: bool,
+    ) -> None:
         self._general = general
         self._model, self._kv = general.model, general.kv
         self._block_size, self._device = general.block_size, general.device
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._captures = captures
         self._resize(seats)
@@ -88,10 +97,40 @@ class ResidentRunner:
         ]
         self._turn = 0
 
+    @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
-        """Make ready for steps of all shapes, as far as the time lasts."""
-        with torch.inference_mode():
-            self.program.warm_up(seconds)
+        """See `Runner`: capture programs, and compile and load what launched steps need besides."""
+        if not self._captures:
+            return
+        # of other numbers of short sequences the attention kernel is another one
+        for singles in (1, 4, 16, 64):
+            self._rehearse(singles, 2)
+        self._rehearse(1, max(2, self._max_num_batched_tokens - 1))
+        self.program.warm_up(seconds)
+        torch.cuda.synchronize()
+
+    def _rehearse(self, singles: int, longest: int) -> None:
+        """Launch a step of sequences that have nothing in the cache and write nothing to it."""
+        counts = (*(1,) * singles, longest)
+        tokens = sum(counts)
+
+        def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        starts = torch.tensor([*range(singles + 1), tokens], dtype=torch.int32)
+        batch = PagedBatch(
+            positions=new(tokens, dtype=torch.int64),
+            slot_mapping=new(tokens, dtype=torch.int64) - 1,
+            block_tables=new(len(counts), 1),
+            query_starts=self._send(starts),
+            context_lens=new(len(counts)),
+            logits_rows=new(1, dtype=torch.int64),
+            block_size=self._block_size,
+            query_lens=counts,
+            contexts=(self._max_model_len,) * len(counts),
+        )
+        states = self._model.forward(new(tokens, dtype=torch.int64), [batch] * len(self._kv.groups), self._kv)
+        self._model.narrow_logits(states)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""

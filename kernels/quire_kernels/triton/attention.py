@@ -14,8 +14,6 @@ the length that is there, so a captured graph fits any length.
 is found by bisection: sequence s has at most query_len / BLOCK_Q + 1 blocks, so if it begins at block
 query_starts[s] / BLOCK_Q + s, no two overlap. The host has to know no lengths.
 
-Long prompts that nothing of is cached are given whole to torch, whose cuDNN kernel is half as fast again.
-
 A block of the cache holds [K, P, D] here: the slots of one head lie side by side.
 
 Legend: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head size, N blocks, P slots a block,
@@ -29,26 +27,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton.launch import dependent, wait
 
 _LEAST_SPLIT = 64
 _MOST_SPLITS = 64
-WHOLE = 2048
-"""Tokens from which on a prompt that begins and ends in a step goes to torch."""
-_PADDED = 256
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
@@ -111,7 +98,10 @@ def _split_of(length, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.con
     return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
 
 
-@triton.jit
+# what changes from step to step must not decide what is compiled
+@triton.jit(
+    do_not_specialize=["table_width"], do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts"]
+)
 def _decode(
     out,
     parts,
@@ -188,7 +178,7 @@ def _decode(
         tl.store(sums + place * 2 + 1, state_sum, mask=members < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["query_starts", "contexts"])
 def _merge(
     out,
     parts,
@@ -232,7 +222,10 @@ def _merge(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=dims < D)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_width"],
+    do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts"],
+)
 def _prefill(
     out,
     query,
@@ -249,7 +242,6 @@ def _prefill(
     INDIRECT: tl.constexpr,
     WINDOW: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
-    SKIP_WHOLE: tl.constexpr,
     G: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -279,8 +271,6 @@ def _prefill(
     if SKIP_SINGLE and count == 1:
         return
     context = tl.load(contexts + sequence)
-    if SKIP_WHOLE > 0 and count >= SKIP_WHOLE and count == context:
-        return
     rows, dims = tl.arange(0, BLOCK_Q * BLOCK_G), tl.arange(0, BLOCK_D)
     tokens, members = offset + rows // BLOCK_G, rows % BLOCK_G
     inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
@@ -341,16 +331,7 @@ class StepAttention:
         self._window = window or 0
         self._chip = chip
         self._decodes = any(count == 1 for count in batch.query_lens)
-        self._whole: list[tuple[int, int, int]] = []
-        """Sequences that torch does: number, first row, rows."""
-        others = row = 0
-        for number, (count, context) in enumerate(zip(batch.query_lens, batch.contexts, strict=True)):
-            if WHOLE <= count == context and window is None and batch.table_rows is None:
-                self._whole.append((number, row, count))
-            else:
-                others += count != 1
-            row += count
-        self._prefills = others > 0
+        self._prefills = any(count != 1 for count in batch.query_lens)
 
     def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
         """See `PagedAttention`."""
@@ -359,28 +340,7 @@ class StepAttention:
             self._decode(out, query, cache, scale)
         if self._prefills:
             self._prefill(out, query, cache, scale)
-        for number, row, count in self._whole:
-            keys, values = (self._gathered(side, number, count).to(query.dtype) for side in cache)
-            rows = query.new_zeros((1, keys.shape[2], *query.shape[1:]))
-            rows[0, :count] = query[row : row + count]
-            with sdpa_kernel(_BACKENDS, set_priority=True):
-                found = F.scaled_dot_product_attention(
-                    rows.transpose(1, 2), keys, values, is_causal=True, scale=scale, enable_gqa=True
-                )
-            out[row : row + count] = found[0, :, :count].transpose(0, 1)
         return out
-
-    def _gathered(self, side: Tensor, number: int, count: int) -> Tensor:
-        """[1, K, L, D], the keys or values of a sequence of `count` tokens, and zeros behind them: L is rounded
-        up, for cuDNN makes a plan for each length.
-        """
-        blocks, size, kv_heads, dim = side.shape
-        length = -(-count // _PADDED) * _PADDED
-        found = side.new_zeros((kv_heads, length, dim))
-        table = self._batch.block_tables[number, : -(-count // size)]
-        own = side.view(blocks, kv_heads, size, dim).index_select(0, table)
-        found[:, :count] = own.transpose(0, 1).reshape(kv_heads, -1, dim)[:, :count]
-        return found[None]
 
     def _decode(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
         batch, shape = self._batch, _shape(query, cache)
@@ -461,7 +421,6 @@ class StepAttention:
             INDIRECT=batch.table_rows is not None,
             WINDOW=self._window,
             SKIP_SINGLE=self._decodes,
-            SKIP_WHOLE=WHOLE if self._whole else 0,
             G=shape["G"],
             BLOCK_G=members,
             BLOCK_Q=block_q,
@@ -481,8 +440,8 @@ def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     keys.
     """
     wanted = min(2 * num_multiprocessors / rows, longest / _LEAST_SPLIT, _MOST_SPLITS)
-    # a power of two: every other number would be a kernel of its own to compile
-    return 1 << max(0, round(math.log2(wanted)))
+    # a power of four: every other number would be a kernel of its own to compile
+    return 1 << max(0, 2 * round(math.log2(wanted) / 2))
 
 
 def decode_tuning(chip: Chip, rows: int, row_bytes: int) -> dict[str, int]:

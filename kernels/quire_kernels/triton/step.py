@@ -29,7 +29,8 @@ _ITEMS = 32
 _TOKENS = 64
 
 
-@triton.jit
+# each shape of a step would be compiled anew if its sizes were looked at
+@triton.jit(do_not_specialize=["num_items"], do_not_specialize_on_alignment=["slots"])
 def _prepare(
     token_ids,
     positions,
@@ -77,7 +78,7 @@ def _prepare(
         tl.store(slots + group * num_items + at, tl.where(real, slot, -1), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def _prepare_items(
     ends,
     contexts,
@@ -109,7 +110,7 @@ def _prepare_items(
     tl.store(logits_rows + at, tl.maximum(until - 1, 0).to(tl.int64), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_items"])
 def _prepare_tokens(
     token_ids,
     positions,
