@@ -1,6 +1,6 @@
 """Quire on one GPU: figures beside the roofline of the same card, measured in the same run.
 
-    python -m benchmarks.gpu --parts facts,attention,decode,prefill,offline,transformers --out rows.jsonl
+    python -m benchmarks.gpu --parts exactness,attention,0.6b,8b,transformers --out rows.jsonl
 
 Needs torch, triton and what engine, kernels and schemas import; no network and no weights, which are random and
 made on the device. `roofline` is what a step cannot beat: bytes that it has to read over the bandwidth of a large
@@ -14,7 +14,6 @@ import gc
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,24 +23,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from quire_engine.engine import Engine
-from quire_engine.models import DecoderModel, KVCache
+from benchmarks.workload import Lengths
+from quire_engine.engine import DTYPES, Engine
+from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.resident.runner import Begun, ResidentRunner
 from quire_engine.step import StepResult
 from quire_kernels import load as load_kernels
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
-from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_bytes_per_token
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
 CUDA = torch.device("cuda")
+Dtype = Literal["float32", "bfloat16", "float16"]
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
@@ -159,13 +160,10 @@ def measure_card() -> Card:
     return Card(2 * (1 << 31) / copied, 2 * 8192**3 / multiplied)
 
 
-def facts() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+def facts(commit: str) -> dict[str, Any]:
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": commit,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -174,6 +172,31 @@ def facts() -> dict[str, Any]:
 
 
 # ── engines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _spec(folder: Path, dtype: Dtype, *, seqs: int, tokens: int, length: int, blocks: int) -> EngineSpec:
+    return EngineSpec(
+        model=folder.name,
+        replica_id="benchmark",
+        incarnation=1,
+        socket="",
+        model_dir=str(folder),
+        dtype=dtype,
+        kv_dtype=dtype,
+        device="cuda",
+        threads=4,
+        max_model_len=length,
+        block_size=16,
+        num_blocks=blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        chunked_prefill=True,
+        prefix_caching=False,
+        async_scheduling=True,
+        seed=0,
+        memory_limit=1 << 40,
+        hot_hash="",
+    )
 
 
 class Bench:
@@ -185,28 +208,7 @@ class Bench:
         (folder / "config.json").write_text(json.dumps(SHAPES[name]))
         blocks = kv_bytes // kv_block_bytes(profile, "bfloat16", 16)
         self.profile, self.name = profile, name
-        spec = EngineSpec(
-            model=name,
-            replica_id="benchmark",
-            incarnation=1,
-            socket="",
-            model_dir=str(folder),
-            dtype="bfloat16",
-            kv_dtype="bfloat16",
-            device="cuda",
-            threads=4,
-            max_model_len=length,
-            block_size=16,
-            num_blocks=blocks,
-            max_num_seqs=seqs,
-            max_num_batched_tokens=tokens,
-            chunked_prefill=True,
-            prefix_caching=False,
-            async_scheduling=True,
-            seed=0,
-            memory_limit=1 << 40,
-            hot_hash="",
-        )
+        spec = _spec(folder, "bfloat16", seqs=seqs, tokens=tokens, length=length, blocks=blocks)
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         kernels = load_kernels("triton")
@@ -360,12 +362,15 @@ def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, in
         bench.add(str(number), prompt, output, rng)
     steps, produced, bench.waited = bench.engine.steps, 0, 0.0
     longest: list[float] = []
+    full = None
     torch.cuda.synchronize()
     start = then = time.perf_counter()
     while bench.engine.has_work:
         produced += bench._step()
         then, before = time.perf_counter(), then
         longest.append(then - before)
+        if full is None and not bench.engine.stats().waiting:
+            full = produced, then - start
     seconds = then - start
     if produced != sum(output for _, output in lengths):
         raise RuntimeError("another number of tokens than asked for")
@@ -382,6 +387,8 @@ def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, in
         "output_per_second": round(produced / seconds, 1),
         "steps": steps,
         "host_us": round((seconds - bench.waited) / steps * 1e6),
+        # as long as there was somebody to take the place of whoever ended
+        "full_output_per_second": round(full[0] / full[1], 1) if full is not None and full[0] > 10_000 else None,
         "longest_steps_ms": [round(one * 1000) for one in sorted(longest, reverse=True)[:12]],
         "roofline_share": round(floor / seconds, 3),
     }
@@ -415,13 +422,63 @@ def nano_lengths() -> list[tuple[int, int]]:
 
 def sharegpt_lengths(count: int) -> list[tuple[int, int]]:
     """Lognormal around the means of filtered ShareGPT (216 in, 196 out), clipped as its filters do."""
-    rng = random.Random(0)
-    found: list[tuple[int, int]] = []
+    rng, found = random.Random(0), list[tuple[int, int]]()
+    prompts, outputs = (Lengths(mean=mean, low=4, high=1024) for mean in (216, 196))
     while len(found) < count:
-        prompt, output = (round(rng.lognormvariate(mu, 1.0)) for mu in (4.88, 4.78))
-        if 4 <= prompt <= 1024 and output >= 4 and prompt + output <= 2048:
-            found.append((prompt, output))
+        found.append((prompts.draw(rng), outputs.draw(rng)))
     return found
+
+
+# ── the built-in model ────────────────────────────────────────────────────────────────────────────────────
+
+
+def exactness(folder: Path) -> Iterator[dict[str, Any]]:
+    """Greedy tokens of a small real model, ours and those of transformers, both on the device."""
+    from transformers import AutoModelForCausalLM
+
+    rng = random.Random(5)
+    prompts = [[rng.randrange(32, 1800) for _ in range(rng.randint(4, 90))] for _ in range(24)]
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        number = DTYPES[dtype]
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(CUDA).eval()
+        profile = read_profile(folder)
+        spec = _spec(folder, dtype, seqs=16, tokens=256, length=512, blocks=600)
+        kernels = load_kernels("triton")
+        model = load_model(
+            folder, profile, dtype=number, device=CUDA, kernels=kernels, on_progress=lambda *_: None
+        )
+        engine = Engine.assemble(spec, profile, model, KVCache.allocate(profile, 600, 16, number, CUDA))
+        engine.warm_up()
+        for name, prompt in enumerate(prompts):
+            sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
+            engine.add(Generate(str(name), list(prompt), sampling))
+        ours: dict[str, list[int]] = {str(name): [] for name in range(len(prompts))}
+        while engine.has_work:
+            for delta in engine.step():
+                ours[delta.id] += delta.token_ids
+        equal = same = 0
+        for name, prompt in enumerate(prompts):
+            with torch.inference_mode():
+                ids = torch.tensor([prompt], device=CUDA)
+                found = theirs.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=64,
+                    min_new_tokens=64,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[0, len(prompt) :].tolist()
+            equal += found == ours[str(name)]
+            same += sum(1 for a, b in zip(found, ours[str(name)], strict=True) if a == b)
+        yield {
+            "part": "exactness",
+            "dtype": dtype,
+            "answers": len(prompts),
+            "equal": equal,
+            "tokens_in_place": round(same / (64 * len(prompts)), 4),
+        }
 
 
 # ── attention alone ───────────────────────────────────────────────────────────────────────────────────────
@@ -562,13 +619,19 @@ def transformers_rows(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="attention,0.6b,8b,transformers")
+    parser.add_argument("--parts", default="exactness,attention,0.6b,8b,transformers")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="unknown", help="of what is measured, for the rows")
     parser.add_argument("--sweep", action="store_true", help="try every tile of the attention kernel")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", type=Path, default=Path("platform/quire/builtin/tiny"), help="for exactness")
     options = parser.parse_args()
     card = measure_card()
-    about = {**facts(), "copy_tb_s": round(card.bandwidth / 1e12, 3), "bf16_tflops": round(card.bf16 / 1e12, 1)}
+    about = {
+        **facts(options.commit),
+        "copy_tb_s": round(card.bandwidth / 1e12, 3),
+        "bf16_tflops": round(card.bf16 / 1e12, 1),
+    }
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
 
@@ -593,7 +656,9 @@ def main() -> None:
 
 def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     quick = options.quick
-    if part == "attention":
+    if part == "exactness":
+        yield from exactness(options.model)
+    elif part == "attention":
         yield from attention_rows(card, sweep=options.sweep)
     elif part == "0.6b":
         bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=60 << 30)
