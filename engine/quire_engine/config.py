@@ -71,6 +71,8 @@ def check_spec(spec: EngineSpec) -> None:
         raise InvalidSpec(f"adoption_window is {spec.adoption_window}; it must be above 0 seconds")
     if not 0 <= spec.step_time < float("inf") or (spec.step_time and spec.runner != "scripted"):
         raise InvalidSpec(f"step_time is {spec.step_time}; only the scripted runner takes one, in seconds")
+    if spec.batch_invariant and spec.device != "cpu":
+        raise InvalidSpec(f"batch_invariant is kept on a CPU alone; device is {spec.device}")
     if spec.quantization is not None:
         _check_quantization(spec, spec.quantization)
     BatchLimits.of(spec)

@@ -183,7 +183,7 @@ class Engine:
             seats=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             max_model_len=spec.max_model_len,
-            captures=device.type == "cuda",
+            captures=device.type == "cuda" and not spec.enforce_eager,
         )
         return cls(spec, profile, resident, backend=backend, background=partial(Pipeline, resident))
 

@@ -10,6 +10,7 @@ Exceptions:
     PlacementError         has path of the field, reason (a word of `status.Reason`), message and hint
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
+    ├── NoSuchPromise      the same numbers in any company were asked for where no kernels keep to it
     ├── NoSuchNumbers      a quantization that the checkpoint, the dtype or the device cannot have
     ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
@@ -26,6 +27,7 @@ import msgspec
 from quire_operators.devices import Inventory
 from quire_schemas import wire
 from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.model import runs_ahead
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
 from quire_schemas.quantization import Unquantizable
 from quire_schemas.quantization import resolve as resolve_quantization
@@ -53,6 +55,10 @@ class NoDevice(PlacementError):
 
 class NoSuchBound(PlacementError):
     """A bound that this kind of device has nothing to keep it with."""
+
+
+class NoSuchPromise(PlacementError):
+    """Batch-invariant numbers on a kind of device whose kernels do not give them."""
 
 
 class NoSuchNumbers(PlacementError):
@@ -99,6 +105,8 @@ class Placement:
     step_time: float = 0.0
     spare_core: bool = False
     quantization: wire.Quantization | None = None
+    async_scheduling: bool = False
+    enforce_eager: bool = False
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
@@ -124,6 +132,7 @@ class Placement:
             "kvCacheSize": self.kv,
             "kvTokensPerReplica": self.kv_tokens,
             "threads": self.threads,
+            "asyncScheduling": self.async_scheduling,
             "memoryPerReplica": self.memory,
             "modelDir": self.model_dir,
         }
@@ -171,7 +180,9 @@ class Placement:
             policy=batching["policy"],
             max_waiting=batching["maxQueueLength"],
             prefix_caching=batching["prefixCaching"],
-            async_scheduling=batching.get("asyncScheduling", False),  # revisions from before it was declared
+            # placements from before it could be auto leave it to what was declared
+            async_scheduling=self.async_scheduling or batching.get("asyncScheduling") is True,
+            enforce_eager=self.enforce_eager,
             batch_invariant=resolved.get("determinism") == "batchInvariant",
             seed=self.seed,
             memory_limit=self.memory,
@@ -220,6 +231,14 @@ def place(
             "bound is kept",
             "remove it; on a GPU spec.engine.memory bounds a replica. Or declare spec.engine.device: cpu",
             path="spec.resources.memory",
+        )
+    if resolved.get("determinism") == "batchInvariant" and kind == "cuda":
+        raise NoSuchPromise(
+            "ConfigRejected",
+            "batchInvariant is kept on CPUs alone, and this model runs on a GPU, where products and attention are "
+            "cut by how many sequences a step has",
+            "declare spec.engine.device: cpu, or determinism: none",
+            path="spec.determinism",
         )
     name = "cpu" if kind == "cpu" else _gpu(inventory, device_ids, own)
     total = inventory.total(name)
@@ -299,6 +318,8 @@ def place(
             runner=runner,
             step_time=parse_duration(engine.get("stepTime") or "0s"),
             quantization=request.quantization,
+            async_scheduling=runs_ahead(resolved["batching"]["asyncScheduling"], kind),
+            enforce_eager=engine["enforceEager"],
         ),
         report,
         fits_now,

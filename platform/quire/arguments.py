@@ -13,10 +13,10 @@ MAX_INT: Final = 2**31 - 1
 """As in the HTTP API."""
 
 
-def flag(name: str, value: object) -> None:
+def flag(name: str, value: object, hint: str = "") -> None:
     """True or False, and not what counts as one of them."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+        raise TypeError(f"{name} must be True or False, not {value!r}" + _hinted(hint))
 
 
 def one_of(name: str, value: object, words: Sequence[str], hint: str = "") -> None:

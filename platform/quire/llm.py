@@ -39,6 +39,7 @@ from quire.outputs import (
 )
 from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.model import runs_ahead
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.chat import read_messages
 from quire_schemas.quantities import parse_percent, parse_quantity
@@ -122,7 +123,8 @@ class LLM:
         chunked_prefill: bool = True,
         memory_share: float = 0.9,
         prefix_caching: bool = True,
-        async_scheduling: bool = False,
+        async_scheduling: Literal["auto"] | bool = "auto",
+        enforce_eager: bool = False,
         policy: Policy = "fcfs",
         seed: int = 0,
         threads: int | None = None,
@@ -145,9 +147,11 @@ class LLM:
         for name, choice in (
             ("chunked_prefill", chunked_prefill),
             ("prefix_caching", prefix_caching),
-            ("async_scheduling", async_scheduling),
+            ("enforce_eager", enforce_eager),
         ):
             arguments.flag(name, choice)
+        if async_scheduling != "auto":
+            arguments.flag("async_scheduling", async_scheduling, '"auto", the default, does so on a GPU')
         arguments.number("memory_share", memory_share, 0, 1, above=True, hint="0.9 is nine tenths of the device")
         arguments.whole("seed", seed, -(2**63), 2**63 - 1, hint="0 unless given")
         if max_model_len is not None and not chunked_prefill and max_model_len > max_num_batched_tokens:
@@ -219,7 +223,8 @@ class LLM:
             memory_limit=self.fit.limit,
             hot_hash="",
             prefix_caching=prefix_caching,
-            async_scheduling=async_scheduling,
+            async_scheduling=runs_ahead(async_scheduling, kind),
+            enforce_eager=enforce_eager,
             policy=policy,
             quantization=numbers,
         )

@@ -49,6 +49,8 @@ class Shape:
             return self.unit.name
         if self.types == {int, str}:
             return "auto | int"
+        if self.types == {bool, str}:
+            return "auto | true | false"
         return {str: "text", int: "int", bool: "bool"}[next(iter(self.types))]
 
 

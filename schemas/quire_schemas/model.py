@@ -45,6 +45,12 @@ def _auto_or_count(value: Any) -> Any:
     )
 
 
+def _auto_or_flag(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise Invalid("should be 'auto', true or false", "'auto' decides by the device")
+
+
 def _auto_or_quantity(value: Any) -> Any:
     if not isinstance(value, str):
         raise Invalid("should be 'auto' or a byte quantity", "for example '2Gi'")
@@ -56,6 +62,7 @@ def _auto_or_quantity(value: Any) -> Any:
 AutoCount = Annotated[
     Annotated[int, Field(ge=2, le=MAX_MODEL_LEN)] | Literal["auto"], BeforeValidator(_auto_or_count)
 ]
+AutoFlag = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_flag)]
 AutoQuantity = Annotated[Literal["auto"] | Quantity, BeforeValidator(_auto_or_quantity)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 ServedName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
@@ -180,8 +187,8 @@ class Engine(Strict):
         le=2**63 - 1,
     )
     enforce_eager: bool = declared(
-        "Never capture CUDA graphs. This version runs eagerly whatever is declared, so true is honoured and "
-        "false forbids nothing.",
+        "Never capture CUDA graphs: every kernel of every step is launched by itself, which takes a little less "
+        "memory of a GPU and more time. A CPU has no such graphs, so there true changes nothing.",
         False,
         update="rolling",
     )
@@ -312,11 +319,11 @@ class Batching(Strict):
         True,
         update="rolling",
     )
-    async_scheduling: bool = declared(
+    async_scheduling: AutoFlag = declared(
         "Decide each step while the one before it is computed, and hand its tokens out while the next one is. The "
         "same tokens (but for rounding where there are no native kernels), a step later; it pays where the host "
-        "is slow beside the device.",
-        False,
+        "is slow beside the device. 'auto' does so on a GPU, and not on a CPU.",
+        "auto",
         update="rolling",
     )
     policy: Literal["fcfs", "priority", "slo"] = declared(
@@ -782,3 +789,8 @@ def resolve_defaults(model: Model) -> dict[str, Any]:
         resolved["replicas"] = 1
     resolved["defaultsVersion"] = DEFAULTS_VERSION
     return resolved
+
+
+def runs_ahead(declared: bool | Literal["auto"], device: Literal["cpu", "cuda"]) -> bool:
+    """What `batching.asyncScheduling` is on a device: a GPU does nothing while its host plans."""
+    return device == "cuda" if declared == "auto" else declared

@@ -536,6 +536,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     prefix_caching: bool = False
     async_scheduling: bool = False
     """Plan a step while the one before it runs."""
+    enforce_eager: bool = False
+    """Capture no graphs."""
     spare_core: bool = False
     """The machine has more cores than `threads`: what can be done beside the model need not wait for it."""
     batch_invariant: bool = False

@@ -231,3 +231,14 @@ def test_more_seats_than_the_table_was_made_for(tmp_path: Path) -> None:
 
     engine._scheduler.set_limits(BatchLimits(5, 16, True))
     assert texts(run(engine, *requests(5))) == expected
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_steps_are_captured_unless_that_is_forbidden(eager: bool, tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True, enforce_eager=eager), "triton")
+    assert texts(run(engine, *requests(3))) == expected
+    runner = engine.runner
+    assert isinstance(runner, ResidentRunner)
+    assert (runner.program.captured > 0) is (DEVICE.type == "cuda" and not eager)

@@ -353,6 +353,7 @@ def test_an_allocation_of_another_size_than_planned_is_refused(monkeypatch: pyte
     [
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"batch_invariant": True, "device": "cuda"}, "batch_invariant is kept on a CPU alone; device is cuda"),
         ({"max_model_len": 1}, "max_model_len is 1; it must be at least 2"),
         ({"max_num_seqs": 0}, "max_num_seqs 0"),
         ({"max_model_len": 4096}, "above the checkpoint's 2048 positions"),

@@ -14,7 +14,15 @@ from quire_operators.cache import HubCache
 from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
 from quire_operators.models import device_env, due_in, log_owner
 from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
-from quire_operators.placement import NoDevice, NoSuchNumbers, Placement, PlacementError, TooLarge, place
+from quire_operators.placement import (
+    NoDevice,
+    NoSuchNumbers,
+    NoSuchPromise,
+    Placement,
+    PlacementError,
+    TooLarge,
+    place,
+)
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import SourceError, Sources
 from quire_schemas.checkpoint import profile_from_config
@@ -181,6 +189,51 @@ def test_a_gpu_is_taken_when_there_is_one_and_required_when_asked_for() -> None:
         placed(CPU, engine={"device": "cuda"})
     with pytest.raises(NoDevice, match="deviceIds"):
         placed(with_gpus, placement={"deviceIds": [5]})
+
+
+WITH_GPU = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+
+
+@pytest.mark.parametrize(
+    ("machine", "batching", "ahead"),
+    [
+        (CPU, {}, False),
+        (WITH_GPU, {}, True),
+        (WITH_GPU, {"asyncScheduling": "auto"}, True),
+        (WITH_GPU, {"asyncScheduling": False}, False),
+        (CPU, {"asyncScheduling": True}, True),
+    ],
+)
+def test_steps_are_planned_ahead_where_the_host_would_hold_up_the_device(
+    machine: Inventory, batching: dict[str, Any], ahead: bool
+) -> None:
+    found = placed(machine, batching=batching)
+    assert found.resolved()["asyncScheduling"] is ahead
+    engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(batching=batching), "hot", adoption_window=90.0)
+    assert engine.async_scheduling is ahead
+
+
+def test_a_placement_from_before_auto_plans_ahead_as_it_was_declared() -> None:
+    stored = {name: value for name, value in placed(CPU).as_dict().items() if name != "async_scheduling"}
+    older = Placement.from_dict(stored)
+    for declared_then in (True, False):
+        resolved = spec(batching={"asyncScheduling": declared_then})
+        engine = older.engine_spec("m", "m-r1-0", 1, "/s", resolved, "hot", adoption_window=90.0)
+        assert engine.async_scheduling is declared_then
+
+
+def test_no_graphs_where_none_are_wanted() -> None:
+    for eager in (False, True):
+        found = placed(WITH_GPU, engine={"enforceEager": eager})
+        engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(), "hot", adoption_window=90.0)
+        assert engine.enforce_eager is eager
+
+
+def test_batch_invariance_is_refused_on_a_gpu_by_name() -> None:
+    with pytest.raises(NoSuchPromise, match="on CPUs alone") as refused:
+        placed(WITH_GPU, determinism="batchInvariant")
+    assert refused.value.path == "spec.determinism"
+    assert placed(WITH_GPU, determinism="batchInvariant", engine={"device": "cpu"}).device == "cpu"
 
 
 def test_what_never_fits_is_refused_with_offers_and_what_does_not_fit_now_waits() -> None:

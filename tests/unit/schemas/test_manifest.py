@@ -99,6 +99,21 @@ def test_yaml_1_1_booleans_are_text(word: str) -> None:
     assert ("true" if word in ("yes", "on", "y") else "false") in problem.hint
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("auto", "auto"), ("true", True), ("FALSE", False), ("'auto'", "auto")]
+)
+def test_a_switch_that_can_be_left_to_the_device(written: str, read: bool | str) -> None:
+    model = one(HEAD + f"spec: {{source: 'builtin://tiny', batching: {{asyncScheduling: {written}}}}}\n")
+    assert model.spec.batching.async_scheduling == read
+    assert type(model.spec.batching.async_scheduling) is type(read)
+
+
+@pytest.mark.parametrize("word", ["yes", "1", "'true'", "0.5"])
+def test_a_switch_is_auto_true_or_false_and_nothing_else(word: str) -> None:
+    problem = only(f"batching:\n  asyncScheduling: {word}")
+    assert "should be 'auto', true or false" in problem.message
+
+
 def test_json_is_read_as_the_yaml_it_is() -> None:
     assert (
         one(

@@ -88,7 +88,7 @@ def test_resolved_defaults_have_a_value_for_every_field_and_keep_auto() -> None:
         "maxNumBatchedTokens": 512,
         "chunkedPrefill": True,
         "prefixCaching": True,
-        "asyncScheduling": False,
+        "asyncScheduling": "auto",
         "policy": "fcfs",
         "slo": None,
         "maxQueueLength": 512,
