@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import pynvml
 
+from quire_operators import nvml
 from quire_operators.host import ControlGroups
+from quire_operators.nvml import Gpu
 from quire_operators.rollout import Row
 from quire_schemas.quantities import BadQuantity, parse_quantity
 
@@ -41,16 +42,6 @@ class InventoryError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU. `memory` is bytes in total, `available` what no process holds."""
-
-    index: int
-    name: str
-    memory: int
-    available: int
-
-
-@dataclass(frozen=True, slots=True)
 class Inventory:
     """A machine: bytes of main memory in total and not in use, cores that may be used, GPUs."""
 
@@ -65,6 +56,10 @@ class Inventory:
             return self.memory
         return next((gpu.memory for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
 
+    def foreign(self, device: str, ours: int) -> int:
+        """Bytes of a GPU that processes hold beyond `ours`, those that Quire's replicas were given."""
+        return next((max(gpu.used - ours, 0) for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
+
 
 def detect() -> Inventory:
     """This machine, now."""
@@ -74,7 +69,7 @@ def detect() -> Inventory:
     if (limited := groups.memory()) is not None:
         limit, used = limited
         total, available = min(total, limit), min(available, max(limit - used, 0))
-    return Inventory(total, available, usable_cores(groups), nvml().gpus)
+    return Inventory(total, available, usable_cores(groups), nvml.ask().gpus)
 
 
 def usable_cores(groups: ControlGroups) -> int:
@@ -82,46 +77,6 @@ def usable_cores(groups: ControlGroups) -> int:
     allowed = len(os.sched_getaffinity(0))
     quota = groups.cores()
     return max(1, allowed if quota is None else min(allowed, int(quota)))
-
-
-@dataclass(frozen=True, slots=True)
-class Nvml:
-    """What NVML says: the driver's version and the GPUs, or why there is nothing to say."""
-
-    driver: str | None
-    gpus: tuple[Gpu, ...]
-    problem: str | None
-
-
-def nvml() -> Nvml:
-    """GPUs that NVML reports; none on a machine without its driver. CUDA_VISIBLE_DEVICES narrows them by index."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return Nvml(None, (), f"NVML cannot be used: {error}")
-    try:
-        return _ask_nvml()
-    except pynvml.NVMLError as error:  # a GPU that fell off the bus takes the answer with it
-        return Nvml(None, (), f"NVML stopped answering: {error}")
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _ask_nvml() -> Nvml:
-    driver = str(pynvml.nvmlSystemGetDriverVersion())
-    found = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        name = pynvml.nvmlDeviceGetName(handle)
-        found.append(Gpu(index, str(name), int(memory.total), int(memory.free)))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return Nvml(driver, tuple(found), None)
-    allowed = {int(part) for part in visible.split(",") if part.strip().isdigit()}
-    seen = tuple(gpu for gpu in found if gpu.index in allowed)
-    hidden = len(found) - len(seen)
-    return Nvml(driver, seen, f"CUDA_VISIBLE_DEVICES={visible} hides {hidden} of {len(found)}" if hidden else None)
 
 
 def declared(document: Any) -> Inventory:
@@ -195,10 +150,14 @@ def free_places(
 ) -> list[str]:
     """Devices for as many more replicas of `need` bytes as fit below `share` of each, emptiest device first.
 
-    A device appears once for each replica that fits on it.
+    A device appears once for each replica that fits on it. What other processes hold of a GPU is not there to be
+    given; of main memory they give way.
     """
     names = device_names(inventory, kind, device_ids)
-    free = {name: int(inventory.total(name) * share) - taken.get(name, 0) for name in names}
+    free = {}
+    for name in names:
+        ours, total = taken.get(name, 0), inventory.total(name)
+        free[name] = min(int(total * share), total - inventory.foreign(name, ours)) - ours
     places: list[str] = []
     while free and len(places) < MAX_PLACES:
         name = max(free, key=lambda name: (free[name], -names.index(name)))

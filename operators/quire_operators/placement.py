@@ -34,6 +34,9 @@ from quire_schemas.quantization import resolve as resolve_quantization
 from quire_schemas.sizing import FitReport, SizingRequest, fit
 from quire_schemas.update import EngineLimits
 
+FOREIGN_BYTES = 64 << 20
+"""What others hold of a GPU is worth a word from here on: less than a CUDA context, and it is no process."""
+
 
 class PlacementError(Exception):
     """The spec cannot run on this machine."""
@@ -289,6 +292,11 @@ def place(
         notes.append(
             f"does not fit beside what other models hold now ({format_bytes(everyone.get(name, 0))}); "
             "it starts when they have left"
+        )
+    neighbours = inventory.foreign(name, everyone.get(name, 0))
+    if neighbours >= FOREIGN_BYTES:
+        notes.append(
+            f"processes that are none of Quire's hold {format_bytes(neighbours)} of {request.device_name}"
         )
     threads = resolved["resources"]["cpu"] or inventory.cores
     if threads > inventory.cores:

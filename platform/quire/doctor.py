@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from quire.client import Client, ClientError
-from quire_operators import devices
+from quire_operators import devices, nvml
 from quire_operators.host import (
     NETWORK_FILESYSTEMS,
     ControlGroups,
@@ -89,7 +89,7 @@ def examine(state: StateDir, environ: Mapping[str, str] = os.environ) -> Report:
     report: Report = {
         "machine": _machine(),
         "memory": _memory(),
-        "devices": asdict(devices.nvml()),
+        "devices": _devices(),
         "stateDir": _state_dir(state),
         "disk": [_disk("state", state.root), _disk("cache", cache), _disk("sockets", state.runtime)],
         "controlPlane": plane,
@@ -149,6 +149,37 @@ def _memory() -> Report:
         "usable": inventory.memory,
         "available": inventory.available,
         "controlGroupLimit": limited[0] if limited is not None else None,
+    }
+
+
+def _devices() -> Report:
+    found = nvml.ask(health=True)
+    return {
+        "driver": found.driver,
+        "cuda": None if found.cuda is None else "{}.{}".format(*found.cuda),
+        "gpus": [_gpu(gpu) for gpu in found.gpus],
+        "problem": found.problem,
+    }
+
+
+def _gpu(gpu: nvml.Gpu) -> Report:
+    health = gpu.health or nvml.Health()
+    return {
+        "index": gpu.index,
+        "name": gpu.name,
+        "memory": gpu.memory,
+        "available": gpu.available,
+        "utilization": health.utilization,
+        "temperature": health.temperature,
+        "slowdownTemperature": health.slowdown_temperature,
+        "power": health.power,
+        "powerLimit": health.power_limit,
+        "slowedBy": None if health.slowed_by is None else list(health.slowed_by),
+        "eccErrors": health.ecc_errors,
+        "repairs": health.repairs,
+        "repairPending": health.repair_pending,
+        "repairFailed": health.repair_failed,
+        "processes": health.processes,
     }
 
 
@@ -507,11 +538,55 @@ def _judge_kernels(report: Report) -> Iterator[Finding]:
             "they need a processor with AVX2, and once a C++ compiler (g++, clang++, or what CXX names)",
         )
     if report["devices"]["gpus"] and not kernels["gpus"]:
-        built = "for the CPU alone" if kernels["cuda"] is None else f"for CUDA {kernels['cuda']}"
-        message = f"NVML sees {len(report['devices']['gpus'])} GPUs, torch none of them: it is built {built}"
-        yield Finding(
-            "error", "devices", message, "install a torch for the driver's CUDA version; see pytorch.org"
+        yield _unseen(report["devices"], kernels["cuda"])
+
+
+def _unseen(found: Report, built: str | None) -> Finding:
+    """Why torch uses no GPU although there are some."""
+    seen = f"NVML sees {_counted(len(found['gpus']), 'GPU')}, torch none"
+    if built is not None and found["cuda"] is not None and _release(found["cuda"]) < _release(built):
+        message = f"{seen}: driver {found['driver']} runs CUDA up to {found['cuda']}, torch is built for {built}"
+        hint = f"install a newer driver, or a torch for CUDA {found['cuda']} or older; see pytorch.org"
+        return Finding("error", "devices", message, hint)
+    how = "for the CPU alone" if built is None else f"for CUDA {built}"
+    hint = "install a torch for the driver's CUDA version; see pytorch.org"
+    return Finding("error", "devices", f"{seen}: it is built {how}", hint)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _judge_gpus(report: Report) -> Iterator[Finding]:
+    for gpu in report["devices"]["gpus"]:
+        name, reset = (
+            f"GPU {gpu['index']}",
+            f"nvidia-smi --gpu-reset -i {gpu['index']}, with nothing running on it",
         )
+        if gpu["repairFailed"]:
+            message = f"{name} has bad memory and nothing left to replace it with"
+            yield Finding("error", "devices", message, "replace the card; spec.placement.deviceIds names others")
+        elif gpu["eccErrors"] or gpu["repairPending"]:
+            count = _counted(gpu["eccErrors"] or 0, "memory error")
+            message = f"{name} has had {count} that could not be corrected since its driver was loaded"
+            if gpu["repairPending"]:
+                message += "; a repair waits for a reset"
+            hint = f"{reset}; if they come again, replace the card (dmesg | grep Xid tells more)"
+            yield Finding("warning", "devices", message, hint)
+        heat = sorted({*(gpu["slowedBy"] or ())} & {*nvml.SLOWED_BY_HEAT})
+        limit = gpu["slowdownTemperature"]
+        hot = gpu["temperature"] is not None and limit is not None and gpu["temperature"] >= limit
+        if heat or hot:
+            at = "" if gpu["temperature"] is None else f" at {gpu['temperature']} °C"
+            message = f"{name} is too hot{at}: it computes more slowly"
+            yield Finding("warning", "devices", message, "look at fans, filters and the room's air")
+        if nvml.POWER_BRAKE in (gpu["slowedBy"] or ()):
+            message = f"{name} is held back by its power supply (power brake)"
+            yield Finding("warning", "devices", message, "look at its power cables, and at what else they feed")
 
 
 def _judge_packages(report: Report) -> Iterator[Finding]:
@@ -526,6 +601,7 @@ _RULES: tuple[Callable[[Report], Iterator[Finding]], ...] = (
     _judge_processes,
     _judge_port,
     _judge_kernels,
+    _judge_gpus,
     _judge_packages,
     _judge_disk,
 )

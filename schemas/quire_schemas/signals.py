@@ -1,7 +1,8 @@
 """Every metric, span and attribute name of the product, in one place.
 
 No other module spells such a name. Prometheus names use underscores (colons are reserved for recording rules);
-units are seconds, bytes and tokens. Buckets follow what dashboards of comparable servers expect.
+units are seconds, bytes, tokens, and of GPUs degrees Celsius and watts. Buckets follow what dashboards of
+comparable servers expect.
 """
 
 from __future__ import annotations
@@ -53,11 +54,31 @@ SPANS_EXPORTED: Final = "quire_spans_exported"
 SPANS_DROPPED: Final = "quire_spans_dropped"
 """Counter by reason: spans lost for want of room (queue_full), or because the collector failed (export_failed)."""
 
+GPU_MEMORY: Final = "quire_gpu_memory_bytes"
+"""Gauge by device: memory in total. Series of GPUs are there for what NVML tells of the card."""
+GPU_MEMORY_USED: Final = "quire_gpu_memory_used_bytes"
+"""Gauge by device: what processes hold, whoever started them."""
+GPU_UTILIZATION: Final = "quire_gpu_utilization_ratio"
+"""Gauge by device: share of the last moments in which some kernel ran, 0 to 1."""
+GPU_TEMPERATURE: Final = "quire_gpu_temperature_celsius"
+"""Gauge by device."""
+GPU_POWER: Final = "quire_gpu_power_watts"
+"""Gauge by device."""
+GPU_SLOWED: Final = "quire_gpu_slowed"
+"""Gauge by device: 1 while heat or a power brake holds its clocks back."""
+GPU_ECC_ERRORS: Final = "quire_gpu_ecc_uncorrected_errors"
+"""Gauge by device: memory errors that could not be corrected, since the driver was loaded."""
+GPU_XID_ERRORS: Final = "quire_gpu_xid_errors"
+"""Counter by device and xid: errors that the driver has reported since the router started."""
+
 LABEL_MODEL: Final = "model"
 LABEL_REPLICA: Final = "replica"
 LABEL_OPERATION: Final = "operation"
 LABEL_FINISH: Final = "finish"
 LABEL_REASON: Final = "reason"
+LABEL_DEVICE: Final = "device"
+"""`cuda:0`, by the number that NVML gives it."""
+LABEL_XID: Final = "xid"
 
 TTFT_BUCKETS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,

@@ -93,11 +93,32 @@ def _hardware(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "memory", f"{render.size(memory['available'])} free of {render.size(memory['total'])}{bound}"
     for gpu in devices["gpus"]:
         room = f"{render.size(gpu['available'])} free of {render.size(gpu['memory'])}"
-        yield "device", f"cuda:{gpu['index']} {gpu['name']}, {room}, driver {devices['driver']}"
+        driver = f"driver {devices['driver']} (CUDA {devices['cuda'] or 'unknown'})"
+        yield "device", f"cuda:{gpu['index']} {gpu['name']}, {room}, {driver}"
+        yield "", _health(gpu)
     if not devices["gpus"]:
         yield "device", f"no GPU: {devices['problem'] or 'NVML reports none'}"
     elif devices["problem"]:
         yield "device", devices["problem"]
+
+
+def _health(gpu: dict[str, Any]) -> str:
+    """What a GPU tells of itself; `?` is what it does not."""
+
+    def shown(value: Any, unit: str = "") -> str:
+        return "?" if value is None else f"{value:.0f}{unit}"
+
+    busy = None if gpu["utilization"] is None else gpu["utilization"] * 100
+    parts = [
+        f"busy {shown(busy, ' %')}",
+        f"{shown(gpu['temperature'])} of {shown(gpu['slowdownTemperature'])} °C",
+        f"{shown(gpu['power'])} of {shown(gpu['powerLimit'])} W",
+        f"uncorrected memory errors {shown(gpu['eccErrors'])}, repairs {shown(gpu['repairs'])}",
+        f"processes {shown(gpu['processes'])}",
+    ]
+    if gpu["slowedBy"]:
+        parts.append(f"slowed by {', '.join(gpu['slowedBy'])}")
+    return ", ".join(parts)
 
 
 def _software(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
 from quire.router.spans import RequestSpans
 from quire.tracing import Tracing
+from quire_operators.nvml import Watch
 
 log = logging.getLogger("quire.router")
 
@@ -55,6 +56,9 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     """The application that serves `fleet`."""
     gateway = Gateway(fleet)
     fleet.metrics.watch(tracing.counts)
+    gpus = Watch()
+    gpus.start()
+    fleet.metrics.watch_gpus(gpus)
     spans = RequestSpans(tracing)
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)

@@ -25,6 +25,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from quire.tracing import Counts
+from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
 from quire_schemas import signals
 from quire_schemas.wire import Stats
 
@@ -134,6 +135,10 @@ class Metrics:
         """Show what becomes of the router's spans."""
         self._registry.register(_Spans(spans))
 
+    def watch_gpus(self, watch: Watch) -> None:
+        """Show what a watch sees of this machine's GPUs."""
+        self._registry.register(_Gpus(watch))
+
     def model(self, name: str | None) -> ModelMetrics:
         """The handles of a model; those of `NO_MODEL` for one that is not routed."""
         return self._models.get(name or NO_MODEL, self._models[NO_MODEL])
@@ -189,6 +194,48 @@ class _Replicas(Collector):
             hits.add_metric(key, stats.prefix_hit_tokens if stats else 0)
             cached.add_metric(key, stats.blocks_cached if stats else 0)
         yield from (up, running, waiting, usage, saved, preemptions, steps, queries, hits, cached)
+
+
+class _Gpus(Collector):
+    """Series of the GPUs of this machine, as they were last read."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterator[Metric]:
+        def gauge(name: str, text: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(name, text, labels=[signals.LABEL_DEVICE])
+
+        memory = gauge(signals.GPU_MEMORY, "Memory in total.")
+        used = gauge(signals.GPU_MEMORY_USED, "Memory that processes hold.")
+        told: list[tuple[GaugeMetricFamily, Callable[[Health], float | None]]] = [
+            (gauge(signals.GPU_UTILIZATION, "Share of time in which a kernel ran."), lambda of: of.utilization),
+            (gauge(signals.GPU_TEMPERATURE, "Degrees Celsius."), lambda of: of.temperature),
+            (gauge(signals.GPU_POWER, "Watts."), lambda of: of.power),
+            (gauge(signals.GPU_SLOWED, "1: held back by heat or a power brake."), _slowed),
+            (gauge(signals.GPU_ECC_ERRORS, "Memory errors that were not corrected."), lambda of: of.ecc_errors),
+        ]
+        for gpu in self._watch.gpus:
+            key = [f"cuda:{gpu.index}"]
+            memory.add_metric(key, gpu.memory)
+            used.add_metric(key, gpu.used)
+            for family, of in told:
+                if gpu.health is not None and (value := of(gpu.health)) is not None:
+                    family.add_metric(key, value)
+        xids = CounterMetricFamily(
+            signals.GPU_XID_ERRORS,
+            "Errors that the driver has reported.",
+            labels=[signals.LABEL_DEVICE, signals.LABEL_XID],
+        )
+        for (index, number), count in self._watch.xids.items():
+            xids.add_metric([f"cuda:{index}" if index >= 0 else "-", str(number)], count)
+        yield from (memory, used, *(family for family, _ in told), xids)
+
+
+def _slowed(health: Health) -> float | None:
+    if health.slowed_by is None:
+        return None
+    return float(bool({*SLOWED_BY_HEAT, POWER_BRAKE} & {*health.slowed_by}))
 
 
 class _Spans(Collector):

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from quire_operators.cache import HubCache
-from quire_operators.devices import Gpu, Inventory, InventoryError, declared, detect, free_places, held
+from quire_operators.devices import Inventory, InventoryError, declared, detect, free_places, held
 from quire_operators.models import device_env, due_in, log_owner
+from quire_operators.nvml import Gpu
 from quire_operators.paths import StateDir, StateDirError, check_private, private_dir
 from quire_operators.placement import (
     NoDevice,
@@ -234,6 +235,21 @@ def test_batch_invariance_is_refused_on_a_gpu_by_name() -> None:
         placed(WITH_GPU, determinism="batchInvariant")
     assert refused.value.path == "spec.determinism"
     assert placed(WITH_GPU, determinism="batchInvariant", engine={"device": "cpu"}).device == "cpu"
+
+
+def test_a_neighbour_on_the_gpu_keeps_what_it_holds_and_the_plan_says_so() -> None:
+    def plan(gpu: Gpu, ours: int = 0) -> tuple[Placement, str]:
+        machine, held_by_us = replace(CPU, gpus=(gpu,)), {"cuda:0": ours} if ours else {}
+        found = place(spec(), profile_from_config(TINY), ("/m", "/t"), None, machine, {}, held_by_us, "t")
+        return found.placement, " ".join(found.notes)
+
+    alone, nothing = plan(Gpu(0, "g", 80 * GIB, 79 * GIB, GIB))
+    assert nothing == ""
+    beside, said = plan(Gpu(0, "g", 80 * GIB, 39 * GIB, GIB))
+    assert beside.memory <= 39 * GIB < alone.memory
+    assert "none of Quire's hold 40.0 GiB of g (GPU 0)" in said
+    _, said = plan(Gpu(0, "g", 80 * GIB, 39 * GIB, GIB), 30 * GIB)
+    assert "none of Quire's hold 10.0 GiB" in said
 
 
 def test_what_never_fits_is_refused_with_offers_and_what_does_not_fit_now_waits() -> None:

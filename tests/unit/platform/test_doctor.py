@@ -16,6 +16,7 @@ import pytest
 from quire import doctor
 from quire.cli.doctor import exit_code, lines
 from quire.cli.outcome import ExitCode
+from quire_operators.nvml import Gpu
 from quire_operators.paths import StateDir
 from quire_operators.store import SCHEMA_VERSION, Store
 
@@ -39,7 +40,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Report:
     base = "http://127.0.0.1:8000/v1"
     report["router"] = {"pid": 4, "shimPid": 2, "shimAnswers": True, "baseUrl": base, "answers": True}
     report["replicas"] = [dict(REPLICA)]
-    report["devices"] = {"driver": None, "gpus": [], "problem": "none here"}
+    report["devices"] = {"driver": None, "cuda": None, "gpus": [], "problem": "none here"}
     return report
 
 
@@ -56,6 +57,24 @@ def _set(*path: Any, value: Any) -> Callable[[Report], None]:
         holder[path[-1]] = value
 
     return change
+
+
+GPU: Report = doctor._gpu(Gpu(0, "NVIDIA H200", 140 << 30, 139 << 30))
+
+
+def _with_gpu(**health: Any) -> Callable[[Report], None]:
+    """One GPU that torch sees, of which `health` is known."""
+
+    def change(report: Report) -> None:
+        report["devices"]["gpus"] = [GPU | health]
+        report["kernels"]["gpus"] = 1
+
+    return change
+
+
+def _old_driver(report: Report) -> None:
+    report["devices"].update(driver="470.1", cuda="11.4", gpus=[GPU])
+    report["kernels"].update(cuda="13.0")
 
 
 WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
@@ -92,7 +111,18 @@ WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
         ]),
         "warning", "no C++ compiler is installed", "g++",
     ),
-    "gpu": (_set("devices", "gpus", value=[{"index": 0}]), "error", "torch none of them", "install a torch"),
+    "gpu": (
+        _set("devices", "gpus", value=[GPU]), "error", "sees 1 GPU, torch none: it is built", "install a torch",
+    ),
+    "driver": (
+        _old_driver, "error", "driver 470.1 runs CUDA up to 11.4, torch is built for 13.0", "a newer driver",
+    ),
+    "ecc": (_with_gpu(eccErrors=3), "warning", "GPU 0 has had 3 memory errors", "--gpu-reset -i 0"),
+    "pending": (_with_gpu(repairPending=True), "warning", "a repair waits for a reset", "--gpu-reset -i 0"),
+    "bad memory": (_with_gpu(repairFailed=True, eccErrors=9), "error", "nothing left to", "replace the card"),
+    "hot": (_with_gpu(temperature=92, slowdownTemperature=90), "warning", "too hot at 92 °C", "fans"),
+    "slowed": (_with_gpu(slowedBy=["heat (driver)", "power limit"]), "warning", "GPU 0 is too hot:", "fans"),
+    "brake": (_with_gpu(slowedBy=["power brake"]), "warning", "power supply", "power cables"),
     "package": (_set("versions", "uvicorn", value=None), "error", "not installed: uvicorn", "make venv"),
     "mode": (
         lambda report: report["stateDir"].update(exists=True, mode="drwxr-xr-x"),
@@ -122,7 +152,11 @@ def vars_of(finding: doctor.Finding) -> dict[str, str]:
 
 
 def test_every_key_is_documented_and_every_documented_key_is_there(sound: Report) -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE))
+    table, of_gpus = DOCS.read_text().split("Of each GPU")
+    assert set(GPU) == {
+        name for row in re.findall(r"^\| (`.*?) \|", of_gpus, re.M) for name in re.findall(r"\w+", row)
+    }
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     assert set(rows) == set(sound)
     for name, text in rows.items():
         value = sound[name]
@@ -145,3 +179,18 @@ def test_a_store_is_looked_at_and_not_touched(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE t (x)")
     assert "no such table" in doctor.store_of(tmp_path / "other.db")["problem"]
+
+
+def test_a_gpu_has_a_line_of_what_it_tells(sound: Report) -> None:
+    told = GPU | {
+        "utilization": 0.87,
+        "temperature": 61,
+        "slowdownTemperature": 90,
+        "power": 412.7,
+        "eccErrors": 0,
+    }
+    report = {**sound, "findings": [], "devices": {**sound["devices"], "driver": "570.1", "cuda": "12.8"}}
+    report["devices"]["gpus"] = [told]
+    shown = "\n".join(lines(report))
+    assert "cuda:0 NVIDIA H200, 139.0 GiB free of 140.0 GiB, driver 570.1 (CUDA 12.8)" in shown
+    assert "busy 87 %, 61 of 90 °C, 413 of ? W, uncorrected memory errors 0, repairs ?, processes ?" in shown
