@@ -125,6 +125,10 @@ class _Native:
         weakref.finalize(self, library.quire_close, self.engine).atexit = False
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 @dataclass(slots=True, frozen=True)
 class _Packed:
     """`Product` over a weight in the native order."""
@@ -133,6 +137,8 @@ class _Packed:
     weight: Tensor
     """[outputs, width] in name: the numbers lie in another order."""
     bias: Tensor | None
+    call: _Linear
+    """What every call has in common, with room for the rest: calls do not overlap."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, x.dtype)
@@ -161,11 +167,9 @@ class _Packed:
                 f"x is {x.dtype} {tuple(x.shape)}, the weight {self.weight.dtype} [{outputs}, {width}]"
             )
         out = torch.empty((x.shape[0], outputs), dtype=dtype)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        call = _Linear(
-            _FORMATS[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], width, self.weight.data_ptr(), bias, outputs,
-            _FORMATS[dtype], out.data_ptr(), outputs,
-        )  # fmt: skip
+        call = self.call
+        call.x, call.stride, call.rows = x.data_ptr(), x.stride(0), x.shape[0]
+        call.out_format, call.out = _FORMATS[dtype], out.data_ptr()
         self.native.library.quire_linear(self.native.engine, call)
         return out
 
@@ -183,8 +187,9 @@ class _PackedQuantized:
     """Outputs and width."""
     bias: Tensor | None
     """[outputs] float32."""
-    round_input: bool
     dtype: torch.dtype
+    call: _QuantizedLinear
+    """As of `_Packed`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self.dtype)
@@ -211,12 +216,9 @@ class _PackedQuantized:
         if x.dtype != self.dtype or x.shape[1] != width or x.stride(1) != 1:
             raise KernelError(f"x is {x.dtype} {tuple(x.shape)}, the product of {self.dtype} [{outputs}, {width}]")
         out = torch.empty((x.shape[0], outputs), dtype=dtype)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        call = _QuantizedLinear(
-            _FORMATS[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], width, self.values.data_ptr(),
-            self.scales.data_ptr(), self.group_size, bias, outputs, self.round_input, _FORMATS[dtype],
-            out.data_ptr(), outputs,
-        )  # fmt: skip
+        call = self.call
+        call.x, call.stride, call.rows = x.data_ptr(), x.stride(0), x.shape[0]
+        call.out_format, call.out = _FORMATS[dtype], out.data_ptr()
         self.native.library.quire_quantized_linear(self.native.engine, call)
         return out
 
@@ -268,7 +270,12 @@ class CpuKernels:
         self._native.library.quire_pack(
             self._native.engine, _FORMATS[weight.dtype], weight.data_ptr(), *weight.shape
         )
-        return _Packed(self._native, weight, bias)
+        outputs, width = weight.shape
+        call = _Linear(
+            format=_FORMATS[weight.dtype], width=width, weight=weight.data_ptr(), bias=_address(bias),
+            outputs=outputs, out_stride=outputs,
+        )  # fmt: skip
+        return _Packed(self._native, weight, bias, call)
 
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
@@ -287,9 +294,12 @@ class CpuKernels:
             native.engine, values.data_ptr(), *values.shape, isinstance(weight, Int4Weight)
         )
         wide_bias = None if bias is None else bias.float()
-        return _PackedQuantized(
-            native, values, scales, group_size, (outputs, width), wide_bias, activations == "int8", dtype
-        )
+        call = _QuantizedLinear(
+            format=_FORMATS[dtype], width=width, weight=values.data_ptr(), scales=scales.data_ptr(),
+            group=group_size, bias=_address(wide_bias), outputs=outputs, round_input=activations == "int8",
+            out_stride=outputs,
+        )  # fmt: skip
+        return _PackedQuantized(native, values, scales, group_size, (outputs, width), wide_bias, dtype, call)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

@@ -12,8 +12,9 @@
 
 namespace quire {
 
-constexpr int64_t kFar = 8192;   // bytes, to the second cache
-constexpr int64_t kNear = 1024;  // to the first
+constexpr int64_t kFar = 8192;     // bytes, to the second cache
+constexpr int64_t kNear = 1024;    // to the first
+constexpr int64_t kBeside = 4096;  // for what is read beside a panel, a small part of it
 
 // `rows` in passes of at most `most`, as even as can be.
 struct Passes {
@@ -50,6 +51,14 @@ class Ahead {
     }
     at_ += step_;
     if (at_ == end_) at_ = next_;
+  }
+
+  // Before `Bytes` that lie in a row of their own are read at `from`.
+  template <int Bytes>
+  static void beside(const void* from) {
+#pragma GCC unroll 8
+    for (int line = 0; line < Bytes; line += 64)
+      _mm_prefetch(static_cast<const char*>(from) + kBeside + line, _MM_HINT_T1);
   }
 
  private:

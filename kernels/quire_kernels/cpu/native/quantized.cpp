@@ -179,6 +179,7 @@ struct Four {
         for (int v = 0; v < kVecs; ++v) w[v] = weights((four_inputs<Whole>(at, lanes, v) >> 4) & low);
         multiply_add(acc, w, codes + k + 4, x.stride);
       }
+      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         Vec scale = load(scales + g * outputs + v * kLanes, lanes.n[v]);
@@ -261,6 +262,7 @@ struct WideFour {
     const uint8_t* at = slice;
     for (int64_t g = 0; g < x.groups; ++g) {
       Vec scale[kVecs];
+      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) scale[v] = load(scales + g * outputs + v * kLanes, lanes.n[v]);
       for (int64_t k = g * group; k < (g + 1) * group; k += 8, at += 4 * outputs) {
