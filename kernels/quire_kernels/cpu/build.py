@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -154,7 +155,12 @@ def _all_of(commands: list[list[str]]) -> None:
         for command in commands:
             running.append(
                 subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
                 )
             )
         for command, process in zip(commands, running, strict=True):
@@ -168,4 +174,5 @@ def _all_of(commands: list[list[str]]) -> None:
     finally:
         for process in running:
             with process:
-                process.kill()
+                if process.poll() is None:  # what a compiler starts would go on without it
+                    os.killpg(process.pid, signal.SIGKILL)

@@ -116,6 +116,18 @@ def test_a_compiler_that_hangs_is_ended(compiler: Compiler, monkeypatch: pytest.
     assert "not done after" in _fails(build.LEVELS[-1])
 
 
+def test_what_a_compiler_has_started_is_ended_with_it(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    compiler(f"sleep 60 & echo $! >> {started}; wait")
+    monkeypatch.setattr(build, "BUILD_SECONDS", 2.0)
+    assert "not done after" in _fails(build.LEVELS[-1])
+    for number in started.read_text().split():
+        stat = Path(f"/proc/{number}/stat")
+        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
 def test_a_file_that_is_no_library_is_told(compiler: Compiler) -> None:
     compiler(WRITES)
     path = build.library(build.LEVELS[-1])
