@@ -172,7 +172,7 @@ def _decode(
         acc = acc / state_sum[:, None]
         tl.store(out + (base + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        place = (base + heads) * SPLITS + split
+        place = (sequence.to(tl.int64) * kv_heads * G + heads) * SPLITS + split
         tl.store(parts + place[:, None] * D + dims[None, :], acc, mask=inside)
         tl.store(sums + place * 2, state_max, mask=members < G)
         tl.store(sums + place * 2 + 1, state_sum, mask=members < G)
@@ -210,7 +210,7 @@ def _merge(
     used = tl.cdiv(length, _split_of(length, SPLITS, LEAST, BLOCK_N))
     splits, dims = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_D)
     there = splits < used
-    place = (row.to(tl.int64) * num_heads + head) * SPLITS + splits
+    place = (sequence.to(tl.int64) * num_heads + head) * SPLITS + splits
     peaks = tl.load(sums + place * 2, mask=there, other=float("-inf"))
     totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0)
     weights = tl.exp2(peaks - tl.max(peaks, 0))
@@ -350,7 +350,8 @@ class StepAttention:
         splits = num_splits(self._chip.multiprocessors, rows, batch.longest)
         parts = sums = out
         if splits > 1:
-            heads = query.shape[0] * query.shape[1]
+            # by sequence, not by token: a long prompt beside would need gigabytes for nothing
+            heads = sequences * query.shape[1]
             parts = torch.empty((heads, splits, shape["D"]), dtype=torch.float32, device=query.device)
             sums = torch.empty((heads, splits, 2), dtype=torch.float32, device=query.device)
         fixed: dict[str, Any] = {
