@@ -102,8 +102,8 @@ class ResidentRunner:
         """See `Runner`: capture programs, and compile and load what launched steps need besides."""
         if not self._captures:
             return
-        # of other numbers of short sequences the attention kernel is another one
-        for singles in (1, 4, 16, 64):
+        # for other numbers of sequences the attention kernel is another one
+        for singles in sorted({1, 4, 8, 64, self._table.seats - 1}):
             self._rehearse(singles, 2)
         self._rehearse(1, max(2, self._max_num_batched_tokens - 1))
         self.program.warm_up(seconds)

@@ -35,7 +35,8 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.triton.launch import dependent, wait
 
 _LEAST_SPLIT = 64
-_MOST_SPLITS = 64
+_SPLITS = (1, 4, 16, 32)
+"""Each number is a kernel of its own to compile. More than the last gained nothing on an H200."""
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
@@ -440,9 +441,8 @@ def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     """Into how many parts the keys of each of `rows` pairs of a sequence and a head are cut, of at most `longest`
     keys.
     """
-    wanted = min(2 * num_multiprocessors / rows, longest / _LEAST_SPLIT, _MOST_SPLITS)
-    # a power of four: every other number would be a kernel of its own to compile
-    return 1 << max(0, 2 * round(math.log2(wanted) / 2))
+    wanted = min(2 * num_multiprocessors / rows, longest / _LEAST_SPLIT)
+    return max(splits for splits in _SPLITS if splits == 1 or splits <= 1.4 * wanted)
 
 
 def decode_tuning(chip: Chip, rows: int, row_bytes: int) -> dict[str, int]:

@@ -77,7 +77,8 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "longest", "splits"), [(8, 8192, 64), (2048, 8192, 1), (8, 70, 1), (8, 600, 16), (64, 8192, 4)]
+    ("rows", "longest", "splits"),
+    [(8, 8192, 32), (2048, 8192, 1), (8, 70, 1), (8, 600, 4), (8, 1024, 16), (64, 8192, 4)],
 )
 def test_splits_fill_the_chip_and_are_never_short(rows: int, longest: int, splits: int) -> None:
     assert num_splits(132, rows, longest) == splits
