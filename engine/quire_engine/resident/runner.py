@@ -200,8 +200,11 @@ class ResidentRunner:
         }
         if _BROKEN not in drawn:
             return StepResult(tokens)
+        # a plan behind this one must not go on with what is no token
+        broken = [name for name, token in tokens.items() if token == _BROKEN]
         return StepResult(
-            tokens, failures={name: NOT_FINITE for name, token in tokens.items() if token == _BROKEN}
+            {name: token for name, token in tokens.items() if token != _BROKEN},
+            failures=dict.fromkeys(broken, NOT_FINITE),
         )
 
     def _launch(self, items: Sequence[Scheduled], flat: Sequence[int]) -> Tensor:
