@@ -38,7 +38,7 @@ from quire_kernels import load as load_kernels
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
-from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_bytes_per_token
+from quire_schemas.sizing import FOOTPRINT, gpu_activations, kv_block_bytes, kv_bytes_per_token
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
 CUDA = torch.device("cuda")
@@ -332,13 +332,13 @@ def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str
 def memory(bench: Bench) -> dict[str, Any]:
     """What the plan says, and what torch holds at its peak."""
     spec, profile = bench.spec, bench.profile
-    activations = activation_bytes(
+    parts = gpu_activations(
         profile,
         "bfloat16",
         spec.max_num_batched_tokens,
         spec.max_num_seqs,
         spec.max_model_len,
-        device="cuda",
+        block_size=spec.block_size,
     )
     kv = spec.num_blocks * kv_block_bytes(profile, "bfloat16", spec.block_size)
     weights = bench.model.bytes
@@ -348,7 +348,9 @@ def memory(bench: Bench) -> dict[str, Any]:
         "model": bench.name,
         "weights_mib": weights >> 20,
         "kv_mib": kv >> 20,
-        "planned_activations_mib": activations >> 20,
+        "planned_activations_mib": sum(parts.values()) >> 20,
+        "planned_parts_mib": {name: size >> 20 for name, size in parts.items()},
+        "planned_overhead_mib": FOOTPRINT["cuda"].overhead >> 20,
         "peak_activations_mib": (torch.cuda.max_memory_allocated() - weights - kv) >> 20,
         "reserved_mib": torch.cuda.max_memory_reserved() >> 20,
         "device_used_mib": (total - free) >> 20,

@@ -173,7 +173,9 @@ class Driver:
             started = time.monotonic()
             # here and not above: torch takes seconds to import, and signals and a bad spec are heard meanwhile
             from quire_engine.engine import Engine
+            from quire_engine.memory import bound_allocator
 
+            bound_allocator(self._spec)
             engine = Engine.load(self._spec, self._on_progress)
             engine.grammars.prepare()
             engine.warm_up()

@@ -35,12 +35,12 @@ from quire_engine.errors import (
     DeviceUnavailable,
     InvalidSpec,
     InvariantBroken,
-    MemoryMismatch,
     NotInvariant,
     RequestRefused,
 )
 from quire_engine.grammar import Grammar, Grammars
 from quire_engine.masks import MaskMaker
+from quire_engine.memory import MemoryPlan
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.request import Request
 from quire_engine.runner import ModelRunner, Runner
@@ -51,7 +51,7 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.quantization import misfit
-from quire_schemas.sizing import activation_bytes, kv_block_bytes, kv_groups, weight_bytes
+from quire_schemas.sizing import kv_groups
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     Delta,
@@ -130,21 +130,29 @@ class Engine:
         _check_length(spec, profile)
         if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
             raise InvalidSpec(problem)
-        planned = _planned_bytes(spec, profile)
+        plan = MemoryPlan.of(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)
+        if lacking and spec.device == "cuda":
+            # the plan counts what they take; the reference kernels take several times that
+            raise DeviceUnavailable(
+                f"a GPU computes with the Triton kernels alone, which cannot be used: {lacking}\n"
+                "hint: declare spec.engine.device: cpu"
+            )
         if lacking:
             log.warning("the reference kernels compute, slowly: %s", lacking)
-        model = load_model(
-            Path(spec.model_dir),
-            profile,
-            dtype=DTYPES[spec.dtype],
-            device=device,
-            kernels=kernels,
-            on_progress=on_progress,
-            quantization=spec.quantization,
-        )
-        kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
-        _check_bytes(planned, model, kv)
+        with plan.explained("weights were loaded"):
+            model = load_model(
+                Path(spec.model_dir),
+                profile,
+                dtype=DTYPES[spec.dtype],
+                device=device,
+                kernels=kernels,
+                on_progress=on_progress,
+                quantization=spec.quantization,
+            )
+        with plan.explained("the cache was allocated"):
+            kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
+        plan.check(model, kv)
         if spec.batch_invariant:
             if lacking:
                 raise NotInvariant(f"the kernels that keep to it cannot be used: {lacking}")
@@ -375,7 +383,8 @@ class Engine:
         """Make ready for all steps and generate one token, which is forgotten: the first request of a user pays no
         first-time cost.
         """
-        self.runner.warm_up(_WARM_UP_SECONDS)
+        with MemoryPlan.of(self.spec, self.profile).explained("the first steps ran"):
+            self.runner.warm_up(_WARM_UP_SECONDS)
         self.add(Generate(_WARM_UP, [0], Sampling(max_tokens=1, temperature=0.0)))
         while self.has_work:
             for delta in self.step():
@@ -393,7 +402,7 @@ class Engine:
     def set_limits(self, limits: Limits) -> None:
         """Apply hot knobs from the next step on. Raises `StartError`, and changes nothing, if they cannot hold."""
         changed = BatchLimits.of(limits)
-        _planned_bytes(self.spec, self.profile, changed)
+        MemoryPlan.of(self.spec, self.profile, changed)
         self._scheduler.set_limits(changed)
         self.hot_hash = limits.hot_hash
 
@@ -446,12 +455,6 @@ def _named_ids(sampling: Sampling) -> Iterator[tuple[str, Iterable[int]]]:
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    weights: int
-    kv: int
-
-
 def _device(spec: EngineSpec) -> torch.device:
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise DeviceUnavailable("the spec asks for cuda; torch sees no such device here")
@@ -463,37 +466,4 @@ def _check_length(spec: EngineSpec, profile: ModelProfile) -> None:
         raise InvalidSpec(
             f"max_model_len {spec.max_model_len} is above the checkpoint's {profile.max_position_embeddings} "
             "positions"
-        )
-
-
-def _planned_bytes(spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> _Planned:
-    """The arithmetic of the plan; `MemoryMismatch` if it lies above the spec's limit."""
-    if spec.runner == "scripted":
-        return _Planned(0, 0)
-    limits = limits or BatchLimits.of(spec)
-    weights = weight_bytes(profile, spec.dtype, spec.quantization)
-    kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
-    activations = activation_bytes(
-        profile,
-        spec.dtype,
-        limits.max_num_batched_tokens,
-        limits.max_num_seqs,
-        spec.max_model_len,
-        device=spec.device,
-        quantization=spec.quantization,
-    )
-    if weights + kv + activations > spec.memory_limit:
-        raise MemoryMismatch(
-            f"weights {weights} + KV {kv} ({spec.num_blocks} blocks of {spec.block_size} tokens) + activations "
-            f"{activations} = {weights + kv + activations} bytes, above the limit of {spec.memory_limit}"
-        )
-    return _Planned(weights, kv)
-
-
-def _check_bytes(planned: _Planned, model: DecoderModel, kv: KVCache) -> None:
-    """Hold what was allocated to what was planned, byte for byte."""
-    if (model.bytes, kv.bytes) != (planned.weights, planned.kv):
-        raise MemoryMismatch(
-            f"allocated weights {model.bytes} and KV {kv.bytes} bytes; "
-            f"planned were {planned.weights} and {planned.kv}"
         )

@@ -6,6 +6,7 @@
     │   ├── NotInvariant      answers would depend on what else runs, and the spec forbids that
     │   └── MemoryMismatch    real bytes differ from the sizing arithmetic, or lie above the limit
     ├── DeviceUnavailable     the device of the spec is not there, or does not compute
+    ├── OutOfMemory           memory that the arithmetic counts on could not be had; another time it may be there
     ├── SocketTaken           another process answers on the socket; it may be about to end
     ├── RequestRefused        one request cannot be served; it never reaches the queue
     ├── NoVocabulary          the checkpoint's tokens have no bytes of their own: no structured output
@@ -54,13 +55,17 @@ class DeviceUnavailable(EngineError):
     """The device of the spec is not there, or does not compute. It may come back."""
 
 
+class OutOfMemory(EngineError):
+    """Planned memory could not be had at load. The message has the arithmetic and a hint."""
+
+
 class SocketTaken(EngineError):
     """Another process listens on the socket of the spec."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, of the machine or of a device, could not be had: another time it may be there."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | OutOfMemory):
         return True
     torch: Any = sys.modules.get("torch")  # not imported here: without it loaded, the error is none of its own
     if torch is None:

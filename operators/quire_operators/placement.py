@@ -265,6 +265,7 @@ def place(
         chunked_prefill=resolved["batching"]["chunkedPrefill"],
         runner=runner,
         quantization=_quantization(resolved["quantization"], profile, dtype, kind),
+        enforce_eager=engine["enforceEager"],
     )
     longest = profile.max_position_embeddings
     if request.max_model_len is not None and request.max_model_len > longest:

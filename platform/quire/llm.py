@@ -199,6 +199,7 @@ class LLM:
             max_model_len=max_model_len,
             chunked_prefill=chunked_prefill,
             quantization=numbers,
+            enforce_eager=enforce_eager,
         )
         self.fit = _fit(profile, request, num_blocks)
         threads = threads or torch.get_num_threads()

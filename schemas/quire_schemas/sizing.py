@@ -16,8 +16,9 @@ The KV budget is `kv_size` if declared; else on a GPU all the room; else, on a C
 least of the room, 4 GiB, what `max_num_seqs` sequences of full length need, and a quarter of the free memory.
 
 Activations are the peak over the stages of one forward pass, counted from the code of `quire_engine` and
-`quire_kernels.reference`; the bound is tested against the bytes that torch really allocates. Legend of that part:
-T tokens of a step, R rows that get logits, e bytes of a number.
+`quire_kernels.reference`, or on a GPU from `quire_kernels.triton` and `quire_engine.resident`
+(`quire_schemas.gpu_sizing`); the bounds are tested against the bytes that torch really allocates. Legend of that
+part: T tokens of a step, R rows that get logits, e bytes of a number.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
+from quire_schemas.gpu_sizing import CONTEXT, SLACK, gpu_parts
 from quire_schemas.quantities import format_bytes
 from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, misfit, quantized_bytes
 from quire_schemas.wire import Quantization, RunnerKind
@@ -52,7 +54,7 @@ _WIDENED_BYTES = 10
 _QUANTIZING_BYTES = 24
 """Of each number that is quantized: as the file has it, and some copies in float32."""
 
-_LARGEST_BLOCK = 32
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 32
 _SAMPLER_BYTES = 52
 """Per logit, at the widest point of the sampler: float32 copies and the double-precision cumulative sum."""
 
@@ -69,7 +71,10 @@ FOOTPRINT: dict[str, Footprint] = {
     "cpu": Footprint(
         384 * MIB, "interpreter, torch's libraries (225 MiB, torch 2.13), kept grammars (64 MiB), allocator slack"
     ),
-    "cuda": Footprint(1 * GIB, "CUDA context, cuBLAS workspaces, allocator slack"),
+    "cuda": Footprint(
+        CONTEXT + SLACK,
+        "CUDA context, libraries and kernels (832 MiB), slack of torch's allocator (448 MiB)",
+    ),
 }
 """By kind of device."""
 
@@ -98,6 +103,8 @@ class SizingRequest:
     memory."""
     quantization: Quantization | None = None
     """None: weights in `dtype`."""
+    enforce_eager: bool = False
+    """On a GPU, no step is captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,9 +307,22 @@ def activation_bytes(
     *,
     device: str = "cpu",
     quantization: Quantization | None = None,
+    block_size: int = _SMALLEST_BLOCK,
+    enforce_eager: bool = False,
 ) -> int:
     """An upper bound of what one step holds besides weights and cache, sampling included; and of what quantizing a
-    weight does, which comes before any step."""
+    weight does, which comes before any step. `block_size` and `enforce_eager` count on a GPU alone."""
+    if device == "cuda":
+        parts = gpu_activations(
+            profile,
+            dtype,
+            max_num_batched_tokens,
+            max_num_seqs,
+            max_model_len,
+            block_size=block_size,
+            enforce_eager=enforce_eager,
+        )
+        return sum(parts.values())
     tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
     hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
     wide = 4 if e < 4 else 0  # a float32 copy, where the number format is not float32 already
@@ -312,9 +332,8 @@ def activation_bytes(
     # all through: the residual, the normed input, cosines and sines; addresses at 8 bytes, tables twice
     base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
-    if device == "cpu":
-        kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
-        base += tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
+    kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
+    base += tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
 
     def product(count: int, inputs: int, outputs: int) -> int:
         """What a product of `count` rows with a quantized weight holds besides input and result."""
@@ -347,6 +366,28 @@ def activation_bytes(
         return step
     piece = max(hidden, inner, q, min(QUANTIZED_AT_A_TIME, max(profile.vocab_size, inner, q) * hidden))
     return max(step, piece * _QUANTIZING_BYTES)
+
+
+def gpu_activations(
+    profile: ModelProfile,
+    dtype: str,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    *,
+    block_size: int,
+    enforce_eager: bool = False,
+) -> dict[str, int]:
+    """The parts of `activation_bytes` on a GPU, by name (`gpu_sizing.gpu_parts`)."""
+    return gpu_parts(
+        profile,
+        len(kv_groups(profile)),
+        number=DTYPE_BYTES[dtype],
+        tokens=max_num_batched_tokens,
+        seats=max_num_seqs,
+        width=-(-max_model_len // block_size),
+        captures=not enforce_eager,
+    )
 
 
 def kv_room(limit: int, weights: int, activations: int, overhead: int) -> int:
@@ -395,6 +436,8 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         length,
         device=request.device,
         quantization=request.quantization,
+        block_size=request.block_size,
+        enforce_eager=request.enforce_eager,
     )
     overhead = FOOTPRINT[request.device].overhead
     limit = _limit(request)

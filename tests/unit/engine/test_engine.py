@@ -17,12 +17,22 @@ from torch import Tensor
 
 from quire.builtin import path as builtin_path
 from quire_engine.engine import Engine, SlotCounts
-from quire_engine.errors import DeviceLost, InvalidSpec, InvariantBroken, MemoryMismatch, RequestRefused
+from quire_engine.errors import (
+    DeviceLost,
+    InvalidSpec,
+    InvariantBroken,
+    MemoryMismatch,
+    OutOfMemory,
+    RequestRefused,
+)
+from quire_engine.memory import MemoryPlan, allocator_share
 from quire_engine.models import KVCache
 from quire_engine.runner import ModelRunner
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import replay
 from quire_schemas.checkpoint import read_profile
+from quire_schemas.gpu_sizing import CONTEXT
+from quire_schemas.quantities import format_bytes
 from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
 
@@ -346,6 +356,61 @@ def test_an_allocation_of_another_size_than_planned_is_refused(monkeypatch: pyte
     monkeypatch.setattr(KVCache, "allocate", generous)
     with pytest.raises(MemoryMismatch, match=r"allocated weights .* planned were"):
         Engine.load(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("load_model", "weights were loaded"),
+        ("KVCache.allocate", "the cache was allocated"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("tried 3 GiB"), RuntimeError("DefaultCPUAllocator: not enough"), MemoryError()],
+)
+def test_memory_that_cannot_be_had_is_told_with_the_arithmetic(
+    place: str, doing: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(f"quire_engine.engine.{place}", short)
+    with pytest.raises(OutOfMemory) as shown:
+        Engine.load(SPEC)
+    plan = MemoryPlan.of(SPEC, read_profile(builtin_path()))
+    text = str(shown.value)
+    assert f"memory ran out while {doing}: planned are weights {format_bytes(plan.weights)} + KV " in text
+    assert f"({SPEC.num_blocks} blocks of {SPEC.block_size} tokens)" in text
+    assert f"within a limit of {format_bytes(SPEC.memory_limit)}\nhint: " in text
+    assert shown.value.__cause__ is error
+
+
+def test_memory_that_runs_out_in_the_first_steps_is_told_with_the_arithmetic() -> None:
+    engine = Engine.load(SPEC)
+
+    def short(seconds: float) -> None:
+        raise torch.OutOfMemoryError("tried 3 GiB")
+
+    engine.runner.warm_up = short  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory, match="while the first steps ran: planned are weights"):
+        engine.warm_up()
+
+
+def test_other_errors_of_a_load_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("another")
+
+    monkeypatch.setattr("quire_engine.engine.load_model", broken)
+    with pytest.raises(RuntimeError, match="another"):
+        Engine.load(SPEC)
+
+
+def test_torch_may_take_what_the_plan_leaves_it() -> None:
+    total = 140 << 30
+    assert allocator_share(100 << 30, total) == ((100 << 30) - CONTEXT) / total
+    assert allocator_share(1 << 40, total) == 1.0
+    assert allocator_share(1, total) == 0.0
 
 
 @pytest.mark.parametrize(

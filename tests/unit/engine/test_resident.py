@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 
-def passes(**environment: str) -> None:
+def passes(suite: str = "resident_cases.py", **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "resident_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", suite],
         env=os.environ | {"TRITON_INTERPRET": "1"} | environment,
         capture_output=True,
         text=True,
@@ -23,6 +23,10 @@ def passes(**environment: str) -> None:
 
 def test_in_the_interpreter() -> None:
     passes()
+
+
+def test_memory_in_the_interpreter() -> None:
+    passes("resident_memory.py")
 
 
 @pytest.mark.nightly

@@ -22,7 +22,7 @@ from tests.unit.engine.serving import LONG, SHORT, Client, greeted, serving, spe
 
 from quire_engine import server as server_module
 from quire_engine.driver import Died, Driver
-from quire_engine.errors import InvalidSpec, InvariantBroken, SocketTaken
+from quire_engine.errors import InvalidSpec, InvariantBroken, OutOfMemory, SocketTaken
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
 from quire_engine.server import Server, Status, prepare_socket
@@ -440,6 +440,7 @@ async def test_an_engine_that_cannot_go_on_says_so_and_ends_with_an_error(
     [
         (torch.OutOfMemoryError("needs 3 GiB"), "OutOfMemory", True),
         (MemoryError("needs 3 GiB"), "OutOfMemory", True),
+        (OutOfMemory("memory ran out"), "OutOfMemory", True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OutOfMemory", True),
         (RuntimeError("other"), "RuntimeError", True),
         (InvalidSpec("bad"), "InvalidSpec", False),

@@ -25,6 +25,7 @@ from quire_schemas.sizing import (
     activation_bytes,
     blocks_held,
     fit,
+    gpu_activations,
     group_size,
     kv_bytes_per_token,
     kv_groups,
@@ -421,3 +422,37 @@ def test_windows_let_a_context_fit_that_would_not_without_them() -> None:
     assert windowed.kv_tokens == 100_000
     assert windowed.concurrency == windowed.num_blocks / windowed.blocks_per_sequence > 1
     assert "of which 7 of 8 groups of layers keep 1,024 tokens" in "\n".join(windowed.lines())
+
+
+# ── GPUs ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parts_of(tokens: int, seqs: int, length: int = 8448, **more: Any) -> dict[str, int]:
+    return gpu_activations(LLAMA_8B, "bfloat16", tokens, seqs, length, block_size=16, **more)
+
+
+def test_the_parts_of_a_gpu_are_its_activations() -> None:
+    parts = parts_of(8192, 256)
+    assert list(parts) == ["table", "buffers", "workspaces", "step", "general", "graphs"]
+    total = activation_bytes(LLAMA_8B, "bfloat16", 8192, 256, 8448, device="cuda", block_size=16)
+    assert total == sum(parts.values())
+    # the residual, the normed input, cosines and sines, the heads' results, and the three halves of the MLP
+    mlp = 8192 * ((2 * 4096 + 4096 + 3 * 14336) * 2 + 2 * 128 * 4)
+    assert 0 <= parts["step"] - mlp < 4 * MIB
+    assert parts["table"] == 2 * 256 * (528 * 4 + 28) + 1024 * (20 + 4096) + 256 * 4096 * 8
+
+
+def test_no_graphs_no_memory_for_them() -> None:
+    captured, eager = parts_of(8192, 256), parts_of(8192, 256, enforce_eager=True)
+    assert captured["graphs"] > 100 * MIB
+    assert eager["graphs"] == 0
+    assert eager["workspaces"] < captured["workspaces"]
+    with_graphs, without = (fit(LLAMA_8B, gpu(80, enforce_eager=eager)) for eager in (False, True))
+    assert with_graphs.activations - without.activations > 100 * MIB
+    assert with_graphs.kv < without.kv
+
+
+def test_small_steps_are_filled_up_to_captured_ones() -> None:
+    assert parts_of(64, 8)["step"] == parts_of(1024, 8)["step"] < parts_of(1025, 8)["step"]
+    assert parts_of(64, 8, enforce_eager=True)["step"] < parts_of(64, 8)["step"]
+    assert parts_of(64, 2048)["step"] > parts_of(64, 1024)["step"], "a decode step has all seats"

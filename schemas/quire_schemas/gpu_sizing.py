@@ -1,0 +1,131 @@
+"""What an engine holds on a GPU besides weights and cache, part by part. Pure, no I/O.
+
+    table        the request table and the room that draws need: `resident.table`, `triton.sample`
+    buffers      the inputs of each shape of step that is a program, from its first use on: `resident.program`
+    workspaces   cuBLAS's own, one for the stream of launched steps and one for that of captures
+    step         the widest moment of the widest launched step
+    general      what a step by way of the host takes more than that, where it does
+    graphs       what captured steps share, and keep: the widest of them
+
+A launched step gives its memory back to torch's allocator and the next one takes it again, so what counts is the
+moment at which most is alive at once. The order of things is that of `models.decoder`: the residual, the normed
+input, cosines and sines lie there all through; the results of a layer's heads until the next layer has its own.
+
+    attention    queries, keys and values as projected; the queries, rotated; the results
+    mlp          both halves of the gate beside their product, or that beside what comes out
+    head         of R rows the logits in the model's number format, and nothing of the layers any more
+
+A step by way of the host (`runner`: penalties, grammars, log-probabilities and the like) has the layers of a
+launched one, and then of R rows the logits in float32, with all that the torch sampler makes of them.
+
+`graphs` counts each kind of tensor once at its full size, as if nothing could take its place: memory that is
+captured is given out anew to the next shape, but in pieces that need not suit.
+
+Legend: T tokens of a step, R rows that get logits, S seats (the most sequences), X groups of layers, V vocabulary,
+e bytes of a number.
+"""
+
+from __future__ import annotations
+
+from quire_schemas.checkpoint import ModelProfile
+
+MIB = 1 << 20
+CONTEXT = 832 * MIB
+"""Outside of torch's allocator: the CUDA context, libraries, the kernels that they and we load. On an H200 with
+torch 2.11 for CUDA 13 812 to 818 MiB: `device_used_mib` less `reserved_mib` in benchmarks/results/gpu.jsonl."""
+SLACK = 448 * MIB
+"""Inside it: pieces too small for what comes next."""
+WORKSPACE = 32 * MIB
+"""Of cuBLAS for a stream, on a Hopper; less on others."""
+
+CAPTURED_TOKENS = 1024
+"""T of the largest mixed step that is a program (`quire_engine.resident.program.MIXED_TOKENS`)."""
+DECODE_SHAPES = 40
+"""At least the number of decode shapes."""
+MIXED_SHAPES = 36
+"""At least the number of mixed shapes: sizes by tokens times sizes by items."""
+SPLIT_PAIRS = 576
+"""Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 2.8 for
+each multiprocessor (`quire_kernels.triton.attention.num_splits`), of which no GPU yet has more than 192."""
+
+_TILE, _LANES, _LIST, _PROGRAMS = 4096, 1024, 4096, 1024
+"""Of `quire_kernels.triton.sample`."""
+_TABLE_ROW = 4 + 4 + 4 + 4 + 4 + 8
+"""Last token and how it is drawn, for each row of the request table."""
+_SAMPLER_BYTES = 72
+"""Per logit, at the widest point of the torch sampler: what it takes on a CPU, and what CUDA's sorts take more."""
+_ALLOCATION = 512
+"""Every tensor is rounded up to it."""
+
+
+def gpu_parts(
+    profile: ModelProfile, groups: int, *, number: int, tokens: int, seats: int, width: int, captures: bool
+) -> dict[str, int]:
+    """Bytes of each part. `number` is e; `tokens` and `seats` bound a step; `width` is blocks of the longest
+    sequence; `captures`: whether steps are captured.
+    """
+    # a decode step is filled up to all seats, a mixed one to a size that is captured
+    widest = max(tokens, seats, CAPTURED_TOKENS if captures else min(CAPTURED_TOKENS, _filled(tokens)))
+    inputs = groups * ((2 * widest + seats) * 8 + seats * (width + 2) * 4) + widest * 8 + seats * 24
+    step = _peak(profile, number, widest, seats)
+    graphs = _each(profile, number, max(CAPTURED_TOKENS, seats), seats) if captures else 0
+    return {
+        "table": groups * 2 * seats * width * 4 + 2 * seats * _TABLE_ROW + _scratch(profile, seats),
+        "buffers": _buffers(groups, seats),
+        "workspaces": (2 if captures else 1) * WORKSPACE,
+        "step": inputs + step,
+        "general": max(_general(profile, number, tokens, min(tokens, seats)) - step, 0),
+        "graphs": graphs,
+    }
+
+
+def _filled(tokens: int) -> int:
+    """T of the mixed shape that so many tokens are put into, at most."""
+    return -(-tokens // 128) * 128
+
+
+def _scratch(profile: ModelProfile, seats: int) -> int:
+    programs = min(seats * -(-profile.vocab_size // _TILE), max(seats, _PROGRAMS))
+    return programs * (3 * 4 + 2 * 4 + _LANES * 4) + seats * _LIST * 8
+
+
+def _buffers(groups: int, seats: int) -> int:
+    decode = seats * (32 + 12 + groups * (8 + 8 + 12)) + 8 * _ALLOCATION
+    mixed = CAPTURED_TOKENS * (20 + groups * 8) + seats * 44 + 12 * _ALLOCATION
+    return DECODE_SHAPES * decode + MIXED_SHAPES * mixed
+
+
+def _split_parts(profile: ModelProfile) -> int:
+    """Of decode attention, in float32: results of each split, with maximum and sum."""
+    members = profile.num_heads // profile.num_kv_heads
+    return SPLIT_PAIRS * members * (profile.head_dim + 2) * 4
+
+
+def _peak(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+    """The most that a forward pass and what follows it hold at once."""
+    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    through = tokens * (2 * hidden * e + 2 * profile.head_dim * 4)
+    attention = tokens * (4 * q + 2 * kv) * e + _split_parts(profile)
+    output = tokens * (q + 2 * hidden) * e
+    mlp = tokens * (q + max(3 * inner, inner + hidden, 2 * hidden)) * e
+    rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
+    layer = through + max(attention, output, mlp, rotary)
+    states = rows * 3 * hidden * e
+    return max(layer, states + rows * profile.vocab_size * e)
+
+
+def _general(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+    """The most that is there after the layers when the host draws. Of prompts that are scored all rows have
+    states.
+    """
+    states = (2 * tokens + rows) * profile.hidden_size * e
+    return states + rows * profile.vocab_size * (e + _SAMPLER_BYTES)
+
+
+def _each(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+    """Every kind of tensor of a forward pass and its head, each once."""
+    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    numbers = 6 * hidden + (q + 2 * kv) + 3 * q + 3 * inner
+    rotary = tokens * profile.head_dim * 14
+    last = rows * (q + 2 * hidden) * e  # the rows that go on from the last attention
+    return tokens * numbers * e + rotary + last + _split_parts(profile) + rows * profile.vocab_size * e

@@ -1,0 +1,171 @@
+"""What a resident engine holds besides weights and cache, against `quire_schemas.gpu_sizing`.
+
+`test_resident` runs this file in a process of its own, where torch's profiler sees every allocation of the CPU;
+on a machine with a GPU `pytest tests/unit/engine/resident_memory.py` counts the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.engine.test_footprint import config, peak, write_checkpoint
+from triton.runtime.interpreter import InterpretedFunction
+
+from quire_engine.masks import MaskMaker
+from quire_engine.models import KVCache, load_model
+from quire_engine.resident.program import DECODE_SIZES, MIXED_ITEMS, MIXED_TOKENS
+from quire_engine.resident.runner import ResidentRunner
+from quire_engine.resident.table import RequestTable
+from quire_engine.runner import ModelRunner
+from quire_engine.step import Draw, Scheduled, StepPlan
+from quire_kernels import load
+from quire_kernels.reference import ReferenceKernels
+from quire_kernels.triton import INTERPRETED, sample
+from quire_kernels.triton.attention import num_splits
+from quire_schemas import gpu_sizing, sizing
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.wire import Sampling
+
+torch.set_num_threads(1)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+SMALL: dict[str, Any] = {"max_position_embeddings": 2048}
+WIDE_MLP = SMALL | {"intermediate_size": 1500}
+WIDE_HEAD = SMALL | {"vocab_size": 9000}
+MANY_HEADS = SMALL | {"num_attention_heads": 16, "num_key_value_heads": 2}
+SLIDING = SMALL | {
+    "architecture": "Qwen2ForCausalLM",
+    "sliding_window": 40,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+}
+SEATS, LENGTH, BLOCK = 3, 2048, 16
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the GPU no kernel runs: the interpreter would keep hold of tensors, and what a launcher allocates does
+    not depend on what its kernel computes.
+    """
+    if INTERPRETED:
+        monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+
+
+def highest(work: Callable[[], object]) -> int:
+    """The most bytes that `work` holds at any time above what was held before."""
+    if INTERPRETED:
+        return peak(work)
+    work()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def runner_of(folder: Path, shape: dict[str, Any], tokens: int) -> tuple[ModelProfile, ResidentRunner]:
+    described = write_checkpoint(folder, config(**shape))
+    model = load_model(
+        folder,
+        described,
+        dtype=torch.float32,
+        device=DEVICE,
+        kernels=load("triton"),
+        on_progress=lambda *_: None,
+    )
+    kv = KVCache.allocate(described, 512, BLOCK, torch.float32, DEVICE)
+    general = ModelRunner(
+        model, kv, block_size=BLOCK, head_rows=SEATS, device=DEVICE, masks=MaskMaker(meanwhile=False)
+    )
+    runner = ResidentRunner(
+        general, seats=SEATS, max_num_batched_tokens=tokens, max_model_len=LENGTH, captures=False
+    )
+    return described, runner
+
+
+def plan_of(groups: int, tokens: int, **sampling: Any) -> StepPlan:
+    """A long prompt beside two sequences that have one new token each."""
+    draw = Draw(Sampling(max_tokens=9, **sampling), seed=1, num_prompt=1, ending_ids=())
+    blocks = -(-LENGTH // BLOCK)
+    items = []
+    for at, (start, count) in enumerate(((0, tokens - 2), (LENGTH - 1, 1), (100, 1))):
+        tables = tuple(tuple(range(at * blocks, (at + 1) * blocks)) for _ in range(groups))
+        history = (1,) * (start + count)
+        items.append(Scheduled(str(at), at, (1,) * count, start, start + count, tables, draw, history))
+    return StepPlan(1, tuple(items))
+
+
+@pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])
+@pytest.mark.parametrize("shape", [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING], ids=str)
+def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    described, runner = runner_of(tmp_path, shape, tokens)
+    parts = sizing.gpu_activations(
+        described, "float32", tokens, SEATS, LENGTH, block_size=BLOCK, enforce_eager=True
+    )
+    plan = plan_of(len(sizing.kv_groups(described)), tokens, temperature=0.8, top_p=0.9)
+    assert runner.takes(plan)
+    found = highest(lambda: runner.execute(plan))
+    assert found <= parts["step"]
+    # with a few tokens the room of splits counts, which is that of the largest GPU
+    assert found >= (0.5 if tokens == 100 else 0.75) * parts["step"], "the bound is no idle talk"
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [(WIDE_HEAD, 20), (WIDE_HEAD, 900), (WIDE_MLP, 900)], ids=str)
+def test_a_step_by_way_of_the_host_stays_below_the_plan(
+    shape: dict[str, Any], tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described, runner = runner_of(tmp_path, shape, tokens)
+    parts = sizing.gpu_activations(
+        described, "float32", tokens, SEATS, LENGTH, block_size=BLOCK, enforce_eager=True
+    )
+    if INTERPRETED:  # what no kernel has computed is no logits
+        model = runner._general.model
+        monkeypatch.setattr(model, "logits", lambda states: torch.randn(states.shape[0], described.vocab_size))
+        monkeypatch.setattr(model.kernels, "largest", ReferenceKernels().largest, raising=False)
+    plan = plan_of(1, tokens, temperature=0.7, top_p=0.9, frequency_penalty=0.1)
+    assert not runner.takes(plan)
+    found = highest(lambda: runner.execute(plan))
+    assert found <= parts["step"] + parts["general"]
+    assert found >= 0.4 * (parts["step"] + parts["general"])
+
+
+def test_what_lies_there_all_the_time_is_what_the_plan_says(tmp_path: Path) -> None:
+    described, runner = runner_of(tmp_path, SLIDING, 64)
+    groups = len(sizing.kv_groups(described))
+    parts = sizing.gpu_activations(described, "float32", 64, SEATS, LENGTH, block_size=BLOCK)
+    table = RequestTable(SEATS, groups, -(-LENGTH // BLOCK), DEVICE)
+    assert parts["table"] == table.bytes + sample.scratch(SEATS, described.vocab_size, DEVICE).bytes
+    held: set[int] = set()
+    total = 0
+    program = runner.program
+    shapes = [
+        *(program._decode_shape(size) for size in program._decode_sizes),
+        *(program._mixed_shape(tokens, items) for tokens in MIXED_TOKENS for items in program._mixed_items),
+    ]
+    for shape in shapes:
+        buffers = shape.buffers
+        tensors = [shape.tokens, *(getattr(buffers, name) for name in buffers.__slots__ if name != "batches")]
+        for batch in buffers.batches:
+            tensors += [batch.positions, batch.query_starts, batch.context_lens, batch.logits_rows]
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() not in held:
+                held.add(tensor.untyped_storage().data_ptr())
+                total += tensor.untyped_storage().nbytes()
+    assert total <= parts["buffers"]
+
+
+@pytest.mark.parametrize("seats", [1, 64, 256, 1024])
+def test_the_two_sides_agree_on_the_shapes_of_programs(seats: int) -> None:
+    assert MIXED_TOKENS[-1] == gpu_sizing.CAPTURED_TOKENS
+    assert len({*DECODE_SIZES, seats}) <= gpu_sizing.DECODE_SHAPES
+    assert len(MIXED_TOKENS) * len({*MIXED_ITEMS, seats}) <= gpu_sizing.MIXED_SHAPES
+    assert all(b - a <= 128 for a, b in zip((0, *MIXED_TOKENS), MIXED_TOKENS, strict=False))
+
+
+def test_the_two_sides_agree_on_the_room_of_splits() -> None:
+    for multiprocessors in (8, 108, 132, 148, 192):
+        for pairs in range(1, 700):
+            splits = num_splits(multiprocessors, pairs, 1 << 20)
+            assert splits == 1 or splits * pairs <= gpu_sizing.SPLIT_PAIRS
