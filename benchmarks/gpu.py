@@ -636,6 +636,7 @@ def main() -> None:
     }
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
 
     def take(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -651,9 +652,11 @@ def main() -> None:
                 take(row)
         except Exception:  # noqa: BLE001 - the other parts are worth having
             traceback.print_exc()
-            print(f"part {part} failed", flush=True)
+            failed.append(part)
         torch.cuda.empty_cache()
         print(f"{part}: {time.perf_counter() - began:.1f} s", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

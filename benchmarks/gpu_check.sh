@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Quire on an NVIDIA GPU: correctness first, then figures, a short table last.
+#
+#   benchmarks/gpu_check.sh                    everything, 20 to 40 minutes; no part takes more than ten
+#   benchmarks/gpu_check.sh --quick            fewer batch sizes and requests
+#   benchmarks/gpu_check.sh 8b                 correctness, then these parts of benchmarks.gpu alone
+#
+# Needs torch, triton, transformers and what engine, kernels and schemas import, pytest besides; no network, no
+# litestar, nothing installed of this repository. PYTHON says which Python, OUT where rows go, COMMIT what they are
+# of. Ends with 0 if all was right and measured, 1 if not; without correctness nothing is measured.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+default=python3
+[ -x .venv/bin/python ] && default=.venv/bin/python
+PYTHON=${PYTHON:-$default}
+OUT=${OUT:-benchmarks/results/gpu.jsonl}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+export PYTHONPATH="$PWD/schemas:$PWD/kernels:$PWD/engine:$PWD/platform:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET
+LIMIT=600
+
+quick=()
+parts=()
+for given in "$@"; do
+    case "$given" in
+    --quick) quick=(--quick) ;;
+    -*) echo "error: $given is no option" >&2; echo "hint: --quick, or parts: exactness attention 0.6b 8b transformers" >&2; exit 2 ;;
+    *) parts+=("$given") ;;
+    esac
+done
+[ ${#parts[@]} -eq 0 ] && parts=(attention 0.6b 8b transformers)
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: torch sees no GPU" >&2
+    echo "hint: nvidia-smi; $PYTHON -c 'import torch; print(torch.version.cuda)'" >&2
+    exit 1
+fi
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used,memory.total --format=csv,noheader
+
+verdicts=()
+wrong=0
+# attempt NAME COMMAND...: runs it within the limit, and keeps what became of it
+attempt() {
+    local name=$1 start=$SECONDS code
+    shift
+    echo "── $name"
+    timeout --kill-after=10 $LIMIT "$@"
+    code=$?
+    case $code in
+    0) verdicts+=("$name: right ($((SECONDS - start)) s)") ;;
+    124 | 137) verdicts+=("$name: NOT FINISHED within $LIMIT s"); wrong=1 ;;
+    *) verdicts+=("$name: WRONG (exit $code)"); wrong=1 ;;
+    esac
+    return $code
+}
+
+tests=("$PYTHON" -m pytest -q --noconftest -c /dev/null --rootdir=. -p no:cacheprovider --import-mode=importlib)
+before=0
+[ -f "$OUT" ] && before=$(wc -l <"$OUT")
+finish() {
+    echo
+    "$PYTHON" -m benchmarks.gpu_table "$OUT" --after "$before" || wrong=1
+    printf '%s\n' "${verdicts[@]}"
+    exit $wrong
+}
+
+# ── correctness ───────────────────────────────────────────────────────────────────────────────────────────
+attempt "kernels against the reference" "${tests[@]}" tests/unit/kernels/triton_ops*.py
+attempt "resident engines against those of the host" "${tests[@]}" tests/unit/engine/resident_cases.py
+attempt "memory against the plan" "${tests[@]}" tests/unit/engine/resident_memory.py
+attempt "greedy tokens against transformers" "$PYTHON" -m benchmarks.gpu --parts exactness --commit "$COMMIT" --out "$OUT"
+if [ $wrong -ne 0 ]; then
+    finish
+fi
+if command -v compute-sanitizer >/dev/null; then
+    # without torch's caching, whatever lies outside of a tensor lies outside of an allocation
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "compute-sanitizer" \
+        compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "${tests[@]}" -x tests/unit/kernels/triton_ops*.py
+else
+    verdicts+=("compute-sanitizer: not installed, not run")
+fi
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────────
+for part in "${parts[@]}"; do
+    attempt "$part" "$PYTHON" -m benchmarks.gpu --parts "$part" --commit "$COMMIT" --out "$OUT" ${quick[@]+"${quick[@]}"}
+done
+finish
