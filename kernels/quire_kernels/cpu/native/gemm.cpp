@@ -8,7 +8,7 @@
 //     float32, float16    [K][N]
 //     bfloat16            [K / 2][N][2]     pairs, which is what vdpbf16ps takes; K is even
 //
-// A panel is a task. It is read from memory once a step and swept by all rows, a few at a time (ahead.h), whose sums stay
+// A panel is a task. It is read from memory once a step and swept by all rows, a few at a time (ahead.h). Their sums stay
 // in registers for all of K; so what a number comes out as does not depend on how many rows there are. Where the
 // processor has no products of bfloat16 pairs, rows are widened to float32 first.
 #include "gemm.h"

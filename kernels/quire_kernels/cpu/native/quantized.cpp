@@ -15,7 +15,8 @@
 // vpdpbusd. In 4 bits they end with the group of inputs that has its scale; what they stand for is added in float32, in
 // order.
 //
-// Where x is not rounded, the weight is widened to float32 in registers.
+// Where x is not rounded, the weight is widened to float32 in registers. Its bits are taken as they lie, so a weight may
+// come out multiplied by a power of two, which its input has been divided by.
 #include "quantized.h"
 
 #include <algorithm>
@@ -126,8 +127,8 @@ struct Eight {
   using Scale = float;
 
   template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const float* scales, Ahead ahead, float* sums) {
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
+                                      const Lanes& lanes, const float* scales, Ahead ahead, float* sums) {
     Ints acc[Count][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
@@ -152,12 +153,28 @@ struct Eight {
   }
 };
 
+inline Vec to_float(Vec a) { return a; }
+
+// A group's sums, by its scales, to those at `sums`.
+template <int Count, class Sum>
+inline void add_scaled(const Sum (&acc)[Count][kVecs], const bf16* scales, const Lanes& lanes, float* sums) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    Vec scale = load(scales + v * kLanes, lanes.n[v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r) {
+      float* to = sums + r * kSlice + v * kLanes;
+      store(to, fma(to_float(acc[r][v]), scale, load(to)));
+    }
+  }
+}
+
 struct Four {
   using Scale = bf16;
 
   template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const bf16* scales, Ahead ahead, float* sums) {
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
+                                      const Lanes& lanes, const bf16* scales, Ahead ahead, float* sums) {
     const int64_t group = x.width / x.groups;
     const Ints low = splat(int32_t{0x0f0f0f0f});
     for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
@@ -180,15 +197,7 @@ struct Four {
         multiply_add(acc, w, codes + k + 4, x.stride);
       }
       Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        Vec scale = load(scales + g * outputs + v * kLanes, lanes.n[v]);
-#pragma GCC unroll 8
-        for (int r = 0; r < Count; ++r) {
-          float* to = sums + r * kSlice + v * kLanes;
-          store(to, fma(to_float(acc[r][v]), scale, load(to)));
-        }
-      }
+      add_scaled<Count>(acc, scales + g * outputs, lanes, sums);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
@@ -199,7 +208,10 @@ struct Four {
   }
 };
 
-// The same with x in float32: weights are widened, each by a shift to its place.
+// The same with x in float32. By what input k is divided, from k % 8; in 8 bits as if it were k % 4.
+constexpr float kPart[8] = {1.0f,      1.0f / 256,  1.0f,      1.0f / 256,
+                            1.0f / 16, 1.0f / 4096, 1.0f / 16, 1.0f / 4096};
+
 template <int Count>
 inline void multiply_add(Vec (&acc)[Count][kVecs], const Vec (&w)[kVecs], const float* x, int64_t stride) {
 #pragma GCC unroll 8
@@ -222,20 +234,22 @@ struct WideEight {
   using Scale = float;
 
   template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const float* scales, Ahead ahead, float* sums) {
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
+                                      const Lanes& lanes, const float* scales, Ahead ahead, float* sums) {
     Vec acc[Count][kVecs];
     clear(acc);
     const float* wide = x.wide + row * x.stride;
-    const Ints byte = splat(int32_t{0xff}), added = splat(int32_t{128});
     for (int64_t k = 0; k < x.width; k += 4) {
       ahead.operator()<kLines>(slice + k * outputs);
 #pragma GCC unroll 4
       for (int part = 0; part < 4; ++part) {
         Vec w[kVecs];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v)
-          w[v] = to_float(((four_inputs<Whole>(slice + k * outputs, lanes, v) >> (8 * part)) & byte) - added);
+        for (int v = 0; v < kVecs; ++v) {
+          Ints four = four_inputs<Whole>(slice + k * outputs, lanes, v);
+          if (part >= 2) four = four >> 16;
+          w[v] = part % 2 ? field(four, 0xff00, 128 * 256) : field(four, 0xff, 128);
+        }
         multiply_add(acc, w, wide + k + part, x.stride);
       }
     }
@@ -252,37 +266,33 @@ struct WideFour {
   using Scale = bf16;
 
   template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs, const Lanes& lanes,
-                    const bf16* scales, Ahead ahead, float* sums) {
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
+                                      const Lanes& lanes, const bf16* scales, Ahead ahead, float* sums) {
     const int64_t group = x.width / x.groups;
-    Vec acc[Count][kVecs];
-    clear(acc);
     const float* wide = x.wide + row * x.stride;
-    const Ints half = splat(int32_t{15}), added = splat(int32_t{8});
+    for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
     const uint8_t* at = slice;
     for (int64_t g = 0; g < x.groups; ++g) {
-      Vec scale[kVecs];
-      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) scale[v] = load(scales + g * outputs + v * kLanes, lanes.n[v]);
+      Vec acc[Count][kVecs];
+      clear(acc);
       for (int64_t k = g * group; k < (g + 1) * group; k += 8, at += 4 * outputs) {
         ahead.operator()<kLines>(at);
 #pragma GCC unroll 8
         for (int part = 0; part < 8; ++part) {
+          const int byte = part % 4, shift = byte % 2 * 8 + part / 4 * 4;
           Vec w[kVecs];
 #pragma GCC unroll 8
           for (int v = 0; v < kVecs; ++v) {
-            Ints code = (four_inputs<Whole>(at, lanes, v) >> (part % 4 * 8 + part / 4 * 4)) & half;
-            w[v] = to_float(code - added) * scale[v];
+            Ints eight = four_inputs<Whole>(at, lanes, v);
+            if (byte >= 2) eight = eight >> 16;
+            w[v] = field(eight, 15 << shift, static_cast<float>(8 << shift));
           }
           multiply_add(acc, w, wide + k + part, x.stride);
         }
       }
+      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
+      add_scaled<Count>(acc, scales + g * outputs, lanes, sums);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < Count; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) store(sums + r * kSlice + v * kLanes, acc[r][v]);
   }
 };
 
@@ -420,9 +430,11 @@ void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch) {
         return;
       }
       float* to = wide + row * layout.stride;
+      float parts[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) parts[lane] = kPart[lane % (call.group ? 8 : 4)];
       int64_t k = 0;
-      for (; k + kLanes <= call.width; k += kLanes) store(to + k, load(from + k));
-      for (; k < layout.padded; ++k) to[k] = k < call.width ? as_float(from[k]) : 0.0f;
+      for (; k + kLanes <= call.width; k += kLanes) store(to + k, load(from + k) * load(parts));
+      for (; k < layout.padded; ++k) to[k] = k < call.width ? as_float(from[k]) * parts[k % kLanes] : 0.0f;
     });
   });
   const Rows x{call.rows, layout.padded, layout.groups, layout.stride, codes, start, scale, wide};

@@ -98,12 +98,20 @@ inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a.v); }
 inline Ints bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
 inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, even
+// Those bits of `a` that are in `of`, below bit 23, as a number; less `taken`. Exact.
+inline Vec field(Ints a, int32_t of, float taken) {
+  const __m512i one = _mm512_set1_epi32(0x4b000000);  // 2^23, whose last bit counts one
+  return {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(a.v, _mm512_set1_epi32(of), one, 0xea)),
+                        _mm512_set1_ps(8388608.0f + taken))};
+}
 inline Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints load_ints(const void* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
 inline Ints widen_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline void store_bytes(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+inline void store_bytes(int8_t* p, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 
 #if defined(__AVX512VNNI__)
 // acc[i] + Σ_4 bytes of weights[i] · of inputs[i]: the weights without, the inputs with a sign. Exact.
@@ -236,6 +244,11 @@ inline int32_t largest(Ints a) {
 inline Ints bits(Vec a) { return {_mm256_castps_si256(a.v)}; }
 inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints to_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline Vec field(Ints a, int32_t of, float taken) {
+  const __m256i one = _mm256_set1_epi32(0x4b000000);
+  __m256i some = _mm256_or_si256(_mm256_and_si256(a.v, _mm256_set1_epi32(of)), one);
+  return {_mm256_sub_ps(_mm256_castsi256_ps(some), _mm256_set1_ps(8388608.0f + taken))};
+}
 inline Ints load_ints(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
 inline Ints load_ints(const void* p, int n) {
   int32_t some[kLanes] = {};
