@@ -24,7 +24,7 @@ from benchmarks.workload import Job
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire_schemas import wire
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 COLLECTOR = """\
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
