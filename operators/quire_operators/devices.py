@@ -23,7 +23,7 @@ from quire_operators import nvml
 from quire_operators.host import ControlGroups
 from quire_operators.nvml import Gpu
 from quire_operators.rollout import Row
-from quire_schemas.quantities import BadQuantity, parse_quantity
+from quire_schemas.quantities import BadQuantity, format_bytes, parse_quantity
 
 MAX_PLACES = 1024
 """Nobody asks for more replicas at once; bounds the answer for a tiny model on a large machine."""
@@ -131,6 +131,17 @@ def held(rows: Iterable[Row], extra: Mapping[str, int] | None = None) -> dict[st
         if row.failed_generation is None:
             sums[row.device] = sums.get(row.device, 0) + row.memory
     return sums
+
+
+def gpus_text(inventory: Inventory, taken: Mapping[str, int]) -> str:
+    """For people: what Quire's replicas and other processes hold of each GPU."""
+    parts = []
+    for gpu in inventory.gpus:
+        name = f"cuda:{gpu.index}"
+        ours, others = taken.get(name, 0), inventory.foreign(name, taken.get(name, 0))
+        beside = f" and others {format_bytes(others)}" if others else ""
+        parts.append(f"{name} of {format_bytes(gpu.memory)}, held by replicas {format_bytes(ours)}{beside}")
+    return "; ".join(parts) or "there is none"
 
 
 def device_names(inventory: Inventory, kind: str, device_ids: Sequence[int] = ()) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from quire_operators import rollout, status
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
-from quire_operators.devices import Inventory, held
+from quire_operators.devices import Inventory, gpus_text, held
 from quire_operators.downloads import Progress
 from quire_operators.fleet.local import LocalFleet
 from quire_operators.gateway import GatewayReconciler
@@ -268,9 +268,7 @@ class ModelStatus:
         need = format_bytes(placement.memory)
         taken = held(self._store.replicas())
         if placement.device == "cuda":
-            text = f"a replica needs a GPU with {need} free; held: " + (
-                ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(taken.items())) or "nothing"
-            )
+            text = f"a replica needs a GPU with {need} free: {gpus_text(self._detect(), taken)}"
             return Fact("Scheduled", False, Reason.INSUFFICIENT_DEVICES, text)
         share = view.stored.resolved["engine"]["memory"]
         limit = int(self._detect().memory * parse_percent(share))

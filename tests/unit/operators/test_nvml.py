@@ -207,6 +207,8 @@ def test_what_others_hold_of_a_gpu_is_not_given(monkeypatch: pytest.MonkeyPatch)
     assert machine.foreign("cuda:0", 0) == 36
     assert machine.foreign("cuda:0", 30) == 6
     assert machine.foreign("cpu", 0) == 0
+    assert devices.gpus_text(machine, {"cuda:0": 30}) == "cuda:0 of 100 B, held by replicas 30 B and others 6 B"
+    assert devices.gpus_text(machine, {"cuda:0": 36}) == "cuda:0 of 100 B, held by replicas 36 B"
     assert devices.free_places(machine, {}, "cuda", 32, 0.9) == ["cuda:0"] * 2
     assert devices.free_places(machine, {}, "cuda", 33, 0.9) == ["cuda:0"]
     assert devices.free_places(machine, {"cuda:0": 30}, "cuda", 30, 0.9) == ["cuda:0"] * 2
