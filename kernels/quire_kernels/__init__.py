@@ -74,9 +74,10 @@ class PagedAttention(Protocol):
     def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
         """Causal attention of this step's tokens over their sequences' cached keys and values.
 
-        `query` [T, H, D]; `cache` [2, N, P, K, D] (keys, values), this step's tokens already written; `scale`
-        multiplies the products of queries and keys. Returns [T, H, D] in the query's dtype. Whatever lies in slots
-        that hold no token of the sequence itself cannot reach the result.
+        `query` [T, H, D]; `cache` (keys, values) as of `place_heads`, this step's tokens already written; `scale`
+        multiplies the products of queries and keys. Over an int8 cache each head's query is rounded as its keys
+        are, and whole numbers are multiplied exactly. Returns [T, H, D] in the query's dtype. Whatever lies in
+        slots that hold no token of the sequence itself cannot reach the result.
         """
 
 
@@ -123,7 +124,10 @@ class Kernels(Protocol):
         token's numbers are dense. Rotation turns the pairs (x[d], x[d + D/2]) of each head: `cos` and `sin`
         [T, 1, D] float32, where `sin` carries the sign, its first half negated (what `quire_engine.layers.rotary`
         builds). Keys and values go to `slots` [T] int64 of `cache` [2, N, P, K, D], cast to its dtype; within a
-        block their order is the back-end's own. A token with a negative slot is padding of a captured graph, and
+        block their order is the back-end's own. An int8 cache, which `reference` and `cpu` take and where D is a
+        multiple of 4, is [2, N, P, K, D + 4]: each head of a token is rounded by a float32 scale of its own, so
+        that its largest number becomes 127, and the scale is kept beside it. A head with a number that is not
+        finite reads as NaN. A token with a negative slot is padding of a captured graph, and
         nothing is stored for it: batches for `triton` alone may have such tokens.
         """
 

@@ -43,6 +43,11 @@ GATHER_BYTES = 64 * MIB
 MASK_BYTES = 4 * MIB
 """One tile of a prefill's mask, unless 16 rows of it need more."""
 
+SPLIT_TOKENS = 1024
+SPLITS_BYTES = 16 * MIB
+"""Keys that native attention takes in one go, and what the results of several such splits take at most until they
+are merged (`kSplit` and `kPartials` of `quire_kernels/cpu/native/attention.cpp`)."""
+
 CPU_KV_CAP = 4 * GIB
 MIN_AUTO_LEN = 256
 """`maxModelLen: auto` never resolves below this (or the checkpoint's own maximum, if that is smaller)."""
@@ -334,6 +339,9 @@ def activation_bytes(
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
     kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
     base += tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
+    if length > SPLIT_TOKENS:
+        splits = -(-length // SPLIT_TOKENS)
+        base += min(SPLITS_BYTES, tokens * profile.num_heads * splits * (profile.head_dim + 2) * 4)
 
     def product(count: int, inputs: int, outputs: int) -> int:
         """What a product of `count` rows with a quantized weight holds besides input and result."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuKernels"]
 
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class _Linear(ctypes.Structure):
@@ -233,14 +233,14 @@ class _StepAttention:
 
     def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype)
-        _, _, size, kv_heads, head = cache.shape
+        _, _, size, kv_heads, _ = cache.shape
         keys, values = cache
         batch = self.batch
         call = _Attention(
             _FORMATS[query.dtype], _FORMATS[cache.dtype], query.data_ptr(), query.stride(0), query.shape[1],
-            kv_heads, head, keys.data_ptr(), values.data_ptr(), size, self.window or 0, scale, out.data_ptr(),
-            out.stride(0), len(batch.contexts), batch.block_tables.shape[1], batch.block_tables.data_ptr(),
-            batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
+            kv_heads, query.shape[2], keys.data_ptr(), values.data_ptr(), size, self.window or 0, scale,
+            out.data_ptr(), out.stride(0), len(batch.contexts), batch.block_tables.shape[1],
+            batch.block_tables.data_ptr(), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
         )  # fmt: skip
         self.native.library.quire_attention(self.native.engine, call)
         return out
@@ -348,12 +348,12 @@ class CpuKernels:
         return out
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, cast to its dtype."""
-        _, _, size, kv_heads, head = cache.shape
+        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, in its number format."""
+        _, _, size, kv_heads, _ = cache.shape
         keys, values = cache
         call = _WriteKV(
             _FORMATS[key.dtype], _FORMATS[cache.dtype], key.data_ptr(), value.data_ptr(), key.stride(0),
-            value.stride(0), key.shape[0], kv_heads, head, size, slots.data_ptr(), keys.data_ptr(),
+            value.stride(0), key.shape[0], kv_heads, key.shape[2], size, slots.data_ptr(), keys.data_ptr(),
             values.data_ptr(),
         )  # fmt: skip
         self._native.library.quire_write_kv(self._native.engine, call)

@@ -12,6 +12,7 @@ from torch import Tensor
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
+from quire_kernels.reference.bytes import to_bytes
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
@@ -72,10 +73,9 @@ class ReferenceKernels:
         return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, cast to its dtype."""
-        keys, values = cache.view(2, -1, *cache.shape[3:])
-        keys.index_copy_(0, slots, key.to(cache.dtype))
-        values.index_copy_(0, slots, value.to(cache.dtype))
+        """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, in its number format."""
+        for side, new in zip(cache.view(2, -1, *cache.shape[3:]), (key, value), strict=True):
+            side.index_copy_(0, slots, to_bytes(new) if cache.dtype == torch.int8 else new.to(cache.dtype))
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
         return StepAttention(batch, window, self._gather_bytes)

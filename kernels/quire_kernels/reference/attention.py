@@ -14,6 +14,9 @@ at most `gather_bytes` (or, for one head of one very long sequence, what that he
 A masked score is -inf and its weight 0, but 0 · NaN is NaN. Slots that hold no token of the sequence are
 therefore never left in a gather: what lies in them, or behind a table entry past the sequence, cannot matter.
 
+A cache in 8 bits is widened as it is gathered, and queries are rounded as its keys were: so back-ends may
+multiply whole numbers.
+
 Legend: T tokens of the step, S sequences (of a group), H query heads, K key/value heads, G = H / K, D head size,
 N blocks, P slots a block, B blocks gathered a sequence, L = B · P gathered keys.
 """
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.reference.bytes import from_bytes, rounded_rows
 
 GATHER_BYTES = 64 * 1024 * 1024
 """Keys and values, as float32, that one gather holds at most."""
@@ -152,8 +156,10 @@ class StepAttention:
         return plan
 
     def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
-        kv_heads, head = cache.shape[3:]
+        kv_heads, head = cache.shape[3], query.shape[2]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if cache.dtype == torch.int8:
+            query = rounded_rows(query)
         grouped = query.view(query.shape[0], kv_heads, -1, head)
         result = out.view(grouped.shape)
         for part in self._plan(2 * kv_heads * head * 4):
@@ -178,7 +184,7 @@ class StepAttention:
         ).to(result.dtype)
 
     def _attend_span(self, part: _Span, query: Tensor, cache: Tensor, scale: float, result: Tensor) -> None:
-        kv_heads, head = cache.shape[3:]
+        kv_heads, head = cache.shape[3], query.shape[3]
         length, count = part.high - part.low, part.stop - part.start
         turn = max(1, min(kv_heads, self._gather_bytes // (2 * 4 * head * part.blocks.shape[0] * cache.shape[2])))
         for heads in (slice(at, at + turn) for at in range(0, kv_heads, turn)):
@@ -219,7 +225,6 @@ class StepAttention:
 
 
 def _gather(side: Tensor, blocks: Tensor) -> Tensor:
-    """The slots of `blocks` one after the other, [B · P, K, D] float32, from one side [N, P, K, D] of a cache."""
-    slots = side.shape[1]
-    found = side.index_select(0, blocks).float()
-    return found.view(blocks.shape[0] * slots, *side.shape[2:])
+    """The slots of `blocks` one after the other, [B · P, K, D] float32, from one side of a cache."""
+    found = side.index_select(0, blocks)
+    return (from_bytes(found) if side.dtype == torch.int8 else found.float()).flatten(0, 1)

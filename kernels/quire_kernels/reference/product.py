@@ -1,10 +1,7 @@
 """Matrix products by torch, with the weight as it is.
 
-A quantised product rounds each row of the input to 8 bits by a scale of its own:
-
-    s = max |x| / 127,   a[k] = round(x[k] · 127 / max |x|)
-
-and multiplies whole numbers. Their sums are exact here: float32 holds each sum of at most 1024 products of two
+A quantised product rounds each row of the input to codes a of 8 bits by a scale s of its own (`bytes`) and
+multiplies whole numbers. Their sums are exact here: float32 holds each sum of at most 1024 products of two
 8-bit numbers, in whatever order, because none is above 2^24; longer ones are added up in int32. With a scale for
 each group of inputs the sums end with the group, and what they stand for is added in float32, in order.
 
@@ -26,15 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.reference.bytes import quantize_rows
 
 WIDENED = 1 << 22
 """Numbers of a weight that are widened at a time."""
 
 _EXACT = 1024
 """Products of two 8-bit numbers whose sum float32 holds: 1024 · 127 · 127 < 2^24."""
-
-_NOTHING = 1e-30
-"""A row whose largest number is below this is taken for zero: 127 divided by less may be infinite."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,20 +92,6 @@ class QuantizedProduct:
             sums = torch.cat([_exact(wide, weight.values[piece].float()) for piece in pieces], -1)
             return sums.float() * scales.unsqueeze(-1) * weight.scales
         return torch.cat([_grouped(wide, weight.part(piece)) for piece in pieces], -1) * scales.unsqueeze(-1)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [T, K] float32 as [T, K] int8, -127 to 127, and their scales [T] float32.
-
-    A row with a number that is not finite has NaN for its scale: its product is NaN.
-    """
-    most = x.abs().amax(-1)
-    usable = most.isfinite() & (most >= _NOTHING)
-    # by `full_like`, for torch computes 127 / most by a reciprocal, which rounds twice
-    inverse = torch.where(usable, torch.full_like(most, 127.0) / most, 0.0)
-    codes = torch.where(usable.unsqueeze(-1), x * inverse.unsqueeze(-1), 0.0).round_().clamp_(-127, 127)
-    scales = torch.where(usable, most / 127.0, torch.where(most.isfinite(), 0.0, torch.nan))
-    return codes.to(torch.int8), scales
 
 
 def _pieces(outputs: int, width: int) -> Iterator[slice]:

@@ -4,6 +4,8 @@ Tolerances. float32: 1e-5 absolute and 1.3e-6 relative, what one float32 sum of 
 lose against double. bfloat16: the computation is float32 inside, so what is left is one rounding of the result
 (2^-8 relative, 3.9e-3) on inputs that are equal in both; 1.6e-2 is four of them.
 
+Over a cache in 8 bits the formulas get numbers that were rounded as the cache rounds them.
+
 The C++ back-end is tested at each level of instructions that this processor has.
 
 Legend: T tokens, H query heads, K key/value heads, D head size.
@@ -22,6 +24,7 @@ from torch import Tensor
 from quire_kernels import BackendUnavailable, HeadNorms, KernelError, PagedBatch
 from quire_kernels.cpu import CpuKernels, build
 from quire_kernels.reference import ReferenceKernels
+from quire_kernels.reference.bytes import rounded_rows
 
 Backend = ReferenceKernels | CpuKernels
 
@@ -69,6 +72,13 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float,
     return torch.einsum("htl,lhd->thd", scores.masked_fill(~visible, float("-inf")).softmax(-1), values)
 
 
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A cache of NaN; in 8 bits the bytes of a scale that is NaN, and of float numbers that are none."""
+    if dtype == torch.int8:
+        return torch.full(shape, -1, dtype=dtype)
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
 class Case:
     """Sequences in a cache whose every other slot is NaN, with scattered blocks and garbage after each table."""
 
@@ -94,12 +104,12 @@ class Case:
         for need in needs:
             tables.append(numbers[at : at + need])
             at += need
-        cache_dtype = cache_dtype or dtype
-        self.cache_shape = (2, len(numbers), block_size, kv_heads, head)
+        self.cache_dtype = cache_dtype or dtype
+        self.cache_shape = (2, len(numbers), block_size, kv_heads, head + 4 * (cache_dtype == torch.int8))
+        stored = dtype if cache_dtype == torch.int8 else self.cache_dtype
         self.query = torch.randn(sum(count for _, count in sequences), heads, head).to(dtype)
         self.keys, self.values = (
-            [torch.randn(start + count, kv_heads, head).to(cache_dtype) for start, count in sequences]
-            for _ in range(2)
+            [torch.randn(start + count, kv_heads, head).to(stored) for start, count in sequences] for _ in range(2)
         )
         self.slots = [
             torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(start + count)])
@@ -117,14 +127,16 @@ class Case:
         )
 
     def check(self, kernels: Backend, window: int | None = None) -> None:
-        cache = torch.full(self.cache_shape, torch.nan, dtype=self.keys[0].dtype)
+        cache = poisoned(self.cache_shape, self.cache_dtype)
         for keys, values, slots in zip(self.keys, self.values, self.slots, strict=True):
             kernels.write_kv(keys, values, cache, slots)
+        seen = rounded_rows if self.cache_dtype == torch.int8 else torch.Tensor.double
         found = kernels.paged_attention(self.batch, window=window)(self.query, cache, self.scale)
         assert found.dtype == self.query.dtype
         row = 0
         for (start, count), keys, values in zip(self.sequences, self.keys, self.values, strict=True):
-            expected = dense(self.query[row : row + count], keys, values, start, self.scale, window)
+            query = seen(self.query[row : row + count])
+            expected = dense(query, seen(keys), seen(values), start, self.scale, window)
             close(found[row : row + count], expected)
             row += count
 
@@ -172,6 +184,34 @@ def test_cache_and_query_may_differ_in_dtype(
     Case([(30, 1), (0, 20), (11, 1)], dtype=dtype, cache_dtype=cache_dtype).check(kernels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [1, 8, 12, 16, 32, 300])
+def test_caches_in_8_bits(kernels: Backend, block_size: int, dtype: torch.dtype) -> None:
+    sequences = [(600, 1), (0, 40), (255, 3), (17, 1), (1030, 1)]
+    for heads, kv_heads, head in ((4, 2, 64), (7, 1, 80), (3, 3, 20)):
+        case = Case(
+            sequences, block_size=block_size, heads=heads, kv_heads=kv_heads, head=head, dtype=dtype,
+            cache_dtype=torch.int8,
+        )  # fmt: skip
+        case.check(kernels)
+        case.check(kernels, window=100)
+
+
+def test_what_8_bits_keep_of_keys_and_values(kernels: Backend) -> None:
+    # a value is read back by a query that sees it alone; zeros and numbers too small to divide by stay zeros
+    torch.manual_seed(0)
+    values = torch.randn(4, 2, 16) * torch.tensor([1e-20, 1.0, 300.0, 1e30])[:, None, None]
+    values[1, 0] = 0.0
+    cache = poisoned((2, 4, 8, 2, 20), torch.int8)
+    kernels.write_kv(torch.randn(4, 2, 16), values, cache, torch.arange(4) * 8)
+    batch = PagedBatch.build(
+        starts=[0] * 4, query_lens=[1] * 4, block_tables=[[0], [1], [2], [3]], logits=[1] * 4, block_size=8
+    )
+    found = kernels.paged_attention(batch, window=None)(torch.randn(4, 2, 16), cache, 0.25)
+    torch.testing.assert_close(found, rounded_rows(values), atol=0, rtol=1e-6)
+    assert ((found - values).abs() <= values.abs().amax(-1, keepdim=True) / 253).all()
+
+
 @pytest.mark.parametrize("gather_bytes", [1, 70_000, 200_000])
 def test_a_small_gather_bound_cuts_groups_and_heads_but_not_results(gather_bytes: int) -> None:
     case = Case([(300, 1), (310, 1), (0, 40), (280, 1), (290, 30)], heads=8, kv_heads=4, head=64)
@@ -191,6 +231,14 @@ def test_long_sequences_in_blocks_of_any_size(kernels: Backend, block_size: int)
     case = Case([(599, 1), (250, 30), (0, 270), (255, 1), (256, 1)], block_size=block_size)
     case.check(kernels)
     case.check(kernels, window=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_of_several_splits(kernels: Backend, dtype: torch.dtype) -> None:
+    # a split ends every 1024 keys
+    case = Case([(2500, 1), (1023, 1), (1024, 1), (1020, 9), (3, 1)], heads=7, kv_heads=1, dtype=dtype)
+    case.check(kernels)
+    case.check(kernels, window=1200)
 
 
 def test_sequences_may_share_blocks(kernels: Backend) -> None:
@@ -347,15 +395,50 @@ def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, 
             assert torch.equal(attend((first, last)), whole[first:last])
 
 
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.dtype, window: int | None) -> None:
+    native = backend(name)
+    torch.manual_seed(0)
+    length = 3000
+    query, (keys, values) = torch.randn(length, 3, 32).bfloat16(), torch.randn(2, length, 1, 32).bfloat16()
+    table = list(range(-(-length // 16)))
+    cache = torch.zeros(2, len(table), 16, 1, 32 + 4 * (dtype == torch.int8), dtype=dtype)
+    native.write_kv(keys, values, cache, torch.arange(length))
+
+    def attend(kernels: Backend, ends: list[int], new: int) -> Tensor:
+        """The last `new` tokens of each of several sequences that share their blocks and end at `ends`."""
+        batch = PagedBatch.build(
+            starts=[end - new for end in ends],
+            query_lens=[new] * len(ends),
+            block_tables=[table] * len(ends),
+            logits=[1] * len(ends),
+            block_size=16,
+        )
+        rows = torch.cat([query[end - new : end] for end in ends])
+        return kernels.paged_attention(batch, window=window)(rows, cache, 0.2).view(len(ends), new, 3, 32)
+
+    alone = attend(native, [length], 1)[0]
+    level = next(level for level in build.LEVELS if level.name == name)
+    for threads in (1, 3, 8):
+        assert torch.equal(attend(CpuKernels(threads, level), [length], 1)[0], alone)
+    assert torch.equal(attend(native, [length, *range(100, 3000, 40)], 1)[0], alone)  # nothing is cut
+    assert torch.equal(attend(native, [700, length], 70)[1, -1:], alone)
+
+
 @pytest.mark.parametrize("what", ["query", "keys", "values"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_what_is_not_finite_shows_in_its_own_sequence_alone(kernels: Backend, what: str, number: float) -> None:
-    case = Case([(30, 1), (20, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_what_is_not_finite_shows_in_its_own_sequence_alone(
+    kernels: Backend, what: str, number: float, dtype: torch.dtype
+) -> None:
+    case = Case([(30, 1), (20, 1)], cache_dtype=dtype)
     if what == "query":
         case.query[0, 0, 5] = number
     else:
         getattr(case, what)[0][3, 0, 5] = number
-    cache = torch.full(case.cache_shape, torch.nan)
+    cache = poisoned(case.cache_shape, dtype)
     for keys, values, slots in zip(case.keys, case.values, case.slots, strict=True):
         kernels.write_kv(keys, values, cache, slots)
     found = kernels.paged_attention(case.batch, window=None)(case.query, cache, case.scale)

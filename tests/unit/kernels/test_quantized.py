@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire_kernels import Activations, Int4Weight, Int8Weight, KernelError, Kernels, QuantizedWeight
 from quire_kernels.quantized import quantize_int4, quantize_int8
-from quire_kernels.reference.product import quantize_rows
+from quire_kernels.reference.bytes import quantize_rows
 
 ROWS = (1, 2, 5, 6, 7, 16, 33)
 SHAPES_INT8 = [(1, 3), (15, 64), (16, 8), (63, 65), (64, 64), (65, 70), (130, 96), (200, 2052), (448, 896)]

@@ -81,7 +81,8 @@ void quire_quantized_linear(void* engine, const QuantizedLinear* call) {
 
 void quire_attention(void* engine, const Attention* call) {
   auto* it = static_cast<Engine*>(engine);
-  attention(it->pool, *call, it->room(attention_scratch(it->pool.size(), call->head_dim)));
+  const AttentionPlan plan(*call, it->pool.size());
+  attention(it->pool, *call, plan, it->room(plan.scratch(it->pool.size())));
 }
 
 void quire_write_kv(void* engine, const WriteKV* call) { write_kv(static_cast<Engine*>(engine)->pool, *call); }

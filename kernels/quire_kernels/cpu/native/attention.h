@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "ops.h"
 
@@ -11,8 +12,8 @@ struct Attention {
   Format kv_format;  // of the cache
   const void* query;  // [T, heads, head_dim]
   int64_t query_stride, heads, kv_heads, head_dim;
-  const void* keys;    // [blocks][kv_heads][head_dim][block_size]
-  const void* values;  // [blocks][kv_heads][block_size][head_dim]
+  const void* keys;    // [blocks][kv_heads][block_size slots], see attention.cpp
+  const void* values;
   int64_t block_size;
   int64_t window;  // 0: none
   float scale;
@@ -25,8 +26,22 @@ struct Attention {
   const int32_t* contexts;
 };
 
-int64_t attention_scratch(int threads, int64_t head_dim);
-void attention(Pool& pool, const Attention& call, void* scratch);
+// Rows (token, head) of a sequence that share a key head, over splits `first` to `last` of its keys.
+struct AttentionTask {
+  int32_t sequence, kv_head, first_row, rows, first, last;
+  int64_t partial;  // where in `partials` what each split gives goes; -1: nowhere, the splits are merged at once
+};
+
+// Who does what. Tasks that would hold up the others are cut into their splits and merged afterwards.
+struct AttentionPlan {
+  AttentionPlan(const Attention& call, int threads);
+  int64_t scratch(int threads) const;  // bytes
+
+  std::vector<AttentionTask> pieces, cut;
+  int64_t partials = 0;  // floats
+  int64_t head_dim;
+};
+void attention(Pool& pool, const Attention& call, const AttentionPlan& plan, void* scratch);
 
 // This step's keys and values [T, kv_heads, head_dim] to their slots.
 struct WriteKV {

@@ -7,6 +7,6 @@
 
 namespace quire {
 
-enum Format : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Format : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };  // kInt8: of caches alone
 
 }  // namespace quire

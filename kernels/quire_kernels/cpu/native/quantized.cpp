@@ -6,9 +6,7 @@
 //     8 bits    [K / 4][N][4]     number + 128, K rounded up to a multiple of 4
 //     4 bits    [K / 8][N][4]     number + 8: of eight inputs the first four in the low halves, the others in the high
 //
-// Rows of x are rounded to 8 bits with a sign first, all by itself a row:
-//
-//     most = max |x|,   code[k] = round(x[k] · (127 / most)),   scale = most / 127
+// Rows of x are rounded to 8 bits with a sign first, all by itself a row (round.h).
 //
 // What was added to the weights is taken off again by the sum of a row's codes: Σ (w + 128) · code - 128 · Σ code. That
 // is where sums begin. They are whole numbers and exact, on every level of instructions the same, with or without
@@ -20,9 +18,9 @@
 #include "quantized.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "ahead.h"
+#include "round.h"
 #include "simd.h"
 
 namespace quire {
@@ -38,7 +36,6 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;  // weights take twice the registers
 #endif
 constexpr int kLines = kSlice * 4 / 64;  // of memory, four bytes of each output of a slice
-constexpr float kNothing = 1e-30f;  // a row that has nothing larger is zero: 127 by less may be infinite
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -60,56 +57,10 @@ struct Lanes {
   }
 };
 
-template <class X>
-void round_row(const X* x, int64_t width, int64_t group, int32_t added, int64_t padded, int8_t* codes, int32_t* start,
-               float* scale) {
-  // bits of numbers without their signs are in the order of the numbers; what is not a number comes last
-  const Ints no_sign = splat(int32_t{0x7fffffff});
-  Ints most_bits = splat(int32_t{0});
-  int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) most_bits = max(most_bits, bits(load(x + k)) & no_sign);
-  if (k < width) most_bits = max(most_bits, bits(load(x + k, static_cast<int>(width - k))) & no_sign);
-  int32_t found = largest(most_bits);
-  float most;
-  std::memcpy(&most, &found, 4);
-  bool finite = found < 0x7f800000, usable = finite && most >= kNothing;
-  *scale = usable ? most / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  std::memset(codes + width, 0, padded - width);
-  if (!usable) {
-    std::memset(codes, 0, width);
-    std::fill_n(start, width / group, 0);
-    return;
-  }
-  const Vec inverse = splat(127.0f / most);
-  for (int64_t begin = 0; begin < width; begin += group) {
-    Ints total = splat(int32_t{0});
-    int64_t end = begin + group;
-    for (k = begin; k + kLanes <= end; k += kLanes) {
-      Ints code = to_int(load(x + k) * inverse);
-      total = total + code;
-      store_bytes(codes + k, code);
-    }
-    if (k < end) {
-      Ints code = to_int(load(x + k, static_cast<int>(end - k)) * inverse);
-      int8_t some[kLanes];
-      store_bytes(some, code);
-      std::memcpy(codes + k, some, end - k);
-      total = total + code;
-    }
-    start[begin / group] = -added * sum(total);
-  }
-}
-
 // Four inputs of all outputs of a slice.
 template <bool Whole>
 inline Ints four_inputs(const uint8_t* at, const Lanes& lanes, int v) {
   return Whole ? load_ints(at + v * 4 * kLanes) : load_ints(at + v * 4 * kLanes, lanes.n[v]);
-}
-
-inline int32_t four_codes(const int8_t* at) {
-  int32_t four;
-  std::memcpy(&four, at, 4);
-  return four;
 }
 
 template <int Count>
