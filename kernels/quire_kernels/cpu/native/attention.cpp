@@ -108,9 +108,8 @@ struct Worker {
   float* key_scale;     // [kTile]
   float* value_scale;   // [kTile]
   Softmax split, all;   // kRows
-  float* wide;          // [kRows, head_dim]: queries as float32
-  bf16* narrow;         // the same place: as they are
-  int8_t* codes;        // the same place: in 8 bits
+  float* wide;          // [head_dim, kRows]: queries as float32
+  int32_t* packed;      // the same place, [head_dim / kWide, kRows]: two in bfloat16, or four in 8 bits
   int32_t start[kRows] = {};
   float factor[kRows] = {};  // of what products give
 
@@ -123,8 +122,7 @@ struct Worker {
     split = Softmax::at(value_scale + kTile, kRows);
     all = Softmax::at(value_scale + kTile + Softmax::size(kRows, call.head_dim), kRows);
     wide = value_scale + kTile + 2 * Softmax::size(kRows, call.head_dim);
-    narrow = reinterpret_cast<bf16*>(wide);
-    codes = reinterpret_cast<int8_t*>(wide);
+    packed = reinterpret_cast<int32_t*>(wide);
   }
 
   void run(const AttentionTask& task, float* partials) {
@@ -150,6 +148,8 @@ struct Worker {
     const int64_t context = call.contexts[task.sequence];
     const int32_t* table = call.block_tables + task.sequence * call.table_width;
     int64_t limit[kRows], low[kRows], from = context, to = 0;
+    // numbers that are left over may be so small that each product takes a hundred times as long
+    if (task.rows < kRows) std::fill_n(wide, dim * kRows, 0.0f);
     for (int r = 0; r < task.rows; ++r) {
       with(call.format, [&]<class T>(T) {
         take_query(r, row_at(static_cast<const T*>(call.query), call.query_stride, begin, task, r));
@@ -186,10 +186,10 @@ struct Worker {
         // what lies in slots without a token, or before what is seen, may not be a number
         int64_t d = 0;
         for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
-          add_values<Rows, kVecs>(place, end_block, tile, tile_from, tile_to, d, kLanes);
+          add_values<Rows, kVecs, true>(place, end_block, tile, tile_from, tile_to, d, kLanes);
         for (; d < dim; d += kLanes)
-          add_values<Rows, 1>(place, end_block, tile, tile_from, tile_to, d,
-                              static_cast<int>(std::min<int64_t>(kLanes, dim - d)));
+          add_values<Rows, 1, false>(place, end_block, tile, tile_from, tile_to, d,
+                                     static_cast<int>(std::min<int64_t>(kLanes, dim - d)));
       }
       if (task.partial >= 0) {
         Softmax kept = Softmax::at(partials + task.partial, task.rows);
@@ -238,12 +238,14 @@ struct Worker {
     factor[r] = call.scale;
     if constexpr (kScaled<KV>) {
       float scale;
-      round_row(at, dim, dim, 128, dim, codes + r * dim, start + r, &scale);
+      int8_t* codes = reinterpret_cast<int8_t*>(scores);  // which are not there yet
+      round_row(at, dim, dim, 128, dim, codes, start + r, &scale);
       factor[r] *= scale;
+      for (int64_t d = 0; d < dim; d += 4) packed[d / 4 * kRows + r] = four_codes(codes + d);
     } else if constexpr (Dot) {
-      std::memcpy(narrow + r * dim, at, dim * sizeof(bf16));
+      for (int64_t d = 0; d < dim; d += 2) std::memcpy(packed + d / 2 * kRows + r, at + d, 4);
     } else {
-      for (int64_t d = 0; d < dim; ++d) wide[r * dim + d] = as_float(at[d]);
+      for (int64_t d = 0; d < dim; ++d) wide[d * kRows + r] = as_float(at[d]);
     }
   }
 
@@ -281,26 +283,22 @@ struct Worker {
       if constexpr (kScaled<KV>) {
         Weights k = weights(Whole ? load_ints(from) : load_ints(from, n));
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) acc[r] = dot(acc[r], k, inputs(four_codes(codes + r * dim + d)));
+        for (int r = 0; r < Rows; ++r) acc[r] = dot(acc[r], k, inputs(packed[d / 4 * kRows + r]));
       } else if constexpr (Dot) {
         Pair k = Whole ? load_pair(from) : load_pair(from, n);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-          int32_t two;
-          std::memcpy(&two, narrow + r * dim + d, 4);
-          acc[r] = dot(acc[r], k, two);
-        }
+        for (int r = 0; r < Rows; ++r) acc[r] = dot(acc[r], k, packed[d / 2 * kRows + r]);
       } else if constexpr (kWide == 2) {
         Pair k = Whole ? load_pair(from) : load_pair(from, n);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-          acc[r] = fma(splat(wide[r * dim + d]), even(k), acc[r]);
-          acc[r] = fma(splat(wide[r * dim + d + 1]), odd(k), acc[r]);
+          acc[r] = fma(splat(wide[d * kRows + r]), even(k), acc[r]);
+          acc[r] = fma(splat(wide[(d + 1) * kRows + r]), odd(k), acc[r]);
         }
       } else {
         Vec k = Whole ? load(from) : load(from, n);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) acc[r] = fma(splat(wide[r * dim + d]), k, acc[r]);
+        for (int r = 0; r < Rows; ++r) acc[r] = fma(splat(wide[d * kRows + r]), k, acc[r]);
       }
     };
     int64_t d = 0;
@@ -365,7 +363,7 @@ struct Worker {
 
   // out[r, d …] += Σ_j weight[r, j] · values[j, d …], for tokens `from` to `to` of the sequence, all of one tile. Of
   // `Vecs` vectors the last has n numbers.
-  template <int Rows, int Vecs, class Place>
+  template <int Rows, int Vecs, bool Whole, class Place>
   void add_values(const Place& place, int64_t end_block, int64_t tile, int64_t from, int64_t to, int64_t d,
                   int n) const {
     constexpr int64_t kStep = Vecs * kLanes * static_cast<int64_t>(sizeof(KV));  // bytes of a token
@@ -387,7 +385,7 @@ struct Worker {
         Vec got[Vecs];
 #pragma GCC unroll 2
         for (int v = 0; v < Vecs; ++v)
-          got[v] = v + 1 < Vecs || n == kLanes ? load(value + v * kLanes) : load(value + v * kLanes, n);
+          got[v] = Whole ? load(value + v * kLanes) : load(value + v * kLanes, n);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
           Vec weight = splat(scores[r * kTile + at + j - tile]);
