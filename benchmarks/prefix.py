@@ -201,6 +201,10 @@ class Counted:
         """See `Runner`."""
         self._runner.warm_up(seconds)
 
+    def set_seats(self, seats: int) -> None:
+        """See `Runner`."""
+        self._runner.set_seats(seats)
+
 
 @dataclass(frozen=True, slots=True)
 class SharedPass:

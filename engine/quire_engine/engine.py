@@ -183,9 +183,11 @@ class Engine:
         if backend != "triton":
             return cls(spec, profile, runner, backend=backend, backend_lacking=backend_lacking)
         # here and not above: nothing else needs Triton, which takes a second to import
+        from quire_engine.resident.draws import draw_rows
         from quire_engine.resident.pipeline import Pipeline
         from quire_engine.resident.runner import ResidentRunner
 
+        runner.drawer = draw_rows
         resident = ResidentRunner(
             runner,
             seats=spec.max_num_seqs,
@@ -218,6 +220,7 @@ class Engine:
         old = self._scheduler
         pool = BlockPool(old.pool.num_blocks, old.pool.block_size, old.pool.windows)
         self._scheduler = RecordingScheduler(pool, old.limits, max_model_len=old.max_model_len, path=path)
+        self._scheduler.follow(old)
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -404,6 +407,7 @@ class Engine:
         changed = BatchLimits.of(limits)
         MemoryPlan.of(self.spec, self.profile, changed)
         self._scheduler.set_limits(changed)
+        self.runner.set_seats(changed.max_num_seqs)
         self.hot_hash = limits.hot_hash
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor
 from quire_engine.json_schema import REFUSED
 from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache
-from quire_engine.sampler import sample, score
+from quire_engine.sampler import Drawer, sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 from quire_schemas.wire import Sampling, TokenLogprobs
@@ -49,6 +49,9 @@ class Runner(Protocol):
     def warm_up(self, seconds: float) -> None:
         """Make ready for steps of all shapes, as far as the time lasts."""
 
+    def set_seats(self, seats: int) -> None:
+        """A step may have as many items from now on."""
+
 
 class ModelRunner:
     """A model and its cache on one device. `head_rows`: of so many rows logits may be there at once besides those
@@ -64,6 +67,7 @@ class ModelRunner:
         head_rows: int,
         device: torch.device,
         masks: MaskMaker,
+        drawer: Drawer | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -71,9 +75,13 @@ class ModelRunner:
         self.head_rows = head_rows
         self.device = device
         self.masks = masks
+        self.drawer = drawer
 
     def warm_up(self, seconds: float) -> None:
         """Every step is launched as it comes."""
+
+    def set_seats(self, seats: int) -> None:
+        """Nothing here depends on it."""
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -110,7 +118,7 @@ class ModelRunner:
             return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
         logits_RV = self.model.logits(states_RW)
         masks = pending() if pending is not None else None
-        drawn = sample(logits_RV, rows, self.model.kernels, masks)
+        drawn = sample(logits_RV, rows, self.model.kernels, masks, self.drawer)
         failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
         if masks is not None:
             failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})

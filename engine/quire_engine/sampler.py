@@ -21,6 +21,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,9 +49,25 @@ class Drawn:
     stuck: tuple[int, ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[Scheduled], kernels: Kernels, masks: Masks | None = None) -> Drawn:
+class Drawer(Protocol):
+    """What draws once everything that the host has to say about logits is said."""
+
+    def __call__(self, scores: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Tensor:
+        """One token per row at its temperature, of what its filters leave; it depends on seed and position alone.
+
+        `scores` [R, V] float32, which become something else; returns [R] int64.
+        """
+
+
+def sample(
+    logits: Tensor,
+    rows: Sequence[Scheduled],
+    kernels: Kernels,
+    masks: Masks | None = None,
+    drawer: Drawer | None = None,
+) -> Drawn:
     """Choose a token for each row. `logits` [R, V] float32, dense, which become something else; every one of
-    `rows` has a draw.
+    `rows` has a draw. `drawer` None: `draw_tokens`.
 
     A row with NaN or +inf among its logits, or with nothing but -inf, is broken: its token has no meaning; nor has
     that of a row that is stuck. `masks` are those of all rows with a matcher.
@@ -75,7 +92,7 @@ def sample(logits: Tensor, rows: Sequence[Scheduled], kernels: Kernels, masks: M
     random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0.0 and r not in lost]
     if random:
         own = logits[random] if len(random) < len(rows) or _is_processed(draws) else logits
-        picked = _draw(own, [draws[r] for r in random], [rows[r].end for r in random])
+        picked = (drawer or draw_tokens)(own, [draws[r] for r in random], [rows[r].end for r in random])
         tokens = tokens.index_copy(0, torch.tensor(random, device=tokens.device), picked)
     chosen: list[int] = tokens.tolist()
     if lost.intersection(asked):
@@ -234,8 +251,8 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
 
 
-def _draw(scores: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Tensor:
-    """One token per row at its temperature. `scores` [R, V], which become something else; returns [R] int64."""
+def draw_tokens(scores: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Tensor:
+    """`Drawer` on the host: where a number of (seed, position) falls in the cumulative probabilities."""
     device = scores.device
     # below the floor the likeliest token has all the probability anyhow, and float32 would make it zero
     temperature = torch.tensor([draw.sampling.temperature for draw in draws], device=device).clamp_(min=1e-6)

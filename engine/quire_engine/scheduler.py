@@ -106,6 +106,10 @@ class Scheduler:
         """A heap of when, arrival and id."""
         self._clock = clock
 
+    def follow(self, before: Scheduler) -> None:
+        """Give out no ticket that `before` has given out: whoever carries plans out may still know them."""
+        self._tickets = before._tickets
+
     # ── in and out ────────────────────────────────────────────────────────────────────────────────────
 
     @property

@@ -37,6 +37,9 @@ class ScriptedRunner:
     def warm_up(self, seconds: float) -> None:
         """There is nothing to make ready."""
 
+    def set_seats(self, seats: int) -> None:
+        """Nothing here depends on it."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """The scripted token of every item that draws. Raises `InvariantBroken` for a plan that a cache could not
         carry out.

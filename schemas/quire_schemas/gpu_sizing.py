@@ -42,7 +42,7 @@ CAPTURED_TOKENS = 1024
 """T of the largest mixed step that is a program (`quire_engine.resident.program.MIXED_TOKENS`)."""
 DECODE_SHAPES = 40
 """At least the number of decode shapes."""
-MIXED_SHAPES = 36
+MIXED_SHAPES = 24
 """At least the number of mixed shapes: sizes by tokens times sizes by items."""
 SPLIT_PAIRS = 576
 """Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 2.8 for

@@ -59,6 +59,7 @@ class Pipeline:
         """
         complete = plan if known is None else resolve(plan, known.tokens)
         if not complete.items:
+            self._runner.copy_blocks(complete.copies)
             return _Executed(plan, StepResult({})) if plan.items else None
         try:
             if self._runner.takes(complete):

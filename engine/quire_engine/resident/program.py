@@ -34,7 +34,7 @@ DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256,
 """B of decode shapes."""
 MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """T of mixed shapes."""
-MIXED_ITEMS = (8, 64)
+MIXED_ITEMS = (16,)
 """B of mixed shapes, besides all seats."""
 
 
@@ -113,13 +113,21 @@ class StepProgram:
         _fill(buffers.items, words)
         return shape.run()
 
+    def release(self) -> None:
+        """Let go of what was captured; it is captured again if it is needed again."""
+        self._decode.clear()
+        self._mixed.clear()
+
     def warm_up(self, seconds: float) -> None:
         """Capture shapes until they are all there or the time is up: the largest of each kind first."""
         until = time.monotonic() + seconds
-        seats = self._table.seats
         captures: list[Callable[[], _Shape]] = [
             *(partial(self._decode_shape, size) for size in reversed(self._decode_sizes)),
-            *(partial(self._mixed_shape, size, seats) for size in reversed(MIXED_TOKENS)),
+            *(
+                partial(self._mixed_shape, num_tokens, num_items)
+                for num_items in reversed(self._mixed_items)
+                for num_tokens in reversed(MIXED_TOKENS)
+            ),
         ]
         for capture in captures:
             if time.monotonic() > until:

@@ -72,17 +72,21 @@ class ResidentRunner:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._captures = captures
+        self._seats = seats
         self._resize(seats)
 
     def _resize(self, seats: int) -> None:
-        """A new table, empty, for steps of `seats` items. Nothing may be under way."""
+        """A new table, empty, for steps of `seats` items. Nothing may be under way.
+
+        If that fails, all is as before.
+        """
         groups = len(self._kv.groups)
         width = -(-self._max_model_len // self._block_size)
-        self._table = RequestTable(seats, groups, width, self._device)
-        self.program = StepProgram(
+        table = RequestTable(seats, groups, width, self._device)
+        program = StepProgram(
             self._model,
             self._kv,
-            self._table,
+            table,
             block_size=self._block_size,
             max_model_len=self._max_model_len,
             captures=self._captures,
@@ -91,11 +95,15 @@ class ResidentRunner:
         def room(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
-        self._staging = [
+        staging = [
             _Staging(room(seats, 3 + 2 * groups), room(seats, 4), room(MIXED_TOKENS[-1]), room(seats))
             for _ in range(_DEPTH)
         ]
-        self._turn = 0
+        self._table, self.program, self._staging, self._turn = table, program, staging, 0
+
+    def set_seats(self, seats: int) -> None:
+        """See `Runner`: room for them is made when they are all taken."""
+        self._seats = seats
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
@@ -135,7 +143,9 @@ class ResidentRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""
         if len(plan.items) > self._table.seats:
-            self._resize(len(plan.items))
+            # what was captured is of no more use, and its memory may be needed
+            self.program.release()
+            self._resize(max(self._seats, len(plan.items)))
         if self.takes(plan):
             return self.finish(self.begin(plan))
         return self._general.execute(plan)
@@ -163,8 +173,7 @@ class ResidentRunner:
             raise
 
     def _begin(self, plan: StepPlan) -> Begun:
-        if plan.copies:
-            self._kv.copy_blocks(plan.copies)
+        self.copy_blocks(plan.copies)
         items, table = plan.items, self._table
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _DEPTH
@@ -189,6 +198,11 @@ class ResidentRunner:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return Begun(plan, items, tokens, done)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Make each second block what the first of its pair is, behind all that was begun."""
+        if copies:
+            self._kv.copy_blocks(copies)
 
     def finish(self, begun: Begun) -> StepResult:
         """Wait for a plan that was begun."""

@@ -13,7 +13,6 @@ Legend: S rows, X groups of layers, W blocks of the longest sequence, B items of
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quire_engine.resident.draws import columns, table_of
 from quire_engine.step import PENDING, Draw, Scheduled
 from quire_kernels.triton.sample import DrawTable
 from quire_kernels.triton.step import LAST
@@ -33,10 +33,6 @@ _WAITING = (PENDING,)
 
 def _sent_token(token_ids: tuple[int, ...]) -> int:
     return LAST if token_ids[0] == PENDING else token_ids[0]
-
-
-_WORDS = struct.Struct("<fiffq")
-"""Temperature, top-k, top-p, min-p and seed as six words of 32 bits."""
 
 
 class _Row:
@@ -86,6 +82,7 @@ class RequestTable:
 
     def rows(self, items: Sequence[Scheduled]) -> list[int]:
         """The row of each of `items`; of those that draw for the first time it is sent how they do."""
+        self._tickets = []  # whoever comes next has to be looked up, so that it counts as used
         rows = self._rows
         new: list[tuple[int, Draw]] = []
         found: list[int] = []
@@ -111,10 +108,10 @@ class RequestTable:
         """
         tickets = [item.ticket for item in items]
         if tickets != self._tickets:
-            self._tickets = tickets
             groups = self.tables.shape[0]
             self._words = np.empty((len(items), 3 + 2 * groups), dtype=np.int32)
             self._words[:, 0] = self.rows(items)
+            self._tickets = tickets
             self._seen = [_UNSENT] * len(items)
         words = self._words
         words[:, 1] = [item.start for item in items]
@@ -166,25 +163,17 @@ class RequestTable:
         self._free = list(range(self.tables.shape[1] - 1, -1, -1))
 
     def _free_row(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self._tickets = []  # it may have been one of those
-        return self._rows.popitem(last=False)[1].index
+        return self._free.pop() if self._free else self._rows.popitem(last=False)[1].index
 
     def _send_draws(self, new: Sequence[tuple[int, Draw]]) -> None:
-        packed = bytearray()
-        for _, draw in new:
-            asked = draw.sampling
-            seed = draw.seed & 0x7FFFFFFFFFFFFFFF
-            packed += _WORDS.pack(asked.temperature, asked.top_k, asked.top_p, asked.min_p, seed)
-        numbers = torch.frombuffer(packed, dtype=torch.int32).view(len(new), 6).T.contiguous()
-        sent = self._send(torch.cat((torch.tensor([[index for index, _ in new]], dtype=torch.int32), numbers)))
-        index, draws = sent[0].long(), self.draws
-        draws.temperature.index_copy_(0, index, sent[1].view(torch.float32))
-        draws.top_k.index_copy_(0, index, sent[2])
-        draws.top_p.index_copy_(0, index, sent[3].view(torch.float32))
-        draws.min_p.index_copy_(0, index, sent[4].view(torch.float32))
-        draws.seed.index_copy_(0, index, torch.stack((sent[5], sent[6]), 1).view(torch.int64).squeeze(1))
+        indices = torch.tensor([[index for index, _ in new]], dtype=torch.int32)
+        sent = self._send(torch.cat((indices, columns([draw for _, draw in new]))))
+        index, own, added = sent[0].long(), self.draws, table_of(sent[1:])
+        own.temperature.index_copy_(0, index, added.temperature)
+        own.top_k.index_copy_(0, index, added.top_k)
+        own.top_p.index_copy_(0, index, added.top_p)
+        own.min_p.index_copy_(0, index, added.min_p)
+        own.seed.index_copy_(0, index, added.seed)
 
     def _send_blocks(self, late: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> None:
         _, rows, width = self.tables.shape

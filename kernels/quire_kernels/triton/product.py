@@ -146,10 +146,10 @@ def _few_rows(
     tl.store(places, acc.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiling: Tiling) -> Tensor:
-    """x · weightᵀ + bias in `dtype`, for 1 to 16 rows `x` [M, K], each dense, and `weight` [N, K], dense."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """x · weightᵀ + bias, for 1 to 16 rows `x` [M, K], each dense, and `weight` [N, K], dense."""
     (rows, width), outputs = x.shape, weight.shape[0]
-    out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(outputs, tiling.block_n),)
     added = weight if bias is None else bias
     if rows == 1:
@@ -175,13 +175,12 @@ class TritonProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] in OWN_ROWS:
-            return multiply(x, self.weight, self.bias, x.dtype, tiling_for(x.shape[0], *self.weight.shape))
+            return multiply(x, self.weight, self.bias, tiling_for(x.shape[0], *self.weight.shape))
         return F.linear(x, self.weight, self.bias)
 
     def wide(self, x: Tensor) -> Tensor:
-        if x.shape[0] in OWN_ROWS:
-            return multiply(x, self.weight, self.bias, torch.float32, tiling_for(x.shape[0], *self.weight.shape))
-        return F.linear(x, self.weight, self.bias).float()
+        # rounded as the others are: a request must not see other logits because of who is beside it
+        return self(x).float()
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

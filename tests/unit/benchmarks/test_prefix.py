@@ -29,6 +29,9 @@ class SameToken:
     def warm_up(self, seconds: float) -> None:
         pass
 
+    def set_seats(self, seats: int) -> None:
+        pass
+
 
 def engine(*, prefix_caching: bool) -> Engine:
     spec = tiny_spec(

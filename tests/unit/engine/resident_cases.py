@@ -20,17 +20,24 @@ from torch import Tensor
 
 from quire_engine.engine import DTYPES, Engine
 from quire_engine.models import KVCache, load_model
+from quire_engine.resident import runner as resident_runner
+from quire_engine.resident.program import StepProgram
 from quire_engine.resident.runner import ResidentRunner
+from quire_engine.resident.table import RequestTable
+from quire_engine.step import PENDING, Draw, Scheduled
 from quire_kernels import HeadNorms, Kernels, Product, load
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import INTERPRETED, TritonKernels
 from quire_schemas.checkpoint import read_profile
-from quire_schemas.wire import Delta, EngineSpec, Generate, Sampling
+from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 WHOLE = "QUIRE_WHOLE" in os.environ
 """Every kernel is Triton's own: by night, and on a GPU."""
+
+
+needs_no_graphs = pytest.mark.skipif(not INTERPRETED, reason="a graph does not come by what is planted here")
 
 
 class Quick(TritonKernels):
@@ -181,7 +188,7 @@ def test_what_the_device_cannot_do_goes_by_the_host_and_back(tmp_path: Path) -> 
         assert executed
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a graph does not come by what is planted here")
+@needs_no_graphs
 def test_logits_that_are_not_finite_end_one_request(tmp_path: Path) -> None:
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))
@@ -223,14 +230,90 @@ def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     assert not left
 
 
-def test_more_seats_than_the_table_was_made_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_more_seats_than_the_table_was_made_for(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is made once, for all of them; where memory is short at first, no answer is wrong."""
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
     engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
-    from quire_engine.config import BatchLimits
+    made: list[int] = []
 
-    engine._scheduler.set_limits(BatchLimits(5, 16, True))
+    def planted(model: Any, kv: Any, table: RequestTable, **sizes: Any) -> StepProgram:
+        made.append(table.seats)
+        if fails and len(made) == 1:
+            raise torch.OutOfMemoryError("planted")
+        return StepProgram(model, kv, table, **sizes)
+
+    monkeypatch.setattr(resident_runner, "StepProgram", planted)
+    engine.set_limits(Limits("h1", 5, 16, True))
     assert texts(run(engine, *requests(5))) == expected
+    assert made == [5] * (1 + fails)
+
+
+def test_a_row_whose_token_is_awaited_is_given_to_nobody() -> None:
+    table = RequestTable(2, 1, 8, DEVICE)
+    draw = Draw(Sampling(max_tokens=1, temperature=0.0), 0, 1, ())
+
+    def item(ticket: int, tokens: tuple[int, ...], start: int, block: int) -> Scheduled:
+        return Scheduled(str(ticket), ticket, tokens, start, start + len(tokens), ((block,),), draw)
+
+    row = int(table.addresses([item(1, (5,), 3, 0)])[0, 0])
+    for other in (2, 3, 4):  # prompts of a step of their own, each of which takes a row
+        table.spans([item(other, (1, 2, 3), 0, other)])
+        table.addresses([item(1, (7,), other + 2, 0)])
+    assert table.spans([item(5, (1, 2), 0, 9), item(1, (PENDING,), 7, 0)])[1][0] == row
+
+
+def test_a_recording_begins_with_rows_that_nobody_had(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    asked: dict[str, Any] = {"temperature": 0.9, "seed": 11, "ignore_eos": True}
+    expected = texts(run(engine_of(spec_of(tmp_path), "triton"), *requests(1, **asked)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    engine.warm_up()
+    engine.record(tmp_path / "trace")
+    assert texts(run(engine, *requests(1, **asked))) == expected
+
+
+def test_who_needs_the_host_changes_nobody_elses_draws(tmp_path: Path) -> None:
+    build("llama-tied", tmp_path)
+    seeded = Sampling(max_tokens=8, temperature=0.9, seed=11, top_p=0.95, ignore_eos=True)
+    special = Sampling(max_tokens=5, temperature=0.7, seed=3, logprobs=1, ignore_eos=True)
+    alone = texts(run(engine_of(spec_of(tmp_path), "triton"), Generate("a", [1, 2, 3, 4], seeded)))["a"]
+    for ahead in (False, True):
+        engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
+        both = run(engine, Generate("a", [1, 2, 3, 4], seeded), Generate("b", [5, 6, 7], special))
+        assert texts(both)["a"] == alone
+
+
+@needs_no_graphs
+def test_what_is_no_token_goes_into_no_step(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    runner: Any = engine.runner
+    model, calls, seen = runner._model, [0], list[int]()
+    narrow, forward = model.narrow_logits, model.forward
+
+    def spoiled(states: Tensor) -> Tensor:
+        calls[0] += 1
+        logits: Tensor = narrow(states)
+        if calls[0] == 2:
+            logits[0] = torch.nan
+        return logits
+
+    def watched(ids: Tensor, *rest: Any) -> Any:
+        seen.extend(ids.tolist())
+        return forward(ids, *rest)
+
+    model.narrow_logits, model.forward = spoiled, watched
+    engine.add(Generate("a", [1, 2, 3], Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)))
+    heard = engine.step() + engine.step()
+    engine.add(Generate("b", [4, 5], Sampling(max_tokens=3, temperature=0.0, logprobs=1, ignore_eos=True)))
+    while engine.has_work:
+        heard += engine.step()
+    assert [delta.id for delta in heard if delta.error_code == "numerical_error"] == ["a"]
+    assert min(seen) >= 0
 
 
 @pytest.mark.parametrize("eager", [False, True])

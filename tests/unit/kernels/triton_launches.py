@@ -53,7 +53,7 @@ def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
 
 def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
     x, weight, bias = new(rows, width), new(outputs, width), new(outputs) if rows > 1 else None
-    product.multiply(x, weight, bias, BF16, tiling or product.tiling_for(rows, outputs, width))
+    product.multiply(x, weight, bias, tiling or product.tiling_for(rows, outputs, width))
 
 
 def attend(
