@@ -22,21 +22,37 @@ from benchmarks.quire_systems import engine_spec
 from benchmarks.rows import RESULTS, ROOT, Row, backend, provenance, write
 from quire.text import Tokenizer
 from quire_engine.engine import Engine
-from quire_schemas.wire import EngineSpec, Generate, Quantization, Sampling, TokenLogprobs
+from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling, TokenLogprobs
 
 WINDOW = 512
 HELD_OUT = ROOT / "training/tiny/heldout.txt"
 
-ARITHMETIC: dict[str, Quantization | None] = {
-    "none": None,
-    "int8": Quantization("int8"),
-    "int8, bf16 activations": Quantization("int8", "bf16"),
-    "int4 g32": Quantization("int4", group_size=32),
-    "int4 g32, bf16 activations": Quantization("int4", "bf16", 32),
-    "int4 g64": Quantization("int4", group_size=64),
-    "int4 g128": Quantization("int4", group_size=128),
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a model computes with, where it is not bfloat16."""
+
+    quantization: Quantization | None = None
+    kv_dtype: KvDtype = "bfloat16"
+
+
+ARITHMETIC = {
+    "none": Arithmetic(),
+    "int8": Arithmetic(Quantization("int8")),
+    "int8, bf16 activations": Arithmetic(Quantization("int8", "bf16")),
+    "int4 g32": Arithmetic(Quantization("int4", group_size=32)),
+    "int4 g32, bf16 activations": Arithmetic(Quantization("int4", "bf16", 32)),
+    "int4 g64": Arithmetic(Quantization("int4", group_size=64)),
+    "int4 g128": Arithmetic(Quantization("int4", group_size=128)),
+    "int8 keys and values": Arithmetic(kv_dtype="int8"),
 }
-BARS = {"int8": 0.005, "int8, bf16 activations": 0.005, "int4 g32": 0.03, "int4 g32, bf16 activations": 0.03}
+BARS = {
+    "int8": 0.005,
+    "int8, bf16 activations": 0.005,
+    "int4 g32": 0.03,
+    "int4 g32, bf16 activations": 0.03,
+    "int8 keys and values": 0.003,
+}
 """How much more bits per byte are good enough, for the built-in model and its text."""
 
 
@@ -91,7 +107,11 @@ def measure(
     rows: list[Row] = []
     first: Reading | None = None
     for name in names:
-        spec = engine_spec(folder, "bfloat16", threads=threads, max_num_seqs=8, quantization=ARITHMETIC[name])
+        numbers = ARITHMETIC[name]
+        spec = engine_spec(
+            folder, "bfloat16", threads=threads, max_num_seqs=8, quantization=numbers.quantization,
+            kv_dtype=numbers.kv_dtype,
+        )  # fmt: skip
         found = read(spec, ids)
         first = first or found
         bits = found.bits_per_byte(size)

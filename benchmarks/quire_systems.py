@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 
 from benchmarks.workload import Job
-from quire_engine.engine import DTYPES, Engine
+from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.masks import MaskMaker
 from quire_engine.models import KVCache, load_model
 from quire_engine.runner import ModelRunner
 from quire_kernels import Kernels
 from quire_schemas.checkpoint import read_profile
-from quire_schemas.wire import EngineSpec, Generate, Quantization, Sampling
+from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -46,6 +46,7 @@ def engine_spec(
     block_size: int = 16,
     prefix_caching: bool = False,
     quantization: Quantization | None = None,
+    kv_dtype: KvDtype | None = None,
 ) -> EngineSpec:
     """An engine for the checkpoint in `folder`, with room for all its seats at their longest."""
     return EngineSpec(
@@ -55,7 +56,7 @@ def engine_spec(
         socket="",
         model_dir=str(folder),
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
         device="cpu",
         threads=threads,
         max_model_len=max_model_len,
@@ -85,7 +86,7 @@ def engine_of(spec: EngineSpec, kernels: Kernels) -> Engine:
         on_progress=lambda done, total: None,
         quantization=spec.quantization,
     )
-    cache = KVCache.allocate(profile, spec.num_blocks, spec.block_size, dtype, cpu)
+    cache = KVCache.allocate(profile, spec.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype], cpu)
     masks = MaskMaker(meanwhile=False)
     runner = ModelRunner(
         model, cache, block_size=spec.block_size, head_rows=spec.max_num_seqs, device=cpu, masks=masks
@@ -106,12 +107,14 @@ class Quire:
         threads: int,
         prefix_caching: bool = False,
         quantization: Quantization | None = None,
+        kv_dtype: KvDtype | None = None,
         **sizes: int,
     ) -> None:
         """`sizes` are the others of `engine_spec`."""
         spec = engine_spec(
-            folder, dtype, threads=threads, prefix_caching=prefix_caching, quantization=quantization, **sizes
-        )
+            folder, dtype, threads=threads, prefix_caching=prefix_caching, quantization=quantization,
+            kv_dtype=kv_dtype, **sizes,
+        )  # fmt: skip
         self.vocab_size = read_profile(folder).vocab_size
         self.max_model_len = spec.max_model_len
         self.engine = Engine.load(spec)

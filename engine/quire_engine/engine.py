@@ -51,7 +51,7 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.quantization import misfit
-from quire_schemas.sizing import kv_groups
+from quire_schemas.sizing import kv_groups, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     Delta,
@@ -66,6 +66,7 @@ from quire_schemas.wire import (
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
 """Log-probabilities that all live requests together may ask for when another one wants many at a position: what
 one step makes of them has to go through a client's connection at once."""
@@ -130,6 +131,8 @@ class Engine:
         _check_length(spec, profile)
         if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
             raise InvalidSpec(problem)
+        if problem := kv_misfit(profile, spec.kv_dtype, spec.device):
+            raise InvalidSpec(problem)
         plan = MemoryPlan.of(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)
         if lacking and spec.device == "cuda":
@@ -151,7 +154,7 @@ class Engine:
                 quantization=spec.quantization,
             )
         with plan.explained("the cache was allocated"):
-            kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
+            kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype], device)
         plan.check(model, kv)
         if spec.batch_invariant:
             if lacking:

@@ -11,7 +11,7 @@ Exceptions:
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
     ├── NoSuchPromise      the same numbers in any company were asked for where no kernels keep to it
-    ├── NoSuchNumbers      a quantization that the checkpoint, the dtype or the device cannot have
+    ├── NoSuchNumbers      a quantization or a cache that the checkpoint, the dtype or the device cannot have
     ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
 """
@@ -31,7 +31,7 @@ from quire_schemas.model import runs_ahead
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
 from quire_schemas.quantization import Unquantizable
 from quire_schemas.quantization import resolve as resolve_quantization
-from quire_schemas.sizing import FitReport, SizingRequest, fit
+from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_misfit
 from quire_schemas.update import EngineLimits
 
 FOREIGN_BYTES = 64 << 20
@@ -65,7 +65,7 @@ class NoSuchPromise(PlacementError):
 
 
 class NoSuchNumbers(PlacementError):
-    """A quantization that the checkpoint, the dtype or the device cannot have."""
+    """A quantization or a cache that the checkpoint, the dtype or the device cannot have."""
 
 
 class TooLong(PlacementError):
@@ -89,7 +89,7 @@ class Placement:
     commit: str | None
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
-    kv_dtype: Literal["float32", "bfloat16", "float16"]
+    kv_dtype: wire.KvDtype
     threads: int
     max_model_len: int
     block_size: int
@@ -267,6 +267,11 @@ def place(
         quantization=_quantization(resolved["quantization"], profile, dtype, kind),
         enforce_eager=engine["enforceEager"],
     )
+    if problem := kv_misfit(profile, request.kv_dtype, kind):
+        raise NoSuchNumbers(
+            "ConfigRejected", problem, "declare kvCache.dtype: auto, or a float type",
+            path="spec.engine.kvCache.dtype",
+        )  # fmt: skip
     longest = profile.max_position_embeddings
     if request.max_model_len is not None and request.max_model_len > longest:
         raise TooLong(
@@ -310,7 +315,7 @@ def place(
             commit=commit,
             device=kind,
             dtype=_float(report.request.dtype),
-            kv_dtype=_float(report.request.kv_dtype),
+            kv_dtype=_kv_dtype(report.request.kv_dtype),
             threads=threads,
             spare_core=threads < inventory.cores,
             max_model_len=report.max_model_len,
@@ -390,6 +395,10 @@ def _device_name(inventory: Inventory, name: str) -> str:
         return "this machine's memory"
     gpu = next(gpu for gpu in inventory.gpus if f"cuda:{gpu.index}" == name)
     return f"{gpu.name} (GPU {gpu.index})"
+
+
+def _kv_dtype(name: str) -> wire.KvDtype:
+    return "int8" if name == "int8" else _float(name)
 
 
 def _float(name: str) -> Literal["float32", "bfloat16", "float16"]:

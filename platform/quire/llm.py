@@ -44,7 +44,7 @@ from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.chat import read_messages
 from quire_schemas.quantities import parse_percent, parse_quantity
 from quire_schemas.quantization import GROUP_SIZES, METHODS, Unquantizable, resolve
-from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes
+from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     BeamResult,
@@ -52,6 +52,7 @@ from quire_schemas.wire import (
     Delta,
     EngineSpec,
     Generate,
+    KvDtype,
     Policy,
     Pooling,
     Sampling,
@@ -110,7 +111,7 @@ class LLM:
         model: str,
         *,
         dtype: Literal["auto"] | Dtype = "auto",
-        kv_dtype: Literal["auto"] | Dtype = "auto",
+        kv_dtype: Literal["auto"] | KvDtype = "auto",
         device: Literal["auto"] | Device = "auto",
         quantization: Literal["int8", "int4"] | None = None,
         group_size: int | None = None,
@@ -130,7 +131,7 @@ class LLM:
         threads: int | None = None,
     ) -> None:
         arguments.one_of("dtype", dtype, ("auto", *get_args(Dtype)), '"auto" is the checkpoint\'s own')
-        arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(Dtype)), '"auto" is what dtype is')
+        arguments.one_of("kv_dtype", kv_dtype, ("auto", *get_args(KvDtype)), '"auto" is what dtype is')
         arguments.one_of("device", device, ("auto", *get_args(Device)), '"auto" takes a GPU if there is one')
         _check_quantization(quantization, group_size, activations)
         arguments.one_of("policy", policy, get_args(Policy), '"fcfs" goes by arrival')
@@ -185,6 +186,8 @@ class LLM:
             )
         except Unquantizable as found:
             raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {_INSTEAD[found.field]}") from None
+        if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype, kind)):
+            raise ValueError(f'kv_dtype is "{kv_dtype}": {problem}\nhint: kv_dtype="auto"')
         total, available = torch.cuda.mem_get_info()[::-1] if kind == "cuda" else _memory()
         request = SizingRequest(
             dtype=resolved,
@@ -210,7 +213,7 @@ class LLM:
             socket="",
             model_dir=str(folder),
             dtype=resolved,
-            kv_dtype=cast(Dtype, request.kv_dtype),
+            kv_dtype=cast(KvDtype, request.kv_dtype),
             device=kind,
             threads=threads,
             spare_core=threads < len(os.sched_getaffinity(0)),

@@ -5,8 +5,9 @@
     limit   = min(share × device, what is free, the declared memory limit)
     KV room = limit − weights − activations − overhead
     blocks  = ⌊KV budget / bytes of a block⌋
-    a block = block size × layers of a group × 2 × max(1, KV heads / tensor parallel) × head size × bytes of a
-    number
+    a block = block size × layers of a group × 2 × max(1, KV heads / tensor parallel) × bytes of a head
+
+A head of a key or value takes its size times the bytes of a number; in int8 that is 1, and 4 more are its scale.
 
 Layers that see the same keys form a group, and a block holds some tokens of one group (`kv_groups`). A model whose
 layers are of one kind is one group, so that a block holds all layers. A group whose layers see only a window keeps
@@ -42,6 +43,11 @@ GATHER_BYTES = 64 * MIB
 
 MASK_BYTES = 4 * MIB
 """One tile of a prefill's mask, unless 16 rows of it need more."""
+
+KV_SCALE_BYTES = 4
+"""Of a head of a key or value in int8 (`quire_kernels.reference.bytes.SCALE_BYTES`)."""
+KV_INT8_NUMBERS = 4
+"""Numbers of an int8 key that are multiplied at once: a head has a multiple of it."""
 
 SPLIT_TOKENS = 1024
 SPLITS_BYTES = 16 * MIB
@@ -267,11 +273,26 @@ def group_size(groups: Iterable[KVGroup]) -> int:
     return max(len(group.layers) for group in groups)
 
 
+def kv_head_bytes(head_dim: int, kv_dtype: str) -> int:
+    """What the cache keeps of a key or a value of one head."""
+    return head_dim + KV_SCALE_BYTES if kv_dtype == "int8" else head_dim * DTYPE_BYTES[kv_dtype]
+
+
+def kv_misfit(profile: ModelProfile, kv_dtype: str, device: Literal["cpu", "cuda"]) -> str:
+    """Why keys and values of a model cannot be in that number format on that device; empty if they can."""
+    if kv_dtype != "int8":
+        return ""
+    if device == "cuda":
+        return "int8 keys and values are for a CPU, and this model runs on a GPU"
+    if profile.head_dim % KV_INT8_NUMBERS:
+        return f"the head size {profile.head_dim} is no multiple of {KV_INT8_NUMBERS}, as int8 keys need"
+    return ""
+
+
 def kv_block_bytes(profile: ModelProfile, kv_dtype: str, block_size: int, tensor_parallel: int = 1) -> int:
     """Keys and values of `block_size` tokens in the layers of one group, on one of `tensor_parallel` ranks."""
     heads = max(1, profile.num_kv_heads // tensor_parallel)
-    number = heads * profile.head_dim * DTYPE_BYTES[kv_dtype]
-    return block_size * group_size(kv_groups(profile)) * 2 * number
+    return block_size * group_size(kv_groups(profile)) * 2 * heads * kv_head_bytes(profile.head_dim, kv_dtype)
 
 
 def kv_bytes_per_token(profile: ModelProfile, kv_dtype: str, tensor_parallel: int = 1) -> int:

@@ -58,6 +58,7 @@ class BadMessage(WireError):
 
 
 RunnerKind = Literal["model", "scripted"]
+KvDtype = Literal["float32", "bfloat16", "float16", "int8"]
 """What carries out an engine's steps: a model, or a script that each request brings."""
 
 Policy = Literal["fcfs", "priority"]
@@ -517,7 +518,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     socket: str
     model_dir: str
     dtype: Literal["float32", "bfloat16", "float16"]
-    kv_dtype: Literal["float32", "bfloat16", "float16"]
+    kv_dtype: KvDtype
     device: Literal["cpu", "cuda"]
     threads: int
     max_model_len: int

@@ -27,14 +27,15 @@ from quire_engine.weights import TensorSource
 from quire_kernels import HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
-from quire_schemas.sizing import KVGroup, group_size, kv_groups
+from quire_schemas.sizing import KV_SCALE_BYTES, KVGroup, group_size, kv_groups
 
 
 class KVCache:
     """The keys and values of all sequences.
 
     `tensors[i]` [2, N, P, K, D] holds layer `group.layers[i]` of every group: a block is a slice of all of them,
-    and which group it serves is told by the block tables it is in.
+    and which group it serves is told by the block tables it is in. In int8 they are [2, N, P, K, D + 4]: the
+    bytes of a scale lie behind the numbers.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], tensors: tuple[Tensor, ...]) -> None:
@@ -52,7 +53,8 @@ class KVCache:
     ) -> KVCache:
         """A cache for `profile`, zeroed: the memory is touched now, so a lack of it shows now."""
         groups = kv_groups(profile)
-        shape = (2, num_blocks, block_size, profile.num_kv_heads, profile.head_dim)
+        kept = profile.head_dim + (KV_SCALE_BYTES if dtype == torch.int8 else 0)
+        shape = (2, num_blocks, block_size, profile.num_kv_heads, kept)
         tensors = (
             large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(group_size(groups))
         )

@@ -45,4 +45,4 @@ def to_bytes(x: Tensor) -> Tensor:
 
 def from_bytes(kept: Tensor) -> Tensor:
     """The reverse, [..., D] float32."""
-    return kept[..., :-SCALE_BYTES].float() * kept[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return kept[..., :-SCALE_BYTES].float().mul_(kept[..., -SCALE_BYTES:].contiguous().view(torch.float32))

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
+from quire_engine.engine import KV_DTYPES
 from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.runner import ModelRunner
@@ -84,7 +85,7 @@ def open_model(
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize(("tied", "kv_heads"), [(True, 1), (False, 2), (True, 4)])
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "bfloat16"), ("bfloat16", "int8")])
 def test_weights_and_cache_are_what_the_report_says(
     architecture: str, tied: bool, kv_heads: int, dtype: str, kv_dtype: str, tmp_path: Path
 ) -> None:
@@ -109,7 +110,7 @@ def test_weights_and_cache_are_what_the_report_says(
             ),
         )
         assert report.fits
-        kv = KVCache.allocate(described, report.num_blocks, block_size, DTYPES[kv_dtype], CPU)
+        kv = KVCache.allocate(described, report.num_blocks, block_size, KV_DTYPES[kv_dtype], CPU)
         assert sum(parameter.nbytes for parameter in model.parameters()) == model.bytes == report.weights
         assert sum(tensor.nbytes for tensor in kv.tensors) == kv.bytes == report.kv
         assert report.num_blocks * sizing.kv_block_bytes(described, kv_dtype, block_size) == report.kv

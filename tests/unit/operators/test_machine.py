@@ -28,7 +28,7 @@ from quire_operators.rollout import Goal, Row
 from quire_operators.sources import SourceError, Sources
 from quire_schemas.checkpoint import profile_from_config
 from quire_schemas.model import Model, resolve_defaults
-from quire_schemas.sizing import weight_bytes
+from quire_schemas.sizing import kv_block_bytes, kv_misfit, weight_bytes
 from quire_schemas.update import template_hash
 from quire_schemas.wire import EngineSpec, Quantization
 
@@ -299,6 +299,24 @@ def test_a_quantization_that_cannot_be_is_refused_at_its_field() -> None:
         placed(CPU, quantization={"method": "int4", "groupSize": 128})
     assert refused.value.path == "spec.quantization.groupSize"
     assert "groupSize: 32" in refused.value.hint
+
+
+def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> None:
+    eight = {"kvCache": {"dtype": "int8", "size": "4Mi"}}
+    found = placed(CPU, engine=eight)
+    assert found.kv_dtype == "int8"
+    assert Placement.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert found.num_blocks == (4 << 20) // kv_block_bytes(profile_from_config(TINY), "int8", 16)
+    engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(engine=eight), "hot", adoption_window=90.0)
+    assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).kv_dtype == "int8"
+    with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+    with pytest.raises(NoSuchNumbers, match="runs on a GPU") as refused:
+        placed(with_gpu, engine=eight)
+    assert (refused.value.path, refused.value.reason) == ("spec.engine.kvCache.dtype", "ConfigRejected")
+    assert placed(with_gpu, engine=eight | {"device": "cpu"}).kv_dtype == "int8"
+    assert "head size 18 is no multiple of 4" in kv_misfit(
+        profile_from_config(TINY | {"head_dim": 18}), "int8", "cpu"
+    )
 
 
 def test_without_chunked_prefill_the_context_is_one_step_long() -> None:

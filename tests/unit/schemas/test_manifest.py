@@ -301,7 +301,7 @@ def test_only_a_hub_needs_a_token() -> None:
     [
         "trustRemoteCode: true",
         "engine: {kvCache: {dtype: fp8}}",
-        "engine: {kvCache: {dtype: int8}}",
+        "engine: {device: cuda, kvCache: {dtype: int8}}",
         "engine: {kvCache: {swapSpace: 8Gi}}",
         "engine: {extraArgs: [--fast]}",
         "parallelism: {tensor: 2}",
@@ -354,6 +354,7 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
         "rollout: {strategy: Recreate, autoRollback: false}",
         "residency: always\ndeterminism: none",
         "determinism: batchInvariant",
+        "determinism: batchInvariant\nengine: {device: cpu, kvCache: {dtype: int8}}",
     ],
 )
 def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
