@@ -222,8 +222,9 @@ class Engine:
             raise InvariantBroken("recording begins with an idle engine")
         old = self._scheduler
         pool = BlockPool(old.pool.num_blocks, old.pool.block_size, old.pool.windows)
-        self._scheduler = RecordingScheduler(pool, old.limits, max_model_len=old.max_model_len, path=path)
-        self._scheduler.follow(old)
+        self._scheduler = RecordingScheduler(
+            pool, old.limits, max_model_len=old.max_model_len, tickets=old.tickets, path=path
+        )
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -74,7 +74,10 @@ class _Draft:
 
 
 class Scheduler:
-    """Owner of all requests and their states. `clock` gives seconds for the timings and decides nothing."""
+    """Owner of all requests and their states. `clock` gives seconds for the timings and decides nothing.
+
+    `tickets` were given out by a scheduler before it; whoever carries out plans may still know them.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Scheduler:
         limits: BatchLimits,
         *,
         max_model_len: int,
+        tickets: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -94,7 +98,8 @@ class Scheduler:
         self._widest = limits.max_num_batched_tokens
         self._live: dict[str, Request] = {}
         self._arrivals = 0
-        self._tickets = 0
+        self.tickets = tickets
+        """Given out so far."""
         self._at_work: dict[int, Request] = {}
         """Those that run, by ticket."""
         self._given_out = 0
@@ -105,10 +110,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, str]] = []
         """A heap of when, arrival and id."""
         self._clock = clock
-
-    def follow(self, before: Scheduler) -> None:
-        """Give out no ticket that `before` has given out: whoever carries plans out may still know them."""
-        self._tickets = before._tickets
 
     # ── in and out ────────────────────────────────────────────────────────────────────────────────────
 
@@ -535,8 +536,8 @@ class Scheduler:
 
     def _number(self, request: Request) -> None:
         """Give a request the ticket of a new life."""
-        self._tickets += 1
-        request.ticket = self._tickets
+        self.tickets += 1
+        request.ticket = self.tickets
         self._at_work[request.ticket] = request
 
     def _scheduled(self, request: Request, start: int, end: int, known: int) -> Scheduled:

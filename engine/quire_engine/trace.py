@@ -62,6 +62,8 @@ class Built(msgspec.Struct, tag=True):
     windows: list[int | None]
     max_model_len: int
     limits: Limits
+    tickets: int = 0
+    """Given out by a scheduler before it."""
 
 
 class Added(msgspec.Struct, tag=True, omit_defaults=True):
@@ -168,14 +170,17 @@ Line = Built | Limits | Added | Aborted | Extended | Forked | Expired | Planned 
 class RecordingScheduler(Scheduler):
     """A scheduler that writes its calls to a new file `path`; what is there becomes `path`.1. Raises OSError."""
 
-    def __init__(self, pool: BlockPool, limits: BatchLimits, *, max_model_len: int, path: Path) -> None:
-        super().__init__(pool, limits, max_model_len=max_model_len)
+    def __init__(
+        self, pool: BlockPool, limits: BatchLimits, *, max_model_len: int, path: Path, tickets: int = 0
+    ) -> None:
+        super().__init__(pool, limits, max_model_len=max_model_len, tickets=tickets)
         self._path = path
         if path.is_file():  # another engine may still write to it: two traces in one file would be none
             path.replace(path.with_name(f"{path.name}.1"))
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._encoder = msgspec.json.Encoder()
-        self._write(Built(pool.num_blocks, pool.block_size, list(pool.windows), max_model_len, Limits.of(limits)))
+        windows = list(pool.windows)
+        self._write(Built(pool.num_blocks, pool.block_size, windows, max_model_len, Limits.of(limits), tickets))
 
     def add(self, request: Request) -> None:
         self._write(Added.of(request))
@@ -261,7 +266,8 @@ def replay(lines: Iterable[bytes]) -> Iterator[tuple[Planned, Planned]]:
             raise ValueError(f"line {number}: {error}") from error
         if isinstance(line, Built):
             pool = BlockPool(line.num_blocks, line.block_size, line.windows)
-            scheduler = Scheduler(pool, line.limits.restored(), max_model_len=line.max_model_len)
+            limits = line.limits.restored()
+            scheduler = Scheduler(pool, limits, max_model_len=line.max_model_len, tickets=line.tickets)
             continue
         if scheduler is None:
             raise ValueError(f"line {number}: a trace begins with what its scheduler was built with")

@@ -128,7 +128,7 @@ def requests(count: int, **sampling: Any) -> list[Generate]:
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen3-mqa-sliding", "llama-biases"])
+@pytest.mark.parametrize("name", ["qwen3-mqa-sliding", pytest.param("llama-biases", marks=pytest.mark.nightly)])
 def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
@@ -140,6 +140,7 @@ def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None
         assert texts(run(engine, *requests(5))) == expected
 
 
+@pytest.mark.nightly
 def test_preempted_and_sent_again(tmp_path: Path) -> None:
     build("llama-mqa", tmp_path)
     spec = msgspec.structs.replace(spec_of(tmp_path, async_scheduling=True), block_size=4)
@@ -154,6 +155,7 @@ def test_preempted_and_sent_again(tmp_path: Path) -> None:
     assert crowded.stats().preemptions > 0
 
 
+@pytest.mark.nightly
 def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
     build("llama-tied", tmp_path)
     asked = {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9}
