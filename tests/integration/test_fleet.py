@@ -67,6 +67,21 @@ async def test_a_start_that_failed_leaves_nothing_behind(plane: ControlPlane) ->
     assert (await plane.fleet.start(unit(plane.state))).running, "the same name can be started at once"
 
 
+async def test_a_start_that_is_given_up_is_known_all_the_same(plane: ControlPlane) -> None:
+    """A `down` that comes while the router starts gives up the start and then stops what is known."""
+    told = unit(plane.state)
+    start = asyncio.create_task(plane.fleet.start(told))
+    while not (told.folder / "shim.json").exists():
+        await asyncio.sleep(0)
+    start.cancel()
+    assert isinstance((await asyncio.gather(start, return_exceptions=True))[0], asyncio.CancelledError)
+    (seen,) = plane.fleet.observed(told.name)
+    assert seen.life is Life.LIVE
+    plane.begin_down(0.1)
+    async with asyncio.timeout(30):
+        await plane.finished.wait()
+
+
 async def test_a_shim_whose_files_were_cleaned_away_is_found_by_what_it_answers(plane: ControlPlane) -> None:
     started = await plane.fleet.start(unit(plane.state))
     (started.folder / "shim.json").unlink()

@@ -227,6 +227,17 @@ class LocalFleet:
             _write(unit.folder / name, content)
         _write(unit.folder / "shim.json", json.dumps(spec).encode())
         unit.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spawned = asyncio.ensure_future(self._spawn_known(unit, spec))
+        try:
+            await asyncio.shield(spawned)
+        except asyncio.CancelledError:
+            # whoever gives up, and then stops all that is known, has to know of this one
+            await asyncio.gather(spawned, return_exceptions=True)
+            raise
+        return await self._heard(unit.folder)
+
+    async def _spawn_known(self, unit: Unit, spec: dict[str, Any]) -> None:
+        """Start the shim and write down that it lives, or leave nothing of it."""
         try:
             await self._spawn(unit)
         except StartFailed:
@@ -236,7 +247,6 @@ class LocalFleet:
             self._from_identity(unit.folder, spec, Life.LIVE), running=True, starts=1
         )
         self._watch(unit.folder)
-        return await self._heard(unit.folder)
 
     async def stop(self, folder: Path, grace: float) -> None:
         """Tell the shim in `folder` to end its child's whole tree, and then itself. Does not wait for it.
