@@ -206,9 +206,13 @@ def test_every_level_gives_the_same_numbers() -> None:
     torch.manual_seed(0)
     weight, x = random_weight(130, 640, None), torch.randn(9, 640)
     expected = backend("reference").quantized_product(copied(weight), None, "int8", torch.float32)(x)
+    compared: list[str] = []
     for name in BACKENDS[1:]:
         try:
             native = backend(name)
         except pytest.skip.Exception:
             continue
+        compared.append(name)
         assert torch.equal(native.quantized_product(copied(weight), None, "int8", torch.float32)(x), expected)
+    if not compared:
+        pytest.skip("no native level runs on this processor, or there is no compiler")
