@@ -145,7 +145,7 @@ class _Timed:
     inside: _Inside
 
     def __init__(self, function: Any, inside: _Inside) -> None:
-        self.__dict__.update(function=function, inside=inside)
+        self.__dict__.update(function=function, inside=inside, _as_parameter_=function)
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self.function, name, value)

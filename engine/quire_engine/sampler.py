@@ -76,8 +76,7 @@ def sample(
     if len(draws) != len(rows) or logits.shape[0] != len(rows):
         raise ValueError(f"{len(rows)} rows, {len(draws)} with a draw, {logits.shape[0]} rows of logits")
     peaks, best = kernels.largest(logits)
-    usable = torch.isfinite(peaks)
-    broken = () if bool(usable.all()) else tuple(torch.nonzero(~usable).flatten().tolist())
+    broken = _not_finite(peaks)
     if all(draw.is_plain for draw in draws):
         return Drawn(best.tolist(), broken=broken)
 
@@ -87,7 +86,7 @@ def sample(
     stuck: tuple[int, ...] = ()
     if _shape(logits, rows, draws, kernels, masks):
         peaks, tokens = kernels.largest(logits)
-        stuck = tuple(r for r in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist() if r not in broken)
+        stuck = tuple(r for r in _not_finite(peaks) if r not in broken)
     lost = {*broken, *stuck}
     random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0.0 and r not in lost]
     if random:
@@ -106,6 +105,11 @@ def sample(
         table[processed] = _processed(logits[[asked[at] for at in processed]], [wanted[at] for at in processed])
     found = _report(table, [chosen[r] for r in asked], wanted, [sampling.logprobs or 0 for sampling in wanted])
     return Drawn(chosen, dict(zip(asked, found, strict=True)), broken, stuck)
+
+
+def _not_finite(peaks: Tensor) -> tuple[int, ...]:
+    """Places in `peaks` [R]. There are so few that the host is done before torch has begun."""
+    return tuple(r for r, peak in enumerate(peaks.tolist()) if not math.isfinite(peak))
 
 
 # ── before the draw ───────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ N blocks, P slots a block, W hidden width, I width between the two halves of an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "Activations",
     "BackendUnavailable",
+    "Body",
     "HeadNorms",
     "Int4Weight",
     "Int8Weight",
@@ -50,6 +51,11 @@ class HeadNorms:
     key: Tensor
     """[D]."""
     eps: float
+
+
+Body = Callable[[Tensor, Tensor, Tensor, Sequence[PagedBatch]], Tensor]
+"""A model's layers: of token ids [T] int64, cosines and sines (as of `Kernels.place_heads`), and the batch of each
+kind of layer, the final states of the rows that are wanted."""
 
 
 class Product(Protocol):
@@ -100,10 +106,7 @@ class Kernels(Protocol):
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight over the last dimension. New tensor.
-
-        `x` [T, W] or [T, heads, W], `weight` [W].
-        """
+        """x / sqrt(mean(x²) + eps) · weight. `x` [T, W], `weight` [W]; a new tensor."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
@@ -136,6 +139,17 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
+
+    def take(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows `rows` [T] int64 of `x` [any, W], [T, W]."""
+
+    def recorded(self, body: Body) -> Body:
+        """What computes `body` in the way that this back-end likes best.
+
+        A body hands what it is given, views of it and results to operations of these kernels, does nothing else
+        with them, and neither looks at numbers nor depends on how many rows there are. What is returned takes
+        what the body takes and gives the same, as new tensors.
+        """
 
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of each row of `logits` [R, V] float32 its largest number and the lowest place of it.

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quire_engine.layers.attention import Attention
@@ -24,7 +24,7 @@ from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import TensorSource
-from quire_kernels import HeadNorms, Kernels, PagedBatch, Product
+from quire_kernels import Body, HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KV_SCALE_BYTES, KVGroup, group_size, kv_groups
@@ -107,6 +107,8 @@ class DecoderModel:
         self._head = head
         self._rotary = rotary
         self.kernels = kernels
+        self._body: tuple[KVCache, Body] | None = None
+        """All layers over the cache of the last call."""
 
     @classmethod
     def build(
@@ -181,9 +183,20 @@ class DecoderModel:
         `batches` has the addresses of the same tokens in each group of the cache. Returns the final states of
         `logits_rows`, normed, [R, W].
         """
+        cos, sin = self._rotary(batches[0].positions)
+        return self._body_over(kv)(token_ids, cos, sin, batches)
+
+    def _body_over(self, kv: KVCache) -> Body:
+        if self._body is None or self._body[0] is not kv:
+            self._body = kv, self.kernels.recorded(partial(self._compute, kv))
+        return self._body[1]
+
+    def _compute(
+        self, kv: KVCache, token_ids: Tensor, cos: Tensor, sin: Tensor, batches: Sequence[PagedBatch]
+    ) -> Tensor:
+        """All layers; a `Body` that is told its cache."""
         batch = batches[0]
         rows = batch.logits_rows
-        cos, sin = self._rotary(batch.positions)
         attentions = [
             self.kernels.paged_attention(addresses, window=group.window)
             for addresses, group in zip(batches, kv.groups, strict=True)
@@ -191,7 +204,7 @@ class DecoderModel:
         if self._embedding is None:
             residual = self._head.rows(token_ids)
         else:
-            residual = F.embedding(token_ids, self._embedding)
+            residual = self.kernels.take(self._embedding, token_ids)
         x = self._layers[0].attention_norm(residual)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -200,7 +213,7 @@ class DecoderModel:
                 x, cos, sin, kv.tensors[place], batches[group].slot_mapping, attentions[group]
             )
             if index == last and not batch.every_row:
-                heads, residual = heads[rows], residual[rows]
+                heads, residual = self.kernels.take(heads, rows), self.kernels.take(residual, rows)
             x = layer.mlp_norm.add(layer.attention.out(heads), residual)
             following = self._norm if index == last else self._layers[index + 1].attention_norm
             x = following.add(layer.mlp(x), residual)

@@ -16,7 +16,7 @@ from quire_kernels.reference.bytes import to_bytes
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import HeadNorms
+    from quire_kernels import Body, HeadNorms
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -85,6 +85,12 @@ class ReferenceKernels:
         if gate_up.dtype == torch.float32:
             return F.silu(gate).mul_(up)
         return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+
+    def take(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    def recorded(self, body: Body) -> Body:
+        return body
 
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         found = logits.max(dim=-1)

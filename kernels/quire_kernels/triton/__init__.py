@@ -27,7 +27,7 @@ from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import HeadNorms, Product
+    from quire_kernels import Body, HeadNorms, Product
 
 __all__ = ["TritonKernels"]
 
@@ -79,6 +79,12 @@ class TritonKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up)
+
+    def take(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    def recorded(self, body: Body) -> Body:
+        return body
 
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return tokens.largest(logits)

@@ -67,6 +67,7 @@ CASES: dict[str, Any] = {
     "llama-head-dim": (LlamaForCausalLM, LlamaConfig(**SIZE, head_dim=32)),
     "llama-mha": (LlamaForCausalLM, LlamaConfig(**SIZE | {"num_key_value_heads": 4})),
     "llama-mqa": (LlamaForCausalLM, LlamaConfig(**SIZE | {"num_key_value_heads": 1})),
+    "llama-odd": (LlamaForCausalLM, LlamaConfig(**SIZE | {"intermediate_size": 45})),
     "llama-rope-llama3": (LlamaForCausalLM, LlamaConfig(**SIZE, rope_parameters=LLAMA3)),
     "llama-rope-linear": (
         LlamaForCausalLM,

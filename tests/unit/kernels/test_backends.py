@@ -57,6 +57,13 @@ def native(request: pytest.FixtureRequest) -> Backend:
     return backend(request.param)
 
 
+def keep(kernels: Backend, keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Keys and values to their slots, as they are: rotated by nothing."""
+    tokens, kv_heads, head = keys.shape
+    still, none = torch.ones(tokens, 1, head), torch.zeros(tokens, 1, head)
+    kernels.place_heads(torch.cat((keys, keys, values), 1), kv_heads, None, still, none, cache, slots)
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     absolute, relative = TOLERANCE[found.dtype]
     torch.testing.assert_close(found.double(), expected, atol=absolute, rtol=relative)
@@ -129,7 +136,7 @@ class Case:
     def check(self, kernels: Backend, window: int | None = None) -> None:
         cache = poisoned(self.cache_shape, self.cache_dtype)
         for keys, values, slots in zip(self.keys, self.values, self.slots, strict=True):
-            kernels.write_kv(keys, values, cache, slots)
+            keep(kernels, keys, values, cache, slots)
         seen = rounded_rows if self.cache_dtype == torch.int8 else torch.Tensor.double
         found = kernels.paged_attention(self.batch, window=window)(self.query, cache, self.scale)
         assert found.dtype == self.query.dtype
@@ -203,7 +210,7 @@ def test_what_8_bits_keep_of_keys_and_values(kernels: Backend) -> None:
     values = torch.randn(4, 2, 16) * torch.tensor([1e-20, 1.0, 300.0, 1e30])[:, None, None]
     values[1, 0] = 0.0
     cache = poisoned((2, 4, 8, 2, 20), torch.int8)
-    kernels.write_kv(torch.randn(4, 2, 16), values, cache, torch.arange(4) * 8)
+    keep(kernels, torch.randn(4, 2, 16), values, cache, torch.arange(4) * 8)
     batch = PagedBatch.build(
         starts=[0] * 4, query_lens=[1] * 4, block_tables=[[0], [1], [2], [3]], logits=[1] * 4, block_size=8
     )
@@ -245,7 +252,7 @@ def test_sequences_may_share_blocks(kernels: Backend) -> None:
     torch.manual_seed(1)
     cache = torch.empty(2, 6, 16, 2, 64)
     kept = torch.randn(2, 6, 16, 2, 64)
-    kernels.write_kv(kept[0].view(96, 2, 64), kept[1].view(96, 2, 64), cache, torch.arange(96))
+    keep(kernels, kept[0].view(96, 2, 64), kept[1].view(96, 2, 64), cache, torch.arange(96))
     tables = [[4, 4, 1], [4, 2, 2]]
     batch = PagedBatch.build(
         starts=[40, 35], query_lens=[1, 1], block_tables=tables, logits=[True, True], block_size=16
@@ -264,13 +271,13 @@ def test_a_query_that_is_a_slice_of_a_wider_tensor(kernels: Backend) -> None:
     case.check(kernels)
 
 
-def test_write_kv_touches_its_slots_and_nothing_else(kernels: Backend) -> None:
+def test_place_heads_touches_its_slots_and_nothing_else(kernels: Backend) -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         cache = torch.full((2, 5, 4, 2, 8), torch.nan, dtype=dtype)
         qkv = torch.randn(3, 8, 8)
         slots = torch.tensor([17, 2, 11])
-        kernels.write_kv(qkv[:, 4:6], qkv[:, 6:], cache, slots)
+        keep(kernels, qkv[:, 4:6], qkv[:, 6:], cache, slots)
         for side, written in zip(cache, (qkv[:, 4:6], qkv[:, 6:]), strict=True):
             # in what order a block has its numbers is the back-end's own business
             numbers = side[~torch.isnan(side)]
@@ -292,35 +299,36 @@ def test_norms(kernels: Backend, dtype: torch.dtype) -> None:
     assert torch.equal(residual, total)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rotary_turns_pairs(kernels: Backend, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, angles = torch.randn(5, 3, 16).to(dtype), torch.randn(5, 1, 8).double()
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.double().chunk(2, -1)
-    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    signed = torch.cat((-sin, sin), -1).float()
-    found = kernels.rotary(x, torch.cat((cos, cos), -1).float(), signed)
-    assert found.dtype == dtype
-    close(found, expected)
-
-
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_heads_are_placed_as_their_parts_say(kernels: Backend, dtype: torch.dtype, normed: bool) -> None:
+def test_heads_are_normed_turned_and_kept(kernels: Backend, dtype: torch.dtype, normed: bool) -> None:
     torch.manual_seed(0)
-    qkv, angles = torch.randn(5, 9, 16).to(dtype), torch.randn(5, 1, 8)
-    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    norms = HeadNorms(torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-5) if normed else None
-    query, key = qkv[:, :5], qkv[:, 5:7]
-    if norms is not None:
-        query, key = kernels.rms_norm(query, norms.query, 1e-5), kernels.rms_norm(key, norms.key, 1e-5)
+    qkv, angles = torch.randn(5, 9, 40).to(dtype), torch.randn(5, 1, 20).double()
+    cos, sin = angles.cos(), angles.sin()
+    norms = HeadNorms(torch.randn(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if normed else None
+
+    def placed(x: Tensor, weight: Tensor | None) -> Tensor:
+        wide = x.double()
+        if weight is not None:
+            wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+            wide = wide.to(dtype).double()
+        first, second = wide.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
     slots = torch.tensor([3, 8, 1, 11, 6])
-    expected, found = (torch.zeros(2, 3, 4, 2, 16, dtype=dtype) for _ in range(2))
-    kernels.write_kv(kernels.rotary(key, cos, sin), qkv[:, 7:], expected, slots)
-    placed = kernels.place_heads(qkv, 5, norms, cos, sin, found, slots)
-    assert torch.equal(placed, kernels.rotary(query, cos, sin))
-    assert torch.equal(found, expected)
+    expected, found = (torch.zeros(2, 3, 4, 2, 40, dtype=dtype) for _ in range(2))
+    turned = torch.cat((cos, cos), -1).float(), torch.cat((-sin, sin), -1).float()
+    query = kernels.place_heads(qkv, 5, norms, *turned, found, slots)
+    assert query.dtype == dtype
+    close(query, placed(qkv[:, :5], norms.query if norms else None))
+    keep(kernels, placed(qkv[:, 5:7], norms.key if norms else None).to(dtype), qkv[:, 7:], expected, slots)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=TOLERANCE[dtype][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_taken(kernels: Backend, dtype: torch.dtype) -> None:
+    x, rows = torch.randn(6, 7).to(dtype), torch.tensor([5, 0, 0, 3])
+    assert torch.equal(kernels.take(x, rows), x[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -373,7 +381,7 @@ def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, 
     table = random.Random(0).sample(range(60), 38)
     slots = torch.tensor([table[p // 16] * 16 + p % 16 for p in range(length)])
     cache = torch.zeros(2, 60, 16, 2, 64, dtype=dtype)
-    native.write_kv(keys, values, cache, slots)
+    keep(native, keys, values, cache, slots)
 
     def attend(*chunks: tuple[int, int]) -> Tensor:
         """Of one sequence, as if it was several that share their blocks."""
@@ -405,7 +413,7 @@ def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.
     query, (keys, values) = torch.randn(length, 3, 32).bfloat16(), torch.randn(2, length, 1, 32).bfloat16()
     table = list(range(-(-length // 16)))
     cache = torch.zeros(2, len(table), 16, 1, 32 + 4 * (dtype == torch.int8), dtype=dtype)
-    native.write_kv(keys, values, cache, torch.arange(length))
+    keep(native, keys, values, cache, torch.arange(length))
 
     def attend(kernels: Backend, ends: list[int], new: int) -> Tensor:
         """The last `new` tokens of each of several sequences that share their blocks and end at `ends`."""
@@ -440,7 +448,7 @@ def test_what_is_not_finite_shows_in_its_own_sequence_alone(
         getattr(case, what)[0][3, 0, 5] = number
     cache = poisoned(case.cache_shape, dtype)
     for keys, values, slots in zip(case.keys, case.values, case.slots, strict=True):
-        kernels.write_kv(keys, values, cache, slots)
+        keep(kernels, keys, values, cache, slots)
     found = kernels.paged_attention(case.batch, window=None)(case.query, cache, case.scale)
     assert not found[0].isfinite().all()
     assert found[1].isfinite().all()
@@ -479,5 +487,5 @@ def test_the_largest_number_is_the_first_of_equals(kernels: Backend, width: int)
 def test_what_does_not_fit_a_weight_is_refused(native: Backend) -> None:
     product = native.product(torch.randn(8, 16).bfloat16(), None)
     for x in (torch.randn(2, 16), torch.randn(2, 8).bfloat16(), torch.randn(16, 2).bfloat16().T):
-        with pytest.raises(KernelError, match=r"the weight torch\.bfloat16"):
+        with pytest.raises(KernelError, match=r"the product of torch\.bfloat16"):
             product(x)

@@ -1,4 +1,7 @@
 // The door: what Python calls through ctypes. One `Engine` is a pool of threads and a scratch; its calls do not overlap.
+//
+// All operations of a step have one form, a struct that begins with the number of rows. So a row of them is a program
+// that one call runs for any number of tokens.
 #include <cstdlib>
 #include <exception>
 
@@ -52,73 +55,63 @@ void quire_pack(void* engine, int64_t format, void* weight, int64_t outputs, int
        it->room(pack_scratch(it->pool.size(), static_cast<Format>(format), width)));
 }
 
-void quire_unpack_rows(void* engine, int64_t format, const void* packed, int64_t outputs, int64_t width,
-                       const int64_t* rows, int64_t count, void* to) {
-  unpack_rows(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), packed, outputs, width, rows, count, to);
-}
-
-void quire_linear(void* engine, const Linear* call) {
-  auto* it = static_cast<Engine*>(engine);
-  linear(it->pool, *call, it->room(linear_scratch(call->format, call->rows, call->width)));
-}
-
 void quire_pack_quantized(void* engine, void* weight, int64_t outputs, int64_t row_bytes, int four_bits) {
   auto* it = static_cast<Engine*>(engine);
   pack_quantized(it->pool, weight, outputs, row_bytes, four_bits != 0,
                  it->room(pack_quantized_scratch(it->pool.size(), row_bytes)));
 }
 
-void quire_unpack_quantized(void* engine, const void* packed, const void* scales, int64_t group, int64_t outputs,
-                            int64_t width, const int64_t* rows, int64_t count, int64_t format, void* to) {
-  unpack_quantized(static_cast<Engine*>(engine)->pool, packed, scales, group, outputs, width, rows, count,
-                   static_cast<Format>(format), to);
+void quire_unpack_rows(Engine* it, const UnpackRows* call) { unpack_rows(it->pool, *call); }
+void quire_unpack_quantized(Engine* it, const UnpackQuantized* call) { unpack_quantized(it->pool, *call); }
+void quire_linear(Engine* it, const Linear* call) {
+  linear(it->pool, *call, it->room(linear_scratch(call->format, call->rows, call->width)));
 }
-
-void quire_quantized_linear(void* engine, const QuantizedLinear* call) {
-  auto* it = static_cast<Engine*>(engine);
+void quire_quantized_linear(Engine* it, const QuantizedLinear* call) {
   quantized_linear(it->pool, *call, it->room(quantized_scratch(it->pool.size(), *call)));
 }
+void quire_rms_norm(Engine* it, const RmsNorm* call) { rms_norm(it->pool, *call); }
+void quire_add_rms_norm(Engine* it, const AddRmsNorm* call) { add_rms_norm(it->pool, *call); }
+void quire_place_heads(Engine* it, const PlaceHeads* call) {
+  place_heads(it->pool, *call, it->room(place_heads_scratch(it->pool.size(), *call)));
+}
+void quire_silu_mul(Engine* it, const SiluMul* call) { silu_mul(it->pool, *call); }
+void quire_take(Engine* it, const Take* call) { take(it->pool, *call); }
+void quire_largest(Engine* it, const Largest* call) { largest(it->pool, *call, it->room(largest_scratch(*call))); }
+void quire_mask_tokens(Engine* it, const MaskTokens* call) { mask_tokens(it->pool, *call); }
 
-void quire_attention(void* engine, const Attention* call) {
-  auto* it = static_cast<Engine*>(engine);
-  const AttentionPlan plan(*call, it->pool.size());
-  attention(it->pool, *call, plan, it->room(plan.scratch(it->pool.size())));
+// What a step says of its sequences to every layer of a kind.
+struct StepSequences {
+  int64_t count, table_width;
+  const int32_t *block_tables, *query_starts, *contexts;
+};
+struct StepAttention {
+  int64_t rows;
+  Attention rest;
+  const StepSequences* step;
+};
+void quire_attention(Engine* it, const StepAttention* call) {
+  Attention whole = call->rest;
+  whole.sequences = call->step->count;
+  whole.table_width = call->step->table_width;
+  whole.block_tables = call->step->block_tables;
+  whole.query_starts = call->step->query_starts;
+  whole.contexts = call->step->contexts;
+  const AttentionPlan plan(whole, it->pool.size());
+  attention(it->pool, whole, plan, it->room(plan.scratch(it->pool.size())));
 }
 
-void quire_write_kv(void* engine, const WriteKV* call) { write_kv(static_cast<Engine*>(engine)->pool, *call); }
-
-void quire_rms_norm(void* engine, int64_t format, int64_t rows, int64_t heads, int64_t width, const void* x,
-                    int64_t row_stride, int64_t head_stride, const void* weight, double eps, void* out) {
-  rms_norm(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), {rows, heads, width}, x, row_stride,
-           head_stride, weight, static_cast<float>(eps), out);
-}
-
-void quire_add_rms_norm(void* engine, int64_t format, int64_t rows, int64_t width, const void* x, int64_t x_stride,
-                        void* residual, int64_t residual_stride, const void* weight, double eps, void* out) {
-  add_rms_norm(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), rows, width, x, x_stride, residual,
-               residual_stride, weight, static_cast<float>(eps), out);
-}
-
-void quire_rotary(void* engine, int64_t format, int64_t rows, int64_t heads, int64_t width, const void* x,
-                  int64_t row_stride, int64_t head_stride, const float* cos, const float* sin, void* out) {
-  rotary(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), {rows, heads, width}, x, row_stride,
-         head_stride, cos, sin, out);
-}
-
-void quire_silu_mul(void* engine, int64_t format, int64_t rows, int64_t width, const void* gate_up, int64_t stride,
-                    void* out) {
-  silu_mul(static_cast<Engine*>(engine)->pool, static_cast<Format>(format), rows, width, gate_up, stride, out);
-}
-
-void quire_largest(void* engine, const float* logits, int64_t stride, int64_t rows, int64_t width, float* values,
-                   int64_t* places) {
-  auto* it = static_cast<Engine*>(engine);
-  largest(it->pool, logits, stride, rows, width, values, places, it->room(largest_scratch(rows, width)));
-}
-
-void quire_mask_tokens(void* engine, float* logits, int64_t stride, int64_t width, const int64_t* rows, int64_t count,
-                       const uint8_t* bits, int64_t bits_stride) {
-  mask_tokens(static_cast<Engine*>(engine)->pool, logits, stride, width, rows, count, bits, bits_stride);
+// An operation, its struct, and which of the counts is its rows.
+struct Recorded {
+  void (*run)(void*, void*);
+  int64_t* call;
+  int64_t count;
+};
+void quire_run(void* engine, const Recorded* program, int64_t length, const int64_t* counts) {
+  for (const Recorded* at = program; at != program + length; ++at) {
+    if (counts[at->count] == 0) continue;
+    *at->call = counts[at->count];
+    at->run(engine, at->call);
+  }
 }
 
 }  // extern "C"

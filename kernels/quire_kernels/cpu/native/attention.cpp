@@ -442,18 +442,14 @@ void keep_row(const T* key, const T* value, int64_t dim, int64_t size, int64_t a
 }
 
 template <class T, class KV>
-void keep(Pool& pool, const WriteKV& call) {
-  const int64_t dim = call.head_dim, size = call.block_size;
-  pool.each(call.rows, [&](int64_t row, int) {
-    int64_t block = call.slots[row] / size, at = call.slots[row] % size;
-    for (int64_t head = 0; head < call.kv_heads; ++head) {
-      const int64_t place = (block * call.kv_heads + head) * block_bytes<KV>(dim, size);
-      keep_row(static_cast<const T*>(call.key) + row * call.key_stride + head * dim,
-               static_cast<const T*>(call.value) + row * call.value_stride + head * dim, dim, size, at,
-               reinterpret_cast<KV*>(static_cast<char*>(call.keys) + place),
-               reinterpret_cast<KV*>(static_cast<char*>(call.values) + place));
-    }
-  });
+void keep(const Cache& cache, const T* keys, const T* values, int64_t slot) {
+  const int64_t dim = cache.head_dim, size = cache.block_size, block = slot / size;
+  for (int64_t head = 0; head < cache.kv_heads; ++head) {
+    const int64_t place = (block * cache.kv_heads + head) * block_bytes<KV>(dim, size);
+    keep_row(keys + head * dim, values + head * dim, dim, size, slot % size,
+             reinterpret_cast<KV*>(static_cast<char*>(cache.keys) + place),
+             reinterpret_cast<KV*>(static_cast<char*>(cache.values) + place));
+  }
 }
 
 }  // namespace
@@ -519,14 +515,12 @@ void attention(Pool& pool, const Attention& call, const AttentionPlan& plan, voi
   }
 }
 
-void write_kv(Pool& pool, const WriteKV& call) {
-  with(call.format, [&]<class T>(T) {
-    switch (call.kv_format) {
-      case kFloat32: return keep<T, float>(pool, call);
-      case kBfloat16: return keep<T, bf16>(pool, call);
-      case kFloat16: return keep<T, fp16>(pool, call);
-      default: return keep<T, int8_t>(pool, call);
-    }
+void keep_token(const Cache& cache, Format format, const void* keys, const void* values, int64_t slot) {
+  with(format, [&]<class T>(T) {
+    auto as = [&]<class KV>(KV) {
+      keep<T, KV>(cache, static_cast<const T*>(keys), static_cast<const T*>(values), slot);
+    };
+    cache.format == kInt8 ? as(int8_t{}) : with(cache.format, as);
   });
 }
 

@@ -43,16 +43,14 @@ struct AttentionPlan {
 };
 void attention(Pool& pool, const Attention& call, const AttentionPlan& plan, void* scratch);
 
-// This step's keys and values [T, kv_heads, head_dim] to their slots.
-struct WriteKV {
-  Format format, kv_format;
-  const void* key;
-  const void* value;
-  int64_t key_stride, value_stride, rows, kv_heads, head_dim, block_size;
-  const int64_t* slots;
+// Where keys and values are kept: [blocks][kv_heads][block_size slots], see attention.cpp.
+struct Cache {
+  Format format;
+  int64_t kv_heads, head_dim, block_size;
   void* keys;
   void* values;
 };
-void write_kv(Pool& pool, const WriteKV& call);
+// A token's keys and values, [kv_heads, head_dim] each, to a slot.
+void keep_token(const Cache& cache, Format format, const void* keys, const void* values, int64_t slot);
 
 }  // namespace quire

@@ -226,12 +226,13 @@ void pack_as(Pool& pool, bool pairs, T* weight, int64_t outputs, int64_t width, 
 }
 
 template <class T>
-void unpack_as(Pool& pool, bool pairs, const T* packed, int64_t outputs, int64_t width, const int64_t* rows,
-               int64_t count, T* to) {
-  pool.each(count, [&](int64_t number, int) {
-    int64_t begin = rows[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
-    const T* panel = packed + begin * width;
-    for (int64_t k = 0; k < width; ++k) to[number * width + k] = panel[place(pairs, in_panel, rows[number] - begin, k)];
+void unpack_as(Pool& pool, bool pairs, const UnpackRows& call) {
+  const int64_t width = call.width;
+  pool.each(call.rows, [&](int64_t number, int) {
+    const int64_t id = call.ids[number], begin = id / kPanel * kPanel, in_panel = std::min(kPanel, call.outputs - begin);
+    const T* panel = static_cast<const T*>(call.weight) + begin * width;
+    T* to = static_cast<T*>(call.out) + number * width;
+    for (int64_t k = 0; k < width; ++k) to[k] = panel[place(pairs, in_panel, id - begin, k)];
   });
 }
 
@@ -250,14 +251,8 @@ void pack(Pool& pool, Format format, void* weight, int64_t outputs, int64_t widt
   }
 }
 
-void unpack_rows(Pool& pool, Format format, const void* packed, int64_t outputs, int64_t width, const int64_t* rows,
-                 int64_t count, void* to) {
-  if (format == kFloat32) {
-    unpack_as(pool, false, static_cast<const float*>(packed), outputs, width, rows, count, static_cast<float*>(to));
-  } else {
-    unpack_as(pool, format == kBfloat16, static_cast<const uint16_t*>(packed), outputs, width, rows, count,
-              static_cast<uint16_t*>(to));
-  }
+void unpack_rows(Pool& pool, const UnpackRows& call) {
+  call.format == kFloat32 ? unpack_as<float>(pool, false, call) : unpack_as<uint16_t>(pool, call.format == kBfloat16, call);
 }
 
 int64_t linear_scratch(Format format, int64_t rows, int64_t width) {

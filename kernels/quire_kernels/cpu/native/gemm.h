@@ -7,9 +7,10 @@
 namespace quire {
 
 struct Linear {
+  int64_t rows;
   Format format;  // of x, weight and bias
   const void* x;  // [rows, width]
-  int64_t stride, rows, width;
+  int64_t stride, width;
   const void* weight;  // as `pack` made it
   const void* bias;    // [outputs], or null
   int64_t outputs;
@@ -21,9 +22,17 @@ struct Linear {
 // `weight` [outputs, width], row-major, to the order that `linear` reads, in place.
 void pack(Pool& pool, Format format, void* weight, int64_t outputs, int64_t width, void* scratch);
 int64_t pack_scratch(int threads, Format format, int64_t width);
-// Rows of a packed weight as they were, [count, width]: what an embedding that is the head, too, looks up.
-void unpack_rows(Pool& pool, Format format, const void* packed, int64_t outputs, int64_t width, const int64_t* rows,
-                 int64_t count, void* to);
+
+// Rows of a packed weight as they were: what an embedding that is the head, too, looks up.
+struct UnpackRows {
+  int64_t rows;
+  Format format;
+  const void* weight;
+  int64_t outputs, width;
+  const int64_t* ids;  // [rows]
+  void* out;           // [rows, width]
+};
+void unpack_rows(Pool& pool, const UnpackRows& call);
 int64_t linear_scratch(Format format, int64_t rows, int64_t width);
 void linear(Pool& pool, const Linear& call, void* scratch);
 

@@ -1,9 +1,10 @@
-// What stands between two matrix products: norms, rotation, the gate of an MLP. One row is one task's smallest piece;
-// short rows are taken several at a time, so that handing them out costs less than they do.
+// What stands between two matrix products: norms, rotation, the gate of an MLP; and what is done to logits. One row is
+// one task's smallest piece; short rows are taken several at a time, so that handing them out costs less than they do.
 #include "pointwise.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "simd.h"
 
@@ -52,90 +53,94 @@ void norm_row(const T* x, const T* weight, int64_t width, float eps, T* out) {
   along(width, [&](int64_t at, int n) { put(out + at, some(x + at, n) * scale * some(weight + at, n), n); });
 }
 
+// Pairs (x[d], x[d + width / 2]); `to` may be `x`.
 template <class T>
-void norm_rows(Pool& pool, Grid grid, const T* x, int64_t row_stride, int64_t head_stride, const T* weight, float eps,
-               T* out) {
-  in_pieces(pool, grid.rows * grid.heads, grid.width, [&](int64_t number) {
-    const T* from = x + number / grid.heads * row_stride + number % grid.heads * head_stride;
-    norm_row(from, weight, grid.width, eps, out + number * grid.width);
+void turn_row(const T* x, const float* cos, const float* sin, int64_t width, T* to) {
+  const int64_t half = width / 2;
+  along(half, [&](int64_t at, int n) {
+    Vec a = some(x + at, n), b = some(x + half + at, n);
+    put(to + at, fma(a, some(cos + at, n), b * some(sin + at, n)), n);
+    put(to + half + at, fma(b, some(cos + half + at, n), a * some(sin + half + at, n)), n);
   });
 }
 
+// A head's numbers, normed if there is a weight, and rotated.
 template <class T>
-void add_norm_rows(Pool& pool, int64_t rows, int64_t width, const T* x, int64_t x_stride, T* residual,
-                   int64_t residual_stride, const T* weight, float eps, T* out) {
-  in_pieces(pool, rows, width, [&](int64_t row) {
-    const T* from = x + row * x_stride;
-    T* to = residual + row * residual_stride;
-    along(width, [&](int64_t at, int n) { put(to + at, some(from + at, n) + some(to + at, n), n); });
-    norm_row(to, weight, width, eps, out + row * width);
-  });
+void place_head(const T* x, const T* norm, float eps, const float* cos, const float* sin, int64_t width, T* to) {
+  if (norm) norm_row(x, norm, width, eps, to);
+  turn_row(norm ? to : x, cos, sin, width, to);
 }
 
-template <class T>
-void turn_rows(Pool& pool, Grid grid, const T* x, int64_t row_stride, int64_t head_stride, const float* cos,
-               const float* sin, T* out) {
-  const int64_t half = grid.width / 2;
-  in_pieces(pool, grid.rows * grid.heads, grid.width, [&](int64_t number) {
-    int64_t row = number / grid.heads;
-    const T* from = x + row * row_stride + number % grid.heads * head_stride;
-    const float* c = cos + row * grid.width;
-    const float* s = sin + row * grid.width;
-    T* to = out + number * grid.width;
-    along(half, [&](int64_t at, int n) {
-      Vec a = some(from + at, n), b = some(from + half + at, n);
-      put(to + at, fma(a, some(c + at, n), b * some(s + at, n)), n);
-      put(to + half + at, fma(b, some(c + half + at, n), a * some(s + half + at, n)), n);
-    });
-  });
-}
-
-template <class T>
-void gate_rows(Pool& pool, int64_t rows, int64_t width, const T* gate_up, int64_t stride, T* out) {
-  in_pieces(pool, rows, width, [&](int64_t row) {
-    const T* gate = gate_up + row * stride;
-    along(width, [&](int64_t at, int n) {
-      Vec g = some(gate + at, n);
-      Vec silu = g / (splat(1.0f) + exp(zero() - g));
-      put(out + row * width + at, silu * some(gate + width + at, n), n);
-    });
-  });
+// Calls act(a number of the format).
+template <class Act>
+void with(Format format, Act&& act) {
+  format == kFloat32 ? act(float{}) : format == kBfloat16 ? act(bf16{}) : act(fp16{});
 }
 
 }  // namespace
 
-void rms_norm(Pool& pool, Format format, Grid grid, const void* x, int64_t row_stride, int64_t head_stride,
-              const void* weight, float eps, void* out) {
-  auto as = [&]<class T>(T) {
-    norm_rows(pool, grid, static_cast<const T*>(x), row_stride, head_stride, static_cast<const T*>(weight), eps,
-              static_cast<T*>(out));
-  };
-  format == kFloat32 ? as(float{}) : format == kBfloat16 ? as(bf16{}) : as(fp16{});
+void rms_norm(Pool& pool, const RmsNorm& call) {
+  with(call.format, [&]<class T>(T) {
+    in_pieces(pool, call.rows, call.width, [&](int64_t row) {
+      norm_row(static_cast<const T*>(call.x) + row * call.stride, static_cast<const T*>(call.weight), call.width,
+               static_cast<float>(call.eps), static_cast<T*>(call.out) + row * call.width);
+    });
+  });
 }
 
-void add_rms_norm(Pool& pool, Format format, int64_t rows, int64_t width, const void* x, int64_t x_stride,
-                  void* residual, int64_t residual_stride, const void* weight, float eps, void* out) {
-  auto as = [&]<class T>(T) {
-    add_norm_rows(pool, rows, width, static_cast<const T*>(x), x_stride, static_cast<T*>(residual), residual_stride,
-                  static_cast<const T*>(weight), eps, static_cast<T*>(out));
-  };
-  format == kFloat32 ? as(float{}) : format == kBfloat16 ? as(bf16{}) : as(fp16{});
+void add_rms_norm(Pool& pool, const AddRmsNorm& call) {
+  with(call.format, [&]<class T>(T) {
+    in_pieces(pool, call.rows, call.width, [&](int64_t row) {
+      const T* from = static_cast<const T*>(call.x) + row * call.stride;
+      T* to = static_cast<T*>(call.residual) + row * call.residual_stride;
+      along(call.width, [&](int64_t at, int n) { put(to + at, some(from + at, n) + some(to + at, n), n); });
+      norm_row(to, static_cast<const T*>(call.weight), call.width, static_cast<float>(call.eps),
+               static_cast<T*>(call.out) + row * call.width);
+    });
+  });
 }
 
-void rotary(Pool& pool, Format format, Grid grid, const void* x, int64_t row_stride, int64_t head_stride,
-            const float* cos, const float* sin, void* out) {
-  auto as = [&]<class T>(T) {
-    turn_rows(pool, grid, static_cast<const T*>(x), row_stride, head_stride, cos, sin, static_cast<T*>(out));
-  };
-  format == kFloat32 ? as(float{}) : format == kBfloat16 ? as(bf16{}) : as(fp16{});
+int64_t place_heads_scratch(int threads, const PlaceHeads& call) {
+  return threads * call.cache.kv_heads * call.cache.head_dim * static_cast<int64_t>(sizeof(float));
 }
 
-void silu_mul(Pool& pool, Format format, int64_t rows, int64_t width, const void* gate_up, int64_t stride,
-              void* out) {
-  auto as = [&]<class T>(T) {
-    gate_rows(pool, rows, width, static_cast<const T*>(gate_up), stride, static_cast<T*>(out));
-  };
-  format == kFloat32 ? as(float{}) : format == kBfloat16 ? as(bf16{}) : as(fp16{});
+void place_heads(Pool& pool, const PlaceHeads& call, void* scratch) {
+  const int64_t dim = call.cache.head_dim, kv_heads = call.cache.kv_heads, heads = call.heads;
+  const float eps = static_cast<float>(call.eps);
+  with(call.format, [&]<class T>(T) {
+    const T *query_norm = static_cast<const T*>(call.query_norm), *key_norm = static_cast<const T*>(call.key_norm);
+    pool.each(call.rows, [&](int64_t row, int thread) {
+      const T* from = static_cast<const T*>(call.qkv) + row * call.stride;
+      const float *cos = call.cos + row * dim, *sin = call.sin + row * dim;
+      T* to = static_cast<T*>(call.out) + row * heads * dim;
+      T* keys = static_cast<T*>(scratch) + thread * kv_heads * dim;
+      for (int64_t h = 0; h < heads; ++h)
+        place_head(from + h * dim, query_norm, eps, cos, sin, dim, to + h * dim);
+      for (int64_t h = 0; h < kv_heads; ++h)
+        place_head(from + (heads + h) * dim, key_norm, eps, cos, sin, dim, keys + h * dim);
+      keep_token(call.cache, call.format, keys, from + (heads + kv_heads) * dim, call.slots[row]);
+    });
+  });
+}
+
+void silu_mul(Pool& pool, const SiluMul& call) {
+  with(call.format, [&]<class T>(T) {
+    in_pieces(pool, call.rows, call.width, [&](int64_t row) {
+      const T *gate = static_cast<const T*>(call.gate_up) + row * call.stride, *up = gate + call.width;
+      T* to = static_cast<T*>(call.out) + row * call.width;
+      along(call.width, [&](int64_t at, int n) {
+        Vec g = some(gate + at, n);
+        put(to + at, g / (splat(1.0f) + exp(zero() - g)) * some(up + at, n), n);
+      });
+    });
+  });
+}
+
+void take(Pool& pool, const Take& call) {
+  in_pieces(pool, call.rows, call.width, [&](int64_t row) {
+    std::memcpy(static_cast<char*>(call.out) + row * call.width,
+                static_cast<const char*>(call.x) + call.ids[row] * call.stride, static_cast<size_t>(call.width));
+  });
 }
 
 namespace {
@@ -146,16 +151,15 @@ struct Found {
 };
 }  // namespace
 
-int64_t largest_scratch(int64_t rows, int64_t width) {
-  return rows * ((width + kPart - 1) / kPart) * static_cast<int64_t>(sizeof(Found));
+int64_t largest_scratch(const Largest& call) {
+  return call.rows * ((call.width + kPart - 1) / kPart) * static_cast<int64_t>(sizeof(Found));
 }
 
-void largest(Pool& pool, const float* logits, int64_t stride, int64_t rows, int64_t width, float* values,
-             int64_t* places, void* scratch) {
-  const int64_t parts = (width + kPart - 1) / kPart;
+void largest(Pool& pool, const Largest& call, void* scratch) {
+  const int64_t width = call.width, parts = (width + kPart - 1) / kPart;
   Found* found = static_cast<Found*>(scratch);
-  pool.each(rows * parts, [&](int64_t piece, int) {
-    const float* row = logits + piece / parts * stride;
+  pool.each(call.rows * parts, [&](int64_t piece, int) {
+    const float* row = call.logits + piece / parts * call.stride;
     const int64_t begin = piece % parts * kPart, end = std::min(width, begin + kPart);
     // the largest first, in eight independent runs; then where it is
     Vec most[8];
@@ -184,24 +188,23 @@ void largest(Pool& pool, const float* logits, int64_t stride, int64_t rows, int6
     }
     found[piece] = {value, place};
   });
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < call.rows; ++row) {
     Found best = found[row * parts];
     for (int64_t part = 1; part < parts; ++part) {
       const Found& other = found[row * parts + part];
       if (std::isnan(other.value) || other.value > best.value) best = other;
       if (std::isnan(best.value)) break;
     }
-    values[row] = best.value;
-    places[row] = best.place;
+    call.values[row] = best.value;
+    call.places[row] = best.place;
   }
 }
 
-void mask_tokens(Pool& pool, float* logits, int64_t stride, int64_t width, const int64_t* rows, int64_t count,
-                 const uint8_t* bits, int64_t bits_stride) {
-  const int64_t parts = (width + kPart - 1) / kPart;
-  pool.each(count * parts, [&](int64_t piece, int) {
-    float* row = logits + rows[piece / parts] * stride;
-    const uint8_t* of = bits + piece / parts * bits_stride;
+void mask_tokens(Pool& pool, const MaskTokens& call) {
+  const int64_t width = call.width, parts = (width + kPart - 1) / kPart;
+  pool.each(call.rows * parts, [&](int64_t piece, int) {
+    float* row = call.logits + call.ids[piece / parts] * call.stride;
+    const uint8_t* of = call.bits + piece / parts * call.bits_stride;
     const int64_t begin = piece % parts * kPart, end = std::min(width, begin + kPart);
     for (int64_t at = begin; at < end; at += 8) {
       const uint8_t octet = of[at / 8];

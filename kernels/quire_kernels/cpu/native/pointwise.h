@@ -2,28 +2,92 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "ops.h"
 
 namespace quire {
 
-// Rows of rows: [rows, heads, width], with a stride for either.
-struct Grid {
-  int64_t rows, heads, width;
+// x / sqrt(mean(x²) + eps) · weight. Tensors without a stride are dense.
+struct RmsNorm {
+  int64_t rows;
+  Format format;
+  const void* x;  // [rows, width]
+  int64_t stride, width;
+  const void* weight;
+  double eps;
+  void* out;
 };
+void rms_norm(Pool& pool, const RmsNorm& call);
 
-void rms_norm(Pool& pool, Format format, Grid grid, const void* x, int64_t row_stride, int64_t head_stride,
-              const void* weight, float eps, void* out);  // out is dense
-void add_rms_norm(Pool& pool, Format format, int64_t rows, int64_t width, const void* x, int64_t x_stride,
-                  void* residual, int64_t residual_stride, const void* weight, float eps, void* out);
-void rotary(Pool& pool, Format format, Grid grid, const void* x, int64_t row_stride, int64_t head_stride,
-            const float* cos, const float* sin, void* out);
-void silu_mul(Pool& pool, Format format, int64_t rows, int64_t width, const void* gate_up, int64_t stride, void* out);
+// The same of x + residual, which stays in the residual.
+struct AddRmsNorm {
+  int64_t rows;
+  Format format;
+  const void* x;  // [rows, width]
+  int64_t stride, width;
+  void* residual;
+  int64_t residual_stride;
+  const void* weight;
+  double eps;
+  void* out;
+};
+void add_rms_norm(Pool& pool, const AddRmsNorm& call);
+
+// Norms of queries and keys, if they have weights, then rotation; keys and values go to the cache.
+struct PlaceHeads {
+  int64_t rows;
+  Format format;
+  const void* qkv;  // [rows, heads + 2 · kv_heads, head_dim]
+  int64_t stride, heads;
+  const void *query_norm, *key_norm;  // [head_dim] each, or null
+  double eps;
+  const float *cos, *sin;  // [rows, head_dim], the first half of the sines negated
+  const int64_t* slots;
+  Cache cache;
+  void* out;  // [rows, heads, head_dim]
+};
+void place_heads(Pool& pool, const PlaceHeads& call, void* scratch);
+int64_t place_heads_scratch(int threads, const PlaceHeads& call);
+
+struct SiluMul {
+  int64_t rows;
+  Format format;
+  const void* gate_up;  // [rows, 2 · width]
+  int64_t stride, width;
+  void* out;
+};
+void silu_mul(Pool& pool, const SiluMul& call);
+
+// Some rows of x, as bytes.
+struct Take {
+  int64_t rows;
+  const void* x;
+  int64_t stride, width;
+  const int64_t* ids;  // [rows]
+  void* out;
+};
+void take(Pool& pool, const Take& call);
+
 // Of each row its largest number and the lowest place of it; not a number if one of them is none.
-void largest(Pool& pool, const float* logits, int64_t stride, int64_t rows, int64_t width, float* values,
-             int64_t* places, void* scratch);
-int64_t largest_scratch(int64_t rows, int64_t width);
-// -inf for every token of the rows `rows` whose bit is not set.
-void mask_tokens(Pool& pool, float* logits, int64_t stride, int64_t width, const int64_t* rows, int64_t count,
-                 const uint8_t* bits, int64_t bits_stride);
+struct Largest {
+  int64_t rows;
+  const float* logits;
+  int64_t stride, width;
+  float* values;
+  int64_t* places;
+};
+void largest(Pool& pool, const Largest& call, void* scratch);
+int64_t largest_scratch(const Largest& call);
+
+// -inf for every token of the rows `ids` whose bit is not set.
+struct MaskTokens {
+  int64_t rows;
+  float* logits;
+  int64_t stride, width;
+  const int64_t* ids;
+  const uint8_t* bits;
+  int64_t bits_stride;
+};
+void mask_tokens(Pool& pool, const MaskTokens& call);
 
 }  // namespace quire

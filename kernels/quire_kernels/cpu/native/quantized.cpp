@@ -415,18 +415,18 @@ void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes
   });
 }
 
-void unpack_quantized(Pool& pool, const void* packed, const void* scales, int64_t group, int64_t outputs, int64_t width,
-                      const int64_t* rows, int64_t count, Format format, void* to) {
+void unpack_quantized(Pool& pool, const UnpackQuantized& call) {
+  const int64_t group = call.group, outputs = call.outputs, width = call.width;
   const int64_t row_bytes = group ? width / 2 : up_to(width, 4), groups = group ? width / group : 1;
   const Ints added = splat(int32_t{group ? 8 : 128});
-  by_format(format, [&](auto kind) {
+  by_format(call.format, [&](auto kind) {
     using Out = decltype(kind);
-    pool.each(count, [&](int64_t number, int) {
-      const int64_t begin = rows[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
-      const int64_t n = rows[number] - begin;
-      const uint8_t* at = static_cast<const uint8_t*>(packed) + begin * row_bytes + 4 * n;
-      const bf16* group_scales = static_cast<const bf16*>(scales) + begin * groups + n;
-      Out* out = static_cast<Out*>(to) + number * width;
+    pool.each(call.rows, [&](int64_t number, int) {
+      const int64_t begin = call.ids[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
+      const int64_t n = call.ids[number] - begin;
+      const uint8_t* at = call.weight + begin * row_bytes + 4 * n;
+      const bf16* group_scales = static_cast<const bf16*>(call.scales) + begin * groups + n;
+      Out* out = static_cast<Out*>(call.out) + number * width;
       // kLanes inputs at a time, of which a group has a multiple
       for (int64_t k = 0; k < width; k += kLanes) {
         uint8_t codes[kLanes] = {};
@@ -441,7 +441,7 @@ void unpack_quantized(Pool& pool, const void* packed, const void* scales, int64_
         } else {
           for (int four = 0; four < kLanes && k + four < width; four += 4, at += 4 * in_panel)
             std::memcpy(codes + four, at, 4);
-          scale = static_cast<const float*>(scales)[rows[number]];
+          scale = static_cast<const float*>(call.scales)[call.ids[number]];
         }
         Vec value = to_float(widen_bytes(codes) - added) * splat(scale);
         if (k + kLanes <= width) {

@@ -7,9 +7,10 @@
 namespace quire {
 
 struct QuantizedLinear {
+  int64_t rows;
   Format format;  // of x
   const void* x;  // [rows, width]
-  int64_t stride, rows, width;
+  int64_t stride, width;
   const uint8_t* weight;  // as `pack_quantized` made it
   const void* scales;     // float32 [outputs]; with groups bfloat16, packed like a weight [outputs, width / group]
   int64_t group;          // inputs that share a scale, in 4 bits; 0: 8 bits, one scale for an output
@@ -25,9 +26,18 @@ struct QuantizedLinear {
 // that `quantized_linear` reads, in place. The bytes of a row are a multiple of 4.
 void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes, bool four_bits, void* scratch);
 int64_t pack_quantized_scratch(int threads, int64_t row_bytes);
-// Rows of a packed weight as what they stand for, [count, width] in `format`.
-void unpack_quantized(Pool& pool, const void* packed, const void* scales, int64_t group, int64_t outputs, int64_t width,
-                      const int64_t* rows, int64_t count, Format format, void* to);
+
+// Rows of a packed weight as what they stand for.
+struct UnpackQuantized {
+  int64_t rows;
+  Format format;  // of out
+  const uint8_t* weight;
+  const void* scales;
+  int64_t group, outputs, width;
+  const int64_t* ids;  // [rows]
+  void* out;           // [rows, width]
+};
+void unpack_quantized(Pool& pool, const UnpackQuantized& call);
 int64_t quantized_scratch(int threads, const QuantizedLinear& call);
 void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch);
 
