@@ -24,7 +24,7 @@ from torch import Tensor
 from quire_engine.json_schema import REFUSED
 from quire_engine.masks import MaskMaker
 from quire_engine.models import DecoderModel, KVCache
-from quire_engine.sampler import Drawer, sample, score
+from quire_engine.sampler import Drawer, likeliest, sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 from quire_schemas.wire import Sampling, TokenLogprobs
@@ -116,9 +116,13 @@ class ModelRunner:
             states_RW = states_RW[[end - 1 for item, end in ends if item.draw is not None]]
         if not rows:
             return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
-        logits_RV = self.model.logits(states_RW)
-        masks = pending() if pending is not None else None
-        drawn = sample(logits_RV, rows, self.model.kernels, masks, self.drawer)
+        masks = None
+        if all(item.draw is not None and item.draw.is_plain for item in rows):
+            drawn = likeliest(*self.model.best(states_RW))
+        else:
+            logits_RV = self.model.logits(states_RW)
+            masks = pending() if pending is not None else None
+            drawn = sample(logits_RV, rows, self.model.kernels, masks, self.drawer)
         failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
         if masks is not None:
             failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})

@@ -59,6 +59,11 @@ class Drawer(Protocol):
         """
 
 
+def likeliest(peaks: Tensor, tokens: Tensor) -> Drawn:
+    """What plain rows draw. `peaks` [R] are the logits of `tokens` [R], the likeliest."""
+    return Drawn(tokens.tolist(), broken=_not_finite(peaks))
+
+
 def sample(
     logits: Tensor,
     rows: Sequence[Scheduled],
@@ -76,10 +81,9 @@ def sample(
     if len(draws) != len(rows) or logits.shape[0] != len(rows):
         raise ValueError(f"{len(rows)} rows, {len(draws)} with a draw, {logits.shape[0]} rows of logits")
     peaks, best = kernels.largest(logits)
-    broken = _not_finite(peaks)
     if all(draw.is_plain for draw in draws):
-        return Drawn(best.tolist(), broken=broken)
-
+        return likeliest(peaks, best)
+    broken = _not_finite(peaks)
     asked = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     table = logits[asked] if asked else logits
     tokens = best

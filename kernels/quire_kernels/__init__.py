@@ -157,6 +157,9 @@ class Kernels(Protocol):
         [R] float32 and [R] int64. A row with NaN has NaN, and no particular place.
         """
 
+    def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`largest` of what `product.wide(x)` would give, which need not be there at any time."""
+
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         """-inf, in place, wherever a bit is not set: `bits` [M, B] uint8, bit v % 8 of byte v // 8 for token v,
         are those of the rows `rows` [M] int64 of `logits` [R, V] float32; 8 · B is at least V.

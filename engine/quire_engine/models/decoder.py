@@ -225,6 +225,11 @@ class DecoderModel:
         return self._head.wide(states)
 
     @torch.inference_mode()
+    def best(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of final states [R, W]: the largest logit of each, [R] float32, and its token, [R] int64."""
+        return self.kernels.largest_of(self._head, states)
+
+    @torch.inference_mode()
     def narrow_logits(self, states: Tensor) -> Tensor:
         """The same in the model's own number format, where that is all that is wanted of them."""
         return self._head(states)

@@ -218,6 +218,11 @@ class CpuKernels:
         )
         return values, places
 
+    def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(product, Packed | PackedQuantized):
+            return product.largest(x)
+        return self.largest(product.wide(x))
+
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         self._native.run(
             MaskTokens(

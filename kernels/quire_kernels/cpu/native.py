@@ -123,6 +123,23 @@ class Largest(Call):
     )  # fmt: skip
 
 
+class Head(Call):
+    """`product` is the address of its struct, of which all but its rows, input and result counts."""
+
+    _fields_ = (
+        ("rows", c_int64), ("product", c_void_p), ("x", c_void_p), ("stride", c_int64), ("values", c_void_p),
+        ("places", c_void_p),
+    )  # fmt: skip
+
+
+class LinearLargest(Head):
+    operation = "quire_linear_largest"
+
+
+class QuantizedLargest(Head):
+    operation = "quire_quantized_largest"
+
+
 class MaskTokens(Call):
     operation = "quire_mask_tokens"
     _fields_ = (
@@ -162,7 +179,7 @@ class Sequences(ctypes.Structure):
 
 CALLS: tuple[type[Call], ...] = (
     Linear, UnpackRows, QuantizedLinear, UnpackQuantized, RmsNorm, AddRmsNorm, PlaceHeads, SiluMul, Take, Largest,
-    MaskTokens, Attention,
+    LinearLargest, QuantizedLargest, MaskTokens, Attention,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Legend: see `quire_kernels`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from quire_kernels.cpu.native import (
     FORMATS,
     Linear,
+    LinearLargest,
     Native,
     NotRecordable,
+    QuantizedLargest,
     QuantizedLinear,
     UnpackQuantized,
     UnpackRows,
@@ -40,6 +43,10 @@ class Packed:
 
     def wide(self, x: Tensor) -> Tensor:
         return _multiply(self.native, self.call, x, self.weight.dtype, torch.float32)
+
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Kernels.largest`, of `wide(x)`."""
+        return _largest(LinearLargest, self.native, self.call, x, self.weight.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         outputs, width = self.weight.shape
@@ -80,6 +87,10 @@ class PackedQuantized:
 
     def wide(self, x: Tensor) -> Tensor:
         return _multiply(self.native, self.call, x, self.dtype, torch.float32)
+
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Packed`."""
+        return _largest(QuantizedLargest, self.native, self.call, x, self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         outputs, width = self.shape
@@ -128,12 +139,30 @@ def _multiply(
     native: Native, call: Linear | QuantizedLinear, x: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """The product that `call` describes, whose input is of `dtype`."""
-    if x.dtype != dtype or x.shape[1] != call.width or x.stride(1) != 1:
-        raise KernelError(
-            f"x is {x.dtype} {tuple(x.shape)}, the product of {dtype} [{call.outputs}, {call.width}]"
-        )
+    _check(call, x, dtype)
     out = native.empty((x.shape[0], call.outputs), out_dtype)
     call.x, call.stride, call.rows = native.address(x), x.stride(0), x.shape[0]
     call.out_format, call.out = FORMATS[out_dtype], out.data_ptr()
     native.run(call)
     return out
+
+
+def _largest(
+    kind: type[LinearLargest | QuantizedLargest],
+    native: Native,
+    call: Linear | QuantizedLinear,
+    x: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check(call, x, dtype)
+    rows = x.shape[0]
+    values, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    native.run(kind(rows, ctypes.addressof(call), x.data_ptr(), x.stride(0), values.data_ptr(), places.data_ptr()))
+    return values, places
+
+
+def _check(call: Linear | QuantizedLinear, x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype or x.shape[1] != call.width or x.stride(1) != 1:
+        raise KernelError(
+            f"x is {x.dtype} {tuple(x.shape)}, the product of {dtype} [{call.outputs}, {call.width}]"
+        )

@@ -16,7 +16,7 @@ from quire_kernels.reference.bytes import to_bytes
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, HeadNorms
+    from quire_kernels import Body, HeadNorms, Product
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -95,6 +95,9 @@ class ReferenceKernels:
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         found = logits.max(dim=-1)
         return found.values, found.indices
+
+    def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.largest(product.wide(x))
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         octets = torch.arange(256, dtype=torch.int32, device=logits.device).unsqueeze(1)

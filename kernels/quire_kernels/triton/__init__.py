@@ -89,5 +89,8 @@ class TritonKernels:
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return tokens.largest(logits)
 
+    def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.largest(product.wide(x))
+
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         tokens.mask_tokens(logits, rows, bits)

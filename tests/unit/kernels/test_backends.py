@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import BackendUnavailable, HeadNorms, KernelError, PagedBatch
+from quire_kernels import BackendUnavailable, HeadNorms, KernelError, PagedBatch, Product
 from quire_kernels.cpu import CpuKernels, build
+from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.reference.bytes import rounded_rows
 
@@ -482,6 +483,36 @@ def test_the_largest_number_is_the_first_of_equals(kernels: Backend, width: int)
     for row in (0, 1, 2, 3, 5):
         assert places[row] == (logits[row] == expected[row]).nonzero()[0, 0]
     assert values[4].isnan()
+
+
+def products(kernels: Backend, weight: Tensor, bias: Tensor) -> list[Product]:
+    """Of all formats."""
+    made = [kernels.product(weight.to(dtype), bias.to(dtype)) for dtype in TOLERANCE]
+    for activations in ("int8", "float"):
+        for quantized in (quantize_int8(weight), quantize_int4(weight, 32)):
+            made.append(kernels.quantized_product(quantized, bias, activations, torch.bfloat16))
+    return made
+
+
+def test_the_largest_of_a_product_is_that_of_its_logits(kernels: Backend) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(20_000, 64), torch.randn(20_000)
+    for twin in (17_000, 19_999):  # the first of equals counts
+        weight[twin], bias[twin] = weight[2], bias[2]
+    for product in products(kernels, weight, bias):
+        dtype = product.rows(torch.tensor([0])).dtype
+        for rows in (1, 7, 33):
+            x = torch.randn(2 * rows, 64).to(dtype)[::2]
+            x[-1] = weight[2].to(dtype) * 9
+            if rows > 1:
+                x[1, 3] = torch.nan
+            for found, expected in zip(
+                kernels.largest_of(product, x), kernels.largest(product.wide(x)), strict=True
+            ):
+                kept = [row for row in range(rows) if rows == 1 or row != 1]
+                assert torch.equal(found[kept], expected[kept])
+            assert rows == 1 or kernels.largest_of(product, x)[0][1].isnan()
+            assert kernels.largest_of(product, x)[1][-1] == 2
 
 
 def test_what_does_not_fit_a_weight_is_refused(native: Backend) -> None:

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "head.h"
 #include "pointwise.h"
 #include "quantized.h"
 
@@ -68,6 +69,12 @@ void quire_linear(Engine* it, const Linear* call) {
 }
 void quire_quantized_linear(Engine* it, const QuantizedLinear* call) {
   quantized_linear(it->pool, *call, it->room(quantized_scratch(it->pool.size(), *call)));
+}
+void quire_linear_largest(Engine* it, const Head<Linear>* call) {
+  largest_of(it->pool, *call, it->room(head_scratch(it->pool.size(), *call)));
+}
+void quire_quantized_largest(Engine* it, const Head<QuantizedLinear>* call) {
+  largest_of(it->pool, *call, it->room(head_scratch(it->pool.size(), *call)));
 }
 void quire_rms_norm(Engine* it, const RmsNorm* call) { rms_norm(it->pool, *call); }
 void quire_add_rms_norm(Engine* it, const AddRmsNorm* call) { add_rms_norm(it->pool, *call); }

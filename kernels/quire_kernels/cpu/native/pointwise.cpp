@@ -145,53 +145,49 @@ void take(Pool& pool, const Take& call) {
 
 namespace {
 constexpr int64_t kPart = 1 << 15;  // numbers of a row that are a piece
-struct Found {
-  float value;
-  int64_t place;
-};
-}  // namespace
+}
 
 int64_t largest_scratch(const Largest& call) {
-  return call.rows * ((call.width + kPart - 1) / kPart) * static_cast<int64_t>(sizeof(Found));
+  return call.rows * ((call.width + kPart - 1) / kPart) * static_cast<int64_t>(sizeof(Peak));
+}
+
+Peak peak(const float* row, int64_t begin, int64_t end) {
+  // the largest first, in eight independent runs; then where it is
+  Vec most[8];
+  int wrong = 0;
+  for (auto& v : most) v = splat(-INFINITY);
+  int64_t at = begin;
+  for (; at + 8 * kLanes <= end; at += 8 * kLanes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      Vec v = load(row + at + i * kLanes);
+      most[i] = max(most[i], v);
+      wrong |= not_numbers(v);
+    }
+  }
+  for (int i = 1; i < 8; ++i) most[0] = max(most[0], most[i]);
+  float value = largest(most[0]);
+  for (; at < end; ++at) {
+    value = std::max(value, row[at]);
+    wrong |= std::isnan(row[at]);
+  }
+  if (wrong) return {NAN, begin};
+  int64_t place = begin;
+  while (row[place] != value) ++place;
+  return {value, place};
 }
 
 void largest(Pool& pool, const Largest& call, void* scratch) {
   const int64_t width = call.width, parts = (width + kPart - 1) / kPart;
-  Found* found = static_cast<Found*>(scratch);
+  Peak* found = static_cast<Peak*>(scratch);
   pool.each(call.rows * parts, [&](int64_t piece, int) {
-    const float* row = call.logits + piece / parts * call.stride;
-    const int64_t begin = piece % parts * kPart, end = std::min(width, begin + kPart);
-    // the largest first, in eight independent runs; then where it is
-    Vec most[8];
-    int wrong = 0;
-    for (auto& v : most) v = splat(-INFINITY);
-    int64_t at = begin;
-    for (; at + 8 * kLanes <= end; at += 8 * kLanes) {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        Vec v = load(row + at + i * kLanes);
-        most[i] = max(most[i], v);
-        wrong |= not_numbers(v);
-      }
-    }
-    for (int i = 1; i < 8; ++i) most[0] = max(most[0], most[i]);
-    float value = largest(most[0]);
-    for (; at < end; ++at) {
-      value = std::max(value, row[at]);
-      wrong |= std::isnan(row[at]);
-    }
-    int64_t place = begin;
-    if (wrong) {
-      value = NAN;
-    } else {
-      while (row[place] != value) ++place;
-    }
-    found[piece] = {value, place};
+    const int64_t begin = piece % parts * kPart;
+    found[piece] = peak(call.logits + piece / parts * call.stride, begin, std::min(width, begin + kPart));
   });
   for (int64_t row = 0; row < call.rows; ++row) {
-    Found best = found[row * parts];
+    Peak best = found[row * parts];
     for (int64_t part = 1; part < parts; ++part) {
-      const Found& other = found[row * parts + part];
+      const Peak& other = found[row * parts + part];
       if (std::isnan(other.value) || other.value > best.value) best = other;
       if (std::isnan(best.value)) break;
     }

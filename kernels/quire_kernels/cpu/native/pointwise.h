@@ -77,6 +77,11 @@ struct Largest {
   int64_t* places;
 };
 void largest(Pool& pool, const Largest& call, void* scratch);
+struct Peak {
+  float value;
+  int64_t place;
+};
+Peak peak(const float* row, int64_t begin, int64_t end);  // of a part of one
 int64_t largest_scratch(const Largest& call);
 
 // -inf for every token of the rows `ids` whose bit is not set.
