@@ -17,13 +17,15 @@ _LEAST = {"threads": 1, "max_model_len": 2, "block_size": 1, "num_blocks": 1, "m
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """The hot knobs: sequences that run at once, tokens that a step computes, and whether prompts are cut; who
-    goes first, and how many may wait (None: any number)."""
+    goes first, how many may wait, and how many tokens of prompts a step has while others write (None: any number).
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     chunked_prefill: bool
     policy: Policy = "fcfs"
     max_waiting: int | None = None
+    max_prefill_tokens: int | None = None
 
     @classmethod
     def of(cls, source: EngineSpec | Limits) -> BatchLimits:
@@ -34,6 +36,7 @@ class BatchLimits:
             source.chunked_prefill,
             source.policy,
             source.max_waiting,
+            source.max_prefill_tokens,
         )
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class BatchLimits:
                 f"max_num_seqs {self.max_num_seqs} and max_num_batched_tokens {self.max_num_batched_tokens} "
                 "must both be at least 1"
             )
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+            raise InvalidSpec(f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1")
 
 
 def read_spec(path: Path) -> EngineSpec:

@@ -67,6 +67,8 @@ class _Draft:
 
     left: int
     """Of the budget of tokens."""
+    prompts_left: int
+    """Of the share of it that prompts may have."""
     items: list[Scheduled] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     reserved: int | None = None
@@ -263,7 +265,7 @@ class Scheduler:
 
     def _draft(self) -> _Draft:
         """Fill a step."""
-        draft = _Draft(self.limits.max_num_batched_tokens)
+        draft = _Draft(self.limits.max_num_batched_tokens, self._prefill_share())
         at = seen = 0  # places in the two queues, which are gone through as one
         while draft.left > 0:
             ahead = self.waiting[at] if at < len(self.waiting) and not draft.preempted else None
@@ -281,6 +283,14 @@ class Scheduler:
                 self._schedule_running(draft, seen, None)
                 break
         return draft
+
+    def _prefill_share(self) -> int:
+        """Tokens of prompts that a step may have: all of it, unless somebody writes and would wait for them."""
+        share = self.limits.max_prefill_tokens
+        if share is None or not self.limits.chunked_prefill:
+            return self.limits.max_num_batched_tokens
+        writes = any(request.num_planned >= request.num_prompt for request in self.running)
+        return share if writes else self.limits.max_num_batched_tokens
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take over what a step computed. Requests that left since `schedule` are passed over."""
@@ -400,7 +410,8 @@ class Scheduler:
                     continue  # what is being drawn is its last token
                 is_short = request.is_plain
             else:
-                count = self._chunk(request, count, left, first=not items) if count else 0
+                most = min(left, draft.prompts_left)
+                count = self._chunk(request, count, most, first=not items) if count and most else 0
                 if not count:
                     continue
                 is_short = False
@@ -408,6 +419,8 @@ class Scheduler:
             if end > request.capacity and not self._make_room(request, end, draft.preempted):
                 break
             left -= count
+            if count > 1:
+                draft.prompts_left -= count
             if not is_short:
                 items.append(self._scheduled(request, start, end, known))
                 continue
@@ -425,6 +438,8 @@ class Scheduler:
 
         One of lower priority that runs makes room for it.
         """
+        if draft.prompts_left <= 0:
+            return False
         pool = self.pool
         start = len(digests) * pool.block_size
         held, idle = pool.price(digests) if digests else (0, 0)
@@ -442,7 +457,8 @@ class Scheduler:
             draft.reserved -= self._reserve(victim)
             self._preempt(victim)
             draft.preempted.append(victim.id)
-        count = self._chunk(request, request.num_known - start, draft.left, first=not draft.items)
+        most = min(draft.left, draft.prompts_left)
+        count = self._chunk(request, request.num_known - start, most, first=not draft.items)
         if not count:
             return False
         del self.waiting[at]
@@ -450,6 +466,7 @@ class Scheduler:
         draft.reserved += self._reserve(request)
         draft.items.append(self._scheduled(request, start, start + count, request.num_known))
         draft.left -= count
+        draft.prompts_left -= count
         return True
 
     def _has_room(self, num_blocks: int) -> bool:

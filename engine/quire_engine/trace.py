@@ -39,6 +39,7 @@ class Limits(msgspec.Struct, tag=True):
     chunked_prefill: bool
     policy: Policy
     max_waiting: int | None
+    max_prefill_tokens: int | None = None
 
     @classmethod
     def of(cls, limits: BatchLimits) -> Limits:
@@ -48,6 +49,7 @@ class Limits(msgspec.Struct, tag=True):
             limits.chunked_prefill,
             limits.policy,
             limits.max_waiting,
+            limits.max_prefill_tokens,
         )
 
     def restored(self) -> BatchLimits:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,6 +36,7 @@ from quire_operators.secrets import without_tokens
 from quire_operators.store import Conflict, Revision, Store, StoredObject
 from quire_operators.tracing import acted
 from quire_schemas import wire
+from quire_schemas.model import prefill_share
 from quire_schemas.quantities import parse_duration, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.update import hot_hash
@@ -309,7 +310,9 @@ class ModelReconciler:
             case rollout.StopOrphan():
                 await self._stop_orphan(step.replica, step.nonce)
             case rollout.PushLimits():
-                await self._routes.set_limits(step.replicas, limits_of(view.stored.resolved, step.hot_hash))
+                await self._routes.set_limits(
+                    step.replicas, limits_of(view.stored.resolved, view.placement.device, step.hot_hash)
+                )
             case rollout.Stop():
                 row = self._move(step)
                 kind, grace = ("Warning", 0.0) if step.because in HOPELESS_STOPS else ("Normal", STOP_GRACE)
@@ -533,8 +536,8 @@ ROUTES = Key("routes", "router")
 """The key under which the routing table is reconciled."""
 
 
-def limits_of(resolved: Mapping[str, Any], digest: str) -> wire.Limits:
-    """The hot knobs of a resolved spec, for running engines."""
+def limits_of(resolved: Mapping[str, Any], device: Literal["cpu", "cuda"], digest: str) -> wire.Limits:
+    """The hot knobs of a resolved spec, for running engines on a device."""
     batching = resolved["batching"]
     return wire.Limits(
         hot_hash=digest,
@@ -543,4 +546,5 @@ def limits_of(resolved: Mapping[str, Any], digest: str) -> wire.Limits:
         chunked_prefill=batching["chunkedPrefill"],
         policy=batching["policy"],
         max_waiting=batching["maxQueueLength"],
+        max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens", "auto"), device),
     )

@@ -27,7 +27,7 @@ import msgspec
 from quire_operators.devices import Inventory
 from quire_schemas import wire
 from quire_schemas.checkpoint import ModelProfile
-from quire_schemas.model import runs_ahead
+from quire_schemas.model import prefill_share, runs_ahead
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
 from quire_schemas.quantization import Unquantizable
 from quire_schemas.quantization import resolve as resolve_quantization
@@ -182,6 +182,7 @@ class Placement:
             chunked_prefill=batching["chunkedPrefill"],
             policy=batching["policy"],
             max_waiting=batching["maxQueueLength"],
+            max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens", "auto"), self.device),
             prefix_caching=batching["prefixCaching"],
             # placements from before it could be auto leave it to what was declared
             async_scheduling=self.async_scheduling or batching.get("asyncScheduling") is True,

@@ -22,6 +22,9 @@ from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, se
 
 DEFAULTS_VERSION = 1
 MAX_MODEL_LEN = 16_777_216
+MAX_STEP_TOKENS = 1_048_576
+_CPU_PREFILL_TOKENS = 64
+"""A step of that many takes a few times as long as one that reads the weights for a token of each sequence."""
 
 _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
@@ -51,6 +54,15 @@ def _auto_or_flag(value: Any) -> Any:
     raise Invalid("should be 'auto', true or false", "'auto' decides by the device")
 
 
+def _auto_or_tokens(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_STEP_TOKENS):
+        return value
+    raise Invalid(
+        f"should be 'auto' or a whole number from 1 to {MAX_STEP_TOKENS}",
+        "for example 64; 'auto' decides by the device",
+    )
+
+
 def _auto_or_quantity(value: Any) -> Any:
     if not isinstance(value, str):
         raise Invalid("should be 'auto' or a byte quantity", "for example '2Gi'")
@@ -61,6 +73,9 @@ def _auto_or_quantity(value: Any) -> Any:
 
 AutoCount = Annotated[
     Annotated[int, Field(ge=2, le=MAX_MODEL_LEN)] | Literal["auto"], BeforeValidator(_auto_or_count)
+]
+AutoTokens = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_STEP_TOKENS)] | Literal["auto"], BeforeValidator(_auto_or_tokens)
 ]
 AutoFlag = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_flag)]
 AutoQuantity = Annotated[Literal["auto"] | Quantity, BeforeValidator(_auto_or_quantity)]
@@ -303,7 +318,15 @@ class Batching(Strict):
         512,
         update="hot",
         ge=1,
-        le=1_048_576,
+        le=MAX_STEP_TOKENS,
+    )
+    max_prefill_tokens: AutoTokens = declared(
+        "Prompt tokens computed in one step while other sequences write: a step that carries a part of a prompt "
+        "takes longer, and they all wait for it. Fewer make the pace even, more bring the first token sooner. "
+        "With nobody writing, prompts may fill the step. 'auto' is 64 on a CPU and what maxNumBatchedTokens "
+        "leaves on a GPU.",
+        "auto",
+        update="hot",
     )
     chunked_prefill: bool = declared(
         "Split long prompts into chunks that share steps with running sequences. Lowers the time between tokens "
@@ -790,6 +813,13 @@ def resolve_defaults(model: Model) -> dict[str, Any]:
         resolved["replicas"] = 1
     resolved["defaultsVersion"] = DEFAULTS_VERSION
     return resolved
+
+
+def prefill_share(declared: int | Literal["auto"], device: Literal["cpu", "cuda"]) -> int | None:
+    """What `batching.maxPrefillTokens` is on a device; None: as many as there is room for."""
+    if declared != "auto":
+        return declared
+    return _CPU_PREFILL_TOKENS if device == "cpu" else None
 
 
 def runs_ahead(declared: bool | Literal["auto"], device: Literal["cpu", "cuda"]) -> bool:

@@ -269,6 +269,16 @@ def _whole_prompts(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def _parts_of_prompts(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.batching.chunkedPrefill"] or facts["spec.batching.maxPrefillTokens"] == "auto":
+        return
+    yield Finding(
+        ("spec", "batching", "maxPrefillTokens"),
+        "without chunks a prompt is computed whole, however long it is",
+        "remove it, or leave chunkedPrefill on",
+    )
+
+
 def _memory_share(facts: Facts) -> Iterator[Finding]:
     if parse_percent(facts["spec.engine.memory"]) == 0:
         yield Finding(("spec", "engine", "memory"), "leaves the replica no memory", "for example 90%")
@@ -486,6 +496,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _autoscaling_range,
         _token_budget,
         _whole_prompts,
+        _parts_of_prompts,
         _memory_share,
         _surge,
         _backoff,

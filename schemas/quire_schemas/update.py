@@ -30,6 +30,7 @@ from quire_schemas.resource import Strict, update_tag
 ENGINE_HOT = (
     "batching.maxNumSeqs",
     "batching.maxNumBatchedTokens",
+    "batching.maxPrefillTokens",
     "batching.chunkedPrefill",
     "batching.policy",
     "batching.maxQueueLength",
@@ -209,10 +210,11 @@ def _without_gaps(value: Any) -> Any:
 
 
 def _at(resolved: Mapping[str, Any], path: str) -> Any:
-    value: Any = resolved
-    for part in path.split("."):
-        value = value[part]
-    return value
+    *sections, name = path.split(".")
+    section: Any = resolved
+    for part in sections:
+        section = section[part]
+    return section.get(name)  # a revision may be older than the field
 
 
 def _sha256(value: Any) -> str:

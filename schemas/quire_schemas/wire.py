@@ -285,6 +285,7 @@ class Limits(msgspec.Struct, tag=True):
     chunked_prefill: bool
     policy: Policy = "fcfs"
     max_waiting: int | None = None
+    max_prefill_tokens: int | None = None
 
 
 class GetStats(msgspec.Struct, tag=True):
@@ -534,6 +535,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     policy: Policy = "fcfs"
     max_waiting: int | None = None
     """Requests that may wait in the engine; None for any number."""
+    max_prefill_tokens: int | None = None
+    """Prompt tokens of a step while others write; None for as many as it has room for."""
     prefix_caching: bool = False
     async_scheduling: bool = False
     """Plan a step while the one before it runs."""

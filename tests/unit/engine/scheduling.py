@@ -22,9 +22,10 @@ def make_scheduler(
     budget: int = 16,
     chunked: bool = True,
     max_model_len: int = 64,
+    prompts: int | None = None,
 ) -> Scheduler:
     pool = BlockPool(num_blocks, block_size)
-    limits = BatchLimits(max_num_seqs, budget, chunked)
+    limits = BatchLimits(max_num_seqs, budget, chunked, max_prefill_tokens=prompts)
     return Scheduler(pool, limits, max_model_len=max_model_len, clock=lambda: 0.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.engine.scheduling import EOS, make_request, make_scheduler, step
 
+from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
 from quire_engine.request import Request
 from quire_engine.step import StepResult
@@ -35,6 +36,27 @@ def test_without_chunks_a_prompt_goes_whole_or_waits() -> None:
     scheduler.add(make_request("b", prompt=6, max_tokens=2))
     assert str(step(scheduler)[0]) == "step 0: 5 tokens: a[0:5]*"
     assert str(step(scheduler)[0]) == "step 1: 7 tokens: a[5:6]* b[0:6]*"
+
+
+def test_who_writes_waits_for_no_more_of_a_prompt_than_the_limit_says() -> None:
+    scheduler = make_scheduler(num_blocks=30, budget=16, prompts=4)
+
+    def parts() -> dict[str, int]:
+        plan, _ = step(scheduler)
+        return {item.request_id: item.end - item.start for item in plan.items}
+
+    scheduler.add(make_request("a", 14, 9))
+    scheduler.add(make_request("b", 10, 5))
+    assert parts() == {"a": 14, "b": 2}, "nobody writes yet"
+    scheduler.add(make_request("c", 7, 5))
+    assert parts() == {"a": 1, "b": 4}
+    assert parts() == {"a": 1, "b": 4}
+    assert parts() == {"a": 1, "b": 1, "c": 4}
+    assert parts() == {"a": 1, "b": 1, "c": 3}
+    assert parts() == {"a": 1, "b": 1, "c": 1}
+    scheduler.set_limits(BatchLimits(4, 16, True))
+    scheduler.add(make_request("d", 9, 1))
+    assert parts() == {"a": 1, "b": 1, "c": 1, "d": 9}
 
 
 def test_without_chunks_a_prompt_above_the_budget_goes_alone() -> None:

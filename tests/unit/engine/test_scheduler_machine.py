@@ -96,6 +96,7 @@ class World(RuleBasedStateMachine):
             st.booleans(),
             st.sampled_from(["fcfs", "priority"]),
             st.none() | st.integers(0, 5),
+            st.none() | st.integers(1, 6),
         ),
         sharing=st.sampled_from(["nobody", "all", "families"]),
         ahead=st.booleans(),
@@ -189,11 +190,12 @@ class World(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         chunked=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
+        prompts=st.none() | st.integers(1, 6),
     )
-    def set_limits(self, seats: int, budget: int, chunked: bool, policy: Any) -> None:
+    def set_limits(self, seats: int, budget: int, chunked: bool, policy: Any, prompts: int | None) -> None:
         self.by_arrival &= policy == "fcfs"
         for scheduler in (self.scheduler, self.twin):
-            scheduler.set_limits(BatchLimits(seats, budget, chunked, policy))
+            scheduler.set_limits(BatchLimits(seats, budget, chunked, policy, None, prompts))
 
     @precondition(lambda self: self.plan is None and self.lives and not self.ahead)
     @rule(failing=st.sets(st.sampled_from("abcde"), max_size=1))
@@ -290,6 +292,7 @@ class World(RuleBasedStateMachine):
     def _decide(self) -> StepPlan:
         scheduler = self.scheduler
         before = set(scheduler.running)
+        writing = any(request.num_planned >= request.num_prompt for request in scheduler.running)
         plan = scheduler.schedule()
         assert plan == self.twin.schedule()  # I16
         self.lost += len(plan.preempted)
@@ -297,6 +300,9 @@ class World(RuleBasedStateMachine):
         assert plan.num_tokens <= limits.max_num_batched_tokens or (
             not limits.chunked_prefill and len(plan.items) == 1
         )  # I5
+        if writing and limits.chunked_prefill and limits.max_prefill_tokens is not None and not plan.preempted:
+            of_prompts = [item.end - item.start for item in plan.items if item.end - item.start > 1]
+            assert sum(of_prompts) <= limits.max_prefill_tokens
         assert set(scheduler.running) <= before or len(scheduler.running) <= limits.max_num_seqs  # I5
         assert {item.request_id for item in plan.items}.isdisjoint(plan.preempted)
         for item in plan.items:

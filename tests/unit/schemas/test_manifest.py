@@ -108,6 +108,12 @@ def test_a_switch_that_can_be_left_to_the_device(written: str, read: bool | str)
     assert type(model.spec.batching.async_scheduling) is type(read)
 
 
+@pytest.mark.parametrize("word", ["0", "'64'", "many", "1048577", "1.5"])
+def test_tokens_that_can_be_left_to_the_device_are_auto_or_a_number(word: str) -> None:
+    problem = only(f"batching:\n  maxPrefillTokens: {word}")
+    assert "should be 'auto' or a whole number from 1 to 1048576" in problem.message
+
+
 @pytest.mark.parametrize("word", ["yes", "1", "'true'", "0.5"])
 def test_a_switch_is_auto_true_or_false_and_nothing_else(word: str) -> None:
     problem = only(f"batching:\n  asyncScheduling: {word}")
@@ -211,6 +217,14 @@ def test_one_run_reports_all_mistakes_of_all_files() -> None:
         ("revision: main", 6, 3, "spec.revision", "hf://", "remove it"),
         ("drainTimeout: 10", 6, 17, "spec.drainTimeout", "duration", "'10s'"),
         ("batching: {maxNumBatchedTokens: 8}", 6, 35, "spec.batching.maxNumBatchedTokens", "maxNumSeqs", "64"),
+        (
+            "batching: {chunkedPrefill: false, maxPrefillTokens: 9}",
+            6,
+            55,
+            "spec.batching.maxPrefillTokens",
+            "computed whole",
+            "chunkedPrefill on",
+        ),
         ("batching: {maxNumSeqs: 513}", 6, 26, "spec.batching.maxNumSeqs", "(512) is below", "513"),
         ("rollout: {strategy: RollingUpdate, maxSurge: 0}", 6, 48, "spec.rollout.maxSurge", "never begin", "Auto"),
         ("restartPolicy: {backoffBase: 10m}", 6, 32, "spec.restartPolicy.backoffBase", "longer", "shorter one"),

@@ -86,6 +86,7 @@ def test_resolved_defaults_have_a_value_for_every_field_and_keep_auto() -> None:
     assert resolved["batching"] == {
         "maxNumSeqs": 64,
         "maxNumBatchedTokens": 512,
+        "maxPrefillTokens": "auto",
         "chunkedPrefill": True,
         "prefixCaching": True,
         "asyncScheduling": "auto",

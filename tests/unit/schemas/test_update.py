@@ -167,8 +167,9 @@ def test_engines_that_must_grow_have_another_template() -> None:
 
 TABLE = {
     "hot": [
-        "servedModelNames", "batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.chunkedPrefill",
-        "batching.policy", "batching.slo", "batching.maxQueueLength", "batching.maxQueueWait", "lora.adapters",
+        "servedModelNames", "batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.maxPrefillTokens",
+        "batching.chunkedPrefill", "batching.policy", "batching.slo", "batching.maxQueueLength",
+        "batching.maxQueueWait", "lora.adapters",
         "rollout", "drainTimeout", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
     ],
     "scale": ["replicas", "autoscaling", "residency"],
@@ -207,6 +208,7 @@ def test_a_section_is_as_strong_as_its_strongest_field() -> None:
         ({"maxNumSeqs": 65}, UpdateClass.ROLLING, "engine allocated for 64"),
         ({"maxNumBatchedTokens": 128}, UpdateClass.HOT, ""),
         ({"maxNumBatchedTokens": 1024}, UpdateClass.ROLLING, "engine allocated for 512"),
+        ({"maxPrefillTokens": 4096}, UpdateClass.HOT, ""),
         ({"chunkedPrefill": False}, UpdateClass.ROLLING, "whole prompts of 2048 tokens need a larger step"),
     ],
 )
