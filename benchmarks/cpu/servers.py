@@ -28,6 +28,7 @@ from benchmarks.cpu.ledger import peak_bytes, tree_seconds
 from benchmarks.cpu.llama import ASKED, Llama, Settings
 from benchmarks.rows import ROOT, Row, backend
 from benchmarks.workload import Job
+from quire_schemas.model import prefill_share
 
 CONTEXT = 1024
 """Tokens of each place: the longest prompt and the longest output."""
@@ -36,7 +37,10 @@ _WARM_UP = 4
 
 def ours(folder: Path, format: Format, threads: int, jobs: Sequence[Job], clients: int) -> Row:
     """A pass over a router and an engine with as many places as there are clients, at most 32."""
-    wanted = spec(folder, format, threads=threads, sequences=min(clients, 32), context=CONTEXT)
+    wanted = msgspec.structs.replace(
+        spec(folder, format, threads=threads, sequences=min(clients, 32), context=CONTEXT),
+        max_prefill_tokens=prefill_share("auto", "cpu"),
+    )
     with _ours(wanted) as (port, pids):
         return {"backend": backend(threads)} | _pass(port, pids, wanted.model, jobs, clients, {})
 
