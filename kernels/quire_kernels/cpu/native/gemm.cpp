@@ -22,7 +22,6 @@ namespace quire {
 
 namespace {
 
-constexpr int64_t kPanel = 64;
 constexpr int kVecs = sizeof(Vec) == 64 ? 4 : 2;  // of a row, held in registers at once
 constexpr int kSlice = kVecs * kLanes;            // outputs that are
 constexpr int kRows = sizeof(Vec) == 64 ? 6 : 5;
@@ -179,33 +178,32 @@ struct Product {
 };
 
 template <class X, class Weight>
-void multiply(Pool& pool, const Product<X, Weight>& product, Format out_format, void* out, int64_t out_stride) {
-  int64_t panels = (product.outputs + kPanel - 1) / kPanel;
-  pool.each(panels, [&](int64_t number, int) {
-    if (out_format == kFloat32) {
-      product.panel(number, pool.size(), static_cast<float*>(out), out_stride);
-    } else if (out_format == kBfloat16) {
-      product.panel(number, pool.size(), static_cast<bf16*>(out), out_stride);
-    } else {
-      product.panel(number, pool.size(), static_cast<fp16*>(out), out_stride);
-    }
-  });
+void multiply(const Linear& call, int64_t number, int64_t apart) {
+  const Product<X, Weight> product{static_cast<const X*>(call.x),
+                                   call.stride,
+                                   call.rows,
+                                   call.width,
+                                   static_cast<const Weight*>(call.weight),
+                                   call.outputs,
+                                   static_cast<const Weight*>(call.bias)};
+  switch (call.out_format) {
+    case kFloat32: return product.panel(number, apart, static_cast<float*>(call.out), call.out_stride);
+    case kBfloat16: return product.panel(number, apart, static_cast<bf16*>(call.out), call.out_stride);
+    case kFloat16: return product.panel(number, apart, static_cast<fp16*>(call.out), call.out_stride);
+  }
 }
 
 template <class T>
-const float* widened(Pool& pool, const Linear& call, float* to) {
-  pool.each(call.rows, [&](int64_t row, int) {
-    const T* from = static_cast<const T*>(call.x) + row * call.stride;
-    float* into = to + row * call.width;
-    int64_t k = 0;
-    for (; k + kLanes <= call.width; k += kLanes) store(into + k, load(from + k));
-    if (k < call.width) {
-      int n = static_cast<int>(call.width - k);
-      store(into + k, load(from + k, n), n);
-    }
-  });
-  return to;
+void widen_row(const T* from, int64_t width, float* to) {
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) store(to + k, load(from + k));
+  if (k < width) {
+    int n = static_cast<int>(width - k);
+    store(to + k, load(from + k, n), n);
+  }
 }
+
+bool widens(Format format) { return format == kFloat16 || (format == kBfloat16 && !kPairs); }
 
 // Where number `k` of output `column` lies in a panel of `outputs`.
 inline int64_t place(bool pairs, int64_t outputs, int64_t column, int64_t k) {
@@ -215,7 +213,7 @@ inline int64_t place(bool pairs, int64_t outputs, int64_t column, int64_t k) {
 // The rows of a panel lie together before and after, so a panel is made beside them and put in their place.
 template <class T>
 void pack_as(Pool& pool, bool pairs, T* weight, int64_t outputs, int64_t width, T* scratch) {
-  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
+  pool.each(panels(outputs), [&](int64_t number, int thread) {
     const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
     T* rows = weight + begin * width;
     T* panel = scratch + thread * kPanel * width;
@@ -255,30 +253,41 @@ void unpack_rows(Pool& pool, const UnpackRows& call) {
   call.format == kFloat32 ? unpack_as<float>(pool, false, call) : unpack_as<uint16_t>(pool, call.format == kBfloat16, call);
 }
 
-int64_t linear_scratch(Format format, int64_t rows, int64_t width) {
-  if (format == kFloat32 || (format == kBfloat16 && kPairs)) return 0;
-  return rows * width * static_cast<int64_t>(sizeof(float));
+int64_t made_row_bytes(Format format, int64_t width) { return width * (format == kBfloat16 && kPairs ? 2 : 4); }
+
+void make_row(Format format, const void* from, int64_t width, void* to) {
+  if (!widens(format)) {
+    std::memcpy(to, from, made_row_bytes(format, width));
+  } else if (format == kBfloat16) {
+    widen_row(static_cast<const bf16*>(from), width, static_cast<float*>(to));
+  } else {
+    widen_row(static_cast<const fp16*>(from), width, static_cast<float*>(to));
+  }
 }
 
-template <class X, class Weight>
-static void run(Pool& pool, const Linear& call, const X* x, int64_t stride) {
-  Product<X, Weight> product{x,           stride, call.rows, call.width, static_cast<const Weight*>(call.weight),
-                             call.outputs, static_cast<const Weight*>(call.bias)};
-  multiply(pool, product, call.out_format, call.out, call.out_stride);
+void linear_panel(const Linear& call, int64_t number, int64_t apart) {
+  switch (call.format) {
+    case kFloat32: return multiply<float, float>(call, number, apart);
+    case kFloat16: return multiply<float, fp16>(call, number, apart);
+    case kBfloat16: return multiply<std::conditional_t<kPairs, bf16, float>, bf16>(call, number, apart);
+  }
+}
+
+int64_t linear_scratch(Format format, int64_t rows, int64_t width) {
+  return widens(format) ? rows * made_row_bytes(format, width) : 0;
 }
 
 void linear(Pool& pool, const Linear& call, void* scratch) {
-  float* wide = static_cast<float*>(scratch);
-  switch (call.format) {
-    case kFloat32: return run<float, float>(pool, call, static_cast<const float*>(call.x), call.stride);
-    case kFloat16: return run<float, fp16>(pool, call, widened<fp16>(pool, call, wide), call.width);
-    case kBfloat16:
-#if defined(__AVX512BF16__)
-      return run<bf16, bf16>(pool, call, static_cast<const bf16*>(call.x), call.stride);
-#else
-      return run<float, bf16>(pool, call, widened<bf16>(pool, call, wide), call.width);
-#endif
+  Linear made = call;
+  if (widens(call.format)) {
+    pool.each(call.rows, [&](int64_t row, int) {
+      make_row(call.format, static_cast<const uint16_t*>(call.x) + row * call.stride, call.width,
+               static_cast<float*>(scratch) + row * call.width);
+    });
+    made.x = scratch;
+    made.stride = call.width;
   }
+  pool.each(panels(call.outputs), [&](int64_t number, int) { linear_panel(made, number, pool.size()); });
 }
 
 }  // namespace quire

@@ -36,4 +36,11 @@ void unpack_rows(Pool& pool, const UnpackRows& call);
 int64_t linear_scratch(Format format, int64_t rows, int64_t width);
 void linear(Pool& pool, const Linear& call, void* scratch);
 
+// What `linear` is made of, for who chooses rows and outputs himself. A row as it is multiplied is float32, or bfloat16
+// where the processor has products of its pairs.
+int64_t made_row_bytes(Format format, int64_t width);
+void make_row(Format format, const void* from, int64_t width, void* to);
+// One panel of outputs, of rows that are made so; `apart`: panels from one that a thread takes to the next, as a rule.
+void linear_panel(const Linear& call, int64_t number, int64_t apart);
+
 }  // namespace quire

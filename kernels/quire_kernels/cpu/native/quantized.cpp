@@ -27,7 +27,6 @@ namespace quire {
 
 namespace {
 
-constexpr int64_t kPanel = 64;
 constexpr int kVecs = sizeof(Vec) == 64 ? 4 : 2;
 constexpr int kSlice = kVecs * kLanes;
 #if defined(__AVX512VNNI__)
@@ -39,15 +38,7 @@ constexpr int kLines = kSlice * 4 / 64;  // of memory, four bytes of each output
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Rows of x as the products take them: in whole numbers, or as float32.
-struct Rows {
-  int64_t count, width, groups;
-  int64_t stride;        // numbers from one row to the next; zeros up to there
-  const int8_t* codes;   // [count, stride]
-  const int32_t* start;  // [count, groups]: where the sums of a row begin
-  const float* scale;    // [count]
-  const float* wide;     // [count, stride]
-};
+using Rows = MadeRows;
 
 struct Lanes {
   int n[kVecs];
@@ -251,7 +242,7 @@ template <class Kind, class Out>
 struct Sweep {
   const QuantizedLinear& call;
   const Rows& x;
-  float* sums;  // a thread's own
+  float* sums;  // [kRows][kSlice]
 
   template <int Count, bool Whole>
   void block(int64_t row, int64_t output, const uint8_t* from, int64_t in_panel, const Lanes& lanes,
@@ -309,19 +300,13 @@ struct Sweep {
   }
 };
 
-template <class Kind, class Out>
-void sweep(Pool& pool, const QuantizedLinear& call, const Rows& x, float* sums) {
-  pool.each((call.outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
-    Sweep<Kind, Out>{call, x, sums + thread * kRows * kSlice}.panel(number, pool.size());
-  });
-}
-
 template <class Kind>
-void sweep(Pool& pool, const QuantizedLinear& call, const Rows& x, float* sums) {
+void sweep(const QuantizedLinear& call, const Rows& x, int64_t number, int64_t apart) {
+  alignas(64) float sums[kRows * kSlice];
   switch (call.out_format) {
-    case kFloat32: return sweep<Kind, float>(pool, call, x, sums);
-    case kBfloat16: return sweep<Kind, bf16>(pool, call, x, sums);
-    case kFloat16: return sweep<Kind, fp16>(pool, call, x, sums);
+    case kFloat32: return Sweep<Kind, float>{call, x, sums}.panel(number, apart);
+    case kBfloat16: return Sweep<Kind, bf16>{call, x, sums}.panel(number, apart);
+    case kFloat16: return Sweep<Kind, fp16>{call, x, sums}.panel(number, apart);
   }
 }
 
@@ -344,63 +329,75 @@ inline uint32_t halves_apart(uint32_t eight) {
   return spread(eight & 0xffffu) | spread(eight >> 16) << 4;
 }
 
-// How the scratch is cut.
-struct Layout {
-  int64_t padded, groups, stride, sums, start, scale, rows, bytes;
-
-  Layout(int threads, const QuantizedLinear& call) {
-    padded = up_to(call.width, 4);
-    groups = call.group ? call.width / call.group : 1;
-    stride = up_to(padded, 64);
-    sums = 0;
-    start = sums + up_to(threads * kRows * kSlice * 4, 64);
-    scale = start + up_to(call.rows * groups * 4, 64);
-    rows = scale + up_to(call.rows * 4, 64);
-    bytes = rows + call.rows * stride * (call.round_input ? 1 : 4);
-  }
-};
-
 }  // namespace
 
-int64_t quantized_scratch(int threads, const QuantizedLinear& call) { return Layout(threads, call).bytes; }
+MadeRows::MadeRows(const QuantizedLinear& call, int64_t count, void* memory)
+    : count(count), width(up_to(call.width, 4)), groups(call.group ? call.width / call.group : 1),
+      stride(up_to(width, 64)) {
+  char* at = static_cast<char*>(memory);
+  start = reinterpret_cast<int32_t*>(at);
+  at += up_to(count * groups * 4, 64);
+  scale = reinterpret_cast<float*>(at);
+  at += up_to(count * 4, 64);
+  codes = reinterpret_cast<int8_t*>(at);
+  wide = reinterpret_cast<float*>(at);
+}
+
+int64_t MadeRows::bytes(const QuantizedLinear& call, int64_t count) {
+  const MadeRows rows(call, count, nullptr);
+  return up_to(count * rows.groups * 4, 64) + up_to(count * 4, 64) + count * rows.stride * (call.round_input ? 1 : 4);
+}
+
+MadeRows MadeRows::part(int64_t first, int64_t some) const {
+  MadeRows rows = *this;
+  rows.count = some;
+  rows.codes += first * stride;
+  rows.start += first * groups;
+  rows.scale += first;
+  rows.wide += first * stride;
+  return rows;
+}
+
+void make_row(const QuantizedLinear& call, const void* from, const MadeRows& rows, int64_t row) {
+  by_format(call.format, [&](auto number) {
+    const auto* x = static_cast<const decltype(number)*>(from);
+    if (call.round_input) {
+      round_row(x, call.width, call.group ? call.group : call.width, call.group ? 8 : 128, rows.stride,
+                rows.codes + row * rows.stride, rows.start + row * rows.groups, rows.scale + row);
+      return;
+    }
+    float* to = rows.wide + row * rows.stride;
+    float parts[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) parts[lane] = kPart[lane % (call.group ? 8 : 4)];
+    int64_t k = 0;
+    for (; k + kLanes <= call.width; k += kLanes) store(to + k, load(x + k) * load(parts));
+    for (; k < rows.width; ++k) to[k] = k < call.width ? as_float(x[k]) * parts[k % kLanes] : 0.0f;
+  });
+}
+
+void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart) {
+  if (call.round_input) {
+    call.group ? sweep<Four>(call, rows, number, apart) : sweep<Eight>(call, rows, number, apart);
+  } else {
+    call.group ? sweep<WideFour>(call, rows, number, apart) : sweep<WideEight>(call, rows, number, apart);
+  }
+}
+
+int64_t quantized_scratch(const QuantizedLinear& call) { return MadeRows::bytes(call, call.rows); }
 
 void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch) {
-  const Layout layout(pool.size(), call);
-  char* base = static_cast<char*>(scratch);
-  auto* start = reinterpret_cast<int32_t*>(base + layout.start);
-  auto* scale = reinterpret_cast<float*>(base + layout.scale);
-  auto* codes = reinterpret_cast<int8_t*>(base + layout.rows);
-  auto* wide = reinterpret_cast<float*>(base + layout.rows);
-  by_format(call.format, [&](auto number) {
-    using X = decltype(number);
-    pool.each(call.rows, [&](int64_t row, int) {
-      const X* from = static_cast<const X*>(call.x) + row * call.stride;
-      if (call.round_input) {
-        round_row(from, call.width, call.group ? call.group : call.width, call.group ? 8 : 128, layout.stride,
-                  codes + row * layout.stride, start + row * layout.groups, scale + row);
-        return;
-      }
-      float* to = wide + row * layout.stride;
-      float parts[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) parts[lane] = kPart[lane % (call.group ? 8 : 4)];
-      int64_t k = 0;
-      for (; k + kLanes <= call.width; k += kLanes) store(to + k, load(from + k) * load(parts));
-      for (; k < layout.padded; ++k) to[k] = k < call.width ? as_float(from[k]) * parts[k % kLanes] : 0.0f;
-    });
+  const MadeRows rows(call, call.rows, scratch);
+  const int64_t size = call.format == kFloat32 ? 4 : 2;
+  pool.each(call.rows, [&](int64_t row, int) {
+    make_row(call, static_cast<const char*>(call.x) + row * call.stride * size, rows, row);
   });
-  const Rows x{call.rows, layout.padded, layout.groups, layout.stride, codes, start, scale, wide};
-  auto* sums = reinterpret_cast<float*>(base + layout.sums);
-  if (call.round_input) {
-    call.group ? sweep<Four>(pool, call, x, sums) : sweep<Eight>(pool, call, x, sums);
-  } else {
-    call.group ? sweep<WideFour>(pool, call, x, sums) : sweep<WideEight>(pool, call, x, sums);
-  }
+  pool.each(panels(call.outputs), [&](int64_t number, int) { quantized_panel(call, rows, number, pool.size()); });
 }
 
 int64_t pack_quantized_scratch(int threads, int64_t row_bytes) { return threads * kPanel * row_bytes; }
 
 void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes, bool four_bits, void* scratch) {
-  pool.each((outputs + kPanel - 1) / kPanel, [&](int64_t number, int thread) {
+  pool.each(panels(outputs), [&](int64_t number, int thread) {
     const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
     uint8_t* rows = static_cast<uint8_t*>(weight) + begin * row_bytes;
     uint8_t* panel = static_cast<uint8_t*>(scratch) + thread * kPanel * row_bytes;

@@ -38,7 +38,27 @@ struct UnpackQuantized {
   void* out;           // [rows, width]
 };
 void unpack_quantized(Pool& pool, const UnpackQuantized& call);
-int64_t quantized_scratch(int threads, const QuantizedLinear& call);
+int64_t quantized_scratch(const QuantizedLinear& call);
 void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch);
+
+// What `quantized_linear` is made of, for who chooses rows and outputs himself. Rows of x as they are multiplied, in whole
+// numbers or as float32:
+struct MadeRows {
+  int64_t count, width, groups;
+  int64_t stride;  // numbers from one row to the next; zeros up to there
+  int8_t* codes;   // [count, stride]
+  int32_t* start;  // [count, groups]: where the sums of a row begin
+  float* scale;    // [count]
+  float* wide;     // [count, stride]
+
+  // Room for `count` rows of such calls at `memory`, of which `bytes` are needed.
+  MadeRows(const QuantizedLinear& call, int64_t count, void* memory);
+  static int64_t bytes(const QuantizedLinear& call, int64_t count);
+  // The `some` rows from `first` on.
+  MadeRows part(int64_t first, int64_t some) const;
+};
+void make_row(const QuantizedLinear& call, const void* from, const MadeRows& rows, int64_t row);
+// One panel of outputs, of rows that are made so; `apart`: panels from one that a thread takes to the next, as a rule.
+void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart);
 
 }  // namespace quire
