@@ -4,14 +4,15 @@ Models call these and never know which back-end answers. `reference` is obvious 
 others; `cpu` is our own C++; `triton` is for NVIDIA GPUs.
 
 Legend: T new tokens of a step, H query heads, K key/value heads (H is a multiple of K), D head size,
-N blocks, P slots a block, W hidden width, I width between the two halves of an MLP.
+N blocks, P slots a block, W hidden width, I width between the two halves of an MLP, E experts of a layer, k of
+which each token goes through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = [
     "Activations",
     "BackendUnavailable",
     "Body",
+    "Experts",
+    "GatedProducts",
     "HeadNorms",
     "Int4Weight",
     "Int8Weight",
@@ -72,6 +75,31 @@ class Product(Protocol):
 
     def parameters(self) -> Iterator[Tensor]:
         """Every tensor it holds, once: all bytes of the weight, in whatever order."""
+
+
+class GatedProducts(NamedTuple):
+    """Of a gated MLP, down(silu(gate(x)) · up(x))."""
+
+    gate: Product
+    """[I, W]."""
+    up: Product
+    """[I, W]."""
+    down: Product
+    """[W, I]."""
+
+
+class Experts(Protocol):
+    """The gated MLPs of one layer, of which each token goes through a few."""
+
+    def __call__(self, x: Tensor, choice: Tensor, shares: Tensor) -> Tensor:
+        """Σ_r shares[t, r] · down(silu(gate(x[t])) · up(x[t])) of the experts choice[t, r].
+
+        `x` [T, W]; `choice` [T, k] int64, numbers below E, none twice for a token; `shares` [T, k] float32.
+        Returns [T, W] in the dtype of x. Sums are float32, their terms in the order of the experts' numbers.
+        """
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every tensor it holds, once."""
 
 
 class PagedAttention(Protocol):
@@ -139,6 +167,20 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
+
+    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
+        """Takes over products of this back-end: those of each expert, all of one kind, dtype and shape.
+
+        Raises `KernelError` if they differ, or if this back-end has no experts.
+        """
+
+    def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        """The `count` experts of each token with the largest `logits` [T, E] float32, and their shares.
+
+        [T, k] int64, largest first, of equal ones the lower number first; and [T, k] float32, the softmax over all
+        experts, or, `over_chosen`, over those that are chosen. A row with NaN has shares of NaN, and no particular
+        experts.
+        """
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows `rows` [T] int64 of `x` [any, W], [T, W]."""

@@ -14,6 +14,7 @@ Legend: see `quire_kernels`.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.cpu import build
+from quire_kernels.cpu.experts import native_experts
 from quire_kernels.cpu.native import (
     FORMATS,
     AddRmsNorm,
@@ -33,6 +35,7 @@ from quire_kernels.cpu.native import (
     PlaceHeads,
     QuantizedLinear,
     RmsNorm,
+    Route,
     Sequences,
     SiluMul,
     Take,
@@ -46,7 +49,7 @@ from quire_kernels.quantized import Activations, Int4Weight, QuantizedWeight
 from quire_kernels.reference.product import PlainProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, HeadNorms, Product
+    from quire_kernels import Body, Experts, GatedProducts, HeadNorms, Product
 
 __all__ = ["CpuKernels"]
 
@@ -195,6 +198,21 @@ class CpuKernels:
             )
         )
         return out
+
+    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
+        return native_experts(self._native, experts)
+
+    def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        native, (tokens, experts) = self._native, logits.shape
+        choice = native.empty((tokens, count), torch.int64)
+        shares = native.empty((tokens, count), torch.float32)
+        native.run(
+            Route(
+                tokens, native.address(logits), logits.stride(0), experts, count, over_chosen, choice.data_ptr(),
+                shares.data_ptr(),
+            )
+        )  # fmt: skip
+        return choice, shares
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         native, (_, width), count = self._native, x.shape, rows.shape[0]

@@ -70,6 +70,25 @@ class UnpackQuantized(Call):
     )  # fmt: skip
 
 
+class Route(Call):
+    operation = "quire_route"
+    _fields_ = (
+        ("rows", c_int64), ("logits", c_void_p), ("stride", c_int64), ("experts", c_int64), ("chosen", c_int64),
+        ("over_chosen", c_int64), ("choice", c_void_p), ("shares", c_void_p),
+    )  # fmt: skip
+
+
+class ExpertsCall(Call):
+    """`floats` is the address of `Linear`s, or `quantized` of `QuantizedLinear`s."""
+
+    operation = "quire_experts"
+    _fields_ = (
+        ("rows", c_int64), ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("width", c_int64),
+        ("inner", c_int64), ("experts", c_int64), ("chosen", c_int64), ("choice", c_void_p), ("shares", c_void_p),
+        ("floats", c_void_p), ("quantized", c_void_p), ("out", c_void_p),
+    )  # fmt: skip
+
+
 class RmsNorm(Call):
     operation = "quire_rms_norm"
     _fields_ = (
@@ -178,8 +197,8 @@ class Sequences(ctypes.Structure):
 
 
 CALLS: tuple[type[Call], ...] = (
-    Linear, UnpackRows, QuantizedLinear, UnpackQuantized, RmsNorm, AddRmsNorm, PlaceHeads, SiluMul, Take, Largest,
-    LinearLargest, QuantizedLargest, MaskTokens, Attention,
+    Linear, UnpackRows, QuantizedLinear, UnpackQuantized, Route, ExpertsCall, RmsNorm, AddRmsNorm, PlaceHeads,
+    SiluMul, Take, Largest, LinearLargest, QuantizedLargest, MaskTokens, Attention,
 )  # fmt: skip
 
 

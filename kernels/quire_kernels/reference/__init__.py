@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,11 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
 from quire_kernels.reference.bytes import to_bytes
+from quire_kernels.reference.experts import EachExpert, route
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, HeadNorms, Product
+    from quire_kernels import Body, GatedProducts, HeadNorms, Product
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -85,6 +87,12 @@ class ReferenceKernels:
         if gate_up.dtype == torch.float32:
             return F.silu(gate).mul_(up)
         return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+
+    def experts(self, experts: Sequence[GatedProducts]) -> EachExpert:
+        return EachExpert(experts)
+
+    def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        return route(logits, count, over_chosen)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

@@ -12,13 +12,14 @@ Legend: see `quire_kernels`.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from triton import knobs
 
-from quire_kernels.errors import BackendUnavailable
+from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference import ReferenceKernels
@@ -27,7 +28,7 @@ from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, HeadNorms, Product
+    from quire_kernels import Body, Experts, GatedProducts, HeadNorms, Product
 
 __all__ = ["TritonKernels"]
 
@@ -79,6 +80,12 @@ class TritonKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up)
+
+    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
+        raise KernelError("the triton back-end has no experts")
+
+    def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        return ReferenceKernels().route(logits, count, over_chosen)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

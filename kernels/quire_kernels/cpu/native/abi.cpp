@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "attention.h"
+#include "experts.h"
 #include "gemm.h"
 #include "head.h"
 #include "pointwise.h"
@@ -75,6 +76,10 @@ void quire_linear_largest(Engine* it, const Head<Linear>* call) {
 }
 void quire_quantized_largest(Engine* it, const Head<QuantizedLinear>* call) {
   largest_of(it->pool, *call, it->room(head_scratch(*call)));
+}
+void quire_route(Engine* it, const Route* call) { route(it->pool, *call); }
+void quire_experts(Engine* it, const Experts* call) {
+  experts(it->pool, *call, it->room(experts_scratch(*call)));
 }
 void quire_rms_norm(Engine* it, const RmsNorm* call) { rms_norm(it->pool, *call); }
 void quire_add_rms_norm(Engine* it, const AddRmsNorm* call) { add_rms_norm(it->pool, *call); }

@@ -1,0 +1,56 @@
+"""A layer of experts by torch, one expert after the other.
+
+    out[t] = Σ_r shares[t, r] · down_e(silu(gate_e(x[t])) · up_e(x[t])),   e = choice[t, r]
+
+A token's terms are added in the order of the experts' numbers, in float32; silu(gate) · up is rounded to the dtype
+of x before it goes down.
+
+Legend: T tokens, E experts, k of which a token goes through, n tokens of one expert, W hidden width, I width
+inside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quire_kernels import GatedProducts
+
+
+@dataclass(slots=True, frozen=True)
+class EachExpert:
+    """`Experts` of whatever products."""
+
+    experts: Sequence[GatedProducts]
+
+    def __call__(self, x: Tensor, choice: Tensor, shares: Tensor) -> Tensor:
+        out_TW = torch.zeros(x.shape, device=x.device)
+        for number, (gate, up, down) in enumerate(self.experts):
+            tokens_n, ranks_n = torch.where(choice == number)
+            if tokens_n.shape[0] == 0:
+                continue
+            x_nW = x[tokens_n]
+            inner_nI = F.silu(gate.wide(x_nW)).mul_(up.wide(x_nW)).to(x.dtype)
+            out_TW.index_add_(0, tokens_n, down.wide(inner_nI) * shares[tokens_n, ranks_n, None])
+        return out_TW.to(x.dtype)
+
+    def parameters(self) -> Iterator[Tensor]:
+        for product in itertools.chain.from_iterable(self.experts):
+            yield from product.parameters()
+
+
+def route(logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+    """See `Kernels.route`."""
+    chances_TE = logits.softmax(-1)
+    choice_Tk = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+    shares_Tk = chances_TE.gather(1, choice_Tk)
+    if over_chosen:
+        shares_Tk = shares_Tk / shares_Tk.sum(-1, keepdim=True)
+    return choice_Tk, shares_Tk
