@@ -51,7 +51,7 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.quantization import misfit
-from quire_schemas.sizing import kv_groups, kv_misfit
+from quire_schemas.sizing import experts_misfit, kv_groups, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     Delta,
@@ -131,7 +131,7 @@ class Engine:
         _check_length(spec, profile)
         if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
             raise InvalidSpec(problem)
-        if problem := kv_misfit(profile, spec.kv_dtype, spec.device):
+        if problem := kv_misfit(profile, spec.kv_dtype, spec.device) or experts_misfit(profile, spec.device):
             raise InvalidSpec(problem)
         plan = MemoryPlan.of(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)

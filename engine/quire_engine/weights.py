@@ -22,6 +22,7 @@ from quire_schemas.checkpoint import (
     TensorInfo,
     WrongTensors,
     check_tensors,
+    each_expert,
     read_tensors,
 )
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
@@ -58,7 +59,7 @@ class Weights:
         device: torch.device,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        self._tensors = read_tensors(model_dir)
+        self._tensors = each_expert(profile, read_tensors(model_dir))
         self._total = sum(tensor.nbytes for tensor in check_tensors(profile, self._tensors))
         self._done = 0
         self.dtype = dtype

@@ -94,6 +94,32 @@ LayerKind = Literal["full", "sliding"]
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsProfile:
+    """Layers whose MLP is several, of which a router chooses some for each token."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    """Of each expert."""
+    norm_topk_prob: bool
+    """Whether the shares of the chosen ones are made to sum to one."""
+    layers: tuple[bool, ...]
+    """Of each layer of the model, whether it is one."""
+    block: str
+    """What the checkpoint calls it within a layer."""
+    projections: tuple[str, str, str]
+    """Its names for gate, up and down."""
+
+    def router(self, layer: int) -> str:
+        """The name of a layer's router, without `.weight`."""
+        return f"model.layers.{layer}.{self.block}.gate"
+
+    def expert(self, layer: int, number: int) -> str:
+        """The name that the projections of an expert begin with."""
+        return f"model.layers.{layer}.{self.block}.experts.{number}"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelProfile:
     """All that planning and loading need to know of a checkpoint. Sizes count numbers unless named bytes."""
 
@@ -109,7 +135,7 @@ class ModelProfile:
     tie_word_embeddings: bool
     dtype: str
     """The checkpoint's own: a key of `DTYPE_BYTES`."""
-    rope_parameters: Mapping[str, Any]
+    rope_parameters: Mapping[str, Any] = field(hash=False)
     """`rope_type` and `rope_theta`, and what that type needs, every default filled in."""
     rms_norm_eps: float
     qk_norm: bool
@@ -122,7 +148,8 @@ class ModelProfile:
     eos_token_ids: tuple[int, ...]
     weight_bytes: int = 0
     """Bytes of the weights as the checkpoint stores them."""
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    experts: ExpertsProfile | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """config.json as it stands."""
 
     @property
@@ -194,6 +221,10 @@ class _DecoderConfig(BaseModel):
         """The sliding window, if any layer has one, and each layer's kind."""
         full: LayerKind = "full"
         return None, (full,) * self.num_hidden_layers
+
+    def experts(self) -> ExpertsProfile | None:
+        """What layers of experts are like, if there are any."""
+        return None
 
 
 class _Llama(_DecoderConfig):
@@ -267,11 +298,97 @@ class _Mistral(_DecoderConfig):
         return self.sliding_window, (kind,) * self.num_hidden_layers
 
 
+class _WithExperts(_DecoderConfig):
+    """transformers writes `num_local_experts`; who publishes a checkpoint of the Qwen family has `num_experts`."""
+
+    num_experts: Annotated[int, Field(ge=0)] | None = None
+    num_local_experts: Annotated[int, Field(ge=0)] | None = None
+    num_experts_per_tok: Count
+
+    def count(self, default: int) -> int:
+        """The number of experts."""
+        local, count = self.num_local_experts, self.num_experts
+        if None not in (local, count) and local != count:
+            raise _config_error("num_local_experts", f"{local}, but num_experts is {count}")
+        count = local if count is None else count
+        count = default if count is None else count
+        if 0 < count < self.num_experts_per_tok:
+            raise _config_error("num_experts_per_tok", f"{self.num_experts_per_tok} of {count} experts")
+        return count
+
+
+class _Mixtral(_Mistral, _WithExperts):
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: float = 1_000_000.0
+    sliding_window: Count | None = None
+    num_experts_per_tok: Count = 2
+
+    def experts(self) -> ExpertsProfile:
+        count = self.count(8)
+        if count == 0:
+            raise _config_error("num_local_experts", "is 0; every layer has experts")
+        return ExpertsProfile(
+            num_experts=count,
+            num_experts_per_tok=self.num_experts_per_tok,
+            intermediate_size=self.intermediate_size,
+            norm_topk_prob=True,
+            layers=(True,) * self.num_hidden_layers,
+            block="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
+        )
+
+
+class _Qwen3Moe(_WithExperts):
+    qk_norm: ClassVar[bool] = True
+    vocab_size: Count = 151_936
+    hidden_size: Count = 2048
+    intermediate_size: Count = 6144
+    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)] = 24
+    num_key_value_heads: Count | None = 4
+    max_position_embeddings: Count = 32_768
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Count | None = 4096
+    decoder_sparse_step: Count = 1
+    mlp_only_layers: list[int] | None = None
+    moe_intermediate_size: Count = 768
+    num_experts_per_tok: Count = 8
+    norm_topk_prob: bool = False
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return self.attention_bias, self.attention_bias, False
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        window = self.sliding_window if self.use_sliding_window else None
+        kind: LayerKind = "full" if window is None else "sliding"
+        return window, (kind,) * self.num_hidden_layers
+
+    def experts(self) -> ExpertsProfile | None:
+        count, dense = self.count(128), set(self.mlp_only_layers or ())
+        layers = tuple(
+            count > 0 and layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
+            for layer in range(self.num_hidden_layers)
+        )
+        if not any(layers):
+            return None
+        return ExpertsProfile(
+            num_experts=count,
+            num_experts_per_tok=self.num_experts_per_tok,
+            intermediate_size=self.moe_intermediate_size,
+            norm_topk_prob=self.norm_topk_prob,
+            layers=layers,
+            block="mlp",
+            projections=("gate_proj", "up_proj", "down_proj"),
+        )
+
+
 ARCHITECTURES: dict[str, type[_DecoderConfig]] = {
     "LlamaForCausalLM": _Llama,
     "MistralForCausalLM": _Mistral,
+    "MixtralForCausalLM": _Mixtral,
     "Qwen2ForCausalLM": _Qwen2,
     "Qwen3ForCausalLM": _Qwen3,
+    "Qwen3MoeForCausalLM": _Qwen3Moe,
 }
 """What this version runs, by the name in config.json's `architectures`."""
 
@@ -448,6 +565,7 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         sliding_window=window,
         layer_kinds=kinds,
         eos_token_ids=_token_ids(read.eos_token_id),
+        experts=read.experts(),
         raw=dict(config),
     )
     return replace(profile, weight_bytes=profile.num_parameters * DTYPE_BYTES[dtype])
@@ -468,7 +586,7 @@ def read_profile(model_dir: Path) -> ModelProfile:
         )
     profile = read_config(model_dir)
     tensors = read_tensors(model_dir)
-    needed = check_tensors(profile, tensors)
+    needed = check_tensors(profile, each_expert(profile, tensors))
     if not names_dtype(profile.raw):
         profile = replace(profile, dtype=_WEIGHT_DTYPES[needed[0].dtype])
     return replace(profile, weight_bytes=sum(tensor.nbytes for tensor in needed))
@@ -618,7 +736,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor an engine loads, in the order of the computation."""
-    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    hidden, q, kv = profile.hidden_size, profile.q_size, profile.kv_size
     yield "model.embed_tokens.weight", (profile.vocab_size, hidden)
     for layer in range(profile.num_layers):
         prefix = f"model.layers.{layer}."
@@ -628,9 +746,6 @@ def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ..
             ("self_attn.k_proj", kv, hidden, profile.qkv_bias),
             ("self_attn.v_proj", kv, hidden, profile.qkv_bias),
             ("self_attn.o_proj", hidden, q, profile.output_bias),
-            ("mlp.gate_proj", inner, hidden, profile.mlp_bias),
-            ("mlp.up_proj", inner, hidden, profile.mlp_bias),
-            ("mlp.down_proj", hidden, inner, profile.mlp_bias),
         ):
             yield f"{prefix}{name}.weight", (rows, columns)
             if bias:
@@ -639,9 +754,60 @@ def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ..
             yield prefix + "self_attn.q_norm.weight", (profile.head_dim,)
             yield prefix + "self_attn.k_norm.weight", (profile.head_dim,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
+        yield from _mlp_tensors(profile, layer)
     yield "model.norm.weight", (hidden,)
     if not profile.tie_word_embeddings:
         yield "lm_head.weight", (profile.vocab_size, hidden)
+
+
+def _mlp_tensors(profile: ModelProfile, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, experts = profile.hidden_size, profile.experts
+    if experts is None or not experts.layers[layer]:
+        inner = profile.intermediate_size
+        for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            yield f"model.layers.{layer}.mlp.{name}_proj.weight", (rows, columns)
+            if profile.mlp_bias:
+                yield f"model.layers.{layer}.mlp.{name}_proj.bias", (rows,)
+        return
+    inner = experts.intermediate_size
+    yield f"{experts.router(layer)}.weight", (experts.num_experts, hidden)
+    shapes = tuple(zip(experts.projections, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+    for number in range(experts.num_experts):
+        at = experts.expert(layer, number)
+        for name, shape in shapes:
+            yield f"{at}.{name}.weight", shape
+
+
+def each_expert(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors, with those of experts one by one.
+
+    transformers can also write the experts of a layer as they lie in its memory: `mlp.experts.gate_up_proj`
+    [E, 2 · I, W] and `mlp.experts.down_proj` [E, W, I], beside `mlp.gate.weight`, whatever the architecture. Each
+    expert's are then parts of these. E experts, W hidden width, I width inside.
+    """
+    found, experts = dict(tensors), profile.experts
+    if experts is None:
+        return found
+    count, inner, hidden = experts.num_experts, experts.intermediate_size, profile.hidden_size
+    gate, up, down = experts.projections
+    for layer in (number for number, routed in enumerate(experts.layers) if routed):
+        at = f"model.layers.{layer}.mlp"
+        for name, parts in (("gate_up_proj", (gate, up)), ("down_proj", (down,))):
+            shape = (inner, hidden) if name == "gate_up_proj" else (hidden, inner)
+            whole = found.get(f"{at}.experts.{name}")
+            if whole is None or whole.shape != (count, len(parts) * shape[0], shape[1]):
+                continue
+            del found[whole.name]
+            size = whole.nbytes // (count * len(parts))
+            for place in range(count * len(parts)):
+                number, part = divmod(place, len(parts))
+                own = f"{experts.expert(layer, number)}.{parts[part]}.weight"
+                found[own] = replace(whole, name=own, shape=shape, offset=whole.offset + place * size, nbytes=size)
+            router = found.pop(f"{at}.gate.weight", None)
+            if router is not None:
+                own = f"{experts.router(layer)}.weight"
+                found[own] = replace(router, name=own)
+    return found
 
 
 def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:

@@ -3,9 +3,10 @@
     int8    N × K + 4 N             bytes, for N outputs of K inputs: a float32 scale for each output
     int4    N × K / 2 + 2 N K / g   a bfloat16 scale for each group of g inputs
 
-`quire_kernels.quantized` has the formats themselves. Quantized are the weights of all linear layers and of the
-head, which with tied embeddings is the embedding, too. An untied embedding is read by row, where nothing but
-memory would be gained, and norms are small: they stay in the engine's dtype. Biases are added in float32, and kept
+`quire_kernels.quantized` has the formats themselves. Quantized are the weights of all linear layers, those of
+experts too, and of the head, which with tied embeddings is the embedding, too. An untied embedding is read by row,
+where nothing but memory would be gained, norms and routers of experts are small, and a router's decision is one
+between near equals: they stay in the engine's dtype. Biases are added in float32, and kept
 as that.
 
 Exceptions:
@@ -88,6 +89,8 @@ def misfit(profile: ModelProfile, quantization: Quantization) -> str:
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of the checkpoint is one of those that a method quantizes."""
+    if profile.experts is not None and name.endswith(f".{profile.experts.block}.gate.weight"):
+        return False
     return len(shape) == 2 and (profile.tie_word_embeddings or name != "model.embed_tokens.weight")
 
 

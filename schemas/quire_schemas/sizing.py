@@ -24,12 +24,13 @@ part: T tokens of a step, R rows that get logits, e bytes of a number.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
+from quire_schemas.checkpoint import DTYPE_BYTES, ExpertsProfile, ModelProfile, expected_tensors
 from quire_schemas.gpu_sizing import CONTEXT, SLACK, gpu_parts
 from quire_schemas.quantities import format_bytes
 from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, misfit, quantized_bytes
@@ -221,6 +222,7 @@ class FitReport:
 # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@functools.lru_cache(maxsize=32)  # experts are thousands of tensors, and a fit tries many contexts
 def weight_bytes(profile: ModelProfile, dtype: str, quantization: Quantization | None = None) -> int:
     """What the engine's parameters hold, exactly: in `dtype`, but for those that are quantized."""
     if quantization is None:
@@ -289,6 +291,13 @@ def kv_misfit(profile: ModelProfile, kv_dtype: str, device: Literal["cpu", "cuda
     return ""
 
 
+def experts_misfit(profile: ModelProfile, device: Literal["cpu", "cuda"]) -> str:
+    """Why experts cannot be computed on that device; empty if they can, or if there are none."""
+    if profile.experts is None or device == "cpu":
+        return ""
+    return f"the experts of {profile.architecture} are computed on a CPU alone, and this model runs on a GPU"
+
+
 def kv_block_bytes(profile: ModelProfile, kv_dtype: str, block_size: int, tensor_parallel: int = 1) -> int:
     """Keys and values of `block_size` tokens in the layers of one group, on one of `tensor_parallel` ranks."""
     heads = max(1, profile.num_kv_heads // tensor_parallel)
@@ -350,7 +359,9 @@ def activation_bytes(
         )
         return sum(parts.values())
     tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
-    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    hidden, q, kv, experts = profile.hidden_size, profile.q_size, profile.kv_size, profile.experts
+    inner = 0 if experts is not None and all(experts.layers) else profile.intermediate_size
+    widest = inner if experts is None else max(inner, experts.intermediate_size)
     wide = 4 if e < 4 else 0  # a float32 copy, where the number format is not float32 already
     rows = min(tokens, max_num_seqs)
     length = max_model_len + 2 * _LARGEST_BLOCK
@@ -359,7 +370,11 @@ def activation_bytes(
     base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
     kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
-    base += tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
+    scratch = tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
+    if experts is not None:
+        scratch = max(scratch, _experts_scratch(profile, experts, tokens, e, quantization))
+        base += tokens * (experts.num_experts * 4 + experts.num_experts_per_tok * 12)  # logits, choices, shares
+    base += scratch
     if length > SPLIT_TOKENS:
         splits = -(-length // SPLIT_TOKENS)
         base += min(SPLITS_BYTES, tokens * profile.num_heads * splits * (profile.head_dim + 2) * 4)
@@ -387,14 +402,33 @@ def activation_bytes(
 
     mlp = tokens * (q * e + hidden * e + inner * (2 * e + wide + 4 + e))
     mlp += max(product(tokens, hidden, 2 * inner), product(tokens, inner, hidden))
+    if experts is not None:
+        # one expert after the other, and all tokens may go to one; before that the choice, sorted
+        own = experts.intermediate_size
+        each = tokens * (hidden * (2 * e + 3 * 4) + own * (3 * e + 4 * 4) + 32)
+        each += max(product(tokens, hidden, own), product(tokens, own, hidden))
+        routed = tokens * (q * e + hidden * (2 * e + 4))
+        mlp = max(mlp, routed + max(each, tokens * experts.num_experts * 28))
     output = tokens * q * e + max(norm + tokens * hidden * e, tokens * hidden * e + product(tokens, q, hidden))
     head = rows * (profile.vocab_size * (e + _SAMPLER_BYTES) + 4 * hidden * 4)
     head = max(head, rows * profile.vocab_size * 4 + product(rows, hidden, profile.vocab_size))
     step = base + max(attention, mlp, output, norm, head)
     if quantization is None:
         return step
-    piece = max(hidden, inner, q, min(QUANTIZED_AT_A_TIME, max(profile.vocab_size, inner, q) * hidden))
+    piece = max(hidden, widest, q, min(QUANTIZED_AT_A_TIME, max(profile.vocab_size, widest, q) * hidden))
     return max(step, piece * _QUANTIZING_BYTES)
+
+
+def _experts_scratch(
+    profile: ModelProfile, experts: ExpertsProfile, tokens: int, e: int, quantization: Quantization | None
+) -> int:
+    """What the native operation of experts keeps (`quire_kernels/cpu/native/experts.cpp`): who goes where, sums,
+    and of each token and each of its experts the input and what is inside, as it is and as it is multiplied."""
+    hidden, inner = profile.hidden_size, experts.intermediate_size
+    pairs = tokens * experts.num_experts_per_tok
+    made = 4 if quantization is None or quantization.activations == "bf16" else 2
+    own = pairs * (12 + inner * e + made * max(hidden, inner) + 256)  # each part of a row is filled up to 64 bytes
+    return experts.num_experts * 16 + tokens * hidden * 4 + own + 512
 
 
 def gpu_activations(

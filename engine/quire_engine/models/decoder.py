@@ -1,9 +1,9 @@
 """The decoder family: pre-norm residual layers of attention and a gated MLP, configured by a `ModelProfile`.
 
 Llama, Qwen2, Qwen3 and Mistral differ in four switches: biases, norms on queries and keys, a sliding window, a
-tied head. The residual is one tensor that every layer adds to in place. After the last attention only the rows
-whose logits are wanted go on: the keys and values of the others are written by then, and nothing else of them is
-needed.
+tied head. Mixtral and Qwen3-MoE have layers with experts in place of the MLP. The residual is one tensor that
+every layer adds to in place. After the last attention only the rows whose logits are wanted go on: the keys and
+values of the others are written by then, and nothing else of them is needed.
 
 Legend: T tokens of the step, W hidden width, V vocabulary, R rows whose logits are wanted, N blocks, P slots a
 block, K key/value heads, D head size.
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from quire_engine.layers.attention import Attention
+from quire_engine.layers.experts import RoutedExperts
 from quire_engine.layers.mlp import GatedMLP
 from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import TensorSource
-from quire_kernels import Body, HeadNorms, Kernels, PagedBatch, Product
+from quire_kernels import Body, GatedProducts, HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KV_SCALE_BYTES, KVGroup, group_size, kv_groups
@@ -77,7 +78,7 @@ class _Layer:
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp: GatedMLP | RoutedExperts
 
     def parameters(self) -> Iterator[Tensor]:
         yield self.attention_norm.weight
@@ -131,7 +132,30 @@ class DecoderModel:
             query, key = (weights.tensor(f"{at}.{name}.weight") for name in ("q_norm", "k_norm"))
             return HeadNorms(query, key, profile.rms_norm_eps)
 
-        def layer(prefix: str) -> _Layer:
+        def mlp(index: int) -> GatedMLP | RoutedExperts:
+            experts, at = profile.experts, f"model.layers.{index}.mlp"
+            if experts is None or not experts.layers[index]:
+                return GatedMLP(
+                    gate_up=method.linear(at, ("gate_proj", "up_proj"), bias=profile.mlp_bias),
+                    down=method.linear(at, ("down_proj",), bias=profile.mlp_bias),
+                    kernels=kernels,
+                )
+            router = weights.tensor(f"{experts.router(index)}.weight")
+            names = (experts.expert(index, number) for number in range(experts.num_experts))
+            products = (
+                (method.product(f"{name}.{projection}.weight") for projection in experts.projections)
+                for name in names
+            )
+            return RoutedExperts(
+                router=kernels.product(router, None),
+                experts=kernels.experts([GatedProducts(*three) for three in products]),
+                num_experts_per_tok=experts.num_experts_per_tok,
+                norm_topk_prob=experts.norm_topk_prob,
+                kernels=kernels,
+            )
+
+        def layer(index: int) -> _Layer:
+            prefix = f"model.layers.{index}"
             at = f"{prefix}.self_attn"
             return _Layer(
                 attention_norm=norm(f"{prefix}.input_layernorm"),
@@ -144,20 +168,16 @@ class DecoderModel:
                     kernels=kernels,
                 ),
                 mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
-                mlp=GatedMLP(
-                    gate_up=method.linear(f"{prefix}.mlp", ("gate_proj", "up_proj"), bias=profile.mlp_bias),
-                    down=method.linear(f"{prefix}.mlp", ("down_proj",), bias=profile.mlp_bias),
-                    kernels=kernels,
-                ),
+                mlp=mlp(index),
             )
 
         tied = profile.tie_word_embeddings
         return cls(
             profile,
             embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
-            layers=tuple(layer(f"model.layers.{index}") for index in range(profile.num_layers)),
+            layers=tuple(layer(index) for index in range(profile.num_layers)),
             norm=norm("model.norm"),
-            head=method.head("model.embed_tokens.weight" if tied else "lm_head.weight"),
+            head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
             kernels=kernels,
         )

@@ -26,8 +26,9 @@ class LinearMethod(Protocol):
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         """The projections `prefix`.`part` as one linear whose outputs lie side by side in that order."""
 
-    def head(self, name: str) -> Product:
-        """The product that gives logits, with the tensor `name`; a tied head's rows are the embedding."""
+    def product(self, name: str) -> Product:
+        """The product with the tensor `name` alone: an expert's, or the head's; the rows of a tied head are the
+        embedding."""
 
 
 def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:

@@ -31,12 +31,12 @@ class Integers:
 
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         biases = [f"{prefix}.{part}.bias" for part in parts] if bias else []
-        return Dense(self._product([f"{prefix}.{part}.weight" for part in parts], biases))
+        return Dense(self._stacked([f"{prefix}.{part}.weight" for part in parts], biases))
 
-    def head(self, name: str) -> Product:
-        return self._product([name], [])
+    def product(self, name: str) -> Product:
+        return self._stacked([name], [])
 
-    def _product(self, names: Sequence[str], biases: Sequence[str]) -> Product:
+    def _stacked(self, names: Sequence[str], biases: Sequence[str]) -> Product:
         shapes = [self.weights.shape(name) for name in names]
         weight = self._empty(sum(outputs for outputs, _ in shapes), shapes[0][1])
         at = 0

@@ -22,5 +22,5 @@ class Plain:
         added = self.weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
         return Dense(self.kernels.product(weight, added))
 
-    def head(self, name: str) -> Product:
+    def product(self, name: str) -> Product:
         return self.kernels.product(self.weights.tensor(name), None)

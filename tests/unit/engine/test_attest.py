@@ -35,7 +35,9 @@ def check(
     attest(model, kv, block_size=block_size, backend=kernels.name)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "llama-mqa", "qwen2-sliding", "qwen3-mqa-sliding", "llama-tied"])
+@pytest.mark.parametrize(
+    "name", ["llama-biases", "llama-mqa", "qwen2-sliding", "qwen3-mqa-sliding", "llama-tied", "mixtral"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_native_kernels_keep_to_it(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     build(name, tmp_path)

@@ -29,7 +29,14 @@ from quire_kernels.cpu import CpuKernels
 from quire_kernels.reference import GATHER_BYTES
 from quire_kernels.reference.product import WIDENED
 from quire_schemas import sizing
-from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.checkpoint import (
+    ARCHITECTURES,
+    DTYPE_BYTES,
+    ModelProfile,
+    expected_tensors,
+    profile_from_config,
+    read_profile,
+)
 from quire_schemas.wire import WHOLE_VOCABULARY, Quantization, Sampling
 
 torch.set_num_threads(1)
@@ -49,6 +56,9 @@ def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, 
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 8192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 192,
     } | changes
 
 
@@ -83,7 +93,7 @@ def open_model(
     )
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("tied", "kv_heads"), [(True, 1), (False, 2), (True, 4)])
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "bfloat16"), ("bfloat16", "int8")])
 def test_weights_and_cache_are_what_the_report_says(
@@ -129,7 +139,7 @@ INT4 = Quantization("int4", group_size=32)
 METHODS = [INT8, Quantization("int8", "bf16"), INT4, Quantization("int4", "bf16", 64)]
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -197,6 +207,8 @@ WIDE_MLP = {"intermediate_size": 3000}
 MANY_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 QWEN3 = {"architecture": "Qwen3ForCausalLM", "num_attention_heads": 8}
 SLIDING = {"architecture": "MistralForCausalLM", "sliding_window": 200}
+EXPERTS = {"architecture": "Qwen3MoeForCausalLM", "num_experts": 16, "num_experts_per_tok": 8}
+WIDE_EXPERTS = {"architecture": "MixtralForCausalLM", "num_experts": 3, "intermediate_size": 2000}
 MIXED = SLIDING | {
     "architecture": "Qwen2ForCausalLM",
     "use_sliding_window": True,
@@ -222,6 +234,8 @@ MIXED = SLIDING | {
         (QWEN3, [(1, 0, 300), (3, 40, 1)], 512),
         (MIXED, [(1, 0, 500), (12, 900, 1)], 1024),
         (SLIDING, [(1, 0, 500), (8, 900, 1)], 1024),
+        (EXPERTS, [(1, 0, 300), (3, 40, 1)], 512),
+        (WIDE_EXPERTS, [(1, 0, 300)], 512),
     ],
 )
 def test_a_step_stays_below_the_activation_bound(
@@ -293,12 +307,13 @@ def a_step_stays_below_the_bound(
     [
         (SMALL, [(1, 0, 256)], 1024),
         (WIDE_MLP | {"hidden_size": 256, "intermediate_size": 3072}, [(1, 0, 300)], 512),
+        (EXPERTS | {"moe_intermediate_size": 64}, [(1, 0, 300)], 512),
         pytest.param(WIDE_HEAD | {"hidden_size": 1024}, [(3, 20, 1)], 64, marks=pytest.mark.nightly),
         pytest.param(
             MANY_HEADS | {"hidden_size": 2048}, [(1, 0, 200), (6, 700, 1)], 1024, marks=pytest.mark.nightly
         ),
     ],
-    ids=["small", "wide mlp", "large head", "many heads"],
+    ids=["small", "wide mlp", "experts", "large head", "many heads"],
 )
 def test_a_quantized_step_stays_below_the_activation_bound(
     shape: dict[str, Any],

@@ -22,10 +22,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging
 
@@ -111,6 +115,37 @@ CASES: dict[str, Any] = {
     ),
     "mistral-sliding": (MistralForCausalLM, MistralConfig(**SIZE, sliding_window=20)),
     "mistral-full": (MistralForCausalLM, MistralConfig(**SIZE | {"num_key_value_heads": 4}, sliding_window=None)),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZE, num_local_experts=6)),
+    "mixtral-sliding": (
+        MixtralForCausalLM,
+        MixtralConfig(**SIZE, num_local_experts=3, num_experts_per_tok=1, sliding_window=20),
+    ),
+    "qwen3-moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **SIZE,
+            head_dim=16,
+            num_experts=12,
+            num_experts_per_tok=5,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        ),
+    ),
+    "qwen3-moe-mixed": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **SIZE | {"num_hidden_layers": 5},
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            decoder_sparse_step=2,
+            mlp_only_layers=[1],
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=15,
+            tie_word_embeddings=True,
+        ),
+    ),
 }
 
 
@@ -205,7 +240,10 @@ def test_logits_equal_transformers_at_every_position(name: str, backend: str, tm
     assert profile.num_parameters * 4 == model.bytes
 
 
-@pytest.mark.parametrize("name", ["llama-rope-llama3", "qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-rope-llama3", "qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding", "mixtral", "qwen3-moe-mixed"],
+)
 def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Path) -> None:
     theirs = build(name, tmp_path)
     texts = prompts(5, 3, 60)
@@ -242,7 +280,7 @@ def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Pat
     assert generate(texts[:1], 7) == expected[:1]
 
 
-@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding"])
+@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding", "mixtral-sliding"])
 @pytest.mark.parametrize(("blocks", "ahead"), [(96, False), (28, True)], ids=["roomy", "tight and ahead"])
 def test_windows_that_let_go_of_blocks_change_nothing(name: str, blocks: int, ahead: bool, tmp_path: Path) -> None:
     """The engine trims, shares and preempts; twice the same prompts, the second time behind cached prefixes."""
@@ -327,6 +365,20 @@ def test_sharded_checkpoints_load_like_whole_ones(tmp_path: Path) -> None:
     text = prompts(1, 20, 21)[0]
     whole, shards = (Server(open_model(tmp_path / name)[0]).step([(0, text)]) for name in ("whole", "shards"))
     assert torch.equal(whole, shards)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-mixed"])
+def test_experts_that_are_stored_together_load_like_single_ones(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path / "single")
+    build(name, tmp_path / "together", save_original_format=False)
+    stored = load_file(tmp_path / "together" / "model.safetensors")
+    assert "model.layers.3.mlp.experts.gate_up_proj" in stored or "model.layers.1.mlp.experts.down_proj" in stored
+    text = prompts(1, 20, 21)[0]
+    single, together = (
+        Server(open_model(tmp_path / kind)[0]).step([(0, text)]) for kind in ("single", "together")
+    )
+    assert torch.equal(single, together)
+    assert read_profile(tmp_path / "single") == read_profile(tmp_path / "together")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

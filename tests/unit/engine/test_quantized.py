@@ -64,11 +64,11 @@ def rounded(weight: Tensor, quantization: Quantization) -> Tensor:
 
 
 def round_checkpoint(source: Path, target: Path, quantization: Quantization, *, tied: bool) -> None:
-    """The checkpoint in `source` with its linear layers and its head rounded."""
+    """The checkpoint in `source` with its linear layers and its head rounded, and no router of experts."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     for name, tensor in tensors.items():
-        if tensor.dim() == 2 and (tied or name != "model.embed_tokens.weight"):
+        if tensor.dim() == 2 and not name.endswith(".gate.weight") and (tied or "embed_tokens" not in name):
             tensors[name] = rounded(tensor, quantization)
     save_file(tensors, target / "model.safetensors")
 
@@ -76,7 +76,8 @@ def round_checkpoint(source: Path, target: Path, quantization: Quantization, *, 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("method", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-tied", "llama-biases", "qwen2-tied", "qwen3-bias", "mistral-sliding"]
+    "name",
+    ["llama", "llama-tied", "llama-biases", "qwen2-tied", "qwen3-bias", "mistral-sliding", "mixtral", "qwen3-moe"],
 )
 def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
     name: str, method: Any, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,14 +96,15 @@ def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
 
 
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2-sliding", "qwen3-mqa-sliding", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-sliding", "qwen3-mqa-sliding", "llama-tied", "mixtral"])
 def test_integers_in_and_out_give_about_the_same_and_the_same_in_any_company(
     name: str, quantization: Quantization, tmp_path: Path
 ) -> None:
     build(name, tmp_path)
     exact = Quantization(quantization.method, "bf16", quantization.group_size)
     rounds, keeps = (logits(open_model(tmp_path, each, "cpu")) for each in (quantization, exact))
-    assert 0 < (rounds - keeps).norm() / keeps.norm() < 0.1
+    apart = (rounds - keeps).norm(dim=-1) / keeps.norm(dim=-1)
+    assert 0 < apart.median() < 0.1, "of most tokens: one may be sent to another expert"
     for each in (quantization, exact):
         model = open_model(tmp_path, each, "cpu")
         kv = KVCache.allocate(model.profile, 40, 16, torch.float32, CPU)

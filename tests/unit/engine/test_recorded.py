@@ -89,6 +89,9 @@ STEPS: list[tuple[list[int], list[int], list[int]]] = [
         ("qwen3-mqa-sliding", torch.float16, None),
         ("qwen2-tied", torch.bfloat16, Quantization("int8")),
         ("qwen2-tied", torch.bfloat16, Quantization("int4", group_size=32)),
+        ("mixtral", torch.float32, None),
+        ("qwen3-moe-mixed", torch.bfloat16, None),
+        ("mixtral", torch.bfloat16, Quantization("int8")),
     ],
 )
 def test_a_recorded_step_is_the_same_to_the_bit(

@@ -18,6 +18,7 @@ from quire_operators.paths import StateDir, StateDirError, check_private, privat
 from quire_operators.placement import (
     NoDevice,
     NoSuchNumbers,
+    NoSuchOperation,
     NoSuchPromise,
     Placement,
     PlacementError,
@@ -122,10 +123,10 @@ def spec(**given: Any) -> dict[str, Any]:
     return resolve_defaults(Model.model_validate(document))
 
 
-def placed(machine: Inventory, **given: Any) -> Placement:
+def placed(machine: Inventory, config: dict[str, Any] = TINY, **given: Any) -> Placement:
     resolved = spec(**given)
     return place(
-        resolved, profile_from_config(TINY), ("/m", "/t"), None, machine, {}, {}, template_hash(resolved)
+        resolved, profile_from_config(config), ("/m", "/t"), None, machine, {}, {}, template_hash(resolved)
     ).placement
 
 
@@ -317,6 +318,18 @@ def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> Non
     assert "head size 18 is no multiple of 4" in kv_misfit(
         profile_from_config(TINY | {"head_dim": 18}), "int8", "cpu"
     )
+
+
+def test_experts_are_refused_on_a_gpu_by_name() -> None:
+    mixtral = TINY | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
+    with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+    with pytest.raises(NoSuchOperation, match="experts of MixtralForCausalLM are computed on a CPU") as refused:
+        placed(with_gpu, mixtral)
+    assert (refused.value.path, refused.value.reason) == ("spec.engine.device", "ConfigRejected")
+    assert "engine.device: cpu" in refused.value.hint
+    here = placed(CPU, mixtral)
+    assert placed(with_gpu, mixtral, engine={"device": "cpu"}).weights == here.weights
+    assert here.weights == profile_from_config(mixtral).weight_bytes
 
 
 def test_without_chunked_prefill_the_context_is_one_step_long() -> None:

@@ -42,6 +42,9 @@ SMALL: dict[str, Any] = {
 }
 
 
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2}
+
+
 def safetensors(header: object, data: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -88,7 +91,18 @@ def test_a_config_that_leaves_everything_out_has_the_defaults_of_transformers(na
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-    assert ours.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    theta = getattr(theirs, "default_theta", 10_000.0)
+    assert ours.rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    if ours.experts is None:
+        assert not hasattr(theirs, "num_experts_per_tok")
+        return
+    assert (ours.experts.num_experts, ours.experts.num_experts_per_tok) == (
+        theirs.num_local_experts,
+        theirs.num_experts_per_tok,
+    )
+    assert ours.experts.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    assert ours.experts.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
+    assert ours.experts.layers == (True,) * ours.num_layers
 
 
 def test_the_public_figures_of_llama_3_1_8b() -> None:
@@ -133,6 +147,79 @@ def test_the_public_figures_of_llama_3_1_8b() -> None:
     assert profile.rope_parameters["rope_type"] == "llama3"
     assert profile.eos_token_ids == (128001, 128008, 128009)
     assert profile.layer_kinds == ("full",) * 32
+
+
+def test_the_public_figures_of_models_with_experts() -> None:
+    qwen = profile_from_config(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        }
+    )
+    assert qwen.num_parameters == 30_532_122_624
+    assert qwen.experts is not None
+    assert qwen.experts.norm_topk_prob
+    mixtral = profile_from_config(
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rope_theta": 1000000.0,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        }
+    )
+    assert mixtral.num_parameters == 46_702_792_704
+    names = [name for name, _ in expected_tensors(mixtral)]
+    assert "model.layers.31.block_sparse_moe.experts.7.w2.weight" in names
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+
+
+def test_which_layers_have_experts() -> None:
+    qwen = SMALL | {"architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 2, "num_hidden_layers": 6}
+
+    def layers(**changes: Any) -> list[int]:
+        experts = profile_from_config(qwen | changes).experts
+        return [] if experts is None else [at for at, routed in enumerate(experts.layers) if routed]
+
+    assert layers() == [0, 1, 2, 3, 4, 5]
+    assert layers(decoder_sparse_step=2) == [1, 3, 5]
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3]) == [1, 5]
+    assert layers(mlp_only_layers=[0, 1, 2, 3, 4, 5]) == layers(num_experts=0) == []
+    small = profile_from_config(qwen | {"num_local_experts": 9, "num_experts_per_tok": 9})
+    assert small.experts is not None
+    assert small.experts.num_experts == 9
+    sliding = profile_from_config(qwen | {"use_sliding_window": True, "sliding_window": 9})
+    assert (sliding.sliding_window, set(sliding.layer_kinds)) == (9, {"sliding"})
 
 
 def test_old_and_new_spelling_of_rope_parameters_are_one() -> None:
@@ -184,6 +271,11 @@ def test_kinds_of_layers() -> None:
             },
             ["no sliding window is in use"],
         ),
+        (MIXTRAL | {"num_experts_per_tok": 9}, ["num_experts_per_tok: 9 of 8 experts"]),
+        (MIXTRAL | {"num_experts_per_tok": 0}, ["num_experts_per_tok"]),
+        (MIXTRAL | {"num_local_experts": 0}, ["num_local_experts: is 0"]),
+        (MIXTRAL | {"num_local_experts": 8, "num_experts": 4}, ["num_local_experts: 8, but num_experts is 4"]),
+        (MIXTRAL | {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 0}, ["decoder_sparse_step"]),
     ],
 )
 def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[str]) -> None:
@@ -291,6 +383,32 @@ def test_tensors_must_be_those_of_the_config(tmp_path: Path) -> None:
         read_profile(tmp_path)
     path.write_bytes(pack(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}))
     assert read_profile(tmp_path).weight_bytes == sum(math.prod(shape) * 4 for shape in shapes.values())
+
+
+def test_experts_that_are_stored_together_are_parts_of_one_tensor(tmp_path: Path) -> None:
+    config = SMALL | MIXTRAL | {"num_local_experts": 3}
+    profile = profile_from_config(config)
+    shapes = {name: shape for name, shape in expected_tensors(profile) if "block_sparse_moe" not in name}
+    for layer in (0, 1):
+        at = f"model.layers.{layer}.mlp"
+        shapes |= {
+            f"{at}.gate.weight": (3, 8),
+            f"{at}.experts.gate_up_proj": (3, 24, 8),
+            f"{at}.experts.down_proj": (3, 8, 12),
+        }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pack(shapes))
+    assert read_profile(tmp_path).weight_bytes == profile.weight_bytes
+    stored = read_tensors(tmp_path)
+    found = checkpoint.each_expert(profile, stored)
+    assert {name: tensor.shape for name, tensor in found.items()} == dict(expected_tensors(profile))
+    whole = stored["model.layers.1.mlp.experts.gate_up_proj"]
+    up = found["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    assert (up.offset, up.nbytes) == (whole.offset + 5 * 12 * 8 * 4, 12 * 8 * 4)
+    path.write_bytes(pack(shapes | {"model.layers.1.mlp.experts.down_proj": (3, 8, 13)}))
+    with refused(WrongTensors, r"layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight is in none"):
+        read_profile(tmp_path)
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────────────────
