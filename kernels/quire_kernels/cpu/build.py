@@ -1,8 +1,8 @@
 """The native library: which level of instructions this processor has, and a library built for it, once.
 
-A library is found by what it is made of: the sources, the level and the flags. It lies in the user's cache and is
-put there in one move, so that two engines that start at once at worst both build it; a compiler is needed only
-where it is not there yet.
+A library is found by what it is made of: the sources, the level and the flags. A wheel that was built where there
+is a compiler brings one for every level. Else it lies in the user's cache and is put there in one move, so that
+two engines that start at once at worst both build it; a compiler is needed only where it is not there yet.
 
     avx2          256 bits, fused products                        (x86-64-v3)
     avx512        512 bits                                        (x86-64-v4)
@@ -30,6 +30,8 @@ from pathlib import Path
 from quire_kernels.errors import BackendUnavailable
 
 SOURCES = Path(__file__).parent / "native"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""What a wheel brings; there is no such folder beside the sources."""
 BUILD_SECONDS = 100.0
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-w")
 
@@ -90,14 +92,28 @@ def library(level: Level | None = None) -> Path:
     if platform.machine() != "x86_64":
         raise BackendUnavailable(f"there is no native code for {platform.machine()}")
     level = level or best_level(cpu_flags())
-    flags = (*_FLAGS, *level.flags)
-    digest = hashlib.sha256(repr(flags).encode())
+    name = _name(level)
+    if (brought := PREBUILT / name).exists():
+        return brought
+    made = _cache() / name
+    return made if made.exists() else put(level, made.parent)
+
+
+def put(level: Level, folder: Path) -> Path:
+    """Builds the library for `level`, whatever this processor can do, and puts it in `folder`.
+
+    Raises `BackendUnavailable`: no compiler, or what it said.
+    """
+    target = folder / _name(level)
+    _build(compiler(), (*_FLAGS, *level.flags), target)
+    return target
+
+
+def _name(level: Level) -> str:
+    digest = hashlib.sha256(repr((*_FLAGS, *level.flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    target = _cache() / f"quire-{level.name}-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        _build(compiler(), flags, target)
-    return target
+    return f"quire-{level.name}-{digest.hexdigest()[:16]}.so"
 
 
 def load(path: Path) -> ctypes.CDLL:

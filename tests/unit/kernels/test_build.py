@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from quire_kernels import BackendUnavailable, best, load
 from quire_kernels.cpu import build
 
+ROOT = Path(__file__).parents[3]
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 Compiler = Callable[[str], Path]
 
@@ -59,6 +63,36 @@ def test_a_library_is_built_once_and_then_needs_no_compiler(
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert build.library(level) == path
     assert _fails(build.LEVELS[0]).startswith("CXX names /nowhere/c++")
+
+
+def test_what_a_wheel_brings_is_taken_first(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(WRITES)
+    level = build.LEVELS[-1]
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    brought = build.put(level, tmp_path / "prebuilt")
+    compiler("exit 1")
+    assert build.library(level) == brought
+    # another release's is not taken
+    brought.rename(brought.with_name("quire-avx2-0123456789abcdef.so"))
+    assert "failed" in _fails(level)
+
+
+@pytest.mark.nightly
+def test_a_wheel_brings_every_level(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("quire-*-py3-none-linux_x86_64.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    brought = {path.name for path in (tmp_path / "site/quire_kernels/cpu/prebuilt").iterdir()}
+    assert brought == {build._name(level) for level in build.LEVELS}
+    alone = {"PYTHONPATH": str(tmp_path / "site"), "CXX": "/nowhere/c++", "XDG_CACHE_HOME": str(tmp_path)}
+    script = "from quire_kernels.cpu import build; print(build.load(build.library())._name)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | alone, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(tmp_path / "site"))
 
 
 def test_other_sources_or_flags_are_another_library(
