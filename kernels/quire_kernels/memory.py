@@ -34,8 +34,9 @@ def large_pages(tensor: Tensor) -> Tensor:
 class Slabs:
     """Memory for weights of some megabytes, side by side: large pages hold them whole.
 
-    Alone, each would begin and end in small pages, which for most of a small model's weights is all of them. A
-    slab is there as long as something in it is.
+    Alone, each would begin and end in small pages, which for most of a small model's weights is all of them. What
+    is a part of something large, as an expert's weight, lies on large pages already. A slab is there as long as
+    something in it is.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,8 @@ class Slabs:
 
     def settle(self, tensor: Tensor) -> Tensor:
         """`tensor` in a slab, or itself if it would gain nothing. The given one's memory can then be freed."""
-        if tensor.device.type != "cpu" or not _SMALL <= tensor.nbytes < _SLAB // 4:
+        large = tensor.untyped_storage().nbytes() >= _SLAB // 4
+        if tensor.device.type != "cpu" or tensor.nbytes < _SMALL or large:
             return tensor
         if self._left.nbytes < tensor.nbytes:
             memory = torch.empty(_SLAB + _HUGE, dtype=torch.uint8)

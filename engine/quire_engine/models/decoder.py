@@ -141,14 +141,14 @@ class DecoderModel:
                     kernels=kernels,
                 )
             router = weights.tensor(f"{experts.router(index)}.weight")
-            names = (experts.expert(index, number) for number in range(experts.num_experts))
-            products = (
-                (method.product(f"{name}.{projection}.weight") for projection in experts.projections)
-                for name in names
-            )
+            names = [experts.expert(index, number) for number in range(experts.num_experts)]
+            products = [
+                method.products([f"{name}.{projection}.weight" for name in names])
+                for projection in experts.projections
+            ]
             return RoutedExperts(
                 router=kernels.product(router, None),
-                experts=kernels.experts([GatedProducts(*three) for three in products]),
+                experts=kernels.experts([GatedProducts(*three) for three in zip(*products, strict=True)]),
                 num_experts_per_tok=experts.num_experts_per_tok,
                 norm_topk_prob=experts.norm_topk_prob,
                 kernels=kernels,
@@ -177,7 +177,7 @@ class DecoderModel:
             embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
             layers=tuple(layer(index) for index in range(profile.num_layers)),
             norm=norm("model.norm"),
-            head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
+            head=method.products(["model.embed_tokens.weight" if tied else "lm_head.weight"])[0],
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
             kernels=kernels,
         )

@@ -26,9 +26,9 @@ class LinearMethod(Protocol):
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         """The projections `prefix`.`part` as one linear whose outputs lie side by side in that order."""
 
-    def product(self, name: str) -> Product:
-        """The product with the tensor `name` alone: an expert's, or the head's; the rows of a tied head are the
-        embedding."""
+    def products(self, names: Sequence[str]) -> list[Product]:
+        """A product with each of these tensors, all of one shape: those of experts, or the head's, whose rows are
+        the embedding if it is tied. They lie side by side in memory."""
 
 
 def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:

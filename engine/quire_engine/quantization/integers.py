@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import Weights
-from quire_kernels import Int4Weight, Int8Weight, KernelError, Kernels, Product, QuantizedWeight
+from quire_kernels import Activations, Int4Weight, Int8Weight, KernelError, Kernels, Product, QuantizedWeight
 from quire_schemas.checkpoint import WrongTensors
 from quire_schemas.wire import Quantization
 
@@ -31,12 +32,16 @@ class Integers:
 
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         biases = [f"{prefix}.{part}.bias" for part in parts] if bias else []
-        return Dense(self._stacked([f"{prefix}.{part}.weight" for part in parts], biases))
+        weight = self._stack([f"{prefix}.{part}.weight" for part in parts])
+        return Dense(self._product(weight, self.weights.stack(biases, torch.float32) if biases else None))
 
-    def product(self, name: str) -> Product:
-        return self._stacked([name], [])
+    def products(self, names: Sequence[str]) -> list[Product]:
+        weight, (outputs, _) = self._stack(names), self.weights.shape(names[0])
+        firsts = range(0, outputs * len(names), outputs)
+        return [self._product(weight.part(slice(first, first + outputs)), None) for first in firsts]
 
-    def _stacked(self, names: Sequence[str], biases: Sequence[str]) -> Product:
+    def _stack(self, names: Sequence[str]) -> QuantizedWeight:
+        """Tensors of one width, one after the other."""
         shapes = [self.weights.shape(name) for name in names]
         weight = self._empty(sum(outputs for outputs, _ in shapes), shapes[0][1])
         at = 0
@@ -49,12 +54,11 @@ class Integers:
                         f"tensor {name}: {error}", "the file is damaged, or its numbers were never right"
                     ) from error
                 at += rows.shape[0]
-        return self.kernels.quantized_product(
-            weight,
-            self.weights.stack(biases, torch.float32) if biases else None,
-            "int8" if self.quantization.activations == "int8" else "float",
-            self.weights.dtype,
-        )
+        return weight
+
+    def _product(self, weight: QuantizedWeight, bias: Tensor | None) -> Product:
+        activations: Activations = "int8" if self.quantization.activations == "int8" else "float"
+        return self.kernels.quantized_product(weight, bias, activations, self.weights.dtype)
 
     def _empty(self, outputs: int, inputs: int) -> QuantizedWeight:
         if self.quantization.group_size is None:

@@ -22,5 +22,6 @@ class Plain:
         added = self.weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
         return Dense(self.kernels.product(weight, added))
 
-    def product(self, name: str) -> Product:
-        return self.kernels.product(self.weights.tensor(name), None)
+    def products(self, names: Sequence[str]) -> list[Product]:
+        weights = self.weights.stack(names).chunk(len(names))
+        return [self.kernels.product(weight, None) for weight in weights]

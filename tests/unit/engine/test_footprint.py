@@ -126,9 +126,10 @@ def test_weights_and_cache_are_what_the_report_says(
         assert report.num_blocks * sizing.kv_block_bytes(described, kv_dtype, block_size) == report.kv
 
 
-def test_parameters_lie_in_memory_of_exactly_their_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_parameters_lie_in_memory_of_exactly_their_size(architecture: str, tmp_path: Path) -> None:
     """A parameter that is a view of something larger would hold more than it counts."""
-    described = write_checkpoint(tmp_path, config(tie_word_embeddings=True))
+    described = write_checkpoint(tmp_path, config(architecture, tie_word_embeddings=True))
     model = open_model(tmp_path, described, "float32")
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == model.bytes == sizing.weight_bytes(described, "float32")

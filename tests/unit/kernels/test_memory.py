@@ -39,3 +39,5 @@ def test_what_would_gain_nothing_stays_where_it_is() -> None:
     for size in (0, 1, (1 << 16) - 1, 1 << 24):
         tensor = torch.empty(size, dtype=torch.uint8)
         assert slabs.settle(tensor) is tensor
+    for part in torch.empty(1 << 24, dtype=torch.uint8).chunk(4):
+        assert slabs.settle(part) is part
