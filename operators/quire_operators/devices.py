@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from quire_operators import nvml
-from quire_operators.host import ControlGroups
+from quire_operators.host import ControlGroups, physical_cores
 from quire_operators.nvml import Gpu
 from quire_operators.rollout import Row
 from quire_schemas.quantities import BadQuantity, format_bytes, parse_quantity
@@ -73,8 +73,8 @@ def detect() -> Inventory:
 
 
 def usable_cores(groups: ControlGroups) -> int:
-    """Cores that this process may run on, and its control groups give it the time of; at least 1."""
-    allowed = len(os.sched_getaffinity(0))
+    """Physical cores that this process may run on, and its control groups give it the time of; at least 1."""
+    allowed = physical_cores(os.sched_getaffinity(0))
     quota = groups.cores()
     return max(1, allowed if quota is None else min(allowed, int(quota)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,18 @@ NETWORK_FILESYSTEMS = frozenset(
     }
 )
 MOUNTS = Path("/proc/self/mounts")
+
+
+PROCESSORS = Path("/sys/devices/system/cpu")
+
+
+def physical_cores(processors: Collection[int], root: Path = PROCESSORS) -> int:
+    """How many cores these logical processors are. One that the kernel says nothing of is a core of its own.
+
+    Siblings share a core's vector units and its way to memory: a second thread on it takes from the first.
+    """
+    cores = {_text(root / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in processors}
+    return len(cores)
 
 
 # ── control groups ────────────────────────────────────────────────────────────────────────────────────────

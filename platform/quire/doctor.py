@@ -42,6 +42,7 @@ from quire_operators.host import (
     file_system,
     listener,
     lock_holder,
+    physical_cores,
 )
 from quire_operators.paths import StateDir
 from quire_operators.sources import Sources
@@ -117,6 +118,7 @@ def _machine() -> Report:
         "cores": {
             "present": os.cpu_count(),
             "allowed": len(os.sched_getaffinity(0)),
+            "physical": physical_cores(os.sched_getaffinity(0)),
             "controlGroupLimit": groups.cores(),
             "usable": devices.usable_cores(groups),
         },

@@ -87,7 +87,9 @@ def _hardware(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "features", " ".join(machine["features"]) or "none that kernels ask for"
     cores = machine["cores"]
     bound = f", control group {cores['controlGroupLimit']:g}" if cores["controlGroupLimit"] is not None else ""
-    yield "cores", f"{cores['usable']} usable of {cores['present']} (allowed {cores['allowed']}{bound})"
+    allowed = f"{cores['physical']} cores" if cores["physical"] != cores["allowed"] else ""
+    allowed = ", ".join(filter(None, (f"allowed {cores['allowed']}", allowed)))
+    yield "cores", f"{cores['usable']} usable of {cores['present']} ({allowed}{bound})"
     limit = memory["controlGroupLimit"]
     bound = f", control group {render.size(limit)}" if limit is not None else ""
     yield "memory", f"{render.size(memory['available'])} free of {render.size(memory['total'])}{bound}"

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from quire_operators.host import ControlGroups, address_problem, file_system, file_system_in, listener, lock_holder
+from quire_operators.host import (
+    ControlGroups,
+    address_problem,
+    file_system,
+    file_system_in,
+    listener,
+    lock_holder,
+    physical_cores,
+)
 
 MOUNTS = r"""
 /dev/vda / ext4 rw 0 0
@@ -46,6 +54,16 @@ def group(root: Path, folder: str, **files: str) -> None:
     (root / folder).mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (root / folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_siblings_are_one_core(tmp_path: Path) -> None:
+    for number, siblings in ((0, "0,4"), (4, "0,4"), (1, "1,5"), (5, "1,5"), (2, "2,6")):
+        group(tmp_path, f"cpu{number}/topology", thread_siblings_list=siblings)
+    assert physical_cores({0, 1, 2, 4, 5}, tmp_path) == 3
+    assert physical_cores({0, 4}, tmp_path) == 1
+    assert physical_cores({7, 8}, tmp_path) == 2, "the kernel says nothing of them"
+    mine = physical_cores(os.sched_getaffinity(0))
+    assert 1 <= mine <= len(os.sched_getaffinity(0))
 
 
 def test_limits_of_version_2_and_of_every_group_above(tmp_path: Path) -> None:
