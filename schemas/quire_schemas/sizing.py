@@ -679,7 +679,11 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.kvCache.dtype", "bfloat16")
     if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
-    if request.quantization is None and request.device == "cpu" and request.runner == "model":
+    computes = request.device == "cpu" and request.runner == "model"
+    narrows = computes and request.kv_dtype != "int8" and not kv_misfit(profile, "int8", "cpu")
+    if narrows and fits(replace(request, kv_dtype="int8")):
+        yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
+    if computes and request.quantization is None:
         for quantization in (Quantization("int8"), Quantization("int4", group_size=GROUP_SIZES[0])):
             if not misfit(profile, quantization) and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
