@@ -150,6 +150,7 @@ def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bou
     lowered = spec(batching={"maxNumSeqs": 4, "maxNumBatchedTokens": 128})
     engine = found.engine_spec("m", "m-r1-0", 2, "/s", lowered, "hot", adoption_window=90.0)
     assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (4, 128)
+    assert engine.max_prefill_tokens == 64, "what auto is on a CPU"
     assert (engine.num_blocks, engine.memory_limit) == (found.num_blocks, found.memory)
 
 
