@@ -4,6 +4,7 @@
     ceilings       what memory and instructions can do, by plain loops; every run has them
     gemm           products alone, ours and oneDNN's
     attention      decode over long contexts, ours and torch's
+    experts        a layer of experts, beside dense layers of the same bytes and rows
     host           what of a step of one sequence is not in the native kernels
     tune           flags of llama.cpp, to find its best; the parts behind use what this run found
     engine         engines without servers: decode of 1, 16 and 32 sequences, a prompt of 512 tokens
@@ -39,10 +40,11 @@ from quire_kernels import load
 from quire_kernels.cpu import build
 from quire_schemas.checkpoint import read_profile
 
-PARTS = ("gemm", "attention", "host", "tune", "engine", "servers", "transformers")
+PARTS = ("gemm", "attention", "experts", "host", "tune", "engine", "servers", "transformers")
 _WITH_LLAMA = {"tune", "engine", "servers"}
 FORMATS: tuple[Format, ...] = ("bf16", "int8", "int4")
 GEMM_ROWS = (1, 8, 32, 256)
+EXPERT_TOKENS = (1, 16, 256)
 ATTENTION = {"qwen2.5-0.5b": (14, 2, 64), "llama-3.2-1b": (32, 8, 64)}
 CONTEXT = 8192
 SEQUENCES = (1, 16, 32)
@@ -157,6 +159,15 @@ class _Bench:
                     action, part="attention", format="bf16", model=model, context=CONTEXT, sequences=sequences,
                     rounds=rounds,
                 )  # fmt: skip
+
+    def run_experts(self) -> None:
+        kernels = load("cpu", self.args.threads)
+        rounds, least = (2, 0.05) if self.args.quick else (5, 0.3)
+        for format in self.args.formats:
+            layers = operations.ExpertLayers(kernels, format)
+            for tokens in EXPERT_TOKENS:
+                action = partial(layers.measured, tokens, rounds, least)
+                self.ledger.measured(action, part="experts", format=format, tokens=tokens, rounds=rounds)
 
     def run_host(self) -> None:
         steps = 32 if self.args.quick else 200

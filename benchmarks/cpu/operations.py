@@ -1,4 +1,4 @@
-"""Products and attention alone: ours and torch's (oneDNN), in turns, beside what the machine can do.
+"""Products, attention and experts alone: ours and torch's (oneDNN), in turns, beside what the machine can do.
 
 Weights and caches are taken one after the other out of more memory than a cache holds, as a model takes them.
 torch's product in 8 bits gets its input in 8 bits already, and in 4 bits it multiplies floats; ours gets floats
@@ -21,14 +21,25 @@ from torch import Tensor
 from benchmarks.cpu.ceilings import Ceilings, Format
 from benchmarks.rounds import in_turns, interval
 from benchmarks.rows import Row
-from quire_kernels import Int4Weight, Int8Weight, Kernels, PagedBatch, Product, QuantizedWeight
+from quire_kernels import (
+    Experts,
+    GatedProducts,
+    Int4Weight,
+    Int8Weight,
+    Kernels,
+    PagedBatch,
+    Product,
+    QuantizedWeight,
+)
 from quire_kernels.quantized import quantize_int4, quantize_int8
+from quire_kernels.reference import ReferenceKernels
 
 SIDE = 4096
 """N and K."""
 GROUP = 32
 """Inputs that share a scale in 4 bits."""
 BLOCK = 16
+EXPERTS, CHOSEN = 32, 8
 _MEMORY = 512 << 20
 _DTYPES: dict[Format, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -101,6 +112,68 @@ def attention(
     return _row(seconds, lambda took: {"gbs": round(size / took / 1e9, 2)}) | {
         "read_share": round(size / min(seconds["quire"]) / ceilings.read, 3)
     }
+
+
+class ExpertLayers:
+    """Layers of `EXPERTS` experts of the size of Qwen3-30B-A3B's, in one format: ours; in bfloat16 also by torch's
+    products, one expert after the other; and `dense`, MLPs that have together the bytes of all experts.
+    """
+
+    WIDTH, INNER = 2048, 768
+
+    def __init__(self, kernels: Kernels, format: Format) -> None:
+        self._kernels, self._format = kernels, format
+        self._layers = {"quire": self._experts(kernels)}
+        if format == "bf16":
+            self._layers["torch"] = self._experts(ReferenceKernels())
+        inner = CHOSEN * self.INNER
+        self._dense = [
+            (self._product(kernels, (2 * inner, self.WIDTH)), self._product(kernels, (self.WIDTH, inner)))
+            for _ in range(EXPERTS // CHOSEN)
+        ]
+
+    def measured(self, tokens: int, rounds: int, least: float) -> Row:
+        """Milliseconds of each, and ours beside the others'. Of one token the dense layer is one, for the bytes of
+        the experts that it goes through; else all are, with as many rows as an expert has in the mean.
+        """
+        x = torch.randn(tokens, self.WIDTH).bfloat16()
+        choices = [torch.randn(tokens, EXPERTS).topk(CHOSEN).indices for _ in range(EXPERTS // CHOSEN)]
+        if tokens == 1:  # one after the other it meets all
+            choices = list(torch.arange(EXPERTS).view(-1, 1, CHOSEN))
+        shares = torch.full((tokens, CHOSEN), 1.0 / CHOSEN)
+        calls: dict[str, list[Call]] = {
+            name: [partial(layer, x, choice, shares) for choice in choices] for name, layer in self._layers.items()
+        }
+        some = x[: max(1, tokens * CHOSEN // EXPERTS)]
+        calls["dense"] = [partial(self._through, some, *one) for one in self._dense]
+        with torch.inference_mode():
+            seconds = in_turns({name: _Cycle(each, least) for name, each in calls.items()}, rounds)
+        if tokens > 1:
+            seconds["dense"] = [took * len(self._dense) for took in seconds["dense"]]
+        row: Row = {f"{name}_ms": round(min(took) * 1000, 3) for name, took in seconds.items()}
+        for name in calls.keys() - {"quire"}:
+            ratio, low, high = interval([a / b for a, b in zip(seconds["quire"], seconds[name], strict=True)])
+            row |= {f"{name}_ratio": round(ratio, 3), f"{name}_low": round(low, 3), f"{name}_high": round(high, 3)}
+        return row
+
+    def _through(self, x: Tensor, gate_up: Product, down: Product) -> Tensor:
+        return down(self._kernels.silu_mul(gate_up(x)))
+
+    def _experts(self, kernels: Kernels) -> Experts:
+        inward, outward = (self.INNER, self.WIDTH), (self.WIDTH, self.INNER)
+        return kernels.experts(
+            [
+                GatedProducts(*(self._product(kernels, shape) for shape in (inward, inward, outward)))
+                for _ in range(EXPERTS)
+            ]
+        )
+
+    def _product(self, kernels: Kernels, shape: tuple[int, int]) -> Product:
+        weight = torch.randn(shape) / shape[1] ** 0.5
+        if self._format in _DTYPES:
+            return kernels.product(weight.to(_DTYPES[self._format]), None)
+        quantized = quantize_int8(weight) if self._format == "int8" else quantize_int4(weight, GROUP)
+        return kernels.quantized_product(quantized, None, "int8", torch.bfloat16)
 
 
 def _row(seconds: dict[str, list[float]], figure: Callable[[float], Row]) -> Row:

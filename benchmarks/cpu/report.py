@@ -93,6 +93,7 @@ def report(rows: Sequence[Row]) -> str:
     for title, make in (
         ("products, N = K = 4096; shares of the peak and of the roofline", _gemm),
         ("attention, one new token", _attention),
+        ("experts, 32 of 2048 × 768, 8 a token; time beside dense layers of the same bytes and rows", _experts),
         ("a step of one sequence", _host),
         ("engine alone, decode", _decode),
         ("engine alone, prompt of 512 tokens", _prefill),
@@ -137,6 +138,19 @@ def _attention(rows: Sequence[Row], ceilings: Ceilings) -> Table:
              f"{row['read_share']:.0%}", _least(row["read_share"], ATTENTION_FLOOR, "{:.0%}"),
              f"{row['torch_gbs']:.1f}", f"{'' if is_quiet(row) else '~'}{row['ratio']:.2f}")
         )  # fmt: skip
+    return table
+
+
+def _experts(rows: Sequence[Row], ceilings: Ceilings) -> Table:
+    table: Table = [("format", "tokens", "quire ms", "dense ms", "quire/dense", "torch ms", "quire/torch")]
+    for row in _of(rows, part="experts"):
+        doubt = "" if is_quiet(row) else "~"
+        beside = f"{doubt}{row['dense_ratio']:.2f} [{row['dense_low']:.2f}, {row['dense_high']:.2f}]"
+        theirs = ("-", "-")
+        if "torch_ms" in row:
+            theirs = (f"{row['torch_ms']:.2f}", f"{doubt}{row['torch_ratio']:.2f}")
+        ours = (row["format"], str(row["tokens"]), f"{row['quire_ms']:.2f}")
+        table.append((*ours, f"{row['dense_ms']:.2f}", beside, *theirs))
     return table
 
 

@@ -272,6 +272,9 @@ def test_the_tables_of_a_run() -> None:
                          "tokens_per_s": 50.0 * factor, "cpu_s_per_1000": 9.0 / factor,
                          "ttft_p50_ms": 9.0 / factor, "itl_p99_ms": 100.0}
             )  # fmt: skip
+    layer: Row = {"part": "experts", "tokens": 16, "quire_ms": 2.0, "dense_ms": 2.5, "dense_ratio": 0.8}
+    rows.append(common | layer | {"dense_low": 0.7, "dense_high": 0.9, "torch_ms": 40.0, "torch_ratio": 0.05})
+    rows.append(common | layer | {"dense_low": 0.7, "dense_high": 0.9, "format": "int8"})
     theirs = common | {"part": "transformers", "requests": 64, "block": 0, "half": 0}
     rows += [
         theirs | {"system": "quire bf16 at 32", "tokens_per_s": 150.0},
@@ -282,6 +285,8 @@ def test_the_tables_of_a_run() -> None:
     model = "qwen2.5-0.5b"
     assert (model, "bf16", "1", "60.0", "20.0", "2.83", "[2.00,", "4.00]", "1.25", "91%", "85%") in lines
     assert (model, "bf16", "1500.0", "500.0", "2.83", "[2.00,", "4.00]", "1.30", "128%") in lines
+    assert ("bf16", "16", "2.00", "2.50", "0.80", "[0.70,", "0.90]", "40.00", "0.05") in lines
+    assert ("int8", "16", "2.00", "2.50", "0.80", "[0.70,", "0.90]", "-", "-") in lines
     served = next(line for line in lines if line[:3] == (model, "bf16", "32") and "5.0%" in line)
     assert served[3:10] == ("150.0", "50.0", "2.83", "[2.00,", "4.00]", "3.00!", "36%")
     assert served[-5:] == ("1.00", "[1.00,", "1.00]", "0.70!", "5.0%")
