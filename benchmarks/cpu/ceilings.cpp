@@ -60,8 +60,8 @@ void read(const char* from, std::size_t bytes) {
     asm volatile("" ::"v"(sums[0]), "v"(sums[1]), "v"(sums[2]), "v"(sums[3]) : "memory");
 }
 
-constexpr int CHAINS = 10;  // independent sums: more than an instruction's latency times two units
-#define EACH_CHAIN(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9)
+constexpr int CHAINS = 12;  // independent sums: more than an instruction's latency (up to 5) times two units
+#define EACH_CHAIN(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
 
 // Calls of `step(sum)` a second on all threads, in CHAINS sums each. They are named one by one: an array of them
 // would live in memory.

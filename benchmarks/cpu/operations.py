@@ -31,6 +31,7 @@ from quire_kernels import (
     Product,
     QuantizedWeight,
 )
+from quire_kernels.memory import large_pages
 from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.reference import ReferenceKernels
 
@@ -228,4 +229,6 @@ def _torchs(format: Format, rows: int) -> list[Call]:
 
 
 def _copies(weight: Tensor) -> list[Tensor]:
-    return [weight.clone() for _ in range(max(2, _MEMORY // weight.nbytes))]
+    """On large pages, as an engine's weights are."""
+    copies = [large_pages(torch.empty_like(weight)) for _ in range(max(2, _MEMORY // weight.nbytes))]
+    return [copy.copy_(weight) for copy in copies]

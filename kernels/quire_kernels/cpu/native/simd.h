@@ -118,6 +118,12 @@ inline Ints widen_bytes(const uint8_t* p) {
 inline void store_bytes(int8_t* p, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
+// Four vectors that follow each other; what does not fit into a byte saturates.
+inline void store_bytes(int8_t* p, const Ints (&a)[4]) {
+  __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a[0].v, a[1].v), _mm512_packs_epi32(a[2].v, a[3].v));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
 
 #if defined(__AVX512VNNI__)
 // acc[i] + Σ_4 bytes of weights[i] · of inputs[i]: the weights without, the inputs with a sign. Exact.
@@ -129,7 +135,11 @@ struct Inputs {
 };
 inline Weights weights(Ints a) { return {a.v}; }
 inline Inputs inputs(int32_t four) { return {_mm512_set1_epi32(four)}; }
-inline Ints dot(Ints acc, Weights w, Inputs x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+inline Ints dot(Ints acc, Weights w, Inputs x) {
+  // not the intrinsic: with it GCC 12 copies each sum before and after, and spills them all in every step
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
+  return acc;
+}
 #else
 // The same by products of 16 bits. (Products of bytes that end in 16 bits saturate.)
 struct Weights {
@@ -270,6 +280,11 @@ inline Ints widen_bytes(const uint8_t* p) {
 inline void store_bytes(int8_t* p, Ints a) {
   __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+inline void store_bytes(int8_t* p, const Ints (&a)[4]) {
+  __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a[0].v, a[1].v), _mm256_packs_epi32(a[2].v, a[3].v));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
 }
 struct Weights {
   __m256i even, odd;
