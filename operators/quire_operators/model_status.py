@@ -87,7 +87,7 @@ class ModelStatus:
         facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
-        loading = max((report.bytes_done for report in reports.values()), default=0)
+        loading = max(((report.bytes_done, report.bytes_total) for report in reports.values()), default=(0, 0))
         loaded = [seen for _, seen in current if seen.process is Process.READY]
         reached = {
             "accepted": True,
@@ -106,7 +106,8 @@ class ModelStatus:
         if current:
             details["device"] = {"device": ",".join(sorted({row.device for row, _ in current}))}
             if not loaded:
-                details["loaded"] = {"bytesDone": loading, "bytes": view.placement.weights}
+                # of the files: in memory there may be fewer
+                details["loaded"] = {"bytesDone": loading[0], "bytes": loading[1] or view.placement.weights}
         served = max((row.revision for row in available), default=before.get("servedRevision"))
         document = {
             "observedGeneration": stored.generation,
