@@ -97,7 +97,9 @@ def attention(
     )  # fmt: skip
     query = torch.randn(sequences, heads, head).bfloat16()
     prepared, scale = kernels.paged_attention(batch, window=None), head**-0.5
-    caches = [torch.randn(2, blocks, BLOCK, kv_heads, head).bfloat16() for _ in range(copies)]
+    # on large pages, as an engine has them
+    room = large_pages(torch.empty(copies, 2, blocks, BLOCK, kv_heads, head, dtype=torch.bfloat16))
+    caches = room.copy_(torch.randn(room.shape[1:]))
 
     def theirs(cache: Tensor) -> Call:
         keys, values = cache.view(2, sequences, kv_heads, context, head)

@@ -244,9 +244,11 @@ def test_long_sequences_in_blocks_of_any_size(kernels: Backend, block_size: int)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sequences_of_several_splits(kernels: Backend, dtype: torch.dtype) -> None:
     # a split ends every 1024 keys
-    case = Case([(2500, 1), (1023, 1), (1024, 1), (1020, 9), (3, 1)], heads=7, kv_heads=1, dtype=dtype)
-    case.check(kernels)
-    case.check(kernels, window=1200)
+    sequences = [(2500, 1), (1023, 1), (1024, 1), (1020, 9), (3, 1)]
+    for heads, kv_heads in ((7, 1), (10, 5)):
+        case = Case(sequences, heads=heads, kv_heads=kv_heads, dtype=dtype)
+        case.check(kernels)
+        case.check(kernels, window=1200)
 
 
 def test_sequences_may_share_blocks(kernels: Backend) -> None:
@@ -411,9 +413,9 @@ def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.
     native = backend(name)
     torch.manual_seed(0)
     length = 3000
-    query, (keys, values) = torch.randn(length, 3, 32).bfloat16(), torch.randn(2, length, 1, 32).bfloat16()
+    query, (keys, values) = torch.randn(length, 6, 32).bfloat16(), torch.randn(2, length, 2, 32).bfloat16()
     table = list(range(-(-length // 16)))
-    cache = torch.zeros(2, len(table), 16, 1, 32 + 4 * (dtype == torch.int8), dtype=dtype)
+    cache = torch.zeros(2, len(table), 16, 2, 32 + 4 * (dtype == torch.int8), dtype=dtype)
     keep(native, keys, values, cache, torch.arange(length))
 
     def attend(kernels: Backend, ends: list[int], new: int) -> Tensor:
@@ -426,7 +428,7 @@ def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.
             block_size=16,
         )
         rows = torch.cat([query[end - new : end] for end in ends])
-        return kernels.paged_attention(batch, window=window)(rows, cache, 0.2).view(len(ends), new, 3, 32)
+        return kernels.paged_attention(batch, window=window)(rows, cache, 0.2).view(len(ends), new, 6, 32)
 
     alone = attend(native, [length], 1)[0]
     level = next(level for level in build.LEVELS if level.name == name)

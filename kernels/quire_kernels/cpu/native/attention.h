@@ -26,9 +26,9 @@ struct Attention {
   const int32_t* contexts;
 };
 
-// Rows (token, head) of a sequence that share a key head, over splits `first` to `last` of its keys.
+// Rows (token, head) of a sequence, as many of each of `kv_heads` key heads, over splits `first` to `last` of its keys.
 struct AttentionTask {
-  int32_t sequence, kv_head, first_row, rows, first, last;
+  int32_t sequence, kv_head, kv_heads, first_row, rows, first, last;
   int64_t partial;  // where in `partials` what each split gives goes; -1: nowhere, the splits are merged at once
 };
 
@@ -39,6 +39,7 @@ struct AttentionPlan {
 
   std::vector<AttentionTask> pieces, cut;
   int64_t partials = 0;  // floats
+  int64_t together = 1;  // key heads of a task at most
   int64_t head_dim;
 };
 void attention(Pool& pool, const Attention& call, const AttentionPlan& plan, void* scratch);

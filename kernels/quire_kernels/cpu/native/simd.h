@@ -35,6 +35,9 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
+  return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), then.v)};
+}
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec round_to_int(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
@@ -87,6 +90,20 @@ inline Pair load_pair(const bf16* p, int n) { return {_mm512_maskz_loadu_epi32(f
 inline Vec even(Pair a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 inline Vec odd(Pair a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+// Two vectors of numbers in a row to those at even and at odd places, and back.
+inline void unzip(Vec& a, Vec& b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  Vec first{_mm512_permutex2var_ps(a.v, even, b.v)};
+  b = {_mm512_permutex2var_ps(a.v, _mm512_or_si512(even, _mm512_set1_epi32(1)), b.v)};
+  a = first;
+}
+inline void zip(Vec& a, Vec& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  Vec first{_mm512_permutex2var_ps(a.v, low, b.v)};
+  b = {_mm512_permutex2var_ps(a.v, _mm512_or_si512(low, _mm512_set1_epi32(8)), b.v)};
+  a = first;
 }
 
 // kLanes whole numbers of 32 bits, or the same bits as bytes.
@@ -174,6 +191,9 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
+  return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
 inline float sum(Vec a) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
@@ -328,6 +348,22 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
   return scale_by_power(p, n);
+}
+
+// 2^x for x of at most 127; 0 below -125, where what it is multiplied by might be too small to be fast. Relative error
+// below 2e-7.
+inline Vec exp2(Vec x) {
+  const Vec least = splat(-125.0f);
+  Vec some = max(least, x);  // in this order what is not a number goes through
+  Vec n = round_to_int(some);
+  Vec r = some - n;
+  Vec p = splat(0.001326472731307149f);
+  p = fma(p, r, splat(0.009671512991189957f));
+  p = fma(p, r, splat(0.05550733581185341f));
+  p = fma(p, r, splat(0.24022242426872253f));
+  p = fma(p, r, splat(0.6931470036506653f));
+  p = fma(p, r, splat(1.0f));
+  return where_less(x, least, zero(), scale_by_power(p, n));
 }
 
 }  // namespace quire
