@@ -69,17 +69,17 @@ void quire_linear(Engine* it, const Linear* call) {
   linear(it->pool, *call, it->room(linear_scratch(call->format, call->rows, call->width)));
 }
 void quire_quantized_linear(Engine* it, const QuantizedLinear* call) {
-  quantized_linear(it->pool, *call, it->room(quantized_scratch(*call)));
+  quantized_linear(it->pool, *call, it->room(quantized_scratch(it->pool.size(), *call)));
 }
 void quire_linear_largest(Engine* it, const Head<Linear>* call) {
-  largest_of(it->pool, *call, it->room(head_scratch(*call)));
+  largest_of(it->pool, *call, it->room(head_scratch(it->pool.size(), *call)));
 }
 void quire_quantized_largest(Engine* it, const Head<QuantizedLinear>* call) {
-  largest_of(it->pool, *call, it->room(head_scratch(*call)));
+  largest_of(it->pool, *call, it->room(head_scratch(it->pool.size(), *call)));
 }
 void quire_route(Engine* it, const Route* call) { route(it->pool, *call); }
 void quire_experts(Engine* it, const Experts* call) {
-  experts(it->pool, *call, it->room(experts_scratch(*call)));
+  experts(it->pool, *call, it->room(experts_scratch(it->pool.size(), *call)));
 }
 void quire_rms_norm(Engine* it, const RmsNorm* call) { rms_norm(it->pool, *call); }
 void quire_add_rms_norm(Engine* it, const AddRmsNorm* call) { add_rms_norm(it->pool, *call); }

@@ -66,4 +66,44 @@ class Ahead {
   int64_t step_;
 };
 
+// The same by bytes: each sweep over a panel asks for its share of the next one evenly and for a line but once, and
+// leaves what is in the second cache to the processor. Where the products of a step take few cycles, as those of whole
+// numbers do, lines that are asked for again, or for the first cache, keep the weights waiting.
+class Share {
+ public:
+  // For sweep `number` of `count` over a panel of `size` bytes at `from`, of which each turn takes `turn`. `alone`: there
+  // is one pass. The next panel is at `next`, or null.
+  Share(const void* from, int64_t size, const void* next, int64_t turn, bool alone, int64_t number, int64_t count)
+      : next_(static_cast<const char*>(next)), bytes_(turn) {
+    if (alone && number == 0 && size > kFar) {
+      at_ = static_cast<const char*>(from) + kFar;
+      end_ = static_cast<const char*>(from) + size;
+    } else {
+      at_ = next_ ? next_ + size * number / count : nullptr;
+      bytes_ = next_ ? (turn + count - 1) / count : 0;
+      end_ = nullptr;
+    }
+    until_ = at_;
+  }
+
+  // Before a turn.
+  void operator()() {
+    until_ += bytes_;
+    for (; at_ < until_; at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
+    if (at_ == end_) at_ = until_ = next_ ? next_ : end_;
+  }
+
+  // Before `Bytes` are read at `from` for a few rows, which memory keeps waiting and nothing else.
+  template <int Bytes>
+  static void near(const void* from) {
+#pragma GCC unroll 8
+    for (int line = 0; line < Bytes; line += 64)
+      _mm_prefetch(static_cast<const char*>(from) + kNear + line, _MM_HINT_T0);
+  }
+
+ private:
+  const char *at_, *until_, *end_, *next_;
+  int64_t bytes_;
+};
+
 }  // namespace quire

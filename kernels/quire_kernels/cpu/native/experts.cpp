@@ -48,11 +48,13 @@ class FloatRows {
   FloatRows(const Linear& of, int64_t, void* memory)
       : of_(of), bytes_(made_row_bytes(of.format, of.width)), memory_(static_cast<char*>(memory)) {}
   static int64_t bytes(const Linear& of, int64_t count) { return count * made_row_bytes(of.format, of.width); }
+  static int64_t room(const Linear&) { return 0; }
 
   void make(const void* from, int64_t row) const { make_row(of_.format, from, of_.width, memory_ + row * bytes_); }
 
-  // A panel of the product with `count` rows, to `out` [count][kPanel].
-  void panel(const Linear& product, int64_t first, int64_t count, int64_t number, int64_t apart, float* out) const {
+  // A panel of the product with `count` rows, to `out` [count][kPanel]; `room` is the thread's own.
+  void panel(const Linear& product, int64_t first, int64_t count, int64_t number, int64_t apart, void*,
+             float* out) const {
     Linear call = product;
     call.x = memory_ + first * bytes_;
     call.stride = product.width;
@@ -74,17 +76,18 @@ class WholeRows {
  public:
   WholeRows(const QuantizedLinear& of, int64_t count, void* memory) : of_(of), rows_(of, count, memory) {}
   static int64_t bytes(const QuantizedLinear& of, int64_t count) { return MadeRows::bytes(of, count); }
+  static int64_t room(const QuantizedLinear& of) { return quantized_room(of, kTogether); }
 
   void make(const void* from, int64_t row) const { make_row(of_, from, rows_, row); }
 
-  void panel(const QuantizedLinear& product, int64_t first, int64_t count, int64_t number, int64_t apart,
+  void panel(const QuantizedLinear& product, int64_t first, int64_t count, int64_t number, int64_t apart, void* room,
              float* out) const {
     QuantizedLinear call = product;
     call.rows = count;
     call.out_format = kFloat32;
     call.out = out - number * kPanel;
     call.out_stride = kPanel;
-    quantized_panel(call, rows_.part(first, count), number, apart);
+    quantized_panel(call, rows_.part(first, count), number, apart, room);
   }
 
  private:
@@ -150,6 +153,17 @@ struct Layout {
         hidden(pieces.take<char>(call.rows * call.chosen * call.inner * size_of(call.format))), made(pieces.end()) {}
 };
 
+// Of gate and up, and of down, what takes more.
+template <class Made, class Product>
+int64_t made_bytes(const Experts& call, const Product* products) {
+  const int64_t pairs = call.rows * call.chosen;
+  return up_to(std::max(Made::bytes(products[0], pairs), Made::bytes(products[2], pairs)), 64);
+}
+template <class Made, class Product>
+int64_t room_bytes(const Product* products) {
+  return std::max(Made::room(products[0]), Made::room(products[2]));
+}
+
 template <class X, class Made, class Product>
 void compute(Pool& pool, const Experts& call, const Product* products, void* scratch) {
   Pieces pieces(scratch);
@@ -159,18 +173,20 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
   const int64_t pairs = call.rows * call.chosen, width = call.width, inner = call.inner;
   const X* x = static_cast<const X*>(call.x);
   X* hidden = reinterpret_cast<X*>(layout.hidden);
+  char* rooms = layout.made + made_bytes<Made>(call, products);
+  const int64_t room = room_bytes<Made>(products);
 
   const Made inputs(products[0], pairs, layout.made);
   pool.each(pairs, [&](int64_t pair, int) { inputs.make(x + groups.row[pair] * call.stride, pair); });
 
   const int64_t across = panels(inner);
-  pool.each(groups.num_active * across, [&](int64_t task, int) {
+  pool.each(groups.num_active * across, [&](int64_t task, int thread) {
     const int64_t expert = groups.active[task / across], number = task % across, from = number * kPanel;
     const int64_t in_panel = std::min(kPanel, inner - from);
     alignas(64) float gates[kTogether * kPanel], ups[kTogether * kPanel];
     some_at_a_time(groups, expert, [&](int64_t first, int64_t count) {
-      inputs.panel(products[3 * expert], first, count, number, pool.size(), gates);
-      inputs.panel(products[3 * expert + 1], first, count, number, pool.size(), ups);
+      inputs.panel(products[3 * expert], first, count, number, pool.size(), rooms + thread * room, gates);
+      inputs.panel(products[3 * expert + 1], first, count, number, pool.size(), rooms + thread * room, ups);
       for (int64_t row = 0; row < count; ++row) {
         X* to = hidden + (first + row) * inner + from;
         along(in_panel, [&](int64_t at, int n) {
@@ -185,7 +201,7 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
   const Made inners(products[2], pairs, layout.made);
   pool.each(pairs, [&](int64_t pair, int) { inners.make(hidden + pair * inner, pair); });
 
-  pool.each(panels(width), [&](int64_t number, int) {
+  pool.each(panels(width), [&](int64_t number, int thread) {
     const int64_t from = number * kPanel, in_panel = std::min(kPanel, width - from);
     alignas(64) float downs[kTogether * kPanel];
     float* sums = layout.sums + from;
@@ -193,7 +209,7 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
     for (int64_t at = 0; at < groups.num_active; ++at) {
       const int64_t expert = groups.active[at];
       some_at_a_time(groups, expert, [&](int64_t first, int64_t count) {
-        inners.panel(products[3 * expert + 2], first, count, number, pool.size(), downs);
+        inners.panel(products[3 * expert + 2], first, count, number, pool.size(), rooms + thread * room, downs);
         for (int64_t pair = 0; pair < count; ++pair) {
           float* to = sums + groups.row[first + pair] * width;
           const Vec share = splat(groups.share[first + pair]);
@@ -216,15 +232,14 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
 
 }  // namespace
 
-int64_t experts_scratch(const Experts& call) {
+int64_t experts_scratch(int threads, const Experts& call) {
   Pieces pieces(nullptr);
   const Groups groups(call, pieces);
   const Layout layout(call, pieces);
-  const int64_t pairs = call.rows * call.chosen;
-  auto widest = [&]<class Made>(const auto* products) {
-    return std::max(Made::bytes(products[0], pairs), Made::bytes(products[2], pairs));
+  auto behind = [&]<class Made>(const auto* products) {
+    return made_bytes<Made>(call, products) + threads * room_bytes<Made>(products);
   };
-  const int64_t made = call.floats ? widest.operator()<FloatRows>(call.floats) : widest.operator()<WholeRows>(call.quantized);
+  const int64_t made = call.floats ? behind.operator()<FloatRows>(call.floats) : behind.operator()<WholeRows>(call.quantized);
   return reinterpret_cast<int64_t>(layout.made) + made;
 }
 

@@ -35,6 +35,6 @@ struct Experts {
   void* out;  // [rows, width]
 };
 void experts(Pool& pool, const Experts& call, void* scratch);
-int64_t experts_scratch(const Experts& call);
+int64_t experts_scratch(int threads, const Experts& call);
 
 }  // namespace quire

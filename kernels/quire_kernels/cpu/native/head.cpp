@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kSome = 16384;  // outputs, a multiple of what a panel has
 
-int64_t product_scratch(const Linear& call) { return linear_scratch(call.format, call.rows, call.width); }
-int64_t product_scratch(const QuantizedLinear& call) { return quantized_scratch(call); }
+int64_t product_scratch(int, const Linear& call) { return linear_scratch(call.format, call.rows, call.width); }
+int64_t product_scratch(int threads, const QuantizedLinear& call) { return quantized_scratch(threads, call); }
 void multiply(Pool& pool, const Linear& call, void* scratch) { linear(pool, call, scratch); }
 void multiply(Pool& pool, const QuantizedLinear& call, void* scratch) { quantized_linear(pool, call, scratch); }
 
@@ -45,8 +45,8 @@ Product whole(const Head<Product>& call) {
 }
 
 template <class Product>
-int64_t scratch_of(const Head<Product>& call) {
-  return call.rows * kSome * 4 + product_scratch(whole(call));
+int64_t scratch_of(int threads, const Head<Product>& call) {
+  return call.rows * kSome * 4 + product_scratch(threads, whole(call));
 }
 
 template <class Product>
@@ -71,8 +71,8 @@ void search(Pool& pool, const Head<Product>& call, void* scratch) {
 
 }  // namespace
 
-int64_t head_scratch(const Head<Linear>& call) { return scratch_of(call); }
-int64_t head_scratch(const Head<QuantizedLinear>& call) { return scratch_of(call); }
+int64_t head_scratch(int threads, const Head<Linear>& call) { return scratch_of(threads, call); }
+int64_t head_scratch(int threads, const Head<QuantizedLinear>& call) { return scratch_of(threads, call); }
 void largest_of(Pool& pool, const Head<Linear>& call, void* scratch) { search(pool, call, scratch); }
 void largest_of(Pool& pool, const Head<QuantizedLinear>& call, void* scratch) { search(pool, call, scratch); }
 

@@ -18,8 +18,8 @@ struct Head {
   float* values;
   int64_t* places;
 };
-int64_t head_scratch(const Head<Linear>& call);
-int64_t head_scratch(const Head<QuantizedLinear>& call);
+int64_t head_scratch(int threads, const Head<Linear>& call);
+int64_t head_scratch(int threads, const Head<QuantizedLinear>& call);
 void largest_of(Pool& pool, const Head<Linear>& call, void* scratch);
 void largest_of(Pool& pool, const Head<QuantizedLinear>& call, void* scratch);
 

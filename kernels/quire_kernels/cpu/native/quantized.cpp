@@ -1,10 +1,16 @@
 // Matrix products with a weight in 8 or 4 bits that was packed once.
 //
-// Panels of 64 outputs, as in gemm.cpp; within a panel of N outputs four inputs of an output lie together, which is
-// what vpdpbusd takes. A weight is stored without its sign, by adding 128 or 8 to each number:
+// Panels of 64 outputs, as in gemm.cpp, each of two strips of 32, the last of what is left; within a strip of N outputs
+// four inputs of an output lie together, which is what vpdpbusd takes. A weight is stored without its sign, by adding 128
+// or 8 to each number:
 //
 //     8 bits    [K / 4][N][4]     number + 128, K rounded up to a multiple of 4
 //     4 bits    [K / 8][N][4]     number + 8: of eight inputs the first four in the low halves, the others in the high
+//
+// A panel is a task; a strip is swept by some rows at a time: by 12 times 32 sums, which with two vectors of weights fill
+// the registers, so that the first cache gives one number of x for every two products. In 4 bits it is 8 times 32, for
+// what groups come to takes registers, too; and the first sweep keeps in bytes what it has taken apart, for the others.
+// Up to 6 rows sweep both strips of a panel side by side.
 //
 // Rows of x are rounded to 8 bits with a sign first, all by itself a row (round.h).
 //
@@ -18,6 +24,7 @@
 #include "quantized.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "ahead.h"
 #include "round.h"
@@ -27,126 +34,249 @@ namespace quire {
 
 namespace {
 
-constexpr int kVecs = sizeof(Vec) == 64 ? 4 : 2;
-constexpr int kSlice = kVecs * kLanes;
-#if defined(__AVX512VNNI__)
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 4;  // weights take twice the registers
-#endif
-constexpr int kLines = kSlice * 4 / 64;  // of memory, four bytes of each output of a slice
+constexpr int64_t kStrip = 32;  // half a panel
+constexpr int kVecs = 2;
+constexpr int kSlice = kVecs * kLanes;  // outputs of a panel that are in registers at once
+// Rows that are swept together, by how many registers there are; where groups have scales, each sum takes two.
+constexpr int kRows = sizeof(Vec) == 64 ? 12 : 4;
+constexpr int kRowsInGroups = sizeof(Vec) == 64 ? 8 : 4;
+constexpr int64_t kStep = 4 * kStrip;  // bytes: four of each output
+constexpr int64_t kTurn = 2 * kStep;   // that are read between two looks ahead
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-using Rows = MadeRows;
-
-struct Lanes {
-  int n[kVecs];
-  explicit Lanes(int64_t left) {
-    for (int v = 0; v < kVecs; ++v)
-      n[v] = static_cast<int>(std::clamp<int64_t>(left - v * kLanes, 0, kLanes));
+// The scales of groups lie in panels as `pack` makes them: where an output's first one is, and how far the next.
+struct GroupScales {
+  const bf16* first;
+  int64_t apart;
+  GroupScales(const void* scales, int64_t outputs, int64_t groups, int64_t output) {
+    const int64_t begin = output / kPanel * kPanel;
+    first = static_cast<const bf16*>(scales) + begin * groups + output - begin;
+    apart = std::min(kPanel, outputs - begin);
   }
 };
 
-// Four inputs of all outputs of a slice.
-template <bool Whole>
-inline Ints four_inputs(const uint8_t* at, const Lanes& lanes, int v) {
-  return Whole ? load_ints(at + v * 4 * kLanes) : load_ints(at + v * 4 * kLanes, lanes.n[v]);
-}
+using Rows = MadeRows;
 
-template <int Count>
-inline void multiply_add(Ints (&acc)[Count][kVecs], const Weights (&w)[kVecs], const int8_t* codes, int64_t stride) {
+// The places of some rows that move on together. Three rows share a pointer, as an address takes one and twice a
+// distance; that the pointers are related must not be known, or they are all made of one again in every step.
+template <int Count, class T>
+class Places {
+ public:
+  Places(const T* first, int64_t stride) : stride_(stride) {
 #pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) {
+      at_[i] = first + 3 * i * stride;
+      asm("" : "+r"(at_[i]));
+    }
+  }
+  const T* operator[](int row) const { return at_[row / 3] + row % 3 * stride_; }
+  void on(int64_t numbers) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) at_[i] += numbers;
+  }
+
+ private:
+  static constexpr int kPointers = (Count + 2) / 3;
+  const T* at_[kPointers];
+  int64_t stride_;
+};
+
+template <int Count, int V>
+inline void multiply_add(Ints (&acc)[Count][V], const Weights (&w)[V], const Places<Count, int8_t>& codes, int64_t k) {
+#pragma GCC unroll 16
   for (int r = 0; r < Count; ++r) {
-    Inputs x = inputs(four_codes(codes + r * stride));
+    Inputs x = inputs(four_codes(codes[r] + k));
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot(acc[r][v], w[v], x);
+    for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], w[v], x);
   }
 }
 
-// One slice of a panel, for some rows; the results in float32 at `sums` [Count][kSlice], the scale of the row in them.
-struct Eight {
-  using Scale = float;
+// Of vector `v`, four inputs of each output. With more vectors than a slice has the others are of the strip beside it.
+inline Ints four_inputs(const uint8_t* at, int64_t beside, int v) {
+  return load_ints(at + v / kVecs * beside + v % kVecs * 4 * kLanes);
+}
 
-  template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
-                                      const Lanes& lanes, const float* scales, Ahead ahead, float* sums) {
-    Ints acc[Count][kVecs];
+template <int Count, int V>
+inline void multiply_add(Ints (&acc)[Count][V], const uint8_t* at, int64_t beside, const Places<Count, int8_t>& codes,
+                         int64_t k) {
+  Weights w[V];
 #pragma GCC unroll 8
-    for (int r = 0; r < Count; ++r)
+  for (int v = 0; v < V; ++v) w[v] = weights(four_inputs(at, beside, v));
+  multiply_add(acc, w, codes, k);
+}
+
+template <int Count, int V>
+inline void begin(Ints (&acc)[Count][V], const int32_t* start, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Count; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(x.start[row + r]);
-    const int8_t* codes = x.codes + row * x.stride;
-    for (int64_t k = 0; k < x.width; k += 4) {
-      const uint8_t* at = slice + k * outputs;
-      ahead.operator()<kLines>(at);
-      Weights w[kVecs];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v));
-      multiply_add(acc, w, codes + k, x.stride);
+    for (int v = 0; v < V; ++v) acc[r][v] = splat(start[r * stride]);
+}
+
+// Memory that is asked for before each turn.
+struct Asked {
+  Share own, other;  // of the strip, and of the one that is swept along
+
+  template <int V>
+  void ask() {
+    own();
+    if constexpr (V > kVecs) other();
+  }
+};
+
+// A slice of a panel for some rows. The results are in float32 at `sums` [rows][kSlice], the scale of the row in them.
+struct Slice {
+  const uint8_t* from;  // a step is kStep bytes
+  const void* scales;   // of the kind's own
+  int64_t apart;        // numbers from the scales of one group to the next
+  int64_t beside;       // bytes to the strip that is swept along
+  int n[2 * kVecs];     // outputs of each vector that there are
+  uint8_t* kept;        // room for the slice in bytes
+  float* kept_scales;   // [groups][kSlice]
+};
+
+template <class T>
+inline Vec scales_of(const Slice& slice, int64_t group, int v) {
+  const T* at = static_cast<const T*>(slice.scales) + group * slice.apart + v * kLanes;
+  return slice.n[v] == kLanes ? load(at) : load(at, slice.n[v]);
+}
+
+struct Eight {
+  static constexpr int kMost = kRows;
+
+  template <int Count, int V>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const Slice& slice, Asked ahead, float* sums) {
+    Ints acc[Count][V];
+    begin(acc, x.start + row, 1);
+    Places<Count, int8_t> codes(x.codes + row * x.stride, x.stride);
+    const uint8_t* at = slice.from;
+    int64_t k = 0;
+    for (; k + 16 <= x.width; k += 16, at += 4 * kStep, codes.on(16)) {
+#pragma GCC unroll 4
+      for (int step = 0; step < 4; ++step) {
+        if (step * kStep % kTurn == 0) ahead.ask<V>();
+        multiply_add(acc, at + step * kStep, slice.beside, codes, 4 * step);
+      }
     }
+    for (; k < x.width; k += 4, at += kStep, codes.on(4)) multiply_add(acc, at, slice.beside, codes, 0);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      Vec scale = load(scales + v * kLanes, lanes.n[v]);
-#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      Vec scale = scales_of<float>(slice, 0, v);
+#pragma GCC unroll 16
       for (int r = 0; r < Count; ++r)
-        store(sums + r * kSlice + v * kLanes, to_float(acc[r][v]) * splat(x.scale[row + r]) * scale);
+        store(sums + (r * V + v) * kLanes, to_float(acc[r][v]) * splat(x.scale[row + r]) * scale);
     }
   }
 };
 
 inline Vec to_float(Vec a) { return a; }
 
-// A group's sums, by its scales, to those at `sums`.
-template <int Count, class Sum>
-inline void add_scaled(const Sum (&acc)[Count][kVecs], const bf16* scales, const Lanes& lanes, float* sums) {
+// A group's sums, by its scales, to those of the groups before. These stay in registers, too, or most of them: what is
+// read after a store waits for it where the last twelve bits of the addresses look alike, and then the next group waits
+// for this one.
+template <int Count, int V, class Sum>
+inline void add_scaled(const Sum (&acc)[Count][V], const Vec (&scales)[V], Vec (&total)[Count][V]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVecs; ++v) {
-    Vec scale = load(scales + v * kLanes, lanes.n[v]);
-#pragma GCC unroll 8
-    for (int r = 0; r < Count; ++r) {
-      float* to = sums + r * kSlice + v * kLanes;
-      store(to, fma(to_float(acc[r][v]), scale, load(to)));
-    }
-  }
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
+    for (int r = 0; r < Count; ++r) total[r][v] = fma(to_float(acc[r][v]), scales[v], total[r][v]);
 }
 
-struct Four {
-  using Scale = bf16;
+template <int Count, int V>
+inline void clear(Vec (&acc)[Count][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+}
 
-  template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
-                                      const Lanes& lanes, const bf16* scales, Ahead ahead, float* sums) {
-    const int64_t group = x.width / x.groups;
-    const Ints low = splat(int32_t{0x0f0f0f0f});
-    for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
-    const uint8_t* at = slice;
-    for (int64_t g = 0; g < x.groups; ++g) {
-      Ints acc[Count][kVecs];
+// Where four bits come from: as they lie; as they lie, and kept in bytes for the rows that follow; or what was kept.
+enum class Source { kHalves, kHalvesKept, kKept };
+
+template <Source source>
+struct Four {
+  static constexpr int kMost = kRowsInGroups;
+
+  // 16 inputs.
+  template <int Count, int V>
+  static inline void turn(Ints (&acc)[Count][V], const uint8_t*& at, int64_t beside, uint8_t*& kept,
+                          Places<Count, int8_t>& codes) {
+#pragma GCC unroll 2
+    for (int eight = 0; eight < 2; ++eight) {
+      if constexpr (source == Source::kKept) {
+        multiply_add(acc, kept, 0, codes, 8 * eight);
+        multiply_add(acc, kept + kStep, 0, codes, 8 * eight + 4);
+      } else {
+        if constexpr (source == Source::kHalves && Count <= 4) {
+          Share::near<kStep>(at);
+          if constexpr (V > kVecs) Share::near<kStep>(at + beside);
+        }
+        const Ints low = splat(int32_t{0x0f0f0f0f});
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          Weights w[V];
 #pragma GCC unroll 8
-      for (int r = 0; r < Count; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = splat(x.start[(row + r) * x.groups + g]);
-      const int8_t* codes = x.codes + row * x.stride + g * group;
-      for (int64_t k = 0; k < group; k += 8, at += 4 * outputs) {
-        ahead.operator()<kLines>(at);
-        Weights w[kVecs];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) w[v] = weights(four_inputs<Whole>(at, lanes, v) & low);
-        multiply_add(acc, w, codes + k, x.stride);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) w[v] = weights((four_inputs<Whole>(at, lanes, v) >> 4) & low);
-        multiply_add(acc, w, codes + k + 4, x.stride);
+          for (int v = 0; v < V; ++v) {
+            Ints four = four_inputs(at, beside, v);
+            four = (half ? four >> 4 : four) & low;
+            w[v] = weights(four);
+            if constexpr (source == Source::kHalvesKept) store_ints(kept + half * kStep + v * 4 * kLanes, four);
+          }
+          multiply_add(acc, w, codes, 8 * eight + 4 * half);
+        }
+        at += kStep;
       }
-      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
-      add_scaled<Count>(acc, scales + g * outputs, lanes, sums);
+      kept += 2 * kStep;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < Count; ++r)
-      for (int v = 0; v < kVecs; ++v) {
-        float* to = sums + r * kSlice + v * kLanes;
-        store(to, load(to) * splat(x.scale[row + r]));
+    codes.on(16);
+  }
+
+  template <int Count, int V, bool Short>
+  static inline void groups(const Rows& x, int64_t row, const Slice& slice, Asked& ahead, Vec (&total)[Count][V]) {
+    const int64_t turns = x.width / x.groups / 16;
+    Places<Count, int8_t> codes(x.codes + row * x.stride, x.stride);
+    const int32_t* start = x.start + row * x.groups;
+    const uint8_t* at = slice.from;
+    uint8_t* kept = slice.kept;
+    float* kept_scales = slice.kept_scales;
+    for (int64_t g = 0; g < x.groups; ++g, ++start, kept_scales += kSlice) {
+      Ints acc[Count][V];
+      begin(acc, start, x.groups);
+      if constexpr (Short) {  // 32 inputs
+#pragma GCC unroll 2
+        for (int number = 0; number < 2; ++number) {
+          ahead.ask<V>();
+          turn(acc, at, slice.beside, kept, codes);
+        }
+      } else {
+        for (int64_t number = 0; number < turns; ++number) {
+          ahead.ask<V>();
+          turn(acc, at, slice.beside, kept, codes);
+        }
       }
+      Vec scales[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        scales[v] = source == Source::kKept ? load(kept_scales + v * kLanes) : scales_of<bf16>(slice, g, v);
+        if constexpr (source == Source::kHalvesKept) store(kept_scales + v * kLanes, scales[v]);
+      }
+      if constexpr (source != Source::kKept)
+        Ahead::beside<V * kLanes * sizeof(bf16)>(static_cast<const bf16*>(slice.scales) + g * slice.apart);
+      add_scaled(acc, scales, total);
+    }
+  }
+
+  template <int Count, int V>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const Slice& slice, Asked ahead, float* sums) {
+    Vec total[Count][V];
+    clear(total);
+    x.width == 32 * x.groups ? groups<Count, V, true>(x, row, slice, ahead, total)
+                             : groups<Count, V, false>(x, row, slice, ahead, total);
+#pragma GCC unroll 16
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(sums + (r * V + v) * kLanes, total[r][v] * splat(x.scale[row + r]));
   }
 };
 
@@ -154,161 +284,230 @@ struct Four {
 constexpr float kPart[8] = {1.0f,      1.0f / 256,  1.0f,      1.0f / 256,
                             1.0f / 16, 1.0f / 4096, 1.0f / 16, 1.0f / 4096};
 
-template <int Count>
-inline void multiply_add(Vec (&acc)[Count][kVecs], const Vec (&w)[kVecs], const float* x, int64_t stride) {
-#pragma GCC unroll 8
+template <int Count, int V>
+inline void multiply_add(Vec (&acc)[Count][V], const Vec (&w)[V], const Places<Count, float>& x, int64_t k) {
+#pragma GCC unroll 16
   for (int r = 0; r < Count; ++r) {
-    Vec a = splat(x[r * stride]);
+    Vec a = splat(x[r][k]);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
+    for (int v = 0; v < V; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
   }
 }
 
-template <int Count>
-inline void clear(Vec (&acc)[Count][kVecs]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < Count; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
-}
-
 struct WideEight {
-  using Scale = float;
+  static constexpr int kMost = kRows;
 
-  template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
-                                      const Lanes& lanes, const float* scales, Ahead ahead, float* sums) {
-    Vec acc[Count][kVecs];
+  template <int Count, int V>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const Slice& slice, Asked ahead, float* sums) {
+    Vec acc[Count][V];
     clear(acc);
-    const float* wide = x.wide + row * x.stride;
-    for (int64_t k = 0; k < x.width; k += 4) {
-      ahead.operator()<kLines>(slice + k * outputs);
+    Places<Count, float> wide(x.wide + row * x.stride, x.stride);
+    const uint8_t* at = slice.from;
+    for (int64_t k = 0; k < x.width; k += 4, at += kStep, wide.on(4)) {
+      if (k % 8 == 0) ahead.ask<V>();
 #pragma GCC unroll 4
       for (int part = 0; part < 4; ++part) {
-        Vec w[kVecs];
+        Vec w[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) {
-          Ints four = four_inputs<Whole>(slice + k * outputs, lanes, v);
+        for (int v = 0; v < V; ++v) {
+          Ints four = four_inputs(at, slice.beside, v);
           if (part >= 2) four = four >> 16;
           w[v] = part % 2 ? field(four, 0xff00, 128 * 256) : field(four, 0xff, 128);
         }
-        multiply_add(acc, w, wide + k + part, x.stride);
+        multiply_add(acc, w, wide, part);
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      Vec scale = load(scales + v * kLanes, lanes.n[v]);
-#pragma GCC unroll 8
-      for (int r = 0; r < Count; ++r) store(sums + r * kSlice + v * kLanes, acc[r][v] * scale);
+    for (int v = 0; v < V; ++v) {
+      Vec scale = scales_of<float>(slice, 0, v);
+#pragma GCC unroll 16
+      for (int r = 0; r < Count; ++r) store(sums + (r * V + v) * kLanes, acc[r][v] * scale);
     }
   }
 };
 
 struct WideFour {
-  using Scale = bf16;
+  static constexpr int kMost = kRowsInGroups;
 
-  template <int Count, bool Whole>
-  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const uint8_t* slice, int64_t outputs,
-                                      const Lanes& lanes, const bf16* scales, Ahead ahead, float* sums) {
+  template <int Count, int V>
+  [[gnu::noinline]] static void block(const Rows& x, int64_t row, const Slice& slice, Asked ahead, float* sums) {
     const int64_t group = x.width / x.groups;
-    const float* wide = x.wide + row * x.stride;
-    for (int64_t at = 0; at < Count * kSlice; at += kLanes) store(sums + at, zero());
-    const uint8_t* at = slice;
+    Vec total[Count][V];
+    clear(total);
+    Places<Count, float> wide(x.wide + row * x.stride, x.stride);
+    const uint8_t* at = slice.from;
     for (int64_t g = 0; g < x.groups; ++g) {
-      Vec acc[Count][kVecs];
+      Vec acc[Count][V];
       clear(acc);
-      for (int64_t k = g * group; k < (g + 1) * group; k += 8, at += 4 * outputs) {
-        ahead.operator()<kLines>(at);
+      for (int64_t k = 0; k < group; k += 8, at += kStep, wide.on(8)) {
+        if (k % 16 == 0) ahead.ask<V>();
 #pragma GCC unroll 8
         for (int part = 0; part < 8; ++part) {
           const int byte = part % 4, shift = byte % 2 * 8 + part / 4 * 4;
-          Vec w[kVecs];
+          Vec w[V];
 #pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) {
-            Ints eight = four_inputs<Whole>(at, lanes, v);
+          for (int v = 0; v < V; ++v) {
+            Ints eight = four_inputs(at, slice.beside, v);
             if (byte >= 2) eight = eight >> 16;
             w[v] = field(eight, 15 << shift, static_cast<float>(8 << shift));
           }
-          multiply_add(acc, w, wide + k + part, x.stride);
+          multiply_add(acc, w, wide, part);
         }
       }
-      Ahead::beside<kSlice * sizeof(bf16)>(scales + g * outputs);
-      add_scaled<Count>(acc, scales + g * outputs, lanes, sums);
+      Ahead::beside<V * kLanes * sizeof(bf16)>(static_cast<const bf16*>(slice.scales) + g * slice.apart);
+      Vec scales[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) scales[v] = scales_of<bf16>(slice, g, v);
+      add_scaled(acc, scales, total);
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(sums + (r * V + v) * kLanes, total[r][v]);
   }
 };
 
-template <class Kind, class Out>
+// So few rows that sums of one strip would wait for each other: two are swept side by side.
+constexpr int kFew = sizeof(Vec) == 64 ? 6 : 0;
+
+using Some = void (*)(int64_t rows, const Rows&, int64_t row, const Slice&, const Asked&, float* sums);
+
+template <class Kind, int Count, int V>
+void some_rows(int64_t rows, const Rows& x, int64_t row, const Slice& slice, const Asked& ahead, float* sums) {
+  if constexpr (Count > 0) {
+    rows == Count ? Kind::template block<Count, V>(x, row, slice, ahead, sums)
+                  : some_rows<Kind, Count - 1, V>(rows, x, row, slice, ahead, sums);
+  }
+}
+
+// First what sweeps a strip that comes from memory, alone or with others to follow; then what the others are; and what
+// sweeps two for few rows.
+struct Kinds {
+  Some alone, first, others, beside;
+  int most;  // rows
+  template <class Alone, class First = Alone, class Others = First>
+  static Kinds of() {
+    constexpr int most = Alone::kMost;
+    return {some_rows<Alone, most, kVecs>, some_rows<First, most, kVecs>, some_rows<Others, most, kVecs>,
+            some_rows<Alone, kFew, 2 * kVecs>, most};
+  }
+};
+
+// How the room of a thread is cut: a strip with all its outputs, a strip in bytes, the scales of a slice.
+struct Room {
+  uint8_t* whole;
+  uint8_t* kept;
+  float* kept_scales;
+  int64_t bytes;
+
+  Room(const QuantizedLinear& call, int64_t rows, void* memory) {
+    const int64_t width = up_to(call.width, 4), row_bytes = call.group ? width / 2 : width;
+    const bool keeps = call.group && call.round_input && rows > kRowsInGroups;
+    whole = static_cast<uint8_t*>(memory);
+    kept = whole + (call.outputs % kStrip ? up_to(kStrip * row_bytes, 64) : 0);
+    kept_scales = reinterpret_cast<float*>(kept + (keeps ? kStrip * width : 0));
+    bytes = kept - whole + (keeps ? kStrip * width + width / call.group * kSlice * 4 : 0);
+  }
+};
+
 struct Sweep {
   const QuantizedLinear& call;
   const Rows& x;
+  const Kinds kinds;
+  const Room room;
   float* sums;  // [kRows][kSlice]
-
-  template <int Count, bool Whole>
-  void block(int64_t row, int64_t output, const uint8_t* from, int64_t in_panel, const Lanes& lanes,
-             const typename Kind::Scale* scales, const Ahead& ahead) const {
-    Kind::template block<Count, Whole>(x, row, from, in_panel, lanes, scales, ahead, sums);
-    Out* out = static_cast<Out*>(call.out) + row * call.out_stride + output;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      if (lanes.n[v] == 0) break;
-      Vec b = call.bias ? load(call.bias + output + v * kLanes, lanes.n[v]) : zero();
-      for (int r = 0; r < Count; ++r) {
-        Out* to = out + r * call.out_stride + v * kLanes;
-        Vec sum = load(sums + r * kSlice + v * kLanes) + b;
-        Whole ? store(to, sum) : store(to, sum, lanes.n[v]);
-      }
-    }
-  }
-
-  template <bool Whole>
-  void slice(int64_t output, const uint8_t* from, int64_t in_panel, const typename Kind::Scale* scales,
-             const uint8_t* next) const {
-    const Lanes lanes(in_panel - output % kPanel);
-    const Passes passes(x.count, kRows);
-    int64_t row = 0;
-    for (int64_t pass = 0; pass < passes.count; ++pass) {
-      const Ahead ahead(from, in_panel * row_bytes(), next, 4 * in_panel, pass, passes.count);
-      switch (passes.rows(pass)) {
-        case 6: block<6, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-        case 5: block<5, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-        case 4: block<4, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-        case 3: block<3, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-        case 2: block<2, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-        case 1: block<1, Whole>(row, output, from, in_panel, lanes, scales, ahead); break;
-      }
-      row += passes.rows(pass);
-    }
-  }
 
   int64_t row_bytes() const { return call.group ? x.width / 2 : x.width; }
 
-  // `apart`: panels from one that a thread takes to the next, as a rule.
-  void panel(int64_t number, int64_t apart) const {
-    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, call.outputs - begin);
-    const bool more = begin + (apart + 1) * kPanel <= call.outputs;
-    for (int64_t at = 0; at < in_panel; at += kSlice) {
-      const uint8_t* from = call.weight + begin * row_bytes() + 4 * at;
-      const uint8_t* next = more ? from + apart * kPanel * row_bytes() : nullptr;
-      const auto* scales = static_cast<const typename Kind::Scale*>(call.scales) + begin * x.groups + at;
-      if (in_panel - at >= kSlice) {
-        slice<true>(begin + at, from, in_panel, scales, next);
-      } else {
-        slice<false>(begin + at, from, in_panel, scales, next);
+  int64_t strip_bytes() const { return kStrip * row_bytes(); }
+
+  // `next`: the panel that this thread takes after it.
+  void panel(int64_t number, int64_t next) const {
+    constexpr int64_t strips = kPanel / kStrip;
+    const int64_t end = std::min((call.outputs + kStrip - 1) / kStrip, (number + 1) * strips);
+    if (x.count <= kFew && (number + 1) * kPanel <= call.outputs) {
+      static_assert(strips == 2 && (kFew == 0 || kStrip == kSlice));
+      const int64_t strip = number * strips;
+      const Slice slice = slice_at(strip * kStrip, kPanel, call.weight + strip * strip_bytes());
+      const Asked ahead{share(slice.from, next * strips, 0, 1),
+                        share(slice.from + strip_bytes(), next * strips + 1, 0, 1)};
+      kinds.beside(x.count, x, 0, slice, ahead, sums);
+      put(0, x.count, strip * kStrip, slice, 2 * kVecs);
+      return;
+    }
+    for (int64_t strip = number * strips; strip < end; ++strip)
+      sweep(strip, strip + 1 < end ? strip + 1 : next * strips);
+  }
+
+ private:
+  // The vectors of `outputs` outputs from `begin` on.
+  Slice slice_at(int64_t begin, int64_t outputs, const uint8_t* from) const {
+    Slice slice{from, nullptr, 0, strip_bytes(), {}, room.kept + begin % kStrip * 4, room.kept_scales};
+    if (call.group) {
+      const GroupScales scales(call.scales, call.outputs, x.groups, begin);
+      slice.scales = scales.first;
+      slice.apart = scales.apart;
+    } else {
+      slice.scales = static_cast<const float*>(call.scales) + begin;
+    }
+    for (int v = 0; v < 2 * kVecs; ++v)
+      slice.n[v] = static_cast<int>(std::clamp<int64_t>(outputs - v * kLanes, 0, kLanes));
+    return slice;
+  }
+
+  // What sweep `number` of `count` over a strip at `from` asks for, if strip `next` comes after it.
+  Share share(const uint8_t* from, int64_t next, int64_t number, int64_t count) const {
+    const uint8_t* then = next < call.outputs / kStrip ? call.weight + next * strip_bytes() : nullptr;
+    return Share(from, strip_bytes(), then, kTurn, x.count <= kinds.most, number, count);
+  }
+
+  void sweep(int64_t strip, int64_t next) const {
+    const int64_t begin = strip * kStrip, in_strip = std::min(kStrip, call.outputs - begin);
+    const uint8_t* from = call.weight + begin * row_bytes();
+    if (in_strip < kStrip) {
+      for (int64_t at = 0; at < row_bytes() / 4; ++at)
+        std::memcpy(room.whole + at * kStep, from + at * 4 * in_strip, 4 * in_strip);
+      from = room.whole;
+    }
+    const Passes passes(x.count, kinds.most);
+    const int64_t sweeps = (in_strip + kSlice - 1) / kSlice * passes.count;
+    int64_t number = 0;
+    for (int64_t at = 0; at < in_strip; at += kSlice) {
+      const Slice slice = slice_at(begin + at, in_strip - at, from + 4 * at);
+      int64_t row = 0;
+      for (int64_t pass = 0; pass < passes.count; ++pass, ++number) {
+        const int64_t rows = passes.rows(pass);
+        const Share own = share(from, next, number, sweeps);
+        (passes.count == 1 ? kinds.alone : pass == 0 ? kinds.first : kinds.others)(rows, x, row, slice, {own, own}, sums);
+        put(row, rows, begin + at, slice, kVecs);
+        row += rows;
+      }
+    }
+  }
+
+  void put(int64_t row, int64_t rows, int64_t output, const Slice& slice, int vecs) const {
+    switch (call.out_format) {
+      case kFloat32: return put_as<float>(row, rows, output, slice, vecs);
+      case kBfloat16: return put_as<bf16>(row, rows, output, slice, vecs);
+      case kFloat16: return put_as<fp16>(row, rows, output, slice, vecs);
+    }
+  }
+
+  template <class Out>
+  void put_as(int64_t row, int64_t rows, int64_t output, const Slice& slice, int vecs) const {
+    Out* out = static_cast<Out*>(call.out) + row * call.out_stride + output;
+    for (int v = 0; v < vecs; ++v) {
+      const int n = slice.n[v];
+      if (n == 0) break;
+      Vec b = call.bias ? load(call.bias + output + v * kLanes, n) : zero();
+      for (int64_t r = 0; r < rows; ++r) {
+        Out* to = out + r * call.out_stride + v * kLanes;
+        Vec sum = load(sums + (r * vecs + v) * kLanes) + b;
+        n == kLanes ? store(to, sum) : store(to, sum, n);
       }
     }
   }
 };
-
-template <class Kind>
-void sweep(const QuantizedLinear& call, const Rows& x, int64_t number, int64_t apart) {
-  alignas(64) float sums[kRows * kSlice];
-  switch (call.out_format) {
-    case kFloat32: return Sweep<Kind, float>{call, x, sums}.panel(number, apart);
-    case kBfloat16: return Sweep<Kind, bf16>{call, x, sums}.panel(number, apart);
-    case kFloat16: return Sweep<Kind, fp16>{call, x, sums}.panel(number, apart);
-  }
-}
 
 // Calls work(a number of the format).
 template <class Work>
@@ -333,7 +532,8 @@ inline uint32_t halves_apart(uint32_t eight) {
 
 MadeRows::MadeRows(const QuantizedLinear& call, int64_t count, void* memory)
     : count(count), width(up_to(call.width, 4)), groups(call.group ? call.width / call.group : 1),
-      stride(up_to(width, 64)) {
+      // an odd number of lines, or the first cache would have few places for all rows
+      stride(up_to(width, 64) | 64) {
   char* at = static_cast<char*>(memory);
   start = reinterpret_cast<int32_t*>(at);
   at += up_to(count * groups * 4, 64);
@@ -375,40 +575,57 @@ void make_row(const QuantizedLinear& call, const void* from, const MadeRows& row
   });
 }
 
-void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart) {
-  if (call.round_input) {
-    call.group ? sweep<Four>(call, rows, number, apart) : sweep<Eight>(call, rows, number, apart);
-  } else {
-    call.group ? sweep<WideFour>(call, rows, number, apart) : sweep<WideEight>(call, rows, number, apart);
-  }
+int64_t quantized_room(const QuantizedLinear& call, int64_t rows) { return up_to(Room(call, rows, nullptr).bytes, 64); }
+
+void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart, void* room) {
+  using enum Source;
+  const Kinds kinds = !call.round_input ? (call.group ? Kinds::of<WideFour>() : Kinds::of<WideEight>())
+                      : call.group      ? Kinds::of<Four<kHalves>, Four<kHalvesKept>, Four<kKept>>()
+                                        : Kinds::of<Eight>();
+  alignas(64) float sums[kRows * kSlice];
+  const Sweep sweep{call, rows, kinds, Room(call, rows.count, room), sums};
+  sweep.panel(number, number + apart);
 }
 
-int64_t quantized_scratch(const QuantizedLinear& call) { return MadeRows::bytes(call, call.rows); }
+int64_t quantized_scratch(int threads, const QuantizedLinear& call) {
+  return threads * quantized_room(call, call.rows) + MadeRows::bytes(call, call.rows);
+}
 
 void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch) {
-  const MadeRows rows(call, call.rows, scratch);
+  char* rooms = static_cast<char*>(scratch);
+  const int64_t room = quantized_room(call, call.rows), count = panels(call.outputs);
+  const MadeRows rows(call, call.rows, rooms + pool.size() * room);
   const int64_t size = call.format == kFloat32 ? 4 : 2;
   pool.each(call.rows, [&](int64_t row, int) {
     make_row(call, static_cast<const char*>(call.x) + row * call.stride * size, rows, row);
   });
-  pool.each(panels(call.outputs), [&](int64_t number, int) { quantized_panel(call, rows, number, pool.size()); });
+  // a thread says which panel it takes next before it begins one, and asks for it meanwhile
+  std::atomic<int64_t> taken{0};
+  pool.each(std::min<int64_t>(pool.size(), count), [&](int64_t, int thread) {
+    int64_t number = taken.fetch_add(1, std::memory_order_relaxed);
+    while (number < count) {
+      const int64_t next = taken.fetch_add(1, std::memory_order_relaxed);
+      quantized_panel(call, rows, number, next - number, rooms + thread * room);
+      number = next;
+    }
+  });
 }
 
-int64_t pack_quantized_scratch(int threads, int64_t row_bytes) { return threads * kPanel * row_bytes; }
+int64_t pack_quantized_scratch(int threads, int64_t row_bytes) { return threads * kStrip * row_bytes; }
 
 void pack_quantized(Pool& pool, void* weight, int64_t outputs, int64_t row_bytes, bool four_bits, void* scratch) {
-  pool.each(panels(outputs), [&](int64_t number, int thread) {
-    const int64_t begin = number * kPanel, in_panel = std::min(kPanel, outputs - begin);
+  pool.each((outputs + kStrip - 1) / kStrip, [&](int64_t number, int thread) {
+    const int64_t begin = number * kStrip, in_strip = std::min(kStrip, outputs - begin);
     uint8_t* rows = static_cast<uint8_t*>(weight) + begin * row_bytes;
-    uint8_t* panel = static_cast<uint8_t*>(scratch) + thread * kPanel * row_bytes;
-    for (int64_t n = 0; n < in_panel; ++n)
+    uint8_t* strip = static_cast<uint8_t*>(scratch) + thread * kStrip * row_bytes;
+    for (int64_t n = 0; n < in_strip; ++n)
       for (int64_t at = 0; at < row_bytes; at += 4) {
         uint32_t four;
         std::memcpy(&four, rows + n * row_bytes + at, 4);
         four = four_bits ? halves_apart(four) : four ^ 0x80808080u;
-        std::memcpy(panel + at * in_panel + 4 * n, &four, 4);
+        std::memcpy(strip + at * in_strip + 4 * n, &four, 4);
       }
-    std::memcpy(rows, panel, in_panel * row_bytes);
+    std::memcpy(rows, strip, in_strip * row_bytes);
   });
 }
 
@@ -419,24 +636,24 @@ void unpack_quantized(Pool& pool, const UnpackQuantized& call) {
   by_format(call.format, [&](auto kind) {
     using Out = decltype(kind);
     pool.each(call.rows, [&](int64_t number, int) {
-      const int64_t begin = call.ids[number] / kPanel * kPanel, in_panel = std::min(kPanel, outputs - begin);
+      const int64_t begin = call.ids[number] / kStrip * kStrip, in_strip = std::min(kStrip, outputs - begin);
       const int64_t n = call.ids[number] - begin;
       const uint8_t* at = call.weight + begin * row_bytes + 4 * n;
-      const bf16* group_scales = static_cast<const bf16*>(call.scales) + begin * groups + n;
+      const GroupScales scales(call.scales, outputs, groups, call.ids[number]);
       Out* out = static_cast<Out*>(call.out) + number * width;
       // kLanes inputs at a time, of which a group has a multiple
       for (int64_t k = 0; k < width; k += kLanes) {
         uint8_t codes[kLanes] = {};
         float scale;
         if (group) {
-          for (int eight = 0; eight < kLanes; eight += 8, at += 4 * in_panel)
+          for (int eight = 0; eight < kLanes; eight += 8, at += 4 * in_strip)
             for (int byte = 0; byte < 4; ++byte) {
               codes[eight + byte] = at[byte] & 15;
               codes[eight + 4 + byte] = at[byte] >> 4;
             }
-          scale = as_float(group_scales[k / group * in_panel]);
+          scale = as_float(scales.first[k / group * scales.apart]);
         } else {
-          for (int four = 0; four < kLanes && k + four < width; four += 4, at += 4 * in_panel)
+          for (int four = 0; four < kLanes && k + four < width; four += 4, at += 4 * in_strip)
             std::memcpy(codes + four, at, 4);
           scale = static_cast<const float*>(call.scales)[call.ids[number]];
         }

@@ -38,7 +38,7 @@ struct UnpackQuantized {
   void* out;           // [rows, width]
 };
 void unpack_quantized(Pool& pool, const UnpackQuantized& call);
-int64_t quantized_scratch(const QuantizedLinear& call);
+int64_t quantized_scratch(int threads, const QuantizedLinear& call);
 void quantized_linear(Pool& pool, const QuantizedLinear& call, void* scratch);
 
 // What `quantized_linear` is made of, for who chooses rows and outputs himself. Rows of x as they are multiplied, in whole
@@ -59,6 +59,8 @@ struct MadeRows {
 };
 void make_row(const QuantizedLinear& call, const void* from, const MadeRows& rows, int64_t row);
 // One panel of outputs, of rows that are made so; `apart`: panels from one that a thread takes to the next, as a rule.
-void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart);
+// `room` is the thread's own, as much as `quantized_room` says for that many rows or more.
+void quantized_panel(const QuantizedLinear& call, const MadeRows& rows, int64_t number, int64_t apart, void* room);
+int64_t quantized_room(const QuantizedLinear& call, int64_t rows);
 
 }  // namespace quire

@@ -129,6 +129,7 @@ inline Vec field(Ints a, int32_t of, float taken) {
 }
 inline Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints load_ints(const void* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
+inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 inline Ints widen_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -294,6 +295,7 @@ inline Ints load_ints(const void* p, int n) {
   std::memcpy(some, p, n * sizeof(int32_t));
   return load_ints(some);
 }
+inline void store_ints(void* p, Ints a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
 inline Ints widen_bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
