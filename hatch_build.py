@@ -28,17 +28,18 @@ class Prebuilt(BuildHookInterface):  # type: ignore[type-arg]
             return
         build = _build_module(Path(self.root))
         self.folder = tempfile.TemporaryDirectory()
-        try:
-            for level in build.LEVELS:
-                self.app.display_info(f"native kernels for {level.name}")
+        brought = {}
+        for level in build.LEVELS:
+            self.app.display_info(f"native kernels for {level.name}")
+            try:
                 made = build.put(level, Path(self.folder.name))
-                build_data["force_include"][str(made)] = f"quire_kernels/cpu/prebuilt/{made.name}"
-        except build.BackendUnavailable as error:
-            build_data["force_include"].clear()
-            self.app.display_warning(
-                f"no native kernels in this wheel, they are built at their first use: {error}"
-            )
+            except build.BackendUnavailable as error:
+                self.app.display_warning(f"none in this wheel, they are built at their first use: {error}")
+                continue
+            brought[str(made)] = f"quire_kernels/cpu/prebuilt/{made.name}"
+        if not brought:
             return
+        build_data["force_include"].update(brought)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

@@ -62,7 +62,7 @@ def attest(model: DecoderModel, kv: KVCache, *, block_size: int, backend: str) -
             before, after = beside[:1], beside[1:]
             states = _states(model, kv, [*before, part, *after], block_size)
             first = sum(len(other.token_ids) for other in before)
-            found.append(states[first : first + end - start])
+            found.append(states[first : first + end - start].clone())
         return torch.cat(found)
 
     whole = rows(length)

@@ -289,8 +289,7 @@ class Scheduler:
         share = self.limits.max_prefill_tokens
         if share is None or not self.limits.chunked_prefill:
             return self.limits.max_num_batched_tokens
-        writes = any(request.num_planned >= request.num_prompt for request in self.running)
-        return share if writes else self.limits.max_num_batched_tokens
+        return share if any(map(_writes, self.running)) else self.limits.max_num_batched_tokens
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take over what a step computed. Requests that left since `schedule` are passed over."""
@@ -414,13 +413,12 @@ class Scheduler:
                 count = self._chunk(request, count, most, first=not items) if count and most else 0
                 if not count:
                     continue
+                draft.prompts_left -= count
                 is_short = False
             end = start + count
             if end > request.capacity and not self._make_room(request, end, draft.preempted):
                 break
             left -= count
-            if count > 1:
-                draft.prompts_left -= count
             if not is_short:
                 items.append(self._scheduled(request, start, end, known))
                 continue
@@ -696,6 +694,13 @@ class Scheduler:
             raise InvariantBroken("a block is said to come from a request that does not run")
         if not self.running and self._coming:
             raise InvariantBroken("blocks are said to come, and nobody runs")
+
+
+def _writes(request: Request) -> bool:
+    """Whether a running request lacks exactly the token that comes next, and will get it."""
+    known = request.num_known + request.num_drawing
+    ends = request.num_drawing and known >= request.full_at
+    return known - request.num_planned == 1 and not ends and not request.told
 
 
 def _new_scores(request: Request, item: Scheduled, result: StepResult) -> list[TokenLogprobs]:

@@ -56,9 +56,9 @@ class HeadNorms:
     eps: float
 
 
-Body = Callable[[Tensor, Tensor, Tensor, Sequence[PagedBatch]], Tensor]
-"""A model's layers: of token ids [T] int64, cosines and sines (as of `Kernels.place_heads`), and the batch of each
-kind of layer, the final states of the rows that are wanted."""
+Body = Callable[[Tensor, Sequence[PagedBatch]], Tensor]
+"""A model's layers: of token ids [T] int64 and the batch of each kind of layer, the final states of the rows that
+are wanted."""
 
 
 class Product(Protocol):
@@ -139,6 +139,10 @@ class Kernels(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
 
+    def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """By how much `place_heads` turns: of `positions` [T] int64 and `frequencies` [D / 2] float32 the cosines
+        and signed sines of position · frequency, times `factor`, as it takes them."""
+
     def place_heads(
         self,
         qkv: Tensor,
@@ -153,13 +157,13 @@ class Kernels(Protocol):
 
         `qkv` [T, H + 2·K, D], with `num_heads` H: queries, keys, values; there and in what is returned each
         token's numbers are dense. Rotation turns the pairs (x[d], x[d + D/2]) of each head: `cos` and `sin`
-        [T, 1, D] float32, where `sin` carries the sign, its first half negated (what `quire_engine.layers.rotary`
-        builds). Keys and values go to `slots` [T] int64 of `cache` [2, N, P, K, D], cast to its dtype; within a
-        block their order is the back-end's own. An int8 cache, which `reference` and `cpu` take and where D is a
-        multiple of 4, is [2, N, P, K, D + 4]: each head of a token is rounded by a float32 scale of its own, so
-        that its largest number becomes 127, and the scale is kept beside it. A head with a number that is not
-        finite reads as NaN. A token with a negative slot is padding of a captured graph, and
-        nothing is stored for it: batches for `triton` alone may have such tokens.
+        [T, 1, D] float32, where `sin` carries the sign, its first half negated. Keys and values go to `slots` [T]
+        int64 of `cache` [2, N, P, K, D], cast to its dtype; within a block their order is the back-end's own. An
+        int8 cache, which `reference` and `cpu` take and where D is a multiple of 4, is [2, N, P, K, D + 4]: each
+        head of a token is rounded by a float32 scale of its own, so that its largest number becomes 127, and the
+        scale is kept beside it. A head with a number that is not finite reads as NaN. A token with a negative slot
+        is padding of a captured graph, and nothing is stored for it: batches for `triton` alone may have such
+        tokens.
         """
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> PagedAttention:
@@ -190,7 +194,7 @@ class Kernels(Protocol):
 
         A body hands what it is given, views of it and results to operations of these kernels, does nothing else
         with them, and neither looks at numbers nor depends on how many rows there are. What is returned takes
-        what the body takes and gives the same, as new tensors.
+        what the body takes and gives the same; the tensor that it gives may be another's from the next call on.
         """
 
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -546,5 +546,5 @@ def limits_of(resolved: Mapping[str, Any], device: Literal["cpu", "cuda"], diges
         chunked_prefill=batching["chunkedPrefill"],
         policy=batching["policy"],
         max_waiting=batching["maxQueueLength"],
-        max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens", "auto"), device),
+        max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens"), device),
     )

@@ -187,7 +187,7 @@ class Placement:
             chunked_prefill=batching["chunkedPrefill"],
             policy=batching["policy"],
             max_waiting=batching["maxQueueLength"],
-            max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens", "auto"), self.device),
+            max_prefill_tokens=prefill_share(batching.get("maxPrefillTokens"), self.device),
             prefix_caching=batching["prefixCaching"],
             # placements from before it could be auto leave it to what was declared
             async_scheduling=self.async_scheduling or batching.get("asyncScheduling") is True,
@@ -316,7 +316,7 @@ def place(
         )
     threads = resolved["resources"]["cpu"] or inventory.cores
     if threads > inventory.cores:
-        notes.append(f"spec.resources.cpu {threads} is more than the {inventory.cores} cores of this machine")
+        notes.append(f"spec.resources.cpu {threads} is more than this machine's {inventory.cores} physical cores")
     return Placed(
         Placement(
             model_dir=folders[0],

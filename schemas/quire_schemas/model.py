@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
-DEFAULTS_VERSION = 1
+DEFAULTS_VERSION = 2
 MAX_MODEL_LEN = 16_777_216
 MAX_STEP_TOKENS = 1_048_576
 _CPU_PREFILL_TOKENS = 64
@@ -815,8 +815,9 @@ def resolve_defaults(model: Model) -> dict[str, Any]:
     return resolved
 
 
-def prefill_share(declared: int | Literal["auto"], device: Literal["cpu", "cuda"]) -> int | None:
-    """What `batching.maxPrefillTokens` is on a device; None: as many as there is room for."""
+def prefill_share(declared: int | Literal["auto"] | None, device: Literal["cpu", "cuda"]) -> int | None:
+    """What `batching.maxPrefillTokens` is on a device. None: as many as there is room for, as revisions have that
+    are older than the field."""
     if declared != "auto":
         return declared
     return _CPU_PREFILL_TOKENS if device == "cpu" else None

@@ -412,11 +412,28 @@ def activation_bytes(
     output = tokens * q * e + max(norm + tokens * hidden * e, tokens * hidden * e + product(tokens, q, hidden))
     head = rows * (profile.vocab_size * (e + _SAMPLER_BYTES) + 4 * hidden * 4)
     head = max(head, rows * profile.vocab_size * 4 + product(rows, hidden, profile.vocab_size))
-    step = base + max(attention, mlp, output, norm, head)
+    # native steps are recorded: their buffers stay while a token is drawn
+    recorded = _recorded_bytes(profile, tokens, e) - tokens * 2 * hidden * e  # of which two are in `base`
+    step = base + max(attention, mlp, output, norm, head, recorded + head)
     if quantization is None:
         return step
     piece = max(hidden, widest, q, min(QUANTIZED_AT_A_TIME, max(profile.vocab_size, widest, q) * hidden))
     return max(step, piece * _QUANTIZING_BYTES)
+
+
+def _recorded_bytes(profile: ModelProfile, tokens: int, e: int) -> int:
+    """The buffers of a recorded step (`quire_kernels/cpu/program.py`): of each width as many as are in use at a
+    time, for a multiple of 64 tokens."""
+    hidden, q, kv, experts = profile.hidden_size, profile.q_size, profile.kv_size, profile.experts
+    inner = 0 if experts is not None and all(experts.layers) else profile.intermediate_size
+    # states, residual, what a layer gives; queries, heads, the last ones taken; both halves of a gate, and it
+    row = e * (5 * hidden + 4 * q + 2 * kv + 3 * inner)
+    row += (
+        len(kv_groups(profile)) * 8 + 24 + 2 * profile.head_dim * 4
+    )  # slots, ids, places, rows; cosines and sines
+    if experts is not None:
+        row += experts.num_experts * 4 + experts.num_experts_per_tok * 12
+    return -(-tokens // 64) * 64 * row + 4096
 
 
 def _experts_scratch(

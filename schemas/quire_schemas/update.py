@@ -123,7 +123,9 @@ def template_hash(resolved: Mapping[str, Any], raised: EngineLimits | None = Non
 
 def hot_hash(resolved: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the hot fields that an engine acts on."""
-    return _sha256({name: _at(resolved, name) for name in ENGINE_HOT})
+    # a revision that is older than a field says nothing of it, and its engines keep what they were told
+    values = {name: _at(resolved, name) for name in ENGINE_HOT}
+    return _sha256({name: value for name, value in values.items() if value is not None})
 
 
 def _classify(
@@ -214,7 +216,7 @@ def _at(resolved: Mapping[str, Any], path: str) -> Any:
     section: Any = resolved
     for part in sections:
         section = section[part]
-    return section.get(name)  # a revision may be older than the field
+    return section.get(name)
 
 
 def _sha256(value: Any) -> str:

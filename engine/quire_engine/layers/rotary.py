@@ -22,24 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire_kernels import Kernels
+
 
 class Rotary:
     """Cosines and sines for the positions of a step. `rope` is `ModelProfile.rope_parameters`."""
 
-    def __init__(self, rope: Mapping[str, Any], head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: Mapping[str, Any], head_dim: int, device: torch.device, kernels: Kernels) -> None:
         frequencies, self._factor = _frequencies(rope, head_dim)
         self._frequencies = frequencies.to(device)
-        half = head_dim // 2
-        self._sign = torch.cat((-torch.ones(half), torch.ones(half))).mul_(self._factor).to(device)
+        self._kernels = kernels
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`positions` [T] to cosines and signed sines, [T, 1, D] float32, as `Kernels.place_heads` takes them."""
-        angles = positions.float()[:, None] * self._frequencies
-        angles = torch.cat((angles, angles), -1)
-        cos, sin = angles.cos(), angles.sin_().mul_(self._sign)
-        if self._factor != 1.0:
-            cos.mul_(self._factor)
-        return cos[:, None], sin[:, None]
+        return self._kernels.turns(positions, self._frequencies, self._factor)
 
 
 def _frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:

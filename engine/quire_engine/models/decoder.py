@@ -178,7 +178,7 @@ class DecoderModel:
             layers=tuple(layer(index) for index in range(profile.num_layers)),
             norm=norm("model.norm"),
             head=method.products(["model.embed_tokens.weight" if tied else "lm_head.weight"])[0],
-            rotary=Rotary(profile.rope_parameters, profile.head_dim, device),
+            rotary=Rotary(profile.rope_parameters, profile.head_dim, device, kernels),
             kernels=kernels,
         )
 
@@ -196,27 +196,24 @@ class DecoderModel:
         """What the parameters hold."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    @torch.inference_mode()
     def forward(self, token_ids: Tensor, batches: Sequence[PagedBatch], kv: KVCache) -> Tensor:
         """Computes one step: `token_ids` [T] int64 at the places `batches` say, keys and values into `kv`.
 
         `batches` has the addresses of the same tokens in each group of the cache. Returns the final states of
-        `logits_rows`, normed, [R, W].
+        `logits_rows`, normed, [R, W], which hold until the next step.
         """
-        cos, sin = self._rotary(batches[0].positions)
-        return self._body_over(kv)(token_ids, cos, sin, batches)
+        return self._body_over(kv)(token_ids, batches)
 
     def _body_over(self, kv: KVCache) -> Body:
         if self._body is None or self._body[0] is not kv:
             self._body = kv, self.kernels.recorded(partial(self._compute, kv))
         return self._body[1]
 
-    def _compute(
-        self, kv: KVCache, token_ids: Tensor, cos: Tensor, sin: Tensor, batches: Sequence[PagedBatch]
-    ) -> Tensor:
+    def _compute(self, kv: KVCache, token_ids: Tensor, batches: Sequence[PagedBatch]) -> Tensor:
         """All layers; a `Body` that is told its cache."""
         batch = batches[0]
         rows = batch.logits_rows
+        cos, sin = self._rotary(batch.positions)
         attentions = [
             self.kernels.paged_attention(addresses, window=group.window)
             for addresses, group in zip(batches, kv.groups, strict=True)
@@ -239,17 +236,14 @@ class DecoderModel:
             x = following.add(layer.mlp(x), residual)
         return x
 
-    @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Of final states [R, W]: the logits [R, V], float32."""
         return self._head.wide(states)
 
-    @torch.inference_mode()
     def best(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Of final states [R, W]: the largest logit of each, [R] float32, and its token, [R] int64."""
         return self.kernels.largest_of(self._head, states)
 
-    @torch.inference_mode()
     def narrow_logits(self, states: Tensor) -> Tensor:
         """The same in the model's own number format, where that is all that is wanted of them."""
         return self._head(states)

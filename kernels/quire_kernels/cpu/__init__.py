@@ -14,6 +14,7 @@ Legend: see `quire_kernels`.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ from quire_kernels.cpu.native import (
     Sequences,
     SiluMul,
     Take,
+    Turns,
     address,
 )
 from quire_kernels.cpu.products import ByTorch, Packed, PackedQuantized
@@ -90,11 +92,13 @@ class CpuKernels:
     def __init__(self, threads: int, level: build.Level | None = None) -> None:
         self._native = Native(threads, level)
         self._slabs = Slabs()
+        self._recorded: weakref.WeakSet[Recorded] = weakref.WeakSet()
 
     @property
     def kept_bytes(self) -> int:
-        """What the library keeps for itself between operations: room for the widest so far."""
-        return int(self._native.library.quire_kept(self._native.engine))
+        """What is kept between steps: the library's room for its widest operation so far, and recorded buffers."""
+        kept = int(self._native.library.quire_kept(self._native.engine))
+        return kept + sum(recorded.bytes for recorded in self._recorded)
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         if weight.shape[1] % 2:
@@ -155,6 +159,17 @@ class CpuKernels:
             )
         )  # fmt: skip
         return out
+
+    def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        native, tokens, width = self._native, positions.shape[0], 2 * frequencies.shape[0]
+        cos, sin = (native.empty((tokens, 1, width), torch.float32) for _ in range(2))
+        native.run(
+            Turns(
+                tokens, native.address(positions), frequencies.data_ptr(), width, factor, cos.data_ptr(),
+                sin.data_ptr(),
+            )
+        )  # fmt: skip
+        return cos, sin
 
     def place_heads(
         self,
@@ -226,7 +241,9 @@ class CpuKernels:
         return out
 
     def recorded(self, body: Body) -> Body:
-        return Recorded(self._native, body)
+        recorded = Recorded(self._native, body)
+        self._recorded.add(recorded)
+        return recorded
 
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, width = logits.shape

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -28,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire_kernels.errors import BackendUnavailable
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -84,8 +87,9 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def library(level: Level | None = None) -> Path:
-    """The file of the library for `level`, or for this processor's best; built if it is not there.
+def library(level: Level | None = None, *, own: bool = False) -> Path:
+    """The file of the library for `level`, or for this processor's best; built if it is not there. `own`: not one
+    that a wheel brought.
 
     Raises `BackendUnavailable`, saying why: the processor, no compiler, or what the compiler said.
     """
@@ -93,7 +97,7 @@ def library(level: Level | None = None) -> Path:
         raise BackendUnavailable(f"there is no native code for {platform.machine()}")
     level = level or best_level(cpu_flags())
     name = _name(level)
-    if (brought := PREBUILT / name).exists():
+    if not own and (brought := PREBUILT / name).exists():
         return brought
     made = _cache() / name
     return made if made.exists() else put(level, made.parent)
@@ -114,6 +118,18 @@ def _name(level: Level) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return f"quire-{level.name}-{digest.hexdigest()[:16]}.so"
+
+
+def opened(level: Level | None = None) -> ctypes.CDLL:
+    """The library for `level`, loaded; built here where a wheel's is for another system. Raises as `library`."""
+    path = library(level)
+    try:
+        return load(path)
+    except BackendUnavailable as error:
+        if path.parent != PREBUILT:
+            raise
+        log.warning("%s; it is built here instead", error)
+    return load(library(level, own=True))
 
 
 def load(path: Path) -> ctypes.CDLL:

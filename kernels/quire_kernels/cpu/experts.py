@@ -28,7 +28,7 @@ def native_experts(native: Native, experts: Sequence[GatedProducts]) -> Experts:
     given = list(itertools.chain.from_iterable(experts))
     products = [product for product in given if isinstance(product, Packed | PackedQuantized)]
     if len(products) < len(given):
-        return _ByTorch(native, EachExpert(experts))
+        return _OneByOne(native, EachExpert(experts))
     gate = products[0].call
     inward, outward = (gate.outputs, gate.width), (gate.width, gate.outputs)
     shapes = itertools.cycle((inward, inward, outward))
@@ -79,7 +79,7 @@ class PackedExperts:
 
 
 @dataclass(slots=True, frozen=True)
-class _ByTorch:
+class _OneByOne:
     """`Experts` with an odd number of inputs."""
 
     native: Native

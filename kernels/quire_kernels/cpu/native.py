@@ -106,6 +106,14 @@ class AddRmsNorm(Call):
     )  # fmt: skip
 
 
+class Turns(Call):
+    operation = "quire_turns"
+    _fields_ = (
+        ("rows", c_int64), ("positions", c_void_p), ("frequencies", c_void_p), ("width", c_int64),
+        ("factor", c_double), ("cos", c_void_p), ("sin", c_void_p),
+    )  # fmt: skip
+
+
 class PlaceHeads(Call):
     operation = "quire_place_heads"
     _fields_ = (
@@ -197,8 +205,8 @@ class Sequences(ctypes.Structure):
 
 
 CALLS: tuple[type[Call], ...] = (
-    Linear, UnpackRows, QuantizedLinear, UnpackQuantized, Route, ExpertsCall, RmsNorm, AddRmsNorm, PlaceHeads,
-    SiluMul, Take, Largest, LinearLargest, QuantizedLargest, MaskTokens, Attention,
+    Linear, UnpackRows, QuantizedLinear, UnpackQuantized, Route, ExpertsCall, RmsNorm, AddRmsNorm, Turns,
+    PlaceHeads, SiluMul, Take, Largest, LinearLargest, QuantizedLargest, MaskTokens, Attention,
 )  # fmt: skip
 
 
@@ -206,7 +214,7 @@ class Native:
     """The library with a pool of threads. Calls must not overlap: an engine makes one step at a time."""
 
     def __init__(self, threads: int, level: build.Level | None) -> None:
-        library = build.load(build.library(level))
+        library = build.opened(level)
         library.quire_open.restype = c_void_p
         library.quire_open.argtypes = (c_int,)
         library.quire_close.argtypes = (c_void_p,)

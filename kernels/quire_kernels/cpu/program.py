@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,25 +105,29 @@ class _Program:
     """A recording that can be run."""
 
     recording: Recording
-    inputs: list[Tensor]
-    """For the slots of each batch, then for token ids, cosines and sines, then for the rows that are wanted."""
+    inputs: list[int]
+    """Where the slots of each batch go, then token ids, positions, and the rows that are wanted."""
     sequences: list[Sequences]
     calls: ctypes.Array[_Recorded]
     result: Tensor
     """For as many rows as there can be."""
+    results: dict[int, Tensor] = field(default_factory=dict)
+    """Its first rows, by their number: a step goes through all memory, and torch's own code is far away then."""
 
-    def run(
-        self, native: Native, token_ids: Tensor, cos: Tensor, sin: Tensor, batches: Sequence[PagedBatch]
-    ) -> Tensor:
-        tokens, rows = token_ids.shape[0], batches[0].logits_rows.shape[0]
-        given = [*(batch.slot_mapping for batch in batches), token_ids, cos, sin, batches[0].logits_rows]
+    def run(self, native: Native, token_ids: Tensor, batches: Sequence[PagedBatch]) -> Tensor:
+        first = batches[0]
+        tokens, rows = token_ids.shape[0], first.logits_rows.shape[0]
+        given = [*(batch.slot_mapping for batch in batches), token_ids, first.positions, first.logits_rows]
         for buffer, tensor in zip(self.inputs, given, strict=True):
-            buffer[: tensor.shape[0]] = tensor
+            ctypes.memmove(buffer, tensor.data_ptr(), tensor.nbytes)
         for sequences, batch in zip(self.sequences, batches, strict=True):
             sequences.point_to(batch)
         counts = (c_int64 * 2)(tokens, rows)
         native.library.quire_run(native.engine, self.calls, len(self.calls), counts)
-        return self.result[:rows].clone()
+        states = self.results.get(rows)
+        if states is None:
+            states = self.results[rows] = self.result[:rows]
+        return states
 
 
 class Recorded:
@@ -145,35 +149,40 @@ class Recorded:
         """Of its buffers."""
         return 0 if self._program is None else self._program.recording.bytes
 
-    def __call__(self, token_ids: Tensor, cos: Tensor, sin: Tensor, batches: Sequence[PagedBatch]) -> Tensor:
+    def __call__(self, token_ids: Tensor, batches: Sequence[PagedBatch]) -> Tensor:
         tokens = token_ids.shape[0]
         if self._recordable and self.tokens < tokens:
             self._program = None  # its buffers first
             try:
-                self._program = self._record(-(-tokens // _GRAIN) * _GRAIN, token_ids, cos, sin, batches)
+                self._program = self._record(-(-tokens // _GRAIN) * _GRAIN, token_ids, batches)
             except NotRecordable:
                 self._recordable = False
         if self._program is None:
-            return self._body(token_ids, cos, sin, batches)
-        return self._program.run(self._native, token_ids, cos, sin, batches)
+            return self._body(token_ids, batches)
+        return self._program.run(self._native, token_ids, batches)
 
-    def _record(
-        self, most: int, token_ids: Tensor, cos: Tensor, sin: Tensor, batches: Sequence[PagedBatch]
-    ) -> _Program:
+    def _record(self, most: int, token_ids: Tensor, batches: Sequence[PagedBatch]) -> _Program:
         recording = Recording(most)
 
         def buffer(like: Tensor, rows: int) -> Tensor:
             return recording.empty((rows, *like.shape[1:]), like.dtype)
 
         slots = [buffer(batch.slot_mapping, _TOKENS) for batch in batches]
-        ids, turns = buffer(token_ids, _TOKENS), (buffer(cos, _TOKENS), buffer(sin, _TOKENS))
+        ids, positions = buffer(token_ids, _TOKENS), buffer(batches[0].positions, _TOKENS)
         rows = buffer(batches[0].logits_rows, _ROWS)
         stand_ins = [
-            replace(batch, slot_mapping=at, logits_rows=rows, query_lens=(1,) * _TOKENS, every_row=False)
+            replace(
+                batch,
+                positions=positions,
+                slot_mapping=at,
+                logits_rows=rows,
+                query_lens=(1,) * _TOKENS,
+                every_row=False,
+            )
             for batch, at in zip(batches, slots, strict=True)
         ]
         with _recorded_by(self._native, recording):
-            result = self._body(ids, *turns, stand_ins)
+            result = self._body(ids, stand_ins)
         calls = (_Recorded * len(recording.calls))()
         for entry, call in zip(calls, recording.calls, strict=True):
             entry.function = ctypes.cast(self._native.functions[type(call)], c_void_p).value
@@ -181,7 +190,7 @@ class Recorded:
             entry.count = 0 if call.rows == _TOKENS else 1
         return _Program(
             recording,
-            [_whole(recording, tensor) for tensor in (*slots, ids, *turns, rows)],
+            [recording.address(tensor) for tensor in (*slots, ids, positions, rows)],
             [recording.sequences(batch) for batch in stand_ins],
             calls,
             _whole(recording, result),

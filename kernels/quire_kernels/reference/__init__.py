@@ -16,6 +16,7 @@ from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
 from quire_kernels.reference.bytes import to_bytes
 from quire_kernels.reference.experts import EachExpert, route
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
+from quire_kernels.reference.rotation import turns
 
 if TYPE_CHECKING:
     from quire_kernels import Body, GatedProducts, HeadNorms, Product
@@ -47,6 +48,9 @@ class ReferenceKernels:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         residual.add_(x)
         return self.rms_norm(residual, weight, eps)
+
+    def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        return turns(positions, frequencies, factor)
 
     def place_heads(
         self,

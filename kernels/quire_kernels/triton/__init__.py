@@ -23,6 +23,7 @@ from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference import ReferenceKernels
+from quire_kernels.reference.rotation import turns
 from quire_kernels.triton import gate, heads, norm, tokens
 from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
@@ -62,6 +63,9 @@ class TritonKernels:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.add_rms_norm(x, residual, weight, eps)
+
+    def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        return turns(positions, frequencies, factor)
 
     def place_heads(
         self,

@@ -230,6 +230,8 @@ MIXED = SLIDING | {
         (SMALL, [(4, 8000, 1)], 8192),
         (WIDE_HEAD, [(16, 20, 1)], 64),
         (WIDE_MLP, [(1, 0, 300)], 512),
+        (WIDE_MLP | WIDE_HEAD | {"hidden_size": 512}, [(1, 0, 450), (31, 20, 1)], 512),
+        (SMALL, [(1, 0, 1)], 64),
         (MANY_HEADS, [(1, 0, 200), (6, 700, 1)], 1024),
         (MANY_HEADS, [(2, 8000, 1), (1, 8000, 30)], 8192),
         (QWEN3, [(1, 0, 300), (3, 40, 1)], 512),
@@ -297,7 +299,8 @@ def a_step_stays_below_the_bound(
         found += kernels.kept_bytes
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length, quantization=quantization)
     assert found <= bound
-    if backend == "reference":  # native attention gathers nothing
+    # native attention gathers nothing, and native buffers are for 64 tokens at least
+    if backend == "reference" and tokens > 1:
         assert found >= bound / 8
 
 

@@ -463,5 +463,8 @@ def test_variants_that_are_not_supported_are_refused_by_name(
 def test_a_rope_type_that_slipped_through_does_not_become_the_default() -> None:
     with pytest.raises(ValueError, match="spiral"):
         Rotary(
-            {"rope_type": "spiral", "rope_theta": 1.0, "factor": 2, "original_max_position_embeddings": 4}, 8, CPU
+            {"rope_type": "spiral", "rope_theta": 1.0, "factor": 2, "original_max_position_embeddings": 4},
+            8,
+            CPU,
+            load("reference"),
         )

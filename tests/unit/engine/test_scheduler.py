@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.engine.scheduling import EOS, make_request, make_scheduler, step
+from tests.unit.engine.scheduling import EOS, make_request, make_scheduler, scripted, step
 
 from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
@@ -57,6 +57,29 @@ def test_who_writes_waits_for_no_more_of_a_prompt_than_the_limit_says() -> None:
     scheduler.set_limits(BatchLimits(4, 16, True))
     scheduler.add(make_request("d", 9, 1))
     assert parts() == {"a": 1, "b": 1, "c": 1, "d": 9}
+
+
+def test_one_token_of_prompts_is_one_for_all_of_them_together() -> None:
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=8, budget=16, prompts=1)
+    scheduler.add(make_request("a", 4, 30))
+    step(scheduler)
+    for name in "bcdef":
+        scheduler.add(make_request(name, 9, 5))
+    for _ in range(6):
+        plan, _ = step(scheduler)
+        assert sum(item.end - item.start for item in plan.items if item.request_id != "a") == 1
+
+
+def test_who_has_drawn_its_last_token_holds_up_no_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=30, budget=16, prompts=4)
+    scheduler.add(make_request("a", 14, 1))
+    first = scheduler.schedule()
+    scheduler.add(make_request("b", 10, 1))
+    second = scheduler.schedule()
+    assert [item.end for item in second.items] == [10]
+    for plan in (first, second):
+        scheduler.commit(plan, scripted(plan))
+    assert not scheduler.has_work
 
 
 def test_without_chunks_a_prompt_above_the_budget_goes_alone() -> None:

@@ -302,6 +302,16 @@ def test_norms(kernels: Backend, dtype: torch.dtype) -> None:
     assert torch.equal(residual, total)
 
 
+@pytest.mark.parametrize("width", [2, 10, 64])
+def test_turns_are_cosines_and_signed_sines(kernels: Backend, width: int) -> None:
+    positions = torch.tensor([0, 1, 7, 4000, 131_071, 3])
+    frequencies = 10_000.0 ** -(torch.arange(width // 2) * 2 / width)
+    angles = (positions.float()[:, None] * frequencies).double()
+    cos, sin = kernels.turns(positions, frequencies, 1.3)
+    close(cos, 1.3 * torch.cat((angles.cos(), angles.cos()), -1)[:, None])
+    close(sin, 1.3 * torch.cat((-angles.sin(), angles.sin()), -1)[:, None])
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_heads_are_normed_turned_and_kept(kernels: Backend, dtype: torch.dtype, normed: bool) -> None:

@@ -79,6 +79,20 @@ def test_what_a_wheel_brings_is_taken_first(
     assert "failed" in _fails(level)
 
 
+def test_a_wheel_of_another_system_is_passed_over(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler(WRITES)
+    level = build.LEVELS[-1]
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    brought = build.put(level, tmp_path / "prebuilt")
+    compiler('while [ "$1" != -o ]; do shift; done; exec cc -shared -o "$2" -x c /dev/null')
+    assert build.opened(level)._name != str(brought)
+    assert f"{brought} cannot be loaded" in caplog.text
+    compiler("exit 1")
+    assert build.opened(level)._name != str(brought), "it is there now"
+
+
 @pytest.mark.nightly
 def test_a_wheel_brings_every_level(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "-q"]

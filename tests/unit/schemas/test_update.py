@@ -9,6 +9,7 @@ those who upgrade: it needs an entry in the changelog. To write it anew:
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 
 from quire_schemas.fields import dotted, walk
 from quire_schemas.manifest import intent_hash, load
-from quire_schemas.model import Model, ModelSpec, resolve_defaults
+from quire_schemas.model import Model, ModelSpec, prefill_share, resolve_defaults
 from quire_schemas.resource import Strict, update_tag
 from quire_schemas.update import (
     ENGINE_HOT,
@@ -246,6 +247,19 @@ def test_differences_come_field_by_field_in_schema_order() -> None:
         ),
         FieldChange("spec.env[C]", None, {"name": "C", "value": "4", **variable}, UpdateClass.ROLLING),
     )
+
+
+def test_a_revision_that_is_older_than_a_field_keeps_its_engines_as_they_are() -> None:
+    older = resolved()
+    del older["batching"]["maxPrefillTokens"]
+    assert hot_hash(older) != hot_hash(resolved())
+    named = {
+        "batching.maxNumSeqs": 64, "batching.maxNumBatchedTokens": 512, "batching.chunkedPrefill": True,
+        "batching.policy": "fcfs", "batching.maxQueueLength": 512,
+    }  # fmt: skip
+    text = json.dumps(named, sort_keys=True, separators=(",", ":"))
+    assert hot_hash(older) == hashlib.sha256(text.encode()).hexdigest(), "what the release before made of it"
+    assert prefill_share(older["batching"].get("maxPrefillTokens"), "cpu") is None
 
 
 def test_a_spec_does_not_differ_from_itself() -> None:

@@ -83,6 +83,7 @@ void quire_experts(Engine* it, const Experts* call) {
 }
 void quire_rms_norm(Engine* it, const RmsNorm* call) { rms_norm(it->pool, *call); }
 void quire_add_rms_norm(Engine* it, const AddRmsNorm* call) { add_rms_norm(it->pool, *call); }
+void quire_turns(Engine* it, const Turns* call) { turns(it->pool, *call); }
 void quire_place_heads(Engine* it, const PlaceHeads* call) {
   place_heads(it->pool, *call, it->room(place_heads_scratch(it->pool.size(), *call)));
 }

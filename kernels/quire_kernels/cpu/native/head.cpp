@@ -45,8 +45,13 @@ Product whole(const Head<Product>& call) {
 }
 
 template <class Product>
+int64_t some_of(const Head<Product>& call) {
+  return (std::min(kSome, call.product->outputs) + 15) / 16 * 16;  // what lies behind begins with a line of memory
+}
+
+template <class Product>
 int64_t scratch_of(int threads, const Head<Product>& call) {
-  return call.rows * kSome * 4 + product_scratch(threads, whole(call));
+  return call.rows * some_of(call) * 4 + product_scratch(threads, whole(call));
 }
 
 template <class Product>
@@ -58,7 +63,7 @@ void search(Pool& pool, const Head<Product>& call, void* scratch) {
     some.outputs = std::min(kSome, all.outputs - begin);
     some.out = logits;
     some.out_stride = some.outputs;
-    multiply(pool, some, logits + call.rows * kSome);
+    multiply(pool, some, logits + call.rows * some_of(call));
     pool.each(call.rows, [&](int64_t row, int) {
       const Peak found = peak(logits + row * some.outputs, 0, some.outputs);
       float& value = call.values[row];

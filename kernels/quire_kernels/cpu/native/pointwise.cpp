@@ -100,6 +100,20 @@ void add_rms_norm(Pool& pool, const AddRmsNorm& call) {
   });
 }
 
+void turns(Pool& pool, const Turns& call) {
+  const int64_t half = call.width / 2;
+  const float factor = static_cast<float>(call.factor);
+  in_pieces(pool, call.rows, 64 * call.width, [&](int64_t row) {  // a number takes as long as many elsewhere
+    float *cos = call.cos + row * call.width, *sin = call.sin + row * call.width;
+    for (int64_t d = 0; d < half; ++d) {
+      const float angle = static_cast<float>(call.positions[row]) * call.frequencies[d];
+      cos[d] = cos[d + half] = std::cos(angle) * factor;
+      sin[d + half] = std::sin(angle) * factor;
+      sin[d] = -sin[d + half];
+    }
+  });
+}
+
 int64_t place_heads_scratch(int threads, const PlaceHeads& call) {
   return threads * call.cache.kv_heads * call.cache.head_dim * static_cast<int64_t>(sizeof(float));
 }

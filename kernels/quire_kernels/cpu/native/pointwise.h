@@ -33,6 +33,17 @@ struct AddRmsNorm {
 };
 void add_rms_norm(Pool& pool, const AddRmsNorm& call);
 
+// Cosines and signed sines of position · frequency.
+struct Turns {
+  int64_t rows;
+  const int64_t* positions;
+  const float* frequencies;  // [width / 2]
+  int64_t width;
+  double factor;
+  float *cos, *sin;  // [rows, width]
+};
+void turns(Pool& pool, const Turns& call);
+
 // Norms of queries and keys, if they have weights, then rotation; keys and values go to the cache.
 struct PlaceHeads {
   int64_t rows;

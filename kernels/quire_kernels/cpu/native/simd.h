@@ -115,10 +115,6 @@ inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
-inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
-inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
-inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a.v); }
-inline Ints bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
 inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, even
 // Those bits of `a` that are in `of`, below bit 23, as a number; less `taken`. Exact.
@@ -270,18 +266,6 @@ inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Ints operator>>(Ints a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
-inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
-inline int32_t sum(Ints a) {
-  __m128i h = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
-}
-inline int32_t largest(Ints a) {
-  __m128i h = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
-}
-inline Ints bits(Vec a) { return {_mm256_castps_si256(a.v)}; }
 inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints to_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vec field(Ints a, int32_t of, float taken) {
