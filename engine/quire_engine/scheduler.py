@@ -459,6 +459,10 @@ class Scheduler:
         count = self._chunk(request, request.num_known - start, most, first=not draft.items)
         if not count:
             return False
+        if count > self._widest:  # it goes whole, and windows let go of nothing in the middle of a step
+            whole = pool.most_held(request.num_known, count) - held + idle
+            if not self._has_room(whole + draft.reserved):
+                return False
         del self.waiting[at]
         self._let_in(request, digests, start + count)
         draft.reserved += self._reserve(request)

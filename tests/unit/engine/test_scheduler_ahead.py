@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from tests.unit.engine.scheduling import make_request, make_scheduler, scripted, step
 
+from quire_engine.blocks import BlockPool
+from quire_engine.config import BatchLimits
+from quire_engine.scheduler import Scheduler
 from quire_engine.step import PENDING, resolve
+
+
+def test_a_prompt_that_goes_whole_waits_for_the_blocks_of_what_is_being_computed() -> None:
+    # windows let go of blocks between steps alone, so ten tokens in one step need ten
+    pool = BlockPool(10, 1, [2])
+    scheduler = Scheduler(pool, BatchLimits(2, 1, False), max_model_len=20, clock=lambda: 0.0)
+    scheduler.add(make_request("a", 1, 1))
+    scheduler.add(make_request("b", 10, 1))
+    first = scheduler.schedule()
+    assert [item.request_id for item in first.items] == ["a"]
+    assert not scheduler.schedule().items
+    scheduler.commit(first, scripted(first))
+    second = scheduler.schedule()
+    assert [(item.request_id, item.end) for item in second.items] == [("b", 10)]
+    scheduler.commit(second, scripted(second))
+    assert not scheduler.has_work
 
 
 def test_abort_frees_blocks_at_once_in_every_state_and_again_is_no_error() -> None:
