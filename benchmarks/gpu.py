@@ -1,6 +1,6 @@
 """Quire on one GPU: figures beside the roofline of the same card, measured in the same run.
 
-    python -m benchmarks.gpu --parts exactness,attention,0.6b,8b,transformers --out rows.jsonl
+    python -m benchmarks.gpu --parts exactness,attention,0.6b,8b --out rows.jsonl
 
 Needs torch, triton and what engine, kernels and schemas import; no network and no weights, which are random and
 made on the device. `roofline` is what a step cannot beat: bytes that it has to read over the bandwidth of a large
@@ -498,7 +498,7 @@ def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
             {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (64, 128) for w in (2, 4) for s in (2, 3, 4)
         ]
     for kv_heads, group, dim, batch, context in shapes:
-        step, cache, query = _attention_case(kv_heads, group, dim, batch, context)
+        step, cache, query = _attention_case(kv_heads, group, dim, [1] * batch, context - 1)
         moved = 2 * batch * context * kv_heads * dim * 2
         for tuning in tunings:
             attention.decode_tuning = partial(_given, tuning) if tuning else own
@@ -517,24 +517,65 @@ def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
             }
 
 
+def prompt_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
+    """Paged attention of prompts: operations over time, beside a large product. The last case is a step of 512
+    sequences that decode and three prompts, whose time is in microseconds alone.
+    """
+    kernels = load_kernels("triton")
+    own = attention.prefill_tuning
+    tunings: list[dict[str, int]] = [{}]
+    if sweep:
+        tunings += [
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s, "PROGRAMS": p}
+            for m, n, w, s, p in (
+                (256, 64, 8, 2, 1), (256, 64, 8, 4, 1), (256, 128, 8, 2, 1), (256, 128, 8, 3, 1),
+                (128, 64, 8, 3, 1), (128, 64, 4, 3, 2), (128, 64, 4, 2, 2), (128, 128, 8, 3, 1),
+                (128, 128, 8, 2, 1),
+            )
+        ]  # fmt: skip
+    for counts, cached in ([2048], 0), ([8192], 0), ([2048] * 4, 0), ([512], 7680), ([1] * 512 + [216] * 3, 300):
+        step, cache, query = _attention_case(8, 4, 128, counts, cached)
+        pairs = sum(count * cached + count * (count + 1) / 2 for count in counts)
+        for tuning in tunings:
+            attention.prefill_tuning = partial(_given, tuning) if tuning else own
+            try:
+                seconds = replayed(partial(kernels.paged_attention(step, window=None), query, cache, 128**-0.5), 4)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            finally:
+                attention.prefill_tuning = own
+            rate = 4 * pairs * query.shape[1] * query.shape[2] / seconds
+            yield {
+                "part": "prompts",
+                "counts": counts if len(counts) < 9 else f"{counts.count(1)} and {[n for n in counts if n > 1]}",
+                "cached": cached,
+                "us": round(seconds * 1e6, 1),
+                "tflops": round(rate / 1e12, 1),
+                "roofline_share": round(rate / card.bf16, 3),
+                **tuning,
+            }
+
+
 def _given(tuning: dict[str, int], *_: object) -> dict[str, int]:
     return tuning
 
 
-def _attention_case(kv_heads: int, group: int, dim: int, batch: int, context: int) -> tuple[Any, Tensor, Tensor]:
-    per = context // 16
-    order = torch.randperm(batch * per).tolist()
-    tables = [order[at * per : (at + 1) * per] for at in range(batch)]
+def _attention_case(
+    kv_heads: int, group: int, dim: int, counts: Sequence[int], cached: int
+) -> tuple[Any, Tensor, Tensor]:
+    """A step of sequences with `counts` new tokens behind `cached` ones, in shuffled blocks."""
+    held = [-(-(cached + count) // 16) for count in counts]
+    order = torch.randperm(sum(held)).tolist()
     step = PagedBatch.build(
-        starts=[context - 1] * batch,
-        query_lens=[1] * batch,
-        block_tables=tables,
-        logits=[1] * batch,
+        starts=[cached] * len(counts),
+        query_lens=counts,
+        block_tables=[[order.pop() for _ in range(count)] for count in held],
+        logits=[1] * len(counts),
         block_size=16,
         device=CUDA,
     )
-    cache = torch.randn(2, batch * per, 16, kv_heads, dim, device=CUDA, dtype=torch.bfloat16)
-    query = torch.randn(batch, kv_heads * group, dim, device=CUDA, dtype=torch.bfloat16)
+    cache = torch.randn(2, sum(held), 16, kv_heads, dim, device=CUDA, dtype=torch.bfloat16)
+    query = torch.randn(sum(counts), kv_heads * group, dim, device=CUDA, dtype=torch.bfloat16)
     return step, cache, query
 
 
@@ -546,8 +587,7 @@ def transformers_rows(
 ) -> Iterator[dict[str, Any]]:
     """Static batches, sorted by output, every row run to the longest of its batch; then continuous batching."""
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**SHAPES[name])
     with torch.device(CUDA):
@@ -589,11 +629,30 @@ def transformers_rows(
                 )
         torch.cuda.synchronize()
         yield row("static", time.perf_counter() - start, useful, batch=size)
-    rng, limit = random.Random(0), 60.0
+    for more in CONTINUOUS:
+        yield _continuous(model, lengths, row, more)
+
+
+CONTINUOUS: tuple[dict[str, Any], ...] = (
+    {"max_batch_tokens": 8192, "use_cuda_graph": True, "use_async_batching": True},
+    {"max_batch_tokens": 8192},
+)
+"""Configurations of continuous batching; what is not said is left to transformers."""
+_PATIENCE = 100.0
+"""Seconds that one of them gets."""
+
+
+def _continuous(
+    model: Any, lengths: Sequence[tuple[int, int]], row: Callable[..., dict[str, Any]], more: dict[str, Any]
+) -> dict[str, Any]:
+    """All requests at once through `generate_batch`'s manager; tokens of unfinished ones do not count."""
+    from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
+
+    rng = random.Random(0)
     asked = GenerationConfig(do_sample=False, max_new_tokens=max(output for _, output in lengths))
-    batching = ContinuousBatchingConfig(max_batch_tokens=8192)
     with model.continuous_batching_context_manager(
-        generation_config=asked, continuous_batching_config=batching
+        generation_config=asked, continuous_batching_config=ContinuousBatchingConfig(**more)
     ) as manager:
         start = time.perf_counter()
         wanted = {
@@ -603,7 +662,7 @@ def transformers_rows(
             for prompt, output in lengths
         }
         done = 0
-        while wanted and (left := start + limit - time.perf_counter()) > 0:
+        while wanted and (left := start + _PATIENCE - time.perf_counter()) > 0:
             result = manager.get_result(timeout=left)
             if result is None:
                 break
@@ -612,7 +671,7 @@ def transformers_rows(
             if result.is_finished():
                 done += len(result.generated_tokens)
                 wanted.discard(result.request_id)
-        yield row("continuous", time.perf_counter() - start, done, unfinished=len(wanted))
+        return row("continuous", time.perf_counter() - start, done, unfinished=len(wanted), **more)
 
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -621,7 +680,7 @@ def transformers_rows(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="exactness,attention,0.6b,8b,transformers")
+    parser.add_argument("--parts", default="exactness,attention,0.6b,8b,transformers-0.6b,transformers-8b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown", help="of what is measured, for the rows")
     parser.add_argument("--sweep", action="store_true", help="try every tile of the attention kernel")
@@ -665,6 +724,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield from exactness(options.model)
     elif part == "attention":
         yield from attention_rows(card, sweep=options.sweep)
+        yield from prompt_rows(card, sweep=options.sweep)
     elif part == "0.6b":
         bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=60 << 30)
         print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
@@ -676,20 +736,19 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield memory(bench)
         bench.close()
     elif part == "8b":
-        bench = Bench("llama-3.1-8b", seqs=256, tokens=8192, length=8448, kv_bytes=50 << 30)
+        bench = Bench("llama-3.1-8b", seqs=1000, tokens=8192, length=8448, kv_bytes=70 << 30)
         print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
         for batch in (1, 32, 256) if quick else (1, 8, 32, 64, 128, 256):
             yield decode(bench, card, batch, 1024, 32)
         for tokens in (2048, 8192):
             yield prefill(bench, card, tokens)
-        yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
         yield offline(bench, card, "sharegpt, 128", sharegpt_lengths(128))
+        yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
         yield memory(bench)
         bench.close()
-    elif part == "transformers":
-        yield from transformers_rows("qwen3-0.6b", nano_lengths()[:128], (64, 128))
-        gc.collect()
-        torch.cuda.empty_cache()
+    elif part == "transformers-0.6b":
+        yield from transformers_rows("qwen3-0.6b", nano_lengths()[:128], () if quick else (64, 128))
+    elif part == "transformers-8b":
         yield from transformers_rows("llama-3.1-8b", sharegpt_lengths(128), (128,))
     else:
         raise ValueError(f"no part is called {part!r}")

@@ -38,14 +38,14 @@ SLACK = 448 * MIB
 WORKSPACE = 32 * MIB
 """Of cuBLAS for a stream, on a Hopper; less on others."""
 
-CAPTURED_TOKENS = 1024
+CAPTURED_TOKENS = 2048
 """T of the largest mixed step that is a program (`quire_engine.resident.program.MIXED_TOKENS`)."""
 DECODE_SHAPES = 40
 """At least the number of decode shapes."""
-MIXED_SHAPES = 24
+MIXED_SHAPES = 32
 """At least the number of mixed shapes: sizes by tokens times sizes by items."""
-SPLIT_PAIRS = 576
-"""Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 2.8 for
+SPLIT_PAIRS = 768
+"""Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 4 for
 each multiprocessor (`quire_kernels.triton.attention.num_splits`), of which no GPU yet has more than 192."""
 
 _TILE, _LANES, _LIST, _PROGRAMS = 4096, 1024, 4096, 1024
@@ -65,13 +65,14 @@ def gpu_parts(
     sequence; `captures`: whether steps are captured.
     """
     # a decode step is filled up to all seats, a mixed one to a size that is captured
-    widest = max(tokens, seats, CAPTURED_TOKENS if captures else min(CAPTURED_TOKENS, _filled(tokens)))
+    captured = min(CAPTURED_TOKENS, _filled(tokens))
+    widest = max(tokens, seats, captured)
     inputs = groups * ((2 * widest + seats) * 8 + seats * (width + 2) * 4) + widest * 8 + seats * 24
     step = _peak(profile, number, widest, seats)
-    graphs = _each(profile, number, max(CAPTURED_TOKENS, seats), seats) if captures else 0
+    graphs = _each(profile, number, max(captured, seats), seats) if captures else 0
     return {
         "table": groups * 2 * seats * width * 4 + 2 * seats * _TABLE_ROW + _scratch(profile, seats),
-        "buffers": _buffers(groups, seats),
+        "buffers": _buffers(groups, captured, seats),
         "workspaces": (2 if captures else 1) * WORKSPACE,
         "step": inputs + step,
         "general": max(_general(profile, number, tokens, min(tokens, seats)) - step, 0),
@@ -81,7 +82,8 @@ def gpu_parts(
 
 def _filled(tokens: int) -> int:
     """T of the mixed shape that so many tokens are put into, at most."""
-    return -(-tokens // 128) * 128
+    grain = 64 if tokens <= 512 else 128 if tokens <= 1024 else 256
+    return -(-tokens // grain) * grain
 
 
 def _scratch(profile: ModelProfile, seats: int) -> int:
@@ -89,9 +91,9 @@ def _scratch(profile: ModelProfile, seats: int) -> int:
     return programs * (3 * 4 + 2 * 4 + _LANES * 4) + seats * _LIST * 8
 
 
-def _buffers(groups: int, seats: int) -> int:
+def _buffers(groups: int, captured: int, seats: int) -> int:
     decode = seats * (32 + 12 + groups * (8 + 8 + 12)) + 8 * _ALLOCATION
-    mixed = CAPTURED_TOKENS * (20 + groups * 8) + seats * 44 + 12 * _ALLOCATION
+    mixed = captured * (20 + groups * 8) + seats * 44 + 12 * _ALLOCATION
     return DECODE_SHAPES * decode + MIXED_SHAPES * mixed
 
 

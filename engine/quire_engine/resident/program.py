@@ -8,8 +8,9 @@ which sees nothing and writes nowhere:
     mixed    up to T tokens of up to B items, prompts and others; only small ones, for in a large step the device
              is busy for longer than the host needs to launch everything
 
-A shape is captured when it is first needed; `warm_up` does so ahead, as long as its time lasts. All graphs share
-one pool of memory: no two run at once.
+A shape is captured when it is first needed; `warm_up` does so ahead, as long as its time lasts, and then lets go
+of sizes that take no less time than a larger one: libraries choose their kernels by tables, and some rows of those
+are bad. All graphs share one pool of memory: no two run at once.
 
 Legend: B items of a shape, T tokens, X groups of layers, V vocabulary.
 """
@@ -18,9 +19,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +34,14 @@ from quire_kernels.triton.step import MixedBuffers, StepBuffers, prepare, prepar
 
 DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 64))
 """B of decode shapes."""
-MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 """T of mixed shapes."""
 MIXED_ITEMS = (16,)
 """B of mixed shapes, besides all seats."""
+
+
+_WORTH = 1.01
+"""A size may take this times as long as a larger one before it is let go of: less is noise."""
 
 
 @dataclass(slots=True)
@@ -66,6 +72,7 @@ class StepProgram:
         *,
         block_size: int,
         max_model_len: int,
+        max_num_batched_tokens: int,
         captures: bool,
     ) -> None:
         self._model = model
@@ -76,9 +83,12 @@ class StepProgram:
         self._captures = captures
         self._decode_sizes = _up_to(table.seats, DECODE_SIZES)
         self._mixed_items = _up_to(table.seats, MIXED_ITEMS)
+        sizes = mixed_sizes(max_num_batched_tokens)
+        self._mixed_tokens = dict.fromkeys(self._mixed_items, sizes)
+        self._most_tokens = sizes[-1]
         self._decode: dict[int, _Shape] = {}
         self._mixed: dict[tuple[int, int], _Shape] = {}
-        self._pool = torch.cuda.graph_pool_handle() if captures else None
+        self._pool: Any = None
         self._stream = torch.cuda.Stream(table.device) if captures else None  # type: ignore[no-untyped-call]
         self.scratch = sample.scratch(table.seats, model.profile.vocab_size, table.device)
         """For `sample.draw`."""
@@ -99,14 +109,14 @@ class StepProgram:
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a mixed step has a shape."""
-        return num_tokens <= MIXED_TOKENS[-1]
+        return num_tokens <= self._most_tokens
 
     def mixed(self, words: Tensor, token_ids: Tensor) -> Tensor:
         """Begin a step whose `words` are those of `RequestTable.spans`, and whose `token_ids` [T] int32 all on the
         host. Its tokens will be in what is returned, [B] int32; those of items that draw nothing mean nothing.
         """
-        size = _fitting(MIXED_TOKENS, token_ids.shape[0]), _fitting(self._mixed_items, words.shape[0])
-        shape = self._mixed_shape(*size)
+        num_items = _fitting(self._mixed_items, words.shape[0])
+        shape = self._mixed_shape(_fitting(self._mixed_tokens[num_items], token_ids.shape[0]), num_items)
         buffers = shape.buffers
         if isinstance(buffers, MixedBuffers):
             buffers.given[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
@@ -126,13 +136,24 @@ class StepProgram:
             *(
                 partial(self._mixed_shape, num_tokens, num_items)
                 for num_items in reversed(self._mixed_items)
-                for num_tokens in reversed(MIXED_TOKENS)
+                for num_tokens in reversed(self._mixed_tokens[num_items])
             ),
         ]
         for capture in captures:
             if time.monotonic() > until:
                 break
             capture()
+        self._weed()
+
+    def _weed(self) -> None:
+        """Let go of sizes that are not worth having."""
+        self._decode_sizes = _worth_having(self._decode_sizes, self._decode)
+        self._decode = {size: self._decode[size] for size in self._decode_sizes if size in self._decode}
+        for num_items in self._mixed_items:
+            mixed = {tokens: shape for (tokens, items), shape in self._mixed.items() if items == num_items}
+            kept = self._mixed_tokens[num_items] = _worth_having(self._mixed_tokens[num_items], mixed)
+            for tokens in mixed.keys() - set(kept):
+                del self._mixed[tokens, num_items]
 
     def _decode_shape(self, num_items: int) -> _Shape:
         shape = self._decode.get(num_items)
@@ -181,6 +202,8 @@ class StepProgram:
         # kernels are compiled and libraries take their workspaces on the first run, which no graph could hold
         shape.compute()
         torch.cuda.current_stream().synchronize()
+        if not self.captured:  # a pool is gone with the last graph that used it
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # by hand: `torch.cuda.graph` would collect Python's garbage and give memory back each time, and the loop
         # that waits for this one serves everybody
@@ -196,6 +219,11 @@ class StepProgram:
         return shape
 
 
+def mixed_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """T of the mixed shapes of an engine: no step has more tokens than the last, unless none is as large."""
+    return MIXED_TOKENS[: bisect_left(MIXED_TOKENS, max_num_batched_tokens) + 1]
+
+
 def _up_to(most: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Those of `sizes` that are smaller, and `most`."""
     return (*(size for size in sizes if size < most), most)
@@ -203,6 +231,36 @@ def _up_to(most: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _fitting(sizes: tuple[int, ...], count: int) -> int:
     return sizes[bisect_left(sizes, count)]
+
+
+def _worth_having(sizes: tuple[int, ...], shapes: Mapping[int, _Shape]) -> tuple[int, ...]:
+    """Those of `sizes` that take less time than every larger one, as far as they have graphs. A graph that nothing
+    was put into computes on padding, which takes as long.
+    """
+    kept, best = list[int](), float("inf")
+    for size in reversed(sizes):
+        graph = shapes[size].graph if size in shapes else None
+        if graph is not None:
+            seconds = _seconds(graph)
+            if seconds > _WORTH * best:
+                continue
+            best = seconds
+        kept.append(size)
+    return tuple(reversed(kept))
+
+
+def _seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """The shortest of three replays, after one."""
+    graph.replay()
+    found = list[float]()
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1000)
+    return min(found)
 
 
 def _fill(items: Tensor, words: Tensor) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire_engine.resident.program import MIXED_TOKENS, StepProgram
+from quire_engine.resident.program import StepProgram, mixed_sizes
 from quire_engine.resident.table import RequestTable
 from quire_engine.runner import NOT_FINITE, ModelRunner
 from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
@@ -89,6 +89,7 @@ class ResidentRunner:
             table,
             block_size=self._block_size,
             max_model_len=self._max_model_len,
+            max_num_batched_tokens=self._max_num_batched_tokens,
             captures=self._captures,
         )
 
@@ -96,7 +97,12 @@ class ResidentRunner:
             return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
         staging = [
-            _Staging(room(seats, 3 + 2 * groups), room(seats, 4), room(MIXED_TOKENS[-1]), room(seats))
+            _Staging(
+                room(seats, 3 + 2 * groups),
+                room(seats, 4),
+                room(mixed_sizes(self._max_num_batched_tokens)[-1]),
+                room(seats),
+            )
             for _ in range(_DEPTH)
         ]
         self._table, self.program, self._staging, self._turn = table, program, staging, 0
@@ -111,7 +117,7 @@ class ResidentRunner:
         if not self._captures:
             return
         # for other numbers of sequences the attention kernel is another one
-        for singles in sorted({1, 4, 8, 64, self._table.seats - 1}):
+        for singles in sorted({1, 4, 8, 16, 24, 64, self._table.seats - 1}):
             self._rehearse(singles, 2)
         self._rehearse(1, max(2, self._max_num_batched_tokens - 1))
         self.program.warm_up(seconds)

@@ -23,9 +23,8 @@ from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.reference.rotation import turns
-from quire_kernels.triton import gate, heads, norm, tokens
-from quire_kernels.triton.attention import Chip, StepAttention
+from quire_kernels.triton import gate, heads, norm, rotation, tokens
+from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ class TritonKernels:
         if not INTERPRETED and not torch.cuda.is_available():
             raise BackendUnavailable("torch sees no CUDA device")
         self._chip = Chip(8, 227 * 1024) if INTERPRETED else Chip.current()
+        # here, so that no captured graph has it in its own memory
+        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         return TritonProduct(weight, bias)
@@ -65,7 +66,7 @@ class TritonKernels:
         return norm.add_rms_norm(x, residual, weight, eps)
 
     def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        return turns(positions, frequencies, factor)
+        return rotation.turns(positions, frequencies, factor)
 
     def place_heads(
         self,
@@ -80,7 +81,7 @@ class TritonKernels:
         return heads.place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
-        return StepAttention(batch, window, self._chip)
+        return StepAttention(batch, window, self._chip, self._arrivals)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up)

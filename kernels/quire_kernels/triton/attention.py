@@ -7,12 +7,14 @@ all of them. Softmax is computed online, tile by tile, in powers of two.
 
 `_decode` serves sequences with one new token. There the time goes into reading the cache, and a long sequence
 must not leave most of the chip idle: its keys are cut into splits, as many as fill the multiprocessors, but none
-shorter than `_LEAST_SPLIT` keys; `_merge` then weighs the parts by their sums. Splits are cut on the device from
-the length that is there, so a captured graph fits any length.
+shorter than `_LEAST_SPLIT` keys. Whichever split of a head is the last to end weighs all of them by their sums, in
+the order of the keys, so the result does not depend on which one that was. Splits are cut on the device from the
+length that is there, so a captured graph fits any length.
 
-`_prefill` serves sequences with several new tokens, `BLOCK_Q` of them a program. Which sequence a program is for
-is found by bisection: sequence s has at most query_len / BLOCK_Q + 1 blocks, so if it begins at block
-query_starts[s] / BLOCK_Q + s, no two overlap. The host has to know no lengths.
+`_prefill` serves sequences with several new tokens, in blocks of `BLOCK_Q` of them. As many programs as the chip
+holds at once take one block after the other; which sequence a block is of follows from the sums of all sequences'
+blocks, which every program makes for itself. The host has to know no lengths, and sequences with one token cost
+nothing.
 
 A block of the cache holds [K, P, D] here: the slots of one head lie side by side.
 
@@ -32,11 +34,17 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
-from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.launch import dependent, fetch, wait
 
 _LEAST_SPLIT = 64
-_SPLITS = (1, 4, 16, 32)
+_SPLITS = (1, 2, 4, 8, 16, 32)
 """Each number is a kernel of its own to compile. More than the last gained nothing on an H200."""
+_ITEMS = (64, 1024)
+"""Sequences that a kernel for prompts is compiled for; more make a kernel of their own."""
+_LINE_BYTES = 128
+"""Of the cache."""
+ARRIVALS = 1024
+"""Pairs of a sequence and a key/value head that may be cut into splits: as on 365 multiprocessors."""
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
@@ -59,6 +67,7 @@ def _tile(
     head,
     kv_heads,
     scale,
+    plain,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
     P: tl.constexpr,
@@ -68,7 +77,8 @@ def _tile(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
-    `row_last`; those of the tile outside `low` to `high` are not read. GUARDED: a row may have seen none yet."""
+    `row_last`; those of the tile outside `low` to `high` are not read. MASKED: from `plain` on a row may not see
+    all of a tile. GUARDED: a row may have seen none yet."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
@@ -76,9 +86,10 @@ def _tile(
     at = ((blocks * kv_heads + head) * P + places % P) * D
     k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-    if MASKED:
-        seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None]) & there[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
+    if MASKED:  # noqa: SIM102 - known when it is compiled, and the other is not
+        if start >= plain:
+            seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(state_max, tl.max(scores, 1) * scale)
     shift = new_max
     if GUARDED:  # a row that has seen nothing yet has no maximum to subtract
@@ -99,6 +110,22 @@ def _split_of(length, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.con
     return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
 
 
+@triton.jit
+def _merge(out, parts, sums, first, used, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """One head's result from the first `used` of its splits, weighed by what their exponentials sum to. Other
+    programs wrote them, so they are not looked for in this multiprocessor's own cache."""
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    there = splits < used
+    place = first + splits
+    peaks = tl.load(sums + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    weights = tl.exp2(peaks - tl.max(peaks, 0))
+    inside = there[:, None] & (dims < D)[None, :]
+    results = tl.load(parts + place[:, None] * D + dims[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    result = tl.sum(results * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    tl.store(out + dims, result.to(out.dtype.element_ty), mask=dims < D)
+
+
 # what changes from step to step must not decide what is compiled
 @triton.jit(
     do_not_specialize=["table_width"], do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts"]
@@ -107,6 +134,7 @@ def _decode(
     out,
     parts,
     sums,
+    arrivals,
     query,
     keys,
     values,
@@ -127,14 +155,14 @@ def _decode(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
+    LINE: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    wait(DEPENDENT)
+    # addresses are older than the kernel before this one, and so are all keys but the last
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - row != 1:
-        return
+    alone = tl.load(query_starts + sequence + 1) - row == 1
     context = tl.load(contexts + sequence)
     low = 0
     if WINDOW > 0:
@@ -142,17 +170,26 @@ def _decode(
     size = _split_of(context - low, SPLITS, LEAST, BLOCK_N)
     begin = low + split * size
     end = tl.minimum(begin + size, context)
-    if begin >= end:
+    table_row = sequence
+    if INDIRECT:
+        table_row = tl.load(table_rows + sequence, mask=alone, other=0)
+    table = tables + table_row.to(tl.int64) * table_width
+    if DEPENDENT:
+        places = begin + tl.arange(0, BLOCK_N)
+        there = (places < end) & alone
+        blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
+        at = ((blocks * kv_heads + head) * P + places % P) * D
+        for number in tl.static_range(0, D, LINE):
+            fetch(keys + at + number)
+            fetch(values + at + number)
+    wait(DEPENDENT)
+    if (begin >= end) | (not alone):
         return
     members, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     heads = head * G + members
     inside = (members < G)[:, None] & (dims < D)[None, :]
     base = row.to(tl.int64) * kv_heads * G
     q = tl.load(query + (base + heads[:, None]) * D + dims[None, :], mask=inside, other=0.0)
-    table_row = sequence
-    if INDIRECT:
-        table_row = tl.load(table_rows + sequence)
-    table = tables + table_row.to(tl.int64) * table_width
     state_max = tl.full([ROWS], float("-inf"), tl.float32)
     state_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -162,65 +199,39 @@ def _decode(
     for start in tl.range(begin, whole, BLOCK_N):
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, keys, values, table, start, begin, end, nothing, nothing, head,
-            kv_heads, scale, False, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, end, False, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
         state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, keys, values, table, whole, begin, end, nothing + end, nothing, head,
-            kv_heads, scale, True, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            state_max, state_sum, acc, q, keys, values, table, whole, begin, end, nothing + end - 1, nothing, head,
+            kv_heads, scale, whole, True, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
         acc = acc / state_sum[:, None]
         tl.store(out + (base + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        place = (sequence.to(tl.int64) * kv_heads * G + heads) * SPLITS + split
+        first = (sequence.to(tl.int64) * kv_heads + head) * G * SPLITS
+        place = first + members * SPLITS + split
         tl.store(parts + place[:, None] * D + dims[None, :], acc, mask=inside)
         tl.store(sums + place * 2, state_max, mask=members < G)
         tl.store(sums + place * 2 + 1, state_sum, mask=members < G)
-
-
-@triton.jit(do_not_specialize_on_alignment=["query_starts", "contexts"])
-def _merge(
-    out,
-    parts,
-    sums,
-    query_starts,
-    contexts,
-    num_heads,
-    WINDOW: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    LEAST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """The splits of one head of one sequence, weighed by what their exponentials sum to."""
-    wait(DEPENDENT)
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    row = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - row != 1:
-        return
-    context = tl.load(contexts + sequence)
-    if context <= 0:
-        return
-    length = context
-    if WINDOW > 0:
-        length = tl.minimum(context, WINDOW)
-    used = tl.cdiv(length, _split_of(length, SPLITS, LEAST, BLOCK_N))
-    splits, dims = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_D)
-    there = splits < used
-    place = (sequence.to(tl.int64) * num_heads + head) * SPLITS + splits
-    peaks = tl.load(sums + place * 2, mask=there, other=float("-inf"))
-    totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0)
-    weights = tl.exp2(peaks - tl.max(peaks, 0))
-    found = tl.load(
-        parts + place[:, None] * D + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0
-    )
-    result = tl.sum(found * weights[:, None], 0) / tl.sum(totals * weights, 0)
-    at = (row.to(tl.int64) * num_heads + head) * D + dims
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=dims < D)
+        # all threads have written before one of them says so
+        tl.debug_barrier()
+        used = tl.cdiv(context - low, size)
+        ended = arrivals + sequence * kv_heads + head
+        if tl.atomic_add(ended, 1, sem="acq_rel", scope="gpu") == used - 1:
+            tl.store(ended, 0)
+            for member in tl.static_range(G):
+                _merge(
+                    out + (base + head * G + member) * D,
+                    parts,
+                    sums,
+                    first + member * SPLITS,
+                    used,
+                    D,
+                    BLOCK_D,
+                    SPLITS,
+                )
 
 
 @triton.jit(
@@ -243,6 +254,7 @@ def _prefill(
     INDIRECT: tl.constexpr,
     WINDOW: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
+    ITEMS: tl.constexpr,
     G: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -253,61 +265,61 @@ def _prefill(
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    # addresses are older than the kernel before this one
+    items = tl.arange(0, ITEMS)
+    starts = tl.load(query_starts + items, mask=items < num_sequences, other=0)
+    counts = tl.load(query_starts + items + 1, mask=items < num_sequences, other=0) - starts
+    if SKIP_SINGLE:
+        counts = tl.where(counts == 1, 0, counts)
+    blocks = tl.cdiv(counts, BLOCK_Q)
+    until = tl.cumsum(blocks, 0)
+    total = tl.sum(blocks, 0)
     wait(DEPENDENT)
-    # the last blocks of a sequence see the most keys: they begin first
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    left, right = block * 0, num_sequences - 1
-    while left < right:
-        middle = (left + right + 1) // 2
-        if tl.load(query_starts + middle) // BLOCK_Q + middle <= block:
-            left = middle
-        else:
-            right = middle - 1
-    sequence = left
-    first = tl.load(query_starts + sequence)
-    count = tl.load(query_starts + sequence + 1) - first
-    offset = (block - (first // BLOCK_Q + sequence)) * BLOCK_Q
-    if offset >= count:
-        return
-    if SKIP_SINGLE and count == 1:
-        return
-    context = tl.load(contexts + sequence)
-    rows, dims = tl.arange(0, BLOCK_Q * BLOCK_G), tl.arange(0, BLOCK_D)
-    tokens, members = offset + rows // BLOCK_G, rows % BLOCK_G
-    inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
-    at = ((first + tokens).to(tl.int64) * kv_heads * G + head * G + members) * D
-    q = tl.load(query + at[:, None] + dims[None, :], mask=inside, other=0.0)
-    row_last = context - count + tokens
-    row_low = tl.zeros_like(row_last)
-    low = 0
-    if WINDOW > 0:
-        row_low = tl.maximum(row_last - WINDOW + 1, 0)
-        low = tl.maximum(context - count + offset - WINDOW + 1, 0)
-    high = tl.minimum(context - count + offset + BLOCK_Q, context)
-    table_row = sequence
-    if INDIRECT:
-        table_row = tl.load(table_rows + sequence)
-    table = tables + table_row.to(tl.int64) * table_width
-    state_max = tl.full([BLOCK_Q * BLOCK_G], float("-inf"), tl.float32)
-    state_sum = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
-    begin = low // BLOCK_N * BLOCK_N
-    # tiles that every row sees whole need no mask
-    plain = begin
-    if WINDOW == 0:
-        plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
-    for start in tl.range(begin, plain, BLOCK_N):
-        state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
-            kv_heads, scale, False, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for start in tl.range(plain, high, BLOCK_N):
-        state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
-            kv_heads, scale, True, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
-    tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    programs = tl.num_programs(0)
+    for work in tl.range(tl.program_id(0), total * kv_heads, programs):
+        # the last blocks of a sequence see the most keys: they begin first, and every other round goes backwards,
+        # so that nobody gets the longest of each
+        turn = work // programs
+        mine = work
+        if (turn % 2 == 1) & ((turn + 1) * programs <= total * kv_heads):
+            mine = (2 * turn + 1) * programs - 1 - work
+        block, head = total - 1 - mine // kv_heads, mine % kv_heads
+        sequence = tl.sum((until <= block).to(tl.int32), 0)
+        offset = (block - tl.sum(tl.where(items < sequence, blocks, 0), 0)) * BLOCK_Q
+        first = tl.load(query_starts + sequence)
+        count = tl.load(query_starts + sequence + 1) - first
+        context = tl.load(contexts + sequence)
+        rows, dims = tl.arange(0, BLOCK_Q * BLOCK_G), tl.arange(0, BLOCK_D)
+        tokens, members = offset + rows // BLOCK_G, rows % BLOCK_G
+        inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
+        at = ((first + tokens).to(tl.int64) * kv_heads * G + head * G + members) * D
+        q = tl.load(query + at[:, None] + dims[None, :], mask=inside, other=0.0)
+        row_last = context - count + tokens
+        row_low = tl.zeros_like(row_last)
+        low = 0
+        if WINDOW > 0:
+            row_low = tl.maximum(row_last - WINDOW + 1, 0)
+            low = tl.maximum(context - count + offset - WINDOW + 1, 0)
+        high = tl.minimum(context - count + offset + BLOCK_Q, context)
+        table_row = sequence
+        if INDIRECT:
+            table_row = tl.load(table_rows + sequence)
+        table = tables + table_row.to(tl.int64) * table_width
+        state_max = tl.full([BLOCK_Q * BLOCK_G], float("-inf"), tl.float32)
+        state_sum = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
+        begin = low // BLOCK_N * BLOCK_N
+        # tiles that every row sees whole need no mask
+        plain = begin
+        if WINDOW == 0:
+            plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
+        for start in tl.range(begin, high, BLOCK_N):
+            state_max, state_sum, acc = _tile(
+                state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
+                kv_heads, scale, plain, True, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
+        tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @dataclass(slots=True, frozen=True)
@@ -327,15 +339,18 @@ class Chip:
 class StepAttention:
     """`PagedAttention` of the Triton back-end."""
 
-    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip) -> None:
+    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip, arrivals: Tensor) -> None:
         self._batch = batch
         self._window = window or 0
         self._chip = chip
+        self._arrivals = arrivals
         self._decodes = any(count == 1 for count in batch.query_lens)
         self._prefills = any(count != 1 for count in batch.query_lens)
 
     def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
-        """See `PagedAttention`."""
+        """See `PagedAttention`. A kernel lies between what made the addresses of the batch and this: they are read
+        before it has ended.
+        """
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if self._decodes:
             self._decode(out, query, cache, scale)
@@ -355,18 +370,11 @@ class StepAttention:
             heads = sequences * query.shape[1]
             parts = torch.empty((heads, splits, shape["D"]), dtype=torch.float32, device=query.device)
             sums = torch.empty((heads, splits, 2), dtype=torch.float32, device=query.device)
-        fixed: dict[str, Any] = {
-            "WINDOW": self._window,
-            "D": shape["D"],
-            "BLOCK_D": shape["BLOCK_D"],
-            "BLOCK_N": tuning["BLOCK_N"],
-            "SPLITS": splits,
-            "LEAST": _LEAST_SPLIT,
-        }
         _decode[(kv_heads, sequences, splits)](
             out,
             parts,
             sums,
+            self._arrivals,
             query,
             cache[0],
             cache[1],
@@ -378,28 +386,15 @@ class StepAttention:
             kv_heads,
             scale * _LOG2_E,
             INDIRECT=batch.table_rows is not None,
-            G=shape["G"],
+            WINDOW=self._window,
             ROWS=max(16, triton.next_power_of_2(shape["G"])),
-            P=shape["P"],
-            PRECISION=shape["PRECISION"],
-            num_warps=tuning["num_warps"],
-            num_stages=tuning["num_stages"],
+            SPLITS=splits,
+            LEAST=_LEAST_SPLIT,
+            LINE=_LINE_BYTES // cache.element_size(),
+            **shape,
+            **tuning,
             **dependent(),
-            **fixed,
         )
-        if splits > 1:
-            _merge[(query.shape[1], sequences)](
-                out,
-                parts,
-                sums,
-                batch.query_starts,
-                batch.context_lens,
-                query.shape[1],
-                BLOCK_X=triton.next_power_of_2(splits),
-                num_warps=4,
-                **dependent(),
-                **fixed,
-            )
 
     def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
         batch, shape = self._batch, _shape(query, cache)
@@ -407,7 +402,8 @@ class StepAttention:
         tuning = prefill_tuning(self._chip, shape["D"], query.element_size())
         members = triton.next_power_of_2(shape["G"])
         block_q = max(1, tuning["BLOCK_M"] // members)
-        _prefill[(query.shape[0] // block_q + sequences, cache.shape[3])](
+        most = (query.shape[0] // block_q + sequences) * cache.shape[3]
+        _prefill[(min(most, tuning["PROGRAMS"] * self._chip.multiprocessors),)](
             out,
             query,
             cache[0],
@@ -423,14 +419,11 @@ class StepAttention:
             INDIRECT=batch.table_rows is not None,
             WINDOW=self._window,
             SKIP_SINGLE=self._decodes,
-            G=shape["G"],
+            ITEMS=next((size for size in _ITEMS if size >= sequences), triton.next_power_of_2(sequences)),
             BLOCK_G=members,
             BLOCK_Q=block_q,
-            P=shape["P"],
-            D=shape["D"],
-            BLOCK_D=shape["BLOCK_D"],
             BLOCK_N=tuning["BLOCK_N"],
-            PRECISION=shape["PRECISION"],
+            **shape,
             num_warps=tuning["num_warps"],
             num_stages=tuning["num_stages"],
             **dependent(),
@@ -439,34 +432,36 @@ class StepAttention:
 
 def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     """Into how many parts the keys of each of `rows` pairs of a sequence and a head are cut, of at most `longest`
-    keys.
+    keys: four small programs for each multiprocessor, or one alone for each pair where that leaves few idle.
     """
-    wanted = min(2 * num_multiprocessors / rows, longest / _LEAST_SPLIT)
-    return max(splits for splits in _SPLITS if splits == 1 or splits <= 1.4 * wanted)
+    wanted = min(4 * num_multiprocessors / rows, longest / _LEAST_SPLIT)
+    return 1 if rows > num_multiprocessors else max(splits for splits in _SPLITS if splits <= max(wanted, 1))
 
 
 def decode_tuning(chip: Chip, rows: int, row_bytes: int) -> dict[str, int]:
     """Tile and pipeline of `_decode` for `rows` pairs of a sequence and a head, whose keys have `row_bytes` bytes.
 
-    With few programs each must have much on its way; with many, small ones share a multiprocessor better. Found on
-    an H200 (`benchmarks.gpu --sweep`).
+    Where pairs are not cut and few, each must have much on its way; else small programs share a multiprocessor
+    better. Found on an H200 (`benchmarks.gpu --sweep`).
     """
     if row_bytes > 256:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if rows <= 2 * chip.multiprocessors and chip.shared_bytes >= _ROOMY:
-        return {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+    if chip.multiprocessors < rows <= 2 * chip.multiprocessors and chip.shared_bytes >= _ROOMY:
+        return {"BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 3}
 
 
 def prefill_tuning(chip: Chip, head_dim: int, number_bytes: int) -> dict[str, int]:
-    """Tile and pipeline of `_prefill` for a head size and the bytes of a number; found like those of `_decode`."""
+    """Tile and pipeline of `_prefill` for a head size and the bytes of a number, and how many programs a
+    multiprocessor holds; found like those of `_decode`.
+    """
     if number_bytes > 2:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if head_dim > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if chip.shared_bytes < _ROOMY:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "PROGRAMS": 1}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "PROGRAMS": 1}
 
 
 def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:

@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.launch import dependent, fetch, wait
 
 _FEW = 16
+_LINE_BYTES, _LINES = 128, 16
+"""Of the cache, and how many of each output's weights are fetched ahead."""
 
 
 class Tiling(NamedTuple):
@@ -54,8 +56,13 @@ FEW_ROWS = tuple(
 )  # fmt: skip
 """Tilings worth trying with 2 to 16 rows."""
 
-OWN_ROWS = frozenset({1})
-"""Numbers of rows that kernels of our own serve: of 2 to 16 those that a sweep on the device found faster."""
+_LIGHT = 1 << 23
+"""Numbers of a weight up to which `_few_rows` beats cuBLAS, which does not come up early."""
+
+
+def is_own(rows: int, outputs: int, width: int) -> bool:
+    """Whether a kernel of our own serves a product: where a sweep on the device found that faster."""
+    return rows == 1 or (rows <= _FEW and outputs * width <= _LIGHT and width <= 2 * outputs)
 
 
 def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
@@ -63,8 +70,7 @@ def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
     multiprocessors has several programs; with many, or with long rows, more numbers on their way in each.
     """
     if rows > 1:
-        tiles = (Tiling(64, 128, 4, 4), Tiling(32, 256, 4, 4))
-        return next((tile for tile in tiles if outputs >= 264 * tile.block_n), Tiling(16, 256, 2, 4))
+        return Tiling(64, 128, 4, 4)
     if outputs < 3072 and width <= 4096:
         return Tiling(2, 2048, 4, 3)
     if width >= 8192:
@@ -125,6 +131,8 @@ def _few_rows(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LINE: tl.constexpr,
+    LINES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -134,6 +142,12 @@ def _few_rows(
     here = weight + first.to(tl.int64) * width + (rows * width)[:, None] + ks[None, :]
     numbers = x + (columns * x_stride)[None, :] + ks[:, None]
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    if (
+        DEPENDENT
+    ):  # a weight is written by no kernel: its first lines are on their way before the last one has ended
+        lines = tl.minimum(tl.arange(0, LINES) * LINE, width - 1)
+        near = tl.minimum(first + rows, outputs - 1).to(tl.int64) * width
+        fetch(weight + near[:, None] + lines[None, :])
     wait(DEPENDENT)
     for k in tl.range(0, width, BLOCK_K):
         there = k + ks < width
@@ -160,8 +174,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> 
     else:
         _few_rows[grid](
             out, x, weight, added, rows, outputs, width, x.stride(0), BIAS=bias is not None, ROWS=_FEW,
-            BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages, **dependent(),
+            BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, LINE=_LINE_BYTES // weight.element_size(),
+            LINES=_LINES, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
         )  # fmt: skip
     return out
 
@@ -174,8 +188,9 @@ class TritonProduct:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] in OWN_ROWS:
-            return multiply(x, self.weight, self.bias, tiling_for(x.shape[0], *self.weight.shape))
+        rows, (outputs, width) = x.shape[0], self.weight.shape
+        if is_own(rows, outputs, width):
+            return multiply(x, self.weight, self.bias, tiling_for(rows, outputs, width))
         return F.linear(x, self.weight, self.bias)
 
     def wide(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from quire_engine.engine import DTYPES, Engine
 from quire_engine.models import KVCache, load_model
+from quire_engine.resident import program as resident_program
 from quire_engine.resident import runner as resident_runner
 from quire_engine.resident.program import StepProgram
 from quire_engine.resident.runner import ResidentRunner
@@ -252,6 +254,17 @@ def test_more_seats_than_the_table_was_made_for(
     engine.set_limits(Limits("h1", 5, 16, True))
     assert texts(run(engine, *requests(5))) == expected
     assert made == [5] * (1 + fails)
+
+
+def test_a_size_that_takes_no_less_than_a_larger_one_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {64: 3.0, 128: 5.0, 192: 9.0, 256: 6.0, 512: 6.01}
+    monkeypatch.setattr(resident_program, "_seconds", lambda graph: seconds[graph])
+    shapes: Any = {size: SimpleNamespace(graph=size) for size in seconds}
+    # of 320 there is no graph: nobody knows
+    sizes = (64, 128, 192, 256, 320, 512)
+    assert resident_program._worth_having(sizes, shapes) == (64, 128, 256, 320, 512)
+    seconds[256] = 6.2
+    assert resident_program._worth_having(sizes, shapes) == (64, 128, 320, 512)
 
 
 def test_a_row_whose_token_is_awaited_is_given_to_nobody() -> None:

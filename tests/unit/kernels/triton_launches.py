@@ -21,10 +21,11 @@ from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
 from quire_kernels.paging import PagedBatch
-from quire_kernels.triton import gate, heads, launch, norm, product, sample, step, tokens
-from quire_kernels.triton.attention import Chip, StepAttention
+from quire_kernels.triton import gate, heads, launch, norm, product, rotation, sample, step, tokens
+from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
+ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32)
 
 
 def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -68,7 +69,7 @@ def attend(
         block_size=16,
     )
     cache, query = new(2, blocks, 16, kv_heads, head), new(sum(counts), kv_heads * group, head)
-    StepAttention(batch, window, chip)(query, cache, 1.0)
+    StepAttention(batch, window, chip, ARRIVED)(query, cache, 1.0)
 
 
 def prepare(groups: int) -> None:
@@ -77,7 +78,7 @@ def prepare(groups: int) -> None:
     step.prepare(buffers, tables, new(8, dtype=torch.int32))
     mixed = step.MixedBuffers.allocate(100, 5, tables, 16, 1024)
     step.prepare_mixed(mixed, tables, new(8, dtype=torch.int32))
-    attention = StepAttention(mixed.batches[0], None, H200)
+    attention = StepAttention(mixed.batches[0], None, H200, ARRIVED)
     attention(new(100, 8, 64), new(2, 9, 16, 2, 64), 1.0)
 
 
@@ -88,6 +89,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: place_heads(32, 8, 128, normed=False),
     lambda: place_heads(16, 8, 128, normed=True),
     lambda: gate.silu_mul(new(3, 2 * 14336)),
+    lambda: rotation.turns(new(3, dtype=torch.int64), new(64, dtype=F32), 1.0),
     lambda: tokens.largest(new(3, 151936, dtype=F32)),
     lambda: tokens.mask_tokens(
         new(3, 151936, dtype=F32), new(2, dtype=torch.int64), new(2, 18992, dtype=torch.uint8)

@@ -105,6 +105,16 @@ def test_heads_are_placed(num_heads: int, kv_heads: int, head: int, normed: bool
             close(found.view(2, 3, kv_heads, 4, head).transpose(2, 3).contiguous(), expected)
 
 
+@pytest.mark.parametrize("half", [1, 40, 64])
+def test_turns(half: int) -> None:
+    positions = torch.tensor([0, 1, 7, 4000, 131_071, 3, 9, 10, 11], device=DEVICE)
+    frequencies = (10_000.0 ** -(torch.arange(half) / half)).to(DEVICE)
+    for found, expected in zip(
+        kernels.turns(positions, frequencies, 1.3), reference.turns(positions, frequencies, 1.3), strict=True
+    ):
+        close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 100, 1024, 2050])
 def test_the_gate(width: int, dtype: torch.dtype) -> None:
@@ -139,10 +149,18 @@ def test_a_product_gives_rows_logits_and_its_tensors() -> None:
 
 
 def test_tilings_leave_no_multiprocessor_idle_and_fit() -> None:
-    for rows in (1, 4):
-        for outputs in (1024, 4096, 6144, 28672, 151936):
-            tiling = product.tiling_for(rows, outputs, 4096)
-            assert outputs / tiling.block_n >= (264 if outputs >= 16 * 264 else 64)
+    for outputs in (1024, 4096, 6144, 28672, 151936):
+        tiling = product.tiling_for(1, outputs, 4096)
+        assert outputs / tiling.block_n >= (264 if outputs >= 16 * 264 else 64)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "width", "own"),
+    [(1, 28672, 4096, True), (16, 4096, 1024, True), (17, 4096, 1024, False), (8, 1024, 3072, False),
+     (8, 28672, 4096, False)],
+)  # fmt: skip
+def test_few_rows_are_our_own_where_a_weight_is_light(rows: int, outputs: int, width: int, own: bool) -> None:
+    assert product.is_own(rows, outputs, width) == own
 
 
 # ── over logits ───────────────────────────────────────────────────────────────────────────────────────────

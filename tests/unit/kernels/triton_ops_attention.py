@@ -16,19 +16,22 @@ import torch
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.attention import StepAttention as Reference
 from quire_kernels.triton import INTERPRETED
-from quire_kernels.triton.attention import Chip, StepAttention, num_splits
+from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention, num_splits
 from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CHIP = Chip(16, 227 * 1024) if INTERPRETED else Chip.current()
+ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32, device=DEVICE)
 CLOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
 # cached and new tokens of each sequence, H, K, D, P, window
 STEPS = {
     "decode": ([(5, 1), (300, 1), (0, 1)], 4, 2, 64, 16, None),
+    "decode in few splits": ([(190, 1), (70, 1)], 8, 4, 64, 16, None),
     "one long": ([(700, 1)], 14, 2, 64, 16, None),
     "prompts": ([(0, 37), (20, 5)], 4, 2, 32, 16, None),
+    "more blocks than programs": ([(0, 90), (3, 1), (60, 70)], 8, 4, 32, 16, None),
     "mixed": ([(5, 1), (300, 1), (0, 40), (17, 9)], 8, 2, 64, 16, None),
     "window": ([(5, 1), (300, 1), (0, 40), (170, 9)], 6, 2, 80, 8, 33),
     "window of one": ([(90, 1), (0, 20)], 2, 1, 16, 16, 1),
@@ -71,14 +74,24 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     for block, used in ends.items():
         own.view(2, blocks, kv_heads, block_size, dim)[:, block, :, used:] = torch.nan
     expected = Reference(batch, window, 1 << 26)(query.float(), cache.float(), dim**-0.5)
-    found = StepAttention(batch, window, CHIP)(query, own, dim**-0.5)
+    found = StepAttention(batch, window, CHIP, ARRIVED)(query, own, dim**-0.5)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
+    assert not ARRIVED.any(), "the next layer counts from zero"
 
 
 @pytest.mark.parametrize(
     ("rows", "longest", "splits"),
-    [(8, 8192, 32), (2048, 8192, 1), (8, 70, 1), (8, 600, 4), (8, 1024, 16), (64, 8192, 4)],
+    [
+        (8, 8192, 32),
+        (2048, 8192, 1),
+        (8, 70, 1),
+        (8, 600, 8),
+        (8, 1024, 16),
+        (64, 8192, 8),
+        (132, 8192, 4),
+        (133, 8192, 1),
+    ],
 )
 def test_splits_fill_the_chip_and_are_never_short(rows: int, longest: int, splits: int) -> None:
     assert num_splits(132, rows, longest) == splits
@@ -131,7 +144,7 @@ def test_a_batch_may_name_its_rows() -> None:
     batch, blocks = batch_of([(40, 1), (9, 1), (100, 1)], 16)
     cache = torch.randn((2, blocks, 16, 2, 32), device=DEVICE)
     query = torch.randn((3, 4, 32), device=DEVICE)
-    expected = StepAttention(batch, None, CHIP)(query, cache, 0.2)
+    expected = StepAttention(batch, None, CHIP, ARRIVED)(query, cache, 0.2)
     order = torch.tensor([2, 0, 1], device=DEVICE)
     named = PagedBatch(
         positions=batch.positions,
@@ -145,4 +158,4 @@ def test_a_batch_may_name_its_rows() -> None:
         contexts=batch.contexts,
         table_rows=torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE),
     )
-    assert torch.equal(StepAttention(named, None, CHIP)(query, cache, 0.2), expected)
+    assert torch.equal(StepAttention(named, None, CHIP, ARRIVED)(query, cache, 0.2), expected)
