@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.gpu_products import product_rows
 from benchmarks.workload import Lengths
 from quire_engine.engine import DTYPES, Engine
 from quire_engine.models import DecoderModel, KVCache, load_model
@@ -683,7 +684,9 @@ def main() -> None:
     parser.add_argument("--parts", default="exactness,attention,0.6b,8b,transformers-0.6b,transformers-8b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown", help="of what is measured, for the rows")
-    parser.add_argument("--sweep", action="store_true", help="try every tile of the attention kernel")
+    parser.add_argument("--sweep", action="store_true", help="try every tile of attention and of products")
+    parser.add_argument("--kinds", default="", help="of products, separated by commas; default: all")
+    parser.add_argument("--rows", default="", help="of products, separated by commas; default: 1 to 2048")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", type=Path, default=Path("platform/quire/builtin/tiny"), help="for exactness")
     options = parser.parse_args()
@@ -725,6 +728,8 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
     elif part == "attention":
         yield from attention_rows(card, sweep=options.sweep)
         yield from prompt_rows(card, sweep=options.sweep)
+    elif part == "products":
+        yield from product_rows(card, replayed, sweep=options.sweep, kinds=options.kinds, rows_of=options.rows)
     elif part == "0.6b":
         bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=60 << 30)
         print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)

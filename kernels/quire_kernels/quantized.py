@@ -56,12 +56,12 @@ class Int8Weight:
         return self.values.shape[0], self.values.shape[1]
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Quantises `rows` [n, K] of any float dtype as the outputs from `start` on.
+        """Quantises `rows` [n, K] of any float dtype, on any device, as the outputs from `start` on.
 
         The largest number of an output becomes 127. Raises `KernelError` if a number is not finite.
         """
         for at, piece in _pieces(start, rows):
-            wide = piece.float()
+            wide = piece.to(self.values.device).float()
             scales = _finite(wide.abs().amax(-1)) / 127.0
             self.scales[at] = scales
             self.values[at] = (wide / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
@@ -109,13 +109,13 @@ class Int4Weight:
         return self.values.shape[0], self.values.shape[1] * 2
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Quantises `rows` [n, K] of any float dtype as the outputs from `start` on.
+        """Quantises `rows` [n, K] of any float dtype, on any device, as the outputs from `start` on.
 
         The number of a group that is largest without its sign becomes -8. Raises `KernelError` if a number is
         not finite.
         """
         for at, piece in _pieces(start, rows):
-            groups = piece.float().reshape(*self.scales[at].shape, self.group_size)
+            groups = piece.to(self.values.device).float().reshape(*self.scales[at].shape, self.group_size)
             low, high = groups.amin(-1), groups.amax(-1)  # `aminmax` takes five times as long
             scales = (_finite(torch.where(-low > high, low, high)) / -8.0).bfloat16()
             self.scales[at] = scales

@@ -735,7 +735,7 @@ def _folder(model: str) -> Path:
 def _check_quantization(method: object, group_size: object, activations: object) -> None:
     if method is not None:
         arguments.one_of("quantization", method, METHODS, "None computes with the checkpoint's own numbers")
-    arguments.one_of("activations", activations, ("auto", "int8", "bf16"), '"auto" is int8')
+    arguments.one_of("activations", activations, ("auto", "int8", "bf16"), '"auto" suits method and device')
     if group_size is not None:
         arguments.whole("group_size", group_size, 1, hint="None is 32")
         if group_size not in GROUP_SIZES:
@@ -754,7 +754,7 @@ def _check_quantization(method: object, group_size: object, activations: object)
 
 _INSTEAD = {
     "method": "quantization=None",
-    "activations": 'dtype="bfloat16", or activations="int8"',
+    "activations": 'dtype="bfloat16", or activations="auto"',
     "groupSize": 'another group_size, or quantization="int8"',
 }
 """By field of `spec.quantization`: what to pass where it cannot be had."""

@@ -6,6 +6,7 @@
     step         the widest moment of the widest launched step
     general      what a step by way of the host takes more than that, where it does
     graphs       what captured steps share, and keep: the widest of them
+    loading      what quantizing a weight takes more than all of these, which are not there yet then
 
 A launched step gives its memory back to torch's allocator and the next one takes it again, so what counts is the
 moment at which most is alive at once. The order of things is that of `models.decoder`: the residual, the normed
@@ -21,13 +22,18 @@ launched one, and then of R rows the logits in float32, with all that the torch 
 `graphs` counts each kind of tensor once at its full size, as if nothing could take its place: memory that is
 captured is given out anew to the next shape, but in pieces that need not suit.
 
+A product with a quantized weight has, besides its input and what comes out (`triton.quantized`): the codes of a
+rounded input; some outputs of the weight unpacked for cuBLAS; partial sums, if it is cut into splits.
+
 Legend: T tokens of a step, R rows that get logits, S seats (the most sequences), X groups of layers, V vocabulary,
 e bytes of a number.
 """
 
 from __future__ import annotations
 
-from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.checkpoint import ModelProfile, expected_tensors
+from quire_schemas.quantization import QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes
+from quire_schemas.wire import Quantization
 
 MIB = 1 << 20
 CONTEXT = 832 * MIB
@@ -48,6 +54,11 @@ SPLIT_PAIRS = 768
 """Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 4 for
 each multiprocessor (`quire_kernels.triton.attention.num_splits`), of which no GPU yet has more than 192."""
 
+SCRATCH_BYTES, ROOM_BYTES, MANY_ROWS, MOST_TILES = 32 * MIB, 16 * MIB, 256, 4096
+"""Of `quire_kernels.triton.quantized`."""
+_QUANTIZING_BYTES = 24
+"""Of each number that is quantized: as the file has it, and some copies in float32."""
+
 _TILE, _LANES, _LIST, _PROGRAMS = 4096, 1024, 4096, 1024
 """Of `quire_kernels.triton.sample`."""
 _TABLE_ROW = 4 + 4 + 4 + 4 + 4 + 8
@@ -59,7 +70,15 @@ _ALLOCATION = 512
 
 
 def gpu_parts(
-    profile: ModelProfile, groups: int, *, number: int, tokens: int, seats: int, width: int, captures: bool
+    profile: ModelProfile,
+    groups: int,
+    *,
+    number: int,
+    tokens: int,
+    seats: int,
+    width: int,
+    captures: bool,
+    quantization: Quantization | None = None,
 ) -> dict[str, int]:
     """Bytes of each part. `number` is e; `tokens` and `seats` bound a step; `width` is blocks of the longest
     sequence; `captures`: whether steps are captured.
@@ -68,9 +87,9 @@ def gpu_parts(
     captured = min(CAPTURED_TOKENS, _filled(tokens))
     widest = max(tokens, seats, captured)
     inputs = groups * ((2 * widest + seats) * 8 + seats * (width + 2) * 4) + widest * 8 + seats * 24
-    step = _peak(profile, number, widest, seats)
-    graphs = _each(profile, number, max(captured, seats), seats) if captures else 0
-    return {
+    step = _peak(profile, number, widest, seats, quantization)
+    graphs = _each(profile, number, max(captured, seats), seats, quantization) if captures else 0
+    parts = {
         "table": groups * 2 * seats * width * 4 + 2 * seats * _TABLE_ROW + _scratch(profile, seats),
         "buffers": _buffers(groups, captured, seats),
         "workspaces": (2 if captures else 1) * WORKSPACE,
@@ -78,6 +97,10 @@ def gpu_parts(
         "general": max(_general(profile, number, tokens, min(tokens, seats)) - step, 0),
         "graphs": graphs,
     }
+    if quantization is not None:
+        parts["table"] += MOST_TILES * 4
+        parts["loading"] = max(loading_bytes(profile, quantization) - sum(parts.values()), 0)
+    return parts
 
 
 def _filled(tokens: int) -> int:
@@ -103,17 +126,48 @@ def _split_parts(profile: ModelProfile) -> int:
     return SPLIT_PAIRS * members * (profile.head_dim + 2) * 4
 
 
-def _peak(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+def loading_bytes(profile: ModelProfile, quantization: Quantization) -> int:
+    """A piece that is quantized; or a weight in 4 bits beside itself in the order of the kernels, and a piece on
+    its way there."""
+    shapes = [shape for name, shape in expected_tensors(profile) if is_quantized(profile, name, shape)]
+    piece = max(QUANTIZED_AT_A_TIME, max(inputs for _, inputs in shapes)) * _QUANTIZING_BYTES
+    if quantization.group_size is None:
+        return piece
+    # outputs of projections that are fused lie in one weight
+    largest = max(quantized_bytes(quantization, *shape) for shape in [*shapes, *_fused(profile)])
+    return largest + max(piece, 32 * MIB)
+
+
+def _fused(profile: ModelProfile) -> list[tuple[int, int]]:
+    hidden = profile.hidden_size
+    return [(profile.q_size + 2 * profile.kv_size, hidden), (2 * profile.intermediate_size, hidden)]
+
+
+def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: int) -> int:
+    """What a product of `rows` rows holds besides them and its result."""
+    if quantization is None:
+        return 0
+    # at most twice the multiprocessors are given a tile, of 128 outputs and up to 256 rows
+    sums = min(ROOM_BYTES, 384 * 128 * min(max(rows * 2, 16), 256) * 4)
+    if quantization.activations == "int8":
+        return rows * (inputs + 4) + sums
+    return max(sums, max(SCRATCH_BYTES, 256 * inputs * e) if rows >= MANY_ROWS else 0)
+
+
+def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """The most that a forward pass and what follows it hold at once."""
     hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
     through = tokens * (2 * hidden * e + 2 * profile.head_dim * 4)
     attention = tokens * (4 * q + 2 * kv) * e + _split_parts(profile)
-    output = tokens * (q + 2 * hidden) * e
-    mlp = tokens * (q + max(3 * inner, inner + hidden, 2 * hidden)) * e
+    attention = max(attention, tokens * (2 * q + 2 * kv) * e + _multiplying(quantization, e, tokens, hidden))
+    output = tokens * (q + 2 * hidden) * e + _multiplying(quantization, e, tokens, q)
+    up = 2 * inner * e * tokens + _multiplying(quantization, e, tokens, hidden)
+    down = (inner + hidden) * e * tokens + _multiplying(quantization, e, tokens, inner)
+    mlp = tokens * q * e + max(tokens * max(3 * inner, 2 * hidden) * e, up, down)
     rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
     layer = through + max(attention, output, mlp, rotary)
     states = rows * 3 * hidden * e
-    return max(layer, states + rows * profile.vocab_size * e)
+    return max(layer, states + rows * profile.vocab_size * e + _multiplying(quantization, e, rows, hidden))
 
 
 def _general(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
@@ -124,10 +178,12 @@ def _general(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
     return states + rows * profile.vocab_size * (e + _SAMPLER_BYTES)
 
 
-def _each(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+def _each(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """Every kind of tensor of a forward pass and its head, each once."""
     hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
     numbers = 6 * hidden + (q + 2 * kv) + 3 * q + 3 * inner
     rotary = tokens * profile.head_dim * 14
     last = rows * (q + 2 * hidden) * e  # the rows that go on from the last attention
-    return tokens * numbers * e + rotary + last + _split_parts(profile) + rows * profile.vocab_size * e
+    products = sum(_multiplying(quantization, e, tokens, inputs) for inputs in (hidden, q, inner))
+    products += _multiplying(quantization, e, rows, hidden)
+    return tokens * numbers * e + rotary + last + _split_parts(profile) + rows * profile.vocab_size * e + products

@@ -261,8 +261,8 @@ class Quantization(Strict):
 
     method: Literal["none", "int8", "int4", "fp8", "awq", "gptq"] = declared(
         "How weights are quantized. 'none' takes them as the checkpoint has them. 'int8' and 'int4' make integers "
-        "of those of all linear layers and of the head while the engine loads, on a CPU: less memory, more speed, "
-        "other numbers. An untied embedding and norms stay in engine.dtype.",
+        "of those of all linear layers and of the head while the engine loads: less memory, more speed, other "
+        "numbers. An untied embedding and norms stay in engine.dtype.",
         "none",
         update="rolling",
         refused=_NO_FORMAT,
@@ -273,7 +273,8 @@ class Quantization(Strict):
     )
     activations: Literal["auto", "int8", "bf16"] = declared(
         "Number format of what enters a quantized layer. 'int8' has one scale for each token, found as it comes, "
-        "and products of integers; 'bf16' leaves it as it is. 'auto' is int8.",
+        "and products of integers; 'bf16' leaves it as it is. 'auto' is int8; but with int4 on a GPU it is "
+        "engine.dtype, for there nothing would be gained.",
         "auto",
         update="rolling",
     )

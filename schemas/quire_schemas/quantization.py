@@ -27,6 +27,8 @@ GROUP_SIZES = (32, 64, 128)
 """With int4; the first is the default."""
 INT8_INPUTS = 4
 """A product of whole numbers takes so many inputs at once: a weight has a multiple of it."""
+FLOATS: dict[str, Literal["bf16", "fp16", "fp32"]] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""What activations that are not rounded are called, by the engine's dtype."""
 QUANTIZED_AT_A_TIME = 1 << 20
 """Numbers of a weight that are read and quantized together, unless one output has more."""
 
@@ -51,20 +53,22 @@ def resolve(
     method, activations = declared["method"], declared["activations"]
     if method == "none":
         return None
-    if device == "cuda":
-        raise Unquantizable(
-            "method",
-            f"{method} runs on a CPU, and this model runs on a GPU",
-            "declare engine.device: cpu, or method: none",
-        )
+    if device == "cuda" and method == "int4":
+        if activations == "int8":
+            raise Unquantizable(
+                "activations",
+                "int4 weights meet int8 activations on a CPU alone, and this model runs on a GPU",
+                "declare activations: auto, or method: int8",
+            )
+        activations = FLOATS[dtype] if activations == "auto" else activations
     if activations == "bf16" and dtype != "bfloat16":
         raise Unquantizable(
             "activations",
             f"the activations are {dtype}",
-            "declare engine.dtype: bfloat16, or activations: int8",
+            "declare engine.dtype: bfloat16, or activations: auto",
         )
     size = declared["groupSize"] or GROUP_SIZES[0] if method == "int4" else None
-    found = Quantization(method, "bf16" if activations == "bf16" else "int8", size)
+    found = Quantization(method, "int8" if activations == "auto" else activations, size)
     if problem := misfit(profile, found):
         least = GROUP_SIZES[0]
         others = [

@@ -402,18 +402,18 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         return
     if facts["spec.engine.runner"] == "scripted":
         yield Finding((*at, "method"), "a scripted model has no weights", "remove it, or runner: scripted")
-    elif facts["spec.engine.device"] == "cuda":
+    elif facts["spec.engine.device"] == "cuda" and method == "int4" and activations == "int8":
         yield Finding(
-            (*at, "method"),
-            f"{REFUSED}: there are no integer kernels for GPUs yet",
-            "declare engine.device: cpu, or method: none",
+            (*at, "activations"),
+            f"{REFUSED}: int4 weights meet int8 activations on a CPU alone",
+            "declare engine.device: cpu, activations: auto, or method: int8",
         )
     dtype = facts["spec.engine.dtype"]
     if activations == "bf16" and dtype not in ("auto", "bfloat16"):
         yield Finding(
             (*at, "activations"),
             f"the activations are {dtype}, by engine.dtype",
-            "declare engine.dtype: bfloat16, or activations: int8",
+            "declare engine.dtype: bfloat16, or activations: auto",
         )
 
 

@@ -33,7 +33,14 @@ from typing import Literal
 from quire_schemas.checkpoint import DTYPE_BYTES, ExpertsProfile, ModelProfile, expected_tensors
 from quire_schemas.gpu_sizing import CONTEXT, SLACK, gpu_parts
 from quire_schemas.quantities import format_bytes
-from quire_schemas.quantization import GROUP_SIZES, QUANTIZED_AT_A_TIME, is_quantized, misfit, quantized_bytes
+from quire_schemas.quantization import (
+    FLOATS,
+    GROUP_SIZES,
+    QUANTIZED_AT_A_TIME,
+    is_quantized,
+    misfit,
+    quantized_bytes,
+)
 from quire_schemas.wire import Quantization, RunnerKind
 
 GIB = 1 << 30
@@ -356,6 +363,7 @@ def activation_bytes(
             max_model_len,
             block_size=block_size,
             enforce_eager=enforce_eager,
+            quantization=quantization,
         )
         return sum(parts.values())
     tokens, e = max_num_batched_tokens, DTYPE_BYTES[dtype]
@@ -443,7 +451,7 @@ def _experts_scratch(
     and of each token and each of its experts the input and what is inside, as it is and as it is multiplied."""
     hidden, inner = profile.hidden_size, experts.intermediate_size
     pairs = tokens * experts.num_experts_per_tok
-    made = 4 if quantization is None or quantization.activations == "bf16" else 2
+    made = 4 if quantization is None or quantization.activations != "int8" else 2
     own = pairs * (12 + inner * e + made * max(hidden, inner) + 256)  # each part of a row is filled up to 64 bytes
     return experts.num_experts * 16 + tokens * hidden * 4 + own + 512
 
@@ -457,6 +465,7 @@ def gpu_activations(
     *,
     block_size: int,
     enforce_eager: bool = False,
+    quantization: Quantization | None = None,
 ) -> dict[str, int]:
     """The parts of `activation_bytes` on a GPU, by name (`gpu_sizing.gpu_parts`)."""
     return gpu_parts(
@@ -467,6 +476,7 @@ def gpu_activations(
         seats=max_num_seqs,
         width=-(-max_model_len // block_size),
         captures=not enforce_eager,
+        quantization=quantization,
     )
 
 
@@ -700,8 +710,9 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     narrows = computes and request.kv_dtype != "int8" and not kv_misfit(profile, "int8", "cpu")
     if narrows and fits(replace(request, kv_dtype="int8")):
         yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
-    if computes and request.quantization is None:
-        for quantization in (Quantization("int8"), Quantization("int4", group_size=GROUP_SIZES[0])):
+    if request.runner == "model" and request.quantization is None:
+        four = FLOATS[request.dtype] if request.device == "cuda" else "int8"
+        for quantization in (Quantization("int8"), Quantization("int4", four, GROUP_SIZES[0])):
             if not misfit(profile, quantization) and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break

@@ -500,7 +500,7 @@ class Quantization(msgspec.Struct, frozen=True):
     """Weights that are made integers at load: of all linear layers and the head."""
 
     method: Literal["int8", "int4"]
-    activations: Literal["int8", "bf16"] = "int8"
+    activations: Literal["int8", "bf16", "fp16", "fp32"] = "int8"
     """What enters them: integers with a scale for each token, or the model's own numbers."""
     group_size: int | None = None
     """Weights that share a scale; None, with int8: all of an output."""

@@ -26,6 +26,7 @@ from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 from quire_kernels.triton.product import TritonProduct
+from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 
 if TYPE_CHECKING:
     from quire_kernels import Body, Experts, GatedProducts, HeadNorms, Product
@@ -50,6 +51,7 @@ class TritonKernels:
         self._chip = Chip(8, 227 * 1024) if INTERPRETED else Chip.current()
         # here, so that no captured graph has it in its own memory
         self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
+        self._room = Room(self._arrivals.device)
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         return TritonProduct(weight, bias)
@@ -57,7 +59,7 @@ class TritonKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        return ReferenceKernels().quantized_product(weight, bias, activations, dtype)
+        return TritonQuantizedProduct.of(weight, bias, activations, dtype, self._room, self._chip.multiprocessors)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)

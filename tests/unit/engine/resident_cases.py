@@ -29,9 +29,10 @@ from quire_engine.resident.table import RequestTable
 from quire_engine.step import PENDING, Draw, Scheduled
 from quire_kernels import HeadNorms, Kernels, Product, load
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, TritonKernels
+from quire_kernels.triton import INTERPRETED, TritonKernels, quantized
 from quire_schemas.checkpoint import read_profile
-from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
+from quire_schemas.sizing import weight_bytes
+from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Quantization, Sampling
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -92,8 +93,17 @@ def engine_of(spec: EngineSpec, backend: str) -> Engine:
     folder, device = Path(spec.model_dir), DEVICE if backend == "triton" else torch.device("cpu")
     profile, kernels = read_profile(folder), kernels_of(backend)
     model = load_model(
-        folder, profile, dtype=DTYPES[spec.dtype], device=device, kernels=kernels, on_progress=lambda *_: None
+        folder,
+        profile,
+        dtype=DTYPES[spec.dtype],
+        device=device,
+        kernels=kernels,
+        on_progress=lambda *_: None,
+        quantization=spec.quantization,
     )
+    if spec.quantization is not None:
+        assert model.bytes == weight_bytes(profile, spec.dtype, spec.quantization)
+        assert all(part.device.type == device.type for part in model.parameters())
     kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
     return Engine.assemble(spec, profile, model, kv)
 
@@ -168,6 +178,30 @@ def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
     assert texts(run(together, *requests(4, **asked)))["0"] == expected
     other = engine_of(spec_of(tmp_path), "triton")
     assert texts(run(other, requests(1, **asked | {"seed": 12})[0]))["0"] != expected
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        ("qwen2-tied", Quantization("int8")),
+        ("llama", Quantization("int4", "fp32", 32)),
+        pytest.param("llama-biases", Quantization("int8", "fp32"), marks=pytest.mark.nightly),
+        pytest.param("qwen2-tied", Quantization("int4", "fp32", 32), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_quantized_weights_give_the_answers_of_the_reference(
+    name: str, quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers are the same anywhere, and what they are multiplied with is rounded in the same places."""
+    build(name, tmp_path)
+    if INTERPRETED:  # which takes its time for each program
+        monkeypatch.setattr(quantized, "line_for", lambda outputs, width: quantized.Line(128, 64, 4, 1))
+    spec = spec_of(tmp_path, quantization=quantization, async_scheduling=True)
+    expected = texts(run(engine_of(spec, "reference"), *requests(3)))
+    engine = engine_of(spec, "triton")
+    assert isinstance(engine.runner, ResidentRunner)
+    assert texts(run(engine, *requests(3))) == expected
 
 
 def test_what_the_device_cannot_do_goes_by_the_host_and_back(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from quire_kernels.triton import INTERPRETED, sample
 from quire_kernels.triton.attention import num_splits
 from quire_schemas import gpu_sizing, sizing
 from quire_schemas.checkpoint import ModelProfile
-from quire_schemas.wire import Sampling
+from quire_schemas.wire import Quantization, Sampling
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -42,6 +42,7 @@ SLIDING = SMALL | {
     "use_sliding_window": True,
     "max_window_layers": 1,
 }
+WIDE_QUANTIZED = SMALL | {"intermediate_size": 1504}
 SEATS, LENGTH, BLOCK = 3, 2048, 16
 
 
@@ -67,7 +68,9 @@ def highest(work: Callable[[], object]) -> int:
     return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
 
 
-def runner_of(folder: Path, shape: dict[str, Any], tokens: int) -> tuple[ModelProfile, ResidentRunner]:
+def runner_of(
+    folder: Path, shape: dict[str, Any], tokens: int, quantization: Quantization | None = None
+) -> tuple[ModelProfile, ResidentRunner]:
     described = write_checkpoint(folder, config(**shape))
     model = load_model(
         folder,
@@ -76,7 +79,9 @@ def runner_of(folder: Path, shape: dict[str, Any], tokens: int) -> tuple[ModelPr
         device=DEVICE,
         kernels=load("triton"),
         on_progress=lambda *_: None,
+        quantization=quantization,
     )
+    assert model.bytes == sizing.weight_bytes(described, "float32", quantization)
     kv = KVCache.allocate(described, 512, BLOCK, torch.float32, DEVICE)
     general = ModelRunner(
         model, kv, block_size=BLOCK, head_rows=SEATS, device=DEVICE, masks=MaskMaker(meanwhile=False)
@@ -112,6 +117,60 @@ def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_pat
     assert found <= parts["step"]
     # with a few tokens the room of splits counts, which is that of the largest GPU
     assert found >= (0.5 if tokens == 100 else 0.75) * parts["step"], "the bound is no idle talk"
+
+
+@pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])
+@pytest.mark.parametrize(
+    "quantization", [Quantization("int8"), Quantization("int8", "fp32"), Quantization("int4", "fp32", 32)], ids=str
+)
+@pytest.mark.parametrize("shape", [WIDE_HEAD, WIDE_QUANTIZED], ids=str)
+def test_a_quantized_step_stays_below_the_plan(
+    shape: dict[str, Any], quantization: Quantization, tokens: int, tmp_path: Path
+) -> None:
+    described, runner = runner_of(tmp_path, shape, tokens, quantization)
+    parts = sizing.gpu_activations(
+        described,
+        "float32",
+        tokens,
+        SEATS,
+        LENGTH,
+        block_size=BLOCK,
+        enforce_eager=True,
+        quantization=quantization,
+    )
+    plan = plan_of(1, tokens, temperature=0.8, top_p=0.9)
+    found = highest(lambda: runner.execute(plan))
+    assert found <= parts["step"]
+    # room for the partial sums of the largest chip, and for part of a large weight unpacked, is counted whole
+    constant = gpu_sizing.ROOM_BYTES + (0 if quantization.activations == "int8" else gpu_sizing.SCRATCH_BYTES)
+    assert found >= 0.6 * (parts["step"] - constant)
+
+
+@pytest.mark.parametrize("quantization", [Quantization("int8"), Quantization("int4", "fp32", 32)], ids=str)
+def test_quantizing_stays_below_the_plan(quantization: Quantization, tmp_path: Path) -> None:
+    shape = WIDE_HEAD | {"vocab_size": 40_000}
+    described = write_checkpoint(tmp_path, config(**shape))
+    held = sizing.weight_bytes(described, "float32", quantization)
+    models: list[Any] = []
+
+    def load_it() -> None:
+        models.clear()
+        models.append(
+            load_model(
+                tmp_path,
+                described,
+                dtype=torch.float32,
+                device=DEVICE,
+                kernels=load("triton"),
+                on_progress=lambda *_: None,
+                quantization=quantization,
+            )
+        )
+
+    found, planned = highest(load_it) - held, gpu_sizing.loading_bytes(described, quantization)
+    assert 0.1 * planned <= found <= planned
+    parts = sizing.gpu_activations(described, "float32", 64, 1, 64, block_size=BLOCK, quantization=quantization)
+    assert sum(parts.values()) >= planned
 
 
 @pytest.mark.parametrize(("shape", "tokens"), [(WIDE_HEAD, 20), (WIDE_HEAD, 900), (WIDE_MLP, 900)], ids=str)

@@ -21,7 +21,7 @@ from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
 from quire_kernels.paging import PagedBatch
-from quire_kernels.triton import gate, heads, launch, norm, product, rotation, sample, step, tokens
+from quire_kernels.triton import gate, heads, launch, norm, product, quantized, rotation, sample, step, tokens
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -55,6 +55,31 @@ def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
 def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
     x, weight, bias = new(rows, width), new(outputs, width), new(outputs) if rows > 1 else None
     product.multiply(x, weight, bias, tiling or product.tiling_for(rows, outputs, width))
+
+
+def multiply_quantized(
+    rows: int, outputs: int, width: int, group_size: int, rounded: bool, dtype: Any = BF16
+) -> None:
+    """`group_size` 0 is 8 bits."""
+    values, scales = new(outputs, width, dtype=torch.int8), new(outputs, dtype=F32)
+    if group_size:
+        values = new(width // group_size, outputs, group_size // 2, dtype=torch.uint8)
+        scales = new(width // group_size, outputs)
+    weight = quantized.Packed(values, scales, group_size, outputs, width)
+    room = quantized.Room(torch.device("cpu"))
+    if not rounded:
+        x, bias = new(rows, width, dtype=dtype), new(outputs, dtype=F32)
+        tiling = quantized.tiling_for(rows, weight, False, 132)
+        quantized.multiply(x, None, weight, bias, dtype, tiling, room)
+        quantized.unpack(weight, new(rows, width, dtype=dtype), 0)
+        quantized.unpack(weight, new(rows, width, dtype=dtype), 0, new(rows, dtype=torch.int64))
+        return
+    codes, x_scales = quantized.round_rows(new(rows, width, dtype=dtype))
+    if rows == 1:
+        line = quantized.line_for(outputs, width)
+        quantized.multiply_row(codes, x_scales, weight, None, dtype, line)
+    tiling = quantized.tiling_for(rows, weight, True, 132)
+    quantized.multiply(codes, x_scales, weight, None, dtype, tiling, room)
 
 
 def attend(
@@ -97,6 +122,11 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
+    lambda: multiply_quantized(1, 4096, 4096, 0, True),
+    lambda: multiply_quantized(300, 4096, 4096, 0, True),
+    lambda: multiply_quantized(8, 4096, 4096, 0, False),
+    lambda: multiply_quantized(8, 4096, 4096, 32, False),
+    lambda: multiply_quantized(100, 4096, 4096, 128, False),
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
@@ -115,6 +145,13 @@ MORE: list[Callable[[], Any]] = [
     lambda: draw(256, 128256, F32),
     lambda: multiply(1, 1000, 900),
     lambda: multiply(16, 151936, 1024),
+    *(
+        partial(multiply_quantized, rows, outputs, width, size, rounded, dtype)
+        for rows in (1, 16, 64, 128, 256)
+        for size, rounded in ((0, True), (0, False), (32, False), (64, False), (128, False))
+        for outputs, width in ((28672, 4096), (1001, 896))
+        for dtype in (BF16, torch.float16)
+    ),
     *(
         partial(attend, counts, 999, *heads, chip, window)
         for counts in ([1], [1] * 64, [1, 40])

@@ -294,9 +294,13 @@ def test_a_quantization_reaches_the_engine(declared: dict[str, Any], expected: Q
 def test_a_quantization_that_cannot_be_is_refused_at_its_field() -> None:
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
     with pytest.raises(NoSuchNumbers, match="runs on a GPU") as refused:
-        placed(with_gpu, quantization={"method": "int8"})
-    assert (refused.value.path, refused.value.reason) == ("spec.quantization.method", "ConfigRejected")
-    assert placed(with_gpu, quantization={"method": "int8"}, engine={"device": "cpu"}).quantization
+        placed(with_gpu, quantization={"method": "int4", "activations": "int8"})
+    assert (refused.value.path, refused.value.reason) == ("spec.quantization.activations", "ConfigRejected")
+    four = placed(with_gpu, quantization={"method": "int4"})
+    assert str(four.quantization) == "int4 in groups of 32, bf16 activations"
+    assert (
+        str(placed(CPU, quantization={"method": "int4"}).quantization) == "int4 in groups of 32, int8 activations"
+    )
     with pytest.raises(NoSuchNumbers, match=r"64 inputs of .* groups of 128") as refused:
         placed(CPU, quantization={"method": "int4", "groupSize": 128})
     assert refused.value.path == "spec.quantization.groupSize"

@@ -240,7 +240,7 @@ def test_one_run_reports_all_mistakes_of_all_files() -> None:
         ),
         (
             "quantization: {method: int4, activations: bf16}\nengine: {dtype: float32}",
-            *(6, 45, "spec.quantization.activations", "are float32, by engine.dtype", "activations: int8"),
+            *(6, 45, "spec.quantization.activations", "are float32, by engine.dtype", "activations: auto"),
         ),
         ("engine: {stepTime: 9ms}", 6, 12, "spec.engine.stepTime", "scripted runner", "runner scripted"),
         ("engine: {runner: scripted, stepTime: 30s}", 6, 40, "spec.engine.stepTime", "stalled", "20ms"),
@@ -325,7 +325,7 @@ def test_only_a_hub_needs_a_token() -> None:
         "quantization: {method: awq}",
         "quantization: {method: fp8}",
         "quantization: {method: int4, groupSize: 48}",
-        "quantization: {method: int8}\nengine: {device: cuda}",
+        "quantization: {method: int4, activations: int8}\nengine: {device: cuda}",
         "batching: {policy: slo}",
         "batching: {slo: {ttftP95: 500ms}}",
         "speculative: {method: ngram}",

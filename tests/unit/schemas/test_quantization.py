@@ -10,7 +10,7 @@ import pytest
 from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
 
 from quire_schemas.checkpoint import ModelProfile
-from quire_schemas.quantization import GROUP_SIZES, Unquantizable, resolve
+from quire_schemas.quantization import FLOATS, GROUP_SIZES, Unquantizable, resolve
 from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
 from quire_schemas.wire import Quantization
 
@@ -42,7 +42,10 @@ def test_auto_follows_the_method(declared: dict[str, Any], expected: Quantizatio
 @pytest.mark.parametrize(
     ("declared", "profile", "dtype", "device", "field", "words", "hint"),
     [
-        (section("int8"), LLAMA_8B, "bfloat16", "cuda", "method", "on a GPU", "engine.device: cpu"),
+        (
+            section("int4", "int8"),
+            *(LLAMA_8B, "bfloat16", "cuda", "activations", "on a GPU", "activations: auto, or method: int8"),
+        ),
         (section("int4", "bf16"), LLAMA_8B, "float16", "cpu", "activations", "are float16", "bfloat16"),
         (
             section("int4", groups=64),
@@ -133,7 +136,28 @@ def test_weights_above_a_machine_are_offered_the_method_that_fits(
     assert (found or " ").split()[0] == expected if expected else found is None
 
 
-def test_no_gpu_and_nothing_that_is_quantized_is_offered_it() -> None:
-    assert "spec.quantization.method" not in offers(fit(LLAMA_8B, gpu(12)))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_on_a_gpu_four_bits_leave_activations_alone(dtype: str) -> None:
+    found = resolve(section("int4"), LLAMA_8B, dtype=dtype, device="cuda")
+    assert found == Quantization("int4", FLOATS[dtype], 32)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Quantization) == found
+    assert resolve(section("int8"), LLAMA_8B, dtype=dtype, device="cuda") == Quantization("int8")
+    if dtype == "bfloat16":
+        assert resolve(section("int8", "bf16"), LLAMA_8B, dtype=dtype, device="cuda") == Quantization(
+            "int8", "bf16"
+        )
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"), [(12, Quantization("int8")), (9, Quantization("int4", "bf16", 32)), (4, None)]
+)
+def test_a_gpu_that_is_too_small_is_offered_fewer_bits(gib: int, expected: Quantization | None) -> None:
+    found = offers(fit(LLAMA_8B, gpu(gib))).get("spec.quantization.method")
+    assert (found or "none").split()[0] == (expected.method if expected else "none")
+    if expected:
+        assert fit(LLAMA_8B, replace(gpu(gib), quantization=expected)).fits
+
+
+def test_nothing_that_is_quantized_is_offered_it() -> None:
     small = {"device_bytes_total": 8 * GIB, "device_bytes_available": 8 * GIB, "max_model_len": 1024}
     assert "spec.quantization.method" not in offers(fit(LLAMA_8B, ask(**small, quantization=Quantization("int8"))))

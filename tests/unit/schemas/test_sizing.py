@@ -298,7 +298,7 @@ def test_a_cache_too_small_for_a_sequence_is_offered_fewer_bits() -> None:
 def test_weights_above_the_device_name_the_device_that_would_do() -> None:
     report = fit(LLAMA_8B, gpu(16))
     assert "alone are" in report.reason
-    assert set(offers(report)) == {"device"}
+    assert set(offers(report)) == {"device", "spec.quantization.method"}
 
 
 def test_a_declared_memory_limit_too_small_gets_one_that_does() -> None:

@@ -1,0 +1,250 @@
+"""Products with quantized weights on a GPU, beside cuBLAS in bfloat16: the part `products` of `benchmarks.gpu`.
+
+Each is replayed from a graph that goes round enough copies of its weight that none is in the L2 cache when its
+turn comes. `bandwidth_share` is bytes of the weight over time, of a large copy's rate; `peak_share` operations
+over time, of a large bfloat16 product's. Kernels are compiled ahead, in as many processes as there are cores.
+
+With a sweep every tiling worth trying is timed; rows that have one say which, and the best of each are printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from quire_kernels.triton import quantized
+from quire_kernels.triton.attention import Chip
+from quire_kernels.triton.quantized import Line, Packed, Room, Tiling, TritonQuantizedProduct
+
+BF16 = torch.bfloat16
+SHAPES = {
+    "qkv": (6144, 4096),
+    "out": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+"""Outputs and width of the products of an 8B."""
+ROWS = (1, 8, 32, 128, 256, 2048)
+COLD = 200 << 20
+"""Bytes of weights that lie between two uses of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A number format of weights, and what becomes of the input."""
+
+    name: str
+    group_size: int
+    rounds: bool
+
+
+KINDS = (
+    Kind("int8", 0, True),
+    Kind("int8 weights", 0, False),
+    Kind("int4 g128", 128, False),
+    Kind("int4 g32", 32, False),
+)
+
+
+def tilings(kind: Kind, rows: int) -> list[Tiling | Line]:
+    """Those worth trying."""
+    if rows == 1 and kind.rounds:
+        words = ((1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (8, 128), (8, 256))
+        lines = [Line(n, w, warps, stages) for n, w in words for warps in (2, 4) for stages in (1, 3)]
+        return [*lines, *_tensor_cores(kind, rows)]
+    return list(_tensor_cores(kind, rows))
+
+
+def _tensor_cores(kind: Kind, rows: int) -> Iterator[Tiling]:
+    if rows <= 32:
+        block_m = 16 if rows <= 16 else 32
+        deep = (128,) if 0 < kind.group_size < 128 else (128, 256, 512) if kind.rounds else (128, 256)
+        for block_n, block_k, stages in product((32, 64, 128), deep, (3, 5, 8)):
+            bytes_ = block_n * block_k * (4 if kind.group_size else 8) // 8
+            x_bytes = block_m * block_k * (1 if kind.rounds else 2)
+            if stages * (bytes_ + x_bytes) <= 160 << 10:
+                for splits in (1, 2, 4, 8):
+                    yield Tiling(block_n, block_m, block_k, splits, 4, stages)
+        return
+    wide = (128, 256) if kind.rounds and rows > 128 else (64, 128) if rows > 64 else (64,)
+    for block_n, block_m, block_k, warps, stages in product((64, 128, 256), wide, (64, 128), (4, 8), (3, 4)):
+        if block_k < kind.group_size:
+            continue
+        size = block_n * block_k + block_m * block_k * (1 if kind.rounds else 2)
+        if block_n * block_m <= 128 * warps * 32 and stages * size <= 220 << 10 and block_n * 4 >= 64 * warps // 2:
+            for splits in (1, 2, 4) if rows < 1024 else (1,):
+                yield Tiling(block_n, block_m, block_k, splits, warps, stages)
+
+
+# ── compiling ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
+    return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+
+
+def _compile(task: tuple[Kind, tuple[int, int], int, Tiling | Line | None]) -> str:
+    """One product, on tensors nobody reads; what is wrong with it, if anything is."""
+    kind, shape, rows, tiling = task
+    KernelInterface.__getitem__ = _compile_only
+    try:
+        mine, x = _product(_weight(kind, shape, "cpu"), kind), torch.empty(rows, shape[1], dtype=BF16)
+        if tiling is None and _choice(kind, shape, rows) is None:
+            quantized.unpack(mine.weight, x, 0)
+        else:
+            _launch(mine, x, tiling)
+    except Exception as error:  # noqa: BLE001 - a tiling that does not fit is only left out
+        return f"{task}: {type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def _compile_all(tasks: Sequence[tuple[Kind, tuple[int, int], int, Tiling | Line | None]]) -> None:
+    # shapes, and numbers of splits above one, differ in nothing that a kernel is compiled for
+    seen: dict[Any, Any] = {}
+    for task in tasks:
+        kind, shape, rows, tiling = task
+        cut = tiling or _choice(kind, shape, rows)
+        if isinstance(cut, Tiling):
+            cut = cut._replace(splits=min(cut.splits, 2))
+        seen.setdefault((kind, rows == 1, rows % 16 == 0, cut), task)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(seen), 14), mp_context=context) as pool:
+        for said in pool.map(_compile, seen.values()):
+            if said:
+                print(f"not compiled: {said}", flush=True)
+
+
+def _choice(kind: Kind, shape: tuple[int, int], rows: int) -> Tiling | Line | None:
+    """What a product chooses for itself; None: to unpack the weight."""
+    if rows == 1 and kind.rounds:
+        return quantized.line_for(*shape)
+    if not kind.rounds and rows >= quantized.MANY_ROWS:
+        return None
+    return quantized.tiling_for(rows, _weight(kind, shape, "meta"), kind.rounds, Chip.current().multiprocessors)
+
+
+# ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed:
+    outputs, width = shape
+    size = kind.group_size
+    made = partial(torch.empty, device=device)
+    if size:
+        values = made((width // size, outputs, size // 2), dtype=torch.uint8)
+        scales = made((width // size, outputs), dtype=BF16)
+    else:
+        values, scales = made((outputs, width), dtype=torch.int8), made(outputs)
+    if device == "cuda":
+        values.random_()
+        scales.fill_(0.01)
+    return Packed(values, scales, size, outputs, width)
+
+
+def _product(weight: Packed, kind: Kind) -> TritonQuantizedProduct:
+    room = Room(weight.values.device)
+    return TritonQuantizedProduct(weight, None, kind.rounds, BF16, room, Chip.current().multiprocessors)
+
+
+def _launch(mine: TritonQuantizedProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
+    if tiling is None:
+        return mine(x)
+    codes, scales = quantized.round_rows(x) if mine.rounds else (x, None)
+    if isinstance(tiling, Line):
+        assert scales is not None
+        return quantized.multiply_row(codes, scales, mine.weight, None, BF16, tiling)
+    return quantized.multiply(codes, scales, mine.weight, None, BF16, tiling, mine.room)
+
+
+def _fills(tiling: Tiling | Line, rows: int, outputs: int) -> bool:
+    """Whether a tiling gives a chip of some 132 multiprocessors about enough to do: what splits are for."""
+    if isinstance(tiling, Line):
+        return True
+    tiles = -(-rows // tiling.block_m) * -(-outputs // tiling.block_n)
+    return tiles >= 64 if tiling.splits == 1 else 100 <= tiles * tiling.splits <= 800
+
+
+def _copies(size: int) -> int:
+    return max(2, -(-COLD // size))
+
+
+def product_rows(
+    card: Any, replayed: Callable[..., float], *, sweep: bool, kinds: str = "", rows_of: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Rows of the part. `kinds` and `rows_of`, separated by commas, narrow a sweep down."""
+    chosen = [kind for kind in KINDS if not kinds or kind.name in kinds.split(",")]
+    counts = [int(word) for word in rows_of.split(",")] if rows_of else list(ROWS)
+    shapes = {name: shape for name, shape in SHAPES.items() if not sweep or name != "head"}
+    tried: dict[tuple[Kind, int], list[Tiling | Line]] = {
+        (kind, rows): tilings(kind, rows) if sweep else [] for kind in chosen for rows in counts
+    }
+    _compile_all(
+        [
+            *((kind, shape, rows, None) for kind, rows in tried for shape in shapes.values()),
+            *((kind, SHAPES["out"], rows, tiling) for (kind, rows), given in tried.items() for tiling in given),
+        ]
+    )
+    plain = {(name, rows): seconds for name in shapes for rows, seconds in _cublas(shapes[name], counts, replayed)}
+    for kind in chosen:
+        for name, shape in shapes.items():
+            first = _weight(kind, shape, "cuda")
+            size = first.values.nbytes + first.scales.nbytes
+            products = [_product(first, kind)]
+            products += [_product(_weight(kind, shape, "cuda"), kind) for _ in range(_copies(size) - 1)]
+            for rows in counts:
+                x = torch.randn(rows, shape[1], dtype=BF16, device="cuda")
+                found: list[tuple[float, Tiling | Line | None]] = []
+                worth = [tiling for tiling in tried[kind, rows] if _fills(tiling, rows, shape[0])]
+                for tiling in [None, *worth]:
+                    turns = cycle(products)
+                    try:
+                        seconds = replayed(
+                            lambda turns=turns, x=x, tiling=tiling: _launch(next(turns), x, tiling),
+                            max(len(products), 4 if rows > 256 else 10),
+                        )
+                    except Exception as error:  # noqa: BLE001 - more shared memory than there is
+                        print(f"{kind.name} {name} {rows} {tiling}: {type(error).__name__}", flush=True)
+                        continue
+                    found.append((seconds, tiling))
+                shown = found[:1] + sorted(found[1:], key=lambda pair: pair[0])[:3]
+                for seconds, tiling in shown:
+                    yield {
+                        "part": "products",
+                        "kind": kind.name,
+                        "shape": name,
+                        "rows": rows,
+                        "us": round(seconds * 1e6, 1),
+                        "bandwidth_share": round(size / seconds / card.bandwidth, 3),
+                        "peak_share": round(2 * rows * shape[0] * shape[1] / seconds / card.bf16, 3),
+                        "of_cublas": round(plain[name, rows] / seconds, 2),
+                        **({} if tiling is None else {"tiling": list(tiling)}),
+                    }
+            del products, first
+            torch.cuda.empty_cache()
+
+
+def _cublas(
+    shape: tuple[int, int], counts: list[int], replayed: Callable[..., float]
+) -> Iterator[tuple[int, float]]:
+    outputs, width = shape
+    weights = [torch.randn(outputs, width, dtype=BF16, device="cuda") for _ in range(_copies(2 * outputs * width))]
+    for rows in counts:
+        x, turns = torch.randn(rows, width, dtype=BF16, device="cuda"), cycle(weights)
+        yield (
+            rows,
+            replayed(
+                lambda turns=turns, x=x: F.linear(x, next(turns)), max(len(weights), 4 if rows > 256 else 10)
+            ),
+        )
