@@ -123,10 +123,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
     lambda: multiply_quantized(1, 4096, 4096, 0, True),
-    lambda: multiply_quantized(300, 4096, 4096, 0, True),
     lambda: multiply_quantized(8, 4096, 4096, 0, False),
     lambda: multiply_quantized(8, 4096, 4096, 32, False),
-    lambda: multiply_quantized(100, 4096, 4096, 128, False),
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
@@ -147,10 +145,13 @@ MORE: list[Callable[[], Any]] = [
     lambda: multiply(16, 151936, 1024),
     *(
         partial(multiply_quantized, rows, outputs, width, size, rounded, dtype)
-        for rows in (1, 16, 64, 128, 256)
+        for rows, outputs, width, dtype in (
+            (1, 28672, 4096, BF16),
+            (32, 4096, 14336, BF16),
+            (256, 28672, 4096, BF16),
+            (20, 1001, 896, torch.float16),
+        )
         for size, rounded in ((0, True), (0, False), (32, False), (64, False), (128, False))
-        for outputs, width in ((28672, 4096), (1001, 896))
-        for dtype in (BF16, torch.float16)
     ),
     *(
         partial(attend, counts, 999, *heads, chip, window)
