@@ -31,8 +31,9 @@ from torch import Tensor
 
 from benchmarks.gpu_products import product_rows
 from benchmarks.workload import Lengths
-from quire_engine.engine import DTYPES, Engine
+from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.models import DecoderModel, KVCache, load_model
+from quire_engine.quantization import linear_method
 from quire_engine.resident.runner import Begun, ResidentRunner
 from quire_engine.step import StepResult
 from quire_kernels import load as load_kernels
@@ -40,7 +41,7 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
 from quire_schemas.sizing import FOOTPRINT, gpu_activations, kv_block_bytes, kv_bytes_per_token
-from quire_schemas.wire import EngineSpec, Generate, Sampling
+from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling
 
 CUDA = torch.device("cuda")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -97,12 +98,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 class RandomWeights:
     """A `TensorSource` of normal numbers (standard deviation 0.02, norms 1), made on the device."""
 
+    dtype, device = torch.bfloat16, CUDA
+
     def __init__(self, profile: ModelProfile) -> None:
         self._shapes = dict(expected_tensors(profile))
         self._generator = torch.Generator(CUDA).manual_seed(0)
 
     def tensor(self, name: str) -> Tensor:
         return self.stack([name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        yield self.tensor(name)
 
     def stack(self, names: Sequence[str]) -> Tensor:
         shapes = [self._shapes[name] for name in names]
@@ -175,7 +184,9 @@ def facts(commit: str) -> dict[str, Any]:
 # ── engines ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _spec(folder: Path, dtype: Dtype, *, seqs: int, tokens: int, length: int, blocks: int) -> EngineSpec:
+def _spec(
+    folder: Path, dtype: Dtype, *, seqs: int, tokens: int, length: int, blocks: int, kv: KvDtype | None = None
+) -> EngineSpec:
     return EngineSpec(
         model=folder.name,
         replica_id="benchmark",
@@ -183,7 +194,7 @@ def _spec(folder: Path, dtype: Dtype, *, seqs: int, tokens: int, length: int, bl
         socket="",
         model_dir=str(folder),
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv or dtype,
         device="cuda",
         threads=4,
         max_model_len=length,
@@ -203,19 +214,34 @@ def _spec(folder: Path, dtype: Dtype, *, seqs: int, tokens: int, length: int, bl
 class Bench:
     """One engine on the device, and the seconds that its host waited for tokens."""
 
-    def __init__(self, name: str, *, seqs: int, tokens: int, length: int, kv_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        seqs: int,
+        tokens: int,
+        length: int,
+        kv_bytes: int,
+        kv: KvDtype = "bfloat16",
+        quantization: Quantization | None = None,
+    ) -> None:
         profile = profile_from_config(SHAPES[name])
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(SHAPES[name]))
-        blocks = kv_bytes // kv_block_bytes(profile, "bfloat16", 16)
-        self.profile, self.name = profile, name
-        spec = _spec(folder, "bfloat16", seqs=seqs, tokens=tokens, length=length, blocks=blocks)
+        blocks = kv_bytes // kv_block_bytes(profile, kv, 16)
+        self.profile = profile
+        method = "" if quantization is None else f", {quantization.method} weights"
+        self.name = name + method + ("" if kv == "bfloat16" else f", {kv} KV")
+        spec = _spec(folder, "bfloat16", seqs=seqs, tokens=tokens, length=length, blocks=blocks, kv=kv)
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         kernels = load_kernels("triton")
-        model = DecoderModel.build(profile, RandomWeights(profile), device=CUDA, kernels=kernels)
-        cache = KVCache.allocate(profile, blocks, 16, torch.bfloat16, CUDA)
+        weights: Any = RandomWeights(profile)
+        method_of = linear_method(weights, kernels, quantization)
+        model = DecoderModel.build(profile, weights, device=CUDA, kernels=kernels, method=method_of)
+        cache = KVCache.allocate(profile, blocks, 16, KV_DTYPES[kv], CUDA)
         self.model, self.spec = model, spec
+        self.number_bytes = 2 if quantization is None else 1
         self.engine = Engine.assemble(spec, profile, model, cache)
         if not isinstance(self.engine.runner, ResidentRunner):
             raise TypeError("the engine did not choose the resident runner")
@@ -238,11 +264,12 @@ class Bench:
     def read_bytes(self) -> int:
         """Weights that a decode step reads: all but an embedding that is not the head."""
         hidden = 0 if self.profile.tie_word_embeddings else self.profile.vocab_size * self.profile.hidden_size
-        return 2 * (self.profile.num_parameters - hidden)
+        return self.number_bytes * (self.profile.num_parameters - hidden)
 
     def step_floor(self, card: Card, tokens: int, contexts: float) -> float:
         """Seconds that a step of `tokens` tokens, which see `contexts` cached ones in all, cannot beat."""
-        kv = contexts * kv_bytes_per_token(self.profile, "bfloat16")
+        kv = contexts * kv_bytes_per_token(self.profile, self.spec.kv_dtype)
+        # two operations a number: as many as its bytes in bf16; of 8-bit numbers a card does twice as many
         return max(self.read_bytes / card.bandwidth, self.read_bytes * tokens / card.bf16) + kv / card.bandwidth
 
     def add(self, name: str, prompt: int, output: int, rng: random.Random) -> None:
@@ -314,7 +341,7 @@ def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str
         found.append(time.perf_counter() - start)
     seconds = statistics.median(found)
     profile = bench.profile
-    body = bench.read_bytes // 2 - profile.vocab_size * profile.hidden_size
+    body = bench.read_bytes // bench.number_bytes - profile.vocab_size * profile.hidden_size
     attention = 4 * profile.num_layers * tokens * tokens / 2 * profile.q_size
     rate = prompts * (2 * body * tokens + attention) / seconds
     return {
@@ -326,7 +353,7 @@ def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str
         "ms_each": round(seconds / prompts * 1000, 2),
         "tokens_per_second": round(prompts * tokens / seconds),
         "tflops": round(rate / 1e12, 1),
-        "roofline_share": round(rate / card.bf16, 3),
+        "roofline_share": round(rate / card.bf16 * bench.number_bytes / 2, 3),
     }
 
 
@@ -341,7 +368,7 @@ def memory(bench: Bench) -> dict[str, Any]:
         spec.max_model_len,
         block_size=spec.block_size,
     )
-    kv = spec.num_blocks * kv_block_bytes(profile, "bfloat16", spec.block_size)
+    kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
     weights = bench.model.bytes
     free, total = torch.cuda.mem_get_info()
     return {
@@ -406,8 +433,8 @@ def _offline_floor(bench: Bench, card: Card, lengths: Sequence[tuple[int, int]])
     per_step = min(bench.spec.max_num_seqs, len(lengths))
     weights = max(bench.read_bytes * outputs / card.bf16, outputs / per_step * bench.read_bytes / card.bandwidth)
     profile = bench.profile
-    body = bench.read_bytes - 2 * profile.vocab_size * profile.hidden_size
-    kv = seen * kv_bytes_per_token(profile, "bfloat16") / card.bandwidth
+    body = bench.read_bytes - bench.number_bytes * profile.vocab_size * profile.hidden_size
+    kv = seen * kv_bytes_per_token(profile, bench.spec.kv_dtype) / card.bandwidth
     return weights + body * prompts / card.bf16 + kv
 
 
@@ -750,6 +777,22 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield offline(bench, card, "sharegpt, 128", sharegpt_lengths(128))
         yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
         yield memory(bench)
+        bench.close()
+    elif part == "0.6b-int8-kv":
+        bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=40 << 30, kv="int8")
+        for batch in (1, 32, 256):
+            yield decode(bench, card, batch, 1024, 64)
+        yield offline(bench, card, "nano", nano_lengths())
+        bench.close()
+    elif part == "8b-int8":
+        weights = Quantization("int8")
+        bench = Bench(
+            "llama-3.1-8b", seqs=1000, tokens=8192, length=8448, kv_bytes=40 << 30, kv="int8", quantization=weights
+        )
+        for batch in (1, 32, 256):
+            yield decode(bench, card, batch, 1024, 32)
+        yield prefill(bench, card, 2048)
+        yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
         bench.close()
     elif part == "transformers-0.6b":
         yield from transformers_rows("qwen3-0.6b", nano_lengths()[:128], () if quick else (64, 128))

@@ -78,8 +78,6 @@ def check_spec(spec: EngineSpec) -> None:
         raise InvalidSpec(f"step_time is {spec.step_time}; only the scripted runner takes one, in seconds")
     if spec.batch_invariant and spec.device != "cpu":
         raise InvalidSpec(f"batch_invariant is kept on a CPU alone; device is {spec.device}")
-    if spec.kv_dtype == "int8" and spec.device != "cpu":
-        raise InvalidSpec(f"keys and values are int8 on a CPU alone; device is {spec.device}")
     if spec.quantization is not None:
         _check_quantization(spec, spec.quantization)
     BatchLimits.of(spec)

@@ -131,7 +131,7 @@ class Engine:
         _check_length(spec, profile)
         if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
             raise InvalidSpec(problem)
-        if problem := kv_misfit(profile, spec.kv_dtype, spec.device) or experts_misfit(profile, spec.device):
+        if problem := kv_misfit(profile, spec.kv_dtype) or experts_misfit(profile, spec.device):
             raise InvalidSpec(problem)
         plan = MemoryPlan.of(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)

@@ -159,7 +159,7 @@ class Kernels(Protocol):
         token's numbers are dense. Rotation turns the pairs (x[d], x[d + D/2]) of each head: `cos` and `sin`
         [T, 1, D] float32, where `sin` carries the sign, its first half negated. Keys and values go to `slots` [T]
         int64 of `cache` [2, N, P, K, D], cast to its dtype; within a block their order is the back-end's own. An
-        int8 cache, which `reference` and `cpu` take and where D is a multiple of 4, is [2, N, P, K, D + 4]: each
+        int8 cache, where D is a multiple of 4, is [2, N, P, K, D + 4]: each
         head of a token is rounded by a float32 scale of its own, so that its largest number becomes 127, and the
         scale is kept beside it. A head with a number that is not finite reads as NaN. A token with a negative slot
         is padding of a captured graph, and nothing is stored for it: batches for `triton` alone may have such

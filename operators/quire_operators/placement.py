@@ -277,7 +277,7 @@ def place(
         quantization=_quantization(resolved["quantization"], profile, dtype, kind),
         enforce_eager=engine["enforceEager"],
     )
-    if problem := kv_misfit(profile, request.kv_dtype, kind):
+    if problem := kv_misfit(profile, request.kv_dtype):
         raise NoSuchNumbers(
             "ConfigRejected", problem, "declare kvCache.dtype: auto, or a float type",
             path="spec.engine.kvCache.dtype",

@@ -129,8 +129,8 @@ class KvCache(Strict):
     """The paged store of attention keys and values."""
 
     dtype: Literal["auto", "fp8", "int8", "bfloat16", "float16", "float32"] = declared(
-        "Number format of cached keys and values. 'auto' is the engine's dtype. 'int8', on a CPU, has a scale for "
-        "each head of a token: about half the bytes of bfloat16, other numbers.",
+        "Number format of cached keys and values. 'auto' is the engine's dtype. 'int8' has a scale for each head "
+        "of a token: about half the bytes of bfloat16, other numbers.",
         "auto",
         update="rolling",
         refused="the cache is stored in int8 or in a float type of 16 or 32 bits",

@@ -417,15 +417,6 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _kv_cache(facts: Facts) -> Iterator[Finding]:
-    if facts["spec.engine.kvCache.dtype"] == "int8" and facts["spec.engine.device"] == "cuda":
-        yield Finding(
-            ("spec", "engine", "kvCache", "dtype"),
-            f"{REFUSED}: there are no kernels for GPUs that read int8 keys and values yet",
-            "declare engine.device: cpu, or kvCache.dtype: auto",
-        )
-
-
 def _determinism(facts: Facts) -> Iterator[Finding]:
     if facts["spec.determinism"] == "none":
         return
@@ -506,7 +497,6 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _scripted,
         _environment,
         _quantization,
-        _kv_cache,
         _determinism,
         _canary,
     ),

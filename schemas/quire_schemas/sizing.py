@@ -287,13 +287,9 @@ def kv_head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim + KV_SCALE_BYTES if kv_dtype == "int8" else head_dim * DTYPE_BYTES[kv_dtype]
 
 
-def kv_misfit(profile: ModelProfile, kv_dtype: str, device: Literal["cpu", "cuda"]) -> str:
-    """Why keys and values of a model cannot be in that number format on that device; empty if they can."""
-    if kv_dtype != "int8":
-        return ""
-    if device == "cuda":
-        return "int8 keys and values are for a CPU, and this model runs on a GPU"
-    if profile.head_dim % KV_INT8_NUMBERS:
+def kv_misfit(profile: ModelProfile, kv_dtype: str) -> str:
+    """Why keys and values of a model cannot be in that number format; empty if they can."""
+    if kv_dtype == "int8" and profile.head_dim % KV_INT8_NUMBERS:
         return f"the head size {profile.head_dim} is no multiple of {KV_INT8_NUMBERS}, as int8 keys need"
     return ""
 
@@ -707,7 +703,7 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
     computes = request.device == "cpu" and request.runner == "model"
-    narrows = computes and request.kv_dtype != "int8" and not kv_misfit(profile, "int8", "cpu")
+    narrows = computes and request.kv_dtype != "int8" and not kv_misfit(profile, "int8")
     if narrows and fits(replace(request, kv_dtype="int8")):
         yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
     if request.runner == "model" and request.quantization is None:

@@ -16,7 +16,9 @@ holds at once take one block after the other; which sequence a block is of follo
 blocks, which every program makes for itself. The host has to know no lengths, and sequences with one token cost
 nothing.
 
-A block of the cache holds [K, P, D] here: the slots of one head lie side by side.
+A block of the cache holds [K, P, D] here: the slots of one head lie side by side. In 8 bits scales follow
+(`bytes`): queries are rounded like keys, their products are whole numbers, and the scales of keys are multiplied
+in behind them, those of values before theirs.
 
 Legend: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head size, N blocks, P slots a block,
 X splits.
@@ -34,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.triton.bytes import rounded
 from quire_kernels.triton.launch import dependent, fetch, wait
 
 _LEAST_SPLIT = 64
@@ -56,8 +59,11 @@ def _tile(
     state_sum,
     acc,
     q,
+    q_scale,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     start,
     low,
@@ -70,6 +76,8 @@ def _tile(
     plain,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
+    BYTES: tl.constexpr,
+    NUMBER: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,9 +91,17 @@ def _tile(
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
     blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
-    at = ((blocks * kv_heads + head) * P + places % P) * D
-    k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+    if BYTES:
+        at = blocks * (P * kv_heads * (D + 4)) + (head * P + places % P) * D
+        beside = blocks * (P * kv_heads * (D + 4) // 4) + P * kv_heads * D // 4 + head * P + places % P
+        k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0)
+        k_scale = tl.load(key_scales + beside, mask=there, other=0.0)
+        # whole numbers, exactly
+        scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
+    else:
+        at = ((blocks * kv_heads + head) * P + places % P) * D
+        k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
+        scores = tl.dot(q, k.to(NUMBER), input_precision=PRECISION)
     if MASKED:  # noqa: SIM102 - known when it is compiled, and the other is not
         if start >= plain:
             seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])
@@ -97,9 +113,11 @@ def _tile(
     weights = tl.exp2(scores * scale - shift[:, None])
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
-    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0)
+    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0)
+    if BYTES:
+        weights *= tl.load(value_scales + beside, mask=there, other=0.0)[None, :]
     acc = acc * fade[:, None]
-    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+    acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
     return new_max, state_sum, acc
 
 
@@ -138,6 +156,8 @@ def _decode(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     table_rows,
     query_starts,
@@ -146,6 +166,7 @@ def _decode(
     kv_heads,
     scale,
     INDIRECT: tl.constexpr,
+    BYTES: tl.constexpr,
     WINDOW: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
@@ -178,7 +199,9 @@ def _decode(
         places = begin + tl.arange(0, BLOCK_N)
         there = (places < end) & alone
         blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
-        at = ((blocks * kv_heads + head) * P + places % P) * D
+        at = (blocks * kv_heads + head) * (P * D) + places % P * D
+        if BYTES:
+            at += blocks * (P * kv_heads * 4)
         for number in tl.static_range(0, D, LINE):
             fetch(keys + at + number)
             fetch(values + at + number)
@@ -190,6 +213,10 @@ def _decode(
     inside = (members < G)[:, None] & (dims < D)[None, :]
     base = row.to(tl.int64) * kv_heads * G
     q = tl.load(query + (base + heads[:, None]) * D + dims[None, :], mask=inside, other=0.0)
+    NUMBER: tl.constexpr = query.dtype.element_ty
+    q_scale = tl.zeros([ROWS], tl.float32)
+    if BYTES:
+        q, q_scale = rounded(q.to(tl.float32))
     state_max = tl.full([ROWS], float("-inf"), tl.float32)
     state_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -198,13 +225,15 @@ def _decode(
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
     for start in tl.range(begin, whole, BLOCK_N):
         state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, keys, values, table, start, begin, end, nothing, nothing, head,
-            kv_heads, scale, end, False, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+            begin, end, nothing, nothing, head,
+            kv_heads, scale, end, False, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
         state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, keys, values, table, whole, begin, end, nothing + end - 1, nothing, head,
-            kv_heads, scale, whole, True, False, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, whole,
+            begin, end, nothing + end - 1, nothing, head,
+            kv_heads, scale, whole, True, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
         acc = acc / state_sum[:, None]
@@ -243,6 +272,8 @@ def _prefill(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     table_rows,
     query_starts,
@@ -252,6 +283,7 @@ def _prefill(
     kv_heads,
     scale,
     INDIRECT: tl.constexpr,
+    BYTES: tl.constexpr,
     WINDOW: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
     ITEMS: tl.constexpr,
@@ -275,6 +307,7 @@ def _prefill(
     until = tl.cumsum(blocks, 0)
     total = tl.sum(blocks, 0)
     wait(DEPENDENT)
+    NUMBER: tl.constexpr = query.dtype.element_ty
     programs = tl.num_programs(0)
     for work in tl.range(tl.program_id(0), total * kv_heads, programs):
         # the last blocks of a sequence see the most keys: they begin first, and every other round goes backwards,
@@ -294,6 +327,9 @@ def _prefill(
         inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
         at = ((first + tokens).to(tl.int64) * kv_heads * G + head * G + members) * D
         q = tl.load(query + at[:, None] + dims[None, :], mask=inside, other=0.0)
+        q_scale = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
+        if BYTES:
+            q, q_scale = rounded(q.to(tl.float32))
         row_last = context - count + tokens
         row_low = tl.zeros_like(row_last)
         low = 0
@@ -315,8 +351,9 @@ def _prefill(
             plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
         for start in tl.range(begin, high, BLOCK_N):
             state_max, state_sum, acc = _tile(
-                state_max, state_sum, acc, q, keys, values, table, start, low, high, row_last, row_low, head,
-                kv_heads, scale, plain, True, WINDOW > 0, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+            low, high, row_last, row_low, head,
+                kv_heads, scale, plain, True, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
         tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -362,7 +399,7 @@ class StepAttention:
         batch, shape = self._batch, _shape(query, cache)
         sequences, kv_heads = len(batch.query_lens), cache.shape[3]
         rows = sequences * kv_heads
-        tuning = decode_tuning(self._chip, rows, shape["D"] * cache.element_size())
+        tuning = decode_tuning(self._chip, rows, shape["D"], cache.dtype)
         splits = num_splits(self._chip.multiprocessors, rows, batch.longest)
         parts = sums = out
         if splits > 1:
@@ -378,6 +415,7 @@ class StepAttention:
             query,
             cache[0],
             cache[1],
+            *_scales(cache),
             batch.block_tables,
             batch.query_starts if batch.table_rows is None else batch.table_rows,
             batch.query_starts,
@@ -399,7 +437,7 @@ class StepAttention:
     def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
         batch, shape = self._batch, _shape(query, cache)
         sequences = len(batch.query_lens)
-        tuning = prefill_tuning(self._chip, shape["D"], query.element_size())
+        tuning = prefill_tuning(self._chip, shape["D"], query.dtype, cache.dtype)
         members = triton.next_power_of_2(shape["G"])
         block_q = max(1, tuning["BLOCK_M"] // members)
         most = (query.shape[0] // block_q + sequences) * cache.shape[3]
@@ -408,6 +446,7 @@ class StepAttention:
             query,
             cache[0],
             cache[1],
+            *_scales(cache),
             batch.block_tables,
             batch.query_starts if batch.table_rows is None else batch.table_rows,
             batch.query_starts,
@@ -438,30 +477,37 @@ def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     return 1 if rows > num_multiprocessors else max(splits for splits in _SPLITS if splits <= max(wanted, 1))
 
 
-def decode_tuning(chip: Chip, rows: int, row_bytes: int) -> dict[str, int]:
-    """Tile and pipeline of `_decode` for `rows` pairs of a sequence and a head, whose keys have `row_bytes` bytes.
+def decode_tuning(chip: Chip, rows: int, head_dim: int, kept: torch.dtype) -> dict[str, int]:
+    """Tile and pipeline of `_decode` for `rows` pairs of a sequence and a head, whose keys are `kept` so.
 
     Where pairs are not cut and few, each must have much on its way; else small programs share a multiprocessor
     better. Found on an H200 (`benchmarks.gpu --sweep`).
     """
-    if row_bytes > 256:
+    if kept == torch.int8:
+        return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    if head_dim * kept.itemsize > 256:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if chip.multiprocessors < rows <= 2 * chip.multiprocessors and chip.shared_bytes >= _ROOMY:
         return {"BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 3}
 
 
-def prefill_tuning(chip: Chip, head_dim: int, number_bytes: int) -> dict[str, int]:
-    """Tile and pipeline of `_prefill` for a head size and the bytes of a number, and how many programs a
-    multiprocessor holds; found like those of `_decode`.
+def prefill_tuning(chip: Chip, head_dim: int, number: torch.dtype, kept: torch.dtype) -> dict[str, int]:
+    """Tile and pipeline of `_prefill` for a head size, the dtype of queries and that of keys and how many programs
+    a multiprocessor holds; found like those of `_decode`.
     """
-    if number_bytes > 2:
+    if number.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
-    if chip.shared_bytes < _ROOMY:
+    if chip.shared_bytes < _ROOMY or kept == torch.int8:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "PROGRAMS": 1}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "PROGRAMS": 1}
+
+
+def _scales(cache: Tensor) -> Tensor:
+    """Both sides of a cache as the scales in it are read, [2, …]; of one that has none, whatever."""
+    return cache.view(torch.float32) if cache.dtype == torch.int8 else cache
 
 
 def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:
@@ -470,7 +516,9 @@ def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:
         "G": query.shape[1] // cache.shape[3],
         "P": cache.shape[2],
         "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        # products of 8 bits take 32 at a time
+        "BLOCK_D": max(32 if cache.dtype == torch.int8 else 16, triton.next_power_of_2(head_dim)),
+        "BYTES": cache.dtype == torch.int8,
         # three-term tf32 would do for float32, the interpreter knows ieee alone
         "PRECISION": "ieee",
     }

@@ -8,7 +8,7 @@ A program takes a few heads of one token, whatever they are: queries, keys and v
 projection's output, and what differs between them is selected. The halves of a head are loaded apart, so that a
 number and its partner are in one thread.
 
-A block of the cache holds [K, P, D]: the slots of one head lie side by side.
+A block of the cache holds [K, P, D]: the slots of one head lie side by side. In 8 bits scales follow (`bytes`).
 
 Legend: T tokens, H query heads, K key/value heads, D head size, N blocks, P slots a block.
 """
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.triton.bytes import codes_of, scale_of
 from quire_kernels.triton.launch import dependent, wait
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def _place_heads(
     cos,
     sin,
     cache,
+    scales,
     slots,
     num_heads,
     kv_heads,
@@ -49,6 +51,7 @@ def _place_heads(
     head_stride,
     side_stride,
     NORM: tl.constexpr,
+    BYTES: tl.constexpr,
     P: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -94,11 +97,30 @@ def _place_heads(
     if slot >= 0:
         side = tl.where(heads >= num_heads + kv_heads, 1, 0).to(tl.int64)
         kept = heads - num_heads - side * kv_heads
-        place = ((slot // P * kv_heads + kept) * P + slot % P) * (2 * HALF) + side * side_stride
-        held = cache + place[:, None] + dims[None, :]
+        row = kept * P + slot % P
         stored = inside & (heads >= num_heads)[:, None]
-        tl.store(held, turned_x.to(cache.dtype.element_ty), mask=stored)
-        tl.store(held + HALF, turned_y.to(cache.dtype.element_ty), mask=stored)
+        if BYTES:
+            block = slot // P * kv_heads * P
+            # what the model's own format makes of it is what is rounded
+            x, y = (
+                turned_x.to(out.dtype.element_ty).to(tl.float32),
+                turned_y.to(out.dtype.element_ty).to(tl.float32),
+            )
+            x, y = tl.where(there[None, :], x, 0.0), tl.where(there[None, :], y, 0.0)
+            finite = (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
+            most = tl.max(tl.where(finite, tl.maximum(tl.abs(x), tl.abs(y)), 0.0), 1)
+            inverse, unit = scale_of(most, tl.max(tl.where(finite, 0, 1), 1))
+            place = block * (2 * HALF + 4) + row * (2 * HALF) + side * side_stride
+            held = cache + place[:, None] + dims[None, :]
+            tl.store(held, codes_of(x, inverse[:, None]), mask=stored)
+            tl.store(held + HALF, codes_of(y, inverse[:, None]), mask=stored)
+            beside = block * (2 * HALF + 4) // 4 + kv_heads * P * (2 * HALF) // 4 + row + side * (side_stride // 4)
+            tl.store(scales + beside, unit, mask=(heads >= num_heads) & (heads < num_heads + 2 * kv_heads))
+        else:
+            place = (slot // P * kv_heads * P + row) * (2 * HALF) + side * side_stride
+            held = cache + place[:, None] + dims[None, :]
+            tl.store(held, turned_x.to(cache.dtype.element_ty), mask=stored)
+            tl.store(held + HALF, turned_y.to(cache.dtype.element_ty), mask=stored)
 
 
 def place_heads(
@@ -124,6 +146,7 @@ def place_heads(
         cos,
         sin,
         cache,
+        cache.view(torch.float32) if cache.dtype == torch.int8 else cache,
         slots,
         num_heads,
         cache.shape[3],
@@ -131,6 +154,7 @@ def place_heads(
         qkv.stride(1),
         cache.stride(0),
         NORM=norms is not None,
+        BYTES=cache.dtype == torch.int8,
         P=cache.shape[2],
         HALF=half,
         BLOCK_HALF=block,

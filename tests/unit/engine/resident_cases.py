@@ -19,7 +19,7 @@ from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.test_models import build
 from torch import Tensor
 
-from quire_engine.engine import DTYPES, Engine
+from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.models import KVCache, load_model
 from quire_engine.resident import program as resident_program
 from quire_engine.resident import runner as resident_runner
@@ -73,6 +73,8 @@ class Quick(TritonKernels):
         cache: Tensor,
         slots: Tensor,
     ) -> Tensor:
+        if cache.dtype == torch.int8:
+            return super().place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
         _, blocks, size, kv_heads, head = cache.shape
         query, key = qkv[:, :num_heads], qkv[:, num_heads : num_heads + kv_heads]
         if norms is not None:
@@ -104,7 +106,7 @@ def engine_of(spec: EngineSpec, backend: str) -> Engine:
     if spec.quantization is not None:
         assert model.bytes == weight_bytes(profile, spec.dtype, spec.quantization)
         assert all(part.device.type == device.type for part in model.parameters())
-    kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, DTYPES[spec.kv_dtype], device)
+    kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype], device)
     return Engine.assemble(spec, profile, model, kv)
 
 
@@ -201,6 +203,14 @@ def test_quantized_weights_give_the_answers_of_the_reference(
     expected = texts(run(engine_of(spec, "reference"), *requests(3)))
     engine = engine_of(spec, "triton")
     assert isinstance(engine.runner, ResidentRunner)
+    assert texts(run(engine, *requests(3))) == expected
+
+
+def test_keys_and_values_in_8_bits_give_the_answers_of_the_reference(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    spec = spec_of(tmp_path, kv_dtype="int8", async_scheduling=True)
+    expected = texts(run(engine_of(spec, "reference"), *requests(3)))
+    engine = engine_of(spec, "triton")
     assert texts(run(engine, *requests(3))) == expected
 
 

@@ -32,10 +32,11 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool) -> None:
+def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool, kept: torch.dtype = BF16) -> None:
     norms = HeadNorms(new(head), new(head), 1e-6) if normed else None
     angles = new(3, 1, head, dtype=F32)
-    cache, slots = new(2, 9, 16, kv_heads, head), new(3, dtype=torch.int64)
+    held = head + 4 if kept == torch.int8 else head
+    cache, slots = new(2, 9, 16, kv_heads, held, dtype=kept), new(3, dtype=torch.int64)
     heads.place_heads(new(3, num_heads + 2 * kv_heads, head), num_heads, norms, angles, angles, cache, slots)
 
 
@@ -83,7 +84,14 @@ def multiply_quantized(
 
 
 def attend(
-    counts: list[int], cached: int, kv_heads: int, group: int, head: int, chip: Chip, window: int | None
+    counts: list[int],
+    cached: int,
+    kv_heads: int,
+    group: int,
+    head: int,
+    chip: Chip,
+    window: int | None,
+    kept: torch.dtype = BF16,
 ) -> None:
     blocks = -(-(cached + max(counts)) // 16)
     batch = PagedBatch.build(
@@ -93,7 +101,8 @@ def attend(
         logits=[1] * len(counts),
         block_size=16,
     )
-    cache, query = new(2, blocks, 16, kv_heads, head), new(sum(counts), kv_heads * group, head)
+    held = head + 4 if kept == torch.int8 else head
+    cache, query = new(2, blocks, 16, kv_heads, held, dtype=kept), new(sum(counts), kv_heads * group, head)
     StepAttention(batch, window, chip, ARRIVED)(query, cache, 1.0)
 
 
@@ -113,6 +122,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6),
     lambda: place_heads(32, 8, 128, normed=False),
     lambda: place_heads(16, 8, 128, normed=True),
+    lambda: place_heads(16, 8, 128, normed=True, kept=torch.int8),
     lambda: gate.silu_mul(new(3, 2 * 14336)),
     lambda: rotation.turns(new(3, dtype=torch.int64), new(64, dtype=F32), 1.0),
     lambda: tokens.largest(new(3, 151936, dtype=F32)),
@@ -128,6 +138,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
+    lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
+    lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
     lambda: prepare(1),
 ]
 MORE: list[Callable[[], Any]] = [

@@ -14,14 +14,17 @@ import pytest
 import torch
 
 from quire_kernels.paging import PagedBatch
+from quire_kernels.reference import ReferenceKernels
 from quire_kernels.reference.attention import StepAttention as Reference
-from quire_kernels.triton import INTERPRETED
+from quire_kernels.reference.bytes import SCALE_BYTES, to_bytes
+from quire_kernels.triton import INTERPRETED, TritonKernels
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention, num_splits
 from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CHIP = Chip(16, 227 * 1024) if INTERPRETED else Chip.current()
 ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32, device=DEVICE)
+kernels = TritonKernels()
 CLOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
@@ -78,6 +81,53 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
     assert not ARRIVED.any(), "the next layer counts from zero"
+
+
+def in_own_order(cache: torch.Tensor) -> torch.Tensor:
+    """A cache in 8 bits of the reference, [2, N, P, K, D + 4], as Triton has it: codes by head, then scales."""
+    codes, scales = cache[..., :-SCALE_BYTES], cache[..., -SCALE_BYTES:]
+    parts = [part.transpose(2, 3).flatten(2) for part in (codes, scales)]
+    return torch.cat(parts, -1).view(cache.shape).contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["decode", "one long", "mixed", "window", "no sharing"])
+def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
+    lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
+    if INTERPRETED and dtype != torch.float32 and name != "mixed":
+        pytest.skip("the interpreter takes its time, and one case shows the rounding")
+    batch, blocks = batch_of(lengths, block_size)
+    source = torch.Generator().manual_seed(1)
+    cache = to_bytes(3 * torch.randn((2, blocks, block_size, kv_heads, dim), generator=source)).to(DEVICE)
+    query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
+    expected = Reference(batch, window, 1 << 26)(query.float(), cache, dim**-0.5)
+    found = StepAttention(batch, window, CHIP, ARRIVED)(query, in_own_order(cache), dim**-0.5)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_placed_in_8_bits(dtype: torch.dtype) -> None:
+    source = torch.Generator().manual_seed(2)
+    qkv = torch.randn((5, 4 + 2 * 2, 80), generator=source).to(DEVICE, dtype)
+    qkv[1, 4] = 0.0
+    qkv[2, 6, 3] = torch.inf  # of a value
+    angles = torch.randn((5, 1, 40), generator=source).to(DEVICE)
+    cos, sin = (torch.cat(pair, -1) for pair in ((angles.cos(),) * 2, (-angles.sin(), angles.sin())))
+    found, expected = (torch.full((2, 3, 4, 2, 84), 7, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    slots = torch.tensor([3, 8, 5, 11, 0], device=DEVICE)
+    kernels.place_heads(qkv, 4, None, cos, sin, found, slots)
+    ReferenceKernels().place_heads(qkv, 4, None, cos, sin, expected, slots)
+    expected = in_own_order(expected)
+    far = (found.int() - expected.int()).abs().view(2, 3, -1)
+    # sums of two products are taken in another order: a number between two codes may become either
+    assert far[..., : 4 * 2 * 80].max() <= 1
+    assert (far[..., : 4 * 2 * 80] > 0).float().mean() < (0.01 if dtype == torch.float32 else 0.05)
+    ours, theirs = (
+        x.view(2, 3, -1)[..., 4 * 2 * 80 :].contiguous().view(torch.float32) for x in (found, expected)
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-2, equal_nan=True)
+    assert theirs.isnan().sum() == 1
 
 
 @pytest.mark.parametrize(

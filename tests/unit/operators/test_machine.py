@@ -316,13 +316,9 @@ def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> Non
     engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(engine=eight), "hot", adoption_window=90.0)
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).kv_dtype == "int8"
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
-    with pytest.raises(NoSuchNumbers, match="runs on a GPU") as refused:
-        placed(with_gpu, engine=eight)
-    assert (refused.value.path, refused.value.reason) == ("spec.engine.kvCache.dtype", "ConfigRejected")
-    assert placed(with_gpu, engine=eight | {"device": "cpu"}).kv_dtype == "int8"
-    assert "head size 18 is no multiple of 4" in kv_misfit(
-        profile_from_config(TINY | {"head_dim": 18}), "int8", "cpu"
-    )
+    on_gpu = placed(with_gpu, engine=eight)
+    assert (on_gpu.device, on_gpu.kv_dtype, on_gpu.num_blocks) == ("cuda", "int8", found.num_blocks)
+    assert "head size 18 is no multiple of 4" in kv_misfit(profile_from_config(TINY | {"head_dim": 18}), "int8")
 
 
 def test_experts_are_refused_on_a_gpu_by_name() -> None:

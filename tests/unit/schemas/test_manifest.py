@@ -315,7 +315,6 @@ def test_only_a_hub_needs_a_token() -> None:
     [
         "trustRemoteCode: true",
         "engine: {kvCache: {dtype: fp8}}",
-        "engine: {device: cuda, kvCache: {dtype: int8}}",
         "engine: {kvCache: {swapSpace: 8Gi}}",
         "engine: {extraArgs: [--fast]}",
         "parallelism: {tensor: 2}",
