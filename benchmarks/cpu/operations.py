@@ -23,7 +23,6 @@ from benchmarks.rounds import in_turns, interval
 from benchmarks.rows import Row
 from quire_kernels import (
     Experts,
-    GatedProducts,
     Int4Weight,
     Int8Weight,
     Kernels,
@@ -163,20 +162,25 @@ class ExpertLayers:
         return down(self._kernels.silu_mul(gate_up(x)))
 
     def _experts(self, kernels: Kernels) -> Experts:
-        inward, outward = (self.INNER, self.WIDTH), (self.WIDTH, self.INNER)
-        return kernels.experts(
-            [
-                GatedProducts(*(self._product(kernels, shape) for shape in (inward, inward, outward)))
-                for _ in range(EXPERTS)
-            ]
-        )
+        inward, outward = (EXPERTS * self.INNER, self.WIDTH), (EXPERTS * self.WIDTH, self.INNER)
+        shapes = (inward, inward, outward)
+        if self._format in _DTYPES:
+            return kernels.experts(*(self._floats(shape).view(EXPERTS, -1, shape[1]) for shape in shapes))
+        gate, up, down = map(self._integers, shapes)
+        return kernels.quantized_experts(gate, up, down, EXPERTS, "int8", torch.bfloat16)
 
     def _product(self, kernels: Kernels, shape: tuple[int, int]) -> Product:
-        weight = torch.randn(shape) / shape[1] ** 0.5
         if self._format in _DTYPES:
-            return kernels.product(weight.to(_DTYPES[self._format]), None)
-        quantized = quantize_int8(weight) if self._format == "int8" else quantize_int4(weight, GROUP)
-        return kernels.quantized_product(quantized, None, "int8", torch.bfloat16)
+            return kernels.product(self._floats(shape), None)
+        return kernels.quantized_product(self._integers(shape), None, "int8", torch.bfloat16)
+
+    def _floats(self, shape: tuple[int, int]) -> Tensor:
+        weight: Tensor = torch.randn(shape) / shape[1] ** 0.5
+        return weight.to(_DTYPES[self._format])
+
+    def _integers(self, shape: tuple[int, int]) -> QuantizedWeight:
+        weight = torch.randn(shape) / shape[1] ** 0.5
+        return quantize_int8(weight) if self._format == "int8" else quantize_int4(weight, GROUP)
 
 
 def _row(seconds: dict[str, list[float]], figure: Callable[[float], Row]) -> Row:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ __all__ = [
     "BackendUnavailable",
     "Body",
     "Experts",
-    "GatedProducts",
     "HeadNorms",
     "Int4Weight",
     "Int8Weight",
@@ -75,17 +74,6 @@ class Product(Protocol):
 
     def parameters(self) -> Iterator[Tensor]:
         """Every tensor it holds, once: all bytes of the weight, in whatever order."""
-
-
-class GatedProducts(NamedTuple):
-    """Of a gated MLP, down(silu(gate(x)) · up(x))."""
-
-    gate: Product
-    """[I, W]."""
-    up: Product
-    """[I, W]."""
-    down: Product
-    """[W, I]."""
 
 
 class Experts(Protocol):
@@ -172,10 +160,25 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
 
-    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
-        """Takes over products of this back-end: those of each expert, all of one kind, dtype and shape.
+    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
+        """Takes over weights of all experts, dense and of one dtype: `gate` and `up` [E, I, W], `down` [E, W, I].
 
-        Raises `KernelError` if they differ, or if this back-end has no experts.
+        Raises `KernelError` if they differ.
+        """
+
+    def quantized_experts(
+        self,
+        gate: QuantizedWeight,
+        up: QuantizedWeight,
+        down: QuantizedWeight,
+        count: int,
+        activations: Activations,
+        dtype: torch.dtype,
+    ) -> Experts:
+        """Takes over weights of `count` experts, one after the other along the outputs: `gate` and `up`
+        [E · I, W], `down` [E · W, I]. `activations` and `dtype` as of `quantized_product`.
+
+        Raises `KernelError` if they differ, or if this back-end has none.
         """
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:

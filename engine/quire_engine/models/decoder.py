@@ -25,7 +25,7 @@ from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import TensorSource
-from quire_kernels import Body, GatedProducts, HeadNorms, Kernels, PagedBatch, Product
+from quire_kernels import Body, HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KV_SCALE_BYTES, KVGroup, group_size, kv_groups
@@ -142,13 +142,12 @@ class DecoderModel:
                 )
             router = weights.tensor(f"{experts.router(index)}.weight")
             names = [experts.expert(index, number) for number in range(experts.num_experts)]
-            products = [
-                method.products([f"{name}.{projection}.weight" for name in names])
-                for projection in experts.projections
-            ]
+            gate, up, down = (
+                [f"{name}.{projection}.weight" for name in names] for projection in experts.projections
+            )
             return RoutedExperts(
                 router=kernels.product(router, None),
-                experts=kernels.experts([GatedProducts(*three) for three in zip(*products, strict=True)]),
+                experts=method.experts(gate, up, down),
                 num_experts_per_tok=experts.num_experts_per_tok,
                 norm_topk_prob=experts.norm_topk_prob,
                 kernels=kernels,
@@ -177,7 +176,7 @@ class DecoderModel:
             embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
             layers=tuple(layer(index) for index in range(profile.num_layers)),
             norm=norm("model.norm"),
-            head=method.products(["model.embed_tokens.weight" if tied else "lm_head.weight"])[0],
+            head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device, kernels),
             kernels=kernels,
         )

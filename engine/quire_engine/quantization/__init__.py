@@ -14,7 +14,7 @@ from quire_engine.layers.linear import Linear
 from quire_engine.quantization.integers import Integers
 from quire_engine.quantization.plain import Plain
 from quire_engine.weights import Weights
-from quire_kernels import Kernels, Product
+from quire_kernels import Experts, Kernels, Product
 from quire_schemas.wire import Quantization
 
 __all__ = ["LinearMethod", "Plain", "linear_method"]
@@ -26,9 +26,11 @@ class LinearMethod(Protocol):
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         """The projections `prefix`.`part` as one linear whose outputs lie side by side in that order."""
 
-    def products(self, names: Sequence[str]) -> list[Product]:
-        """A product with each of these tensors, all of one shape: those of experts, or the head's, whose rows are
-        the embedding if it is tied. They lie side by side in memory."""
+    def product(self, name: str) -> Product:
+        """The product with this tensor: the head's, whose rows are the embedding if it is tied."""
+
+    def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
+        """The experts that have these tensors, in that order. Those of each kind lie side by side in memory."""
 
 
 def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import Weights
-from quire_kernels import Activations, Int4Weight, Int8Weight, KernelError, Kernels, Product, QuantizedWeight
+from quire_kernels import (
+    Activations,
+    Experts,
+    Int4Weight,
+    Int8Weight,
+    KernelError,
+    Kernels,
+    Product,
+    QuantizedWeight,
+)
 from quire_schemas.checkpoint import WrongTensors
 from quire_schemas.wire import Quantization
 
@@ -35,10 +44,12 @@ class Integers:
         weight = self._stack([f"{prefix}.{part}.weight" for part in parts])
         return Dense(self._product(weight, self.weights.stack(biases, torch.float32) if biases else None))
 
-    def products(self, names: Sequence[str]) -> list[Product]:
-        weight, (outputs, _) = self._stack(names), self.weights.shape(names[0])
-        firsts = range(0, outputs * len(names), outputs)
-        return [self._product(weight.part(slice(first, first + outputs)), None) for first in firsts]
+    def product(self, name: str) -> Product:
+        return self._product(self._stack([name]), None)
+
+    def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
+        stacked = self._stack(gate), self._stack(up), self._stack(down)
+        return self.kernels.quantized_experts(*stacked, len(gate), self._activations, self.weights.dtype)
 
     def _stack(self, names: Sequence[str]) -> QuantizedWeight:
         """Tensors of one width, one after the other."""
@@ -57,8 +68,11 @@ class Integers:
         return weight
 
     def _product(self, weight: QuantizedWeight, bias: Tensor | None) -> Product:
-        activations: Activations = "int8" if self.quantization.activations == "int8" else "float"
-        return self.kernels.quantized_product(weight, bias, activations, self.weights.dtype)
+        return self.kernels.quantized_product(weight, bias, self._activations, self.weights.dtype)
+
+    @property
+    def _activations(self) -> Activations:
+        return "int8" if self.quantization.activations == "int8" else "float"
 
     def _empty(self, outputs: int, inputs: int) -> QuantizedWeight:
         if self.quantization.group_size is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import TensorSource
-from quire_kernels import Kernels, Product
+from quire_kernels import Experts, Kernels, Product
 
 
 @dataclass(slots=True, frozen=True)
@@ -22,6 +22,9 @@ class Plain:
         added = self.weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
         return Dense(self.kernels.product(weight, added))
 
-    def products(self, names: Sequence[str]) -> list[Product]:
-        weights = self.weights.stack(names).chunk(len(names))
-        return [self.kernels.product(weight, None) for weight in weights]
+    def product(self, name: str) -> Product:
+        return self.kernels.product(self.weights.tensor(name), None)
+
+    def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
+        stacked = (self.weights.stack(names) for names in (gate, up, down))
+        return self.kernels.experts(*(weight.view(len(gate), -1, weight.shape[1]) for weight in stacked))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,10 +47,11 @@ from quire_kernels.cpu.program import Recorded
 from quire_kernels.memory import Slabs
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Int4Weight, QuantizedWeight
+from quire_kernels.reference.experts import each_part, each_product
 from quire_kernels.reference.product import PlainProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, Experts, GatedProducts, HeadNorms, Product
+    from quire_kernels import Body, Experts, HeadNorms, Product
 
 __all__ = ["CpuKernels"]
 
@@ -214,8 +214,24 @@ class CpuKernels:
         )
         return out
 
-    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
-        return native_experts(self._native, experts)
+    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
+        each = each_product(lambda weight: self.product(weight, None), gate, up, down)
+        return native_experts(self._native, each)
+
+    def quantized_experts(
+        self,
+        gate: QuantizedWeight,
+        up: QuantizedWeight,
+        down: QuantizedWeight,
+        count: int,
+        activations: Activations,
+        dtype: torch.dtype,
+    ) -> Experts:
+        def make(weight: QuantizedWeight) -> Product:
+            return self.quantized_product(weight, None, activations, dtype)
+
+        each = each_product(make, *(each_part(weight, count) for weight in (gate, up, down)))
+        return native_experts(self._native, each)
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         native, (tokens, experts) = self._native, logits.shape

@@ -17,10 +17,10 @@ from torch import Tensor
 from quire_kernels.cpu.native import FORMATS, ExpertsCall, Linear, Native, NotRecordable
 from quire_kernels.cpu.products import Packed, PackedQuantized
 from quire_kernels.errors import KernelError
-from quire_kernels.reference.experts import EachExpert
+from quire_kernels.reference.experts import EachExpert, GatedProducts
 
 if TYPE_CHECKING:
-    from quire_kernels import Experts, GatedProducts
+    from quire_kernels import Experts
 
 
 def native_experts(native: Native, experts: Sequence[GatedProducts]) -> Experts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +13,12 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
 from quire_kernels.reference.bytes import to_bytes
-from quire_kernels.reference.experts import EachExpert, route
+from quire_kernels.reference.experts import EachExpert, each_part, each_product, route
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 from quire_kernels.reference.rotation import turns
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, GatedProducts, HeadNorms, Product
+    from quire_kernels import Body, HeadNorms, Product
 
 __all__ = ["GATHER_BYTES", "ReferenceKernels"]
 
@@ -92,8 +91,22 @@ class ReferenceKernels:
             return F.silu(gate).mul_(up)
         return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
-    def experts(self, experts: Sequence[GatedProducts]) -> EachExpert:
-        return EachExpert(experts)
+    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> EachExpert:
+        return EachExpert(each_product(lambda weight: self.product(weight, None), gate, up, down))
+
+    def quantized_experts(
+        self,
+        gate: QuantizedWeight,
+        up: QuantizedWeight,
+        down: QuantizedWeight,
+        count: int,
+        activations: Activations,
+        dtype: torch.dtype,
+    ) -> EachExpert:
+        def make(weight: QuantizedWeight) -> QuantizedProduct:
+            return self.quantized_product(weight, None, activations, dtype)
+
+        return EachExpert(each_product(make, *(each_part(weight, count) for weight in (gate, up, down))))
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)

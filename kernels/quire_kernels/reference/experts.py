@@ -12,16 +12,42 @@ inside.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from quire_kernels import GatedProducts
+    from quire_kernels import Product, QuantizedWeight
+
+Weight = TypeVar("Weight")
+
+
+class GatedProducts(NamedTuple):
+    """Of one expert, down(silu(gate(x)) · up(x))."""
+
+    gate: Product
+    """[I, W]."""
+    up: Product
+    """[I, W]."""
+    down: Product
+    """[W, I]."""
+
+
+def each_product(
+    make: Callable[[Weight], Product], gate: Iterable[Weight], up: Iterable[Weight], down: Iterable[Weight]
+) -> list[GatedProducts]:
+    """The products of each expert, of its weights."""
+    return [GatedProducts(*map(make, three)) for three in zip(gate, up, down, strict=True)]
+
+
+def each_part(weight: QuantizedWeight, count: int) -> list[QuantizedWeight]:
+    """The weights of `count` experts that lie one after the other along the outputs."""
+    outputs = weight.shape[0] // count
+    return [weight.part(slice(first, first + outputs)) for first in range(0, outputs * count, outputs)]
 
 
 @dataclass(slots=True, frozen=True)

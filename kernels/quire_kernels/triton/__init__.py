@@ -12,7 +12,6 @@ Legend: see `quire_kernels`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,14 +21,14 @@ from triton import knobs
 from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
-from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
+from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, Experts, GatedProducts, HeadNorms, Product
+    from quire_kernels import Body, Experts, HeadNorms, Product
 
 __all__ = ["TritonKernels"]
 
@@ -88,11 +87,22 @@ class TritonKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up)
 
-    def experts(self, experts: Sequence[GatedProducts]) -> Experts:
-        raise KernelError("the triton back-end has no experts")
+    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
+        return TritonExperts(gate, up, down)
+
+    def quantized_experts(
+        self,
+        gate: QuantizedWeight,
+        up: QuantizedWeight,
+        down: QuantizedWeight,
+        count: int,
+        activations: Activations,
+        dtype: torch.dtype,
+    ) -> Experts:
+        raise KernelError("the triton back-end has no quantized experts")
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
-        return ReferenceKernels().route(logits, count, over_chosen)
+        return route(logits, count, over_chosen)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

@@ -13,7 +13,6 @@ Legend: T tokens, E experts, k of which each token goes through, W hidden width,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import get_args
 
@@ -22,7 +21,7 @@ import torch
 from tests.unit.kernels.test_backends import BACKENDS, backend
 from torch import Tensor
 
-from quire_kernels import Activations, GatedProducts, KernelError, Kernels, Product
+from quire_kernels import Activations, Experts, KernelError, Kernels, Product, QuantizedWeight
 from quire_kernels.quantized import quantize_int4, quantize_int8
 
 SHAPES = [  # T, E, k, W, I
@@ -39,7 +38,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 Three = tuple[Tensor, Tensor, Tensor]
 Weights = list[Three]
-Make = Callable[[Tensor], Product]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -60,23 +58,24 @@ def each(three: Three, change: Callable[[Tensor], Tensor]) -> Three:
     return change(gate), change(up), change(down)
 
 
-def made(weights: Weights, make: Make) -> list[GatedProducts]:
-    return [GatedProducts(*(make(weight) for weight in expert)) for expert in weights]
+def plain(kernels: Kernels, weights: Weights) -> Experts:
+    return kernels.experts(*map(torch.stack, zip(*weights, strict=True)))
 
 
-def plain(kernels: Kernels) -> Make:
-    return lambda weight: kernels.product(weight.clone(), None)
+def in_bits(weight: Tensor, bits: int) -> QuantizedWeight:
+    return quantize_int8(weight) if bits == 8 else quantize_int4(weight, 32)
 
 
-def quantized(kernels: Kernels, bits: int, activations: Activations, dtype: torch.dtype) -> Make:
-    quantize = quantize_int8 if bits == 8 else functools.partial(quantize_int4, group_size=32)
-    return lambda weight: kernels.quantized_product(quantize(weight), None, activations, dtype)
+def quantized(
+    kernels: Kernels, weights: Weights, bits: int, activations: Activations, dtype: torch.dtype
+) -> Experts:
+    gate, up, down = (in_bits(torch.cat(three), bits) for three in zip(*weights, strict=True))
+    return kernels.quantized_experts(gate, up, down, len(weights), activations, dtype)
 
 
 def rounded(weights: Weights, bits: int) -> Weights:
     """What quantised weights stand for."""
-    quantize = quantize_int8 if bits == 8 else functools.partial(quantize_int4, group_size=32)
-    return [each(three, lambda weight: quantize(weight).dequantized()) for three in weights]
+    return [each(three, lambda weight: in_bits(weight, bits).dequantized()) for three in weights]
 
 
 def sent(tokens: int, experts: int, count: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +111,7 @@ def test_experts_of_floats(kernels: Kernels, shape: tuple[int, ...], dtype: torc
     weights = random_weights(experts, width, inner, dtype)
     x = torch.randn(tokens, width + 3).to(dtype)[:, :width]  # rows that lie apart
     choice, shares = sent(tokens, experts, count)
-    layer = kernels.experts(made(weights, plain(kernels)))
+    layer = plain(kernels, weights)
     found = layer(x, choice, shares)
     assert found.dtype == dtype
     close(found, formula(x, choice, shares, weights))
@@ -129,13 +128,16 @@ def test_experts_of_integers(
     torch.manual_seed(0)
     weights, x = random_weights(experts, width, inner, torch.float32), torch.randn(tokens, width)
     choice, shares = sent(tokens, experts, count)
-    products = made(weights, quantized(kernels, bits, activations, torch.float32))
-    found = kernels.experts(products)(x, choice, shares)
+    found = quantized(kernels, weights, bits, activations, torch.float32)(x, choice, shares)
     if activations == "float":
         close(found, formula(x, choice, shares, rounded(weights, bits)))
         return
     expected = torch.zeros(x.shape, dtype=torch.float64)
-    for expert, (gate, up, down) in enumerate(products):
+
+    def product(weight: Tensor) -> Product:
+        return kernels.quantized_product(in_bits(weight, bits), None, activations, torch.float32)
+
+    for expert, (gate, up, down) in enumerate(map(product, three) for three in weights):
         every = down.wide(kernels.silu_mul(torch.cat((gate(x), up(x)), -1))).double()
         expected += every * torch.where(choice == expert, shares, 0.0).sum(-1, keepdim=True).double()
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
@@ -147,7 +149,7 @@ def test_all_to_one_and_none_to_the_others(kernels: Kernels) -> None:
     only = [each(three, lambda weight: torch.full_like(weight, torch.nan)) for three in weights]
     only[3] = weights[3]
     choice, shares = torch.full((300, 1), 3), torch.rand(300, 1)
-    found = kernels.experts(made(only, plain(kernels)))(x, choice, shares)
+    found = plain(kernels, only)(x, choice, shares)
     close(found, formula(x, choice, shares, weights))
 
 
@@ -159,10 +161,10 @@ def test_a_token_gets_the_same_in_any_company(kernels: Kernels, kind: str) -> No
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     weights, x = random_weights(6, 64, 96, dtype), torch.randn(150, 64).to(dtype)
     choice, shares = sent(150, 6, 3)
-    make = plain(kernels)
     if kind.startswith("int"):
-        make = quantized(kernels, int(kind[3]), "float" if kind.endswith("float") else "int8", dtype)
-    layer = kernels.experts(made(weights, make))
+        layer = quantized(kernels, weights, int(kind[3]), "float" if kind.endswith("float") else "int8", dtype)
+    else:
+        layer = plain(kernels, weights)
     whole = layer(x, choice, shares)
     for rows in ([0], [7], [149], [3, 4, 5, 6], list(range(20, 120)), [9, 2, 70]):
         assert torch.equal(layer(x[rows], choice[rows], shares[rows]), whole[rows])
@@ -175,7 +177,7 @@ def test_a_token_that_is_not_finite_spoils_no_other(kernels: Kernels) -> None:
     torch.manual_seed(0)
     weights, x = random_weights(3, 32, 32, torch.float32), torch.randn(9, 32)
     choice, shares = sent(9, 3, 2)
-    layer = kernels.experts(made(weights, plain(kernels)))
+    layer = plain(kernels, weights)
     whole = layer(x, choice, shares)
     x[4, 3], shares[6] = torch.nan, torch.nan
     found = layer(x, choice, shares)
@@ -188,19 +190,24 @@ def test_an_odd_width_is_for_torch(kernels: Kernels) -> None:
     torch.manual_seed(0)
     weights, x = random_weights(3, 12, 7, torch.float32), torch.randn(5, 12)
     choice, shares = sent(5, 3, 2)
-    close(kernels.experts(made(weights, plain(kernels)))(x, choice, shares), formula(x, choice, shares, weights))
+    close(plain(kernels, weights)(x, choice, shares), formula(x, choice, shares, weights))
 
 
 def test_experts_that_differ_are_refused() -> None:
     kernels = backend(BACKENDS[1])
-    weights = random_weights(1, 32, 64, torch.float32) + random_weights(1, 32, 96, torch.float32)
-    with pytest.raises(KernelError, match="experts differ"):
-        kernels.experts(made(weights, plain(kernels)))
     weights = random_weights(2, 32, 64, torch.float32)
-    mixed = made(weights[:1], plain(kernels)) + made(weights[1:], quantized(kernels, 8, "int8", torch.float32))
+    gate, up, down = map(torch.stack, zip(*weights, strict=True))
+    for differs in (up.bfloat16(), up[:, :32].contiguous()):
+        with pytest.raises(KernelError, match="experts differ"):
+            kernels.experts(gate, differs, down)
+    mixed = (
+        quantize_int8(gate.flatten(0, 1)),
+        quantize_int8(up.flatten(0, 1)),
+        quantize_int4(down.flatten(0, 1), 32),
+    )
     with pytest.raises(KernelError, match="experts differ"):
-        kernels.experts(mixed)
-    layer = kernels.experts(made(weights, plain(kernels)))
+        kernels.quantized_experts(*mixed, 2, "int8", torch.float32)
+    layer = plain(kernels, weights)
     with pytest.raises(KernelError, match="float64"):
         layer(torch.randn(2, 32).double(), *sent(2, 2, 1))
 

@@ -21,7 +21,19 @@ from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
 from quire_kernels.paging import PagedBatch
-from quire_kernels.triton import gate, heads, launch, norm, product, quantized, rotation, sample, step, tokens
+from quire_kernels.triton import (
+    experts,
+    gate,
+    heads,
+    launch,
+    norm,
+    product,
+    quantized,
+    rotation,
+    sample,
+    step,
+    tokens,
+)
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -83,6 +95,31 @@ def multiply_quantized(
     quantized.multiply(codes, x_scales, weight, None, dtype, tiling, room)
 
 
+def through_experts(
+    tokens: int,
+    count: int,
+    chosen: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype = BF16,
+    tilings: experts.Tilings | None = None,
+) -> None:
+    choice, shares = experts.route(new(tokens, count, dtype=F32), chosen, over_chosen=True)
+    # of one expert alone: nobody reads them, but they are allocated
+    layer = experts.TritonExperts(
+        new(1, inner, width, dtype=dtype).expand(count, -1, -1),
+        new(1, inner, width, dtype=dtype).expand(count, -1, -1),
+        new(1, width, inner, dtype=dtype).expand(count, -1, -1),
+    )
+    layer.cut(new(tokens, width, dtype=dtype), choice, shares, tilings or layer.tilings(tokens, chosen))
+
+
+def grouped(tiling: experts.Tiling, gated: bool) -> None:
+    choice, weight = new(300, 8, dtype=torch.int64), new(1, 768, 2048).expand(128, -1, -1)
+    plan = experts.Plan.of(choice, 128, tiling.rows)
+    experts.grouped(new(2400, 2048), weight, weight if gated else None, choice, plan, tiling)
+
+
 def attend(
     counts: list[int],
     cached: int,
@@ -141,6 +178,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
     lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
     lambda: prepare(1),
+    lambda: through_experts(1, 128, 8, 2048, 768),
+    lambda: through_experts(2048, 128, 8, 2048, 768),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 16, 80), new(80), 1e-6),
@@ -173,6 +212,14 @@ MORE: list[Callable[[], Any]] = [
         for window in (None, 100)
     ),
     partial(prepare, 3),
+    lambda: through_experts(32, 128, 8, 2048, 768),
+    *(partial(through_experts, tokens, 8, 2, 4096, 14336) for tokens in (1, 8, 32, 64, 256, 2048)),
+    *(partial(through_experts, tokens, 5, 3, 100, 70, F32) for tokens in (1, 64)),
+    *(
+        partial(grouped, tiling, gated)
+        for gated in (True, False)
+        for tiling in (experts.DOWN, experts.GATED)[gated]
+    ),
     *(partial(multiply, 1, 6144, 4096, tiling) for tiling in product.ONE_ROW),
     *(partial(multiply, 16, 6144, 4096, tiling) for tiling in product.FEW_ROWS),
 ]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import HeadNorms, KernelError
+from quire_kernels import HeadNorms
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import INTERPRETED, TritonKernels, product, tokens
 
@@ -39,11 +39,6 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
     error = (found.double() - expected.double()).norm() / expected.double().norm()
     assert error < CLOSE[expected.dtype]
-
-
-def test_experts_are_refused_by_name() -> None:
-    with pytest.raises(KernelError, match="triton back-end has no experts"):
-        kernels.experts([])
 
 
 # ── around attention ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,405 @@
+"""Layers of experts: who is sent where, and products of many weights with a few rows each.
+
+    out[t] = Σ_r shares[t, r] · down_e(silu(gate_e(x[t])) · up_e(x[t])),   e = choice[t, r]
+
+`_plan` sorts the pairs (t, r) by expert. What comes out has the same shape whoever chose whom, so that a captured
+graph fits every step: a place for each pair, and a list of tiles of up to `rows` pairs of one expert, as many as
+there can be at most; those left over name no expert, and their programs end at once. An expert that nobody chose
+has no tile and is not read.
+
+    pairs     t·k + r:      0  1  2  3  4  5        choice  5 2  2 0  5 2
+    places                  4  1  2  0  5  3        sorted  e0: 3   e2: 1 2 5   e5: 0 4
+
+`_grouped` is the product of one tile with one expert's weight, for `BLOCK_N` outputs: first gate and up, whose
+results meet in registers and leave as silu(gate) · up, then down. The weight is the tall side of the tensor cores'
+product and rows are the other one, which can be as narrow as 16: a step of a few tokens is the reading of weights
+and nothing else. `_join` adds up the terms of a token in the order of the experts' numbers, in float32. Nothing is
+added by atomics: an answer is the same each time.
+
+A single token needs no plan: pair r is tile r.
+
+Legend: T tokens, E experts, k of which a token goes through, W hidden width, I width inside, N outputs, K width of
+a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire_kernels.errors import KernelError
+from quire_kernels.triton.launch import dependent, wait
+
+_FEW_PAIRS, _PAIRS = 256, 1024
+"""Pairs that a program of `_plan` looks at together, if there are no more, and else."""
+_NOWHERE = tl.constexpr(2**31 - 1)
+_FACTS = tl.constexpr(3)
+"""Of a tile: its expert or -1, its first place, how many."""
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: rows and outputs of a tile, numbers along k, how many of these are on their way."""
+
+    rows: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Tilings(NamedTuple):
+    """Of both products of a layer. Their tiles are the same, so `rows` is."""
+
+    gated: Tiling
+    down: Tiling
+
+
+# ── who goes where ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _route(
+    choice,
+    shares,
+    logits,
+    stride,
+    experts,
+    CHOSEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lanes, ranks = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
+    wait(DEPENDENT)
+    logit = tl.load(logits + token * stride + lanes, mask=lanes < experts, other=float("-inf"))
+    peak = tl.max(logit, 0)
+    # what is not a number is in the sum, whichever experts are taken
+    total = tl.sum(tl.exp(logit - peak), 0)
+    key = tl.where(logit == logit, logit, float("-inf"))
+    left = lanes < experts
+    numbers = tl.zeros([BLOCK_C], tl.int32)
+    chances = tl.zeros([BLOCK_C], tl.float32)
+    for rank in tl.static_range(CHOSEN):
+        best = tl.max(tl.where(left, key, float("-inf")), 0)
+        lowest = tl.min(tl.where(left & (key == best), lanes, _NOWHERE), 0)
+        numbers = tl.where(ranks == rank, lowest, numbers)
+        chances = tl.where(ranks == rank, tl.exp(best - peak), chances)
+        left = left & (lanes != lowest)
+    if OVER_CHOSEN:
+        total = tl.where(total == total, tl.sum(chances, 0), total)
+    mine = token * CHOSEN + ranks
+    tl.store(choice + mine, numbers.to(tl.int64), mask=ranks < CHOSEN)
+    tl.store(shares + mine, chances / total, mask=ranks < CHOSEN)
+
+
+@triton.jit(do_not_specialize=["pairs", "most", "rows"])
+def _plan(
+    tiles,
+    tokens,
+    places,
+    choice,
+    pairs,
+    most,
+    experts,
+    rows,
+    CHOSEN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """A program an expert: each counts everybody's pairs, so that none has to wait for another."""
+    mine = tl.program_id(0)
+    numbers, lanes = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_P)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    wait(DEPENDENT)
+    for begin in tl.range(0, pairs, BLOCK_P):
+        expert = tl.load(choice + begin + lanes, mask=begin + lanes < pairs, other=0).to(tl.int32)
+        counts += tl.histogram(expert, BLOCK_E)
+    # lanes behind the last pair were counted for the first expert
+    counts -= tl.where(numbers == 0, (pairs + BLOCK_P - 1) // BLOCK_P * BLOCK_P - pairs, 0)
+    needed = (counts + rows - 1) // rows
+    first = tl.sum(tl.where(numbers < mine, counts, 0), 0)
+    own = tl.sum(tl.where(numbers == mine, counts, 0), 0)
+    tile = tl.sum(tl.where(numbers < mine, needed, 0), 0)
+    # the last expert also marks the tiles that there are not
+    end = tl.where(mine == experts - 1, most, tile + (own + rows - 1) // rows)
+    for begin in tl.range(tile, end, BLOCK_E):
+        at = begin + numbers
+        done = (at - tile) * rows
+        fact = tiles + at * _FACTS
+        tl.store(fact, tl.where(done < own, mine, -1), mask=at < end)
+        tl.store(fact + 1, first + done, mask=at < end)
+        tl.store(fact + 2, tl.minimum(own - done, rows), mask=at < end)
+    if own > 0:
+        for begin in tl.range(0, pairs, BLOCK_P):
+            at = begin + lanes
+            here = tl.load(choice + at, mask=at < pairs, other=-1).to(tl.int32) == mine
+            place = first + tl.cumsum(here.to(tl.int32), 0) - 1
+            tl.store(places + at, place, mask=here)
+            tl.store(tokens + place, at // CHOSEN, mask=here)
+            first += tl.sum(here.to(tl.int32), 0)
+
+
+# ── products ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _grouped(
+    out,
+    x,
+    weight,
+    second,
+    choice,
+    tiles,
+    tokens,
+    outputs,
+    width,
+    x_stride,
+    GATED: tl.constexpr,
+    PLANNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """GATED: of tokens, with two weights, silu(first) · second; else of places, with one."""
+    tile = tl.program_id(0)
+    lanes, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait(DEPENDENT)
+    if PLANNED:
+        expert = tl.load(tiles + tile * _FACTS)
+        if expert < 0:
+            return
+        first, count = tl.load(tiles + tile * _FACTS + 1), tl.load(tiles + tile * _FACTS + 2)
+    else:
+        expert, first, count = tl.load(choice + tile).to(tl.int32), tile, 1
+    real = lanes < count
+    place = (first + lanes).to(tl.int64)
+    row = place
+    if GATED:
+        row = tl.load(tokens + place, mask=real, other=0).to(tl.int64) if PLANNED else place * 0
+    # outputs behind the last one are computed as that one, and dropped
+    here = (expert.to(tl.int64) * outputs + tl.minimum(output, outputs - 1))[:, None] * width + ks[None, :]
+    numbers = x + (row * x_stride)[None, :] + ks[:, None]
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    other = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for k in tl.range(0, width, BLOCK_K):
+        if EVEN:
+            number = tl.load(numbers + k, mask=real[None, :], other=0.0)
+            acc = tl.dot(tl.load(weight + here + k), number, acc, input_precision="ieee")
+            if GATED:
+                other = tl.dot(tl.load(second + here + k), number, other, input_precision="ieee")
+        else:
+            there = k + ks < width
+            number = tl.load(numbers + k, mask=there[:, None] & real[None, :], other=0.0)
+            w = tl.load(weight + here + k, mask=there[None, :], other=0.0)
+            acc = tl.dot(w, number, acc, input_precision="ieee")
+            if GATED:
+                w = tl.load(second + here + k, mask=there[None, :], other=0.0)
+                other = tl.dot(w, number, other, input_precision="ieee")
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * other
+    there = (output < outputs)[:, None] & real[None, :]
+    tl.store(out + (place * outputs)[None, :] + output[:, None], acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _join(
+    out,
+    parts,
+    choice,
+    shares,
+    places,
+    width,
+    PLANNED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    ranks = tl.arange(0, BLOCK_C)
+    there = ranks < CHOSEN
+    pair = token * CHOSEN + ranks
+    wait(DEPENDENT)
+    expert = tl.load(choice + pair, mask=there, other=_NOWHERE)
+    share = tl.load(shares + pair, mask=there, other=0.0)
+    place = ranks
+    if PLANNED:
+        place = tl.load(places + pair, mask=there, other=0)
+    turn = tl.sum((expert[None, :] < expert[:, None]).to(tl.int32), 1)
+    acc = tl.zeros([BLOCK_W], tl.float32)
+    for at in tl.static_range(CHOSEN):
+        row = tl.sum(tl.where(turn == at, place, 0), 0).to(tl.int64)
+        part = tl.load(parts + row * width + dims, mask=dims < width, other=0.0).to(tl.float32)
+        acc += tl.sum(tl.where(turn == at, share, 0.0), 0) * part
+    tl.store(out + token * width + dims, acc.to(out.dtype.element_ty), mask=dims < width)
+
+
+def route(logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+    """See `Kernels.route`."""
+    tokens, experts = logits.shape
+    choice = torch.empty((tokens, count), dtype=torch.int64, device=logits.device)
+    shares = torch.empty((tokens, count), dtype=torch.float32, device=logits.device)
+    _route[(tokens,)](
+        choice, shares, logits, logits.stride(0), experts, CHOSEN=count, BLOCK_C=triton.next_power_of_2(count),
+        BLOCK_E=triton.next_power_of_2(experts), OVER_CHOSEN=over_chosen, num_warps=1, **dependent(),
+    )  # fmt: skip
+    return choice, shares
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """Who goes where."""
+
+    tiles: Tensor
+    """[any, 3] int32: an expert or -1, its first place, how many places from there."""
+    tokens: Tensor
+    """[T · k] int32: whose each place is."""
+    places: Tensor
+    """[T, k] int32."""
+
+    @classmethod
+    def of(cls, choice: Tensor, experts: int, rows: int) -> Plan:
+        """Of `choice` [T, k] int64, in tiles of `rows` places."""
+        (_, chosen), pairs = choice.shape, choice.numel()
+        most = most_tiles(pairs, experts, rows)
+        tiles = torch.empty((most, _FACTS.value), dtype=torch.int32, device=choice.device)
+        tokens = torch.empty(pairs, dtype=torch.int32, device=choice.device)
+        places = torch.empty(choice.shape, dtype=torch.int32, device=choice.device)
+        block = _PAIRS if pairs > _FEW_PAIRS else _FEW_PAIRS
+        _plan[(experts,)](
+            tiles, tokens, places, choice, pairs, most, experts, rows, CHOSEN=chosen,
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), BLOCK_P=block, num_warps=4, **dependent(),
+        )  # fmt: skip
+        return cls(tiles, tokens, places)
+
+
+def most_tiles(pairs: int, experts: int, rows: int) -> int:
+    """Tiles of `rows` places that pairs can make at most: every expert that is chosen has one that is not full."""
+    return (pairs + (rows - 1) * min(experts, pairs)) // rows
+
+
+def grouped(
+    x: Tensor, weight: Tensor, second: Tensor | None, choice: Tensor, plan: Plan | None, tiling: Tiling
+) -> Tensor:
+    """Of each place the product with its expert's weight, [T · k, N].
+
+    With `second` silu(x · weightᵀ) · (x · secondᵀ) of tokens `x` [T, K]; else of places `x` [T · k, K]. The
+    weights are [E, N, K]. Without a plan there is one token.
+    """
+    _, outputs, width = weight.shape
+    out = torch.empty((choice.numel(), outputs), dtype=x.dtype, device=x.device)
+    tiles, tokens = (choice, choice) if plan is None else (plan.tiles, plan.tokens)
+    count = choice.shape[1] if plan is None else plan.tiles.shape[0]
+    _grouped[(count, triton.cdiv(outputs, tiling.block_n))](
+        out, x, weight, weight if second is None else second, choice, tiles, tokens, outputs, width, x.stride(0),
+        GATED=second is not None, PLANNED=plan is not None, ROWS=tiling.rows, BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k, EVEN=width % tiling.block_k == 0, num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages, **dependent(),
+    )  # fmt: skip
+    return out
+
+
+def join(parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan | None) -> Tensor:
+    """The sums [T, W] of each token's `parts` [T · k, W], which lie at their places, times its `shares` [T, k]."""
+    (tokens, chosen), width = choice.shape, parts.shape[1]
+    out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _join[(tokens, triton.cdiv(width, block))](
+        out, parts, choice, shares, choice if plan is None else plan.places, width, PLANNED=plan is not None,
+        CHOSEN=chosen, BLOCK_C=triton.next_power_of_2(chosen), BLOCK_W=block, num_warps=4, **dependent(),
+    )  # fmt: skip
+    return out
+
+
+def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int) -> Tilings:
+    """The tilings of a layer, by how many rows its experts have: `tokens` at most, and in the mean."""
+    mean = tokens * chosen / experts
+    if number_bytes > 2:
+        tiling = Tiling(16 if mean <= 8 or tokens <= 16 else 32, 32, 32, 4, 2)
+        return Tilings(tiling, tiling)
+    if tokens <= 16 or mean <= 8:
+        return Tilings(Tiling(16, 32, 128, 4, 4), Tiling(16, 64, 128, 4, 4))
+    if tokens <= 32 or mean <= 20:
+        return Tilings(Tiling(32, 64, 128, 4, 3), Tiling(32, 64, 128, 4, 4))
+    if tokens <= 64 or mean <= 80:
+        return Tilings(Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4))
+    return Tilings(Tiling(128, 128, 64, 8, 3), Tiling(128, 128, 64, 8, 4))
+
+
+GATED = tuple(
+    Tiling(*sizes)
+    for sizes in (
+        (16, 16, 128, 2, 6), (16, 16, 256, 4, 4), (16, 32, 128, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3),
+        (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 8, 3),
+        (32, 32, 128, 4, 4), (32, 64, 64, 4, 4), (32, 64, 128, 4, 3), (32, 128, 64, 8, 3),
+        (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 4),
+        (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    )
+)  # fmt: skip
+"""Tilings worth trying for gate and up."""
+DOWN = tuple(
+    Tiling(*sizes)
+    for sizes in (
+        (16, 16, 256, 2, 4), (16, 32, 128, 4, 6), (16, 32, 256, 4, 4), (16, 64, 128, 4, 4), (16, 64, 256, 4, 3),
+        (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
+        (32, 32, 256, 4, 3), (32, 64, 128, 4, 4), (32, 128, 64, 4, 4), (32, 128, 128, 8, 3),
+        (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3),
+        (128, 64, 64, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+    )
+)  # fmt: skip
+"""Tilings worth trying for down."""
+
+
+@dataclass(slots=True, frozen=True)
+class TritonExperts:
+    """`Experts` of the Triton back-end."""
+
+    gate: Tensor
+    """[E, I, W], as `up`; each of the three dense."""
+    up: Tensor
+    down: Tensor
+    """[E, W, I]."""
+
+    def __post_init__(self) -> None:
+        count, inner, width = self.gate.shape
+        inward, outward = (count, inner, width), (count, width, inner)
+        for weight, shape in ((self.up, inward), (self.down, outward)):
+            if weight.shape != shape or weight.dtype != self.gate.dtype:
+                raise KernelError(
+                    f"experts differ: {self.gate.dtype} {inward} and {weight.dtype} {tuple(weight.shape)}"
+                )
+
+    def __call__(self, x: Tensor, choice: Tensor, shares: Tensor) -> Tensor:
+        return self.cut(x, choice, shares, self.tilings(*choice.shape))
+
+    def tilings(self, tokens: int, chosen: int) -> Tilings:
+        """Those of a step of so many tokens."""
+        return tilings_for(tokens, chosen, self.gate.shape[0], self.gate.element_size())
+
+    def cut(self, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> Tensor:
+        """As a call, by tilings of one's own."""
+        experts, _, width = self.gate.shape
+        if x.dtype != self.gate.dtype or x.shape[1] != width or x.stride(1) != 1:
+            raise KernelError(f"x is {x.dtype} {tuple(x.shape)}, the experts are of {self.gate.dtype} [{width}]")
+        plan = Plan.of(choice, experts, tilings.gated.rows) if x.shape[0] > 1 else None
+        inner = grouped(x, self.gate, self.up, choice, plan, tilings.gated)
+        parts = grouped(inner, self.down, None, choice, plan, tilings.down)
+        del inner  # beside what comes out there is no room for it (`quire_schemas.gpu_sizing`)
+        return join(parts, choice, shares, plan)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from (self.gate, self.up, self.down)
