@@ -50,8 +50,8 @@ from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
-from quire_schemas.quantization import misfit
-from quire_schemas.sizing import experts_misfit, kv_groups, kv_misfit
+from quire_schemas.quantization import experts_misfit, misfit
+from quire_schemas.sizing import kv_groups, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     Delta,
@@ -129,9 +129,11 @@ class Engine:
         device = _device(spec)
         profile = read_profile(Path(spec.model_dir))
         _check_length(spec, profile)
-        if spec.quantization is not None and (problem := misfit(profile, spec.quantization)):
+        if spec.quantization is not None and (
+            problem := misfit(profile, spec.quantization) or experts_misfit(profile, spec.device)
+        ):
             raise InvalidSpec(problem)
-        if problem := kv_misfit(profile, spec.kv_dtype) or experts_misfit(profile, spec.device):
+        if problem := kv_misfit(profile, spec.kv_dtype):
             raise InvalidSpec(problem)
         plan = MemoryPlan.of(spec, profile)
         kernels, lacking = best_kernels(spec.device, spec.threads)

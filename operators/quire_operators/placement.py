@@ -11,7 +11,6 @@ Exceptions:
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
     ├── NoSuchPromise      the same numbers in any company were asked for where no kernels keep to it
-    ├── NoSuchOperation    what the architecture is made of is not computed on that kind of device
     ├── NoSuchNumbers      a quantization or a cache that the checkpoint, the dtype or the device cannot have
     ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
@@ -32,7 +31,7 @@ from quire_schemas.model import prefill_share, runs_ahead
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
 from quire_schemas.quantization import Unquantizable
 from quire_schemas.quantization import resolve as resolve_quantization
-from quire_schemas.sizing import FitReport, SizingRequest, experts_misfit, fit, kv_misfit
+from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_misfit
 from quire_schemas.update import EngineLimits
 
 FOREIGN_BYTES = 64 << 20
@@ -63,10 +62,6 @@ class NoSuchBound(PlacementError):
 
 class NoSuchPromise(PlacementError):
     """Batch-invariant numbers on a kind of device whose kernels do not give them."""
-
-
-class NoSuchOperation(PlacementError):
-    """What the architecture is made of is not computed on that kind of device."""
 
 
 class NoSuchNumbers(PlacementError):
@@ -248,10 +243,6 @@ def place(
             "cut by how many sequences a step has",
             "declare spec.engine.device: cpu, or determinism: none",
             path="spec.determinism",
-        )
-    if problem := experts_misfit(profile, kind):
-        raise NoSuchOperation(
-            "ConfigRejected", problem, "declare spec.engine.device: cpu", path="spec.engine.device"
         )
     name = "cpu" if kind == "cpu" else _gpu(inventory, device_ids, own)
     total = inventory.total(name)

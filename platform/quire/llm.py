@@ -44,7 +44,7 @@ from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.chat import read_messages
 from quire_schemas.quantities import parse_percent, parse_quantity
 from quire_schemas.quantization import GROUP_SIZES, METHODS, Unquantizable, resolve
-from quire_schemas.sizing import FitReport, SizingRequest, experts_misfit, fit, kv_block_bytes, kv_misfit
+from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
     BeamResult,
@@ -177,8 +177,6 @@ class LLM:
             )
         resolved = cast(Dtype, profile.dtype) if dtype == "auto" else dtype
         kind: Device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if problem := experts_misfit(profile, kind):
-            raise ValueError(f'device is "{device}": {problem}\nhint: device="cpu"')
         try:
             numbers = resolve(
                 {"method": quantization or "none", "activations": activations, "groupSize": group_size},

@@ -14,6 +14,7 @@ input, cosines and sines lie there all through; the results of a layer's heads u
 
     attention    queries, keys and values as projected; the queries, rotated; the results
     mlp          both halves of the gate beside their product, or that beside what comes out
+    experts      of each token's experts what is inside beside what comes out, or that beside the sums
     head         of R rows the logits in the model's number format, and nothing of the layers any more
 
 A step by way of the host (`runner`: penalties, grammars, log-probabilities and the like) has the layers of a
@@ -31,7 +32,7 @@ e bytes of a number.
 
 from __future__ import annotations
 
-from quire_schemas.checkpoint import ModelProfile, expected_tensors
+from quire_schemas.checkpoint import ExpertsProfile, ModelProfile, expected_tensors
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes
 from quire_schemas.wire import Quantization
 
@@ -61,6 +62,8 @@ _QUANTIZING_BYTES = 24
 
 _TILE, _LANES, _LIST, _PROGRAMS = 4096, 1024, 4096, 1024
 """Of `quire_kernels.triton.sample`."""
+_LEAST_ROWS = 16
+"""Of a tile of `quire_kernels.triton.experts`."""
 _TABLE_ROW = 4 + 4 + 4 + 4 + 4 + 8
 """Last token and how it is drawn, for each row of the request table."""
 _SAMPLER_BYTES = 72
@@ -156,7 +159,7 @@ def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: i
 
 def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """The most that a forward pass and what follows it hold at once."""
-    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    hidden, inner, q, kv = profile.hidden_size, _dense_size(profile), profile.q_size, profile.kv_size
     through = tokens * (2 * hidden * e + 2 * profile.head_dim * 4)
     attention = tokens * (4 * q + 2 * kv) * e + _split_parts(profile)
     attention = max(attention, tokens * (2 * q + 2 * kv) * e + _multiplying(quantization, e, tokens, hidden))
@@ -165,6 +168,12 @@ def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     down = (inner + hidden) * e * tokens + _multiplying(quantization, e, tokens, inner)
     mlp = tokens * q * e + max(tokens * max(3 * inner, 2 * hidden) * e, up, down)
     rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
+    if profile.experts is not None:
+        chosen, routed, plan = _routed(profile.experts, e, tokens)
+        pairs = tokens * profile.experts.num_experts_per_tok
+        both = pairs * (profile.experts.intermediate_size + hidden)
+        products = plan + max(both, (pairs + tokens) * hidden) * e
+        mlp = max(mlp if inner else 0, tokens * q * e + max(routed, chosen + products))
     layer = through + max(attention, output, mlp, rotary)
     states = rows * 3 * hidden * e
     return max(layer, states + rows * profile.vocab_size * e + _multiplying(quantization, e, rows, hidden))
@@ -180,10 +189,28 @@ def _general(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
 
 def _each(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """Every kind of tensor of a forward pass and its head, each once."""
-    hidden, inner, q, kv = profile.hidden_size, profile.intermediate_size, profile.q_size, profile.kv_size
+    hidden, inner, q, kv = profile.hidden_size, _dense_size(profile), profile.q_size, profile.kv_size
     numbers = 6 * hidden + (q + 2 * kv) + 3 * q + 3 * inner
     rotary = tokens * profile.head_dim * 14
     last = rows * (q + 2 * hidden) * e  # the rows that go on from the last attention
     products = sum(_multiplying(quantization, e, tokens, inputs) for inputs in (hidden, q, inner))
     products += _multiplying(quantization, e, rows, hidden)
+    if profile.experts is not None:
+        pairs = tokens * profile.experts.num_experts_per_tok
+        products += pairs * (profile.experts.intermediate_size + hidden) * e
+        products += sum(_routed(profile.experts, e, tokens))
     return tokens * numbers * e + rotary + last + _split_parts(profile) + rows * profile.vocab_size * e + products
+
+
+def _dense_size(profile: ModelProfile) -> int:
+    """Width inside of the MLPs that are no experts; 0 if there are none."""
+    return 0 if profile.experts is not None and all(profile.experts.layers) else profile.intermediate_size
+
+
+def _routed(experts: ExpertsProfile, e: int, tokens: int) -> tuple[int, int, int]:
+    """Of a layer of experts: choices and shares; logits, and these; the plan of who goes where."""
+    pairs = tokens * experts.num_experts_per_tok
+    chosen = pairs * (8 + 4)
+    logits = tokens * experts.num_experts * (e + (4 if e < 4 else 0))
+    tiles = (pairs + (_LEAST_ROWS - 1) * min(experts.num_experts, pairs)) // _LEAST_ROWS
+    return chosen, chosen + logits, tiles * 12 + pairs * (4 + 4) + 5 * _ALLOCATION

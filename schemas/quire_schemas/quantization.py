@@ -53,6 +53,8 @@ def resolve(
     method, activations = declared["method"], declared["activations"]
     if method == "none":
         return None
+    if problem := experts_misfit(profile, device):
+        raise Unquantizable("method", problem, "declare engine.device: cpu, or method: none")
     if device == "cuda" and method == "int4":
         if activations == "int8":
             raise Unquantizable(
@@ -89,6 +91,13 @@ def misfit(profile: ModelProfile, quantization: Quantization) -> str:
             what = f"multiple of {INT8_INPUTS}" if size is None else f"whole number of groups of {size}"
             return f"the {shape[1]} inputs of {name} are no {what}"
     return ""
+
+
+def experts_misfit(profile: ModelProfile, device: Literal["cpu", "cuda"]) -> str:
+    """Why quantized experts cannot be had on that device; empty if they can, or if there are none."""
+    if profile.experts is None or device == "cpu":
+        return ""
+    return f"quantized experts ({profile.architecture}) run on a CPU alone, and this model runs on a GPU"
 
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...]) -> bool:

@@ -294,13 +294,6 @@ def kv_misfit(profile: ModelProfile, kv_dtype: str) -> str:
     return ""
 
 
-def experts_misfit(profile: ModelProfile, device: Literal["cpu", "cuda"]) -> str:
-    """Why experts cannot be computed on that device; empty if they can, or if there are none."""
-    if profile.experts is None or device == "cpu":
-        return ""
-    return f"the experts of {profile.architecture} are computed on a CPU alone, and this model runs on a GPU"
-
-
 def kv_block_bytes(profile: ModelProfile, kv_dtype: str, block_size: int, tensor_parallel: int = 1) -> int:
     """Keys and values of `block_size` tokens in the layers of one group, on one of `tensor_parallel` ranks."""
     heads = max(1, profile.num_kv_heads // tensor_parallel)

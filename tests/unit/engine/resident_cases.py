@@ -154,6 +154,16 @@ def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None
         assert texts(run(engine, *requests(5))) == expected
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", pytest.param("mixtral", marks=pytest.mark.nightly)])
+def test_experts_stay_on_the_device(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
+    count = 5 if WHOLE or not INTERPRETED else 2
+    expected = texts(run(engine_of(spec_of(tmp_path), "reference"), *requests(count)))
+    engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    assert isinstance(engine.runner, ResidentRunner)
+    assert texts(run(engine, *requests(count))) == expected
+
+
 @pytest.mark.nightly
 def test_preempted_and_sent_again(tmp_path: Path) -> None:
     build("llama-mqa", tmp_path)

@@ -43,6 +43,15 @@ SLIDING = SMALL | {
     "max_window_layers": 1,
 }
 WIDE_QUANTIZED = SMALL | {"intermediate_size": 1504}
+EXPERTS = SMALL | {"architecture": "MixtralForCausalLM"}
+MANY_EXPERTS = SMALL | {
+    "architecture": "Qwen3MoeForCausalLM",
+    "mlp_only_layers": [1],
+    "num_experts": 400,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+SHAPES = [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING, EXPERTS, MANY_EXPERTS]
 SEATS, LENGTH, BLOCK = 3, 2048, 16
 
 
@@ -105,7 +114,7 @@ def plan_of(groups: int, tokens: int, **sampling: Any) -> StepPlan:
 
 
 @pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])
-@pytest.mark.parametrize("shape", [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_path: Path) -> None:
     described, runner = runner_of(tmp_path, shape, tokens)
     parts = sizing.gpu_activations(

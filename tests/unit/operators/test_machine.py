@@ -18,7 +18,6 @@ from quire_operators.paths import StateDir, StateDirError, check_private, privat
 from quire_operators.placement import (
     NoDevice,
     NoSuchNumbers,
-    NoSuchOperation,
     NoSuchPromise,
     Placement,
     PlacementError,
@@ -321,16 +320,20 @@ def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> Non
     assert "head size 18 is no multiple of 4" in kv_misfit(profile_from_config(TINY | {"head_dim": 18}), "int8")
 
 
-def test_experts_are_refused_on_a_gpu_by_name() -> None:
+def test_experts_run_on_a_gpu_unless_they_are_quantized() -> None:
     mixtral = TINY | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
-    with pytest.raises(NoSuchOperation, match="experts of MixtralForCausalLM are computed on a CPU") as refused:
-        placed(with_gpu, mixtral)
-    assert (refused.value.path, refused.value.reason) == ("spec.engine.device", "ConfigRejected")
+    for machine in (CPU, with_gpu):
+        assert placed(machine, mixtral).weights == profile_from_config(mixtral).weight_bytes
+    assert placed(with_gpu, mixtral).device == "cuda"
+    eight = {"quantization": {"method": "int8"}}
+    with pytest.raises(
+        NoSuchNumbers, match=r"quantized experts \(MixtralForCausalLM\) run on a CPU alone"
+    ) as refused:
+        placed(with_gpu, mixtral, **eight)
+    assert (refused.value.path, refused.value.reason) == ("spec.quantization.method", "ConfigRejected")
     assert "engine.device: cpu" in refused.value.hint
-    here = placed(CPU, mixtral)
-    assert placed(with_gpu, mixtral, engine={"device": "cpu"}).weights == here.weights
-    assert here.weights == profile_from_config(mixtral).weight_bytes
+    assert placed(with_gpu, mixtral, engine={"device": "cpu"}, **eight).quantization
 
 
 def test_without_chunked_prefill_the_context_is_one_step_long() -> None:
