@@ -1,6 +1,6 @@
 """Quire on one GPU: figures beside the roofline of the same card, measured in the same run.
 
-    python -m benchmarks.gpu --parts exactness,attention,0.6b,8b --out rows.jsonl
+    python -m benchmarks.gpu --parts exactness,attention,experts,0.6b,8b --out rows.jsonl
 
 Needs torch, triton and what engine, kernels and schemas import; no network and no weights, which are random and
 made on the device. `roofline` is what a step cannot beat: bytes that it has to read over the bandwidth of a large
@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.gpu_experts import experts_rows
 from benchmarks.gpu_products import product_rows
 from benchmarks.workload import Lengths
 from quire_engine.engine import DTYPES, KV_DTYPES, Engine
@@ -708,10 +709,10 @@ def _continuous(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="exactness,attention,0.6b,8b,transformers-0.6b,transformers-8b")
+    parser.add_argument("--parts", default="exactness,attention,experts,0.6b,8b,transformers-0.6b,transformers-8b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown", help="of what is measured, for the rows")
-    parser.add_argument("--sweep", action="store_true", help="try every tile of attention and of products")
+    parser.add_argument("--sweep", action="store_true", help="try every tile of attention, products and experts")
     parser.add_argument("--kinds", default="", help="of products, separated by commas; default: all")
     parser.add_argument("--rows", default="", help="of products, separated by commas; default: 1 to 2048")
     parser.add_argument("--quick", action="store_true")
@@ -755,6 +756,8 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
     elif part == "attention":
         yield from attention_rows(card, sweep=options.sweep)
         yield from prompt_rows(card, sweep=options.sweep)
+    elif part == "experts":
+        yield from experts_rows(replayed, card.bandwidth, card.bf16, sweep=options.sweep, quick=quick)
     elif part == "products":
         yield from product_rows(card, replayed, sweep=options.sweep, kinds=options.kinds, rows_of=options.rows)
     elif part == "0.6b":

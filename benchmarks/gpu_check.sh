@@ -25,11 +25,11 @@ parts=()
 for given in "$@"; do
     case "$given" in
     --quick) quick=(--quick) ;;
-    -*) echo "error: $given is no option" >&2; echo "hint: --quick, or parts: exactness attention 0.6b 8b transformers-0.6b transformers-8b" >&2; exit 2 ;;
+    -*) echo "error: $given is no option" >&2; echo "hint: --quick, or parts: exactness attention experts 0.6b 8b transformers-0.6b transformers-8b" >&2; exit 2 ;;
     *) parts+=("$given") ;;
     esac
 done
-[ ${#parts[@]} -eq 0 ] && parts=(attention 0.6b 8b transformers-0.6b transformers-8b)
+[ ${#parts[@]} -eq 0 ] && parts=(attention experts 0.6b 8b transformers-0.6b transformers-8b)
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: torch sees no GPU" >&2

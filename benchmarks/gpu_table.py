@@ -109,6 +109,11 @@ def lines(rows: Sequence[Row]) -> list[str]:
     for row in _of(rows, "exactness"):
         name = f"answers equal to transformers', {row['dtype']}"
         shown.append((name, f"{row['equal']}/{row['answers']}", "", "", f"{row['tokens_in_place']:.0%} of tokens"))
+    for row in _of(rows, "experts"):
+        name = f"experts of {row['layer']}, {row['tokens']} tokens, of the roofline"
+        shown.append(
+            (name, _share(row["roofline_share"]), "", "", f"{row['us']:,.0f} us, bound by {row['bound']}")
+        )
     for row in _of(rows, "memory"):
         shown.append((f"activations, MiB, {row['model']}", *_memory(row)))
     if len(shown) == 1:
