@@ -24,9 +24,7 @@ def _rms_norm(
     residual,
     weight,
     eps,
-    heads,
-    token_stride,
-    head_stride,
+    stride,
     residual_stride,
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -38,8 +36,7 @@ def _rms_norm(
     inside = dims < W
     scale = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
     wait(DEPENDENT)
-    at = row // heads * token_stride + row % heads * head_stride
-    number = tl.load(x + at + dims, mask=inside, other=0.0).to(tl.float32)
+    number = tl.load(x + row * stride + dims, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         kept = residual + row * residual_stride + dims
         # the sum that the next layer will read is the one that is normed
@@ -53,41 +50,27 @@ def _rms_norm(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `Kernels.rms_norm`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
-    _launch(out, x, None, weight, eps, heads, x.stride(0), head_stride)
-    return out
+    return _launch(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `Kernels.add_rms_norm`."""
+    return _launch(x, residual, weight, eps)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    rows, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, x, residual, weight, eps, 1, x.stride(0), 0)
-    return out
-
-
-def _launch(
-    out: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    heads: int,
-    token_stride: int,
-    head_stride: int,
-) -> None:
-    width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    _rms_norm[(x.shape[0] * heads,)](
+    kept = x if residual is None else residual
+    _rms_norm[(rows,)](
         out,
         x,
-        x if residual is None else residual,
+        kept,
         weight,
         eps,
-        heads,
-        token_stride,
-        head_stride,
-        0 if residual is None else residual.stride(0),
+        x.stride(0),
+        kept.stride(0),
         W=width,
         BLOCK_W=block,
         ADD=residual is not None,
@@ -95,3 +78,4 @@ def _launch(
         num_warps=min(16, max(1, block // 256)),
         **dependent(),
     )
+    return out

@@ -182,7 +182,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: through_experts(2048, 128, 8, 2048, 768),
 ]
 MORE: list[Callable[[], Any]] = [
-    lambda: norm.rms_norm(new(3, 16, 80), new(80), 1e-6),
+    lambda: norm.rms_norm(new(3, 80), new(80), 1e-6),
     lambda: norm.rms_norm(new(3, 16384, dtype=F32), new(16384, dtype=F32), 1e-6),
     lambda: norm.add_rms_norm(new(3, 896), new(3, 896), new(896), 1e-6),
     lambda: place_heads(14, 2, 64, normed=False),
