@@ -124,7 +124,7 @@ class ModelStatus:
                 "openai": f"{self._gateway.base_url()}/v1",
                 "modelNames": stored.resolved["servedModelNames"],
             },
-            "resolved": view.placement.resolved(),
+            "resolved": view.placement.resolved(stored.resolved),
             "progress": status.progress(
                 before.get("progress"), stored.generation, reached, now - stored.applied_at, **details
             ),

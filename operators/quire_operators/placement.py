@@ -125,8 +125,10 @@ class Placement:
         quantization = msgspec.convert(fields.get("quantization"), wire.Quantization | None)
         return cls(**fields | {"quantization": quantization})
 
-    def resolved(self) -> dict[str, Any]:
-        """What `auto` became, for `status.resolved`."""
+    def resolved(self, declared: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` became, for `status.resolved`; hot values are those of the resolved spec `declared`."""
+        batching = declared["batching"]
+        prefill = prefill_share(batching.get("maxPrefillTokens"), self.device)
         shown: dict[str, Any] = {
             "device": self.device,
             "dtype": self.dtype,
@@ -136,6 +138,7 @@ class Placement:
             "kvTokensPerReplica": self.kv_tokens,
             "threads": self.threads,
             "asyncScheduling": self.async_scheduling,
+            "maxPrefillTokens": batching["maxNumBatchedTokens"] if prefill is None else prefill,
             "memoryPerReplica": self.memory,
             "modelDir": self.model_dir,
         }

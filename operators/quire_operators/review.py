@@ -82,7 +82,7 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
                 for change in review.changes
             ],
             "fit": _fit(review.fit) if review.fit is not None else None,
-            "resolved": review.placement.resolved() if review.placement is not None else None,
+            "resolved": review.placement.resolved(review.resolved) if review.placement is not None else None,
             "rollout": review.rollout,
             "notes": review.notes,
             "warnings": review.warnings,

@@ -137,11 +137,23 @@ def test_every_auto_is_resolved_and_kept_through_json() -> None:
     assert (found.device, found.dtype, found.kv_dtype) == ("cpu", "bfloat16", "bfloat16")
     assert (found.threads, found.max_model_len) == (4, 1024)
     assert Placement.from_dict(found.as_dict()) == found
-    resolved = found.resolved()
+    resolved = found.resolved(spec())
     assert resolved["kvTokensPerReplica"] == found.num_blocks * 16
     engine = found.engine_spec("m", "m-r1-0", 3, "/s", spec(), "hot", adoption_window=90.0)
     assert (engine.memory_limit, engine.num_blocks, engine.hot_hash) == (found.memory, found.num_blocks, "hot")
     assert engine.adoption_window == 90.0
+
+
+@pytest.mark.parametrize(
+    ("machine", "declared", "shown"),
+    [("cpu", "auto", 64), ("cpu", 100, 100), ("gpu", "auto", 700), ("gpu", 50, 50)],
+)
+def test_the_share_of_prompts_is_told(machine: str, declared: Any, shown: int) -> None:
+    batching = {"maxPrefillTokens": declared, "maxNumBatchedTokens": 700}
+    found = placed(CPU if machine == "cpu" else WITH_GPU, batching=batching)
+    assert found.resolved(spec(batching=batching))["maxPrefillTokens"] == shown
+    # it is hot: what is told is what is declared now
+    assert found.resolved(spec(batching=batching | {"maxPrefillTokens": 33}))["maxPrefillTokens"] == 33
 
 
 def test_an_engine_starts_with_the_declared_hot_values_and_the_blocks_of_the_bounds() -> None:
@@ -210,7 +222,7 @@ def test_steps_are_planned_ahead_where_the_host_would_hold_up_the_device(
     machine: Inventory, batching: dict[str, Any], ahead: bool
 ) -> None:
     found = placed(machine, batching=batching)
-    assert found.resolved()["asyncScheduling"] is ahead
+    assert found.resolved(spec(batching=batching))["asyncScheduling"] is ahead
     engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(batching=batching), "hot", adoption_window=90.0)
     assert engine.async_scheduling is ahead
 
@@ -284,8 +296,8 @@ def test_a_quantization_reaches_the_engine(declared: dict[str, Any], expected: Q
     stored = json.loads(json.dumps(found.as_dict()))
     assert Placement.from_dict(stored) == found
     assert Placement.from_dict({k: v for k, v in plain.as_dict().items() if k != "quantization"}) == plain
-    assert found.resolved()["quantization"] == str(expected)
-    assert "quantization" not in plain.resolved()
+    assert found.resolved(spec())["quantization"] == str(expected)
+    assert "quantization" not in plain.resolved(spec())
     engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(quantization=declared), "hot", adoption_window=90.0)
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).quantization == expected
 
