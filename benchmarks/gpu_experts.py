@@ -100,9 +100,7 @@ def _sweep(
     for product, every in (("gated", experts.GATED), ("down", experts.DOWN)):
         found: list[tuple[float, experts.Tiling]] = []
         for tiling in every:
-            if tiling.rows > 16 and not mean / 3 <= tiling.rows <= min(4 * mean, 2 * tokens):
-                continue
-            if tiling.rows == 16 and mean > 48:
+            if not min(mean / 2, 64) <= tiling.rows <= max(16, min(4 * mean, 2 * tokens)):
                 continue
             given = [(choice, _plan(choice, count, tiling.rows)) for choice, _ in routed]
             work = partial(_product, layer, x, places, product, tiling)

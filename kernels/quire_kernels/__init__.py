@@ -189,6 +189,9 @@ class Kernels(Protocol):
         experts.
         """
 
+    def route_of(self, router: Product, x: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        """`route` of what `router.wide(x)` would give, which need not be there at any time."""
+
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows `rows` [T] int64 of `x` [any, W], [T, W]."""
 

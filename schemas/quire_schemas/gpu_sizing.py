@@ -212,5 +212,5 @@ def _routed(experts: ExpertsProfile, e: int, tokens: int) -> tuple[int, int, int
     pairs = tokens * experts.num_experts_per_tok
     chosen = pairs * (8 + 4)
     logits = tokens * experts.num_experts * (e + (4 if e < 4 else 0))
-    tiles = (pairs + (_LEAST_ROWS - 1) * min(experts.num_experts, pairs)) // _LEAST_ROWS
+    tiles = pairs // _LEAST_ROWS + experts.num_experts
     return chosen, chosen + logits, tiles * 12 + pairs * (4 + 4) + 5 * _ALLOCATION

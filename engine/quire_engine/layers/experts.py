@@ -30,7 +30,7 @@ class RoutedExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, W] to [T, W]."""
-        choice, shares = self.kernels.route(self.router.wide(x), self.num_experts_per_tok, self.norm_topk_prob)
+        choice, shares = self.kernels.route_of(self.router, x, self.num_experts_per_tok, self.norm_topk_prob)
         return self.experts(x, choice, shares)
 
     def parameters(self) -> Iterator[Tensor]:

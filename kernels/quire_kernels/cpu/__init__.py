@@ -245,6 +245,9 @@ class CpuKernels:
         )  # fmt: skip
         return choice, shares
 
+    def route_of(self, router: Product, x: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        return self.route(router.wide(x), count, over_chosen)
+
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         native, (_, width), count = self._native, x.shape, rows.shape[0]
         out = native.empty((count, width), x.dtype)

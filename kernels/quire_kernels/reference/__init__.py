@@ -111,6 +111,9 @@ class ReferenceKernels:
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)
 
+    def route_of(self, router: Product, x: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        return self.route(router.wide(x), count, over_chosen)
+
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 

@@ -88,7 +88,7 @@ class TritonKernels:
         return gate.silu_mul(gate_up)
 
     def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
-        return TritonExperts(gate, up, down)
+        return TritonExperts(gate, up, down, self._chip.shared_bytes)
 
     def quantized_experts(
         self,
@@ -103,6 +103,9 @@ class TritonKernels:
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)
+
+    def route_of(self, router: Product, x: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+        return route(router(x), count, over_chosen)  # of which `wide` is a copy in float32
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

@@ -11,10 +11,11 @@ has no tile and is not read.
     places                  4  1  2  0  5  3        sorted  e0: 3   e2: 1 2 5   e5: 0 4
 
 `_grouped` is the product of one tile with one expert's weight, for `BLOCK_N` outputs: first gate and up, whose
-results meet in registers and leave as silu(gate) · up, then down. The weight is the tall side of the tensor cores'
-product and rows are the other one, which can be as narrow as 16: a step of a few tokens is the reading of weights
-and nothing else. `_join` adds up the terms of a token in the order of the experts' numbers, in float32. Nothing is
-added by atomics: an answer is the same each time.
+results meet in registers and leave as silu(gate) · up, then down. One side of the tensor cores' product is 64
+tall at least, the other can be as narrow as 16: of a few rows the weight is the tall side, for such a step is the
+reading of weights and nothing else; of many it may be either. `_join` adds up the
+terms of a token in the order of the experts' numbers, in float32. Nothing is added by atomics: an answer is the
+same each time.
 
 A single token needs no plan: pair r is tile r.
 
@@ -34,23 +35,34 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
-from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.launch import dependent, fetch, wait
 
-_FEW_PAIRS, _PAIRS = 256, 1024
-"""Pairs that a program of `_plan` looks at together, if there are no more, and else."""
+_DENSE_PAIRS = (256, 1024)
+"""Pairs up to which `_plan` looks at all of them together."""
+_PAIRS = 4096
+"""Of more than these, so many together."""
+_LINE_BYTES, _LINES = 128, 8
+"""Of the cache, and how many of each output's weights are fetched ahead."""
+_ROOMY = 200 * 1024
+"""Shared bytes from which on the large tiles fit."""
 _NOWHERE = tl.constexpr(2**31 - 1)
 _FACTS = tl.constexpr(3)
 """Of a tile: its expert or -1, its first place, how many."""
 
 
 class Tiling(NamedTuple):
-    """How a product is cut: rows and outputs of a tile, numbers along k, how many of these are on their way."""
+    """How a product is cut: rows and outputs of a tile, numbers along k, and how many of these are on their way.
+
+    `tall`: outputs are the tall side. `halves`: a tile that is less than half full is computed as half a tile.
+    """
 
     rows: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    tall: bool = True
+    halves: bool = False
 
 
 class Tilings(NamedTuple):
@@ -79,7 +91,7 @@ def _route(
     token = tl.program_id(0).to(tl.int64)
     lanes, ranks = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
     wait(DEPENDENT)
-    logit = tl.load(logits + token * stride + lanes, mask=lanes < experts, other=float("-inf"))
+    logit = tl.load(logits + token * stride + lanes, mask=lanes < experts, other=float("-inf")).to(tl.float32)
     peak = tl.max(logit, 0)
     # what is not a number is in the sum, whichever experts are taken
     total = tl.sum(tl.exp(logit - peak), 0)
@@ -110,27 +122,35 @@ def _plan(
     most,
     experts,
     rows,
+    DENSE: tl.constexpr,
     CHOSEN: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A program an expert: each counts everybody's pairs, so that none has to wait for another."""
+    """A program an expert: each counts everybody's pairs, so that none has to wait for another. DENSE: all pairs
+    are looked at together, and tiles that there are not come last."""
     mine = tl.program_id(0)
     numbers, lanes = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_P)
-    counts = tl.zeros([BLOCK_E], tl.int32)
     wait(DEPENDENT)
-    for begin in tl.range(0, pairs, BLOCK_P):
-        expert = tl.load(choice + begin + lanes, mask=begin + lanes < pairs, other=0).to(tl.int32)
-        counts += tl.histogram(expert, BLOCK_E)
-    # lanes behind the last pair were counted for the first expert
-    counts -= tl.where(numbers == 0, (pairs + BLOCK_P - 1) // BLOCK_P * BLOCK_P - pairs, 0)
-    needed = (counts + rows - 1) // rows
-    first = tl.sum(tl.where(numbers < mine, counts, 0), 0)
-    own = tl.sum(tl.where(numbers == mine, counts, 0), 0)
-    tile = tl.sum(tl.where(numbers < mine, needed, 0), 0)
-    # the last expert also marks the tiles that there are not
-    end = tl.where(mine == experts - 1, most, tile + (own + rows - 1) // rows)
+    if DENSE:
+        expert = tl.load(choice + lanes, mask=lanes < pairs, other=0).to(tl.int32)
+        # lanes behind the last pair were counted for the first expert
+        counts = tl.histogram(expert, BLOCK_E) - tl.where(numbers == 0, BLOCK_P - pairs, 0)
+        needed = (counts + rows - 1) // rows
+        first = tl.sum(tl.where(numbers < mine, counts, 0), 0)
+        own = tl.sum(tl.where(numbers == mine, counts, 0), 0)
+        tile = tl.sum(tl.where(numbers < mine, needed, 0), 0)
+        end = tl.where(mine == experts - 1, most, tile + (own + rows - 1) // rows)
+    else:
+        before, same = tl.zeros([BLOCK_P], tl.int32), tl.zeros([BLOCK_P], tl.int32)
+        for begin in tl.range(0, pairs, BLOCK_P):
+            expert = tl.load(choice + begin + lanes, mask=begin + lanes < pairs, other=experts).to(tl.int32)
+            before += (expert < mine).to(tl.int32)
+            same += (expert == mine).to(tl.int32)
+        first, own = tl.sum(before, 0), tl.sum(same, 0)
+        # n places take at most n / rows + 1 tiles: if tiles begin here, no two experts have one in common
+        tile, end = first // rows + mine, (first + own) // rows + mine + 1
     for begin in tl.range(tile, end, BLOCK_E):
         at = begin + numbers
         done = (at - tile) * rows
@@ -152,6 +172,72 @@ def _plan(
 
 
 @triton.jit
+def _times(weight, number, acc, TALL: tl.constexpr):
+    if TALL:
+        acc = tl.dot(weight, number, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(number, weight, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _tile(
+    out,
+    x,
+    weight,
+    second,
+    tokens,
+    first,
+    count,
+    output,
+    outputs,
+    width,
+    x_stride,
+    GATED: tl.constexpr,
+    PLANNED: tl.constexpr,
+    TALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Of `count` places from `first` on, with weights of one expert."""
+    lanes, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    real = lanes < count
+    place = (first + lanes).to(tl.int64)
+    row = place
+    if GATED:
+        row = tl.load(tokens + place, mask=real, other=0).to(tl.int64) if PLANNED else place * 0
+    # the axis that a vector of rows or of outputs lacks
+    across: tl.constexpr = 0 if TALL else 1
+    along: tl.constexpr = 1 - across
+    # outputs behind the last one are computed as that one, and dropped
+    near = tl.minimum(output, outputs - 1) * width
+    here = tl.expand_dims(near, along) + tl.expand_dims(ks, across)
+    numbers = x + tl.expand_dims(row * x_stride, across) + tl.expand_dims(ks, along)
+    real = tl.expand_dims(real, across)
+    acc = tl.zeros([BLOCK_N, ROWS] if TALL else [ROWS, BLOCK_N], tl.float32)
+    other = tl.zeros_like(acc)
+    for k in tl.range(0, width, BLOCK_K):
+        if EVEN:
+            number = tl.load(numbers + k, mask=real, other=0.0)
+            acc = _times(tl.load(weight + here + k), number, acc, TALL)
+            if GATED:
+                other = _times(tl.load(second + here + k), number, other, TALL)
+        else:
+            there = k + ks < width
+            number = tl.load(numbers + k, mask=tl.expand_dims(there, along) & real, other=0.0)
+            there = tl.expand_dims(there, across)
+            acc = _times(tl.load(weight + here + k, mask=there, other=0.0), number, acc, TALL)
+            if GATED:
+                other = _times(tl.load(second + here + k, mask=there, other=0.0), number, other, TALL)
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * other
+    places = out + tl.expand_dims(place * outputs, across) + tl.expand_dims(output, along)
+    tl.store(places, acc.to(out.dtype.element_ty), mask=tl.expand_dims(output < outputs, along) & real)
+
+
+@triton.jit
 def _grouped(
     out,
     x,
@@ -165,16 +251,26 @@ def _grouped(
     x_stride,
     GATED: tl.constexpr,
     PLANNED: tl.constexpr,
+    TALL: tl.constexpr,
+    HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    LINE: tl.constexpr,
+    LINES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """GATED: of tokens, with two weights, silu(first) · second; else of places, with one."""
     tile = tl.program_id(0)
-    lanes, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if DEPENDENT and not GATED:
+        # who goes where is older than the kernel before this one: weights can be on their way before it has ended
+        expert = tl.load(tiles + tile * _FACTS) if PLANNED else tl.load(choice + tile).to(tl.int32)
+        if expert >= 0:
+            near = tl.minimum(output, outputs - 1) * width
+            lines = tl.minimum(tl.arange(0, LINES) * LINE, width - 1)
+            fetch(weight + expert.to(tl.int64) * outputs * width + near[:, None] + lines[None, :])
     wait(DEPENDENT)
     if PLANNED:
         expert = tl.load(tiles + tile * _FACTS)
@@ -183,34 +279,19 @@ def _grouped(
         first, count = tl.load(tiles + tile * _FACTS + 1), tl.load(tiles + tile * _FACTS + 2)
     else:
         expert, first, count = tl.load(choice + tile).to(tl.int32), tile, 1
-    real = lanes < count
-    place = (first + lanes).to(tl.int64)
-    row = place
-    if GATED:
-        row = tl.load(tokens + place, mask=real, other=0).to(tl.int64) if PLANNED else place * 0
-    # outputs behind the last one are computed as that one, and dropped
-    here = (expert.to(tl.int64) * outputs + tl.minimum(output, outputs - 1))[:, None] * width + ks[None, :]
-    numbers = x + (row * x_stride)[None, :] + ks[:, None]
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    other = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for k in tl.range(0, width, BLOCK_K):
-        if EVEN:
-            number = tl.load(numbers + k, mask=real[None, :], other=0.0)
-            acc = tl.dot(tl.load(weight + here + k), number, acc, input_precision="ieee")
-            if GATED:
-                other = tl.dot(tl.load(second + here + k), number, other, input_precision="ieee")
-        else:
-            there = k + ks < width
-            number = tl.load(numbers + k, mask=there[:, None] & real[None, :], other=0.0)
-            w = tl.load(weight + here + k, mask=there[None, :], other=0.0)
-            acc = tl.dot(w, number, acc, input_precision="ieee")
-            if GATED:
-                w = tl.load(second + here + k, mask=there[None, :], other=0.0)
-                other = tl.dot(w, number, other, input_precision="ieee")
-    if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * other
-    there = (output < outputs)[:, None] & real[None, :]
-    tl.store(out + (place * outputs)[None, :] + output[:, None], acc.to(out.dtype.element_ty), mask=there)
+    weight += expert.to(tl.int64) * outputs * width
+    second += expert.to(tl.int64) * outputs * width
+    # of a few rows only half of what many would take is computed
+    if HALVES and count <= ROWS // 2:
+        _tile(
+            out, x, weight, second, tokens, first, count, output, outputs, width, x_stride, GATED, PLANNED, TALL,
+            ROWS // 2, BLOCK_N, BLOCK_K, EVEN,
+        )  # fmt: skip
+    else:
+        _tile(
+            out, x, weight, second, tokens, first, count, output, outputs, width, x_stride, GATED, PLANNED, TALL,
+            ROWS, BLOCK_N, BLOCK_K, EVEN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -248,7 +329,7 @@ def _join(
 
 
 def route(logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
-    """See `Kernels.route`."""
+    """See `Kernels.route`; logits of any float format."""
     tokens, experts = logits.shape
     choice = torch.empty((tokens, count), dtype=torch.int64, device=logits.device)
     shares = torch.empty((tokens, count), dtype=torch.float32, device=logits.device)
@@ -274,14 +355,16 @@ class Plan:
     def of(cls, choice: Tensor, experts: int, rows: int) -> Plan:
         """Of `choice` [T, k] int64, in tiles of `rows` places."""
         (_, chosen), pairs = choice.shape, choice.numel()
-        most = most_tiles(pairs, experts, rows)
+        dense = pairs <= _DENSE_PAIRS[-1]
+        most = most_tiles(pairs, experts, rows) if dense else pairs // rows + experts
         tiles = torch.empty((most, _FACTS.value), dtype=torch.int32, device=choice.device)
         tokens = torch.empty(pairs, dtype=torch.int32, device=choice.device)
         places = torch.empty(choice.shape, dtype=torch.int32, device=choice.device)
-        block = _PAIRS if pairs > _FEW_PAIRS else _FEW_PAIRS
+        block = next((block for block in _DENSE_PAIRS if pairs <= block), _PAIRS)
         _plan[(experts,)](
-            tiles, tokens, places, choice, pairs, most, experts, rows, CHOSEN=chosen,
-            BLOCK_E=max(32, triton.next_power_of_2(experts)), BLOCK_P=block, num_warps=4, **dependent(),
+            tiles, tokens, places, choice, pairs, most, experts, rows, DENSE=dense, CHOSEN=chosen,
+            BLOCK_E=max(32, triton.next_power_of_2(experts)), BLOCK_P=block, num_warps=4 if dense else 8,
+            **dependent(),
         )  # fmt: skip
         return cls(tiles, tokens, places)
 
@@ -305,8 +388,9 @@ def grouped(
     count = choice.shape[1] if plan is None else plan.tiles.shape[0]
     _grouped[(count, triton.cdiv(outputs, tiling.block_n))](
         out, x, weight, weight if second is None else second, choice, tiles, tokens, outputs, width, x.stride(0),
-        GATED=second is not None, PLANNED=plan is not None, ROWS=tiling.rows, BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k, EVEN=width % tiling.block_k == 0, num_warps=tiling.num_warps,
+        GATED=second is not None, PLANNED=plan is not None, TALL=tiling.tall, HALVES=tiling.halves,
+        ROWS=tiling.rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, EVEN=width % tiling.block_k == 0,
+        LINE=_LINE_BYTES // weight.element_size(), LINES=_LINES, num_warps=tiling.num_warps,
         num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
@@ -324,41 +408,45 @@ def join(parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan | None) -> Te
     return out
 
 
-def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int) -> Tilings:
-    """The tilings of a layer, by how many rows its experts have: `tokens` at most, and in the mean."""
+def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int) -> Tilings:
+    """The tilings of a layer, by how many rows its experts have, `tokens` at most, and in the mean; and by what a
+    program may share on a multiprocessor. Found on an H200 (`benchmarks.gpu --parts experts --sweep`)."""
     mean = tokens * chosen / experts
     if number_bytes > 2:
         tiling = Tiling(16 if mean <= 8 or tokens <= 16 else 32, 32, 32, 4, 2)
         return Tilings(tiling, tiling)
     if tokens <= 16 or mean <= 8:
-        return Tilings(Tiling(16, 32, 128, 4, 4), Tiling(16, 64, 128, 4, 4))
+        return Tilings(Tiling(16, 64, 128, 4, 3), Tiling(16, 64, 128, 4, 4))
     if tokens <= 32 or mean <= 20:
-        return Tilings(Tiling(32, 64, 128, 4, 3), Tiling(32, 64, 128, 4, 4))
-    if tokens <= 64 or mean <= 80:
+        return Tilings(Tiling(32, 64, 64, 4, 4), Tiling(32, 64, 128, 4, 4))
+    if tokens <= 64 or mean <= 40:
         return Tilings(Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4))
-    return Tilings(Tiling(128, 128, 64, 8, 3), Tiling(128, 128, 64, 8, 4))
+    if shared_bytes < _ROOMY:
+        return Tilings(Tiling(128, 128, 64, 8, 3, halves=True), Tiling(128, 128, 64, 4, 3, halves=True))
+    return Tilings(Tiling(128, 128, 64, 8, 4, halves=True), Tiling(128, 256, 64, 8, 4, halves=True))
 
 
 GATED = tuple(
     Tiling(*sizes)
     for sizes in (
-        (16, 16, 128, 2, 6), (16, 16, 256, 4, 4), (16, 32, 128, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3),
-        (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 8, 3),
-        (32, 32, 128, 4, 4), (32, 64, 64, 4, 4), (32, 64, 128, 4, 3), (32, 128, 64, 8, 3),
-        (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 4),
-        (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+        (16, 16, 128, 2, 6), (16, 32, 128, 4, 3), (16, 32, 256, 4, 3), (16, 64, 64, 4, 4), (16, 64, 128, 4, 3),
+        (32, 32, 128, 4, 4), (32, 64, 64, 4, 4), (32, 64, 128, 4, 3),
+        (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (64, 64, 64, 4, 4, False), (64, 128, 64, 4, 2, False),
+        (64, 128, 64, 4, 4, False), (64, 128, 64, 8, 4, False), (64, 256, 64, 8, 3, False),
+        (128, 64, 64, 4, 3, True, True), (128, 128, 64, 8, 3, True, True), (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 4, True, True), (128, 128, 64, 8, 4, False, True), (128, 128, 32, 8, 4, False, True),
     )
 )  # fmt: skip
 """Tilings worth trying for gate and up."""
 DOWN = tuple(
     Tiling(*sizes)
     for sizes in (
-        (16, 16, 256, 2, 4), (16, 32, 128, 4, 6), (16, 32, 256, 4, 4), (16, 64, 128, 4, 4), (16, 64, 256, 4, 3),
-        (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
-        (32, 32, 256, 4, 3), (32, 64, 128, 4, 4), (32, 128, 64, 4, 4), (32, 128, 128, 8, 3),
-        (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3),
-        (128, 64, 64, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
+        (16, 32, 256, 4, 4), (16, 64, 128, 4, 4), (16, 64, 256, 4, 3), (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
+        (32, 64, 128, 4, 4), (32, 128, 64, 4, 4), (32, 128, 128, 8, 3),
+        (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4, False),
+        (64, 256, 64, 4, 2, False), (64, 256, 64, 4, 4, False), (64, 256, 64, 8, 4, False),
+        (128, 128, 64, 4, 3, True, True), (128, 128, 64, 8, 4, True, True), (128, 256, 64, 8, 3, True, True),
+        (128, 256, 64, 8, 4), (128, 256, 64, 8, 4, True, True), (128, 256, 64, 8, 4, False, True),
     )
 )  # fmt: skip
 """Tilings worth trying for down."""
@@ -373,6 +461,8 @@ class TritonExperts:
     up: Tensor
     down: Tensor
     """[E, W, I]."""
+    shared_bytes: int
+    """That a program may share on a multiprocessor."""
 
     def __post_init__(self) -> None:
         count, inner, width = self.gate.shape
@@ -388,7 +478,7 @@ class TritonExperts:
 
     def tilings(self, tokens: int, chosen: int) -> Tilings:
         """Those of a step of so many tokens."""
-        return tilings_for(tokens, chosen, self.gate.shape[0], self.gate.element_size())
+        return tilings_for(tokens, chosen, self.gate.shape[0], self.gate.element_size(), self.shared_bytes)
 
     def cut(self, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> Tensor:
         """As a call, by tilings of one's own."""

@@ -110,6 +110,7 @@ def through_experts(
         new(1, inner, width, dtype=dtype).expand(count, -1, -1),
         new(1, inner, width, dtype=dtype).expand(count, -1, -1),
         new(1, width, inner, dtype=dtype).expand(count, -1, -1),
+        H200.shared_bytes,
     )
     layer.cut(new(tokens, width, dtype=dtype), choice, shares, tilings or layer.tilings(tokens, chosen))
 

@@ -92,15 +92,16 @@ def test_a_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(of(x, choice.flip(-1).contiguous(), shares.flip(-1).contiguous()), found)
 
 
+@pytest.mark.parametrize(("tall", "halves"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("rows", [16] if INTERPRETED else [16, 32, 64, 128])
-def test_every_tile(rows: int) -> None:
+def test_every_tile(rows: int, tall: bool, halves: bool) -> None:
     """Experts with more rows than a tile, with as many, with one less, and with none."""
     counts = [rows + 1, 0, rows, rows - 1, 0]
     choice = torch.cat([torch.full((many, 1), number) for number, many in enumerate(counts)]).to(DEVICE)
     choice = choice[torch.randperm(choice.shape[0], generator=torch.Generator().manual_seed(0)).to(DEVICE)]
     shares = random(*choice.shape).abs()
     of, x = layer(5, 24, 20, torch.float16), random(choice.shape[0], 24, dtype=torch.float16)
-    tiling = experts.Tiling(rows, 16, 16, 4, 2)
+    tiling = experts.Tiling(rows, 32, 16, 4, 2, tall, halves)
     close(of.cut(x, choice, shares, experts.Tilings(tiling, tiling)), formula(x, choice, shares, of))
 
 
@@ -116,7 +117,7 @@ def test_nobody_reads_an_expert_that_nobody_chose(tokens: int) -> None:
 
 def test_many_pairs_are_sorted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a program of the plan looks at together."""
-    monkeypatch.setattr(experts, "_FEW_PAIRS", 32)
+    monkeypatch.setattr(experts, "_DENSE_PAIRS", (32,))
     monkeypatch.setattr(experts, "_PAIRS", 128)
     tokens, count, chosen = 90, 3, 3
     of, x = layer(count, 16, 16, torch.float16), random(tokens, 16, dtype=torch.float16)
