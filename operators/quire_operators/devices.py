@@ -159,16 +159,18 @@ def free_places(
     share: float,
     device_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Devices for as many more replicas of `need` bytes as fit below `share` of each, emptiest device first.
+    """Devices for as many more replicas of `need` bytes as fit, emptiest device first.
 
-    A device appears once for each replica that fits on it. What other processes hold of a GPU is not there to be
-    given; of main memory they give way.
+    A device appears once for each replica that fits on it. Of main memory all replicas together take no more than
+    `share`, for the machine has other work, and other processes give way. A GPU may be given whole, `need` being
+    within the replica's own share of it; what other processes hold there is not there to be given.
     """
     names = device_names(inventory, kind, device_ids)
     free = {}
     for name in names:
         ours, total = taken.get(name, 0), inventory.total(name)
-        free[name] = min(int(total * share), total - inventory.foreign(name, ours)) - ours
+        most = int(total * share) if kind == "cpu" else total - inventory.foreign(name, ours)
+        free[name] = most - ours
     places: list[str] = []
     while free and len(places) < MAX_PLACES:
         name = max(free, key=lambda name: (free[name], -names.index(name)))

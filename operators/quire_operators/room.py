@@ -26,15 +26,16 @@ def count_replicas(
     want, memory = spec["replicas"], placement.memory
     share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
     names = device_names(inventory, placement.device, device_ids)
-    most = sum(int(inventory.total(name) * share) // memory for name in names)
+    limits = [int(inventory.total(name) * (share if placement.device == "cpu" else 1)) for name in names]
+    most = sum(limit // memory for limit in limits)
     if 0 < most < want:
-        whole = format_bytes(sum(int(inventory.total(name) * share) for name in names))
+        whole = format_bytes(sum(limits))
         review.refuse(
             Refusal(
                 "spec.replicas",
                 "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
                 f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
-                f"this machine's share, even with nothing else on it, is {whole}",
+                f"what replicas may take of this machine, even with nothing else on it, is {whole}",
                 f"at most {most} fit: set spec.replicas to {most} or less",
             ),
         )

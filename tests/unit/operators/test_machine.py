@@ -99,11 +99,14 @@ def test_memory_is_held_by_every_row_that_runs_or_will_and_by_orphans() -> None:
     assert held(rows, {"cpu": 100}) == {"cpu": 115, "cuda:0": 3}
 
 
-def test_places_never_exceed_the_share_and_take_the_emptiest_device_first() -> None:
+def test_places_never_exceed_what_there_is_and_take_the_emptiest_device_first() -> None:
     machine = Inventory(100, 100, 4, (Gpu(0, "g", 50, 50), Gpu(1, "g", 50, 50)))
     assert free_places(machine, {"cpu": 30}, "cpu", 20, 0.9) == ["cpu"] * 3
     assert free_places(machine, {"cpu": 71}, "cpu", 20, 0.9) == []
     assert free_places(machine, {"cuda:0": 20}, "cuda", 20, 0.9) == ["cuda:1", "cuda:0", "cuda:1"]
+    # half of a GPU beside a tenth of it, whoever comes first
+    assert free_places(machine, {"cuda:0": 5, "cuda:1": 30}, "cuda", 25, 0.5) == ["cuda:0"]
+    assert free_places(machine, {"cuda:0": 25, "cuda:1": 50}, "cuda", 5, 0.1) == ["cuda:0"] * 5
     assert free_places(machine, {}, "cuda", 40, 0.9, [0]) == ["cuda:0"]
     assert free_places(machine, {}, "cuda", 10, 0.9, [7]) == []
     assert len(free_places(machine, {}, "cpu", 1, 1.0)) == 100
