@@ -517,8 +517,11 @@ def exactness(folder: Path) -> Iterator[dict[str, Any]]:
 
 def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
     """Paged decode attention: bytes of keys and values over time, beside a copy."""
-    shapes = [(8, 4, 128, 1, 8192), (8, 4, 128, 32, 1024), (8, 4, 128, 128, 1024), (8, 4, 128, 256, 1024)]
-    shapes += [(8, 2, 128, 256, 1024), (8, 4, 128, 8, 8192), (8, 4, 128, 1, 32768), (2, 7, 64, 256, 1024)]
+    bf16, int8 = torch.bfloat16, torch.int8
+    shapes = [(8, 4, 128, 1, 8192, bf16), (8, 4, 128, 32, 1024, bf16), (8, 4, 128, 128, 1024, bf16)]
+    shapes += [(8, 4, 128, 256, 1024, bf16), (8, 2, 128, 256, 1024, bf16), (8, 4, 128, 8, 8192, bf16)]
+    shapes += [(8, 4, 128, 1, 32768, bf16), (2, 7, 64, 256, 1024, bf16)]
+    shapes += [(8, 4, 128, 1, 8192, int8), (8, 4, 128, 32, 1024, int8), (8, 2, 128, 256, 1024, int8)]
     kernels = load_kernels("triton")
     own = attention.decode_tuning
     tunings: list[dict[str, int]] = [{}]
@@ -526,9 +529,9 @@ def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
         tunings += [
             {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (64, 128) for w in (2, 4) for s in (2, 3, 4)
         ]
-    for kv_heads, group, dim, batch, context in shapes:
-        step, cache, query = _attention_case(kv_heads, group, dim, [1] * batch, context - 1)
-        moved = 2 * batch * context * kv_heads * dim * 2
+    for kv_heads, group, dim, batch, context, kept in shapes:
+        step, cache, query = _attention_case(kv_heads, group, dim, [1] * batch, context - 1, kept)
+        moved = 2 * batch * context * kv_heads * cache.shape[-1] * cache.element_size()
         for tuning in tunings:
             attention.decode_tuning = partial(_given, tuning) if tuning else own
             seconds = replayed(partial(kernels.paged_attention(step, window=None), query, cache, dim**-0.5), 10)
@@ -538,6 +541,7 @@ def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
                 "kv_heads": kv_heads,
                 "group": group,
                 "dim": dim,
+                "kept": str(kept).removeprefix("torch."),
                 "batch": batch,
                 "context": context,
                 "us": round(seconds * 1e6, 1),
@@ -590,9 +594,9 @@ def _given(tuning: dict[str, int], *_: object) -> dict[str, int]:
 
 
 def _attention_case(
-    kv_heads: int, group: int, dim: int, counts: Sequence[int], cached: int
+    kv_heads: int, group: int, dim: int, counts: Sequence[int], cached: int, kept: torch.dtype = torch.bfloat16
 ) -> tuple[Any, Tensor, Tensor]:
-    """A step of sequences with `counts` new tokens behind `cached` ones, in shuffled blocks."""
+    """A step of sequences with `counts` new tokens behind `cached` ones, in shuffled blocks that are `kept` so."""
     held = [-(-(cached + count) // 16) for count in counts]
     order = torch.randperm(sum(held)).tolist()
     step = PagedBatch.build(
@@ -603,7 +607,12 @@ def _attention_case(
         block_size=16,
         device=CUDA,
     )
-    cache = torch.randn(2, sum(held), 16, kv_heads, dim, device=CUDA, dtype=torch.bfloat16)
+    if kept == torch.int8:
+        cache = torch.randint(-127, 128, (2, sum(held), 16, kv_heads, dim + 4), device=CUDA, dtype=kept)
+        # scales lie behind the codes of a block
+        cache.view(2, sum(held), -1)[..., 16 * kv_heads * dim :].view(torch.float32).fill_(0.01)
+    else:
+        cache = torch.randn(2, sum(held), 16, kv_heads, dim, device=CUDA, dtype=kept)
     query = torch.randn(sum(counts), kv_heads * group, dim, device=CUDA, dtype=torch.bfloat16)
     return step, cache, query
 
