@@ -93,6 +93,33 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "attention_bias": False,
     },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    },
 }
 
 
@@ -261,17 +288,23 @@ class Bench:
         self.engine.warm_up()
         self.load_seconds = time.perf_counter() - began
 
-    @property
-    def read_bytes(self) -> int:
-        """Weights that a decode step reads: all but an embedding that is not the head."""
-        hidden = 0 if self.profile.tie_word_embeddings else self.profile.vocab_size * self.profile.hidden_size
-        return self.number_bytes * (self.profile.num_parameters - hidden)
+    def read_bytes(self, tokens: int) -> float:
+        """Weights that a decode step of `tokens` tokens reads: all but an embedding that is not the head, and of
+        experts those that are chosen, if choices are even. Of one token, the numbers that it is multiplied with.
+        """
+        profile, experts = self.profile, self.profile.experts
+        unread = 0.0 if profile.tie_word_embeddings else profile.vocab_size * profile.hidden_size
+        if experts is not None:
+            spared = experts.num_experts * (1 - experts.num_experts_per_tok / experts.num_experts) ** tokens
+            unread += spared * sum(experts.layers) * 3 * profile.hidden_size * experts.intermediate_size
+        return self.number_bytes * (profile.num_parameters - unread)
 
     def step_floor(self, card: Card, tokens: int, contexts: float) -> float:
         """Seconds that a step of `tokens` tokens, which see `contexts` cached ones in all, cannot beat."""
         kv = contexts * kv_bytes_per_token(self.profile, self.spec.kv_dtype)
         # two operations a number: as many as its bytes in bf16; of 8-bit numbers a card does twice as many
-        return max(self.read_bytes / card.bandwidth, self.read_bytes * tokens / card.bf16) + kv / card.bandwidth
+        read, multiplied = self.read_bytes(tokens), self.read_bytes(1) * tokens
+        return max(read / card.bandwidth, multiplied / card.bf16) + kv / card.bandwidth
 
     def add(self, name: str, prompt: int, output: int, rng: random.Random) -> None:
         ids = [rng.randrange(32, 100_000) for _ in range(prompt)]
@@ -342,7 +375,7 @@ def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str
         found.append(time.perf_counter() - start)
     seconds = statistics.median(found)
     profile = bench.profile
-    body = bench.read_bytes // bench.number_bytes - profile.vocab_size * profile.hidden_size
+    body = bench.read_bytes(1) / bench.number_bytes - profile.vocab_size * profile.hidden_size
     attention = 4 * profile.num_layers * tokens * tokens / 2 * profile.q_size
     rate = prompts * (2 * body * tokens + attention) / seconds
     return {
@@ -432,9 +465,10 @@ def _offline_floor(bench: Bench, card: Card, lengths: Sequence[tuple[int, int]])
     prompts = sum(prompt for prompt, _ in lengths)
     seen = sum(prompt * output + output * output / 2 for prompt, output in lengths)
     per_step = min(bench.spec.max_num_seqs, len(lengths))
-    weights = max(bench.read_bytes * outputs / card.bf16, outputs / per_step * bench.read_bytes / card.bandwidth)
+    multiplied, read = bench.read_bytes(1), bench.read_bytes(per_step)
+    weights = max(multiplied * outputs / card.bf16, outputs / per_step * read / card.bandwidth)
     profile = bench.profile
-    body = bench.read_bytes - bench.number_bytes * profile.vocab_size * profile.hidden_size
+    body = multiplied - bench.number_bytes * profile.vocab_size * profile.hidden_size
     kv = seen * kv_bytes_per_token(profile, bench.spec.kv_dtype) / card.bandwidth
     return weights + body * prompts / card.bf16 + kv
 
@@ -795,6 +829,14 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         for batch in (1, 32, 256):
             yield decode(bench, card, batch, 1024, 64)
         yield offline(bench, card, "nano", nano_lengths())
+        bench.close()
+    elif part == "30b-a3b":
+        bench = Bench("qwen3-30b-a3b", seqs=256, tokens=8192, length=2304, kv_bytes=30 << 30)
+        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        for batch in (1, 32, 256):
+            yield decode(bench, card, batch, 1024, 32)
+        yield prefill(bench, card, 2048)
+        yield memory(bench)
         bench.close()
     elif part == "8b-int8":
         weights = Quantization("int8")
