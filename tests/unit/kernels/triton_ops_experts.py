@@ -95,8 +95,8 @@ def test_a_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("tall", "halves"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("rows", [16] if INTERPRETED else [16, 32, 64, 128])
 def test_every_tile(rows: int, tall: bool, halves: bool) -> None:
-    """Experts with more rows than a tile, with as many, with one less, and with none."""
-    counts = [rows + 1, 0, rows, rows - 1, 0]
+    """Tiles that are full, as good as full, half full, one more than that, and experts with none."""
+    counts = [rows + rows // 2 + 1, 0, rows // 2, rows - 1, 0]
     choice = torch.cat([torch.full((many, 1), number) for number, many in enumerate(counts)]).to(DEVICE)
     choice = choice[torch.randperm(choice.shape[0], generator=torch.Generator().manual_seed(0)).to(DEVICE)]
     shares = random(*choice.shape).abs()
