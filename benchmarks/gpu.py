@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.gpu_experts import experts_rows
 from benchmarks.gpu_products import product_rows
 from benchmarks.workload import Lengths
+from quire_engine.driver import spare_the_collector
 from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.quantization import linear_method
@@ -286,6 +287,7 @@ class Bench:
 
         self.runner.finish = watched  # type: ignore[method-assign]
         self.engine.warm_up()
+        spare_the_collector()  # as an engine process does
         self.load_seconds = time.perf_counter() - began
 
     def read_bytes(self, tokens: int) -> float:
@@ -324,6 +326,7 @@ class Bench:
     def close(self) -> None:
         """Give everything back."""
         del self.engine, self.runner, self.model
+        gc.unfreeze()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -45,7 +45,7 @@ class Ahead:
         """See `Background`; `plan` begins when the one before it has ended, and has begun on return."""
         before, self._under_way = self._under_way, None
         done = None if before is None else (before[0], before[1].result())
-        if plan.items:
+        if plan.num_items:
             self._begin(plan, {} if done is None else done[1].tokens)
         return done
 

@@ -159,6 +159,11 @@ class BlockPool:
                 table.append(self._mint())
         return True
 
+    def extend(self, tables: Tables) -> None:
+        """Lengthen `tables` by a block each; as many are free."""
+        for table in tables:
+            table.append(self._mint())
+
     def trim(self, tables: Tables, position: int) -> None:
         """Let go of what no token from `position` on can see."""
         for group, window in self._sliding:

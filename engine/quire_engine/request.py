@@ -8,6 +8,9 @@
 and `num_drawing` counts the steps given out that draw a token: the next one can be planned for before anybody
 knows it. Preemption sets the counts back and loses nothing that is known. Only the scheduler changes a
 request.
+
+Requests that all advance by one token a step keep a common *pace*: each count is then the request's own part and
+that of the pace, and a step changes the pace alone.
 """
 
 from __future__ import annotations
@@ -33,6 +36,18 @@ class State(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Pace:
+    """Steps that requests have in common: those planned, and those of them that have come back."""
+
+    planned: int = 0
+    computed: int = 0
+
+
+_ALONE = Pace()
+"""Of requests that are counted one by one; it stays zero."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,9 +86,10 @@ class Request:
     ticket: int = 0
     """Drawn anew each time it is let in; what a step says to another ticket is not for this life of it."""
     state: State = State.WAITING
-    num_planned: int = 0
-    num_computed: int = 0
-    num_drawing: int = 0
+    pace: Pace = _ALONE
+    _planned: int = 0
+    _computed: int = 0
+    _drawing: int = 0
     tables: Tables = field(default_factory=list)
     capacity: int = 0
     """Tokens that its tables hold."""
@@ -146,6 +162,37 @@ class Request:
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_planned(self) -> int:
+        return self._planned + self.pace.planned
+
+    @num_planned.setter
+    def num_planned(self, count: int) -> None:
+        self._planned = count - self.pace.planned
+
+    @property
+    def num_computed(self) -> int:
+        return self._computed + self.pace.computed
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        self._computed = count - self.pace.computed
+
+    @property
+    def num_drawing(self) -> int:
+        return self._drawing + self.pace.planned - self.pace.computed
+
+    @num_drawing.setter
+    def num_drawing(self, count: int) -> None:
+        self._drawing = count - self.pace.planned + self.pace.computed
+
+    def keep(self, pace: Pace = _ALONE) -> int:
+        """From now on it is counted by `pace`; its counts stay what they are. What it has planned besides."""
+        planned, computed, drawing = self.num_planned, self.num_computed, self.num_drawing
+        self.pace = pace
+        self.num_planned, self.num_computed, self.num_drawing = planned, computed, drawing
+        return self._planned
 
     @property
     def num_output(self) -> int:

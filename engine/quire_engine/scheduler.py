@@ -18,6 +18,9 @@ Prefixes. A request that may share begins behind the blocks that are there alrea
 one's logits are wanted). If the next block of its prompt is being computed by a running request it stands aside
 until that is done, and others may pass.
 
+Those who do nothing but draw are the larger part of most steps. As long as they are the first in order, and there
+is room for all of them, they are a `Cohort`, which is planned and taken over as one; the plan is the same.
+
 Ahead of time. `schedule` may be called again before the result of the plan before it is known: requests then count
 as having what they were given, and the token that is being drawn is `PENDING`. What ends meanwhile is passed over.
 
@@ -29,17 +32,18 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from operator import attrgetter
 
 from quire_engine.blocks import BlockPool
+from quire_engine.cohort import Cohort, Share
 from quire_engine.config import BatchLimits
 from quire_engine.errors import InvariantBroken, RequestRefused
 from quire_engine.pooling import Pool
 from quire_engine.request import NEVER, Request, State
-from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
+from quire_engine.step import PENDING, Scheduled, Steady, StepPlan, StepResult
 from quire_schemas.sizing import longest_held
 from quire_schemas.wire import Delta, Repetition, Timings, TokenLogprobs
 
@@ -69,10 +73,17 @@ class _Draft:
     """Of the budget of tokens."""
     prompts_left: int
     """Of the share of it that prompts may have."""
-    items: list[Scheduled] = field(default_factory=list)
+    steady: Steady | None = None
+    covered: int = 0
+    """Running requests that come first and are planned as one, or need not be planned."""
+    others: list[Scheduled] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     reserved: int | None = None
     """Blocks that running requests may still need; None when it has to be counted."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self.steady is None and not self.others
 
 
 class Scheduler:
@@ -80,6 +91,9 @@ class Scheduler:
 
     `tickets` were given out by a scheduler before it; whoever carries out plans may still know them.
     """
+
+    fewest = 8
+    """Requests that run: fewer are asked one by one in less time."""
 
     def __init__(
         self,
@@ -105,6 +119,7 @@ class Scheduler:
         self._at_work: dict[int, Request] = {}
         """Those that run, by ticket."""
         self._given_out = 0
+        self._cohort = Cohort(pool.block_size)
         self._copies: dict[int, int] = {}
         """Of blocks, by the one that is written to, to be made before the next step."""
         self._coming: dict[bytes, Request] = {}
@@ -157,6 +172,7 @@ class Scheduler:
     def set_limits(self, limits: BatchLimits) -> None:
         """Limits from the next step on. Another policy puts everybody in its order and throws nobody out."""
         self.limits = limits
+        self._disband()
         for queue in (self.running, self.waiting):
             for request in queue:
                 request.key = self._place(request, request.key[1])
@@ -246,7 +262,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step. Not empty while there is work, unless all of it hangs on steps given out."""
         draft = self._draft()
-        while not draft.items and self._live and not self._given_out:
+        while draft.is_empty and self._live and not self._given_out:
             # all that run are beams that wait for one that has no room
             idle = next((request for request in reversed(self.running) if request.held), None)
             if idle is None:
@@ -256,17 +272,18 @@ class Scheduler:
             draft = self._draft()
             draft.preempted = gone + draft.preempted
         copies: tuple[tuple[int, int], ...] = ()
-        if draft.items:
+        step = self.counters.steps + self._given_out
+        if not draft.is_empty:
             self._given_out += 1
             copies = tuple((source, target) for target, source in self._copies.items())
             self._copies.clear()
-        step = self.counters.steps + self._given_out - bool(draft.items)
-        return StepPlan(step, tuple(draft.items), tuple(draft.preempted), copies)
+        return StepPlan(step, tuple(draft.others), tuple(draft.preempted), copies, draft.steady)
 
     def _draft(self) -> _Draft:
         """Fill a step."""
         draft = _Draft(self.limits.max_num_batched_tokens, self._prefill_share())
-        at = seen = 0  # places in the two queues, which are gone through as one
+        at = 0  # places in the two queues, which are gone through as one
+        seen = self._schedule_steady(draft)
         while draft.left > 0:
             ahead = self.waiting[at] if at < len(self.waiting) and not draft.preempted else None
             seen = self._schedule_running(draft, seen, None if ahead is None else ahead.key)
@@ -298,8 +315,15 @@ class Scheduler:
         now = self._clock()
         deltas: list[Delta] = []
         at_work, drawn, failures, logprobs = self._at_work, result.tokens, result.failures, result.logprobs
+        items, counted = plan.others, None
+        if plan.steady is not None:
+            if isinstance(plan.steady, Share) and plan.steady.cohort is self._cohort and not failures:
+                deltas, counted = self._commit_steady(plan.steady, result, now), self._cohort
+            else:
+                self._disband()
+                items = plan.items
         passed = 0  # items that drew nothing
-        for item in plan.items:
+        for item in items:
             request = at_work.get(item.ticket)
             if request is None:
                 passed += 1
@@ -320,7 +344,8 @@ class Scheduler:
                 if item.targets and (scores := _new_scores(request, item, result)):
                     deltas.append(Delta(name, prompt_logprobs=scores))
                 continue
-            request.num_drawing -= 1
+            if request.pace is not counted:  # else it has joined since, and this step counts for all
+                request.num_drawing -= 1
             token, token_ids = drawn[name], request.token_ids
             if (
                 request.is_steady
@@ -334,10 +359,23 @@ class Scheduler:
                 deltas.append(self._told(request, logprobs[name], now))
             else:
                 deltas.append(self._drawn(request, item, token, result, now))
-        self.counters.generation_tokens += len(plan.items) - passed
+        self.counters.generation_tokens += len(items) - passed
         return deltas
 
-    def _drawn(self, request: Request, item: Scheduled, token: int, result: StepResult, now: float) -> Delta:
+    def _commit_steady(self, share: Share, result: StepResult, now: float) -> list[Delta]:
+        """Take over what a step computed for the cohort."""
+        cohort = share.cohort
+        for request in cohort.come_back(share):
+            self._seal(request)
+        deltas, ends = cohort.hand_out(share, result.tokens)
+        for at, request, token in ends:
+            deltas[at] = self._drawn(request, None, token, result, now)
+        self.counters.generation_tokens += len(deltas)
+        return deltas
+
+    def _drawn(
+        self, request: Request, item: Scheduled | None, token: int, result: StepResult, now: float
+    ) -> Delta:
         """Take over the `token` that was drawn for a request; it may be the last."""
         sampling, token_ids = request.draw.sampling, request.token_ids
         # a grammar lets a text end below min_tokens only when nothing else may come
@@ -355,7 +393,7 @@ class Scheduler:
             elif len(token_ids) >= request.full_at:
                 delta.finish_reason = "length"
         if request.first_token_at is None:  # before which all of its prompt has been scored
-            if item.targets:
+            if item is not None and item.targets:
                 delta.prompt_logprobs = _new_scores(request, item, result) or None
             request.first_token_at = now
             request.is_steady = request.repetition is None
@@ -389,13 +427,50 @@ class Scheduler:
 
     # ── deciding ──────────────────────────────────────────────────────────────────────────────────────
 
+    def _schedule_steady(self, draft: _Draft) -> int:
+        """Plan the first of the running requests as one, if that can be. How many need not be asked any more."""
+        pool, cohort, ahead = self.pool, self._cohort, self.waiting[0] if self.waiting else None
+        if len(self.running) < self.fewest:
+            if cohort.last_key:
+                self._disband()
+            return 0
+        if ahead is not None and ahead.key < cohort.last_key:
+            cohort = self._disband()
+        seen = cohort.covered(self.running)
+        candidates: Iterator[Request] = islice(self.running, seen, None)
+        if ahead is not None:
+            candidates = takewhile(lambda request: request.key < ahead.key, candidates)
+        seen += cohort.invite(candidates, draft.left, self._given_out)
+        if not len(cohort):
+            return seen
+        growing = cohort.growing()
+        if len(growing) * pool.num_groups > pool.num_free:
+            self._disband()
+            return 0
+        for request in growing:
+            if pool.is_windowed:
+                pool.trim(request.tables, request.num_planned)
+            pool.extend(request.tables)
+            request.capacity += pool.block_size
+            self._freeze(request)
+        draft.covered = seen
+        draft.steady = cohort.advance(growing, pending=self._given_out > 0)
+        draft.left -= len(draft.steady)
+        return seen
+
+    def _disband(self) -> Cohort:
+        """Whoever was planned as one is asked alone; a cohort to be."""
+        self._cohort.disband()
+        self._cohort = Cohort(self.pool.block_size)
+        return self._cohort
+
     def _schedule_running(self, draft: _Draft, seen: int, until: tuple[int, int] | None) -> int:
         """Give running requests their share of the budget, in order, from place `seen` to the key `until`
         or to the last.
 
         Returns the place reached.
         """
-        left, items = draft.left, draft.items
+        left, items = draft.left, draft.others
         draft.reserved = None
         for request in islice(self.running, seen, None):  # which loses requests at its end meanwhile, only there
             if left <= 0 or (until is not None and request.key > until):
@@ -410,7 +485,7 @@ class Scheduler:
                 is_short = request.is_plain
             else:
                 most = min(left, draft.prompts_left)
-                count = self._chunk(request, count, most, first=not items) if count and most else 0
+                count = self._chunk(request, count, most, first=draft.is_empty) if count and most else 0
                 if not count:
                     continue
                 draft.prompts_left -= count
@@ -438,12 +513,18 @@ class Scheduler:
         """
         if draft.prompts_left <= 0:
             return False
+        if len(self.running) >= self.limits.max_num_seqs and self.running[-1].key[0] <= request.key[0]:
+            return False  # all seats are taken, and nobody has to go
         pool = self.pool
         start = len(digests) * pool.block_size
         held, idle = pool.price(digests) if digests else (0, 0)
         need = pool.most_held(request.num_known, self._widest) - held + idle
         if draft.reserved is None:
-            draft.reserved = sum(self._reserve(running) for running in self.running)
+            # whoever draws has a block for the token that is being drawn
+            covered = 0 if pool.is_windowed else draft.covered
+            draft.reserved = covered * pool.num_groups + sum(
+                map(self._reserve, islice(self.running, covered, None))
+            )
         while not self._has_room(need + draft.reserved):
             if (
                 not self.running
@@ -456,7 +537,7 @@ class Scheduler:
             self._preempt(victim)
             draft.preempted.append(victim.id)
         most = min(draft.left, draft.prompts_left)
-        count = self._chunk(request, request.num_known - start, most, first=not draft.items)
+        count = self._chunk(request, request.num_known - start, most, first=draft.is_empty)
         if not count:
             return False
         if count > self._widest:  # it goes whole, and windows let go of nothing in the middle of a step
@@ -466,7 +547,7 @@ class Scheduler:
         del self.waiting[at]
         self._let_in(request, digests, start + count)
         draft.reserved += self._reserve(request)
-        draft.items.append(self._scheduled(request, start, start + count, request.num_known))
+        draft.others.append(self._scheduled(request, start, start + count, request.num_known))
         draft.left -= count
         draft.prompts_left -= count
         return True
@@ -587,7 +668,7 @@ class Scheduler:
     @staticmethod
     def _freeze(request: Request) -> tuple[tuple[int, ...], ...]:
         """Its tables as plans show them until they change."""
-        request.frozen_tables = tuple([tuple(table) for table in request.tables])
+        request.frozen_tables = tuple(map(tuple, request.tables))
         return request.frozen_tables
 
     # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────
@@ -641,6 +722,7 @@ class Scheduler:
         for digest in request.digests[request.num_sealed :]:
             if self._coming.get(digest) is request:
                 del self._coming[digest]
+        self._cohort.leave(request)
         self.pool.release(request.tables)
         self._at_work.pop(request.ticket, None)
         request.ticket = request.num_planned = request.num_computed = request.num_drawing = 0
@@ -698,6 +780,7 @@ class Scheduler:
             raise InvariantBroken("a block is said to come from a request that does not run")
         if not self.running and self._coming:
             raise InvariantBroken("blocks are said to come, and nobody runs")
+        self._cohort.check_integrity(self.running)
 
 
 def _writes(request: Request) -> bool:

@@ -10,6 +10,9 @@ next token.
 
 A plan may be made while the step before it still runs: that step's token is then `PENDING`, and whoever carries
 the plan out puts it in with `resolve`.
+
+Most of a large plan is requests that compute and draw one token each, the same as in the plan before. They are one
+value, `Steady`: columns, most of which the next plan has again. Who wants items gets them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -122,19 +126,88 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
         return len(self.token_ids) if self.targets else self.pooled or int(self.draw is not None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Members:
+    """Requests that one plan after the other has, by columns; once a plan has it, it never changes."""
+
+    names: list[str] = field(default_factory=list)
+    tickets: list[int] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    """Each is free, and has its `min_tokens`."""
+    origins: list[int] = field(default_factory=list)
+    """What the number of a step adds to: the position after the one that it computes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steady:
+    """Shares of a step of requests that compute and draw one token each."""
+
+    members: Members
+    number: int
+    tables: Sequence[tuple[tuple[int, ...], ...]]
+    """Of each member, as in `Scheduled`."""
+    tokens: Sequence[int] | None
+    """Of each member; None: all are `PENDING`."""
+
+    def __len__(self) -> int:
+        return len(self.members.names)
+
+    def items(self) -> list[Scheduled]:
+        """The same as items."""
+        members, number = self.members, self.number
+        ends = [origin + number for origin in members.origins]
+        tokens = repeat((PENDING,)) if self.tokens is None else zip(self.tokens, strict=True)
+        starts = [end - 1 for end in ends]
+        return list(
+            map(Scheduled, members.names, members.tickets, tokens, starts, ends, self.tables, members.draws)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class StepPlan:
     """What one step computes, in the order of the batch, and who lost its blocks to make room."""
 
     step: int
-    items: tuple[Scheduled, ...]
+    others: tuple[Scheduled, ...]
+    """Items behind those of `steady`."""
     preempted: tuple[str, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     """Blocks, (from, to), to be copied before anything is computed."""
+    steady: Steady | None = None
+    _items: list[tuple[Scheduled, ...]] = field(default_factory=list)
+    """All of them, once somebody asked."""
+
+    @property
+    def items(self) -> tuple[Scheduled, ...]:
+        """Everybody's share."""
+        if self.steady is None:
+            return self.others
+        if not self._items:
+            self._items.append((*self.steady.items(), *self.others))
+        return self._items[0]
+
+    @property
+    def num_items(self) -> int:
+        return len(self.others) if self.steady is None else len(self.steady) + len(self.others)
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self.items)
+        steady = 0 if self.steady is None else len(self.steady)
+        return steady + sum([len(item.token_ids) for item in self.others])
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it asks for the same, however it is kept."""
+        if not isinstance(other, StepPlan):
+            return NotImplemented
+        return (self.step, self.items, self.preempted, self.copies) == (
+            other.step, other.items, other.preempted, other.copies,
+        )  # fmt: skip
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        asked = f"step={self.step}, items={self.items}, preempted={self.preempted}, copies={self.copies}"
+        return f"StepPlan({asked})"
 
     def __str__(self) -> str:
         parts = [f"{item.request_id}[{item.start}:{item.end}]{'*' if item.draw else ''}" for item in self.items]

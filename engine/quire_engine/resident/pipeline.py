@@ -48,7 +48,7 @@ class Pipeline:
             return before.plan, before.result
         begun = self._start(plan, None, may_wait=before is None)
         done = None if before is None else (before.plan, self._finish(before))
-        if begun is None and plan.items:
+        if begun is None and plan.num_items:
             begun = self._start(plan, None if done is None else done[1], may_wait=True)
         self._under_way = begun
         return done
@@ -58,9 +58,9 @@ class Pipeline:
         `may_wait`, execute it. None if nothing was done.
         """
         complete = plan if known is None else resolve(plan, known.tokens)
-        if not complete.items:
+        if not complete.num_items:
             self._runner.copy_blocks(complete.copies)
-            return _Executed(plan, StepResult({})) if plan.items else None
+            return _Executed(plan, StepResult({})) if plan.num_items else None
         try:
             if self._runner.takes(complete):
                 begun = self._runner.begin(complete)

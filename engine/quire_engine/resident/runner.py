@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from quire_engine.resident.program import StepProgram, mixed_sizes
 from quire_engine.resident.table import RequestTable
 from quire_engine.runner import NOT_FINITE, ModelRunner
-from quire_engine.step import PENDING, Scheduled, StepPlan, StepResult
+from quire_engine.step import PENDING, StepPlan, StepResult
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import sample
 
@@ -36,10 +37,11 @@ _BROKEN = -2
 
 @dataclass(slots=True)
 class Begun:
-    """A plan under way; `items` in the order of `tokens` (host, [B] int32), where those that draw have theirs."""
+    """A plan under way; `tokens` (host, [B] int32) in the order of `begun`: items that draw have theirs."""
 
     plan: StepPlan
-    items: Sequence[Scheduled]
+    begun: StepPlan
+    """`plan` with what was known by then."""
     tokens: Tensor
     done: torch.cuda.Event | None
 
@@ -82,7 +84,7 @@ class ResidentRunner:
         """
         groups = len(self._kv.groups)
         width = -(-self._max_model_len // self._block_size)
-        table = RequestTable(seats, groups, width, self._device)
+        table = RequestTable(seats, groups, width, self._block_size, self._device)
         program = StepProgram(
             self._model,
             self._kv,
@@ -148,19 +150,19 @@ class ResidentRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""
-        if len(plan.items) > self._table.seats:
+        if plan.num_items > self._table.seats:
             # what was captured is of no more use, and its memory may be needed
             self.program.release()
-            self._resize(max(self._seats, len(plan.items)))
+            self._resize(max(self._seats, plan.num_items))
         if self.takes(plan):
             return self.finish(self.begin(plan))
         return self._general.execute(plan)
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether the device can carry out `plan`, which may have pending tokens, without the host."""
-        if len(plan.items) > self._table.seats:
+        if plan.num_items > self._table.seats:
             return False
-        for item in plan.items:
+        for item in plan.others:
             if item.targets or item.pooled:
                 return False
             draw = item.draw
@@ -168,11 +170,11 @@ class ResidentRunner:
                 return False
         return True
 
-    @torch.inference_mode()
     def begin(self, plan: StepPlan) -> Begun:
         """Enqueue all of a plan that `takes` accepts. Raises what the model or the device raises."""
         try:
-            return self._begin(plan)
+            with torch.inference_mode():
+                return self._begin(plan)
         except BaseException:
             # what was about to be sent may not have been: nothing on the device is taken for granted
             self._table.forget()
@@ -180,30 +182,33 @@ class ResidentRunner:
 
     def _begin(self, plan: StepPlan) -> Begun:
         self.copy_blocks(plan.copies)
-        items, table = plan.items, self._table
+        others, table = plan.others, self._table
+        count = plan.num_items
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _DEPTH
-        if all(len(item.token_ids) == 1 and item.draw is not None for item in items):
-            words = staging.decode[: len(items)]
-            words.numpy()[:] = table.addresses(items)
+        if all(len(item.token_ids) == 1 and item.draw is not None for item in others):
+            words = staging.decode[:count]
+            words.numpy()[:] = table.addresses(plan)
             drawn = self.program.decode(words)
         else:
             # a pending token is `LAST` to the device
-            flat = [token for item in items for token in item.token_ids]
+            flat = [] if plan.steady is None else list(plan.steady.tokens or repeat(PENDING, len(plan.steady)))
+            for item in others:
+                flat += item.token_ids
             if self.program.fits(len(flat)):
-                words, token_ids = staging.mixed[: len(items)], staging.token_ids[: len(flat)]
-                words.numpy()[:] = table.spans(items)
+                words, token_ids = staging.mixed[:count], staging.token_ids[: len(flat)]
+                words.numpy()[:] = table.spans(plan)
                 token_ids.numpy()[:] = flat
                 drawn = self.program.mixed(words, token_ids)
             else:
-                drawn = self._launch(items, flat)
-        tokens = staging.drawn[: len(items)]
-        tokens.copy_(drawn[: len(items)], non_blocking=True)
+                drawn = self._launch(plan, flat)
+        tokens = staging.drawn[:count]
+        tokens.copy_(drawn[:count], non_blocking=True)
         done = None
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return Begun(plan, items, tokens, done)
+        return Begun(plan, plan, tokens, done)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Make each second block what the first of its pair is, behind all that was begun."""
@@ -215,9 +220,17 @@ class ResidentRunner:
         if begun.done is not None:
             begun.done.synchronize()
         drawn = begun.tokens.tolist()
-        tokens = {
-            item.request_id: token for item, token in zip(begun.items, drawn, strict=True) if item.draw is not None
-        }
+        steady, others = begun.begun.steady, begun.begun.others
+        tokens = {} if steady is None else dict(zip(steady.members.names, drawn, strict=False))
+        if others:
+            own = drawn[len(drawn) - len(others) :]
+            tokens.update(
+                [
+                    (item.request_id, token)
+                    for item, token in zip(others, own, strict=True)
+                    if item.draw is not None
+                ]
+            )
         if _BROKEN not in drawn:
             return StepResult(tokens)
         # a plan behind this one must not go on with what is no token
@@ -227,13 +240,13 @@ class ResidentRunner:
             failures=dict.fromkeys(broken, NOT_FINITE),
         )
 
-    def _launch(self, items: Sequence[Scheduled], flat: Sequence[int]) -> Tensor:
-        """A step that no program is made for, kernel by kernel: `flat` are the tokens of all `items`.
+    def _launch(self, plan: StepPlan, flat: Sequence[int]) -> Tensor:
+        """A step that no program is made for, kernel by kernel: `flat` are the tokens of all items.
 
         Of each item the token, [B] int32; those of items that draw nothing mean nothing.
         """
         table, device = self._table, self._device
-        rows = table.rows(items)
+        items, rows = plan.items, table.rows(plan).tolist()
         drawing = [number for number, item in enumerate(items) if item.draw is not None]
         waiting: list[int] = []
         sources: list[int] = []

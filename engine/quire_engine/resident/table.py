@@ -8,13 +8,16 @@ of its own. Nobody says when a life ends; when rows run out, the least recently 
 many as a step has requests, so that is never one of the step before, whose token may be waited for. Should such
 a life go on after all, it is sent again.
 
+Those who draw beside each other step after step (`Steady`) have their rows looked up once; what changes for them
+is computed by columns.
+
 Legend: S rows, X groups of layers, W blocks of the longest sequence, B items of a step.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -22,37 +25,24 @@ import torch
 from torch import Tensor
 
 from quire_engine.resident.draws import columns, table_of
-from quire_engine.step import PENDING, Draw, Scheduled
+from quire_engine.step import PENDING, Draw, Members, StepPlan
 from quire_kernels.triton.sample import DrawTable
 from quire_kernels.triton.step import LAST
 
+_Ints = npt.NDArray[np.int32]
+
+
 _Tables = tuple[tuple[int, ...], ...]
-_UNSENT: _Tables = ()
-_WAITING = (PENDING,)
-
-
-def _sent_token(token_ids: tuple[int, ...]) -> int:
-    return LAST if token_ids[0] == PENDING else token_ids[0]
-
-
-class _Row:
-    """What the device knows of one life."""
-
-    __slots__ = ("draws", "index", "sent")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.sent = 0
-        """Blocks of each table that are there."""
-        self.draws = False
-        """How it draws is there."""
+_Late = tuple[int, int, int, _Tables]
+"""Of an item whose tables have grown: its place in the plan, its row, blocks that the device has, the tables."""
 
 
 class RequestTable:
     """Rows for steps of up to `seats` requests of at most `width` blocks in each of `groups` block tables."""
 
-    def __init__(self, seats: int, groups: int, width: int, device: torch.device) -> None:
+    def __init__(self, seats: int, groups: int, width: int, block_size: int, device: torch.device) -> None:
         self.device = device
+        self._block_size = block_size
         self.seats = seats
         num_rows = 2 * seats
         self.tables = torch.zeros((groups, num_rows, width), dtype=torch.int32, device=device)
@@ -64,13 +54,29 @@ class RequestTable:
             min_p=torch.zeros(num_rows, dtype=torch.float32, device=device),
             seed=torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
-        self._rows: OrderedDict[int, _Row] = OrderedDict()
-        """By ticket, the least recently used first."""
+        self._rows: dict[int, int] = {}
+        """By ticket."""
+        self._owners = [0] * num_rows
+        """The ticket of each row."""
         self._free: list[int] = []
-        self._tickets: list[int] = []
-        """Of the items whose words are there."""
-        self._seen: list[_Tables] = []
-        self._words = np.empty((0, 0), dtype=np.int32)
+        self._step = 0
+        self._used = np.zeros(num_rows, dtype=np.int64)
+        """The step that used each row last, but for those of the last step."""
+        self._sent = np.zeros(num_rows, dtype=np.int32)
+        """Blocks of each table that are there."""
+        self._told = np.zeros(num_rows, dtype=np.bool_)
+        """Whether how it draws is there."""
+        self._members: Members | None = None
+        self._asked: list[tuple[int, Draw | None]] = []
+        """Tickets and draws of the other items, of the last step, whose rows are `_placed`."""
+        self._tables: Sequence[_Tables] | None = None
+        self._own_tables: list[_Tables] = []
+        """Those that were looked at last."""
+        self._grown: list[int] = []
+        """Places in `_words` that have a new block."""
+        self._placed = self._origins = np.zeros(0, dtype=np.int32)
+        self._words = np.zeros((seats, 3 + 2 * groups), dtype=np.int32)
+        self._spans = np.zeros((seats, 4), dtype=np.int32)
         self.forget()
 
     @property
@@ -80,109 +86,146 @@ class RequestTable:
         held = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seed)
         return sum(tensor.nbytes for tensor in (self.tables, self.last_token, *held))
 
-    def rows(self, items: Sequence[Scheduled]) -> list[int]:
-        """The row of each of `items`; of those that draw for the first time it is sent how they do."""
-        self._tickets = []  # whoever comes next has to be looked up, so that it counts as used
-        rows = self._rows
-        new: list[tuple[int, Draw]] = []
-        found: list[int] = []
-        for item in items:
-            row = rows.get(item.ticket)
-            if row is None:
-                row = rows[item.ticket] = _Row(self._free_row())
-            else:
-                rows.move_to_end(item.ticket)
-            if item.draw is not None and not row.draws:
-                row.draws = True
-                new.append((row.index, item.draw))
-            found.append(row.index)
-        if new:
-            self._send_draws(new)
-        return found
+    def addresses(self, plan: StepPlan) -> _Ints:
+        """What `StepBuffers.items` wants of a plan whose items have one new token and a draw each, [B, 3 + 2 · X].
 
-    def addresses(self, items: Sequence[Scheduled]) -> npt.NDArray[np.int32]:
-        """What `StepBuffers.items` wants of items with one new token and a draw each, [B, 3 + 2 · X].
-
-        Block tables that have grown by more than one block are sent at once. The result is overwritten by the next
-        call: from step to step mostly positions change, and all of them at once.
+        Block tables that have grown by more than one block are sent at once. The next call overwrites the result.
         """
-        tickets = [item.ticket for item in items]
-        if tickets != self._tickets:
-            groups = self.tables.shape[0]
-            self._words = np.empty((len(items), 3 + 2 * groups), dtype=np.int32)
-            self._words[:, 0] = self.rows(items)
-            self._tickets = tickets
-            self._seen = [_UNSENT] * len(items)
-        words = self._words
-        words[:, 1] = [item.start for item in items]
-        tokens = [item.token_ids for item in items]
-        words[:, 2] = LAST if tokens.count(_WAITING) == len(tokens) else list(map(_sent_token, tokens))
-        words[:, 3::2] = -1
-        tables = [item.tables for item in items]
-        if tables != self._seen:
-            self._grow(tables)
-            self._seen = tables
+        rows, ends = self._places(plan)
+        steady, others, words = plan.steady, plan.others, self._words[: len(rows)]
+        np.subtract(ends, 1, out=words[:, 1])
+        words[:, 2] = LAST
+        if steady is not None and steady.tokens is not None:
+            words[: len(steady), 2] = steady.tokens
+        if others:
+            words[-len(others) :, 2] = [_sent_token(item.token_ids) for item in others]
+        if self._grown:
+            words[self._grown, 3::2] = -1
+            self._grown = []
+        late = self._late(plan, rows, ends)
+        near = [entry for entry in late if len(entry[3][0]) == entry[2] + 1]
+        if near:
+            self._grown = places = [at for at, *_ in near]
+            for group in range(self.tables.shape[0]):
+                words[places, 3 + 2 * group] = [sent for _, _, sent, _ in near]
+                words[places, 4 + 2 * group] = [tables[group][sent] for _, _, sent, tables in near]
+        if len(near) < len(late):
+            self._send_blocks([entry for entry in late if len(entry[3][0]) > entry[2] + 1])
         return words
 
-    def spans(self, items: Sequence[Scheduled]) -> list[tuple[int, int, int, bool]]:
-        """What `MixedBuffers.items` wants of items of any kind. All blocks that the device lacks are sent."""
-        late: list[tuple[int, int, int, tuple[int, ...]]] = []
-        found: list[tuple[int, int, int, bool]] = []
-        for item, index in zip(items, self.rows(items), strict=True):
-            row, held = self._rows[item.ticket], len(item.tables[0])
-            if held > row.sent:
-                late += [(group, index, row.sent, table[row.sent :]) for group, table in enumerate(item.tables)]
-                row.sent = held
-            found.append((index, item.start, len(item.token_ids), item.draw is not None))
+    def spans(self, plan: StepPlan) -> _Ints:
+        """What `MixedBuffers.items` wants of items of any kind, [B, 4]. All blocks that the device lacks are sent.
+        The next call overwrites the result.
+        """
+        rows, ends = self._places(plan)
+        others, spans = plan.others, self._spans[: len(rows)]
+        spans[:, 0] = rows
+        np.subtract(ends, 1, out=spans[:, 1])
+        spans[:, 2:] = 1
+        if others:
+            counts = [len(item.token_ids) for item in others]
+            spans[-len(others) :, 1] -= np.array(counts, dtype=np.int32) - 1
+            spans[-len(others) :, 2] = counts
+            spans[-len(others) :, 3] = [item.draw is not None for item in others]
+        late = self._late(plan, rows, ends)
         if late:
             self._send_blocks(late)
-        return found
+        return spans
 
-    def _grow(self, tables: Sequence[_Tables]) -> None:
-        """Put into the words, or send, what the tables of the last step's items have that the device has not."""
-        late: list[tuple[int, int, int, tuple[int, ...]]] = []
-        words = self._words
-        for at, (ticket, now, before) in enumerate(zip(self._tickets, tables, self._seen, strict=True)):
-            if now is before:
-                continue
-            row = self._rows[ticket]
-            sent, held = row.sent, len(now[0])
-            row.sent = held
-            if held == sent + 1:
-                for group, table in enumerate(now):
-                    words[at, 3 + 2 * group : 5 + 2 * group] = sent, table[sent]
-            elif held > sent:
-                late += [(group, row.index, sent, table[sent:]) for group, table in enumerate(now)]
-        if late:
-            self._send_blocks(late)
+    def rows(self, plan: StepPlan) -> _Ints:
+        """The row of each item, [B]; of those that draw for the first time it is sent how they do."""
+        return self._places(plan)[0]
 
     def forget(self) -> None:
         """All rows are free again."""
         self._rows.clear()
-        self._tickets = []
         self._free = list(range(self.tables.shape[1] - 1, -1, -1))
+        self._members, self._asked, self._tables = None, [], None
 
-    def _free_row(self) -> int:
-        return self._free.pop() if self._free else self._rows.popitem(last=False)[1].index
+    def _places(self, plan: StepPlan) -> tuple[_Ints, _Ints]:
+        """The row of each item, and the position after its last token; [B] each."""
+        steady, others = plan.steady, plan.others
+        members, asked = None if steady is None else steady.members, [(item.ticket, item.draw) for item in others]
+        self._step += 1
+        if members is not self._members or asked != self._asked:
+            self._look_up(members, asked)
+        if steady is None:
+            return self._placed, np.array([item.end for item in others], dtype=np.int32)
+        ends = self._origins + steady.number
+        if others:
+            ends = np.concatenate((ends, np.array([item.end for item in others], dtype=np.int32)))
+        return self._placed, ends
+
+    def _look_up(self, members: Members | None, asked: list[tuple[int, Draw | None]]) -> None:
+        """Find a row for each item of a plan of other items than the one before."""
+        tickets = [ticket for ticket, _ in asked]
+        draws = [draw for _, draw in asked]
+        if members is not None:
+            tickets, draws = members.tickets + tickets, [*members.draws, *draws]
+            self._origins = np.array(members.origins, dtype=np.int32)
+        self._used[self._placed] = self._step - 1
+        placed = np.array(list(map(self._rows.get, tickets, repeat(-1))), dtype=np.int32)
+        new = (placed < 0).nonzero()[0].tolist()
+        if new:
+            self._used[placed[placed >= 0]] = self._step  # before any row is given to somebody else
+            for at in new:
+                placed[at] = self._new_row(tickets[at])
+        untold = (~self._told[placed]).nonzero()[0].tolist()
+        if untold:
+            self._send_draws([(int(placed[at]), draw) for at in untold if (draw := draws[at]) is not None])
+        self._placed, self._members, self._asked, self._tables = placed, members, asked, None
+        words = self._words[: len(placed)]
+        words[:, 0], words[:, 3::2] = placed, -1
+        self._grown = []
+
+    def _new_row(self, ticket: int) -> int:
+        """A row for it; if none is left, the one that was not used for longest, which no item of the step has."""
+        if self._free:
+            row = self._free.pop()
+        else:
+            row = int(self._used.argmin())
+            del self._rows[self._owners[row]]
+        self._rows[ticket], self._owners[row] = row, ticket
+        self._used[row], self._sent[row], self._told[row] = self._step, 0, False
+        return row
+
+    def _late(self, plan: StepPlan, rows: _Ints, ends: _Ints) -> list[_Late]:
+        """Items whose tables have blocks that the device has not; it counts as having them now."""
+        steady, others = plan.steady, plan.others
+        tables, own = () if steady is None else steady.tables, [item.tables for item in others]
+        if tables is self._tables and own == self._own_tables:
+            return []
+        self._tables, self._own_tables = tables, own
+        held = (ends + (self._block_size - 1)) // self._block_size
+        late = (held > self._sent[rows]).nonzero()[0]
+        theirs, places, count = rows[late], late.tolist(), len(tables)
+        sent = self._sent[theirs].tolist()
+        self._sent[theirs] = held[late]
+        grown = [tables[at] if at < count else own[at - count] for at in places]
+        return list(zip(places, theirs.tolist(), sent, grown, strict=True))
 
     def _send_draws(self, new: Sequence[tuple[int, Draw]]) -> None:
-        indices = torch.tensor([[index for index, _ in new]], dtype=torch.int32)
-        sent = self._send(torch.cat((indices, columns([draw for _, draw in new]))))
+        if not new:
+            return
+        rows = [row for row, _ in new]
+        sent = self._send(torch.cat((torch.tensor([rows], dtype=torch.int32), columns([draw for _, draw in new]))))
         index, own, added = sent[0].long(), self.draws, table_of(sent[1:])
         own.temperature.index_copy_(0, index, added.temperature)
         own.top_k.index_copy_(0, index, added.top_k)
         own.top_p.index_copy_(0, index, added.top_p)
         own.min_p.index_copy_(0, index, added.min_p)
         own.seed.index_copy_(0, index, added.seed)
+        self._told[rows] = True
 
-    def _send_blocks(self, late: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> None:
+    def _send_blocks(self, late: Sequence[_Late]) -> None:
         _, rows, width = self.tables.shape
         places: list[int] = []
         blocks: list[int] = []
-        for group, index, first, table in late:
-            at = (group * rows + index) * width + first
-            places += range(at, at + len(table))
-            blocks += table
+        for _, row, first, tables in late:
+            for group, table in enumerate(tables):
+                at = (group * rows + row) * width
+                places += range(at + first, at + len(table))
+                blocks += table[first:]
         sent = self._send(torch.tensor([places, blocks], dtype=torch.int32))
         self.tables.view(-1).index_copy_(0, sent[0].long(), sent[1])
 
@@ -191,3 +234,7 @@ class RequestTable:
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
+
+
+def _sent_token(token_ids: tuple[int, ...]) -> int:
+    return LAST if token_ids[0] == PENDING else token_ids[0]

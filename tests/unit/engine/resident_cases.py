@@ -19,14 +19,18 @@ from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.test_models import build
 from torch import Tensor
 
+from quire_engine.blocks import BlockPool
+from quire_engine.config import BatchLimits
 from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.models import KVCache, load_model
+from quire_engine.request import Request
 from quire_engine.resident import program as resident_program
 from quire_engine.resident import runner as resident_runner
 from quire_engine.resident.program import StepProgram
 from quire_engine.resident.runner import ResidentRunner
 from quire_engine.resident.table import RequestTable
-from quire_engine.step import PENDING, Draw, Scheduled
+from quire_engine.scheduler import Scheduler
+from quire_engine.step import PENDING, Draw, Scheduled, StepPlan, StepResult
 from quire_kernels import HeadNorms, Kernels, Product, load
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import INTERPRETED, TritonKernels, quantized
@@ -38,6 +42,12 @@ torch.set_num_threads(1)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 WHOLE = "QUIRE_WHOLE" in os.environ
 """Every kernel is Triton's own: by night, and on a GPU."""
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few they are, those who only draw are planned as one."""
+    monkeypatch.setattr(Scheduler, "fewest", 1)
 
 
 needs_no_graphs = pytest.mark.skipif(not INTERPRETED, reason="a graph does not come by what is planted here")
@@ -279,7 +289,7 @@ def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     def sometimes(plan: Any) -> Any:
         if plan.step in left:
             left.remove(plan.step)
-            runner._table.rows([item for item in plan.items if item.draw is not None])
+            runner._table.rows(plan)
             raise RuntimeError("planted")
         return begin(plan)
 
@@ -322,17 +332,63 @@ def test_a_size_that_takes_no_less_than_a_larger_one_is_not_kept(monkeypatch: py
 
 
 def test_a_row_whose_token_is_awaited_is_given_to_nobody() -> None:
-    table = RequestTable(2, 1, 8, DEVICE)
+    table = RequestTable(2, 1, 8, 16, DEVICE)
     draw = Draw(Sampling(max_tokens=1, temperature=0.0), 0, 1, ())
 
     def item(ticket: int, tokens: tuple[int, ...], start: int, block: int) -> Scheduled:
         return Scheduled(str(ticket), ticket, tokens, start, start + len(tokens), ((block,),), draw)
 
-    row = int(table.addresses([item(1, (5,), 3, 0)])[0, 0])
+    def plan(*items: Scheduled) -> StepPlan:
+        return StepPlan(0, items)
+
+    row = int(table.addresses(plan(item(1, (5,), 3, 0)))[0, 0])
     for other in (2, 3, 4):  # prompts of a step of their own, each of which takes a row
-        table.spans([item(other, (1, 2, 3), 0, other)])
-        table.addresses([item(1, (7,), other + 2, 0)])
-    assert table.spans([item(5, (1, 2), 0, 9), item(1, (PENDING,), 7, 0)])[1][0] == row
+        table.spans(plan(item(other, (1, 2, 3), 0, other)))
+        table.addresses(plan(item(1, (7,), other + 2, 0)))
+    assert table.spans(plan(item(5, (1, 2), 0, 9), item(1, (PENDING,), 7, 0)))[1, 0] == row
+
+
+def test_columns_say_what_items_say() -> None:
+    """Two tables are told the same plans, one by columns: both send the same, whoever joins or leaves."""
+    rng = random.Random(5)
+    scheduler = Scheduler(BlockPool(200, 4, [None, None]), BatchLimits(6, 64, True), max_model_len=200)
+    tables = [RequestTable(6, 2, 50, 4, DEVICE) for _ in range(2)]
+    given_out: list[StepPlan] = []
+    seen, number = 0, 0
+    for _ in range(300):
+        if rng.random() < 0.1:
+            number += 1
+            message = Generate(str(number), [1] * rng.randint(1, 20), Sampling(max_tokens=rng.randint(5, 90)))
+            scheduler.add(Request.of(message, eos_token_ids=(2,), seed=number, received_at=0.0))
+        if rng.random() < 0.02:
+            scheduler.abort(str(rng.randint(1, number + 1)))
+        plan = scheduler.schedule()
+        if plan.num_items and rng.random() < 0.95:  # else it goes by the host
+            items = StepPlan(plan.step, plan.items)
+            singles = all(len(item.token_ids) == 1 and item.draw is not None for item in plan.others)
+            one, other = (
+                table.addresses(asked) if singles else table.spans(asked)
+                for table, asked in zip(tables, (plan, items), strict=True)
+            )
+            assert one.tolist() == other.tolist()
+            assert torch.equal(tables[0].tables, tables[1].tables)
+            assert torch.equal(tables[0].draws.seed, tables[1].draws.seed)
+            for table in tables if singles else ():  # as the device does
+                for row, _, _, *grown in one.tolist():
+                    for group, (place, block) in enumerate(zip(grown[::2], grown[1::2], strict=True)):
+                        if place >= 0:
+                            table.tables[group, row, place] = block
+            for item, row in zip(plan.items, one[:, 0].tolist(), strict=True):
+                held = tables[0].tables[:, row, : len(item.tables[0])]
+                assert held.tolist() == [list(table) for table in item.tables]
+            seen += plan.steady is not None
+        given_out += [plan] if plan.num_items else []
+        if len(given_out) > 1 or not plan.num_items:
+            done = given_out.pop(0) if given_out else plan
+            tokens = {item.request_id: 2 if rng.random() < 0.01 else 3 for item in done.items if item.draw}
+            if done.num_items:
+                scheduler.commit(done, StepResult(tokens))
+    assert seen > 100
 
 
 def test_a_recording_begins_with_rows_that_nobody_had(tmp_path: Path) -> None:

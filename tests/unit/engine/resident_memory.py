@@ -204,7 +204,7 @@ def test_what_lies_there_all_the_time_is_what_the_plan_says(tmp_path: Path) -> N
     described, runner = runner_of(tmp_path, SLIDING, 64)
     groups = len(sizing.kv_groups(described))
     parts = sizing.gpu_activations(described, "float32", 64, SEATS, LENGTH, block_size=BLOCK)
-    table = RequestTable(SEATS, groups, -(-LENGTH // BLOCK), DEVICE)
+    table = RequestTable(SEATS, groups, -(-LENGTH // BLOCK), BLOCK, DEVICE)
     assert parts["table"] == table.bytes + sample.scratch(SEATS, described.vocab_size, DEVICE).bytes
     held: set[int] = set()
     total = 0

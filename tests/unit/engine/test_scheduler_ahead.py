@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from tests.unit.engine.scheduling import make_request, make_scheduler, scripted, step
+import random
+import sys
+from contextlib import suppress
+
+import pytest
+from tests.effort import times
+from tests.unit.engine.scheduling import EOS, make_request, make_scheduler, scripted, step
 
 from quire_engine.blocks import BlockPool
 from quire_engine.config import BatchLimits
+from quire_engine.errors import RequestRefused
+from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
-from quire_engine.step import PENDING, resolve
+from quire_engine.step import PENDING, StepPlan, StepResult, resolve
+from quire_schemas.wire import Generate, Policy, Sampling
 
 
 def test_a_prompt_that_goes_whole_waits_for_the_blocks_of_what_is_being_computed() -> None:
@@ -87,3 +96,62 @@ def test_a_step_is_planned_before_the_token_of_the_last_one_is_known() -> None:
     (delta,) = scheduler.commit(third, scripted(third))
     assert delta.finish_reason == "length"
     assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_together_is_as_one_by_one(ahead: bool) -> None:
+    """Whoever only draws is planned with others or alone: the plans, the deltas and the blocks are the same."""
+    for seed in range(times(60, 3000)):
+        rng = random.Random(seed)
+        windows: list[int | None] = rng.choice([[None], [None], [None, 6], [9]])
+        blocks, size = rng.choice([30, 60, 300]), rng.choice([1, 4, 16])
+        policy: Policy = rng.choice(["fcfs", "fcfs", "priority"])
+        limits = BatchLimits(rng.choice([3, 8, 12]), rng.choice([6, 20, 200]), True, policy)
+        pair = []
+        for fewest in (1, sys.maxsize):
+            scheduler = Scheduler(BlockPool(blocks, size, windows), limits, max_model_len=100, clock=lambda: 0.0)
+            scheduler.fewest = fewest
+            pair.append(scheduler)
+        given_out: list[tuple[StepPlan, StepPlan]] = []
+        together = number = 0
+        while number < 30 or pair[0].has_work:
+            if number < 30 and rng.random() < 0.3:
+                number += 1
+                prompt, output = rng.choice([rng.randint(1, 6), rng.randint(1, 40)]), rng.randint(1, 25)
+                asked = Sampling(
+                    max_tokens=output,
+                    min_tokens=min(output, rng.choice([0, 0, 5])),
+                    stop_token_ids=rng.choice([(), (), (3,)]),
+                    repetition_penalty=rng.choice([1.0] * 9 + [1.1]),
+                )
+                ids, kin, priority = (
+                    [rng.randint(0, 1) for _ in range(prompt)],
+                    rng.choice("xy"),
+                    rng.randint(0, 1),
+                )
+                for scheduler in pair:
+                    message = Generate(str(number), ids.copy(), asked, priority=priority)
+                    request = Request.of(message, eos_token_ids=(EOS,), seed=0, received_at=0.0)
+                    if kin == "x":
+                        request.share_with(kin)
+                    with suppress(RequestRefused):
+                        scheduler.add(request)
+            if rng.random() < 0.02:
+                name = str(rng.randint(1, max(1, number)))
+                assert pair[0].abort(name) == pair[1].abort(name)
+            one, other = (scheduler.schedule() for scheduler in pair)
+            assert one == other
+            together += one.steady is not None
+            if one.num_items:
+                given_out.append((one, other))
+            if given_out and (len(given_out) > ahead or not one.num_items):
+                one, other = given_out.pop(0)
+                result = scripted(one)
+                drawn = {name: rng.choice([3, EOS, *[50] * 18]) for name in result.tokens}
+                broken = [name for name in drawn if rng.random() < 0.002]
+                result = StepResult(drawn, failures=dict.fromkeys(broken, ("numerical_error", "planted")))
+                assert pair[0].commit(one, result) == pair[1].commit(other, result)
+            for scheduler in pair:
+                scheduler.check_integrity()
+        assert together
+        assert pair[0].counters == pair[1].counters

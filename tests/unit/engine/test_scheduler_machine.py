@@ -1,4 +1,4 @@
-"""The scheduler in every order of events, and nine planted faults that the machine must catch.
+"""The scheduler in every order of events, and thirteen planted faults that the machine must catch.
 
 Every request has a script: the token it draws at a position is a fixed function of what is before it and its seed.
 The pretend cache is a table from slot to what a plan wrote there; a plan may only be carried out if each of its
@@ -7,6 +7,7 @@ items finds all its earlier tokens where its block table says they are. Lost, do
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from tests.effort import EFFORT, times
 from tests.unit.engine.scheduling import EOS
 
 from quire_engine.blocks import GONE, BlockPool, Tables
+from quire_engine.cohort import Cohort, Share
 from quire_engine.config import BatchLimits
 from quire_engine.errors import EngineError, RequestRefused
 from quire_engine.request import Request
@@ -75,7 +77,8 @@ def draw_at(content: int, seed: int) -> int:
 
 
 class World(RuleBasedStateMachine):
-    """A scheduler, a twin that is told the same, a pretend cache, and what each request will say.
+    """A scheduler, a twin that is told the same and asks everybody one by one, a pretend cache, and what each
+    request will say.
 
     The cache is a table from slot to content. A plan may only be carried out if each of its items finds all the
     tokens it looks back on where its tables say they are. Half of the worlds plan a step ahead, as
@@ -110,11 +113,12 @@ class World(RuleBasedStateMachine):
         sharing: str,
         ahead: bool,
     ) -> None:
-        def make() -> Scheduler:
+        def make(scheduler: type[Scheduler]) -> Scheduler:
             pool = self.pool_class(num_blocks, block_size, windows)
-            return self.scheduler_class(pool, limits, max_model_len=CONTEXT, clock=lambda: 0.0)
+            return scheduler(pool, limits, max_model_len=CONTEXT, clock=lambda: 0.0)
 
-        self.scheduler, self.twin = make(), make()
+        self.scheduler = make(type("AllAtOnce", (self.scheduler_class,), {"fewest": 1}))
+        self.twin = make(type("OneByOne", (self.scheduler_class,), {"fewest": sys.maxsize}))
         self.widest = limits.max_num_batched_tokens
         self.sharing, self.ahead, self.by_arrival = sharing, ahead, limits.policy == "fcfs"
         self.cache: dict[tuple[int, int], int] = {}
@@ -482,9 +486,45 @@ class HastySeal(Scheduler):
         request.num_computed -= 1
 
 
+class ClingingCohort(Scheduler):
+    """Plans with the others who has left them."""
+
+    def _let_go(self, request: Request) -> None:
+        cohort, self._cohort = self._cohort, Cohort(self.pool.block_size)
+        super()._let_go(request)
+        self._cohort = cohort
+
+
+class CrampedCohort(Scheduler):
+    """Gives nobody another block who is planned with others."""
+
+    def _schedule_steady(self, draft: Any) -> int:
+        self._cohort._grows.clear()
+        return super()._schedule_steady(draft)
+
+
+class DeafCohort(Scheduler):
+    """Hands out tokens that end a text like others."""
+
+    def _commit_steady(self, share: Share, result: StepResult, now: float) -> list[Delta]:
+        share.cohort._endings = frozenset()
+        return super()._commit_steady(share, result, now)
+
+
+class SelfishCohort(Scheduler):
+    """Goes first, whoever waits before it."""
+
+    def _schedule_steady(self, draft: Any) -> int:
+        waiting, self.waiting = self.waiting, []
+        try:
+            return super()._schedule_steady(draft)
+        finally:
+            self.waiting = waiting
+
+
 MUTANTS = (
     LeakyPool, TwiceMintingPool, ForgetfulPool, ShortSightedPool, StalePreemption, OldestFirstVictim, DeafAbort,
-    GreedySharer, HastySeal,
+    GreedySharer, HastySeal, ClingingCohort, CrampedCohort, DeafCohort, SelfishCohort,
 )  # fmt: skip
 
 
