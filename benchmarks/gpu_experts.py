@@ -73,12 +73,13 @@ def _parts(
     planned = [(choice, shares, _plan(choice, count, tilings.gated.rows)) for choice, shares in routed]
     inner = experts.grouped(x, layer.gate, layer.up, planned[0][0], planned[0][2], tilings.gated)
     parts = experts.grouped(inner, layer.down, None, planned[0][0], planned[0][2], tilings.down)
+    out = torch.empty_like(x)
     works: dict[str, Callable[..., object]] = {
         "route": lambda logits, *_: experts.route(logits, chosen, over_chosen=True),
         "plan": lambda _, choice, *__: _plan(choice, count, tilings.gated.rows),
         "gated": lambda _, choice, __, plan: experts.grouped(x, layer.gate, layer.up, choice, plan, tilings.gated),
         "down": lambda _, choice, __, plan: experts.grouped(inner, layer.down, None, choice, plan, tilings.down),
-        "join": lambda _, choice, shares, plan: experts.join(parts, choice, shares, plan),
+        "join": lambda _, choice, shares, plan: experts.join(out, parts, choice, shares, plan),
     }
     if x.shape[0] == 1:
         del works["plan"]

@@ -14,7 +14,7 @@ input, cosines and sines lie there all through; the results of a layer's heads u
 
     attention    queries, keys and values as projected; the queries, rotated; the results
     mlp          both halves of the gate beside their product, or that beside what comes out
-    experts      of each token's experts what is inside beside what comes out, or that beside the sums
+    experts      of each token's experts what is inside beside what comes out and the sums
     head         of R rows the logits in the model's number format, and nothing of the layers any more
 
 A step by way of the host (`runner`: penalties, grammars, log-probabilities and the like) has the layers of a
@@ -62,8 +62,8 @@ _QUANTIZING_BYTES = 24
 
 _TILE, _LANES, _LIST, _PROGRAMS = 4096, 1024, 4096, 1024
 """Of `quire_kernels.triton.sample`."""
-_LEAST_ROWS = 16
-"""Of a tile of `quire_kernels.triton.experts`."""
+LEAST_ROWS, AT_ONCE = 16, 1 << 27
+"""Of `quire_kernels.triton.experts`."""
 _TABLE_ROW = 4 + 4 + 4 + 4 + 4 + 8
 """Last token and how it is drawn, for each row of the request table."""
 _SAMPLER_BYTES = 72
@@ -169,11 +169,8 @@ def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     mlp = tokens * q * e + max(tokens * max(3 * inner, 2 * hidden) * e, up, down)
     rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
     if profile.experts is not None:
-        chosen, routed, plan = _routed(profile.experts, e, tokens)
-        pairs = tokens * profile.experts.num_experts_per_tok
-        both = pairs * (profile.experts.intermediate_size + hidden)
-        products = plan + max(both, (pairs + tokens) * hidden) * e
-        mlp = max(mlp if inner else 0, tokens * q * e + max(routed, chosen + products))
+        chosen, routed, products = _routed(profile, profile.experts, e, tokens)
+        mlp = max(mlp if inner else 0, tokens * q * e + max(routed, chosen + tokens * hidden * e + products))
     layer = through + max(attention, output, mlp, rotary)
     states = rows * 3 * hidden * e
     return max(layer, states + rows * profile.vocab_size * e + _multiplying(quantization, e, rows, hidden))
@@ -196,9 +193,7 @@ def _each(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     products = sum(_multiplying(quantization, e, tokens, inputs) for inputs in (hidden, q, inner))
     products += _multiplying(quantization, e, rows, hidden)
     if profile.experts is not None:
-        pairs = tokens * profile.experts.num_experts_per_tok
-        products += pairs * (profile.experts.intermediate_size + hidden) * e
-        products += sum(_routed(profile.experts, e, tokens))
+        products += sum(_routed(profile, profile.experts, e, tokens))
     return tokens * numbers * e + rotary + last + _split_parts(profile) + rows * profile.vocab_size * e + products
 
 
@@ -207,10 +202,12 @@ def _dense_size(profile: ModelProfile) -> int:
     return 0 if profile.experts is not None and all(profile.experts.layers) else profile.intermediate_size
 
 
-def _routed(experts: ExpertsProfile, e: int, tokens: int) -> tuple[int, int, int]:
-    """Of a layer of experts: choices and shares; logits, and these; the plan of who goes where."""
-    pairs = tokens * experts.num_experts_per_tok
-    chosen = pairs * (8 + 4)
+def _routed(profile: ModelProfile, experts: ExpertsProfile, e: int, tokens: int) -> tuple[int, int, int]:
+    """Of a layer of experts: choices and shares; logits, and these; who goes where, and the products of as many
+    tokens as are there at once."""
+    inner, count = experts.intermediate_size + profile.hidden_size, experts.num_experts_per_tok
+    chosen = tokens * count * (8 + 4)
     logits = tokens * experts.num_experts * (e + (4 if e < 4 else 0))
-    tiles = pairs // _LEAST_ROWS + experts.num_experts
-    return chosen, chosen + logits, tiles * 12 + pairs * (4 + 4) + 5 * _ALLOCATION
+    pairs = min(tokens, max(1, AT_ONCE // (count * inner))) * count
+    tiles = pairs // LEAST_ROWS + experts.num_experts
+    return chosen, chosen + logits, tiles * 12 + pairs * (4 + 4) + pairs * inner * e + 5 * _ALLOCATION

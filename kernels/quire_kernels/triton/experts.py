@@ -43,6 +43,8 @@ _PAIRS = 4096
 """Of more than these, so many together."""
 _LINE_BYTES, _LINES = 128, 8
 """Of the cache, and how many of each output's weights are fetched ahead."""
+AT_ONCE = 1 << 27
+"""Numbers inside of experts and behind them that are there at once: if more, some tokens come after the others."""
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _NOWHERE = tl.constexpr(2**31 - 1)
@@ -396,16 +398,15 @@ def grouped(
     return out
 
 
-def join(parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan | None) -> Tensor:
-    """The sums [T, W] of each token's `parts` [T · k, W], which lie at their places, times its `shares` [T, k]."""
+def join(out: Tensor, parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan | None) -> None:
+    """Puts the sums of each token's `parts` [T · k, W], which lie at their places, times its `shares` [T, k], into
+    `out` [T, W]."""
     (tokens, chosen), width = choice.shape, parts.shape[1]
-    out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
     block = min(1024, triton.next_power_of_2(width))
     _join[(tokens, triton.cdiv(width, block))](
         out, parts, choice, shares, choice if plan is None else plan.places, width, PLANNED=plan is not None,
         CHOSEN=chosen, BLOCK_C=triton.next_power_of_2(chosen), BLOCK_W=block, num_warps=4, **dependent(),
     )  # fmt: skip
-    return out
 
 
 def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int) -> Tilings:
@@ -482,14 +483,21 @@ class TritonExperts:
 
     def cut(self, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> Tensor:
         """As a call, by tilings of one's own."""
-        experts, _, width = self.gate.shape
+        _, inner, width = self.gate.shape
         if x.dtype != self.gate.dtype or x.shape[1] != width or x.stride(1) != 1:
             raise KernelError(f"x is {x.dtype} {tuple(x.shape)}, the experts are of {self.gate.dtype} [{width}]")
-        plan = Plan.of(choice, experts, tilings.gated.rows) if x.shape[0] > 1 else None
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        step = max(1, AT_ONCE // (choice.shape[1] * (inner + width)))
+        for first in range(0, x.shape[0], step):
+            some = slice(first, first + step)
+            self._some(out[some], x[some], choice[some], shares[some], tilings)
+        return out
+
+    def _some(self, out: Tensor, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> None:
+        plan = Plan.of(choice, self.gate.shape[0], tilings.gated.rows) if x.shape[0] > 1 else None
         inner = grouped(x, self.gate, self.up, choice, plan, tilings.gated)
         parts = grouped(inner, self.down, None, choice, plan, tilings.down)
-        del inner  # beside what comes out there is no room for it (`quire_schemas.gpu_sizing`)
-        return join(parts, choice, shares, plan)
+        join(out, parts, choice, shares, plan)
 
     def parameters(self) -> Iterator[Tensor]:
         yield from (self.gate, self.up, self.down)

@@ -24,7 +24,7 @@ from quire_engine.runner import ModelRunner
 from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import load
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, sample
+from quire_kernels.triton import INTERPRETED, experts, sample
 from quire_kernels.triton.attention import num_splits
 from quire_schemas import gpu_sizing, sizing
 from quire_schemas.checkpoint import ModelProfile
@@ -236,6 +236,21 @@ def test_the_two_sides_agree_on_the_shapes_of_programs(seats: int) -> None:
     assert len(MIXED_TOKENS) * len({*MIXED_ITEMS, seats}) <= gpu_sizing.MIXED_SHAPES
     for tokens in range(1, 4096):
         assert mixed_sizes(tokens)[-1] == min(gpu_sizing._filled(tokens), gpu_sizing.CAPTURED_TOKENS)
+
+
+def test_the_two_sides_agree_on_experts() -> None:
+    assert gpu_sizing.AT_ONCE == experts.AT_ONCE
+    for every in (experts.GATED, experts.DOWN):
+        assert min(tiling.rows for tiling in every) == gpu_sizing.LEAST_ROWS
+
+
+@pytest.mark.parametrize("tokens", [1000, 2000])
+def test_experts_of_some_tokens_after_the_others_stay_below_the_plan(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for side in (experts, gpu_sizing):
+        monkeypatch.setattr(side, "AT_ONCE", 900 * 2 * (128 + 64))
+    test_a_step_stays_below_the_plan(EXPERTS, tokens, tmp_path)
 
 
 def test_the_two_sides_agree_on_the_room_of_splits() -> None:

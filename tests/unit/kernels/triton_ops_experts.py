@@ -105,6 +105,15 @@ def test_every_tile(rows: int, tall: bool, halves: bool) -> None:
     close(of.cut(x, choice, shares, experts.Tilings(tiling, tiling)), formula(x, choice, shares, of))
 
 
+def test_some_tokens_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, x = layer(3, 40, 24, torch.float32), random(7, 40)
+    choice, shares = sent(7, 3, 2)
+    whole = of(x, choice, shares)
+    monkeypatch.setattr(experts, "AT_ONCE", 3 * 2 * (24 + 40))  # three, three and one
+    found = of(x, choice, shares)
+    close(found, whole.double())
+
+
 @pytest.mark.parametrize("tokens", [1, 90])
 def test_nobody_reads_an_expert_that_nobody_chose(tokens: int) -> None:
     of, x = layer(5, 32, 16, torch.float32), random(tokens, 32)
