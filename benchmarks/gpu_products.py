@@ -60,31 +60,28 @@ KINDS = (
 
 def tilings(kind: Kind, rows: int) -> list[Tiling | Line]:
     """Those worth trying."""
-    if rows == 1 and kind.rounds:
+    columns = rows if kind.rounds else 2 * rows
+    if columns == 1:
         words = ((1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (8, 128), (8, 256))
-        lines = [Line(n, w, warps, stages) for n, w in words for warps in (2, 4) for stages in (1, 3)]
-        return [*lines, *_tensor_cores(kind, rows)]
-    return list(_tensor_cores(kind, rows))
+        return [Line(n, w, warps, stages) for n, w in words for warps in (2, 4) for stages in (1, 3)]
+    return list(_tensor_cores(kind, columns))
 
 
-def _tensor_cores(kind: Kind, rows: int) -> Iterator[Tiling]:
-    if rows <= 32:
-        block_m = 16 if rows <= 16 else 32
-        deep = (128,) if 0 < kind.group_size < 128 else (128, 256, 512) if kind.rounds else (128, 256)
-        for block_n, block_k, stages in product((32, 64, 128), deep, (3, 5, 8)):
-            bytes_ = block_n * block_k * (4 if kind.group_size else 8) // 8
-            x_bytes = block_m * block_k * (1 if kind.rounds else 2)
-            if stages * (bytes_ + x_bytes) <= 160 << 10:
+def _tensor_cores(kind: Kind, columns: int) -> Iterator[Tiling]:
+    if columns <= 32:
+        narrow = (8, 16) if columns <= 8 else (16,) if columns <= 16 else (32,)
+        for block_n, block_m, block_k, stages in product((32, 64, 128), narrow, (128, 256, 512), (3, 5, 8)):
+            size = block_n * block_k * (4 if kind.group_size else 8) // 8 + block_m * block_k
+            if stages * size <= 160 << 10:
                 for splits in (1, 2, 4, 8):
                     yield Tiling(block_n, block_m, block_k, splits, 4, stages)
         return
-    wide = (128, 256) if kind.rounds and rows > 128 else (64, 128) if rows > 64 else (64,)
-    for block_n, block_m, block_k, warps, stages in product((64, 128, 256), wide, (64, 128), (4, 8), (3, 4)):
-        if block_k < kind.group_size:
-            continue
-        size = block_n * block_k + block_m * block_k * (1 if kind.rounds else 2)
+    wide = (128, 256) if columns > 128 else (64, 128) if columns > 64 else (64,)
+    deep = (256,) if kind.group_size else (64,)
+    for block_n, block_m, block_k, warps, stages in product((64, 128, 256), wide, (128, *deep), (4, 8), (3, 4)):
+        size = block_n * block_k // (2 if kind.group_size else 1) + block_m * block_k
         if block_n * block_m <= 128 * warps * 32 and stages * size <= 220 << 10 and block_n * 4 >= 64 * warps // 2:
-            for splits in (1, 2, 4) if rows < 1024 else (1,):
+            for splits in (1, 2, 4) if columns < 1024 else (1,):
                 yield Tiling(block_n, block_m, block_k, splits, warps, stages)
 
 
@@ -128,11 +125,15 @@ def _compile_all(tasks: Sequence[tuple[Kind, tuple[int, int], int, Tiling | Line
 
 def _choice(kind: Kind, shape: tuple[int, int], rows: int) -> Tiling | Line | None:
     """What a product chooses for itself; None: to unpack the weight."""
-    if rows == 1 and kind.rounds:
-        return quantized.line_for(*shape)
-    if not kind.rounds and rows >= quantized.MANY_ROWS:
+    mine = _product(_weight(kind, shape, "meta"), kind)
+    if mine.unpacks(rows):
         return None
-    return quantized.tiling_for(rows, _weight(kind, shape, "meta"), kind.rounds, Chip.current().multiprocessors)
+    columns = rows if kind.rounds else 2 * rows
+    return (
+        quantized.line_for(*shape)
+        if columns == 1
+        else quantized.tiling_for(columns, mine.weight, mine.multiprocessors)
+    )
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,7 +144,8 @@ def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed:
     size = kind.group_size
     made = partial(torch.empty, device=device)
     if size:
-        values = made((width // size, outputs, size // 2), dtype=torch.uint8)
+        half = quantized.half_unit(size, width)
+        values = made((width // (2 * half), outputs, half), dtype=torch.uint8)
         scales = made((width // size, outputs), dtype=BF16)
     else:
         values, scales = made((outputs, width), dtype=torch.int8), made(outputs)
@@ -161,18 +163,17 @@ def _product(weight: Packed, kind: Kind) -> TritonQuantizedProduct:
 def _launch(mine: TritonQuantizedProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
     if tiling is None:
         return mine(x)
-    codes, scales = quantized.round_rows(x) if mine.rounds else (x, None)
+    codes, scales = quantized.round_rows(x, 1 if mine.rounds else 2)
     if isinstance(tiling, Line):
-        assert scales is not None
         return quantized.multiply_row(codes, scales, mine.weight, None, BF16, tiling)
     return quantized.multiply(codes, scales, mine.weight, None, BF16, tiling, mine.room)
 
 
-def _fills(tiling: Tiling | Line, rows: int, outputs: int) -> bool:
+def _fills(tiling: Tiling | Line, columns: int, outputs: int) -> bool:
     """Whether a tiling gives a chip of some 132 multiprocessors about enough to do: what splits are for."""
     if isinstance(tiling, Line):
         return True
-    tiles = -(-rows // tiling.block_m) * -(-outputs // tiling.block_n)
+    tiles = -(-columns // tiling.block_m) * -(-outputs // tiling.block_n)
     return tiles >= 64 if tiling.splits == 1 else 100 <= tiles * tiling.splits <= 800
 
 
@@ -206,7 +207,11 @@ def product_rows(
             for rows in counts:
                 x = torch.randn(rows, shape[1], dtype=BF16, device="cuda")
                 found: list[tuple[float, Tiling | Line | None]] = []
-                worth = [tiling for tiling in tried[kind, rows] if _fills(tiling, rows, shape[0])]
+                worth = [
+                    tiling
+                    for tiling in tried[kind, rows]
+                    if _fills(tiling, rows if kind.rounds else 2 * rows, shape[0])
+                ]
                 for tiling in [None, *worth]:
                     turns = cycle(products)
                     try:

@@ -23,8 +23,8 @@ launched one, and then of R rows the logits in float32, with all that the torch 
 `graphs` counts each kind of tensor once at its full size, as if nothing could take its place: memory that is
 captured is given out anew to the next shape, but in pieces that need not suit.
 
-A product with a quantized weight has, besides its input and what comes out (`triton.quantized`): the codes of a
-rounded input; some outputs of the weight unpacked for cuBLAS; partial sums, if it is cut into splits.
+A product with a quantized weight has, besides its input and what comes out (`triton.quantized`): the codes of its
+input, and partial sums, if it is cut into splits; or some outputs of the weight unpacked for cuBLAS.
 
 Legend: T tokens of a step, R rows that get logits, S seats (the most sequences), X groups of layers, V vocabulary,
 e bytes of a number.
@@ -55,7 +55,7 @@ SPLIT_PAIRS = 768
 """Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 4 for
 each multiprocessor (`quire_kernels.triton.attention.num_splits`), of which no GPU yet has more than 192."""
 
-SCRATCH_BYTES, ROOM_BYTES, MANY_ROWS, MOST_TILES = 32 * MIB, 16 * MIB, 256, 4096
+SCRATCH_BYTES, ROOM_BYTES, MANY_ROWS, MOST_TILES = 32 * MIB, 16 * MIB, 1024, 4096
 """Of `quire_kernels.triton.quantized`."""
 _QUANTIZING_BYTES = 24
 """Of each number that is quantized: as the file has it, and some copies in float32."""
@@ -150,11 +150,12 @@ def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: i
     """What a product of `rows` rows holds besides them and its result."""
     if quantization is None:
         return 0
-    # at most twice the multiprocessors are given a tile, of 128 outputs and up to 256 rows
-    sums = min(ROOM_BYTES, 384 * 128 * min(max(rows * 2, 16), 256) * 4)
+    # a tile is given to at most twice the multiprocessors, and has 128 outputs and up to 128 rows of codes
+    sums = min(ROOM_BYTES, 384 * 128 * min(max(4 * rows, 16), 128) * 4)
     if quantization.activations == "int8":
         return rows * (inputs + 4) + sums
-    return max(sums, max(SCRATCH_BYTES, 256 * inputs * e) if rows >= MANY_ROWS else 0)
+    # two planes of codes, or many rows
+    return max(min(rows, MANY_ROWS) * (2 * inputs + 4) + sums, max(SCRATCH_BYTES, 256 * inputs * e))
 
 
 def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:

@@ -1,27 +1,30 @@
-"""Matrix products with weights in 8 and 4 bits.
+"""Matrix products with weights in 8 and 4 bits, all of them by products of whole numbers.
 
-    int8, input rounded    out[m, n] = (Σ_k a[m, k] · w[n, k]) · s[m] · scales[n] + bias[n]      sums in int32
-    int8, input as it is   out[m, n] = (Σ_k x[m, k] · w[n, k]) · scales[n] + bias[n]             sums in float32
-    int4                   out[m, n] = Σ_k x[m, k] · v[n, k] + bias[n],  v = code · scale, in the dtype of x
+    out[m, n] = (Σ_k a[m, k] · w[n, k]) · s[m] · scales[n] + bias[n]                            8 bits
+    out[m, n] = (Σ_groups (Σ_k in group a[m, k] · code[n, k]) · scales[n, group]) · s[m] + bias[n]     4 bits
 
-`_round_rows` gives the codes a and the scale s of each row of x. With one row of them, `_one_row` multiplies four
-pairs of bytes an instruction; all others go to the tensor cores in `_product`, with a tile of the weight as the
-wide side: it is unpacked on its way into them, from registers, so the narrow side is as narrow as the input has
-rows. A weight with few outputs has too few tiles for the chip. Then its inputs are cut into splits; partial sums
-wait in `Room`, and whoever comes last to a tile adds them up, always in the same order.
+`_round_rows` gives the codes a and the scale s of each row of x. Activations that are rounded have one plane of
+codes. Those that are not have two, of which the second has what the first leaves, 254 times as fine: together
+a row's numbers to 1/64,516 of its largest. What that loses is less than the rounding of the result in bfloat16,
+with any row; numbers of other formats are not cut so. A product by halves is two products of bytes, and bytes of
+a weight go into the tensor cores as they are: unpacking 4 bits to bfloat16 would take longer than reading them.
+
+With one row of codes `_one_row` multiplies four pairs of bytes an instruction; all others go to the tensor cores in
+`_product`, a tile of the weight being the wide side and as many rows the narrow one as there are. A weight with few
+outputs has too few tiles for the chip. Then its inputs may be cut into splits; partial sums wait for each other, and
+whoever comes last to a tile adds them up, always in the same order.
 
 Many rows of an input that is not rounded are work for cuBLAS: `unpack` writes some outputs at a time in the dtype
-of x, so few that they are still in the L2 cache when they are read. What is multiplied is the same number for
-number: v above, or w · scale.
+of x, so few that they are still in the L2 cache when they are read.
 
 A weight is written by no kernel, so its first bytes are on their way to the L2 cache before the kernel waits for
 the one before it.
 
-4 bits lie group by group: [groups, N, g / 2], where byte j of an output has code + 8 of input j of the group in
-its low half, and of input g / 2 + j in its high half. A tile of a group is one dense run of bytes, and both halves
-meet inputs that follow each other.
+4 bits lie in units of 2 · h inputs, [units, N, h] bytes: byte j of an output has the code of input j of the unit in
+its low half and of input h + j in its high half, both in two's complement. A tile of a unit is one dense run of
+bytes; a shift and a mask make sixteen times the codes of it. Every half of a unit has one scale.
 
-Legend: M rows of x, N outputs, K inputs, g inputs of a group, L splits.
+Legend: M rows of x, N outputs, K inputs, g inputs of a group, P planes.
 """
 
 from __future__ import annotations
@@ -46,11 +49,13 @@ ROOM_BYTES = 16 << 20
 """Of partial sums, at most."""
 MOST_TILES = 4096
 """That can be cut into splits: more than fill any chip are not."""
-MANY_ROWS = 256
-"""From so many rows on cuBLAS multiplies what is unpacked."""
+MANY_ROWS = {0: 1024, 32: 128, 64: 128, 128: 256}
+"""From so many rows on cuBLAS multiplies what is unpacked, by size of a group: the end of each costs time."""
 
 _PIECE = 1 << 22
 """Numbers of a weight in 4 bits that are put in order at a time."""
+_LEAST_HALF = 32
+"""Bytes that the tensor cores take at a time."""
 _INTERPRETED: bool = knobs.runtime.interpret
 
 
@@ -102,50 +107,22 @@ def _dot4(w, x, acc, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _numbers(pairs, scale, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """Of bytes [N, g / 2] with two codes + 8 each, and of `scale` [N, 1]: code · scale of the low and of the high
-    halves, rounded once."""
+def _halves(pairs, NATIVE: tl.constexpr):
+    """Of bytes with two codes each: sixteen times the low ones and the high ones, int8."""
     if NATIVE:
-        # 128 + a whole number below 128 is a bfloat16 whose last bits are that number
+        # four bytes at once, which the compiler would take one by one
         low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, c, d, one, less, zero;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 less, 0xC308C308;
-            mov.b32 zero, 0x80008000;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.b32 c, a, 4;
-            shr.b32 d, b, 4;
-            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 a, a, one, less;
-            fma.rn.bf16x2 b, b, one, less;
-            fma.rn.bf16x2 c, c, one, less;
-            fma.rn.bf16x2 d, d, one, less;
-            fma.rn.bf16x2 a, a, $5, zero;
-            fma.rn.bf16x2 b, b, $6, zero;
-            fma.rn.bf16x2 c, c, $5, zero;
-            fma.rn.bf16x2 d, d, $6, zero;
-            mov.b32 $0, a;
-            mov.b32 $1, b;
-            mov.b32 $2, c;
-            mov.b32 $3, d;
-            }
-            """,
-            "=r,=r,=r,=r,r,r,r",
-            [pairs, scale],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            "{ .reg .b32 up; shl.b32 up, $2, 4; and.b32 up, up, 0xF0F0F0F0; "
+            "and.b32 $1, $2, 0xF0F0F0F0; mov.b32 $0, up; }",
+            "=&r,=&r,r",
+            [pairs],
+            dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,
         )
         return low, high
-    wide = scale.to(tl.float32)
-    low = (((pairs & 15).to(tl.float32) - 8.0) * wide).to(dtype)
-    high = (((pairs >> 4).to(tl.float32) - 8.0) * wide).to(dtype)
+    low = (pairs << 4).to(tl.uint8).to(tl.int8, bitcast=True)
+    high = (pairs & 0xF0).to(tl.uint8).to(tl.int8, bitcast=True)
     return low, high
 
 
@@ -171,7 +148,15 @@ def _sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N: tl.constexpr, BL
 
 @triton.jit
 def _round_rows(
-    codes, scales, x, width, stride, BLOCK: tl.constexpr, NATIVE: tl.constexpr, DEPENDENT: tl.constexpr
+    codes,
+    scales,
+    x,
+    width,
+    stride,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row, ks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = ks < width
@@ -185,7 +170,11 @@ def _round_rows(
     inverse = tl.where(usable, tl.div_rn(127.0, tl.where(usable, most, 1.0)), 0.0)
     scaled = tl.where(usable, tl.where(finite, number, 0.0) * inverse, 0.0)
     code = tl.minimum(tl.maximum(_nearest(scaled, NATIVE), -127), 127)
-    tl.store(codes + row * width + ks, code.to(tl.int8), mask=inside)
+    here = codes + row * PLANES * width + ks
+    tl.store(here, code.to(tl.int8), mask=inside)
+    if PLANES == 2:
+        left = _nearest((scaled - code.to(tl.float32)) * 254.0, NATIVE)
+        tl.store(here + width, tl.minimum(tl.maximum(left, -127), 127).to(tl.int8), mask=inside)
     scale = tl.where(usable, tl.div_rn(most, 127.0), tl.where(broken, float("nan"), 0.0))
     tl.store(scales + row, scale)
 
@@ -232,20 +221,20 @@ def _one_row(
 @triton.jit
 def _product(
     out,
-    x,
+    codes,
     x_scales,
     weight,
     scales,
     bias,
     parts,
     arrivals,
-    tokens,
+    rows,
     outputs,
     width,
-    x_stride,
     splits,
     GROUP: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    HALF: tl.constexpr,
+    PLANES: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -256,81 +245,92 @@ def _product(
     NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """`GROUP` 0: 8 bits. `SPLIT`: there are several splits. `EVEN`: the width is a multiple of `BLOCK_K`. `AHEAD`:
-    tiles that are asked for before the wait."""
+    """`GROUP` 0: 8 bits. `HALF`: inputs of half a unit. `BLOCK_M` rows of codes. `SPLIT`: there are several splits.
+    `EVEN`: the width is a multiple of `BLOCK_K`. `AHEAD`: tiles that are asked for before the wait."""
     tile = tl.program_id(0)
     # tiles of the same few outputs run side by side, for at most 16 tiles of rows: both sides come from L2
-    down, across = tl.cdiv(tokens, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
+    down, across = tl.cdiv(rows * PLANES, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     band = tile // (16 * across) * 16
     high = tl.minimum(down - band, 16)
     within = tile - band * across
     first, top = within // high * BLOCK_N, (band + within % high) * BLOCK_M
-    rows, columns, ks = tl.arange(0, BLOCK_N), top + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    inside, real = first + rows < outputs, columns < tokens
+    ns, columns, ks = tl.arange(0, BLOCK_N), top + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    inside, real = first + ns < outputs, columns < rows * PLANES
     each = tl.cdiv(tl.cdiv(width, BLOCK_K), splits) * BLOCK_K
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, width)
-    numbers = x + (columns.to(tl.int64) * x_stride)[None, :]
+    numbers = codes + (columns.to(tl.int64) * width)[None, :]
     if GROUP == 0:
-        here = weight + first.to(tl.int64) * width + (rows * width)[:, None]
+        here = weight + first.to(tl.int64) * width + (ns * width)[:, None]
         if DEPENDENT and AHEAD > 0:
             lines = begin + tl.arange(0, (AHEAD * BLOCK_K + 127) // 128) * 128
             fetch(here + tl.minimum(lines, width - 1)[None, :])
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     else:
-        tl.static_assert(BLOCK_K % GROUP == 0)
-        HALF: tl.constexpr = GROUP // 2
+        tl.static_assert(BLOCK_K % (2 * HALF) == 0)
         pairs = tl.arange(0, HALF)
-        here = weight + first.to(tl.int64) * HALF + (rows * HALF)[:, None] + pairs[None, :]
-        beside = scales + first + rows
-        group_bytes = tl.cast(outputs, tl.int64) * HALF
+        here = weight + first.to(tl.int64) * HALF + (ns * HALF)[:, None] + pairs[None, :]
+        beside = scales + first + ns
+        unit_bytes = tl.cast(outputs, tl.int64) * HALF
         if DEPENDENT and AHEAD > 0:
-            groups = begin // GROUP + tl.arange(0, AHEAD * BLOCK_K // GROUP)
-            groups = tl.minimum(groups, width // GROUP - 1).to(tl.int64)
+            units = begin // (2 * HALF) + tl.arange(0, AHEAD * BLOCK_K // (2 * HALF))
+            units = tl.minimum(units, width // (2 * HALF) - 1).to(tl.int64)
             lines = first * HALF + tl.arange(0, (BLOCK_N * HALF + 127) // 128) * 128
-            there = tl.minimum(lines, outputs * HALF - 1)
-            fetch(weight + (groups * group_bytes)[:, None] + there[None, :])
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if ROUNDED else tl.float32)
+            fetch(weight + (units * unit_bytes)[:, None] + tl.minimum(lines, outputs * HALF - 1)[None, :])
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     wait(DEPENDENT)
     for k in tl.range(begin, end, BLOCK_K):
         if GROUP == 0:
             if EVEN:
                 w = tl.load(here + (k + ks)[None, :], mask=inside[:, None], other=0)
-                number = tl.load(numbers + (k + ks)[:, None], mask=real[None, :], other=0)
+                code = tl.load(numbers + (k + ks)[:, None], mask=real[None, :], other=0)
             else:
                 there = k + ks < end
                 w = tl.load(here + (k + ks)[None, :], mask=inside[:, None] & there[None, :], other=0)
-                number = tl.load(numbers + (k + ks)[:, None], mask=there[:, None] & real[None, :], other=0)
-            if ROUNDED:
-                acc = tl.dot(w, number, acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(w.to(number.dtype), number, acc, input_precision="ieee")
+                code = tl.load(numbers + (k + ks)[:, None], mask=there[:, None] & real[None, :], other=0)
+            acc = tl.dot(w, code, acc, out_dtype=tl.int32)
         else:
-            for part in tl.static_range(BLOCK_K // GROUP):
-                start = k + part * GROUP
-                group = tl.cast(start // GROUP, tl.int64)
+            for part in tl.static_range(BLOCK_K // (2 * HALF)):
+                start = k + part * (2 * HALF)
                 mine, found = inside, real
                 if not EVEN:
-                    mine, found = inside & (start + 0 * rows < end), real & (start + 0 * columns < end)
-                w = tl.load(here + group * group_bytes, mask=mine[:, None], other=0)
-                scale = tl.load(beside + group * outputs, mask=mine, other=0.0)
-                front = tl.load(numbers + (start + pairs)[:, None], mask=found[None, :], other=0.0)
-                back = tl.load(numbers + (start + HALF + pairs)[:, None], mask=found[None, :], other=0.0)
-                low, upper = _numbers(w, scale[:, None], front.dtype, NATIVE)
-                acc = tl.dot(low, front, acc, input_precision="ieee")
-                acc = tl.dot(upper, back, acc, input_precision="ieee")
+                    mine, found = inside & (start + 0 * ns < end), real & (start + 0 * columns < end)
+                unit = tl.cast(start // (2 * HALF), tl.int64)
+                group = tl.cast(start // GROUP, tl.int64)
+                w = tl.load(here + unit * unit_bytes, mask=mine[:, None], other=0)
+                scale = tl.load(beside + group * outputs, mask=mine, other=0.0).to(tl.float32)
+                front = tl.load(numbers + (start + pairs)[:, None], mask=found[None, :], other=0)
+                back = tl.load(numbers + (start + HALF + pairs)[:, None], mask=found[None, :], other=0)
+                low, upper = _halves(w, NATIVE)
+                sums = tl.dot(low, front, out_dtype=tl.int32)
+                if GROUP == HALF:
+                    acc += sums.to(tl.float32) * scale[:, None]
+                    following = tl.load(beside + (group + 1) * outputs, mask=mine, other=0.0).to(tl.float32)
+                    sums = tl.dot(upper, back, out_dtype=tl.int32)
+                    acc += sums.to(tl.float32) * following[:, None]
+                else:
+                    sums = tl.dot(upper, back, sums, out_dtype=tl.int32)
+                    acc += sums.to(tl.float32) * scale[:, None]
     done = True
     if SPLIT:
         acc, done = _sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N, BLOCK_M)
     if done:
         result = acc.to(tl.float32)
-        if ROUNDED:
-            result = result * tl.load(x_scales + columns, mask=real, other=0.0)[None, :]
+        if GROUP > 0:
+            result *= 0.0625  # codes went in sixteen times as large
+        BLOCK_R: tl.constexpr = BLOCK_M // PLANES
+        if PLANES == 2:
+            coarse, fine = tl.split(tl.reshape(result, (BLOCK_N, BLOCK_R, 2)))
+            result = coarse + fine * (1.0 / 254.0)
+        which = top // PLANES + tl.arange(0, BLOCK_R)
+        wanted = which < rows
+        result = result * tl.load(x_scales + which, mask=wanted, other=0.0)[None, :]
         if GROUP == 0:
-            result = result * tl.load(scales + first + rows, mask=inside, other=0.0)[:, None]
+            result = result * tl.load(scales + first + ns, mask=inside, other=0.0)[:, None]
         if BIAS:
-            result += tl.load(bias + first + rows, mask=inside, other=0.0)[:, None]
-        places = out + (columns.to(tl.int64) * outputs)[None, :] + (first + rows)[:, None]
-        tl.store(places, result.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+            result += tl.load(bias + first + ns, mask=inside, other=0.0)[:, None]
+        places = out + (which.to(tl.int64) * outputs)[None, :] + (first + ns)[:, None]
+        tl.store(places, result.to(out.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
 
 
 @triton.jit
@@ -344,9 +344,11 @@ def _unpack(
     outputs,
     width,
     GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BY_ID: tl.constexpr,
+    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """What `rows` outputs, those of `ids` or from `first` on, stand for, in the dtype of `out`. A program has some
@@ -365,14 +367,18 @@ def _unpack(
         scale = tl.load(scales + which, mask=inside, other=0.0)
         tl.store(place + ks[None, :], (code * scale[:, None]).to(out.dtype.element_ty), mask=there)
     else:
-        HALF: tl.constexpr = GROUP // 2
-        group = tl.program_id(1).to(tl.int64)
-        both = tl.arange(0, HALF)[None, :]
-        pairs = tl.load(weight + (group * outputs + which)[:, None] * HALF + both, mask=inside[:, None], other=0)
-        scale = tl.load(scales + group * outputs + which, mask=inside, other=0.0)[:, None]
-        low, high = _numbers(pairs, scale, out.dtype.element_ty, False)
-        tl.store(place + group * GROUP + both, low, mask=inside[:, None])
-        tl.store(place + group * GROUP + HALF + both, high, mask=inside[:, None])
+        unit, both = tl.program_id(1).to(tl.int64), tl.arange(0, HALF)[None, :]
+        pairs = tl.load(weight + (unit * outputs + which)[:, None] * HALF + both, mask=inside[:, None], other=0)
+        group = unit * (2 * HALF) // GROUP
+        scale = tl.load(scales + group * outputs + which, mask=inside, other=0.0).to(tl.float32)
+        here = place + unit * (2 * HALF) + both
+        low, upper = _halves(pairs, NATIVE)
+        low = low.to(tl.float32) * (scale * 0.0625)[:, None]
+        tl.store(here, low.to(out.dtype.element_ty), mask=inside[:, None])
+        if GROUP == HALF:
+            scale = tl.load(scales + (group + 1) * outputs + which, mask=inside, other=0.0).to(tl.float32)
+        upper = upper.to(tl.float32) * (scale * 0.0625)[:, None]
+        tl.store(here + HALF, upper.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -383,7 +389,7 @@ class Packed:
     """A weight in the order that kernels read it in."""
 
     values: Tensor
-    """[N, K] int8; of 4 bits [K / g, N, g / 2] uint8."""
+    """[N, K] int8; of 4 bits [K / (2 · h), N, h] uint8."""
     scales: Tensor
     """[N] float32; of 4 bits [K / g, N] bfloat16."""
     group_size: int
@@ -397,16 +403,26 @@ class Packed:
         outputs, width = weight.shape
         if isinstance(weight, Int8Weight):
             return cls(weight.values.contiguous(), weight.scales.contiguous(), 0, outputs, width)
-        size = weight.group_size
-        groups = width // size
-        values = torch.empty((groups, outputs, size // 2), dtype=torch.uint8, device=weight.values.device)
+        half = half_unit(weight.group_size, width)
+        units = width // (2 * half)
+        values = torch.empty((units, outputs, half), dtype=torch.uint8, device=weight.values.device)
         step = max(1, _PIECE // width)
         for start in range(0, outputs, step):
-            # pairs of neighbours become pairs of both halves of a group
-            rows = weight.values[start : start + step].reshape(-1, groups, size // 4, 2)
-            codes = torch.stack((rows & 15, rows >> 4), -1).view(-1, groups, 2, size // 2)
+            # pairs of neighbours become pairs of both halves of a unit
+            rows = weight.values[start : start + step]
+            codes = torch.stack((rows & 15, rows >> 4), -1).view(-1, units, 2, half) ^ 8
             values[:, start : start + step] = (codes[:, :, 0] | codes[:, :, 1] << 4).transpose(0, 1)
-        return cls(values, weight.scales.T.contiguous(), size, outputs, width)
+        return cls(values, weight.scales.T.contiguous(), weight.group_size, outputs, width)
+
+    @property
+    def half(self) -> int:
+        """h; in 8 bits of no meaning."""
+        return half_unit(self.group_size, self.width) if self.group_size else 1
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the tensor cores take half a unit."""
+        return not self.group_size or self.half >= _LEAST_HALF
 
 
 class Room:
@@ -417,14 +433,22 @@ class Room:
         """How many splits of a tile are there; 0 between products."""
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` [M, K], each row dense, as [M, K] int8 and scales [M] float32: `reference.bytes.quantize_rows`."""
+def half_unit(group_size: int, width: int) -> int:
+    """Inputs of half a unit: half a group, or a whole small one if there is an even number of them."""
+    return 32 if group_size == 32 and width % 64 == 0 else group_size // 2
+
+
+def round_rows(x: Tensor, planes: int = 1) -> tuple[Tensor, Tensor]:
+    """`x` [M, K], each row dense, as [M · planes, K] int8 and scales [M] float32.
+
+    The first plane of each row is as of `reference.bytes.quantize_rows`.
+    """
     rows, width = x.shape
-    codes = torch.empty((rows, width), dtype=torch.int8, device=x.device)
+    codes = torch.empty((rows * planes, width), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     _round_rows[(rows,)](
-        codes, scales, x, width, x.stride(0), BLOCK=block, NATIVE=not _INTERPRETED,
+        codes, scales, x, width, x.stride(0), PLANES=planes, BLOCK=block, NATIVE=not _INTERPRETED,
         num_warps=min(16, max(1, block // 256)), **dependent(),
     )  # fmt: skip
     return codes, scales
@@ -445,32 +469,29 @@ def multiply_row(
 
 
 def multiply(
-    x: Tensor,
-    x_scales: Tensor | None,
+    codes: Tensor,
+    x_scales: Tensor,
     weight: Packed,
     bias: Tensor | None,
     dtype: torch.dtype,
     tiling: Tiling,
     room: Room,
 ) -> Tensor:
-    """The product of rows `x` [M, K], each dense, in `dtype`: codes if they have scales [M], else numbers of that
-    dtype. [M, N]."""
-    (rows, _), splits = x.shape, tiling.splits
-    out = torch.empty((rows, weight.outputs), dtype=dtype, device=x.device)
-    tiles = triton.cdiv(rows, tiling.block_m) * triton.cdiv(weight.outputs, tiling.block_n)
+    """The product of rows that `round_rows` gave, M of them, with a weight that `multiplies`. [M, N] in `dtype`."""
+    rows, splits = x_scales.shape[0], tiling.splits
+    out = torch.empty((rows, weight.outputs), dtype=dtype, device=codes.device)
+    tiles = triton.cdiv(codes.shape[0], tiling.block_m) * triton.cdiv(weight.outputs, tiling.block_n)
     parts = out
     if splits > 1:
-        sums = torch.float32 if x_scales is None else torch.int32
+        sums = torch.float32 if weight.group_size else torch.int32
         size = tiles * splits * tiling.block_n * tiling.block_m
-        parts = torch.empty(size, dtype=sums, device=x.device)
+        parts = torch.empty(size, dtype=sums, device=codes.device)
     _product[(tiles, splits)](
-        out, x, weight.scales if x_scales is None else x_scales, weight.values, weight.scales,
-        weight.scales if bias is None else bias, parts, room.arrivals, rows, weight.outputs, weight.width,
-        x.stride(0), splits, GROUP=weight.group_size, ROUNDED=x_scales is not None, BIAS=bias is not None,
-        BLOCK_N=tiling.block_n, BLOCK_M=tiling.block_m, BLOCK_K=tiling.block_k, SPLIT=splits > 1,
-        EVEN=weight.width % tiling.block_k == 0, AHEAD=2,
-        NATIVE=not _INTERPRETED and (weight.group_size == 0 or dtype == torch.bfloat16),
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
+        out, codes, x_scales, weight.values, weight.scales, weight.scales if bias is None else bias, parts,
+        room.arrivals, rows, weight.outputs, weight.width, splits, GROUP=weight.group_size, HALF=weight.half,
+        PLANES=codes.shape[0] // rows, BIAS=bias is not None, BLOCK_N=tiling.block_n, BLOCK_M=tiling.block_m,
+        BLOCK_K=tiling.block_k, SPLIT=splits > 1, EVEN=weight.width % tiling.block_k == 0, AHEAD=2,
+        NATIVE=not _INTERPRETED, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
 
@@ -478,48 +499,50 @@ def multiply(
 def unpack(weight: Packed, out: Tensor, first: int, ids: Tensor | None = None) -> Tensor:
     """Fills `out` [n, K] with the numbers of the outputs `ids` [n] int64, or of those from `first` on."""
     rows, size = out.shape[0], weight.group_size
-    block_n, block_k = (4, 1024) if size == 0 else (64, size)
+    block_n, block_k = (64, 2 * weight.half) if size else (4, 1024)
     grid = (triton.cdiv(rows, block_n), triton.cdiv(weight.width, block_k))
     _unpack[grid](
         out, weight.values, weight.scales, weight.scales if ids is None else ids, first, rows, weight.outputs,
-        weight.width, GROUP=size, BLOCK_N=block_n, BLOCK_K=block_k, BY_ID=ids is not None, num_warps=4,
-        **dependent(),
+        weight.width, GROUP=size, HALF=weight.half, BLOCK_N=block_n, BLOCK_K=block_k, BY_ID=ids is not None,
+        NATIVE=not _INTERPRETED, num_warps=4, **dependent(),
     )  # fmt: skip
     return out
 
 
 def line_for(outputs: int, width: int) -> Line:
-    """How `_one_row` is cut."""
+    """How `_one_row` is cut, by what was fastest on an H200."""
     if width >= 8192:
-        return Line(4, 512, 4, 1)
-    return Line(2, 512, 4, 1) if outputs < 8192 else Line(4, 512, 4, 1)
+        return Line(4, 512, 2, 3)
+    if outputs >= 16384:
+        return Line(2, 512, 4, 1)
+    return Line(8, 256, 4, 3) if outputs > 5120 else Line(4, 512, 2, 1)
 
 
-def tiling_for(rows: int, weight: Packed, rounded: bool, multiprocessors: int) -> Tiling:
-    """How `_product` is cut: as narrow as there are rows, and with as many splits as give every multiprocessor
-    something to do."""
-    block_m = min(max(triton.next_power_of_2(rows), 16), 256 if rounded else 128)
-    if rows > 128:
-        block_n, block_k, num_warps, num_stages = 128, 128, 8, 4
-        if weight.group_size:
-            num_stages = 3
-    elif rows > 32:
-        block_n, block_k, num_warps, num_stages = 128 if rows > 64 else 64, 128, 4, 4
+def tiling_for(columns: int, weight: Packed, multiprocessors: int) -> Tiling:
+    """How `_product` is cut for so many rows of codes, by what was fastest on an H200: as narrow as there are rows;
+    where tiles are fewer than multiprocessors narrower still, and long inputs in splits."""
+    outputs, long = weight.outputs, weight.width >= 8192
+
+    def tiles(block_n: int, block_m: int) -> int:
+        return triton.cdiv(columns, block_m) * triton.cdiv(outputs, block_n)
+
+    if columns <= 32:
+        # of 4 bits each group's sums are scaled: a tile that is half empty costs more than one that is slower
+        block_m = 8 if columns <= 8 and weight.group_size else 16 if columns <= 16 else 32
+        splits = 2 if long and tiles(64, block_m) < multiprocessors else 1
+        found = Tiling(64, block_m, 256, splits, 4, 5)
+    elif columns <= 64:
+        splits = 2 if tiles(64, 64) < multiprocessors else 1
+        found = Tiling(64, 64, 128, splits * 2 if splits > 1 and long else splits, 4, 4)
+    elif tiles(128, 128) >= multiprocessors:
+        found = Tiling(128, 128, 128, 1, 8, 3)
+    elif columns <= 128:
+        found = Tiling(128, 64, 128, 4, 4, 4) if long else Tiling(64, 64, 128, 2, 4, 4)
     else:
-        block_n, block_k, num_warps, num_stages = 64, 256, 4, 4
-    if weight.group_size:
-        block_k = 128
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(weight.outputs, block_n)
-    steps = triton.cdiv(weight.width, block_k)
-    splits = 1
-    while (
-        tiles * splits < multiprocessors
-        and 2 * splits <= 8
-        and steps >= 8 * splits
-        and tiles * 2 * splits * block_n * block_m * 4 <= ROOM_BYTES
-    ):
-        splits *= 2
-    return Tiling(block_n, block_m, block_k, splits, num_warps, num_stages)
+        splits = 2 if long and tiles(64, 128) < multiprocessors else 1
+        found = Tiling(64, 128, 128, splits, 4 if long else 8, 4)
+    most = ROOM_BYTES // (tiles(found.block_n, found.block_m) * found.block_n * found.block_m * 4)
+    return found._replace(splits=max(1, min(found.splits, most, triton.cdiv(weight.width, found.block_k))))
 
 
 @dataclass(slots=True, frozen=True)
@@ -558,17 +581,21 @@ class TritonQuantizedProduct:
         rows, weight = x.shape[0], self.weight
         if rows == 0:
             return torch.empty((0, weight.outputs), dtype=self.dtype, device=x.device)
-        if not self.rounds and rows >= MANY_ROWS:
+        if self.unpacks(rows):
             return self._unpacked(x)
-        if not self.rounds:
-            tiling = tiling_for(rows, weight, False, self.multiprocessors)
-            return multiply(x, None, weight, self.bias, self.dtype, tiling, self.room)
-        codes, scales = round_rows(x)
-        if rows == 1:
+        codes, scales = round_rows(x, 1 if self.rounds else 2)
+        if codes.shape[0] == 1:
             line = line_for(weight.outputs, weight.width)
             return multiply_row(codes, scales, weight, self.bias, self.dtype, line)
-        tiling = tiling_for(rows, weight, True, self.multiprocessors)
+        tiling = tiling_for(codes.shape[0], weight, self.multiprocessors)
         return multiply(codes, scales, weight, self.bias, self.dtype, tiling, self.room)
+
+    def unpacks(self, rows: int) -> bool:
+        """Whether so many rows are multiplied by cuBLAS."""
+        if self.rounds:
+            return False
+        many = rows >= MANY_ROWS[self.weight.group_size]
+        return many or self.dtype != torch.bfloat16 or not self.weight.multiplies
 
     def wide(self, x: Tensor) -> Tensor:
         # rounded as the others are: a request must not see other logits because of who is beside it

@@ -71,28 +71,24 @@ def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None 
 
 
 def multiply_quantized(
-    rows: int, outputs: int, width: int, group_size: int, rounded: bool, dtype: Any = BF16
+    rows: int, outputs: int, width: int, group_size: int, planes: int, dtype: torch.dtype = BF16
 ) -> None:
     """`group_size` 0 is 8 bits."""
     values, scales = new(outputs, width, dtype=torch.int8), new(outputs, dtype=F32)
     if group_size:
-        values = new(width // group_size, outputs, group_size // 2, dtype=torch.uint8)
+        half = quantized.half_unit(group_size, width)
+        values = new(width // (2 * half), outputs, half, dtype=torch.uint8)
         scales = new(width // group_size, outputs)
     weight = quantized.Packed(values, scales, group_size, outputs, width)
-    room = quantized.Room(torch.device("cpu"))
-    if not rounded:
-        x, bias = new(rows, width, dtype=dtype), new(outputs, dtype=F32)
-        tiling = quantized.tiling_for(rows, weight, False, 132)
-        quantized.multiply(x, None, weight, bias, dtype, tiling, room)
+    room, bias = quantized.Room(torch.device("cpu")), new(outputs, dtype=F32)
+    codes, x_scales = quantized.round_rows(new(rows, width, dtype=dtype), planes)
+    if codes.shape[0] == 1:
+        quantized.multiply_row(codes, x_scales, weight, None, dtype, quantized.line_for(outputs, width))
+    tiling = quantized.tiling_for(codes.shape[0], weight, 132)
+    quantized.multiply(codes, x_scales, weight, bias, dtype, tiling, room)
+    if planes == 2:
         quantized.unpack(weight, new(rows, width, dtype=dtype), 0)
         quantized.unpack(weight, new(rows, width, dtype=dtype), 0, new(rows, dtype=torch.int64))
-        return
-    codes, x_scales = quantized.round_rows(new(rows, width, dtype=dtype))
-    if rows == 1:
-        line = quantized.line_for(outputs, width)
-        quantized.multiply_row(codes, x_scales, weight, None, dtype, line)
-    tiling = quantized.tiling_for(rows, weight, True, 132)
-    quantized.multiply(codes, x_scales, weight, None, dtype, tiling, room)
 
 
 def through_experts(
@@ -170,9 +166,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
-    lambda: multiply_quantized(1, 4096, 4096, 0, True),
-    lambda: multiply_quantized(8, 4096, 4096, 0, False),
-    lambda: multiply_quantized(8, 4096, 4096, 32, False),
+    lambda: multiply_quantized(1, 4096, 4096, 0, 1),
+    lambda: multiply_quantized(8, 4096, 4096, 32, 2),
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
@@ -196,14 +191,14 @@ MORE: list[Callable[[], Any]] = [
     lambda: multiply(1, 1000, 900),
     lambda: multiply(16, 151936, 1024),
     *(
-        partial(multiply_quantized, rows, outputs, width, size, rounded, dtype)
+        partial(multiply_quantized, rows, outputs, width, size, planes, dtype)
         for rows, outputs, width, dtype in (
             (1, 28672, 4096, BF16),
             (32, 4096, 14336, BF16),
             (256, 28672, 4096, BF16),
             (20, 1001, 896, torch.float16),
         )
-        for size, rounded in ((0, True), (0, False), (32, False), (64, False), (128, False))
+        for size, planes in ((0, 1), (0, 2), (32, 2), (64, 2), (128, 2))
     ),
     *(
         partial(attend, counts, 999, *heads, chip, window)
