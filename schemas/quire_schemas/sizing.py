@@ -37,6 +37,7 @@ from quire_schemas.quantization import (
     FLOATS,
     GROUP_SIZES,
     QUANTIZED_AT_A_TIME,
+    experts_misfit,
     is_quantized,
     misfit,
     quantized_bytes,
@@ -702,7 +703,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     if request.runner == "model" and request.quantization is None:
         four = FLOATS[request.dtype] if request.device == "cuda" else "int8"
         for quantization in (Quantization("int8"), Quantization("int4", four, GROUP_SIZES[0])):
-            if not misfit(profile, quantization) and fits(replace(request, quantization=quantization)):
+            unfit = misfit(profile, quantization) or experts_misfit(profile, request.device)
+            if not unfit and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break
     if request.memory_limit is not None:

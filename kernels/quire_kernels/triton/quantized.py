@@ -4,24 +4,24 @@
     out[m, n] = (Σ_groups (Σ_k in group a[m, k] · code[n, k]) · scales[n, group]) · s[m] + bias[n]     4 bits
 
 `_round_rows` gives the codes a and the scale s of each row of x. Activations that are rounded have one plane of
-codes. Those that are not have two, of which the second has what the first leaves, 254 times as fine: together
-a row's numbers to 1/64,516 of its largest. What that loses is less than the rounding of the result in bfloat16,
-with any row; numbers of other formats are not cut so. A product by halves is two products of bytes, and bytes of
-a weight go into the tensor cores as they are: unpacking 4 bits to bfloat16 would take longer than reading them.
+codes. Those that are not have two, of which the second has what the first leaves, 254 times as fine: together a
+row's numbers to 1/64,516 of its largest. In bfloat16 that loses less than the rounding of the result, whatever the
+row; numbers of other formats are not cut so. Bytes of a weight go into the tensor cores as they are, where
+unpacking them to bfloat16 would take longer than reading them.
 
-With one row of codes `_one_row` multiplies four pairs of bytes an instruction; all others go to the tensor cores in
-`_product`, a tile of the weight being the wide side and as many rows the narrow one as there are. A weight with few
-outputs has too few tiles for the chip. Then its inputs may be cut into splits; partial sums wait for each other, and
-whoever comes last to a tile adds them up, always in the same order.
+With one row of codes `_one_row` multiplies four pairs of bytes an instruction; all others go to the tensor cores
+in `_product`, a tile of the weight being the wide side and as many rows the narrow one as there are. A weight with
+few outputs has too few tiles for the chip. Then its inputs may be cut into splits; partial sums wait for each
+other, and whoever comes last to a tile adds them up, always in the same order.
 
-Many rows of an input that is not rounded are work for cuBLAS: `unpack` writes some outputs at a time in the dtype
-of x, so few that they are still in the L2 cache when they are read.
+Many rows of an input that is not rounded, and any in another format than bfloat16, are work for cuBLAS: `unpack`
+writes some outputs at a time in the dtype of x, so few that they are still in the L2 cache when they are read.
 
 A weight is written by no kernel, so its first bytes are on their way to the L2 cache before the kernel waits for
 the one before it.
 
-4 bits lie in units of 2 · h inputs, [units, N, h] bytes: byte j of an output has the code of input j of the unit in
-its low half and of input h + j in its high half, both in two's complement. A tile of a unit is one dense run of
+4 bits lie in units of 2 · h inputs, [units, N, h] bytes: byte j of an output has the code of input j of the unit
+in its low half and of input h + j in its high half, both in two's complement. A tile of a unit is one dense run of
 bytes; a shift and a mask make sixteen times the codes of it. Every half of a unit has one scale.
 
 Legend: M rows of x, N outputs, K inputs, g inputs of a group, P planes.
@@ -245,8 +245,8 @@ def _product(
     NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """`GROUP` 0: 8 bits. `HALF`: inputs of half a unit. `BLOCK_M` rows of codes. `SPLIT`: there are several splits.
-    `EVEN`: the width is a multiple of `BLOCK_K`. `AHEAD`: tiles that are asked for before the wait."""
+    """`GROUP` 0: 8 bits. `HALF`: inputs of half a unit. `BLOCK_M`: rows of codes. `SPLIT`: there are several
+    splits. `EVEN`: the width is a multiple of `BLOCK_K`. `AHEAD`: tiles that are asked for before the wait."""
     tile = tl.program_id(0)
     # tiles of the same few outputs run side by side, for at most 16 tiles of rows: both sides come from L2
     down, across = tl.cdiv(rows * PLANES, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
@@ -477,7 +477,7 @@ def multiply(
     tiling: Tiling,
     room: Room,
 ) -> Tensor:
-    """The product of rows that `round_rows` gave, M of them, with a weight that `multiplies`. [M, N] in `dtype`."""
+    """The product of M rows that `round_rows` gave with a weight that `multiplies`. [M, N] in `dtype`."""
     rows, splits = x_scales.shape[0], tiling.splits
     out = torch.empty((rows, weight.outputs), dtype=dtype, device=codes.device)
     tiles = triton.cdiv(codes.shape[0], tiling.block_m) * triton.cdiv(weight.outputs, tiling.block_n)
@@ -519,12 +519,12 @@ def line_for(outputs: int, width: int) -> Line:
 
 
 def tiling_for(columns: int, weight: Packed, multiprocessors: int) -> Tiling:
-    """How `_product` is cut for so many rows of codes, by what was fastest on an H200: as narrow as there are rows;
-    where tiles are fewer than multiprocessors narrower still, and long inputs in splits."""
+    """How `_product` is cut for so many rows of codes, by what was fastest on an H200: as narrow as there are
+    rows. Where tiles are fewer than multiprocessors they are narrower still, and long inputs are split."""
     outputs, long = weight.outputs, weight.width >= 8192
 
     def tiles(block_n: int, block_m: int) -> int:
-        return triton.cdiv(columns, block_m) * triton.cdiv(outputs, block_n)
+        return -(-columns // block_m) * -(-outputs // block_n)
 
     if columns <= 32:
         # of 4 bits each group's sums are scaled: a tile that is half empty costs more than one that is slower

@@ -227,8 +227,8 @@ def test_four_bits_are_put_in_order_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     whole = Packed.of(weight)
     monkeypatch.setattr(quantized, "_PIECE", 3 * 256)
     assert torch.equal(Packed.of(weight).values, whole.values)
-    byte, signed = int(whole.values[2, 5, 7]), lambda code: (code ^ 8) - 8
-    assert [signed(byte & 15), signed(byte >> 4)] == weight.codes()[5, [128 + 7, 128 + 32 + 7]].tolist()
+    byte = int(whole.values[2, 5, 7])
+    assert [(byte & 15 ^ 8) - 8, (byte >> 4 ^ 8) - 8] == weight.codes()[5, [128 + 7, 128 + 32 + 7]].tolist()
 
 
 def test_splits_have_room_and_use_the_chip() -> None:
