@@ -174,8 +174,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
     lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
     lambda: prepare(1),
-    lambda: through_experts(1, 128, 8, 2048, 768),
-    lambda: through_experts(2048, 128, 8, 2048, 768),
+    lambda: through_experts(32, 128, 8, 2048, 768),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6),
@@ -208,7 +207,7 @@ MORE: list[Callable[[], Any]] = [
         for window in (None, 100)
     ),
     partial(prepare, 3),
-    lambda: through_experts(32, 128, 8, 2048, 768),
+    *(partial(through_experts, tokens, 128, 8, 2048, 768) for tokens in (1, 256, 2048)),
     *(partial(through_experts, tokens, 8, 2, 4096, 14336) for tokens in (1, 8, 32, 64, 256, 2048)),
     *(partial(through_experts, tokens, 5, 3, 100, 70, F32) for tokens in (1, 64)),
     *(
