@@ -26,6 +26,7 @@ from triton.runtime.jit import KernelInterface
 from quire_kernels.triton import quantized
 from quire_kernels.triton.attention import Chip
 from quire_kernels.triton.quantized import Line, Packed, Room, Tiling, TritonQuantizedProduct
+from quire_kernels.triton.rounding import Rounding, round_rows
 
 BF16 = torch.bfloat16
 SHAPES = {
@@ -157,13 +158,15 @@ def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed:
 
 def _product(weight: Packed, kind: Kind) -> TritonQuantizedProduct:
     room = Room(weight.values.device)
-    return TritonQuantizedProduct(weight, None, kind.rounds, BF16, room, Chip.current().multiprocessors)
+    return TritonQuantizedProduct(
+        weight, None, kind.rounds, BF16, room, Rounding(), Chip.current().multiprocessors
+    )
 
 
 def _launch(mine: TritonQuantizedProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
     if tiling is None:
         return mine(x)
-    codes, scales = quantized.round_rows(x, 1 if mine.rounds else 2)
+    codes, scales = round_rows(x, 1 if mine.rounds else 2)
     if isinstance(tiling, Line):
         return quantized.multiply_row(codes, scales, mine.weight, None, BF16, tiling)
     return quantized.multiply(codes, scales, mine.weight, None, BF16, tiling, mine.room)

@@ -23,7 +23,8 @@ launched one, and then of R rows the logits in float32, with all that the torch 
 `graphs` counts each kind of tensor once at its full size, as if nothing could take its place: memory that is
 captured is given out anew to the next shape, but in pieces that need not suit.
 
-A product with a quantized weight has, besides its input and what comes out (`triton.quantized`): the codes of its
+What goes into a product with a quantized weight may have its codes beside it from the start (`triton.rounding`).
+Such a product has, besides its input and what comes out (`triton.quantized`): the codes of its
 input, and partial sums, if it is cut into splits; or some outputs of the weight unpacked for cuBLAS.
 
 Legend: T tokens of a step, R rows that get logits, S seats (the most sequences), X groups of layers, V vocabulary,
@@ -97,7 +98,7 @@ def gpu_parts(
         "buffers": _buffers(groups, captured, seats),
         "workspaces": (2 if captures else 1) * WORKSPACE,
         "step": inputs + step,
-        "general": max(_general(profile, number, tokens, min(tokens, seats)) - step, 0),
+        "general": max(_general(profile, number, tokens, min(tokens, seats), quantization) - step, 0),
         "graphs": graphs,
     }
     if quantization is not None:
@@ -146,16 +147,23 @@ def _fused(profile: ModelProfile) -> list[tuple[int, int]]:
     return [(profile.q_size + 2 * profile.kv_size, hidden), (2 * profile.intermediate_size, hidden)]
 
 
+def _codes(quantization: Quantization | None, rows: int, inputs: int) -> int:
+    """Of rows that go into a product with a quantized weight: one plane, or two of rows that are not many."""
+    if quantization is None:
+        return 0
+    if quantization.activations == "int8":
+        return rows * (inputs + 4)
+    return min(rows, MANY_ROWS) * (2 * inputs + 4)
+
+
 def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: int) -> int:
     """What a product of `rows` rows holds besides them and its result."""
     if quantization is None:
         return 0
     # a tile is given to at most twice the multiprocessors, and has 128 outputs and up to 128 rows of codes
     sums = min(ROOM_BYTES, 384 * 128 * min(max(4 * rows, 16), 128) * 4)
-    if quantization.activations == "int8":
-        return rows * (inputs + 4) + sums
-    # two planes of codes, or many rows
-    return max(min(rows, MANY_ROWS) * (2 * inputs + 4) + sums, max(SCRATCH_BYTES, 256 * inputs * e))
+    coded = _codes(quantization, rows, inputs) + sums
+    return coded if quantization.activations == "int8" else max(coded, SCRATCH_BYTES, 256 * inputs * e)
 
 
 def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
@@ -167,7 +175,8 @@ def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     output = tokens * (q + 2 * hidden) * e + _multiplying(quantization, e, tokens, q)
     up = 2 * inner * e * tokens + _multiplying(quantization, e, tokens, hidden)
     down = (inner + hidden) * e * tokens + _multiplying(quantization, e, tokens, inner)
-    mlp = tokens * q * e + max(tokens * max(3 * inner, 2 * hidden) * e, up, down)
+    gate = 3 * inner * e * tokens + _codes(quantization, tokens, inner)
+    mlp = tokens * q * e + max(gate, tokens * 2 * hidden * e + _codes(quantization, tokens, hidden), up, down)
     rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
     if profile.experts is not None:
         chosen, routed, products = _routed(profile, profile.experts, e, tokens)
@@ -177,11 +186,11 @@ def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     return max(layer, states + rows * profile.vocab_size * e + _multiplying(quantization, e, rows, hidden))
 
 
-def _general(profile: ModelProfile, e: int, tokens: int, rows: int) -> int:
+def _general(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """The most that is there after the layers when the host draws. Of prompts that are scored all rows have
     states.
     """
-    states = (2 * tokens + rows) * profile.hidden_size * e
+    states = (2 * tokens + rows) * profile.hidden_size * e + _codes(quantization, tokens, profile.hidden_size)
     return states + rows * profile.vocab_size * (e + _SAMPLER_BYTES)
 
 

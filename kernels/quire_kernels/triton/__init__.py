@@ -26,6 +26,7 @@ from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
+from quire_kernels.triton.rounding import Rounding
 
 if TYPE_CHECKING:
     from quire_kernels import Body, Experts, HeadNorms, Product
@@ -51,6 +52,7 @@ class TritonKernels:
         # here, so that no captured graph has it in its own memory
         self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
         self._room = Room(self._arrivals.device)
+        self._rounding = Rounding()
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         return TritonProduct(weight, bias)
@@ -58,13 +60,15 @@ class TritonKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        return TritonQuantizedProduct.of(weight, bias, activations, dtype, self._room, self._chip.multiprocessors)
+        return TritonQuantizedProduct.of(
+            weight, bias, activations, dtype, self._room, self._rounding, self._chip.multiprocessors
+        )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return norm.rms_norm(x, weight, eps)
+        return norm.rms_norm(x, weight, eps, self._rounding)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return norm.add_rms_norm(x, residual, weight, eps)
+        return norm.add_rms_norm(x, residual, weight, eps, self._rounding)
 
     def turns(self, positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         return rotation.turns(positions, frequencies, factor)
@@ -85,7 +89,7 @@ class TritonKernels:
         return StepAttention(batch, window, self._chip, self._arrivals)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return gate.silu_mul(gate_up)
+        return gate.silu_mul(gate_up, self._rounding)
 
     def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
         return TritonExperts(gate, up, down, self._chip.shared_bytes)

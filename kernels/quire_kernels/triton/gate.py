@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.rounding import NATIVE, Rounding, write_codes
 
 _BLOCK = 1024
 
@@ -28,10 +29,43 @@ def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.co
     tl.store(out + row * width + dims, result.to(out.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+@triton.jit
+def _silu_mul_row(
+    out,
+    codes,
+    scales,
+    gate_up,
+    stride,
+    width,
+    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Rows whole, and their codes."""
+    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = dims < width
+    here = gate_up + row * stride + dims
+    wait(DEPENDENT)
+    gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
+    given = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
+    tl.store(out + row * width + dims, given, mask=inside)
+    write_codes(codes, scales, row, given.to(tl.float32), width, PLANES, BLOCK, NATIVE)
+
+
+def silu_mul(gate_up: Tensor, rounding: Rounding) -> Tensor:
     """See `Kernels.silu_mul`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    codes = rounding.beside(out)
+    if codes is not None:
+        block = triton.next_power_of_2(width)
+        _silu_mul_row[(rows,)](
+            out, *codes, gate_up, gate_up.stride(0), width, BLOCK=block, PLANES=rounding.planes, NATIVE=NATIVE,
+            num_warps=min(16, max(1, block // 256)), **dependent(),
+        )  # fmt: skip
+        return out
     _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
         out, gate_up, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, **dependent()
     )

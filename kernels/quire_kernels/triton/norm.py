@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.rounding import NATIVE, Rounding, write_codes
 
 
 @triton.jit
@@ -23,12 +24,16 @@ def _rms_norm(
     x,
     residual,
     weight,
+    codes,
+    scales,
     eps,
     stride,
     residual_stride,
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ADD: tl.constexpr,
+    PLANES: tl.constexpr,
+    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -45,35 +50,42 @@ def _rms_norm(
         number = total.to(tl.float32)
     square = tl.sum(number * number, 0) / W
     result = number * tl.rsqrt(square + eps) * scale
-    tl.store(out + row * W + dims, result.to(out.dtype.element_ty), mask=inside)
+    given = result.to(out.dtype.element_ty)
+    tl.store(out + row * W + dims, given, mask=inside)
+    if PLANES > 0:
+        write_codes(codes, scales, row, given.to(tl.float32), W, PLANES, BLOCK_W, NATIVE)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rounding: Rounding) -> Tensor:
     """See `Kernels.rms_norm`."""
-    return _launch(x, None, weight, eps)
+    return _launch(x, None, weight, eps, rounding)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding) -> Tensor:
     """See `Kernels.add_rms_norm`."""
-    return _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps, rounding)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounding: Rounding) -> Tensor:
     rows, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     kept = x if residual is None else residual
+    codes = rounding.beside(out)
     _rms_norm[(rows,)](
         out,
         x,
         kept,
         weight,
+        *(codes or (out, out)),
         eps,
         x.stride(0),
         kept.stride(0),
         W=width,
         BLOCK_W=block,
         ADD=residual is not None,
+        PLANES=0 if codes is None else rounding.planes,
+        NATIVE=NATIVE,
         # eight numbers a thread: 16 bytes of a 16-bit format
         num_warps=min(16, max(1, block // 256)),
         **dependent(),

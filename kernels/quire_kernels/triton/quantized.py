@@ -3,7 +3,7 @@
     out[m, n] = (Σ_k a[m, k] · w[n, k]) · s[m] · scales[n] + bias[n]                            8 bits
     out[m, n] = (Σ_groups (Σ_k in group a[m, k] · code[n, k]) · scales[n, group]) · s[m] + bias[n]     4 bits
 
-`_round_rows` gives the codes a and the scale s of each row of x. Activations that are rounded have one plane of
+`rounding` gives the codes a and the scale s of each row of x. Activations that are rounded have one plane of
 codes. Those that are not have two, of which the second has what the first leaves, 254 times as fine: together a
 row's numbers to 1/64,516 of its largest. In bfloat16 that loses less than the rounding of the result, whatever the
 row; numbers of other formats are not cut so. Bytes of a weight go into the tensor cores as they are, where
@@ -29,6 +29,7 @@ Legend: M rows of x, N outputs, K inputs, g inputs of a group, P planes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,11 +38,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from quire_kernels.errors import KernelError
 from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, QuantizedWeight
 from quire_kernels.triton.launch import dependent, fetch, wait
+from quire_kernels.triton.rounding import NATIVE, Rounding
 
 SCRATCH_BYTES = 32 << 20
 """Of a weight that is unpacked at a time: less than the L2 cache of a data-centre GPU."""
@@ -56,7 +57,6 @@ _PIECE = 1 << 22
 """Numbers of a weight in 4 bits that are put in order at a time."""
 _LEAST_HALF = 32
 """Bytes that the tensor cores take at a time."""
-_INTERPRETED: bool = knobs.runtime.interpret
 
 
 class Tiling(NamedTuple):
@@ -81,17 +81,6 @@ class Line(NamedTuple):
 
 
 # ── inside kernels ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit
-def _nearest(x, NATIVE: tl.constexpr):
-    """The whole number next to x, int32, the even one of two, for |x| < 2^22."""
-    if NATIVE:
-        # a product before it must be rounded by itself: no instruction of Triton's would keep the two apart
-        return tl.inline_asm_elementwise(
-            "cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return ((x + 12582912.0) - 12582912.0).to(tl.int32)
 
 
 @triton.jit
@@ -144,39 +133,6 @@ def _sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N: tl.constexpr, BL
 
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit
-def _round_rows(
-    codes,
-    scales,
-    x,
-    width,
-    stride,
-    PLANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    row, ks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = ks < width
-    wait(DEPENDENT)
-    number = tl.load(x + row * stride + ks, mask=inside, other=0.0).to(tl.float32)
-    size = tl.abs(number)
-    finite = size < float("inf")
-    most = tl.max(tl.where(finite, size, 0.0), 0)
-    broken = tl.max(tl.where(finite, 0, 1), 0) > 0
-    usable = (most >= 1e-30) & (broken == 0)
-    inverse = tl.where(usable, tl.div_rn(127.0, tl.where(usable, most, 1.0)), 0.0)
-    scaled = tl.where(usable, tl.where(finite, number, 0.0) * inverse, 0.0)
-    code = tl.minimum(tl.maximum(_nearest(scaled, NATIVE), -127), 127)
-    here = codes + row * PLANES * width + ks
-    tl.store(here, code.to(tl.int8), mask=inside)
-    if PLANES == 2:
-        left = _nearest((scaled - code.to(tl.float32)) * 254.0, NATIVE)
-        tl.store(here + width, tl.minimum(tl.maximum(left, -127), 127).to(tl.int8), mask=inside)
-    scale = tl.where(usable, tl.div_rn(most, 127.0), tl.where(broken, float("nan"), 0.0))
-    tl.store(scales + row, scale)
 
 
 @triton.jit
@@ -438,22 +394,6 @@ def half_unit(group_size: int, width: int) -> int:
     return 32 if group_size == 32 and width % 64 == 0 else group_size // 2
 
 
-def round_rows(x: Tensor, planes: int = 1) -> tuple[Tensor, Tensor]:
-    """`x` [M, K], each row dense, as [M · planes, K] int8 and scales [M] float32.
-
-    The first plane of each row is as of `reference.bytes.quantize_rows`.
-    """
-    rows, width = x.shape
-    codes = torch.empty((rows * planes, width), dtype=torch.int8, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    _round_rows[(rows,)](
-        codes, scales, x, width, x.stride(0), PLANES=planes, BLOCK=block, NATIVE=not _INTERPRETED,
-        num_warps=min(16, max(1, block // 256)), **dependent(),
-    )  # fmt: skip
-    return codes, scales
-
-
 def multiply_row(
     codes: Tensor, x_scales: Tensor, weight: Packed, bias: Tensor | None, dtype: torch.dtype, line: Line
 ) -> Tensor:
@@ -462,7 +402,7 @@ def multiply_row(
     _one_row[(triton.cdiv(weight.outputs, line.block_n),)](
         out, codes.view(torch.int32), x_scales, weight.values.view(torch.int32), weight.scales,
         weight.scales if bias is None else bias, weight.outputs, weight.width // 4, BIAS=bias is not None,
-        BLOCK_N=line.block_n, BLOCK_W=line.block_w, STAGES=line.num_stages, NATIVE=not _INTERPRETED,
+        BLOCK_N=line.block_n, BLOCK_W=line.block_w, STAGES=line.num_stages, NATIVE=NATIVE,
         num_warps=line.num_warps, **dependent(),
     )  # fmt: skip
     return out
@@ -491,7 +431,7 @@ def multiply(
         room.arrivals, rows, weight.outputs, weight.width, splits, GROUP=weight.group_size, HALF=weight.half,
         PLANES=codes.shape[0] // rows, BIAS=bias is not None, BLOCK_N=tiling.block_n, BLOCK_M=tiling.block_m,
         BLOCK_K=tiling.block_k, SPLIT=splits > 1, EVEN=weight.width % tiling.block_k == 0, AHEAD=2,
-        NATIVE=not _INTERPRETED, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
+        NATIVE=NATIVE, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
 
@@ -504,7 +444,7 @@ def unpack(weight: Packed, out: Tensor, first: int, ids: Tensor | None = None) -
     _unpack[grid](
         out, weight.values, weight.scales, weight.scales if ids is None else ids, first, rows, weight.outputs,
         weight.width, GROUP=size, HALF=weight.half, BLOCK_N=block_n, BLOCK_K=block_k, BY_ID=ids is not None,
-        NATIVE=not _INTERPRETED, num_warps=4, **dependent(),
+        NATIVE=NATIVE, num_warps=4, **dependent(),
     )  # fmt: skip
     return out
 
@@ -556,6 +496,7 @@ class TritonQuantizedProduct:
     """The input to 8 bits."""
     dtype: torch.dtype
     room: Room
+    rounding: Rounding
     multiprocessors: int
 
     @classmethod
@@ -566,6 +507,7 @@ class TritonQuantizedProduct:
         activations: Activations,
         dtype: torch.dtype,
         room: Room,
+        rounding: Rounding,
         multiprocessors: int,
     ) -> TritonQuantizedProduct:
         """See `Kernels.quantized_product`. Raises `KernelError` for what no kernel is made for."""
@@ -575,7 +517,12 @@ class TritonQuantizedProduct:
         if weight.shape[1] % 4:
             raise KernelError(f"the triton back-end takes whole words of inputs, and {weight.shape[1]} are none")
         wide = None if bias is None else bias.float()
-        return cls(Packed.of(weight), wide, rounds, dtype, room, multiprocessors)
+        product = cls(Packed.of(weight), wide, rounds, dtype, room, rounding, multiprocessors)
+        if rounds:
+            rounding.want(1, sys.maxsize)
+        elif not product.unpacks(1):
+            rounding.want(2, MANY_ROWS[product.weight.group_size] - 1)
+        return product
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, weight = x.shape[0], self.weight
@@ -583,7 +530,7 @@ class TritonQuantizedProduct:
             return torch.empty((0, weight.outputs), dtype=self.dtype, device=x.device)
         if self.unpacks(rows):
             return self._unpacked(x)
-        codes, scales = round_rows(x, 1 if self.rounds else 2)
+        codes, scales = self.rounding.of(x, 1 if self.rounds else 2)
         if codes.shape[0] == 1:
             line = line_for(weight.outputs, weight.width)
             return multiply_row(codes, scales, weight, self.bias, self.dtype, line)

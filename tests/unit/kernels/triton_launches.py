@@ -30,6 +30,7 @@ from quire_kernels.triton import (
     product,
     quantized,
     rotation,
+    rounding,
     sample,
     step,
     tokens,
@@ -37,6 +38,8 @@ from quire_kernels.triton import (
 from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
+PLAIN, ROUNDED = rounding.Rounding(), rounding.Rounding()
+ROUNDED.want(1, 1 << 30)
 ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32)
 
 
@@ -81,7 +84,7 @@ def multiply_quantized(
         scales = new(width // group_size, outputs)
     weight = quantized.Packed(values, scales, group_size, outputs, width)
     room, bias = quantized.Room(torch.device("cpu")), new(outputs, dtype=F32)
-    codes, x_scales = quantized.round_rows(new(rows, width, dtype=dtype), planes)
+    codes, x_scales = rounding.round_rows(new(rows, width, dtype=dtype), planes)
     if codes.shape[0] == 1:
         quantized.multiply_row(codes, x_scales, weight, None, dtype, quantized.line_for(outputs, width))
     tiling = quantized.tiling_for(codes.shape[0], weight, 132)
@@ -152,12 +155,12 @@ def prepare(groups: int) -> None:
 
 H200, A100 = Chip(132, 227 * 1024), Chip(108, 163 * 1024)
 LAUNCHES: list[Callable[[], Any]] = [
-    lambda: norm.rms_norm(new(3, 4096), new(4096), 1e-6),
-    lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6),
+    lambda: norm.rms_norm(new(3, 4096), new(4096), 1e-6, PLAIN),
+    lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6, PLAIN),
     lambda: place_heads(32, 8, 128, normed=False),
     lambda: place_heads(16, 8, 128, normed=True),
     lambda: place_heads(16, 8, 128, normed=True, kept=torch.int8),
-    lambda: gate.silu_mul(new(3, 2 * 14336)),
+    lambda: gate.silu_mul(new(3, 2 * 14336), PLAIN),
     lambda: rotation.turns(new(3, dtype=torch.int64), new(64, dtype=F32), 1.0),
     lambda: tokens.largest(new(3, 151936, dtype=F32)),
     lambda: tokens.mask_tokens(
@@ -166,6 +169,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
+    lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6, ROUNDED),
+    lambda: gate.silu_mul(new(3, 2 * 14336), ROUNDED),
     lambda: multiply_quantized(1, 4096, 4096, 0, 1),
     lambda: multiply_quantized(8, 4096, 4096, 32, 2),
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
@@ -177,13 +182,13 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: through_experts(32, 128, 8, 2048, 768),
 ]
 MORE: list[Callable[[], Any]] = [
-    lambda: norm.rms_norm(new(3, 80), new(80), 1e-6),
-    lambda: norm.rms_norm(new(3, 16384, dtype=F32), new(16384, dtype=F32), 1e-6),
-    lambda: norm.add_rms_norm(new(3, 896), new(3, 896), new(896), 1e-6),
+    lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
+    lambda: norm.rms_norm(new(3, 16384, dtype=F32), new(16384, dtype=F32), 1e-6, PLAIN),
+    lambda: norm.add_rms_norm(new(3, 896), new(3, 896), new(896), 1e-6, PLAIN),
     lambda: place_heads(14, 2, 64, normed=False),
     lambda: place_heads(5, 1, 96, normed=True),
     lambda: place_heads(8, 8, 256, normed=True),
-    lambda: gate.silu_mul(new(3, 130)),
+    lambda: gate.silu_mul(new(3, 130), PLAIN),
     lambda: tokens.largest(new(3, 1001, dtype=F32)),
     lambda: draw(1, 1001, F32),
     lambda: draw(256, 128256, F32),

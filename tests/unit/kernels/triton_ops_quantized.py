@@ -12,6 +12,8 @@ Legend: M rows of the input, N outputs, K inputs, g inputs of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from torch import Tensor
 from quire_kernels import Activations, KernelError, QuantizedWeight
 from quire_kernels.quantized import Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from quire_kernels.reference.bytes import quantize_rows
-from quire_kernels.triton import INTERPRETED, TritonKernels, quantized
+from quire_kernels.triton import INTERPRETED, TritonKernels, quantized, rounding
 from quire_kernels.triton.quantized import Line, Packed, Room, Tiling
+from quire_kernels.triton.rounding import round_rows
 from quire_schemas import gpu_sizing
 
 torch.set_num_threads(1)
@@ -74,7 +77,7 @@ def test_rows_are_rounded_as_the_reference_does(width: int, dtype: torch.dtype) 
     if dtype == torch.float32:
         wide[5] *= 1e-38
     x = wide[:, :width]
-    codes, scales = quantized.round_rows(x)
+    codes, scales = round_rows(x)
     expected, expected_scales = quantize_rows(x.float().cpu())
     assert torch.equal(codes.cpu(), expected)
     assert torch.equal(scales.cpu().nan_to_num(7.0), expected_scales.nan_to_num(7.0))
@@ -83,9 +86,9 @@ def test_rows_are_rounded_as_the_reference_does(width: int, dtype: torch.dtype) 
 def test_two_planes_of_codes_are_a_row_to_a_part_in_64516() -> None:
     x = random(6, 1000) * torch.logspace(-3, 3, 6, device=DEVICE)[:, None]
     x[1, 5], x[2], x[3, 1] = 3000.0, 0, torch.inf
-    codes, scales = quantized.round_rows(x, 2)
+    codes, scales = round_rows(x, 2)
     coarse, fine = codes[0::2].double(), codes[1::2].double()
-    assert torch.equal(codes[0::2], quantized.round_rows(x)[0])
+    assert torch.equal(codes[0::2], round_rows(x)[0])
     found = (coarse + fine / 254) * scales.double()[:, None]
     assert found[3].isnan().all()
     for row in (0, 1, 2, 4, 5):
@@ -173,7 +176,7 @@ def test_tilings_and_splits_change_nothing(group_size: int | None, planes: int) 
     outputs, width, rows = 40, 448, 18 // planes
     weight, bias = weight_of(outputs, width, group_size), random(outputs, seed=2)
     packed, room = Packed.of(copied(weight)), Room(torch.device(DEVICE))
-    codes, scales = quantized.round_rows(random(rows, width), planes)
+    codes, scales = round_rows(random(rows, width), planes)
     exact = codes.double() @ weight.dequantized().double().T
     if planes == 2:
         exact = exact[0::2] + exact[1::2] / 254
@@ -189,7 +192,7 @@ def test_tilings_and_splits_change_nothing(group_size: int | None, planes: int) 
 @pytest.mark.parametrize("line", [Line(8, 32, 2, 1), Line(16, 16, 4, 2), Line(32, 1024, 4, 1)])
 def test_one_row_is_what_many_are(line: Line) -> None:
     weight, bias, room = weight_of(70, 192, None), random(70, seed=2), Room(torch.device(DEVICE))
-    packed, (codes, scales) = Packed.of(copied(weight)), quantized.round_rows(random(3, 192))
+    packed, (codes, scales) = Packed.of(copied(weight)), round_rows(random(3, 192))
     whole = quantized.multiply(codes, scales, packed, bias, torch.float32, TILINGS[0], room)
     for row in range(3):
         alone = quantized.multiply_row(codes[row : row + 1], scales[row:], packed, bias, torch.float32, line)
@@ -211,6 +214,34 @@ def test_products_of_extremes(group_size: int | None) -> None:
     found, expected = mine(x.to(dtype)), x.double() @ weight.dequantized().double().T
     assert torch.equal(found[:3], expected[:3].to(dtype))
     assert found[3:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_what_a_norm_or_a_gate_gives_is_rounded_with_it(
+    activations: Activations, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (activations, dtype) == ("float", torch.float16):
+        pytest.skip("nothing is rounded")
+    mine, weight = TritonKernels(), weight_of(40, 192, None)
+    product = mine.quantized_product(copied(weight), None, activations, dtype)
+    x, residual, scale = random(3, 192, dtype=dtype), random(3, 192, dtype=dtype, seed=1), random(192, dtype=dtype)
+    x[1, 5] = torch.nan
+    makers: list[Callable[[], Tensor]] = [
+        lambda: mine.rms_norm(x, scale, 1e-5),
+        lambda: mine.add_rms_norm(x, residual.clone(), scale, 1e-5),
+        lambda: mine.silu_mul(random(3, 384, dtype=dtype)),
+    ]
+    for make in makers:
+        given = make()
+        monkeypatch.setattr(rounding, "round_rows", lambda *_: pytest.fail("rounded twice"))
+        found = product(given)
+        monkeypatch.undo()
+        assert torch.equal(found.isnan(), product(given.clone()).isnan())
+        assert torch.equal(found.nan_to_num(7.0), product(given.clone()).nan_to_num(7.0))
+        # handed out once: and never for rows that only look alike
+        make()
+        assert torch.equal(product(given).nan_to_num(7.0), found.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 128])

@@ -1,0 +1,143 @@
+"""Rows as codes of 8 bits, for products of whole numbers: one plane of them, or two.
+
+    s = max |x| / 127,   a[k] = round(x[k] / s),   b[k] = round((x[k] / s - a[k]) · 254)
+    x[k] ≈ s · a[k],   or   x[k] ≈ s · (a[k] + b[k] / 254)
+
+One plane is what `reference.bytes.quantize_rows` gives. Two have a row to 1/64,516 of its largest number.
+
+Whoever has a row in registers may round it at once: a norm or a gate that is followed by such a product
+(`Rounding`) writes its codes beside its result, which saves every product of a layer but one a launch.
+
+Legend: M rows, K numbers of a row, P planes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from quire_kernels.triton.launch import dependent, wait
+
+NATIVE: bool = not knobs.runtime.interpret
+"""Whether kernels may have assembly."""
+
+
+class Codes(NamedTuple):
+    """Rows in 8 bits."""
+
+    planes: Tensor
+    """[M · P, K] int8, the planes of a row one after the other."""
+    scales: Tensor
+    """[M] float32."""
+
+
+class Rounding:
+    """What the products of a model want of the rows that norms and gates give them, and the codes given last."""
+
+    def __init__(self) -> None:
+        self.planes = 0
+        """Of codes; 0 if nothing is rounded."""
+        self.most_rows = 0
+        """More rows than these are multiplied as they are."""
+        self._of: weakref.ref[Tensor] | None = None
+        self._codes: Codes | None = None
+
+    def want(self, planes: int, most_rows: int) -> None:
+        """A product wants codes of up to so many rows; all of a model want as many planes."""
+        self.planes, self.most_rows = planes, max(self.most_rows, most_rows)
+
+    def beside(self, x: Tensor) -> Codes | None:
+        """Room for codes of the rows `x`, which whoever writes `x` fills, too; None if nobody wants them."""
+        if not self.planes or x.shape[0] > self.most_rows:
+            return None
+        self._codes = empty_codes(x, self.planes)
+        self._of = weakref.ref(x)
+        return self._codes
+
+    def of(self, x: Tensor, planes: int) -> Codes:
+        """Codes of `x`: those that were written with it, handed out once, or new ones."""
+        kept, self._codes = self._codes, None
+        if kept is not None and self._of is not None and self._of() is x:
+            return kept
+        return round_rows(x, planes)
+
+
+def empty_codes(x: Tensor, planes: int) -> Codes:
+    """Room for codes of `x` [M, K]."""
+    rows, width = x.shape
+    return Codes(
+        torch.empty((rows * planes, width), dtype=torch.int8, device=x.device),
+        torch.empty(rows, dtype=torch.float32, device=x.device),
+    )
+
+
+def round_rows(x: Tensor, planes: int = 1) -> Codes:
+    """Codes of `x` [M, K], each row dense."""
+    rows, width = x.shape
+    codes = empty_codes(x, planes)
+    block = triton.next_power_of_2(width)
+    _round_rows[(rows,)](
+        *codes, x, width, x.stride(0), PLANES=planes, BLOCK=block, NATIVE=NATIVE,
+        num_warps=min(16, max(1, block // 256)), **dependent(),
+    )  # fmt: skip
+    return codes
+
+
+@triton.jit
+def _nearest(x, NATIVE: tl.constexpr):
+    """The whole number next to x, int32, the even one of two, for |x| < 2^22."""
+    if NATIVE:
+        # a product before it must be rounded by itself: no instruction of Triton's would keep the two apart
+        return tl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return ((x + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def write_codes(
+    codes, scales, row, number, width, PLANES: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Rounds one row, `number` [BLOCK] float32, zero behind its `width` numbers. A row with a number that is not
+    finite has NaN for its scale."""
+    ks = tl.arange(0, BLOCK)
+    inside = ks < width
+    size = tl.abs(number)
+    finite = size < float("inf")
+    most = tl.max(tl.where(finite, size, 0.0), 0)
+    broken = tl.max(tl.where(finite, 0, 1), 0) > 0
+    usable = (most >= 1e-30) & (broken == 0)
+    inverse = tl.where(usable, tl.div_rn(127.0, tl.where(usable, most, 1.0)), 0.0)
+    scaled = tl.where(usable, tl.where(finite, number, 0.0) * inverse, 0.0)
+    code = tl.minimum(tl.maximum(_nearest(scaled, NATIVE), -127), 127)
+    here = codes + row * PLANES * width + ks
+    tl.store(here, code.to(tl.int8), mask=inside)
+    if PLANES == 2:
+        left = _nearest((scaled - code.to(tl.float32)) * 254.0, NATIVE)
+        tl.store(here + width, tl.minimum(tl.maximum(left, -127), 127).to(tl.int8), mask=inside)
+    scale = tl.where(usable, tl.div_rn(most, 127.0), tl.where(broken, float("nan"), 0.0))
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _round_rows(
+    codes,
+    scales,
+    x,
+    width,
+    stride,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    row, ks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wait(DEPENDENT)
+    number = tl.load(x + row * stride + ks, mask=ks < width, other=0.0).to(tl.float32)
+    write_codes(codes, scales, row, number, width, PLANES, BLOCK, NATIVE)
