@@ -42,6 +42,7 @@ from quire_kernels import load as load_kernels
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
 from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.quantization import quantized_bytes
 from quire_schemas.sizing import FOOTPRINT, gpu_activations, kv_block_bytes, kv_bytes_per_token
 from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling
 
@@ -270,7 +271,10 @@ class Bench:
         model = DecoderModel.build(profile, weights, device=CUDA, kernels=kernels, method=method_of)
         cache = KVCache.allocate(profile, blocks, 16, KV_DTYPES[kv], CUDA)
         self.model, self.spec = model, spec
-        self.number_bytes = 2 if quantization is None else 1
+        width = profile.hidden_size
+        self.number_bytes = 2 if quantization is None else quantized_bytes(quantization, 1, width) / width
+        # for each number, of a bf16 product; of 8-bit numbers a card does twice as many
+        self.operations = 1 if quantization is not None and quantization.activations == "int8" else 2
         self.engine = Engine.assemble(spec, profile, model, cache)
         if not isinstance(self.engine.runner, ResidentRunner):
             raise TypeError("the engine did not choose the resident runner")
@@ -301,12 +305,16 @@ class Bench:
             unread += spared * sum(experts.layers) * 3 * profile.hidden_size * experts.intermediate_size
         return self.number_bytes * (profile.num_parameters - unread)
 
+    @property
+    def multiplied(self) -> float:
+        """Operations of a bf16 product that take as long as those of one token's."""
+        return self.operations * self.read_bytes(1) / self.number_bytes
+
     def step_floor(self, card: Card, tokens: int, contexts: float) -> float:
         """Seconds that a step of `tokens` tokens, which see `contexts` cached ones in all, cannot beat."""
         kv = contexts * kv_bytes_per_token(self.profile, self.spec.kv_dtype)
-        # two operations a number: as many as its bytes in bf16; of 8-bit numbers a card does twice as many
-        read, multiplied = self.read_bytes(tokens), self.read_bytes(1) * tokens
-        return max(read / card.bandwidth, multiplied / card.bf16) + kv / card.bandwidth
+        read = self.read_bytes(tokens)
+        return max(read / card.bandwidth, self.multiplied * tokens / card.bf16) + kv / card.bandwidth
 
     def add(self, name: str, prompt: int, output: int, rng: random.Random) -> None:
         ids = [rng.randrange(32, 100_000) for _ in range(prompt)]
@@ -390,7 +398,7 @@ def prefill(bench: Bench, card: Card, tokens: int, prompts: int = 8) -> dict[str
         "ms_each": round(seconds / prompts * 1000, 2),
         "tokens_per_second": round(prompts * tokens / seconds),
         "tflops": round(rate / 1e12, 1),
-        "roofline_share": round(rate / card.bf16 * bench.number_bytes / 2, 3),
+        "roofline_share": round(rate / card.bf16 * bench.operations / 2, 3),
     }
 
 
@@ -468,10 +476,10 @@ def _offline_floor(bench: Bench, card: Card, lengths: Sequence[tuple[int, int]])
     prompts = sum(prompt for prompt, _ in lengths)
     seen = sum(prompt * output + output * output / 2 for prompt, output in lengths)
     per_step = min(bench.spec.max_num_seqs, len(lengths))
-    multiplied, read = bench.read_bytes(1), bench.read_bytes(per_step)
-    weights = max(multiplied * outputs / card.bf16, outputs / per_step * read / card.bandwidth)
+    read = bench.read_bytes(per_step)
+    weights = max(bench.multiplied * outputs / card.bf16, outputs / per_step * read / card.bandwidth)
     profile = bench.profile
-    body = multiplied - bench.number_bytes * profile.vocab_size * profile.hidden_size
+    body = bench.multiplied - bench.operations * profile.vocab_size * profile.hidden_size
     kv = seen * kv_bytes_per_token(profile, bench.spec.kv_dtype) / card.bandwidth
     return weights + body * prompts / card.bf16 + kv
 
@@ -841,8 +849,8 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield prefill(bench, card, 2048)
         yield memory(bench)
         bench.close()
-    elif part == "8b-int8":
-        weights = Quantization("int8")
+    elif part in ("8b-int8", "8b-int4"):
+        weights = Quantization("int8") if part == "8b-int8" else Quantization("int4", "bf16", 128)
         bench = Bench(
             "llama-3.1-8b", seqs=1000, tokens=8192, length=8448, kv_bytes=40 << 30, kv="int8", quantization=weights
         )
