@@ -43,6 +43,7 @@ from quire_engine.resident import runner as resident
 from quire_engine.resident.pipeline import Pipeline
 from quire_engine.resident.program import MIXED_TOKENS
 from quire_engine.runner import ModelRunner
+from quire_kernels.triton.step import MixedBuffers
 from quire_schemas.checkpoint import profile_from_config
 from quire_schemas.wire import EngineSpec, Generate, Sampling
 
@@ -95,6 +96,7 @@ class _NoProgram:
         self.tokens = torch.full((seats,), TOKEN, dtype=torch.int32)
         self.items = torch.zeros(seats, 3 + 2 * groups, dtype=torch.int32)
         self.spans = torch.zeros(seats, 4, dtype=torch.int32)
+        self.tables = torch.zeros(groups, 2 * seats, 1, dtype=torch.int32)
         self.given = torch.zeros(MIXED_TOKENS[-1], dtype=torch.int32)
 
     def decode(self, words: Tensor) -> Tensor:
@@ -103,6 +105,14 @@ class _NoProgram:
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= len(self.given)
+
+    def launched(self, words: Tensor, token_ids: Tensor) -> Tensor:
+        buffers = MixedBuffers.allocate(
+            len(token_ids), len(words), self.tables, 16, CONTEXT, [(0, 1)] * len(words)
+        )
+        buffers.given.copy_(token_ids)
+        buffers.items[: len(words)].copy_(words)
+        return self.tokens
 
     def mixed(self, words: Tensor, token_ids: Tensor) -> Tensor:
         self.given[: len(token_ids)].copy_(token_ids)

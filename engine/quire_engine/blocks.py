@@ -161,8 +161,14 @@ class BlockPool:
 
     def extend(self, tables: Tables) -> None:
         """Lengthen `tables` by a block each; as many are free."""
+        blank = self._blank
         for table in tables:
-            table.append(self._mint())
+            if blank:  # as `_mint` does, without the call
+                block = blank.pop()
+                self._refs[block] = 1
+                table.append(block)
+            else:
+                table.append(self._mint())
 
     def trim(self, tables: Tables, position: int) -> None:
         """Let go of what no token from `position` on can see."""

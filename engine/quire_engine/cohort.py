@@ -23,7 +23,7 @@ from operator import attrgetter, eq
 
 from quire_engine.errors import InvariantBroken
 from quire_engine.request import NEVER, Pace, Request
-from quire_engine.step import Members, Steady
+from quire_engine.step import Drawn, Members, Steady
 from quire_schemas.wire import Delta
 
 _KEY = attrgetter("key")
@@ -252,11 +252,13 @@ class Cohort(Pace):
         """
         roster = share.roster
         names, requests, texts = roster.names, roster.requests, roster.texts
+        column = drawn.tokens if isinstance(drawn, Drawn) and drawn.names is names else None
         if share.left != self.left:
             there = list(map(eq, roster.tickets, map(_TICKET, requests)))
             names, requests = list(compress(names, there)), list(compress(requests, there))
             texts = list(compress(texts, there))
-        tokens = list(map(drawn.__getitem__, names))
+            column = None if column is None else list(compress(column, there))
+        tokens = list(map(drawn.__getitem__, names)) if column is None else column
         deltas = list(map(Delta, names, zip(tokens, strict=True)))
         ends = set(map(requests.index, self._ending_in(share)))
         for entry in share.ending:

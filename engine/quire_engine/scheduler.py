@@ -448,11 +448,12 @@ class Scheduler:
             self._disband()
             return 0
         for request in growing:
+            tables = request.tables
             if pool.is_windowed:
-                pool.trim(request.tables, request.num_planned)
-            pool.extend(request.tables)
+                pool.trim(tables, request.num_planned)
+            pool.extend(tables)
             request.capacity += pool.block_size
-            self._freeze(request)
+            request.frozen_tables = tuple(map(tuple, tables))
         draft.covered = seen
         draft.steady = cohort.advance(growing, pending=self._given_out > 0)
         draft.left -= len(draft.steady)

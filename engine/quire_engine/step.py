@@ -18,7 +18,7 @@ value, `Steady`: columns, most of which the next plan has again. Who wants items
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import TYPE_CHECKING
@@ -213,6 +213,36 @@ class StepPlan:
         parts = [f"{item.request_id}[{item.start}:{item.end}]{'*' if item.draw else ''}" for item in self.items]
         lost = f"; preempted {', '.join(self.preempted)}" if self.preempted else ""
         return f"step {self.step}: {self.num_tokens} tokens: {' '.join(parts)}{lost}"
+
+
+class Drawn(Mapping[str, int]):
+    """Tokens by request id, of which those of `names` stay a column until somebody asks for one of them."""
+
+    __slots__ = ("_found", "_others", "names", "tokens")
+
+    def __init__(self, names: Sequence[str], tokens: Sequence[int], others: dict[str, int]) -> None:
+        self.names = names
+        self.tokens = tokens
+        self._others = others
+        self._found: dict[str, int] | None = None
+
+    def __getitem__(self, name: str) -> int:
+        token = self._others.get(name)
+        return self._all()[name] if token is None else token
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self._others)
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    def _all(self) -> dict[str, int]:
+        if self._found is None:
+            self._found = dict(zip(self.names, self.tokens, strict=True)) | self._others
+        return self._found
 
 
 @dataclass(frozen=True, slots=True)

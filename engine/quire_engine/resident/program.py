@@ -123,6 +123,17 @@ class StepProgram:
         _fill(buffers.items, words)
         return shape.run()
 
+    def launched(self, words: Tensor, token_ids: Tensor) -> Tensor:
+        """`mixed`, kernel by kernel, for a step of any number of tokens."""
+        (num_items, _), (num_tokens,) = words.shape, token_ids.shape
+        spans = list(zip(words[:, 1].tolist(), words[:, 2].tolist(), strict=True))
+        buffers = MixedBuffers.allocate(
+            num_tokens, num_items, self._table.tables, self._block_size, self._max_model_len, spans
+        )
+        buffers.given.copy_(token_ids, non_blocking=True)
+        _fill(buffers.items, words)
+        return self._mixed_of(buffers).run()
+
     def release(self) -> None:
         """Let go of what was captured; it is captured again if it is needed again."""
         self._decode.clear()
@@ -175,19 +186,22 @@ class StepProgram:
     def _mixed_shape(self, num_tokens: int, num_items: int) -> _Shape:
         shape = self._mixed.get((num_tokens, num_items))
         if shape is None:
-            table = self._table
             buffers = MixedBuffers.allocate(
-                num_tokens, num_items, table.tables, self._block_size, self._max_model_len
+                num_tokens, num_items, self._table.tables, self._block_size, self._max_model_len
             )
-            tokens = torch.zeros(num_items, dtype=torch.int32, device=table.device)
-
-            def compute() -> None:
-                prepare_mixed(buffers, table.tables, table.last_token)
-                states = self._model.forward(buffers.token_ids, buffers.batches, self._kv)
-                self._draw(states, buffers.rows[1], buffers.ends, tokens)
-
-            shape = self._mixed[num_tokens, num_items] = self._captured(_Shape(buffers, compute, tokens))
+            shape = self._mixed[num_tokens, num_items] = self._captured(self._mixed_of(buffers))
         return shape
+
+    def _mixed_of(self, buffers: MixedBuffers) -> _Shape:
+        table = self._table
+        tokens = torch.zeros(buffers.items.shape[0], dtype=torch.int32, device=table.device)
+
+        def compute() -> None:
+            prepare_mixed(buffers, table.tables, table.last_token)
+            states = self._model.forward(buffers.token_ids, buffers.batches, self._kv)
+            self._draw(states, buffers.rows[1], buffers.ends, tokens)
+
+        return _Shape(buffers, compute, tokens)
 
     def _draw(self, states: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor) -> None:
         table = self._table

@@ -25,9 +25,8 @@ from torch import Tensor
 from quire_engine.resident.program import StepProgram, mixed_sizes
 from quire_engine.resident.table import RequestTable
 from quire_engine.runner import NOT_FINITE, ModelRunner
-from quire_engine.step import PENDING, StepPlan, StepResult
-from quire_kernels.paging import PagedBatch
-from quire_kernels.triton import sample
+from quire_engine.step import PENDING, Drawn, StepPlan, StepResult
+from quire_kernels.paging import integers
 
 _DEPTH = 2
 """Steps with a staging of their own: the one that is being written, and the one that may be under way."""
@@ -95,9 +94,7 @@ class ResidentRunner:
             captures=self._captures,
         )
 
-        def room(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-
+        room = self._room
         staging = [
             _Staging(
                 room(seats, 3 + 2 * groups),
@@ -119,34 +116,18 @@ class ResidentRunner:
         if not self._captures:
             return
         # for other numbers of sequences the attention kernel is another one
-        for singles in sorted({1, 4, 8, 16, 24, 64, self._table.seats - 1}):
+        others = self._table.seats - 1
+        for singles in sorted({min(count, others) for count in (1, 4, 8, 16, 24, 64, others)}):
             self._rehearse(singles, 2)
-        self._rehearse(1, max(2, self._max_num_batched_tokens - 1))
+        self._rehearse(min(1, others), max(2, self._max_num_batched_tokens - 1))
         self.program.warm_up(seconds)
         torch.cuda.synchronize()
 
     def _rehearse(self, singles: int, longest: int) -> None:
-        """Launch a step of sequences that have nothing in the cache and write nothing to it."""
+        """Launch a step of padding, as if it were that many sequences with one new token, and one with more."""
         counts = (*(1,) * singles, longest)
-        tokens = sum(counts)
-
-        def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-
-        starts = torch.tensor([*range(singles + 1), tokens], dtype=torch.int32)
-        batch = PagedBatch(
-            positions=new(tokens, dtype=torch.int64),
-            slot_mapping=new(tokens, dtype=torch.int64) - 1,
-            block_tables=new(len(counts), 1),
-            query_starts=self._send(starts),
-            context_lens=new(len(counts)),
-            logits_rows=new(1, dtype=torch.int64),
-            block_size=self._block_size,
-            query_lens=counts,
-            contexts=(self._max_model_len,) * len(counts),
-        )
-        states = self._model.forward(new(tokens, dtype=torch.int64), [batch] * len(self._kv.groups), self._kv)
-        self._model.narrow_logits(states)
+        words = torch.tensor([(-1, self._max_model_len - count, count, 1) for count in counts], dtype=torch.int32)
+        self.program.launched(words, torch.zeros(sum(counts), dtype=torch.int32))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""
@@ -195,13 +176,14 @@ class ResidentRunner:
             flat = [] if plan.steady is None else list(plan.steady.tokens or repeat(PENDING, len(plan.steady)))
             for item in others:
                 flat += item.token_ids
+            words = staging.mixed[:count]
+            words.numpy()[:] = table.spans(plan)
             if self.program.fits(len(flat)):
-                words, token_ids = staging.mixed[:count], staging.token_ids[: len(flat)]
-                words.numpy()[:] = table.spans(plan)
+                token_ids = staging.token_ids[: len(flat)]
                 token_ids.numpy()[:] = flat
                 drawn = self.program.mixed(words, token_ids)
             else:
-                drawn = self._launch(plan, flat)
+                drawn = self.program.launched(words, self._room(len(flat)).copy_(integers(flat, torch.int32)))
         tokens = staging.drawn[:count]
         tokens.copy_(drawn[:count], non_blocking=True)
         done = None
@@ -221,16 +203,10 @@ class ResidentRunner:
             begun.done.synchronize()
         drawn = begun.tokens.tolist()
         steady, others = begun.begun.steady, begun.begun.others
-        tokens = {} if steady is None else dict(zip(steady.members.names, drawn, strict=False))
-        if others:
-            own = drawn[len(drawn) - len(others) :]
-            tokens.update(
-                [
-                    (item.request_id, token)
-                    for item, token in zip(others, own, strict=True)
-                    if item.draw is not None
-                ]
-            )
+        names = () if steady is None else steady.members.names
+        own = zip(others, drawn[len(names) :], strict=True)
+        alone = {item.request_id: token for item, token in own if item.draw is not None}
+        tokens = Drawn(names, drawn[: len(names)] if others else drawn, alone) if names else alone
         if _BROKEN not in drawn:
             return StepResult(tokens)
         # a plan behind this one must not go on with what is no token
@@ -240,55 +216,6 @@ class ResidentRunner:
             failures=dict.fromkeys(broken, NOT_FINITE),
         )
 
-    def _launch(self, plan: StepPlan, flat: Sequence[int]) -> Tensor:
-        """A step that no program is made for, kernel by kernel: `flat` are the tokens of all items.
-
-        Of each item the token, [B] int32; those of items that draw nothing mean nothing.
-        """
-        table, device = self._table, self._device
-        items, rows = plan.items, table.rows(plan).tolist()
-        drawing = [number for number, item in enumerate(items) if item.draw is not None]
-        waiting: list[int] = []
-        sources: list[int] = []
-        end = 0
-        for item, row in zip(items, rows, strict=True):
-            end += len(item.token_ids)
-            if item.token_ids[-1] == PENDING:
-                waiting.append(end - 1)
-                sources.append(row)
-        batches = [
-            PagedBatch.build(
-                starts=[item.start for item in items],
-                query_lens=[len(item.token_ids) for item in items],
-                block_tables=[item.tables[group] for item in items],
-                logits=[item.num_rows for item in items],
-                block_size=self._block_size,
-                device=device,
-            )
-            for group in range(len(self._kv.groups))
-        ]
-        token_ids_T = self._send(torch.tensor(flat, dtype=torch.int64))
-        cut, count = len(waiting), len(drawing)
-        facts = self._send(
-            torch.tensor(
-                [*waiting, *sources, *drawing, *(rows[at] for at in drawing), *(items[at].end for at in drawing)],
-                dtype=torch.int32,
-            )
-        )
-        if waiting:
-            drawn = table.last_token[facts[cut : 2 * cut].long()]
-            token_ids_T.index_copy_(0, facts[:cut].long(), drawn.long())
-        states_RW = self._model.forward(token_ids_T, batches, self._kv)
-        tokens = torch.full((len(items),), -1, dtype=torch.int32, device=device)
-        if count:
-            places, own, ends = facts[2 * cut :].view(3, count)
-            chosen = torch.empty(count, dtype=torch.int32, device=device)
-            logits_RV = self._model.narrow_logits(states_RW)
-            sample.draw(logits_RV, own, ends, table.draws, chosen, table.last_token, self.program.scratch)
-            tokens.index_copy_(0, places.long(), chosen)
-        return tokens
-
-    def _send(self, host: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self._device, non_blocking=True)
+    def _room(self, *shape: int) -> Tensor:
+        """On the host, for what the device reads and writes by itself, int32."""
+        return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")

@@ -17,7 +17,8 @@ Legend: S rows, X groups of layers, W blocks of the longest sequence, B items of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
+from dataclasses import dataclass
+from itertools import compress, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,23 @@ _Ints = npt.NDArray[np.int32]
 
 
 _Tables = tuple[tuple[int, ...], ...]
-_Late = tuple[int, int, int, _Tables]
-"""Of an item whose tables have grown: its place in the plan, its row, blocks that the device has, the tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """Items whose tables have grown."""
+
+    places: npt.NDArray[np.int64]
+    """In the plan."""
+    sent: _Ints
+    """Blocks of each table that the device has."""
+    held: _Ints
+    """Blocks of each table."""
+    tables: Sequence[_Tables]
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> _Late:
+        tables = list(compress(self.tables, chosen.tolist()))
+        return _Late(self.places[chosen], self.sent[chosen], self.held[chosen], tables)
 
 
 class RequestTable:
@@ -63,7 +79,7 @@ class RequestTable:
         self._used = np.zeros(num_rows, dtype=np.int64)
         """The step that used each row last, but for those of the last step."""
         self._sent = np.zeros(num_rows, dtype=np.int32)
-        """Blocks of each table that are there."""
+        """Blocks of each table that are there, but for those of the last step."""
         self._told = np.zeros(num_rows, dtype=np.bool_)
         """Whether how it draws is there."""
         self._members: Members | None = None
@@ -72,7 +88,9 @@ class RequestTable:
         self._tables: Sequence[_Tables] | None = None
         self._own_tables: list[_Tables] = []
         """Those that were looked at last."""
-        self._grown: list[int] = []
+        self._there = np.zeros(0, dtype=np.int32)
+        """Of the items of the last step, what `_sent` is of rows."""
+        self._grown: npt.NDArray[np.int64] | None = None
         """Places in `_words` that have a new block."""
         self._placed = self._origins = np.zeros(0, dtype=np.int32)
         self._words = np.zeros((seats, 3 + 2 * groups), dtype=np.int32)
@@ -99,18 +117,20 @@ class RequestTable:
             words[: len(steady), 2] = steady.tokens
         if others:
             words[-len(others) :, 2] = [_sent_token(item.token_ids) for item in others]
-        if self._grown:
+        if self._grown is not None:
             words[self._grown, 3::2] = -1
-            self._grown = []
-        late = self._late(plan, rows, ends)
-        near = [entry for entry in late if len(entry[3][0]) == entry[2] + 1]
-        if near:
-            self._grown = places = [at for at, *_ in near]
-            for group in range(self.tables.shape[0]):
-                words[places, 3 + 2 * group] = [sent for _, _, sent, _ in near]
-                words[places, 4 + 2 * group] = [tables[group][sent] for _, _, sent, tables in near]
-        if len(near) < len(late):
-            self._send_blocks([entry for entry in late if len(entry[3][0]) > entry[2] + 1])
+            self._grown = None
+        late = self._late(plan, ends)
+        if late is None:
+            return words
+        far = late.held > late.sent + 1
+        if far.any():
+            self._send_blocks(late.where(far))
+            late = late.where(~far)
+        self._grown = late.places
+        for group in range(self.tables.shape[0]):
+            words[late.places, 3 + 2 * group] = late.sent
+            words[late.places, 4 + 2 * group] = [tables[group][-1] for tables in late.tables]
         return words
 
     def spans(self, plan: StepPlan) -> _Ints:
@@ -127,8 +147,8 @@ class RequestTable:
             spans[-len(others) :, 1] -= np.array(counts, dtype=np.int32) - 1
             spans[-len(others) :, 2] = counts
             spans[-len(others) :, 3] = [item.draw is not None for item in others]
-        late = self._late(plan, rows, ends)
-        if late:
+        late = self._late(plan, ends)
+        if late is not None:
             self._send_blocks(late)
         return spans
 
@@ -163,7 +183,7 @@ class RequestTable:
         if members is not None:
             tickets, draws = members.tickets + tickets, [*members.draws, *draws]
             self._origins = np.array(members.origins, dtype=np.int32)
-        self._used[self._placed] = self._step - 1
+        self._used[self._placed], self._sent[self._placed] = self._step - 1, self._there
         placed = np.array(list(map(self._rows.get, tickets, repeat(-1))), dtype=np.int32)
         new = (placed < 0).nonzero()[0].tolist()
         if new:
@@ -176,7 +196,7 @@ class RequestTable:
         self._placed, self._members, self._asked, self._tables = placed, members, asked, None
         words = self._words[: len(placed)]
         words[:, 0], words[:, 3::2] = placed, -1
-        self._grown = []
+        self._there, self._grown = self._sent[placed], None
 
     def _new_row(self, ticket: int) -> int:
         """A row for it; if none is left, the one that was not used for longest, which no item of the step has."""
@@ -189,20 +209,21 @@ class RequestTable:
         self._used[row], self._sent[row], self._told[row] = self._step, 0, False
         return row
 
-    def _late(self, plan: StepPlan, rows: _Ints, ends: _Ints) -> list[_Late]:
+    def _late(self, plan: StepPlan, ends: _Ints) -> _Late | None:
         """Items whose tables have blocks that the device has not; it counts as having them now."""
         steady, others = plan.steady, plan.others
         tables, own = () if steady is None else steady.tables, [item.tables for item in others]
         if tables is self._tables and own == self._own_tables:
-            return []
+            return None
         self._tables, self._own_tables = tables, own
         held = (ends + (self._block_size - 1)) // self._block_size
-        late = (held > self._sent[rows]).nonzero()[0]
-        theirs, places, count = rows[late], late.tolist(), len(tables)
-        sent = self._sent[theirs].tolist()
-        self._sent[theirs] = held[late]
-        grown = [tables[at] if at < count else own[at - count] for at in places]
-        return list(zip(places, theirs.tolist(), sent, grown, strict=True))
+        places = (held > self._there).nonzero()[0]
+        if not places.size:
+            return None
+        sent, now, count = self._there[places], held[places], len(tables)
+        self._there[places] = now
+        grown = [tables[at] if at < count else own[at - count] for at in places.tolist()]
+        return _Late(places, sent, now, grown)
 
     def _send_draws(self, new: Sequence[tuple[int, Draw]]) -> None:
         if not new:
@@ -217,11 +238,13 @@ class RequestTable:
         own.seed.index_copy_(0, index, added.seed)
         self._told[rows] = True
 
-    def _send_blocks(self, late: Sequence[_Late]) -> None:
+    def _send_blocks(self, late: _Late) -> None:
         _, rows, width = self.tables.shape
         places: list[int] = []
         blocks: list[int] = []
-        for _, row, first, tables in late:
+        for row, first, tables in zip(
+            self._placed[late.places].tolist(), late.sent.tolist(), late.tables, strict=True
+        ):
             for group, table in enumerate(tables):
                 at = (group * rows + row) * width
                 places += range(at + first, at + len(table))

@@ -13,6 +13,7 @@ Legend: B items, T tokens, S rows of the request table, X groups of layers, W bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -253,9 +254,17 @@ class MixedBuffers:
 
     @classmethod
     def allocate(
-        cls, num_tokens: int, num_items: int, tables: Tensor, block_size: int, max_model_len: int
+        cls,
+        num_tokens: int,
+        num_items: int,
+        tables: Tensor,
+        block_size: int,
+        max_model_len: int,
+        spans: Sequence[tuple[int, int]] | None = None,
     ) -> MixedBuffers:
-        """On the device of the block tables `tables` [X, S, W] int32."""
+        """On the device of the block tables `tables` [X, S, W] int32. `spans`, where the host knows them, are the
+        position of each item's first new token and how many it has.
+        """
 
         def new(*shape: int, dtype: torch.dtype = torch.int32, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=tables.device)
@@ -265,6 +274,12 @@ class MixedBuffers:
         slots = new(groups, num_tokens, dtype=torch.int64, fill=-1)
         starts, contexts = new(num_items + 1), new(num_items)
         logits_rows = new(num_items, dtype=torch.int64)
+        if spans is None:  # prompts and others, for all the host knows
+            query_lens = (1, *(num_tokens,) * (num_items - 1)) if num_items > 1 else (num_tokens,)
+            longest = (max_model_len,) * num_items
+        else:
+            query_lens = tuple([count for _, count in spans])
+            longest = tuple([first + count for first, count in spans])
         batches = tuple(
             PagedBatch(
                 positions=positions,
@@ -274,9 +289,8 @@ class MixedBuffers:
                 context_lens=contexts,
                 logits_rows=logits_rows,
                 block_size=block_size,
-                # prompts and others, for all the host knows
-                query_lens=(1, *(num_tokens,) * (num_items - 1)) if num_items > 1 else (num_tokens,),
-                contexts=(max_model_len,) * num_items,
+                query_lens=query_lens,
+                contexts=longest,
                 table_rows=rows[0],
             )
             for group in range(groups)
