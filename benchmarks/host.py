@@ -88,7 +88,9 @@ class _NoModel:
 
 
 class _NoProgram:
-    """`StepProgram` that runs nothing; what it would be filled with is copied as ever."""
+    """`StepProgram` that runs nothing; what it would be filled with is copied as ever. `decode` and `mixed` may be
+    called as the program of another checkout is.
+    """
 
     scratch = None
 
@@ -99,24 +101,23 @@ class _NoProgram:
         self.tables = torch.zeros(groups, 2 * seats, 1, dtype=torch.int32)
         self.given = torch.zeros(MIXED_TOKENS[-1], dtype=torch.int32)
 
-    def decode(self, words: Tensor) -> Tensor:
+    def decode(self, words: Tensor, *_: int) -> Tensor:
         self.items[: len(words)].copy_(words)
         return self.tokens
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= len(self.given)
 
-    def launched(self, words: Tensor, token_ids: Tensor) -> Tensor:
-        buffers = MixedBuffers.allocate(
-            len(token_ids), len(words), self.tables, 16, CONTEXT, [(0, 1)] * len(words)
-        )
-        buffers.given.copy_(token_ids)
-        buffers.items[: len(words)].copy_(words)
+    def mixed(self, words: Tensor, *rest: Any) -> Tensor:
+        self.given[: len(rest[-1])].copy_(rest[-1])
+        self.spans[: len(words)].copy_(words)
         return self.tokens
 
-    def mixed(self, words: Tensor, token_ids: Tensor) -> Tensor:
-        self.given[: len(token_ids)].copy_(token_ids)
-        self.spans[: len(words)].copy_(words)
+    def launched(self, words: Tensor, count: int, token_ids: Tensor) -> Tensor:
+        spans = [(first, many) for _, first, many, _ in words[:count].tolist()]
+        buffers = MixedBuffers.allocate(len(token_ids), count, self.tables, 16, CONTEXT, spans)
+        buffers.given.copy_(token_ids)
+        buffers.items.copy_(words[:count])
         return self.tokens
 
 

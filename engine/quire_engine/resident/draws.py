@@ -18,18 +18,21 @@ from quire_kernels.triton.sample import DrawTable
 
 _WORDS = struct.Struct("<fiffq")
 """Temperature, top-k, top-p, min-p and seed as six words of 32 bits."""
+_INTS = struct.Struct("<6i")
 _HOTTEST = 3e38
 """float32 has nothing above it; all tokens have been equally likely for long by then."""
 
 
+def words_of(draw: Draw) -> tuple[int, ...]:
+    """Six words of 32 bits."""
+    asked = draw.sampling
+    temperature, seed = min(asked.temperature, _HOTTEST), draw.seed & 0x7FFFFFFFFFFFFFFF
+    return _INTS.unpack(_WORDS.pack(temperature, asked.top_k, asked.top_p, asked.min_p, seed))
+
+
 def columns(draws: Sequence[Draw]) -> Tensor:
     """[6, R] int32 on the host: the words of each draw."""
-    packed = bytearray()
-    for draw in draws:
-        asked = draw.sampling
-        temperature, seed = min(asked.temperature, _HOTTEST), draw.seed & 0x7FFFFFFFFFFFFFFF
-        packed += _WORDS.pack(temperature, asked.top_k, asked.top_p, asked.min_p, seed)
-    return torch.frombuffer(packed, dtype=torch.int32).view(len(draws), 6).T.contiguous()
+    return torch.tensor([words_of(draw) for draw in draws], dtype=torch.int32).T.contiguous()
 
 
 def table_of(words: Tensor) -> DrawTable:

@@ -98,40 +98,40 @@ class StepProgram:
         """How many shapes are replayed."""
         return sum(shape.graph is not None for shape in (*self._decode.values(), *self._mixed.values()))
 
-    def decode(self, words: Tensor) -> Tensor:
-        """Begin a step of one new token each, whose `words`, on the host, are those of `RequestTable.addresses`.
-        Its tokens will be in what is returned, [B] int32 on the device.
+    def decode(self, words: Tensor, count: int) -> Tensor:
+        """Begin a step of one new token each. The first `count` of `words`, which are on the host and have a row
+        for each seat, are those of `RequestTable.addresses`. Its tokens will be in what is returned, [B] int32 on
+        the device.
         """
-        num_items = words.shape[0]
-        shape = self._decode_shape(_fitting(self._decode_sizes, num_items))
-        _fill(shape.buffers.items, words)
+        shape = self._decode_shape(_fitting(self._decode_sizes, count))
+        _fill(shape.buffers.items, words, count)
         return shape.run()
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a mixed step has a shape."""
         return num_tokens <= self._most_tokens
 
-    def mixed(self, words: Tensor, token_ids: Tensor) -> Tensor:
-        """Begin a step whose `words` are those of `RequestTable.spans`, and whose `token_ids` [T] int32 all on the
-        host. Its tokens will be in what is returned, [B] int32; those of items that draw nothing mean nothing.
+    def mixed(self, words: Tensor, count: int, token_ids: Tensor) -> Tensor:
+        """Begin a step whose `words` are those of `RequestTable.spans`, given like those of `decode`, and whose
+        `token_ids` [T] int32 all on the host. Its tokens will be in what is returned, [B] int32; those of items
+        that draw nothing mean nothing.
         """
-        num_items = _fitting(self._mixed_items, words.shape[0])
+        num_items = _fitting(self._mixed_items, count)
         shape = self._mixed_shape(_fitting(self._mixed_tokens[num_items], token_ids.shape[0]), num_items)
         buffers = shape.buffers
         if isinstance(buffers, MixedBuffers):
             buffers.given[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
-        _fill(buffers.items, words)
+        _fill(buffers.items, words, count)
         return shape.run()
 
-    def launched(self, words: Tensor, token_ids: Tensor) -> Tensor:
+    def launched(self, words: Tensor, count: int, token_ids: Tensor) -> Tensor:
         """`mixed`, kernel by kernel, for a step of any number of tokens."""
-        (num_items, _), (num_tokens,) = words.shape, token_ids.shape
-        spans = list(zip(words[:, 1].tolist(), words[:, 2].tolist(), strict=True))
+        spans = [(first, many) for _, first, many, _ in words[:count].tolist()]
         buffers = MixedBuffers.allocate(
-            num_tokens, num_items, self._table.tables, self._block_size, self._max_model_len, spans
+            token_ids.shape[0], count, self._table.tables, self._block_size, self._max_model_len, spans
         )
         buffers.given.copy_(token_ids, non_blocking=True)
-        _fill(buffers.items, words)
+        _fill(buffers.items, words, count)
         return self._mixed_of(buffers).run()
 
     def release(self) -> None:
@@ -277,9 +277,8 @@ def _seconds(graph: torch.cuda.CUDAGraph) -> float:
     return min(found)
 
 
-def _fill(items: Tensor, words: Tensor) -> None:
-    """`words` from the host, and padding behind them."""
-    count = words.shape[0]
-    items[:count].copy_(words, non_blocking=True)
-    if count < items.shape[0]:
-        items[count:].fill_(-1)
+def _fill(items: Tensor, words: Tensor, count: int) -> None:
+    """The first `count` of `words`, from the host, and padding behind them."""
+    size = items.shape[0]
+    words.numpy()[count:size] = -1
+    items.copy_(words[:size], non_blocking=True)

@@ -47,12 +47,14 @@ class Begun:
 
 @dataclass(slots=True)
 class _Staging:
-    """Host memory that the device reads and writes by itself, int32."""
+    """Host memory that the device reads and writes by itself, int32, and when it has done so."""
 
     decode: Tensor
     mixed: Tensor
     token_ids: Tensor
     drawn: Tensor
+    done: torch.cuda.Event | None
+    """When the step that it was used for last has ended."""
 
 
 class ResidentRunner:
@@ -101,6 +103,7 @@ class ResidentRunner:
                 room(seats, 4),
                 room(mixed_sizes(self._max_num_batched_tokens)[-1]),
                 room(seats),
+                torch.cuda.Event() if self._device.type == "cuda" else None,  # type: ignore[no-untyped-call]
             )
             for _ in range(_DEPTH)
         ]
@@ -127,7 +130,7 @@ class ResidentRunner:
         """Launch a step of padding, as if it were that many sequences with one new token, and one with more."""
         counts = (*(1,) * singles, longest)
         words = torch.tensor([(-1, self._max_model_len - count, count, 1) for count in counts], dtype=torch.int32)
-        self.program.launched(words, torch.zeros(sum(counts), dtype=torch.int32))
+        self.program.launched(words, len(counts), torch.zeros(sum(counts), dtype=torch.int32))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Runner`."""
@@ -168,29 +171,26 @@ class ResidentRunner:
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _DEPTH
         if all(len(item.token_ids) == 1 and item.draw is not None for item in others):
-            words = staging.decode[:count]
-            words.numpy()[:] = table.addresses(plan)
-            drawn = self.program.decode(words)
+            staging.decode.numpy()[:count] = table.addresses(plan)
+            drawn = self.program.decode(staging.decode, count)
         else:
             # a pending token is `LAST` to the device
             flat = [] if plan.steady is None else list(plan.steady.tokens or repeat(PENDING, len(plan.steady)))
             for item in others:
                 flat += item.token_ids
-            words = staging.mixed[:count]
-            words.numpy()[:] = table.spans(plan)
+            staging.mixed.numpy()[:count] = table.spans(plan)
             if self.program.fits(len(flat)):
                 token_ids = staging.token_ids[: len(flat)]
                 token_ids.numpy()[:] = flat
-                drawn = self.program.mixed(words, token_ids)
+                drawn = self.program.mixed(staging.mixed, count, token_ids)
             else:
-                drawn = self.program.launched(words, self._room(len(flat)).copy_(integers(flat, torch.int32)))
+                token_ids = self._room(len(flat)).copy_(integers(flat, torch.int32))
+                drawn = self.program.launched(staging.mixed, count, token_ids)
         tokens = staging.drawn[:count]
         tokens.copy_(drawn[:count], non_blocking=True)
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-        return Begun(plan, plan, tokens, done)
+        if staging.done is not None:
+            staging.done.record()
+        return Begun(plan, plan, tokens, staging.done)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Make each second block what the first of its pair is, behind all that was begun."""

@@ -23,10 +23,10 @@ from itertools import compress, repeat
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from quire_engine.resident.draws import columns, table_of
+from quire_engine.resident.draws import words_of
 from quire_engine.step import PENDING, Draw, Members, StepPlan
+from quire_kernels.paging import integers
 from quire_kernels.triton.sample import DrawTable
 from quire_kernels.triton.step import LAST
 
@@ -61,15 +61,22 @@ class RequestTable:
         self._block_size = block_size
         self.seats = seats
         num_rows = 2 * seats
-        self.tables = torch.zeros((groups, num_rows, width), dtype=torch.int32, device=device)
+        self._store = torch.zeros((6 + groups * width) * num_rows, dtype=torch.int32, device=device)
+        """Draws by column, and behind them the tables: what a step sends goes there by one operation."""
+        draws, tables = self._store[: 6 * num_rows], self._store[6 * num_rows :]
+        columns = draws[: 4 * num_rows].view(4, num_rows)
+        self.tables = tables.view(groups, num_rows, width)
         self.last_token = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.draws = DrawTable(
-            temperature=torch.zeros(num_rows, dtype=torch.float32, device=device),
-            top_k=torch.zeros(num_rows, dtype=torch.int32, device=device),
-            top_p=torch.ones(num_rows, dtype=torch.float32, device=device),
-            min_p=torch.zeros(num_rows, dtype=torch.float32, device=device),
-            seed=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            temperature=columns[0].view(torch.float32),
+            top_k=columns[1],
+            top_p=columns[2].view(torch.float32).fill_(1.0),
+            min_p=columns[3].view(torch.float32),
+            seed=draws[4 * num_rows :].view(torch.int64),
         )
+        self._places: list[int] = []
+        """In the store, of words that have to be sent."""
+        self._values: list[int] = []
         self._rows: dict[int, int] = {}
         """By ticket."""
         self._owners = [0] * num_rows
@@ -100,16 +107,14 @@ class RequestTable:
     @property
     def bytes(self) -> int:
         """What the tensors hold."""
-        draws = self.draws
-        held = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seed)
-        return sum(tensor.nbytes for tensor in (self.tables, self.last_token, *held))
+        return self._store.nbytes + self.last_token.nbytes
 
     def addresses(self, plan: StepPlan) -> _Ints:
         """What `StepBuffers.items` wants of a plan whose items have one new token and a draw each, [B, 3 + 2 · X].
 
         Block tables that have grown by more than one block are sent at once. The next call overwrites the result.
         """
-        rows, ends = self._places(plan)
+        rows, ends = self._locate(plan)
         steady, others, words = plan.steady, plan.others, self._words[: len(rows)]
         np.subtract(ends, 1, out=words[:, 1])
         words[:, 2] = LAST
@@ -121,23 +126,23 @@ class RequestTable:
             words[self._grown, 3::2] = -1
             self._grown = None
         late = self._late(plan, ends)
-        if late is None:
-            return words
-        far = late.held > late.sent + 1
-        if far.any():
-            self._send_blocks(late.where(far))
-            late = late.where(~far)
-        self._grown = late.places
-        for group in range(self.tables.shape[0]):
-            words[late.places, 3 + 2 * group] = late.sent
-            words[late.places, 4 + 2 * group] = [tables[group][-1] for tables in late.tables]
+        if late is not None:
+            near = (late.held == late.sent + 1).tolist()
+            if not all(near):
+                self._put_blocks(late.where(np.logical_not(near)))
+                late = late.where(np.array(near))
+            self._grown = late.places
+            for group in range(self.tables.shape[0]):
+                words[late.places, 3 + 2 * group] = late.sent
+                words[late.places, 4 + 2 * group] = [tables[group][-1] for tables in late.tables]
+        self._send()
         return words
 
     def spans(self, plan: StepPlan) -> _Ints:
         """What `MixedBuffers.items` wants of items of any kind, [B, 4]. All blocks that the device lacks are sent.
         The next call overwrites the result.
         """
-        rows, ends = self._places(plan)
+        rows, ends = self._locate(plan)
         others, spans = plan.others, self._spans[: len(rows)]
         spans[:, 0] = rows
         np.subtract(ends, 1, out=spans[:, 1])
@@ -149,20 +154,18 @@ class RequestTable:
             spans[-len(others) :, 3] = [item.draw is not None for item in others]
         late = self._late(plan, ends)
         if late is not None:
-            self._send_blocks(late)
+            self._put_blocks(late)
+        self._send()
         return spans
-
-    def rows(self, plan: StepPlan) -> _Ints:
-        """The row of each item, [B]; of those that draw for the first time it is sent how they do."""
-        return self._places(plan)[0]
 
     def forget(self) -> None:
         """All rows are free again."""
         self._rows.clear()
         self._free = list(range(self.tables.shape[1] - 1, -1, -1))
         self._members, self._asked, self._tables = None, [], None
+        self._places, self._values = [], []
 
-    def _places(self, plan: StepPlan) -> tuple[_Ints, _Ints]:
+    def _locate(self, plan: StepPlan) -> tuple[_Ints, _Ints]:
         """The row of each item, and the position after its last token; [B] each."""
         steady, others = plan.steady, plan.others
         members, asked = None if steady is None else steady.members, [(item.ticket, item.draw) for item in others]
@@ -191,8 +194,9 @@ class RequestTable:
             for at in new:
                 placed[at] = self._new_row(tickets[at])
         untold = (~self._told[placed]).nonzero()[0].tolist()
-        if untold:
-            self._send_draws([(int(placed[at]), draw) for at in untold if (draw := draws[at]) is not None])
+        for at in untold:
+            if (draw := draws[at]) is not None:
+                self._put_draw(int(placed[at]), draw)
         self._placed, self._members, self._asked, self._tables = placed, members, asked, None
         words = self._words[: len(placed)]
         words[:, 0], words[:, 3::2] = placed, -1
@@ -225,38 +229,31 @@ class RequestTable:
         grown = [tables[at] if at < count else own[at - count] for at in places.tolist()]
         return _Late(places, sent, now, grown)
 
-    def _send_draws(self, new: Sequence[tuple[int, Draw]]) -> None:
-        if not new:
+    def _put_draw(self, row: int, draw: Draw) -> None:
+        rows, seed = len(self._owners), 4 * len(self._owners) + 2 * row
+        self._places += (row, rows + row, 2 * rows + row, 3 * rows + row, seed, seed + 1)
+        self._values += words_of(draw)
+        self._told[row] = True
+
+    def _put_blocks(self, late: _Late) -> None:
+        groups, rows, width = self.tables.shape
+        lives = zip(self._placed[late.places].tolist(), late.sent.tolist(), late.tables, strict=True)
+        for row, first, tables in lives:
+            for group in range(groups):
+                at = 6 * rows + (group * rows + row) * width
+                self._places += range(at + first, at + len(tables[group]))
+                self._values += tables[group][first:]
+
+    def _send(self) -> None:
+        """What has been put, without waiting for what runs on the device."""
+        if not self._places:
             return
-        rows = [row for row, _ in new]
-        sent = self._send(torch.cat((torch.tensor([rows], dtype=torch.int32), columns([draw for _, draw in new]))))
-        index, own, added = sent[0].long(), self.draws, table_of(sent[1:])
-        own.temperature.index_copy_(0, index, added.temperature)
-        own.top_k.index_copy_(0, index, added.top_k)
-        own.top_p.index_copy_(0, index, added.top_p)
-        own.min_p.index_copy_(0, index, added.min_p)
-        own.seed.index_copy_(0, index, added.seed)
-        self._told[rows] = True
-
-    def _send_blocks(self, late: _Late) -> None:
-        _, rows, width = self.tables.shape
-        places: list[int] = []
-        blocks: list[int] = []
-        for row, first, tables in zip(
-            self._placed[late.places].tolist(), late.sent.tolist(), late.tables, strict=True
-        ):
-            for group, table in enumerate(tables):
-                at = (group * rows + row) * width
-                places += range(at + first, at + len(table))
-                blocks += table[first:]
-        sent = self._send(torch.tensor([places, blocks], dtype=torch.int32))
-        self.tables.view(-1).index_copy_(0, sent[0].long(), sent[1])
-
-    def _send(self, host: Tensor) -> Tensor:
-        """`host` on the device, without waiting for what runs there."""
+        host = integers(self._places + self._values, torch.int32)
+        self._places, self._values = [], []
         if self.device.type == "cuda":
             host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+        places, values = host.to(self.device, non_blocking=True).view(2, -1)
+        self._store.index_copy_(0, places.long(), values)
 
 
 def _sent_token(token_ids: tuple[int, ...]) -> int:

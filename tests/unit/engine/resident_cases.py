@@ -289,7 +289,7 @@ def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     def sometimes(plan: Any) -> Any:
         if plan.step in left:
             left.remove(plan.step)
-            runner._table.rows(plan)
+            runner._table.spans(plan)
             raise RuntimeError("planted")
         return begin(plan)
 
@@ -358,8 +358,9 @@ def test_columns_say_what_items_say() -> None:
     for _ in range(300):
         if rng.random() < 0.1:
             number += 1
-            message = Generate(str(number), [1] * rng.randint(1, 20), Sampling(max_tokens=rng.randint(5, 90)))
-            scheduler.add(Request.of(message, eos_token_ids=(2,), seed=number, received_at=0.0))
+            asked = Sampling(rng.randint(5, 90), temperature=number / 4, top_k=3, top_p=0.5, min_p=0.25)
+            message = Generate(str(number), [1] * rng.randint(1, 20), asked)
+            scheduler.add(Request.of(message, eos_token_ids=(2,), seed=number << 40, received_at=0.0))
         if rng.random() < 0.02:
             scheduler.abort(str(rng.randint(1, number + 1)))
         plan = scheduler.schedule()
@@ -367,12 +368,13 @@ def test_columns_say_what_items_say() -> None:
             items = StepPlan(plan.step, plan.items)
             singles = all(len(item.token_ids) == 1 and item.draw is not None for item in plan.others)
             one, other = (
-                table.addresses(asked) if singles else table.spans(asked)
-                for table, asked in zip(tables, (plan, items), strict=True)
+                table.addresses(same) if singles else table.spans(same)
+                for table, same in zip(tables, (plan, items), strict=True)
             )
             assert one.tolist() == other.tolist()
             assert torch.equal(tables[0].tables, tables[1].tables)
-            assert torch.equal(tables[0].draws.seed, tables[1].draws.seed)
+            how = tables[0].draws
+            assert torch.equal(how.seed, tables[1].draws.seed)
             for table in tables if singles else ():  # as the device does
                 for row, _, _, *grown in one.tolist():
                     for group, (place, block) in enumerate(zip(grown[::2], grown[1::2], strict=True)):
@@ -381,6 +383,10 @@ def test_columns_say_what_items_say() -> None:
             for item, row in zip(plan.items, one[:, 0].tolist(), strict=True):
                 held = tables[0].tables[:, row, : len(item.tables[0])]
                 assert held.tolist() == [list(table) for table in item.tables]
+                if item.draw is not None:
+                    told = [column[row].item() for column in (how.top_k, how.top_p, how.min_p, how.seed)]
+                    assert told == [3, 0.5, 0.25, item.draw.seed]
+                    assert how.temperature[row].item() == item.draw.sampling.temperature
             seen += plan.steady is not None
         given_out += [plan] if plan.num_items else []
         if len(given_out) > 1 or not plan.num_items:

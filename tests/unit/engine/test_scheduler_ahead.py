@@ -15,7 +15,7 @@ from quire_engine.config import BatchLimits
 from quire_engine.errors import RequestRefused
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
-from quire_engine.step import PENDING, StepPlan, StepResult, resolve
+from quire_engine.step import PENDING, Drawn, StepPlan, StepResult, resolve
 from quire_schemas.wire import Generate, Policy, Sampling
 
 
@@ -155,3 +155,11 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
                 scheduler.check_integrity()
         assert together
         assert pair[0].counters == pair[1].counters
+
+
+def test_tokens_by_column_are_a_mapping() -> None:
+    drawn = Drawn(["a", "b"], [4, 5], {"c": 6})
+    assert drawn == {"a": 4, "b": 5, "c": 6}
+    assert (len(drawn), list(drawn), drawn["b"], drawn["c"], drawn.get("d")) == (3, ["a", "b", "c"], 5, 6, None)
+    with pytest.raises(KeyError):
+        drawn["d"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quire_kernels import PagedBatch, UnknownBackend, load
+from quire_kernels.paging import integers
 
 
 def test_a_mixed_step_is_laid_out_sequence_after_sequence() -> None:
@@ -49,6 +50,17 @@ def test_every_slot_is_where_the_block_table_says(block_size: int, start: int) -
 def test_a_table_too_short_for_its_tokens_is_refused(start: int, count: int, table: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         PagedBatch.build(starts=[start], query_lens=[count], block_tables=[table], logits=[True], block_size=4)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.int32, 2**31 - 1), (torch.int64, 2**63 - 1)])
+@pytest.mark.parametrize("count", [0, 1, 3, 1000])
+def test_integers_are_those_of_the_list(dtype: torch.dtype, largest: int, count: int) -> None:
+    values = [(-1, largest, -largest - 1, 0)[at % 4] for at in range(count)]
+    made = integers(values, dtype)
+    assert made.dtype == dtype
+    assert torch.equal(made, torch.tensor(values, dtype=dtype))
+    with pytest.raises(OverflowError):
+        integers([*values, largest + 1], dtype)
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
