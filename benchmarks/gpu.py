@@ -290,9 +290,27 @@ class Bench:
             return finish(begun)
 
         self.runner.finish = watched  # type: ignore[method-assign]
+        self.spent: dict[str, float] = {}
+        """Seconds in parts of the host's work: to decide, to begin, therein to fill and replay, to take over."""
+        for owner, part in (
+            (self.engine._scheduler, "schedule"), (self.runner, "begin"), (self.runner.program, "decode"),
+            (self.engine._scheduler, "commit"),
+        ):  # fmt: skip
+            self._clock(owner, part)
         self.engine.warm_up()
         spare_the_collector()  # as an engine process does
         self.load_seconds = time.perf_counter() - began
+
+    def _clock(self, owner: Any, name: str) -> None:
+        work, self.spent[name] = getattr(owner, name), 0.0
+
+        def clocked(*given: Any) -> Any:
+            start = time.perf_counter()
+            result = work(*given)
+            self.spent[name] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, clocked)
 
     def read_bytes(self, tokens: int) -> float:
         """Weights that a decode step of `tokens` tokens reads: all but an embedding that is not the head, and of
@@ -353,11 +371,13 @@ def decode(bench: Bench, card: Card, batch: int, context: int, steps: int) -> di
     torch.cuda.synchronize()
     seen = statistics.mean(r.num_known for r in _running(bench.engine)) + steps / 2
     bench.waited = 0.0
+    bench.spent = dict.fromkeys(bench.spent, 0.0)
     start = time.perf_counter()
     for _ in range(steps):
         bench._step()
     seconds = (time.perf_counter() - start) / steps
     host = seconds - bench.waited / steps
+    parts = {name: round(spent / steps * 1e6) for name, spent in bench.spent.items()}
     for number in range(batch):
         bench.engine.abort(str(number))
     bench.drain()
@@ -371,6 +391,7 @@ def decode(bench: Bench, card: Card, batch: int, context: int, steps: int) -> di
         "tokens_per_second": round(batch / seconds, 1),
         "roofline_share": round(floor / seconds, 3),
         "host_us": round(host * 1e6),
+        "host_parts_us": parts,
     }
 
 
