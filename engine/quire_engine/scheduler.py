@@ -434,7 +434,7 @@ class Scheduler:
             if cohort.last_key:
                 self._disband()
             return 0
-        if ahead is not None and ahead.key < cohort.last_key:
+        if ahead is not None and ahead.key <= cohort.last_key:
             cohort = self._disband()
         seen = cohort.covered(self.running)
         candidates: Iterator[Request] = islice(self.running, seen, None)
@@ -445,15 +445,21 @@ class Scheduler:
             return seen
         growing = cohort.growing()
         if len(growing) * pool.num_groups > pool.num_free:
-            self._disband()
-            return 0
-        for request in growing:
-            tables = request.tables
-            if pool.is_windowed:
-                pool.trim(tables, request.num_planned)
-            pool.extend(tables)
-            request.capacity += pool.block_size
-            request.frozen_tables = tuple(map(tuple, tables))
+            for request in growing:
+                if request.pace is cohort and self._make_room(request, request.num_planned + 1, draft.preempted):
+                    self._freeze(request)
+            growing = [request for request in growing if request.pace is cohort]
+            seen = cohort.covered(self.running)
+            if not len(cohort):
+                return seen
+        else:
+            for request in growing:
+                tables = request.tables
+                if pool.is_windowed:
+                    pool.trim(tables, request.num_planned)
+                pool.extend(tables)
+                request.capacity += pool.block_size
+                request.frozen_tables = tuple(map(tuple, tables))
         draft.covered = seen
         draft.steady = cohort.advance(growing, pending=self._given_out > 0)
         draft.left -= len(draft.steady)
