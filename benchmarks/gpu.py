@@ -465,7 +465,7 @@ def offline(bench: Bench, card: Card, name: str, lengths: Sequence[tuple[int, in
         produced += bench._step()
         then, before = time.perf_counter(), then
         longest.append(then - before)
-        if full is None and not bench.engine.stats().waiting:
+        if full is None and not bench.engine._scheduler.waiting:
             full = produced, then - start
     seconds = then - start
     if produced != sum(output for _, output in lengths):
