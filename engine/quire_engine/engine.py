@@ -50,6 +50,7 @@ from quire_engine.step import StepPlan, StepResult
 from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
+from quire_schemas.gpu_sizing import HEAD_ROWS
 from quire_schemas.quantization import experts_misfit, misfit
 from quire_schemas.sizing import kv_groups, kv_misfit
 from quire_schemas.wire import (
@@ -67,6 +68,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
+_HEAD_ROWS = {"cpu": 1 << 30, "cuda": HEAD_ROWS}
+"""Of so many rows logits are there at once when the host draws; on a CPU of all that draw."""
 MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
 """Log-probabilities that all live requests together may ask for when another one wants many at a position: what
 one step makes of them has to go through a client's connection at once."""
@@ -180,7 +183,7 @@ class Engine:
             model,
             kv,
             block_size=spec.block_size,
-            head_rows=min(spec.max_num_seqs, spec.max_num_batched_tokens),
+            head_rows=min(spec.max_num_seqs, spec.max_num_batched_tokens, _HEAD_ROWS[device.type]),
             device=device,
             masks=MaskMaker(meanwhile=device.type != "cpu" or spec.spare_core),
         )

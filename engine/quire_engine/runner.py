@@ -15,14 +15,14 @@ vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quire_engine.json_schema import REFUSED
-from quire_engine.masks import MaskMaker
+from quire_engine.masks import MaskMaker, Masks
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import Drawer, likeliest, sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
@@ -54,9 +54,7 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """A model and its cache on one device. `head_rows`: of so many rows logits may be there at once besides those
-    that draw.
-    """
+    """A model and its cache on one device. `head_rows`: of so many rows logits are there at once."""
 
     def __init__(
         self,
@@ -90,7 +88,8 @@ class ModelRunner:
         if plan.copies:
             self.kv.copy_blocks(plan.copies)
         rows = [item for item in items if item.draw is not None]
-        pending = self.masks.begin(rows)
+        parts = [rows[at : at + self.head_rows] for at in range(0, len(rows), self.head_rows)]
+        pending = [self.masks.begin(part) for part in parts]
         batches = [
             PagedBatch.build(
                 starts=[item.start for item in items],
@@ -114,8 +113,19 @@ class ModelRunner:
             scores = self._score(items, firsts, states_RW, failures)
             ends = zip(items, firsts[1:], strict=True)
             states_RW = states_RW[[end - 1 for item, end in ends if item.draw is not None]]
-        if not rows:
-            return StepResult({}, failures=failures, states=pooled, prompt_logprobs=scores)
+        tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
+        for at, part, masks in zip(itertools.count(step=self.head_rows), parts, pending, strict=False):
+            drawn = self._draw(states_RW[at : at + len(part)], part, masks)
+            tokens.update(drawn.tokens)
+            logprobs.update(drawn.logprobs)
+            failures.update(drawn.failures)
+        return StepResult(tokens, logprobs, failures, pooled, scores)
+
+    def _draw(
+        self, states_RW: Tensor, rows: Sequence[Scheduled], pending: Callable[[], Masks] | None
+    ) -> StepResult:
+        """What `rows` draw of their states."""
         masks = None
         if all(item.draw is not None and item.draw.is_plain for item in rows):
             drawn = likeliest(*self.model.best(states_RW))
@@ -123,16 +133,15 @@ class ModelRunner:
             logits_RV = self.model.logits(states_RW)
             masks = pending() if pending is not None else None
             drawn = sample(logits_RV, rows, self.model.kernels, masks, self.drawer)
-        failures.update({rows[r].request_id: _NO_TOKEN_LEFT for r in drawn.stuck})
+        names = [row.request_id for row in rows]
+        failures = {names[r]: _NO_TOKEN_LEFT for r in drawn.stuck}
         if masks is not None:
-            failures.update({rows[r].request_id: (REFUSED, why) for r, why in masks.failed.items()})
-        failures.update({rows[r].request_id: NOT_FINITE for r in drawn.broken})
+            failures.update({names[r]: (REFUSED, why) for r, why in masks.failed.items()})
+        failures.update({names[r]: NOT_FINITE for r in drawn.broken})
         return StepResult(
-            tokens={row.request_id: token for row, token in zip(rows, drawn.tokens, strict=True)},
-            logprobs={rows[r].request_id: entry for r, entry in drawn.logprobs.items()},
-            failures=failures,
-            states=pooled,
-            prompt_logprobs=scores,
+            dict(zip(names, drawn.tokens, strict=True)),
+            {names[r]: entry for r, entry in drawn.logprobs.items()},
+            failures,
         )
 
     def _score(

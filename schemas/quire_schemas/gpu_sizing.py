@@ -52,6 +52,8 @@ DECODE_SHAPES = 40
 """At least the number of decode shapes."""
 MIXED_SHAPES = 32
 """At least the number of mixed shapes: sizes by tokens times sizes by items."""
+HEAD_ROWS = 64
+"""Rows that have logits at a time in a step that goes by way of the host."""
 SPLIT_PAIRS = 768
 """Pairs of a sequence and a key/value head times splits, when there is more than one split: no more than 4 for
 each multiprocessor (`quire_kernels.triton.attention.num_splits`), of which no GPU yet has more than 192."""
@@ -98,7 +100,7 @@ def gpu_parts(
         "buffers": _buffers(groups, captured, seats),
         "workspaces": (2 if captures else 1) * WORKSPACE,
         "step": inputs + step,
-        "general": max(_general(profile, number, tokens, min(tokens, seats), quantization) - step, 0),
+        "general": max(_general(profile, number, tokens, min(tokens, seats, HEAD_ROWS), quantization) - step, 0),
         "graphs": graphs,
     }
     if quantization is not None:

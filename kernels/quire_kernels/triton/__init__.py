@@ -22,7 +22,7 @@ from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.triton import gate, heads, norm, rotation, tokens
-from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
+from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
@@ -50,8 +50,8 @@ class TritonKernels:
             raise BackendUnavailable("torch sees no CUDA device")
         self._chip = Chip(8, 227 * 1024) if INTERPRETED else Chip.current()
         # here, so that no captured graph has it in its own memory
-        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
-        self._room = Room(self._arrivals.device)
+        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
+        self._room = Room(self._counters.device)
         self._rounding = Rounding()
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
@@ -86,7 +86,7 @@ class TritonKernels:
         return heads.place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
 
     def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
-        return StepAttention(batch, window, self._chip, self._arrivals)
+        return StepAttention(batch, window, self._chip, self._counters)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up, self._rounding)

@@ -46,8 +46,11 @@ _ITEMS = (64, 1024)
 """Sequences that a kernel for prompts is compiled for; more make a kernel of their own."""
 _LINE_BYTES = 128
 """Of the cache."""
-ARRIVALS = 1024
+_PAIRS = 1024
 """Pairs of a sequence and a key/value head that may be cut into splits: as on 365 multiprocessors."""
+COUNTERS = _PAIRS + 2
+"""Whole numbers that are zero between kernels: splits that ended, of each pair; blocks of prompts that were taken,
+and programs that found none left."""
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
@@ -73,7 +76,6 @@ def _tile(
     head,
     kv_heads,
     scale,
-    plain,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
     BYTES: tl.constexpr,
@@ -85,8 +87,8 @@ def _tile(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
-    `row_last`; those of the tile outside `low` to `high` are not read. MASKED: from `plain` on a row may not see
-    all of a tile. GUARDED: a row may have seen none yet."""
+    `row_last`; those of the tile outside `low` to `high` are not read. MASKED: a row may not see all of the tile.
+    GUARDED: a row may have seen none yet."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
@@ -102,10 +104,9 @@ def _tile(
         at = ((blocks * kv_heads + head) * P + places % P) * D
         k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
         scores = tl.dot(q, k.to(NUMBER), input_precision=PRECISION)
-    if MASKED:  # noqa: SIM102 - known when it is compiled, and the other is not
-        if start >= plain:
-            seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
+    if MASKED:
+        seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(state_max, tl.max(scores, 1) * scale)
     shift = new_max
     if GUARDED:  # a row that has seen nothing yet has no maximum to subtract
@@ -227,13 +228,13 @@ def _decode(
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
             begin, end, nothing, nothing, head,
-            kv_heads, scale, end, False, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, False, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, whole,
             begin, end, nothing + end - 1, nothing, head,
-            kv_heads, scale, whole, True, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, True, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
         acc = acc / state_sum[:, None]
@@ -269,6 +270,7 @@ def _decode(
 )
 def _prefill(
     out,
+    turns,
     query,
     keys,
     values,
@@ -308,15 +310,11 @@ def _prefill(
     total = tl.sum(blocks, 0)
     wait(DEPENDENT)
     NUMBER: tl.constexpr = query.dtype.element_ty
-    programs = tl.num_programs(0)
-    for work in tl.range(tl.program_id(0), total * kv_heads, programs):
-        # the last blocks of a sequence see the most keys: they begin first, and every other round goes backwards,
-        # so that nobody gets the longest of each
-        turn = work // programs
-        mine = work
-        if (turn % 2 == 1) & ((turn + 1) * programs <= total * kv_heads):
-            mine = (2 * turn + 1) * programs - 1 - work
-        block, head = total - 1 - mine // kv_heads, mine % kv_heads
+    # whoever is done takes the next one, for some take many times as long as others; the last blocks of a sequence
+    # see the most keys, and come first
+    work = tl.atomic_add(turns, 1)
+    while work < total * kv_heads:
+        block, head = total - 1 - work // kv_heads, work % kv_heads
         sequence = tl.sum((until <= block).to(tl.int32), 0)
         offset = (block - tl.sum(tl.where(items < sequence, blocks, 0), 0)) * BLOCK_Q
         first = tl.load(query_starts + sequence)
@@ -349,14 +347,24 @@ def _prefill(
         plain = begin
         if WINDOW == 0:
             plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
-        for start in tl.range(begin, high, BLOCK_N):
+        for start in tl.range(begin, plain, BLOCK_N):
             state_max, state_sum, acc = _tile(
                 state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
-            low, high, row_last, row_low, head,
-                kv_heads, scale, plain, True, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                low, high, row_last, row_low, head,
+                kv_heads, scale, False, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        for start in tl.range(plain, high, BLOCK_N):
+            state_max, state_sum, acc = _tile(
+                state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+                low, high, row_last, row_low, head,
+                kv_heads, scale, True, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
         tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        work = tl.atomic_add(turns, 1)
+    if tl.atomic_add(turns + 1, 1) == tl.num_programs(0) - 1:  # nobody looks any more
+        tl.store(turns, 0)
+        tl.store(turns + 1, 0)
 
 
 @dataclass(slots=True, frozen=True)
@@ -376,11 +384,11 @@ class Chip:
 class StepAttention:
     """`PagedAttention` of the Triton back-end."""
 
-    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip, arrivals: Tensor) -> None:
+    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip, counters: Tensor) -> None:
         self._batch = batch
         self._window = window or 0
         self._chip = chip
-        self._arrivals = arrivals
+        self._counters = counters
         self._decodes = any(count == 1 for count in batch.query_lens)
         self._prefills = any(count != 1 for count in batch.query_lens)
 
@@ -411,7 +419,7 @@ class StepAttention:
             out,
             parts,
             sums,
-            self._arrivals,
+            self._counters,
             query,
             cache[0],
             cache[1],
@@ -443,6 +451,7 @@ class StepAttention:
         most = (query.shape[0] // block_q + sequences) * cache.shape[3]
         _prefill[(min(most, tuning["PROGRAMS"] * self._chip.multiprocessors),)](
             out,
+            self._counters[_PAIRS:],
             query,
             cache[0],
             cache[1],
@@ -493,8 +502,8 @@ def decode_tuning(chip: Chip, rows: int, head_dim: int, kept: torch.dtype) -> di
 
 
 def prefill_tuning(chip: Chip, head_dim: int, number: torch.dtype, kept: torch.dtype) -> dict[str, int]:
-    """Tile and pipeline of `_prefill` for a head size, the dtype of queries and that of keys and how many programs
-    a multiprocessor holds; found like those of `_decode`.
+    """Tile and pipeline of `_prefill` for a head size, the dtype of queries and that of keys, and programs that
+    a multiprocessor holds. Found like those of `_decode`.
     """
     if number.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}

@@ -124,8 +124,8 @@ def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_pat
     assert runner.takes(plan)
     found = highest(lambda: runner.execute(plan))
     assert found <= parts["step"]
-    # with a few tokens the room of splits counts, which is that of the largest GPU
-    assert found >= (0.5 if tokens == 100 else 0.75) * parts["step"], "the bound is no idle talk"
+    # the room of splits counts for more the fewer tokens there are, and is that of the largest GPU
+    assert found >= (0.75 if INTERPRETED and tokens > 100 else 0.5) * parts["step"], "the bound is no idle talk"
 
 
 @pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from quire_engine.attest import attest
 from quire_engine.engine import Engine
-from quire_engine.errors import InvalidSpec
 from quire_engine.models import KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import read_profile
@@ -86,8 +85,6 @@ def test_an_engine_attests_shares_and_copies_blocks_in_8_bits() -> None:
         assert [token for delta in crowd[name] for token in delta.token_ids] == tokens
 
 
-def test_where_there_are_no_such_kernels_it_is_refused() -> None:
-    with pytest.raises(InvalidSpec, match="int8 on a CPU alone"):
-        Engine.load(tiny_spec(**FIELDS, device="cuda"))
+def test_a_token_takes_little_more_than_half() -> None:
     profile = read_profile(Path(tiny_spec().model_dir))
     assert kv_block_bytes(profile, "int8", 16) < 0.6 * kv_block_bytes(profile, "bfloat16", 16)

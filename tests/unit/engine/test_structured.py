@@ -328,6 +328,24 @@ def test_neighbours_without_a_grammar_get_what_they_get_alone(llm: LLM) -> None:
     assert mixed[0].token_ids == mixed[2].token_ids == mixed[4].token_ids
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_rows_may_draw_a_few_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Where memory for logits is dear: grammar, log-probabilities and seed of a row stay its own."""
+    free = Sampling(max_tokens=12, temperature=1.0, seed=5)
+    asked = [
+        Sampling(max_tokens=12, temperature=1.0, seed=6, structured=KINDS["regex"]),
+        free,
+        Sampling(max_tokens=12, temperature=0.0, logprobs=2),
+        Sampling(max_tokens=12, temperature=1.0, seed=7, structured=KINDS["choice"], logprobs=1),
+        Sampling(max_tokens=12, temperature=0.0),
+    ]
+    expected = generate(llm, [PROMPT] * 5, asked)
+    assert len({tuple(output.token_ids) for output in expected}) == 4
+    assert [bool(output.logprobs) for output in expected] == [False, False, True, True, False]
+    monkeypatch.setattr(llm.engine.runner, "head_rows", at_once)
+    assert generate(llm, [PROMPT] * 5, asked) == expected
+
+
 # ── under every schedule ──────────────────────────────────────────────────────────────────────────────────
 
 MIXED = [

@@ -35,12 +35,12 @@ from quire_kernels.triton import (
     step,
     tokens,
 )
-from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention
+from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
 PLAIN, ROUNDED = rounding.Rounding(), rounding.Rounding()
 ROUNDED.want(1, 1 << 30)
-ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32)
+COUNTED = torch.zeros(COUNTERS, dtype=torch.int32)
 
 
 def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -140,7 +140,7 @@ def attend(
     )
     held = head + 4 if kept == torch.int8 else head
     cache, query = new(2, blocks, 16, kv_heads, held, dtype=kept), new(sum(counts), kv_heads * group, head)
-    StepAttention(batch, window, chip, ARRIVED)(query, cache, 1.0)
+    StepAttention(batch, window, chip, COUNTED)(query, cache, 1.0)
 
 
 def prepare(groups: int) -> None:
@@ -149,7 +149,7 @@ def prepare(groups: int) -> None:
     step.prepare(buffers, tables, new(8, dtype=torch.int32))
     mixed = step.MixedBuffers.allocate(100, 5, tables, 16, 1024)
     step.prepare_mixed(mixed, tables, new(8, dtype=torch.int32))
-    attention = StepAttention(mixed.batches[0], None, H200, ARRIVED)
+    attention = StepAttention(mixed.batches[0], None, H200, COUNTED)
     attention(new(100, 8, 64), new(2, 9, 16, 2, 64), 1.0)
 
 

@@ -18,12 +18,12 @@ from quire_kernels.reference import ReferenceKernels
 from quire_kernels.reference.attention import StepAttention as Reference
 from quire_kernels.reference.bytes import SCALE_BYTES, to_bytes
 from quire_kernels.triton import INTERPRETED, TritonKernels
-from quire_kernels.triton.attention import ARRIVALS, Chip, StepAttention, num_splits
+from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention, num_splits
 from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CHIP = Chip(16, 227 * 1024) if INTERPRETED else Chip.current()
-ARRIVED = torch.zeros(ARRIVALS, dtype=torch.int32, device=DEVICE)
+COUNTED = torch.zeros(COUNTERS, dtype=torch.int32, device=DEVICE)
 kernels = TritonKernels()
 CLOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
@@ -77,10 +77,10 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     for block, used in ends.items():
         own.view(2, blocks, kv_heads, block_size, dim)[:, block, :, used:] = torch.nan
     expected = Reference(batch, window, 1 << 26)(query.float(), cache.float(), dim**-0.5)
-    found = StepAttention(batch, window, CHIP, ARRIVED)(query, own, dim**-0.5)
+    found = StepAttention(batch, window, CHIP, COUNTED)(query, own, dim**-0.5)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
-    assert not ARRIVED.any(), "the next layer counts from zero"
+    assert not COUNTED.any(), "the next layer counts from zero"
 
 
 def in_own_order(cache: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype)
     cache = to_bytes(3 * torch.randn((2, blocks, block_size, kv_heads, dim), generator=source)).to(DEVICE)
     query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
     expected = Reference(batch, window, 1 << 26)(query.float(), cache, dim**-0.5)
-    found = StepAttention(batch, window, CHIP, ARRIVED)(query, in_own_order(cache), dim**-0.5)
+    found = StepAttention(batch, window, CHIP, COUNTED)(query, in_own_order(cache), dim**-0.5)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
 
@@ -194,7 +194,7 @@ def test_a_batch_may_name_its_rows() -> None:
     batch, blocks = batch_of([(40, 1), (9, 1), (100, 1)], 16)
     cache = torch.randn((2, blocks, 16, 2, 32), device=DEVICE)
     query = torch.randn((3, 4, 32), device=DEVICE)
-    expected = StepAttention(batch, None, CHIP, ARRIVED)(query, cache, 0.2)
+    expected = StepAttention(batch, None, CHIP, COUNTED)(query, cache, 0.2)
     order = torch.tensor([2, 0, 1], device=DEVICE)
     named = PagedBatch(
         positions=batch.positions,
@@ -208,4 +208,4 @@ def test_a_batch_may_name_its_rows() -> None:
         contexts=batch.contexts,
         table_rows=torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE),
     )
-    assert torch.equal(StepAttention(named, None, CHIP, ARRIVED)(query, cache, 0.2), expected)
+    assert torch.equal(StepAttention(named, None, CHIP, COUNTED)(query, cache, 0.2), expected)
