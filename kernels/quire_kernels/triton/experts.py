@@ -13,9 +13,8 @@ has no tile and is not read.
 `_grouped` is the product of one tile with one expert's weight, for `BLOCK_N` outputs: first gate and up, whose
 results meet in registers and leave as silu(gate) · up, then down. One side of the tensor cores' product is 64
 tall at least, the other can be as narrow as 16: of a few rows the weight is the tall side, for such a step is the
-reading of weights and nothing else; of many it may be either. `_join` adds up the
-terms of a token in the order of the experts' numbers, in float32. Nothing is added by atomics: an answer is the
-same each time.
+reading of weights and nothing else; of many it may be either. `_join` adds up the terms of a token in the order of
+the experts' numbers, in float32. Nothing is added by atomics: an answer is the same each time.
 
 A single token needs no plan: pair r is tile r.
 
