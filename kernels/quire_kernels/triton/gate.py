@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, wait
-from quire_kernels.triton.rounding import NATIVE, Rounding, write_codes
+from quire_kernels.triton.rounding import Rounding, write_codes
 
 _BLOCK = 1024
 
@@ -39,7 +39,6 @@ def _silu_mul_row(
     width,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Rows whole, and their codes."""
@@ -51,7 +50,7 @@ def _silu_mul_row(
     up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
     given = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
     tl.store(out + row * width + dims, given, mask=inside)
-    write_codes(codes, scales, row, given.to(tl.float32), width, PLANES, BLOCK, NATIVE)
+    write_codes(codes, scales, row, given.to(tl.float32), width, PLANES, BLOCK)
 
 
 def silu_mul(gate_up: Tensor, rounding: Rounding) -> Tensor:
@@ -62,7 +61,7 @@ def silu_mul(gate_up: Tensor, rounding: Rounding) -> Tensor:
     if codes is not None:
         block = triton.next_power_of_2(width)
         _silu_mul_row[(rows,)](
-            out, *codes, gate_up, gate_up.stride(0), width, BLOCK=block, PLANES=rounding.planes, NATIVE=NATIVE,
+            out, *codes, gate_up, gate_up.stride(0), width, BLOCK=block, PLANES=rounding.planes,
             num_warps=min(16, max(1, block // 256)), **dependent(),
         )  # fmt: skip
         return out

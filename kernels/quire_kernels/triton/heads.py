@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.triton.bytes import codes_of, scale_of
+from quire_kernels.triton.bytes import code_of, scale_of
 from quire_kernels.triton.launch import dependent, wait
 
 if TYPE_CHECKING:
@@ -108,12 +108,13 @@ def _place_heads(
             )
             x, y = tl.where(there[None, :], x, 0.0), tl.where(there[None, :], y, 0.0)
             finite = (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
-            most = tl.max(tl.where(finite, tl.maximum(tl.abs(x), tl.abs(y)), 0.0), 1)
+            x, y = tl.where(finite, x, 0.0), tl.where(finite, y, 0.0)
+            most = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)
             inverse, unit = scale_of(most, tl.max(tl.where(finite, 0, 1), 1))
             place = block * (2 * HALF + 4) + row * (2 * HALF) + side * side_stride
             held = cache + place[:, None] + dims[None, :]
-            tl.store(held, codes_of(x, inverse[:, None]), mask=stored)
-            tl.store(held + HALF, codes_of(y, inverse[:, None]), mask=stored)
+            tl.store(held, code_of(x * inverse[:, None]).to(tl.int8), mask=stored)
+            tl.store(held + HALF, code_of(y * inverse[:, None]).to(tl.int8), mask=stored)
             beside = block * (2 * HALF + 4) // 4 + kv_heads * P * (2 * HALF) // 4 + row + side * (side_stride // 4)
             tl.store(scales + beside, unit, mask=(heads >= num_heads) & (heads < num_heads + 2 * kv_heads))
         else:

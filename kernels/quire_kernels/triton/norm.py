@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, wait
-from quire_kernels.triton.rounding import NATIVE, Rounding, write_codes
+from quire_kernels.triton.rounding import Rounding, write_codes
 
 
 @triton.jit
@@ -33,7 +33,6 @@ def _rms_norm(
     BLOCK_W: tl.constexpr,
     ADD: tl.constexpr,
     PLANES: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +52,7 @@ def _rms_norm(
     given = result.to(out.dtype.element_ty)
     tl.store(out + row * W + dims, given, mask=inside)
     if PLANES > 0:
-        write_codes(codes, scales, row, given.to(tl.float32), W, PLANES, BLOCK_W, NATIVE)
+        write_codes(codes, scales, row, given.to(tl.float32), W, PLANES, BLOCK_W)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rounding: Rounding) -> Tensor:
@@ -85,7 +84,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, roun
         BLOCK_W=block,
         ADD=residual is not None,
         PLANES=0 if codes is None else rounding.planes,
-        NATIVE=NATIVE,
         # eight numbers a thread: 16 bytes of a 16-bit format
         num_warps=min(16, max(1, block // 256)),
         **dependent(),

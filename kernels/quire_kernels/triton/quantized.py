@@ -41,8 +41,9 @@ from torch import Tensor
 
 from quire_kernels.errors import KernelError
 from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.triton.bytes import NATIVE
 from quire_kernels.triton.launch import dependent, fetch, wait
-from quire_kernels.triton.rounding import NATIVE, Rounding
+from quire_kernels.triton.rounding import Rounding
 
 SCRATCH_BYTES = 32 << 20
 """Of a weight that is unpacked at a time: less than the L2 cache of a data-centre GPU."""
@@ -84,7 +85,7 @@ class Line(NamedTuple):
 
 
 @triton.jit
-def _dot4(w, x, acc, NATIVE: tl.constexpr):
+def _dot4(w, x, acc):
     """acc + the sum of the products of the four signed bytes of each word."""
     if NATIVE:
         return tl.inline_asm_elementwise(
@@ -96,7 +97,7 @@ def _dot4(w, x, acc, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _halves(pairs, NATIVE: tl.constexpr):
+def _halves(pairs):
     """Of bytes with two codes each: sixteen times the low ones and the high ones, int8."""
     if NATIVE:
         # four bytes at once, which the compiler would take one by one
@@ -149,7 +150,6 @@ def _one_row(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -166,7 +166,7 @@ def _one_row(
             here + k + BLOCK_W, mask=inside[:, None] & following[None, :], other=0, eviction_policy="evict_first"
         )
         number = tl.load(x + k + ks, mask=k + ks < words, other=0)
-        acc = _dot4(w, tl.broadcast_to(number[None, :], [BLOCK_N, BLOCK_W]), acc, NATIVE)
+        acc = _dot4(w, tl.broadcast_to(number[None, :], [BLOCK_N, BLOCK_W]), acc)
         w = coming
     total = tl.sum(acc, 1).to(tl.float32) * tl.load(x_scales) * scale
     if BIAS:
@@ -198,7 +198,6 @@ def _product(
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     AHEAD: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """`GROUP` 0: 8 bits. `HALF`: inputs of half a unit. `BLOCK_M`: rows of codes. `SPLIT`: there are several
@@ -257,7 +256,7 @@ def _product(
                 scale = tl.load(beside + group * outputs, mask=mine, other=0.0).to(tl.float32)
                 front = tl.load(numbers + (start + pairs)[:, None], mask=found[None, :], other=0)
                 back = tl.load(numbers + (start + HALF + pairs)[:, None], mask=found[None, :], other=0)
-                low, upper = _halves(w, NATIVE)
+                low, upper = _halves(w)
                 sums = tl.dot(low, front, out_dtype=tl.int32)
                 if GROUP == HALF:
                     acc += sums.to(tl.float32) * scale[:, None]
@@ -304,7 +303,6 @@ def _unpack(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BY_ID: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """What `rows` outputs, those of `ids` or from `first` on, stand for, in the dtype of `out`. A program has some
@@ -328,7 +326,7 @@ def _unpack(
         group = unit * (2 * HALF) // GROUP
         scale = tl.load(scales + group * outputs + which, mask=inside, other=0.0).to(tl.float32)
         here = place + unit * (2 * HALF) + both
-        low, upper = _halves(pairs, NATIVE)
+        low, upper = _halves(pairs)
         low = low.to(tl.float32) * (scale * 0.0625)[:, None]
         tl.store(here, low.to(out.dtype.element_ty), mask=inside[:, None])
         if GROUP == HALF:
@@ -402,7 +400,7 @@ def multiply_row(
     _one_row[(triton.cdiv(weight.outputs, line.block_n),)](
         out, codes.view(torch.int32), x_scales, weight.values.view(torch.int32), weight.scales,
         weight.scales if bias is None else bias, weight.outputs, weight.width // 4, BIAS=bias is not None,
-        BLOCK_N=line.block_n, BLOCK_W=line.block_w, STAGES=line.num_stages, NATIVE=NATIVE,
+        BLOCK_N=line.block_n, BLOCK_W=line.block_w, STAGES=line.num_stages,
         num_warps=line.num_warps, **dependent(),
     )  # fmt: skip
     return out
@@ -431,7 +429,7 @@ def multiply(
         room.arrivals, rows, weight.outputs, weight.width, splits, GROUP=weight.group_size, HALF=weight.half,
         PLANES=codes.shape[0] // rows, BIAS=bias is not None, BLOCK_N=tiling.block_n, BLOCK_M=tiling.block_m,
         BLOCK_K=tiling.block_k, SPLIT=splits > 1, EVEN=weight.width % tiling.block_k == 0, AHEAD=2,
-        NATIVE=NATIVE, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
 
@@ -444,7 +442,7 @@ def unpack(weight: Packed, out: Tensor, first: int, ids: Tensor | None = None) -
     _unpack[grid](
         out, weight.values, weight.scales, weight.scales if ids is None else ids, first, rows, weight.outputs,
         weight.width, GROUP=size, HALF=weight.half, BLOCK_N=block_n, BLOCK_K=block_k, BY_ID=ids is not None,
-        NATIVE=NATIVE, num_warps=4, **dependent(),
+        num_warps=4, **dependent(),
     )  # fmt: skip
     return out
 

@@ -20,12 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
+from quire_kernels.triton.bytes import code_of, scale_of
 from quire_kernels.triton.launch import dependent, wait
-
-NATIVE: bool = not knobs.runtime.interpret
-"""Whether kernels may have assembly."""
 
 
 class Codes(NamedTuple):
@@ -83,27 +80,14 @@ def round_rows(x: Tensor, planes: int = 1) -> Codes:
     codes = empty_codes(x, planes)
     block = triton.next_power_of_2(width)
     _round_rows[(rows,)](
-        *codes, x, width, x.stride(0), PLANES=planes, BLOCK=block, NATIVE=NATIVE,
+        *codes, x, width, x.stride(0), PLANES=planes, BLOCK=block,
         num_warps=min(16, max(1, block // 256)), **dependent(),
     )  # fmt: skip
     return codes
 
 
 @triton.jit
-def _nearest(x, NATIVE: tl.constexpr):
-    """The whole number next to x, int32, the even one of two, for |x| < 2^22."""
-    if NATIVE:
-        # a product before it must be rounded by itself: no instruction of Triton's would keep the two apart
-        return tl.inline_asm_elementwise(
-            "cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return ((x + 12582912.0) - 12582912.0).to(tl.int32)
-
-
-@triton.jit
-def write_codes(
-    codes, scales, row, number, width, PLANES: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr
-):
+def write_codes(codes, scales, row, number, width, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     """Rounds one row, `number` [BLOCK] float32, zero behind its `width` numbers. A row with a number that is not
     finite has NaN for its scale."""
     ks = tl.arange(0, BLOCK)
@@ -111,17 +95,14 @@ def write_codes(
     size = tl.abs(number)
     finite = size < float("inf")
     most = tl.max(tl.where(finite, size, 0.0), 0)
-    broken = tl.max(tl.where(finite, 0, 1), 0) > 0
-    usable = (most >= 1e-30) & (broken == 0)
-    inverse = tl.where(usable, tl.div_rn(127.0, tl.where(usable, most, 1.0)), 0.0)
-    scaled = tl.where(usable, tl.where(finite, number, 0.0) * inverse, 0.0)
-    code = tl.minimum(tl.maximum(_nearest(scaled, NATIVE), -127), 127)
+    inverse, scale = scale_of(most, tl.max(tl.where(finite, 0, 1), 0))
+    scaled = tl.where(finite, number, 0.0) * inverse
+    code = code_of(scaled)
     here = codes + row * PLANES * width + ks
     tl.store(here, code.to(tl.int8), mask=inside)
     if PLANES == 2:
-        left = _nearest((scaled - code.to(tl.float32)) * 254.0, NATIVE)
-        tl.store(here + width, tl.minimum(tl.maximum(left, -127), 127).to(tl.int8), mask=inside)
-    scale = tl.where(usable, tl.div_rn(most, 127.0), tl.where(broken, float("nan"), 0.0))
+        left = code_of((scaled - code.to(tl.float32)) * 254.0)
+        tl.store(here + width, left.to(tl.int8), mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -134,10 +115,9 @@ def _round_rows(
     stride,
     PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row, ks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     wait(DEPENDENT)
     number = tl.load(x + row * stride + ks, mask=ks < width, other=0.0).to(tl.float32)
-    write_codes(codes, scales, row, number, width, PLANES, BLOCK, NATIVE)
+    write_codes(codes, scales, row, number, width, PLANES, BLOCK)
