@@ -291,6 +291,9 @@ class Scheduler:
                 break
             if draft.preempted:
                 continue  # where somebody has to go, nobody comes in
+            if len(self.running) >= self.limits.max_num_seqs and self.running[-1].key[0] <= ahead.key[0]:
+                self._schedule_running(draft, seen, None)  # all seats are taken, and nobody has to go for it
+                break
             digests = self._cached_prefix(ahead)
             if digests is None or ahead.told:  # the latter has nothing to do until it is extended
                 at += 1
@@ -520,8 +523,6 @@ class Scheduler:
         """
         if draft.prompts_left <= 0:
             return False
-        if len(self.running) >= self.limits.max_num_seqs and self.running[-1].key[0] <= request.key[0]:
-            return False  # all seats are taken, and nobody has to go
         pool = self.pool
         start = len(digests) * pool.block_size
         held, idle = pool.price(digests) if digests else (0, 0)
