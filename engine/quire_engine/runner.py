@@ -26,7 +26,7 @@ from quire_engine.masks import MaskMaker, Masks
 from quire_engine.models import DecoderModel, KVCache
 from quire_engine.sampler import Drawer, likeliest, sample, score
 from quire_engine.step import Scheduled, StepPlan, StepResult
-from quire_kernels.paging import PagedBatch
+from quire_kernels.paging import PagedBatch, integers
 from quire_schemas.wire import Sampling, TokenLogprobs
 
 NOT_FINITE = ("numerical_error", "the model's logits are not finite for this request")
@@ -102,7 +102,7 @@ class ModelRunner:
             for group in range(len(self.kv.groups))
         ]
         flat = [token for item in items for token in item.token_ids]
-        token_ids_T = torch.tensor(flat, dtype=torch.int64, device=self.device)
+        token_ids_T = integers(flat, torch.int64).to(self.device)
         states_RW = self.model.forward(token_ids_T, batches, self.kv)
         pooled: dict[str, bytes] = {}
         failures: dict[str, tuple[str, str]] = {}
