@@ -323,7 +323,8 @@ class Scheduler:
             if isinstance(plan.steady, Share) and plan.steady.cohort is self._cohort and not failures:
                 deltas, counted = self._commit_steady(plan.steady, result, now), self._cohort
             else:
-                self._disband()
+                if failures:  # else it is of a cohort before, and this one has not counted it
+                    self._disband()
                 items = plan.items
         passed = 0  # items that drew nothing
         for item in items:

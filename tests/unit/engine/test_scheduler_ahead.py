@@ -139,6 +139,9 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
             if rng.random() < 0.02:
                 name = str(rng.randint(1, max(1, number)))
                 assert pair[0].abort(name) == pair[1].abort(name)
+            if rng.random() < 0.02:
+                for scheduler in pair:
+                    scheduler.set_limits(limits)
             one, other = (scheduler.schedule() for scheduler in pair)
             assert one == other
             together += one.steady is not None
@@ -155,6 +158,27 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
                 scheduler.check_integrity()
         assert together
         assert pair[0].counters == pair[1].counters
+
+
+@pytest.mark.parametrize("event", ["limits", "failure"])
+def test_who_was_asked_alone_once_is_together_again_with_steps_under_way(event: str) -> None:
+    scheduler = make_scheduler(num_blocks=200, max_num_seqs=12, budget=100)
+    for name in "abcdefghij":
+        scheduler.add(make_request(name, 4, 50))
+    plan = scheduler.schedule()
+    members = []
+    for number in range(30):
+        following = scheduler.schedule()
+        if number > 20:
+            assert following.steady is not None
+            members.append(following.steady.members)
+        failures = {"e": ("numerical_error", "planted")} if event == "failure" and number == 10 else {}
+        scheduler.commit(plan, StepResult(scripted(plan).tokens, failures=failures))
+        scheduler.check_integrity()
+        if event == "limits" and number == 10:
+            scheduler.set_limits(scheduler.limits)
+        plan = following
+    assert all(one is members[0] for one in members)
 
 
 def test_tokens_by_column_are_a_mapping() -> None:
