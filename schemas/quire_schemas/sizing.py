@@ -696,8 +696,7 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.kvCache.dtype", "bfloat16")
     if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
-    computes = request.device == "cpu" and request.runner == "model"
-    narrows = computes and request.kv_dtype != "int8" and not kv_misfit(profile, "int8")
+    narrows = request.runner == "model" and request.kv_dtype != "int8" and not kv_misfit(profile, "int8")
     if narrows and fits(replace(request, kv_dtype="int8")):
         yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
     if request.runner == "model" and request.quantization is None:

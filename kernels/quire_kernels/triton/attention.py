@@ -47,7 +47,7 @@ _ITEMS = (64, 1024)
 _LINE_BYTES = 128
 """Of the cache."""
 _PAIRS = 1024
-"""Pairs of a sequence and a key/value head that may be cut into splits: as on 365 multiprocessors."""
+"""Pairs of a sequence and a key/value head that may be cut into splits: no more than there are multiprocessors."""
 COUNTERS = _PAIRS + 2
 """Whole numbers that are zero between kernels: splits that ended, of each pair; blocks of prompts that were taken,
 and programs that found none left."""
