@@ -155,8 +155,12 @@ def test_a_plan_of_something_new_shows_the_arithmetic(platform: Platform) -> Non
     planned = platform.run("plan", int8).stdout
     assert re.search(r"^  Memory   weights 5\.1 MiB \(int8, int8 activations\)", planned, re.M)
     machine = "devices: [{kind: cuda, name: NVIDIA L4, memory: 24Gi, index: 0}]\ncpu: {memory: 64Gi}\n"
-    refused = platform.run("plan", int8, "--devices", platform.write("machine.yaml", machine), code=3)
-    assert "spec.quantization.method: int8 runs on a CPU, and this model runs on a GPU" in refused.stdout
+    gpu = platform.write("machine.yaml", machine)
+    planned = platform.run("plan", int8, "--devices", gpu).stdout
+    assert re.search(r"weights 5\.1 MiB \(int8, int8 activations\) .* NVIDIA L4", planned)
+    invariant = platform.model("m", "  determinism: batchInvariant\n")
+    refused = platform.run("plan", invariant, "--devices", gpu, code=3)
+    assert "spec.determinism" in refused.stdout
     assert not platform.json("get")["items"], "a plan creates nothing"
 
 

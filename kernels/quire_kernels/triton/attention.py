@@ -115,10 +115,19 @@ def _tile(
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
     v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0)
-    if BYTES:
-        weights *= tl.load(value_scales + beside, mask=there, other=0.0)[None, :]
     acc = acc * fade[:, None]
-    acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
+    if BYTES:
+        v_scale = tl.load(value_scales + beside, mask=there, other=0.0)
+        if tl.float16 == NUMBER:  # which has no room for small weights times small scales
+            peak = tl.max(v_scale, 0)
+            peak = tl.where(peak > 0.0, peak, 1.0)
+            weights *= (v_scale / peak)[None, :]
+            acc += tl.dot(weights.to(NUMBER), v.to(NUMBER)) * peak
+        else:
+            weights *= v_scale[None, :]
+            acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
     return new_max, state_sum, acc
 
 

@@ -107,6 +107,26 @@ def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.01, 30.0])
+def test_many_small_weights_on_values_in_8_bits_are_not_lost(size: float, dtype: torch.dtype) -> None:
+    """One key has most of the weight, and the others, which have 1e-4 each, a value of their own."""
+    batch, blocks = batch_of([(1000, 1)], 16)
+    key, value = torch.zeros((2, blocks, 16, 1, 32))
+    value[..., :16] = size
+    first = int(batch.block_tables[0, 0])
+    key[first, 0, 0, 0] = 1.0
+    value[first, 0] = 0.0
+    value[first, 0, 0, 16:] = size
+    query = torch.zeros((1, 1, 32), device=DEVICE, dtype=dtype)
+    query[..., 0] = 9.2
+    cache = to_bytes(torch.stack((key, value))).to(DEVICE)
+    expected = Reference(batch, None, 1 << 26)(query.float(), cache, 1.0)
+    found = StepAttention(batch, None, CHIP, COUNTED)(query, in_own_order(cache), 1.0)
+    for half in (slice(0, 16), slice(16, 32)):
+        assert (found[..., half].float() - expected[..., half]).norm() / expected[..., half].norm() < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_are_placed_in_8_bits(dtype: torch.dtype) -> None:
     source = torch.Generator().manual_seed(2)
     qkv = torch.randn((5, 4 + 2 * 2, 80), generator=source).to(DEVICE, dtype)
