@@ -215,6 +215,14 @@ def test_products_of_extremes(group_size: int | None) -> None:
     assert found[3:].isnan().all()
 
 
+def test_codes_in_other_planes_than_are_wanted_are_made_anew() -> None:
+    beside, x = rounding.Rounding(), random(2, 8)
+    beside.want(1, 99)
+    beside.beside(x)
+    found, expected = beside.of(x, 2), round_rows(x, 2)
+    assert torch.equal(found.planes, expected.planes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activations", ["int8", "float"])
 def test_what_a_norm_or_a_gate_gives_is_rounded_with_it(
