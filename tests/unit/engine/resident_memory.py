@@ -6,6 +6,7 @@ on a machine with a GPU `pytest tests/unit/engine/resident_memory.py` counts the
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def highest(work: Callable[[], object]) -> int:
     if INTERPRETED:
         return peak(work)
     work()
+    gc.collect()  # a model of the test before, collected meanwhile, would count as less
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     work()
@@ -124,8 +126,8 @@ def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_pat
     assert runner.takes(plan)
     found = highest(lambda: runner.execute(plan))
     assert found <= parts["step"]
-    # the room of splits counts for more the fewer tokens there are, and is that of the largest GPU
-    assert found >= (0.75 if INTERPRETED and tokens > 100 else 0.5) * parts["step"], "the bound is no idle talk"
+    # with a few tokens the room of splits counts, which is that of the largest GPU
+    assert found >= (0.5 if tokens == 100 else 0.75) * parts["step"], "the bound is no idle talk"
 
 
 @pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])

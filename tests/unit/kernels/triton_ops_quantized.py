@@ -31,10 +31,10 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CLOSE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2 if INTERPRETED else 6e-3}
+CLOSE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2 if INTERPRETED else 6e-3}
 SHAPES = [(40, 192)] if INTERPRETED else [(40, 192), (1000, 2048)]
 ROWS = [1, 3, 20] if INTERPRETED else [1, 3, 20, 130, 300]
-LARGE = [] if INTERPRETED else [(4096, 4096), (6144, 4096), (16640, 1024), (4096, 14336)]
+LARGE = [(4096, 4096), (6144, 4096), (16640, 1024), (4096, 14336)]
 MANY = [1, 2, 8, 16, 33, 64, 100, 128, 200, 256, 1000, 2049]
 kernels = TritonKernels()
 
@@ -138,6 +138,7 @@ def test_products(dtype: torch.dtype, group_size: int | None, activations: Activ
         check(outputs, 256 if width == 192 and group_size == 128 else width, group_size, activations, dtype, ROWS)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="shapes of a model take the interpreter hours; they run on a GPU")
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("group_size", [None, 32, 128])
 def test_large_products(group_size: int | None, shape: tuple[int, int]) -> None:
@@ -223,13 +224,12 @@ def test_codes_in_other_planes_than_are_wanted_are_made_anew() -> None:
     assert torch.equal(found.planes, expected.planes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize(
+    ("activations", "dtype"), [("int8", torch.float16), ("int8", torch.bfloat16), ("float", torch.bfloat16)]
+)
 def test_what_a_norm_or_a_gate_gives_is_rounded_with_it(
     activations: Activations, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (activations, dtype) == ("float", torch.float16):
-        pytest.skip("nothing is rounded")
     mine, weight = TritonKernels(), weight_of(40, 192, None)
     product = mine.quantized_product(copied(weight), None, activations, dtype)
     x, residual, scale = random(3, 192, dtype=dtype), random(3, 192, dtype=dtype, seed=1), random(192, dtype=dtype)

@@ -462,5 +462,6 @@ def test_no_graphs_no_memory_for_them() -> None:
 
 def test_small_steps_are_filled_up_to_captured_ones() -> None:
     assert parts_of(1025, 8)["step"] == parts_of(1280, 8)["step"] < parts_of(1281, 8)["step"]
+    assert parts_of(64, 8, enforce_eager=True)["step"] == parts_of(64, 8)["step"], "no size is above the budget's"
     assert parts_of(2049, 8)["step"] < parts_of(2050, 8)["step"], "launched as they are"
     assert parts_of(64, 2048)["step"] > parts_of(64, 1024)["step"], "a decode step has all seats"
