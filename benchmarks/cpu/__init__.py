@@ -281,13 +281,11 @@ class _Bench:
                     self.ledger.measured(systems[system], **key, system=system, block=block, half=half)
 
     def _best(self, speed: str, model: str, format: Format, clients: int | None, default: Settings) -> Settings:
-        """The flags that `tune` found the fastest in this run, by the column `speed`, or `default`."""
-        found = [
-            row
-            for row in self.ledger.rows
-            if row["part"] == "tune" and (row["model"], row["format"]) == (model, format)
-            and row.get("clients") == clients
-        ]  # fmt: skip
+        """The flags that `tune` found the fastest in this run, by the column `speed`: for this format, else for
+        another one of the model, else `default`.
+        """
+        tried = [row for row in self.ledger.find_all(part="tune", model=model) if row.get("clients") == clients]
+        found = [row for row in tried if row["format"] == format] or tried
         best: Settings = max(found, key=lambda row: float(row[speed]))["settings"] if found else default
         return best
 

@@ -35,7 +35,11 @@ class Ledger:
 
     def find(self, **key: object) -> Row | None:
         """The row that has all these columns."""
-        return next((row for row in self.rows if key.items() <= row.items()), None)
+        return next(iter(self.find_all(**key)), None)
+
+    def find_all(self, **key: object) -> list[Row]:
+        """All rows that have these columns."""
+        return [row for row in self.rows if key.items() <= row.items()]
 
     def measured(self, action: Callable[[], Row], **key: object) -> Row:
         """The row of this key; if there is none yet, what `action` gives is written as one."""
