@@ -22,6 +22,7 @@ from typing import Any
 from quire_operators import room
 from quire_operators.cache import SPARE
 from quire_operators.devices import Inventory, held
+from quire_operators.overrides import Kind, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.review import Refusal, Review
 from quire_operators.sources import Located as Folder
@@ -236,10 +237,32 @@ class Admission:
                 placed.placement.template, placed.placement.max_num_seqs, placed.placement.max_num_batched_tokens
             )
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
+        if old is not None:
+            review.notes += self._ended_notes(old, spec, known)
         if review.refusal is None:
             room.count_replicas(review, review.placement, self._store.replicas(), inventory)
         if review.refusal is None:
             review.rollout = room.rollout_text(review, current, self._store.replicas(), inventory)
+
+    def _ended_notes(self, old: StoredObject, spec: Mapping[str, Any], known: Revision | None) -> list[str]:
+        """What an apply would end of what was decided beside the intent, and what it would not."""
+        current = in_force(self._store.overrides(old.uid), self._store.clock())
+        notes = []
+        if (pin := current.get(Kind.PIN)) is not None:
+            notes.append(f"ends the pin to revision {pin.revision}")
+        quarantine = current.get(Kind.QUARANTINE)
+        if quarantine is not None and known is not None and known.template_hash == quarantine.template_hash:
+            notes.append(f"tries revision {quarantine.revision} again, which was given up: {quarantine.reason}")
+        if (scale := current.get(Kind.SCALE)) is not None:
+            if spec["replicas"] != old.resolved["replicas"]:
+                notes.append(f"ends the scale to {scale.replicas}")
+            else:
+                notes.append(f"it stays scaled to {scale.replicas}; platform scale {old.key} --reset ends that")
+        if Kind.PAUSE in current:
+            notes.append(f"it is paused and stays so; platform resume {old.key} starts it")
+        if Kind.HOLD in current:
+            notes.append(f"its rollouts are paused; platform rollout resume {old.key} lets this one begin")
+        return notes
 
     def _new(self, review: Review, template: str, placement: Placement, defaults: int) -> NewRevision:
         annotations = review.located.intent.get("metadata", {}).get("annotations", {})

@@ -1,20 +1,93 @@
-"""A stored model as the rollout's planner sees it: durations in seconds, ways as the planner names them."""
+"""What is to run of a stored model, as the rollout's planner sees it: durations in seconds, ways as it names them.
+
+`effective` joins the intent with what was decided beside it (`overrides`): which revision serves, how many
+replicas there are, whether a rollout may go on. What is hot follows the newest intent whichever revision serves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quire_operators import rollout
+from quire_operators.overrides import Kind, Override, Overrides, in_force
+from quire_operators.placement import Placement
 from quire_operators.store import Revision, StoredObject
 from quire_schemas.model import LivenessProbe
 from quire_schemas.quantities import parse_duration
-from quire_schemas.update import hot_hash
+from quire_schemas.update import hot_hash, under_template
+
+CRASHES_BEFORE_ROLLBACK = 3
+"""Of one replica of a new revision, where `restartPolicy.maxRestartsBeforeRollback` is left out."""
 
 
-def desired_of(stored: StoredObject, revision: Revision) -> rollout.Desired:
-    """The planner's view of one stored model."""
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """What is to run of a model: `stored` with the spec in force, the revision that is to serve, and the one that
+    would serve without pin or quarantine."""
+
+    stored: StoredObject
+    revision: Revision
+    newest: Revision
+    overrides: Overrides
+    stable: Revision | None
+    """The last revision that was rolled out as a whole."""
+    fallback: Revision | None
+    """The last one that was, of another template than the one that is to serve."""
+
+    @property
+    def is_newest(self) -> bool:
+        return self.revision.n == self.newest.n
+
+
+def effective(
+    stored: StoredObject, revisions: Sequence[Revision], overrides: Sequence[Override], now: float
+) -> Effective:
+    """The intent with what was decided beside it."""
+    newest = next(revision for revision in revisions if revision.n == stored.revision)
+    current = in_force(overrides, now)
+    pin, quarantine = current.get(Kind.PIN), current.get(Kind.QUARANTINE)
+    revision = newest
+    if pin is not None:
+        revision = next((each for each in revisions if each.n == pin.revision), newest)
+    elif quarantine is not None and quarantine.template_hash == newest.template_hash:
+        revision = last_stable(revisions, newest.template_hash) or newest
     spec = stored.resolved
+    if revision.n != newest.n:
+        spec = under_template(revision.resolved, spec, Placement.from_dict(revision.placement).limits())
+    replicas = spec["replicas"]
+    if (scale := current.get(Kind.SCALE)) is not None and scale.replicas is not None:
+        replicas = scale.replicas
+    if Kind.PAUSE in current:
+        replicas = 0
+    if replicas != spec["replicas"]:
+        spec = {**spec, "replicas": replicas}
+    return Effective(
+        stored=replace(stored, resolved=spec),
+        revision=revision,
+        newest=newest,
+        overrides=current,
+        stable=last_stable(revisions),
+        fallback=last_stable(revisions, revision.template_hash),
+    )
+
+
+def last_stable(revisions: Sequence[Revision], without: str = "") -> Revision | None:
+    """The revision that was rolled out as a whole last, of those of another template than `without`."""
+    found = [each for each in revisions if each.stable_at is not None and each.template_hash != without]
+    return max(found, key=lambda each: (each.stable_at, each.n), default=None)
+
+
+def desired_of(wanted: Effective) -> rollout.Desired:
+    """The planner's view of what is to run."""
+    stored, revision, overrides = wanted.stored, wanted.revision, wanted.overrides
+    spec = stored.resolved
+    restart, quarantine = overrides.get(Kind.RESTART), overrides.get(Kind.QUARANTINE)
+    given_up = quarantine.template_hash if quarantine is not None else ""
+    most = spec["restartPolicy"].get("maxRestartsBeforeRollback")
+    # what serves because of a pin or a rollback has nothing behind it
+    can_go_back = spec["rollout"]["autoRollback"] and wanted.is_newest and wanted.fallback is not None
     return rollout.Desired(
         model=stored.key.name,
         generation=stored.generation,
@@ -22,6 +95,12 @@ def desired_of(stored: StoredObject, revision: Revision) -> rollout.Desired:
         template_hash=revision.template_hash,
         replicas=spec["replicas"],
         deleting=stored.deletion_time is not None,
+        held=Kind.HOLD in overrides,
+        restarted_at=restart.at if restart is not None else 0.0,
+        proven=revision.stable_at is not None,
+        fallback=wanted.fallback.n if can_go_back and wanted.fallback is not None else None,
+        crashes_before_rollback=most or CRASHES_BEFORE_ROLLBACK,
+        quarantined=given_up if given_up != revision.template_hash else "",
         **rollout_options(spec),
     )
 

@@ -152,6 +152,13 @@ class Downloads:
                 for model in fetch.for_:
                     self._changed(model)
 
+    def retry(self, model: Key) -> None:
+        """Somebody wants the failed fetches of a model tried again now."""
+        for fetch in self._fetches.values():
+            if model in fetch.for_ and fetch.failure is not None:
+                fetch.failure, fetch.tries = None, 0
+                self._changed(model)
+
     def forget(self, model: Key) -> None:
         """The model needs nothing more."""
         self.demand(model, 0, (), None)

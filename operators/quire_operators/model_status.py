@@ -13,11 +13,13 @@ from typing import Any
 from quire_operators import rollout, status
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
+from quire_operators.desired import Effective
 from quire_operators.devices import Inventory, gpus_text, held
 from quire_operators.downloads import Progress
 from quire_operators.fleet.local import LocalFleet
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.observed import Report, report_of
+from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
 from quire_operators.rollout import Cause, Desired, Goal, Process, Row, Seen, World
 from quire_operators.status import Fact, Reason
@@ -29,15 +31,28 @@ from quire_schemas.quantities import format_bytes, format_duration, parse_durati
 class View:
     """One pass's view of a model."""
 
-    stored: StoredObject
-    revision: Revision
+    wanted: Effective
     placement: Placement
+    """Of the revision that is to serve."""
     desired: Desired
     world: World
     fetching: Progress | None = None
     """What its files still lack; None when all are there and verified."""
     unusable: str | None = None
     """Why the router cannot serve it, whatever its replicas do."""
+
+    @property
+    def stored(self) -> StoredObject:
+        """The model with the spec in force."""
+        return self.wanted.stored
+
+    @property
+    def revision(self) -> Revision:
+        """The revision that is to serve."""
+        return self.wanted.revision
+
+    def is_current(self, row: Row) -> bool:
+        return rollout.is_current(self.desired, row)
 
 
 class ModelStatus:
@@ -67,9 +82,9 @@ class ModelStatus:
         stored, desired, pairs = view.stored, view.desired, view.world.replicas
         before = self._store.status(stored.uid)
         want = 0 if desired.deleting else desired.replicas
-        current = [(row, seen) for row, seen in pairs if row.template_hash == desired.template_hash]
+        current = [(row, seen) for row, seen in pairs if view.is_current(row)]
         available = [row for row, seen in pairs if rollout.is_available(desired, row, seen, now)]
-        updated = [row for row in available if row.template_hash == desired.template_hash]
+        updated = [row for row in available if view.is_current(row)]
         settled = rollout.is_settled(desired, view.world, now)
         reports = {row.id: report_of(row, self._fleet.observed(row.id)) for row, _ in pairs}
         replicas = [self._replica(row, seen, reports[row.id]) for row, seen in pairs]
@@ -79,22 +94,23 @@ class ModelStatus:
         fetching = view.fetching
         if fetching is not None:
             signature.append(fetching.done)
-        since = before.get("progressAt", now)
-        if [stored.generation, signature] != before.get("signature"):
-            since = now
+        signature = [*_aim(view.wanted), signature]
+        since = before["progressAt"] if signature == before.get("signature") else now
         deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
-        facts = self._facts(view, no_room, len(available), settled, late=not settled and now >= deadline)
+        late = not settled and not desired.held and now >= deadline
+        facts = self._facts(view, no_room, len(available), settled, late=late)
         facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
         loading = max(((report.bytes_done, report.bytes_total) for report in reports.values()), default=(0, 0))
         loaded = [seen for _, seen in current if seen.process is Process.READY]
+        manifest_serves = view.wanted.is_newest  # the steps are those of what was applied
         reached = {
             "accepted": True,
             "weights": fetching is None,
             "device": bool(current) or want == 0,
-            "loaded": bool(loaded) or want == 0,
-            "ready": len(updated) >= want,
+            "loaded": manifest_serves and (bool(loaded) or want == 0),
+            "ready": manifest_serves and len(updated) >= want,
         }
         details: dict[str, Any] = {"weights": {"bytes": view.placement.weights}}
         if fetching is not None:
@@ -112,7 +128,15 @@ class ModelStatus:
         document = {
             "observedGeneration": stored.generation,
             "summary": status.summary(facts, len(available), want, len(updated), deleting=desired.deleting),
-            "servedRevision": stored.revision if settled else served,
+            "servedRevision": view.revision.n if settled else served,
+            "stableRevision": view.wanted.stable.n if view.wanted.stable is not None else None,
+            "rollout": {
+                "revision": view.revision.n,
+                "settled": settled,
+                "strategy": desired.strategy.value,
+                "held": desired.held,
+            },
+            "overrides": [self._override(each) for each in view.wanted.overrides.values()],
             "replicas": {
                 "desired": want,
                 "live": sum(not seen.process.gone for _, seen in pairs),
@@ -131,7 +155,7 @@ class ModelStatus:
             "conditions": shown,
             "remedies": status.remedies(str(stored.key), shown),
             "replicaList": replicas,
-            "signature": [stored.generation, signature],
+            "signature": signature,
             "progressAt": since,
         }
         if self._store.put_status(stored.uid, document):
@@ -141,7 +165,27 @@ class ModelStatus:
             grave = (fact.type == "Stalled" and fact.status) or fact.reason is Reason.REFERENCE_KERNELS
             if grave and not _was(before, fact):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
-        return None if settled or now >= deadline else deadline
+        return None if settled or desired.held or now >= deadline else deadline
+
+    def is_late(self, wanted: Effective) -> bool:
+        """Whether the last status tells of a rollout of this very revision that has made no progress for too
+        long."""
+        before = self._store.status(wanted.stored.uid)
+        if before.get("signature", [])[:-1] != _aim(wanted) or before["rollout"]["settled"]:
+            return False
+        deadline = parse_duration(wanted.stored.resolved["rollout"]["progressDeadline"])
+        return bool(self._clock() >= before["progressAt"] + deadline)
+
+    def _override(self, override: Override) -> dict[str, Any]:
+        """A decision as it is shown."""
+        shown = {"kind": override.kind.value, "by": override.by, "reason": override.reason}
+        for name in ("replicas", "revision"):
+            if (value := getattr(override, name)) is not None:
+                shown[name] = value
+        for name, at in (("since", override.at), ("until", override.until)):
+            if at is not None:
+                shown[name] = status.timestamp(on_the_wall(at, self._clock))
+        return shown
 
     def _note_fetch(self, stored: StoredObject, facts: Sequence[Fact], before: Mapping[str, Any]) -> None:
         """An event when a fetch begins, fails or ends."""
@@ -185,12 +229,10 @@ class ModelStatus:
         }
 
     def _facts(self, view: View, no_room: bool, available: int, settled: bool, *, late: bool) -> list[Fact]:
-        stored, desired, world = view.stored, view.desired, view.world
+        desired, world = view.desired, view.world
         want = 0 if desired.deleting else desired.replicas
         hot_pending = any(
-            seen.hot_hash not in (None, desired.hot_hash)
-            for row, seen in world.replicas
-            if row.template_hash == desired.template_hash
+            seen.hot_hash not in (None, desired.hot_hash) for row, seen in world.replicas if view.is_current(row)
         )
         lacking = self._lacking(view) if no_room else None
         facts = [
@@ -206,12 +248,29 @@ class ModelStatus:
         ]
         if settled and hot_pending:
             facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
-        elif settled:
-            facts.append(Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {stored.revision}"))
         else:
-            facts.append(Fact("RolledOut", False, Reason.DELETING if desired.deleting else Reason.PROGRESS_MADE))
+            facts.append(self._rolled_out_fact(view, settled))
         facts.append(self._stalled_fact(view, lacking, available, settled, late=late))
         return facts
+
+    def _rolled_out_fact(self, view: View, settled: bool) -> Fact:
+        wanted = view.wanted
+        pin, quarantine = wanted.overrides.get(Kind.PIN), wanted.overrides.get(Kind.QUARANTINE)
+        how = f"revision {view.revision.n} " + ("serves" if settled else "is on its way")
+        if view.desired.deleting:
+            return Fact("RolledOut", False, Reason.DELETING)
+        if not wanted.is_newest and pin is not None:
+            text = f"{how}: pinned by {pin.by}; revision {wanted.newest.n} is what the manifest says"
+            return Fact("RolledOut", False, Reason.PINNED, text)
+        if not wanted.is_newest and quarantine is not None:
+            text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
+            return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
+        if settled:
+            return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
+        if view.desired.held:
+            hold = wanted.overrides[Kind.HOLD]
+            return Fact("RolledOut", False, Reason.HELD, f"held by {hold.by}" + _because(hold))
+        return Fact("RolledOut", False, Reason.PROGRESS_MADE)
 
     def _fetched_fact(self, view: View) -> Fact:
         fetching, placement = view.fetching, view.placement
@@ -241,6 +300,11 @@ class ModelStatus:
         world = view.world
         if available:
             return Fact("Ready", True, Reason.SERVING, f"{available} of {want} replicas")
+        if (pause := view.wanted.overrides.get(Kind.PAUSE)) is not None:
+            until = ""
+            if pause.until is not None:
+                until = f" until {status.timestamp(on_the_wall(pause.until, self._clock))}"
+            return Fact("Ready", False, Reason.PAUSED, f"paused by {pause.by}{until}" + _because(pause))
         if want == 0:
             return Fact("Ready", False, Reason.STOPPED, "no replica is asked for")
         if world.router is not rollout.Router.KNOWN:
@@ -293,7 +357,7 @@ class ModelStatus:
         self, view: View, lacking: Fact | None, available: int, settled: bool, *, late: bool
     ) -> Fact:
         desired = view.desired
-        current = [(row, seen) for row, seen in view.world.replicas if row.template_hash == desired.template_hash]
+        current = [(row, seen) for row, seen in view.world.replicas if view.is_current(row)]
         fetch = view.fetching.failure if view.fetching is not None else None
         if fetch is not None and fetch.stuck:
             return Fact("Stalled", True, Reason(fetch.reason), fetch.message)
@@ -327,6 +391,16 @@ class ModelStatus:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]
             return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")
         return Fact("Stalled", False, Reason.PROGRESS_MADE)
+
+
+def _aim(wanted: Effective) -> list[Any]:
+    """What a rollout is for: another aim begins its time anew."""
+    kinds = sorted(wanted.overrides.keys() & {Kind.HOLD, Kind.PAUSE, Kind.SCALE})
+    return [wanted.stored.generation, wanted.revision.n, kinds]
+
+
+def _because(override: Override) -> str:
+    return f": {override.reason}" if override.reason else ""
 
 
 def _was(before: Mapping[str, Any], fact: Fact) -> bool:

@@ -20,7 +20,7 @@ import msgspec
 
 from quire_operators import rollout
 from quire_operators.cache import Need
-from quire_operators.desired import desired_of, stall_timeout
+from quire_operators.desired import Effective, desired_of, effective, stall_timeout
 from quire_operators.devices import Inventory, free_places, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
@@ -28,6 +28,7 @@ from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.model_status import ModelStatus, View
 from quire_operators.observed import report_of, seen_of
+from quire_operators.overrides import Kind, Override
 from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
@@ -122,16 +123,18 @@ class ModelReconciler:
         self._progress = {**dict(list(self._progress.items())[-100:]), row.nonce: (reached, at)}
         return at
 
-    def _revision(self, stored: StoredObject) -> Revision:
-        return next(r for r in self._store.revisions(stored.uid) if r.n == stored.revision)
+    def effective(self, stored: StoredObject) -> Effective:
+        """What is to run of a model: its intent with what was decided beside it."""
+        revisions, overrides = self._store.revisions(stored.uid), self._store.overrides(stored.uid)
+        return effective(stored, revisions, overrides, self._clock())
 
     def _observe(self, stored: StoredObject) -> View:
-        revision = self._revision(stored)
-        fetching = self._fetching(stored, revision)
-        return self._observe_as(stored, revision, fetching)
+        wanted = self.effective(stored)
+        return self._observe_as(wanted, self._fetching(wanted))
 
-    def _fetching(self, stored: StoredObject, revision: Revision) -> Progress | None:
-        """Have the files of the current revision fetched; how far that is."""
+    def _fetching(self, wanted: Effective) -> Progress | None:
+        """Have the files of the revision that is to serve fetched; how far that is."""
+        stored, revision = wanted.stored, wanted.revision
         if stored.deletion_time is not None or stored.resolved["replicas"] == 0:
             self._downloads.forget(stored.key)
             return None
@@ -139,8 +142,9 @@ class ModelReconciler:
         return self._downloads.demand(stored.key, stored.generation, needs, stored.resolved.get("sourceAuth"))
 
     def _acting(self, view: View) -> View:
-        """The view to plan by. While the files of the current revision are on their way, what runs is kept as it
-        is, by the intent that it was started for: a rollout begins when there is something to roll out."""
+        """The view to plan by. While the files of the revision that is to serve are on their way, what runs is
+        kept as it is, by the intent that it was started for: a rollout begins when there is something to roll
+        out."""
         if view.fetching is None:
             return view
         running = {row.revision for row, _ in view.world.replicas}
@@ -148,10 +152,11 @@ class ModelReconciler:
         if not kept:
             return view
         newest = max(kept, key=lambda revision: revision.n)
-        return self._observe_as(replace(view.stored, resolved=newest.resolved), newest, view.fetching)
+        stored = replace(view.stored, resolved=newest.resolved)
+        return self._observe_as(replace(view.wanted, stored=stored, revision=newest, fallback=None), view.fetching)
 
-    def _observe_as(self, stored: StoredObject, revision: Revision, fetching: Progress | None) -> View:
-        placement = Placement.from_dict(revision.placement)
+    def _observe_as(self, wanted: Effective, fetching: Progress | None) -> View:
+        stored, placement = wanted.stored, Placement.from_dict(wanted.revision.placement)
         pairs = []
         for row in self._store.replicas(stored.key.name):
             seen = self.seen(row)
@@ -160,16 +165,16 @@ class ModelReconciler:
             pairs.append((row, seen))
         ready = [row for row, seen in pairs if seen.process is Process.READY]
         self._heartbeats.keep(stored.key.name, {(row.id, row.incarnation): self.socket_of(row) for row in ready})
-        desired = desired_of(stored, revision)
         world = World(
             replicas=tuple(pairs),
             room=len(self.places(stored.resolved, placement)),
             router=self._routes.knowledge(),
             orphans=tuple(self._orphans(stored.key.name)),
             jitter=self._rng.uniform(-1, 1),
+            late=fetching is None and self._status.is_late(wanted),
         )
         unusable = self._routes.unusable(stored.key.name)
-        return View(stored, revision, placement, desired, world, fetching, unusable)
+        return View(wanted, placement, desired_of(wanted), world, fetching, unusable)
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -254,6 +259,8 @@ class ModelReconciler:
             self._hot_hashes.pop(key.name, None)
             self._neighbours_may_move()
             return None
+        if rollout.is_settled(view.desired, view.world, self._clock()) and view.desired.replicas:
+            self._note_stable(view)
         deadline = self._status.write(view, no_room=planned.no_room)
         if lasting:
             return 0.0
@@ -261,7 +268,14 @@ class ModelReconciler:
         if len(steps) < len(planned.steps) and requeue_at is not None and requeue_at <= now:
             requeue_at = None  # what waits for files is due when they are there, of which the download tells
         retry_at = view.fetching.retry_at if view.fetching is not None else None
-        return due_in((requeue_at, deadline, retry_at), now)
+        ends = [override.until for override in view.wanted.overrides.values()]
+        return due_in((requeue_at, deadline, retry_at, *ends), now)
+
+    def _note_stable(self, view: View) -> None:
+        """Remember a revision that has come to be all that serves: another one's failure leads back to it."""
+        stable = view.wanted.stable
+        if stable is None or stable.n != view.revision.n:
+            self._store.mark_stable(view.stored.uid, view.revision.n)
 
     def _lacks_files(self, view: View, acting: View, step: rollout.Step) -> bool:
         """Whether a step would start an engine of the current revision before its files are there."""
@@ -309,6 +323,8 @@ class ModelReconciler:
                 self._neighbours_may_move()
             case rollout.StopOrphan():
                 await self._stop_orphan(step.replica, step.nonce)
+            case rollout.RollBack():
+                self._roll_back(view, step)
             case rollout.PushLimits():
                 await self._routes.set_limits(
                     step.replicas, limits_of(view.stored.resolved, view.placement.device, step.hot_hash)
@@ -330,6 +346,21 @@ class ModelReconciler:
             case rollout.Undrain():
                 self._move(step)
                 self._store.add_event(key, "Normal", "Undrained", f"{step.replica} is needed after all")
+
+    def _roll_back(self, view: View, step: rollout.RollBack) -> None:
+        why = f"{step.reason}: {step.message}"
+        quarantine = Override(
+            Kind.QUARANTINE,
+            "platform",
+            self._clock(),
+            why,
+            revision=step.revision,
+            template_hash=step.template_hash,
+        )
+        self._store.set_override(view.stored.uid, quarantine, failed=(step.revision, why))
+        text = f"revision {step.revision} → {step.to}: {why}"
+        self._store.add_event(view.stored.key, "Warning", "RolledBack", text)
+        self._changed(ROUTES)
 
     def _remove_stale_logs(self, stored: StoredObject) -> None:
         """Keep the logs of replicas whose revision is on record; all of them would pile up with every rollout."""
@@ -443,7 +474,8 @@ class ModelReconciler:
         for stored in self._store.objects("model"):
             if stored.deletion_time is not None:
                 continue
-            revision = self._revision(stored)
+            wanted = self.effective(stored)
+            stored, revision = wanted.stored, wanted.revision
             rows = self._store.replicas(stored.key.name)
             pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in rows)
             placements = {

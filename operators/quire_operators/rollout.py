@@ -36,6 +36,11 @@ after an unexpected end. What follows an unexpected end depends on its cause:
 
 Failed lasts until the intent changes. `not_before` and the counts are in the row, so a restart of the control
 plane takes no back-off back.
+
+A revision that fails before it was ever rolled out as a whole (a replica Failed, one ended
+`crashes_before_rollback` times, or the progress deadline passed) is given up where there is one to fall back to:
+`RollBack` is then the plan's only step. Whoever carries it out remembers the template, so that `Desired` names the
+other revision from then on; the way back is a rollout like any other.
 """
 
 from __future__ import annotations
@@ -54,6 +59,9 @@ SOURCE_SECONDS = 300.0
 """Between two tries of a replica whose files could not be had: a person or a network mends that, not a crash."""
 JITTER = 0.2
 OUT_OF_MEMORY = "OutOfMemory"
+CRASH_LOOP = "CrashLoop"
+CONFIG_REJECTED = "ConfigRejected"
+PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
 STALLED = "EngineStalled"
 STARTUP_TIMEOUT = "StartupTimeout"
 
@@ -201,6 +209,17 @@ class Desired:
     backoff_base: float = 1.0
     backoff_max: float = 300.0
     hot_hash: str = ""
+    held: bool = False
+    """No rollout begins or goes on: no replica is added, and none is taken away by choice."""
+    restarted_at: float = 0.0
+    """Replicas that were created before this are not current, whatever their template."""
+    proven: bool = False
+    """This revision was rolled out as a whole before."""
+    fallback: int | None = None
+    """The revision to go back to if this one fails; None when there is none, or going back is not wanted."""
+    crashes_before_rollback: int = 3
+    quarantined: str = ""
+    """The template that was given up: none of its replicas is started again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +233,8 @@ class World:
     orphans: tuple[Orphan, ...] = ()
     jitter: float = 0.0
     """Between -1 and 1, drawn by the caller; times 20 % of a back-off."""
+    late: bool = False
+    """The rollout made no progress until its deadline."""
 
 
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,7 +323,18 @@ class PushLimits:
     hot_hash: str
 
 
-Step = Create | Launch | Drain | Undrain | Stop | StopOrphan | Backoff | Fail | Forget | PushLimits
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Give a revision up: its template is not started again, and another revision is to serve."""
+
+    revision: int
+    template_hash: str
+    to: int
+    reason: str
+    message: str
+
+
+Step = Create | Launch | Drain | Undrain | Stop | StopOrphan | Backoff | Fail | Forget | PushLimits | RollBack
 RowStep = Launch | Drain | Undrain | Stop | Backoff | Fail
 
 
@@ -345,6 +377,11 @@ def budget(desired: Desired, rows: int, room: int) -> Budget:
     return Budget(desired.strategy, want, surge, unavailable, max(want - unavailable, 0), want + surge, stop_first)
 
 
+def is_current(desired: Desired, row: Row) -> bool:
+    """Whether a replica is what is wanted now: of the template, and not older than the last restart."""
+    return row.template_hash == desired.template_hash and row.created_at >= desired.restarted_at
+
+
 def is_available(desired: Desired, row: Row, seen: Seen, now: float) -> bool:
     """Whether a request sent now may be answered by this replica, for long enough to count on it."""
     return (
@@ -362,10 +399,7 @@ def is_settled(desired: Desired, world: World, now: float) -> bool:
     return (
         len(world.replicas) == want
         and not world.orphans
-        and all(
-            row.template_hash == desired.template_hash and is_available(desired, row, seen, now)
-            for row, seen in world.replicas
-        )
+        and all(is_current(desired, row) and is_available(desired, row, seen, now) for row, seen in world.replicas)
     )
 
 
@@ -401,18 +435,23 @@ class _Planner:
         self.budget = budget(desired, len(self.rows), world.room)
         self.recreate = desired.strategy is Strategy.RECREATE
         self.can_drain = world.router is Router.KNOWN or (world.router is Router.DOWN and self.budget.want == 0)
+        self.held = desired.held and not desired.deleting
         self.can_finish = world.router is not Router.UNKNOWN
         self.no_room = False
 
     def run(self) -> RolloutPlan:
+        if (given_up := self.roll_back()) is not None:
+            return RolloutPlan((given_up,), None, self.budget, self.available(), no_room=False)
         self.stop_orphans()
         self.stop_stalled()
         self.record_ends()
         self.finish_drains()
         if self.can_drain:
             self.take_back_drains()
-            self.begin_drains()
-        self.create()
+            if not self.held:
+                self.begin_drains()
+        if not self.held:
+            self.create()
         self.launch()
         self.push_limits()
         later = [at for at in self.wake if at > self.now]
@@ -423,7 +462,7 @@ class _Planner:
     # ── small questions ───────────────────────────────────────────────────────────────────────────────────
 
     def is_current(self, row: Row) -> bool:
-        return row.template_hash == self.desired.template_hash
+        return is_current(self.desired, row)
 
     def is_available(self, row: Row) -> bool:
         return is_available(self.desired, row, self.seen[row.id], self.now)
@@ -450,6 +489,29 @@ class _Planner:
         self.rows[step.replica] = after(self.rows[step.replica], step, self.now)
 
     # ── the passes ────────────────────────────────────────────────────────────────────────────────────────
+
+    def roll_back(self) -> RollBack | None:
+        """The end of a revision that failed before it was rolled out, if there is one to go back to."""
+        desired = self.desired
+        if desired.fallback is None or desired.proven or self.held or self.budget.want == 0:
+            return None
+        failure = self.failure()
+        if failure is None:
+            return None
+        return RollBack(desired.revision, desired.template_hash, desired.fallback, *failure)
+
+    def failure(self) -> tuple[str, str] | None:
+        """Why the revision is not worth another try: a reason and a sentence."""
+        for row in self.runs():
+            if not self.is_current(row):
+                continue
+            if row.failed_generation == self.desired.generation:
+                reason = OUT_OF_MEMORY if row.reason == OUT_OF_MEMORY else CONFIG_REJECTED
+                return reason, f"{row.id}: {row.reason}: {row.message}"
+            if row.restarts >= self.desired.crashes_before_rollback and not self.seen[row.id].routed:
+                said = f": {row.last_exit.message}" if row.last_exit is not None else ""
+                return CRASH_LOOP, f"{row.id} ended {row.restarts} times{said}"
+        return (PROGRESS_DEADLINE, "it made no progress for so long") if self.world.late else None
 
     def stop_orphans(self) -> None:
         for orphan in self.world.orphans:
@@ -610,6 +672,7 @@ class _Planner:
     def launch(self) -> None:
         for row in self.runs():
             due = row.exited == row.incarnation and row.failed_generation is None
+            due = due and row.template_hash != self.desired.quarantined
             if not due or not self.seen[row.id].process.gone:
                 continue
             if self.now >= row.not_before:

@@ -6,8 +6,9 @@ much one replica needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from quire_operators import rollout
 from quire_operators.desired import rollout_options
@@ -25,11 +26,11 @@ def count_replicas(
     spec = review.resolved
     want, memory = spec["replicas"], placement.memory
     share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
-    names = device_names(inventory, placement.device, device_ids)
-    limits = [int(inventory.total(name) * (share if placement.device == "cpu" else 1)) for name in names]
-    most = sum(limit // memory for limit in limits)
+    limits = _limits(spec, placement, inventory)
+    names = list(limits)
+    most = most_replicas(spec, placement, inventory)
     if 0 < most < want:
-        whole = format_bytes(sum(limits))
+        whole = format_bytes(sum(limits.values()))
         review.refuse(
             Refusal(
                 "spec.replicas",
@@ -53,6 +54,18 @@ def count_replicas(
             + (f": {who}" if who else "")
             + "; the rest waits until there is room"
         )
+
+
+def most_replicas(spec: Mapping[str, Any], placement: Placement, inventory: Inventory) -> int:
+    """How many replicas fit on this machine with nothing else on it."""
+    return sum(limit // placement.memory for limit in _limits(spec, placement, inventory).values())
+
+
+def _limits(spec: Mapping[str, Any], placement: Placement, inventory: Inventory) -> dict[str, int]:
+    """Bytes that replicas may take of each device."""
+    share = parse_percent(spec["engine"]["memory"]) if placement.device == "cpu" else 1
+    names = device_names(inventory, placement.device, spec["placement"]["deviceIds"])
+    return {name: int(inventory.total(name) * share) for name in names}
 
 
 def rollout_text(

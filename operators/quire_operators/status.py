@@ -28,6 +28,7 @@ class Reason(enum.StrEnum):
     UP_TO_DATE = "UpToDate"
     PROGRESS_MADE = "Progressing"
     STOPPED = "Stopped"
+    PAUSED = "Paused"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
@@ -39,6 +40,9 @@ class Reason(enum.StrEnum):
     NO_REPLICA_AVAILABLE = "NoReplicaAvailable"
     ENGINE_STALLED = "EngineStalled"
     HOT_UPDATE_PENDING = "HotUpdatePending"
+    HELD = "RolloutPaused"
+    PINNED = "Pinned"
+    ROLLED_BACK = "RolledBack"
     ROUTER_NOT_READY = "RouterNotReady"
     DELETING = "Deleting"
     REFERENCE_KERNELS = "ReferenceKernels"
@@ -139,6 +143,30 @@ ADVICE: dict[Reason, Advice] = {
     Reason.HOT_UPDATE_PENDING: Advice(
         "A running engine has not yet confirmed a changed setting.",
         ("platform events --for {key}   whether it goes on",),
+    ),
+    Reason.PAUSED: Advice(
+        "Somebody stopped the model for a while: it has no replicas, and requests for it are refused.",
+        ("platform resume {key}   starts it again",),
+    ),
+    Reason.HELD: Advice(
+        "Somebody paused the rollout: nothing is added or taken away, and replicas that crash are started again.",
+        ("platform rollout resume {key}   lets it go on",),
+    ),
+    Reason.PINNED: Advice(
+        "An earlier revision serves because somebody went back to it. The manifest was not changed by that.",
+        (
+            "change the manifest and apply it: a new intent ends the pin",
+            "platform rollout retry {key}   ends the pin without a new intent",
+        ),
+    ),
+    Reason.ROLLED_BACK: Advice(
+        "The newest revision failed and was given up; an earlier one serves. Applying the same manifest again "
+        "changes nothing.",
+        (
+            "platform logs {key}   what the failed engine said last",
+            "correct the manifest and apply it: a new intent is tried",
+            "platform rollout retry {key}   tries the same revision again, if the cause was outside it",
+        ),
     ),
     Reason.ROUTER_NOT_READY: Advice(
         "The router is not up, so no request can be routed.",
@@ -281,10 +309,15 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return "Deleting"
     if by_type["Stalled"].status:
         return f"Stalled: {by_type['Stalled'].reason}"
+    if by_type["Ready"].reason is Reason.PAUSED:
+        return "Paused"
     if want == 0:
         return "Stopped" if by_type["RolledOut"].status else "Stopping"
     if by_type["Fetched"].status is False:
         return f"{'Serving, ' if by_type['Ready'].status else ''}{by_type['Fetched'].reason}"
+    away = by_type["RolledOut"].reason
+    if away in (Reason.PINNED, Reason.ROLLED_BACK, Reason.HELD) and by_type["Ready"].status:
+        return f"Serving, {_WORDS[away]}"
     if by_type["RolledOut"].status:
         return "Serving" if by_type["Ready"].status else by_type["Ready"].reason.value
     if ready and updated < want:
@@ -292,6 +325,7 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
     return "Serving, rolling out" if by_type["Ready"].status else f"Starting {ready}/{want}"
 
 
+_WORDS = {Reason.PINNED: "pinned", Reason.ROLLED_BACK: "rolled back", Reason.HELD: "rollout paused"}
 STAGES = ("accepted", "weights", "device", "loaded", "ready")
 
 

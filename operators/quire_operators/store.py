@@ -9,6 +9,7 @@ compare-and-set on it. Status and events live in tables of their own, so that wr
     revisions     what one rollout template was resolved to; what needs no new template follows later intents
     replicas      one row each: see `rollout.Row`
     incarnations  the highest incarnation a replica id ever had, so that no two processes ever share one
+    overrides     what was decided about an object beside its intent: see `overrides`
     origins       the trace context of the request that made an object's generation
     status        what the reconciler last reported, one JSON document an object
     events        decisions and observations, equal ones counted, capped per object and by age. An object's uid
@@ -37,7 +38,7 @@ import secrets
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ from sqlalchemy.dialects.sqlite import insert
 
 from quire_operators.clock import SteadyClock, boot_id, new_base
 from quire_operators.host import NETWORK_FILESYSTEMS, file_system
+from quire_operators.overrides import ENDED_BY_INTENT, Kind, Override
 from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_schemas.resource import Key
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NAMESPACE = "default"
 EVENTS_PER_OBJECT = 200
 EVENT_SECONDS = 7 * 86400.0
@@ -87,6 +89,8 @@ _revisions = sa.Table(
     sa.Column("cause", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("load_seconds", sa.Float),
+    sa.Column("stable_at", sa.Float),
+    sa.Column("failure", sa.Text),
 )
 _replicas = sa.Table(
     "replicas",
@@ -124,6 +128,13 @@ _incarnations = sa.Table(
 _status = sa.Table(
     "status", _metadata, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
 )
+_overrides = sa.Table(
+    "overrides",
+    _metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("json", sa.JSON, nullable=False),
+)
 _origins = sa.Table(
     "origins", _metadata, sa.Column("uid", sa.Text, primary_key=True), sa.Column("traceparent", sa.Text)
 )
@@ -146,6 +157,7 @@ _UPGRADES = {
         "ALTER TABLE replicas ADD COLUMN last_exit JSON",
         "ALTER TABLE events ADD COLUMN uid TEXT NOT NULL DEFAULT ''",
     ),
+    2: ("ALTER TABLE revisions ADD COLUMN stable_at FLOAT", "ALTER TABLE revisions ADD COLUMN failure TEXT"),
 }
 """What turns a store of each older schema into one of the next."""
 
@@ -228,6 +240,10 @@ class Revision:
     cause: str
     created_at: float
     load_seconds: float | None = None
+    stable_at: float | None = None
+    """When it last was all that serves, in full number."""
+    failure: str | None = None
+    """Why it was given up, if it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +354,34 @@ class Store:
                 f"{path} was written by another version (schema {found}, this version has {SCHEMA_VERSION})",
                 "use the version that wrote it, or choose another state directory",
             )
+        if found < SCHEMA_VERSION:
+            self._back_up(path, found)
         for version in range(found, SCHEMA_VERSION):
             for statement in _UPGRADES[version]:
                 db.exec_driver_sql(statement)
         self._set(db, "schemaVersion", str(SCHEMA_VERSION))
+
+    @staticmethod
+    def _back_up(path: Path, schema: int) -> None:
+        """Copy a store beside itself before anything of it is changed: the version that wrote it can use the copy.
+        An earlier copy of the same schema is kept: it is the one from before."""
+        kept = path.with_name(f"{path.name}.schema{schema}")
+        if kept.exists():
+            return
+        making = kept.with_name(f"{kept.name}.part")
+        try:
+            making.unlink(missing_ok=True)
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(making)) as copy:
+                making.chmod(0o600)
+                source.backup(copy)
+            making.replace(kept)
+        except (sqlite3.Error, OSError) as error:
+            with suppress(OSError):
+                making.unlink()
+            raise UnusableStore(
+                f"{path} is of an earlier version and cannot be copied before it is changed: {error}",
+                f"make room and the folder {path.parent} writable; nothing was changed",
+            ) from error
 
     def _steady_clock(self, db: sa.Connection) -> SteadyClock:
         """The clock of this boot, or a new one that no time on record is ahead of."""
@@ -461,12 +501,16 @@ class Store:
             .where(_objects.c.uid == uid, _objects.c.resource_version == old.resource_version)
             .values(generation=old.generation + 1, resource_version=old.resource_version + 1, **values)
         )
+        ended = list(ENDED_BY_INTENT)
+        if old.resolved.get("replicas") != change.resolved.get("replicas"):
+            ended.append(Kind.SCALE)
+        self._end_overrides(db, uid, ended)
         return Applied(change.key, "updated", old.generation + 1, revision)
 
     @staticmethod
     def _add_revision(db: sa.Connection, uid: str, change: Change, now: float) -> int:
         """The next number. Replicas that already run this template are replicas of the new revision. Revisions
-        beyond the history are removed, except those that a replica still is of."""
+        beyond the history are removed, except those that a replica still is of and the last stable one."""
         new = change.revision
         if new is None:
             raise ValueError("no revision to add")
@@ -493,11 +537,18 @@ class Store:
             .values(revision=n, resource_version=_replicas.c.resource_version + 1)
         )
         running = sa.select(_replicas.c.revision).where(_replicas.c.model == change.key.name)
+        stable = (
+            sa.select(_revisions.c.n)
+            .where(_revisions.c.uid == uid, _revisions.c.stable_at.is_not(None))
+            .order_by(_revisions.c.stable_at.desc())
+            .limit(1)
+        )
         db.execute(
             sa.delete(_revisions).where(
                 _revisions.c.uid == uid,
                 _revisions.c.n < n - change.keep_revisions,
                 _revisions.c.n.not_in(running),
+                _revisions.c.n.not_in(stable),
             )
         )
         return n
@@ -534,7 +585,7 @@ class Store:
             old = self._get(db, key)
             if old is None:
                 return
-            for table in (_objects, _revisions, _status, _origins):
+            for table in (_objects, _revisions, _status, _origins, _overrides):
                 db.execute(sa.delete(table).where(table.c.uid == old.uid))
 
     def origin(self, key: Key) -> Origin | None:
@@ -564,6 +615,45 @@ class Store:
                 .where(_revisions.c.uid == uid, _revisions.c.n == n)
                 .values(load_seconds=seconds)
             )
+
+    def mark_stable(self, uid: str, n: int) -> None:
+        """Remember that this revision is all that serves, in full number."""
+        with self._transaction() as db:
+            db.execute(
+                sa.update(_revisions)
+                .where(_revisions.c.uid == uid, _revisions.c.n == n)
+                .values(stable_at=self.clock(), failure=None)
+            )
+
+    # ── overrides ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def overrides(self, uid: str) -> tuple[Override, ...]:
+        """What was decided about an object beside its intent; those whose time is over, too."""
+        query = sa.select(_overrides.c.json).where(_overrides.c.uid == uid).order_by(_overrides.c.kind)
+        with self._transaction() as db:
+            return tuple(Override.from_dict(found) for found in db.scalars(query))
+
+    def set_override(self, uid: str, override: Override, *, failed: tuple[int, str] | None = None) -> None:
+        """Keep a decision, in place of one of its kind; with it that a revision failed, and why."""
+        with self._transaction() as db:
+            values = {"json": override.as_dict()}
+            statement = insert(_overrides).values(uid=uid, kind=override.kind.value, **values)
+            db.execute(statement.on_conflict_do_update(index_elements=["uid", "kind"], set_=values))
+            if failed is not None:
+                n, why = failed
+                db.execute(
+                    sa.update(_revisions).where(_revisions.c.uid == uid, _revisions.c.n == n).values(failure=why)
+                )
+
+    def end_overrides(self, uid: str, kinds: Sequence[Kind]) -> None:
+        """Take decisions back."""
+        with self._transaction() as db:
+            self._end_overrides(db, uid, kinds)
+
+    @staticmethod
+    def _end_overrides(db: sa.Connection, uid: str, kinds: Sequence[Kind]) -> None:
+        named = [kind.value for kind in kinds]
+        db.execute(sa.delete(_overrides).where(_overrides.c.uid == uid, _overrides.c.kind.in_(named)))
 
     # ── replicas ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
-DEFAULTS_VERSION = 2
+DEFAULTS_VERSION = 3
 MAX_MODEL_LEN = 16_777_216
 MAX_STEP_TOKENS = 1_048_576
 _CPU_PREFILL_TOKENS = 64
@@ -598,14 +598,18 @@ class Rollout(Strict):
         "How long a new replica must stay ready before it counts as available.", "0s", update="hot"
     )
     progress_deadline: Duration = declared(
-        "Time without progress after which a rollout is reported as stalled.", "20m", update="hot"
+        "Time without progress after which a rollout has failed: it is reported as stalled, and rolled back if "
+        "autoRollback says so.",
+        "20m",
+        update="hot",
     )
     auto_rollback: bool = declared(
-        "Go back to the last stable revision when a rollout fails.",
-        False,
+        "Go back to the last revision that was rolled out as a whole when a new one fails: its engine refuses "
+        "its configuration, crashes too often (restartPolicy.maxRestartsBeforeRollback), or it makes no progress "
+        "for progressDeadline. What failed is not started again until the manifest changes or "
+        "`platform rollout retry`.",
+        True,
         update="hot",
-        refused="a failed rollout stays where it is, and old replicas go on serving",
-        honours=(False,),
     )
     canary: Canary | None = section(
         Canary, "Steps and judgement of strategy Canary.", refused=_NO_CANARY, optional=True
@@ -665,10 +669,10 @@ class RestartPolicy(Strict):
     )
     backoff_max: Duration = declared("Longest wait.", "5m", update="hot")
     max_restarts_before_rollback: int | None = declared(
-        "Crashes of a new revision after which the old one comes back.",
+        "Crashes of one replica of a new revision after which it has failed (see rollout.autoRollback). "
+        "Left out: 3.",
         None,
         update="hot",
-        refused="there is no automatic rollback yet",
         ge=1,
         le=1000,
     )

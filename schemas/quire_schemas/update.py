@@ -108,6 +108,21 @@ def beyond_limits(resolved: Mapping[str, Any], limits: EngineLimits) -> tuple[st
     return tuple(found)
 
 
+def under_template(template: Mapping[str, Any], wanted: Mapping[str, Any], limits: EngineLimits) -> dict[str, Any]:
+    """The resolved spec of an earlier revision under a newer intent: what is rolling is the revision's, what is
+    hot or a number of replicas is as wanted now. A hot value that the revision's engines (`limits`) cannot take
+    stays as the revision had it.
+    """
+    merged = _under(ModelSpec, template, wanted)
+    for path in beyond_limits(merged, limits):
+        *sections, name = path.removeprefix("spec.").split(".")
+        section = merged
+        for part in sections:
+            section = section[part]
+        section[name] = _at(template, path.removeprefix("spec."))
+    return merged
+
+
 def template_hash(resolved: Mapping[str, Any], raised: EngineLimits | None = None) -> str:
     """SHA-256 (hex) of the rolling fields of a resolved spec.
 
@@ -203,6 +218,17 @@ def _canonical(section: type[Strict], values: Mapping[str, Any], wanted: UpdateC
         if value is not None and value != {} and value != []:
             kept[name] = value
     return kept
+
+
+def _under(section: type[Strict], template: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(template)
+    for name, field in fields_of(section).items():
+        inner, before, after = field.shape.section, template.get(name), wanted.get(name)
+        if inner is not None and isinstance(before, Mapping) and isinstance(after, Mapping):
+            merged[name] = _under(inner, before, after)
+        elif name in wanted and update_tag(field.info) in (UpdateClass.HOT, UpdateClass.SCALE):
+            merged[name] = after
+    return merged
 
 
 def _without_gaps(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +13,7 @@ import click
 
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, report, usage_error
-from quire.cli.progress import Display, Verdict, View, fetch, wait
+from quire.cli.progress import Display, Judge, Result, Verdict, View, fetch, judge, wait
 from quire.cli.session import asks_for_traces, connect, notice, object_path
 from quire.client import Client, InvalidManifest
 
@@ -199,11 +200,10 @@ def follow(client: Client, answer: View, *, waits: bool, timeout: float) -> int:
         changed |= item["result"] != "unchanged"
         revision = f" (revision {item['revision']})" if item["result"] != "unchanged" and item["revision"] else ""
         print(f"{item['key']}  {item['result']}{revision}", flush=True)
-        targets[item["key"]] = item["generation"]
+        targets[item["key"]] = partial(judge, generation=item["generation"])
     if not waits:
         return ExitCode.OK
-    with interruptible("detached: the rollout continues. Follow with: platform get"):
-        results = wait(client, targets, timeout=timeout, display=Display.on_stderr())
+    results = attend(client, targets, timeout)
     code = conclude(results, timeout)
     if changed and code == ExitCode.OK:
         for line in render.endpoint_lines([view for _, _, view in results.values() if view is not None]):
@@ -211,18 +211,28 @@ def follow(client: Client, answer: View, *, waits: bool, timeout: float) -> int:
     return code
 
 
-def conclude(results: Mapping[str, tuple[Verdict, str, View | None]], timeout: float) -> ExitCode:
+def attend(client: Client, targets: Mapping[str, Judge], timeout: float) -> dict[str, Result]:
+    """Wait until each object has its verdict, shown on stderr meanwhile."""
+    follow = " ".join(targets) if len(targets) == 1 else "KIND/NAME"
+    with interruptible(f"detached: the rollout continues. Follow with: platform rollout status {follow}"):
+        return wait(client, targets, timeout=timeout, display=Display.on_stderr())
+
+
+def conclude(results: Mapping[str, Result], timeout: float) -> ExitCode:
     """Report what did not come about; the gravest end gives the exit code."""
     code = ExitCode.OK
     for key, (verdict, why, _) in results.items():
         if verdict is Verdict.STALLED:
             report(f"{key}  Stalled: {why}", f"platform describe {key}")
             code = ExitCode.FAILED
+        elif verdict is Verdict.FAILED:
+            report(f"{key}  {why}", f"platform describe {key}")
+            code = ExitCode.FAILED
         elif verdict is Verdict.GONE:
             report(f"{key}  {why} while this command waited", "apply it again")
             code = ExitCode.FAILED
         elif verdict is Verdict.SUPERSEDED and code is not ExitCode.FAILED:
-            report(f"{key}  {why} while this command waited", f"platform describe {key}")
+            report(f"{key}  {why}", f"platform describe {key}")
             code = ExitCode.CONFLICT
         elif verdict is Verdict.WAITING and code is ExitCode.OK:
             report(

@@ -27,8 +27,18 @@ class Verdict(enum.Enum):
     WAITING = "waiting"
     DONE = "done"
     STALLED = "stalled"
+    FAILED = "failed"
     SUPERSEDED = "superseded"
     GONE = "gone"
+
+
+DECIDED = {
+    "RolledBack": Verdict.FAILED,
+    "Pinned": Verdict.SUPERSEDED,
+    "RolloutPaused": Verdict.SUPERSEDED,
+    "Paused": Verdict.SUPERSEDED,
+}
+"""Reasons that say: what the manifest says is not what is to serve now."""
 
 
 def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
@@ -40,13 +50,15 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
     if view is None or view["deleting"]:
         return Verdict.GONE, "it was deleted"
     if view["generation"] > generation:
-        return Verdict.SUPERSEDED, f"a newer generation, {view['generation']}, was applied"
+        return Verdict.SUPERSEDED, f"a newer generation, {view['generation']}, was applied meanwhile"
     stalled = render.condition(view, "Stalled")
     if stalled is not None and render.is_true(view, "Stalled"):
         return Verdict.STALLED, f"{stalled['reason']} ({stalled['message']})"
     refused = render.condition(view, "Accepted")
     if refused is not None and refused["status"] == "False" and refused["observedGeneration"] >= generation:
         return Verdict.STALLED, f"{refused['reason']} ({refused['message']})"
+    if (instead := _decided_otherwise(view)) is not None:
+        return instead
     stopped = view["kind"].lower() == "model" and view["status"].get("replicas", {}).get("desired") == 0
     if view["kind"].lower() == "model" and not render.is_true(view, "RolledOut"):
         return Verdict.WAITING, view["status"].get("summary", "")
@@ -55,6 +67,43 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
     return Verdict.DONE, view["status"].get("summary", "")
 
 
+def _decided_otherwise(view: View) -> tuple[Verdict, str] | None:
+    """The verdict where somebody, or the platform itself, decided against what the manifest says."""
+    for kind in ("RolledOut", "Ready"):
+        found = render.condition(view, kind)
+        if found is None or found["status"] == "True" or found["reason"] not in DECIDED:
+            continue
+        if found["observedGeneration"] < view["generation"]:
+            continue
+        return DECIDED[found["reason"]], f"{found['reason']} ({found['message']})"
+    return None
+
+
+def settled(view: View | None) -> tuple[Verdict, str]:
+    """The verdict on what is wanted now of a model, whoever decided it: done when all its replicas are there."""
+    if view is None or view["deleting"]:
+        return Verdict.GONE, "it was deleted"
+    summary = view["status"].get("summary", "")
+    if render.is_true(view, "Stalled"):
+        stalled = render.condition(view, "Stalled") or {}
+        return Verdict.STALLED, f"{stalled['reason']} ({stalled['message']})"
+    if not view["status"].get("rollout", {}).get("settled"):
+        return Verdict.WAITING, summary
+    if view["status"]["replicas"]["desired"] and not render.is_true(view, "Ready"):
+        return Verdict.WAITING, summary
+    return Verdict.DONE, summary
+
+
+def succeeded(view: View | None) -> tuple[Verdict, str]:
+    """As `settled`, but a rollout that was undone has failed, whatever serves instead."""
+    rolled = render.condition(view, "RolledOut") if view is not None else None
+    if rolled is not None and rolled["reason"] == "RolledBack":
+        return Verdict.FAILED, f"RolledBack ({rolled['message']})"
+    return settled(view)
+
+
+Judge = Callable[[View | None], tuple[Verdict, str]]
+Result = tuple[Verdict, str, View | None]
 WIDE = 10_000
 
 
@@ -130,28 +179,28 @@ def fetch(client: Client, path: str) -> View | None:
 
 def wait(
     client: Client,
-    targets: Mapping[str, int],
+    targets: Mapping[str, Judge],
     *,
     timeout: float,
     display: Display,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, tuple[Verdict, str, View | None]]:
-    """Poll until every object (key -> generation) has a verdict, or `timeout` seconds have passed.
+) -> dict[str, Result]:
+    """Poll until every object (key -> its judge) has a verdict, or `timeout` seconds have passed.
 
     Objects that are already as declared at the first look are not shown: applying the same manifest again is
     quiet. Returns each key's last verdict; what is still WAITING timed out.
     """
     deadline = clock() + timeout
-    results: dict[str, tuple[Verdict, str, View | None]] = {}
+    results: dict[str, Result] = {}
     moving: list[str] = []
     first = True
     while True:
-        for key, generation in targets.items():
+        for key, judged in targets.items():
             if key in results and results[key][0] is not Verdict.WAITING:
                 continue
             view = fetch(client, f"/v1/objects/{key}")
-            results[key] = (*judge(view, generation), view)
+            results[key] = (*judged(view), view)
         if first:
             moving = [key for key in targets if results[key][0] is not Verdict.DONE]
             first = False

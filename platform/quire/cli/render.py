@@ -206,6 +206,59 @@ def revisions(views: Sequence[View], now: float) -> list[str]:
     return table(("MODEL", "REV", "TEMPLATE", "STATE", "AGE"), rows)
 
 
+def history(view: View, now: float) -> list[str]:
+    """One row a revision of a model, newest first, with what became of it."""
+    rows = [
+        [
+            str(revision["revision"]),
+            revision["templateHash"][:12],
+            revision["state"],
+            revision["cause"],
+            age(revision.get("createdAt"), now),
+            revision.get("failure") or "",
+        ]
+        for revision in view.get("revisions", ())
+    ]
+    return table(("REV", "TEMPLATE", "STATE", "CAUSE", "AGE", "FAILURE"), rows)
+
+
+def rollout(view: View) -> list[str]:
+    """Where a model's rollout stands."""
+    status = view["status"]
+    going, counts = status.get("rollout") or {}, status.get("replicas") or {}
+    lines = [f"{key_of(view)}  {status.get('summary', '')}"]
+    newest = max((revision["revision"] for revision in view.get("revisions", ())), default=None)
+    told = [f"revision {going.get('revision', '-')} is to serve", f"{scalar(status.get('servedRevision'))} serves"]
+    if newest is not None and newest != going.get("revision"):
+        told.append(f"the manifest says {newest}")
+    lines.append(f"  {', '.join(told)}")
+    parts = [f"{counts[name]} {name}" for name in ("desired", "ready", "updated", "draining") if name in counts]
+    if parts:
+        lines.append(f"  replicas: {', '.join(parts)}")
+    rolled = condition(view, "RolledOut")
+    if rolled is not None and rolled["status"] != "True" and rolled["message"]:
+        lines.append(f"  {rolled['reason']}: {rolled['message']}")
+    return lines + [f"  {line}" for line in overrides(view)]
+
+
+def overrides(view: View) -> list[str]:
+    """What was decided about a model beside its manifest, a line each."""
+    lines = []
+    for item in view["status"].get("overrides") or ():
+        what = {
+            "scale": f"scaled to {item.get('replicas')}",
+            "pause": "paused",
+            "hold": "rollouts paused",
+            "pin": f"pinned to revision {item.get('revision')}",
+            "quarantine": f"revision {item.get('revision')} given up",
+            "restart": "restarted",
+        }[item["kind"]]
+        until = f" until {item['until']}" if item.get("until") else ""
+        why = f": {item['reason']}" if item["reason"] else ""
+        lines.append(f"{what} by {item['by']} {item['since']}{until}{why}")
+    return lines
+
+
 def _base_url(view: View) -> str | None:
     """Where requests go, if anything listens there."""
     endpoints = view["status"].get("endpoints") or {}
@@ -263,6 +316,9 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
             for item in conditions
         ]
         lines += _indent(table(("", "", "", "", ""), rows)[1:])
+    if decided := overrides(view):
+        lines.append("Decided beside the manifest")
+        lines += _indent(decided)
     if view.get("replicas"):
         lines.append("Replicas")
         lines += _indent(replicas([view], now))

@@ -21,6 +21,7 @@ from quire.controlplane.holdings import Holdings
 from quire.controlplane.intents import Intents
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.spans import traced
+from quire.controlplane.steering import Steering
 from quire.controlplane.views import Views, parse_key
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,13 @@ async def delete_object(request: Request[Any, Any, Any], state: State, kind: str
         return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent)
 
 
+@post("/v1/objects/{kind:str}/{name:str}/{verb:str}", status_code=200)
+async def decide(request: Request[Any, Any, Any], state: State, kind: str, name: str, verb: str) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}/{verb}"):
+        steering: Steering = state.steering
+        return steering.decide(parse_key(f"{kind}/{name}"), verb, await _body(request))
+
+
 @get("/v1/events")
 async def events(
     state: State, for_: str | None = Parameter(query="for", default=None, required=False), after: int = 0
@@ -162,10 +170,16 @@ def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict
 def create_app(plane: ControlPlane) -> Litestar:
     """The API over `plane`."""
     views = Views(plane)
-    rooms = {"plane": plane, "views": views, "intents": Intents(plane, views), "holdings": Holdings(plane)}
+    rooms = {
+        "plane": plane,
+        "views": views,
+        "intents": Intents(plane, views),
+        "steering": Steering(plane, views),
+        "holdings": Holdings(plane),
+    }
     return Litestar(
         [
-            *(ping, plan, apply, up, objects, read_object, delete_object, events, logs, down),
+            *(ping, plan, apply, up, objects, read_object, delete_object, decide, events, logs, down),
             *(cache, prune, secrets, set_secret, remove_secret),
         ],
         state=State(rooms),

@@ -31,6 +31,7 @@ from quire.controlplane.wiring import Machine, engine_argv, router_command, text
 from quire.tracing import Tracing
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
+from quire_operators.devices import Inventory
 from quire_operators.downloads import Downloads
 from quire_operators.fleet.local import Life, LocalFleet
 from quire_operators.gateway import KEY as GATEWAY
@@ -260,6 +261,10 @@ class ControlPlane:
             )
 
     # ── work ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def inventory(self) -> Inventory:
+        """What this machine has."""
+        return self._machine()
 
     def wake(self, key: Key) -> None:
         """Have this key reconciled soon."""

@@ -17,7 +17,8 @@ from quire_operators import status
 from quire_operators.clock import on_the_wall
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
-from quire_operators.store import StoredObject
+from quire_operators.overrides import Kind
+from quire_operators.store import Revision, StoredObject
 from quire_schemas.resource import NAME_PATTERN, Key
 
 MAX_LOG = 4 * 1024 * 1024
@@ -113,18 +114,33 @@ class Views:
         return status.timestamp(on_the_wall(at, self._plane.store.clock))
 
     def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
+        """All kept revisions, newest first, each with where it stands: `Current` is what the manifest says,
+        `Pinned` or `Stable` what serves instead of it."""
+        if stored.revision is None:
+            return []
+        wanted = self._plane.models.effective(stored)
         alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
+
+        def state(revision: Revision) -> str:
+            if revision.n == wanted.revision.n and not wanted.is_newest:
+                return "Pinned" if Kind.PIN in wanted.overrides else "Stable"
+            if revision.failure is not None:
+                return "RolledBack"
+            if revision.n == wanted.newest.n:
+                return "Current"
+            if revision.n in alive:
+                return "Leaving"
+            return "Old" if revision.stable_at is not None else "NeverRolledOut"
+
         return [
             {
                 "revision": revision.n,
                 "templateHash": revision.template_hash,
-                "state": "Current"
-                if revision.n == stored.revision
-                else "Leaving"
-                if revision.n in alive
-                else "Old",
+                "state": state(revision),
                 "cause": revision.cause,
                 "createdAt": self._shown(revision.created_at),
+                "stableAt": None if revision.stable_at is None else self._shown(revision.stable_at),
+                "failure": revision.failure,
                 "loadSeconds": revision.load_seconds,
             }
             for revision in self._plane.store.revisions(stored.uid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -37,6 +38,7 @@ from quire_operators.rollout import (
     Orphan,
     Process,
     PushLimits,
+    RollBack,
     Router,
     Row,
     Seen,
@@ -81,7 +83,13 @@ class Simulation:
     router: Router = Router.KNOWN
     lost: dict[str, float] = field(default_factory=dict)
     lives: dict[str, int] = field(default_factory=dict)
-    faults: bool = True
+    # what `desired.effective` makes of the store, worked out apart from it
+    auto_rollback: bool = False
+    newest: tuple[str, int] = (GOOD, 1)
+    """Template and revision of the intent."""
+    stable: list[tuple[str, int]] = field(default_factory=list)
+    quarantined: str = ""
+    late: bool = False
 
     # ── what is seen ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,7 +130,7 @@ class Simulation:
             if self.seen(row).routed and row.ready_since is None and row.goal is Goal.RUN:
                 self.rows[row.id] = replace(row, ready_since=self.now)
         pairs = tuple((row, self.seen(row)) for row in self.rows.values())
-        return World(pairs, room=max(self.capacity - self.holding(), 0), router=self.router)
+        return World(pairs, room=max(self.capacity - self.holding(), 0), router=self.router, late=self.late)
 
     def available(self) -> int:
         """By the router's word alone, whatever the planner thinks."""
@@ -177,6 +185,15 @@ class Simulation:
 
     def reconcile(self, steps: int = 99, *, cut_off: bool = False) -> int:
         """Plan, carry out at most `steps` steps; `cut_off`: the last one's row is written and nothing else."""
+        if (
+            self.desired.replicas
+            and not self.desired.deleting
+            and is_settled(self.desired, self.world(), self.now)
+        ):
+            self.late = False
+            if not self.stable or self.stable[-1] != self.aim():
+                self.stable.append(self.aim())
+            self.take_aim()
         planned = plan(self.desired, self.world(), self.now).steps[:steps]
         for number, step in enumerate(planned):
             self.execute(step, only_row=cut_off and number == len(planned) - 1)
@@ -185,6 +202,7 @@ class Simulation:
     def execute(self, step: Step, *, only_row: bool = False) -> None:
         match step:
             case Create():
+                assert not self.desired.held or self.desired.deleting, "a rollout that is paused goes on"
                 last = self.lives.get(step.replica, 0)
                 self.rows[step.replica] = Row(
                     step.replica, "m", step.index, self.desired.revision, self.desired.template_hash, Goal.RUN,
@@ -196,11 +214,13 @@ class Simulation:
             case Launch():
                 assert not [name for name in self.processes if name[0] == step.replica], "I5: a twin"
                 row = self.rows[step.replica] = after(self.rows[step.replica], step, self.now)
+                assert row.template_hash != self.quarantined, "I9: what was given up is started again"
                 self.lives[row.id] = row.incarnation
                 if not only_row:
                     self.processes[row.id, row.incarnation] = Running(row.template_hash)
                     assert len(self.processes) <= self.capacity, "I2: more processes than memory"
             case Drain():
+                assert not self.desired.held or self.desired.deleting, "a rollout that is paused goes on"
                 row = self.rows[step.replica]
                 if not self.desired.deleting and self.table.get((row.id, row.incarnation)) is False:
                     running = self.processes.get((row.id, row.incarnation))
@@ -224,19 +244,48 @@ class Simulation:
                 assert (row.id, row.incarnation) not in self.processes, "a live process is forgotten"
             case Undrain() | Backoff() | Fail():
                 self.rows[step.replica] = after(self.rows[step.replica], step, self.now)
+            case RollBack():
+                assert self.auto_rollback, "nobody asked for it"
+                assert (step.template_hash, step.revision) not in self.stable, "it was rolled out before"
+                self.quarantined, self.late = step.template_hash, False
+                self.take_aim()
+                assert self.desired.revision == step.to
             case PushLimits() | StopOrphan():
                 pass
 
-    def intend(self, **changes: object) -> None:
-        changed = replace(self.desired, **changes)  # type: ignore[arg-type]
-        rolling = changed.template_hash != self.desired.template_hash
+    def intend(self, *, template_hash: str | None = None, **changes: object) -> None:
+        template, revision = self.newest
+        if template_hash not in (None, template):
+            self.newest = (str(template_hash), revision + 1)
+        self.quarantined, self.late = "", False
+        self.desired = replace(self.desired, **changes, generation=self.desired.generation + 1)  # type: ignore[arg-type]
+        self.take_aim()
+
+    def before(self, template: str) -> tuple[str, int] | None:
+        """The last revision of another template that was rolled out."""
+        return next((each for each in reversed(self.stable) if each[0] != template), None)
+
+    def aim(self) -> tuple[str, int]:
+        """Template and revision that are to serve."""
+        template, _ = self.newest
+        return (self.before(template) if self.quarantined == template else None) or self.newest
+
+    def take_aim(self) -> None:
+        template, revision = self.aim()
+        behind = self.before(template) if self.auto_rollback and self.aim() == self.newest else None
         self.desired = replace(
-            changed, generation=self.desired.generation + 1, revision=self.desired.revision + rolling
+            self.desired,
+            template_hash=template,
+            revision=revision,
+            proven=(template, revision) in self.stable,
+            fallback=behind[1] if behind is not None else None,
+            quarantined=self.quarantined if self.quarantined != template else "",
         )
 
     def settle(self) -> None:
         """No more faults, the router answers: run until nothing is left to do. I6, I7, I8."""
         self.router = Router.KNOWN
+        self.desired = replace(self.desired, held=False)
         for _ in range(300):
             done = self.reconcile()
             self.sync()
@@ -250,9 +299,11 @@ class Simulation:
         assert plan(self.desired, self.world(), self.now).steps == (), "I7: work at the fixed point"
         others = [running for running in self.processes.values() if running.template != self.desired.template_hash]
         assert not others, "I8: rolled out, and another revision lives"
+        assert len(self.processes) == self.desired.replicas, "I8: rolled out, and not in full number"
+        assert all(row.created_at >= self.desired.restarted_at for row in self.rows.values()), "I8: not restarted"
 
 
-def settled(capacity: int = 3, **intent: object) -> Simulation:
+def settled(capacity: int = 3, **intent: Any) -> Simulation:
     world = Simulation(capacity)
     world.intend(**intent)
     world.settle()
@@ -494,11 +545,16 @@ class Rollouts(RuleBasedStateMachine):
         replicas=st.integers(1, 3),
         surge=st.integers(0, 2),
         unavailable=st.integers(0, 1),
+        auto_rollback=st.booleans(),
     )
-    def start_settled(self, capacity: int, replicas: int, surge: int, unavailable: int) -> None:
+    def start_settled(
+        self, capacity: int, replicas: int, surge: int, unavailable: int, auto_rollback: bool
+    ) -> None:
         self.world = settled(
             max(capacity, replicas), replicas=replicas, max_surge=surge, max_unavailable=unavailable
         )
+        self.world.auto_rollback = auto_rollback
+        self.world.reconcile()
 
     @rule(
         template=st.sampled_from([GOOD, BETTER, CRASHES, HOPELESS]),
@@ -519,6 +575,29 @@ class Rollouts(RuleBasedStateMachine):
                 case _:
                     self.world.reconcile(1, cut_off=True)
 
+    @rule(
+        template=st.sampled_from([BETTER, CRASHES, HOPELESS]),
+        router=st.sampled_from([Router.KNOWN, Router.UNKNOWN, Router.DOWN]),
+    )
+    def roll_out_until_it_fails_and_lose_the_router(self, template: str, router: Router) -> None:
+        """The new revision is rolled out, or given up; then what there is of it dies again and again."""
+        world = self.world
+        world.auto_rollback = True
+        world.intend(template_hash=template, replicas=max(world.desired.replicas, 1))
+        for _ in range(12):
+            world.reconcile()
+            world.tick(3.0)
+            world.sync()
+            if world.quarantined:
+                break
+        world.router = router
+        for _ in range(4):
+            for name in [name for name in world.processes if world.processes[name].template == template]:
+                world.end(name, Exit("ProcessEnded", "killed by SIGKILL"))
+            world.reconcile()
+            world.tick(31.0)
+            world.reconcile()
+
     @rule(replicas=st.integers(0, 3))
     def scale(self, replicas: int) -> None:
         self.world.intend(replicas=min(replicas, self.world.capacity))
@@ -526,6 +605,20 @@ class Rollouts(RuleBasedStateMachine):
     @rule(strategy=st.sampled_from([Strategy.AUTO, Strategy.AUTO, Strategy.ROLLING, Strategy.RECREATE]))
     def change_the_strategy(self, strategy: Strategy) -> None:
         self.world.intend(strategy=strategy)
+
+    @rule(held=st.booleans())
+    def pause_or_resume_rollouts(self, held: bool) -> None:
+        self.world.desired = replace(self.world.desired, held=held)
+
+    @rule()
+    def restart(self) -> None:
+        self.world.now += 0.001
+        self.world.desired = replace(self.world.desired, restarted_at=self.world.now)
+
+    @rule()
+    def the_deadline_passes(self) -> None:
+        world = self.world
+        world.late = not world.desired.held and not is_settled(world.desired, world.world(), world.now)
 
     @rule(steps=st.integers(1, 6), cut_off=st.booleans())
     def reconcile(self, steps: int, cut_off: bool) -> None:
@@ -565,7 +658,7 @@ class Rollouts(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=examples(120),
+    max_examples=examples(300),
     stateful_step_count=25,
     derandomize=EFFORT == 1,
     database=None,
@@ -633,9 +726,108 @@ def take_memory_that_draining_replicas_hold(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(rollout._Planner, "__init__", begin)
 
 
+def start_what_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.launch
+
+    def launch(self: rollout._Planner) -> None:
+        self.desired = replace(self.desired, quarantined="")
+        real(self)
+
+    monkeypatch.setattr(rollout._Planner, "launch", launch)
+
+
+def start_beside_a_process_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.launch
+
+    def launch(self: rollout._Planner) -> None:
+        self.seen = {name: replace(seen, process=Process.NONE) for name, seen in self.seen.items()}
+        self.rows = {
+            name: replace(row, exited=row.incarnation) if row.ready_since is None else row
+            for name, row in self.rows.items()
+        }
+        real(self)
+
+    monkeypatch.setattr(rollout._Planner, "launch", launch)
+
+
+def surge_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.create
+
+    def create(self: rollout._Planner) -> None:
+        self.budget = replace(self.budget, ceiling=self.budget.ceiling + 1)
+        real(self)
+
+    monkeypatch.setattr(rollout._Planner, "create", create)
+
+
+def say_rolled_out_while_the_old_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.begin_drains
+
+    def begin(self: rollout._Planner) -> None:
+        if self.available() < self.budget.want:
+            real(self)
+
+    def count_all(desired: Desired, world: World, now: float) -> bool:
+        return (
+            sum(rollout.is_available(desired, row, seen, now) for row, seen in world.replicas) >= desired.replicas
+        )
+
+    monkeypatch.setattr(rollout._Planner, "begin_drains", begin)
+    monkeypatch.setitem(globals(), "is_settled", count_all)
+
+
+def take_no_answer_for_none_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.__init__
+
+    def begin(self: rollout._Planner, desired: Desired, world: World, now: float) -> None:
+        real(self, desired, world, now)
+        self.can_drain = self.can_finish = True
+
+    monkeypatch.setattr(rollout._Planner, "__init__", begin)
+
+
+def give_up_what_had_been_rolled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.roll_back
+
+    def roll_back(self: rollout._Planner) -> RollBack | None:
+        self.desired = replace(self.desired, proven=False)
+        return real(self)
+
+    monkeypatch.setattr(rollout._Planner, "roll_back", roll_back)
+
+
+def go_on_with_a_paused_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rollout._Planner.__init__
+
+    def begin(self: rollout._Planner, desired: Desired, world: World, now: float) -> None:
+        real(self, desired, world, now)
+        self.held = False
+
+    monkeypatch.setattr(rollout._Planner, "__init__", begin)
+
+
+def never_take_a_drain_back_nor_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout that was cut off between the drain of a replica and its end is not gone on with."""
+    real = rollout._Planner.finish_drains
+
+    def finish(self: rollout._Planner) -> None:
+        if any(row.goal is Goal.RUN and not self.is_current(row) for row in self.rows.values()):
+            real(self)
+
+    monkeypatch.setattr(rollout._Planner, "finish_drains", finish)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
+        start_what_was_given_up,
+        start_beside_a_process_that_lives,
+        surge_without_end,
+        say_rolled_out_while_the_old_serve,
+        take_no_answer_for_none_in_flight,
+        give_up_what_had_been_rolled_out,
+        go_on_with_a_paused_rollout,
+        never_take_a_drain_back_nor_forget,
         ignore_the_floor,
         believe_the_engine_instead_of_the_router,
         stop_without_waiting,

@@ -268,10 +268,32 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> No
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("ALTER TABLE replicas DROP COLUMN last_exit")
         db.execute("ALTER TABLE events DROP COLUMN uid")
+        db.execute("ALTER TABLE revisions DROP COLUMN stable_at")
+        db.execute("ALTER TABLE revisions DROP COLUMN failure")
+        db.execute("DROP TABLE overrides")
         db.execute("DELETE FROM meta WHERE key = 'clock'")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'schemaVersion'")
     store = Store(path)
     assert store.replicas() == (row(),)
     assert [event.reason for event in store.events(KEY)] == ["Old"]
+    stored = store.get(KEY)
+    assert stored is not None
+    assert store.overrides(stored.uid) == ()
     store.close()
     Store(path).close()
+    with closing(sqlite3.connect(tmp_path / "state.db.schema1")) as kept:
+        assert kept.execute("SELECT value FROM meta WHERE key = 'schemaVersion'").fetchone() == ("1",)
+        assert kept.execute("SELECT name FROM objects").fetchall() == [("m",)]
+    assert (tmp_path / "state.db.schema1").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_store_that_cannot_be_copied_is_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = '2' WHERE key = 'schemaVersion'")
+    (tmp_path / "state.db.schema2.part").mkdir()
+    with pytest.raises(UnusableStore, match="cannot be copied before it is changed"):
+        Store(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT value FROM meta WHERE key = 'schemaVersion'").fetchone() == ("2",)

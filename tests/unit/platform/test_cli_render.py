@@ -8,7 +8,7 @@ import pytest
 from tests.unit.platform.api_views import NOW, condition, model
 
 from quire.cli import render
-from quire.cli.progress import Display, Verdict, judge
+from quire.cli.progress import Display, Verdict, judge, settled, succeeded
 from quire.client import clean_environment
 
 
@@ -261,6 +261,36 @@ class TestJudge:
         assert judge(model(generation=3), 2)[0] is Verdict.SUPERSEDED
         assert judge(model(deleting=True), 1)[0] is Verdict.GONE
         assert judge(None, 1)[0] is Verdict.GONE
+
+    @pytest.mark.parametrize(
+        ("kind", "reason", "verdict"),
+        [
+            ("RolledOut", "RolledBack", Verdict.FAILED),
+            ("RolledOut", "Pinned", Verdict.SUPERSEDED),
+            ("RolledOut", "RolloutPaused", Verdict.SUPERSEDED),
+            ("Ready", "Paused", Verdict.SUPERSEDED),
+        ],
+    )
+    def test_what_was_decided_otherwise_ends_the_wait(self, kind: str, reason: str, verdict: Verdict) -> None:
+        view = model(status={"conditions": [condition(kind, "False", reason, "by ada")]})
+        assert judge(view, 1) == (verdict, f"{reason} (by ada)")
+        assert judge({**view, "generation": 2}, 2)[0] is Verdict.WAITING, "that was another generation"
+
+    def test_a_decision_is_carried_out_when_all_its_replicas_are_there(self) -> None:
+        going = {"rollout": {"settled": True}, "replicas": {"desired": 1}}
+        undone = [condition("Ready", "True"), condition("RolledOut", "False", "RolledBack", "r1 serves")]
+        view = model(status={**going, "conditions": undone})
+        assert settled(view)[0] is Verdict.DONE
+        assert succeeded(view) == (Verdict.FAILED, "RolledBack (r1 serves)")
+        assert settled(model(status={**going, "rollout": {"settled": False}}))[0] is Verdict.WAITING
+        unready = [condition("Ready", "False", "Starting")]
+        assert settled(model(status={**going, "conditions": unready}))[0] is Verdict.WAITING
+        assert (
+            settled(model(status={**going, "replicas": {"desired": 0}, "conditions": unready}))[0] is Verdict.DONE
+        )
+        stuck = [condition("Stalled", "True", "CrashLoop", "again")]
+        assert settled(model(status={**going, "conditions": stuck})) == (Verdict.STALLED, "CrashLoop (again)")
+        assert succeeded(None)[0] is Verdict.GONE
 
     def test_a_model_declared_with_no_replica_is_done_without_being_ready(self) -> None:
         view = model(

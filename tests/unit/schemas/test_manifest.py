@@ -337,10 +337,8 @@ def test_only_a_hub_needs_a_token() -> None:
         "placement: {backend: ray}",
         "autoscaling: {maxReplicas: 2}",
         "rollout: {strategy: Canary}",
-        "rollout: {autoRollback: true}",
         "probes: {readiness: {period: 1s}}",
         "probes: {liveness: {period: 5s}}",
-        "restartPolicy: {maxRestartsBeforeRollback: 3}",
         "env: [{name: A, valueFrom: {secretRef: t}}]",
     ],
 )
@@ -365,6 +363,7 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
         "placement: {backend: local}",
         "resources: {accelerator: {type: any, countPerReplica: 1}}",
         "rollout: {strategy: Recreate, autoRollback: false}",
+        "rollout: {autoRollback: true}\nrestartPolicy: {maxRestartsBeforeRollback: 1}",
         "residency: always\ndeterminism: none",
         "determinism: batchInvariant",
         "determinism: batchInvariant\nengine: {device: cpu, kvCache: {dtype: int8}}",

@@ -1,0 +1,69 @@
+"""What a person, or the control plane itself, decided about a model beside its manifest.
+
+None of it is part of an intent: applying the same manifest again takes nothing of it back, and a repository that
+is applied every minute does not fight whoever is on call.
+
+    scale        another number of replicas; until the manifest declares another one, or it is reset
+    pause        no replica at all; until it is resumed, or its time is over
+    hold         no rollout begins or goes on; until it is resumed
+    pin          an earlier revision serves (`platform rollout undo`); until the intent changes, or it is undone
+    quarantine   a template that failed is not started again; until the intent changes, or it is retried
+    restart      replicas that are older than it are replaced, one after the other
+
+The store keeps one of each kind for an object; `desired.effective` says what is to run because of them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class Kind(enum.StrEnum):
+    """What is decided."""
+
+    SCALE = "scale"
+    PAUSE = "pause"
+    HOLD = "hold"
+    PIN = "pin"
+    QUARANTINE = "quarantine"
+    RESTART = "restart"
+
+
+ENDED_BY_INTENT = (Kind.PIN, Kind.QUARANTINE)
+"""Those that a new intent ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One decision. Times are the store's."""
+
+    kind: Kind
+    by: str
+    at: float
+    reason: str = ""
+    until: float | None = None
+    """When it ends by itself."""
+    replicas: int | None = None
+    """Of a scale."""
+    revision: int | None = None
+    """Of a pin the one that serves, of a quarantine the one that failed."""
+    template_hash: str = ""
+    """Of a quarantine."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kind": self.kind.value}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Override:
+        return cls(**{**document, "kind": Kind(document["kind"])})
+
+
+Overrides = Mapping[Kind, Override]
+
+
+def in_force(overrides: Iterable[Override], now: float) -> Overrides:
+    """Those whose time is not over, by kind."""
+    return {each.kind: each for each in overrides if each.until is None or now < each.until}

@@ -1,0 +1,130 @@
+"""`platform rollout`: where a model's rollout stands, what was before, and what a person decides about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from quire.cli import render
+from quire.cli.change import dump, seconds
+from quire.cli.outcome import ExitCode
+from quire.cli.progress import View, succeeded
+from quire.cli.session import connect, object_path
+from quire.cli.steer import decide, follow
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def waiting(command: Function) -> Function:
+    """--wait/--no-wait and --timeout, as `apply` has them."""
+    command = click.option(
+        "--timeout",
+        metavar="DURATION",
+        callback=seconds,
+        default="30m",
+        show_default=True,
+        help="How long to wait.",
+    )(command)
+    return click.option(
+        "--wait/--no-wait", "waits", default=True, help="Wait until all replicas are there (the default)."
+    )(command)
+
+
+def reason(command: Function) -> Function:
+    """--reason: kept with the decision, and shown with it."""
+    return click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")(command)
+
+
+@click.group(short_help="Follow a rollout, stop it, undo it, try it again.")
+def rollout() -> None:
+    """Follow a rollout, stop it, undo it, try it again. None of this changes a manifest."""
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@click.option("--watch/--no-watch", "watches", default=True, help="Wait until it is done (the default).")
+@click.option(
+    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
+)
+@click.option("-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True)
+def status(reference: str, watches: bool, timeout: float, output: str) -> int:
+    """Tell where a model's rollout stands, and wait for its end.
+
+    Exits with 6 when it failed or was rolled back, with 4 when it goes on after the timeout."""
+    key, path = object_path(reference)
+    client = connect()
+    view: View = client.get(path)
+    if output != "text":
+        shown = {name: view["status"].get(name) for name in SHOWN}
+        dump({"key": key, "generation": view["generation"], **shown}, output)
+    else:
+        print("\n".join(render.rollout(view)), flush=True)
+    return follow(client, key, timeout, succeeded) if watches else ExitCode.OK
+
+
+SHOWN = ("summary", "servedRevision", "stableRevision", "rollout", "replicas", "overrides", "conditions")
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
+def history(reference: str, output: str) -> int:
+    """List a model's revisions, newest first, with what became of each and why."""
+    view: View = connect().get(object_path(reference)[1])
+    if output != "table":
+        dump({"items": view["revisions"]}, output)
+        return ExitCode.OK
+    print("\n".join(render.history(view, time.time())))
+    return ExitCode.OK
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@click.option(
+    "--to-revision", type=int, metavar="N", help="Which one; left out: the last that was rolled out before."
+)
+@reason
+@waiting
+def undo(reference: str, to_revision: int | None, reason: str, waits: bool, timeout: float) -> int:
+    """Go back to an earlier revision, until the manifest changes.
+
+    The manifest stays as it is: applying it again changes nothing, applying another one ends the pin."""
+    return decide(reference, "undo", {"revision": to_revision, "reason": reason}, timeout if waits else None)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@waiting
+def retry(reference: str, waits: bool, timeout: float) -> int:
+    """Try again what failed: a revision that was given up, replicas that failed, a download.
+
+    Ends a pin, too: what the manifest says is rolled out."""
+    return decide(reference, "retry", {}, timeout if waits else None, succeeded)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@reason
+def pause(reference: str, reason: str) -> int:
+    """Let no rollout begin or go on. What serves goes on serving, and is started again if it crashes."""
+    return decide(reference, "rollout-pause", {"reason": reason}, None)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@waiting
+def resume(reference: str, waits: bool, timeout: float) -> int:
+    """Let rollouts go on."""
+    return decide(reference, "rollout-resume", {}, timeout if waits else None, succeeded)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME")
+@reason
+@waiting
+def restart(reference: str, reason: str, waits: bool, timeout: float) -> int:
+    """Replace all replicas by new ones of the same revision, within the budget of a rollout."""
+    return decide(reference, "restart", {"reason": reason}, timeout if waits else None)

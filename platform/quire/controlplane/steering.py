@@ -1,0 +1,176 @@
+"""What a person decides about a model beside its manifest: how many, whether at all, which revision, once more.
+
+Nothing here touches an intent. A decision is one row of the store (`quire_operators.overrides`) that the
+reconciler takes into account from its next pass on, and that an apply of the same manifest leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from quire.controlplane.errors import ApiError, not_found
+from quire.controlplane.plane import ControlPlane
+from quire.controlplane.views import Views
+from quire_operators.desired import Effective, last_stable
+from quire_operators.models import ROUTES
+from quire_operators.overrides import Kind, Override
+from quire_operators.placement import Placement
+from quire_operators.room import most_replicas
+from quire_operators.store import Revision
+from quire_schemas.quantities import format_duration
+from quire_schemas.resource import Key
+
+MAX_TEXT = 500
+MAX_SECONDS = 366 * 86400
+MAX_REPLICAS = 1000
+
+
+class Steering:
+    """The decisions of one control plane's users."""
+
+    def __init__(self, plane: ControlPlane, views: Views) -> None:
+        self._plane = plane
+        self._views = views
+        self._verbs: dict[str, Callable[[Effective, Mapping[str, Any]], tuple[str, str]]] = {
+            "scale": self._scale,
+            "pause": self._pause,
+            "resume": self._resume,
+            "rollout-pause": self._hold,
+            "rollout-resume": self._release,
+            "undo": self._undo,
+            "retry": self._retry,
+            "restart": self._restart,
+        }
+
+    def decide(self, key: Key, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out one verb on a model: what was decided, in a sentence, and the model as it is now."""
+        decide = self._verbs.get(verb)
+        if decide is None or key.kind != "model":
+            raise ApiError(404, "not_found", f"{key} knows no {verb}", f"models know {', '.join(self._verbs)}")
+        self._plane.refuse_while_going_down()
+        self._plane.refuse_when_down()
+        stored = self._plane.store.get(key)
+        if stored is None:
+            raise not_found(key)
+        if stored.deletion_time is not None:
+            raise ApiError(409, "conflict", f"{key} is being deleted", "wait until it is gone", exit_code=5)
+        reason, text = decide(self._plane.models.effective(stored), body)
+        self._plane.store.add_event(key, "Normal", reason, text)
+        self._plane.wake(key)
+        self._plane.wake(ROUTES)
+        self._plane.models.refresh(key)
+        return {"key": str(key), "message": text, "object": self._views.of(stored)}
+
+    def _set(self, wanted: Effective, kind: Kind, body: Mapping[str, Any], **values: Any) -> None:
+        by, why = _text(body, "by") or "the admin API", _text(body, "reason")
+        override = Override(kind, by, self._plane.store.clock(), why, **values)
+        self._plane.store.set_override(wanted.stored.uid, override)
+
+    def _end(self, wanted: Effective, *kinds: Kind) -> None:
+        self._plane.store.end_overrides(wanted.stored.uid, kinds)
+
+    # ── how many ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _scale(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        replicas = body.get("replicas")
+        declared = wanted.newest.resolved["replicas"]
+        if replicas is None:
+            self._end(wanted, Kind.SCALE)
+            return "Scaled", f"as many replicas as the manifest says: {declared}"
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS:
+            text = f"replicas is a whole number from 0 to {MAX_REPLICAS}, or null for what the manifest says"
+            raise ApiError(400, "bad_request", text, exit_code=2)
+        placement = Placement.from_dict(wanted.revision.placement)
+        most = most_replicas(wanted.stored.resolved, placement, self._plane.inventory())
+        if replicas > most:
+            raise ApiError(
+                422,
+                "does_not_fit",
+                f"{replicas} replicas do not fit on this machine, even with nothing else on it",
+                f"at most {most} fit",
+                exit_code=3,
+            )
+        self._set(wanted, Kind.SCALE, body, replicas=replicas)
+        return "Scaled", f"{replicas} replicas, where the manifest says {declared}"
+
+    def _pause(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        seconds = body.get("seconds")
+        if seconds is not None and (
+            not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds <= MAX_SECONDS
+        ):
+            raise ApiError(400, "bad_request", "seconds is a number above 0, of at most a year", exit_code=2)
+        until = None if seconds is None else self._plane.store.clock() + seconds
+        self._set(wanted, Kind.PAUSE, body, until=until)
+        return "Paused", "it stops" + (f" for {format_duration(seconds)}" if seconds else " until it is resumed")
+
+    def _resume(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._end(wanted, Kind.PAUSE)
+        return "Resumed", "it starts again" if Kind.PAUSE in wanted.overrides else "it was not paused"
+
+    # ── rollouts ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hold(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._set(wanted, Kind.HOLD, body)
+        return "RolloutPaused", "no rollout begins or goes on until it is resumed"
+
+    def _release(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._end(wanted, Kind.HOLD)
+        return "RolloutResumed", "rollouts go on" if Kind.HOLD in wanted.overrides else "they were not paused"
+
+    def _undo(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        to = self._earlier(wanted, body.get("revision"))
+        if to.n == wanted.newest.n:
+            self._end(wanted, Kind.PIN, Kind.QUARANTINE)
+            return "Unpinned", f"revision {to.n} serves, as the manifest says"
+        self._set(wanted, Kind.PIN, body, revision=to.n)
+        return "Pinned", f"pinned to revision {to.n} until the manifest changes, which it was not"
+
+    def _earlier(self, wanted: Effective, named: object) -> Revision:
+        """The revision to go back to: the one that was named, else the last that was rolled out before."""
+        key, history = wanted.stored.key, self._plane.store.revisions(wanted.stored.uid)
+        hint = f"platform rollout history {key} shows which there are"
+        if named is not None:
+            found = next((each for each in history if each.n == named), None)
+            if found is None:
+                raise ApiError(404, "not_found", f"{key} has no revision {named!r} on record", hint, exit_code=8)
+            return found
+        older = [each for each in history if each.n < wanted.revision.n]
+        found = last_stable(older, wanted.revision.template_hash)
+        if found is None:
+            text = f"no revision of {key} before {wanted.revision.n} was ever rolled out as a whole"
+            raise ApiError(409, "conflict", text, f"{hint}; --to-revision N names one all the same", exit_code=5)
+        return found
+
+    def _retry(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        """Try what failed again: the revision that was given up, replicas that failed or wait, files."""
+        self._end(wanted, Kind.PIN, Kind.QUARANTINE)
+        if not wanted.is_newest:
+            return "Retried", f"revision {wanted.newest.n} is rolled out once more"
+        again = 0
+        for row in self._plane.store.replicas(wanted.stored.key.name):
+            if row.failed_generation is None and row.exited != row.incarnation:
+                continue
+            # a failure under another intent is forgotten, and its replica made anew
+            failed = None if row.failed_generation is None else 0
+            new = replace(row, failed_generation=failed, restarts=0, not_before=0.0)
+            self._plane.store.update_replica(row, new)
+            again += 1
+        self._plane.downloads.retry(wanted.stored.key)
+        return "Retried", f"what failed is tried now; replicas that had: {again}"
+
+    def _restart(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        if not wanted.stored.resolved["replicas"]:
+            text = f"{wanted.stored.key} has no replicas to restart"
+            raise ApiError(409, "conflict", text, f"platform describe {wanted.stored.key}", exit_code=5)
+        self._set(wanted, Kind.RESTART, body)
+        return "Restarted", "its replicas are replaced, one after the other"
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    """A short text of a request's body. Raises `ApiError` for anything else."""
+    value = body.get(name) or ""
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ApiError(400, "bad_request", f"{name} is a text of at most {MAX_TEXT} characters", exit_code=2)
+    return value

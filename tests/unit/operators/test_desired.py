@@ -1,0 +1,116 @@
+"""What is to run of a model: its intent, joined with what was decided beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from quire_operators.desired import CRASHES_BEFORE_ROLLBACK, Effective, desired_of, effective
+from quire_operators.overrides import Kind, Override
+from quire_operators.placement import Placement
+from quire_operators.store import Revision, StoredObject
+from quire_schemas.model import Model, resolve_defaults
+from quire_schemas.resource import Key
+
+PLACEMENT = Placement(
+    device="cpu", dtype="bfloat16", kv_dtype="bfloat16", model_dir="/m", tokenizer_dir="/m", commit=None,
+    template="", max_model_len=512, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=8, block_size=16,
+    kv=1, kv_tokens=128, weights=1, memory=4, threads=1, seed=0, chat_template_file=None,
+)  # fmt: skip
+
+
+def spec(**fields: Any) -> dict[str, Any]:
+    document = {
+        "apiVersion": "quire.dev/v1alpha1", "kind": "Model", "metadata": {"name": "m"},
+        "spec": {"source": "builtin://tiny", **fields},
+    }  # fmt: skip
+    return resolve_defaults(Model.model_validate(document))
+
+
+def revision(n: int, stable_at: float | None = None, **fields: Any) -> Revision:
+    return Revision("u", n, f"t{n}", spec(**fields), 1, PLACEMENT.as_dict(), "", 0.0, stable_at=stable_at)
+
+
+def stored(n: int, **fields: Any) -> StoredObject:
+    return StoredObject(Key("model", "m"), "u", n, 1, {}, "", spec(**fields), n, 0.0, 0.0)
+
+
+ONE, TWO, THREE = revision(1, 10.0), revision(2, 20.0), revision(3)
+
+
+def wanted(*overrides: Override, now: float = 100.0, **fields: Any) -> Effective:
+    return effective(stored(3, **fields), (THREE, TWO, ONE), overrides, now)
+
+
+def override(kind: Kind, **fields: Any) -> Override:
+    return Override(kind, "ada", 50.0, **fields)
+
+
+def test_without_decisions_the_intent_is_what_runs() -> None:
+    found = wanted(replicas=2)
+    assert (found.revision, found.newest, found.is_newest) == (THREE, THREE, True)
+    assert (found.stable, found.fallback) == (TWO, TWO)
+    desired = desired_of(found)
+    assert (desired.replicas, desired.revision, desired.fallback, desired.proven) == (2, 3, 2, False)
+    assert desired.crashes_before_rollback == CRASHES_BEFORE_ROLLBACK
+
+
+def test_a_quarantined_template_gives_way_to_the_last_stable_one_and_has_nothing_behind_it() -> None:
+    found = wanted(override(Kind.QUARANTINE, revision=3, template_hash="t3"))
+    assert (found.revision, found.is_newest) == (TWO, False)
+    desired = desired_of(found)
+    assert (desired.template_hash, desired.quarantined, desired.fallback) == ("t2", "t3", None)
+    other = wanted(override(Kind.QUARANTINE, revision=2, template_hash="t2"))
+    assert other.revision == THREE, "it is about a template that is no longer wanted"
+
+
+def test_a_pin_outranks_a_quarantine_and_may_name_what_was_given_up() -> None:
+    quarantine = override(Kind.QUARANTINE, revision=3, template_hash="t3")
+    assert wanted(quarantine, override(Kind.PIN, revision=1)).revision == ONE
+    again = desired_of(wanted(quarantine, override(Kind.PIN, revision=3)))
+    assert (again.template_hash, again.quarantined) == ("t3", "")
+
+
+def test_under_an_earlier_revision_hot_fields_and_counts_are_the_intents_and_rolling_ones_its_own() -> None:
+    fields: dict[str, Any] = {
+        "replicas": 4,
+        "drainTimeout": "9s",
+        "engine": {"seed": 7},
+        "batching": {"maxQueueLength": 3},
+    }
+    spec_now = wanted(override(Kind.PIN, revision=1), **fields).stored.resolved
+    assert (spec_now["replicas"], spec_now["drainTimeout"], spec_now["batching"]["maxQueueLength"]) == (4, "9s", 3)
+    assert spec_now["engine"]["seed"] == 0
+    assert spec_now["source"] == "builtin://tiny"
+
+
+def test_what_its_engines_have_no_room_for_stays_as_the_earlier_revision_had_it() -> None:
+    pin = override(Kind.PIN, revision=1)
+    small = wanted(pin, batching={"maxNumSeqs": 8, "maxNumBatchedTokens": 128}).stored.resolved["batching"]
+    assert (small["maxNumSeqs"], small["maxNumBatchedTokens"]) == (8, 128)
+    large = wanted(pin, batching={"maxNumSeqs": 65, "maxNumBatchedTokens": 128}).stored.resolved["batching"]
+    assert (large["maxNumSeqs"], large["maxNumBatchedTokens"]) == (ONE.resolved["batching"]["maxNumSeqs"], 128)
+
+
+def test_counts_pauses_holds_and_restarts() -> None:
+    assert desired_of(wanted(override(Kind.SCALE, replicas=5))).replicas == 5
+    assert desired_of(wanted(override(Kind.SCALE, replicas=5), override(Kind.PAUSE))).replicas == 0
+    assert desired_of(wanted(override(Kind.PAUSE, until=100.0), replicas=2)).replicas == 2, "its time is over"
+    assert desired_of(wanted(override(Kind.PAUSE, until=100.1), replicas=2)).replicas == 0
+    assert desired_of(wanted(override(Kind.HOLD))).held
+    assert desired_of(wanted(override(Kind.RESTART))).restarted_at == 50.0
+
+
+def test_going_back_is_a_wish_and_needs_a_revision_of_another_template() -> None:
+    assert desired_of(wanted(rollout={"autoRollback": False})).fallback is None
+    alone = effective(stored(3), (THREE,), (), 0.0)
+    assert desired_of(alone).fallback is None
+    twin = replace(TWO, template_hash="t3")
+    assert desired_of(effective(stored(3), (THREE, twin), (), 0.0)).fallback is None
+    assert desired_of(wanted(restartPolicy={"maxRestartsBeforeRollback": 7})).crashes_before_rollback == 7
+
+
+def test_decisions_survive_the_store() -> None:
+    for each in (override(Kind.PIN, revision=1, reason="slow"), override(Kind.PAUSE, until=3.0)):
+        assert Override.from_dict(each.as_dict()) == each
+        assert set(each.as_dict()) == set(asdict(each))
