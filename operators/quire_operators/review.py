@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quire_operators.placement import Placement
+from quire_operators.rollout import Budget
 from quire_operators.store import NewRevision, StoredObject
 from quire_schemas.manifest import Located, Problem
 from quire_schemas.resource import Key
@@ -37,6 +39,8 @@ class Review:
     fit: FitReport | None = None
     changes: tuple[FieldChange, ...] = ()
     rollout: str = ""
+    budget: Budget | None = None
+    """What the rollout may do as things stand; None where none begins."""
     notes: list[str] = field(default_factory=list)
     download: int = 0
     """Bytes that are to be fetched from a hub."""
@@ -84,6 +88,7 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "fit": _fit(review.fit) if review.fit is not None else None,
             "resolved": review.placement.resolved(review.resolved) if review.placement is not None else None,
             "rollout": review.rollout,
+            "budget": _budget(review.budget),
             "notes": review.notes,
             "warnings": review.warnings,
         }
@@ -100,6 +105,35 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "delete": 0,
             "refused": actions.count("refused"),
         },
+    }
+
+
+def moved(planned: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:
+    """What of a plan that was kept no longer holds, in a sentence; None if all of it does.
+
+    Compared is what would be done, and how it could be carried out: not notes, nor how long something takes.
+    """
+    if [item["key"] for item in planned] != [item["key"] for item in now]:
+        return "the manifests are not those that were planned"
+    for before, after in zip(planned, now, strict=True):
+        for name in ("action", "revision", "changes", "resolved", "budget"):
+            if before.get(name) != after.get(name):
+                return (
+                    f"{after['key']}: {name} was {json.dumps(before.get(name), ensure_ascii=False)} when it was "
+                    f"planned, and is {json.dumps(after.get(name), ensure_ascii=False)} now"
+                )
+    return None
+
+
+def _budget(found: Budget | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "strategy": found.strategy.value,
+        "surge": found.surge,
+        "unavailable": found.unavailable,
+        "serving": found.floor,
+        "stopFirst": found.stop_first,
     }
 
 

@@ -71,7 +71,7 @@ def _limits(spec: Mapping[str, Any], placement: Placement, inventory: Inventory)
 def rollout_text(
     review: Review, current: Revision | None, rows: Sequence[rollout.Row], inventory: Inventory
 ) -> str:
-    """How the change would be carried out now, by the very budget that the planner uses."""
+    """How the change would be carried out now, by the very budget that the planner uses, which `review` keeps."""
     if review.placement is None:
         return ""
     spec = review.resolved
@@ -98,7 +98,7 @@ def rollout_text(
         replicas=want,
         **rollout_options(spec),
     )
-    budget = rollout.budget(desired, own, len(places))
+    budget = review.budget = rollout.budget(desired, own, len(places))
     if not own:
         short = "" if len(places) >= want else f"; {len(places)} of them fit now"
         return f"{_count(want, 'replica')} to start{short}"

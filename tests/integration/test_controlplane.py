@@ -224,7 +224,39 @@ def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> Non
     assert "incarnation 2" in logs[0]["text"]
     more = plane.client.get("/v1/logs", name="model/crashing", offset=logs[0]["offset"])["sources"]
     assert more[0]["text"] == ""
+    (before,) = plane.client.get("/v1/logs", name="model/crashing", previous="true")["sources"]
+    assert "incarnation 1" in before["text"]
+    assert "incarnation 2" not in before["text"]
     plane.delete("crashing")
+
+
+def test_a_plan_that_was_kept_is_applied_only_while_it_holds(plane: Plane) -> None:
+    files = [{"name": "kept.yaml", "text": model("kept", ROUND=1)}]
+    items = plane.client.post("/v1/plan", {"files": files})["items"]
+    assert items[0]["budget"] is None or items[0]["budget"]["serving"] == 1
+    assert plane.client.post("/v1/apply", {"files": files, "planned": items})["results"][0]["result"] == "created"
+    with pytest.raises(
+        Refused, match=r"the plan no longer holds: model/kept: action was .*create.*unchanged"
+    ) as no:
+        plane.client.post("/v1/apply", {"files": files, "planned": items})
+    assert no.value.exit_code == 5
+    plane.wait_served("kept")
+
+    changed = [{"name": "kept.yaml", "text": model("kept", ROUND=2)}]
+    items = plane.client.post("/v1/plan", {"files": changed})["items"]
+    assert items[0]["budget"] == {
+        "strategy": "Auto", "surge": 1, "unavailable": 0, "serving": 1, "stopFirst": False,
+    }  # fmt: skip
+    plane.client.post("/v1/objects/model/kept/scale", {"replicas": 0})
+    plane.wait_stopped("kept")
+    with pytest.raises(Refused, match="the plan no longer holds: model/kept: budget was"):
+        plane.client.post("/v1/apply", {"files": changed, "planned": items})
+    with pytest.raises(Refused, match="not those that were planned"):
+        plane.client.post("/v1/apply", {"files": changed, "planned": []})
+    with pytest.raises(Refused, match="planned is the list"):
+        plane.client.post("/v1/apply", {"files": changed, "planned": "yes"})
+    assert plane.view("kept")["generation"] == 1, "a refusal changes nothing"
+    plane.delete("kept")
 
 
 def test_an_engine_that_refuses_stalls_at_once_and_a_new_intent_heals_it(plane: Plane) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ import click
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, report, usage_error
 from quire.cli.progress import Display, Judge, Result, Verdict, View, fetch, judge, wait
-from quire.cli.session import asks_for_traces, connect, notice, object_path
+from quire.cli.session import asks_for_traces, complete_objects, connect, notice, object_path
 from quire.client import Client, InvalidManifest
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def read(paths: tuple[str, ...], filenames: tuple[str, ...]) -> tuple[list[dict[
     help="Plan for the machine that this YAML or JSON file declares, not for this one.",
 )
 @click.option(
+    "--save",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Keep the plan in a file, for: platform apply --plan FILE.",
+)
+@click.option(
     "--config",
     "configs",
     multiple=True,
@@ -76,9 +82,12 @@ def plan(
     output: str,
     detailed_exitcode: bool,
     devices: Path | None,
+    save: Path | None,
     configs: tuple[str, ...],
 ) -> int:
     """Show what apply would do: what changes, how it rolls out, and whether it fits, with the arithmetic."""
+    if save is not None and (devices is not None or configs):
+        usage_error("a plan for another machine cannot be applied", "leave --save or --devices and --config out")
     files, manifest = read(paths, filenames)
     names = [item.resource.metadata.name for item in manifest.resources if item.resource.kind == "Model"]
     request = {
@@ -96,8 +105,35 @@ def plan(
     if refused:
         report(f"{render.count(len(refused), 'object')} cannot be applied: {', '.join(i['key'] for i in refused)}")
         return ExitCode.INVALID
+    if save is not None:
+        _keep(save, files, answer)
     changes = any(answer["summary"].get(name, 0) for name in ("create", "update", "delete"))
     return ExitCode.CHANGES if detailed_exitcode and changes else ExitCode.OK
+
+
+PLAN_FORMAT = 1
+
+
+def _keep(path: Path, files: list[dict[str, str]], answer: View) -> None:
+    """Write a plan with the manifests it is of, for its owner alone."""
+    text = json.dumps({"quirePlan": PLAN_FORMAT, "files": files, "items": answer["items"]}, ensure_ascii=False)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(text)
+    except OSError as error:
+        usage_error(f"cannot write {path}: {error.strerror or error}", "give the path of a file you may write")
+    notice(f"kept in {path}: platform apply --plan {path}")
+
+
+def _kept(path: Path) -> tuple[list[dict[str, str]], list[Any]]:
+    """The manifests and the items of a plan that was kept."""
+    found = _document(path)
+    if not isinstance(found, dict) or found.get("quirePlan") != PLAN_FORMAT:
+        raise CommandFailed(
+            f"{path} is no plan that this version kept", "platform plan FILE... --save PLAN", ExitCode.INVALID
+        )
+    return found["files"], found["items"]
 
 
 def _configs(given: tuple[str, ...], models: list[str]) -> dict[str, Any] | None:
@@ -159,20 +195,35 @@ def dump(value: Any, output: str) -> None:
 @click.command()
 @manifest_paths
 @click.option(
+    "--plan",
+    "kept",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A plan that was kept with plan --save: refused if anything would be otherwise by now.",
+)
+@click.option(
     "--wait/--no-wait", "waits", default=True, help="Wait until what was applied is served (the default)."
 )
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
-def apply(paths: tuple[str, ...], filenames: tuple[str, ...], waits: bool, timeout: float) -> int:
+def apply(
+    paths: tuple[str, ...], filenames: tuple[str, ...], kept: Path | None, waits: bool, timeout: float
+) -> int:
     """Make what runs match the manifests. Files, folders, or - for stdin. Applying the same again does nothing."""
-    files, _ = read(paths, filenames)
-    return run_apply(connect(wakes=True), files, waits=waits, timeout=timeout)
+    if kept is None:
+        files, _ = read(paths, filenames)
+        request: dict[str, Any] = {"files": files}
+    elif paths or filenames:
+        usage_error("a plan has its manifests with it", f"platform apply --plan {kept}")
+    else:
+        files, items = _kept(kept)
+        request = {"files": files, "planned": items}
+    return run_apply(connect(wakes=True), request, waits=waits, timeout=timeout)
 
 
-def run_apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
+def run_apply(client: Client, request: Mapping[str, Any], *, waits: bool, timeout: float) -> int:
     """Submit the files, print what became of each object, and wait for all. Returns the exit code."""
-    return _traced(client, "apply", lambda: _apply(client, files, waits=waits, timeout=timeout))
+    return _traced(client, "apply", lambda: _apply(client, request, waits=waits, timeout=timeout))
 
 
 def _traced(client: Client, command: str, work: Callable[[], int]) -> int:
@@ -183,12 +234,12 @@ def _traced(client: Client, command: str, work: Callable[[], int]) -> int:
     return in_span(client, command, work)
 
 
-def _apply(client: Client, files: list[dict[str, str]], *, waits: bool, timeout: float) -> int:
+def _apply(client: Client, request: Mapping[str, Any], *, waits: bool, timeout: float) -> int:
     with interruptible(
         "interrupted while the manifests were handed over: they were taken as a whole or not at all. "
         "See which: platform get. Applying them again does no harm"
     ):
-        answer = client.post("/v1/apply", {"files": files})
+        answer = client.post("/v1/apply", request)
     return follow(client, answer, waits=waits, timeout=timeout)
 
 
@@ -247,7 +298,7 @@ def conclude(results: Mapping[str, Result], timeout: float) -> ExitCode:
 
 
 @click.command()
-@click.argument("references", nargs=-1, required=True, metavar="KIND/NAME...")
+@click.argument("references", nargs=-1, required=True, metavar="KIND/NAME...", shell_complete=complete_objects)
 @click.option(
     "--wait/--no-wait", "waits", default=True, help="Wait until everything of it has stopped (the default)."
 )

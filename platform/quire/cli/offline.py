@@ -1,4 +1,5 @@
-"""Commands that need no control plane: validate, schema, explain. They start nothing and connect to nothing."""
+"""Commands that need no control plane: validate, schema, explain. They start nothing and connect to nothing;
+`explain` does when it is asked about an object."""
 
 from __future__ import annotations
 
@@ -69,12 +70,20 @@ def schema() -> int:
 
 
 @click.command(short_help="Tell what a manifest field or a reason means.")
-@click.argument("topic", metavar="FIELD|reason/REASON")
+@click.argument("topic", metavar="FIELD|reason/REASON|KIND/NAME")
 def explain(topic: str) -> int:
-    """Tell what a field or a reason means: model.spec.engine, gateway.spec.port, reason/CrashLoop."""
+    """Tell what a field or a reason means: model.spec.engine, gateway.spec.port, reason/CrashLoop.
+
+    Of an object, such as model/quickstart: every value that is in force, and where it comes from."""
     if topic == "reason" or topic.startswith("reason/"):
         for line in explain_reason(topic.partition("/")[2]):
             print(line)
+        return ExitCode.OK
+    if "/" in topic:
+        from quire.cli import effective
+        from quire.cli.session import connect, object_path
+
+        print("\n".join(effective.lines(connect().get(object_path(topic)[1]))))
         return ExitCode.OK
     from quire_schemas import explain as fields
 

@@ -31,9 +31,13 @@ COMMANDS = {
     "resume": "steer",
     "wait": "wait",
     "get": "show",
+    "top": "top",
     "describe": "show",
     "logs": "show",
     "events": "show",
+    "init": "write",
+    "convert": "write",
+    "export": "write",
     "validate": "offline",
     "schema": "offline",
     "explain": "offline",
@@ -44,6 +48,7 @@ COMMANDS = {
     "down": "daemon",
     "up": "daemon",
     "version": "daemon",
+    "completion": "completion",
 }
 """Each command's name, and the module of this package that holds a function of the same name."""
 

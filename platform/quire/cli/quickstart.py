@@ -42,7 +42,7 @@ def quickstart(manifest: str, question: str, timeout: float) -> int:
     if not names:
         raise CommandFailed(f"{manifest} declares no model", "use manifests/quickstart.yaml", ExitCode.INVALID)
     client = connect(wakes=True)
-    code = run_apply(client, files, waits=True, timeout=timeout)
+    code = run_apply(client, {"files": files}, waits=True, timeout=timeout)
     if code != ExitCode.OK:
         return code
     with interruptible(f"the answer was cut; model/{names[0]} stays served. To stop it: platform down"):

@@ -170,6 +170,33 @@ def models(views: Sequence[View], now: float) -> list[str]:
     return table(("NAME", "READY", "ROLLED OUT", "REPLICAS", "REV", "STATUS", "AGE"), rows)
 
 
+def models_wide(views: Sequence[View], now: float) -> list[str]:
+    """One row a model, with what its replicas are made of."""
+    lines = models(views, now)
+    rows = []
+    for view in views:
+        found = view["status"].get("resolved") or {}
+        memory = found.get("memoryPerReplica")
+        rows.append(
+            [
+                scalar(found.get("device")),
+                scalar(found.get("quantization") or found.get("dtype")),
+                scalar(found.get("maxModelLen")),
+                "-" if memory is None else size(memory),
+                ",".join((view["status"].get("endpoints") or {}).get("modelNames") or ()),
+                scalar(view["resolved"].get("source")),
+            ]
+        )
+    more = table(("DEVICE", "DTYPE", "MAX LEN", "MEMORY", "MODEL NAMES", "SOURCE"), rows)
+    width = max(len(line) for line in lines) + 2
+    return [f"{left:<{width}}{right}" for left, right in zip(lines, more, strict=True)]
+
+
+def names(views: Sequence[View], now: float) -> list[str]:
+    """The keys alone, for scripts."""
+    return [key_of(view) for view in views]
+
+
 def replicas(views: Sequence[View], now: float) -> list[str]:
     """One row a replica, of all models."""
     rows = [

@@ -12,7 +12,7 @@ from quire.cli import render
 from quire.cli.change import dump, seconds
 from quire.cli.outcome import ExitCode
 from quire.cli.progress import View, succeeded
-from quire.cli.session import connect, object_path
+from quire.cli.session import complete_objects, connect, object_path
 from quire.cli.steer import decide, follow
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -44,7 +44,7 @@ def rollout() -> None:
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option("--watch/--no-watch", "watches", default=True, help="Wait until it is done (the default).")
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
@@ -69,7 +69,7 @@ SHOWN = ("summary", "servedRevision", "stableRevision", "rollout", "replicas", "
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 def history(reference: str, output: str) -> int:
     """List a model's revisions, newest first, with what became of each and why."""
@@ -82,7 +82,7 @@ def history(reference: str, output: str) -> int:
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option(
     "--to-revision", type=int, metavar="N", help="Which one; left out: the last that was rolled out before."
 )
@@ -96,7 +96,7 @@ def undo(reference: str, to_revision: int | None, reason: str, waits: bool, time
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @waiting
 def retry(reference: str, waits: bool, timeout: float) -> int:
     """Try again what failed: a revision that was given up, replicas that failed, a download.
@@ -106,7 +106,7 @@ def retry(reference: str, waits: bool, timeout: float) -> int:
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @reason
 def pause(reference: str, reason: str) -> int:
     """Let no rollout begin or go on. What serves goes on serving, and is started again if it crashes."""
@@ -114,7 +114,7 @@ def pause(reference: str, reason: str) -> int:
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @waiting
 def resume(reference: str, waits: bool, timeout: float) -> int:
     """Let rollouts go on."""
@@ -122,7 +122,7 @@ def resume(reference: str, waits: bool, timeout: float) -> int:
 
 
 @rollout.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @reason
 @waiting
 def restart(reference: str, reason: str, waits: bool, timeout: float) -> int:

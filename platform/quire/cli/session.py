@@ -6,7 +6,7 @@ import os
 import sys
 
 from quire.cli.outcome import usage_error
-from quire.client import Client
+from quire.client import Client, ClientError
 from quire_operators.paths import StateDir
 
 KINDS = {
@@ -31,6 +31,16 @@ def connect(*, start: bool = True, wakes: bool = False) -> Client:
 def asks_for_traces() -> bool:
     """Whether this shell may ask for traces. Costs nothing to find out; `quire.tracing` knows for certain."""
     return any(name.startswith("OTEL_") for name in os.environ)
+
+
+def complete_objects(ctx: object, param: object, incomplete: str) -> list[str]:
+    """Names of objects for a shell that completes a word; none while no control plane answers."""
+    try:
+        items = connect(start=False).get("/v1/objects")["items"]
+    except ClientError:
+        return []
+    names = [f"{item['kind'].lower()}/{item['name']}" for item in items]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def object_path(reference: str) -> tuple[str, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import click
 
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, usage_error
-from quire.cli.session import connect, object_path
+from quire.cli.session import complete_objects, connect, object_path
 from quire.client import Client
 
 POLL_SECONDS = 0.5
@@ -37,28 +37,24 @@ def _dump(value: Any, output: str) -> None:
 
 @click.command()
 @click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|KIND/NAME]")
-@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
-def get(what: str, output: str) -> int:
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "name", "json", "yaml"]),
+    default="table",
+    show_default=True,
+)
+@click.option("-w", "--watch", is_flag=True, help="Go on printing what changes.")
+def get(what: str, output: str, watch: bool) -> int:
     """List what is served. With KIND/NAME, one object."""
-    if "/" in what:
-        _, path = object_path(what)
-        view = connect().get(path)
-        if output != "table":
-            _dump(view, output)
-            return ExitCode.OK
-        formatter = render.gateways if view["kind"].lower() == "gateway" else render.models
-        views: Sequence[Mapping[str, Any]] = [view]
-    else:
-        if what not in LISTS:
-            usage_error(
-                f"unknown list {what!r}", f"one of {', '.join(LISTS)}, or an object such as model/quickstart"
-            )
-        kind, formatter = LISTS[what]
-        answer = connect().get("/v1/objects", kind=kind)
-        views = answer["items"]
-        if output != "table":
-            _dump(_nested(what, views) if what in ("replicas", "revisions") else answer, output)
-            return ExitCode.OK
+    if watch:
+        if output == "yaml":
+            usage_error("--watch prints one line a change, which YAML has no form for", "use -o json")
+        _watch(what, output)
+    views, formatter, answer = _found(connect(), what, output)
+    if output in ("json", "yaml"):
+        _dump(answer, output)
+        return ExitCode.OK
     if not views:
         print("nothing here yet: platform apply manifests/quickstart.yaml", file=sys.stderr)
         return ExitCode.OK
@@ -67,13 +63,75 @@ def get(what: str, output: str) -> int:
     return ExitCode.OK
 
 
+Views = Sequence[Mapping[str, Any]]
+Formatter = Callable[[Views, float], list[str]]
+
+
+def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, Any]:
+    """What was asked for: the objects, how they are shown, and the answer for a program."""
+    if "/" in what:
+        view = client.get(object_path(what)[1])
+        kind, formatter = view["kind"].lower(), render.models
+        views: Views = [view]
+        answer = view
+    else:
+        if what not in LISTS:
+            usage_error(
+                f"unknown list {what!r}", f"one of {', '.join(LISTS)}, or an object such as model/quickstart"
+            )
+        kind, formatter = LISTS[what]
+        answer = client.get("/v1/objects", kind=kind)
+        views = answer["items"]
+        if what in ("replicas", "revisions"):
+            answer = _nested(what, views)
+    if kind == "gateway":
+        formatter = render.gateways
+    if output == "name":
+        formatter = render.names
+    elif output == "wide" and formatter is render.models:
+        formatter = render.models_wide
+    return views, formatter, answer
+
+
+def _watch(what: str, output: str) -> NoReturn:
+    """Print each line that is new or reads otherwise than before, until interrupted; of tables the head once."""
+    client, head = connect(), None
+    shown: dict[str, str] = {}
+    with interruptible("no longer watching; the control plane goes on"):
+        while True:
+            views, formatter, _ = _found(client, what, output)
+            for view in views:
+                if shown.get(render.key_of(view)) == (now := _still(view)):
+                    continue
+                shown[render.key_of(view)] = now
+                if output == "json":
+                    print(json.dumps(view, ensure_ascii=False))
+                    continue
+                lines = formatter([view], time.time())
+                if output != "name" and lines[0].split() != head:
+                    head = lines[0].split()
+                    print(lines[0])
+                print("\n".join(lines if output == "name" else lines[1:]))
+            gone = [key for key in shown if key not in {render.key_of(view) for view in views}]
+            for key in gone:
+                del shown[key]
+                print(json.dumps({"deleted": key}) if output == "json" else f"{key}  deleted")
+            sys.stdout.flush()
+            time.sleep(POLL_SECONDS)
+
+
+def _still(view: Mapping[str, Any]) -> str:
+    """What of an object is news when it changes."""
+    return json.dumps({name: view[name] for name in ("generation", "deleting", "status", "replicas")})
+
+
 def _nested(what: str, views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The replicas or revisions of all models, each with its model's name."""
     return {"items": [{"model": view["name"], **item} for view in views for item in view.get(what, ())]}
 
 
 @click.command(short_help="Tell everything about one object.")
-@click.argument("reference", metavar="KIND/NAME")
+@click.argument("reference", metavar="KIND/NAME", shell_complete=complete_objects)
 @click.option("-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True)
 def describe(reference: str, output: str) -> int:
     """Tell everything about one object: conditions, replicas, what auto became, events, what you can do."""
@@ -94,13 +152,23 @@ def describe(reference: str, output: str) -> int:
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what is written.")
 @click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="How many last lines.")
 @click.option("--replica", help="Only this replica (its id, as in: platform get replicas).")
-def logs(name: str, follow: bool, tail: int, replica: str | None) -> int:
+@click.option(
+    "-p", "--previous", is_flag=True, help="Of the process before this one: what it said before it ended."
+)
+def logs(name: str, follow: bool, tail: int, replica: str | None, previous: bool) -> int:
     """Print a log: a model's engines', the control plane's or the router's."""
+    if previous and (follow or name == "controlplane"):
+        usage_error("--previous is for engines and the router, and nothing follows there", "leave one of them out")
     if "/" not in name and name not in ("controlplane", "router"):
         usage_error(f"{name!r} has no log", f"model/{name} for that of a model, or one of controlplane and router")
     asked = name if "/" not in name else object_path(name)[0]
     client = connect()
-    sources = client.get("/v1/logs", name=asked, replica=replica, tail=tail)["sources"]
+    before = "true" if previous else None
+    sources = client.get("/v1/logs", name=asked, replica=replica, tail=tail, previous=before)["sources"]
+    if not sources and previous:
+        raise CommandFailed(
+            f"{asked} has had no process before this one", f"platform logs {name}", ExitCode.NOT_FOUND
+        )
     if not sources and not follow:
         hint = {
             "router": "it starts with the first model: platform get gateway",

@@ -10,7 +10,7 @@ import click
 from quire.cli.change import attend, conclude, seconds
 from quire.cli.outcome import ExitCode, interruptible, usage_error
 from quire.cli.progress import Judge, settled
-from quire.cli.session import connect, object_path
+from quire.cli.session import complete_objects, connect, object_path
 from quire.client import Client
 
 
@@ -37,7 +37,7 @@ def _me() -> str:
 
 
 @click.command(short_help="Run another number of replicas than the manifest says.")
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
 @click.option("--reset", is_flag=True, help="As many as the manifest says.")
 @click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")
@@ -56,7 +56,7 @@ def scale(reference: str, replicas: int | None, reset: bool, reason: str, waits:
 
 
 @click.command(short_help="Stop a model for a while.")
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option("--for", "span", metavar="DURATION", help="Start it again by itself after that time.")
 @click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")
 @click.option("--wait/--no-wait", "waits", default=True, help="Wait until nothing of it runs (the default).")
@@ -74,7 +74,7 @@ def pause(ctx: click.Context, reference: str, span: str | None, reason: str, wai
 
 
 @click.command()
-@click.argument("reference", metavar="model/NAME")
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option("--wait/--no-wait", "waits", default=True, help="Wait until it serves (the default).")
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."

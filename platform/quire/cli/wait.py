@@ -9,7 +9,7 @@ import click
 from quire.cli.change import attend, conclude, seconds
 from quire.cli.progress import Verdict, View, judge
 from quire.cli.render import condition, is_true
-from quire.cli.session import connect, object_path
+from quire.cli.session import complete_objects, connect, object_path
 
 
 def judge_for(state: str, view: View | None) -> tuple[Verdict, str]:
@@ -35,7 +35,7 @@ def judge_for(state: str, view: View | None) -> tuple[Verdict, str]:
 
 
 @click.command()
-@click.argument("references", nargs=-1, required=True, metavar="KIND/NAME...")
+@click.argument("references", nargs=-1, required=True, metavar="KIND/NAME...", shell_complete=complete_objects)
 @click.option(
     "--for",
     "state",

@@ -117,9 +117,15 @@ async def events(
 
 @get("/v1/logs")
 async def logs(
-    state: State, name: str, replica: str | None = None, tail: int = 200, offset: int | None = None
+    state: State,
+    name: str,
+    replica: str | None = None,
+    tail: int = 200,
+    offset: int | None = None,
+    previous: bool = False,
 ) -> dict[str, Any]:
-    return _views(state).logs(name, replica, tail, None if offset is None else max(offset, 0))
+    begin = None if offset is None else max(offset, 0)
+    return _views(state).logs(name, replica, tail, begin, previous=previous)
 
 
 @get("/v1/cache")

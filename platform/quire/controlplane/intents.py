@@ -22,7 +22,7 @@ from quire_operators.fleet.local import Life
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.models import ROUTES
-from quire_operators.review import Refusal, Review, problems, report
+from quire_operators.review import Refusal, Review, moved, problems, report
 from quire_operators.sources import SourceError
 from quire_operators.store import Conflict, NotFound, StoreUnavailable
 from quire_schemas import manifest
@@ -120,7 +120,8 @@ class Intents:
     async def apply(self, body: Mapping[str, Any], traceparent: str | None = None) -> dict[str, Any]:
         """Store these files' resources, all or none, and set the reconcilers to work. Ends a `down`.
 
-        `traceparent` is remembered with the objects as the origin of their new generation.
+        `traceparent` is remembered with the objects as the origin of their new generation. With `planned`, the
+        items of a plan that was kept, it is refused if anything of them would be otherwise now.
         """
         self._plane.refuse_while_going_down()
         loaded = _load(body)
@@ -131,6 +132,7 @@ class Intents:
             if found := problems(reviews):
                 raise invalid(found)
             self._check_address(reviews)
+            self._refuse_moved(body.get("planned"), reviews)
             try:
                 applied = self._plane.store.apply(self._plane.admission.changes(reviews), traceparent)
             except Conflict as conflict:
@@ -155,6 +157,17 @@ class Intents:
                 for item in applied
             ]
         }
+
+    @staticmethod
+    def _refuse_moved(planned: object, reviews: Sequence[Review]) -> None:
+        """Refuse to apply a plan that no longer says what would happen."""
+        if planned is None:
+            return
+        if not isinstance(planned, list) or not all(isinstance(item, dict) and "key" in item for item in planned):
+            raise ApiError(400, "bad_request", "planned is the list of items that a plan answered with")
+        if (why := moved(planned, report(reviews)["items"])) is not None:
+            hint = "plan again and look at it: platform plan FILE... --save PLAN"
+            raise ApiError(409, "conflict", f"the plan no longer holds: {why}", hint, exit_code=5)
 
     def _refresh(self, key: Key) -> None:
         """The status of something that is stored already, as `_note`."""

@@ -24,6 +24,8 @@ from quire_schemas.resource import NAME_PATTERN, Key
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
 _NAME = re.compile(NAME_PATTERN)
+_START = re.compile(r"^(?=\S+Z shim: starting )", re.MULTILINE)
+"""Before the line with which a shim begins the log of each process that it starts."""
 
 
 class Views:
@@ -164,8 +166,11 @@ class Views:
             ]
         }
 
-    def logs(self, name: str, replica: str | None, tail: int, offset: int | None) -> dict[str, Any]:
-        """Text of logs: the last `tail` lines, or everything from byte `offset` on."""
+    def logs(
+        self, name: str, replica: str | None, tail: int, offset: int | None, *, previous: bool = False
+    ) -> dict[str, Any]:
+        """Text of logs: the last `tail` lines, or everything from byte `offset` on. `previous`: of what the
+        process before the present one wrote; nothing of a log that has only one."""
         self._plane.refuse_when_down()
         if name in ("controlplane", "router"):
             files = [(name, self._plane.state.log(name))]
@@ -177,10 +182,11 @@ class Views:
             files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
             if replica is not None:
                 files = [(stem, path) for stem, path in files if stem == replica]
-        return {"sources": [_read_log(source, path, tail, offset) for source, path in files if path.is_file()]}
+        found = [_read_log(source, path, tail, offset, previous) for source, path in files if path.is_file()]
+        return {"sources": [each for each in found if each["text"] or not previous]}
 
 
-def _read_log(name: str, path: Path, tail: int, offset: int | None) -> dict[str, Any]:
+def _read_log(name: str, path: Path, tail: int, offset: int | None, previous: bool) -> dict[str, Any]:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         begin = max(size - MAX_LOG, 0) if offset is None or offset > size else offset
@@ -188,6 +194,8 @@ def _read_log(name: str, path: Path, tail: int, offset: int | None) -> dict[str,
         data = file.read(MAX_LOG)
     end = begin + len(data)
     text = data.decode(errors="replace")
+    if previous:
+        text = (["", *_START.split(text)[1:]])[-2:][0]
     if offset is None:
         text = "".join(text.splitlines(keepends=True)[-tail:]) if tail > 0 else ""
     return {"name": name, "path": str(path), "text": text, "offset": end}

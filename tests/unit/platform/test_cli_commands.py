@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.unit.platform.api_views import condition, model
 
-from quire.cli import main, reference
+from quire.cli import main, reference, session, top
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
 from quire_operators.paths import StateDir
@@ -160,6 +162,13 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         (["apply", "--timeout", "30", "x.yaml"], "is not a duration", "'30s'"),
         (["apply"], "no manifest given", "manifests/quickstart.yaml"),
         (["events", "-w", "-o", "yaml"], "YAML has no form for", "-o json"),
+        (["get", "-w", "-o", "yaml"], "YAML has no form for", "-o json"),
+        (["scale", "model/x"], "give either a number of replicas or --reset", "platform scale model/x 2"),
+        (["scale", "model/x", "2", "--reset"], "give either", "platform scale model/x 2"),
+        (["pause", "model/x", "--for", "5"], "is not a duration", "'5s'"),
+        (["logs", "controlplane", "--previous"], "is for engines and the router", "leave one of them out"),
+        (["plan", "--save", "p", "--config", "c", "m.yaml"], "another machine cannot be applied", "leave --save"),
+        (["convert", "--from", "vllm", "serve"], "names no model", "serve MODEL"),
     ],
 )
 def test_a_bad_command_line_is_2_and_ends_with_a_hint(
@@ -229,6 +238,162 @@ def test_get_replicas_lists_those_of_all_models(server: AdminServer, capsys: pyt
     ]
     assert main(["get", "replicas", "-o", "yaml"]) == ExitCode.OK
     assert "model: quickstart" in said(capsys)[0]
+
+
+def test_get_wide_and_by_name(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model(), model(name="other")]})]
+    assert main(["get", "-o", "name"]) == ExitCode.OK
+    assert said(capsys)[0] == "model/quickstart\nmodel/other\n"
+    assert main(["get", "-o", "wide"]) == ExitCode.OK
+    head, first, _ = said(capsys)[0].splitlines()
+    assert head.split()[-6:] == ["DTYPE", "MAX", "LEN", "MEMORY", "MODEL", "NAMES", "SOURCE"][-6:]
+    assert "bfloat16  2048" in first
+
+
+def test_get_watch_prints_what_changed_and_what_went(server: AdminServer, state: StateDir) -> None:
+    served, starting = model(), model(status={"summary": "Starting 0/1"})
+    script = [{"items": [starting]}, {"items": [starting]}, {"items": [served]}, {"items": []}, {"items": []}]
+    server.script["GET /v1/objects"] = [(200, answer) for answer in script]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from quire.cli import main; raise SystemExit(main())", "get", "-w"],
+        env={"PATH": "/bin", "QUIRE_STATE_DIR": str(state.root)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == ExitCode.INTERRUPTED
+    assert [line.split()[0] for line in lines] == ["NAME", "quickstart", "quickstart", "model/quickstart"]
+    assert "Starting 0/1" in lines[1]
+    assert "Serving" in lines[2]
+    assert lines[3] == "model/quickstart  deleted\n"
+
+
+def test_explain_of_an_object_says_where_each_value_comes_from(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = model(
+        intent={"spec": {"source": "builtin://tiny", "engine": {"dtype": "auto"}}},
+        resolved={
+            "source": "builtin://tiny", "replicas": 2,
+            "engine": {"dtype": "auto", "maxModelLen": "auto", "seed": 0},
+        },
+        status={"overrides": [{"kind": "scale", "by": "ada", "replicas": 5, "reason": "", "since": "x"}]},
+    )  # fmt: skip
+    server.script["GET /v1/objects/model/quickstart"] = [(200, view)]
+    assert main(["explain", "model/quickstart"]) == ExitCode.OK
+    rows = {line.split("  ", 1)[0]: " ".join(line.split()[1:]) for line in said(capsys)[0].splitlines()[1:]}
+    assert rows == {
+        "source": "builtin://tiny manifest",
+        "engine.dtype": "bfloat16 manifest, from the checkpoint",
+        "engine.maxModelLen": "2048 default, from the checkpoint and the cache",
+        "engine.seed": "0 default",
+        "replicas": "5 scaled by ada; default: 2",
+    }
+
+
+def test_wait_for_what_does_not_exist_yet_and_for_what_stalls(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = (404, {"error": {"code": "not_found", "message": "no"}})
+    server.script["GET /v1/objects/model/quickstart"] = [missing, missing, (200, model())]
+    assert main(["wait", "model/quickstart", "--for", "ready"]) == ExitCode.OK
+    assert said(capsys)[0] == "model/quickstart  ready\n"
+    server.script["GET /v1/objects/model/quickstart"] = [(200, model()), missing]
+    assert main(["wait", "model/quickstart", "--for", "deleted"]) == ExitCode.OK
+    stuck = model(status={"conditions": [condition("Stalled", "True", "CrashLoop", "again")]})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, stuck)]
+    assert main(["wait", "model/quickstart", "--for", "ready"]) == ExitCode.FAILED
+    paused = {"kind": "pause", "by": "ada", "reason": "", "since": "x"}
+    unready = model(status={"conditions": [], "overrides": [paused]})
+    server.script["GET /v1/objects/model/quickstart"] = [(200, unready)]
+    assert main(["wait", "model/quickstart", "--for", "ready"]) == ExitCode.CONFLICT
+    assert "it is paused by ada" in said(capsys)[1]
+
+
+def test_a_decision_names_who_made_it_and_waits_for_it(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    going = model(status={"rollout": {"settled": False}})
+    there = model(status={"rollout": {"settled": True}})
+    server.script["POST /v1/objects/model/quickstart/scale"] = [(200, {"message": "2 replicas"})]
+    server.script["GET /v1/objects/model/quickstart"] = [(200, going), (200, there)]
+    assert main(["scale", "model/quickstart", "2", "--reason", "a rush"]) == ExitCode.OK
+    assert said(capsys)[0] == "model/quickstart  2 replicas\n"
+    body = server.asked[0][2]
+    assert (body["replicas"], body["reason"]) == (2, "a rush")
+    assert body["by"]
+
+
+def test_a_plan_is_kept_for_its_owner_and_applied_with_its_items(
+    server: AdminServer, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "plan.json"
+    server.script["POST /v1/plan"] = [(200, plan_answer())]
+    assert main(["plan", str(manifest), "--save", str(kept)]) == ExitCode.OK
+    assert kept.stat().st_mode & 0o777 == 0o600
+    server.script["POST /v1/apply"] = [(200, {"results": []})]
+    assert main(["apply", "--plan", str(kept), "--no-wait"]) == ExitCode.OK
+    body = server.asked[-1][2]
+    assert body == {"files": [{"name": str(manifest), "text": MANIFEST}], "planned": plan_answer()["items"]}
+    assert main(["apply", "--plan", str(kept), str(manifest)]) == ExitCode.USAGE
+    assert main(["apply", "--plan", str(manifest)]) == ExitCode.INVALID
+    refused = tmp_path / "refused.json"
+    server.script["POST /v1/plan"] = [(200, plan_answer("refused"))]
+    assert main(["plan", str(manifest), "--save", str(refused)]) == ExitCode.INVALID
+    assert not refused.exists()
+    capsys.readouterr()
+
+
+def test_export_prints_what_can_be_applied_again(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = {"source": "builtin://tiny", "replicas": 1, "slo": None, "defaultsVersion": 3}
+    server.script["GET /v1/objects/model/quickstart"] = [(200, model(resolved=resolved))]
+    assert main(["export", "model/quickstart"]) == ExitCode.OK
+    assert yaml.safe_load(said(capsys)[0]) == yaml.safe_load(MANIFEST)
+    assert main(["export", "model/quickstart", "--resolved"]) == ExitCode.OK
+    assert yaml.safe_load(said(capsys)[0])["spec"] == {"source": "builtin://tiny", "replicas": 1}
+    server.script["GET /v1/objects/gateway/default"] = [(200, {"generation": 0})]
+    assert main(["export", "gateway/default"]) == ExitCode.NOT_FOUND
+
+
+def test_init_writes_a_manifest_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "chat"]) == ExitCode.OK
+    assert main(["validate", "chat.yaml"]) == ExitCode.OK
+    assert main(["init", "chat"]) == ExitCode.USAGE
+    assert "is there already" in said(capsys)[1]
+    assert main(["init", "Chat", "--file", "-"]) == ExitCode.INVALID
+    assert main(["init", "chat", "--source", "hf://a/b", "--file", "-"]) == ExitCode.OK
+    assert yaml.safe_load(said(capsys)[0])["spec"] == {"source": "hf://a/b"}
+
+
+def test_top_takes_rates_of_two_looks_and_adds_replicas_up() -> None:
+    page = (
+        'quire_generation_tokens_total{{model="a"}} {out}\nquire_replica_up{{model="a",replica="r0"}} 1.0\n'
+        'quire_replica_up{{model="a",replica="r1"}} 1.0\n'
+        'quire_kv_cache_usage_ratio{{model="a",replica="r0"}} 0.5\n'
+        'quire_kv_cache_usage_ratio{{model="a",replica="r1"}} 0.25\nquire_requests_held 3\n'
+    )
+    before, after = top.read(page.format(out=100)), top.read(page.format(out=350))
+    (row, idle) = top.rows(before, after, 2.0, ["a", "b"])
+    assert (row["outTokensPerSecond"], row["up"], row["kv"]) == (125.0, 2.0, 0.375)
+    assert (idle["outTokensPerSecond"], idle["up"]) == (0.0, 0.0)
+    assert top.rows(after, before, 2.0, ["a"])[0]["outTokensPerSecond"] == 0.0, "the router began anew"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_of_that_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == ExitCode.OK
+    assert "_PLATFORM_COMPLETE" in said(capsys)[0]
+
+
+def test_a_shell_completes_names_of_objects(server: AdminServer) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model(), model(name="other")]})]
+    assert session.complete_objects(None, None, "model/o") == ["model/other"]
+    server.script["GET /v1/objects"] = [(503, {"error": {"code": "down", "message": "down"}})]
+    assert session.complete_objects(None, None, "") == []
 
 
 def test_get_with_nothing_served_keeps_stdout_empty(

@@ -1,0 +1,122 @@
+"""`platform top`: what each model does now, from two looks at the router's own metrics."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from quire.cli.change import seconds
+from quire.cli.outcome import CommandFailed, ExitCode, interruptible
+from quire.cli.render import table
+from quire.cli.session import connect
+
+Series = Mapping[tuple[str, str], float]
+"""(metric, model) -> its value, replicas added up."""
+_SAMPLE = re.compile(r"(quire_\w+)\{([^}]*)\} ([0-9.eE+-]+)$")
+_MODEL = re.compile(r'(?:^|,)model="([^"]*)"')
+RATES = {"out": "quire_generation_tokens_total", "in": "quire_prompt_tokens_total"}
+GAUGES = {
+    "in_flight": "quire_requests_in_flight",
+    "running": "quire_num_requests_running",
+    "waiting": "quire_num_requests_waiting",
+    "kv": "quire_kv_cache_usage_ratio",
+    "up": "quire_replica_up",
+}
+
+
+def read(text: str) -> Series:
+    """The series of a Prometheus page that belong to a model."""
+    found: dict[tuple[str, str], float] = {}
+    for line in text.splitlines():
+        sample = _SAMPLE.match(line)
+        model = _MODEL.search(sample[2]) if sample is not None else None
+        if sample is None or model is None:
+            continue
+        key = (sample[1], model[1])
+        found[key] = found.get(key, 0.0) + float(sample[3])
+    return found
+
+
+def rows(before: Series, after: Series, span: float, models: list[str]) -> list[dict[str, Any]]:
+    """One row a model: tokens a second over `span` seconds, and what is now."""
+    shown = []
+    for model in models:
+        row: dict[str, Any] = {"model": model}
+        for name, metric in RATES.items():
+            moved = after.get((metric, model), 0.0) - before.get((metric, model), 0.0)
+            row[f"{name}TokensPerSecond"] = round(
+                max(moved, 0.0) / span, 1
+            )  # a router that began anew counts anew
+        for name, metric in GAUGES.items():
+            row[name] = after.get((metric, model), 0.0)
+        row["kv"] = round(row["kv"] / max(row["up"], 1.0), 4)
+        shown.append(row)
+    return shown
+
+
+def _lines(found: list[dict[str, Any]]) -> list[str]:
+    cells = [
+        [
+            row["model"], f"{row['up']:.0f}",
+            f"{row['outTokensPerSecond']:.1f}", f"{row['inTokensPerSecond']:.1f}",
+            f"{row['in_flight']:.0f}", f"{row['running']:.0f}", f"{row['waiting']:.0f}", f"{row['kv']:.1%}",
+        ]
+        for row in found
+    ]  # fmt: skip
+    return table(("MODEL", "REPLICAS", "TOK/S", "PROMPT TOK/S", "REQUESTS", "RUNNING", "WAITING", "KV"), cells)
+
+
+def _look(url: str) -> Series:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    try:
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        if answer.status != 200:
+            raise CommandFailed(
+                f"the router answered {answer.status} to /metrics", "platform logs router", ExitCode.UNEXPECTED
+            )
+        return read(text)
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandFailed(
+            f"the router at {parts.netloc} does not answer: {error}", "platform get gateway", ExitCode.UNREACHABLE
+        ) from error
+    finally:
+        connection.close()
+
+
+@click.command(short_help="Show what each model does now.")
+@click.option("-w", "--watch", is_flag=True, help="Go on, one table an interval.")
+@click.option(
+    "--interval", metavar="DURATION", callback=seconds, default="1s", show_default=True, help="Time to count over."
+)
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def top(watch: bool, interval: float, output: str) -> int:
+    """Show what each model does now: tokens a second, requests, and how full its cache is."""
+    client = connect()
+    ping = client.get("/v1/ping")
+    models = [view["name"] for view in client.get("/v1/objects", kind="model")["items"]]
+    if not models or not ping["router"]["ready"]:
+        raise CommandFailed(
+            "nothing is served now", "platform get   what there is, and why it does not serve", ExitCode.NOT_FOUND
+        )
+    with interruptible("no longer watching; what is served goes on"):
+        before, then = _look(ping["router"]["baseUrl"]), time.monotonic()
+        while True:
+            time.sleep(interval)
+            after, now = _look(ping["router"]["baseUrl"]), time.monotonic()
+            found = rows(before, after, now - then, models)
+            print(json.dumps({"items": found}) if output == "json" else "\n".join(_lines(found)))
+            sys.stdout.flush()
+            if not watch:
+                return ExitCode.OK
+            before, then = after, now
