@@ -7,6 +7,7 @@
     tracing      routers with and without traces before one engine
     scheduling   the host's part of a step
     host         everything in a step but the device, here and in another checkout
+    control-plane  many models: a resync, one change, what get asks
     ahead        a full batch with and without asynchronous scheduling
     prefix       what the prefix cache saves and costs; blocks that n choices share
     structured   what a JSON Schema costs each step; hostile grammars beside streams

@@ -158,8 +158,9 @@ def free_places(
     need: int,
     share: float,
     device_ids: Sequence[int] = (),
+    most: int = MAX_PLACES,
 ) -> list[str]:
-    """Devices for as many more replicas of `need` bytes as fit, emptiest device first.
+    """Devices for as many more replicas of `need` bytes as fit, at most `most`, emptiest device first.
 
     A device appears once for each replica that fits on it. Of main memory all replicas together take no more than
     `share`, for the machine has other work, and other processes give way. A GPU may be given whole, `need` being
@@ -169,10 +170,10 @@ def free_places(
     free = {}
     for name in names:
         ours, total = taken.get(name, 0), inventory.total(name)
-        most = int(total * share) if kind == "cpu" else total - inventory.foreign(name, ours)
-        free[name] = most - ours
+        limit = int(total * share) if kind == "cpu" else total - inventory.foreign(name, ours)
+        free[name] = limit - ours
     places: list[str] = []
-    while free and len(places) < MAX_PLACES:
+    while free and len(places) < min(most, MAX_PLACES):
         name = max(free, key=lambda name: (free[name], -names.index(name)))
         if need <= 0 or free[name] < need:
             break

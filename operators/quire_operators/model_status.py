@@ -379,10 +379,7 @@ class ModelStatus:
                 return Fact("Stalled", True, Reason.CRASH_LOOP, text)
         if view.unusable is not None and not desired.deleting:
             return Fact("Stalled", True, Reason.MODEL_UNUSABLE, view.unusable)
-        leaving = any(row.goal is Goal.DRAIN for row in self._store.replicas()) or any(
-            stored.deletion_time is not None for stored in self._store.objects("model")
-        )
-        if lacking is not None and not leaving:
+        if lacking is not None and not self._something_leaves():
             return Fact("Stalled", True, lacking.reason, lacking.message)
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
@@ -391,6 +388,12 @@ class ModelStatus:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]
             return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")
         return Fact("Stalled", False, Reason.PROGRESS_MADE)
+
+    def _something_leaves(self) -> bool:
+        """Whether room is about to be made."""
+        return any(row.goal is Goal.DRAIN for row in self._store.replicas()) or any(
+            stored.deletion_time is not None for stored in self._store.objects("model")
+        )
 
 
 def _aim(wanted: Effective) -> list[Any]:

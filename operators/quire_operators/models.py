@@ -12,7 +12,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from quire_operators.desired import Effective, desired_of, effective, stall_time
 from quire_operators.devices import Inventory, free_places, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
-from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
+from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.model_status import ModelStatus, View
 from quire_operators.observed import report_of, seen_of
@@ -48,6 +48,33 @@ STOP_GRACE = 10.0
 """Seconds an engine has to end by itself after SIGTERM; it was drained before."""
 HOPELESS_STOPS = frozenset({rollout.STALLED, rollout.STARTUP_TIMEOUT})
 """Stops of engines that would not hear a SIGTERM either."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What is held of the devices, and by whom without a row."""
+
+    version: tuple[int, int]
+    taken: Mapping[str, int]
+    """Bytes by device: of every row, and of every process that may live without one."""
+    strays: tuple[Observation, ...]
+    """Live processes that no row accounts for."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], observed: Sequence[Observation], version: tuple[int, int]) -> _Ledger:
+        known = {row.nonce for row in rows}
+        names = {(row.id, row.incarnation, row.nonce) for row in rows}
+        extra: dict[str, int] = {}
+        for seen in observed:
+            if seen.nonce not in known and seen.life is not Life.GONE and "memory" in seen.labels:
+                device = str(seen.labels["device"])
+                extra[device] = extra.get(device, 0) + int(seen.labels["memory"])
+        strays = tuple(
+            seen
+            for seen in observed
+            if seen.life is Life.LIVE and (seen.name, seen.incarnation, seen.nonce) not in names
+        )
+        return cls(version, held(rows, extra), strays)
 
 
 class ModelReconciler:
@@ -87,6 +114,7 @@ class ModelReconciler:
         """By model: the hot settings that its engines were last meant to run."""
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of a starting engine: how far it last said it was, and when that was new."""
+        self._kept_ledger: _Ledger | None = None
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
@@ -187,11 +215,10 @@ class ModelReconciler:
 
     def _orphans(self, model: str) -> list[Orphan]:
         """Live processes that say they belong to this model and that no row accounts for."""
-        rows = {(row.id, row.incarnation, row.nonce) for row in self._store.replicas()}
         found = []
-        for seen in self._fleet.observed():
+        for seen in self._ledger().strays:
             name = (seen.name, seen.incarnation, seen.nonce)
-            if seen.labels.get("model") != model or name in rows or seen.life is not Life.LIVE:
+            if seen.labels.get("model") != model:
                 continue
             since = self._orphans_since.setdefault(name, self._clock())
             released, in_flight = self._routes.load_of(seen.name, seen.incarnation)
@@ -211,22 +238,26 @@ class ModelReconciler:
         return False
 
     def places(self, spec: Mapping[str, Any], placement: Placement) -> list[str]:
-        """Devices for as many more replicas as fit now, beside every row and every orphan."""
-        rows = self._store.replicas()
-        known = {row.nonce for row in rows}
-        extra: dict[str, int] = {}
-        for seen in self._fleet.observed():
-            if seen.nonce not in known and seen.life is not Life.GONE and "memory" in seen.labels:
-                device = str(seen.labels["device"])
-                extra[device] = extra.get(device, 0) + int(seen.labels["memory"])
+        """Devices for as many more replicas as fit now, beside every row and every orphan; no more than a rollout
+        can want."""
         return free_places(
             self._detect(),
-            held(rows, extra),
+            self._ledger().taken,
             placement.device,
             placement.memory,
             parse_percent(spec["engine"]["memory"]),
             spec["placement"]["deviceIds"],
+            most=spec["replicas"] + spec["rollout"]["maxSurge"],
         )
+
+    def _ledger(self) -> _Ledger:
+        """What all rows and processes hold; worked out again when one of them has changed."""
+        version = (self._store.rows_version, self._fleet.version)
+        if self._kept_ledger is None or self._kept_ledger.version != version:
+            rows = self._store.replicas()
+            version = (self._store.rows_version, self._fleet.version)  # reading may find that others wrote
+            self._kept_ledger = _Ledger.of(rows, self._fleet.observed(), version)
+        return self._kept_ledger
 
     # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -259,8 +290,9 @@ class ModelReconciler:
             self._hot_hashes.pop(key.name, None)
             self._neighbours_may_move()
             return None
-        if rollout.is_settled(view.desired, view.world, self._clock()) and view.desired.replicas:
-            self._note_stable(view)
+        if self._is_newly_stable(view):
+            self._store.mark_stable(stored.uid, view.revision.n)
+            view = self._observe(stored)
         deadline = self._status.write(view, no_room=planned.no_room)
         if lasting:
             return 0.0
@@ -271,11 +303,14 @@ class ModelReconciler:
         ends = [override.until for override in view.wanted.overrides.values()]
         return due_in((requeue_at, deadline, retry_at, *ends), now)
 
-    def _note_stable(self, view: View) -> None:
-        """Remember a revision that has come to be all that serves: another one's failure leads back to it."""
-        stable = view.wanted.stable
-        if stable is None or stable.n != view.revision.n:
-            self._store.mark_stable(view.stored.uid, view.revision.n)
+    def _is_newly_stable(self, view: View) -> bool:
+        """Whether a revision has come to be all that serves: another one's failure will lead back to it."""
+        stable, desired = view.wanted.stable, view.desired
+        if stable is not None and stable.n == view.revision.n:
+            return False
+        if desired.deleting or not desired.replicas:
+            return False
+        return rollout.is_settled(desired, view.world, self._clock())
 
     def _lacks_files(self, view: View, acting: View, step: rollout.Step) -> bool:
         """Whether a step would start an engine of the current revision before its files are there."""
@@ -318,7 +353,7 @@ class ModelReconciler:
                 await self._launch(view, step)
             case rollout.Forget():
                 self._fleet.forget(step.replica)
-                self._store.delete_replica(step.replica)
+                self._store.delete_replica(self._row(step.replica))
                 self._remove_stale_logs(view.stored)
                 self._neighbours_may_move()
             case rollout.StopOrphan():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Report:
     batch_invariant: bool = False
 
 
-def read_report(lines: Sequence[str]) -> Report:
+@functools.lru_cache(maxsize=8192)
+def read_report(lines: tuple[str, ...]) -> Report:
     """The state that status lines add up to; a line that is not an event is left aside and logged."""
     report = Report()
     for line in lines:

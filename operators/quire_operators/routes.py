@@ -142,6 +142,9 @@ class Routes:
         self._heard_at = float("-inf")
         self._lock = asyncio.Lock()
         self._lost: dict[tuple[str, int], float] = {}
+        self._endpoints: dict[tuple[str, int], wire.ReplicaEndpoint] = {}
+        """Of the acknowledged table, and the loads of the last status, by (replica, incarnation)."""
+        self._loads: dict[tuple[str, int], wire.ReplicaLoad] = {}
 
     # ── questions ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,26 +170,10 @@ class Routes:
         table = self._acknowledged()
         if table is None or self._status is None:
             return replace(seen, connected=False, routed=False, released=False)
-        endpoint = next(
-            (
-                endpoint
-                for route in table.models
-                for endpoint in route.replicas
-                if (endpoint.replica_id, endpoint.incarnation) == (row.id, row.incarnation)
-            ),
-            None,
-        )
-        load = next(
-            (
-                load
-                for load in self._status.replicas
-                if (load.replica_id, load.incarnation) == (row.id, row.incarnation)
-            ),
-            None,
-        )
+        name = (row.id, row.incarnation)
+        endpoint, load = self._endpoints.get(name), self._loads.get(name)
         connected = load is not None and load.connected and endpoint is not None
         routed = connected and endpoint is not None and not endpoint.draining
-        name = (row.id, row.incarnation)
         if routed or row.ready_since is None:
             self._lost.pop(name, None)
         else:
@@ -214,17 +201,8 @@ class Routes:
         table = self._acknowledged()
         if table is None or self._status is None:
             return False, 0
-        routed = any(
-            (endpoint.replica_id, endpoint.incarnation) == (name, incarnation)
-            for route in table.models
-            for endpoint in route.replicas
-        )
-        in_flight = sum(
-            load.in_flight
-            for load in self._status.replicas
-            if (load.replica_id, load.incarnation) == (name, incarnation)
-        )
-        return not routed, in_flight
+        load = self._loads.get((name, incarnation))
+        return (name, incarnation) not in self._endpoints, load.in_flight if load is not None else 0
 
     # ── conversation ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,6 +235,12 @@ class Routes:
     def _hear(self, status: wire.RouterStatus) -> None:
         self._status = status
         self._heard_at = self._clock()
+        self._loads = {(load.replica_id, load.incarnation): load for load in status.replicas}
+        table = self._acknowledged()
+        endpoints = (
+            [endpoint for route in table.models for endpoint in route.replicas] if table is not None else ()
+        )
+        self._endpoints = {(endpoint.replica_id, endpoint.incarnation): endpoint for endpoint in endpoints}
 
     async def set_limits(self, replica_ids: tuple[str, ...], limits: wire.Limits) -> None:
         """Have the router pass new limits on. What became of it shows in a later status."""

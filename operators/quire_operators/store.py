@@ -17,6 +17,10 @@ compare-and-set on it. Status and events live in tables of their own, so that wr
     meta          installation id, schema version, version of the routing table, base of the clock, and notes that
                   the control plane leaves for the next one
 
+What is read is kept until it is written: each pass over each model asks for the same. Only this process writes
+(the control plane has `daemon.lock`); should another have, SQLite says so (`data_version`), and all is read anew.
+What a read gave is shared: nobody changes it.
+
 Times are those of the store's clock, which no change of the wall clock moves (see `clock`).
 
 Calls are short and synchronous; the control plane makes them from its event loop.
@@ -32,6 +36,7 @@ Exceptions:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -41,7 +46,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -54,9 +59,13 @@ from quire_schemas.resource import Key
 
 SCHEMA_VERSION = 3
 NAMESPACE = "default"
+ALL = "all"
+MANY = 8
+"""Rows of more models than this are read at once."""
 EVENTS_PER_OBJECT = 200
 EVENT_SECONDS = 7 * 86400.0
 
+T = TypeVar("T")
 _metadata = sa.MetaData()
 _meta = sa.Table("meta", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
 _objects = sa.Table(
@@ -323,6 +332,11 @@ class Store:
     def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         _refuse_network_filesystem(path.parent)
         self._path = path
+        self._kept: dict[str, dict[str, Any]] = {}
+        """What was read, by the table it is of and by uid, model or kind."""
+        self._data_version = -1
+        self.rows_version = 0
+        """Changes whenever a replica's row may have."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
         os.close(descriptor)
@@ -335,6 +349,8 @@ class Store:
                 _metadata.create_all(db)
                 self.install_id = self._setting(db, "installId", lambda: uuid.uuid4().hex)
                 self.clock = clock or self._steady_clock(db)
+                self._driver: sqlite3.Connection = db.connection.driver_connection  # type: ignore[assignment]
+                """The only connection of the pool."""
         except sa.exc.DatabaseError as error:
             self._engine.dispose()
             refused = StoreUnavailable.of(error, path)
@@ -413,28 +429,63 @@ class Store:
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
+    def _transaction(self, *touched: tuple[str, str | None]) -> Iterator[sa.Connection]:
         """One transaction, as a whole or not at all. What the disk refuses is a `StoreUnavailable`: nothing was
-        written, and the next transaction may well succeed."""
+        written, and the next transaction may well succeed.
+
+        `touched`: what may be written, as (table, key); a key of None is all of the table.
+        """
         try:
             with self._engine.begin() as db:
                 yield db
         except sa.exc.DBAPIError as error:
             raise StoreUnavailable.of(error, self._path) from error
+        finally:
+            for table, key in touched:
+                self._forget(table, key)
+
+    def _forget(self, table: str, key: str | None) -> None:
+        if table == "replicas":
+            self.rows_version += 1
+        if key is None:
+            self._kept.pop(table, None)
+        else:
+            self._kept.get(table, {}).pop(key, None)
+
+    def _read(self, table: str, key: str, load: Callable[[sa.Connection], T]) -> T:
+        """What `load` gives, or gave since the last write."""
+        kept: dict[str, T] = self._kept_of(table)
+        if key not in kept:
+            with self._transaction() as db:
+                kept[key] = load(db)
+        return kept[key]
+
+    def _kept_of(self, table: str) -> dict[str, Any]:
+        try:
+            (version,) = self._driver.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error:
+            version = self._data_version  # the next transaction says what is wrong
+        if version != self._data_version:
+            self._kept.clear()
+            self.rows_version += 1
+            self._data_version = version
+        return self._kept.setdefault(table, {})
 
     # ── objects ───────────────────────────────────────────────────────────────────────────────────────────
 
     def get(self, key: Key) -> StoredObject | None:
-        with self._transaction() as db:
-            return self._get(db, key)
+        return self._read("objects", str(key), lambda db: self._get(db, key))
 
-    def objects(self, kind: str | None = None) -> list[StoredObject]:
+    def objects(self, kind: str | None = None) -> Sequence[StoredObject]:
         """All objects, or those of one kind, by kind and name."""
-        query = sa.select(_objects).order_by(_objects.c.kind, _objects.c.name)
-        if kind is not None:
-            query = query.where(_objects.c.kind == kind)
-        with self._transaction() as db:
-            return [_object(row) for row in db.execute(query).mappings()]
+
+        def load(db: sa.Connection) -> tuple[StoredObject, ...]:
+            query = sa.select(_objects).order_by(_objects.c.kind, _objects.c.name)
+            if kind is not None:
+                query = query.where(_objects.c.kind == kind)
+            return tuple(_object(row) for row in db.execute(query).mappings())
+
+        return self._read("objects", f"kind {kind}", load)
 
     @staticmethod
     def _get(db: sa.Connection, key: Key) -> StoredObject | None:
@@ -452,7 +503,12 @@ class Store:
         Raises `Conflict` when an object is not what the decision was made on.
         """
         now = self.clock()
-        with self._transaction() as db:
+        touched: list[tuple[str, str | None]] = [("objects", None)]
+        for change in changes:
+            old = self.get(change.key)
+            touched.append(("replicas", change.key.name))
+            touched += [(table, old.uid) for table in ("revisions", "overrides") if old is not None]
+        with self._transaction(*touched) as db:
             return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
     def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:
@@ -555,7 +611,7 @@ class Store:
 
     def mark_deleting(self, key: Key, traceparent: str | None = None) -> StoredObject:
         """Begin a deletion: the object stays until what runs of it is gone. Raises `NotFound`."""
-        with self._transaction() as db:
+        with self._transaction(("objects", None)) as db:
             old = self._get(db, key)
             if old is None:
                 raise NotFound(f"there is no {key}", "platform get shows what there is")
@@ -581,7 +637,9 @@ class Store:
 
     def remove(self, key: Key) -> None:
         """Forget a deleted object with its revisions and status; its events stay."""
-        with self._transaction() as db:
+        with self._transaction(
+            *((table, None) for table in ("objects", "revisions", "status", "overrides"))
+        ) as db:
             old = self._get(db, key)
             if old is None:
                 return
@@ -603,13 +661,16 @@ class Store:
 
     def revisions(self, uid: str) -> Sequence[Revision]:
         """All kept revisions of an object, newest first."""
-        query = sa.select(_revisions).where(_revisions.c.uid == uid).order_by(_revisions.c.n.desc())
-        with self._transaction() as db:
+
+        def load(db: sa.Connection) -> tuple[Revision, ...]:
+            query = sa.select(_revisions).where(_revisions.c.uid == uid).order_by(_revisions.c.n.desc())
             return tuple(Revision(**row) for row in db.execute(query).mappings())
+
+        return self._read("revisions", uid, load)
 
     def set_load_seconds(self, uid: str, n: int, seconds: float) -> None:
         """Remember how long a replica of this revision took to load, for the next estimate."""
-        with self._transaction() as db:
+        with self._transaction(("revisions", uid)) as db:
             db.execute(
                 sa.update(_revisions)
                 .where(_revisions.c.uid == uid, _revisions.c.n == n)
@@ -618,7 +679,7 @@ class Store:
 
     def mark_stable(self, uid: str, n: int) -> None:
         """Remember that this revision is all that serves, in full number."""
-        with self._transaction() as db:
+        with self._transaction(("revisions", uid)) as db:
             db.execute(
                 sa.update(_revisions)
                 .where(_revisions.c.uid == uid, _revisions.c.n == n)
@@ -629,13 +690,16 @@ class Store:
 
     def overrides(self, uid: str) -> tuple[Override, ...]:
         """What was decided about an object beside its intent; those whose time is over, too."""
-        query = sa.select(_overrides.c.json).where(_overrides.c.uid == uid).order_by(_overrides.c.kind)
-        with self._transaction() as db:
-            return tuple(Override.from_dict(found) for found in db.scalars(query))
+
+        def load(db: sa.Connection) -> tuple[Override, ...]:
+            query = sa.select(_overrides.c.json).where(_overrides.c.uid == uid).order_by(_overrides.c.kind)
+            return tuple(map(Override.from_dict, db.scalars(query)))
+
+        return self._read("overrides", uid, load)
 
     def set_override(self, uid: str, override: Override, *, failed: tuple[int, str] | None = None) -> None:
         """Keep a decision, in place of one of its kind; with it that a revision failed, and why."""
-        with self._transaction() as db:
+        with self._transaction(("overrides", uid), ("revisions", uid)) as db:
             values = {"json": override.as_dict()}
             statement = insert(_overrides).values(uid=uid, kind=override.kind.value, **values)
             db.execute(statement.on_conflict_do_update(index_elements=["uid", "kind"], set_=values))
@@ -647,7 +711,7 @@ class Store:
 
     def end_overrides(self, uid: str, kinds: Sequence[Kind]) -> None:
         """Take decisions back."""
-        with self._transaction() as db:
+        with self._transaction(("overrides", uid)) as db:
             self._end_overrides(db, uid, kinds)
 
     @staticmethod
@@ -659,15 +723,33 @@ class Store:
 
     def replicas(self, model: str | None = None) -> tuple[Row, ...]:
         """Rows of one model, or all, by model and index."""
-        query = sa.select(_replicas).order_by(_replicas.c.model, _replicas.c.revision, _replicas.c.index)
         if model is not None:
-            query = query.where(_replicas.c.model == model)
+            return self._read("replicas", model, lambda db: self._rows(db, model))
+        models = self._read("models of replicas", ALL, self._models_of_rows)
+        kept = self._kept_of("replicas")
+        if sum(name not in kept for name in models) > MANY:
+            kept.update(self._all_rows())
+        return tuple(itertools.chain.from_iterable(map(self.replicas, models)))
+
+    def _all_rows(self) -> dict[str, tuple[Row, ...]]:
+        query = sa.select(_replicas).order_by(_replicas.c.model, _replicas.c.revision, _replicas.c.index)
         with self._transaction() as db:
-            return tuple(_row(found) for found in db.execute(query).mappings())
+            rows = list(map(_row, db.execute(query).mappings()))
+        return {model: tuple(of) for model, of in itertools.groupby(rows, key=lambda row: row.model)}
+
+    @staticmethod
+    def _rows(db: sa.Connection, model: str) -> tuple[Row, ...]:
+        query = sa.select(_replicas).where(_replicas.c.model == model)
+        query = query.order_by(_replicas.c.revision, _replicas.c.index)
+        return tuple(map(_row, db.execute(query).mappings()))
+
+    @staticmethod
+    def _models_of_rows(db: sa.Connection) -> tuple[str, ...]:
+        return tuple(db.scalars(sa.select(_replicas.c.model).distinct().order_by(_replicas.c.model)))
 
     def create_replica(self, row: Row) -> Row:
         """Write a new row. It takes up counting incarnations where its id last stopped."""
-        with self._transaction() as db:
+        with self._transaction(("replicas", row.model), ("models of replicas", None)) as db:
             last = db.scalar(sa.select(_incarnations.c.n).where(_incarnations.c.id == row.id)) or 0
             row = replace(row, incarnation=last, exited=last)
             db.execute(insert(_replicas).values(resource_version=1, **_values(row)))
@@ -675,7 +757,7 @@ class Store:
 
     def update_replica(self, old: Row, new: Row) -> Row:
         """Compare-and-set: `old` must be what is stored, apart from its revision number. Raises `Conflict`."""
-        with self._transaction() as db:
+        with self._transaction(("replicas", old.model)) as db:
             found = db.execute(sa.select(_replicas).where(_replicas.c.id == old.id)).mappings().first()
             if found is None or replace(_row(found), revision=old.revision) != old:
                 raise Conflict(f"replica {old.id} was changed meanwhile", "it is looked at again")
@@ -693,9 +775,9 @@ class Store:
                 db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": new.incarnation}))
             return new
 
-    def delete_replica(self, replica_id: str) -> None:
-        with self._transaction() as db:
-            db.execute(sa.delete(_replicas).where(_replicas.c.id == replica_id))
+    def delete_replica(self, row: Row) -> None:
+        with self._transaction(("replicas", row.model), ("models of replicas", None)) as db:
+            db.execute(sa.delete(_replicas).where(_replicas.c.id == row.id))
 
     def next_incarnation(self, name: str) -> int:
         """A number above every one this name ever had, durable before it is used."""
@@ -714,15 +796,17 @@ class Store:
 
     def status(self, uid: str) -> dict[str, Any]:
         """What was last reported of an object; empty before the first report."""
-        with self._transaction() as db:
-            found = db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid))
-        return dict(found) if found is not None else {}
+
+        found = self._read(
+            "status", uid, lambda db: db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid))
+        )
+        return dict(found or {})
 
     def put_status(self, uid: str, status: dict[str, Any]) -> bool:
         """Write a report if it differs from the last; says whether it did."""
-        with self._transaction() as db:
-            if db.scalar(sa.select(_status.c.json).where(_status.c.uid == uid)) == status:
-                return False
+        if self.status(uid) == status:
+            return False
+        with self._transaction(("status", uid)) as db:
             statement = insert(_status).values(uid=uid, json=status)
             db.execute(statement.on_conflict_do_update(index_elements=["uid"], set_={"json": status}))
             return True

@@ -282,7 +282,9 @@ def kill_control_plane(platform: Platform) -> None:
 
 
 @pytest.mark.nightly
-def test_a_killed_control_plane_takes_nothing_with_it(platform: Platform) -> None:
+def test_row_19_a_killed_control_plane_takes_nothing_with_it_and_the_next_command_starts_one(
+    platform: Platform,
+) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     base, replica = platform.base_url("m"), platform.json("get", "model/m")["replicas"][0]
     kill_control_plane(platform)
@@ -312,6 +314,26 @@ def test_a_killed_control_plane_takes_nothing_with_it(platform: Platform) -> Non
     assert platform.base_url("m") == base, "a port that was once found is kept while it is free"
     assert ask(base, "m", "What is Quire?")["choices"]
     assert platform.run("up").stdout.count("unchanged") == 2
+
+
+def test_the_control_plane_alone_is_stopped_restarted_and_run_in_the_foreground(platform: Platform) -> None:
+    platform.run("apply", platform.gateway, platform.model("m"))
+    base, replica = platform.base_url("m"), platform.json("get", "model/m")["replicas"][0]
+    before = platform.run("daemon", "status").stdout
+    assert platform.run("daemon", "restart").stdout != before
+    stopped = platform.run("daemon", "stop").stdout
+    assert "what is served goes on: m." in stopped
+    assert "the control plane does not run" in platform.run("daemon", "status", code=7).stderr
+    assert ask(base, "m", "What is Quire?")["choices"]
+    with platform.start("daemon", "run") as foreground:
+        deadline = time.monotonic() + 30
+        while f"(pid {foreground.pid}," not in platform.run("daemon", "start").stdout:
+            assert time.monotonic() < deadline
+        assert platform.json("get", "model/m")["replicas"][0]["pid"] == replica["pid"]
+        foreground.send_signal(signal.SIGTERM)
+        foreground.communicate(timeout=30)
+    assert foreground.returncode == 0
+    assert ask(base, "m", "What is Quire?")["choices"]
 
 
 def test_ctrl_c_detaches_and_the_rollout_goes_on(platform: Platform) -> None:

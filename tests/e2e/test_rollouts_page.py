@@ -21,7 +21,7 @@ def alike(line: str) -> str:
     return re.sub(r" {2,}", "  ", line).rstrip()
 
 
-def test_every_command_of_the_page_does_what_it_shows(platform: Platform) -> None:
+def test_row_22_every_command_of_the_page_does_what_it_shows(platform: Platform) -> None:
     platform.run("apply", platform.gateway)
     (manifest,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     platform.write("chat.yaml", manifest)

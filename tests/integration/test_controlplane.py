@@ -88,7 +88,7 @@ def test_one_control_plane_at_a_time_and_none_of_torch(plane: Plane) -> None:
     assert plane.state.admin_socket.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_manifest_becomes_a_served_model_and_applying_it_again_writes_nothing(plane: Plane) -> None:
+def test_row_02_a_manifest_becomes_a_served_model_and_applying_it_again_writes_nothing(plane: Plane) -> None:
     text = model("alpha", "  servedModelNames: [alpha, first]\n")
     result = plane.apply(text)["model/alpha"]
     assert (result["result"], result["generation"], result["revision"]) == ("created", 1, 1)
@@ -231,35 +231,36 @@ def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> Non
 
 
 def test_a_plan_that_was_kept_is_applied_only_while_it_holds(plane: Plane) -> None:
-    files = [{"name": "kept.yaml", "text": model("kept", ROUND=1)}]
+    files = [{"name": "planned.yaml", "text": model("planned", ROUND=1)}]
     items = plane.client.post("/v1/plan", {"files": files})["items"]
     assert items[0]["budget"] is None or items[0]["budget"]["serving"] == 1
     assert plane.client.post("/v1/apply", {"files": files, "planned": items})["results"][0]["result"] == "created"
     with pytest.raises(
-        Refused, match=r"the plan no longer holds: model/kept: action was .*create.*unchanged"
+        Refused, match=r"the plan no longer holds: model/planned: action was .*create.*unchanged"
     ) as no:
         plane.client.post("/v1/apply", {"files": files, "planned": items})
     assert no.value.exit_code == 5
-    plane.wait_served("kept")
+    plane.wait_served("planned")
 
-    changed = [{"name": "kept.yaml", "text": model("kept", ROUND=2)}]
+    changed = [{"name": "planned.yaml", "text": model("planned", ROUND=2)}]
     items = plane.client.post("/v1/plan", {"files": changed})["items"]
     assert items[0]["budget"] == {
         "strategy": "Auto", "surge": 1, "unavailable": 0, "serving": 1, "stopFirst": False,
     }  # fmt: skip
-    plane.client.post("/v1/objects/model/kept/scale", {"replicas": 0})
-    plane.wait_stopped("kept")
-    with pytest.raises(Refused, match="the plan no longer holds: model/kept: budget was"):
+    plane.apply(model("planned", ROUND=3))
+    with pytest.raises(
+        Refused, match=r"the plan no longer holds: model/planned: revision was \[1, 2\] .* \[2, 3\] now"
+    ):
         plane.client.post("/v1/apply", {"files": changed, "planned": items})
     with pytest.raises(Refused, match="not those that were planned"):
         plane.client.post("/v1/apply", {"files": changed, "planned": []})
     with pytest.raises(Refused, match="planned is the list"):
         plane.client.post("/v1/apply", {"files": changed, "planned": "yes"})
-    assert plane.view("kept")["generation"] == 1, "a refusal changes nothing"
-    plane.delete("kept")
+    assert plane.view("planned")["generation"] == 2, "a refusal changes nothing"
+    plane.delete("planned")
 
 
-def test_an_engine_that_refuses_stalls_at_once_and_a_new_intent_heals_it(plane: Plane) -> None:
+def test_row_12_an_engine_that_refuses_stalls_at_once_and_a_new_intent_heals_it(plane: Plane) -> None:
     plane.apply(model("refusing", EXIT="78"))
     stalled = plane.wait_stalled("refusing")
     assert stalled["reason"] == "ConfigRejected"
@@ -481,7 +482,7 @@ def test_without_a_gateway_object_its_defaults_and_their_state_are_shown(tmp_pat
         plane.end()
 
 
-def test_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane: Plane) -> None:
+def test_row_05_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane: Plane) -> None:
     plane.apply(model("kept", STEP="0.05"), model("lost", "  restartPolicy: {backoffBase: 100ms}\n"))
     before = plane.wait_served("kept")["replicas"][0]
     lost = plane.wait_served("lost")["replicas"][0]["pid"]

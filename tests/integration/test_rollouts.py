@@ -75,7 +75,7 @@ def reasons(plane: Plane, name: str) -> list[str]:
         ),
     ],
 )
-def test_a_revision_that_fails_is_rolled_back_and_stays_so_until_the_intent_changes(
+def test_row_09_a_revision_that_fails_is_rolled_back_and_stays_so_until_the_intent_changes(
     plane: Plane, spec: str, env: dict[str, object], said: str
 ) -> None:
     name = "back"
@@ -149,7 +149,7 @@ def test_retry_tries_a_revision_that_was_given_up_and_a_replica_that_failed(plan
     plane.delete("again")
 
 
-def test_undo_pins_an_earlier_revision_and_only_another_manifest_ends_that(plane: Plane) -> None:
+def test_row_16_undo_pins_an_earlier_revision_and_only_another_manifest_ends_that(plane: Plane) -> None:
     one, two = model("pin", ROUND=1), model("pin", ROUND=2)
     plane.apply(one)
     plane.wait_served("pin")

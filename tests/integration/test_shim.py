@@ -142,7 +142,7 @@ time.sleep(60)
 """
 
 
-def test_stop_takes_down_the_whole_tree_even_what_ignores_it_and_left_the_group(start: Start) -> None:
+def test_row_04_stop_takes_down_the_whole_tree_even_what_ignores_it_and_left_the_group(start: Start) -> None:
     shim = start(GRANDCHILDREN)
     state = eventually(lambda: (s := shim.ask(op="status"))["lines"] and s, "it has grandchildren")
     pids = [state["childPid"], *map(int, state["lines"][0].split())]

@@ -156,6 +156,9 @@ class LocalFleet:
         self._on_change = on_change
         self._clock = clock
         self._observed: dict[Path, Observation] = {}
+        self._by_name: dict[str, dict[Path, Observation]] = {}
+        self.version = 0
+        """Changes whenever an observation does."""
         self._watches: dict[Path, asyncio.Task[None]] = {}
         self._children: set[int] = set()
 
@@ -166,7 +169,7 @@ class LocalFleet:
             for folder in sorted(root.glob("*/*")):
                 document = _read_json(folder / "shim.json") or _read_json(folder / "exit.json")
                 if document is not None and "identity" in document:
-                    self._observed[folder] = self._from_identity(folder, document, Life.UNKNOWN)
+                    self._keep(self._from_identity(folder, document, Life.UNKNOWN))
                 elif (folder / "shim.sock").exists():
                     # Cleaners of /tmp take old files and leave sockets: the shim itself says who it is.
                     nameless.add(folder)
@@ -200,7 +203,7 @@ class LocalFleet:
     def observed(self, name: str | None = None) -> list[Observation]:
         """What was last heard, of one unit or of all."""
         self._reap()
-        return [seen for seen in self._observed.values() if name is None or seen.name == name]
+        return list((self._observed if name is None else self._by_name.get(name, {})).values())
 
     async def start(self, unit: Unit) -> Observation:
         """Start a shim for `unit`, which starts the child. Returns when the shim listens. Raises `StartFailed`.
@@ -243,9 +246,7 @@ class LocalFleet:
         except StartFailed:
             shutil.rmtree(unit.folder)  # nothing of it lives: an address in use is tried again every few seconds
             raise
-        self._observed[unit.folder] = replace(
-            self._from_identity(unit.folder, spec, Life.LIVE), running=True, starts=1
-        )
+        self._keep(replace(self._from_identity(unit.folder, spec, Life.LIVE), running=True, starts=1))
         self._watch(unit.folder)
 
     async def stop(self, folder: Path, grace: float) -> None:
@@ -474,7 +475,7 @@ class LocalFleet:
 
     def _put(self, seen: Observation) -> None:
         old = self._observed.get(seen.folder)
-        self._observed[seen.folder] = seen
+        self._keep(seen)
         if old is None or replace(old, at=seen.at) != seen:
             self._on_change(seen.name)
 
@@ -482,8 +483,27 @@ class LocalFleet:
         task = self._watches.pop(folder, None)
         if task is not None:
             task.cancel()
-        self._observed.pop(folder, None)
+        self._lose(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep(self, seen: Observation) -> None:
+        """Take an observation in place of the one of its folder."""
+        old = self._observed.get(seen.folder)
+        if old is not None and old.name != seen.name:
+            self._lose(seen.folder)
+        self._observed[seen.folder] = seen
+        self._by_name.setdefault(seen.name, {})[seen.folder] = seen
+        self.version += 1
+
+    def _lose(self, folder: Path) -> None:
+        seen = self._observed.pop(folder, None)
+        if seen is None:
+            return
+        named = self._by_name[seen.name]
+        del named[folder]
+        if not named:
+            del self._by_name[seen.name]
+        self.version += 1
 
     def _reap(self) -> None:
         """Collect shims of ours that ended, so that none stays a zombie."""

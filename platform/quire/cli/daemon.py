@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -108,24 +109,30 @@ def _remove_sockets(state: StateDir) -> None:
 def _wait_down(client: Client, timeout: float) -> None:
     """Return when the control plane has let go of its lock, which it holds for its whole life. One that could not
     stop everything stays, and says so."""
-    deadline = time.monotonic() + timeout
-    lock = os.open(client.state.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _raise_failure(client)
-                time.sleep(0.05)
-                continue
-            return
-    finally:
-        os.close(lock)
+    if wait_for_lock(client.state, time.monotonic() + timeout, lambda: _raise_failure(client)):
+        return
     raise CommandFailed(
         f"the control plane still runs after {timeout:g} s",
         f"see its log: {display(client.state.log('controlplane'))}",
         ExitCode.TIMED_OUT,
     )
+
+
+def wait_for_lock(state: StateDir, deadline: float, meanwhile: Callable[[], object] = lambda: None) -> bool:
+    """Whether the lock that a control plane holds for its whole life comes free before `deadline`."""
+    lock = os.open(state.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                meanwhile()
+                time.sleep(0.05)
+                continue
+            return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _raise_failure(client: Client) -> None:

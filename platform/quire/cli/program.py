@@ -47,6 +47,7 @@ COMMANDS = {
     "secret": "secret",
     "down": "daemon",
     "up": "daemon",
+    "daemon": "service",
     "version": "daemon",
     "completion": "completion",
 }

@@ -233,7 +233,7 @@ class Intents:
         if self._plane.is_down and all(seen.life is Life.GONE for seen in self._plane.fleet.observed()):
             self._note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():
-                self._plane.store.delete_replica(row.id)
+                self._plane.store.delete_replica(row)
             self._plane.store.remove(key)
         self._plane.wake(key)
         self._plane.wake(ROUTES)

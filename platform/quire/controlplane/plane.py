@@ -216,7 +216,7 @@ class ControlPlane:
         if not left:
             try:
                 for row in self.store.replicas():
-                    self.store.delete_replica(row.id)
+                    self.store.delete_replica(row)
             except StoreUnavailable as error:  # the next one finds that they are gone
                 log.warning("what ran is not forgotten: %s", error.message)
             await self.fleet.close()

@@ -166,7 +166,7 @@ def test_replica_rows_are_compared_before_they_are_set(store: Store) -> None:
 def test_no_incarnation_is_ever_used_twice(store: Store) -> None:
     old = store.create_replica(row())
     store.update_replica(old, replace(old, incarnation=4))
-    store.delete_replica(old.id)
+    store.delete_replica(old)
     again = store.create_replica(row())
     assert (again.incarnation, again.exited) == (4, 4)
     assert [store.next_incarnation("gateway") for _ in range(3)] == [1, 2, 3]
@@ -207,7 +207,7 @@ def test_a_revision_stays_on_record_as_long_as_a_replica_is_of_it(store: Store) 
     stored = store.get(KEY)
     assert stored is not None
     assert [revision.n for revision in store.revisions(stored.uid)] == [6, 5, 4, 1]
-    store.delete_replica(kept.id)
+    store.delete_replica(kept)
     store.apply([change("h7", expected=6, template="t7")])
     assert [revision.n for revision in store.revisions(stored.uid)] == [7, 6, 5]
 
@@ -245,6 +245,49 @@ def test_the_clock_reads_like_unix_time_goes_on_over_restarts_and_is_moved_by_no
     rebooted = Store(tmp_path / "state.db")
     assert rebooted.clock() >= before, "no time on record lies ahead, whatever the wall clock says after a boot"
     rebooted.close()
+
+
+def test_what_was_read_is_read_anew_when_another_connection_has_written(store: Store, tmp_path: Path) -> None:
+    store.apply([change()])
+    store.create_replica(row())
+    stored = store.get(KEY)
+    assert stored is not None
+    store.put_status(stored.uid, {"a": 1})
+    assert store.replicas() == (row(),)
+    assert store.status(stored.uid) == {"a": 1}
+    version = store.rows_version
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as db:
+        db.execute("UPDATE replicas SET restarts = 7")
+        db.execute("""UPDATE status SET json = '{"a": 2}'""")
+        db.execute("UPDATE objects SET generation = 9")
+    assert store.replicas("m")[0].restarts == 7
+    assert store.rows_version > version
+    assert store.status(stored.uid) == {"a": 2}
+    assert [each.generation for each in store.objects("model")] == [9]
+
+
+def test_what_was_read_is_not_what_a_transaction_that_failed_would_have_written(store: Store) -> None:
+    store.apply([change()])
+    first = store.create_replica(row())
+    assert store.replicas() == (first,)
+    with pytest.raises(Conflict):
+        store.update_replica(replace(first, restarts=3), replace(first, restarts=4))
+    assert store.replicas() == (first,)
+    second = store.create_replica(row(id="n-r1-0", model="n"))
+    assert store.replicas() == (first, second)
+    store.delete_replica(first)
+    assert store.replicas() == (second,)
+    assert store.replicas("m") == ()
+
+
+def test_a_status_that_was_given_out_is_the_callers(store: Store) -> None:
+    store.apply([change()])
+    stored = store.get(KEY)
+    assert stored is not None
+    store.put_status(stored.uid, {"a": 1, "b": 2})
+    store.status(stored.uid).pop("a")
+    assert store.status(stored.uid) == {"a": 1, "b": 2}
+    assert not store.put_status(stored.uid, {"a": 1, "b": 2})
 
 
 def test_how_a_replica_last_ended_is_kept(tmp_path: Path) -> None:

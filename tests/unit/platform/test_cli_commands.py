@@ -240,6 +240,16 @@ def test_get_replicas_lists_those_of_all_models(server: AdminServer, capsys: pyt
     assert "model: quickstart" in said(capsys)[0]
 
 
+def test_the_unit_of_systemd_ends_no_engine(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daemon", "unit"]) == ExitCode.OK
+    lines = said(capsys)[0].splitlines()
+    assert "KillMode=process" in lines
+    assert f"Environment=QUIRE_STATE_DIR={state.root}" in lines
+    (start,) = [line for line in lines if line.startswith("ExecStart=/")]
+    assert start.endswith(" daemon run")
+    assert not state.root.exists()
+
+
 def test_get_wide_and_by_name(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.script["GET /v1/objects"] = [(200, {"items": [model(), model(name="other")]})]
     assert main(["get", "-o", "name"]) == ExitCode.OK

@@ -194,7 +194,7 @@ def test_progress_of_a_replica_that_starts_again_does_not_claim_old_steps() -> N
     assert render.progress_line(again, 80) == "quickstart  … Starting 0/1"
 
 
-def test_describe_ends_with_what_one_can_do_about_a_stall() -> None:
+def test_row_21_describe_ends_with_what_one_can_do_about_a_stall() -> None:
     stalled = model(
         status={
             "summary": "Stalled: InsufficientMemory",

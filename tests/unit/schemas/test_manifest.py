@@ -157,7 +157,7 @@ def test_resources_say_where_they_stand_and_empty_documents_do_not_count() -> No
 # ── mistakes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_one_run_reports_all_mistakes_of_all_files() -> None:
+def test_row_17_one_run_reports_all_mistakes_of_all_files() -> None:
     first = spec(
         "paralelism: {tensor: 1}\nengine:\n  max_model_len: 3\n  dtype: floot16\nbatching: {}\nbatching: {}"
     )

@@ -1,0 +1,135 @@
+"""`platform daemon`: the control plane alone, without the engines and the router, which go on without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from quire.cli.daemon import wait_for_lock
+from quire.cli.outcome import CommandFailed, ExitCode, program
+from quire.cli.session import connect, notice
+from quire.client import Client, Unreachable
+from quire_operators.paths import StateDir
+
+STOP_SECONDS = 30.0
+UNIT = """\
+# The control plane as a service of systemd. For one user:
+#   platform daemon unit > ~/.config/systemd/user/quire.service
+#   systemctl --user daemon-reload && systemctl --user enable --now quire
+[Unit]
+Description=Quire control plane
+After=network.target
+
+[Service]
+Type=exec
+Environment=QUIRE_STATE_DIR={state}
+ExecStart={command} daemon run
+Restart=always
+RestartSec=1
+# The engines and the router are in this unit's control group. A restart of the control plane ends none of them;
+# what is to be stopped is stopped by: platform down
+KillMode=process
+Delegate=yes
+TimeoutStopSec={stop:.0f}
+
+[Install]
+WantedBy=default.target
+"""
+
+
+@click.group(short_help="Start, stop and restart the control plane alone.")
+def daemon() -> None:
+    """The control plane alone. Whatever happens to it, what is served goes on being served; platform down stops
+    that."""
+
+
+@daemon.command()
+def start() -> int:
+    """Start the control plane if it does not run. Commands that need it do so by themselves."""
+    return _told(connect())
+
+
+@daemon.command()
+def stop() -> int:
+    """End the control plane. Engines and router go on; the next command that needs it starts it again."""
+    client = connect(start=False)
+    if not client.is_running():
+        print("the control plane does not run")
+        return ExitCode.OK
+    served = _end(client)
+    print(f"the control plane ended; what is served goes on: {served}. To stop that: {program()} down")
+    return ExitCode.OK
+
+
+@daemon.command()
+def restart() -> int:
+    """End the control plane and start it anew, as after an upgrade. Nothing that is served notices."""
+    client = connect(start=False)
+    if client.is_running():
+        _end(client)
+    return _told(connect())
+
+
+@daemon.command()
+def status() -> int:
+    """Tell whether the control plane runs; exits with 7 if it does not."""
+    client = connect(start=False)
+    if not client.is_running():
+        raise CommandFailed("the control plane does not run", "platform daemon start", ExitCode.UNREACHABLE)
+    return _told(client)
+
+
+@daemon.command()
+def run() -> int:
+    """Be the control plane, in the foreground, until SIGTERM: for systemd, containers and other supervisors."""
+    state = StateDir.default()
+    words = [sys.executable, "-P", "-m", "quire.controlplane", "--state-dir", str(state.root)]
+    sys.stdout.flush()
+    os.execv(sys.executable, words)  # noqa: S606 - our own interpreter, and words of ours
+
+
+@daemon.command()
+def unit() -> int:
+    """Print a unit of systemd that runs the control plane of this state directory."""
+    command = Path(sys.argv[0]).absolute()
+    print(UNIT.format(state=StateDir.default().root, command=command, stop=STOP_SECONDS), end="")
+    return ExitCode.OK
+
+
+def _told(client: Client) -> int:
+    ping = client.get("/v1/ping")
+    print(f"control plane  {ping['version']} (pid {ping['pid']}, state directory {ping['stateDir']})")
+    return ExitCode.OK
+
+
+def _end(client: Client) -> str:
+    """End the control plane that answers, and wait until its lock is free; what it says that is served."""
+    ping = client.get("/v1/ping")
+    models = [] if ping.get("down") else client.get("/v1/objects", kind="model")["items"]
+    served = (
+        ", ".join(view["name"] for view in models if view["status"].get("replicas", {}).get("live")) or "nothing"
+    )
+    try:
+        process = os.pidfd_open(ping["pid"])
+    except ProcessLookupError:
+        return served
+    try:
+        if client.get("/v1/ping")["pid"] == ping["pid"]:  # so the descriptor is of the process that answered
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+    except (Unreachable, ProcessLookupError):
+        pass  # it ended by itself
+    finally:
+        os.close(process)
+    if not wait_for_lock(client.state, time.monotonic() + STOP_SECONDS):
+        raise CommandFailed(
+            f"the control plane (pid {ping['pid']}) still runs after {STOP_SECONDS:g} s",
+            "platform logs controlplane",
+            ExitCode.TIMED_OUT,
+        )
+    notice(f"control plane  ended (pid {ping['pid']})")
+    return served
