@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quire_operators import room
 from quire_operators.cache import SPARE
+from quire_operators.desired import Effective, effective
 from quire_operators.devices import Inventory, held
-from quire_operators.overrides import Kind, in_force
+from quire_operators.overrides import Kind, Overrides, ended_by_intent, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.review import Refusal, Review
 from quire_operators.sources import Located as Folder
@@ -237,32 +238,34 @@ class Admission:
                 placed.placement.template, placed.placement.max_num_seqs, placed.placement.max_num_batched_tokens
             )
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
-        if old is not None:
-            review.notes += self._ended_notes(old, spec, known)
+        wanted = self._foreseen(review, spec, history)
         if review.refusal is None:
             room.count_replicas(review, review.placement, self._store.replicas(), inventory)
         if review.refusal is None:
-            review.rollout = room.rollout_text(review, current, self._store.replicas(), inventory)
+            review.rollout = room.rollout_text(review, wanted, current, self._store.replicas(), inventory)
 
-    def _ended_notes(self, old: StoredObject, spec: Mapping[str, Any], known: Revision | None) -> list[str]:
-        """What an apply would end of what was decided beside the intent, and what it would not."""
-        current = in_force(self._store.overrides(old.uid), self._store.clock())
-        notes = []
-        if (pin := current.get(Kind.PIN)) is not None:
-            notes.append(f"ends the pin to revision {pin.revision}")
-        quarantine = current.get(Kind.QUARANTINE)
-        if quarantine is not None and known is not None and known.template_hash == quarantine.template_hash:
-            notes.append(f"tries revision {quarantine.revision} again, which was given up: {quarantine.reason}")
-        if (scale := current.get(Kind.SCALE)) is not None:
-            if spec["replicas"] != old.resolved["replicas"]:
-                notes.append(f"ends the scale to {scale.replicas}")
-            else:
-                notes.append(f"it stays scaled to {scale.replicas}; platform scale {old.key} --reset ends that")
-        if Kind.PAUSE in current:
-            notes.append(f"it is paused and stays so; platform resume {old.key} starts it")
-        if Kind.HOLD in current:
-            notes.append(f"its rollouts are paused; platform rollout resume {old.key} lets this one begin")
-        return notes
+    def _foreseen(self, review: Review, spec: dict[str, Any], history: Sequence[Revision]) -> Effective:
+        """What will be to run once this is applied, with what stays of what was decided beside the intent; notes
+        on what does not."""
+        old, now = review.old, self._store.clock()
+        if old is None:
+            old = StoredObject(review.key, "", 0, 0, {}, "", {}, None, now, now)
+        n = old.revision or 0
+        if review.revision is not None and review.placement is not None:
+            n = max((revision.n for revision in history), default=0) + 1
+            new = Revision(
+                old.uid, n, review.revision.template_hash, spec, review.revision.defaults_version,
+                review.placement.as_dict(), review.revision.cause, now,
+            )  # fmt: skip
+            history = (new, *history)
+        else:
+            history = [replace(each, resolved=spec) if each.n == n else each for each in history]
+        decided = in_force(self._store.overrides(old.uid), now)
+        ended = [kind for kind in ended_by_intent(old.resolved, spec) if kind in decided]
+        review.ends = tuple(kind.value for kind in ended)
+        stays = [override for kind, override in decided.items() if kind not in ended]
+        review.notes += _decision_notes(old.key, decided, ended)
+        return effective(replace(old, resolved=spec, revision=n), history, stays, now)
 
     def _new(self, review: Review, template: str, placement: Placement, defaults: int) -> NewRevision:
         annotations = review.located.intent.get("metadata", {}).get("annotations", {})
@@ -452,6 +455,26 @@ class Admission:
                             f"choose another name, or delete {owner} first",
                         ),
                     )
+
+
+def _decision_notes(key: Key, decided: Overrides, ended: Sequence[Kind]) -> list[str]:
+    """What becomes of decisions beside the intent when this is applied."""
+    notes = []
+    if Kind.PIN in ended:
+        notes.append(f"ends the pin to revision {decided[Kind.PIN].revision}")
+    if Kind.QUARANTINE in ended:
+        given_up = decided[Kind.QUARANTINE]
+        notes.append(
+            f"revision {given_up.revision} was given up ({given_up.reason}); what is applied now is tried"
+        )
+    if (scale := decided.get(Kind.SCALE)) is not None:
+        stays = f"it stays scaled to {scale.replicas}; platform scale {key} --reset ends that"
+        notes.append(f"ends the scale to {scale.replicas}" if Kind.SCALE in ended else stays)
+    if Kind.PAUSE in decided:
+        notes.append(f"it is paused and stays so; platform resume {key} starts it")
+    if Kind.HOLD in decided:
+        notes.append(f"its rollouts are paused; platform rollout resume {key} lets this one begin")
+    return notes
 
 
 def _plain_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:

@@ -35,6 +35,10 @@ class Effective:
     """The last revision that was rolled out as a whole."""
     fallback: Revision | None
     """The last one that was, of another template than the one that is to serve."""
+    full: int
+    """Replicas that it has while it is in memory."""
+    standby: bool
+    """It is there on demand, and not in memory now."""
 
     @property
     def is_newest(self) -> bool:
@@ -59,8 +63,9 @@ def effective(
     replicas = spec["replicas"]
     if (scale := current.get(Kind.SCALE)) is not None and scale.replicas is not None:
         replicas = scale.replicas
-    if Kind.PAUSE in current:
-        replicas = 0
+    full = 0 if Kind.PAUSE in current else replicas
+    standby = full > 0 and is_on_demand(spec) and Kind.RESIDENT not in current
+    replicas = 0 if standby else full
     if replicas != spec["replicas"]:
         spec = {**spec, "replicas": replicas}
     return Effective(
@@ -70,7 +75,14 @@ def effective(
         overrides=current,
         stable=last_stable(revisions),
         fallback=last_stable(revisions, revision.template_hash),
+        full=full,
+        standby=standby,
     )
+
+
+def is_on_demand(spec: Mapping[str, Any]) -> bool:
+    """Whether a resolved spec has its model in memory only while somebody asks for it."""
+    return spec.get("residency") == "onDemand"
 
 
 def last_stable(revisions: Sequence[Revision], without: str = "") -> Revision | None:

@@ -40,6 +40,10 @@ class View:
     """What its files still lack; None when all are there and verified."""
     unusable: str | None = None
     """Why the router cannot serve it, whatever its replicas do."""
+    short: bool = False
+    """It is asked for, and there is no room for it that anybody can make."""
+    yields: bool = False
+    """A model that is there on demand may leave for it."""
 
     @property
     def stored(self) -> StoredObject:
@@ -75,6 +79,7 @@ class ModelStatus:
         self._detect = detect
         self._clock = clock
         self._changed = changed
+        self._began = clock()
 
     def write(self, view: View, *, no_room: bool) -> float | None:
         """Write the status and its events; gives the time of the progress deadline while it is ahead."""
@@ -96,8 +101,8 @@ class ModelStatus:
             signature.append(fetching.done)
         signature = [*_aim(view.wanted), signature]
         since = before["progressAt"] if signature == before.get("signature") else now
-        deadline = since + parse_duration(stored.resolved["rollout"]["progressDeadline"])
-        late = not settled and not desired.held and now >= deadline
+        deadline = self._deadline(since, stored)
+        late = not settled and now >= deadline and rollout.lags(desired, view.world)
         facts = self._facts(view, no_room, len(available), settled, late=late)
         facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
@@ -165,7 +170,7 @@ class ModelStatus:
             grave = (fact.type == "Stalled" and fact.status) or fact.reason is Reason.REFERENCE_KERNELS
             if grave and not _was(before, fact):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
-        return None if settled or desired.held or now >= deadline else deadline
+        return None if settled or now >= deadline else deadline
 
     def is_late(self, wanted: Effective) -> bool:
         """Whether the last status tells of a rollout of this very revision that has made no progress for too
@@ -173,8 +178,11 @@ class ModelStatus:
         before = self._store.status(wanted.stored.uid)
         if before.get("signature", [])[:-1] != _aim(wanted) or before["rollout"]["settled"]:
             return False
-        deadline = parse_duration(wanted.stored.resolved["rollout"]["progressDeadline"])
-        return bool(self._clock() >= before["progressAt"] + deadline)
+        return self._clock() >= self._deadline(before["progressAt"], wanted.stored)
+
+    def _deadline(self, since: float, stored: StoredObject) -> float:
+        """Until when something has to move. Nothing can have while no control plane was there to see it."""
+        return max(since, self._began) + parse_duration(stored.resolved["rollout"]["progressDeadline"])
 
     def _override(self, override: Override) -> dict[str, Any]:
         """A decision as it is shown."""
@@ -305,6 +313,11 @@ class ModelStatus:
             if pause.until is not None:
                 until = f" until {status.timestamp(on_the_wall(pause.until, self._clock))}"
             return Fact("Ready", False, Reason.PAUSED, f"paused by {pause.by}{until}" + _because(pause))
+        if view.wanted.standby:
+            if view.short:
+                text = "requests wait for it, and nothing can be unloaded to make room"
+                return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
+            return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")
         if want == 0:
             return Fact("Ready", False, Reason.STOPPED, "no replica is asked for")
         if world.router is not rollout.Router.KNOWN:
@@ -379,7 +392,7 @@ class ModelStatus:
                 return Fact("Stalled", True, Reason.CRASH_LOOP, text)
         if view.unusable is not None and not desired.deleting:
             return Fact("Stalled", True, Reason.MODEL_UNUSABLE, view.unusable)
-        if lacking is not None and not self._something_leaves():
+        if lacking is not None and not view.yields and not self._something_leaves():
             return Fact("Stalled", True, lacking.reason, lacking.message)
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
@@ -398,8 +411,8 @@ class ModelStatus:
 
 def _aim(wanted: Effective) -> list[Any]:
     """What a rollout is for: another aim begins its time anew."""
-    kinds = sorted(wanted.overrides.keys() & {Kind.HOLD, Kind.PAUSE, Kind.SCALE})
-    return [wanted.stored.generation, wanted.revision.n, kinds]
+    decided = sorted([each.kind.value, each.at] for each in wanted.overrides.values())
+    return [wanted.stored.generation, wanted.revision.n, decided]
 
 
 def _because(override: Override) -> str:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from quire_operators import rollout
+from quire_operators import residency, rollout
 from quire_operators.cache import Need
-from quire_operators.desired import Effective, desired_of, effective, stall_timeout
+from quire_operators.desired import Effective, desired_of, effective, is_on_demand, stall_timeout
 from quire_operators.devices import Inventory, free_places, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
@@ -28,13 +28,13 @@ from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFail
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.model_status import ModelStatus, View
 from quire_operators.observed import report_of, seen_of
-from quire_operators.overrides import Kind, Override
+from quire_operators.overrides import Kind, Override, in_force
 from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.secrets import without_tokens
-from quire_operators.store import Conflict, Revision, Store, StoredObject
+from quire_operators.store import Conflict, Store, StoredObject
 from quire_operators.tracing import acted
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
@@ -44,6 +44,8 @@ from quire_schemas.update import hot_hash
 
 log = logging.getLogger(__name__)
 
+DEMAND_POLL = 0.2
+"""Seconds between two looks at whether somebody asks for a model that is not in memory."""
 STOP_GRACE = 10.0
 """Seconds an engine has to end by itself after SIGTERM; it was drained before."""
 HOPELESS_STOPS = frozenset({rollout.STALLED, rollout.STARTUP_TIMEOUT})
@@ -115,6 +117,10 @@ class ModelReconciler:
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of a starting engine: how far it last said it was, and when that was new."""
         self._kept_ledger: _Ledger | None = None
+        self._asked: dict[str, float] = {}
+        """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
+        self._short: set[str] = set()
+        """Those of them for which nobody can make room."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
@@ -163,7 +169,7 @@ class ModelReconciler:
     def _fetching(self, wanted: Effective) -> Progress | None:
         """Have the files of the revision that is to serve fetched; how far that is."""
         stored, revision = wanted.stored, wanted.revision
-        if stored.deletion_time is not None or stored.resolved["replicas"] == 0:
+        if stored.deletion_time is not None or wanted.full == 0:
             self._downloads.forget(stored.key)
             return None
         needs = needs_of(revision.resolved, Placement.from_dict(revision.placement))
@@ -176,11 +182,18 @@ class ModelReconciler:
         if view.fetching is None:
             return view
         running = {row.revision for row, _ in view.world.replicas}
-        kept = [revision for revision in self._store.revisions(view.stored.uid) if revision.n in running]
+        quarantine = view.wanted.overrides.get(Kind.QUARANTINE)
+        given_up = quarantine.template_hash if quarantine is not None else ""
+        kept = [
+            revision
+            for revision in self._store.revisions(view.stored.uid)
+            if revision.n in running and revision.template_hash != given_up
+        ]
         if not kept:
             return view
         newest = max(kept, key=lambda revision: revision.n)
-        stored = replace(view.stored, resolved=newest.resolved)
+        resolved = {**newest.resolved, "replicas": view.stored.resolved["replicas"]}
+        stored = replace(view.stored, resolved=resolved)
         return self._observe_as(replace(view.wanted, stored=stored, revision=newest, fallback=None), view.fetching)
 
     def _observe_as(self, wanted: Effective, fetching: Progress | None) -> View:
@@ -202,7 +215,9 @@ class ModelReconciler:
             late=fetching is None and self._status.is_late(wanted),
         )
         unusable = self._routes.unusable(stored.key.name)
-        return View(wanted, placement, desired_of(wanted), world, fetching, unusable)
+        short = stored.key.name in self._short
+        yields = not short and any(name != stored.key.name for name in self._guests())
+        return View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -250,6 +265,82 @@ class ModelReconciler:
             most=spec["replicas"] + spec["rollout"]["maxSurge"],
         )
 
+    # ── models on demand ──────────────────────────────────────────────────────────────────────────────────
+
+    def _guests(self) -> list[str]:
+        """Models on demand that are in memory, and might leave it."""
+        return [
+            stored.key.name
+            for stored in self._store.objects("model")
+            if is_on_demand(stored.resolved)
+            and Kind.RESIDENT in in_force(self._store.overrides(stored.uid), self._clock())
+        ]
+
+    def settle_residency(self) -> float | None:
+        """Load and unload models that are there on demand, by what the router tells of their use. Seconds until
+        another look may bring more; None when nobody waits, and none is there on demand."""
+        stored = [each for each in self._store.objects("model") if each.deletion_time is None]
+        if not any(is_on_demand(each.resolved) for each in stored):
+            self._asked.clear()
+            return None
+        if self._routes.knowledge() is not rollout.Router.KNOWN:
+            return None
+        now = self._clock()
+        tenants = [self._tenant(self.effective(each), now) for each in stored]
+        planned = residency.plan(tenants, self._detect(), self._ledger().taken, now)
+        for move in planned.moves:
+            self._move_in_or_out(move)
+        short = set(planned.short)
+        for name in short ^ self._short:
+            self._changed(Key("model", name))
+        self._short = short
+        return DEMAND_POLL
+
+    def _tenant(self, wanted: Effective, now: float) -> residency.Tenant:
+        stored, name = wanted.stored, wanted.stored.key.name
+        placement = Placement.from_dict(wanted.revision.placement)
+        rows = self._store.replicas(name)
+        missing = max(wanted.full - sum(row.goal is Goal.RUN for row in rows), 0)
+        use = self._routes.use(name)
+        on_demand = is_on_demand(stored.resolved)
+        asks = missing > 0 and (not wanted.standby or use.in_flight > 0) and self._fetching(wanted) is None
+        if asks:
+            self._asked.setdefault(name, now)
+        else:
+            self._asked.pop(name, None)
+        resident = wanted.overrides.get(Kind.RESIDENT)
+        since = resident.at if resident is not None else 0.0
+        return residency.Tenant(
+            model=name,
+            on_demand=on_demand,
+            resident=not wanted.standby,
+            missing=missing,
+            kind=placement.device,
+            need=placement.memory,
+            share=parse_percent(stored.resolved["engine"]["memory"]),
+            device_ids=stored.resolved["placement"]["deviceIds"],
+            holds=held(rows),
+            asked_since=self._asked.get(name),
+            busy=use.in_flight > 0,
+            used_at=since if use.idle is None else max(now - use.idle, since),
+        )
+
+    def _move_in_or_out(self, move: residency.Load | residency.Unload) -> None:
+        key = Key("model", move.model)
+        stored = self._store.get(key)
+        if stored is None:
+            return
+        log.info("%s: %s", key, move)
+        if isinstance(move, residency.Load):
+            override = Override(Kind.RESIDENT, "platform", self._clock(), "it was asked for")
+            self._store.set_override(stored.uid, override)
+            self._store.add_event(key, "Normal", "Loading", "it is asked for")
+        else:
+            self._store.end_overrides(stored.uid, (Kind.RESIDENT,))
+            self._store.add_event(key, "Normal", "Unloading", f"model/{move.because} needs its room")
+        self._changed(key)
+        self._changed(ROUTES)
+
     def _ledger(self) -> _Ledger:
         """What all rows and processes hold; worked out again when one of them has changed."""
         version = (self._store.rows_version, self._fleet.version)
@@ -274,6 +365,7 @@ class ModelReconciler:
         steps = [step for step in planned.steps if not self._lacks_files(view, acting, step)]
         try:
             for step in steps:
+                self._check_unchanged(view)
                 await self._execute(acting, step)
         except Conflict as conflict:
             log.info("%s: %s", key, conflict.message)  # an apply came in between: the next pass sees it
@@ -311,6 +403,13 @@ class ModelReconciler:
         if desired.deleting or not desired.replicas:
             return False
         return rollout.is_settled(desired, view.world, self._clock())
+
+    def _check_unchanged(self, view: View) -> None:
+        """Raises `Conflict` when something was applied or decided since the view was taken: steps are awaited."""
+        stored, wanted = self._store.get(view.stored.key), view.wanted
+        decided = {} if stored is None else in_force(self._store.overrides(stored.uid), self._clock())
+        if stored is None or stored.generation != wanted.stored.generation or decided != wanted.overrides:
+            raise Conflict(f"{view.stored.key} was changed meanwhile", "it is looked at again")
 
     def _lacks_files(self, view: View, acting: View, step: rollout.Step) -> bool:
         """Whether a step would start an engine of the current revision before its files are there."""
@@ -510,7 +609,7 @@ class ModelReconciler:
             if stored.deletion_time is not None:
                 continue
             wanted = self.effective(stored)
-            stored, revision = wanted.stored, wanted.revision
+            stored = wanted.stored
             rows = self._store.replicas(stored.key.name)
             pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in rows)
             placements = {
@@ -521,19 +620,19 @@ class ModelReconciler:
                 for row in rows
                 if (placed := placements.get(row.template_hash)) is not None
             }
-            route = self._route(stored, revision, placements, pairs)
+            route = self._route(wanted, placements, pairs)
             found.append(Routable(route, pairs, {row.id: self.socket_of(row) for row in rows}, texts))
         return found
 
     def _route(
         self,
-        stored: StoredObject,
-        revision: Revision,
+        wanted: Effective,
         placements: Mapping[str, Placement],
         pairs: tuple[tuple[Row, Seen], ...],
     ) -> wire.ModelRoute:
         """A table entry without replicas, with the current revision's text. Bounds are the narrowest among the
         revisions that are ready; `placements` are by template hash."""
+        stored, revision = wanted.stored, wanted.revision
         placement = Placement.from_dict(revision.placement)
         ready = {row.template_hash for row, seen in pairs if seen.process is Process.READY}
         narrow = [placed for template, placed in placements.items() if template in ready] or [placement]
@@ -551,16 +650,20 @@ class ModelReconciler:
             max_queue_wait=parse_duration(batching["maxQueueWait"]),
             created=int(stored.created_at),
             replicas=(),
-            eta=self._eta(revision, pairs) if not ready else None,
-            stopped=stored.resolved["replicas"] == 0,
+            eta=self._eta(wanted, pairs) if not ready else None,
+            stopped=wanted.full == 0,
+            on_demand=is_on_demand(stored.resolved),
             scripted=placement.runner == "scripted",
             stall_seconds=stall_timeout(stored.resolved),
             policy=batching["policy"],
             prefix_caching=batching["prefixCaching"],
         )
 
-    def _eta(self, revision: Revision, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:
+    def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:
         """Seconds until the first starting replica should be ready, by how long the last one took."""
+        revision = wanted.revision
+        if wanted.standby:
+            return revision.load_seconds
         started = [row.launched_at for row, seen in pairs if seen.process is Process.STARTING]
         if revision.load_seconds is None or not started:
             return None

@@ -9,6 +9,7 @@ is applied every minute does not fight whoever is on call.
     pin          an earlier revision serves (`platform rollout undo`); until the intent changes, or it is undone
     quarantine   a template that failed is not started again; until the intent changes, or it is retried
     restart      replicas that are older than it are replaced, one after the other
+    resident     a model that is there on demand is in memory; until another one needs the room (`residency`)
 
 The store keeps one of each kind for an object; `desired.effective` says what is to run because of them.
 """
@@ -30,10 +31,13 @@ class Kind(enum.StrEnum):
     PIN = "pin"
     QUARANTINE = "quarantine"
     RESTART = "restart"
+    RESIDENT = "resident"
 
 
-ENDED_BY_INTENT = (Kind.PIN, Kind.QUARANTINE)
-"""Those that a new intent ends."""
+def ended_by_intent(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """Those that a new intent ends, from the resolved specs before and after."""
+    scaled = (Kind.SCALE,) if old.get("replicas") != new.get("replicas") else ()
+    return (Kind.PIN, Kind.QUARANTINE, *scaled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,10 @@ class Review:
     rollout: str = ""
     budget: Budget | None = None
     """What the rollout may do as things stand; None where none begins."""
+    replaces: int = 0
+    """Running replicas that others take the place of."""
+    ends: tuple[str, ...] = ()
+    """Kinds of what was decided beside the intent that this ends."""
     notes: list[str] = field(default_factory=list)
     download: int = 0
     """Bytes that are to be fetched from a hub."""
@@ -89,6 +93,8 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "resolved": review.placement.resolved(review.resolved) if review.placement is not None else None,
             "rollout": review.rollout,
             "budget": _budget(review.budget),
+            "replaces": review.replaces,
+            "ends": list(review.ends),
             "notes": review.notes,
             "warnings": review.warnings,
         }
@@ -116,7 +122,7 @@ def moved(planned: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     if [item["key"] for item in planned] != [item["key"] for item in now]:
         return "the manifests are not those that were planned"
     for before, after in zip(planned, now, strict=True):
-        for name in ("action", "revision", "changes", "resolved", "budget"):
+        for name in ("action", "revision", "changes", "resolved", "budget", "replaces", "ends"):
             if before.get(name) != after.get(name):
                 return (
                     f"{after['key']}: {name} was {json.dumps(before.get(name), ensure_ascii=False)} when it was "

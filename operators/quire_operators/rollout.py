@@ -210,7 +210,7 @@ class Desired:
     backoff_max: float = 300.0
     hot_hash: str = ""
     held: bool = False
-    """No rollout begins or goes on: no replica is added, and none is taken away by choice."""
+    """No replica takes the place of one of another template, or of an older one. Their number is brought about."""
     restarted_at: float = 0.0
     """Replicas that were created before this are not current, whatever their template."""
     proven: bool = False
@@ -234,7 +234,7 @@ class World:
     jitter: float = 0.0
     """Between -1 and 1, drawn by the caller; times 20 % of a back-off."""
     late: bool = False
-    """The rollout made no progress until its deadline."""
+    """Nothing of the rollout has moved until its deadline."""
 
 
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -403,6 +403,16 @@ def is_settled(desired: Desired, world: World, now: float) -> bool:
     )
 
 
+def lags(desired: Desired, world: World) -> bool:
+    """Whether the rollout waits for a replica of its own that does not serve. Waiting for room, for a router that
+    does not answer, for `minReadyDuration` or for old streams to end is no failure of what is rolled out.
+    """
+    return world.router is Router.KNOWN and any(
+        row.goal is Goal.RUN and is_current(desired, row) and not (seen.process is Process.READY and seen.routed)
+        for row, seen in world.replicas
+    )
+
+
 def state_of(row: Row, seen: Seen) -> str:
     """The state of a replica for people."""
     if row.failed_generation is not None:
@@ -448,10 +458,8 @@ class _Planner:
         self.finish_drains()
         if self.can_drain:
             self.take_back_drains()
-            if not self.held:
-                self.begin_drains()
-        if not self.held:
-            self.create()
+            self.begin_drains()
+        self.create()
         self.launch()
         self.push_limits()
         later = [at for at in self.wake if at > self.now]
@@ -511,7 +519,9 @@ class _Planner:
             if row.restarts >= self.desired.crashes_before_rollback and not self.seen[row.id].routed:
                 said = f": {row.last_exit.message}" if row.last_exit is not None else ""
                 return CRASH_LOOP, f"{row.id} ended {row.restarts} times{said}"
-        return (PROGRESS_DEADLINE, "it made no progress for so long") if self.world.late else None
+        if self.world.late and lags(self.desired, self.world):
+            return PROGRESS_DEADLINE, "its replicas made no progress for rollout.progressDeadline"
+        return None
 
     def stop_orphans(self) -> None:
         for orphan in self.world.orphans:
@@ -637,6 +647,9 @@ class _Planner:
         )
         surplus = [row for row in self.runs() if not self.is_current(row)]
         surplus += reversed(current[self.budget.want :])
+        if self.held:
+            # Only the number is brought about; those that would be replaced go first.
+            surplus = sorted(surplus, key=self.is_available)[: max(len(list(self.runs())) - self.budget.want, 0)]
         available = self.available()
         for row in sorted(surplus, key=self.is_available):
             because = "Surplus" if self.is_current(row) else "Superseded"
@@ -655,6 +668,8 @@ class _Planner:
         others = [row for row in self.rows.values() if not (row.goal is Goal.RUN and self.is_current(row))]
         if self.recreate and others:
             return
+        if self.held and any(row.goal is Goal.RUN for row in others):
+            return  # a replica that is added would be a step of the rollout
         room = self.world.room
         number = min(missing, self.budget.ceiling - len(self.rows), room)
         leaving = any(row.goal is Goal.DRAIN for row in others) or any(

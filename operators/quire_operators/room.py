@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 from quire_operators import rollout
-from quire_operators.desired import rollout_options
+from quire_operators.desired import Effective, desired_of, is_on_demand
 from quire_operators.devices import Inventory, device_names, free_places, held
+from quire_operators.overrides import Kind
 from quire_operators.placement import Placement
 from quire_operators.review import Refusal, Review
 from quire_operators.store import Revision
@@ -39,6 +40,11 @@ def count_replicas(
                 f"what replicas may take of this machine, even with nothing else on it, is {whole}",
                 f"at most {most} fit: set spec.replicas to {most} or less",
             ),
+        )
+        return
+    if is_on_demand(spec):
+        review.notes.append(
+            "loaded by the first request for it, beside what is there or in place of what is there on demand"
         )
         return
     others = [row for row in rows if row.model != review.key.name]
@@ -69,36 +75,33 @@ def _limits(spec: Mapping[str, Any], placement: Placement, inventory: Inventory)
 
 
 def rollout_text(
-    review: Review, current: Revision | None, rows: Sequence[rollout.Row], inventory: Inventory
+    review: Review,
+    wanted: Effective,
+    current: Revision | None,
+    rows: Sequence[rollout.Row],
+    inventory: Inventory,
 ) -> str:
-    """How the change would be carried out now, by the very budget that the planner uses, which `review` keeps."""
-    if review.placement is None:
-        return ""
-    spec = review.resolved
-    own = sum(row.model == review.key.name for row in rows)
-    want = spec["replicas"]
-    if review.revision is None:
-        if want != own:
-            return f"{own} → {want} replicas; none restarts"
-        return "no replica restarts"
+    """How what is `wanted` once this is applied would be carried out now, by the very budget that the planner
+    uses, which `review` keeps."""
+    spec, desired = wanted.stored.resolved, desired_of(wanted)
+    mine = [row for row in rows if row.model == review.key.name]
+    own, want = len(mine), desired.replicas
+    stale = sum(row.goal is rollout.Goal.RUN and not rollout.is_current(desired, row) for row in mine)
+    review.replaces = min(stale, want)
+    if Kind.PAUSE in wanted.overrides:
+        return "none: it is paused"
+    if stale and desired.held:
+        return f"none before its rollouts are resumed; {_count(stale, 'replica')} to replace then"
+    if own and not stale:
+        return f"{own} → {want} replicas; none restarts" if want != own else "no replica restarts"
     share = parse_percent(spec["engine"]["memory"])
+    placement = Placement.from_dict(wanted.revision.placement)
     places = free_places(
-        inventory,
-        held(rows),
-        review.placement.device,
-        review.placement.memory,
-        share,
-        spec["placement"]["deviceIds"],
-    )
-    desired = rollout.Desired(
-        model=review.key.name,
-        generation=0,
-        revision=0,
-        template_hash=review.revision.template_hash,
-        replicas=want,
-        **rollout_options(spec),
+        inventory, held(rows), placement.device, placement.memory, share, spec["placement"]["deviceIds"]
     )
     budget = review.budget = rollout.budget(desired, own, len(places))
+    if not own and is_on_demand(spec):
+        return f"{_count(wanted.full, 'replica')} to start with the first request"
     if not own:
         short = "" if len(places) >= want else f"; {len(places)} of them fit now"
         return f"{_count(want, 'replica')} to start{short}"

@@ -29,6 +29,7 @@ class Reason(enum.StrEnum):
     PROGRESS_MADE = "Progressing"
     STOPPED = "Stopped"
     PAUSED = "Paused"
+    ON_DEMAND = "OnDemand"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
@@ -147,6 +148,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.PAUSED: Advice(
         "Somebody stopped the model for a while: it has no replicas, and requests for it are refused.",
         ("platform resume {key}   starts it again",),
+    ),
+    Reason.ON_DEMAND: Advice(
+        "It is not in memory, and is loaded by the next request for it, which waits for that.",
+        ("spec.residency: always keeps it in memory",),
     ),
     Reason.HELD: Advice(
         "Somebody paused the rollout: nothing is added or taken away, and replicas that crash are started again.",
@@ -311,6 +316,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return f"Stalled: {by_type['Stalled'].reason}"
     if by_type["Ready"].reason is Reason.PAUSED:
         return "Paused"
+    if by_type["Ready"].reason is Reason.ON_DEMAND:
+        return "On demand"
     if want == 0:
         return "Stopped" if by_type["RolledOut"].status else "Stopping"
     if by_type["Fetched"].status is False:

@@ -53,7 +53,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from quire_operators.clock import SteadyClock, boot_id, new_base
 from quire_operators.host import NETWORK_FILESYSTEMS, file_system
-from quire_operators.overrides import ENDED_BY_INTENT, Kind, Override
+from quire_operators.overrides import Kind, Override, ended_by_intent
 from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_schemas.resource import Key
 
@@ -557,10 +557,7 @@ class Store:
             .where(_objects.c.uid == uid, _objects.c.resource_version == old.resource_version)
             .values(generation=old.generation + 1, resource_version=old.resource_version + 1, **values)
         )
-        ended = list(ENDED_BY_INTENT)
-        if old.resolved.get("replicas") != change.resolved.get("replicas"):
-            ended.append(Kind.SCALE)
-        self._end_overrides(db, uid, ended)
+        self._end_overrides(db, uid, ended_by_intent(old.resolved, change.resolved))
         return Applied(change.key, "updated", old.generation + 1, revision)
 
     @staticmethod

@@ -123,8 +123,8 @@ def _take(
         return
     target, _, kind = path.partition(" of kind ")
     if kind == "Gateway":
-        value: Any = int(values[0]) if target == "spec.port" else values[0]
-        _put(gateway, target, value)
+        (value,) = values
+        _put(gateway, target, int(value) if target == "spec.port" else value)
         return
     if kind or name in ("speculative_config", "enable_lora", "hf_token"):
         left_out.append(f"{shown}: write {target} by hand" + (f", in a {kind}" if kind else ""))

@@ -761,11 +761,11 @@ class ModelSpec(Strict):
     resources: Resources = section(Resources, "What one replica may take of the machine.")
     placement: Placement = section(Placement, "Where replicas run.")
     residency: Literal["always", "onDemand"] = declared(
-        "'always' keeps the replicas running; 'onDemand' loads the model when it is asked for.",
+        "'always' keeps the replicas running; 'onDemand' loads the model when a request for it comes, which waits "
+        "for that as long as batching.maxQueueWait says, and unloads it when another model needs the room: the "
+        "least recently used first, and one in use only when somebody has waited for ten seconds.",
         "always",
         update="scale",
-        refused="models cannot be loaded on demand yet",
-        honours=("always",),
     )
     replicas: int | None = declared(
         "How many replicas run; 0 stops the model. Left out: 1. Not together with autoscaling.",

@@ -440,6 +440,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Whether requests may have a priority."""
     prefix_caching: bool = False
     """Whether engines keep the blocks of prompts: a request then goes where its beginning is known."""
+    on_demand: bool = False
+    """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
@@ -469,6 +471,14 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
     hot_hash: str | None = None
 
 
+class ModelUse(msgspec.Struct, frozen=True):
+    """Whether a model is asked for: requests that run or wait, and seconds since the last one came or ended; None
+    if there was none since the router began."""
+
+    in_flight: int
+    idle: float | None = None
+
+
 class RouterStatus(msgspec.Struct, tag=True):
     """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it.
 
@@ -480,6 +490,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     base_url: str
     replicas: list[ReplicaLoad]
     unusable: dict[str, str] = {}
+    uses: dict[str, ModelUse] = {}
+    """Of each model that is there on demand."""
 
 
 class SetLimits(msgspec.Struct, tag=True):

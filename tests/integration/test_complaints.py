@@ -142,3 +142,31 @@ def test_row_18_what_nobody_changed_is_no_difference(plane: Plane) -> None:
         assert plan["changes"] == [], "another spelling, a default that is written out, and a scale are no drift"
         assert plan["revision"][0] == plan["revision"][1]
     plane.delete("calm")
+
+
+def test_models_on_demand_come_when_they_are_asked_for_and_leave_for_each_other(plane: Plane) -> None:
+    asked = room_for_one(plane) + "  residency: onDemand\n"
+    plane.apply(model("one", asked), model("two", asked))
+    for name in ("one", "two"):
+        ready = plane.condition(name, "Ready")
+        assert (ready["status"], ready["reason"]) == ("True", "OnDemand")
+        assert plane.view(name)["replicas"] == []
+    stream = Stream(plane.base_url, "one", 100)
+    stream.wait_running()
+    answer = plane.complete("two")
+    assert answer.status_code == 200, answer.text
+    stream.finish()
+    assert plane.view("one")["replicas"] == [], "unload before load"
+    assert plane.view("two")["replicas"][0]["state"] == "Ready"
+    reasons = [event["reason"] for event in plane.client.get("/v1/events", **{"for": "model/one"})["items"]]
+    assert {"Loading", "Unloading"} <= set(reasons)
+    plane.kill()
+    plane.start()
+    assert plane.complete("one").status_code == 200
+    small = room_for_one(plane)
+    plane.apply(model("third", small))
+    plane.wait_served("third")
+    assert plane.view("one")["replicas"] == [], "who is always there comes first"
+    plane.delete("third")
+    for name in ("one", "two"):
+        plane.delete(name)

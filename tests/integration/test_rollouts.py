@@ -102,7 +102,10 @@ def test_row_09_a_revision_that_fails_is_rolled_back_and_stays_so_until_the_inte
     stream.join()
     assert stream.problem is None
 
-    assert any("given up" in note for note in plane.plan(bad + "  drainTimeout: 31s\n")["notes"])
+    plan = plane.plan(bad + "  drainTimeout: 31s\n")
+    assert any("given up" in note for note in plan["notes"])
+    assert (plan["ends"], plan["replaces"]) == (["quarantine"], 1), "what failed would be tried again"
+    assert "RollingUpdate" in plan["rollout"]
     plane.apply(model(name, ROUND=1))
     served = plane.wait_served(name)
     assert pids(served) != pids(before)
@@ -174,7 +177,6 @@ def test_row_16_undo_pins_an_earlier_revision_and_only_another_manifest_ends_tha
     plane.start()
     pinned = pids(wait_settled(plane, "pin", "Pinned", 1))
 
-    # what is hot follows the manifest, whichever revision serves; what its engines have no room for does not
     plane.client.post("/v1/objects/model/pin/scale", {"replicas": 2})
     view = wait_settled(plane, "pin", "Pinned", 1)
     assert len(view["replicas"]) == 2
@@ -213,6 +215,16 @@ def test_a_paused_rollout_waits_and_what_serves_is_kept_alive(plane: Plane) -> N
     eventually(lambda: plane.condition("held", "Ready")["status"] == "True", "it is back")
     (replica,) = plane.view("held")["replicas"]
     assert (replica["revision"], replica["incarnation"]) == (1, 2)
+    with pytest.raises(Refused, match="rollouts of model/held are paused by ada") as refused:
+        decide(plane, "held", "undo", revision=1)
+    assert refused.value.exit_code == 5
+    assert "none before its rollouts are resumed" in plane.plan(model("held", FAST, ROUND=3))["rollout"]
+    decide(plane, "held", "pause")
+    eventually(lambda: plane.view("held")["replicas"] == [], "a pause is a pause, held or not")
+    decide(plane, "held", "resume")
+    eventually(
+        lambda: plane.condition("held", "Ready")["status"] == "True", "it is back, as there is nothing else"
+    )
     assert decide(plane, "held", "rollout-resume") == "rollouts go on"
     assert plane.wait_served("held")["status"]["servedRevision"] == 2
     plane.delete("held")
@@ -248,7 +260,9 @@ def test_a_scale_outlasts_the_same_manifest_and_ends_with_another_number_in_it(p
     assert plane.apply(text)["model/many"]["result"] == "unchanged"
     plane.apply(text + "  drainTimeout: 7s\n")
     assert len(plane.wait_served("many")["replicas"]) == 3, "another field is no other number"
-    assert any("stays scaled to 3" in note for note in plane.plan(text)["notes"])
+    plan = plane.plan(text + "  drainTimeout: 8s\n")
+    assert any("stays scaled to 3" in note for note in plan["notes"])
+    assert plan["rollout"] == "no replica restarts"
     plane.apply(text.replace("replicas: 1", "replicas: 2") + "  drainTimeout: 7s\n")
     assert len(plane.wait_served("many")["replicas"]) == 2
     decide(plane, "many", "scale", replicas=0)

@@ -217,7 +217,7 @@ async def test_a_stopped_model_says_so_at_once(world: World) -> None:
         assert answer.status_code == 503
         error = answer.json()["error"]
         assert error["code"] == "service_unavailable"
-        assert error["message"] == "The model 'tiny' is stopped: its spec.replicas is 0."
+        assert error["message"] == "The model 'tiny' is stopped: no replica of it is wanted."
         assert answer.headers["x-should-retry"] == "false"
         assert "retry-after" not in answer.headers
 

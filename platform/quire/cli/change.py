@@ -100,7 +100,7 @@ def plan(
         for line in render.plan(answer):
             print(line)
     else:
-        dump(answer, output)
+        render.dump(answer, output)
     refused = [item for item in answer["items"] if item["action"] == "refused"]
     if refused:
         report(f"{render.count(len(refused), 'object')} cannot be applied: {', '.join(i['key'] for i in refused)}")
@@ -179,16 +179,6 @@ def _document(path: Path) -> Any:
             ) from error
 
 
-def dump(value: Any, output: str) -> None:
-    """Print an answer for a program."""
-    if output == "yaml":
-        import yaml
-
-        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
-    else:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 # ── apply ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -264,8 +254,7 @@ def follow(client: Client, answer: View, *, waits: bool, timeout: float) -> int:
 
 def attend(client: Client, targets: Mapping[str, Judge], timeout: float) -> dict[str, Result]:
     """Wait until each object has its verdict, shown on stderr meanwhile."""
-    follow = " ".join(targets) if len(targets) == 1 else "KIND/NAME"
-    with interruptible(f"detached: the rollout continues. Follow with: platform rollout status {follow}"):
+    with interruptible(f"detached: the rollout continues. Follow with: platform wait {' '.join(targets)}"):
         return wait(client, targets, timeout=timeout, display=Display.on_stderr())
 
 

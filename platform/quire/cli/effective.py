@@ -24,11 +24,15 @@ def lines(view: Mapping[str, Any]) -> list[str]:
     """One row a field of the resolved spec: its value now, and its origin."""
     declared = {path for path, _ in flatten(view["intent"].get("spec", {}))}
     found = view["status"].get("resolved") or {}
+    other = view.get("inForce")
+    written = dict(flatten(view["resolved"]))
     rows = []
-    for path, value in flatten(view["resolved"]):
+    for path, value in flatten(other["resolved"] if other else view["resolved"]):
         if path == "defaultsVersion":
             continue
         origin = "manifest" if _is_declared(path, declared) else "default"
+        if other and value != written.get(path):
+            origin = f"revision {other['revision']}, which serves instead"
         shown = scalar(value)
         if path in AUTO and (value in (None, "auto") or path == "revision"):
             name, of = AUTO[path]

@@ -88,6 +88,9 @@ def settled(view: View | None) -> tuple[Verdict, str]:
         stalled = render.condition(view, "Stalled") or {}
         return Verdict.STALLED, f"{stalled['reason']} ({stalled['message']})"
     if not view["status"].get("rollout", {}).get("settled"):
+        held = _decided_otherwise(view)
+        if held is not None and held[1].startswith("RolloutPaused"):
+            return held
         return Verdict.WAITING, summary
     if view["status"]["replicas"]["desired"] and not render.is_true(view, "Ready"):
         return Verdict.WAITING, summary

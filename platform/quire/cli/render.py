@@ -80,6 +80,16 @@ def scalar(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def dump(value: Any, output: str) -> None:
+    """Print an answer for a program."""
+    if output == "yaml":
+        import yaml
+
+        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
 def key_of(view: View) -> str:
     return f"{view['kind'].lower()}/{view['name']}"
 
@@ -279,6 +289,7 @@ def overrides(view: View) -> list[str]:
             "pin": f"pinned to revision {item.get('revision')}",
             "quarantine": f"revision {item.get('revision')} given up",
             "restart": "restarted",
+            "resident": "in memory",
         }[item["kind"]]
         until = f" until {item['until']}" if item.get("until") else ""
         why = f": {item['reason']}" if item["reason"] else ""

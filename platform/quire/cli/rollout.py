@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
 from quire.cli import render
-from quire.cli.change import dump, seconds
+from quire.cli.change import seconds
 from quire.cli.outcome import ExitCode
 from quire.cli.progress import View, succeeded
-from quire.cli.session import complete_objects, connect, object_path
-from quire.cli.steer import decide, follow
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def waiting(command: Function) -> Function:
-    """--wait/--no-wait and --timeout, as `apply` has them."""
-    command = click.option(
-        "--timeout",
-        metavar="DURATION",
-        callback=seconds,
-        default="30m",
-        show_default=True,
-        help="How long to wait.",
-    )(command)
-    return click.option(
-        "--wait/--no-wait", "waits", default=True, help="Wait until all replicas are there (the default)."
-    )(command)
-
-
-def reason(command: Function) -> Function:
-    """--reason: kept with the decision, and shown with it."""
-    return click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")(command)
+from quire.cli.session import complete_objects, connect, model_path
+from quire.cli.steer import decide, follow, reason, waiting
 
 
 @click.group(short_help="Follow a rollout, stop it, undo it, try it again.")
@@ -54,12 +30,12 @@ def status(reference: str, watches: bool, timeout: float, output: str) -> int:
     """Tell where a model's rollout stands, and wait for its end.
 
     Exits with 6 when it failed or was rolled back, with 4 when it goes on after the timeout."""
-    key, path = object_path(reference)
+    key, path = model_path(reference)
     client = connect()
     view: View = client.get(path)
     if output != "text":
         shown = {name: view["status"].get(name) for name in SHOWN}
-        dump({"key": key, "generation": view["generation"], **shown}, output)
+        render.dump({"key": key, "generation": view["generation"], **shown}, output)
     else:
         print("\n".join(render.rollout(view)), flush=True)
     return follow(client, key, timeout, succeeded) if watches else ExitCode.OK
@@ -73,9 +49,9 @@ SHOWN = ("summary", "servedRevision", "stableRevision", "rollout", "replicas", "
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 def history(reference: str, output: str) -> int:
     """List a model's revisions, newest first, with what became of each and why."""
-    view: View = connect().get(object_path(reference)[1])
+    view: View = connect().get(model_path(reference)[1])
     if output != "table":
-        dump({"items": view["revisions"]}, output)
+        render.dump({"items": view["revisions"]}, output)
         return ExitCode.OK
     print("\n".join(render.history(view, time.time())))
     return ExitCode.OK

@@ -27,8 +27,8 @@ After=network.target
 
 [Service]
 Type=exec
-Environment=QUIRE_STATE_DIR={state}
-ExecStart={command} daemon run
+Environment="QUIRE_STATE_DIR={state}"
+ExecStart="{command}" daemon run
 Restart=always
 RestartSec=1
 # The engines and the router are in this unit's control group. A restart of the control plane ends none of them;
@@ -51,7 +51,7 @@ def daemon() -> None:
 @daemon.command()
 def start() -> int:
     """Start the control plane if it does not run. Commands that need it do so by themselves."""
-    return _told(connect())
+    return _told(connect(wakes=True))
 
 
 @daemon.command()
@@ -61,6 +61,12 @@ def stop() -> int:
     if not client.is_running():
         print("the control plane does not run")
         return ExitCode.OK
+    if client.get("/v1/ping").get("supervisor"):
+        raise CommandFailed(
+            "systemd runs the control plane, and would start it again",
+            "systemctl stop its unit (--user for one of your own); what is served goes on",
+            ExitCode.CONFLICT,
+        )
     served = _end(client)
     print(f"the control plane ended; what is served goes on: {served}. To stop that: {program()} down")
     return ExitCode.OK
@@ -68,11 +74,16 @@ def stop() -> int:
 
 @daemon.command()
 def restart() -> int:
-    """End the control plane and start it anew, as after an upgrade. Nothing that is served notices."""
+    """End the control plane and start it anew, as after an upgrade. Nothing that is served notices.
+
+    One that systemd runs is started again by systemd."""
     client = connect(start=False)
     if client.is_running():
+        supervised = client.get("/v1/ping").get("supervisor")
         _end(client)
-    return _told(connect())
+        if supervised:
+            _wait_for_supervisor(client)
+    return _told(connect(wakes=True))
 
 
 @daemon.command()
@@ -86,8 +97,14 @@ def status() -> int:
 
 @daemon.command()
 def run() -> int:
-    """Be the control plane, in the foreground, until SIGTERM: for systemd, containers and other supervisors."""
+    """Be the control plane, in the foreground, until SIGTERM: for systemd, containers and other supervisors.
+
+    While another one runs on the same state directory, it waits for the end of that."""
     state = StateDir.default()
+    state.create()
+    while not wait_for_lock(state, time.monotonic() + 0.1):
+        notice(f"another control plane runs on {state.root}; waiting for its end")
+        wait_for_lock(state, float("inf"))
     words = [sys.executable, "-P", "-m", "quire.controlplane", "--state-dir", str(state.root)]
     sys.stdout.flush()
     os.execv(sys.executable, words)  # noqa: S606 - our own interpreter, and words of ours
@@ -96,9 +113,23 @@ def run() -> int:
 @daemon.command()
 def unit() -> int:
     """Print a unit of systemd that runs the control plane of this state directory."""
-    command = Path(sys.argv[0]).absolute()
-    print(UNIT.format(state=StateDir.default().root, command=command, stop=STOP_SECONDS), end="")
+    words = {"state": StateDir.default().root, "command": Path(sys.argv[0]).absolute()}
+    escaped = {name: str(word).replace("%", "%%") for name, word in words.items()}
+    print(UNIT.format(**escaped, stop=STOP_SECONDS), end="")
     return ExitCode.OK
+
+
+def _wait_for_supervisor(client: Client) -> None:
+    """Until the control plane that ended is there again."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while not client.is_running():
+        if time.monotonic() > deadline:
+            raise CommandFailed(
+                f"systemd has not started the control plane again within {STOP_SECONDS:g} s",
+                "systemctl status quire, with --user if it is your own",
+                ExitCode.TIMED_OUT,
+            )
+        time.sleep(0.1)
 
 
 def _told(client: Client) -> int:

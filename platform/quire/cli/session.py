@@ -43,6 +43,14 @@ def complete_objects(ctx: object, param: object, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def model_path(reference: str) -> tuple[str, str]:
+    """As `object_path`, of a model alone: other kinds have no replicas."""
+    key, path = object_path(reference)
+    if not key.startswith("model/"):
+        usage_error(f"{key} is no model", "name one, for example model/quickstart: platform get")
+    return key, path
+
+
 def object_path(reference: str) -> tuple[str, str]:
     """`model/quickstart` -> (its key, its path in the API). A bare or unknown kind is a bad command line."""
     kind, slash, name = reference.partition("/")

@@ -26,15 +26,6 @@ LISTS = {
 """What `get` lists: the kind of object it asks for, and how it shows it."""
 
 
-def _dump(value: Any, output: str) -> None:
-    if output == "yaml":
-        import yaml
-
-        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
-    else:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 @click.command()
 @click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|KIND/NAME]")
 @click.option(
@@ -53,7 +44,7 @@ def get(what: str, output: str, watch: bool) -> int:
         _watch(what, output)
     views, formatter, answer = _found(connect(), what, output)
     if output in ("json", "yaml"):
-        _dump(answer, output)
+        render.dump(answer, output)
         return ExitCode.OK
     if not views:
         print("nothing here yet: platform apply manifests/quickstart.yaml", file=sys.stderr)
@@ -140,7 +131,7 @@ def describe(reference: str, output: str) -> int:
     view = client.get(path)
     events = client.get("/v1/events", **{"for": key})["items"]
     if output != "text":
-        _dump({**view, "events": events}, output)
+        render.dump({**view, "events": events}, output)
         return ExitCode.OK
     for line in render.describe(view, events[-5:], time.time()):
         print(line)
@@ -231,7 +222,7 @@ def events(reference: str | None, watch: bool, output: str) -> int:
     items = client.get("/v1/events", **{"for": key})["items"]
     if not watch:
         if output != "table":
-            _dump({"items": items}, output)
+            render.dump({"items": items}, output)
         elif items:
             print("\n".join(render.event_lines(items, time.time())))
         else:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import getpass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from quire.cli.change import attend, conclude, seconds
 from quire.cli.outcome import ExitCode, interruptible, usage_error
 from quire.cli.progress import Judge, settled
-from quire.cli.session import complete_objects, connect, object_path
+from quire.cli.session import complete_objects, connect, model_path
 from quire.client import Client
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def waiting(command: Function) -> Function:
+    """--wait/--no-wait and --timeout, as `apply` has them."""
+    command = click.option(
+        "--timeout",
+        metavar="DURATION",
+        callback=seconds,
+        default="30m",
+        show_default=True,
+        help="How long to wait.",
+    )(command)
+    return click.option("--wait/--no-wait", "waits", default=True, help="Wait until it is so (the default).")(
+        command
+    )
+
+
+def reason(command: Function) -> Function:
+    """--reason: kept with the decision, and shown with it."""
+    return click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")(command)
 
 
 def decide(reference: str, verb: str, body: dict[str, Any], timeout: float | None, judge: Judge = settled) -> int:
     """Have the control plane carry a decision out, say what it was, and wait so long until it is so."""
-    key, path = object_path(reference)
+    key, path = model_path(reference)
     client = connect()
     with interruptible("interrupted while the decision was handed over. See: platform describe " + key):
         answer = client.post(f"{path}/{verb}", {**body, "by": _me()})
@@ -40,11 +63,8 @@ def _me() -> str:
 @click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
 @click.option("--reset", is_flag=True, help="As many as the manifest says.")
-@click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")
-@click.option("--wait/--no-wait", "waits", default=True, help="Wait until they are there (the default).")
-@click.option(
-    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
-)
+@reason
+@waiting
 def scale(reference: str, replicas: int | None, reset: bool, reason: str, waits: bool, timeout: float) -> int:
     """Run another number of replicas than the manifest says.
 
@@ -58,11 +78,8 @@ def scale(reference: str, replicas: int | None, reset: bool, reason: str, waits:
 @click.command(short_help="Stop a model for a while.")
 @click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option("--for", "span", metavar="DURATION", help="Start it again by itself after that time.")
-@click.option("--reason", default="", metavar="TEXT", help="Why; shown by describe.")
-@click.option("--wait/--no-wait", "waits", default=True, help="Wait until nothing of it runs (the default).")
-@click.option(
-    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
-)
+@reason
+@waiting
 @click.pass_context
 def pause(ctx: click.Context, reference: str, span: str | None, reason: str, waits: bool, timeout: float) -> int:
     """Stop a model for a while: its replicas drain and end, their memory is free, requests for it are refused.
@@ -75,10 +92,7 @@ def pause(ctx: click.Context, reference: str, span: str | None, reason: str, wai
 
 @click.command()
 @click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
-@click.option("--wait/--no-wait", "waits", default=True, help="Wait until it serves (the default).")
-@click.option(
-    "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
-)
+@waiting
 def resume(reference: str, waits: bool, timeout: float) -> int:
     """Start a paused model again."""
     return decide(reference, "resume", {}, timeout if waits else None)

@@ -17,18 +17,19 @@ from quire.cli.change import seconds
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible
 from quire.cli.render import table
 from quire.cli.session import connect
+from quire_schemas import signals
 
 Series = Mapping[tuple[str, str], float]
 """(metric, model) -> its value, replicas added up."""
 _SAMPLE = re.compile(r"(quire_\w+)\{([^}]*)\} ([0-9.eE+-]+)$")
 _MODEL = re.compile(r'(?:^|,)model="([^"]*)"')
-RATES = {"out": "quire_generation_tokens_total", "in": "quire_prompt_tokens_total"}
+RATES = {"out": f"{signals.GENERATION_TOKENS}_total", "in": f"{signals.PROMPT_TOKENS}_total"}
 GAUGES = {
-    "in_flight": "quire_requests_in_flight",
-    "running": "quire_num_requests_running",
-    "waiting": "quire_num_requests_waiting",
-    "kv": "quire_kv_cache_usage_ratio",
-    "up": "quire_replica_up",
+    "in_flight": signals.REQUESTS_IN_FLIGHT,
+    "running": signals.NUM_REQUESTS_RUNNING,
+    "waiting": signals.NUM_REQUESTS_WAITING,
+    "kv": signals.KV_CACHE_USAGE,
+    "up": signals.REPLICA_UP,
 }
 
 

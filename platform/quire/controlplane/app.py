@@ -1,4 +1,4 @@
-"""The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: `views`, `intents`
+"""The admin API: HTTP and JSON on a Unix socket that only its owner can open. Thin: `views`, `intents`, `steering`
 and `holdings` have the answers, `plane` the life of the processes.
 
 Errors are `{"error": {"code", "message", "hint", "exitCode"}}`; manifests with problems add `"problems"`. The API

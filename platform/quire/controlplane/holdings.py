@@ -29,8 +29,11 @@ class Holdings:
         before: dict[tuple[str, str], list[str]] = {}
         for stored in self._plane.store.objects("model"):
             rows = {row.revision for row in self._plane.store.replicas(stored.key.name)}
+            wanted = self._plane.models.effective(stored)
+            kept = (wanted.revision, wanted.newest, wanted.stable, wanted.fallback)
+            rows |= {revision.n for revision in kept if revision is not None}
             for revision in self._plane.store.revisions(stored.uid):
-                used = revision.n == stored.revision or revision.n in rows
+                used = revision.n in rows
                 for need in needs_of(revision.resolved, Placement.from_dict(revision.placement)):
                     users = (now if used else before).setdefault((need.repository, need.commit), [])
                     if str(stored.key) not in users:

@@ -24,7 +24,7 @@ from quire_operators.gateway import resolved_spec
 from quire_operators.models import ROUTES
 from quire_operators.review import Refusal, Review, moved, problems, report
 from quire_operators.sources import SourceError
-from quire_operators.store import Conflict, NotFound, StoreUnavailable
+from quire_operators.store import Conflict, NotFound
 from quire_schemas import manifest
 from quire_schemas.model import Model
 from quire_schemas.resource import Key
@@ -142,9 +142,9 @@ class Intents:
         self._plane.wake(GATEWAY)
         for item in applied:
             if item.result != "unchanged":
-                self._refresh(item.key)
+                self._plane.refresh(item.key)
                 text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
-                self._note(item.key, item.result.capitalize(), text)
+                self._plane.note(item.key, item.result.capitalize(), text)
         await self._plane.rise()
         return {
             "results": [
@@ -168,21 +168,6 @@ class Intents:
         if (why := moved(planned, report(reviews)["items"])) is not None:
             hint = "plan again and look at it: platform plan FILE... --save PLAN"
             raise ApiError(409, "conflict", f"the plan no longer holds: {why}", hint, exit_code=5)
-
-    def _refresh(self, key: Key) -> None:
-        """The status of something that is stored already, as `_note`."""
-        try:
-            if key.kind == "model":
-                self._plane.models.refresh(key)
-        except StoreUnavailable as error:
-            log.warning("no status of %s yet: %s", key, error.message)
-
-    def _note(self, key: Key, reason: str, text: str) -> None:
-        """An event of something that is stored already: a disk that is full by now does not undo it."""
-        try:
-            self._plane.store.add_event(key, "Normal", reason, text)
-        except StoreUnavailable as error:
-            log.warning("no event %s for %s: %s", reason, key, error.message)
 
     def _check_address(self, reviews: Sequence[Review]) -> None:
         """Refuse an apply whose router could not listen, while a person is there to read it."""
@@ -229,9 +214,9 @@ class Intents:
         except NotFound as error:
             raise not_found(key) from error
         view = self._views.of(stored)
-        self._note(key, "Deleting", f"generation {stored.generation}")
+        self._plane.note(key, "Deleting", f"generation {stored.generation}")
         if self._plane.is_down and all(seen.life is Life.GONE for seen in self._plane.fleet.observed()):
-            self._note(key, "Deleted", "nothing of it ran: the platform is down")
+            self._plane.note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():
                 self._plane.store.delete_replica(row)
             self._plane.store.remove(key)

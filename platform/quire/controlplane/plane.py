@@ -10,8 +10,8 @@ The marker in the state directory outlasts the processes: until an `apply` or `u
 adopts what there is, answers a `plan`, deletes, and starts nothing. That somebody looks is no wish to have it all
 back.
 
-What the admin API asks is answered next door: `intents` changes what is wanted, `views` shows it, `holdings` keeps
-the cache and the secrets.
+What the admin API asks is answered next door: `intents` changes what is wanted, `steering` decides beside it,
+`views` shows it, `holdings` keeps the cache and the secrets.
 """
 
 from __future__ import annotations
@@ -266,6 +266,21 @@ class ControlPlane:
         """What this machine has."""
         return self._machine()
 
+    def refresh(self, key: Key) -> None:
+        """The status of something that is stored already, as `note`."""
+        try:
+            if key.kind == "model":
+                self.models.refresh(key)
+        except StoreUnavailable as error:
+            log.warning("no status of %s yet: %s", key, error.message)
+
+    def note(self, key: Key, reason: str, text: str) -> None:
+        """An event of something that is stored already: a disk that is full by now does not undo it."""
+        try:
+            self.store.add_event(key, "Normal", reason, text)
+        except StoreUnavailable as error:
+            log.warning("no event %s for %s: %s", reason, key, error.message)
+
     def wake(self, key: Key) -> None:
         """Have this key reconciled soon."""
         self._controller.add(key)
@@ -301,8 +316,9 @@ class ControlPlane:
         if await self.routes.reconcile(build(self.models.routables())):
             self._all_models()
             self._controller.add(GATEWAY)
+        demand = self.models.settle_residency()
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
-        return BUSY_POLL if busy else IDLE_POLL
+        return BUSY_POLL if busy else demand or IDLE_POLL
 
     def _all_models(self) -> None:
         for stored in self.store.objects("model"):

@@ -17,6 +17,7 @@ from quire_operators.desired import Effective, last_stable
 from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
+from quire_operators.rollout import Goal
 from quire_operators.room import most_replicas
 from quire_operators.store import Revision
 from quire_schemas.quantities import format_duration
@@ -57,16 +58,24 @@ class Steering:
         if stored.deletion_time is not None:
             raise ApiError(409, "conflict", f"{key} is being deleted", "wait until it is gone", exit_code=5)
         reason, text = decide(self._plane.models.effective(stored), body)
-        self._plane.store.add_event(key, "Normal", reason, text)
         self._plane.wake(key)
         self._plane.wake(ROUTES)
-        self._plane.models.refresh(key)
+        self._plane.note(key, reason, text)
+        self._plane.refresh(key)
         return {"key": str(key), "message": text, "object": self._views.of(stored)}
 
     def _set(self, wanted: Effective, kind: Kind, body: Mapping[str, Any], **values: Any) -> None:
         by, why = _text(body, "by") or "the admin API", _text(body, "reason")
         override = Override(kind, by, self._plane.store.clock(), why, **values)
         self._plane.store.set_override(wanted.stored.uid, override)
+
+    @staticmethod
+    def _refuse_while_held(wanted: Effective) -> None:
+        """Nothing can be replaced while rollouts are paused, and nobody shall wait for it."""
+        if Kind.HOLD in wanted.overrides:
+            key = wanted.stored.key
+            text = f"the rollouts of {key} are paused by {wanted.overrides[Kind.HOLD].by}"
+            raise ApiError(409, "conflict", text, f"platform rollout resume {key}, then again", exit_code=5)
 
     def _end(self, wanted: Effective, *kinds: Kind) -> None:
         self._plane.store.end_overrides(wanted.stored.uid, kinds)
@@ -120,6 +129,7 @@ class Steering:
         return "RolloutResumed", "rollouts go on" if Kind.HOLD in wanted.overrides else "they were not paused"
 
     def _undo(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._refuse_while_held(wanted)
         to = self._earlier(wanted, body.get("revision"))
         if to.n == wanted.newest.n:
             self._end(wanted, Kind.PIN, Kind.QUARANTINE)
@@ -131,6 +141,8 @@ class Steering:
         """The revision to go back to: the one that was named, else the last that was rolled out before."""
         key, history = wanted.stored.key, self._plane.store.revisions(wanted.stored.uid)
         hint = f"platform rollout history {key} shows which there are"
+        if named is not None and (not isinstance(named, int) or isinstance(named, bool)):
+            raise ApiError(400, "bad_request", "revision is a whole number, or null", exit_code=2)
         if named is not None:
             found = next((each for each in history if each.n == named), None)
             if found is None:
@@ -145,12 +157,15 @@ class Steering:
 
     def _retry(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         """Try what failed again: the revision that was given up, replicas that failed or wait, files."""
+        if not wanted.is_newest:
+            self._refuse_while_held(wanted)
         self._end(wanted, Kind.PIN, Kind.QUARANTINE)
         if not wanted.is_newest:
             return "Retried", f"revision {wanted.newest.n} is rolled out once more"
         again = 0
         for row in self._plane.store.replicas(wanted.stored.key.name):
-            if row.failed_generation is None and row.exited != row.incarnation:
+            waits = row.goal is Goal.RUN and row.restarts > 0 and row.exited == row.incarnation
+            if row.failed_generation is None and not waits:
                 continue
             # a failure under another intent is forgotten, and its replica made anew
             failed = None if row.failed_generation is None else 0
@@ -161,11 +176,12 @@ class Steering:
         return "Retried", f"what failed is tried now; replicas that had: {again}"
 
     def _restart(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._refuse_while_held(wanted)
         if not wanted.stored.resolved["replicas"]:
             text = f"{wanted.stored.key} has no replicas to restart"
             raise ApiError(409, "conflict", text, f"platform describe {wanted.stored.key}", exit_code=5)
         self._set(wanted, Kind.RESTART, body)
-        return "Restarted", "its replicas are replaced, one after the other"
+        return "Restarted", "its replicas are replaced by new ones, as in a rollout"
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:

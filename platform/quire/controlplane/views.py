@@ -42,6 +42,8 @@ class Views:
             "startedAt": status.timestamp(self._plane.started_at),
             "stateDir": str(self._plane.state.root),
             "installId": self._plane.store.install_id,
+            # what a command starts does not inherit this variable of systemd's
+            "supervisor": "systemd" if "INVOCATION_ID" in os.environ else None,
             "router": {
                 "baseUrl": f"{self._plane.gateway.base_url()}/v1",
                 "ready": self._plane.gateway.ready(),
@@ -109,7 +111,17 @@ class Views:
             "status": report,
             "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
             "revisions": self._revisions(stored),
+            "inForce": self._in_force(stored),
         }
+
+    def _in_force(self, stored: StoredObject) -> dict[str, Any] | None:
+        """The revision that is to serve and the spec that it serves by, where that is not the newest one's."""
+        if stored.revision is None:
+            return None
+        wanted = self._plane.models.effective(stored)
+        if wanted.is_newest:
+            return None
+        return {"revision": wanted.revision.n, "resolved": wanted.stored.resolved}
 
     def _shown(self, at: float) -> str:
         """A time of the store for people."""
@@ -124,7 +136,9 @@ class Views:
         alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
 
         def state(revision: Revision) -> str:
-            if revision.n == wanted.revision.n and not wanted.is_newest:
+            if revision.n == wanted.revision.n and wanted.is_newest:
+                return "Current"
+            if revision.n == wanted.revision.n:
                 return "Pinned" if Kind.PIN in wanted.overrides else "Stable"
             if revision.failure is not None:
                 return "RolledBack"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ class ServedModel:
     clients: tuple[EngineClient, ...] = ()
     in_flight: int = 0
     """Sequences admitted and not ended, those without a replica included."""
+    used_at: float | None = None
+    """When the last of them came or ended, by the monotonic clock."""
     retrying: int = 0
     """Sequences on a further attempt that has not brought a token yet."""
     suspects: Suspects = field(default_factory=Suspects)
@@ -82,7 +85,11 @@ class ServedModel:
     def check_wanted(self) -> None:
         """Raises `ModelStopped` when no replica is ready and none is wanted."""
         if self.route.stopped and not self.ready:
-            raise ModelStopped(f"The model '{self.route.model}' is stopped: its spec.replicas is 0.")
+            raise ModelStopped(f"The model '{self.route.model}' is stopped: no replica of it is wanted.")
+
+    def use(self, now: float) -> wire.ModelUse:
+        """Whether it is asked for, and since when not."""
+        return wire.ModelUse(self.in_flight, None if self.used_at is None else max(now - self.used_at, 0.0))
 
     @property
     def slots(self) -> int:
@@ -221,6 +228,11 @@ class Fleet:
                 served.route.model: str(served.tokenizer)
                 for served in self.models.values()
                 if isinstance(served.tokenizer, TextError)
+            },
+            uses={
+                served.route.model: served.use(time.monotonic())
+                for served in self.models.values()
+                if served.route.on_demand
             },
         )
 

@@ -80,10 +80,12 @@ class Gateway:
                 f"{served.in_flight} requests run or wait for this model, as many as it takes.", retry_after=1.0
             )
         served.in_flight += sequences
+        served.used_at = time.monotonic()
         try:
             yield
         finally:
             served.in_flight -= sequences
+            served.used_at = time.monotonic()
 
     async def chat(
         self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan

@@ -50,7 +50,6 @@ from quire_operators.rollout import (
     World,
     after,
     is_available,
-    is_settled,
     plan,
     state_of,
 )
@@ -132,6 +131,10 @@ class Simulation:
         pairs = tuple((row, self.seen(row)) for row in self.rows.values())
         return World(pairs, room=max(self.capacity - self.holding(), 0), router=self.router, late=self.late)
 
+    def is_current(self, row: Row) -> bool:
+        of_now = row.template_hash == self.desired.template_hash
+        return of_now and row.created_at >= self.desired.restarted_at
+
     def available(self) -> int:
         """By the router's word alone, whatever the planner thinks."""
         return sum(
@@ -188,7 +191,7 @@ class Simulation:
         if (
             self.desired.replicas
             and not self.desired.deleting
-            and is_settled(self.desired, self.world(), self.now)
+            and rollout.is_settled(self.desired, self.world(), self.now)
         ):
             self.late = False
             if not self.stable or self.stable[-1] != self.aim():
@@ -202,7 +205,8 @@ class Simulation:
     def execute(self, step: Step, *, only_row: bool = False) -> None:
         match step:
             case Create():
-                assert not self.desired.held or self.desired.deleting, "a rollout that is paused goes on"
+                others = [row for row in self.rows.values() if row.goal is Goal.RUN and not self.is_current(row)]
+                assert not (self.desired.held and others), "a rollout that is paused goes on"
                 last = self.lives.get(step.replica, 0)
                 self.rows[step.replica] = Row(
                     step.replica, "m", step.index, self.desired.revision, self.desired.template_hash, Goal.RUN,
@@ -220,7 +224,9 @@ class Simulation:
                     self.processes[row.id, row.incarnation] = Running(row.template_hash)
                     assert len(self.processes) <= self.capacity, "I2: more processes than memory"
             case Drain():
-                assert not self.desired.held or self.desired.deleting, "a rollout that is paused goes on"
+                wanted = sum(row.goal is Goal.RUN for row in self.rows.values())
+                want = 0 if self.desired.deleting else self.desired.replicas
+                assert not self.desired.held or wanted > want, "a rollout that is paused goes on"
                 row = self.rows[step.replica]
                 if not self.desired.deleting and self.table.get((row.id, row.incarnation)) is False:
                     running = self.processes.get((row.id, row.incarnation))
@@ -292,7 +298,7 @@ class Simulation:
             for running in self.processes.values():
                 running.in_flight = 0
             self.tick(0.0 if done else 20.0)
-            if is_settled(self.desired, self.world(), self.now):
+            if rollout.is_settled(self.desired, self.world(), self.now):
                 break
         else:
             raise AssertionError(f"I6: no fixed point: {self.rows} {self.desired}")
@@ -445,6 +451,62 @@ def test_missing_files_are_looked_for_every_five_minutes() -> None:
     (step,) = plan(Desired("m", 1, 1, GOOD, 1), World(((row, seen),), room=1), 1.0).steps
     assert isinstance(step, Backoff)
     assert step.not_before == 301.0
+
+
+# ── paused rollouts, and progress ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_paused_rollout_replaces_nothing_and_keeps_the_number() -> None:
+    world = settled(replicas=2, max_surge=1)
+    world.intend(template_hash=BETTER)
+    world.desired = replace(world.desired, held=True)
+    assert plan(world.desired, world.world(), world.now).steps == ()
+    world.intend(replicas=1)
+    (drain,) = plan(world.desired, world.world(), world.now).steps
+    assert isinstance(drain, Drain)
+    world.intend(replicas=3)
+    assert plan(world.desired, world.world(), world.now).steps == (), "one more would be a step of the rollout"
+    world.intend(replicas=0)
+    assert [type(step) for step in plan(world.desired, world.world(), world.now).steps] == [Drain, Drain]
+
+
+def test_what_has_no_replica_left_is_started_though_its_rollouts_are_paused() -> None:
+    world = settled(replicas=2)
+    world.desired = replace(world.desired, held=True)
+    world.rows.clear()
+    world.processes.clear()
+    steps = plan(world.desired, world.world(), world.now).steps
+    assert [type(step) for step in steps] == [Create, Create]
+
+
+def rolling(**more: object) -> tuple[Desired, Row, Seen]:
+    """A revision with one to fall back to, whose deadline has passed, and a replica of it that serves."""
+    desired = replace(Desired("m", 2, 2, BETTER, 1, fallback=1), **more)  # type: ignore[arg-type]
+    row = Row("m-r2-0", "m", 0, 2, BETTER, Goal.RUN, 0.0, incarnation=1, ready_since=1.0)
+    return desired, row, Seen(Process.READY, connected=True, routed=True, released=False)
+
+
+def rolls_back(desired: Desired, *pairs: tuple[Row, Seen], **more: object) -> bool:
+    world = replace(World(pairs, room=1, late=True), **more)  # type: ignore[arg-type]
+    return any(isinstance(step, RollBack) for step in plan(desired, world, 5000.0).steps)
+
+
+def test_a_deadline_is_missed_by_replicas_that_do_not_serve_and_by_nothing_else() -> None:
+    desired, row, serves = rolling()
+    starting = replace(serves, process=Process.STARTING, connected=False, routed=False)
+    fresh = replace(row, ready_since=None)
+    assert rolls_back(desired, (fresh, starting))
+    assert rolls_back(desired, (fresh, replace(serves, routed=False))), "the router does not take it"
+    assert not rolls_back(desired, (fresh, starting), late=False)
+    assert not rolls_back(replace(desired, held=True), (fresh, starting))
+    old = Row("m-r1-0", "m", 0, 1, GOOD, Goal.DRAIN, 0.0, incarnation=1, ready_since=1.0, drain_since=10.0)
+    streams = replace(serves, routed=False, released=True, in_flight=3)
+    slow = replace(desired, drain_timeout=1e6)
+    assert not rolls_back(slow, (row, serves), (old, streams)), "old streams may take their time"
+    assert not rolls_back(replace(desired, min_ready=1e6), (row, serves)), "so may minReadyDuration"
+    assert not rolls_back(replace(desired, replicas=2), (row, serves), room=0), "what does not fit waits"
+    for state in (Router.UNKNOWN, Router.DOWN):
+        assert not rolls_back(desired, (fresh, starting), router=state), "nobody can tell"
 
 
 def test_an_engine_that_makes_no_step_is_killed_after_the_stall_time_even_while_it_drains() -> None:
@@ -618,7 +680,7 @@ class Rollouts(RuleBasedStateMachine):
     @rule()
     def the_deadline_passes(self) -> None:
         world = self.world
-        world.late = not world.desired.held and not is_settled(world.desired, world.world(), world.now)
+        world.late = not world.desired.held and not rollout.is_settled(world.desired, world.world(), world.now)
 
     @rule(steps=st.integers(1, 6), cut_off=st.booleans())
     def reconcile(self, steps: int, cut_off: bool) -> None:
@@ -773,7 +835,7 @@ def say_rolled_out_while_the_old_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(rollout._Planner, "begin_drains", begin)
-    monkeypatch.setitem(globals(), "is_settled", count_all)
+    monkeypatch.setattr(rollout, "is_settled", count_all)
 
 
 def take_no_answer_for_none_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,10 +244,18 @@ def test_the_unit_of_systemd_ends_no_engine(state: StateDir, capsys: pytest.Capt
     assert main(["daemon", "unit"]) == ExitCode.OK
     lines = said(capsys)[0].splitlines()
     assert "KillMode=process" in lines
-    assert f"Environment=QUIRE_STATE_DIR={state.root}" in lines
-    (start,) = [line for line in lines if line.startswith("ExecStart=/")]
-    assert start.endswith(" daemon run")
+    assert f'Environment="QUIRE_STATE_DIR={state.root}"' in lines
+    (start,) = [line for line in lines if line.startswith('ExecStart="/')]
+    assert start.endswith('" daemon run')
     assert not state.root.exists()
+
+
+def test_a_control_plane_of_systemds_is_not_stopped_by_hand(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script["GET /v1/ping"] = [(200, {**PING, "supervisor": "systemd"})]
+    assert main(["daemon", "stop"]) == ExitCode.CONFLICT
+    assert "systemctl stop" in said(capsys)[1]
 
 
 def test_get_wide_and_by_name(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ def test_flags_become_fields(flags: str, section: dict[str, Any]) -> None:
         ("--api-key secret", "--api-key: write spec.keys by hand, in a AccessPolicy"),
         ("-tp 2", "spec.parallelism.tensor: not honoured by this version"),
         ("--gpu-memory-utilization high", "--gpu-memory-utilization high: the value is not one"),
+        ("--port", "--port : the value is not one"),
         ("--max-model-len many", "spec.engine.maxModelLen: "),
     ],
 )
