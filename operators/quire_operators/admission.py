@@ -21,11 +21,12 @@ from typing import Any
 
 from quire_operators import room
 from quire_operators.cache import SPARE
-from quire_operators.desired import Effective, effective
+from quire_operators.desired import Effective, effective, is_on_demand
 from quire_operators.devices import Inventory, held
 from quire_operators.overrides import Kind, Overrides, ended_by_intent, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.review import Refusal, Review
+from quire_operators.rollout import Row
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Change, NewRevision, Revision, Store, StoredObject
@@ -98,7 +99,7 @@ class Admission:
         if here:
             self._check_disk(reviews)
         self._refuse_name_conflicts(reviews)
-        room.note_crowding(reviews, self._store.replicas(), inventory)
+        room.note_crowding(reviews, self._rows_that_stay(), inventory)
         return reviews
 
     def changes(self, reviews: Sequence[Review]) -> list[Change]:
@@ -240,9 +241,14 @@ class Admission:
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
         wanted = self._foreseen(review, spec, history)
         if review.refusal is None:
-            room.count_replicas(review, review.placement, self._store.replicas(), inventory)
+            room.count_replicas(review, review.placement, self._rows_that_stay(), inventory)
         if review.refusal is None:
             review.rollout = room.rollout_text(review, wanted, current, self._store.replicas(), inventory)
+
+    def _rows_that_stay(self) -> list[Row]:
+        """Replicas but those of models on demand, which leave when there is need."""
+        guests = {each.key.name for each in self._store.objects("model") if is_on_demand(each.resolved)}
+        return [row for row in self._store.replicas() if row.model not in guests]
 
     def _foreseen(self, review: Review, spec: dict[str, Any], history: Sequence[Revision]) -> Effective:
         """What will be to run once this is applied, with what stays of what was decided beside the intent; notes

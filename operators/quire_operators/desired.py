@@ -53,8 +53,8 @@ def effective(
     current = in_force(overrides, now)
     pin, quarantine = current.get(Kind.PIN), current.get(Kind.QUARANTINE)
     revision = newest
-    if pin is not None:
-        revision = next((each for each in revisions if each.n == pin.revision), newest)
+    if (kept := pin or current.get(Kind.HOLD)) is not None:
+        revision = next((each for each in revisions if each.n == kept.revision), newest)
     elif quarantine is not None and quarantine.template_hash == newest.template_hash:
         revision = last_stable(revisions, newest.template_hash) or newest
     spec = stored.resolved

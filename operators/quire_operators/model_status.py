@@ -99,7 +99,7 @@ class ModelStatus:
         fetching = view.fetching
         if fetching is not None:
             signature.append(fetching.done)
-        signature = [*_aim(view.wanted), signature]
+        signature = [*_aim(view.wanted), [view.world.router.value, *signature]]
         since = before["progressAt"] if signature == before.get("signature") else now
         deadline = self._deadline(since, stored)
         late = not settled and now >= deadline and rollout.lags(desired, view.world)
@@ -133,7 +133,7 @@ class ModelStatus:
         document = {
             "observedGeneration": stored.generation,
             "summary": status.summary(facts, len(available), want, len(updated), deleting=desired.deleting),
-            "servedRevision": view.revision.n if settled else served,
+            "servedRevision": view.revision.n if settled and want else served,
             "stableRevision": view.wanted.stable.n if view.wanted.stable is not None else None,
             "rollout": {
                 "revision": view.revision.n,
@@ -270,14 +270,14 @@ class ModelStatus:
         if not wanted.is_newest and pin is not None:
             text = f"{how}: pinned by {pin.by}; revision {wanted.newest.n} is what the manifest says"
             return Fact("RolledOut", False, Reason.PINNED, text)
+        hold = wanted.overrides.get(Kind.HOLD)
+        if hold is not None and not (settled and wanted.is_newest):
+            return Fact("RolledOut", False, Reason.HELD, f"{how}: rollouts paused by {hold.by}" + _because(hold))
         if not wanted.is_newest and quarantine is not None:
             text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
             return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
         if settled:
             return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
-        if view.desired.held:
-            hold = wanted.overrides[Kind.HOLD]
-            return Fact("RolledOut", False, Reason.HELD, f"held by {hold.by}" + _because(hold))
         return Fact("RolledOut", False, Reason.PROGRESS_MADE)
 
     def _fetched_fact(self, view: View) -> Fact:
@@ -313,12 +313,7 @@ class ModelStatus:
             if pause.until is not None:
                 until = f" until {status.timestamp(on_the_wall(pause.until, self._clock))}"
             return Fact("Ready", False, Reason.PAUSED, f"paused by {pause.by}{until}" + _because(pause))
-        if view.wanted.standby:
-            if view.short:
-                text = "requests wait for it, and nothing can be unloaded to make room"
-                return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
-            return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")
-        if want == 0:
+        if want == 0 and not view.wanted.standby:
             return Fact("Ready", False, Reason.STOPPED, "no replica is asked for")
         if world.router is not rollout.Router.KNOWN:
             failure = self._gateway.failure()
@@ -327,6 +322,11 @@ class ModelStatus:
             )
         if view.unusable is not None:
             return Fact("Ready", False, Reason.MODEL_UNUSABLE, view.unusable)
+        if view.wanted.standby and view.fetching is None:
+            if view.short:
+                text = "requests wait for it, and nothing can be unloaded to make room"
+                return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
+            return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")
         for row, _ in world.replicas:
             if row.reason == rollout.STALLED:
                 return Fact(

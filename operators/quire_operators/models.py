@@ -119,6 +119,8 @@ class ModelReconciler:
         self._kept_ledger: _Ledger | None = None
         self._asked: dict[str, float] = {}
         """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
+        self._no_room: set[str] = set()
+        """Models whose rollout lacked room when it was looked at last."""
         self._short: set[str] = set()
         """Those of them for which nobody can make room."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
@@ -216,7 +218,7 @@ class ModelReconciler:
         )
         unusable = self._routes.unusable(stored.key.name)
         short = stored.key.name in self._short
-        yields = not short and any(name != stored.key.name for name in self._guests())
+        yields = not short and stored.key.name in self._asked and bool(self._guests())
         return View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
@@ -279,14 +281,16 @@ class ModelReconciler:
     def settle_residency(self) -> float | None:
         """Load and unload models that are there on demand, by what the router tells of their use. Seconds until
         another look may bring more; None when nobody waits, and none is there on demand."""
-        stored = [each for each in self._store.objects("model") if each.deletion_time is None]
+        stored = self._store.objects("model")
         if not any(is_on_demand(each.resolved) for each in stored):
             self._asked.clear()
+            self._short.clear()
             return None
         if self._routes.knowledge() is not rollout.Router.KNOWN:
             return None
         now = self._clock()
         tenants = [self._tenant(self.effective(each), now) for each in stored]
+        self._asked = {tenant.model: at for tenant in tenants if (at := tenant.asked_since) is not None}
         planned = residency.plan(tenants, self._detect(), self._ledger().taken, now)
         for move in planned.moves:
             self._move_in_or_out(move)
@@ -294,22 +298,26 @@ class ModelReconciler:
         for name in short ^ self._short:
             self._changed(Key("model", name))
         self._short = short
-        return DEMAND_POLL
+        return DEMAND_POLL if self._asked or any(not tenant.resident for tenant in tenants) else None
 
     def _tenant(self, wanted: Effective, now: float) -> residency.Tenant:
         stored, name = wanted.stored, wanted.stored.key.name
         placement = Placement.from_dict(wanted.revision.placement)
         rows = self._store.replicas(name)
-        missing = max(wanted.full - sum(row.goal is Goal.RUN for row in rows), 0)
+        runs = [row for row in rows if row.goal is Goal.RUN]
         use = self._routes.use(name)
-        on_demand = is_on_demand(stored.resolved)
-        asks = missing > 0 and (not wanted.standby or use.in_flight > 0) and self._fetching(wanted) is None
-        if asks:
-            self._asked.setdefault(name, now)
+        on_demand, deleting = is_on_demand(stored.resolved), stored.deletion_time is not None
+        missing = 0 if deleting else max(wanted.full - len(runs), 0)
+        if on_demand:  # further replicas take what room there is; nobody leaves for them
+            asks = missing > 0 and not runs and use.waiting > 0
         else:
-            self._asked.pop(name, None)
+            asks = name in self._no_room
+            missing = max(missing, asks)
+        if asks and self._fetching(wanted) is not None:
+            asks = False
         resident = wanted.overrides.get(Kind.RESIDENT)
         since = resident.at if resident is not None else 0.0
+        leaves = deleting or (on_demand and wanted.standby)
         return residency.Tenant(
             model=name,
             on_demand=on_demand,
@@ -320,9 +328,11 @@ class ModelReconciler:
             share=parse_percent(stored.resolved["engine"]["memory"]),
             device_ids=stored.resolved["placement"]["deviceIds"],
             holds=held(rows),
-            asked_since=self._asked.get(name),
+            leaving=held(rows if leaves else [row for row in rows if row.goal is Goal.DRAIN]),
+            asked_since=self._asked.get(name, now) if asks else None,
             busy=use.in_flight > 0,
             used_at=since if use.idle is None else max(now - use.idle, since),
+            serving_since=min((row.ready_since for row in runs if row.ready_since is not None), default=None),
         )
 
     def _move_in_or_out(self, move: residency.Load | residency.Unload) -> None:
@@ -362,6 +372,7 @@ class ModelReconciler:
         acting = self._acting(view)
         self._hot_hashes[key.name] = acting.desired.hot_hash
         planned = rollout.plan(acting.desired, acting.world, self._clock())
+        self._note_room(key.name, planned)
         steps = [step for step in planned.steps if not self._lacks_files(view, acting, step)]
         try:
             for step in steps:
@@ -403,6 +414,14 @@ class ModelReconciler:
         if desired.deleting or not desired.replicas:
             return False
         return rollout.is_settled(desired, view.world, self._clock())
+
+    def _note_room(self, model: str, planned: rollout.RolloutPlan) -> None:
+        """Remember who lacks room: a model on demand may leave for it."""
+        if planned.no_room:
+            self._no_room.add(model)
+            self._asked.setdefault(model, self._clock())
+        else:
+            self._no_room.discard(model)
 
     def _check_unchanged(self, view: View) -> None:
         """Raises `Conflict` when something was applied or decided since the view was taken: steps are awaited."""

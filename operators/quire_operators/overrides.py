@@ -5,7 +5,7 @@ is applied every minute does not fight whoever is on call.
 
     scale        another number of replicas; until the manifest declares another one, or it is reset
     pause        no replica at all; until it is resumed, or its time is over
-    hold         no rollout begins or goes on; until it is resumed
+    hold         what is to serve stays what it was then, and no rollout goes on; until it is resumed
     pin          an earlier revision serves (`platform rollout undo`); until the intent changes, or it is undone
     quarantine   a template that failed is not started again; until the intent changes, or it is retried
     restart      replicas that are older than it are replaced, one after the other
@@ -53,7 +53,7 @@ class Override:
     replicas: int | None = None
     """Of a scale."""
     revision: int | None = None
-    """Of a pin the one that serves, of a quarantine the one that failed."""
+    """Of a pin and of a hold the one that serves, of a quarantine the one that failed."""
     template_hash: str = ""
     """Of a quarantine."""
 

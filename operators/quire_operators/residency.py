@@ -8,20 +8,20 @@ keeps nothing between two calls.
 Unload before load: a model is loaded only into room that is free now. Room that is on its way to be free (replicas
 that drain, models that were told to leave) is waited for, and nobody else is sent away for it.
 
-Who leaves: those that nobody uses, the least recently used first. One that is in use leaves only when somebody has
-waited `PATIENCE` seconds, and lets its running requests finish; so two busy models that do not fit together take
-turns of at least that long.
+Who leaves: those that nobody uses, the least recently used first. One that is in use leaves only when it has
+served for `PATIENCE` seconds and somebody has waited as long, and its running requests have its `drainTimeout` to
+end; so two busy models that do not fit together take turns of at least that long, however long they load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire_operators.devices import Inventory, free_places
 
 PATIENCE = 10.0
-"""Seconds that requests for one model wait before another one that is in use is unloaded for it."""
+"""Seconds that a model in use has served, and that another one's requests have waited, before it is unloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,29 @@ class Tenant:
     share: float
     device_ids: Sequence[int] = ()
     holds: Mapping[str, int] = field(default_factory=dict)
+    leaving: Mapping[str, int] = field(default_factory=dict)
+    """Of that, what replicas hold that are on their way out."""
     asked_since: float | None = None
     """Since when somebody waits for it; None while nobody does."""
     busy: bool = False
     """Requests run on it or wait for it."""
     used_at: float = 0.0
     """When the last request came or ended."""
+    serving_since: float | None = None
+    """Since when a replica of it serves; None while none does."""
+
+    @property
+    def stays(self) -> dict[str, int]:
+        """What it holds and is not about to give back."""
+        return {device: size - self.leaving.get(device, 0) for device, size in self.holds.items()}
+
+    def may_go_at(self, asked_since: float) -> float:
+        """From when on it may be unloaded for somebody who has asked since then."""
+        if not self.busy:
+            return 0.0
+        if self.serving_since is None:
+            return float("inf")
+        return max(asked_since, self.serving_since) + PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +90,25 @@ class ResidencyPlan:
 
 def plan(tenants: Sequence[Tenant], inventory: Inventory, taken: Mapping[str, int], now: float) -> ResidencyPlan:
     """What to load and unload now. `taken` is bytes by device of all rows and processes."""
+    inventory = _without_others(inventory, taken)
     moves: list[Load | Unload] = []
     short: list[str] = []
     look_at: list[float] = []
     free_now, in_the_end = dict(taken), dict(taken)
     """What is held now with what this plan loads; and when all that leaves has left."""
     for tenant in tenants:
-        if tenant.on_demand and not tenant.resident:
-            _take(in_the_end, tenant.holds, -1)  # its replicas are on their way out
+        _take(in_the_end, tenant.leaving, -1)
     may_leave = sorted(
         (tenant for tenant in tenants if tenant.on_demand and tenant.resident),
         key=lambda tenant: (tenant.busy, tenant.used_at),
     )
     asking = [tenant for tenant in tenants if tenant.asked_since is not None and tenant.missing > 0]
     for tenant in sorted(asking, key=lambda tenant: (tenant.on_demand, tenant.asked_since)):
-        waited_since = tenant.asked_since or now
+        waited_since = now if tenant.asked_since is None else tenant.asked_since
         beside = dict(free_now)
-        if not tenant.resident:
-            _take(beside, tenant.holds, -1)  # replicas of its own that are leaving are taken back, or awaited
-        if (places := _places(tenant, inventory, beside)) is not None:
+        _take(beside, tenant.leaving, -1)  # replicas of its own that are leaving are taken back, or awaited
+        promised = _places(tenant, inventory, in_the_end) is None  # to who asked before
+        if not promised and (places := _places(tenant, inventory, beside)) is not None:
             if not tenant.resident:
                 moves.append(Load(tenant.model))
             may_leave = [other for other in may_leave if other is not tenant]
@@ -108,7 +125,7 @@ def plan(tenants: Sequence[Tenant], inventory: Inventory, taken: Mapping[str, in
                 continue
             for other in leaving:
                 moves.append(Unload(other.model, tenant.model))
-                _take(in_the_end, other.holds, -1)
+                _take(in_the_end, other.stays, -1)
             may_leave = [other for other in may_leave if other not in leaving]
             places = _places(tenant, inventory, in_the_end)
         _take(in_the_end, places or {}, 1)  # nobody else counts on this room
@@ -126,12 +143,16 @@ def _victims(
     """Who has to leave for a tenant: the first of `may_leave` that make room for it together, without those that
     need not go. None if they cannot, with the time from which those in use may be sent away, if that would help.
     """
-    patient = now < waited_since + PATIENCE
     candidates = [other for other in may_leave if other.model != tenant.model]
-    chosen = _enough(tenant, [other for other in candidates if not (patient and other.busy)], inventory, held)
-    if chosen is not None or not patient:
-        return chosen, None
-    return None, waited_since + PATIENCE if _enough(tenant, candidates, inventory, held) is not None else None
+    leaves = {other.model: other.may_go_at(waited_since) for other in candidates}
+    times = sorted({now, *(at for at in leaves.values() if now < at < float("inf"))})
+    for at in times:
+        free_to_go = [other for other in candidates if leaves[other.model] <= at]
+        chosen = _enough(tenant, free_to_go, inventory, held)
+        if chosen is not None:
+            return (chosen, None) if at == now else (None, at)
+    loading = float("inf") in leaves.values()
+    return None, now + PATIENCE if loading and _enough(tenant, candidates, inventory, held) is not None else None
 
 
 def _enough(
@@ -142,15 +163,15 @@ def _enough(
     chosen: list[Tenant] = []
     for other in candidates:
         chosen.append(other)
-        _take(without, other.holds, -1)
+        _take(without, other.stays, -1)
         if _places(tenant, inventory, without) is None:
             continue
         for kept in list(chosen):  # one on another device makes no room here
-            _take(without, kept.holds, 1)
+            _take(without, kept.stays, 1)
             if _places(tenant, inventory, without) is not None:
                 chosen.remove(kept)
             else:
-                _take(without, kept.holds, -1)
+                _take(without, kept.stays, -1)
         return chosen
     return None
 
@@ -164,6 +185,17 @@ def _places(tenant: Tenant, inventory: Inventory, held: Mapping[str, int]) -> di
     for device in places:
         taken[device] = taken.get(device, 0) + tenant.need
     return taken or None
+
+
+def _without_others(inventory: Inventory, taken: Mapping[str, int]) -> Inventory:
+    """The machine less what other processes hold of its GPUs now: what is measured there says nothing of a world
+    in which somebody has left."""
+    gpus = []
+    for gpu in inventory.gpus:
+        device = f"cuda:{gpu.index}"
+        rest = gpu.memory - inventory.foreign(device, taken.get(device, 0))
+        gpus.append(replace(gpu, memory=rest, available=rest, reserved=0))
+    return replace(inventory, gpus=tuple(gpus))
 
 
 def _take(held: dict[str, int], what: Mapping[str, int], sign: int) -> None:

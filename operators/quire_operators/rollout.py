@@ -626,6 +626,10 @@ class _Planner:
             if missing > 0:
                 self.do(Undrain(row.id))
                 missing -= 1
+        if self.held:
+            lacking = self.budget.want - sum(1 for _ in self.runs())
+            for row in candidates(current=False)[: max(lacking, 0)]:
+                self.do(Undrain(row.id))
         if self.recreate:
             return
         short = self.budget.floor - self.available() - sum(self.is_blinking(row) for row in self.runs())
@@ -648,8 +652,7 @@ class _Planner:
         surplus = [row for row in self.runs() if not self.is_current(row)]
         surplus += reversed(current[self.budget.want :])
         if self.held:
-            # Only the number is brought about; those that would be replaced go first.
-            surplus = sorted(surplus, key=self.is_available)[: max(len(list(self.runs())) - self.budget.want, 0)]
+            surplus = surplus[: self.beyond_hold()]
         available = self.available()
         for row in sorted(surplus, key=self.is_available):
             because = "Surplus" if self.is_current(row) else "Superseded"
@@ -660,6 +663,17 @@ class _Planner:
             elif self.budget.want == 0 or self.recreate or not self.is_blinking(row):
                 self.do(Drain(row.id, because))
 
+    def is_mixed(self) -> bool:
+        """Whether a rollout has begun and not ended."""
+        return len({self.is_current(row) for row in self.runs()}) == 2
+
+    def beyond_hold(self) -> int:
+        """Replicas that may be taken away while rollouts are paused: those above the number; in the middle of a
+        rollout, where both kinds serve, those above what it may have at most."""
+        want = self.budget.want
+        most = want + self.desired.max_surge if self.is_mixed() and want else want
+        return max(sum(1 for _ in self.runs()) - most, 0)
+
     def create(self) -> None:
         current = sum(self.is_current(row) for row in self.runs())
         missing = self.budget.want - current
@@ -668,7 +682,7 @@ class _Planner:
         others = [row for row in self.rows.values() if not (row.goal is Goal.RUN and self.is_current(row))]
         if self.recreate and others:
             return
-        if self.held and any(row.goal is Goal.RUN for row in others):
+        if self.held and not all(self.is_current(row) for row in self.runs()):
             return  # a replica that is added would be a step of the rollout
         room = self.world.room
         number = min(missing, self.budget.ceiling - len(self.rows), room)

@@ -42,7 +42,7 @@ def count_replicas(
             ),
         )
         return
-    if is_on_demand(spec):
+    if want and is_on_demand(spec):
         review.notes.append(
             "loaded by the first request for it, beside what is there or in place of what is there on demand"
         )
@@ -90,8 +90,8 @@ def rollout_text(
     review.replaces = min(stale, want)
     if Kind.PAUSE in wanted.overrides:
         return "none: it is paused"
-    if stale and desired.held:
-        return f"none before its rollouts are resumed; {_count(stale, 'replica')} to replace then"
+    if desired.held and (stale or not wanted.is_newest):
+        return "none before its rollouts are resumed"
     if own and not stale:
         return f"{own} → {want} replicas; none restarts" if want != own else "no replica restarts"
     share = parse_percent(spec["engine"]["memory"])
@@ -100,7 +100,7 @@ def rollout_text(
         inventory, held(rows), placement.device, placement.memory, share, spec["placement"]["deviceIds"]
     )
     budget = review.budget = rollout.budget(desired, own, len(places))
-    if not own and is_on_demand(spec):
+    if not own and wanted.standby:
         return f"{_count(wanted.full, 'replica')} to start with the first request"
     if not own:
         short = "" if len(places) >= want else f"; {len(places)} of them fit now"
@@ -130,7 +130,7 @@ def note_crowding(reviews: Sequence[Review], rows: Sequence[rollout.Row], invent
     before: dict[str, list[str]] = {"cpu": [], "cuda": []}
     for review in sorted(reviews, key=lambda review: review.old is None):
         placement, spec = review.placement, review.resolved
-        if review.refusal is not None or placement is None:
+        if review.refusal is not None or placement is None or is_on_demand(spec):
             continue
         fits = partial(
             free_places,

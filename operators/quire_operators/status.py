@@ -318,6 +318,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return "Paused"
     if by_type["Ready"].reason is Reason.ON_DEMAND:
         return "On demand"
+    if want == 0 and by_type["Ready"].reason is Reason.INSUFFICIENT_MEMORY:
+        return "Asked for, and no room"
     if want == 0:
         return "Stopped" if by_type["RolledOut"].status else "Stopping"
     if by_type["Fetched"].status is False:

@@ -763,7 +763,7 @@ class ModelSpec(Strict):
     residency: Literal["always", "onDemand"] = declared(
         "'always' keeps the replicas running; 'onDemand' loads the model when a request for it comes, which waits "
         "for that as long as batching.maxQueueWait says, and unloads it when another model needs the room: the "
-        "least recently used first, and one in use only when somebody has waited for ten seconds.",
+        "least recently used first, and one in use only after ten seconds; its requests then have drainTimeout.",
         "always",
         update="scale",
     )

@@ -472,10 +472,11 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
 
 
 class ModelUse(msgspec.Struct, frozen=True):
-    """Whether a model is asked for: requests that run or wait, and seconds since the last one came or ended; None
-    if there was none since the router began."""
+    """Whether a model is asked for: sequences that run or wait, those that no replica has, and seconds since the
+    last one came or ended; None if there was none since the router began."""
 
     in_flight: int
+    waiting: int = 0
     idle: float | None = None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.effort import times
 from tests.oracle import Oracle
+from tests.waiting import eventually
 
 from quire.client import Client
 
@@ -44,17 +45,28 @@ class World:
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
-        self.rounds = itertools.count()
         self.round = 0
         platform.run("apply", platform.gateway, self.manifest())
         self.client = Client(platform.state)
 
-    def manifest(self, **fields: Any) -> Any:
+    def manifest(self, **fields: Any) -> Path:
         words = {"most": 200, "round": self.round, "bad": "", "hot": "", **fields}
         return self.platform.write("busy.yaml", MODEL.format(**words))
 
-    def apply(self, code: int = 0, **fields: Any) -> None:
-        self.platform.run("apply", self.manifest(**fields), code=code)
+    def apply(self, reason: str = "UpToDate", **fields: Any) -> None:
+        """Apply it so, and wait until the model is rolled out, or is not for that reason."""
+        text = self.manifest(**fields).read_text()
+        generation = self.client.post("/v1/apply", {"files": [{"name": "busy.yaml", "text": text}]})["results"][0][
+            "generation"
+        ]
+
+        def so() -> bool:
+            status = self.client.get("/v1/objects/model/busy")["status"]
+            (rolled,) = [each for each in status["conditions"] if each["type"] == "RolledOut"]
+            there = status["rollout"]["settled"] and rolled["observedGeneration"] == generation
+            return bool(there and rolled["reason"] == reason)
+
+        eventually(so, f"generation {generation}: {reason}", logs=self.platform.logs)
 
     def pids(self) -> list[int]:
         return [replica["pid"] for replica in self.client.get("/v1/objects/model/busy")["replicas"]]
@@ -76,7 +88,7 @@ def test_changes_of_every_kind_alter_no_stream(platform: Platform) -> None:
             world.update()
         for _ in range(times(1, 5)):
             before = world.pids()
-            world.apply(code=6, bad=WRONG)
+            world.apply("RolledBack", bad=WRONG)
             assert world.pids() == before, "the old revision served all the time"
             world.update()
         before = world.pids()

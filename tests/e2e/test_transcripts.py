@@ -8,6 +8,7 @@ after a change that is meant, and then look at its difference:
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 from pathlib import Path
@@ -107,9 +108,9 @@ BAD = "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\nspec: {
 
 def plain(text: str, platform: Platform) -> str:
     """The text without what is not the same everywhere and always."""
+    text = re.sub(r"[^\s\"']*/bin/platform", "PLATFORM", text)
     for path, word in ((platform.root, "FOLDER"), (platform.state.runtime, "RUNTIME"), (ROOT, "SOURCE")):
         text = text.replace(str(path), word)
-    text = re.sub(r"/\S*/bin/platform", "PLATFORM", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)", "TIME", text)
     text = re.sub(r"\b[0-9a-f]{12}\b", "HASH", text)
     text = re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", text)
@@ -117,6 +118,8 @@ def plain(text: str, platform: Platform) -> str:
     text = re.sub(r"(?<=Ready  )\d+", "PID", re.sub(r" {2,}", "  ", text))
     text = re.sub(r"\b\d+(s|m|h|d)(\d\d(s|m))?(?=\s|$)", "AGE", text)
     text = re.sub(r"about \S+ each", "about AGE each", text)
+    text = re.sub(r"[\d.]+ GiB \(90% of [\d.]+ GiB", "SIZE (90% of SIZE", text)
+    text = re.sub(rf"\bby {re.escape(getpass.getuser())}\b", "by USER", text)
     text = re.sub(r"(asyncScheduling  )\w+", r"\1BOOL", text)
     return "\n".join(line.rstrip() for line in text.splitlines())
 

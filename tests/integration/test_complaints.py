@@ -147,9 +147,13 @@ def test_row_18_what_nobody_changed_is_no_difference(plane: Plane) -> None:
 def test_models_on_demand_come_when_they_are_asked_for_and_leave_for_each_other(plane: Plane) -> None:
     asked = room_for_one(plane) + "  residency: onDemand\n"
     plane.apply(model("one", asked), model("two", asked))
-    for name in ("one", "two"):
-        ready = plane.condition(name, "Ready")
-        assert (ready["status"], ready["reason"]) == ("True", "OnDemand")
+    both = ("one", "two")
+    eventually(
+        lambda: all(plane.condition(name, "Ready")["reason"] == "OnDemand" for name in both),
+        "both may be asked for",
+    )
+    for name in both:
+        assert plane.condition(name, "Ready")["status"] == "True"
         assert plane.view(name)["replicas"] == []
     stream = Stream(plane.base_url, "one", 100)
     stream.wait_running()
@@ -157,7 +161,7 @@ def test_models_on_demand_come_when_they_are_asked_for_and_leave_for_each_other(
     assert answer.status_code == 200, answer.text
     stream.finish()
     assert plane.view("one")["replicas"] == [], "unload before load"
-    assert plane.view("two")["replicas"][0]["state"] == "Ready"
+    eventually(lambda: plane.view("two")["replicas"][0]["state"] == "Ready", "what answers is shown to serve")
     reasons = [event["reason"] for event in plane.client.get("/v1/events", **{"for": "model/one"})["items"]]
     assert {"Loading", "Unloading"} <= set(reasons)
     plane.kill()

@@ -222,9 +222,8 @@ def test_a_paused_rollout_waits_and_what_serves_is_kept_alive(plane: Plane) -> N
     decide(plane, "held", "pause")
     eventually(lambda: plane.view("held")["replicas"] == [], "a pause is a pause, held or not")
     decide(plane, "held", "resume")
-    eventually(
-        lambda: plane.condition("held", "Ready")["status"] == "True", "it is back, as there is nothing else"
-    )
+    eventually(lambda: plane.condition("held", "Ready")["status"] == "True", "it serves again")
+    assert plane.view("held")["replicas"][0]["revision"] == 1, "what served when the rollouts were paused"
     assert decide(plane, "held", "rollout-resume") == "rollouts go on"
     assert plane.wait_served("held")["status"]["servedRevision"] == 2
     plane.delete("held")

@@ -59,6 +59,9 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
         return Verdict.STALLED, f"{refused['reason']} ({refused['message']})"
     if (instead := _decided_otherwise(view)) is not None:
         return instead
+    fetched = render.condition(view, "Fetched")
+    if fetched is not None and fetched["status"] == "False":
+        return Verdict.WAITING, view["status"].get("summary", "")
     stopped = view["kind"].lower() == "model" and view["status"].get("replicas", {}).get("desired") == 0
     if view["kind"].lower() == "model" and not render.is_true(view, "RolledOut"):
         return Verdict.WAITING, view["status"].get("summary", "")

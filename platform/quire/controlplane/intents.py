@@ -17,11 +17,13 @@ from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
 from quire_operators import devices
 from quire_operators.admission import Ask
+from quire_operators.desired import is_on_demand
 from quire_operators.devices import InventoryError
 from quire_operators.fleet.local import Life
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.models import ROUTES
+from quire_operators.overrides import Kind, Override
 from quire_operators.review import Refusal, Review, moved, problems, report
 from quire_operators.sources import SourceError
 from quire_operators.store import Conflict, NotFound
@@ -137,6 +139,7 @@ class Intents:
                 applied = self._plane.store.apply(self._plane.admission.changes(reviews), traceparent)
             except Conflict as conflict:
                 raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
+        self._keep_in_memory(reviews)
         for item in applied:
             self._plane.wake(item.key)
         self._plane.wake(GATEWAY)
@@ -157,6 +160,16 @@ class Intents:
                 for item in applied
             ]
         }
+
+    def _keep_in_memory(self, reviews: Sequence[Review]) -> None:
+        """A model that serves and comes to be on demand stays in memory until somebody needs its room."""
+        for review in reviews:
+            old = review.old
+            if old is None or is_on_demand(old.resolved) or not is_on_demand(review.resolved):
+                continue
+            if self._plane.store.replicas(review.key.name):
+                resident = Override(Kind.RESIDENT, "platform", self._plane.store.clock(), "it served already")
+                self._plane.store.set_override(old.uid, resident)
 
     @staticmethod
     def _refuse_moved(planned: object, reviews: Sequence[Review]) -> None:

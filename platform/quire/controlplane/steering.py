@@ -102,6 +102,8 @@ class Steering:
                 exit_code=3,
             )
         self._set(wanted, Kind.SCALE, body, replicas=replicas)
+        if replicas == 0:
+            self._end(wanted, Kind.RESIDENT)
         return "Scaled", f"{replicas} replicas, where the manifest says {declared}"
 
     def _pause(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
@@ -112,6 +114,7 @@ class Steering:
             raise ApiError(400, "bad_request", "seconds is a number above 0, of at most a year", exit_code=2)
         until = None if seconds is None else self._plane.store.clock() + seconds
         self._set(wanted, Kind.PAUSE, body, until=until)
+        self._end(wanted, Kind.RESIDENT)
         return "Paused", "it stops" + (f" for {format_duration(seconds)}" if seconds else " until it is resumed")
 
     def _resume(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
@@ -121,7 +124,7 @@ class Steering:
     # ── rollouts ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _hold(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
-        self._set(wanted, Kind.HOLD, body)
+        self._set(wanted, Kind.HOLD, body, revision=wanted.revision.n)
         return "RolloutPaused", "no rollout begins or goes on until it is resumed"
 
     def _release(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:

@@ -89,7 +89,9 @@ class ServedModel:
 
     def use(self, now: float) -> wire.ModelUse:
         """Whether it is asked for, and since when not."""
-        return wire.ModelUse(self.in_flight, None if self.used_at is None else max(now - self.used_at, 0.0))
+        placed = sum(client.in_flight for client in self.clients)
+        idle = None if self.used_at is None else max(now - self.used_at, 0.0)
+        return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
 
     @property
     def slots(self) -> int:

@@ -97,8 +97,21 @@ def test_counts_pauses_holds_and_restarts() -> None:
     assert desired_of(wanted(override(Kind.SCALE, replicas=5), override(Kind.PAUSE))).replicas == 0
     assert desired_of(wanted(override(Kind.PAUSE, until=100.0), replicas=2)).replicas == 2, "its time is over"
     assert desired_of(wanted(override(Kind.PAUSE, until=100.1), replicas=2)).replicas == 0
-    assert desired_of(wanted(override(Kind.HOLD))).held
+    held = wanted(override(Kind.HOLD, revision=2))
+    assert (held.revision, held.is_newest, desired_of(held).held) == (TWO, False, True)
+    assert wanted(override(Kind.HOLD, revision=2), override(Kind.PIN, revision=1)).revision == ONE
+    assert wanted(override(Kind.HOLD, revision=9)).revision == THREE, "it is no longer on record"
     assert desired_of(wanted(override(Kind.RESTART))).restarted_at == 50.0
+
+
+def test_a_model_on_demand_has_replicas_while_it_is_in_memory() -> None:
+    away = wanted(residency="onDemand", replicas=2)
+    assert (away.standby, away.full, away.stored.resolved["replicas"]) == (True, 2, 0)
+    there = wanted(override(Kind.RESIDENT), residency="onDemand", replicas=2)
+    assert (there.standby, there.stored.resolved["replicas"]) == (False, 2)
+    paused = wanted(override(Kind.RESIDENT), override(Kind.PAUSE), residency="onDemand")
+    assert (paused.standby, paused.full) == (False, 0)
+    assert not wanted(residency="onDemand", replicas=0).standby
 
 
 def test_going_back_is_a_wish_and_needs_a_revision_of_another_template() -> None:
