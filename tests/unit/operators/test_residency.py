@@ -223,7 +223,7 @@ def test_two_that_are_always_wanted_take_turns(load: float) -> None:
     load=st.sampled_from([0.5, 3.0, 20.0]),
     steps=st.lists(st.tuples(st.sampled_from(["ask", "ask", "end", "wait"]), st.integers(0, 5)), max_size=60),
 )
-@settings(max_examples=examples(150), deadline=None, derandomize=EFFORT == 1)
+@settings(max_examples=examples(60), deadline=None, derandomize=EFFORT == 1)
 def test_memory_is_never_promised_twice_and_who_asks_is_served_in_the_end(
     needs: list[int], load: float, steps: list[tuple[str, int]]
 ) -> None:
