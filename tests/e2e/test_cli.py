@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.e2e.conftest import GATEWAY
 from tests.effort import examples
+from tests.waiting import eventually
+
+from quire.client import Client
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Platform
@@ -326,9 +329,9 @@ def test_the_control_plane_alone_is_stopped_restarted_and_run_in_the_foreground(
     assert "the control plane does not run" in platform.run("daemon", "status", code=7).stderr
     assert ask(base, "m", "What is Quire?")["choices"]
     with platform.start("daemon", "run") as foreground:
-        deadline = time.monotonic() + 30
-        while f"(pid {foreground.pid}," not in platform.run("daemon", "start").stdout:
-            assert time.monotonic() < deadline
+        client = Client(platform.state, start=False)
+        eventually(client.is_running, "it runs in the foreground")
+        assert f"(pid {foreground.pid}," in platform.run("daemon", "start").stdout
         assert platform.json("get", "model/m")["replicas"][0]["pid"] == replica["pid"]
         foreground.send_signal(signal.SIGTERM)
         foreground.communicate(timeout=30)
