@@ -128,7 +128,12 @@ def _keep(path: Path, files: list[dict[str, str]], answer: View) -> None:
 
 def _kept(path: Path) -> tuple[list[dict[str, str]], list[Any]]:
     """The manifests and the items of a plan that was kept."""
-    found = _document(path)
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        usage_error(f"cannot read {path}: {error.strerror or error}", "give the path of a readable file")
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or found.get("quirePlan") != PLAN_FORMAT:
         raise CommandFailed(
             f"{path} is no plan that this version kept", "platform plan FILE... --save PLAN", ExitCode.INVALID
