@@ -1,4 +1,4 @@
-"""Routers for tests: one that all share, and one of a test's own."""
+"""Routers for tests, one that all share and one of a test's own; and the control plane of a module's tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.plane import GATEWAY, Plane
 from tests.integration.router_world import World, end_world, make_world
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    """A control plane with the stand-in for engines, and a router on any free port; in the end nothing is left."""
+    plane = Plane(tmp_path_factory.mktemp("plane"))
+    plane.start()
+    plane.apply(GATEWAY)
+    yield plane
+    plane.end()
+    assert plane.ours() == []
 
 
 @pytest.fixture(scope="session")

@@ -10,22 +10,10 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
-import pytest
-from tests.integration.plane import GATEWAY, Plane, Stream, model
+from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
-
-
-@pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    plane = Plane(tmp_path_factory.mktemp("plane"))
-    plane.start()
-    plane.apply(GATEWAY)
-    yield plane
-    plane.end()
-    assert plane.ours() == []
 
 
 def room_for_one(plane: Plane) -> str:

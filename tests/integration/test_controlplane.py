@@ -58,16 +58,6 @@ def default_port_taken() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    plane = Plane(tmp_path_factory.mktemp("plane"))
-    plane.start()
-    plane.apply(GATEWAY)
-    yield plane
-    plane.end()
-    assert plane.ours() == []
-
-
 def test_one_control_plane_at_a_time_and_none_of_torch(plane: Plane) -> None:
     ping = plane.client.get("/v1/ping")
     assert plane.process is not None

@@ -7,26 +7,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.integration.plane import GATEWAY, Plane, Stream, model
+from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
 
 from quire.client import Refused
 
 FAST = "  restartPolicy: {backoffBase: 100ms}\n"
-
-
-@pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    plane = Plane(tmp_path_factory.mktemp("plane"))
-    plane.start()
-    plane.apply(GATEWAY)
-    yield plane
-    plane.end()
-    assert plane.ours() == []
 
 
 def decide(plane: Plane, name: str, verb: str, **body: Any) -> str:
