@@ -281,10 +281,11 @@ class _Bench:
                     self.ledger.measured(systems[system], **key, system=system, block=block, half=half)
 
     def _best(self, speed: str, model: str, format: Format, clients: int | None, default: Settings) -> Settings:
-        """The flags that `tune` found the fastest in this run, by the column `speed`: for this format, else for
-        another one of the model, else `default`.
+        """The flags that `tune` found the fastest in this run, by the column `speed`: for this model and format,
+        else for another format of the model, else for another model, else `default`.
         """
-        tried = [row for row in self.ledger.find_all(part="tune", model=model) if row.get("clients") == clients]
+        tried = [row for row in self.ledger.find_all(part="tune") if row.get("clients") == clients]
+        tried = [row for row in tried if row["model"] == model] or tried
         found = [row for row in tried if row["format"] == format] or tried
         best: Settings = max(found, key=lambda row: float(row[speed]))["settings"] if found else default
         return best
