@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ import msgspec
 from benchmarks.rows import NO_KERNELS, RESULTS, Row, provenance, write
 from quire import builtin
 from quire.controlplane.views import Views
-from quire.controlplane.wiring import router_command, text_problem
+from quire.controlplane.wiring import router_command, text_facts
 from quire_operators.admission import Admission
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
@@ -125,7 +125,7 @@ class World:
         busy = 0
         for stored in self.store.objects("model"):
             busy += await self.models.reconcile(stored.key) == 0.0
-        await self.routes.reconcile(build(self.models.routables()))
+        await self.routes.reconcile(build(self.models.routables()), wire.HttpSettings())
         return busy + self.models.awaits_router()
 
     async def settle(self) -> None:
@@ -141,7 +141,7 @@ def world(folder: Path) -> World:
     state.create()
     store = Store(state.store)
     sources = Sources({"tiny": builtin.path("tiny")}, HubCache(folder / "hub", folder / "records"))
-    admission = Admission(store, sources, lambda: MACHINE, text_problem)
+    admission = Admission(store, sources, lambda: MACHINE, text_facts)
     fleet = PlayedFleet((state.replicas, state.gateway), store.install_id, lambda name: None, store.clock)
     gateway = GatewayReconciler(store, fleet, state, router_command(state), {}, store.clock)
     routes = PlayedRoutes(state.router_control, store, lambda: True, store.clock)
@@ -167,6 +167,13 @@ async def measure(models: int, replicas: int) -> Row:
         await made.reconcile_all()
         resync = time.process_time() - began
 
+        changed = manifest.load(
+            [("m.yaml", MODEL.format(number=models // 2, replicas=replicas, round=1))]
+        ).resources
+        began = time.process_time()
+        made.admission.together(made.admission.review(changed, MACHINE), MACHINE)
+        planned = time.process_time() - began
+
         key = Key("model", f"m{models // 2}")
         made.apply([MODEL.format(number=models // 2, replicas=replicas, round=1)])
         passes = []
@@ -174,7 +181,7 @@ async def measure(models: int, replicas: int) -> Row:
             began = time.process_time()
             again = await made.models.reconcile(key)
             passes.append(time.process_time() - began)
-            await made.routes.reconcile(build(made.models.routables()))
+            await made.routes.reconcile(build(made.models.routables()), wire.HttpSettings())
             if again != 0.0 and not made.models.awaits_router():
                 break
         began = time.process_time()
@@ -182,6 +189,7 @@ async def measure(models: int, replicas: int) -> Row:
         get = time.process_time() - began
         return {
             "models": models, "replicas": models * replicas, "resync_s": round(resync, 4),
+            "plan_ms": round(planned * 1000, 2),
             "change_longest_pass_ms": round(max(passes) * 1000, 2), "change_passes": len(passes),
             "get_s": round(get, 4), "get_bytes": len(answer),
         }  # fmt: skip
@@ -195,7 +203,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    rows: list[Row] = []
     for models in args.models:
         row = provenance(NO_KERNELS) | {"benchmark": "control-plane"} | asyncio.run(measure(models, args.replicas))
         write(args.out, [row])
+        rows.append(row)
         print("  ".join(f"{name} {value}" for name, value in row.items() if name not in ("commit", "machine")))
+    print("\n" + "\n".join(plot(rows)))
+
+
+WIDTH = 60
+
+
+def plot(rows: Sequence[Row]) -> list[str]:
+    """The processor time of a resync over the number of models: where it is linear, no bar goes beyond the line
+    that the first row draws.
+    """
+    most = max(row["resync_s"] for row in rows)
+    a_model = rows[0]["resync_s"] / rows[0]["models"]
+    most = max(most, a_model * rows[-1]["models"])
+    lines = []
+    for row in rows:
+        bar = round(WIDTH * row["resync_s"] / most)
+        line = round(WIDTH * a_model * row["models"] / most)
+        marks = ["█" if at < bar else " " for at in range(WIDTH + 1)]
+        marks[line] = "│"
+        lines.append(f"{row['models']:>5} {''.join(marks)} {row['resync_s']:.3f} s")
+    return [*lines, f"{'':>5} │: {a_model * 1000:.2f} ms a model, as with {rows[0]['models']}"]

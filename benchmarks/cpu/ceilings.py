@@ -14,11 +14,12 @@ head.
 from __future__ import annotations
 
 import ctypes
+import heapq
 import itertools
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,21 @@ class Ceilings:
         read = model.all * BITS[format] / 8 / (self.read * sequences)
         operations = 2.0 * (model.layers * (prompt + output) / output + model.head)
         return 1.0 / (read + operations / self.peak(format))
+
+    def served_seconds(
+        self, format: Format, model: Parameters, lengths: Sequence[tuple[int, int]], clients: int
+    ) -> float:
+        """What requests of those lengths (tokens of prompt and of output) take at least, if so many clients ask
+        for them in order and each waits for its answer. Every step reads the weights once, however few of the
+        clients are left to share it, which is what `tokens_per_second` does not know.
+        """
+        free = [0] * clients
+        for _, output in lengths:  # a step draws one token of each; a prompt is computed in the step of its first
+            heapq.heapreplace(free, free[0] + output)
+        operations = sum(
+            2.0 * (model.layers * (prompt + output) + model.head * output) for prompt, output in lengths
+        )
+        return max(free) * model.all * BITS[format] / 8 / self.read + operations / self.peak(format)
 
 
 def measure(threads: int, seconds: float = 2.0) -> Ceilings:

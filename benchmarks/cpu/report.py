@@ -205,6 +205,7 @@ def _prefill(rows: Sequence[Row], ceilings: Ceilings) -> Table:
 def _servers(rows: Sequence[Row], ceilings: Ceilings) -> Table:
     table: Table = [
         ("model", "format", "clients", "quire t/s", "llama.cpp t/s", "ratio", "floor", "of roofline", "floor",
+         "as filled",
          "CPU-s/1000", "theirs", "TTFT p50 ms", "best", "ratio", "ITL p99 ms", "best", "ratio", "client CPU")
     ]  # fmt: skip
     for model, format, clients in _keys(rows, "model", "format", "clients", part="servers"):
@@ -217,12 +218,16 @@ def _servers(rows: Sequence[Row], ceilings: Ceilings) -> Table:
         lengths = _mean_lengths(some[0]["requests"])
         ideal = ceilings.tokens_per_second(format, _shape(model), clients, *lengths)
         share = _median(ours, "tokens_per_s") / ideal
+        filled = statistics.median(
+            ceilings.served_seconds(format, _shape(model), _lengths(row["requests"]), clients) / row["seconds"]
+            for row in ours
+        )
         wait = WAIT_CEILING if clients > 1 else None
         spent = _median(ours, "client_cpu_s") / (_median(ours, "seconds") * ceilings.threads)
         table.append(
             (model, format, str(clients), _figure(ours, "tokens_per_s"), _figure(theirs, "tokens_per_s"),
              str(speed), _least(speed.mean, SERVER_FLOORS[format].get(clients)), _percent(share),
-             _least(share, ROOFLINE_FLOOR, "{:.0%}"), _figure(ours, "cpu_s_per_1000"),
+             _least(share, ROOFLINE_FLOOR, "{:.0%}"), _percent(filled), _figure(ours, "cpu_s_per_1000"),
              _figure(theirs, "cpu_s_per_1000"), _figure(ours, "ttft_p50_ms"), _figure(firsts, "ttft_p50_ms"),
              f"{first} {_most(first.mean, wait)}", _figure(ours, "itl_p99_ms"), _figure(gaps, "itl_p99_ms"),
              f"{gap} {_most(gap.mean, wait)}", f"{spent:.1%}")
@@ -299,9 +304,11 @@ def _best(rows: Sequence[Row], column: str, most: bool = False) -> list[Row]:
     return [choose(some, key=lambda row: float(row[column])) for some in halves.values()]
 
 
+def _lengths(requests: int) -> list[tuple[int, int]]:
+    """Tokens of prompt and output of the first so many jobs."""
+    return [(len(job.prompt), job.output_tokens) for job in SCENARIOS["mixed"].jobs(1000)[:requests]]
+
+
 def _mean_lengths(requests: int) -> tuple[float, float]:
-    """Of prompts and outputs of the first so many jobs."""
-    jobs = SCENARIOS["mixed"].jobs(1000)[:requests]
-    return (
-        statistics.fmean(len(job.prompt) for job in jobs), statistics.fmean(job.output_tokens for job in jobs)
-    )  # fmt: skip
+    prompts, outputs = zip(*_lengths(requests), strict=True)
+    return statistics.fmean(prompts), statistics.fmean(outputs)

@@ -23,6 +23,7 @@ from quire_operators import room
 from quire_operators.cache import SPARE
 from quire_operators.desired import Effective, effective, is_on_demand
 from quire_operators.devices import Inventory, held
+from quire_operators.gateway import tls_problem
 from quire_operators.overrides import Kind, Overrides, ended_by_intent, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.review import Refusal, Review
@@ -30,6 +31,7 @@ from quire_operators.rollout import Row
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Change, NewRevision, Revision, Store, StoredObject
+from quire_schemas import findings
 from quire_schemas.checkpoint import (
     CheckpointError,
     ModelProfile,
@@ -40,12 +42,21 @@ from quire_schemas.checkpoint import (
     read_config,
     read_profile,
 )
+from quire_schemas.findings import TextFacts
 from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes
 from quire_schemas.resource import Key
-from quire_schemas.update import FieldChange, UpdateClass, beyond_limits, diff, diff_metadata, template_hash
+from quire_schemas.update import (
+    FieldChange,
+    UpdateClass,
+    beyond_limits,
+    diff,
+    diff_gateway,
+    diff_metadata,
+    template_hash,
+)
 
 CAUSE_ANNOTATION = "quire.dev/change-cause"
 
@@ -68,20 +79,22 @@ def effective_template(template: str, max_num_seqs: int, max_num_batched_tokens:
     return hashlib.sha256(f"{template}/{max_num_seqs}/{max_num_batched_tokens}".encode()).hexdigest()
 
 
-TextProblem = Callable[[Path, Path | None], str | None]
-"""Given a tokenizer's folder and a chat template's file or None: why the router could not load them, or None."""
+ReadText = Callable[[Path, Path | None], TextFacts | str]
+"""Given a tokenizer's folder and a chat template's file or None: what is known of them, or why the router could
+not load them.
+"""
 
 
 class Admission:
     """Reviews resources against the store, the sources and the machine."""
 
     def __init__(
-        self, store: Store, sources: Sources, detect: Callable[[], Inventory], text_problem: TextProblem
+        self, store: Store, sources: Sources, detect: Callable[[], Inventory], read_text: ReadText
     ) -> None:
         self._store = store
         self._sources = sources
         self._detect = detect
-        self._text_problem = text_problem
+        self._read_text = read_text
 
     def review(
         self,
@@ -99,8 +112,16 @@ class Admission:
         if here:
             self._check_disk(reviews)
         self._refuse_name_conflicts(reviews)
-        room.note_crowding(reviews, self._rows_that_stay(), inventory)
         return reviews
+
+    def together(self, reviews: Sequence[Review], inventory: Inventory | None = None) -> dict[str, Any]:
+        """The proof of fit for the machine as a whole, with all models that are stored or reviewed on it; those
+        that fit alone and not together get a note.
+        """
+        inventory = inventory or self._detect()
+        claims, ours = self._claims(reviews, inventory), held(self._store.replicas())
+        room.note_crowding(reviews, claims, inventory.cleared(ours))
+        return room.devices_after(claims, inventory, ours)
 
     def changes(self, reviews: Sequence[Review]) -> list[Change]:
         """What the store is to write for reviews without a refusal."""
@@ -160,6 +181,30 @@ class Admission:
                 found[located.key] = Ask(spec.source.removeprefix("hf://"), revision, "model", key)
         return found
 
+    def differences(self, resources: Sequence[Located]) -> list[Review]:
+        """Reviews of no more than what differs from what is stored: nothing is resolved, and no hub is asked."""
+        found = []
+        for located in resources:
+            old = self._store.get(located.key)
+            review = Review(located, old, _action(located, old))
+            found.append(review)
+            if old is None or review.action == "unchanged":
+                continue
+            if isinstance(located.resource, Model):
+                spec = resolve_defaults(located.resource)
+                if _names_same_source(old, spec):
+                    spec["revision"] = old.resolved["revision"]
+                current = next((r for r in self._store.revisions(old.uid) if r.n == old.revision), None)
+                review.changes = tuple(
+                    change
+                    for change in _changes(located, old, spec, current)
+                    if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
+                )
+            else:
+                spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
+                review.changes = _changes(located, old, spec)
+        return found
+
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _review(
@@ -170,8 +215,7 @@ class Admission:
         unfound: Mapping[Ask, SourceError],
     ) -> Review:
         old = self._store.get(located.key)
-        unchanged = old is not None and old.intent_hash == intent_hash(located.resource)
-        review = Review(located, old, "unchanged" if unchanged else "update" if old else "create")
+        review = Review(located, old, _action(located, old))
         if old is not None and old.deletion_time is not None:
             review.refuse(Refusal("", "Deleting", f"{located.key} is being deleted", "wait until it is gone"))
             return review
@@ -194,12 +238,16 @@ class Admission:
                 offers = error.fit.counter_offers if error.fit is not None else ()
                 path = next((offer.field for offer in offers if offer.field in located.places), error.path)
                 review.refuse(Refusal(path, error.reason, error.message, error.hint))
-        elif unchanged and old is not None:
+        elif review.action == "unchanged" and old is not None:
             review.resolved = old.resolved
         else:
             spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
             review.resolved = spec
-            review.changes = _plain_changes(old.resolved if old else {}, spec)
+            review.changes = _changes(located, old, spec) if old is not None else ()
+            if spec["tls"] is not None and (found := tls_problem(spec["tls"])) is not None:
+                field, text = found
+                hint = "give PEM files that this user may read: a certificate chain, its key without a password"
+                review.refuse(Refusal(f"spec.tls.{field}", "InvalidReference", text, hint))
         return review
 
     def _review_model(
@@ -220,11 +268,8 @@ class Admission:
             spec["revision"] = folder.commit
         review.resolved = spec
         known = self._known_revision(spec, current, history)
-        limits = Placement.from_dict(current.placement).limits() if current is not None else None
         if old is not None:
-            review.changes = diff(old.resolved, spec, limits) + diff_metadata(
-                old.intent.get("metadata", {}), review.located.intent.get("metadata", {})
-            )
+            review.changes = _changes(review.located, old, spec, current)
             self._refuse_immutable(review)
         if known is not None:
             review.placement = Placement.from_dict(known.placement)
@@ -243,7 +288,27 @@ class Admission:
         if review.refusal is None:
             room.count_replicas(review, review.placement, self._rows_that_stay(), inventory)
         if review.refusal is None:
+            review.wanted = wanted
             review.rollout = room.rollout_text(review, wanted, current, self._store.replicas(), inventory)
+
+    def _claims(self, reviews: Sequence[Review], inventory: Inventory) -> list[room.Claim]:
+        """What every model is to have once these are applied: as reviewed, or else as it is stored."""
+        now = self._store.clock()
+        changed = {
+            review.key: (review, review.wanted)
+            for review in reviews
+            if review.refusal is None and review.wanted is not None
+        }
+        claims = []
+        for stored in self._store.objects("model"):
+            if stored.deletion_time is None and stored.key not in changed:
+                history, decided = self._store.revisions(stored.uid), self._store.overrides(stored.uid)
+                rows = self._store.replicas(stored.key.name)
+                claims.append(room.claim(effective(stored, history, decided, now), rows, inventory))
+        return claims + [
+            room.claim(wanted, self._store.replicas(key.name), inventory, review)
+            for key, (review, wanted) in changed.items()
+        ]
 
     def _rows_that_stay(self) -> list[Row]:
         """Replicas but those of models on demand, which leave when there is need."""
@@ -292,10 +357,8 @@ class Admission:
         if name in configs or spec["source"] in configs:
             return None
         revision = spec["revision"]
-        if old is not None:
-            written = old.intent["spec"]
-            if (written["source"], written.get("revision")) == (spec["source"], revision):
-                revision = old.resolved["revision"]
+        if old is not None and _names_same_source(old, spec):
+            revision = old.resolved["revision"]
         return self._sources.locate(spec["source"], revision)
 
     def _locate_tokenizer(self, spec: Mapping[str, Any], old: StoredObject | None) -> Folder | None:
@@ -347,15 +410,18 @@ class Admission:
         configs: Mapping[str, Mapping[str, Any]],
     ) -> Placed:
         profile, model_dir = self._profile(name, spec, folder, configs)
-        tokenizer_dir = self._tokenizer(review, spec, model_dir, standing_in=folder is None)
+        tokenizer_dir, facts = self._tokenizer(review, spec, model_dir, standing_in=folder is None)
         if folder is not None and folder.missing:
             self._note_download(review, folder)
         rows = self._store.replicas()
         own = held(row for row in rows if row.model == name)
         commit = folder.commit if folder is not None else None
-        return place(
+        placed = place(
             spec, profile, (model_dir, tokenizer_dir), commit, inventory, own, held(rows), template_hash(spec)
         )
+        review.findings += findings.of_positions(profile, placed.placement.max_model_len)
+        review.findings += findings.of_text(profile, facts) if facts is not None else []
+        return placed
 
     @staticmethod
     def _profile(
@@ -385,10 +451,15 @@ class Admission:
             f"into {self._sources.cache.root}"
         )
 
-    def _tokenizer(self, review: Review, spec: Mapping[str, Any], model_dir: str, *, standing_in: bool) -> str:
-        """The tokenizer's folder; its files are checked here, where a person is there to read the answer."""
+    def _tokenizer(
+        self, review: Review, spec: Mapping[str, Any], model_dir: str, *, standing_in: bool
+    ) -> tuple[str, TextFacts | None]:
+        """The tokenizer's folder and what is known of it; its files are checked here, where a person is there to
+        read the answer.
+        """
         source = spec["tokenizer"]["source"]
         template = spec["tokenizer"]["chatTemplateFile"]
+        field = "spec.tokenizer.source" if source is not None else "spec.source"
         if template is not None and not Path(template).is_file():
             review.refuse(
                 Refusal(
@@ -400,33 +471,23 @@ class Admission:
             )
         if source is None and standing_in:
             review.notes.append("planned from a configuration; the checkpoint itself was not looked at")
-            return ""
+            return "", None
         located = self._locate_tokenizer(spec, review.old)
         folder = str(located.folder) if located is not None else model_dir
         if not (Path(folder) / "tokenizer.json").is_file():
-            review.refuse(
-                Refusal(
-                    "spec.tokenizer.source" if source is not None else "spec.source",
-                    "NotFound",
-                    f"{folder} has no tokenizer.json",
-                    "name a folder with a fast tokenizer in spec.tokenizer.source",
-                ),
-            )
-        elif (
-            review.refusal is None
-            and (problem := self._text_problem(Path(folder), None if template is None else Path(template)))
-            is not None
-        ):
-            review.refuse(
-                Refusal(
-                    "spec.tokenizer.source" if source is not None else "spec.source",
-                    "ModelUnusable",
-                    f"{folder}: {problem}",
-                    "download the files again; or name a folder with a tokenizer in spec.tokenizer.source, "
-                    "or another template in spec.tokenizer.chatTemplateFile",
-                ),
-            )
-        return folder
+            hint = "name a folder with a fast tokenizer in spec.tokenizer.source"
+            review.refuse(Refusal(field, "NotFound", f"{folder} has no tokenizer.json", hint))
+        if review.refusal is not None:
+            return folder, None
+        facts = self._read_text(Path(folder), None if template is None else Path(template))
+        if isinstance(facts, TextFacts):
+            return folder, facts
+        hint = (
+            "download the files again; or name a folder with a tokenizer in spec.tokenizer.source, "
+            "or another template in spec.tokenizer.chatTemplateFile"
+        )
+        review.refuse(Refusal(field, "ModelUnusable", f"{folder}: {facts}", hint))
+        return folder, None
 
     def _check_disk(self, reviews: Sequence[Review]) -> None:
         """Refuse downloads that the disk of the cache cannot hold, one after the other."""
@@ -463,6 +524,29 @@ class Admission:
                     )
 
 
+def _action(located: Located, old: StoredObject | None) -> str:
+    if old is None:
+        return "create"
+    return "unchanged" if old.intent_hash == intent_hash(located.resource) else "update"
+
+
+def _names_same_source(old: StoredObject, spec: Mapping[str, Any]) -> bool:
+    """Whether source and revision are written as before: a branch then stays at the commit that was recorded."""
+    written = old.intent["spec"]
+    return (written["source"], written.get("revision")) == (spec["source"], spec["revision"])
+
+
+def _changes(
+    located: Located, old: StoredObject, spec: Mapping[str, Any], current: Revision | None = None
+) -> tuple[FieldChange, ...]:
+    """In what `spec` differs from the one that is stored, and what labels and annotations do."""
+    metadata = old.intent.get("metadata", {}), located.intent.get("metadata", {})
+    if not isinstance(located.resource, Model):
+        return diff_gateway(old.resolved, spec) + diff_metadata(*metadata)
+    limits = Placement.from_dict(current.placement).limits() if current is not None else None
+    return diff(old.resolved, spec, limits) + diff_metadata(*metadata)
+
+
 def _decision_notes(key: Key, decided: Overrides, ended: Sequence[Kind]) -> list[str]:
     """What becomes of decisions beside the intent when this is applied."""
     notes = []
@@ -481,12 +565,3 @@ def _decision_notes(key: Key, decided: Overrides, ended: Sequence[Kind]) -> list
     if Kind.HOLD in decided:
         notes.append(f"its rollouts are paused; platform rollout resume {key} lets this one begin")
     return notes
-
-
-def _plain_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
-    """Differences of two flat-enough specs without update classes of their own (Gateway): all are rolling."""
-    return tuple(
-        FieldChange(f"spec.{name}", old.get(name), new.get(name), UpdateClass.ROLLING)
-        for name in dict.fromkeys([*old, *new])
-        if old and old.get(name) != new.get(name)
-    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -59,6 +59,17 @@ class Inventory:
     def foreign(self, device: str, ours: int) -> int:
         """Bytes of a GPU that processes hold beyond `ours`, those that Quire's replicas were given."""
         return next((max(gpu.used - ours, 0) for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
+
+    def cleared(self, ours: Mapping[str, int]) -> Inventory:
+        """What Quire could have if `ours`, what its replicas hold now, were gone: of each GPU what nobody else
+        has, all of it free.
+        """
+        gpus = []
+        for gpu in self.gpus:
+            name = f"cuda:{gpu.index}"
+            rest = gpu.memory - self.foreign(name, ours.get(name, 0))
+            gpus.append(replace(gpu, memory=rest, available=rest))
+        return replace(self, gpus=tuple(gpus))
 
 
 def detect() -> Inventory:

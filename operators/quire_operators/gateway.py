@@ -10,6 +10,8 @@ any free one, and then the same again as long as nobody else took it.
 from __future__ import annotations
 
 import logging
+import ssl
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,9 @@ from quire_operators.secrets import without_tokens
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store, StoredObject
 from quire_operators.tracing import acted
+from quire_schemas import wire
 from quire_schemas.gateway import Gateway
-from quire_schemas.quantities import parse_duration
+from quire_schemas.quantities import parse_duration, parse_quantity
 from quire_schemas.resource import API_VERSION, Key
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,41 @@ def resolved_spec(stored: StoredObject | None) -> dict[str, Any]:
         {"apiVersion": API_VERSION, "kind": "Gateway", "metadata": {"name": "default"}}
     )
     return default.spec.model_dump(mode="json", by_alias=True)
+
+
+def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
+    """What of a resolved spec changes while the router runs."""
+    return wire.HttpSettings(
+        max_body_bytes=parse_quantity(spec["maxBodySize"]),
+        allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
+        ignore_unknown=spec["unknownFields"] == "ignore",
+    )
+
+
+def tls_problem(tls: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The field of a `tls` section whose file the router could not use, and why; None when it could."""
+    for name in ("certFile", "keyFile"):
+        path = Path(tls[name])
+        if not path.is_absolute():
+            return name, f"{path} is not an absolute path"
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                return name, f"{path} is not a file"
+            path.read_bytes()
+        except (OSError, ValueError) as error:
+            return name, f"{path}: {getattr(error, 'strerror', None) or error}"
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls["certFile"], tls["keyFile"], password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        return "certFile", f"{tls['certFile']} with the key {tls['keyFile']} cannot be used: {reason}"
+    return None
+
+
+def _no_password() -> str:
+    """Nobody is there to type one when a router starts."""
+    raise ValueError("the key is encrypted")
 
 
 class GatewayReconciler:
@@ -103,7 +141,20 @@ class GatewayReconciler:
 
     def base_url(self) -> str:
         host, port = self.address()
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if self.certificate() is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def certificate(self) -> str | None:
+        """The file of the certificate that the router shows, or would; None where it speaks plain HTTP."""
+        seen = self.current()
+        tls = _labels(resolved_spec(self._store.get(KEY))) if seen is None else seen.labels
+        found: str | None = (tls.get("tls") or {}).get("certFile")
+        return found
+
+    def endpoints(self) -> dict[str, Any]:
+        """Where requests go, and the certificate to trust there, if it speaks https."""
+        found = {"openai": f"{self.base_url()}/v1"}
+        return found if (certificate := self.certificate()) is None else {**found, "certificate": certificate}
 
     def adoption_window(self) -> float:
         """Seconds that an engine started now lives without a word from a router or a control plane."""
@@ -112,12 +163,19 @@ class GatewayReconciler:
             declared = resolved_spec(None)["adoptionWindow"]
         return parse_duration(declared)
 
+    def http_settings(self) -> wire.HttpSettings:
+        """What the router is told while it runs."""
+        return http_settings(resolved_spec(self._store.get(KEY)))
+
     def ready(self) -> bool:
-        """Whether the router runs where the gateway says, and has answered the control plane."""
+        """Whether the router runs as the gateway says, and has answered the control plane."""
         seen = self.current()
         if seen is None or seen.stopping or dict(seen.labels) != _labels(resolved_spec(self._store.get(KEY))):
             return False
-        return bool(self.router_runs()) and self.routes is not None and self.routes.knowledge() is Router.KNOWN
+        if not self.router_runs() or self.routes is None or self.routes.knowledge() is not Router.KNOWN:
+            return False
+        # the last answer may be of the router before this one
+        return self.routes.status is not None and self.routes.status.pid == seen.child_pid
 
     def failure(self) -> Fact | None:
         """What keeps the router from listening, as a Stalled condition."""
@@ -194,17 +252,25 @@ class GatewayReconciler:
             text = (
                 f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
                 if moves
-                else "the router starts again with other settings for traces"
+                else "the router starts again with other settings for TLS or traces"
             )
             self._store.add_event(KEY, "Normal", "Replacing", text)
             acted(text)
             await self._fleet.stop(seen.folder, STOP_GRACE)
             return RETRY_SECONDS
-        if not seen.running and seen.ended is not None and seen.ended.code == NOT_RETRYABLE:
-            self._fail(Reason.ROUTER_FAILED, f"the router refuses to start ({seen.ended.text()})")
-        else:
-            self._failure = None
+        self._tell_why_it_does_not_start(seen)
         return None
+
+    def _tell_why_it_does_not_start(self, seen: Observation) -> None:
+        """A router that says why, or refuses for good, is a failure; any other end is its shim's to repair."""
+        ended = seen.ended
+        said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "") if ended else ""
+        if seen.running or ended is None or not (said or ended.code == NOT_RETRYABLE):
+            self._failure = None
+            return
+        why = said.removeprefix("error: ") or ended.text()
+        again = "" if ended.code == NOT_RETRYABLE else "; it is tried again"
+        self._fail(Reason.ROUTER_FAILED, f"the router does not start: {why}{again}")
 
     def _listen_on(self, host: str, port: int) -> tuple[str, int]:
         """The declared address; for port 0 the one that was found last, if it is free: whoever has the base URL of
@@ -250,6 +316,16 @@ class GatewayReconciler:
         acted(f"the router listens on {where}")
         return None
 
+    def _rolled_out(self, *, ready: bool) -> Fact:
+        if not ready or self.routes is None:
+            return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
+        if self.routes.takes(self.http_settings()):
+            return Fact("RolledOut", True, Reason.UP_TO_DATE)
+        text = "the router has not taken its newest settings"
+        if self.routes.is_older():
+            text = "the router is of an earlier version; platform down and platform up start a new one"
+        return Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, text)
+
     def _fail(self, reason: Reason, message: str) -> None:
         if self._failure is None or self._failure.message != message:
             log.warning("%s: %s", reason, message)
@@ -262,6 +338,7 @@ class GatewayReconciler:
         failure = self._failure
         facts = [
             Fact("Accepted", True, Reason.VALID),
+            self._rolled_out(ready=ready),
             Fact("Ready", True, Reason.LISTENING, f"on {self.base_url()}")
             if ready
             else Fact(
@@ -278,7 +355,7 @@ class GatewayReconciler:
         return {
             "observedGeneration": generation,
             "summary": "Not started" if idle else words,
-            "endpoints": {"openai": f"{self.base_url()}/v1"},
+            "endpoints": self.endpoints(),
             "conditions": shown,
             "remedies": [] if idle else status.remedies(str(KEY), shown),
         }
@@ -287,4 +364,4 @@ class GatewayReconciler:
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a running router was started with; a gateway that says otherwise replaces it."""
     labels = {"host": spec["bind"], "port": spec["port"]}
-    return labels if spec.get("telemetry") is None else {**labels, "telemetry": spec["telemetry"]}
+    return labels | {name: spec[name] for name in ("tls", "telemetry") if spec.get(name) is not None}

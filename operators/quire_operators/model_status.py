@@ -149,10 +149,7 @@ class ModelStatus:
                 "updated": len(updated),
                 "draining": sum(row.goal is Goal.DRAIN for row, _ in pairs),
             },
-            "endpoints": {
-                "openai": f"{self._gateway.base_url()}/v1",
-                "modelNames": stored.resolved["servedModelNames"],
-            },
+            "endpoints": {**self._gateway.endpoints(), "modelNames": stored.resolved["servedModelNames"]},
             "resolved": view.placement.resolved(stored.resolved),
             "progress": status.progress(
                 before.get("progress"), stored.generation, reached, now - stored.applied_at, **details

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire_operators.desired import Effective
 from quire_operators.placement import Placement
 from quire_operators.rollout import Budget
 from quire_operators.store import NewRevision, StoredObject
@@ -45,6 +46,10 @@ class Review:
     """Running replicas that others take the place of."""
     ends: tuple[str, ...] = ()
     """Kinds of what was decided beside the intent that this ends."""
+    wanted: Effective | None = None
+    """What is to run once this is applied; None for what is refused, unchanged, or no model."""
+    findings: list[str] = field(default_factory=list)
+    """What of the checkpoint may surprise."""
     notes: list[str] = field(default_factory=list)
     download: int = 0
     """Bytes that are to be fetched from a hub."""
@@ -79,22 +84,14 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "key": str(review.key),
             "action": review.action,
             "revision": [old, new],
-            "changes": [
-                {
-                    "path": change.path,
-                    "old": change.old,
-                    "new": change.new,
-                    "update": change.update.value,
-                    "note": change.note,
-                }
-                for change in review.changes
-            ],
+            "changes": _changes(review),
             "fit": _fit(review.fit) if review.fit is not None else None,
             "resolved": review.placement.resolved(review.resolved) if review.placement is not None else None,
             "rollout": review.rollout,
             "budget": _budget(review.budget),
             "replaces": review.replaces,
             "ends": list(review.ends),
+            "findings": review.findings,
             "notes": review.notes,
             "warnings": review.warnings,
         }
@@ -112,6 +109,34 @@ def report(reviews: Sequence[Review]) -> dict[str, Any]:
             "refused": actions.count("refused"),
         },
     }
+
+
+def differences(reviews: Sequence[Review]) -> dict[str, Any]:
+    """The reviews as the document that `platform diff` prints: of what is new, all that its manifest declares."""
+    return {
+        "items": [
+            {
+                "key": str(review.key),
+                "action": review.action,
+                "changes": _changes(review),
+                "intent": review.located.intent if review.old is None else None,
+            }
+            for review in reviews
+        ]
+    }
+
+
+def _changes(review: Review) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": change.path,
+            "old": change.old,
+            "new": change.new,
+            "update": change.update.value,
+            "note": change.note,
+        }
+        for change in review.changes
+    ]
 
 
 def moved(planned: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:

@@ -6,8 +6,8 @@ much one replica needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quire_operators import rollout
@@ -18,6 +18,7 @@ from quire_operators.placement import Placement
 from quire_operators.review import Refusal, Review
 from quire_operators.store import Revision
 from quire_schemas.quantities import format_bytes, format_duration, parse_percent
+from quire_schemas.resource import Key
 
 
 def count_replicas(
@@ -119,39 +120,152 @@ def rollout_text(
     return text + f"; {budget.floor} of {want} serve meanwhile"
 
 
-def note_crowding(reviews: Sequence[Review], rows: Sequence[rollout.Row], inventory: Inventory) -> None:
-    """Each model was reviewed as if it came alone: say so where together they do not fit this machine.
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one model is to have of this machine once all is carried out."""
 
-    Those that exist already come first, as they do when it is applied.
+    key: Key
+    placement: Placement
+    replicas: int
+    share: float
+    device_ids: tuple[int, ...]
+    kept: tuple[str, ...]
+    """Devices of replicas that stay as they are."""
+    guests: int
+    """Replicas that it has on demand; 0 for a model that stays."""
+    surge: int
+    """Replicas that its rollout has meanwhile beside the old ones."""
+    in_set: bool
+    """It is changed by what is reviewed."""
+    new: bool
+    """Nothing of it is stored yet."""
+
+    def places(self, inventory: Inventory, taken: Mapping[str, int], most: int) -> list[str]:
+        """Devices for as many more replicas as fit beside what is `taken`."""
+        placement = self.placement
+        return free_places(
+            inventory, taken, placement.device, placement.memory, self.share, self.device_ids, most
+        )[:most]
+
+
+def claim(
+    wanted: Effective, rows: Sequence[rollout.Row], inventory: Inventory, review: Review | None = None
+) -> Claim:
+    """What is `wanted` of a model with these `rows`, as it is stored or as `review` would have it. A machine that
+    is only declared may lack a device that a replica is on.
     """
-    in_set = {review.key.name for review in reviews}
-    taken = held(row for row in rows if row.model not in in_set)
-    others = dict(taken)
+    spec, desired = wanted.stored.resolved, desired_of(wanted)
+    kept = [
+        row.device
+        for row in rows
+        if row.goal is rollout.Goal.RUN
+        and row.failed_generation is None
+        and rollout.is_current(desired, row)
+        and inventory.total(row.device)
+    ]
+    budget = review.budget if review is not None and review.replaces else None
+    return Claim(
+        wanted.stored.key,
+        Placement.from_dict(wanted.revision.placement),
+        desired.replicas,
+        parse_percent(spec["engine"]["memory"]),
+        tuple(spec["placement"]["deviceIds"]),
+        tuple(kept[: desired.replicas]),
+        wanted.full if is_on_demand(spec) else 0,
+        budget.surge if budget is not None else 0,
+        review is not None,
+        review is not None and review.old is None,
+    )
+
+
+def settle(claims: Iterable[Claim], inventory: Inventory) -> list[tuple[Claim, list[str]]]:
+    """Each claim with the devices of its replicas once nothing moves any more, in the order in which they come:
+    what is there stays, then those that exist, then new ones; models on demand have what is left. `inventory` is
+    cleared: what others hold of a GPU does not change with what replicas leave.
+    """
+    ordered = sorted(claims, key=lambda claim: (claim.guests > 0, claim.new))
+    taken: dict[str, int] = {}
+    for claim in ordered:
+        for device in claim.kept if not claim.guests else ():
+            taken[device] = taken.get(device, 0) + claim.placement.memory
+    settled = []
+    for claim in ordered:
+        places = [] if claim.guests else list(claim.kept)
+        more = claim.places(inventory, taken, claim.replicas - len(places)) if claim.replicas > len(places) else []
+        for device in more:
+            taken[device] = taken.get(device, 0) + claim.placement.memory
+        settled.append((claim, places + more))
+    return settled
+
+
+def note_crowding(reviews: Sequence[Review], claims: Sequence[Claim], inventory: Inventory) -> None:
+    """Each model was reviewed as if it came alone: say so where together they do not fit.
+
+    `inventory` is cleared.
+    """
+    notes = {review.key: review.notes for review in reviews}
+    others = held_by(settle([claim for claim in claims if not claim.in_set], inventory))
     before: dict[str, list[str]] = {"cpu": [], "cuda": []}
-    for review in sorted(reviews, key=lambda review: review.old is None):
-        placement, spec = review.placement, review.resolved
-        if review.refusal is not None or placement is None or is_on_demand(spec):
+    for claim, places in settle(claims, inventory):
+        if not claim.in_set or claim.guests:
             continue
-        fits = partial(
-            free_places,
-            inventory,
-            kind=placement.device,
-            need=placement.memory,
-            share=parse_percent(spec["engine"]["memory"]),
-            device_ids=spec["placement"]["deviceIds"],
-        )
-        want = spec["replicas"]
-        places = fits(taken=taken)[:want]
-        missing, neighbours = want - len(places), before[placement.device]
-        if missing and neighbours and len(fits(taken=others)) >= want:
-            reason = "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices"
-            who = "it" if missing == want else f"{missing} of its {want} replicas"
+        missing, neighbours = claim.replicas - len(places), before[claim.placement.device]
+        if missing and neighbours and len(claim.places(inventory, others, claim.replicas)) == claim.replicas:
+            who = "it" if missing == claim.replicas else f"{missing} of its {claim.replicas} replicas"
             names = ", ".join(neighbours)
-            review.notes.append(f"fits alone; together with {names} {who} will wait as {reason}")
-        for device in places:
-            taken[device] = taken.get(device, 0) + placement.memory
+            notes[claim.key].append(f"fits alone; together with {names} {who} will wait as {_lack(claim)}")
         if places:
-            neighbours.append(str(review.key))
+            neighbours.append(str(claim.key))
+
+
+def held_by(settled: Iterable[tuple[Claim, Sequence[str]]]) -> dict[str, int]:
+    """Bytes that settled claims hold of each device, those of models on demand left out, which give way."""
+    sums: dict[str, int] = {}
+    for claim, places in settled:
+        for device in places if not claim.guests else ():
+            sums[device] = sums.get(device, 0) + claim.placement.memory
+    return sums
+
+
+def devices_after(claims: Sequence[Claim], inventory: Inventory, ours: Mapping[str, int]) -> dict[str, Any]:
+    """The proof of fit of all models together: of each device what there is, what each model's replicas take of
+    it, and what is left; then who waits, and who comes on demand. Sizes are bytes; `ours` is what replicas hold
+    now.
+    """
+    cleared = inventory.cleared(ours)
+    devices: dict[str, dict[str, Any]] = {}
+    waiting, guests = [], []
+    for claim, places in settle(claims, cleared):
+        placement = claim.placement
+        if claim.guests:
+            guests.append({"key": str(claim.key), "replicas": claim.guests, "memory": placement.memory})
+        elif len(places) < claim.replicas:
+            missing = claim.replicas - len(places)
+            waiting.append({"key": str(claim.key), "replicas": missing, "reason": _lack(claim)})
+        for number, name in enumerate(dict.fromkeys(places if not claim.guests else ())):
+            total, limit = inventory.total(name), cleared.total(name)
+            device = devices.setdefault(
+                name, {"device": name, "total": total, "foreign": total - limit, "limit": 0, "models": []}
+            )
+            # of main memory each model declares how much all replicas together may take
+            device["limit"] = max(device["limit"], int(limit * claim.share) if name == "cpu" else limit)
+            device["models"].append(
+                {
+                    "key": str(claim.key),
+                    "replicas": places.count(name),
+                    "memory": placement.memory,
+                    "weights": placement.weights,
+                    "kv": placement.kv,
+                    "surge": 0 if number else claim.surge,
+                }
+            )
+    for device in devices.values():
+        device["free"] = device["limit"] - sum(item["replicas"] * item["memory"] for item in device["models"])
+    return {"devices": list(devices.values()), "waiting": waiting, "onDemand": guests}
+
+
+def _lack(claim: Claim) -> str:
+    return "InsufficientMemory" if claim.placement.device == "cpu" else "InsufficientDevices"
 
 
 def _count(number: int, noun: str) -> str:

@@ -211,8 +211,20 @@ class Routes:
 
     # ── conversation ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def reconcile(self, content: tuple[wire.ModelRoute, ...]) -> bool:
-        """Bring the router to `content` and hear its status; says whether what is known of it changed.
+    def takes(self, http: wire.HttpSettings) -> bool:
+        """Whether these settings are in force, by the router's own word. One of a version that had no settings
+        does what their defaults say.
+        """
+        if self._status is None or self._acknowledged() is None:
+            return False
+        return (self._status.http or wire.HttpSettings()) == http
+
+    def is_older(self) -> bool:
+        """Whether the router is of a version that takes no settings while it runs."""
+        return self._status is not None and self._status.http is None
+
+    async def reconcile(self, content: tuple[wire.ModelRoute, ...], http: wire.HttpSettings) -> bool:
+        """Bring the router to `content` and `http` and hear its status; says whether what is known of it changed.
 
         A router that cannot be reached is no error here: `knowledge()` tells.
         """
@@ -220,19 +232,23 @@ class Routes:
             before, knew = self._status, self.knowledge()
             try:
                 async with asyncio.timeout(EXCHANGE_SECONDS):
-                    await self._exchange(content)
+                    await self._exchange(content, http)
             except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
                 log.debug("the router does not answer: %r", error)
             return _news(self._status) != _news(before) or self.knowledge() is not knew
 
-    async def _exchange(self, content: tuple[wire.ModelRoute, ...]) -> None:
+    async def _exchange(self, content: tuple[wire.ModelRoute, ...], http: wire.HttpSettings) -> None:
         self._hear(await self._ask(wire.GetRouterStatus()))
         table = self._acknowledged()
-        if table is not None and _without_estimates(table.models) == _without_estimates(content):
+        if (
+            table is not None
+            and table.http == http
+            and _without_estimates(table.models) == _without_estimates(content)
+        ):
             return
         version = max([self._store.routing_version(), *([self._status.version] if self._status else [])]) + 1
         self._store.set_routing_version(version)
-        table = wire.RoutingTable(version, content)
+        table = wire.RoutingTable(version, content, http)
         self._sent = {**dict(list(self._sent.items())[-8:]), version: table}
         acted(f"routing table {version}: {len(content)} models")
         self._hear(await self._ask(table))

@@ -150,7 +150,7 @@ class Client:
         self.trace = {name: os.environ[name.upper()] for name in TRACE if name.upper() in os.environ}
         """Headers of the W3C trace context that requests are made in; at first the one of this process."""
 
-    def get(self, path: str, **query: str | int | None) -> Any:
+    def get(self, path: str, **query: str | float | None) -> Any:
         """GET. Asked again when the connection breaks: the control plane may die and return at any time, and while
         the system clears away a killed one's socket, connections are taken and broken.
         """

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from quire import endpoint
 from quire.client import Client, ClientError
 from quire_operators import devices, nvml
 from quire_operators.host import (
@@ -328,15 +329,16 @@ def _router(shim: Report | None, address: tuple[str, int]) -> Report:
     if shim is None:
         return {"pid": None, "shimPid": None, "shimAnswers": False, "baseUrl": None, "answers": False}
     host, port = shim["listen"] or address
-    base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
+    tls = (shim["labels"] or {}).get("tls")
+    base = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        connection.request("GET", "/livez")
-        answers = connection.getresponse().status == 200
+        with contextlib.closing(
+            endpoint.connection(base, ANSWER_SECONDS, tls["certFile"] if tls else None)
+        ) as asked:
+            asked.request("GET", "/livez")
+            answers = asked.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         answers = False
-    finally:
-        connection.close()
     return {
         "pid": shim["childPid"],
         "shimPid": shim["shimPid"],

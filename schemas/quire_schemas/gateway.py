@@ -1,36 +1,61 @@
 """Kind `Gateway`: where clients connect. There is one, named `default`; without a manifest it has its defaults.
 
-A change of `bind` or `port` is `rolling`: the router is replaced behind the same or a new listening socket.
+A change of `bind`, `port`, `tls` or `telemetry` is `rolling`: the router is replaced behind the same or a new
+listening socket. What is hot the running router takes, and no stream notices.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from quire_schemas.quantities import BadQuantity, Duration, Quantity, parse_duration
+from quire_schemas.quantities import BadQuantity, Duration, Quantity, parse_duration, parse_quantity
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 
 DEFAULT_BIND = "127.0.0.1"
 DEFAULT_PORT = 8000
-_NO_TLS = "the API is plain HTTP on loopback"
-_NO_CORS = "there are no CORS headers yet"
+MIN_BODY, MAX_BODY = 1 << 10, 1 << 30
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 _URL = r"^https?://[A-Za-z0-9.:\[\]-]+(/[^\s?#]*)?$"
 
 
-class Tls(Strict):
-    """Certificate of the listener."""
+def _origin(text: str) -> str:
+    """An origin as browsers send it: without the port that its scheme has anyhow."""
+    found = _ORIGIN.fullmatch(text.lower())
+    if text == "*" or (found is not None and int(found["port"] or 1) in range(1, 65536)):
+        plain = text.lower().removesuffix(":80" if text.lower().startswith("http:") else ":443")
+        return plain if found is not None else text
+    raise BadQuantity(
+        f"'{text}' is no origin", "give scheme, host and port alone, for example http://localhost:3000, or '*'"
+    )
 
-    cert_file: str = declared("PEM file with the certificate chain.", update="rolling", refused=_NO_TLS)
-    key_file: str = declared("PEM file with the private key.", update="rolling", refused=_NO_TLS)
+
+def _body_size(text: str) -> str:
+    if not MIN_BODY <= parse_quantity(text) <= MAX_BODY:
+        raise BadQuantity(f"'{text}' is below 1Ki or above 1Gi", "give a size between, for example '16Mi'")
+    return text
+
+
+class Tls(Strict):
+    """Certificate of the listener. Files that are renewed in their place are taken within ten seconds."""
+
+    cert_file: str = declared("PEM file with the certificate chain; an absolute path.", update="rolling")
+    key_file: str = declared(
+        "PEM file with the private key, without a password; an absolute path.", update="rolling"
+    )
 
 
 class Cors(Strict):
     """Which web pages may call the API."""
 
-    allow_origins: Annotated[tuple[str, ...], Field(strict=False)] = declared(
-        "Origins that may call, such as https://chat.example.org.", (), update="rolling", refused=_NO_CORS
+    allow_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)] = declared(
+        "Origins that may call, such as https://chat.example.org or http://localhost:3000; '*' is any page. No "
+        "cookies are taken from them.",
+        (),
+        update="hot",
+        max_length=64,
     )
 
 
@@ -94,14 +119,16 @@ class GatewaySpec(Strict):
         ge=1,
         le=64,
     )
-    tls: Tls | None = section(Tls, "Certificate of the listener.", refused=_NO_TLS, optional=True)
-    cors: Cors | None = section(Cors, "Which web pages may call the API.", refused=_NO_CORS, optional=True)
-    max_body_size: Quantity = declared(
-        "Largest request body.",
-        "4Mi",
-        update="rolling",
-        refused="the limit is fixed",
-        honours=("4Mi",),
+    tls: Tls | None = section(
+        Tls, "Certificate of the listener, which then speaks https alone; without it HTTP.", optional=True
+    )
+    cors: Cors | None = section(
+        Cors,
+        "Which web pages may call the API and read its answers. Without this section none can.",
+        optional=True,
+    )
+    max_body_size: Annotated[Quantity, AfterValidator(_body_size)] = declared(
+        "Largest request body, from 1Ki to 1Gi; what is above is answered with 413.", "4Mi", update="hot"
     )
     telemetry: Telemetry | None = section(
         Telemetry,
@@ -110,11 +137,10 @@ class GatewaySpec(Strict):
     )
     metrics: Metrics = section(Metrics, "How /metrics is spelled.")
     unknown_fields: Literal["reject", "ignore"] = declared(
-        "What happens to a request field that the API does not know.",
+        "What happens to a request field that the API does not know: a 400 that names it, or nothing at all. A "
+        "field that is known and not honoured is refused either way.",
         "reject",
         update="hot",
-        refused="unknown request fields are answered with 400",
-        honours=("reject",),
     )
     adoption_window: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
         "How long engines live on when neither a router nor a control plane is there; then they finish what they "

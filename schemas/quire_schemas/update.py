@@ -24,6 +24,7 @@ from enum import StrEnum
 from typing import Any
 
 from quire_schemas.fields import SchemaField, Shape, fields_of
+from quire_schemas.gateway import GatewaySpec
 from quire_schemas.model import ModelSpec
 from quire_schemas.resource import Strict, update_tag
 
@@ -83,6 +84,14 @@ def diff(
         update, note = _classify(path, after, UpdateClass(tag), limits, new)
         changes.append(FieldChange(path, before, after, update, note))
     return tuple(changes)
+
+
+def diff_gateway(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
+    """The fields in which two specs of a Gateway differ. Two spellings of one amount are no difference."""
+    return tuple(
+        FieldChange(path, before, after, UpdateClass(tag))
+        for path, before, after, tag in _differences(GatewaySpec, old, new, "spec")
+    )
 
 
 def diff_metadata(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:

@@ -444,11 +444,22 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
 
 
+class HttpSettings(msgspec.Struct, frozen=True):
+    """What of the gateway's manifest changes while its router runs."""
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call besides those of the router's own names; `*` is any."""
+    ignore_unknown: bool = False
+    """Unknown fields of requests are dropped, not refused."""
+
+
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     """Everything routable, absolute. The router acts on it only if `version` is above the one it has."""
 
     version: int
     models: tuple[ModelRoute, ...]
+    http: HttpSettings = HttpSettings()
 
 
 class Finish(msgspec.Struct, tag=True):
@@ -490,6 +501,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     pid: int
     base_url: str
     replicas: list[ReplicaLoad]
+    http: HttpSettings | None = None
+    """Those in force; None from a router of a version that knows none."""
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model that is there on demand."""

@@ -41,6 +41,7 @@ convert --from vllm "serve acme/model --max-model-len 32k --served-model-name a 
 convert --from vllm "serve acme/model -tp 2 --uvloop"   # 3
 get
 plan m.yaml --devices one.yaml
+diff m.yaml   # 10
 apply gateway.yaml m.yaml
 apply m.yaml
 get
@@ -53,6 +54,7 @@ describe model/m
 explain model/m
 export model/m
 export model/m --resolved
+diff changed.yaml   # 10
 plan changed.yaml --devices one.yaml
 plan changed.yaml --save kept.json
 apply --plan kept.json

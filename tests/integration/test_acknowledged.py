@@ -103,3 +103,70 @@ def test_no_acknowledged_manifest_is_lost_and_the_store_stays_whole(plane: Plane
     assert total > 0
     with closing(sqlite3.connect(plane.state.store)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_r34_two_who_write_one_object_have_one_history(plane: Plane) -> None:
+    """Each acknowledgement has a generation of its own, and the object is what the last of them said."""
+    rounds, said, problems = times(40, 1000), [], []
+
+    def write(own: int) -> None:
+        client = Client(plane.state, start=False, timeout=20)
+        try:
+            for number in range(own, own + 2 * rounds, 2):
+                files = [{"name": "m.yaml", "text": MODEL.format(name="both", number=number)}]
+                (result,) = client.post("/v1/apply", {"files": files})["results"]
+                said.append((result["generation"], number))
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            problems.append(error)
+
+    writers = [threading.Thread(target=write, args=(own,)) for own in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert problems == []
+    generations = [generation for generation, _ in said]
+    assert sorted(generations) == list(range(1, 2 * rounds + 1)), "no two are told the same, and none is left out"
+    view = plane.view("both")
+    assert (view["generation"], number_of(view)) == max(said)
+    own = [number for _, number in sorted(said)]
+    for first in (1, 2):
+        mine = [number for number in own if number % 2 == first % 2]
+        assert mine == sorted(mine), "and nobody's older word came after a newer one"
+
+
+def test_r35_who_follows_events_over_kills_misses_none_and_hears_none_twice(plane: Plane) -> None:
+    heard: list[int] = []
+    ended, problems = threading.Event(), []
+
+    def follow() -> None:
+        client = Client(plane.state, start=False, timeout=20)
+        try:
+            while True:
+                last = ended.is_set()  # what came before it is asked for once more
+                try:
+                    after = max(heard, default=0)
+                    heard.extend(item["id"] for item in client.get("/v1/events", after=after)["items"])
+                except ClientError:
+                    time.sleep(0.01)
+                    continue
+                if last:
+                    return
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            problems.append(error)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    try:
+        for number in range(times(4, 50)):
+            plane.apply(MODEL.format(name=f"seen{number}", number=number))
+            plane.kill()
+            plane.start()
+    finally:
+        ended.set()
+        follower.join(60)
+    assert problems == []
+    there = [item["id"] for item in plane.client.get("/v1/events")["items"]]
+    assert len(heard) == len(set(heard))
+    assert set(heard) == set(there)
+    assert len(there) >= times(4, 50)

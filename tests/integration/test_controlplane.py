@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -195,6 +196,24 @@ def test_scaling_starts_and_drains_replicas_and_zero_stops_the_model(plane: Plan
     plane.delete("scaled")
 
 
+def test_r12_a_stream_that_is_longer_than_its_drain_ends_in_one_error_event(plane: Plane) -> None:
+    plane.apply(model("longer", "  drainTimeout: 1s\n", STEP="0.03"))
+    plane.wait_served("longer")
+    stream = Stream(plane.base_url, "longer", 1900)
+    stream.wait_running()
+    began = time.monotonic()
+    plane.apply(model("longer", "  drainTimeout: 1s\n  replicas: 0\n", STEP="0.03"))
+    stream.join(30)
+    assert not stream.is_alive()
+    assert 0.9 < time.monotonic() - began < 10, "neither at once nor when it would have ended, which is a minute"
+    told = [line for line in stream.lines if '"error"' in line]
+    assert len(told) == 1
+    assert told[0] == stream.lines[-1], "it is the last thing that is said"
+    plane.wait_stopped("longer")
+    assert plane.view("longer")["replicas"] == []
+    plane.delete("longer")
+
+
 def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> None:
     plane.apply(model("crashing", "  restartPolicy: {backoffBase: 100ms}\n"))
     pid = plane.wait_served("crashing")["replicas"][0]["pid"]
@@ -218,6 +237,54 @@ def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> Non
     assert "incarnation 1" in before["text"]
     assert "incarnation 2" not in before["text"]
     plane.delete("crashing")
+
+
+def test_diff_tells_the_fields_that_differ_from_what_was_applied_and_asks_no_hub(plane: Plane) -> None:
+    def differences(text: str) -> dict[str, Any]:
+        (item,) = plane.client.post("/v1/diff", {"files": [{"name": "d.yaml", "text": text}]})["items"]
+        found: dict[str, Any] = item
+        return found
+
+    new = differences(model("differs").replace("builtin://tiny", "hf://nobody/nothing"))
+    assert (new["action"], new["intent"]["spec"]["source"]) == ("create", "hf://nobody/nothing")
+    plane.apply(model("differs"))
+    assert differences(model("differs"))["action"] == "unchanged"
+    changed = differences(model("differs", "  replicas: 2\n  batching: {maxQueueWait: 3s}\n"))
+    assert changed["action"] == "update"
+    elsewhere = differences(model("differs").replace("builtin://tiny", "hf://nobody/nothing"))
+    assert [each["path"] for each in elsewhere["changes"]] == ["spec.source"], "no hub is asked"
+    same = differences(model("differs", "  replicas: 1\n"))
+    assert (same["action"], same["changes"]) == ("update", []), "a default that is spelled out"
+    fields = {each["path"]: (each["old"], each["new"], each["update"]) for each in changed["changes"]}
+    assert fields["spec.replicas"] == (1, 2, "scale")
+    assert set(fields) == {"spec.replicas", "spec.batching.maxQueueWait"}
+    plane.delete("differs")
+
+
+def test_logs_since_a_time_begin_there(plane: Plane) -> None:
+    plane.apply(model("logged"))
+    plane.wait_served("logged")
+    (whole,) = plane.client.get("/v1/logs", name="model/logged")["sources"]
+    path = plane.state.logs / "replicas" / "logged" / "logged-r1-0.log"
+    with path.open("a") as log:
+        now, later = (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + seconds)) for seconds in (0, 30)
+        )
+        log.write(f"{now},000 INFO before: all is well\n")
+        log.write("Traceback (most recent call last):\n  what just happened\n")
+        log.write(f"{later},000 INFO later: it goes on\n")
+    (middle,) = plane.client.get("/v1/logs", name="model/logged", since=time.time() + 10)["sources"]
+    assert middle["text"].startswith("Traceback"), (
+        "what has no time of its own may be younger than what is above it"
+    )
+    assert middle["text"].endswith("later: it goes on\n")
+    (whole,) = plane.client.get("/v1/logs", name="model/logged")["sources"]
+    (nothing,) = plane.client.get("/v1/logs", name="model/logged", since=time.time() + 60)["sources"]
+    (all_of_it,) = plane.client.get("/v1/logs", name="model/logged", since=time.time() - 600)["sources"]
+    assert whole["text"] == all_of_it["text"] != ""
+    assert nothing["text"] == ""
+    assert nothing["offset"] == whole["offset"], "what is written from now on can be followed"
+    plane.delete("logged")
 
 
 def test_a_plan_that_was_kept_is_applied_only_while_it_holds(plane: Plane) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from quire import builtin
-from quire.controlplane.wiring import text_problem
+from quire.controlplane.wiring import text_facts
 from quire_engine.engine import Engine
 from quire_engine.errors import StartError
 from quire_operators.admission import Admission
@@ -58,7 +58,7 @@ def admission(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admission]:
     folder = tmp_path_factory.mktemp("store")
     store = Store(folder / "state.db")
     sources = Sources({"tiny": builtin.path("tiny")}, HubCache(folder / "hub", folder / "records"))
-    yield Admission(store, sources, lambda: MACHINE, text_problem)
+    yield Admission(store, sources, lambda: MACHINE, text_facts)
     store.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import click
@@ -27,7 +26,7 @@ def list_(output: str) -> int:
     Size, the models that use it, when it was last used, and what prune would free."""
     answer = connect().get("/v1/cache")
     if output == "json":
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        render.dump(answer, output, "Cache")
         return ExitCode.OK
     notice(f"{answer['folder']}: {render.size(answer['free'])} free")
     if answer["items"]:
@@ -44,7 +43,7 @@ def prune(dry_run: bool, output: str) -> int:
     """Remove what Quire downloaded and no declared model uses. What other tools downloaded stays."""
     answer = connect().post("/v1/cache/prune", {"dryRun": dry_run})
     if output == "json":
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        render.dump(answer, output, "CachePrune")
         return ExitCode.OK
     for item in answer["items"]:
         word = "would be removed" if dry_run else "removed"

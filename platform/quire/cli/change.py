@@ -15,23 +15,13 @@ import click
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, report, usage_error
 from quire.cli.progress import Display, Judge, Result, Verdict, View, fetch, judge, wait
-from quire.cli.session import asks_for_traces, complete_objects, connect, notice, object_path
+from quire.cli.session import asks_for_traces, complete_objects, connect, notice, object_path, seconds
 from quire.client import Client, InvalidManifest
 
 if TYPE_CHECKING:
     from quire_schemas.manifest import Manifest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Option callback: a duration with its unit, as manifests spell it, in seconds."""
-    from quire_schemas.quantities import BadQuantity, parse_duration
-
-    try:
-        return parse_duration(value)
-    except BadQuantity as error:
-        raise click.BadParameter(f"{error}\nhint: {error.hint}", ctx, param) from error
 
 
 def manifest_paths(command: Function) -> Function:
@@ -100,7 +90,7 @@ def plan(
         for line in render.plan(answer):
             print(line)
     else:
-        render.dump(answer, output)
+        render.dump(answer, output, "Plan")
     refused = [item for item in answer["items"] if item["action"] == "refused"]
     if refused:
         report(f"{render.count(len(refused), 'object')} cannot be applied: {', '.join(i['key'] for i in refused)}")
@@ -182,6 +172,29 @@ def _document(path: Path) -> Any:
                 "check it with an editor",
                 ExitCode.INVALID,
             ) from error
+
+
+# ── diff ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.command(short_help="Show in what manifests differ from what was applied.")
+@manifest_paths
+@click.option("-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True)
+def diff(paths: tuple[str, ...], filenames: tuple[str, ...], output: str) -> int:
+    """Show field by field in what manifests differ from what was applied; exit with 10 if they do.
+
+    What a manifest leaves out differs where its default does. How it would be carried out, and whether it fits,
+    says plan.
+    """
+    files, _ = read(paths, filenames)
+    items = connect(wakes=True).post("/v1/diff", {"files": files})["items"]
+    if output == "text":
+        for line in render.differences(items):
+            print(line)
+    else:
+        render.dump({"items": items}, output, "DifferenceList")
+    differs = any(item["action"] == "create" or item["changes"] for item in items)
+    return ExitCode.CHANGES if differs else ExitCode.OK
 
 
 # ── apply ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 
 from quire.cli import render
-from quire.cli.change import follow, seconds
+from quire.cli.change import follow
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, spelled
-from quire.cli.session import connect, notice
+from quire.cli.session import connect, notice, seconds
 from quire.client import Client, Unreachable, display
 from quire_operators.paths import StateDir, check_private
 

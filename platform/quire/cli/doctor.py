@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ def doctor(output: str) -> int:
     notice("looking; torch is loaded in a process of its own, which takes some seconds")
     report = examine(StateDir.default())
     if output == "json":
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        render.dump(report, output, "Doctor")
     else:
         for line in lines(report):
             print(line)

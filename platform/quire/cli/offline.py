@@ -42,7 +42,7 @@ def validate(paths: tuple[str, ...], output: str) -> int:
     files, manifest = load(paths)
     problems = [problem.as_dict() for problem in manifest.problems]
     if output == "json":
-        print(json.dumps({"valid": not problems, "problems": problems}, indent=2, ensure_ascii=False))
+        render.dump({"valid": not problems, "problems": problems}, output, "Validation")
     elif output == "github":
         for line in render.problem_annotations(problems):
             print(line)

@@ -41,7 +41,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 6, "terminal failure: stalled, or deleted meanwhile"
     UNREACHABLE = 7, "control plane unreachable, failed to start, or cannot use its store"
     NOT_FOUND = 8, "not found"
-    CHANGES = 10, "`plan --detailed-exitcode`: changes exist"
+    CHANGES = 10, "`plan --detailed-exitcode`, `diff`: changes exist"
     INTERRUPTED = 130, "interrupted by the user; what was started goes on"
 
 

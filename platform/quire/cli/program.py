@@ -23,6 +23,7 @@ from quire.client import ClientError, InvalidManifest
 COMMANDS = {
     "quickstart": "quickstart",
     "plan": "change",
+    "diff": "change",
     "apply": "change",
     "delete": "change",
     "rollout": "rollout",

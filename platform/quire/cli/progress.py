@@ -63,7 +63,7 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
     if fetched is not None and fetched["status"] == "False":
         return Verdict.WAITING, view["status"].get("summary", "")
     stopped = view["kind"].lower() == "model" and view["status"].get("replicas", {}).get("desired") == 0
-    if view["kind"].lower() == "model" and not render.is_true(view, "RolledOut"):
+    if not render.is_true(view, "RolledOut"):
         return Verdict.WAITING, view["status"].get("summary", "")
     if not stopped and not render.is_true(view, "Ready"):
         return Verdict.WAITING, view["status"].get("summary", "")

@@ -10,15 +10,17 @@ import http.client
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
 
-from quire.cli.change import read, run_apply, seconds
+from quire import endpoint
+from quire.cli.change import read, run_apply
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, spelled
-from quire.cli.session import connect
+from quire.cli.render import curl_trust
+from quire.cli.session import connect, seconds
 
 QUESTION = "What is PagedAttention?"
 MAX_TOKENS = 200
@@ -49,28 +51,31 @@ def quickstart(manifest: str, question: str, timeout: float) -> int:
         endpoints = client.get(f"/v1/objects/model/{names[0]}")["status"]["endpoints"]
         base, model = endpoints["openai"], endpoints["modelNames"][0]
         print(f"\n> {question}", flush=True)
-        for piece in chat(base, model, question):
+        for piece in chat(base, model, question, endpoints.get("certificate")):
             print(piece, end="", flush=True)
     print("\n\nTry next")
-    for line in next_commands(base, names[0], manifest):
+    for line in next_commands(endpoints, names[0], manifest):
         print(f"  {spelled(line)}")
     return ExitCode.OK
 
 
-def next_commands(base: str, name: str, manifest: str) -> list[str]:
+def next_commands(endpoints: Mapping[str, Any], name: str, manifest: str) -> list[str]:
     """What to type after the first answer."""
     return [
         "platform get",
         f"platform describe model/{name}",
         f"platform plan {manifest}",
         f"platform logs model/{name}",
-        f"curl -s {base}/models",
+        f"curl -s{curl_trust(endpoints)} {endpoints['openai']}/models",
         "platform down",
     ]
 
 
-def chat(base: str, model: str, question: str) -> Iterator[str]:
-    """The text of a streamed chat completion, piece by piece. Anything but a whole answer is `CommandFailed`."""
+def chat(base: str, model: str, question: str, certificate: str | None) -> Iterator[str]:
+    """The text of a streamed chat completion, piece by piece. Anything but a whole answer is `CommandFailed`.
+
+    `certificate` is the file that the endpoint's has to be in, where it speaks https.
+    """
     url = urlsplit(base)
     body = {
         "model": model,
@@ -79,13 +84,13 @@ def chat(base: str, model: str, question: str) -> Iterator[str]:
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
     }
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=120)
-    with closing(connection):
+    with ExitStack() as stack:
         try:
-            connection.request(
+            asked = stack.enter_context(closing(endpoint.connection(base, 120, certificate)))
+            asked.request(
                 "POST", f"{url.path}/chat/completions", json.dumps(body), {"content-type": "application/json"}
             )
-            answer = connection.getresponse()
+            answer = asked.getresponse()
             if answer.status != 200:
                 raise _failed(
                     f"the endpoint answered {answer.status}: {answer.read(2000).decode(errors='replace')}"

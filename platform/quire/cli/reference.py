@@ -1,17 +1,21 @@
 """`platform reference FOLDER`: the reference pages, written from the product itself; --check compares.
 
-Pages: the command line (click's own help), every manifest field and every reason (what `platform explain`
-prints), what the HTTP API takes and answers, the metrics that the router exports, and the spans of a trace.
-`make docs` writes them, `make docs-check` fails when a page is not what would be written.
+Pages: the command line (click's own help), every manifest field and every reason (what `platform explain` prints),
+what commands print for programs, what the HTTP API takes and answers, the metrics that the router exports, and the
+spans of a trace. `make docs` writes them, `make docs-check` fails when a page is not what would be written.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
 import click
+from typing_extensions import is_typeddict
 
 from quire.cli.outcome import CommandFailed, ExitCode
 from quire.cli.session import notice
@@ -23,12 +27,13 @@ WIDTH = 100
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Write nothing; fail if a page is not what would be written.")
 def reference(folder: Path, check: bool) -> int:
-    """Write the reference pages (command line, manifest fields, reasons, HTTP API, metrics, spans) into FOLDER."""
+    """Write the reference pages into FOLDER: commands, manifests, reasons, output, HTTP API, metrics, spans."""
     pages = {
         "cli.md": cli_page(),
         "manifest.md": manifest_page(),
         "reasons.md": reasons_page(),
         "api.md": api_page(),
+        "output.md": output_page(),
         "metrics.md": metrics_page(),
         "spans.md": spans_page(),
     }
@@ -73,6 +78,62 @@ def cli_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def output_page() -> str:
+    """What `-o json` and `-o yaml` print, shape by shape."""
+    from quire.cli import shapes
+
+    lines = _head("Output for programs")
+    lines += [inspect.cleandoc(shapes.__doc__ or "").partition("\n\n")[2], "", "| command | shape |", "|---|---|"]
+    lines += [
+        f"| `{command}` | [{shape.__name__}](#{shape.__name__.lower()}) |"
+        for command, shape in shapes.ANSWERS.items()
+    ]
+    lines.append("")
+    for shape in vars(shapes).values():
+        if not (is_typeddict(shape) and shape.__module__ == shapes.__name__):
+            continue
+        lines += [
+            f"## {shape.__name__}",
+            "",
+            inspect.getdoc(shape) or "",
+            "",
+            "| field | type | |",
+            "|---|---|---|",
+        ]
+        for name, kind in get_type_hints(shape, include_extras=True).items():
+            optional = get_origin(kind) is NotRequired
+            word, said = _spelled(get_args(kind)[0] if optional else kind)
+            there = "may be absent. " if optional else ""
+            lines.append(f"| `{name}` | {word} | {there}{said} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spelled(kind: Any) -> tuple[str, str]:
+    """A field's type for people, and what is said of it."""
+    said = ""
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+        said = " ".join(notes)
+    if kind is Any:
+        return "any", said
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f"`{part}`" for part in parts), said
+    if origin in (Union, UnionType):
+        words = [_spelled(part)[0] for part in parts]
+        return " or ".join(words), said
+    if origin is list:
+        return f"list of {_spelled(parts[0])[0]}", said
+    if origin is dict or kind is dict:
+        return "object", said
+    if is_typeddict(kind):
+        return f"[{kind.__name__}](#{kind.__name__.lower()})", said
+    return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[
+        kind
+    ], said
+
+
 def manifest_page() -> str:
     """What `platform explain` says of every kind, section and field."""
     from quire_schemas.explain import explain
@@ -102,7 +163,7 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
-    from quire.router.config import RouterConfig
+    from quire_schemas import wire
     from quire_schemas.openai.body import WITHOUT_EFFECT
     from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
     from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
@@ -149,10 +210,19 @@ def api_page() -> str:
         lines.append("")
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
-    lines += ["", "Any other field is a 400 with a guess at what was meant.", ""]
-    body = RouterConfig(control_socket="", snapshot_file="").max_body_bytes
+    lines += [
+        "",
+        "Any other field is a 400 with a guess at what was meant, or nothing where the Gateway's `unknownFields` "
+        "is `ignore`.",
+        "",
+    ]
+    body = wire.HttpSettings().max_body_bytes
     lines += ["## Limits", "", "What is above one of them is a 400 that names the field.", ""]
-    lines += ["| of | at most |", "|---|---|", f"| a body | {body:,} bytes; above it a 413 |"]
+    lines += [
+        "| of | at most |",
+        "|---|---|",
+        f"| a body | the Gateway's `maxBodySize`, {body:,} bytes by default; above it a 413 |",
+    ]
     lines += [f"| {limit.what} | {limit.most:,} {limit.of}".rstrip() + " |" for limit in LIMITS]
     lines.append("")
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]

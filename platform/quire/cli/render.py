@@ -9,7 +9,8 @@ resolved, createdAt, deleting, status and replicas.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -80,8 +81,18 @@ def scalar(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def dump(value: Any, output: str) -> None:
-    """Print an answer for a program."""
+OUTPUT_VERSION = "quire.dev/v1alpha1"
+"""Of the shapes in `quire.cli.shapes`."""
+
+
+def versioned(value: View, kind: str | None) -> dict[str, Any]:
+    """An answer for a program, with the version of its shape and, unless it is an object, its kind."""
+    return {"apiVersion": OUTPUT_VERSION, **({} if kind is None else {"kind": kind}), **value}
+
+
+def dump(value: View, output: str, kind: str | None) -> None:
+    """Print an answer for a program, in one of the shapes of `quire.cli.shapes`."""
+    value = versioned(value, kind)
     if output == "yaml":
         import yaml
 
@@ -467,6 +478,8 @@ def plan(report: View) -> list[str]:
     lines: list[str] = []
     for item in report["items"]:
         lines += _plan_item(item)
+    if report.get("room"):  # none from a control plane of an earlier version
+        lines += _room(report["room"], {item["key"] for item in report["items"]})
     totals = report["summary"]
     refused = f", {totals['refused']} refused" if totals.get("refused") else ""
     lines.append(
@@ -485,21 +498,15 @@ def _plan_item(item: View) -> list[str]:
         stays = f" (revision {old} stays)" if old is not None else ""
         heading = f"revision {old} → {new}" if old != new else f"update{stays}"
     lines = [f"{item['key']}  {heading}"]
-    changes = item.get("changes") or ()
     if item["action"] != "create":
-        cells = []
-        for change in changes:
-            before, after = change.get("old"), change.get("new")
-            sign = "+" if before is None else "-" if after is None else "~"
-            values = scalar(after) if before is None else f"{scalar(before)} → {scalar(after)}"
-            note = f" ({change['note']})" if change.get("note") else ""
-            cells.append([f"{sign} {change['path']}", values, f"{change['update']}{note}"])
-        lines += _indent(table(("", "", ""), cells)[1:])
+        lines += _changes(item)
     if item.get("rollout"):
         lines += _labelled("Rollout", item["rollout"].splitlines())
     fit = item.get("fit")
     if fit:
         lines += _labelled("Memory", fit.get("lines", ()))
+    for finding in item.get("findings") or ():
+        lines += _labelled("Finding", finding.splitlines())
     for note in item.get("notes") or ():
         lines += _labelled("Note", note.splitlines())
     for warning in item.get("warnings") or ():
@@ -511,6 +518,66 @@ def _plan_item(item: View) -> list[str]:
         lines += _labelled("Refused", f"{place}{path}{problem['message']}".splitlines())
         if problem.get("hint"):
             lines.append(f"    hint: {problem['hint']}")
+    return lines
+
+
+def _changes(item: View) -> list[str]:
+    cells = []
+    for change in item.get("changes") or ():
+        before, after = change.get("old"), change.get("new")
+        sign = "+" if before is None else "-" if after is None else "~"
+        values = scalar(after) if before is None else f"{scalar(before)} → {scalar(after)}"
+        note = f" ({change['note']})" if change.get("note") else ""
+        cells.append([f"{sign} {change['path']}", values, f"{change['update']}{note}"])
+    return _indent(table(("", "", ""), cells)[1:])
+
+
+def differences(items: Sequence[View]) -> list[str]:
+    """In what manifests differ from what was applied, an object after the other; nothing of those that do not."""
+    lines = []
+    for item in items:
+        if item["intent"] is not None:
+            lines.append(f"{item['key']}  was not applied yet")
+            lines += [f"  + {line}" for line in _pairs(flatten({"spec": item["intent"].get("spec", {})}))]
+        elif item["changes"]:
+            lines += [item["key"], *_changes(item)]
+    return lines
+
+
+def _room(after: View, planned: Collection[str]) -> list[str]:
+    """What each device holds once all is applied, where it is shared: for one model its own figures say it. Models
+    that are not `planned` are one line.
+    """
+    devices, waiting, guests = after["devices"], after["waiting"], after["onDemand"]
+    keys = {item["key"] for device in devices for item in device["models"]}
+    if len(keys | {item["key"] for item in [*waiting, *guests]}) < 2:
+        return []
+    lines = ["Memory once this is applied"]
+    for device in devices:
+        foreign = f", others hold {size(device['foreign'])}" if device["foreign"] else ""
+        lines.append(
+            f"  {device['device']}: {size(device['total'])}{foreign}; replicas may take {size(device['limit'])}"
+        )
+        rows = []
+        others = [item for item in device["models"] if item["key"] not in planned]
+        if len(others) > 1:
+            whole = sum(item["replicas"] * item["memory"] for item in others)
+            rows.append([f"{len(others)} others", size(whole), "as they are"])
+        for item in device["models"]:
+            if len(others) > 1 and item in others:
+                continue
+            rest = item["memory"] - item["weights"] - item["kv"]
+            each = f"weights {size(item['weights'])} + cache {size(item['kv'])} + the rest {size(rest)}"
+            surge = f", and {item['surge']} more while it rolls out" if item["surge"] else ""
+            whole = item["replicas"] * item["memory"]
+            rows.append([item["key"], size(whole), f"{item['replicas']} × ({each}){surge}"])
+        lines += _indent(_indent(table(("", "", ""), [*rows, ["free", size(device["free"]), ""]])[1:]))
+    for item in waiting:
+        lines.append(f"  {item['key']}: {count(item['replicas'], 'replica')} will wait as {item['reason']}")
+    for item in guests:
+        lines.append(
+            f"  {item['key']}: on demand, {item['replicas']} × {size(item['memory'])} where others leave room"
+        )
     return lines
 
 
@@ -591,6 +658,12 @@ def progress_line(view: View, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def curl_trust(endpoints: View) -> str:
+    """What curl is to be told of the certificate, if there is one."""
+    certificate = endpoints.get("certificate")
+    return "" if certificate is None else f" --cacert {shlex.quote(certificate)}"
+
+
 def endpoint_lines(views: Sequence[View]) -> list[str]:
     """Where to send a first request, as a command to paste."""
     for view in views:
@@ -600,9 +673,10 @@ def endpoint_lines(views: Sequence[View]) -> list[str]:
                 {"model": endpoints["modelNames"][0], "messages": [{"role": "user", "content": "hi"}]},
                 separators=(",", ":"),
             )
+            trust = curl_trust(endpoints)
             return [
                 f"Base URL {endpoints['openai']}",
-                f"  curl -s {endpoints['openai']}/chat/completions -H 'content-type: application/json' \\",
+                f"  curl -s{trust} {endpoints['openai']}/chat/completions -H 'content-type: application/json' \\",
                 f"    -d '{body}'",
             ]
     return []

@@ -7,10 +7,9 @@ import time
 import click
 
 from quire.cli import render
-from quire.cli.change import seconds
 from quire.cli.outcome import ExitCode
 from quire.cli.progress import View, succeeded
-from quire.cli.session import complete_objects, connect, model_path
+from quire.cli.session import complete_objects, connect, model_path, seconds
 from quire.cli.steer import decide, follow, reason, waiting
 
 
@@ -35,7 +34,7 @@ def status(reference: str, watches: bool, timeout: float, output: str) -> int:
     view: View = client.get(path)
     if output != "text":
         shown = {name: view["status"].get(name) for name in SHOWN}
-        render.dump({"key": key, "generation": view["generation"], **shown}, output)
+        render.dump({"key": key, "generation": view["generation"], **shown}, output, "RolloutStatus")
     else:
         print("\n".join(render.rollout(view)), flush=True)
     return follow(client, key, timeout, succeeded) if watches else ExitCode.OK
@@ -51,7 +50,7 @@ def history(reference: str, output: str) -> int:
     """List a model's revisions, newest first, with what became of each and why."""
     view: View = connect().get(model_path(reference)[1])
     if output != "table":
-        render.dump({"items": view["revisions"]}, output)
+        render.dump({"items": view["revisions"]}, output, "RevisionList")
         return ExitCode.OK
     print("\n".join(render.history(view, time.time())))
     return ExitCode.OK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def list_(output: str) -> int:
     """List the names, and which models refer to them."""
     answer = connect().get("/v1/secrets")
     if output == "json":
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        render.dump(answer, output, "SecretList")
     elif answer["items"]:
         rows = [[i["name"], str(i["set"]), ", ".join(i["usedBy"]) or "-"] for i in answer["items"]]
         print("\n".join(render.table(("NAME", "SET", "USED BY"), rows)))

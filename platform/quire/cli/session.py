@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+import click
+
 from quire.cli.outcome import usage_error
 from quire.client import Client, ClientError
 from quire_operators.paths import StateDir
@@ -31,6 +33,18 @@ def connect(*, start: bool = True, wakes: bool = False) -> Client:
 def asks_for_traces() -> bool:
     """Whether this shell may ask for traces. Costs nothing to find out; `quire.tracing` knows for certain."""
     return any(name.startswith("OTEL_") for name in os.environ)
+
+
+def seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """Option callback: a duration with its unit, as manifests spell it, in seconds; None where none is given."""
+    from quire_schemas.quantities import BadQuantity, parse_duration
+
+    if value is None:
+        return None
+    try:
+        return parse_duration(value)
+    except BadQuantity as error:
+        raise click.BadParameter(f"{error}\nhint: {error.hint}", ctx, param) from error
 
 
 def complete_objects(ctx: object, param: object, incomplete: str) -> list[str]:

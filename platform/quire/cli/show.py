@@ -12,10 +12,11 @@ import click
 
 from quire.cli import render
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, usage_error
-from quire.cli.session import complete_objects, connect, object_path
+from quire.cli.session import complete_objects, connect, object_path, seconds
 from quire.client import Client
 
 POLL_SECONDS = 0.5
+TAIL = 200
 LISTS = {
     "models": ("model", render.models),
     "model": ("model", render.models),
@@ -42,9 +43,9 @@ def get(what: str, output: str, watch: bool) -> int:
         if output == "yaml":
             usage_error("--watch prints one line a change, which YAML has no form for", "use -o json")
         _watch(what, output)
-    views, formatter, answer = _found(connect(), what, output)
+    views, formatter, answer, kind = _found(connect(), what, output)
     if output in ("json", "yaml"):
-        render.dump(answer, output)
+        render.dump(answer, output, kind)
         return ExitCode.OK
     if not views:
         print("nothing here yet: platform apply manifests/quickstart.yaml", file=sys.stderr)
@@ -58,8 +59,9 @@ Views = Sequence[Mapping[str, Any]]
 Formatter = Callable[[Views, float], list[str]]
 
 
-def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, Any]:
-    """What was asked for: the objects, how they are shown, and the answer for a program."""
+def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, Any, str | None]:
+    """What was asked for: the objects, how they are shown, and the answer for a program with its kind."""
+    shape = None
     if "/" in what:
         view = client.get(object_path(what)[1])
         kind, formatter = view["kind"].lower(), render.models
@@ -72,16 +74,16 @@ def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, An
             )
         kind, formatter = LISTS[what]
         answer = client.get("/v1/objects", kind=kind)
-        views = answer["items"]
+        views, shape = answer["items"], "ObjectList"
         if what in ("replicas", "revisions"):
-            answer = _nested(what, views)
+            answer, shape = _nested(what, views), {"replicas": "ReplicaList", "revisions": "RevisionList"}[what]
     if kind == "gateway":
         formatter = render.gateways
     if output == "name":
         formatter = render.names
     elif output == "wide" and formatter is render.models:
         formatter = render.models_wide
-    return views, formatter, answer
+    return views, formatter, answer, shape
 
 
 def _watch(what: str, output: str) -> NoReturn:
@@ -90,13 +92,13 @@ def _watch(what: str, output: str) -> NoReturn:
     shown: dict[str, str] = {}
     with interruptible("no longer watching; the control plane goes on"):
         while True:
-            views, formatter, _ = _found(client, what, output)
+            views, formatter, _, _ = _found(client, what, output)
             for view in views:
                 if shown.get(render.key_of(view)) == (now := _still(view)):
                     continue
                 shown[render.key_of(view)] = now
                 if output == "json":
-                    print(json.dumps(view, ensure_ascii=False))
+                    print(json.dumps(render.versioned(view, None), ensure_ascii=False))
                     continue
                 lines = formatter([view], time.time())
                 if output != "name" and lines[0].split() != head:
@@ -131,7 +133,7 @@ def describe(reference: str, output: str) -> int:
     view = client.get(path)
     events = client.get("/v1/events", **{"for": key})["items"]
     if output != "text":
-        render.dump({**view, "events": events}, output)
+        render.dump({**view, "events": events}, output, None)
         return ExitCode.OK
     for line in render.describe(view, events[-5:], time.time()):
         print(line)
@@ -141,12 +143,17 @@ def describe(reference: str, output: str) -> int:
 @click.command(short_help="Print the log of a model's engines, the control plane or the router.")
 @click.argument("name", metavar="KIND/NAME|controlplane|router")
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what is written.")
-@click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="How many last lines.")
+@click.option(
+    "--tail", type=click.IntRange(min=0), help=f"How many last lines; {TAIL} if neither this nor --since is given."
+)
+@click.option("--since", callback=seconds, help="Only what was written within this time, such as 10m.")
 @click.option("--replica", help="Only this replica (its id, as in: platform get replicas).")
 @click.option(
     "-p", "--previous", is_flag=True, help="Of the process before this one: what it said before it ended."
 )
-def logs(name: str, follow: bool, tail: int, replica: str | None, previous: bool) -> int:
+def logs(
+    name: str, follow: bool, tail: int | None, since: float | None, replica: str | None, previous: bool
+) -> int:
     """Print a log: a model's engines', the control plane's or the router's."""
     if previous and (follow or name == "controlplane"):
         usage_error("--previous is for engines and the router, and nothing follows there", "leave one of them out")
@@ -154,8 +161,11 @@ def logs(name: str, follow: bool, tail: int, replica: str | None, previous: bool
         usage_error(f"{name!r} has no log", f"model/{name} for that of a model, or one of controlplane and router")
     asked = name if "/" not in name else object_path(name)[0]
     client = connect()
-    before = "true" if previous else None
-    sources = client.get("/v1/logs", name=asked, replica=replica, tail=tail, previous=before)["sources"]
+    begin = None if since is None else time.time() - since
+    if tail is None:
+        tail = TAIL if since is None else sys.maxsize
+    wanted = {"tail": tail, "previous": "true" if previous else None, "since": begin}
+    sources = client.get("/v1/logs", name=asked, replica=replica, **wanted)["sources"]
     if not sources and previous:
         raise CommandFailed(
             f"{asked} has had no process before this one", f"platform logs {name}", ExitCode.NOT_FOUND
@@ -222,7 +232,7 @@ def events(reference: str | None, watch: bool, output: str) -> int:
     items = client.get("/v1/events", **{"for": key})["items"]
     if not watch:
         if output != "table":
-            render.dump({"items": items}, output)
+            render.dump({"items": items}, output, "EventList")
         elif items:
             print("\n".join(render.event_lines(items, time.time())))
         else:

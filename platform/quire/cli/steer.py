@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
-from quire.cli.change import attend, conclude, seconds
+from quire.cli.change import attend, conclude
 from quire.cli.outcome import ExitCode, interruptible, usage_error
 from quire.cli.progress import Judge, settled
-from quire.cli.session import complete_objects, connect, model_path
+from quire.cli.session import complete_objects, connect, model_path, seconds
 from quire.client import Client
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from quire.cli.change import seconds
+from quire import endpoint
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible
-from quire.cli.render import table
-from quire.cli.session import connect
+from quire.cli.render import table, versioned
+from quire.cli.session import connect, seconds
 from quire_schemas import signals
 
 Series = Mapping[tuple[str, str], float]
@@ -75,12 +75,15 @@ def _lines(found: list[dict[str, Any]]) -> list[str]:
     return table(("MODEL", "REPLICAS", "TOK/S", "PROMPT TOK/S", "REQUESTS", "RUNNING", "WAITING", "KV"), cells)
 
 
-def _look(url: str) -> Series:
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+def _look(router: Mapping[str, Any]) -> Series:
+    url = router["baseUrl"]
     try:
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
+        asked = endpoint.connection(url, 10, router.get("certificate"))
+    except OSError as error:
+        raise _silent(url, error) from error
+    try:
+        asked.request("GET", "/metrics")
+        answer = asked.getresponse()
         text = answer.read().decode()
         if answer.status != 200:
             raise CommandFailed(
@@ -88,11 +91,14 @@ def _look(url: str) -> Series:
             )
         return read(text)
     except (OSError, http.client.HTTPException) as error:
-        raise CommandFailed(
-            f"the router at {parts.netloc} does not answer: {error}", "platform get gateway", ExitCode.UNREACHABLE
-        ) from error
+        raise _silent(url, error) from error
     finally:
-        connection.close()
+        asked.close()
+
+
+def _silent(url: str, error: Exception) -> CommandFailed:
+    text = f"the router at {urlsplit(url).netloc} does not answer: {error}"
+    return CommandFailed(text, "platform get gateway", ExitCode.UNREACHABLE)
 
 
 @click.command(short_help="Show what each model does now.")
@@ -111,12 +117,15 @@ def top(watch: bool, interval: float, output: str) -> int:
             "nothing is served now", "platform get   what there is, and why it does not serve", ExitCode.NOT_FOUND
         )
     with interruptible("no longer watching; what is served goes on"):
-        before, then = _look(ping["router"]["baseUrl"]), time.monotonic()
+        before, then = _look(ping["router"]), time.monotonic()
         while True:
             time.sleep(interval)
-            after, now = _look(ping["router"]["baseUrl"]), time.monotonic()
+            after, now = _look(ping["router"]), time.monotonic()
             found = rows(before, after, now - then, models)
-            print(json.dumps({"items": found}) if output == "json" else "\n".join(_lines(found)))
+            if output == "json":
+                print(json.dumps(versioned({"items": found}, "LoadList")))
+            else:
+                print("\n".join(_lines(found)))
             sys.stdout.flush()
             if not watch:
                 return ExitCode.OK

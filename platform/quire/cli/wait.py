@@ -6,10 +6,10 @@ from functools import partial
 
 import click
 
-from quire.cli.change import attend, conclude, seconds
+from quire.cli.change import attend, conclude
 from quire.cli.progress import Verdict, View, judge
 from quire.cli.render import condition, is_true
-from quire.cli.session import complete_objects, connect, object_path
+from quire.cli.session import complete_objects, connect, object_path, seconds
 
 
 def judge_for(state: str, view: View | None) -> tuple[Verdict, str]:

@@ -115,6 +115,11 @@ async def events(
     return _views(state).events(parse_key(for_) if for_ else None, after)
 
 
+@post("/v1/diff", status_code=200)
+async def diff(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    return _intents(state).diff(await _body(request))
+
+
 @get("/v1/logs")
 async def logs(
     state: State,
@@ -123,9 +128,10 @@ async def logs(
     tail: int = 200,
     offset: int | None = None,
     previous: bool = False,
+    since: float = 0.0,
 ) -> dict[str, Any]:
     begin = None if offset is None else max(offset, 0)
-    return _views(state).logs(name, replica, tail, begin, previous=previous)
+    return _views(state).logs(name, replica, tail, begin, previous=previous, since=since)
 
 
 @get("/v1/cache")
@@ -185,7 +191,7 @@ def create_app(plane: ControlPlane) -> Litestar:
     }
     return Litestar(
         [
-            *(ping, plan, apply, up, objects, read_object, delete_object, decide, events, logs, down),
+            *(ping, plan, diff, apply, up, objects, read_object, delete_object, decide, events, logs, down),
             *(cache, prune, secrets, set_secret, remove_secret),
         ],
         state=State(rooms),

@@ -24,7 +24,7 @@ from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
-from quire_operators.review import Refusal, Review, moved, problems, report
+from quire_operators.review import Refusal, Review, differences, moved, problems, report
 from quire_operators.sources import SourceError
 from quire_operators.store import Conflict, NotFound
 from quire_schemas import manifest
@@ -64,7 +64,12 @@ class Intents:
         if inventory is None:
             self._foresee_address(reviews)
         await self._note_moved(reviews)
-        return report(reviews)
+        after = self._plane.admission.together(reviews, inventory)
+        return report(reviews) | {"room": after}
+
+    def diff(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """In what these files differ from what is stored, field by field. Writes nothing and asks no hub."""
+        return differences(self._plane.admission.differences(_load(body).resources))
 
     async def _look(self, asks: Sequence[Ask]) -> dict[Ask, SourceError]:
         """Ask the hub about what the cache does not know; what it refused, and why."""

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
-from quire.controlplane.wiring import Machine, engine_argv, router_command, text_problem
+from quire.controlplane.wiring import Machine, engine_argv, router_command, text_facts
 from quire.tracing import Tracing
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
@@ -82,7 +82,7 @@ class ControlPlane:
         self.store = Store(state.store)
         self._machine = Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
-        self.admission = Admission(self.store, sources, self._machine, text_problem)
+        self.admission = Admission(self.store, sources, self._machine, text_facts)
         self.secrets = Secrets(state.secrets, environ)
         self.downloads = Downloads(sources.cache, self.secrets, environ, self.wake, self.store.clock)
         self.offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -148,7 +148,7 @@ class ControlPlane:
         self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": False})
 
     async def _begin_work(self) -> None:
-        await self.routes.reconcile(build(self.models.routables()))
+        await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings())
         self.refuse_while_going_down()  # it may have begun meanwhile
         for stored in self.store.objects():
             if stored.key.kind == "model":
@@ -304,6 +304,8 @@ class ControlPlane:
             if self.gateway.failure() != failure:
                 self._all_models()
                 self._controller.add(ROUTES)
+            elif not self.routes.takes(self.gateway.http_settings()):
+                self._controller.add(ROUTES)
             return again
         again = await self.models.reconcile(key)
         if again == 0.0:
@@ -313,7 +315,7 @@ class ControlPlane:
     async def _reconcile_routes(self) -> float | None:
         if self.gateway.router_runs() is False:
             return None  # a change of its shim brings this key back
-        if await self.routes.reconcile(build(self.models.routables())):
+        if await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings()):
             self._all_models()
             self._controller.add(GATEWAY)
         demand = self.models.settle_residency()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Views:
             "supervisor": "systemd" if "INVOCATION_ID" in os.environ else None,
             "router": {
                 "baseUrl": f"{self._plane.gateway.base_url()}/v1",
+                "certificate": self._plane.gateway.certificate(),
                 "ready": self._plane.gateway.ready(),
                 "pid": runner.child_pid if runner is not None else None,
             },
@@ -181,10 +183,18 @@ class Views:
         }
 
     def logs(
-        self, name: str, replica: str | None, tail: int, offset: int | None, *, previous: bool = False
+        self,
+        name: str,
+        replica: str | None,
+        tail: int,
+        offset: int | None,
+        *,
+        previous: bool = False,
+        since: float = 0.0,
     ) -> dict[str, Any]:
         """Text of logs: the last `tail` lines, or everything from byte `offset` on. `previous`: of what the
-        process before the present one wrote; nothing of a log that has only one."""
+        process before the present one wrote; nothing of a log that has only one. `since`: only what was written
+        from then on, in Unix seconds."""
         self._plane.refuse_when_down()
         if name in ("controlplane", "router"):
             files = [(name, self._plane.state.log(name))]
@@ -196,11 +206,15 @@ class Views:
             files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
             if replica is not None:
                 files = [(stem, path) for stem, path in files if stem == replica]
-        found = [_read_log(source, path, tail, offset, previous) for source, path in files if path.is_file()]
+        found = [
+            _read_log(source, path, tail, offset, previous, since) for source, path in files if path.is_file()
+        ]
         return {"sources": [each for each in found if each["text"] or not previous]}
 
 
-def _read_log(name: str, path: Path, tail: int, offset: int | None, previous: bool) -> dict[str, Any]:
+def _read_log(
+    name: str, path: Path, tail: int, offset: int | None, previous: bool, since: float
+) -> dict[str, Any]:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         begin = max(size - MAX_LOG, 0) if offset is None or offset > size else offset
@@ -210,9 +224,30 @@ def _read_log(name: str, path: Path, tail: int, offset: int | None, previous: bo
     text = data.decode(errors="replace")
     if previous:
         text = (["", *_START.split(text)[1:]])[-2:][0]
+    if since:
+        text = _since(text, since)
     if offset is None:
         text = "".join(text.splitlines(keepends=True)[-tail:]) if tail > 0 else ""
     return {"name": name, "path": str(path), "text": text, "offset": end}
+
+
+def _since(text: str, when: float) -> str:
+    """What follows the last line that says it is older than `when`: the lines below a stamp may be younger than
+    it, as those of a process that ends with a traceback are.
+    """
+    lines = text.splitlines(keepends=True)
+    older = [at for at, line in enumerate(lines) if (_written(line) or when) < when]
+    return "".join(lines[older[-1] + 1 :] if older else lines)
+
+
+def _written(line: str) -> float | None:
+    """When a line of a log was written, in Unix seconds: processes begin theirs with the local time, a shim with
+    that of Greenwich. None for a line that goes on another one."""
+    word = line.partition(" ")[0]
+    try:
+        return datetime.fromisoformat(word if word.endswith("Z") else line[:23]).timestamp()
+    except ValueError:
+        return None
 
 
 def parse_key(text: str) -> Key:

@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from quire.router.config import RouterConfig
+from quire.router.tls import TlsFiles
 from quire.text import Tokenizer
 from quire.tracing import Declared
 from quire_operators import devices
 from quire_operators.devices import Inventory
 from quire_operators.gateway import RouterCommand
 from quire_operators.paths import StateDir
+from quire_schemas.findings import TextFacts
 
 DETECT_SECONDS = 1.0
 
@@ -31,7 +34,7 @@ def router_command(state: StateDir) -> RouterCommand:
     """How the router of this state directory is started."""
 
     def config(spec: Mapping[str, Any]) -> bytes:
-        host, port, telemetry = spec["bind"], spec["port"], spec.get("telemetry")
+        host, port, telemetry, tls = spec["bind"], spec["port"], spec.get("telemetry"), spec.get("tls")
         names = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
         return msgspec.json.encode(
             RouterConfig(
@@ -40,6 +43,7 @@ def router_command(state: StateDir) -> RouterCommand:
                 host=host,
                 port=port,
                 allowed_hosts=tuple(dict.fromkeys(names)),
+                tls=TlsFiles(tls["certFile"], tls["keyFile"]) if tls else None,
                 telemetry=Declared(telemetry["otlpEndpoint"], telemetry["sampling"]) if telemetry else None,
             )
         )
@@ -50,11 +54,14 @@ def router_command(state: StateDir) -> RouterCommand:
     return RouterCommand(argv, config)
 
 
-def text_problem(folder: Path, template: Path | None) -> str | None:
-    """Why the router could not load the tokenizer in `folder`, or this template for it; None when it could."""
+def text_facts(folder: Path, template: Path | None) -> TextFacts | str:
+    """What findings need to know of the tokenizer in `folder` with this template; why the router could not load
+    it, if it could not.
+    """
     loaded = Tokenizer.attempt(folder, template)
     if isinstance(loaded, Tokenizer):
-        return None
+        advised = {name: value for name, value in asdict(loaded.advised).items() if value is not None}
+        return TextFacts(loaded.vocab_size, loaded.template is not None, loaded.end, advised)
     cause = str(loaded.__cause__ or "").splitlines()
     return f"{loaded} ({cause[0][:200]})" if cause else str(loaded)
 

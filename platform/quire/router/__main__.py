@@ -7,7 +7,7 @@ The end: no new connection is taken, requests in flight may go on for the grace,
 an error (in a stream: its one error event). A client that does not take even that within `LAST_WORDS` is cut.
 
 Exit codes: 0 after SIGTERM, SIGINT or `wire.Finish`, 78 when the configuration is wrong (starting again is
-pointless), 1 otherwise.
+pointless), 1 otherwise, also while the files of the certificate are no pair.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
 from quire.router.guard import MAX_HEADER_BYTES, Protocol
+from quire.router.tls import BadCertificate, Certificate
 from quire.tracing import BadTelemetry, Tracing
 from quire_schemas import signals
 
@@ -107,11 +108,11 @@ def listening_socket(config: configuration.RouterConfig) -> socket.socket:
     return own
 
 
-def base_url(listening: socket.socket) -> str:
+def base_url(listening: socket.socket, scheme: str) -> str:
     """Where clients on this machine reach the socket, without `/v1`."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (a comparison, not a bind)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def serve(
@@ -121,24 +122,25 @@ async def serve(
     listening.setblocking(False)
     fleet = Fleet(Path(config.snapshot_file))
     await fleet.load_snapshot()
-    server = _Server(
-        uvicorn.Config(
-            build(fleet, config, tracing),
-            http=Protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_keep_alive=75,
-            backlog=BACKLOG,
-        ),
-        config.shutdown_grace,
-        status_fd,
+    options = uvicorn.Config(
+        build(fleet, config, tracing),
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=75,
+        backlog=BACKLOG,
     )
-    control = ControlServer(fleet, Path(config.control_socket), base_url(listening), server.finish)
+    certificate = None if config.tls is None else Certificate(config.tls)
+    options.load()
+    options.ssl = None if certificate is None else certificate.context
+    server = _Server(options, config.shutdown_grace, status_fd)
+    url = base_url(listening, "http" if config.tls is None else "https")
+    control = ControlServer(fleet, Path(config.control_socket), url, server.finish)
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -147,10 +149,13 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     await control.open()
-    log.info("router on %s, control on %s", base_url(listening), config.control_socket)
+    log.info("router on %s, control on %s", url, config.control_socket)
+    renewal = None if certificate is None else asyncio.create_task(certificate.renew())
     try:
         await server.serve(sockets=[listening])
     finally:
+        if renewal is not None:
+            renewal.cancel()
         await control.close()
         await fleet.close()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -187,6 +192,9 @@ def main(arguments: list[str]) -> int:
         return 1
     try:
         asyncio.run(serve(config, listening, tracing, given.status_fd))
+    except BadCertificate as error:  # not EX_CONFIG: the files may be mended, and then another try does
+        sys.stderr.write(f"error: {error}\n    hint: they are named in the Gateway's spec.tls\n")
+        return 1
     finally:
         tracing.shutdown()
     return 0

@@ -66,15 +66,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
-        return Exchange(gateway, spans, chat_format, config.max_body_bytes)
+        return Exchange(gateway, spans, chat_format)
 
     @post("/v1/completions")
     async def completions() -> ASGIApp:
-        return Exchange(gateway, spans, completion_format, config.max_body_bytes)
+        return Exchange(gateway, spans, completion_format)
 
     @post("/v1/embeddings")
     async def embeddings() -> ASGIApp:
-        return Exchange(gateway, spans, embedding_format, config.max_body_bytes)
+        return Exchange(gateway, spans, embedding_format)
 
     @get("/v1/models")
     async def list_models() -> ASGIApp:
@@ -119,7 +119,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts)
+    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins)
 
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

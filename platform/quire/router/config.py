@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from quire.router.tls import TlsFiles
 from quire.tracing import Declared
 
 LISTEN_FD: Final = "QUIRE_LISTEN_FD"
@@ -20,8 +21,12 @@ class BadRouterConfig(Exception):
     """The configuration file is missing or does not say what a router needs."""
 
 
-class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One router's fixed settings. Everything that changes while it runs comes in a `wire.RoutingTable`."""
+class RouterConfig(msgspec.Struct, frozen=True):
+    """One router's fixed settings. Everything that changes while it runs comes in a `wire.RoutingTable`.
+
+    A file of an earlier version may have fields that are no more: its router is started again by the version that
+    is installed now.
+    """
 
     control_socket: str
     """Unix socket on which the control plane speaks to this router; the folder exists and is 0700."""
@@ -32,9 +37,9 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Used only without an inherited descriptor. 0 takes any free port."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that a request's Host (any port) and Origin may carry, against web pages that rebind a name to us."""
-    max_body_bytes: int = 4 * 1024 * 1024
     shutdown_grace: float = 30.0
     """On SIGTERM, how long running requests may finish before they end in an error event."""
+    tls: TlsFiles | None = None
     telemetry: Declared | None = None
     """What the gateway's manifest says about traces; without it OTEL_* decide."""
 

@@ -225,6 +225,7 @@ class Fleet:
             version=self.table.version,
             pid=os.getpid(),
             base_url=base_url,
+            http=self.table.http,
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)

@@ -3,6 +3,8 @@
 - **Host**: only names we answer to. A web page that makes its own name resolve to 127.0.0.1 sends its own name
   here, and is turned away; so is a page whose `Origin` is not one of these names. A Host that is no host is a
   400.
+- **Origin**: a web page of an origin that the gateway's manifest allows may call and read the answers; its browser
+  asks beforehand (a preflight), and is answered here.
 - **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
   ways; it is refused and its connection closed.
 - **Size**: a bounded number of headers of bounded length.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import h11
@@ -28,28 +30,42 @@ MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 16 * 1024
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 _ORIGIN: Final = re.compile(r"https?://(.+)")
+_GOODBYE_SECONDS: Final = 1.0
+_HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
+_PREFLIGHT_SECONDS: Final = b"600"
+_READABLE: Final = b"x-request-id, retry-after, x-should-retry"
+"""Headers of answers that pages may read besides the few that they always may."""
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """An ASGI application around the router's."""
+    """An ASGI application around the router's. `origins` are those that are allowed now."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, allowed_hosts: Collection[str], origins: Callable[[], Collection[str]] = tuple
+    ) -> None:
         self._app = app
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         stated = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
 
+        crossing = self._crossing(headers)
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *crossing, (b"x-request-id", request_id)]
             await send(message)
 
         try:
-            self._check(headers)
+            self._check(headers, foreign=bool(crossing))
+            if crossing and (permitted := _preflight(str(scope.get("method")), headers)):
+                await send_with_id({"type": "http.response.start", "status": 204, "headers": permitted})
+                await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
+                return
         except ApiError as error:
             answer = describe(error)
             closing = [*answer.headers, (b"connection", b"close")]
@@ -58,7 +74,21 @@ class Guard:
             return
         await self._app(scope, receive, send_with_id)
 
-    def _check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def _crossing(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Headers by which a browser lets the page that asks read the answer; none for an origin not allowed."""
+        allowed = self._origins()
+        stated = [value for name, value in headers if name == b"origin"] if allowed else []
+        if len(stated) != 1 or not ("*" in allowed or stated[0].decode("latin-1").lower() in allowed):
+            return []
+        origin = b"*" if "*" in allowed else stated[0]
+        return [
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", _READABLE),
+            (b"vary", b"Origin"),
+        ]
+
+    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool) -> None:
+        """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours."""
         values: dict[bytes, list[str]] = {}
         count = size = 0
         for name, value in headers:
@@ -75,15 +105,35 @@ class Guard:
             raise InvalidRequest("The request needs exactly one proper Host header.")
         if found[1] not in self._hosts:
             raise HostRefused("This server does not answer to that Host.")
-        for origin in values.get(b"origin", []):
+        for origin in values.get(b"origin", []) if not foreign else ():
             inside = _ORIGIN.fullmatch(origin.lower())
             site = _HOST.fullmatch(inside[1]) if inside else None
             if site is None or site[1] not in self._hosts:
                 raise HostRefused("This server does not take requests from pages of that Origin.")
 
 
+def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers of the answer to a browser that asks whether a page may send a request; none for what is one."""
+    asked = dict(headers)
+    if method != "OPTIONS" or b"access-control-request-method" not in asked:
+        return []
+    answer = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", _PREFLIGHT_SECONDS)]
+    names = asked.get(b"access-control-request-headers", b"")
+    if names and _HEADER_NAMES.fullmatch(names):
+        answer.append((b"access-control-allow-headers", names))
+    if asked.get(b"access-control-request-private-network") == b"true":
+        answer.append((b"access-control-allow-private-network", b"true"))
+    return answer
+
+
 class Protocol(H11Protocol):
     """Answers bytes that are not HTTP in the shape of all other errors."""
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            # TLS waits half a minute for the other side's goodbye, which an idle client never reads
+            self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

@@ -204,6 +204,13 @@ class Tokenizer:
         twice = self.decode([index, index], skip_special_tokens=False)
         return (twice[len(once) :] if twice.startswith(once) else once).encode()
 
+    @property
+    def end(self) -> tuple[str, int] | None:
+        """The token that the checkpoint's tokenizer calls the end of a text, and its id."""
+        token = self.special_tokens.get("eos_token")
+        index = self._backend.token_to_id(token) if token is not None else None
+        return None if token is None or index is None else (token, index)
+
     @cached_property
     def thinking(self) -> tuple[int, int] | None:
         """The tokens that open and close a thought; None if there are no such added tokens.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -58,8 +58,11 @@ P = TypeVar("P", bound=BaseModel)
 R = TypeVar("R", bound=ModelRequest)
 
 
-def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
-    """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`."""
+def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal], ignore_unknown: bool = False) -> R:
+    """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`.
+
+    What is refused by name stays refused where unknown fields are ignored.
+    """
     stated = _json_object(body)
     honoured = kind.model_fields
     kept: dict[str, Any] = {}
@@ -70,12 +73,34 @@ def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal]) -> R:
             refusal = refused[name]
             if not asks_for_nothing(value, refusal.neutral):
                 raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
-        elif name not in WITHOUT_EFFECT:
+        elif name not in WITHOUT_EFFECT and not ignore_unknown:
             raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), _shown(name))
-    try:
-        return kind.model_validate(kept)
-    except ValidationError as error:
-        raise explained(error.errors(include_url=False)[0]) from None
+    while True:
+        try:
+            return kind.model_validate(kept)
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            if not ignore_unknown or not _drop_unknown(kept, details):
+                raise explained(details[0]) from None
+
+
+def _drop_unknown(request: dict[str, Any], details: Sequence[ErrorDetails]) -> bool:
+    """Take out of `request` what `details` call fields of no object; whether there was any."""
+    dropped = False
+    for detail in details:
+        if detail["type"] != "extra_forbidden":
+            continue
+        at: Any = request
+        *path, last = detail["loc"]
+        for step in path:  # a step that leads nowhere is the library's name for one of several shapes
+            if isinstance(at, dict):
+                at = at.get(step, at)
+            elif isinstance(at, list) and isinstance(step, int):
+                at = at[step]
+        if isinstance(at, dict) and last in at:
+            del at[last]
+            dropped = True
+    return dropped
 
 
 def read_part(name: str, value: Mapping[str, Any], shape: type[P]) -> P:

@@ -191,9 +191,9 @@ class ChatRequest(SamplingFields):
         return "top_logprobs"
 
 
-def read_chat(body: bytes) -> ChatRequest:
+def read_chat(body: bytes, ignore_unknown: bool = False) -> ChatRequest:
     """The chat request in `body`. Raises `BadRequest`."""
-    return read(body, ChatRequest, CHAT_REFUSED)
+    return read(body, ChatRequest, CHAT_REFUSED, ignore_unknown)
 
 
 def read_messages(messages: list[Any]) -> list[Message]:

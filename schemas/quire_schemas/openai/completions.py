@@ -83,9 +83,9 @@ class CompletionRequest(SamplingFields):
         return max(self.n or 1, self.best_of or 1)
 
 
-def read_completion(body: bytes) -> CompletionRequest:
+def read_completion(body: bytes, ignore_unknown: bool = False) -> CompletionRequest:
     """The completion request in `body`. Raises `BadRequest`."""
-    return read(body, CompletionRequest, COMPLETION_REFUSED)
+    return read(body, CompletionRequest, COMPLETION_REFUSED, ignore_unknown)
 
 
 class CompletionLogprobs(Answer):

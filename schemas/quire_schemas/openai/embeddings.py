@@ -50,9 +50,9 @@ class EmbeddingRequest(ModelRequest):
     add_special_tokens: bool | None = None
 
 
-def read_embedding(body: bytes) -> EmbeddingRequest:
+def read_embedding(body: bytes, ignore_unknown: bool = False) -> EmbeddingRequest:
     """The embedding request in `body`. Raises `BadRequest`."""
-    return read(body, EmbeddingRequest, EMBEDDING_REFUSED)
+    return read(body, EmbeddingRequest, EMBEDDING_REFUSED, ignore_unknown)
 
 
 class Embedding(msgspec.Struct, kw_only=True):

@@ -50,6 +50,18 @@ def test_the_roofline_of_the_work_is_the_one_worked_out_by_hand(format: str, cli
     assert found == pytest.approx(tokens, rel=0.01)
 
 
+def test_the_roofline_of_served_work_counts_the_steps_that_are_not_full() -> None:
+    even = [(160, 200)] * 16
+    full = 16 * 200 / ZEN.tokens_per_second("int8", QWEN, 8, prompt=160, output=200)
+    assert ZEN.served_seconds("int8", QWEN, even, 8) == pytest.approx(full)
+    a_step = QWEN.all / ZEN.read
+    longer = ZEN.served_seconds("int8", QWEN, [*even, (0, 100)], 8)  # whoever is free first has it alone
+    of_its_own = 100 * (a_step + 2.0 * QWEN.all / ZEN.dpbusd)
+    assert longer == pytest.approx(full + of_its_own)
+    beside = ZEN.served_seconds("int8", QWEN, [(160, 300), *even[1:]], 8)
+    assert beside == pytest.approx(longer), "in whatever request they are"
+
+
 def test_the_roofline_of_decode_alone() -> None:
     assert [round(n / ZEN.step_seconds("bf16", QWEN, n)) for n in (1, 16, 32)] == [
         pytest.approx(tokens, rel=0.03) for tokens in (66, 495, 633)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quire import builtin
-from quire.controlplane.wiring import text_problem
+from quire.controlplane.wiring import text_facts
 from quire_operators.admission import Admission
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
+from quire_operators.nvml import Gpu
+from quire_operators.overrides import Kind, Override
 from quire_operators.review import Review
 from quire_operators.rollout import Goal, Row
 from quire_operators.sources import Sources
 from quire_operators.store import Store
 from quire_schemas import manifest
+from quire_schemas.resource import Key
+from quire_schemas.update import UpdateClass
 
 GIB = 1 << 30
 MACHINE = Inventory(16 * GIB, 16 * GIB, 4)
@@ -36,7 +41,7 @@ def admission(store: Store, tmp_path: Path) -> Admission:
         store,
         Sources({"tiny": builtin.path("tiny")}, HubCache(tmp_path / "hub", tmp_path / "records")),
         lambda: MACHINE,
-        text_problem,
+        text_facts,
     )
 
 
@@ -52,6 +57,12 @@ def review(admission: Admission, *specs: str) -> list[Review]:
     loaded = manifest.load(texts)
     assert not loaded.problems, loaded.problems
     return admission.review(loaded.resources)
+
+
+def together(admission: Admission, *specs: str) -> list[Review]:
+    reviews = review(admission, *specs)
+    admission.together(reviews)
+    return reviews
 
 
 @pytest.mark.parametrize(
@@ -98,16 +109,16 @@ def test_a_tokenizer_or_template_that_the_router_could_not_load_is_refused(
 def test_models_that_fit_alone_and_not_together_say_so(admission: Admission) -> None:
     half = "engine: {maxModelLen: 256, kvCache: {size: 8Gi}}"
     small = "engine: {maxModelLen: 256, kvCache: {size: 1Gi}}"
-    first, second, third = review(admission, half, half, small)
+    first, second, third = together(admission, half, half, small)
     assert first.notes == third.notes == []
     assert second.notes == ["fits alone; together with model/m0 it will wait as InsufficientMemory"]
-    (alone,) = review(admission, half)
+    (alone,) = together(admission, half)
     assert alone.notes == []
 
 
 def test_replicas_that_do_not_fit_beside_others_are_counted(admission: Admission) -> None:
     four = "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}, replicas: 3"
-    first, second = review(admission, "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}", four)
+    first, second = together(admission, "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}", four)
     assert first.notes == []
     assert second.notes == [
         "fits alone; together with model/m0 1 of its 3 replicas will wait as InsufficientMemory"
@@ -154,6 +165,121 @@ def test_an_absurd_cache_is_answered_with_a_size_and_not_with_a_device(admission
     assert found.refusal is not None
     assert "spec.engine.kvCache.size: " in found.refusal.hint
     assert "device" not in found.refusal.hint
+
+
+# ── all models together ───────────────────────────────────────────────────────────────────────────────────
+
+
+def apply(store: Store, admission: Admission, *specs: str) -> None:
+    store.apply(admission.changes(review(admission, *specs)))
+
+
+SIZED = "engine: {maxModelLen: 256, kvCache: {size: SIZEGi}}"
+
+
+def test_the_machine_is_accounted_for_with_all_models_on_it(store: Store, admission: Admission) -> None:
+    apply(store, admission, SIZED.replace("SIZE", "2"))
+    reviews = review(admission, SIZED.replace("SIZE", "2"), SIZED.replace("SIZE", "3") + ", replicas: 2")
+    room = admission.together(reviews)
+    (device,) = room["devices"]
+    assert (device["device"], device["total"], device["foreign"]) == ("cpu", MACHINE.memory, 0)
+    models = {item["key"]: item for item in device["models"]}
+    assert {key: item["replicas"] for key, item in models.items()} == {"model/m0": 1, "model/m1": 2}
+    placements = [found.placement for found in reviews]
+    assert all(placement is not None for placement in placements)
+    assert [item["memory"] for item in models.values()] == [
+        placement.memory for placement in placements if placement
+    ]
+    assert models["model/m1"]["kv"] == 3 * GIB
+    taken = sum(item["replicas"] * item["memory"] for item in models.values())
+    assert device["free"] == device["limit"] - taken > 0
+    assert room["waiting"] == room["onDemand"] == []
+
+
+def test_of_what_does_not_fit_together_the_new_ones_wait_and_guests_take_nothing(
+    store: Store, admission: Admission
+) -> None:
+    apply(store, admission, SIZED.replace("SIZE", "8"))
+    reviews = review(
+        admission,
+        SIZED.replace("SIZE", "8"),
+        SIZED.replace("SIZE", "8"),
+        SIZED.replace("SIZE", "2") + ", residency: onDemand",
+    )
+    room = admission.together(reviews)
+    (device,) = room["devices"]
+    assert [item["key"] for item in device["models"]] == ["model/m0"]
+    assert room["waiting"] == [{"key": "model/m1", "replicas": 1, "reason": "InsufficientMemory"}]
+    (guest,) = room["onDemand"]
+    assert (guest["key"], guest["replicas"]) == ("model/m2", 1)
+
+
+def test_who_is_there_goes_before_who_is_new_whatever_of_it_changes(store: Store, admission: Admission) -> None:
+    for number in range(2):  # m1 is there, m0 is not yet
+        apply(store, admission, *[SIZED.replace("SIZE", "8")] * 2)
+        store.mark_deleting(Key("model", "m0"))
+        store.remove(Key("model", "m0"))
+        changed = SIZED.replace("256", str(300 + number)).replace("SIZE", "8")
+        reviews = review(admission, SIZED.replace("SIZE", "8"), changed)
+        assert reviews[1].changes[0].update is UpdateClass.ROLLING
+        after = admission.together(reviews)
+        assert [item["key"] for item in after["waiting"]] == ["model/m0"]
+        assert reviews[0].notes == ["fits alone; together with model/m1 it will wait as InsufficientMemory"]
+        assert reviews[1].notes == []
+        (row,) = [Row("r", "m1", 0, 1, "old", Goal.RUN, 0.0, memory=8 * GIB)]
+        if not number:
+            store.create_replica(row)
+
+
+def test_a_declared_machine_without_a_replicas_device_finds_another_place_for_it(
+    store: Store, admission: Admission
+) -> None:
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+        "spec: {source: 'builtin://tiny', engine: {device: cuda, maxModelLen: 256, kvCache: {size: 30Gi}}}"
+    )
+    gpus = tuple(Gpu(index, "NVIDIA H100", 80 * GIB, 80 * GIB) for index in (0, 1))
+    machine = Inventory(64 * GIB, 64 * GIB, 8, gpus)
+    store.apply(admission.changes(admission.review(manifest.load([("m.yaml", text)]).resources, machine)))
+    (model,) = store.objects("model")
+    (revision,) = store.revisions(model.uid)
+    store.create_replica(
+        Row("r", "m", 0, 1, revision.template_hash, Goal.RUN, 0.0, memory=31 * GIB, device="cuda:1")
+    )
+    assert [device["device"] for device in admission.together([], machine)["devices"]] == ["cuda:1"]
+    smaller = replace(machine, gpus=gpus[:1])
+    (device,) = admission.together([], smaller)["devices"]
+    assert (device["device"], device["models"][0]["key"]) == ("cuda:0", "model/m")
+    none = admission.together([], replace(machine, gpus=()))
+    assert (none["devices"], [item["reason"] for item in none["waiting"]]) == ([], ["InsufficientDevices"])
+
+
+def test_what_is_paused_deleted_or_replaced_is_not_counted(store: Store, admission: Admission) -> None:
+    apply(store, admission, *[SIZED.replace("SIZE", "2")] * 3)
+    first, second, _ = store.objects("model")
+    store.set_override(first.uid, Override(Kind.PAUSE, "a person", 1.0))
+    store.mark_deleting(second.key)
+    for number in range(3):  # of a template that nothing asks for any more
+        store.create_replica(Row(f"r{number}", "m2", number, 1, "old", Goal.RUN, 0.0, memory=3 * GIB))
+    (device,) = admission.together([])["devices"]
+    assert [(item["key"], item["replicas"]) for item in device["models"]] == [("model/m2", 1)]
+
+
+def test_what_others_hold_of_a_gpu_is_no_room_whoever_leaves_it(store: Store, admission: Admission) -> None:
+    gpu = Gpu(0, "NVIDIA H100", 80 * GIB, 40 * GIB)
+    machine = Inventory(64 * GIB, 64 * GIB, 8, (gpu,))
+    # of the 40 GiB that are in use, a replica that leaves has 30
+    store.create_replica(Row("r", "gone", 0, 1, "t", Goal.DRAIN, 0.0, memory=30 * GIB, device="cuda:0"))
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+        "spec: {source: 'builtin://tiny', replicas: 2, "
+        "engine: {device: cuda, maxModelLen: 256, kvCache: {size: 30Gi}}}"
+    )
+    reviews = admission.review(manifest.load([("m.yaml", text)]).resources, machine)
+    room = admission.together(reviews, machine)
+    (device,) = room["devices"]
+    assert (device["foreign"], device["limit"]) == (10 * GIB, 70 * GIB)
+    assert device["models"][0]["replicas"] == 2
 
 
 # ── models without weights ────────────────────────────────────────────────────────────────────────────────

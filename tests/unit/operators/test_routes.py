@@ -19,6 +19,7 @@ from quire_schemas import wire
 ROUTE = wire.ModelRoute("m", ("m",), 1, "t", "/t", None, 1024, 4096, 512, 60.0, 1, ())
 ROW = Row("m-r1-0", "m", 0, 1, "t", Goal.RUN, 0.0, incarnation=1)
 READY = Seen(Process.READY)
+HTTP = wire.HttpSettings()
 
 
 def table(*pairs: tuple[Row, Seen], eta: float | None = None) -> tuple[wire.ModelRoute, ...]:
@@ -108,6 +109,8 @@ class Counterpart:
         self.tables = 0
         self.limits: list[wire.SetLimits] = []
         self.grace: float | None = None
+        self.older = False
+        """It is of a version that says nothing of settings."""
 
     async def open(self) -> None:
         self.server = await asyncio.start_unix_server(self.talk, str(self.path))
@@ -122,7 +125,8 @@ class Counterpart:
                 self.limits.append(message)
             if isinstance(message, wire.Finish):
                 self.grace = message.grace
-            status = wire.RouterStatus(self.table.version, 1, "http://x", self.loads)
+            http = None if self.older else self.table.http
+            status = wire.RouterStatus(self.table.version, 1, "http://x", self.loads, http)
             writer.write(wire.frame(status))
         writer.close()
 
@@ -152,11 +156,11 @@ async def test_a_table_is_sent_when_it_differs_and_believed_when_acknowledged(wo
     content = table((ROW, READY))
     assert world.routes.knowledge() is Router.UNKNOWN
     assert not world.routes.view(ROW, READY).released
-    assert await world.routes.reconcile(content)
+    assert await world.routes.reconcile(content, HTTP)
     assert world.routes.knowledge() is Router.KNOWN
     assert not world.routes.view(ROW, READY).routed, "in the table, but not connected"
     world.router.loads = [wire.ReplicaLoad("m-r1-0", 1, True, 3, "hot")]
-    assert await world.routes.reconcile(content)
+    assert await world.routes.reconcile(content, HTTP)
     seen = world.routes.view(ROW, READY)
     assert (seen.connected, seen.routed, seen.released, seen.in_flight, seen.hot_hash) == (
         True,
@@ -169,36 +173,55 @@ async def test_a_table_is_sent_when_it_differs_and_believed_when_acknowledged(wo
         "another incarnation is another one"
     )
     world.router.loads = [wire.ReplicaLoad("m-r1-0", 1, True, 5, "hot")]
-    assert not await world.routes.reconcile(content), "more requests in flight are no news"
+    assert not await world.routes.reconcile(content, HTTP), "more requests in flight are no news"
     assert world.router.tables == 1
-    await world.routes.reconcile(table((replace(ROW, goal=Goal.DRAIN), READY)))
+    await world.routes.reconcile(table((replace(ROW, goal=Goal.DRAIN), READY)), HTTP)
     seen = world.routes.view(ROW, READY)
     assert (seen.connected, seen.routed, seen.released) == (True, False, True)
 
 
+async def test_settings_of_the_gateway_are_sent_and_acknowledged_like_routes(world: World) -> None:
+    content = table((ROW, READY))
+    await world.routes.reconcile(content, HTTP)
+    assert world.routes.takes(HTTP)
+    wider = wire.HttpSettings(allow_origins=("https://a.example",))
+    assert not world.routes.takes(wider)
+    assert await world.routes.reconcile(content, wider)
+    assert world.routes.takes(wider)
+    assert world.router.table.http == wider
+    await world.routes.reconcile(content, wider)
+    assert world.router.tables == 2
+    world.router.older = True
+    await world.routes.reconcile(content, wider)
+    assert not world.routes.takes(wider), "a router of a version without settings took the table and not these"
+    assert world.routes.is_older()
+    await world.routes.reconcile(content, HTTP)
+    assert world.routes.takes(HTTP), "what it does is what the defaults say"
+
+
 async def test_an_estimate_alone_is_no_reason_for_a_new_table(world: World) -> None:
     for eta in (9.0, 8.0, 7.5):
-        await world.routes.reconcile(table(eta=eta))
+        await world.routes.reconcile(table(eta=eta), HTTP)
     assert world.router.tables == 1
-    await world.routes.reconcile(table(eta=None))
+    await world.routes.reconcile(table(eta=None), HTTP)
     assert world.router.tables == 2
 
 
 async def test_versions_grow_over_restarts_on_either_side(world: World) -> None:
-    await world.routes.reconcile(table((ROW, READY)))
+    await world.routes.reconcile(table((ROW, READY)), HTTP)
     world.router.table = msgspec.structs.replace(world.router.table, version=41)
     again = world.control_plane()
-    await again.reconcile(table((ROW, READY)))
+    await again.reconcile(table((ROW, READY)), HTTP)
     assert world.router.table.version == 42
     assert again.knowledge() is Router.KNOWN
     world.router.table = wire.RoutingTable(0, ())  # a router that lost its snapshot
-    await again.reconcile(table((ROW, READY)))
+    await again.reconcile(table((ROW, READY)), HTTP)
     assert world.router.table.version == 43
     assert world.store.routing_version() == 43
 
 
 async def test_a_status_grows_old_and_a_router_that_does_not_run_holds_nothing(world: World) -> None:
-    await world.routes.reconcile(table((ROW, READY)))
+    await world.routes.reconcile(table((ROW, READY)), HTTP)
     world.now += FRESH_SECONDS + 1
     assert world.routes.knowledge() is Router.UNKNOWN
     world.runs = False
@@ -210,7 +233,7 @@ async def test_a_status_grows_old_and_a_router_that_does_not_run_holds_nothing(w
 
 async def test_nobody_listening_is_no_error(tmp_path: Path, world: World) -> None:
     lonely = Routes(tmp_path / "nobody.sock", world.store, lambda: True, lambda: 0.0)
-    assert not await lonely.reconcile(())
+    assert not await lonely.reconcile((), HTTP)
     assert lonely.knowledge() is Router.UNKNOWN
     await lonely.set_limits(("m-r1-0",), wire.Limits("h", 1, 1, True))
     assert not await lonely.finish(1.0)

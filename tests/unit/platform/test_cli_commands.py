@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -482,6 +483,44 @@ def test_logs_of_several_replicas_say_whose_line_it_is(
     assert server.asked[0][1] == "/v1/logs?name=model%2Fx&tail=5"
     assert main(["logs", "router"]) == ExitCode.OK
     assert said(capsys)[0] == "one\ntwo\n"
+    assert server.asked[1][1] == "/v1/logs?name=router&tail=200"
+
+
+def test_logs_since_a_time_are_all_of_it_unless_a_number_of_lines_is_asked_for(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [{"name": "router", "path": "/a", "text": "one\n", "offset": 8}]
+    server.script["GET /v1/logs"] = [(200, {"sources": sources})] * 2
+    begin = time.time() - 600
+    assert main(["logs", "router", "--since", "10m"]) == ExitCode.OK
+    assert main(["logs", "router", "--since", "10m", "--tail", "3"]) == ExitCode.OK
+    whole, few = (parse_qs(urlsplit(path).query) for _, path, _ in server.asked)
+    assert (int(whole["tail"][0]) > 1_000_000, few["tail"]) == (True, ["3"])
+    assert float(whole["since"][0]) == pytest.approx(begin, abs=5)
+    assert main(["logs", "router", "--since", "10"]) == ExitCode.USAGE
+    assert "--since" in said(capsys)[1]
+
+
+def test_diff_prints_what_differs_and_exits_with_10_if_something_does(
+    server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same: dict[str, Any] = {"key": "model/same", "action": "unchanged", "changes": [], "intent": None}
+    moved = {"path": "spec.replicas", "old": 1, "new": 2, "update": "scale", "note": ""}
+    items = [
+        {"key": "model/new", "action": "create", "changes": [], "intent": {"spec": {"engine": {"dtype": "auto"}}}},
+        same,
+        {"key": "model/old", "action": "update", "changes": [moved], "intent": None},
+    ]
+    server.script["POST /v1/diff"] = [(200, {"items": items}), (200, {"items": [same]})]
+    assert main(["diff", str(manifest)]) == ExitCode.CHANGES
+    assert said(capsys)[0].splitlines() == [
+        "model/new  was not applied yet",
+        "  + spec.engine.dtype  auto",
+        "model/old",
+        "  ~ spec.replicas  1 → 2  scale",
+    ]
+    assert main(["diff", str(manifest)]) == ExitCode.OK
+    assert said(capsys)[0] == ""
 
 
 # ── plan, apply, delete ───────────────────────────────────────────────────────────────────────────────────
@@ -493,7 +532,8 @@ def plan_answer(action: str = "create") -> dict[str, Any]:
         "key": "model/quickstart", "action": action, "revision": [None, 1], "changes": [], "fit": None,
         "rollout": "", "notes": [], "problem": refusal if action == "refused" else None,
     }  # fmt: skip
-    return {"items": [item], "summary": {"create": int(action == "create"), "update": 0, "delete": 0}}
+    summary = {"create": int(action == "create"), "update": 0, "delete": 0}
+    return {"items": [item], "room": {"devices": [], "waiting": [], "onDemand": []}, "summary": summary}
 
 
 @pytest.mark.parametrize(

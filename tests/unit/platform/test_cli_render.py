@@ -108,6 +108,9 @@ def test_an_annotation_cannot_break_out_of_its_line() -> None:
     ]
 
 
+NO_ROOM: dict[str, Any] = {"devices": [], "waiting": [], "onDemand": []}
+
+
 def plan_item(name: str, action: str, **more: Any) -> dict[str, Any]:
     empty: dict[str, Any] = {"revision": [None, 1], "changes": [], "fit": None, "rollout": "", "notes": []}
     return {"key": f"model/{name}", "action": action, **empty, "problem": None, **more}
@@ -140,6 +143,7 @@ def test_plan_shows_changes_with_their_class_the_rollout_and_the_arithmetic() ->
                 problem={"path": "spec.engine", "message": "does not fit", "hint": "lower maxModelLen"},
             ),
         ],
+        "room": NO_ROOM,
         "summary": {"create": 0, "update": 1, "delete": 0},
     }
     assert render.plan(report) == [
@@ -155,6 +159,44 @@ def test_plan_shows_changes_with_their_class_the_rollout_and_the_arithmetic() ->
         "  Refused  spec.engine: does not fit",
         "    hint: lower maxModelLen",
         "Plan: 0 to create, 1 to update, 0 to delete.",
+    ]
+
+
+def test_plan_adds_up_what_is_on_a_device_that_models_share() -> None:
+    mib, gib = 1 << 20, 1 << 30
+    shares = {"memory": gib, "weights": 600 * mib, "kv": 400 * mib, "surge": 0}
+    one = {**shares, "key": "model/a", "replicas": 2, "surge": 1}
+    cpu = {"device": "cpu", "total": 16 * gib, "foreign": 0, "limit": 14 * gib, "free": 12 * gib, "models": [one]}
+    report: dict[str, Any] = {
+        "items": [], "room": {**NO_ROOM, "devices": [cpu]}, "summary": {"create": 0, "update": 0},
+    }  # fmt: skip
+    planned = {"model/a", "model/other"}
+    assert len(render.plan(report)) == 1, "of one model its own figures say it"
+    assert len(render.plan({key: value for key, value in report.items() if key != "room"})) == 1
+    two = {**shares, "key": "model/other", "replicas": 1}
+    gpu = {**cpu, "device": "cuda:0", "total": 24 * gib, "foreign": gib, "limit": 23 * gib, "free": 22 * gib}
+    gpu["models"] = [two]
+    report["room"] = {
+        "devices": [{**cpu, "free": 11 * gib, "models": [one, two]}, gpu],
+        "waiting": [{"key": "model/big", "replicas": 2, "reason": "InsufficientMemory"}],
+        "onDemand": [{"key": "model/rare", "replicas": 1, "memory": 2 * gib}],
+    }
+    assert render._room(report["room"], planned) == [
+        "Memory once this is applied",
+        "  cpu: 16.0 GiB; replicas may take 14.0 GiB",
+        "    model/a      2.0 GiB   2 × (weights 600.0 MiB + cache 400.0 MiB + the rest 24.0 MiB), "
+        "and 1 more while it rolls out",
+        "    model/other  1.0 GiB   1 × (weights 600.0 MiB + cache 400.0 MiB + the rest 24.0 MiB)",
+        "    free         11.0 GiB",
+        "  cuda:0: 24.0 GiB, others hold 1.0 GiB; replicas may take 23.0 GiB",
+        "    model/other  1.0 GiB   1 × (weights 600.0 MiB + cache 400.0 MiB + the rest 24.0 MiB)",
+        "    free         22.0 GiB",
+        "  model/big: 2 replicas will wait as InsufficientMemory",
+        "  model/rare: on demand, 1 × 2.0 GiB where others leave room",
+    ]
+    assert render._room(report["room"], {"model/new"})[2:4] == [
+        "    2 others  3.0 GiB   as they are",
+        "    free      11.0 GiB",
     ]
 
 
@@ -343,6 +385,7 @@ def test_plan_counts_what_is_refused_and_shows_warnings() -> None:
     taken = {"path": "spec.port", "message": "127.0.0.1:1 is in use by another program", "hint": "choose another"}
     report = {
         "items": [gateway, warned, {**gateway, "action": "refused", "problem": taken}],
+        "room": NO_ROOM,
         "summary": {"create": 1, "update": 1, "delete": 0, "refused": 1},
     }
     assert render.plan(report) == [

@@ -15,7 +15,7 @@ import yaml
 from tests.effort import fuzz_cases, replay
 from tests.mutations import as_json, as_yaml, damaged, generator, scarred
 
-from quire.controlplane.wiring import text_problem
+from quire.controlplane.wiring import text_facts
 from quire_operators.admission import Admission
 from quire_operators.cache import HubCache
 from quire_operators.devices import Inventory
@@ -107,7 +107,7 @@ def test_mutated_manifests_give_problems_in_places_or_resources(tmp_path: Path) 
     store = Store(tmp_path / "state.db")
     tiny = ROOT / "platform/quire/builtin/tiny"
     sources = Sources({"tiny": tiny}, HubCache(tmp_path / "hub", tmp_path / "records"))
-    admission = Admission(store, sources, lambda: MACHINE, text_problem)
+    admission = Admission(store, sources, lambda: MACHINE, text_facts)
     taken = refused = 0
     for seed, number in fuzz_cases():
         data = case(seed, number)

@@ -31,8 +31,8 @@ class ChatFormat:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def read(self, body: bytes) -> ChatRequest:
-        return read_chat(body)
+    def read(self, body: bytes, ignore_unknown: bool) -> ChatRequest:
+        return read_chat(body, ignore_unknown)
 
     def sequences(self, request: ChatRequest) -> int:
         return request.n or 1

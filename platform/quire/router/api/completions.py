@@ -42,8 +42,8 @@ class CompletionFormat:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def read(self, body: bytes) -> CompletionRequest:
-        return read_completion(body)
+    def read(self, body: bytes, ignore_unknown: bool) -> CompletionRequest:
+        return read_completion(body, ignore_unknown)
 
     def sequences(self, request: CompletionRequest) -> int:
         return len(request.prompt) * request.sequences

@@ -37,8 +37,8 @@ class EmbeddingFormat:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def read(self, body: bytes) -> EmbeddingRequest:
-        return read_embedding(body)
+    def read(self, body: bytes, ignore_unknown: bool) -> EmbeddingRequest:
+        return read_embedding(body, ignore_unknown)
 
     def sequences(self, request: EmbeddingRequest) -> int:
         return len(request.input)

@@ -49,7 +49,8 @@ log = logging.getLogger("quire.router")
 
 BODY_SECONDS: Final = 30.0
 DRAIN: Final = 4
-"""A body up to this many times the limit is read to its end before it is refused."""
+"""A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
+DRAIN_BYTES: Final = 16 * 1024 * 1024
 DONE: Final = b"data: [DONE]\n\n"
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -68,8 +69,10 @@ class Format(Protocol[R]):
 
     operation: str
 
-    def read(self, body: bytes) -> R:
-        """The request in a body. Raises `BadRequest`."""
+    def read(self, body: bytes, ignore_unknown: bool) -> R:
+        """The request in a body, without the fields that are unknown if they are to be ignored. Raises
+        `BadRequest`.
+        """
 
     def sequences(self, request: R) -> int:
         """How many sequences it will run."""
@@ -99,11 +102,11 @@ class StreamFormat(Protocol):
 class Exchange(Generic[R]):
     """Answers one request. Call it as an ASGI application."""
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R], max_body: int) -> None:
+    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
         self._gateway = gateway
         self._spans = spans
         self._format = form
-        self._max_body = max_body
+        self._settings = gateway.fleet.table.http
         self._started = False
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
@@ -115,7 +118,7 @@ class Exchange(Generic[R]):
         span = self._spans.start(self._format.operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
-            body = await read_body(headers, receive, self._max_body)
+            body = await read_body(headers, receive, self._settings.max_body_bytes)
             finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
             status = 200
         except ClientGone:
@@ -145,7 +148,8 @@ class Exchange(Generic[R]):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
-        request = await self._gateway.aside(lambda: self._format.read(body), len(body))
+        ignore_unknown = self._settings.ignore_unknown
+        request = await self._gateway.aside(lambda: self._format.read(body, ignore_unknown), len(body))
         served = self._gateway.fleet.resolve(request.model)
         self._model = served.route.model
         span.name(self._format.operation, request.model)
@@ -237,7 +241,8 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
     stated = int(headers.get(b"content-length", b"0"))
     parts: list[bytes] = []
     size = 0
-    more = stated <= DRAIN * limit
+    bearable = max(DRAIN * limit, DRAIN_BYTES)
+    more = stated <= bearable
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while more:
@@ -248,7 +253,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
                 if size <= limit:
                     parts.append(message["body"])
                 # A client cut off while it sends never sees why: what is too large is read on for a while.
-                more = message["more_body"] and size <= DRAIN * limit
+                more = message["more_body"] and size <= bearable
     except TimeoutError:
         raise BodyTimeout(f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
     if more or max(size, stated) > limit:

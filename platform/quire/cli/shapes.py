@@ -1,0 +1,480 @@
+"""The shapes of what commands print with `-o json` and `-o yaml`. `docs/reference/output.md` is made of this, and
+tests hold what commands print to it, field by field.
+
+Every answer begins with `apiVersion`. While that stays, fields are added, and none is removed or comes to mean
+something else; a reader passes over those that it does not know. Bytes and token counts are whole numbers,
+durations are seconds, times are RFC 3339 in UTC.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # of typing, Pydantic takes only that of Python 3.12
+
+Key = Annotated[str, "An object's kind and name: `model/llama`."]
+Time = Annotated[str, "RFC 3339, UTC."]
+
+
+class Condition(TypedDict):
+    """One thing that is so, is not, or is not known."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, "A word: `platform explain reason/WORD`."]
+    message: str
+    lastTransitionTime: Annotated[Time, "When `status` last changed."]
+    observedGeneration: Annotated[int, "The generation that it was found for."]
+
+
+class Endpoints(TypedDict):
+    """Where requests go."""
+
+    openai: Annotated[str, "Base URL of the OpenAI API."]
+    certificate: NotRequired[Annotated[str, "File of the certificate to trust, where the API speaks https."]]
+    modelNames: NotRequired[Annotated[list[str], "Of a model: the names it is asked for by."]]
+    unavailable: NotRequired[Annotated[str, "Why nothing answers there now."]]
+
+
+class Going(TypedDict):
+    """A model's rollout."""
+
+    revision: Annotated[int, "The one that is to serve."]
+    settled: Annotated[bool, "Nothing is left to do."]
+    strategy: Literal["Auto", "RollingUpdate", "Recreate"]
+    held: Annotated[bool, "Rollouts are paused."]
+
+
+class Counts(TypedDict):
+    """Replicas of a model."""
+
+    desired: int
+    live: Annotated[int, "Processes that exist."]
+    ready: Annotated[int, "Those that requests may go to."]
+    updated: Annotated[int, "Ready ones of the revision that is to serve."]
+    draining: int
+
+
+class Decision(TypedDict):
+    """What was decided beside the manifest."""
+
+    kind: Literal["scale", "pause", "hold", "pin", "quarantine", "restart", "resident"]
+    by: str
+    reason: str
+    since: Time
+    until: NotRequired[Time]
+    replicas: NotRequired[int]
+    revision: NotRequired[int]
+
+
+class Step(TypedDict):
+    """One step from apply to the first answer."""
+
+    ok: bool
+    seconds: Annotated[float | None, "From apply until it was first seen done."]
+    bytes: NotRequired[int]
+    bytesDone: NotRequired[int]
+    rate: NotRequired[Annotated[int, "Bytes a second."]]
+    device: NotRequired[str]
+
+
+class Steps(TypedDict):
+    """The steps of one generation; null for one that has not begun."""
+
+    generation: int
+    accepted: Step | None
+    weights: Step | None
+    device: Step | None
+    loaded: Step | None
+    ready: Step | None
+
+
+class Status(TypedDict):
+    """Where an object stands. Of a Gateway the fields of replicas and rollouts are absent."""
+
+    observedGeneration: int
+    summary: Annotated[str, "A few words for a table; may change at any time."]
+    conditions: list[Condition]
+    endpoints: Endpoints
+    remedies: Annotated[list[str], "What you can do."]
+    servedRevision: NotRequired[int | None]
+    stableRevision: NotRequired[Annotated[int | None, "The last one that was rolled out as a whole."]]
+    rollout: NotRequired[Going]
+    overrides: NotRequired[list[Decision]]
+    replicas: NotRequired[Counts]
+    resolved: NotRequired[Annotated[dict[str, Any], "What `auto` became."]]
+    progress: NotRequired[Steps]
+
+
+class Ended(TypedDict):
+    """How a process ended that nobody asked to."""
+
+    reason: str
+    message: str
+    log: Annotated[list[str], "Its last lines."]
+
+
+class Replica(TypedDict):
+    """One replica of a model."""
+
+    id: str
+    revision: int
+    state: Literal["Pending", "Starting", "Ready", "Draining", "Stopping", "Backoff", "Failed"]
+    incarnation: Annotated[int, "Counts its processes."]
+    restarts: int
+    pid: int | None
+    since: Time
+    message: str
+    reason: str
+    lastExit: Ended | None
+    devices: list[str]
+    model: NotRequired[Annotated[str, "In a list of all models' replicas."]]
+
+
+class Revision(TypedDict):
+    """One revision of a model."""
+
+    revision: int
+    templateHash: str
+    state: Literal["Current", "Pinned", "Stable", "RolledBack", "Leaving", "Old", "NeverRolledOut"]
+    cause: str
+    createdAt: Time
+    stableAt: Annotated[Time | None, "When it was first rolled out as a whole."]
+    failure: str | None
+    loadSeconds: float | None
+    model: NotRequired[Annotated[str, "In a list of all models' revisions."]]
+
+
+class InForce(TypedDict):
+    """What serves, where that is not what the manifest says."""
+
+    revision: int
+    resolved: dict[str, Any]
+
+
+class Event(TypedDict):
+    """Something that was decided or seen."""
+
+    id: int
+    type: Literal["Normal", "Warning"]
+    reason: str
+    object: Key
+    message: str
+    count: int
+    firstSeen: Time
+    lastSeen: Time
+
+
+class Object(TypedDict):
+    """`get KIND/NAME`, `describe KIND/NAME`; each line of `get -w -o json`."""
+
+    apiVersion: NotRequired[str]
+    kind: Literal["model", "gateway"]
+    name: str
+    generation: Annotated[int, "Grows with each apply that changes it; 0 for the gateway without a manifest."]
+    intent: Annotated[dict[str, Any], "As submitted."]
+    resolved: Annotated[dict[str, Any], "The spec with all defaults, frozen at the apply."]
+    createdAt: Time | None
+    deleting: bool
+    status: Status
+    replicas: list[Replica]
+    revisions: Annotated[list[Revision], "Newest first."]
+    inForce: NotRequired[InForce | None]
+    events: NotRequired[Annotated[list[Event], "Of `describe`."]]
+
+
+class ObjectList(TypedDict):
+    """`get models`, `get gateway`."""
+
+    apiVersion: str
+    kind: Literal["ObjectList"]
+    items: list[Object]
+
+
+class ReplicaList(TypedDict):
+    """`get replicas`."""
+
+    apiVersion: str
+    kind: Literal["ReplicaList"]
+    items: list[Replica]
+
+
+class RevisionList(TypedDict):
+    """`get revisions`, `rollout history`."""
+
+    apiVersion: str
+    kind: Literal["RevisionList"]
+    items: list[Revision]
+
+
+class EventList(TypedDict):
+    """`events`, oldest first. With `-w` each line is one event."""
+
+    apiVersion: str
+    kind: Literal["EventList"]
+    items: list[Event]
+
+
+class RolloutStatus(TypedDict):
+    """`rollout status`."""
+
+    apiVersion: str
+    kind: Literal["RolloutStatus"]
+    key: Key
+    generation: int
+    summary: str
+    servedRevision: int | None
+    stableRevision: int | None
+    rollout: Going | None
+    replicas: Counts | None
+    overrides: list[Decision] | None
+    conditions: list[Condition] | None
+
+
+class Change(TypedDict):
+    """One field that differs."""
+
+    path: str
+    old: Annotated[Any, "null for what is new."]
+    new: Annotated[Any, "null for what is gone."]
+    update: Annotated[Literal["hot", "scale", "rolling", "immutable"], "What has to happen for it to take effect."]
+    note: Annotated[str, "Why `update` is not the field's usual one."]
+
+
+class Fit(TypedDict):
+    """The arithmetic of one replica."""
+
+    fits: bool
+    weights: int
+    activations: int
+    overhead: int
+    kv: int
+    used: int
+    limit: int
+    numBlocks: int
+    kvTokens: int
+    maxModelLen: int
+    reason: str | None
+    counterOffers: list[str]
+    lines: Annotated[list[str], "The same for people."]
+
+
+class Budget(TypedDict):
+    """What a rollout may do as things stand."""
+
+    strategy: Literal["Auto", "RollingUpdate", "Recreate"]
+    surge: int
+    unavailable: int
+    serving: Annotated[int, "Replicas that serve all the while."]
+    stopFirst: bool
+
+
+class Problem(TypedDict):
+    """What is wrong with a manifest."""
+
+    file: str
+    line: int | None
+    col: int | None
+    path: str
+    message: str
+    hint: str | None
+    reason: NotRequired[str]
+
+
+class PlanItem(TypedDict):
+    """What an apply would do with one object."""
+
+    key: Key
+    action: Literal["create", "update", "unchanged", "refused"]
+    revision: Annotated[list[int | None], "Before and after."]
+    changes: list[Change]
+    fit: Fit | None
+    resolved: Annotated[dict[str, Any] | None, "What `auto` would become."]
+    rollout: str
+    budget: Budget | None
+    replaces: Annotated[int, "Running replicas that others take the place of."]
+    ends: Annotated[list[str], "Kinds of decisions that it ends."]
+    findings: Annotated[list[str], "What of the checkpoint may surprise."]
+    notes: list[str]
+    warnings: list[str]
+    problem: NotRequired[Problem]
+
+
+class Share(TypedDict):
+    """What one model takes of a device. Bytes are those of one replica."""
+
+    key: Key
+    replicas: int
+    memory: int
+    weights: int
+    kv: int
+    surge: Annotated[int, "Replicas beside these while it rolls out."]
+
+
+class Device(TypedDict):
+    """One device with all models on it."""
+
+    device: str
+    total: int
+    foreign: Annotated[int, "What other processes hold."]
+    limit: Annotated[int, "What replicas may take."]
+    free: int
+    models: list[Share]
+
+
+class Waiting(TypedDict):
+    """Replicas that there is no room for."""
+
+    key: Key
+    replicas: int
+    reason: str
+
+
+class Guest(TypedDict):
+    """A model on demand, which takes what others leave."""
+
+    key: Key
+    replicas: int
+    memory: int
+
+
+class Room(TypedDict):
+    """The proof of fit of all models together."""
+
+    devices: list[Device]
+    waiting: list[Waiting]
+    onDemand: list[Guest]
+
+
+class Summary(TypedDict):
+    """Objects by action."""
+
+    create: int
+    update: int
+    delete: int
+    refused: int
+
+
+class Plan(TypedDict):
+    """`plan`."""
+
+    apiVersion: str
+    kind: Literal["Plan"]
+    items: list[PlanItem]
+    room: Room
+    summary: Summary
+
+
+class Difference(TypedDict):
+    """In what one manifest differs from what was applied."""
+
+    key: Key
+    action: Literal["create", "update", "unchanged"]
+    changes: list[Change]
+    intent: Annotated[dict[str, Any] | None, "Of a new one: all that its manifest declares."]
+
+
+class DifferenceList(TypedDict):
+    """`diff`."""
+
+    apiVersion: str
+    kind: Literal["DifferenceList"]
+    items: list[Difference]
+
+
+class Load(TypedDict):
+    """What a model does now."""
+
+    model: str
+    up: Annotated[float, "Replicas that answer."]
+    outTokensPerSecond: float
+    inTokensPerSecond: float
+    in_flight: float
+    running: float
+    waiting: float
+    kv: Annotated[float, "Share of the cache in use, the mean over replicas."]
+
+
+class LoadList(TypedDict):
+    """`top`. With `-w` one a line."""
+
+    apiVersion: str
+    kind: Literal["LoadList"]
+    items: list[Load]
+
+
+class Snapshot(TypedDict):
+    """A commit of a repository in the cache of the hub."""
+
+    source: str
+    commit: str
+    refs: list[str]
+    bytes: int
+    incompleteBytes: int
+    prunableBytes: Annotated[int, "What a prune would free."]
+    downloadedByQuire: bool
+    lastUsed: Time | None
+    usedBy: list[Key]
+    formerlyUsedBy: list[Key]
+
+
+class Cache(TypedDict):
+    """`cache list`."""
+
+    apiVersion: str
+    kind: Literal["Cache"]
+    folder: str
+    free: int
+    items: list[Snapshot]
+
+
+class Pruned(TypedDict):
+    """What was removed of one snapshot, or would be."""
+
+    source: str
+    commit: str
+    bytes: int
+
+
+class CachePrune(TypedDict):
+    """`cache prune`."""
+
+    apiVersion: str
+    kind: Literal["CachePrune"]
+    folder: str
+    dryRun: bool
+    items: list[Pruned]
+
+
+class Secret(TypedDict):
+    """A secret's name; never its value."""
+
+    name: str
+    set: bool
+    usedBy: list[Key]
+
+
+class SecretList(TypedDict):
+    """`secret list`."""
+
+    apiVersion: str
+    kind: Literal["SecretList"]
+    items: list[Secret]
+
+
+class Validation(TypedDict):
+    """`validate`."""
+
+    apiVersion: str
+    kind: Literal["Validation"]
+    valid: bool
+    problems: list[Problem]
+
+
+ANSWERS: dict[str, type] = {
+    "get": ObjectList, "get KIND/NAME": Object, "get replicas": ReplicaList, "get revisions": RevisionList,
+    "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
+    "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "cache list": Cache,
+    "cache prune": CachePrune, "secret list": SecretList,
+}  # fmt: skip
+"""What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""

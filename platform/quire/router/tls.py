@@ -1,0 +1,87 @@
+"""The router's certificate, which is renewed in its files while connections come.
+
+Each new connection is shown the pair of files that was read last; those that are open keep theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from typing import Final
+
+import msgspec
+
+log = logging.getLogger("quire.router")
+
+LOOK_SECONDS: Final = 5.0
+"""Between two looks at whether the files are new."""
+
+
+class TlsFiles(msgspec.Struct, frozen=True):
+    """PEM files of the certificate chain and its key."""
+
+    cert_file: str
+    key_file: str
+
+
+class BadCertificate(Exception):
+    """The files are not there, or no pair. Somebody may be about to mend that."""
+
+
+def read(files: TlsFiles) -> ssl.SSLContext:
+    """A context of its own: one that is given a second pair keeps the first for keys of another kind. Raises
+    `BadCertificate`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files.cert_file, files.key_file, password=_nobody)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise BadCertificate(f"{files.cert_file} with the key {files.key_file} cannot be used: {why}") from error
+    return context
+
+
+def _nobody() -> str:
+    raise ValueError("the key is encrypted, and nobody is there to type its password")
+
+
+class Certificate:
+    """The pair of files as it was read last. Raises `BadCertificate` if it cannot be read at first."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._seen = self._stamps()
+        self._current = read(files)
+        self.context = read(files)
+        """The listener's."""
+        self.context.sni_callback = self._show
+
+    def _show(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+    def _stamps(self) -> list[int]:
+        """When the files last changed; empty while one is not there."""
+        try:
+            return [os.stat(path).st_mtime_ns for path in (self._files.cert_file, self._files.key_file)]
+        except OSError:
+            return []
+
+    async def renew(self) -> None:
+        """Go on reading the files when they are new."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        """Read the files if they are new. What is no pair is left until it changes again."""
+        if (now := self._stamps()) == self._seen:
+            return
+        self._seen = now
+        try:
+            self._current = read(self._files)
+        except BadCertificate as problem:
+            log.warning("the certificate stays the old one: %s", problem)
+        else:
+            log.info("new connections are shown the new certificate in %s", self._files.cert_file)

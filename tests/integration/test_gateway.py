@@ -1,0 +1,290 @@
+"""What a Gateway's manifest declares for all requests, at a real router: some of it while streams run, some by a
+new router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import trustme
+from tests.integration.plane import GATEWAY, Plane, Stream, model
+from tests.waiting import eventually
+
+from quire.client import InvalidManifest
+from quire.endpoint import connection
+from quire.router.config import load
+from quire.router.tls import BadCertificate, Certificate, TlsFiles
+
+PAGE = "https://chat.example.org"
+
+
+def gateway(fields: str) -> str:
+    return GATEWAY.replace("port: 0", f"port: 0, {fields}")
+
+
+def settled(plane: Plane) -> dict[str, Any]:
+    """The gateway once its router has all that was applied."""
+
+    def found() -> dict[str, Any] | None:
+        view: dict[str, Any] = plane.client.get("/v1/objects/gateway/default")
+        now = {c["type"] for c in view["status"].get("conditions", ()) if c["status"] == "True"}
+        same = view["status"].get("observedGeneration") == view["generation"]
+        return view if same and {"Ready", "RolledOut"} <= now else None
+
+    return dict(eventually(found, "the gateway is settled"))
+
+
+@pytest.fixture
+def served(plane: Plane) -> Iterator[str]:
+    plane.apply(GATEWAY, model("asked"))
+    plane.wait_served("asked")
+    yield f"{plane.base_url}/completions"
+    plane.apply(GATEWAY)
+    settled(plane)
+    plane.delete("asked")
+
+
+def ask(url: str, *, origin: str | None = None, **more: Any) -> httpx.Response:
+    headers = {} if origin is None else {"origin": origin}
+    body = {"model": "asked", "prompt": "hi", "max_tokens": 1, **more}
+    return httpx.post(url, json=body, headers=headers, timeout=30)
+
+
+def test_hot_settings_reach_the_running_router_and_no_stream_notices(plane: Plane, served: str) -> None:
+    router = plane.client.get("/v1/ping")["router"]
+    stream = Stream(plane.base_url, "asked", 900)
+    stream.wait_running()
+    assert ask(served, origin=PAGE).status_code == 421
+    assert ask(served, maxtokens=3).status_code == 400
+    assert ask(served, metadata={"label": "x" * 3000}).status_code == 200
+
+    wanted = gateway(f"cors: {{allowOrigins: ['{PAGE}']}}, maxBodySize: 2Ki, unknownFields: ignore")
+    planned = plane.client.post("/v1/plan", {"files": [{"name": "g.yaml", "text": wanted}]})["items"][0]
+    assert {change["path"]: change["update"] for change in planned["changes"]} == {
+        "spec.cors": "hot", "spec.maxBodySize": "hot", "spec.unknownFields": "hot",
+    }  # fmt: skip
+    plane.apply(wanted)
+    settled(plane)
+    answer = ask(served, origin=PAGE)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    assert answer.headers["vary"] == "Origin"
+    assert ask(served, origin="https://other.example.org").status_code == 421
+    assert ask(served, maxtokens=3).status_code == 200
+    refused = ask(served, metadata={"label": "x" * 3000})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    assert plane.client.get("/v1/ping")["router"] == router, "the router is the same process"
+    assert stream.is_alive(), "it ran all the while"
+    stream.finish()
+
+
+def test_a_browser_that_asks_beforehand_is_told_what_a_page_may_send(plane: Plane, served: str) -> None:
+    asks = {
+        "origin": PAGE,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
+        "access-control-request-private-network": "true",
+    }
+    assert httpx.options(served, headers=asks).status_code == 421
+    plane.apply(gateway(f"cors: {{allowOrigins: ['{PAGE}']}}"))
+    settled(plane)
+    answer = httpx.options(served, headers=asks)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    assert answer.headers["access-control-allow-methods"] == "GET, POST"
+    assert answer.headers["access-control-allow-headers"] == asks["access-control-request-headers"]
+    assert answer.headers["access-control-allow-private-network"] == "true"
+    assert "access-control-allow-credentials" not in answer.headers
+    assert httpx.options(served, headers={**asks, "origin": "https://other.example.org"}).status_code == 421
+    assert "access-control-allow-methods" not in httpx.options(served, headers={"origin": PAGE}).headers
+    plane.apply(gateway("cors: {allowOrigins: ['HTTPS://Chat.Example.org:443']}"))
+    settled(plane)
+    assert ask(served, origin=PAGE).status_code == 200, "as browsers spell it"
+    plane.apply(gateway("cors: {allowOrigins: ['*']}"))
+    settled(plane)
+    assert ask(served, origin="https://any.example.org").headers["access-control-allow-origin"] == "*"
+    rebound = httpx.post(served, json={}, headers={"host": "evil.example.org", "origin": PAGE})
+    assert rebound.status_code == 421, "a name that leads here is refused whatever its page may do"
+
+
+def test_a_field_that_is_known_and_not_honoured_is_refused_even_where_unknown_ones_are_ignored(
+    plane: Plane, served: str
+) -> None:
+    plane.apply(gateway("unknownFields: ignore"))
+    settled(plane)
+    refused = ask(served, suffix="behind")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "suffix")
+    chat = plane.base_url + "/chat/completions"
+    message = {"role": "user", "content": "hi", "weight": 1, "kind": {"a": 1}}
+    told = {"model": "asked", "messages": [message], "max_tokens": 1, "stream_options": None, "nonsense": [1]}
+    assert httpx.post(chat, json=told, timeout=30).status_code == 200
+    told["max_tokens"] = "one"
+    wrong = httpx.post(chat, json=told, timeout=30)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("cors: {allowOrigins: ['chat.example.org']}", "is no origin"),
+        ("cors: {allowOrigins: ['https://a.example/x']}", "is no origin"),
+        ("cors: {allowOrigins: ['https://a.example:99999']}", "is no origin"),
+        ("maxBodySize: 100Mib", "is not a byte quantity"),
+        ("maxBodySize: '0'", "is below 1Ki"),
+        ("maxBodySize: 2Gi", "above 1Gi"),
+        ("tls: {certFile: cert.pem, keyFile: /k}", "spec.tls.certFile: cert.pem is not an absolute path"),
+        ("tls: {certFile: /nowhere/c, keyFile: /nowhere/k}", "spec.tls.certFile: /nowhere/c: No such file"),
+        ("tls: {certFile: /etc/hostname, keyFile: /etc/hostname}", "cannot be used"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_where_they_stand(plane: Plane, fields: str, said: str) -> None:
+    with pytest.raises(InvalidManifest) as wrong:
+        plane.apply(gateway(fields))
+    (problem,) = wrong.value.problems
+    assert said in f"{problem['path']}: {problem['message']}"
+    assert problem["hint"]
+    assert problem["line"]
+
+
+# ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def certify(authority: trustme.CA, folder: Path) -> None:
+    leaf = authority.issue_cert("127.0.0.1", "localhost")
+    leaf.private_key_pem.write_to_path(folder / "key.pem")
+    leaf.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+
+
+def shown(port: int) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=10)
+
+
+def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_restart(
+    plane: Plane, served: str, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    certify(authority, tmp_path)
+    plane.apply(gateway(f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"))
+    endpoints = settled(plane)["status"]["endpoints"]
+    assert endpoints["openai"].startswith("https://127.0.0.1:")
+    assert endpoints["certificate"] == f"{tmp_path}/cert.pem"
+    eventually(
+        lambda: plane.view("asked")["status"]["endpoints"]["openai"] == endpoints["openai"],
+        "the model says so, too",
+    )
+    plane.wait_served("asked")
+    router = plane.client.get("/v1/ping")["router"]
+
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with openai.OpenAI(
+        base_url=endpoints["openai"], api_key="none", http_client=openai.DefaultHttpxClient(verify=context)
+    ) as client:
+        words = client.completions.create(model="asked", prompt="hi", max_tokens=5, stream=True)
+        assert len([part for part in words if part.choices]) >= 5
+    url = httpx.URL(endpoints["openai"])
+    assert url.port is not None
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{url.port}/v1/models")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{endpoints['openai']}/models", timeout=10)  # nobody vouches for it
+    own = connection(endpoints["openai"], 10, endpoints["certificate"])
+    own.request("GET", "/livez")
+    assert own.getresponse().status == 200
+    own.close()
+
+    before = shown(url.port)
+    (tmp_path / "key.pem").write_bytes(trustme.CA().issue_cert("127.0.0.1").private_key_pem.bytes())
+    eventually(lambda: "stays the old one" in plane.state.log("router").read_text(), "a pair that is none", 30)
+    assert shown(url.port) == before
+    certify(authority, tmp_path)
+    eventually(lambda: shown(url.port or 0) != before, "the new certificate is shown", 30)
+    assert plane.client.get("/v1/ping")["router"] == router
+    assert httpx.get(f"{endpoints['openai']}/models", verify=context).status_code == 200
+
+    with httpx.Client(verify=context) as idle:  # its connection stays open, and nobody reads from it
+        assert idle.get(f"{endpoints['openai']}/models").status_code == 200
+        began = time.monotonic()
+        plane.apply(GATEWAY)
+        settled(plane)
+        assert plane.base_url.startswith("http://")
+        assert time.monotonic() - began < 20, "a client that is idle does not hold the end up"
+
+
+def test_a_router_whose_certificate_is_no_pair_says_so_and_starts_when_it_is_one(
+    plane: Plane, served: str, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    certify(authority, tmp_path)
+    plane.apply(gateway(f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"))
+    settled(plane)
+    key = (tmp_path / "key.pem").read_bytes()
+    (tmp_path / "key.pem").unlink()
+    os.kill(plane.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
+
+    def stalled() -> dict[str, Any] | None:
+        view = plane.client.get("/v1/objects/gateway/default")
+        return next(
+            (c for c in view["status"]["conditions"] if c["type"] == "Stalled" and c["status"] == "True"), None
+        )
+
+    found = eventually(stalled, "the gateway says why")
+    assert found["reason"] == "RouterFailed"
+    assert "No such file" in found["message"]
+    assert str(tmp_path) in found["message"]
+    (tmp_path / "key.pem").write_bytes(key)
+    settled(plane)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    assert httpx.get(f"{plane.base_url}/models", verify=context).status_code == 200
+
+
+async def test_a_certificate_of_another_kind_of_key_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    files = TlsFiles(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+
+    def put(kind: trustme.KeyType) -> None:
+        leaf = authority.issue_cert("localhost", key_type=kind)
+        leaf.private_key_pem.write_to_path(files.key_file)
+        leaf.cert_chain_pems[0].write_to_path(files.cert_file)
+
+    with pytest.raises(BadCertificate, match="No such file"):
+        Certificate(files)
+    put(trustme.KeyType.RSA)
+    certificate = Certificate(files)
+    async with await asyncio.start_server(
+        lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=certificate.context
+    ) as server:
+        address = server.sockets[0].getsockname()
+
+        async def kind_shown() -> str:
+            """To a client that would rather have RSA."""
+            context = ssl.create_default_context()
+            authority.configure_trust(context)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES128-GCM-SHA256")
+            _, writer = await asyncio.open_connection(*address, ssl=context, server_hostname="localhost")
+            name: str = writer.get_extra_info("cipher")[0]
+            writer.close()
+            return name.split("-")[1]
+
+        assert await kind_shown() == "RSA"
+        put(trustme.KeyType.ECDSA)
+        certificate.look()
+        assert await kind_shown() == "ECDSA"
+
+
+def test_the_file_of_an_earlier_versions_router_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "router.json"
+    path.write_text('{"control_socket": "c", "snapshot_file": "s", "max_body_bytes": 4194304, "port": 7}')
+    assert load(path).port == 7
