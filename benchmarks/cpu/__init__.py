@@ -7,6 +7,7 @@
     experts        a layer of experts, beside dense layers of the same bytes and rows
     host           what of a step of one sequence is not in the native kernels
     tune           flags of llama.cpp, to find its best; the parts behind use what this run found
+    neighbours     two engines of ours at once on the same cores, beside one alone
     engine         engines without servers: decode of 1, 16 and 32 sequences, a prompt of 512 tokens
     servers        64 requests over each one's own OpenAI server at 1, 8 and 32 clients
     transformers   the same requests without a server, in three ways
@@ -23,6 +24,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from quire_kernels import load
 from quire_kernels.cpu import build
 from quire_schemas.checkpoint import read_profile
 
-PARTS = ("gemm", "attention", "experts", "host", "tune", "engine", "servers", "transformers")
+PARTS = ("gemm", "attention", "experts", "host", "neighbours", "tune", "engine", "servers", "transformers")
 _WITH_LLAMA = {"tune", "engine", "servers"}
 FORMATS: tuple[Format, ...] = ("bf16", "int8", "int4")
 GEMM_ROWS = (1, 8, 32, 256)
@@ -96,6 +98,13 @@ def run(args: argparse.Namespace) -> None:
         getattr(bench, f"run_{part}")()
     print("\n" + report(ledger.rows))
     print(f"\nrun {ledger.run}: {len(ledger.rows)} rows in {args.out}")
+
+
+def _at_once(count: int, words: Row) -> Row:
+    with ThreadPoolExecutor(count) as pool:
+        rows = list(pool.map(lambda _: child.run("engine", **words), range(count)))
+    each = [row["decode_tokens_per_s"] for row in rows]
+    return {"each_tokens_per_s": each, "tokens_per_s": round(sum(each), 2)}
 
 
 class _Bench:
@@ -177,6 +186,23 @@ class _Bench:
                     child.run, "host", folder=str(folder), format=format, threads=self.args.threads, steps=steps
                 )
                 self.ledger.measured(action, part="host", model=model, format=format)
+
+    def run_neighbours(self) -> None:
+        """Eight sequences each, decode alone; of two at once each computes as long as the other does."""
+        output, blocks = (32, 1) if self.args.quick else (256, self.args.blocks)
+        for model, folder in self.folders.items():
+            for format in self.served:
+                words = {
+                    "folder": str(folder), "format": format, "threads": self.args.threads, "sequences": 8,
+                    "prompt": 32, "output": output, "repeats": 1,
+                }  # fmt: skip
+                for block in range(blocks):
+                    for half, order in enumerate(((1, 2), (2, 1))):
+                        for count in order:
+                            self.ledger.measured(
+                                partial(_at_once, count, words), part="neighbours", model=model, format=format,
+                                engines=count, block=block, half=half,
+                            )  # fmt: skip
 
     def run_tune(self) -> None:
         for model, llama in self.llamas.items():

@@ -95,6 +95,7 @@ def report(rows: Sequence[Row]) -> str:
         ("attention, one new token", _attention),
         ("experts, 32 of 2048 × 768, 8 a token; time beside dense layers of the same bytes and rows", _experts),
         ("a step of one sequence", _host),
+        ("two engines on the same cores, decode of 8 sequences each", _neighbours),
         ("engine alone, decode", _decode),
         ("engine alone, prompt of 512 tokens", _prefill),
         ("servers", _servers),
@@ -161,6 +162,18 @@ def _host(rows: Sequence[Row], ceilings: Ceilings) -> Table:
             (row["model"], row["format"], f"{row['step_ms']:.2f}", f"{row['outside_ms']:.2f}",
              f"{'' if is_quiet(row) else '~'}{row['outside_share']:.1%}",
              _most(row["outside_share"], OUTSIDE_CEILING, "{:.0%}"), str(row["native_calls"]))
+        )  # fmt: skip
+    return table
+
+
+def _neighbours(rows: Sequence[Row], ceilings: Ceilings) -> Table:
+    table: Table = [("model", "format", "alone t/s", "two together", "ratio")]
+    for model, format in _keys(rows, "model", "format", part="neighbours"):
+        some = _of(rows, part="neighbours", model=model, format=format)
+        alone, both = _of(some, engines=1), _of(some, engines=2)
+        table.append(
+            (model, format, _figure(alone, "tokens_per_s"), _figure(both, "tokens_per_s"),
+             str(Ratios(both, alone, "tokens_per_s")))
         )  # fmt: skip
     return table
 

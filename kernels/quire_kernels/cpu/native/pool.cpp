@@ -43,14 +43,26 @@ void Pool::run(int64_t count, Call call, void* work) {
   work_ = work;
   count_ = count;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  inside_.store(0, std::memory_order_release);
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   take(0);
-  // a worker may not have begun; nothing it looks at changes before it has been here
-  for (Patience patience; busy_.load(std::memory_order_acquire) != 0;) {
+  // nobody comes in any more, and nothing that a worker looks at changes before it has left
+  inside_.fetch_add(kClosed, std::memory_order_acq_rel);
+  for (Patience patience; inside_.load(std::memory_order_acquire) != kClosed;) {
     if (!patience.spin()) std::this_thread::yield();
   }
+}
+
+// A worker that comes late may find a later round's work here; that is as good.
+bool Pool::enter() {
+  int64_t inside = inside_.load(std::memory_order_relaxed);
+  while (inside >= 0) {
+    if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire, std::memory_order_relaxed)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 void Pool::take(int thread) {
@@ -70,8 +82,9 @@ void Pool::serve(int thread) {
     }
     seen = now;
     if (over_.load()) return;
+    if (!enter()) continue;
     take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    inside_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -3,8 +3,8 @@
 // A step is a long row of short operations, so what counts is the time from the end of one to the start of the next:
 // one or two microseconds while everybody spins. Who has spun for some tens of microseconds lets others have the
 // processor, for a pool may not be alone on those it was given. Work is handed out in order of its number, one piece
-// at a time; an operation ends when all threads have looked for work, so one that has to wait for a processor holds up
-// the others.
+// at a time; an operation ends when all its pieces are done. A thread that has no processor at the moment, because
+// another engine computes there, is not waited for: the others do its share, and it finds the door closed.
 #pragma once
 
 #include <atomic>
@@ -38,8 +38,10 @@ class Pool {
 
  private:
   using Call = void (*)(void*, int64_t, int);
+  static constexpr int64_t kClosed = INT64_MIN / 2;
   void run(int64_t count, Call call, void* work);
   void serve(int thread);
+  bool enter();
   void take(int thread);
   void end();
 
@@ -49,7 +51,8 @@ class Pool {
   int64_t count_ = 0;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
-  alignas(64) std::atomic<int> busy_{0};
+  // The workers that are at the work, while it is open to them; below zero when it is closed.
+  alignas(64) std::atomic<int64_t> inside_{kClosed};
   std::atomic<bool> over_{false};
 };
 
