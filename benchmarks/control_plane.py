@@ -221,7 +221,7 @@ def plot(rows: Sequence[Row]) -> list[str]:
     """
     most = max(row["resync_s"] for row in rows)
     a_model = rows[0]["resync_s"] / rows[0]["models"]
-    most = max(most, a_model * rows[-1]["models"])
+    most = max(most, *(a_model * row["models"] for row in rows))
     lines = []
     for row in rows:
         bar = round(WIDTH * row["resync_s"] / most)

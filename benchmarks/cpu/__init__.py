@@ -23,6 +23,7 @@ import argparse
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -101,9 +102,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _at_once(count: int, words: Row) -> Row:
-    with ThreadPoolExecutor(count) as pool:
-        rows = list(pool.map(lambda _: child.run("engine", **words), range(count)))
-    each = [row["decode_tokens_per_s"] for row in rows]
+    """So many engines that begin and end their steps together."""
+    with tempfile.TemporaryDirectory() as gate, ThreadPoolExecutor(count) as pool:
+        children = [pool.submit(child.run, "paced", gate=gate, **words) for _ in range(count)]
+        while len(os.listdir(gate)) < count and not any(each.done() for each in children):
+            time.sleep(0.05)
+        (Path(gate) / "go").touch()
+        each = [one.result()["tokens_per_s"] for one in children]
     return {"each_tokens_per_s": each, "tokens_per_s": round(sum(each), 2)}
 
 
@@ -188,13 +193,13 @@ class _Bench:
                 self.ledger.measured(action, part="host", model=model, format=format)
 
     def run_neighbours(self) -> None:
-        """Eight sequences each, decode alone; of two at once each computes as long as the other does."""
-        output, blocks = (32, 1) if self.args.quick else (256, self.args.blocks)
+        """Decode alone, eight sequences each, over the same seconds."""
+        seconds, blocks = (2.0, 1) if self.args.quick else (8.0, self.args.blocks)
         for model, folder in self.folders.items():
             for format in self.served:
                 words = {
                     "folder": str(folder), "format": format, "threads": self.args.threads, "sequences": 8,
-                    "prompt": 32, "output": output, "repeats": 1,
+                    "seconds": seconds,
                 }  # fmt: skip
                 for block in range(blocks):
                     for half, order in enumerate(((1, 2), (2, 1))):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import subprocess
 import sys
@@ -89,6 +90,23 @@ def engine(
         "prefill_tokens_per_s": round(max(prefill), 2),
         "decode_tokens_per_s": round(max(decode), 2),
     }
+
+
+def paced(folder: str, format: Format, threads: int, sequences: int, seconds: float, gate: str) -> Row:
+    """Steps for so many seconds, counted from the moment that a file `go` is in the folder `gate`: those who wait
+    there begin and end together.
+    """
+    most = 2_000
+    loaded = _loaded(spec(Path(folder), format, threads=threads, sequences=sequences, context=most + 64))
+    _begin(loaded, sequences, 32, most, seed=0)
+    (Path(gate) / str(os.getpid())).touch()
+    while not (Path(gate) / "go").exists():
+        time.sleep(0.001)
+    began, steps = time.perf_counter(), 0
+    while steps < most - 16 and time.perf_counter() - began < seconds:
+        _step(loaded, sequences)
+        steps += 1
+    return {"backend": loaded.backend, "tokens_per_s": round(sequences * steps / (time.perf_counter() - began), 2)}
 
 
 def host(folder: str, format: Format, threads: int, steps: int) -> Row:
@@ -224,7 +242,7 @@ def _end(engine: Engine, sequences: int) -> None:
         engine.step()
 
 
-CHILDREN: Sequence[Callable[..., Row]] = (engine, host, first_tokens, transformers)
+CHILDREN: Sequence[Callable[..., Row]] = (engine, paced, host, first_tokens, transformers)
 
 
 def main() -> None:

@@ -218,6 +218,8 @@ class GatewayReconciler:
             again = await self._check(seen, spec)
         elif self._store.objects():
             again = await self._start(spec)
+        else:
+            self._failure = None
         if stored is not None:
             before = self._store.status(stored.uid).get("conditions", ())
             self._store.put_status(stored.uid, self.status(before, stored.generation))
@@ -256,16 +258,23 @@ class GatewayReconciler:
             )
             self._store.add_event(KEY, "Normal", "Replacing", text)
             acted(text)
+            self._failure = None
             await self._fleet.stop(seen.folder, STOP_GRACE)
             return RETRY_SECONDS
         self._tell_why_it_does_not_start(seen)
         return None
 
     def _tell_why_it_does_not_start(self, seen: Observation) -> None:
-        """A router that says why, or refuses for good, is a failure; any other end is its shim's to repair."""
+        """A router that says why, or refuses for good, is a failure; any other end is its shim's to repair. It
+        stays one until a router answers: the next try may end like the last one.
+        """
         ended = seen.ended
-        said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "") if ended else ""
-        if seen.running or ended is None or not (said or ended.code == NOT_RETRYABLE):
+        if seen.stopping or self.ready():
+            self._failure = None
+        if seen.stopping or seen.running or ended is None:
+            return
+        said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "")
+        if not (said or ended.code == NOT_RETRYABLE):
             self._failure = None
             return
         why = said.removeprefix("error: ") or ended.text()

@@ -243,6 +243,7 @@ class Routes:
         if (
             table is not None
             and table.http == http
+            and (self.is_older() or self.takes(http))
             and _without_estimates(table.models) == _without_estimates(content)
         ):
             return

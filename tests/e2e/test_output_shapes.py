@@ -94,7 +94,8 @@ def test_answers_have_their_shapes(platform: Platform) -> None:
     assert check(shapes.Plan, "plan", "changed.yaml")["items"][0]["budget"]
     platform.write("too-long.yaml", MANIFEST.format(length=1_000_000))
     assert check(shapes.Plan, "plan", "too-long.yaml", code=3)["items"][0]["problem"]
-    check(shapes.EventList, "events", "--for", "model/m")
+    events = check(shapes.EventList, "events", "--for", "model/m")
+    assert events["items"]
     check(shapes.RolloutStatus, "rollout", "status", "model/m", "--no-watch")
     check(shapes.RevisionList, "rollout", "history", "model/m")
     check(shapes.LoadList, "top", "--interval", "100ms")

@@ -10,6 +10,7 @@ import signal
 import ssl
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,19 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
     assert plane.client.get("/v1/ping")["router"] == router
     assert httpx.get(f"{endpoints['openai']}/models", verify=context).status_code == 200
 
-    with httpx.Client(verify=context) as idle:  # its connection stays open, and nobody reads from it
+    # connections stay open, and nobody reads from them: of one that is idle, and of one with an answer on its way
+    with httpx.Client(verify=context, timeout=30) as idle, httpx.Client(verify=context, timeout=30) as busy:
         assert idle.get(f"{endpoints['openai']}/models").status_code == 200
-        began = time.monotonic()
-        plane.apply(GATEWAY)
-        settled(plane)
-        assert plane.base_url.startswith("http://")
-        assert time.monotonic() - began < 20, "a client that is idle does not hold the end up"
+        body = {"model": "asked", "prompt": "hi", "max_tokens": 200}
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(busy.post, f"{endpoints['openai']}/completions", json=body)
+            time.sleep(0.5)
+            began = time.monotonic()
+            plane.apply(GATEWAY)
+            settled(plane)
+            assert plane.base_url.startswith("http://")
+            assert time.monotonic() - began < 20, "a client that asks nothing does not hold the end up"
+            assert answer.result().status_code == 200
 
 
 def test_a_router_whose_certificate_is_no_pair_says_so_and_starts_when_it_is_one(
@@ -247,6 +254,20 @@ def test_a_router_whose_certificate_is_no_pair_says_so_and_starts_when_it_is_one
     context = ssl.create_default_context()
     authority.configure_trust(context)
     assert httpx.get(f"{plane.base_url}/models", verify=context).status_code == 200
+
+    (tmp_path / "key.pem").unlink()
+    os.kill(plane.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
+    eventually(stalled, "the gateway says why")
+    generation = plane.apply(GATEWAY)["gateway/default"]["generation"]
+    while True:
+        status = plane.client.get("/v1/objects/gateway/default")["status"]
+        now = {c["type"]: c for c in status["conditions"] if c["observedGeneration"] == generation}
+        assert now.get("Stalled", {"status": "False"})["status"] == "False", (
+            "what is replaced says nothing of the new"
+        )
+        if now and now["Ready"]["status"] == now["RolledOut"]["status"] == "True":
+            break
+        time.sleep(0.01)
 
 
 async def test_a_certificate_of_another_kind_of_key_takes_the_place_of_the_first(tmp_path: Path) -> None:

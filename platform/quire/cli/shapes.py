@@ -50,7 +50,7 @@ class Counts(TypedDict):
 
     desired: int
     live: Annotated[int, "Processes that exist."]
-    ready: Annotated[int, "Those that requests may go to."]
+    ready: Annotated[int, "Those that have served for `rollout.minReadyDuration`."]
     updated: Annotated[int, "Ready ones of the revision that is to serve."]
     draining: int
 
@@ -153,8 +153,9 @@ class InForce(TypedDict):
 
 
 class Event(TypedDict):
-    """Something that was decided or seen."""
+    """Something that was decided or seen; each line of `events -w -o json`."""
 
+    apiVersion: NotRequired[str]
     id: int
     type: Literal["Normal", "Warning"]
     reason: str
@@ -181,6 +182,14 @@ class Object(TypedDict):
     revisions: Annotated[list[Revision], "Newest first."]
     inForce: NotRequired[InForce | None]
     events: NotRequired[Annotated[list[Event], "Of `describe`."]]
+
+
+class Deleted(TypedDict):
+    """A line of `get -w -o json`: this object is no more."""
+
+    apiVersion: str
+    kind: Literal["Deleted"]
+    deleted: Key
 
 
 class ObjectList(TypedDict):

@@ -108,7 +108,8 @@ def _watch(what: str, output: str) -> NoReturn:
             gone = [key for key in shown if key not in {render.key_of(view) for view in views}]
             for key in gone:
                 del shown[key]
-                print(json.dumps({"deleted": key}) if output == "json" else f"{key}  deleted")
+                gone_ = render.versioned({"deleted": key}, "Deleted")
+                print(json.dumps(gone_) if output == "json" else f"{key}  deleted")
             sys.stdout.flush()
             time.sleep(POLL_SECONDS)
 
@@ -253,7 +254,7 @@ def _print_new(items: Sequence[Mapping[str, Any]], shown: dict[Any, int], output
             continue
         shown[event["id"]] = event["count"]
         if output == "json":
-            print(json.dumps(event, ensure_ascii=False))
+            print(json.dumps(render.versioned(event, None), ensure_ascii=False))
         else:
             print(render.event_line(event, time.time()))
     sys.stdout.flush()

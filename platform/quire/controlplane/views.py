@@ -98,6 +98,8 @@ class Views:
     def of(self, stored: StoredObject) -> dict[str, Any]:
         """An object with its status, replicas and revisions."""
         report = self._plane.store.status(stored.uid)
+        if stored.key == GATEWAY and not report:  # its first pass is not over
+            report = self._plane.gateway.status((), 0)
         self._tell_unavailable(report)
         replicas = report.pop("replicaList", [])
         for name in ("signature", "progressAt"):

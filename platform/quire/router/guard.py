@@ -131,9 +131,22 @@ class Protocol(H11Protocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self.transport.is_closing():
-            # TLS waits half a minute for the other side's goodbye, which an idle client never reads
-            self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
+        self._part()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._part()
+
+    def _part(self) -> None:
+        """TLS waits half a minute for the other side's goodbye, which a client with nothing to ask never reads."""
+        if self.transport.is_closing() and self.transport.get_extra_info("ssl_object") is not None:
+            self.loop.call_later(_GOODBYE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        if self.transport.get_write_buffer_size():  # an answer is still on its way
+            self.loop.call_later(_GOODBYE_SECONDS, self._leave)
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

@@ -61,12 +61,13 @@ class Certificate:
     def _show(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         connection.context = self._current
 
-    def _stamps(self) -> list[int]:
-        """When the files last changed; empty while one is not there."""
+    def _stamps(self) -> list[tuple[int, int]]:
+        """When the files last changed, or who may read them did; empty while one is not there."""
         try:
-            return [os.stat(path).st_mtime_ns for path in (self._files.cert_file, self._files.key_file)]
+            found = [os.stat(path) for path in (self._files.cert_file, self._files.key_file)]
         except OSError:
             return []
+        return [(each.st_mtime_ns, each.st_ctime_ns) for each in found]
 
     async def renew(self) -> None:
         """Go on reading the files when they are new."""

@@ -119,7 +119,7 @@ class Counterpart:
         frames: wire.Reader[wire.ToRouter] = wire.Reader(reader, wire.ToRouter)
         while (message := await frames.read()) is not None:
             if isinstance(message, wire.RoutingTable) and message.version > self.table.version:
-                self.table = message
+                self.table = msgspec.structs.replace(message, http=HTTP) if self.older else message
                 self.tables += 1
             if isinstance(message, wire.SetLimits):
                 self.limits.append(message)
@@ -197,6 +197,14 @@ async def test_settings_of_the_gateway_are_sent_and_acknowledged_like_routes(wor
     assert world.routes.is_older()
     await world.routes.reconcile(content, HTTP)
     assert world.routes.takes(HTTP), "what it does is what the defaults say"
+    await world.routes.reconcile(content, wider)
+    tables = world.router.tables
+    await world.routes.reconcile(content, wider)
+    assert world.router.tables == tables, "it would not hear them any better"
+    world.router.older = False  # it was started again, by the version that is installed now, with what it had kept
+    await world.routes.reconcile(content, wider)
+    await world.routes.reconcile(content, wider)
+    assert world.routes.takes(wider)
 
 
 async def test_an_estimate_alone_is_no_reason_for_a_new_table(world: World) -> None:

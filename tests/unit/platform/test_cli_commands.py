@@ -288,6 +288,24 @@ def test_get_watch_prints_what_changed_and_what_went(server: AdminServer, state:
     assert lines[3] == "model/quickstart  deleted\n"
 
 
+def test_each_line_of_a_watch_for_programs_has_the_version_of_its_shape(
+    server: AdminServer, state: StateDir
+) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]}), (200, {"items": []}), (200, {"items": []})]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from quire.cli import main; raise SystemExit(main())", "get", "-w", "-o", "json"],
+        env={"PATH": "/bin", "QUIRE_STATE_DIR": str(state.root)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        there, gone = (json.loads(process.stdout.readline()) for _ in range(2))
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert there["apiVersion"] == gone["apiVersion"]
+    assert there["name"] == "quickstart"
+    assert (gone["kind"], gone["deleted"]) == ("Deleted", "model/quickstart")
+
+
 def test_explain_of_an_object_says_where_each_value_comes_from(
     server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -288,6 +288,16 @@ class TestJudge:
         view = model(status={"conditions": [condition("Ready", "True"), condition("RolledOut", "False")]})
         assert judge(view, 1)[0] is Verdict.WAITING
 
+    def test_a_gateway_is_done_when_its_router_has_all_of_it(self) -> None:
+        ready = condition("Ready", "True")
+        for more, verdict in (
+            ([condition("RolledOut", "True")], Verdict.DONE),
+            ([condition("RolledOut", "False", "HotUpdatePending")], Verdict.WAITING),
+            ([], Verdict.DONE),  # of a control plane of an earlier version, which does not say
+        ):
+            view = model(kind="gateway", name="default", status={"conditions": [ready, *more]})
+            assert judge(view, 1)[0] is verdict
+
     def test_status_of_an_older_generation_is_not_done(self) -> None:
         assert judge(model(generation=2), 2)[0] is Verdict.WAITING
 

@@ -4,7 +4,8 @@
 // one or two microseconds while everybody spins. Who has spun for some tens of microseconds lets others have the
 // processor, for a pool may not be alone on those it was given. Work is handed out in order of its number, one piece
 // at a time; an operation ends when all its pieces are done. A thread that has no processor at the moment, because
-// another engine computes there, is not waited for: the others do its share, and it finds the door closed.
+// another engine computes there, is not waited for unless it lost it in the middle of a piece: the others do its share,
+// and it finds the door closed.
 #pragma once
 
 #include <atomic>
