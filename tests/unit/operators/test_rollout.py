@@ -128,6 +128,9 @@ class Simulation:
         return sum(row.failed_generation is None for row in self.rows.values())
 
     def world(self) -> World:
+        if self.router is Router.DOWN:  # its end cut its streams off
+            for running in self.processes.values():
+                running.in_flight = 0
         for row in list(self.rows.values()):
             if self.seen(row).routed and row.ready_since is None and row.goal is Goal.RUN:
                 self.rows[row.id] = replace(row, ready_since=self.now)
@@ -817,6 +820,22 @@ def test_who_was_to_be_stopped_while_the_router_was_down_is_stopped_when_it_lets
     world.settle()
     assert not world.processes
     assert not world.rows
+
+
+def test_a_stop_that_was_never_sent_is_sent_again_when_the_router_is_back() -> None:
+    """A drain ended because the router was down; what ran through it ended with it."""
+    world = settled(capacity=1, replicas=1, max_surge=0)
+    for running in world.processes.values():
+        running.in_flight = 2
+    world.intend(replicas=0)
+    world.reconcile(1)
+    world.sync()
+    world.router = Router.DOWN
+    world.reconcile(1, cut_off=True)
+    world.router = Router.KNOWN
+    world.tick(rollout.STOP_AGAIN_SECONDS + 1)
+    world.reconcile()
+    assert not world.processes
 
 
 def test_no_sequence_of_intents_and_faults_breaks_an_invariant() -> None:
