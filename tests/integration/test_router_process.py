@@ -21,7 +21,7 @@ from quire.router.config import BadRouterConfig, load
 from quire_schemas import signals, wire
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"control_socket": "x", "snapshot_file": "y", "sprt": 1}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"control_socket": "x", "snapshot_file": "y", "port": "x"}'])
 def test_a_wrong_configuration_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "c.json"
     file.write_text(content)

@@ -1,8 +1,8 @@
 """The native library: which level of instructions this processor has, and a library built for it, once.
 
 A library is found by what it is made of: the sources, the level and the flags. A wheel that was built where there
-is a compiler brings one for every level. Else it lies in the user's cache and is put there in one move, so that
-two engines that start at once at worst both build it; a compiler is needed only where it is not there yet.
+is a compiler brings one for every level. Else it lies in the user's cache and is put there in one move; of two
+engines that start at once one builds it, and the other waits. A compiler is needed only where it is not there yet.
 
     avx2          256 bits, fused products                        (x86-64-v3)
     avx512        512 bits                                        (x86-64-v4)
@@ -14,7 +14,9 @@ Nothing is asked at run time: a library holds one level.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -25,6 +27,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +103,27 @@ def library(level: Level | None = None, *, own: bool = False) -> Path:
     if not own and (brought := PREBUILT / name).exists():
         return brought
     made = _cache() / name
-    return made if made.exists() else put(level, made.parent)
+    if made.exists():
+        return made
+    with _alone(made.parent):
+        return made if made.exists() else put(level, made.parent)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Whoever else builds there waits, and finds what is made. Where no lock can be had each builds its own."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # the build says what is wrong with the folder
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def put(level: Level, folder: Path) -> Path:

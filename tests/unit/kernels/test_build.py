@@ -50,6 +50,16 @@ def test_the_best_level_is_the_one_whose_instructions_are_all_there() -> None:
         build.best_level(frozenset())
 
 
+def test_of_two_who_need_it_at_once_one_builds_it(compiler: Compiler, tmp_path: Path) -> None:
+    compiler(f'echo "$@" >>{tmp_path}/calls; sleep 0.3; {WRITES}')
+    ask = "from quire_kernels.cpu import build; print(build.library(build.LEVELS[-1], own=True))"
+    both = [subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=60)[0] for process in both)
+    assert first == second != ""
+    sources = len(list(build.SOURCES.glob("*.cpp")))
+    assert len((tmp_path / "calls").read_text().splitlines()) == sources + 1
+
+
 def test_a_library_is_built_once_and_then_needs_no_compiler(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,6 @@ def test_a_limit_is_where_the_table_has_it(limit: Limit) -> None:
 
 def test_the_page_has_every_limit() -> None:
     lines = api_page().splitlines()
-    assert "| a body | 4,194,304 bytes; above it a 413 |" in lines
+    assert "| a body | the Gateway's `maxBodySize`, 4,194,304 bytes by default; above it a 413 |" in lines
     assert all(any(line.startswith(f"| {limit.what} | {limit.most:,}") for line in lines) for limit in LIMITS)
     assert {limit.what for limit in LIMITS} == CHATS.keys() | EMBEDDINGS.keys() | COMPLETIONS.keys()
