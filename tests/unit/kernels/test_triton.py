@@ -14,6 +14,8 @@ import pytest
 
 HERE = Path(__file__).parent
 COMPILING = ["80", "90", "100"]
+BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py"}
+"""Suites that take the interpreter longest; CI has those that every model needs."""
 
 
 def passes(arguments: list[str], **environment: str) -> None:
@@ -23,14 +25,19 @@ def passes(arguments: list[str], **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("suite", sorted(path.name for path in HERE.glob("triton_ops*.py")))
+@pytest.mark.parametrize(
+    "suite",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if name in BY_NIGHT else [])
+        for name in sorted(path.name for path in HERE.glob("triton_ops*.py"))
+    ],
+)
 def test_in_the_interpreter(suite: str) -> None:
     passes(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", suite], TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(one, marks=[] if one == "90" else pytest.mark.nightly) for one in COMPILING]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", COMPILING)
 def test_every_launch_compiles(capability: str, tmp_path: Path) -> None:
     passes(["triton_launches.py", capability], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
