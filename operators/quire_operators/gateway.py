@@ -10,14 +10,14 @@ any free one, and then the same again as long as nobody else took it.
 from __future__ import annotations
 
 import logging
-import ssl
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire_operators import status
+from quire_operators import certificates, status
+from quire_operators.certificates import BadCertificate
 from quire_operators.clock import on_the_wall
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.host import address_problem
@@ -83,17 +83,10 @@ def tls_problem(tls: Mapping[str, Any]) -> tuple[str, str] | None:
         except (OSError, ValueError) as error:
             return name, f"{path}: {getattr(error, 'strerror', None) or error}"
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls["certFile"], tls["keyFile"], password=_no_password)
-    except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or str(error)
-        return "certFile", f"{tls['certFile']} with the key {tls['keyFile']} cannot be used: {reason}"
+        certificates.read(tls["certFile"], tls["keyFile"])
+    except BadCertificate as problem:
+        return "certFile", str(problem)
     return None
-
-
-def _no_password() -> str:
-    """Nobody is there to type one when a router starts."""
-    raise ValueError("the key is encrypted")
 
 
 class GatewayReconciler:

@@ -24,7 +24,8 @@ from tests.waiting import eventually
 from quire.client import InvalidManifest
 from quire.endpoint import connection
 from quire.router.config import load
-from quire.router.tls import BadCertificate, Certificate, TlsFiles
+from quire.router.tls import Certificate, TlsFiles
+from quire_operators.certificates import BadCertificate
 
 PAGE = "https://chat.example.org"
 

@@ -31,8 +31,9 @@ from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
 from quire.router.guard import MAX_HEADER_BYTES, Protocol
-from quire.router.tls import BadCertificate, Certificate
+from quire.router.tls import Certificate
 from quire.tracing import BadTelemetry, Tracing
+from quire_operators.certificates import BadCertificate
 from quire_schemas import signals
 
 log = logging.getLogger("quire.router")

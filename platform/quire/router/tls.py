@@ -13,6 +13,9 @@ from typing import Final
 
 import msgspec
 
+from quire_operators import certificates
+from quire_operators.certificates import BadCertificate
+
 log = logging.getLogger("quire.router")
 
 LOOK_SECONDS: Final = 5.0
@@ -26,40 +29,22 @@ class TlsFiles(msgspec.Struct, frozen=True):
     key_file: str
 
 
-class BadCertificate(Exception):
-    """The files are not there, or no pair. Somebody may be about to mend that."""
-
-
-def read(files: TlsFiles) -> ssl.SSLContext:
-    """A context of its own: one that is given a second pair keeps the first for keys of another kind. Raises
-    `BadCertificate`.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(files.cert_file, files.key_file, password=_nobody)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise BadCertificate(f"{files.cert_file} with the key {files.key_file} cannot be used: {why}") from error
-    return context
-
-
-def _nobody() -> str:
-    raise ValueError("the key is encrypted, and nobody is there to type its password")
-
-
 class Certificate:
     """The pair of files as it was read last. Raises `BadCertificate` if it cannot be read at first."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._seen = self._stamps()
-        self._current = read(files)
-        self.context = read(files)
+        self._current = self._read()
+        self.context = self._read()
         """The listener's."""
         self.context.sni_callback = self._show
 
     def _show(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         connection.context = self._current
+
+    def _read(self) -> ssl.SSLContext:
+        return certificates.read(self._files.cert_file, self._files.key_file)
 
     def _stamps(self) -> list[tuple[int, int]]:
         """When the files last changed, or who may read them did; empty while one is not there."""
@@ -81,7 +66,7 @@ class Certificate:
             return
         self._seen = now
         try:
-            self._current = read(self._files)
+            self._current = self._read()
         except BadCertificate as problem:
             log.warning("the certificate stays the old one: %s", problem)
         else:
