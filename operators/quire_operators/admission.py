@@ -26,11 +26,12 @@ from quire_operators.devices import Inventory, held
 from quire_operators.gateway import tls_problem
 from quire_operators.overrides import Kind, Overrides, ended_by_intent, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
+from quire_operators.records import Change, NewRevision, Revision, StoredObject
 from quire_operators.review import Refusal, Review
 from quire_operators.rollout import Row
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
-from quire_operators.store import Change, NewRevision, Revision, Store, StoredObject
+from quire_operators.store import Store
 from quire_schemas import findings
 from quire_schemas.checkpoint import (
     CheckpointError,

@@ -13,7 +13,7 @@ from typing import Any
 from quire_operators import rollout
 from quire_operators.overrides import Kind, Override, Overrides, in_force
 from quire_operators.placement import Placement
-from quire_operators.store import Revision, StoredObject
+from quire_operators.records import Revision, StoredObject
 from quire_schemas.model import LivenessProbe
 from quire_schemas.quantities import parse_duration
 from quire_schemas.update import hot_hash, under_template
@@ -78,6 +78,11 @@ def effective(
         full=full,
         standby=standby,
     )
+
+
+def priority_of(spec: Mapping[str, Any]) -> int:
+    """Of a resolved spec: who comes first where room is short. One of a version without the field has 0."""
+    return int(spec["placement"].get("priority", 0))
 
 
 def is_on_demand(spec: Mapping[str, Any]) -> bool:

@@ -22,11 +22,12 @@ from quire_operators.clock import on_the_wall
 from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
 from quire_operators.host import address_problem
 from quire_operators.paths import StateDir
+from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes
 from quire_operators.secrets import without_tokens
 from quire_operators.status import Fact, Reason
-from quire_operators.store import Store, StoredObject
+from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import wire
 from quire_schemas.gateway import Gateway

@@ -21,9 +21,10 @@ from quire_operators.gateway import GatewayReconciler
 from quire_operators.observed import Report, report_of
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
+from quire_operators.records import Revision, StoredObject
 from quire_operators.rollout import Cause, Desired, Goal, Process, Row, Seen, World
 from quire_operators.status import Fact, Reason
-from quire_operators.store import Revision, Store, StoredObject
+from quire_operators.store import Store
 from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 
 
@@ -81,8 +82,9 @@ class ModelStatus:
         self._changed = changed
         self._began = clock()
 
-    def write(self, view: View, *, no_room: bool) -> float | None:
-        """Write the status and its events; gives the time of the progress deadline while it is ahead."""
+    def write(self, view: View, *, no_room: bool, waits: Mapping[str, str]) -> float | None:
+        """Write the status and its events; gives the time of the progress deadline while it is ahead. `waits`
+        says of replicas that were due why they were not started yet."""
         now = self._clock()
         stored, desired, pairs = view.stored, view.desired, view.world.replicas
         before = self._store.status(stored.uid)
@@ -92,7 +94,7 @@ class ModelStatus:
         updated = [row for row in available if view.is_current(row)]
         settled = rollout.is_settled(desired, view.world, now)
         reports = {row.id: report_of(row, self._fleet.observed(row.id)) for row, _ in pairs}
-        replicas = [self._replica(row, seen, reports[row.id]) for row, seen in pairs]
+        replicas = [self._replica(row, seen, reports[row.id], waits.get(row.id)) for row, seen in pairs]
         signature: list[Any] = [
             [r["id"], r["incarnation"], r["state"], reports[r["id"]].bytes_done] for r in replicas
         ]
@@ -100,7 +102,8 @@ class ModelStatus:
         if fetching is not None:
             signature.append(fetching.done)
         signature = [*_aim(view.wanted), [view.world.router.value, *signature]]
-        since = before["progressAt"] if signature == before.get("signature") else now
+        # who waits for its turn makes no progress, and that is no failure
+        since = before["progressAt"] if signature == before.get("signature") and not waits else now
         deadline = self._deadline(since, stored)
         late = not settled and now >= deadline and rollout.lags(desired, view.world)
         facts = self._facts(view, no_room, len(available), settled, late=late)
@@ -201,10 +204,10 @@ class ModelStatus:
         kind = "Normal" if fetched.reason in (Reason.VERIFIED, Reason.DOWNLOADING) else "Warning"
         self._store.add_event(stored.key, kind, fetched.reason.value, fetched.message)
 
-    def _replica(self, row: Row, seen: Seen, report: Report) -> dict[str, Any]:
+    def _replica(self, row: Row, seen: Seen, report: Report, waits: str | None) -> dict[str, Any]:
         own = next((o for o in self._fleet.observed(row.id) if o.nonce == row.nonce), None)
         state = rollout.state_of(row, seen)
-        message = row.message
+        message = waits or row.message
         if state == "Starting" and report.event == "loading" and report.bytes_total:
             message = f"loading {format_bytes(report.bytes_done)} of {format_bytes(report.bytes_total)}"
         times = {
@@ -231,6 +234,7 @@ class ModelStatus:
             if row.last_exit is not None
             else None,
             "devices": [row.device],
+            "logLost": own.log_lost if own is not None else 0,
         }
 
     def _facts(self, view: View, no_room: bool, available: int, settled: bool, *, late: bool) -> list[Fact]:

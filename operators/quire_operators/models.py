@@ -12,7 +12,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +20,26 @@ import msgspec
 
 from quire_operators import residency, rollout
 from quire_operators.cache import Need
-from quire_operators.desired import Effective, desired_of, effective, is_on_demand, stall_timeout
-from quire_operators.devices import Inventory, free_places, held
+from quire_operators.database import Conflict
+from quire_operators.desired import Effective, desired_of, effective, is_on_demand, priority_of, stall_timeout
+from quire_operators.devices import Inventory, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
-from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
+from quire_operators.fleet.local import LocalFleet, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
+from quire_operators.ledger import Ledger, missing
 from quire_operators.model_status import ModelStatus, View
 from quire_operators.observed import report_of, seen_of
 from quire_operators.overrides import Kind, Override, in_force
 from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
+from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.secrets import without_tokens
-from quire_operators.store import Conflict, Store, StoredObject
+from quire_operators.store import Store
 from quire_operators.tracing import acted
+from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
 from quire_schemas.quantities import parse_duration, parse_percent
@@ -46,37 +50,14 @@ log = logging.getLogger(__name__)
 
 DEMAND_POLL = 0.2
 """Seconds between two looks at whether somebody asks for a model that is not in memory."""
+ROOM_POLL = 2.0
+"""Seconds between two looks at whether a GPU has room that it had not."""
+TURN_POLL = 1.0
+"""Seconds between two looks at whether a device is free for the next start."""
 STOP_GRACE = 10.0
 """Seconds an engine has to end by itself after SIGTERM; it was drained before."""
 HOPELESS_STOPS = frozenset({rollout.STALLED, rollout.STARTUP_TIMEOUT})
 """Stops of engines that would not hear a SIGTERM either."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ledger:
-    """What is held of the devices, and by whom without a row."""
-
-    version: tuple[int, int]
-    taken: Mapping[str, int]
-    """Bytes by device: of every row, and of every process that may live without one."""
-    strays: tuple[Observation, ...]
-    """Live processes that no row accounts for."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], observed: Sequence[Observation], version: tuple[int, int]) -> _Ledger:
-        known = {row.nonce for row in rows}
-        names = {(row.id, row.incarnation, row.nonce) for row in rows}
-        extra: dict[str, int] = {}
-        for seen in observed:
-            if seen.nonce not in known and seen.life is not Life.GONE and "memory" in seen.labels:
-                device = str(seen.labels["device"])
-                extra[device] = extra.get(device, 0) + int(seen.labels["memory"])
-        strays = tuple(
-            seen
-            for seen in observed
-            if seen.life is Life.LIVE and (seen.name, seen.incarnation, seen.nonce) not in names
-        )
-        return cls(version, held(rows, extra), strays)
 
 
 class ModelReconciler:
@@ -116,14 +97,17 @@ class ModelReconciler:
         """By model: the hot settings that its engines were last meant to run."""
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of a starting engine: how far it last said it was, and when that was new."""
-        self._kept_ledger: _Ledger | None = None
         self._asked: dict[str, float] = {}
         """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
         self._no_room: set[str] = set()
         """Models whose rollout lacked room when it was looked at last."""
+        self._lacks: dict[str, int] = {}
+        """Replicas that models had no row for when they were looked at last, of those that lacked any."""
         self._short: set[str] = set()
         """Those of them for which nobody can make room."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
+        self._ledger = Ledger(store, fleet, detect, self.effective)
+        self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
     async def close(self) -> None:
@@ -210,7 +194,7 @@ class ModelReconciler:
         self._heartbeats.keep(stored.key.name, {(row.id, row.incarnation): self.socket_of(row) for row in ready})
         world = World(
             replicas=tuple(pairs),
-            room=len(self.places(stored.resolved, placement)),
+            room=len(self._ledger.places(wanted, placement)),
             router=self._routes.knowledge(),
             orphans=tuple(self._orphans(stored.key.name)),
             jitter=self._rng.uniform(-1, 1),
@@ -233,7 +217,7 @@ class ModelReconciler:
     def _orphans(self, model: str) -> list[Orphan]:
         """Live processes that say they belong to this model and that no row accounts for."""
         found = []
-        for seen in self._ledger().strays:
+        for seen in self._ledger.now().strays:
             name = (seen.name, seen.incarnation, seen.nonce)
             if seen.labels.get("model") != model:
                 continue
@@ -253,19 +237,6 @@ class ModelReconciler:
                 if row.goal is Goal.DRAIN or waits or behind or seen.process is Process.STARTING:
                     return True
         return False
-
-    def places(self, spec: Mapping[str, Any], placement: Placement) -> list[str]:
-        """Devices for as many more replicas as fit now, beside every row and every orphan; no more than a rollout
-        can want."""
-        return free_places(
-            self._detect(),
-            self._ledger().taken,
-            placement.device,
-            placement.memory,
-            parse_percent(spec["engine"]["memory"]),
-            spec["placement"]["deviceIds"],
-            most=spec["replicas"] + spec["rollout"]["maxSurge"],
-        )
 
     # ── models on demand ──────────────────────────────────────────────────────────────────────────────────
 
@@ -291,7 +262,7 @@ class ModelReconciler:
         now = self._clock()
         tenants = [self._tenant(self.effective(each), now) for each in stored]
         self._asked = {tenant.model: at for tenant in tenants if (at := tenant.asked_since) is not None}
-        planned = residency.plan(tenants, self._detect(), self._ledger().taken, now)
+        planned = residency.plan(tenants, self._detect(), self._ledger.now().taken, now)
         for move in planned.moves:
             self._move_in_or_out(move)
         short = set(planned.short)
@@ -327,6 +298,7 @@ class ModelReconciler:
             need=placement.memory,
             share=parse_percent(stored.resolved["engine"]["memory"]),
             device_ids=stored.resolved["placement"]["deviceIds"],
+            priority=priority_of(stored.resolved),
             holds=held(rows),
             leaving=held(rows if leaves else [row for row in rows if row.goal is Goal.DRAIN]),
             asked_since=self._asked.get(name, now) if asks else None,
@@ -351,15 +323,6 @@ class ModelReconciler:
         self._changed(key)
         self._changed(ROUTES)
 
-    def _ledger(self) -> _Ledger:
-        """What all rows and processes hold; worked out again when one of them has changed."""
-        version = (self._store.rows_version, self._fleet.version)
-        if self._kept_ledger is None or self._kept_ledger.version != version:
-            rows = self._store.replicas()
-            version = (self._store.rows_version, self._fleet.version)  # reading may find that others wrote
-            self._kept_ledger = _Ledger.of(rows, self._fleet.observed(), version)
-        return self._kept_ledger
-
     # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def reconcile(self, key: Key) -> float | None:
@@ -372,11 +335,18 @@ class ModelReconciler:
         acting = self._acting(view)
         self._hot_hashes[key.name] = acting.desired.hot_hash
         planned = rollout.plan(acting.desired, acting.world, self._clock())
-        self._note_room(key.name, planned)
-        steps = [step for step in planned.steps if not self._lacks_files(view, acting, step)]
+        self._note_room(acting, planned)
+        steps: list[rollout.Step] = []
+        waits: dict[str, str] = {}
         try:
-            for step in steps:
+            for step in planned.steps:
                 self._check_unchanged(view)
+                if self._lacks_files(view, acting, step):
+                    continue
+                if isinstance(step, rollout.Launch) and (why := self._bar(acting, step)) is not None:
+                    waits[step.replica] = why
+                    continue
+                steps.append(step)
                 await self._execute(acting, step)
         except Conflict as conflict:
             log.info("%s: %s", key, conflict.message)  # an apply came in between: the next pass sees it
@@ -396,15 +366,19 @@ class ModelReconciler:
         if self._is_newly_stable(view):
             self._store.mark_stable(stored.uid, view.revision.n)
             view = self._observe(stored)
-        deadline = self._status.write(view, no_room=planned.no_room)
+        deadline = self._status.write(view, no_room=planned.no_room, waits=waits)
         if lasting:
             return 0.0
+        if waits:
+            return TURN_POLL
         now, requeue_at = self._clock(), planned.requeue_at
         if len(steps) < len(planned.steps) and requeue_at is not None and requeue_at <= now:
             requeue_at = None  # what waits for files is due when they are there, of which the download tells
         retry_at = view.fetching.retry_at if view.fetching is not None else None
         ends = [override.until for override in view.wanted.overrides.values()]
-        return due_in((requeue_at, deadline, retry_at, *ends), now)
+        # others than Quire's own may leave a GPU, and do not tell
+        room_at = now + ROOM_POLL if planned.no_room and acting.placement.device == "cuda" else None
+        return due_in((requeue_at, deadline, retry_at, room_at, *ends), now)
 
     def _is_newly_stable(self, view: View) -> bool:
         """Whether a revision has come to be all that serves: another one's failure will lead back to it."""
@@ -415,13 +389,34 @@ class ModelReconciler:
             return False
         return rollout.is_settled(desired, view.world, self._clock())
 
-    def _note_room(self, model: str, planned: rollout.RolloutPlan) -> None:
-        """Remember who lacks room: a model on demand may leave for it."""
+    def _note_room(self, view: View, planned: rollout.RolloutPlan) -> None:
+        """Remember who lacks room: a model on demand may leave for it. Who lacks less than before no longer keeps
+        room from models of lower priority."""
+        model = view.stored.key.name
         if planned.no_room:
             self._no_room.add(model)
             self._asked.setdefault(model, self._clock())
         else:
             self._no_room.discard(model)
+        lacks = missing(view.wanted, [row for row, _ in view.world.replicas])
+        if lacks < self._lacks.pop(model, 0):
+            for other in self._no_room - {model}:
+                self._changed(Key("model", other))
+        if lacks:
+            self._lacks[model] = lacks
+
+    def _bar(self, view: View, step: rollout.Launch) -> str | None:
+        """Why an engine may not be started now although it is due."""
+        row = self._row(step.replica)
+        if row.device == "cpu":
+            return None
+        neighbours = [
+            Neighbour(other, seen_of(other, self._fleet.observed(other.id)).process, self._progress_of(other))
+            for other in self._store.replicas()
+            if other.device == row.device and other.id != row.id
+        ]
+        priority = priority_of(view.stored.resolved)
+        return self._turns.bar(row, priority, neighbours, self._detect(), self._clock())
 
     def _check_unchanged(self, view: View) -> None:
         """Raises `Conflict` when something was applied or decided since the view was taken: steps are awaited."""
@@ -456,7 +451,7 @@ class ModelReconciler:
         """Report what is seen now, without a step: after a start, before anybody asks."""
         stored = self._store.get(key)
         if stored is not None:
-            self._status.write(self._observe(stored), no_room=False)
+            self._status.write(self._observe(stored), no_room=False, waits={})
 
     # ── execute ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -539,7 +534,7 @@ class ModelReconciler:
     def _create(self, view: View, step: rollout.Create) -> None:
         """Write the row that takes the memory, if it is still there: between plan and write nothing is awaited
         by this pass, but an earlier step of it may have been."""
-        places = self.places(view.stored.resolved, view.placement)
+        places = self._ledger.places(view.wanted, view.placement)
         if not places:
             raise Conflict("the memory was taken meanwhile", "it is looked at again")
         self._store.create_replica(

@@ -166,3 +166,12 @@ def check_private(path: Path) -> None:
             f"{path} is not a folder of this user with mode 0700",
             f"somebody else may have made it: look at it, then remove it with rm -r {path}",
         )
+
+
+def sync_folder(folder: Path) -> None:
+    """Have names that were given or taken in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,9 +8,11 @@ keeps nothing between two calls.
 Unload before load: a model is loaded only into room that is free now. Room that is on its way to be free (replicas
 that drain, models that were told to leave) is waited for, and nobody else is sent away for it.
 
-Who leaves: those that nobody uses, the least recently used first. One that is in use leaves only when it has
-served for `PATIENCE` seconds and somebody has waited as long, and its running requests have its `drainTimeout` to
-end; so two busy models that do not fit together take turns of at least that long, however long they load.
+Who leaves: those that nobody uses, of the lowest priority and the least recently used first. One that is in use
+leaves only for one of at least its priority, when it has served for `PATIENCE` seconds and somebody has waited as
+long, and its running requests have its `drainTimeout` to end; so two busy models that do not fit together take
+turns of at least that long, however long they load. Who asks: the highest priority first, then who is always
+there, then who has waited longest.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Tenant:
     need: int
     share: float
     device_ids: Sequence[int] = ()
+    priority: int = 0
     holds: Mapping[str, int] = field(default_factory=dict)
     leaving: Mapping[str, int] = field(default_factory=dict)
     """Of that, what replicas hold that are on their way out."""
@@ -55,11 +58,11 @@ class Tenant:
         """What it holds and is not about to give back."""
         return {device: size - self.leaving.get(device, 0) for device, size in self.holds.items()}
 
-    def may_go_at(self, asked_since: float) -> float:
-        """From when on it may be unloaded for somebody who has asked since then."""
+    def may_go_at(self, asked_since: float, priority: int) -> float:
+        """From when on it may be unloaded for somebody of that priority who has asked since then."""
         if not self.busy:
             return 0.0
-        if self.serving_since is None:
+        if self.serving_since is None or self.priority > priority:
             return float("inf")
         return max(asked_since, self.serving_since) + PATIENCE
 
@@ -100,10 +103,10 @@ def plan(tenants: Sequence[Tenant], inventory: Inventory, taken: Mapping[str, in
         _take(in_the_end, tenant.leaving, -1)
     may_leave = sorted(
         (tenant for tenant in tenants if tenant.on_demand and tenant.resident),
-        key=lambda tenant: (tenant.busy, tenant.used_at),
+        key=lambda tenant: (tenant.busy, tenant.priority, tenant.used_at),
     )
     asking = [tenant for tenant in tenants if tenant.asked_since is not None and tenant.missing > 0]
-    for tenant in sorted(asking, key=lambda tenant: (tenant.on_demand, tenant.asked_since)):
+    for tenant in sorted(asking, key=lambda tenant: (-tenant.priority, tenant.on_demand, tenant.asked_since)):
         waited_since = now if tenant.asked_since is None else tenant.asked_since
         beside = dict(free_now)
         _take(beside, tenant.leaving, -1)  # replicas of its own that are leaving are taken back, or awaited
@@ -144,7 +147,7 @@ def _victims(
     need not go. None if they cannot, with the time from which those in use may be sent away, if that would help.
     """
     candidates = [other for other in may_leave if other.model != tenant.model]
-    leaves = {other.model: other.may_go_at(waited_since) for other in candidates}
+    leaves = {other.model: other.may_go_at(waited_since, tenant.priority) for other in candidates}
     times = sorted({now, *(at for at in leaves.values() if now < at < float("inf"))})
     for at in times:
         free_to_go = [other for other in candidates if leaves[other.model] <= at]

@@ -9,8 +9,8 @@ from typing import Any
 
 from quire_operators.desired import Effective
 from quire_operators.placement import Placement
+from quire_operators.records import NewRevision, StoredObject
 from quire_operators.rollout import Budget
-from quire_operators.store import NewRevision, StoredObject
 from quire_schemas.manifest import Located, Problem
 from quire_schemas.resource import Key
 from quire_schemas.sizing import FitReport

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_operators import rollout
-from quire_operators.desired import Effective, desired_of, is_on_demand
+from quire_operators.desired import Effective, desired_of, is_on_demand, priority_of
 from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.overrides import Kind
 from quire_operators.placement import Placement
+from quire_operators.records import Revision
 from quire_operators.review import Refusal, Review
-from quire_operators.store import Revision
 from quire_schemas.quantities import format_bytes, format_duration, parse_percent
 from quire_schemas.resource import Key
 
@@ -129,6 +129,7 @@ class Claim:
     replicas: int
     share: float
     device_ids: tuple[int, ...]
+    priority: int
     kept: tuple[str, ...]
     """Devices of replicas that stay as they are."""
     guests: int
@@ -170,6 +171,7 @@ def claim(
         desired.replicas,
         parse_percent(spec["engine"]["memory"]),
         tuple(spec["placement"]["deviceIds"]),
+        priority_of(spec),
         tuple(kept[: desired.replicas]),
         wanted.full if is_on_demand(spec) else 0,
         budget.surge if budget is not None else 0,
@@ -180,10 +182,10 @@ def claim(
 
 def settle(claims: Iterable[Claim], inventory: Inventory) -> list[tuple[Claim, list[str]]]:
     """Each claim with the devices of its replicas once nothing moves any more, in the order in which they come:
-    what is there stays, then those that exist, then new ones; models on demand have what is left. `inventory` is
-    cleared: what others hold of a GPU does not change with what replicas leave.
+    what is there stays, then the highest priority, those that exist before new ones; models on demand have what is
+    left. `inventory` is cleared: what others hold of a GPU does not change with what replicas leave.
     """
-    ordered = sorted(claims, key=lambda claim: (claim.guests > 0, claim.new))
+    ordered = sorted(claims, key=lambda claim: (claim.guests > 0, -claim.priority, claim.new))
     taken: dict[str, int] = {}
     for claim in ordered:
         for device in claim.kept if not claim.guests else ():

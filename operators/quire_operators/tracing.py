@@ -20,7 +20,7 @@ from quire_schemas.resource import Key
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-    from quire_operators.store import Origin
+    from quire_operators.records import Origin
 
 _steps: ContextVar[list[str] | None] = ContextVar("steps of the pass", default=None)
 

@@ -474,6 +474,15 @@ class Placement(Strict):
         (),
         update="rolling",
     )
+    priority: int = declared(
+        "Who comes first where room is short: replicas of a model of higher priority have it before others, start "
+        "before others on a GPU, and are unloaded after others on demand. Nobody is ended for it who is always "
+        "there.",
+        0,
+        update="hot",
+        ge=-1000,
+        le=1000,
+    )
 
 
 class AutoscalingTarget(Strict):

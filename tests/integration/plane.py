@@ -42,11 +42,29 @@ time.time = _moved
 """A `sitecustomize` that moves `time.time`, and nothing else, by what a file says."""
 
 
+ONE_GPU = """\
+import os, types
+import pynvml
+def _memory(handle, version=None):
+    with open(os.environ["TEST_GPU"]) as file:
+        total, used = map(int, file.read().split())
+    return types.SimpleNamespace(total=total, free=total - used, used=used, reserved=0)
+pynvml.nvmlInit = pynvml.nvmlShutdown = lambda: None
+pynvml.nvmlSystemGetDriverVersion = lambda: "570.124.06"
+pynvml.nvmlSystemGetCudaDriverVersion_v2 = lambda: 12080
+pynvml.nvmlDeviceGetCount = lambda: 1
+pynvml.nvmlDeviceGetHandleByIndex = lambda index: index
+pynvml.nvmlDeviceGetName = lambda handle: "NVIDIA Played"
+pynvml.nvmlDeviceGetMemoryInfo = _memory
+"""
+"""A `sitecustomize` that plays a driver with one GPU, whose memory is what a file says."""
+
+
 class Plane:
     """A state directory and the control plane process on it. `movable`: `move_clock` sets its wall clock, and that
-    of its children."""
+    of its children. `gpu`: bytes of a GPU that it believes to have; `use_gpu` says how much of it is in use."""
 
-    def __init__(self, folder: Path, *, movable: bool = False) -> None:
+    def __init__(self, folder: Path, *, movable: bool = False, gpu: int = 0) -> None:
         self.state = StateDir(folder / "state")
         standin = folder / "standin" / "quire_engine"
         standin.mkdir(parents=True)
@@ -55,18 +73,27 @@ class Plane:
         self.env = {**os.environ, "PYTHONPATH": str(standin.parent), "OMP_NUM_THREADS": "1"}
         self.env["HF_HUB_OFFLINE"] = "1"
         self.wall_clock = folder / "wall-clock"
+        self.gpu, self.gpu_memory = gpu, folder / "gpu-memory"
+        played = ""
         if movable:
             self.move_clock(0)
-            standin.with_name("sitecustomize.py").write_text(WALL_CLOCK)
+            played += WALL_CLOCK
             self.env["TEST_WALL_CLOCK"] = str(self.wall_clock)
+        if gpu:
+            self.use_gpu(0)
+            played += ONE_GPU
+            self.env["TEST_GPU"] = str(self.gpu_memory)
+        standin.with_name("sitecustomize.py").write_text(played)
         self.client = Client(self.state, start=False)
         self.process: subprocess.Popen[bytes] | None = None
 
     def move_clock(self, seconds: float) -> None:
         """Have the wall clock stand this far from the real time."""
-        beside = self.wall_clock.with_suffix(".new")
-        beside.write_text(str(seconds))
-        beside.replace(self.wall_clock)
+        _replace(self.wall_clock, str(seconds))
+
+    def use_gpu(self, used: int) -> None:
+        """Have NVML show so many bytes in use, whoever's they are."""
+        _replace(self.gpu_memory, f"{self.gpu} {used}")
 
     def spawn(self) -> tuple[subprocess.Popen[bytes], str]:
         """Start one more control plane; what it said on its readiness pipe, up to the end of a line."""
@@ -173,6 +200,12 @@ class Plane:
                 if any(mark in command for mark in marks) and alive(int(entry.name)):
                     found.append(int(entry.name))
         return found
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 class Stream(threading.Thread):

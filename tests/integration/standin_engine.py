@@ -11,6 +11,7 @@ that a manifest sets in `spec.env`:
     STANDIN_REPEAT     if set: reports the same progress for ever instead of becoming ready
     STANDIN_LACKING    what keeps the native kernels from being used
     STANDIN_SAY        text for stderr at the start
+    STANDIN_CHATTY     if set: writes a line to its log every 10 ms
     STANDIN_CHILD      if set: starts a grandchild in a session of its own that ignores SIGTERM
 
 Every request is answered with `max_tokens` tokens.
@@ -79,6 +80,9 @@ class Engine:
         self.say(
             wire.EngineEvent("ready", time.time(), load_seconds=load, backend=backend, backend_lacking=lacking)
         )
+        while os.environ.get("STANDIN_CHATTY") and not self.ended.is_set():
+            print("x" * 99, flush=True)
+            await asyncio.sleep(0.01)
         await self.ended.wait()
         server.close()
         os.unlink(self.spec.socket)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import sqlite3
 import time
@@ -265,6 +267,32 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
     eventually(lambda: own.num_fds() <= descriptors, f"descriptors: {own.num_fds()}, not {descriptors}")
     assert own.children() == children
     plane.delete("often")
+
+
+def test_r16_a_log_that_cannot_be_written_is_counted_and_nothing_else_notices(plane: Plane) -> None:
+    plane.apply(model("chatty", CHATTY=1, STEP="0.01"))
+    pid = plane.wait_served("chatty")["replicas"][0]["pid"]
+    shim = psutil.Process(pid).parent()
+    assert shim is not None
+    log = plane.state.replica_log("chatty", "chatty-r1-0")
+    for _ in range(times(1, 10)):
+        lost = plane.view("chatty")["replicas"][0]["logLost"]
+        stream = Stream(plane.base_url, "chatty", 150)
+        stream.wait_running()
+        _, most = resource.prlimit(shim.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(shim.pid, resource.RLIMIT_FSIZE, (log.stat().st_size, most))  # the disk is full
+        eventually(lambda: plane.view("chatty")["replicas"][0]["logLost"] > lost, "what is lost is counted")  # noqa: B023
+        size = log.stat().st_size
+        stream.finish()
+        assert log.stat().st_size == size
+        resource.prlimit(shim.pid, resource.RLIMIT_FSIZE, (most, most))  # and has room again
+        eventually(lambda: b"bytes of this log were lost" in log.read_bytes()[size:], "the log tells of the gap")  # noqa: B023
+    view = plane.view("chatty")["replicas"][0]
+    assert (view["pid"], view["incarnation"]) == (pid, 1)
+    gaps = [int(n) for n in re.findall(rb"shim: (\d+) bytes of this log were lost\n", log.read_bytes())]
+    assert len(gaps) == times(1, 10)
+    eventually(lambda: plane.view("chatty")["replicas"][0]["logLost"] == sum(gaps), "the counts agree")
+    plane.delete("chatty")
 
 
 def test_everything_killed_at_once_comes_back_as_it_was_applied(plane: Plane) -> None:

@@ -136,6 +136,8 @@ class Observation:
     stopping: bool = False
     listen: tuple[str, int] | None = None
     lines: tuple[str, ...] = ()
+    log_lost: int = 0
+    """Bytes of its log that could not be written."""
     ended: Ended | None = None
 
 
@@ -427,6 +429,7 @@ class LocalFleet:
                 stopping=state["stopping"],
                 listen=(listen[0], listen[1]) if listen else None,
                 lines=tuple(state["lines"]),
+                log_lost=state.get("logLost", 0),  # a shim of a version before does not count
                 ended=_ended(state["exit"]),
             )
         )

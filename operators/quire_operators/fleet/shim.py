@@ -27,7 +27,8 @@ SPEC.json (written by the fleet):
 Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
 answers with it now and after every change, {"op":"stop","grace":s} ends the child's whole tree and then the
 shim; its answer comes when the tree is gone. Of the child's status lines the last `KEEP_LINES` are kept; the shim
-itself looks for nothing in them but the one that says "ready". `exit` in the state is how the child last ended,
+itself looks for nothing in them but the one that says "ready". `logLost` counts bytes of the log that could not be
+written. `exit` in the state is how the child last ended,
 with the last `TAIL_LINES` lines it wrote to its log; it stays while the child runs again.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
@@ -57,6 +58,8 @@ TAIL_LINES = 20
 TAIL_LINE = 400
 """Characters of a line in the tail."""
 MAX_LINE = 64 * 1024
+TELL_LOST_SECONDS = 1.0
+"""Between two messages to watchers about a log that cannot be written."""
 NOT_RETRYABLE = 78
 START_FAILED = 75
 
@@ -84,11 +87,20 @@ def says_ready(line: bytes) -> bool:
     return isinstance(said, dict) and said.get("event") == "ready"
 
 
+def stamped(text: str) -> bytes:
+    """A line of the shim's own in its child's log."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ shim: ", time.gmtime()).encode() + f"{text}\n".encode()
+
+
 class Log:
     """Appends to a file; at `limit` bytes renames it to `.1`, `.1` to `.2`, and so on up to `keep`."""
 
     def __init__(self, path: str, limit: int, keep: int) -> None:
         self.path, self.limit, self.keep = path, limit, keep
+        self.lost = 0
+        """Bytes that could not be written, ever."""
+        self.unsaid = 0
+        """Of them, those that the log itself does not tell of yet."""
         self.complained = False
         self.tail = b""
         """The end of what the child wrote since it was started."""
@@ -101,25 +113,47 @@ class Log:
         self.size = os.fstat(self.descriptor).st_size
 
     def write(self, data: bytes) -> None:
-        """Losing a log line (a full disk) must not take the child down: it is said once on stderr."""
+        """Losing a log line (a full disk) must not take the child down: it is counted, said on stderr, and in the
+        log itself once that can be written again."""
         self.tail = (self.tail + data)[-TAIL_LINES * TAIL_LINE :]
+        if self.unsaid:
+            gap = b"\n" + stamped(f"{self.unsaid} bytes of this log were lost")
+            if self._append(gap) < len(gap):
+                self._lose(len(data))
+                return
+            self.unsaid, self.complained = 0, False
+        self._lose(len(data) - self._append(data))
+        if self.size >= self.limit:
+            self.size = 0  # should the rotation fail, it is tried again after as many bytes
+            try:
+                self._rotate()
+            except OSError as error:
+                self._complain(error)
+
+    def _append(self, data: bytes) -> int:
+        """How many bytes of it could be written."""
+        view = memoryview(data)
         try:
-            view = memoryview(data)
             while view:
                 view = view[os.write(self.descriptor, view) :]
-            self.size += len(data)
-            if self.size >= self.limit:
-                self.size = 0  # should the rotation fail, it is tried again after as many bytes
-                self._rotate()
         except OSError as error:
-            if not self.complained:
-                self.complained = True
-                complain(f"cannot write {self.path}: {error}")
+            self._complain(error)
+        done = len(data) - len(view)
+        self.size += done
+        return done
+
+    def _lose(self, count: int) -> None:
+        self.lost += count
+        self.unsaid += count
+
+    def _complain(self, error: OSError) -> None:
+        if not self.complained:
+            self.complained = True
+            complain(f"cannot write {self.path}: {error}")
 
     def note(self, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         said, self.tail = self.tail, b""
-        self.write(f"{stamp} shim: {text}\n".encode())
+        self.write(stamped(text))
         self.tail = said
 
     def last_lines(self) -> list[str]:
@@ -171,6 +205,7 @@ class Shim:
         self.delay = self.backoff["base"]
         self.pipes: set[int] = set()
         self.done = False
+        self.tell_lost_at = 0.0
 
     # ── start ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -410,8 +445,13 @@ class Shim:
     # ── pipes from the child ──────────────────────────────────────────────────────────────────────────────
 
     def read_log(self, descriptor: int) -> None:
+        before, gap = self.log.lost, self.log.unsaid
         while (data := self.read(descriptor)) is not None:
             self.log.write(data)
+        late = self.log.lost > before and time.monotonic() >= self.tell_lost_at
+        if late or (gap and not self.log.unsaid):
+            self.tell_lost_at = time.monotonic() + TELL_LOST_SECONDS
+            self.changed()
 
     def read_status(self, descriptor: int) -> None:
         changed = False
@@ -461,6 +501,7 @@ class Shim:
             "gone": self.done or (self.stopping and self.child is None and not self.descendants()),
             "listen": list(address) if address else None,
             "lines": self.lines,
+            "logLost": self.log.lost,
             "exit": self.exit,
         }
 

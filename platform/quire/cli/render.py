@@ -372,7 +372,7 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
         lines.append("Replicas")
         lines += _indent(replicas([view], now))
         for replica in view["replicas"]:
-            lines += _last_words(replica)
+            lines += _lost_words(replica) + _last_words(replica)
     if status.get("resolved"):
         lines.append("Resolved")
         shown = {**status["resolved"]}
@@ -392,6 +392,16 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
         lines.append(f"Events (last {len(events)})")
         lines += _indent(event_lines(events, now)[1:])
     return lines
+
+
+def _lost_words(replica: View) -> list[str]:
+    """That its log has gaps."""
+    lost = replica.get("logLost", 0)
+    return (
+        [f"{replica['id']} has lost {size(lost)} of its log: it cannot be, or could not be, written"]
+        if lost
+        else []
+    )
 
 
 def _last_words(replica: View) -> list[str]:

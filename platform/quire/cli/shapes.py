@@ -128,6 +128,7 @@ class Replica(TypedDict):
     reason: str
     lastExit: Ended | None
     devices: list[str]
+    logLost: Annotated[int, "Bytes of its log that could not be written, for example to a full disk."]
     model: NotRequired[Annotated[str, "In a list of all models' replicas."]]
 
 

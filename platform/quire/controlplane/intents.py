@@ -17,6 +17,7 @@ from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
 from quire_operators import devices
 from quire_operators.admission import Ask
+from quire_operators.database import Conflict, NotFound
 from quire_operators.desired import is_on_demand
 from quire_operators.devices import InventoryError
 from quire_operators.fleet.local import Life
@@ -26,7 +27,6 @@ from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.review import Refusal, Review, differences, moved, problems, report
 from quire_operators.sources import SourceError
-from quire_operators.store import Conflict, NotFound
 from quire_schemas import manifest
 from quire_schemas.model import Model
 from quire_schemas.resource import Key

@@ -31,6 +31,8 @@ from quire.controlplane.wiring import Machine, engine_argv, router_command, text
 from quire.tracing import Tracing
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
+from quire_operators.database import StoreUnavailable
+from quire_operators.desired import priority_of
 from quire_operators.devices import Inventory
 from quire_operators.downloads import Downloads
 from quire_operators.fleet.local import Life, LocalFleet
@@ -38,12 +40,13 @@ from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import UNIT as ROUTER_UNIT
 from quire_operators.gateway import GatewayReconciler, RouterCommand
 from quire_operators.models import ROUTES, ModelReconciler
-from quire_operators.paths import StateDir
+from quire_operators.paths import StateDir, sync_folder
+from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
 from quire_operators.secrets import Secrets
 from quire_operators.sources import Sources
-from quire_operators.store import Store, StoreUnavailable
+from quire_operators.store import Store
 from quire_operators.tracing import Passes
 from quire_schemas.resource import Key
 
@@ -150,7 +153,8 @@ class ControlPlane:
     async def _begin_work(self) -> None:
         await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings())
         self.refuse_while_going_down()  # it may have begun meanwhile
-        for stored in self.store.objects():
+        stored_objects = self.store.objects()
+        for stored in sorted(stored_objects, key=_rank):  # after a reboot all of them start at once
             if stored.key.kind == "model":
                 self.models.refresh(stored.key)
             self._controller.add(stored.key)
@@ -327,14 +331,15 @@ class ControlPlane:
             self._controller.add(stored.key)
 
 
+def _rank(stored: StoredObject) -> int:
+    """Whose turn it is first: that of models of high priority."""
+    return -priority_of(stored.resolved) if stored.key.kind == "model" else 0
+
+
 def _leave_marker(path: Path) -> None:
     """A `down` goes on without its marker: on a disk that is full it must be possible to stop things."""
     try:
         path.touch(mode=0o600)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         log.error("cannot leave %s, so the next command will start everything again: %s", path, error)

@@ -17,9 +17,9 @@ from quire_operators.desired import Effective, last_stable
 from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
+from quire_operators.records import Revision
 from quire_operators.rollout import Goal
 from quire_operators.room import most_replicas
-from quire_operators.store import Revision
 from quire_schemas.quantities import format_duration
 from quire_schemas.resource import Key
 

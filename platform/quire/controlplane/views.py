@@ -19,7 +19,7 @@ from quire_operators.clock import on_the_wall
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.overrides import Kind
-from quire_operators.store import Revision, StoredObject
+from quire_operators.records import Revision, StoredObject
 from quire_schemas.resource import NAME_PATTERN, Key
 
 MAX_LOG = 4 * 1024 * 1024

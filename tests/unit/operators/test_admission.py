@@ -116,6 +116,13 @@ def test_models_that_fit_alone_and_not_together_say_so(admission: Admission) -> 
     assert alone.notes == []
 
 
+def test_priority_decides_who_of_those_that_do_not_fit_together_waits(admission: Admission) -> None:
+    half = "engine: {maxModelLen: 256, kvCache: {size: 8Gi}}"
+    first, second = together(admission, half, half + ", placement: {priority: 1}")
+    assert second.notes == []
+    assert first.notes == ["fits alone; together with model/m1 it will wait as InsufficientMemory"]
+
+
 def test_replicas_that_do_not_fit_beside_others_are_counted(admission: Admission) -> None:
     four = "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}, replicas: 3"
     first, second = together(admission, "engine: {maxModelLen: 256, kvCache: {size: 4Gi}}", four)

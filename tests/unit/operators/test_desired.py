@@ -8,7 +8,7 @@ from typing import Any
 from quire_operators.desired import CRASHES_BEFORE_ROLLBACK, Effective, desired_of, effective
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
-from quire_operators.store import Revision, StoredObject
+from quire_operators.records import Revision, StoredObject
 from quire_schemas.model import Model, resolve_defaults
 from quire_schemas.resource import Key
 

@@ -72,6 +72,21 @@ def test_those_that_are_always_there_come_first_and_never_leave() -> None:
     assert (stuck.moves, stuck.short, stuck.look_at) == ((), ("b",), None)
 
 
+def test_priority_decides_who_is_loaded_and_who_leaves() -> None:
+    first, second = tenant("first", asked_since=1.0), tenant("second", asked_since=2.0, priority=1)
+    assert moves([first, second, tenant("full", inside=True, need=6, on_demand=False)]) == [Load("second")]
+    old, new = tenant("old", inside=True, used_at=1.0, priority=1), tenant("new", inside=True, used_at=2.0)
+    assert moves([old, new, tenant("a", asked_since=4.0)]) == [Unload("new", "a")]
+
+
+def test_one_in_use_leaves_for_nobody_of_lower_priority_until_it_is_idle() -> None:
+    busy = tenant("b", inside=True, need=8, busy=True, serving_since=0.0, priority=1)
+    asked = tenant("a", asked_since=0.0)
+    assert plan([busy, asked], CPU, held([busy]), 100.0).moves == ()
+    assert moves([busy, replace(asked, priority=1)], 100.0) == [Unload("b", "a")]
+    assert moves([replace(busy, busy=False), asked], 100.0) == [Unload("b", "a")]
+
+
 def test_only_who_makes_room_on_the_right_device_has_to_go() -> None:
     machine = Inventory(10 * GIB, 10 * GIB, 4, (Gpu(0, "G", 10 * GIB, 2 * GIB),))
     on_cpu = tenant("c", inside=True, need=8, used_at=1.0)

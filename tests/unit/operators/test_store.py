@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from quire_operators.clock import on_the_wall
+from quire_operators.database import Conflict, NotFound, UnusableStore
+from quire_operators.records import Change, NewRevision
 from quire_operators.rollout import Cause, Exit, Goal, Row
-from quire_operators.store import Change, Conflict, NewRevision, NotFound, Store, UnusableStore
+from quire_operators.store import Store
 from quire_schemas.resource import Key
 
 KEY = Key("model", "m")
@@ -102,7 +104,7 @@ def test_it_survives_being_closed_and_keeps_its_installation(tmp_path: Path) -> 
 
 
 def test_it_writes_as_promised(store: Store, tmp_path: Path) -> None:
-    with store._engine.begin() as db:
+    with store._database.transaction() as db:
         assert db.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert db.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         other = sqlite3.connect(tmp_path / "state.db", timeout=0)
@@ -192,7 +194,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnusableStore, match="not a usable store"):
         Store(tmp_path / "junk.db")
     store = Store(tmp_path / "newer.db")
-    with store._transaction() as db:
+    with store._database.transaction() as db:
         db.exec_driver_sql("UPDATE meta SET value = '99' WHERE key = 'schemaVersion'")
     store.close()
     with pytest.raises(UnusableStore, match="another version"):
@@ -241,7 +243,7 @@ def test_the_clock_reads_like_unix_time_goes_on_over_restarts_and_is_moved_by_no
     assert on_the_wall(again.clock() - 60, again.clock) == pytest.approx(time.time() - 60, abs=1)
     again.apply([change()])
     again.close()
-    monkeypatch.setattr("quire_operators.store.boot_id", lambda: "another boot")
+    monkeypatch.setattr("quire_operators.database.boot_id", lambda: "another boot")
     rebooted = Store(tmp_path / "state.db")
     assert rebooted.clock() >= before, "no time on record lies ahead, whatever the wall clock says after a boot"
     rebooted.close()

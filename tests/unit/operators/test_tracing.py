@@ -10,7 +10,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from quire_operators.store import Change, Origin, Store
+from quire_operators.records import Change, Origin
+from quire_operators.store import Store
 from quire_operators.tracing import Passes, acted
 from quire_schemas.resource import Key
 

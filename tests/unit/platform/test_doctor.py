@@ -18,7 +18,8 @@ from quire.cli.doctor import exit_code, lines
 from quire.cli.outcome import ExitCode
 from quire_operators.nvml import Gpu
 from quire_operators.paths import StateDir
-from quire_operators.store import SCHEMA_VERSION, Store
+from quire_operators.store import Store
+from quire_operators.tables import SCHEMA_VERSION
 
 DOCS = Path(__file__).resolve().parents[3] / "docs/doctor.md"
 REPLICA = {

@@ -170,7 +170,7 @@ TABLE = {
     "hot": [
         "servedModelNames", "batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.maxPrefillTokens",
         "batching.chunkedPrefill", "batching.policy", "batching.slo", "batching.maxQueueLength",
-        "batching.maxQueueWait", "lora.adapters",
+        "batching.maxQueueWait", "lora.adapters", "placement.priority",
         "rollout", "drainTimeout", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
     ],
     "scale": ["replicas", "autoscaling", "residency"],
