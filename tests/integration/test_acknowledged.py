@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.effort import times
 from tests.integration.disk import SYNC, WRITE, Disk, recorder, records
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane
 
 from quire.client import Client, ClientError
@@ -32,7 +33,7 @@ spec: {{source: 'builtin://tiny', replicas: 0}}
 
 @pytest.fixture
 def plane(tmp_path: Path) -> Iterator[Plane]:
-    plane = Plane(tmp_path)
+    plane = ForkedPlane(tmp_path)
     plane.start()
     plane.apply(GATEWAY)
     yield plane

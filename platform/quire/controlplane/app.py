@@ -14,7 +14,6 @@ from typing import Any
 from litestar import Litestar, Request, Response, delete, get, post
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
-from litestar.params import Parameter
 
 from quire.controlplane.errors import ApiError, answer
 from quire.controlplane.holdings import Holdings
@@ -109,10 +108,9 @@ async def decide(request: Request[Any, Any, Any], state: State, kind: str, name:
 
 
 @get("/v1/events")
-async def events(
-    state: State, for_: str | None = Parameter(query="for", default=None, required=False), after: int = 0
-) -> dict[str, Any]:
-    return _views(state).events(parse_key(for_) if for_ else None, after)
+async def events(request: Request[Any, Any, Any], state: State, after: int = 0) -> dict[str, Any]:
+    key = request.query_params.get("for")  # no name that Python could have for an argument
+    return _views(state).events(parse_key(key) if key else None, after)
 
 
 @post("/v1/diff", status_code=200)

@@ -1,0 +1,64 @@
+"""Control planes that are forked off a process which has loaded all modules: for tests that start very many.
+
+Such a one is a process like any other, and dies like it; only what Python takes to import is left out, which is
+most of the second that a start takes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from tests.integration.plane import Plane
+
+from quire.controlplane.__main__ import main
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__])
+
+
+class ForkedPlane(Plane):
+    """A plane whose control planes start quickly."""
+
+    def spawn(self) -> tuple[Forked, str]:  # type: ignore[override]
+        readable, writable = _context.Pipe(duplex=False)
+        process = _context.Process(target=_run, args=(str(self.state.root), self.env, writable))
+        process.start()
+        writable.close()
+        with open(os.dup(readable.fileno())) as said:
+            return Forked(process), said.readline()
+
+
+class Forked:
+    """What `Plane` asks of a process."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> int | None:
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, "it did not end"
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _run(state: str, env: dict[str, str], ready: Connection) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nothing, descriptor)
+    sys.argv = ["quire.controlplane", "--state-dir", state, "--ready-fd", str(os.dup(ready.fileno()))]
+    ready.close()
+    sys.exit(main())
