@@ -60,6 +60,12 @@ class Inventory:
         """Bytes of a GPU that processes hold beyond `ours`, those that Quire's replicas were given."""
         return next((max(gpu.used - ours, 0) for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
 
+    def to_give(self, device: str, ours: int) -> int:
+        """Bytes that replicas may have of a device, `ours` among them: of a GPU what is neither others' nor the
+        driver's own, of main memory all."""
+        kept = next((gpu.reserved for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
+        return self.total(device) - kept - self.foreign(device, ours)
+
     def cleared(self, ours: Mapping[str, int]) -> Inventory:
         """What Quire could have if `ours`, what its replicas hold now, were gone: of each GPU what nobody else
         has, all of it free.
@@ -67,8 +73,8 @@ class Inventory:
         gpus = []
         for gpu in self.gpus:
             name = f"cuda:{gpu.index}"
-            rest = gpu.memory - self.foreign(name, ours.get(name, 0))
-            gpus.append(replace(gpu, memory=rest, available=rest))
+            rest = self.to_give(name, ours.get(name, 0))
+            gpus.append(replace(gpu, memory=rest, available=rest, reserved=0))
         return replace(self, gpus=tuple(gpus))
 
 
@@ -180,9 +186,9 @@ def free_places(
     names = device_names(inventory, kind, device_ids)
     free = {}
     for name in names:
-        ours, total = taken.get(name, 0), inventory.total(name)
-        limit = int(total * share) if kind == "cpu" else total - inventory.foreign(name, ours)
-        free[name] = limit - ours
+        ours = taken.get(name, 0)
+        whole = inventory.to_give(name, ours)
+        free[name] = (int(whole * share) if kind == "cpu" else whole) - ours
     places: list[str] = []
     while free and len(places) < min(most, MAX_PLACES):
         name = max(free, key=lambda name: (free[name], -names.index(name)))

@@ -4,6 +4,7 @@ Two engines that load at once share one bus and are both late, and while one loa
 that of strangers: what the second would find is anybody's guess. So the next one waits until the first is ready,
 or has come no further for `TURN_SECONDS`. Then the device is asked: an engine whose memory is still held by a
 process that has not quite ended, or by a stranger, waits for it and says so, instead of failing for want of it.
+After `MEMORY_SECONDS` it tries all the same: a plan is an upper bound, and what is really lacking it tells best.
 
 Main memory needs none of this: a replica's share of it is a promise of the manifests, and not what happens to be
 free.
@@ -20,6 +21,8 @@ from quire_schemas.quantities import format_bytes
 
 TURN_SECONDS = 60.0
 """A start that has come no further for so long holds nobody up any more."""
+MEMORY_SECONDS = 60.0
+"""So long an engine waits for the memory that it was given."""
 READING_SECONDS = 2.0
 """What is known of a device's memory may be this old: whoever became ready since may not be in it."""
 QUEUE_SECONDS = 3.0
@@ -48,6 +51,8 @@ class Turns:
     def __init__(self) -> None:
         self._queue: dict[str, tuple[str, int, float]] = {}
         """By replica: its device, its priority, and when it last asked."""
+        self._lacking: dict[tuple[str, int], float] = {}
+        """By replica and the launch before: since when it waits for memory."""
 
     def bar(
         self, row: Row, priority: int, neighbours: Iterable[Neighbour], inventory: Inventory, now: float
@@ -59,13 +64,17 @@ class Turns:
         if row.device == "cpu":
             return None
         self._queue = {name: each for name, each in self._queue.items() if now - each[2] < QUEUE_SECONDS}
+        self._lacking = {each: at for each, at in self._lacking.items() if now - at < 2 * MEMORY_SECONDS}
         self._queue[row.id] = (row.device, priority, now)
         beside = [other for other in neighbours if other.row.device == row.device]
         before = [other.row.id for other in beside if other.is_starting(now)]
         if before:
             return f"starts on {row.device} after {before[0]}"
         free = next((gpu.available for gpu in inventory.gpus if f"cuda:{gpu.index}" == row.device), row.memory)
-        if free < row.memory:
+        since = self._lacking.setdefault((row.id, row.incarnation), now)
+        if free >= row.memory:
+            del self._lacking[row.id, row.incarnation]
+        elif now - since < MEMORY_SECONDS:
             del self._queue[row.id]  # it takes nobody's turn while it cannot use its own
             return f"{row.device} has {format_bytes(free)} free of the {format_bytes(row.memory)} it is to have"
         ahead = [

@@ -200,7 +200,7 @@ def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_others_hold_of_a_gpu_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's own share is nobody's, a neighbour's is there; what our replicas hold is counted once."""
+    """Neither is the driver's own share; what our replicas hold is counted once."""
     Driver([plain(100, 60, 4)]).install(monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     machine = devices.detect()
@@ -209,9 +209,12 @@ def test_what_others_hold_of_a_gpu_is_not_given(monkeypatch: pytest.MonkeyPatch)
     assert machine.foreign("cpu", 0) == 0
     assert devices.gpus_text(machine, {"cuda:0": 30}) == "cuda:0 of 100 B, held by replicas 30 B and others 6 B"
     assert devices.gpus_text(machine, {"cuda:0": 36}) == "cuda:0 of 100 B, held by replicas 36 B"
-    assert devices.free_places(machine, {}, "cuda", 32, 0.9) == ["cuda:0"] * 2
-    assert devices.free_places(machine, {}, "cuda", 33, 0.9) == ["cuda:0"]
+    assert devices.free_places(machine, {}, "cuda", 30, 0.9) == ["cuda:0"] * 2
+    assert devices.free_places(machine, {}, "cuda", 31, 0.9) == ["cuda:0"]
+    assert devices.free_places(machine, {}, "cuda", 30, 0.9, most=1) == ["cuda:0"]
+    assert devices.free_places(machine.cleared({}), {}, "cuda", 60, 0.9) == ["cuda:0"], "nothing is taken twice"
     assert devices.free_places(machine, {"cuda:0": 30}, "cuda", 30, 0.9) == ["cuda:0"] * 2
+    assert devices.free_places(machine, {"cuda:0": 30}, "cuda", 31, 0.9) == ["cuda:0"]
 
 
 def test_a_watch_shows_the_last_reading_and_counts_what_drivers_report(monkeypatch: pytest.MonkeyPatch) -> None:

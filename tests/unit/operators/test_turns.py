@@ -7,7 +7,7 @@ from dataclasses import replace
 from quire_operators.devices import Inventory
 from quire_operators.nvml import Gpu
 from quire_operators.rollout import Goal, Process, Row
-from quire_operators.turns import QUEUE_SECONDS, READING_SECONDS, TURN_SECONDS, Neighbour, Turns
+from quire_operators.turns import MEMORY_SECONDS, QUEUE_SECONDS, READING_SECONDS, TURN_SECONDS, Neighbour, Turns
 
 GIB = 1 << 30
 NOW = 1000.0
@@ -56,6 +56,10 @@ def test_an_engine_waits_for_the_memory_that_it_was_given() -> None:
     assert turns.bar(row("a"), 5, [], machine(9), NOW) == ("cuda:0 has 9.0 GiB free of the 10.0 GiB it is to have")
     assert turns.bar(row("b", memory=GIB), 0, [], machine(9), NOW) is None, "and takes nobody's turn meanwhile"
     assert turns.bar(row("a"), 5, [], machine(10), NOW) is None
+    assert turns.bar(row("a"), 5, [], machine(9), NOW + 1) is not None
+    assert turns.bar(row("a"), 5, [], machine(9), NOW + 1 + MEMORY_SECONDS) is None, "it may need less than that"
+    again = row("a", incarnation=1, exited=1)
+    assert turns.bar(again, 5, [], machine(9), NOW + 2 + MEMORY_SECONDS) is not None, "the next try waits anew"
     assert turns.bar(row("a", "cuda:7"), 0, [], machine(), NOW) is None, "what is lost is the engine's to tell"
 
 
