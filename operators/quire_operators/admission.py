@@ -24,6 +24,7 @@ from quire_operators.cache import SPARE
 from quire_operators.desired import Effective, effective, is_on_demand
 from quire_operators.devices import Inventory, held
 from quire_operators.gateway import tls_problem
+from quire_operators.ledger import Waiter, beside_waiters
 from quire_operators.overrides import Kind, Overrides, ended_by_intent, in_force
 from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.records import Change, NewRevision, Revision, StoredObject
@@ -90,12 +91,19 @@ class Admission:
     """Reviews resources against the store, the sources and the machine."""
 
     def __init__(
-        self, store: Store, sources: Sources, detect: Callable[[], Inventory], read_text: ReadText
+        self,
+        store: Store,
+        sources: Sources,
+        detect: Callable[[], Inventory],
+        read_text: ReadText,
+        waiters: Callable[[], Sequence[Waiter]] = tuple,
     ) -> None:
+        """`waiters` are the models that wait for room now."""
         self._store = store
         self._sources = sources
         self._detect = detect
         self._read_text = read_text
+        self._waiters = waiters
 
     def review(
         self,
@@ -286,11 +294,15 @@ class Admission:
             )
             review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
         wanted = self._foreseen(review, spec, history)
+
+        def kept(taken: Mapping[str, int]) -> Mapping[str, int]:
+            return beside_waiters(wanted, self._waiters(), inventory, taken)
+
         if review.refusal is None:
-            room.count_replicas(review, review.placement, self._rows_that_stay(), inventory)
+            room.count_replicas(review, review.placement, self._rows_that_stay(), inventory, kept)
         if review.refusal is None:
             review.wanted = wanted
-            review.rollout = room.rollout_text(review, wanted, current, self._store.replicas(), inventory)
+            review.rollout = room.rollout_text(review, wanted, current, self._store.replicas(), inventory, kept)
 
     def _claims(self, reviews: Sequence[Review], inventory: Inventory) -> list[room.Claim]:
         """What every model is to have once these are applied: as reviewed, or else as it is stored."""

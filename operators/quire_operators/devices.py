@@ -56,6 +56,11 @@ class Inventory:
             return self.memory
         return next((gpu.memory for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
 
+    def usable(self, device: str) -> int:
+        """Of those, bytes that the driver does not keep."""
+        kept = next((gpu.reserved for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
+        return self.total(device) - kept
+
     def foreign(self, device: str, ours: int) -> int:
         """Bytes of a GPU that processes hold beyond `ours`, those that Quire's replicas were given."""
         return next((max(gpu.used - ours, 0) for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
@@ -63,8 +68,7 @@ class Inventory:
     def to_give(self, device: str, ours: int) -> int:
         """Bytes that replicas may have of a device, `ours` among them: of a GPU what is neither others' nor the
         driver's own, of main memory all."""
-        kept = next((gpu.reserved for gpu in self.gpus if f"cuda:{gpu.index}" == device), 0)
-        return self.total(device) - kept - self.foreign(device, ours)
+        return self.usable(device) - self.foreign(device, ours)
 
     def cleared(self, ours: Mapping[str, int]) -> Inventory:
         """What Quire could have if `ours`, what its replicas hold now, were gone: of each GPU what nobody else

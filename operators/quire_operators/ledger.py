@@ -6,14 +6,13 @@ the sum. It is worked out again when a row or a process has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quire_operators.desired import Effective, priority_of
 from quire_operators.devices import Inventory, free_places, held
 from quire_operators.fleet.local import Life, LocalFleet, Observation
 from quire_operators.placement import Placement
-from quire_operators.records import StoredObject
 from quire_operators.rollout import Goal, Row
 from quire_operators.store import Store
 from quire_schemas.quantities import parse_percent
@@ -45,22 +44,48 @@ class Holdings:
         return cls(held(rows, extra), strays)
 
 
-class Ledger:
-    """Reads `store` and `fleet`; `detect` says what there is, `effective` what is to run of a model."""
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A model that wants more replicas than it has room for, and would have them at once if it had it."""
 
-    def __init__(
-        self,
-        store: Store,
-        fleet: LocalFleet,
-        detect: Callable[[], Inventory],
-        effective: Callable[[StoredObject], Effective],
-    ) -> None:
+    wanted: Effective
+    lacks: int
+
+    @property
+    def model(self) -> str:
+        return self.wanted.stored.key.name
+
+    @property
+    def priority(self) -> int:
+        return priority_of(self.wanted.stored.resolved)
+
+
+def beside_waiters(
+    wanted: Effective, waiters: Iterable[Waiter], inventory: Inventory, taken: Mapping[str, int]
+) -> dict[str, int]:
+    """Bytes by device that are not for this model to have: what is `taken`, and of the rest what those who wait
+    with a higher priority could use."""
+    taken, mine = dict(taken), priority_of(wanted.stored.resolved)
+    above = [each for each in waiters if each.priority > mine and each.model != wanted.stored.key.name]
+    for waiter in sorted(above, key=lambda each: -each.priority):
+        placement = Placement.from_dict(waiter.wanted.revision.placement)
+        for device in _fit(waiter.wanted, placement, inventory, taken, waiter.lacks):
+            taken[device] = taken.get(device, 0) + placement.memory
+    return taken
+
+
+class Ledger:
+    """Reads `store` and `fleet`; `detect` says what there is. It remembers who waits for room, as passes found."""
+
+    def __init__(self, store: Store, fleet: LocalFleet, detect: Callable[[], Inventory]) -> None:
         self._store = store
         self._fleet = fleet
         self._detect = detect
-        self._effective = effective
         self._kept: tuple[tuple[int, int], Holdings] | None = None
-        self._by_priority: tuple[Sequence[StoredObject], dict[int, list[StoredObject]]] = ((), {})
+        self.waiters: dict[str, Waiter] = {}
+        self._had: dict[str, int] = {}
+        """Places that models have had since their numbers last grew: one that replaces its own replicas keeps
+        them."""
 
     def now(self) -> Holdings:
         """What all rows and processes hold."""
@@ -71,41 +96,50 @@ class Ledger:
             self._kept = (version, Holdings.of(rows, self._fleet.observed()))
         return self._kept[1]
 
-    def places(self, wanted: Effective, placement: Placement) -> list[str]:
-        """Devices for as many more replicas as fit now, beside every row, every orphan and what models of higher
-        priority lack; no more than a rollout can want."""
-        spec = wanted.stored.resolved
+    def places(self, wanted: Effective, placement: Placement, rows: int) -> list[str]:
+        """Devices for as many more replicas as fit now beside the `rows` that it has, every other row, every
+        orphan and what models of higher priority wait for; no more than a rollout can want."""
+        spec, model = wanted.stored.resolved, wanted.stored.key.name
         most = spec["replicas"] + spec["rollout"]["maxSurge"]
-        taken = dict(self.now().taken)
-        for stored in self._above(priority_of(spec)):
-            other = self._effective(stored)
-            lacks = missing(other, self._store.replicas(stored.key.name))
-            for device in self._fit(other, need := Placement.from_dict(other.revision.placement), taken, lacks):
-                taken[device] = taken.get(device, 0) + need.memory
-        return self._fit(wanted, placement, taken, most)
-
-    def _fit(self, wanted: Effective, placement: Placement, taken: Mapping[str, int], most: int) -> list[str]:
-        spec = wanted.stored.resolved
-        return free_places(
-            self._detect(),
-            taken,
-            placement.device,
-            placement.memory,
-            parse_percent(spec["engine"]["memory"]),
-            spec["placement"]["deviceIds"],
-            most=most,
+        inventory, taken = self._detect(), self.now().taken
+        free = _fit(wanted, placement, inventory, taken, most)
+        if not free or not self.waiters:
+            return free
+        beside = _fit(
+            wanted, placement, inventory, beside_waiters(wanted, self.waiters.values(), inventory, taken), most
         )
+        return max(beside, free[: max(self._had.get(model, 0) - rows, 0)], key=len)
 
-    def _above(self, priority: int) -> list[StoredObject]:
-        """Models of higher priority, the highest first. Where all have the same there are none to go through."""
-        stored = self._store.objects("model")
-        if self._by_priority[0] is not stored:
-            ranks: dict[int, list[StoredObject]] = {}
-            for each in stored:
-                ranks.setdefault(priority_of(each.resolved), []).append(each)
-            self._by_priority = (stored, ranks)
-        ranks = self._by_priority[1]
-        return [each for rank in sorted(ranks, reverse=True) if rank > priority for each in ranks[rank]]
+    def note(self, wanted: Effective, rows: Sequence[Row], *, waits: bool) -> bool:
+        """Remember whether a model waits for room; says whether others may have some that was kept for it."""
+        model, want = wanted.stored.key.name, wanted.stored.resolved["replicas"]
+        if wanted.stored.deletion_time is not None:
+            want = 0
+        self._had[model] = want if len(rows) >= want else min(self._had.get(model, 0), want)
+        if not self._had[model]:
+            del self._had[model]
+        before = self.waiters.pop(model, None)
+        if waits:
+            self.waiters[model] = Waiter(wanted, max(missing(wanted, rows), 1))
+        after = self.waiters.get(model)
+        if before is None:
+            return False
+        return after is None or (after.priority, after.lacks) != (before.priority, before.lacks)
+
+
+def _fit(
+    wanted: Effective, placement: Placement, inventory: Inventory, taken: Mapping[str, int], most: int
+) -> list[str]:
+    spec = wanted.stored.resolved
+    return free_places(
+        inventory,
+        taken,
+        placement.device,
+        placement.memory,
+        parse_percent(spec["engine"]["memory"]),
+        spec["placement"]["deviceIds"],
+        most=most,
+    )
 
 
 def missing(wanted: Effective, rows: Sequence[Row]) -> int:

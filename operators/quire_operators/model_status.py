@@ -102,11 +102,10 @@ class ModelStatus:
         if fetching is not None:
             signature.append(fetching.done)
         signature = [*_aim(view.wanted), [view.world.router.value, *signature]]
-        # who waits for its turn makes no progress, and that is no failure
-        since = before["progressAt"] if signature == before.get("signature") and not waits else now
+        since = before["progressAt"] if signature == before.get("signature") else now
         deadline = self._deadline(since, stored)
-        late = not settled and now >= deadline and rollout.lags(desired, view.world)
-        facts = self._facts(view, no_room, len(available), settled, late=late)
+        late = not settled and now >= deadline and rollout.lags(desired, view.world, now)
+        facts = self._facts(view, no_room, waits, len(available), settled, late=late)
         facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
@@ -237,7 +236,9 @@ class ModelStatus:
             "logLost": own.log_lost if own is not None else 0,
         }
 
-    def _facts(self, view: View, no_room: bool, available: int, settled: bool, *, late: bool) -> list[Fact]:
+    def _facts(
+        self, view: View, no_room: bool, waits: Mapping[str, str], available: int, settled: bool, *, late: bool
+    ) -> list[Fact]:
         desired, world = view.desired, view.world
         want = 0 if desired.deleting else desired.replicas
         hot_pending = any(
@@ -253,7 +254,7 @@ class ModelStatus:
                 len(world.replicas) >= want,
                 Reason.SCHEDULED if len(world.replicas) >= want else Reason.PROGRESS_MADE,
             ),
-            self._ready_fact(view, available, want),
+            self._ready_fact(view, waits, available, want),
         ]
         if settled and hot_pending:
             facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
@@ -305,7 +306,7 @@ class ModelStatus:
             return ""
         return f"; {branch} is at {now[:12]} in the cache by now, this model stays at {commit[:12]}"
 
-    def _ready_fact(self, view: View, available: int, want: int) -> Fact:
+    def _ready_fact(self, view: View, waits: Mapping[str, str], available: int, want: int) -> Fact:
         world = view.world
         if available:
             return Fact("Ready", True, Reason.SERVING, f"{available} of {want} replicas")
@@ -336,6 +337,8 @@ class ModelStatus:
         if view.fetching is not None and not world.replicas:
             failure_ = view.fetching.failure
             return Fact("Ready", False, Reason(failure_.reason) if failure_ is not None else Reason.DOWNLOADING)
+        for replica, why in waits.items():
+            return Fact("Ready", False, Reason.STARTING, f"{replica} {why}")
         starting = any(seen.process is Process.STARTING for _, seen in world.replicas)
         if starting or any(seen.process is Process.READY for _, seen in world.replicas):
             return Fact("Ready", False, Reason.STARTING, "requests are held meanwhile")

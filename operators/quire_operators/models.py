@@ -27,7 +27,7 @@ from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
 from quire_operators.fleet.local import LocalFleet, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
-from quire_operators.ledger import Ledger, missing
+from quire_operators.ledger import Ledger, Waiter
 from quire_operators.model_status import ModelStatus, View
 from quire_operators.observed import report_of, seen_of
 from quire_operators.overrides import Kind, Override, in_force
@@ -96,17 +96,13 @@ class ModelReconciler:
         self._hot_hashes: dict[str, str] = {}
         """By model: the hot settings that its engines were last meant to run."""
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
-        """By nonce of a starting engine: how far it last said it was, and when that was new."""
+        """By nonce of an engine that has a row: how far it last said it was, and when that was new."""
         self._asked: dict[str, float] = {}
         """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
-        self._no_room: set[str] = set()
-        """Models whose rollout lacked room when it was looked at last."""
-        self._lacks: dict[str, int] = {}
-        """Replicas that models had no row for when they were looked at last, of those that lacked any."""
         self._short: set[str] = set()
         """Those of them for which nobody can make room."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
-        self._ledger = Ledger(store, fleet, detect, self.effective)
+        self._ledger = Ledger(store, fleet, detect)
         self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
@@ -137,10 +133,10 @@ class ModelReconciler:
         """When a starting engine last got on: saying the same again is no progress."""
         report = report_of(row, self._fleet.observed(row.id))
         reached = (report.event, report.bytes_done)
-        before, at = self._progress.pop(row.nonce, (None, 0.0))
+        before, at = self._progress.get(row.nonce, (None, 0.0))
         if before != reached:
             at = self._clock()
-        self._progress = {**dict(list(self._progress.items())[-100:]), row.nonce: (reached, at)}
+            self._progress[row.nonce] = (reached, at)
         return at
 
     def effective(self, stored: StoredObject) -> Effective:
@@ -194,7 +190,7 @@ class ModelReconciler:
         self._heartbeats.keep(stored.key.name, {(row.id, row.incarnation): self.socket_of(row) for row in ready})
         world = World(
             replicas=tuple(pairs),
-            room=len(self._ledger.places(wanted, placement)),
+            room=len(self._ledger.places(wanted, placement, len(pairs))),
             router=self._routes.knowledge(),
             orphans=tuple(self._orphans(stored.key.name)),
             jitter=self._rng.uniform(-1, 1),
@@ -237,6 +233,10 @@ class ModelReconciler:
                 if row.goal is Goal.DRAIN or waits or behind or seen.process is Process.STARTING:
                     return True
         return False
+
+    def waiters(self) -> list[Waiter]:
+        """Models that wait for room."""
+        return list(self._ledger.waiters.values())
 
     # ── models on demand ──────────────────────────────────────────────────────────────────────────────────
 
@@ -282,7 +282,7 @@ class ModelReconciler:
         if on_demand:  # further replicas take what room there is; nobody leaves for them
             asks = missing > 0 and not runs and use.waiting > 0
         else:
-            asks = name in self._no_room
+            asks = name in self._ledger.waiters
             missing = max(missing, asks)
         if asks and self._fetching(wanted) is not None:
             asks = False
@@ -369,8 +369,6 @@ class ModelReconciler:
         deadline = self._status.write(view, no_room=planned.no_room, waits=waits)
         if lasting:
             return 0.0
-        if waits:
-            return TURN_POLL
         now, requeue_at = self._clock(), planned.requeue_at
         if len(steps) < len(planned.steps) and requeue_at is not None and requeue_at <= now:
             requeue_at = None  # what waits for files is due when they are there, of which the download tells
@@ -378,7 +376,8 @@ class ModelReconciler:
         ends = [override.until for override in view.wanted.overrides.values()]
         # others than Quire's own may leave a GPU, and do not tell
         room_at = now + ROOM_POLL if planned.no_room and acting.placement.device == "cuda" else None
-        return due_in((requeue_at, deadline, retry_at, room_at, *ends), now)
+        turn_at = now + TURN_POLL if waits else None
+        return due_in((requeue_at, deadline, retry_at, room_at, turn_at, *ends), now)
 
     def _is_newly_stable(self, view: View) -> bool:
         """Whether a revision has come to be all that serves: another one's failure will lead back to it."""
@@ -390,33 +389,36 @@ class ModelReconciler:
         return rollout.is_settled(desired, view.world, self._clock())
 
     def _note_room(self, view: View, planned: rollout.RolloutPlan) -> None:
-        """Remember who lacks room: a model on demand may leave for it. Who lacks less than before no longer keeps
-        room from models of lower priority."""
-        model = view.stored.key.name
-        if planned.no_room:
-            self._no_room.add(model)
+        """Remember who waits for room: others keep away from it, and a model on demand may leave for it."""
+        model, rows = view.stored.key.name, [row for row, _ in view.world.replicas]
+        waits = planned.no_room and view.fetching is None
+        if waits:
             self._asked.setdefault(model, self._clock())
-        else:
-            self._no_room.discard(model)
-        lacks = missing(view.wanted, [row for row, _ in view.world.replicas])
-        if lacks < self._lacks.pop(model, 0):
-            for other in self._no_room - {model}:
+        if self._ledger.note(view.wanted, rows, waits=waits):
+            for other in self._ledger.waiters:
                 self._changed(Key("model", other))
-        if lacks:
-            self._lacks[model] = lacks
 
     def _bar(self, view: View, step: rollout.Launch) -> str | None:
         """Why an engine may not be started now although it is due."""
-        row = self._row(step.replica)
+        row = next(row for row, _ in view.world.replicas if row.id == step.replica)
         if row.device == "cpu":
             return None
         neighbours = [
-            Neighbour(other, seen_of(other, self._fleet.observed(other.id)).process, self._progress_of(other))
+            Neighbour(
+                other,
+                seen_of(other, self._fleet.observed(other.id)).process,
+                self._progress_of(other),
+                self._priority_of(other.model),
+            )
             for other in self._store.replicas()
             if other.device == row.device and other.id != row.id
         ]
         priority = priority_of(view.stored.resolved)
         return self._turns.bar(row, priority, neighbours, self._detect(), self._clock())
+
+    def _priority_of(self, model: str) -> int:
+        stored = self._store.get(Key("model", model))
+        return priority_of(stored.resolved) if stored is not None else 0
 
     def _check_unchanged(self, view: View) -> None:
         """Raises `Conflict` when something was applied or decided since the view was taken: steps are awaited."""
@@ -466,7 +468,9 @@ class ModelReconciler:
                 await self._launch(view, step)
             case rollout.Forget():
                 self._fleet.forget(step.replica)
-                self._store.delete_replica(self._row(step.replica))
+                row = self._row(step.replica)
+                self._progress.pop(row.nonce, None)
+                self._store.delete_replica(row)
                 self._remove_stale_logs(view.stored)
                 self._neighbours_may_move()
             case rollout.StopOrphan():
@@ -534,7 +538,7 @@ class ModelReconciler:
     def _create(self, view: View, step: rollout.Create) -> None:
         """Write the row that takes the memory, if it is still there: between plan and write nothing is awaited
         by this pass, but an earlier step of it may have been."""
-        places = self._ledger.places(view.wanted, view.placement)
+        places = self._ledger.places(view.wanted, view.placement, len(self._store.replicas(view.stored.key.name)))
         if not places:
             raise Conflict("the memory was taken meanwhile", "it is looked at again")
         self._store.create_replica(
@@ -568,6 +572,7 @@ class ModelReconciler:
         placement = Placement.from_dict(revision.placement)
         for need in needs_of(revision.resolved, placement):
             self._downloads.cache.used(need)
+        self._progress.pop(row.nonce, None)
         new = replace(rollout.after(row, step, self._clock()), nonce=Store.new_nonce())
         row = self._store.update_replica(row, new)
         spec = view.stored.resolved

@@ -248,7 +248,7 @@ def place(
             path="spec.determinism",
         )
     name = "cpu" if kind == "cpu" else _gpu(inventory, device_ids, own)
-    total = inventory.total(name)
+    total = inventory.usable(name)
     free = inventory.available if kind == "cpu" else _available(inventory, name)
     dtype = profile.dtype if engine["dtype"] == "auto" else engine["dtype"]
     cache = engine["kvCache"]

@@ -58,11 +58,11 @@ class Tenant:
         """What it holds and is not about to give back."""
         return {device: size - self.leaving.get(device, 0) for device, size in self.holds.items()}
 
-    def may_go_at(self, asked_since: float, priority: int) -> float:
-        """From when on it may be unloaded for somebody of that priority who has asked since then."""
+    def may_go_at(self, asked_since: float) -> float:
+        """From when on it may be unloaded for somebody who has asked since then."""
         if not self.busy:
             return 0.0
-        if self.serving_since is None or self.priority > priority:
+        if self.serving_since is None:
             return float("inf")
         return max(asked_since, self.serving_since) + PATIENCE
 
@@ -146,8 +146,12 @@ def _victims(
     """Who has to leave for a tenant: the first of `may_leave` that make room for it together, without those that
     need not go. None if they cannot, with the time from which those in use may be sent away, if that would help.
     """
-    candidates = [other for other in may_leave if other.model != tenant.model]
-    leaves = {other.model: other.may_go_at(waited_since, tenant.priority) for other in candidates}
+    candidates = [
+        other
+        for other in may_leave
+        if other.model != tenant.model and not (other.busy and other.priority > tenant.priority)
+    ]
+    leaves = {other.model: other.may_go_at(waited_since) for other in candidates}
     times = sorted({now, *(at for at in leaves.values() if now < at < float("inf"))})
     for at in times:
         free_to_go = [other for other in candidates if leaves[other.model] <= at]

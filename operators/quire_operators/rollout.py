@@ -403,12 +403,16 @@ def is_settled(desired: Desired, world: World, now: float) -> bool:
     )
 
 
-def lags(desired: Desired, world: World) -> bool:
-    """Whether the rollout waits for a replica of its own that does not serve. Waiting for room, for a router that
-    does not answer, for `minReadyDuration` or for old streams to end is no failure of what is rolled out.
+def lags(desired: Desired, world: World, now: float) -> bool:
+    """Whether the rollout waits for a replica of its own that does not serve. Waiting for room, for a turn to
+    start, for a router that does not answer, for `minReadyDuration` or for old streams to end is no failure of
+    what is rolled out.
     """
     return world.router is Router.KNOWN and any(
-        row.goal is Goal.RUN and is_current(desired, row) and not (seen.process is Process.READY and seen.routed)
+        row.goal is Goal.RUN
+        and is_current(desired, row)
+        and not (seen.process is Process.READY and seen.routed)
+        and not (row.exited == row.incarnation and row.failed_generation is None and now >= row.not_before)
         for row, seen in world.replicas
     )
 
@@ -519,7 +523,7 @@ class _Planner:
             if row.restarts >= self.desired.crashes_before_rollback and not self.seen[row.id].routed:
                 said = f": {row.last_exit.message}" if row.last_exit is not None else ""
                 return CRASH_LOOP, f"{row.id} ended {row.restarts} times{said}"
-        if self.world.late and lags(self.desired, self.world):
+        if self.world.late and lags(self.desired, self.world, self.now):
             return PROGRESS_DEADLINE, "its replicas made no progress for rollout.progressDeadline"
         return None
 

@@ -6,7 +6,7 @@ much one replica needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,14 @@ from quire_schemas.resource import Key
 
 
 def count_replicas(
-    review: Review, placement: Placement, rows: Sequence[rollout.Row], inventory: Inventory
+    review: Review,
+    placement: Placement,
+    rows: Sequence[rollout.Row],
+    inventory: Inventory,
+    kept: Callable[[Mapping[str, int]], Mapping[str, int]],
 ) -> None:
-    """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now."""
+    """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now. `kept` adds
+    to what is taken what others come before it for."""
     spec = review.resolved
     want, memory = spec["replicas"], placement.memory
     share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
@@ -49,7 +54,7 @@ def count_replicas(
         )
         return
     others = [row for row in rows if row.model != review.key.name]
-    now = len(free_places(inventory, held(others), placement.device, memory, share, device_ids))
+    now = len(free_places(inventory, kept(held(others)), placement.device, memory, share, device_ids))
     if now < want:
         holders: dict[str, int] = {}
         for row in others:
@@ -72,7 +77,7 @@ def _limits(spec: Mapping[str, Any], placement: Placement, inventory: Inventory)
     """Bytes that replicas may take of each device."""
     share = parse_percent(spec["engine"]["memory"]) if placement.device == "cpu" else 1
     names = device_names(inventory, placement.device, spec["placement"]["deviceIds"])
-    return {name: int(inventory.total(name) * share) for name in names}
+    return {name: int(inventory.usable(name) * share) for name in names}
 
 
 def rollout_text(
@@ -81,9 +86,10 @@ def rollout_text(
     current: Revision | None,
     rows: Sequence[rollout.Row],
     inventory: Inventory,
+    kept: Callable[[Mapping[str, int]], Mapping[str, int]],
 ) -> str:
     """How what is `wanted` once this is applied would be carried out now, by the very budget that the planner
-    uses, which `review` keeps."""
+    uses, which `review` keeps. `kept` as above."""
     spec, desired = wanted.stored.resolved, desired_of(wanted)
     mine = [row for row in rows if row.model == review.key.name]
     own, want = len(mine), desired.replicas
@@ -98,7 +104,7 @@ def rollout_text(
     share = parse_percent(spec["engine"]["memory"])
     placement = Placement.from_dict(wanted.revision.placement)
     places = free_places(
-        inventory, held(rows), placement.device, placement.memory, share, spec["placement"]["deviceIds"]
+        inventory, kept(held(rows)), placement.device, placement.memory, share, spec["placement"]["deviceIds"]
     )
     budget = review.budget = rollout.budget(desired, own, len(places))
     if not own and wanted.standby:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quire_operators.devices import Inventory
-from quire_operators.rollout import Process, Row
+from quire_operators.rollout import Goal, Process, Row
 from quire_schemas.quantities import format_bytes
 
 TURN_SECONDS = 60.0
@@ -31,11 +31,13 @@ QUEUE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """Another replica on the device. `progress_at` is when it last got on, or became ready."""
+    """Another replica on the device. `progress_at` is when it last got on, or became ready; `priority` that of its
+    model."""
 
     row: Row
     process: Process
     progress_at: float
+    priority: int = 0
 
     def is_starting(self, now: float) -> bool:
         """Whether it takes memory now, or has so lately that a reading may not show it."""
@@ -43,6 +45,12 @@ class Neighbour:
             return False
         since = now - max(self.progress_at, self.row.launched_at)
         return since < (READING_SECONDS if self.process is Process.READY else TURN_SECONDS)
+
+    def is_due(self, now: float) -> bool:
+        """Whether it was to start a moment ago, or is to in a moment: after a reboot all are, in no order."""
+        row = self.row
+        waits = row.goal is Goal.RUN and row.exited == row.incarnation and row.failed_generation is None
+        return waits and abs(now - max(row.not_before, row.created_at)) < QUEUE_SECONDS
 
 
 class Turns:
@@ -80,6 +88,7 @@ class Turns:
         ahead = [
             name for name, (device, rank, _) in self._queue.items() if device == row.device and rank > priority
         ]
+        ahead += [other.row.id for other in beside if other.priority > priority and other.is_due(now)]
         if ahead:
             return f"starts on {row.device} after {ahead[0]}, which has priority"
         del self._queue[row.id]

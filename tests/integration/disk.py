@@ -46,6 +46,17 @@ def records(trace: bytes) -> Iterator[Record]:
         at = end
 
 
+def whole_until(trace: bytes) -> int:
+    """Where the last whole record ends: a process that was killed may have left a piece of one."""
+    at = 0
+    while len(trace) - at >= HEADER.size:
+        _, _, path, length = HEADER.unpack_from(trace, at)
+        if at + HEADER.size + path + length > len(trace):
+            break
+        at += HEADER.size + path + length
+    return at
+
+
 @dataclass
 class File:
     """What is surely on the disk, and what was done since."""

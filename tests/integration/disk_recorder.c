@@ -6,7 +6,7 @@
  *     operation (1 write, 2 sync, 3 truncate, 4 remove), offset or new size, bytes of path, bytes of data
  *
  * A write is recorded before it is made and a sync after it was, so that a trace cut off anywhere promises no more
- * than the disk had. One record is one append: `tests/integration/test_power_cut.py` reads them while more come.
+ * than the disk had. One record is one append: `tests/integration/disk.py` reads them while more come.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -25,7 +25,7 @@ class ForkedPlane(Plane):
 
     def spawn(self) -> tuple[Forked, str]:  # type: ignore[override]
         readable, writable = _context.Pipe(duplex=False)
-        process = _context.Process(target=_run, args=(str(self.state.root), self.env, writable))
+        process = _context.Process(target=_run, args=(str(self.state.root), self.env, writable), daemon=True)
         process.start()
         writable.close()
         with open(os.dup(readable.fileno())) as said:

@@ -107,6 +107,11 @@ def test_room_goes_to_the_highest_priority_and_nobody_is_ended_for_it(plane: Pla
     for name in ("low", "high"):
         wait_for_room(plane, name)
     assert replica(plane, "there")["pid"] == served["pid"]
+    changed = on_gpu("12Gi").replace("maxModelLen: 256", "maxModelLen: 128")
+    assert "unavailable 1" in plane.plan(model("there", changed))["rollout"]
+    plane.apply(model("there", changed))
+    assert plane.wait_served("there")["replicas"][0]["revision"] == 2, "who replaces its own keeps its place"
+    assert plane.view("high")["replicas"] == []
     plane.delete("there")
     plane.wait_served("high")
     assert plane.view("low")["replicas"] == []

@@ -58,7 +58,7 @@ TAIL_LINES = 20
 TAIL_LINE = 400
 """Characters of a line in the tail."""
 MAX_LINE = 64 * 1024
-TELL_LOST_SECONDS = 1.0
+TELL_LOST_SECONDS = 30.0
 """Between two messages to watchers about a log that cannot be written."""
 NOT_RETRYABLE = 78
 START_FAILED = 75
@@ -117,8 +117,11 @@ class Log:
         log itself once that can be written again."""
         self.tail = (self.tail + data)[-TAIL_LINES * TAIL_LINE :]
         if self.unsaid:
-            gap = b"\n" + stamped(f"{self.unsaid} bytes of this log were lost")
+            gap, before = b"\n" + stamped(f"{self.unsaid} bytes of this log were lost"), self.size
             if self._append(gap) < len(gap):
+                with contextlib.suppress(OSError):  # a piece of it would be one more with every try
+                    os.ftruncate(self.descriptor, before)
+                    self.size = before
                 self._lose(len(data))
                 return
             self.unsaid, self.complained = 0, False
@@ -205,6 +208,7 @@ class Shim:
         self.delay = self.backoff["base"]
         self.pipes: set[int] = set()
         self.done = False
+        self.lost_untold = False
         self.tell_lost_at = 0.0
 
     # ── start ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,11 +297,13 @@ class Shim:
     def run(self) -> None:
         self.spawn()
         while not self.done:
-            deadlines = [at for at in (self.kill_at, self.restart_at) if at is not None]
+            tell_at = self.tell_lost_at if self.lost_untold else None
+            deadlines = [at for at in (self.kill_at, self.restart_at, tell_at) if at is not None]
             timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
             for key, _ in self.selector.select(timeout):
                 key.data()
             now = time.monotonic()
+            self.tell_lost()
             if self.kill_at is not None and now >= self.kill_at:
                 self.kill_at = now + 0.5
                 self.kill_tree(signal.SIGKILL)
@@ -448,9 +454,16 @@ class Shim:
         before, gap = self.log.lost, self.log.unsaid
         while (data := self.read(descriptor)) is not None:
             self.log.write(data)
-        late = self.log.lost > before and time.monotonic() >= self.tell_lost_at
-        if late or (gap and not self.log.unsaid):
-            self.tell_lost_at = time.monotonic() + TELL_LOST_SECONDS
+        if gap and not self.log.unsaid:
+            self.tell_lost_at, self.lost_untold = 0.0, True
+        elif self.log.lost > before:
+            self.lost_untold = True
+        self.tell_lost()
+
+    def tell_lost(self) -> None:
+        """Tell watchers what the log has lost, now and then: who writes it down may have the same full disk."""
+        if self.lost_untold and time.monotonic() >= self.tell_lost_at:
+            self.tell_lost_at, self.lost_untold = time.monotonic() + TELL_LOST_SECONDS, False
             self.changed()
 
     def read_status(self, descriptor: int) -> None:

@@ -85,7 +85,7 @@ class ControlPlane:
         self.store = Store(state.store)
         self._machine = Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
-        self.admission = Admission(self.store, sources, self._machine, text_facts)
+        self.admission = Admission(self.store, sources, self._machine, text_facts, lambda: self.models.waiters())
         self.secrets = Secrets(state.secrets, environ)
         self.downloads = Downloads(sources.cache, self.secrets, environ, self.wake, self.store.clock)
         self.offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

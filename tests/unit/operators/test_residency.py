@@ -82,7 +82,8 @@ def test_priority_decides_who_is_loaded_and_who_leaves() -> None:
 def test_one_in_use_leaves_for_nobody_of_lower_priority_until_it_is_idle() -> None:
     busy = tenant("b", inside=True, need=8, busy=True, serving_since=0.0, priority=1)
     asked = tenant("a", asked_since=0.0)
-    assert plan([busy, asked], CPU, held([busy]), 100.0).moves == ()
+    kept_out = plan([busy, asked], CPU, held([busy]), 100.0)
+    assert (kept_out.moves, kept_out.short) == ((), ("a",)), "and that it waits for nobody is said"
     assert moves([busy, replace(asked, priority=1)], 100.0) == [Unload("b", "a")]
     assert moves([replace(busy, busy=False), asked], 100.0) == [Unload("b", "a")]
 

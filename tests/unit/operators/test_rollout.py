@@ -216,6 +216,12 @@ def test_a_deadline_is_missed_by_replicas_that_do_not_serve_and_by_nothing_else(
     assert rolls_back(desired, (fresh, replace(serves, routed=False))), "the router does not take it"
     assert not rolls_back(desired, (fresh, starting), late=False)
     assert not rolls_back(replace(desired, held=True), (fresh, starting))
+    nothing = Seen(Process.NONE)
+    waits = replace(fresh, incarnation=0, exited=0)
+    assert not rolls_back(desired, (waits, nothing)), "it has not had its turn to start"
+    assert not rolls_back(desired, (replace(fresh, exited=1), nothing)), "nor to start again"
+    assert rolls_back(desired, (replace(fresh, exited=1, not_before=1e6), nothing)), "a back-off is its own"
+    assert rolls_back(desired, (waits, nothing), (replace(fresh, id="m-r2-1"), starting)), "one hangs beside it"
     old = Row("m-r1-0", "m", 0, 1, GOOD, Goal.DRAIN, 0.0, incarnation=1, ready_since=1.0, drain_since=10.0)
     streams = replace(serves, routed=False, released=True, in_flight=3)
     slow = replace(desired, drain_timeout=1e6)

@@ -63,6 +63,15 @@ def test_an_engine_waits_for_the_memory_that_it_was_given() -> None:
     assert turns.bar(row("a", "cuda:7"), 0, [], machine(), NOW) is None, "what is lost is the engine's to tell"
 
 
+def test_after_a_reboot_who_is_due_in_a_moment_and_has_priority_goes_first() -> None:
+    soon = Neighbour(row("high", incarnation=1, exited=1, not_before=NOW + 1), Process.NONE, 0.0, priority=5)
+    assert Turns().bar(row("low"), 0, [soon], machine(), NOW) == (
+        "starts on cuda:0 after high-r1-0, which has priority"
+    )
+    assert Turns().bar(row("low"), 5, [soon], machine(), NOW) is None
+    assert Turns().bar(row("low"), 0, [soon], machine(), NOW + 1 + QUEUE_SECONDS) is None, "something keeps it"
+
+
 def test_the_highest_priority_comes_next_as_long_as_it_asks() -> None:
     turns, loading = Turns(), [neighbour(Process.STARTING, NOW)]
     assert turns.bar(row("high"), 5, loading, machine(), NOW) is not None
