@@ -110,6 +110,8 @@ class Database:
         """Changes whenever a replica's row may have."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
+        opened = os.fstat(descriptor)
+        self._file = (opened.st_dev, opened.st_ino)
         os.close(descriptor)
         self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.pool.StaticPool)
         sa.event.listen(self._engine, "connect", _set_pragmas)
@@ -207,6 +209,7 @@ class Database:
 
         `touched`: what may be written, as (table, key); a key of None is all of the table.
         """
+        self._check_in_place()
         try:
             with self._engine.begin() as db:
                 yield db
@@ -215,6 +218,20 @@ class Database:
         finally:
             for table, key in touched:
                 self._forget(table, key)
+
+    def _check_in_place(self) -> None:
+        """Raise `StoreUnavailable` where the open file is not the one of that name: writes would be lost."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._file:
+            raise StoreUnavailable(
+                f"{self._path} was moved away or replaced while it was open",
+                "put it back; to begin anew with another one: platform daemon restart",
+                full=False,
+                passing=True,
+            )
 
     def _forget(self, table: str, key: str | None) -> None:
         if table == "replicas":

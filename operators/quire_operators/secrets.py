@@ -98,7 +98,9 @@ class Secrets:
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(SECRET_NAME, name):
-            raise SecretNotFound(f"{name!r} is no name of a secret", "use letters, digits, dots and dashes")
+            raise SecretNotFound(
+                f"{name!r} is no name of a secret", "use lower-case letters, digits, dots and dashes"
+            )
         return self.folder / name
 
     @staticmethod

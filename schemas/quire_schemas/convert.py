@@ -63,11 +63,7 @@ def from_vllm(command: str) -> Converted:
         words = shlex.split(command, comments=True)
     except ValueError as error:
         raise BadCommand(f"the command line cannot be read: {error}", "check its quotes") from error
-    if words[:1] and words[0].rsplit("/", 1)[-1] == "vllm":
-        words = words[1:]
-    if words[:1] == ["serve"]:
-        words = words[1:]
-    source, flags = _flags(words)
+    source, flags = _flags(_without_program(words))
     if source is None:
         raise BadCommand(
             "the command line names no model", 'platform convert --from vllm "serve MODEL --flag ..."'
@@ -82,7 +78,10 @@ def from_vllm(command: str) -> Converted:
         except ValueError:
             given = " ".join(values)
             left_out.append(f"--{name.replace('_', '-')} {given}: the value is not one that can be converted")
-    documents = [_document("Model", _name(source, spec), spec)]
+    name = _name(source, spec)
+    if "servedModelNames" not in spec and source != name and _source(source).startswith("hf://"):
+        spec["servedModelNames"] = [source]  # what clients of that server ask for
+    documents = [_document("Model", name, spec)]
     if gateway:
         documents.append(_document("Gateway", "default", gateway))
     text = "---\n".join(yaml.safe_dump(each, sort_keys=False, allow_unicode=True) for each in documents)
@@ -90,6 +89,22 @@ def from_vllm(command: str) -> Converted:
     problems = load([("converted", text)]).problems
     left_out += [f"{problem.path}: {problem.message}" + _hint(problem.hint) for problem in problems]
     return Converted(text, left_out)
+
+
+def _without_program(words: Sequence[str]) -> Sequence[str]:
+    """The words behind the program, however it is started: with variables, as a module, in a container."""
+    words = list(words)
+    while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.DOTALL):
+        del words[0]
+    module = next((n for n, word in enumerate(words) if word.startswith("vllm.entrypoints.")), None)
+    image = next((n for n, word in enumerate(words) if "vllm-openai" in word), None)
+    if module is not None and words[module - 1] == "-m":
+        return words[module + 1 :]
+    if image is not None and words[0].rsplit("/", 1)[-1] in ("docker", "podman", "nerdctl"):
+        return words[image + 1 :]
+    if words and words[0].rsplit("/", 1)[-1] == "vllm":
+        del words[0]
+    return words[1:] if words[:1] == ["serve"] else words
 
 
 def _flags(words: Sequence[str]) -> tuple[str | None, list[tuple[str, list[str]]]]:
@@ -127,7 +142,7 @@ def _take(
         _put(gateway, target, int(value) if target == "spec.port" else value)
         return
     if kind or name in ("speculative_config", "enable_lora", "hf_token"):
-        left_out.append(f"{shown}: write {target} by hand" + (f", in a {kind}" if kind else ""))
+        left_out.append(f"{shown}: write {target} by hand" + (f", in an object of kind {kind}" if kind else ""))
         return
     _put(spec, target, _value(name, target, values, negated=bool(negated)))
 
@@ -148,12 +163,14 @@ def _value(name: str, path: str, values: list[str], *, negated: bool) -> Any:
     if value.lower() in ("true", "false"):
         return (value.lower() == "true") != negated
     if path in _TEXTS:
-        return value
+        return _DTYPES.get(value, value) if path == "spec.engine.dtype" else value
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value):
         return round(float(found[1]) * _THOUSANDS.get(found[2], 1))
     return value
 
 
+_DTYPES = {"half": "float16", "float": "float32"}
+"""Other spellings of number formats."""
 _TEXTS = {"spec.revision", "spec.engine.dtype", "spec.engine.kvCache.dtype", "spec.quantization.method"}
 """Fields whose values look like numbers now and then and are none."""
 

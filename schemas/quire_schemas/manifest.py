@@ -154,7 +154,8 @@ def load_paths(paths: Sequence[FilePath | str]) -> Manifest:
 
 
 def read_paths(paths: Sequence[FilePath | str]) -> list[tuple[str, str]]:
-    """(name, text) of each file; `-` is standard input, a folder all *.yaml and *.yml below it, sorted.
+    """(name, text) of each file; `-` is standard input, a folder all *.yaml and *.yml below it, sorted; what
+    is hidden (`.git`, `.venv`) is left out.
 
     Raises `ManifestInvalid` with a problem for each one that is missing, unreadable, larger than 1 MiB or not
     UTF-8, and for a folder without manifests.
@@ -662,6 +663,9 @@ def _read(paths: Sequence[FilePath | str]) -> tuple[list[tuple[str, str]], list[
         if str(path) == "-":
             _decode("<stdin>", sys.stdin.buffer.read(MAX_BYTES + 1), texts, problems)
             continue
+        if not str(path):
+            problems.append(Problem("''", 1, 1, "", "the path is empty", "name a file or a folder; . is this one"))
+            continue
         for file in _files(FilePath(path), problems):
             try:
                 with file.open("rb") as opened:
@@ -677,7 +681,20 @@ def _read(paths: Sequence[FilePath | str]) -> tuple[list[tuple[str, str]], list[
 def _files(path: FilePath, problems: list[Problem]) -> list[FilePath]:
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in MANIFEST_SUFFIXES and p.is_file())
+    try:
+        files = sorted(
+            p
+            for p in path.rglob("*")
+            if p.suffix in MANIFEST_SUFFIXES
+            and p.is_file()
+            and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
+    except OSError as error:
+        message = f"cannot be read: {error.strerror or error} ({error.filename})"
+        problems.append(
+            Problem(str(path), 1, 1, "", message, "name the manifests, or a folder that holds only them")
+        )
+        return []
     if not files:
         hint = "manifests end in .yaml or .yml"
         problems.append(Problem(str(path), 1, 1, "", "the folder holds no manifests", hint))

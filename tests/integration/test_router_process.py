@@ -128,6 +128,17 @@ async def test_a_broken_snapshot_is_reported_and_left_aside(own_world: World) ->
     assert "cannot be used" in (world.folder / "router.log").read_text()
 
 
+async def test_a_table_that_cannot_be_kept_on_disk_serves_all_the_same(own_world: World) -> None:
+    world = own_world
+    (world.folder / "table.json").unlink(missing_ok=True)
+    (world.folder / "table.json").mkdir()  # nothing can take its place, for root neither
+    await world.serve(await world.engine())
+    async with world.client() as client:
+        answer = await client.chat.completions.create(model="tiny", messages=ASK)
+    assert answer.choices[0].message.content == TEXT
+    assert "cannot be kept" in (world.folder / "router.log").read_text()
+
+
 async def test_garbage_on_the_control_socket_ends_that_connection_alone(world: World) -> None:
     reader, writer = await asyncio.open_unix_connection(world.folder / "control.sock")
     writer.write(b"\xff\xff\xff\xff")

@@ -323,6 +323,8 @@ def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
 
 def _delete(client: Client, named: list[tuple[str, str]], *, waits: bool, timeout: float) -> int:
     with interruptible("interrupted: what was named as deleting so far is deleted. See: platform get"):
+        for _, path in named:
+            client.get(path)  # a name that does not exist is found before anything is deleted
         for key, path in named:
             client.delete(path)
             print(f"{key}  deleting", flush=True)

@@ -10,6 +10,7 @@ Ctrl-C ends any command with exit code 130 and one line on what goes on without 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -109,6 +110,8 @@ def run(args: Sequence[str] | None = None) -> int:
         if reconfigure is not None:
             reconfigure(errors="replace")
     try:
+        for argument in sys.argv[1:] if args is None else args:
+            argument.encode()
         result = cli.main(args=args, prog_name="platform", standalone_mode=False)
         sys.stdout.flush()
     except Interrupted as error:
@@ -129,6 +132,17 @@ def run(args: Sequence[str] | None = None) -> int:
     except CommandFailed as error:
         report(error.message, error.hint)
         return error.exit_code
+    except UnicodeEncodeError as error:
+        if not isinstance(error.object, str) or error.reason != "surrogates not allowed":
+            raise
+        report(f"{error.object!r} is not UTF-8", "write names and texts as UTF-8")
+        return ExitCode.USAGE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        report(f"cannot write the output: {error.strerror}", "make room where it goes")
+        return ExitCode.UNEXPECTED
     except (ReaderLeft, BrokenPipeError):
         # What Python flushes at exit must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -110,6 +110,12 @@ def succeeded(view: View | None) -> tuple[Verdict, str]:
     return settled(view)
 
 
+def rolled_out(view: View | None) -> tuple[Verdict, str]:
+    """As `succeeded`, of what the manifest says: while a pin or a pause keeps it away it is not rolled out."""
+    decided = _decided_otherwise(view) if view is not None and not view["deleting"] else None
+    return decided if decided is not None and not decided[1].startswith("Paused") else succeeded(view)
+
+
 Judge = Callable[[View | None], tuple[Verdict, str]]
 Result = tuple[Verdict, str, View | None]
 WIDE = 10_000

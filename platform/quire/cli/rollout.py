@@ -8,7 +8,7 @@ import click
 
 from quire.cli import render
 from quire.cli.outcome import ExitCode
-from quire.cli.progress import View, succeeded
+from quire.cli.progress import View, rolled_out, succeeded
 from quire.cli.session import complete_objects, connect, model_path, seconds
 from quire.cli.steer import decide, follow, reason, waiting
 
@@ -28,7 +28,8 @@ def rollout() -> None:
 def status(reference: str, watches: bool, timeout: float, output: str) -> int:
     """Tell where a model's rollout stands, and wait for its end.
 
-    Exits with 6 when it failed or was rolled back, with 4 when it goes on after the timeout."""
+    Exits with 6 when it failed or was rolled back, with 5 when a pin or a pause keeps it away, with 4 when it goes
+    on after the timeout."""
     key, path = model_path(reference)
     client = connect()
     view: View = client.get(path)
@@ -37,7 +38,7 @@ def status(reference: str, watches: bool, timeout: float, output: str) -> int:
         render.dump({"key": key, "generation": view["generation"], **shown}, output, "RolloutStatus")
     else:
         print("\n".join(render.rollout(view)), flush=True)
-    return follow(client, key, timeout, succeeded) if watches else ExitCode.OK
+    return follow(client, key, timeout, rolled_out) if watches else ExitCode.OK
 
 
 SHOWN = ("summary", "servedRevision", "stableRevision", "rollout", "replicas", "overrides", "conditions")

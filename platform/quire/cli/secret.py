@@ -42,7 +42,7 @@ def set_(name: str, from_env: str | None, from_file: Path | None) -> int:
         value = click.prompt(name, hide_input=True, err=True)
     else:
         value = sys.stdin.buffer.read().decode(errors="replace")
-    connect().post(f"/v1/secrets/{quote(name, safe='')}", {"value": value})
+    connect().post(_path(name), {"value": value})
     print(f"secret {name}  set")
     return ExitCode.OK
 
@@ -66,6 +66,13 @@ def list_(output: str) -> int:
 @click.argument("name")
 def delete(name: str) -> int:
     """Forget a secret."""
-    connect().delete(f"/v1/secrets/{quote(name, safe='')}")
+    connect().delete(_path(name))
     print(f"secret {name}  deleted")
     return ExitCode.OK
+
+
+def _path(name: str) -> str:
+    """A secret's path in the API. What cannot be a part of one is no name either."""
+    if not name or "/" in name:
+        usage_error(f"{name!r} is no name of a secret", "use lower-case letters, digits, dots and dashes")
+    return f"/v1/secrets/{quote(name, safe='')}"

@@ -130,12 +130,16 @@ class Fleet:
         log.info("routing table %d from disk: %d models", table.version, len(table.models))
 
     async def apply(self, table: wire.RoutingTable) -> None:
-        """Act by `table` from now on, if it is newer. Raises OSError when it cannot be written to disk."""
+        """Act by `table` from now on, if it is newer, on a disk that takes nothing, too: the copy is for a router
+        that starts while no control plane is there."""
         async with self._turn:
             if table.version <= self.table.version:
                 return
             tokenizers = await self._load(table)
-            await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
+            try:
+                await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
+            except OSError as error:
+                log.error("the routing table cannot be kept in %s, and serves: %s", self._snapshot, error)
             self._switch(table, tokenizers)
             log.info("routing table %d: %d models", table.version, len(table.models))
 

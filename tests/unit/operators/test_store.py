@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from quire_operators.clock import on_the_wall
-from quire_operators.database import Conflict, NotFound, UnusableStore
+from quire_operators.database import Conflict, NotFound, StoreUnavailable, UnusableStore
 from quire_operators.records import Change, NewRevision
 from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_operators.store import Store
@@ -199,6 +199,21 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(UnusableStore, match="another version"):
         Store(tmp_path / "newer.db")
+
+
+def test_a_store_that_was_moved_away_acknowledges_nothing(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store.create_replica(row())
+    path.rename(tmp_path / "aside.db")
+    with pytest.raises(StoreUnavailable, match="was moved away") as refused:
+        store.set_routing_version(7)
+    assert refused.value.passing
+    path.write_bytes(b"")
+    with pytest.raises(StoreUnavailable, match="or replaced"):
+        store.set_routing_version(7)
+    (tmp_path / "aside.db").rename(path)
+    store.set_routing_version(7)
+    assert store.routing_version() == 7
 
 
 def test_a_revision_stays_on_record_as_long_as_a_replica_is_of_it(store: Store) -> None:

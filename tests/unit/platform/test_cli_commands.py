@@ -938,3 +938,39 @@ def test_hints_name_the_program_as_it_can_be_typed(tmp_path: Path, monkeypatch: 
 def test_the_reference_has_each_error_once() -> None:
     rows = [line for line in reference.api_page().partition("## Errors")[2].splitlines() if line.startswith("| ")]
     assert len(rows) == len(set(rows)) > 20
+
+
+def test_what_no_text_could_say_and_no_disk_can_take_ends_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["get", "model/\udcff"]) == ExitCode.USAGE
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["error: 'model/\\udcff' is not UTF-8", "hint: write names and texts as UTF-8"]
+    code = "import sys; from quire.cli import main; sys.exit(main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "explain", "model.spec"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == ExitCode.UNEXPECTED
+    assert done.stderr.splitlines() == [
+        "error: cannot write the output: No space left on device",
+        "hint: make room where it goes",
+    ]
+
+
+def test_an_empty_path_and_a_hidden_folder_are_no_manifests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\nspec: {source: 'builtin://tiny'}\n"
+    (tmp_path / "m.yaml").write_text(text)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "theirs.yaml").write_text("not: ours\n")
+    assert main(["validate", "."]) == ExitCode.OK
+    capsys.readouterr()
+    assert main(["validate", ""]) == ExitCode.INVALID
+    assert "the path is empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b"])
+def test_what_is_no_name_of_a_secret_is_refused_here(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["secret", "delete", name]) == ExitCode.USAGE
+    assert "is no name of a secret" in capsys.readouterr().err

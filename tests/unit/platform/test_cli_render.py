@@ -8,7 +8,7 @@ import pytest
 from tests.unit.platform.api_views import NOW, condition, model
 
 from quire.cli import render
-from quire.cli.progress import Display, Verdict, judge, settled, succeeded
+from quire.cli.progress import Display, Verdict, judge, rolled_out, settled, succeeded
 from quire.client import clean_environment
 
 
@@ -343,6 +343,12 @@ class TestJudge:
         stuck = [condition("Stalled", "True", "CrashLoop", "again")]
         assert settled(model(status={**going, "conditions": stuck})) == (Verdict.STALLED, "CrashLoop (again)")
         assert succeeded(None)[0] is Verdict.GONE
+        for reason in ("Pinned", "RolloutPaused"):
+            kept = [condition("Ready", "True"), condition("RolledOut", "False", reason, "by ada")]
+            view = model(status={**going, "conditions": kept})
+            assert succeeded(view)[0] is Verdict.DONE
+            assert rolled_out(view) == (Verdict.SUPERSEDED, f"{reason} (by ada)")
+        assert rolled_out(None)[0] is Verdict.GONE
 
     def test_a_model_declared_with_no_replica_is_done_without_being_ready(self) -> None:
         view = model(

@@ -21,6 +21,7 @@ def converted(flags: str) -> tuple[dict[str, Any], list[str]]:
     ("flags", "section"),
     [
         ("", {}),
+        ("--dtype half", {"engine": {"dtype": "float16"}}),
         ("--max-model-len 4096", {"engine": {"maxModelLen": 4096}}),
         ("--max-model-len=32k", {"engine": {"maxModelLen": 32000}}),
         ("--max_model_len 32K", {"engine": {"maxModelLen": 32768}}),
@@ -41,7 +42,7 @@ def converted(flags: str) -> tuple[dict[str, Any], list[str]]:
 )  # fmt: skip
 def test_flags_become_fields(flags: str, section: dict[str, Any]) -> None:
     spec, left_out = converted(flags)
-    assert spec == {"source": "hf://acme/model", **section}
+    assert spec == {"source": "hf://acme/model", "servedModelNames": ["acme/model"], **section}
     assert left_out == []
 
 
@@ -49,7 +50,7 @@ def test_flags_become_fields(flags: str, section: dict[str, Any]) -> None:
     ("flags", "said"),
     [
         ("--uvloop", "--uvloop: there is no such field"),
-        ("--api-key secret", "--api-key: write spec.keys by hand, in a AccessPolicy"),
+        ("--api-key secret", "--api-key: write spec.keys by hand, in an object of kind AccessPolicy"),
         ("-tp 2", "spec.parallelism.tensor: not honoured by this version"),
         ("--gpu-memory-utilization high", "--gpu-memory-utilization high: the value is not one"),
         ("--port", "--port : the value is not one"),
@@ -60,6 +61,25 @@ def test_what_has_no_counterpart_is_named(flags: str, said: str) -> None:
     _, left_out = converted(flags)
     assert [line for line in left_out if line.startswith(said)] == left_out
     assert len(left_out) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "CUDA_VISIBLE_DEVICES=0 HF_HOME='/a b' vllm serve acme/model --seed 7",
+        "python3 -m vllm.entrypoints.openai.api_server --seed 7 --model acme/model",
+        "docker run --gpus all -p 8000:8000 -v /x:/y vllm/vllm-openai:latest --model acme/model --seed 7",
+        "serve acme/model --seed 7",
+        "acme/model --seed=7",
+    ],
+)
+def test_a_server_may_be_started_in_any_way(command: str) -> None:
+    found = from_vllm(command)
+    assert found.left_out == []
+    (document,) = yaml.safe_load_all(found.text)
+    assert document["metadata"]["name"] == "model"
+    named = {"source": "hf://acme/model", "servedModelNames": ["acme/model"], "engine": {"seed": 7}}
+    assert document["spec"] == named
 
 
 def test_the_whole_text_is_a_manifest_that_names_its_objects() -> None:
