@@ -107,7 +107,24 @@ def _manifest(view: dict[str, Any], *, resolved: bool) -> dict[str, Any]:
             {name: value for name, value in view["resolved"].items() if name != "defaultsVersion"}
         )
     head = {"apiVersion": intent.get("apiVersion", API_VERSION), "kind": intent["kind"]}
-    return {**head, "metadata": intent["metadata"], "spec": spec}
+    document = {**head, "metadata": intent["metadata"], "spec": spec}
+    return _without_refused(document) if resolved else document
+
+
+def _without_refused(document: dict[str, Any]) -> dict[str, Any]:
+    """Without defaults that this version would refuse if they were written: nothing acts on them."""
+    import yaml
+
+    from quire_schemas.manifest import load
+
+    for problem in load([("resolved", yaml.safe_dump(document))]).problems:
+        *sections, name = problem.path.split(".")
+        section: Any = document
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(name, None)
+    return document
 
 
 def _without_gaps(value: Any) -> Any:

@@ -32,6 +32,8 @@ from quire.cli import main, reference, session, top
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
 from quire_operators.paths import StateDir
+from quire_schemas.manifest import load
+from quire_schemas.model import Model, resolve_defaults
 
 Answer = tuple[int, Any]
 Script = dict[str, list[Answer]]
@@ -380,6 +382,24 @@ def test_a_plan_is_kept_for_its_owner_and_applied_with_its_items(
     assert main(["plan", str(manifest), "--save", str(refused)]) == ExitCode.INVALID
     assert not refused.exists()
     capsys.readouterr()
+
+
+def test_what_export_prints_resolved_can_be_applied_too(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\nspec: {source: 'builtin://tiny'}\n"
+    (item,) = load([("m.yaml", text)]).resources
+    resource = item.resource
+    assert isinstance(resource, Model)
+    view = model(intent=yaml.safe_load(text), resolved=resolve_defaults(resource))
+    server.script = {"GET /v1/objects/model/m": [(200, view)]}
+    assert main(["export", "model/m", "--resolved"]) == ExitCode.OK
+    printed = capsys.readouterr().out
+    found = load([("again.yaml", printed)])
+    assert found.problems == []
+    assert isinstance(found.resources[0].resource, Model)
+    assert resolve_defaults(found.resources[0].resource) == resolve_defaults(resource)
+    assert yaml.safe_load(printed)["spec"]["placement"]["priority"] == 0, "with every default that may be written"
 
 
 def test_export_prints_what_can_be_applied_again(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
