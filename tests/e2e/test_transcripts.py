@@ -61,7 +61,7 @@ apply --plan kept.json
 apply --plan kept.json   # 5
 rollout history model/m
 rollout undo model/m --reason 'it was better before'
-rollout status model/m
+rollout status model/m   # 5
 rollout history model/m
 apply changed.yaml   # 5
 rollout retry model/m
