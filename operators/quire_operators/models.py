@@ -671,6 +671,7 @@ class ModelReconciler:
             replicas=(),
             eta=self._eta(wanted, pairs) if not ready else None,
             stopped=wanted.full == 0,
+            paused=Kind.PAUSE in wanted.overrides,
             on_demand=is_on_demand(stored.resolved),
             scripted=placement.runner == "scripted",
             stall_seconds=stall_timeout(stored.resolved),

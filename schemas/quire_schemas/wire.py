@@ -432,6 +432,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Seconds until a replica is expected ready, when none is; None when not known."""
     stopped: bool = False
     """No replica is wanted: waiting for one is in vain."""
+    paused: bool = False
+    """Because somebody paused it, for a time or until it is resumed."""
     scripted: bool = False
     """The runner of its replicas is `scripted`: requests may bring their script."""
     stall_seconds: float = 30.0

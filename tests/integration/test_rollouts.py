@@ -273,7 +273,9 @@ def test_a_paused_model_stops_refuses_requests_and_comes_back_when_its_time_is_o
     ready = plane.condition("rest", "Ready")
     assert (ready["status"], ready["reason"], ready["message"]) == ("False", "Paused", "paused by ada: training")
     assert plane.view("rest")["status"]["summary"] == "Paused"
-    assert plane.complete("rest").status_code == 503
+    refused = plane.complete("rest")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["message"] == "The model 'rest' is paused."
     assert plane.apply(text)["model/rest"]["result"] == "unchanged"
     assert plane.view("rest")["replicas"] == []
     assert decide(plane, "rest", "resume") == "it starts again"

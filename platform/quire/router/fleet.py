@@ -85,7 +85,8 @@ class ServedModel:
     def check_wanted(self) -> None:
         """Raises `ModelStopped` when no replica is ready and none is wanted."""
         if self.route.stopped and not self.ready:
-            raise ModelStopped(f"The model '{self.route.model}' is stopped: no replica of it is wanted.")
+            how = "paused" if self.route.paused else "stopped: no replica of it is wanted"
+            raise ModelStopped(f"The model '{self.route.model}' is {how}.")
 
     def use(self, now: float) -> wire.ModelUse:
         """Whether it is asked for, and since when not."""
