@@ -545,6 +545,9 @@ class Scheduler:
             draft.reserved -= self._reserve(victim)
             self._preempt(victim)
             draft.preempted.append(victim.id)
+            if digests:  # what of the prefix the victim alone held is idle now, and no longer free of charge
+                held, idle = pool.price(digests)
+                need = pool.most_held(request.num_known, self._widest) - held + idle
         most = min(draft.left, draft.prompts_left)
         count = self._chunk(request, request.num_known - start, most, first=draft.is_empty)
         if not count:

@@ -101,7 +101,8 @@ def test_a_step_is_planned_before_the_token_of_the_last_one_is_known() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_together_is_as_one_by_one(ahead: bool) -> None:
     """Whoever only draws is planned with others or alone: the plans, the deltas and the blocks are the same."""
-    for seed in range(times(60, 3000)):
+    seeds, alone = times(60, 3000), 0
+    for seed in range(seeds):
         rng = random.Random(seed)
         windows: list[int | None] = rng.choice([[None], [None], [None, 6], [9]])
         blocks, size = rng.choice([30, 60, 300]), rng.choice([1, 4, 16])
@@ -156,8 +157,9 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
                 assert pair[0].commit(one, result) == pair[1].commit(other, result)
             for scheduler in pair:
                 scheduler.check_integrity()
-        assert together
+        alone += not together
         assert pair[0].counters == pair[1].counters
+    assert alone <= seeds // 50, "nearly every world has a step that is planned as one"
 
 
 @pytest.mark.parametrize("event", ["limits", "failure"])

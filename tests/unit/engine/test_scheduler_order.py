@@ -101,6 +101,27 @@ def test_nobody_is_thrown_out_for_blocks_that_others_hold_as_well() -> None:
     assert plan.preempted == (), "what they would free is not enough"
 
 
+def test_a_prefix_that_only_the_one_who_makes_room_holds_is_not_counted_as_there() -> None:
+    """Whoever is thrown out takes nothing along, but what it held has to be paid for again."""
+    limits = BatchLimits(8, 64, True, "priority")
+    scheduler = Scheduler(BlockPool(12, 1), limits, max_model_len=64, clock=lambda: 0.0)
+
+    def request(name: str, prompt: list[int], priority: int) -> Request:
+        message = Generate(name, prompt, Sampling(max_tokens=2), priority=priority)
+        return share(Request.of(message, eos_token_ids=(), seed=0, received_at=0.0))
+
+    common = list(range(1, 8))
+    scheduler.add(request("first", [90, 91], 0))
+    scheduler.add(request("victim", common, 9))
+    step(scheduler)
+    scheduler.add(request("urgent", [*common, 70, 71, 72], 1))
+    done: set[str] = set()
+    while scheduler.has_work:
+        _, deltas = step(scheduler)
+        done |= {delta.id for delta in deltas if delta.finish_reason}
+    assert done == {"first", "victim", "urgent"}
+
+
 def test_a_full_queue_refuses_by_name() -> None:
     limits = BatchLimits(2, 16, True, max_waiting=1)
     scheduler = Scheduler(BlockPool(32, 4), limits, max_model_len=64, clock=lambda: 0.0)
