@@ -86,6 +86,7 @@ class Ledger:
         self._had: dict[str, int] = {}
         """Places that models have had since their numbers last grew: one that replaces its own replicas keeps
         them."""
+        self._vacated: dict[str, Effective] = {}
 
     def now(self) -> Holdings:
         """What all rows and processes hold."""
@@ -101,7 +102,7 @@ class Ledger:
         orphan and what models of higher priority wait for; no more than a rollout can want."""
         spec, model = wanted.stored.resolved, wanted.stored.key.name
         most = spec["replicas"] + spec["rollout"]["maxSurge"]
-        inventory, taken = self._detect(), self.now().taken
+        inventory, taken = self._detect(), self._with_vacated(model)
         free = _fit(wanted, placement, inventory, taken, most)
         if not free or not self.waiters:
             return free
@@ -110,12 +111,29 @@ class Ledger:
         )
         return max(beside, free[: max(self._had.get(model, 0) - rows, 0)], key=len)
 
+    def vacated(self, wanted: Effective) -> None:
+        """A model has let go of a replica: if it is to have another one, the place is kept for it until its next
+        pass, whoever asks before."""
+        self._vacated[wanted.stored.key.name] = wanted
+
+    def _with_vacated(self, model: str) -> Mapping[str, int]:
+        """What is taken, with the places of other models that replace their own replicas."""
+        taken = dict(self.now().taken)
+        for name, wanted in self._vacated.items():
+            lacks = self._had.get(name, 0) - len(self._store.replicas(name)) if name != model else 0
+            placement = Placement.from_dict(wanted.revision.placement)
+            for device in _fit(wanted, placement, self._detect(), taken, max(lacks, 0)):
+                taken[device] = taken.get(device, 0) + placement.memory
+        return taken
+
     def note(self, wanted: Effective, rows: Sequence[Row], *, waits: bool) -> bool:
         """Remember whether a model waits for room; says whether others may have some that was kept for it."""
         model, want = wanted.stored.key.name, wanted.stored.resolved["replicas"]
         if wanted.stored.deletion_time is not None:
             want = 0
         self._had[model] = want if len(rows) >= want else min(self._had.get(model, 0), want)
+        if not self._had[model] or len(rows) >= want:
+            self._vacated.pop(model, None)
         if not self._had[model]:
             del self._had[model]
         before = self.waiters.pop(model, None)

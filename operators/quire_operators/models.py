@@ -471,6 +471,7 @@ class ModelReconciler:
                 row = self._row(step.replica)
                 self._progress.pop(row.nonce, None)
                 self._store.delete_replica(row)
+                self._ledger.vacated(view.wanted)
                 self._remove_stale_logs(view.stored)
                 self._neighbours_may_move()
             case rollout.StopOrphan():

@@ -88,6 +88,8 @@ def test_who_replaces_its_own_replica_keeps_its_place(ledger: Ledger, store: Sto
     ledger.note(model("high", 1), (), waits=True)
     assert places(ledger, low, 1) == 0
     store.delete_replica(own)
+    ledger.vacated(low)
+    assert places(ledger, model("high", 1), 0) == 0, "also before it has looked itself"
     ledger.note(low, (), waits=False)
     assert places(ledger, low, 0) == 1, "it stopped one to start another"
     assert places(ledger, model("new"), 0) == 0
