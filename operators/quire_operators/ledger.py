@@ -112,8 +112,8 @@ class Ledger:
         return max(beside, free[: max(self._had.get(model, 0) - rows, 0)], key=len)
 
     def vacated(self, wanted: Effective) -> None:
-        """A model has let go of a replica: if it is to have another one, the place is kept for it until its next
-        pass, whoever asks before."""
+        """A model has let go of a replica: if it is to have another one, the place is kept for it until it
+        can have that, in a pass with nothing of it on its way out, whoever asks before."""
         self._vacated[wanted.stored.key.name] = wanted
 
     def _with_vacated(self, model: str) -> Mapping[str, int]:
@@ -132,8 +132,8 @@ class Ledger:
         if wanted.stored.deletion_time is not None:
             want = 0
         self._had[model] = want if len(rows) >= want else min(self._had.get(model, 0), want)
-        if not self._had[model] or len(rows) >= want:
-            self._vacated.pop(model, None)
+        if not any(row.goal is Goal.DRAIN for row in rows):
+            self._vacated.pop(model, None)  # this very pass creates what it can
         if not self._had[model]:
             del self._had[model]
         before = self.waiters.pop(model, None)

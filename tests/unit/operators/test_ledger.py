@@ -92,6 +92,7 @@ def test_who_replaces_its_own_replica_keeps_its_place(ledger: Ledger, store: Sto
     assert places(ledger, model("high", 1), 0) == 0, "also before it has looked itself"
     ledger.note(low, (), waits=False)
     assert places(ledger, low, 0) == 1, "it stopped one to start another"
+    assert places(ledger, model("high", 1), 0) == 1, "what it did not take in its pass is kept no longer"
     assert places(ledger, model("new"), 0) == 0
     paused = replace(low, stored=replace(low.stored, resolved={**low.stored.resolved, "replicas": 0}))
     ledger.note(paused, (), waits=False)
