@@ -11,6 +11,7 @@ from typing import cast
 
 import msgspec
 
+from quire.errors import Api
 from quire.router.api.events import Envelope
 from quire.router.api.logprobs import Writer
 from quire.router.fleet import ServedModel
@@ -27,6 +28,7 @@ class ChatFormat:
     """The chat endpoint's `Format`."""
 
     operation = "chat"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -83,7 +85,8 @@ class ChatStream:
     def __init__(self, job: Job, request: ChatRequest) -> None:
         self._job = job
         self._envelope = Envelope(job, "chat.completion.chunk", wants_usage=request.wants_usage)
-        self.closing = self._envelope.closing
+        self.end = self._envelope.end
+        self.broken = self._envelope.broken
         self._writer = Writer(job)
         self._first = True
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from quire.errors import Api
 from quire.router.api import logprobs
 from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
@@ -38,6 +39,7 @@ class CompletionFormat:
     """The completions endpoint's `Format`."""
 
     operation = "text_completion"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -158,7 +160,8 @@ class CompletionStream:
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job
         self._envelope = Envelope(job, "text_completion", wants_usage=request.wants_usage)
-        self.closing = self._envelope.closing
+        self.end = self._envelope.end
+        self.broken = self._envelope.broken
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
         return b"".join(

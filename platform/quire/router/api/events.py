@@ -5,12 +5,16 @@ The bytes around what changes are made once per stream; an event is three pieces
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
+from quire.errors import HttpError
 from quire.router.job import Job
 from quire_schemas.openai.answer import Usage
 
 _json = msgspec.json.Encoder()
+DONE: Final = b"data: [DONE]\n\n"
 
 
 class Envelope:
@@ -26,6 +30,7 @@ class Envelope:
             "system_fingerprint": job.fingerprint,
         }
         self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
+        self._wants_usage = wants_usage
         self._tail = b',"usage":null}\n\n' if wants_usage else b"}\n\n"
 
     def opens(self, index: int) -> bool:
@@ -42,9 +47,13 @@ class Envelope:
         """
         return self._head + choice + b"]" + more + (self._tail if usage is None else _with(usage))
 
-    def closing(self, usage: Usage) -> bytes:
-        """The event without choices that carries the whole usage."""
-        return self._head + b"]" + _with(usage)
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream: for those who asked for it, an event without choices that has the whole usage."""
+        return (self._head + b"]" + _with(usage) if self._wants_usage else b"") + DONE
+
+    def broken(self, error: HttpError) -> bytes:
+        """The event of a stream that breaks off."""
+        return b"data: " + error.body + b"\n\n"
 
 
 def _with(usage: Usage) -> bytes:
