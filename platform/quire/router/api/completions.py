@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -159,11 +159,11 @@ class CompletionStream:
 
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job
-        self._envelope = Envelope(job, "text_completion", wants_usage=request.wants_usage)
+        self._envelope = Envelope(job, "text_completion", request.stream_options)
         self.end = self._envelope.end
         self.broken = self._envelope.broken
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         return b"".join(
             self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
         )

@@ -43,7 +43,7 @@ from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
-from quire_schemas.openai.answer import PromptTokensDetails, Usage
+from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.request import ModelRequest
 
@@ -95,8 +95,8 @@ class Format(Protocol[R]):
 class StreamFormat(Protocol):
     """Writes the events of one stream."""
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
-        """Events for one batch; `usage` when it is to be in every event."""
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
+        """Events for one batch; `usage` tells the tokens so far."""
 
     def end(self, usage: Usage) -> bytes:
         """What tells the client that the answer is complete."""
@@ -191,14 +191,13 @@ class Exchange(Generic[R]):
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
-        form = self._format.stream(run.job, request)
+        form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 if self._stream is None:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
                     self._stream = form
-                usage = usage_of(run) if request.wants_running_usage else None
                 made = await _off_loop_if_large(run.job, functools.partial(form.events, batch, usage))
                 await send({"type": "http.response.body", "body": made, "more_body": True})
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
@@ -230,6 +229,9 @@ def usage_of(run: Run) -> Usage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
+        completion_tokens_details=(
+            CompletionTokensDetails(reasoning_tokens=run.reasoning_tokens) if run.job.operation == "chat" else None
+        ),
     )
 
 
