@@ -14,10 +14,11 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from dataclasses import replace
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -28,11 +29,12 @@ from quire.router.spans import RequestSpan
 from quire.text import Tokenizer, params
 from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
-from quire_schemas.openai.chat import ChatRequest
+from quire_schemas.openai.chat import ChatRequest, Message
 from quire_schemas.openai.completions import CompletionRequest
-from quire_schemas.openai.embeddings import EmbeddingRequest
+from quire_schemas.openai.embeddings import EmbeddingRequest, PooledFields
 from quire_schemas.openai.request import Prompt
 from quire_schemas.openai.sampling import SamplingFields
+from quire_schemas.openai.score import ScoreRequest
 
 W = TypeVar("W")
 
@@ -92,22 +94,9 @@ class Gateway:
     ) -> Job:
         """The job of a chat request; `size` is its body's, in bytes. Raises `InvalidRequest` and `TextError`."""
         tokenizer = served.usable
-        variables = request.chat_template_kwargs or {}
-        for name in variables:
-            if not name.isidentifier() or name.startswith("_") or name in RESERVED:
-                raise InvalidRequest(
-                    "'chat_template_kwargs' has a name that requests may not set.", param="chat_template_kwargs"
-                )
-        goes_on = bool(request.continue_final_message)
-        prompted = request.add_generation_prompt if request.add_generation_prompt is not None else not goes_on
 
         def ids() -> tuple[list[int], tuple[int, ...] | None]:
-            text = tokenizer.render(
-                [message.for_template() for message in request.messages],
-                add_generation_prompt=prompted,
-                continue_final_message=goes_on,
-                **variables,
-            )
+            text = rendered(tokenizer, request)
             bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
             whole = _encoded(tokenizer, text, bool(request.add_special_tokens), bound, "messages")
             prompt = _truncated(whole, served.route, request)
@@ -188,6 +177,36 @@ class Gateway:
         span: RequestSpan,
     ) -> Job:
         """The job of a request for vectors. Raises `InvalidRequest`."""
+        named = tuple(_named(request.input, "input"))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        return replace(job, as_base64=request.encoding_format == "base64")
+
+    async def score(
+        self,
+        request: ScoreRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job of a request for scores: the vectors of all texts, each made once. Raises `InvalidRequest`."""
+        (left, queries), (right, documents) = request.sides
+        named = (*_named(queries, left), *_named(documents, right))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        count = len(queries)
+        pairs = tuple((place if count > 1 else 0, count + place) for place in range(len(documents)))
+        return replace(job, id=f"score-{uuid.uuid4().hex}", operation="score", pairs=pairs)
+
+    async def _pooled(
+        self,
+        request: PooledFields,
+        named: Sequence[tuple[str, Prompt]],
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job that makes a vector of each prompt; they come with their names for errors."""
         tokenizer = served.usable
         if served.route.scripted:
             raise InvalidRequest(
@@ -212,9 +231,7 @@ class Gateway:
             return ids
 
         began = time.monotonic()
-        prompts = await self.aside(
-            lambda: tuple(read(given, field) for field, given in _named(request.input, "input")), size
-        )
+        prompts = await self.aside(lambda: tuple(read(given, field) for field, given in named), size)
         _tokenized(span, began, sum(map(len, prompts)))
         return Job(
             id=f"embd-{uuid.uuid4().hex}",
@@ -235,7 +252,6 @@ class Gateway:
             arrived_at=arrived_at,
             span=span,
             pooling=wire.Pooling(request.pooling or "last", dimensions=request.dimensions),
-            as_base64=request.encoding_format == "base64",
         )
 
     def _job(
@@ -341,6 +357,39 @@ class Gateway:
             prompt_alone=max_tokens == 0,
             constrained_by=constraint.field if constraint is not None else "",
         )
+
+
+class Conversation(Protocol):
+    """What of a request the text of its prompt is made of."""
+
+    @property
+    def turns(self) -> Sequence[Message]: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+    @property
+    def continue_final_message(self) -> bool | None: ...
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None: ...
+
+
+def rendered(tokenizer: Tokenizer, request: Conversation, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The text that the model's template makes of a conversation. Raises `InvalidRequest` and `TextError`."""
+    variables = request.chat_template_kwargs or {}
+    for name in variables:
+        if not name.isidentifier() or name.startswith("_") or name in RESERVED:
+            raise InvalidRequest(
+                "'chat_template_kwargs' has a name that requests may not set.", param="chat_template_kwargs"
+            )
+    goes_on = bool(request.continue_final_message)
+    return tokenizer.render(
+        [message.for_template() for message in request.turns],
+        tools,
+        add_generation_prompt=not goes_on
+        if request.add_generation_prompt is None
+        else request.add_generation_prompt,
+        continue_final_message=goes_on,
+        **variables,
+    )
 
 
 def _limit(route: wire.ModelRoute) -> int:

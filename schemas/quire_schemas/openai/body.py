@@ -17,8 +17,6 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quire_schemas.openai.request import ModelRequest
-
 
 class BadRequest(Exception):
     """The body is not a request we can honour. `param` names the field, where one is to blame."""
@@ -55,10 +53,9 @@ MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
 P = TypeVar("P", bound=BaseModel)
-R = TypeVar("R", bound=ModelRequest)
 
 
-def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal], ignore_unknown: bool = False) -> R:
+def read(body: bytes, kind: type[P], refused: Mapping[str, Refusal], ignore_unknown: bool = False) -> P:
     """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`.
 
     What is refused by name stays refused where unknown fields are ignored.
@@ -252,6 +249,13 @@ _CROSS_FIELD: Final = frozenset(
         "triggers",
         "whitespace_pattern",
         "disable_any_whitespace",
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "chat_template_kwargs",
+        "queries",
+        "text_1",
+        "data_1",
     }
 )
 """Checks over several fields: the error's type is the field to name."""
@@ -272,6 +276,8 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
             "arguments",
             "prompt",
             "input",
+            "ids",
+            "tool",
             "script",
             "schema",
             "one_constraint",

@@ -28,6 +28,7 @@ from quire_schemas.openai.sampling import (
     MAX_TOP_LOGPROBS,
 )
 from quire_schemas.openai.structured import MAX_CHOICE_TEXTS, MAX_SCHEMA_DEPTH, MAX_STRUCTURES, MAX_TRIGGERS
+from quire_schemas.openai.tokens import MAX_TOOLS
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -45,6 +46,8 @@ LIMITS: Final = (
     Limit("`chat_template_kwargs`", MAX_TEMPLATE_VARIABLES, "entries"),
     Limit("`prompt`", MAX_PROMPTS, "prompts"),
     Limit("`input`", MAX_PROMPTS, "inputs"),
+    Limit("each side of a score", MAX_PROMPTS, "texts"),
+    Limit("`tools` of `/tokenize`", MAX_TOOLS, "tools"),
     Limit("`n`", MAX_CHOICES),
     Limit("`best_of`", MAX_CHOICES),
     Limit("`n`, or `best_of`, times the prompts", MAX_PROMPTS),
