@@ -163,6 +163,7 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
+    from quire.router.api.absent import ABSENT
     from quire_schemas import wire
     from quire_schemas.openai.body import WITHOUT_EFFECT
     from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
@@ -170,12 +171,22 @@ def api_page() -> str:
     from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
     from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
+    from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest
+    from quire_schemas.openai.tokens import (
+        DETOKENIZE_REFUSED,
+        TOKENIZE_REFUSED,
+        DetokenizeRequest,
+        TokenizeRequest,
+    )
 
     lines = _head("HTTP API")
     endpoints = (
         ("POST /v1/chat/completions", ChatRequest, CHAT_REFUSED),
         ("POST /v1/completions", CompletionRequest, COMPLETION_REFUSED),
         ("POST /v1/embeddings", EmbeddingRequest, EMBEDDING_REFUSED),
+        ("POST /v1/score", ScoreRequest, SCORE_REFUSED),
+        ("POST /tokenize", TokenizeRequest, TOKENIZE_REFUSED),
+        ("POST /detokenize", DetokenizeRequest, DETOKENIZE_REFUSED),
     )
     lines += [
         "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "
@@ -224,6 +235,16 @@ def api_page() -> str:
         f"| a body | the Gateway's `maxBodySize`, {body:,} bytes by default; above it a 413 |",
     ]
     lines += [f"| {limit.what} | {limit.most:,} {limit.of}".rstrip() + " |" for limit in LIMITS]
+    lines.append("")
+    lines += [
+        "## Paths of other servers",
+        "",
+        "Each is a 404 with the code `endpoint_not_served`, and so is what is below it.",
+        "",
+        "| path | why not, and what to use instead |",
+        "|---|---|",
+    ]
+    lines += [f"| `{path}` | {reason} |" for path, reason in ABSENT.items()]
     lines.append("")
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]

@@ -12,11 +12,14 @@ from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
-from quire.router.api import health, models
+from quire.router.api import absent, health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange
+from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.score import ScoreFormat
+from quire.router.api.tokens import Tokens
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
@@ -63,6 +66,8 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)
     embedding_format = EmbeddingFormat(gateway)
+    score_format = ScoreFormat(gateway)
+    messages_format = MessagesFormat(gateway)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -75,6 +80,26 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     @post("/v1/embeddings")
     async def embeddings() -> ASGIApp:
         return Exchange(gateway, spans, embedding_format)
+
+    @post(["/v1/score", "/score"])
+    async def score() -> ASGIApp:
+        return Exchange(gateway, spans, score_format)
+
+    @post("/v1/messages")
+    async def messages() -> ASGIApp:
+        return Exchange(gateway, spans, messages_format)
+
+    @post("/v1/messages/count_tokens")
+    async def count_tokens() -> ASGIApp:
+        return TokenCounting(gateway, spans)
+
+    @post(["/v1/tokenize", "/tokenize"])
+    async def tokenize() -> ASGIApp:
+        return Tokens(gateway, spans)
+
+    @post(["/v1/detokenize", "/detokenize"])
+    async def detokenize() -> ASGIApp:
+        return Tokens(gateway, spans, back=True)
 
     @get("/v1/models")
     async def list_models() -> ASGIApp:
@@ -105,6 +130,11 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         chat,
         completions,
         embeddings,
+        score,
+        messages,
+        count_tokens,
+        tokenize,
+        detokenize,
         list_models,
         get_model,
         get_health,
@@ -141,7 +171,9 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     """The framework's errors as ours: they carry its own words, and sometimes paths."""
     if isinstance(error, NotFoundException):
-        return NotFound(f"There is no such path. There are: {_endpoints(request.app)}.")
+        return absent.refusal(request.url.path) or NotFound(
+            f"There is no such path. There are: {_endpoints(request.app)}."
+        )
     if isinstance(error, MethodNotAllowedException):
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))

@@ -70,6 +70,8 @@ class Job:
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """The prompts whose vectors are compared, by their places."""
     prompt_alone: bool = False
     """No text is wanted: the one token that an engine draws is left out."""
     constrained_by: str = ""
@@ -104,7 +106,7 @@ class Job:
     @property
     def is_large(self) -> bool:
         """Whether writing its answer may take so long that others would notice."""
-        return self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
+        return self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None or bool(self.pairs)
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""

@@ -213,6 +213,10 @@ class ChatRequest(SamplingFields):
         return self
 
     @property
+    def turns(self) -> list[Message]:
+        return self.messages
+
+    @property
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
