@@ -2,8 +2,8 @@
 
 A path that leads nowhere may be a slip, and is answered with what there is. One of these is none: its client
 speaks to the right server and wants what it does not do. It is a 404 with a code of its own rather than a 501,
-which clients and proxies take for a failure that may pass, and try again. An entry stands for everything below its path,
-too, in any method; the longest that fits counts. A route that is made for a path takes it from here by itself.
+which clients and proxies take for a failure that may pass, and try again. An entry stands for everything below its
+path, too, in any method; the longest that fits counts. A route that is made for a path takes it from here.
 """
 
 from __future__ import annotations
