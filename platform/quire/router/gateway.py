@@ -343,6 +343,8 @@ class Gateway:
                 request.prompt_logprobs,
                 bool(request.return_token_ids),
                 bool(request.return_tokens_as_token_ids),
+                prompt_text=isinstance(request, ChatRequest) and bool(request.return_prompt_text),
+                metrics=bool(request.return_metrics),
             ),
             stops=tuple(request.stop or ()),
             include_stop=bool(request.include_stop_str_in_output),

@@ -11,8 +11,9 @@ from typing import cast
 
 import msgspec
 
-from quire.router.api.events import Envelope
+from quire.router.api.events import Envelope, closed, ending
 from quire.router.api.logprobs import Writer
+from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -54,6 +55,8 @@ class ChatFormat:
             choices=[_choice(job, index, mine) for index, mine in enumerate(by_choice)],
             usage=usage,
             prompt_token_ids=job.prompts[0] if job.shown.token_ids else None,
+            prompt_text=_prompt_text(job) if job.shown.prompt_text else None,
+            metrics=Timing(job).whole(updates),
         ).model_dump()
         for choice, mine in zip(answer["choices"], by_choice, strict=True):
             choice["logprobs"] = msgspec.Raw(writer.chat([score for update in mine for score in update.scores]))
@@ -73,8 +76,14 @@ def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
         message=AssistantMessage(role="assistant", content="".join(update.text for update in mine)),
         logprobs=None,
         finish_reason=cast(FinishReason, mine[-1].finish_reason),
+        stop_reason=mine[-1].stop_reason,
         token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
     )
+
+
+def _prompt_text(job: Job) -> str:
+    """What the model read, special tokens written out."""
+    return job.tokenizer.decode(job.prompts[0], skip_special_tokens=False)
 
 
 class ChatStream:
@@ -86,20 +95,24 @@ class ChatStream:
         self.closing = self._envelope.closing
         self._writer = Writer(job)
         self._first = True
+        self._timing = Timing(job)
 
     def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
         return b"".join(
-            self._envelope.event(choice, usage, self._once())
+            self._envelope.event(choice, usage, self._once() + last)
             for update in updates
-            for choice in self._choices(update)
+            for choice, last in closed(self._choices(update), self._timing.take(update))
         )
 
     def _once(self) -> bytes:
         """What the first event alone has."""
         first, self._first = self._first, False
-        if not (first and self._job.shown.token_ids):
-            return b""
-        return b',"prompt_token_ids":' + _json.encode(self._job.prompts[0])
+        shown, fields = self._job.shown, b""
+        if first and shown.token_ids:
+            fields += b',"prompt_token_ids":' + _json.encode(self._job.prompts[0])
+        if first and shown.prompt_text:
+            fields += b',"prompt_text":' + _json.encode(_prompt_text(self._job))
+        return fields
 
     def _choices(self, update: Update) -> Iterator[bytes]:
         if self._envelope.opens(update.index):
@@ -109,7 +122,7 @@ class ChatStream:
             scores = self._writer.chat(update.scores)
             yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores, ids=ids)
         if update.finish_reason is not None:
-            yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))
+            yield _chunk(update.index, b"{}", finish=ending(update))
 
 
 def _chunk(

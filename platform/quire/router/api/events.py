@@ -5,10 +5,12 @@ The bytes around what changes are made once per stream; an event is three pieces
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import msgspec
 
-from quire.router.job import Job
-from quire_schemas.openai.answer import Usage
+from quire.router.job import Job, Update
+from quire_schemas.openai.answer import RequestMetrics, Usage
 
 _json = msgspec.json.Encoder()
 
@@ -45,6 +47,19 @@ class Envelope:
     def closing(self, usage: Usage) -> bytes:
         """The event without choices that carries the whole usage."""
         return self._head + b"]" + _with(usage)
+
+
+def ending(update: Update) -> bytes:
+    """The finish reason of a choice, and behind it what ended its text."""
+    return _json.encode(update.finish_reason) + b',"stop_reason":' + _json.encode(update.stop_reason)
+
+
+def closed(choices: Iterable[bytes], metrics: RequestMetrics | None) -> Iterator[tuple[bytes, bytes]]:
+    """Each choice with the further fields of its event: the last one has the metrics, if there are any."""
+    every = list(choices)
+    told = b"" if metrics is None else b',"metrics":' + metrics.model_dump_json().encode()
+    for place, choice in enumerate(every):
+        yield choice, told if place == len(every) - 1 else b""
 
 
 def _with(usage: Usage) -> bytes:
