@@ -25,6 +25,7 @@ from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
+from quire.router.proof import Prover
 from quire.router.spans import RequestSpans
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
@@ -58,6 +59,7 @@ class Reply:
 def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     """The application that serves `fleet`."""
     gateway = Gateway(fleet)
+    prover = Prover()
     fleet.metrics.watch(tracing.counts)
     gpus = Watch()
     gpus.start()
@@ -112,7 +114,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
     @route("/health", http_method=_PROBE)
     async def get_health() -> ASGIApp:
-        return Reply(*health.health(fleet))
+        return Reply(*await health.health(fleet, prover))
 
     @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
+from quire_schemas.openai.answer import (
+    Answer,
+    AnswerOnRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestMetrics,
+    Usage,
+)
 from quire_schemas.openai.body import NOT_YET, Refusal, explained, read
 from quire_schemas.openai.request import Count, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, SamplingFields, check_min_tokens
@@ -132,6 +139,8 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer goes on with the last message instead of beginning a new one."""
+    return_prompt_text: bool | None = None
+    """The answer has the text that the template made of the messages."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     """Texts to answer from, for templates that show them."""
@@ -292,13 +301,14 @@ class ChatChoice(AnswerOnRequest):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: str | int | None = None
     token_ids: list[int] | None = None
 
 
 class ChatCompletion(AnswerOnRequest):
     """Answer to a chat request without `stream`."""
 
-    on_request = frozenset({"prompt_logprobs", "prompt_token_ids"})
+    on_request = frozenset({"prompt_logprobs", "prompt_token_ids", "prompt_text", "metrics"})
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -308,6 +318,8 @@ class ChatCompletion(AnswerOnRequest):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
+    metrics: RequestMetrics | None = None
 
 
 class ChatDelta(Answer):
@@ -327,6 +339,8 @@ class ChatChunkChoice(Answer):
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
+    stop_reason: str | int | None = None
+    """Beside the finish reason alone."""
     token_ids: list[int] | None = None
 
 
@@ -342,3 +356,7 @@ class ChatChunk(Answer):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     """In the first event, if asked for."""
+    prompt_text: str | None = None
+    """In the first event, if asked for."""
+    metrics: RequestMetrics | None = None
+    """In the event of the last finish reason, if asked for."""
