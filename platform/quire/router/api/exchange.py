@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -100,12 +101,15 @@ class StreamFormat(Protocol):
 
 
 class Exchange(Generic[R]):
-    """Answers one request. Call it as an ASGI application."""
+    """Answers one request. Call it as an ASGI application. `background`: nobody waits for the answer."""
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
+    def __init__(
+        self, gateway: Gateway, spans: RequestSpans, form: Format[R], *, background: bool = False
+    ) -> None:
         self._gateway = gateway
         self._spans = spans
         self._format = form
+        self._background = background
         self._settings = gateway.fleet.table.http
         self._started = False
         self._refused = True
@@ -139,7 +143,7 @@ class Exchange(Generic[R]):
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
             handles.requests[self._format.operation, finish].inc()
-            if not self._refused and finish != "refused":
+            if not self._refused and finish != "refused" and not self._background:
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
             sent = 200 if self._started else status or None
@@ -154,10 +158,10 @@ class Exchange(Generic[R]):
         self._model = served.route.model
         span.name(self._format.operation, request.model)
         span.set({signals.GEN_AI_REQUEST_MODEL: request.model, signals.GEN_AI_RESPONSE_MODEL: self._model})
-        with self._gateway.admit(served, self._format.sequences(request)):
+        with self._gateway.admit(served, self._format.sequences(request), background=self._background):
             job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, job)
-            span.set(_request_attributes(job))
+            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            span.set(_request_attributes(run.job))
             in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
             in_flight.inc()
             self._refused = False
