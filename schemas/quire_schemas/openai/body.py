@@ -17,7 +17,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quire_schemas.openai.request import ModelRequest
+from quire_schemas.openai.request import Shape
 
 
 class BadRequest(Exception):
@@ -55,7 +55,7 @@ MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
 P = TypeVar("P", bound=BaseModel)
-R = TypeVar("R", bound=ModelRequest)
+R = TypeVar("R", bound=Shape)
 
 
 def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal], ignore_unknown: bool = False) -> R:
