@@ -9,7 +9,9 @@ What becomes of an answer:
 
 - 200, and every refusal that would be the same next time: it is the line's answer;
 - 429, 503 and an engine's death: the model is left alone for a while, longer each time, and the line goes behind
-  the others of its model; a fault of ours (500) likewise, but only `FAULTS` times;
+  the others of its model; a fault of ours (500) likewise, but only `FAULTS` times. A line whose engine died goes
+  first, so that it is soon known whether the engine died of it. One that seems so (`quarantine`) is put aside
+  until that is forgotten, since engines are also killed from outside; the second time it is the line's answer;
 - the batch's window ends, or it is cancelled: lines without an answer are told so in the error file.
 
 **Exactly once.** A line counts as done when its answer is committed, in groups of what came within
@@ -42,6 +44,7 @@ import msgspec
 from litestar.types import Message
 
 from quire.errors import StorageUnavailable
+from quire.router import quarantine
 from quire.router.api.exchange import Exchange, Format
 from quire.router.batch_input import Reading
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
@@ -63,6 +66,8 @@ ROOM_SECONDS: Final = 0.1
 PAUSES: Final = (0.25, 15.0)
 """Seconds that a model is left alone when a line could not be answered, and the most that doubling makes of it."""
 FAULTS: Final = 3
+QUARANTINES: Final = 2
+QUARANTINE_SECONDS: Final = quarantine.REMEMBERED_SECONDS + 5.0
 WORKED_AT_ONCE: Final = 16
 """Batches; later ones begin when an earlier one is done."""
 MAX_AT_ONCE: Final = 512
@@ -115,15 +120,24 @@ class _Work:
         self.lanes = deque((plan.models[at], lines) for at, lines in lanes.items())
         self.left = len(plan) - len(answered)
 
-    def put_back(self, line: int) -> None:
-        """Behind the other lines of its model."""
+    def put_back(self, line: int, *, first: bool) -> None:
+        """Before or behind the other lines of its model."""
         name = self.plan.models[self.plan.of_model[line]]
-        next(lines for model, lines in self.lanes if model == name).append(line)
+        lines = next(lines for model, lines in self.lanes if model == name)
+        (lines.appendleft if first else lines.append)(line)
 
     async def until(self, true: Callable[[], bool]) -> None:
         while not true():
             self.changed.clear()
             await self.changed.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """A line has no answer yet. `first`: it goes before the others of its model; `after` so many seconds."""
+
+    first: bool = False
+    after: float = 0.0
 
 
 @dataclass(slots=True)
@@ -428,9 +442,9 @@ class Executor:
         key = served.route.model if served is not None else name
         sequences = work.plan.sequences[line]
         self._held[key] = self._held.get(key, 0) + sequences
-        answer: Answer | None = None
+        came: Answer | _Again = _Again()
         try:
-            answer = await self._answer(work, line, key)
+            came = await self._answer(work, line, key)
         except StorageUnavailable:
             self._leave_alone(key)
         except Exception:
@@ -440,17 +454,29 @@ class Executor:
             self._held[key] -= sequences
             if not self._held[key]:
                 del self._held[key]
-            if answer is not None:
-                self._fresh.append((work, answer))
+            if isinstance(came, Answer):
+                self._fresh.append((work, came))
                 self._answered.set()
+            elif came.after:
+                self._begin(self._aside(work, line, came), "line")
             else:
-                work.put_back(line)
-                work.on_the_way -= 1
-                work.changed.set()
+                self._put_back(work, line, came)
             self._room.set()
 
-    async def _answer(self, work: _Work, line: int, key: str) -> Answer | None:
-        """Ask for the answer of a line; None when it has none yet."""
+    async def _aside(self, work: _Work, line: int, again: _Again) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(again.after):
+                await work.gone.wait()
+        self._put_back(work, line, again)
+
+    def _put_back(self, work: _Work, line: int, again: _Again) -> None:
+        work.put_back(line, first=again.first)
+        work.on_the_way -= 1
+        work.changed.set()
+        self._room.set()
+
+    async def _answer(self, work: _Work, line: int, key: str) -> Answer | _Again:
+        """Ask for the answer of a line."""
         batch, plan = work.batch, work.plan
         path = self._files.path(batch.input_file_id)
         text = await asyncio.to_thread(read_bytes, path, plan.offsets[line], plan.lengths[line])
@@ -463,10 +489,11 @@ class Executor:
             client.send,
         )
         if client.status is None:
-            return None  # it left
-        if self._is_passing(work, line, client):
-            self._leave_alone(key)
-            return None
+            return _Again()  # it left
+        if (again := self._again(work, line, client)) is not None:
+            if not again.after:
+                self._leave_alone(key)
+            return again
         self._pauses.pop(key, None)
         whole = bytes(client.body)
         ok = client.status == 200
@@ -478,16 +505,18 @@ class Executor:
         cached = (usage.prompt_tokens_details or {}).get("cached_tokens", 0)
         return Answer(batch.id, line, ok, made, usage.prompt_tokens, cached, usage.completion_tokens)
 
-    def _is_passing(self, work: _Work, line: int, client: _Client) -> bool:
-        """Whether another try may bring another answer."""
+    def _again(self, work: _Work, line: int, client: _Client) -> _Again | None:
+        """How a line is tried again that may have another answer then; None when what came is its answer."""
         if client.status in (429, 503):
-            return True
-        if client.status == 502:
-            return client.headers.get(b"x-should-retry") != b"false"
-        if client.status == 500:
+            return _Again()
+        quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
+        if client.status == 502 and not quarantined:
+            return _Again(first=True)
+        if client.status == 500 or quarantined:
             work.faults[line] = work.faults.get(line, 0) + 1
-            return work.faults[line] < FAULTS
-        return False
+            if work.faults[line] < (QUARANTINES if quarantined else FAULTS):
+                return _Again(after=QUARANTINE_SECONDS if quarantined else 0.0)
+        return None
 
     def _leave_alone(self, key: str) -> None:
         """Send the model no line for a while, longer each time, until one is answered."""
