@@ -69,6 +69,8 @@ class Job:
     """Seconds from `arrived_at` that all of it may take."""
     pooling: wire.Pooling | None = None
     """Vectors are wanted instead of text."""
+    background: bool = False
+    """Nobody waits for it."""
     beam: wire.BeamSearch | None = None
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
