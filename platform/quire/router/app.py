@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Final
 
 from litestar import Litestar, Request, Response, get, post, route
@@ -12,6 +13,7 @@ from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.router import openapi
 from quire.router.api import health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
@@ -29,6 +31,8 @@ from quire_operators.nvml import Watch
 log = logging.getLogger("quire.router")
 
 _PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
+_KIND: Final = re.compile(r":\w+}")
+"""Of a parameter in a path, what the framework is told that it is."""
 
 
 class Reply:
@@ -91,11 +95,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
     @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:
-        return Reply(200, b'{"alive":true}')
+        return Reply(*health.liveness())
 
     @route("/readyz", http_method=_PROBE)
     async def get_readyz() -> ASGIApp:
         return Reply(*health.readiness(fleet))
+
+    @get("/openapi.json")
+    async def get_description() -> ASGIApp:
+        return Reply(200, openapi.as_json())
 
     @get("/metrics")
     async def get_metrics() -> ASGIApp:
@@ -110,6 +118,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         get_health,
         get_livez,
         get_readyz,
+        get_description,
         get_metrics,
     ]
     app = Litestar(
@@ -154,7 +163,7 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
 def _endpoints(app: Litestar) -> str:
     """Every path with its method, as one line."""
     found = [
-        f"{'POST' if 'POST' in each.methods else 'GET'} {each.path_format.replace(':path', '')}"
+        f"{'POST' if 'POST' in each.methods else 'GET'} {_KIND.sub('}', each.path_format)}"
         for each in app.routes
         if isinstance(each, HTTPRoute)
     ]

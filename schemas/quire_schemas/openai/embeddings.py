@@ -10,7 +10,7 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import NOT_YET, Refusal, read
-from quire_schemas.openai.request import Count, ModelRequest, Prompt, read_prompts
+from quire_schemas.openai.request import Count, ModelRequest, Prompt, PromptsAsSent, read_prompts
 
 EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
     "messages": Refusal("send texts or token ids as input"),
@@ -41,7 +41,7 @@ def _inputs(value: object) -> list[Prompt]:
 class EmbeddingRequest(ModelRequest):
     """Body of `POST /v1/embeddings`."""
 
-    input: Annotated[list[Prompt], PlainValidator(_inputs)]
+    input: Annotated[list[Prompt], PlainValidator(_inputs, json_schema_input_type=PromptsAsSent)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
     """The leading ones alone, for models that were trained for it."""

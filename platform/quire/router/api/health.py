@@ -10,9 +10,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from quire.router.fleet import Fleet
+from quire_schemas.health import Health, Liveness, ModelHealth, Readiness
+
+
+def liveness() -> tuple[int, bytes]:
+    """Status and body of `/livez`."""
+    return 200, msgspec.json.encode(Liveness())
 
 
 def health(fleet: Fleet) -> tuple[int, bytes]:
@@ -20,19 +28,20 @@ def health(fleet: Fleet) -> tuple[int, bytes]:
     models = {}
     for served in {id(served): served for served in fleet.models.values()}.values():
         clients = served.clients
-        models[served.route.model] = {
-            "replicas": len(served.route.replicas),
-            "ready": sum(client.ready for client in clients),
-            "stalled": sum(client.stalled for client in clients),
-            "draining": sum(client.endpoint.draining for client in clients),
-            "standby": sum(client.endpoint.standby for client in clients),
-        }
-    ready = [counts["ready"] > 0 for counts in models.values()]
+        models[served.route.model] = ModelHealth(
+            replicas=len(served.route.replicas),
+            ready=sum(client.ready for client in clients),
+            stalled=sum(client.stalled for client in clients),
+            draining=sum(client.endpoint.draining for client in clients),
+            standby=sum(client.endpoint.standby for client in clients),
+        )
+    ready = [counts.ready > 0 for counts in models.values()]
+    status: Literal["ok", "degraded", "unavailable"]
     status = "ok" if ready and all(ready) else "degraded" if any(ready) else "unavailable"
-    return 200 if any(ready) else 503, msgspec.json.encode({"status": status, "models": models})
+    return 200 if any(ready) else 503, msgspec.json.encode(Health(status, models))
 
 
 def readiness(fleet: Fleet) -> tuple[int, bytes]:
     """Status and body of `/readyz`."""
     version = fleet.table.version
-    return 200 if version > 0 else 503, msgspec.json.encode({"ready": version > 0, "tableVersion": version})
+    return 200 if version > 0 else 503, msgspec.json.encode(Readiness(version > 0, version))
