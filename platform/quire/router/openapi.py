@@ -6,8 +6,8 @@ their fields in the source, and of `quire.errors.TABLE`. A path that `quire.rout
 or the reverse, fails a test.
 
 A request's schema has the fields that are honoured, and those without effect, which say so; a field that is
-refused by name is in none, as no unknown one is. OpenAPI 3.1 has no word for the events of a stream: `x-event` at
-the media type `text/event-stream` is the schema of what follows each `data: `, but for the `[DONE]` at the end.
+refused by name is in none, as no unknown one is. OpenAPI 3.1 has no word for the events of a stream: the schema at
+the media type `text/event-stream` is that of one event, its `data` the JSON of a shape; 3.2 writes `itemSchema`.
 """
 
 from __future__ import annotations
@@ -240,8 +240,10 @@ def _answer(each: Endpoint) -> dict[str, Any]:
     said = "The answer."
     if each.event is not None:
         said = "The answer, or with `stream: true` its events, one after another."
-        event = {"anyOf": [_reference(each.event), _reference(each.error)]}
-        content[EVENTS] = {"schema": {"type": "string"}, "x-event": event}
+        shape = {"anyOf": [_reference(each.event), _reference(each.error)]}
+        written = {"contentMediaType": JSON, "contentSchema": shape}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, written]}
+        content[EVENTS] = {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     return {"description": said, "headers": _ID, "content": content}
 
 
