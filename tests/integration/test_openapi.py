@@ -78,7 +78,9 @@ def described() -> Any:
     document = json.loads(as_json())
     for each in ENDPOINTS:
         if each.request is not None and "model" in each.request.model_fields:
-            document["components"]["schemas"][each.request.__name__]["properties"]["model"] = NAMES
+            properties = document["components"]["schemas"][each.request.__name__]["properties"]
+            properties["model"] = NAMES
+            properties.pop("timeout", None)  # one that is too short is a 504, and rightly so
     return document
 
 
