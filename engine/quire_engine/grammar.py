@@ -11,8 +11,8 @@ soon next.
 
 The bits allow every token whose bytes some text of the grammar continues with, however it cuts the text: which
 spelling is likely is left to the model. Where the text may end, and nowhere else, the ids that end it are allowed.
-The constraint holds from the first token on, so a model that thinks before it answers has no room for that unless
-the grammar has.
+The constraint holds from the first token on. A model that thinks before it answers has room for that if the
+constraint is a form that begins with the thought: then it is the form's rest that the answer is held to.
 """
 
 from __future__ import annotations
@@ -89,22 +89,36 @@ def source(structured: Structured, special: Mapping[str, int]) -> str:
     text = structured.text
     if len(text.encode()) > MAX_STRUCTURED:
         raise RequestRefused(REFUSED, f"it has more than {MAX_STRUCTURED} bytes")
+    body = text
+    grammars: list[str] = []
     match structured.kind:
-        case "json_schema":
-            body = "start: " + _json(_object(text), structured.whitespace)
-        case "regex":
-            body = f"start: /{llguidance.regex_to_lark(text or '()', use_ascii='')}/"
-        case "choice":
-            choices = msgspec.json.decode(text, type=list[str])
-            body = "start: " + " | ".join(map(_quoted, choices))
         case "grammar":
-            if ignored := _not_honoured.search(text):
-                name = ignored[1] or ignored[2]
-                raise RequestRefused(REFUSED, f"not supported in a grammar: {name}")
-            body = text
-        case "structural_tag":
-            body = _tags(_object(text), structured.whitespace, special)
-    return body + _OPTIONS  # behind it, so that lines and columns in errors are the author's
+            _check_honoured(text)
+        case "json_schema" | "regex" | "choice" | "structural_tag" | "form":
+            writer = _Writer(special, structured.whitespace)
+            try:
+                start = writer.structured(structured)
+            except (KeyError, TypeError, AttributeError, msgspec.MsgspecError, RecursionError):
+                if structured.kind not in _SHAPES:
+                    raise
+                raise RequestRefused(REFUSED, _SHAPES[structured.kind]) from None
+            body, grammars = "\n".join([f"start: {start}", *writer.rules]), writer.grammars
+    body += _OPTIONS  # behind it, so that lines and columns in errors are the author's
+    if not grammars:
+        return body
+    inner = [{"name": f"g{at}", "lark_grammar": each + _OPTIONS} for at, each in enumerate(grammars)]
+    return json.dumps({"grammars": [{"lark_grammar": body}, *inner]})
+
+
+_SHAPES = {
+    "structural_tag": "it must have 'triggers' and 'structures', each with 'begin', 'schema' and 'end'",
+    "form": "it is no form",
+}
+
+
+def _check_honoured(text: str) -> None:
+    if ignored := _not_honoured.search(text):
+        raise RequestRefused(REFUSED, f"not supported in a grammar: {ignored[1] or ignored[2]}")
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -137,42 +151,110 @@ def _quoted(text: str) -> str:
     return "/" + "".join(f"\\u{{{ord(char):x}}}" for char in text) + "/"
 
 
-def _tags(described: Mapping[str, Any], whitespace: str | None, special: Mapping[str, int]) -> str:
-    """Free text in which a trigger begins a structure; then its `begin`, JSON by its `schema`, and its `end`.
+class _Writer:
+    """Writes constraints as the right side of a rule, and the rules that it takes."""
 
-    Where several triggers fit a structure, it is the shortest that decides.
-    """
-    lines = ["TEXT: /(.|\\n)*/", "rest: TEXT"]
-    names: list[str] = []
-    try:
+    def __init__(self, special: Mapping[str, int], whitespace: str | None) -> None:
+        self.rules: list[str] = []
+        self.grammars: list[str] = []
+        """Whole grammars of others, whose names would get into the way of ours."""
+        self._special = special
+        self._whitespace = whitespace
+
+    def structured(self, structured: Structured) -> str:
+        text = structured.text
+        match structured.kind:
+            case "json_schema":
+                return _json(_object(text), structured.whitespace)
+            case "regex":
+                return f"/{llguidance.regex_to_lark(text or '()', use_ascii='')}/"
+            case "choice":
+                return " | ".join(map(_quoted, msgspec.json.decode(text, type=list[str])))
+            case "grammar":
+                _check_honoured(text)
+                self.grammars.append(text)
+                return f"@g{len(self.grammars) - 1}"
+            case "structural_tag":
+                return self._tags(_object(text))
+            case "form":
+                return self.form(_object(text))
+
+    def form(self, form: Mapping[str, Any]) -> str:
+        match form:
+            case {"text": text}:
+                return _with_special(text, self._special) or _quoted("")
+            case {"through": mark}:
+                return self._through(mark)
+            case {"schema": schema}:
+                return self._schema(schema, form.get("lenient", False))
+            case {"regex": text}:
+                return self.structured(Structured("regex", text))
+            case {"sequence": forms}:
+                return " ".join(f"({self.form(each)})" for each in forms)
+            case {"any": forms}:
+                return self._rule(" | ".join(self.form(each) for each in forms))
+            case {"repeat": repeated}:
+                return self._repeat(self._rule(self.form(repeated)), form)
+            case {"structured": described}:
+                return self.structured(msgspec.convert(described, Structured))
+            case {"free": starts}:
+                return self._free([(start["mark"], self.form(start["then"])) for start in starts])
+        raise KeyError
+
+    def _rule(self, body: str, options: str = "") -> str:
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{options}: {body}")
+        return name
+
+    def _schema(self, schema: Any, lenient: bool) -> str:
+        try:
+            return _json(schema, self._whitespace)
+        except RequestRefused:
+            if not lenient:
+                raise
+            kind = schema.get("type") if isinstance(schema, dict) else None
+            return _json({"type": kind} if isinstance(kind, str) else {}, self._whitespace)
+
+    def _through(self, mark: str) -> str:
+        """Any text up to the mark. No text spells a special token, so there nothing need be said of the first."""
+        if mark in self._special:
+            return f"/(.|\\n)*/ <[{self._special[mark]}]>"
+        if any(name in mark for name in self._special):
+            raise RequestRefused(REFUSED, f"trigger {mark!r} has a special token and more")
+        return self._rule(f"/(.|\\n)*/ {_quoted(mark)}", "[lazy]")
+
+    def _repeat(self, item: str, form: Mapping[str, Any]) -> str:
+        least, most, between = form.get("least") or 0, form.get("most"), form.get("between")
+        more = f"({self.form(between)} {item})" if between is not None else item
+        bounds = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+        some = item if most == 1 else f"{item} {more}{bounds}"
+        return some if least else f"({some})?"
+
+    def _free(self, starts: Sequence[tuple[str, str]]) -> str:
+        if not starts:
+            raise RequestRefused(REFUSED, "it has no structures")
+        parts = [self._rule(f"{self._through(mark)} ({then})") for mark, then in starts]
+        return f"({' | '.join(parts)})* /(.|\\n)*/"
+
+    def _tags(self, described: Mapping[str, Any]) -> str:
+        """Free text in which a trigger begins a structure; then its `begin`, JSON by its `schema`, and its `end`.
+
+        Where several triggers fit a structure, it is the shortest that decides.
+        """
         triggers = sorted(described["triggers"], key=len)
-        structures = described["structures"]
-        for number, structure in enumerate(structures):
+        starts: list[tuple[str, str]] = []
+        for number, structure in enumerate(described["structures"]):
             begin, end = structure["begin"], structure["end"]
             trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
             if trigger is None:
                 raise RequestRefused(REFUSED, f"structure {number} begins with none of the triggers")
             body = [
-                _with_special(begin[len(trigger) :], special),
-                _json(structure["schema"], whitespace),
-                _with_special(end, special),
+                _with_special(begin[len(trigger) :], self._special),
+                _json(structure["schema"], self._whitespace),
+                _with_special(end, self._special),
             ]
-            if trigger in special:
-                head = f"TEXT <[{special[trigger]}]>"
-            elif any(name in trigger for name in special):
-                raise RequestRefused(REFUSED, f"trigger {trigger!r} has a special token and more")
-            else:
-                lines.append(f"head_{number}[lazy]: TEXT {_quoted(trigger)}")
-                head = f"head_{number}"
-            lines.append(f"tag_{number}: {head} {' '.join(part for part in body if part)}")
-            names.append(f"tag_{number}")
-    except (KeyError, TypeError, AttributeError):
-        raise RequestRefused(
-            REFUSED, "it must have 'triggers' and 'structures', each with 'begin', 'schema' and 'end'"
-        ) from None
-    if not names:
-        raise RequestRefused(REFUSED, "it has no structures")
-    return "\n".join([f"start: ({' | '.join(names)})* rest", *lines])
+            starts.append((trigger, " ".join(part for part in body if part)))
+        return self._free(starts)
 
 
 def _with_special(text: str, special: Mapping[str, int]) -> str:

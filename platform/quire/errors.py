@@ -25,10 +25,14 @@
 
 The messages are our own words: nothing that a library said, no path, no address. Anything not in the table is an
 `InternalError`. Codes are stable; clients branch on them. `x-should-retry` is what the official clients obey.
+
+Status, headers and words are the same whatever API the request speaks (`Api`, told by its path); the body has the
+shape that this API's clients read.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -181,6 +185,30 @@ _UNKNOWN: Final = Row(
 )
 
 
+class Api(enum.Enum):
+    """Whose clients read an answer."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+    @classmethod
+    def at(cls, path: str) -> Api:
+        """The API that a path belongs to."""
+        return cls.ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else cls.OPENAI
+
+
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By status; below 500 the others are invalid_request_error, from there api_error."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpError:
     """An answer, ready to send, for any web framework."""
@@ -188,16 +216,19 @@ class HttpError:
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
-    """`{"error": {"message", "type", "param", "code"}}`; inside a stream it goes after `data: `."""
+    """`{"error": {"message", "type", "param", "code"}}`, or what else the API has; inside a stream it is what
+    its error event says.
+    """
     code: str | None
+    message: str
 
 
-def describe(error: BaseException) -> HttpError:
+def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
     """The answer for `error`: the row of its class or of the nearest base class in the table."""
     row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)
     param = error.param if isinstance(error, ApiError | ParamRefused) else None
     message = row.message if row.message is not None else str(error)
-    body = msgspec.json.encode({"error": {"message": message, "type": row.type, "param": param, "code": row.code}})
+    body = msgspec.json.encode(_shaped(api, row, message, param))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     retry_after = error.retry_after if isinstance(error, ApiError) else None
     if retry_after is not None:
@@ -208,4 +239,11 @@ def describe(error: BaseException) -> HttpError:
         headers.append((b"x-should-retry", b"true" if row.retry else b"false"))
     if row.close:
         headers.append((b"connection", b"close"))
-    return HttpError(row.status, tuple(headers), body, row.code)
+    return HttpError(row.status, tuple(headers), body, row.code, message)
+
+
+def _shaped(api: Api, row: Row, message: str, param: str | None) -> dict[str, object]:
+    if api is Api.OPENAI:
+        return {"error": {"message": message, "type": row.type, "param": param, "code": row.code}}
+    kind = _ANTHROPIC_TYPES.get(row.status, "invalid_request_error" if row.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}

@@ -108,11 +108,24 @@ class Structured(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a sequence's text must be, from its first token to its end.
 
     `text` is, by kind: a JSON Schema; a regular expression without look-around, for the whole text; a JSON list
-    of strings, one of which the text is; a grammar in Lark's notation as llguidance reads it; or a JSON object
-    with `structures` (each with `begin`, `schema`, `end`) and `triggers`.
+    of strings, one of which the text is; a grammar in Lark's notation as llguidance reads it; a JSON object
+    with `structures` (each with `begin`, `schema`, `end`) and `triggers`; or a form.
+
+    A form is a tree of JSON objects, each with one of these:
+
+        {"text": "…"}                         exactly this; special tokens named in it are such tokens
+        {"through": "…"}                      any text up to and including this, where it first comes
+        {"schema": {…}, "lenient": false}     JSON that fits; where it is lenient, and the engine cannot hold
+                                              to the schema, JSON of the schema's type
+        {"regex": "…"}                        what matches
+        {"sequence": [form, …]}               one after the other
+        {"any": [form, …]}                    one of them
+        {"repeat": form, "least": 0, "most": null, "between": form}
+        {"structured": {"kind": …, "text": …, "whitespace": …}}       what another constraint allows
+        {"free": [{"mark": "…", "then": form}, …]}                    any text; each mark in it begins its form
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag", "form"]
     text: str
     whitespace: str | None = None
     """In JSON: a regular expression for what may stand, once, between two of its signs. None: a blank, or a line

@@ -12,7 +12,7 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from quire.errors import InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
 from quire.router import openapi
 from quire.router.api import health, models
 from quire.router.api.chat import ChatFormat
@@ -133,7 +133,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The answer to anything that a route or the framework raised."""
-    known = describe(_ours(error, request))
+    known = describe(_ours(error, request), Api.at(request.url.path))
     if known.status == 500:
         log.error("a request failed", exc_info=error)
     headers = {name.decode(): value.decode() for name, value in known.headers}

@@ -27,6 +27,7 @@ from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
 from quire.text import TextError, Tokenizer
+from quire.text.dialects import Dialects
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -70,6 +71,11 @@ class ServedModel:
                 str(self.tokenizer)
             )  # a new one: the old would gather a traceback a request
         return self.tokenizer
+
+    @property
+    def dialects(self) -> Dialects:
+        """How the model writes calls and thoughts: as its manifest says, else as its template shows."""
+        return self.usable.dialects
 
     @property
     def vocab_size(self) -> int:

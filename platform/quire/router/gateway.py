@@ -22,11 +22,12 @@ from typing import Final, TypeVar
 import msgspec
 
 from quire.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from quire.router import conversation
+from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.spans import RequestSpan
 from quire.text import Tokenizer, params
-from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
@@ -92,29 +93,16 @@ class Gateway:
     ) -> Job:
         """The job of a chat request; `size` is its body's, in bytes. Raises `InvalidRequest` and `TextError`."""
         tokenizer = served.usable
-        variables = request.chat_template_kwargs or {}
-        for name in variables:
-            if not name.isidentifier() or name.startswith("_") or name in RESERVED:
-                raise InvalidRequest(
-                    "'chat_template_kwargs' has a name that requests may not set.", param="chat_template_kwargs"
-                )
-        goes_on = bool(request.continue_final_message)
-        prompted = request.add_generation_prompt if request.add_generation_prompt is not None else not goes_on
 
-        def ids() -> tuple[list[int], tuple[int, ...] | None]:
-            text = tokenizer.render(
-                [message.for_template() for message in request.messages],
-                add_generation_prompt=prompted,
-                continue_final_message=goes_on,
-                **variables,
-            )
+        def ids() -> tuple[Rendered, list[int], tuple[int, ...] | None]:
+            rendered = conversation.render(request, served)
             bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
-            whole = _encoded(tokenizer, text, bool(request.add_special_tokens), bound, "messages")
+            whole = _encoded(tokenizer, rendered.text, bool(request.add_special_tokens), bound, "messages")
             prompt = _truncated(whole, served.route, request)
-            return prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
+            return rendered, prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
 
         began = time.monotonic()
-        prompt, script = await self.aside(ids, size)
+        rendered, prompt, script = await self.aside(ids, size)
         _tokenized(span, began, len(prompt))
         return self._job(
             request,
@@ -127,6 +115,7 @@ class Gateway:
             f"chatcmpl-{uuid.uuid4().hex}",
             arrived_at,
             span,
+            rendered,
         )
 
     async def completion(
@@ -250,6 +239,7 @@ class Gateway:
         job_id: str,
         arrived_at: float,
         span: RequestSpan,
+        rendered: Rendered | None = None,
     ) -> Job:
         named = zip(prompts, fields, strict=True)
         max_tokens = min(_room(served.route, prompt, request, field) for prompt, field in named)
@@ -275,14 +265,15 @@ class Gateway:
             },
             vocabulary,
         )
-        budget, pattern = request.thinking_token_budget, request.repetition_detection
+        pattern = request.repetition_detection
+        budget = request.thinking_token_budget if rendered is None else rendered.thinking_budget
         logprobs = request.wanted_logprobs
         beam = None
         if request.use_beam_search:
             beam = wire.BeamSearch(request.sequences, _first(request.length_penalty, None, 1.0))
         elif logprobs is None and request.sequences > (request.n or 1):
             logprobs = 0  # what the best are told by
-        constraint = request.constraint
+        constraint = request.constraint if rendered is None else rendered.constraint
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
@@ -327,6 +318,7 @@ class Gateway:
                 request.prompt_logprobs,
                 bool(request.return_token_ids),
                 bool(request.return_tokens_as_token_ids),
+                rendered is None or rendered.shows_reasoning,
             ),
             stops=tuple(request.stop or ()),
             include_stop=bool(request.include_stop_str_in_output),
@@ -340,6 +332,7 @@ class Gateway:
             beam=beam,
             prompt_alone=max_tokens == 0,
             constrained_by=constraint.field if constraint is not None else "",
+            markup=rendered.markup if rendered is not None else None,
         )
 
 

@@ -24,7 +24,7 @@ import h11
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from quire.errors import ApiError, HostRefused, InvalidRequest, describe
+from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
 
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 16 * 1024
@@ -54,10 +54,14 @@ class Guard:
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
 
         crossing = self._crossing(headers)
+        api = Api.at(scope["path"])
+        named = [(b"x-request-id", request_id)]
+        if api is Api.ANTHROPIC:
+            named.append((b"request-id", request_id))  # where its clients look
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *crossing, (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *crossing, *named]
             await send(message)
 
         try:
@@ -67,7 +71,7 @@ class Guard:
                 await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
                 return
         except ApiError as error:
-            answer = describe(error)
+            answer = describe(error, api)
             closing = [*answer.headers, (b"connection", b"close")]
             await send_with_id({"type": "http.response.start", "status": answer.status, "headers": closing})
             await send_with_id({"type": "http.response.body", "body": answer.body, "more_body": False})

@@ -14,7 +14,8 @@ from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, Q
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
-from quire.text import AnswerText, Tokenizer
+from quire.text import AnswerText, Markup, Tokenizer
+from quire.text.dialects.parts import CallBegins, Content, Part, Plain, Reasoning
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -29,6 +30,8 @@ class Shown:
     prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
+    reasoning: bool = True
+    """What the model thought, apart from its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Job:
     """No text is wanted: the one token that an engine draws is left out."""
     constrained_by: str = ""
     """The field of the request that the answer is held to, if one is."""
+    markup: Markup | None = None
+    """How thoughts and calls are read out of the answer's text; None: it is content and nothing else."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -111,6 +116,12 @@ class Job:
             return f"token_id:{index}"
         return self.tokenizer.keys.get(index) or f"token_id:{index}"
 
+    def new_call_id(self) -> str:
+        """An id for a call of an answer."""
+        if self.markup is None:
+            raise InternalError("An answer that is not read has no calls.")
+        return self.markup.new_call_id()
+
     @property
     def fingerprint(self) -> str:
         """Changes when the model behind the name does."""
@@ -129,7 +140,8 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one choice gained since its last update. The last has a finish reason: `stop`, `length`, `repetition`.
+    """What one choice gained since its last update. The last has a finish reason: `stop`, `tool_calls` (as `stop`,
+    and there were calls), `length`, `repetition`.
 
     `token_ids` are all that were drawn, also one that ended the text. `prompt_scores` come with the first one.
     """
@@ -139,7 +151,11 @@ class Update:
     scores: tuple[TokenScore, ...]
     finish_reason: str | None
     token_ids: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
+    """What the text says once its markup is read."""
     prompt_scores: tuple[wire.TokenLogprobs, ...] = ()
+    stop_reason: str | int | None = None
+    """With the finish reason: the stop string that ended the text, or the token of `stop_token_ids` that did."""
     embedding: bytes | None = None
     """The vector, where one was asked for."""
     beams: tuple[Update, ...] = ()
@@ -150,7 +166,10 @@ class Choice:
     """One sequence's way from ids to text, over all its attempts."""
 
     __slots__ = (
+        "_called",
         "_out",
+        "_reader",
+        "_thinking",
         "attempts",
         "avoid",
         "deadline",
@@ -165,6 +184,7 @@ class Choice:
         "prompt",
         "prompt_index",
         "prompt_scores",
+        "reasoning_tokens",
         "retrying",
         "sampling",
         "scores",
@@ -206,6 +226,7 @@ class Choice:
     def begin(self) -> None:
         """Forget what an attempt before has brought."""
         self.text = self._new_text(self.sampling.min_tokens)
+        self.reasoning_tokens = 0
         self.scores: list[TokenScore] = []
         self.prompt_scores: list[wire.TokenLogprobs] = []
         self.num_scored = 0
@@ -216,10 +237,15 @@ class Choice:
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
         self._out = 0  # characters given out
+        markup = self.job.markup
+        self._reader = markup.reader() if markup is not None else Plain()
+        self._thinking = markup is not None and markup.opened
+        self._called = False
 
     def read(self, deltas: Sequence[wire.Delta]) -> Update | None:
         """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
         pieces: list[str] = []
+        parts: list[Part] = []
         finish: str | None = None
         embedding: bytes | None = None
         for delta in deltas:
@@ -238,11 +264,16 @@ class Choice:
                 self.ids.append(token)
                 offset = self.text.made
                 pieces.append(self.text.push(token))
+                if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
+                    finish = "tool_calls"
+                self.reasoning_tokens += self._thinking
                 if position < len(scores):
                     until = max(self.text.made, offset + 1)
                     self.scores.append(TokenScore(offset, until, scores[position]))
-                if self.text.hit is not None:
+                if self.text.hit is not None or finish is not None:
                     break
+            if finish is not None:
+                break
             if self.text.hit is not None:
                 finish = "stop"
                 break
@@ -255,15 +286,42 @@ class Choice:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
                 pieces.append(self.text.finish(delta.stop_token_id))
+                self._understand(parts, self._reader.push(pieces[-1]))
                 finish = "stop" if self.text.hit is not None else delta.finish_reason
         text = "".join(pieces)
         self._out += len(text)
+        if finish in ("stop", "length", "repetition"):
+            self._understand(parts, self._reader.finish())
+        if finish == "stop" and self._called:
+            finish = "tool_calls"
         ready = tuple(self._ready_scores(ended=finish is not None))
         if not (text or ready or finish):
             return None
         ids, self.ids = tuple(self.ids), []
         prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
-        return Update(self.index, text, ready, finish, ids, prompt_scores, embedding)
+        reason = self._stop_reason(deltas[-1]) if finish is not None else None
+        return Update(self.index, text, ready, finish, ids, tuple(parts), prompt_scores, reason, embedding)
+
+    def _stop_reason(self, last: wire.Delta) -> str | int | None:
+        if self.text.hit is not None:
+            return self.text.hit
+        return last.stop_token_id if last.stop_token_id in self.sampling.stop_token_ids else None
+
+    def _understand(self, parts: list[Part], read: Sequence[Part]) -> bool:
+        """Add to `parts` what was read; whether the answer is to end here, as it has the one call that it may."""
+        for part in read:
+            match part:
+                case Reasoning():
+                    self._thinking = True
+                case Content():
+                    self._thinking = False
+                case CallBegins():
+                    self._thinking = False
+                    if self._called and self.job.markup is not None and self.job.markup.one_call:
+                        return True
+                    self._called = True
+            parts.append(part)
+        return False
 
     def _found(self, beams: Sequence[wire.BeamResult]) -> Update:
         """The update that stands for the texts of a beam search."""
@@ -274,7 +332,9 @@ class Choice:
             text = self._new_text()
             whole = "".join(map(text.push, beam.token_ids)) + text.finish(beam.stop_token_id)
             ids = (*beam.token_ids, *stop)
-            found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids))
+            reader = self.job.markup.reader() if self.job.markup is not None else Plain()
+            parts = (*reader.push(whole), *reader.finish())
+            found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids, parts))
         return Update(self.index, "", (), beams[0].finish_reason, beams=tuple(found))
 
     def _new_text(self, min_tokens: int = 0) -> AnswerText:
@@ -283,6 +343,7 @@ class Choice:
             stops=self.job.stops,
             include_stop=self.job.include_stop,
             skip_special_tokens=self.job.skip_special_tokens,
+            visible=self.job.markup.visible if self.job.markup is not None else (),
             min_tokens=min_tokens,
         )
 

@@ -88,6 +88,11 @@ class Run:
         return sum(choice.generated for choice in self._choices)
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thoughts among those completed."""
+        return sum(choice.reasoning_tokens for choice in self._choices)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that were there before the job: of each prompt as many as none of its sequences computed.
 

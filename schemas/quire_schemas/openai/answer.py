@@ -34,13 +34,23 @@ class PromptTokensDetails(Answer):
     cached_tokens: int = 0
 
 
-class Usage(Answer):
+class CompletionTokensDetails(Answer):
+    """What completion tokens were for."""
+
+    reasoning_tokens: int = 0
+
+
+class Usage(AnswerOnRequest):
     """Tokens of one request. A token that ended the text counts, as the model made it."""
+
+    on_request = frozenset({"completion_tokens_details"})
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """Of chats."""
 
 
 FinishReason = Literal["stop", "length", "repetition"]

@@ -339,14 +339,6 @@ class SamplingFields(ModelRequest):
         """The field that `asked_tokens` is from, or would be."""
         return "max_tokens"
 
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def wants_running_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
 
 def check_min_tokens(least: int | None, most: int | None) -> None:
     """For the end of a request's validation, when it is known which field has the limit."""

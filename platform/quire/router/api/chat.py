@@ -1,24 +1,36 @@
 """`POST /v1/chat/completions`: how a conversation is read, and how its answer is written.
 
-A stream's events per choice: one with the role alone, events with content, one with the finish reason alone.
-`quire_schemas.openai.chat.ChatChunk` is their shape, and a test holds them to it.
+A stream's events per choice: one with the role alone, events with content, reasoning or a call each, one with the
+finish reason alone. `quire_schemas.openai.chat.ChatChunk` is their shape, and a test holds them to it. Of a call
+the first event has the id and the name, the others what its arguments gain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import msgspec
 
+from quire.errors import Api
 from quire.router.api.events import Envelope
 from quire.router.api.logprobs import Writer
+from quire.router.api.said import Said
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan
-from quire_schemas.openai.answer import FinishReason, Usage
-from quire_schemas.openai.chat import AssistantMessage, ChatChoice, ChatCompletion, ChatRequest, read_chat
+from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
+from quire_schemas.openai.answer import Usage
+from quire_schemas.openai.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatFinishReason,
+    ChatRequest,
+    read_chat,
+)
+from quire_schemas.openai.tools import AnsweredCall, CalledFunction
 
 _json = msgspec.json.Encoder()
 
@@ -27,6 +39,7 @@ class ChatFormat:
     """The chat endpoint's `Format`."""
 
     operation = "chat"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -68,11 +81,23 @@ class ChatFormat:
 
 def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
     """A choice but for its log-probabilities."""
+    said = Said.of(part for update in mine for part in update.parts)
+    thought = said.reasoning or None if job.shown.reasoning else None
+    calls = [
+        AnsweredCall(id=job.new_call_id(), function=CalledFunction(name=call.name, arguments=call.arguments))
+        for call in said.calls
+    ]
     return ChatChoice(
         index=index,
-        message=AssistantMessage(role="assistant", content="".join(update.text for update in mine)),
+        message=AssistantMessage(
+            role="assistant",
+            content=said.content if said.content or not calls else None,
+            tool_calls=calls or None,
+            reasoning=thought,
+            reasoning_content=thought,
+        ),
         logprobs=None,
-        finish_reason=cast(FinishReason, mine[-1].finish_reason),
+        finish_reason=cast(ChatFinishReason, mine[-1].finish_reason),
         token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
     )
 
@@ -82,12 +107,13 @@ class ChatStream:
 
     def __init__(self, job: Job, request: ChatRequest) -> None:
         self._job = job
-        self._envelope = Envelope(job, "chat.completion.chunk", wants_usage=request.wants_usage)
-        self.closing = self._envelope.closing
+        self._envelope = Envelope(job, "chat.completion.chunk", request.stream_options)
+        self.end = self._envelope.end
+        self.broken = self._envelope.broken
         self._writer = Writer(job)
         self._first = True
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         return b"".join(
             self._envelope.event(choice, usage, self._once())
             for update in updates
@@ -104,12 +130,32 @@ class ChatStream:
     def _choices(self, update: Update) -> Iterator[bytes]:
         if self._envelope.opens(update.index):
             yield _chunk(update.index, b'{"role":"assistant","content":""}')
+        deltas = [self._delta(part) for part in joined(update.parts)]
+        shown = [delta for delta in deltas if delta is not None]
         ids = update.token_ids if self._job.shown.token_ids else ()
-        if update.text or update.scores or ids:
-            scores = self._writer.chat(update.scores)
-            yield _chunk(update.index, b'{"content":' + _json.encode(update.text) + b"}", scores, ids=ids)
+        if not shown and (update.scores or ids):
+            shown = [b'{"content":""}']  # what belongs to tokens goes out with them, though they have no text yet
+        scores = self._writer.chat(update.scores)
+        for place, delta in enumerate(shown):
+            yield _chunk(update.index, delta, scores, ids=ids) if place == 0 else _chunk(update.index, delta)
         if update.finish_reason is not None:
             yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))
+
+    def _delta(self, part: Part) -> bytes | None:
+        match part:
+            case Content(text=text):
+                return b'{"content":' + _json.encode(text) + b"}"
+            case Reasoning(text=text):
+                thought = _json.encode(text)
+                both = b'{"reasoning":' + thought + b',"reasoning_content":' + thought + b"}"
+                return both if self._job.shown.reasoning else None
+            case CallBegins(index=index, name=name):
+                told = {"index": index, "id": self._job.new_call_id(), "type": "function"}
+                begun = {**told, "function": {"name": name, "arguments": ""}}
+                return b'{"tool_calls":[' + _json.encode(begun) + b"]}"
+            case CallArguments(index=index, text=text):
+                more = {"index": index, "function": {"arguments": text}}
+                return b'{"tool_calls":[' + _json.encode(more) + b"]}"
 
 
 def _chunk(

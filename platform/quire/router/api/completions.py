@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
 
+from quire.errors import Api
 from quire.router.api import logprobs
 from quire.router.api.events import Envelope
 from quire.router.fleet import ServedModel
@@ -38,6 +39,7 @@ class CompletionFormat:
     """The completions endpoint's `Format`."""
 
     operation = "text_completion"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -157,10 +159,11 @@ class CompletionStream:
 
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job
-        self._envelope = Envelope(job, "text_completion", wants_usage=request.wants_usage)
-        self.closing = self._envelope.closing
+        self._envelope = Envelope(job, "text_completion", request.stream_options)
+        self.end = self._envelope.end
+        self.broken = self._envelope.broken
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         return b"".join(
             self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
         )

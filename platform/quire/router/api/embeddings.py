@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
-from quire.errors import InternalError, InvalidRequest
+from quire.errors import Api, InternalError, InvalidRequest
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -33,6 +33,7 @@ class EmbeddingFormat:
     """The embeddings endpoint's `Format`."""
 
     operation = "embeddings"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

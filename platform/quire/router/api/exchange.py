@@ -27,8 +27,10 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
+    Api,
     BodyTimeout,
     BodyTooLarge,
+    HttpError,
     InvalidRequest,
     ServiceUnavailable,
     UnsupportedMediaType,
@@ -41,7 +43,7 @@ from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
-from quire_schemas.openai.answer import PromptTokensDetails, Usage
+from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.request import ModelRequest
 
@@ -51,7 +53,6 @@ BODY_SECONDS: Final = 30.0
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
-DONE: Final = b"data: [DONE]\n\n"
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -68,6 +69,8 @@ class Format(Protocol[R]):
     """What is particular to one endpoint family."""
 
     operation: str
+    api: Api
+    """Whose clients read the answers, errors among them."""
 
     def read(self, body: bytes, ignore_unknown: bool) -> R:
         """The request in a body, without the fields that are unknown if they are to be ignored. Raises
@@ -92,11 +95,14 @@ class Format(Protocol[R]):
 class StreamFormat(Protocol):
     """Writes the events of one stream."""
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
-        """Events for one batch; `usage` when it is to be in every event."""
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
+        """Events for one batch; `usage` tells the tokens so far."""
 
-    def closing(self, usage: Usage) -> bytes:
-        """The event with the usage, for those who asked for it."""
+    def end(self, usage: Usage) -> bytes:
+        """What tells the client that the answer is complete."""
+
+    def broken(self, error: HttpError) -> bytes:
+        """The one event that says that it never will be."""
 
 
 class Exchange(Generic[R]):
@@ -107,7 +113,8 @@ class Exchange(Generic[R]):
         self._spans = spans
         self._format = form
         self._settings = gateway.fleet.table.http
-        self._started = False
+        self._stream: StreamFormat | None = None
+        """Of a stream that has begun."""
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
@@ -129,8 +136,8 @@ class Exchange(Generic[R]):
             stopped = "The server stopped before the answer was complete."
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
-            known = describe(_ours(error))
-            at_fault = known.status < 500 and not self._started  # an engine may be the one who refuses
+            known = describe(_ours(error), self._format.api)
+            at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or "invalid_request", known.status
             if known.status == 500:
@@ -142,7 +149,7 @@ class Exchange(Generic[R]):
             if not self._refused and finish != "refused":
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
-            sent = 200 if self._started else status or None
+            sent = 200 if self._stream is not None else status or None
             span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
             span.end(now, failure or None, failed=status >= 500)
 
@@ -184,19 +191,17 @@ class Exchange(Generic[R]):
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
-        form = self._format.stream(run.job, request)
+        form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
-                if not self._started:
+                if self._stream is None:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-                    self._started = True
-                usage = usage_of(run) if request.wants_running_usage else None
+                    self._stream = form
                 made = await _off_loop_if_large(run.job, functools.partial(form.events, batch, usage))
                 await send({"type": "http.response.body", "body": made, "more_body": True})
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
-        end = (form.closing(usage_of(run)) if request.wants_usage else b"") + DONE
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await send({"type": "http.response.body", "body": form.end(usage_of(run)), "more_body": False})
         return reasons
 
     async def _fail(self, send: Send, error: Exception) -> None:
@@ -204,10 +209,9 @@ class Exchange(Generic[R]):
 
         What follows such an event is no end of the answer, so the server cuts the connection.
         """
-        known = describe(_ours(error))
-        if self._started:
-            event = b"data: " + known.body + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        known = describe(_ours(error), self._format.api)
+        if self._stream is not None:
+            await send({"type": "http.response.body", "body": self._stream.broken(known), "more_body": True})
             return
         await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
         await send({"type": "http.response.body", "body": known.body, "more_body": False})
@@ -225,6 +229,9 @@ def usage_of(run: Run) -> Usage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
+        completion_tokens_details=(
+            CompletionTokensDetails(reasoning_tokens=run.reasoning_tokens) if run.job.operation == "chat" else None
+        ),
     )
 
 
