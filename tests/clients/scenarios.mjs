@@ -129,6 +129,7 @@ const scenarios = {
       messages: SAY,
       temperature: 0,
       max_tokens: 100,
+      reasoning_effort: "none",
       response_format: zodResponseFormat(Verdict, "verdict"),
     });
     Verdict.parse(answer.choices[0].message.parsed);
@@ -249,7 +250,7 @@ const scenarios = {
 
   async "ai: structured output"() {
     const { output } = await generateText({
-      model: vercel().chatModel("tiny"),
+      model: vercel({ reasoning_effort: "none" }).chatModel("tiny"),
       messages: SAY,
       temperature: 0,
       maxOutputTokens: 100,

@@ -52,7 +52,7 @@ async def test_many_at_once(server: Server) -> None:
 
 @pytest.mark.parametrize("method", ["json_schema", pytest.param("function_calling", marks=needs("tools"))])
 def test_structured_output(server: Server, method: Literal["json_schema", "function_calling"]) -> None:
-    tiny = model(server, "tiny", temperature=0, max_completion_tokens=100)
+    tiny = model(server, "tiny", temperature=0, max_completion_tokens=100, reasoning_effort="none")
     assert isinstance(tiny.with_structured_output(Verdict, method=method).invoke("Please sit down."), Verdict)
 
 

@@ -99,11 +99,11 @@ class Verdict(BaseModel):
 
 def test_structured_output_is_parsed_into_a_model(client: openai.OpenAI) -> None:
     parsed = client.chat.completions.parse(
-        model="tiny", messages=SAY, temperature=0, max_tokens=100, response_format=Verdict
+        model="tiny", messages=SAY, temperature=0, max_tokens=100, reasoning_effort="none", response_format=Verdict
     )
     assert isinstance(parsed.choices[0].message.parsed, Verdict)
     with client.chat.completions.stream(
-        model="tiny", messages=SAY, temperature=0, max_tokens=100, response_format=Verdict
+        model="tiny", messages=SAY, temperature=0, max_tokens=100, reasoning_effort="none", response_format=Verdict
     ) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.parsed == parsed.choices[0].message.parsed

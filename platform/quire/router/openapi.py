@@ -13,6 +13,7 @@ the media type `text/event-stream` is that of one event, its `data` the JSON of 
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import json
@@ -306,54 +307,81 @@ def _is_struct(kind: Any) -> bool:
     return all(isinstance(part, type) and issubclass(part, msgspec.Struct) for part in get_args(kind) or (kind,))
 
 
-_REFERENCE: Final = "#/components/schemas/{%s}"
+_COMPONENTS: Final = "#/components/schemas/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Schemas:
+    """A schema for each shape of the table, and the components that these refer to, by name."""
+
+    of_shape: Mapping[Any, Any]
+    components: Mapping[str, Any]
+
+    def name(self, kind: Any) -> str:
+        """The component that a shape is."""
+        return str(self.of_shape[kind]["$ref"]).rpartition("/")[2]
 
 
 @functools.cache
-def _schemas() -> tuple[dict[Any, Any], dict[str, Any]]:
-    """A schema for each shape of the table, and the components that they refer to."""
+def _schemas() -> _Schemas:
+    """Made by the libraries, each for its own kind of shapes."""
     shapes = _shapes()
     structs = [kind for kind in shapes if _is_struct(kind)]
-    made, components = msgspec.json.schema_components(structs, ref_template=_REFERENCE % "name")
-    of_shape: dict[Any, Any] = dict(zip(structs, made, strict=True))
-    others = [kind for kind in shapes if kind not in of_shape]
+    made, components = msgspec.json.schema_components(structs, ref_template=_COMPONENTS + "{name}")
+    others = [kind for kind in shapes if not _is_struct(kind)]
     by_key, more = TypeAdapter.json_schemas(
-        [(kind, "validation", TypeAdapter(kind)) for kind in others], ref_template=_REFERENCE % "model"
+        [(kind, "validation", TypeAdapter(kind)) for kind in others], ref_template=_COMPONENTS + "{model}"
     )
-    for (kind, _), schema in by_key.items():
-        of_shape[kind] = schema
+    of_shape = dict(zip(structs, made, strict=True)) | {kind: schema for (kind, _), schema in by_key.items()}
     for name, schema in more.get("$defs", {}).items():
         if components.setdefault(name, schema) is not schema:
-            raise ValueError(f"two shapes of the API have the name {name}")
-    return of_shape, dict(components)
+            raise ValueError(f"a model and a Struct of the API have the name {name}")
+    notes = {_mangled(kind): _notes(kind) for kind in _classes()}
+    notes |= {kind.__name__: notes[_mangled(kind)] for kind in _classes() if kind.__name__ in components}
+    return _Schemas(
+        {kind: _plain(schema, {}) for kind, schema in of_shape.items()},
+        {_short(name): _plain(schema, notes.get(name, {})) for name, schema in sorted(components.items())},
+    )
+
+
+def _mangled(kind: type) -> str:
+    """What Pydantic calls a class that has its name in common with another."""
+    return f"{kind.__module__}.{kind.__qualname__}".replace(".", "__")
+
+
+def _short(name: str) -> str:
+    """The same in fewer words: the module's and the class's own."""
+    *_, module, own = ("__" + name).split("__")
+    return module.capitalize() + own
 
 
 def _reference(kind: Any) -> dict[str, Any]:
-    schema: dict[str, Any] = _plain(_schemas()[0][kind], {})
-    return schema
+    schema: dict[str, Any] = _schemas().of_shape[kind]
+    return copy.deepcopy(schema)
 
 
 def _components() -> dict[str, Any]:
-    """The schemas by name, fields with the notes below them in the source."""
-    classes: dict[str, type] = {}
-    for kind in _shapes():
-        _gather(kind, classes)
-    made = {
-        name: _plain(schema, _notes(classes[name]) if name in classes else {})
-        for name, schema in sorted(_schemas()[1].items())
-    }
+    """The schemas by name, those of requests with the fields that are without effect."""
+    made = copy.deepcopy(dict(_schemas().components))
     for each in ENDPOINTS:
         if each.request is not None:
-            properties = made[each.request.__name__]["properties"]
+            properties = made[_schemas().name(each.request)]["properties"]
             for name, purpose in each.without_effect.items():
                 properties.setdefault(name, {"description": f"Accepted without effect: {purpose}."})
     return made
 
 
-def _gather(kind: Any, classes: dict[str, type]) -> None:
-    """Every class that a shape is made of, by name."""
-    if isinstance(kind, type) and kind.__module__.startswith("quire_schemas.") and kind.__name__ not in classes:
-        classes[kind.__name__] = kind
+def _classes() -> set[type]:
+    """Every class that the shapes of the table are made of."""
+    found: set[type] = set()
+    for kind in _shapes():
+        _gather(kind, found)
+    return found
+
+
+def _gather(kind: Any, classes: set[type]) -> None:
+    if isinstance(kind, type) and kind.__module__.startswith("quire_schemas.") and kind not in classes:
+        classes.add(kind)
         for hint in get_type_hints(kind, include_extras=True).values():
             _gather(hint, classes)
     for part in (*get_args(kind), getattr(kind, "json_schema_input_type", None)):
@@ -367,7 +395,11 @@ def _notes(kind: type) -> dict[str, str]:
     for each in reversed(kind.__mro__):
         if not each.__module__.startswith("quire_schemas."):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
+        try:
+            source = inspect.getsource(each)
+        except OSError:  # a class that a program made
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0]
         for said, below in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
             if not (isinstance(said, ast.AnnAssign) and isinstance(said.target, ast.Name)):
                 continue
@@ -383,9 +415,11 @@ def _notes(kind: type) -> dict[str, str]:
 
 
 def _plain(schema: Any, notes: Mapping[str, str]) -> Any:
-    """A schema without the titles and empty defaults that were made of names, and with notes at its fields."""
+    """A schema without titles and empty defaults, with references by short names, and with notes at its fields."""
     if isinstance(schema, list):
         return [_plain(part, {}) for part in schema]
+    if isinstance(schema, str) and schema.startswith(_COMPONENTS):
+        return _COMPONENTS + _short(schema.removeprefix(_COMPONENTS))
     if not isinstance(schema, dict):
         return schema
     made: dict[str, Any] = {}
