@@ -7,6 +7,7 @@ answer as somebody else, end a request with a chosen error. It also keeps a reco
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,6 +235,10 @@ class WireEngine:
         elif run.sent >= len(run.answer):
             delta.finish_reason, delta.stop_token_id = "stop", 0
         if delta.finish_reason is not None:
+            delta.timings = run.timings(self.skew, self.cached(run.request), now)
+        if (pooling := run.request.pooling) is not None:  # one step, one vector
+            delta.token_ids, delta.finish_reason = (), "stop"
+            delta.embedding = struct.pack("<f", 1.0) + bytes(4 * (min(pooling.dimensions or 8, 8) - 1))
             delta.timings = run.timings(self.skew, self.cached(run.request), now)
         if run.request.beam is not None:  # says when it begins, and what it found
             delta.token_ids = ()

@@ -1,8 +1,9 @@
 """`platform reference FOLDER`: the reference pages, written from the product itself; --check compares.
 
 Pages: the command line (click's own help), every manifest field and every reason (what `platform explain` prints),
-what commands print for programs, what the HTTP API takes and answers, the metrics that the router exports, and the
-spans of a trace. `make docs` writes them, `make docs-check` fails when a page is not what would be written.
+what commands print for programs, what the HTTP API takes and answers (for people, and as the OpenAPI document that
+the router serves), the metrics that the router exports, and the spans of a trace. `make docs` writes them,
+`make docs-check` fails when a page is not what would be written.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def reference(folder: Path, check: bool) -> int:
         "output.md": output_page(),
         "metrics.md": metrics_page(),
         "spans.md": spans_page(),
+        "openapi.json": openapi_page(),
     }
     if check:
         stale = [name for name, text in pages.items() if _read(folder / name) != text]
@@ -164,31 +166,16 @@ def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
     from quire.router.api.absent import ABSENT
+    from quire.router.openapi import ENDPOINTS
     from quire_schemas import wire
     from quire_schemas.openai.body import WITHOUT_EFFECT
-    from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
-    from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
-    from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
     from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
-    from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest
-    from quire_schemas.openai.tokens import (
-        DETOKENIZE_REFUSED,
-        TOKENIZE_REFUSED,
-        DetokenizeRequest,
-        TokenizeRequest,
-    )
 
     lines = _head("HTTP API")
-    endpoints = (
-        ("POST /v1/chat/completions", ChatRequest, CHAT_REFUSED),
-        ("POST /v1/completions", CompletionRequest, COMPLETION_REFUSED),
-        ("POST /v1/embeddings", EmbeddingRequest, EMBEDDING_REFUSED),
-        ("POST /v1/score", ScoreRequest, SCORE_REFUSED),
-        ("POST /tokenize", TokenizeRequest, TOKENIZE_REFUSED),
-        ("POST /detokenize", DetokenizeRequest, DETOKENIZE_REFUSED),
-    )
     lines += [
+        "The same for programs: [openapi.json](openapi.json), which the router serves at `/openapi.json`.",
+        "",
         "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "
         "else OpenAI's default. `builtin://tiny` says `do_sample: false` there, so it is greedy unless the "
         "request gives a `temperature`.",
@@ -209,15 +196,13 @@ def api_page() -> str:
         "`prompt_tokens` it counts each prompt once.",
         "",
     ]
-    for title, request, refused in endpoints:
-        lines += [
-            f"## {title}",
-            "",
-            "Honoured: " + ", ".join(f"`{name}`" for name in request.model_fields) + ".",
-            "",
-        ]
+    for each in ENDPOINTS:
+        if each.request is None:
+            continue
+        honoured = ", ".join(f"`{name}`" for name in each.request.model_fields)
+        lines += [f"## {each.methods[0]} {each.path}", "", f"Honoured: {honoured}.", ""]
         lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
-        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in refused.items()]
+        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
         lines.append("")
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
@@ -254,6 +239,13 @@ def api_page() -> str:
         rows.append(f"| {row.status} | `{row.type}` | {f'`{row.code}`' if row.code else ''} | {retry} |")
     lines += dict.fromkeys(rows)  # several exceptions are one error to a client
     return "\n".join(lines) + "\n"
+
+
+def openapi_page() -> str:
+    """The OpenAPI document, as the router serves it."""
+    from quire.router.openapi import as_text
+
+    return as_text()
 
 
 def metrics_page() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Final
 
 from litestar import Litestar, Request, Response, delete, get, post, route
@@ -12,6 +13,7 @@ from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.router import openapi
 from quire.router.api import absent, batches, files, health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
@@ -37,6 +39,8 @@ from quire_operators.nvml import Watch
 log = logging.getLogger("quire.router")
 
 _PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
+_KIND: Final = re.compile(r":\w+}")
+"""Of a parameter in a path, what the framework is told that it is."""
 
 
 class Reply:
@@ -167,11 +171,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
 
     @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:
-        return Reply(200, b'{"alive":true}')
+        return Reply(*health.liveness())
 
     @route("/readyz", http_method=_PROBE)
     async def get_readyz() -> ASGIApp:
         return Reply(*health.readiness(fleet))
+
+    @get("/openapi.json")
+    async def get_description() -> ASGIApp:
+        return Reply(200, openapi.as_json())
 
     @get("/metrics")
     async def get_metrics() -> ASGIApp:
@@ -200,6 +208,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         get_health,
         get_livez,
         get_readyz,
+        get_description,
         get_metrics,
     ]
     app = Litestar(

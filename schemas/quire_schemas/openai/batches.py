@@ -20,6 +20,7 @@ MAX_LINES: Final = 50_000
 MAX_CUSTOM_ID: Final = 512
 MAX_ERRORS: Final = 100
 """After so many wrong lines the rest of a file is not looked at."""
+BATCHES_LISTED: Final = 20
 MAX_BATCHES_LISTED: Final = 100
 MAX_PAIRS: Final = 16
 MAX_KEY: Final = 64
@@ -50,6 +51,14 @@ class CreateBatch(Shape):
 def read_create(body: bytes, ignore_unknown: bool = False) -> CreateBatch:
     """The request in a body. Raises `BadRequest`."""
     return read(body, CreateBatch, {}, ignore_unknown)
+
+
+class ListBatches(Shape):
+    """Parameters of `GET /v1/batches`."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_BATCHES_LISTED)] = BATCHES_LISTED
+    after: str | None = None
+    """The last batch of the page before."""
 
 
 class BatchError(Answer):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from quire_schemas.openai.answer import (
     Answer,
@@ -76,11 +77,27 @@ def _content(value: object) -> str | None:
     return "\n".join(texts)
 
 
+class TextPart(TypedDict):
+    """A part of a message's content."""
+
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A refusal in the content of an earlier answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class Message(Shape):
     """One turn of the conversation. `developer` is the newer name of `system`, and templates see it as that."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, PlainValidator(_content)] = None
+    content: Annotated[
+        str | None, PlainValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
+    ] = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

@@ -18,7 +18,7 @@ from quire_schemas.openai.answer import (
     Usage,
 )
 from quire_schemas.openai.body import Refusal, read
-from quire_schemas.openai.request import MAX_INT, MAX_PROMPTS, Prompt, read_prompts
+from quire_schemas.openai.request import MAX_INT, MAX_PROMPTS, Prompt, PromptsAsSent, read_prompts
 from quire_schemas.openai.sampling import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
@@ -38,7 +38,7 @@ COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
 class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(read_prompts)]
+    prompt: Annotated[list[Prompt], PlainValidator(read_prompts, json_schema_input_type=PromptsAsSent)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     """0 writes nothing: for the log-probabilities of the prompt."""
     logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None

@@ -10,7 +10,7 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import NOT_YET, Refusal, read
-from quire_schemas.openai.request import Count, ModelRequest, Prompt, read_prompts
+from quire_schemas.openai.request import Count, ModelRequest, Prompt, PromptsAsSent, read_prompts
 
 EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
     "messages": Refusal("send texts or token ids as input"),
@@ -51,7 +51,7 @@ class PooledFields(ModelRequest):
 class EmbeddingRequest(PooledFields):
     """Body of `POST /v1/embeddings`."""
 
-    input: Annotated[list[Prompt], PlainValidator(_inputs)]
+    input: Annotated[list[Prompt], PlainValidator(_inputs, json_schema_input_type=PromptsAsSent)]
     encoding_format: Literal["float", "base64"] | None = None
 
 

@@ -29,6 +29,26 @@ class ExpiresAfter(Shape):
     seconds: Annotated[int, Field(ge=SHORTEST_SECONDS, le=LONGEST_SECONDS)]
 
 
+class UploadForm(Shape):
+    """The parts of an upload, in any order. `read` takes them apart as they come (`quire.router.api.files`)."""
+
+    file: Annotated[bytes, Field(json_schema_extra={"format": "binary"})]
+    purpose: Literal["batch"]
+    expires_after_anchor: Annotated[Literal["created_at"] | None, Field(alias="expires_after[anchor]")] = None
+    expires_after_seconds: Annotated[int | None, Field(alias="expires_after[seconds]")] = None
+
+
+class ListFiles(Shape):
+    """Parameters of `GET /v1/files`."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_FILES_LISTED)] = MAX_FILES_LISTED
+    after: str | None = None
+    """The last file of the page before."""
+    order: Literal["asc", "desc"] = "desc"
+    """By age: the newest first, or last."""
+    purpose: str | None = None
+
+
 class FileObject(Answer):
     """One file."""
 

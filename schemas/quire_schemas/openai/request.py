@@ -27,6 +27,13 @@ class ModelRequest(Shape):
 
 
 Prompt = str | list[int]
+PromptsAsSent = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+"""What `read_prompts` reads, as the API's description has it."""
 
 
 def read_prompts(value: object) -> list[Prompt]:

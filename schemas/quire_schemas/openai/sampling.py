@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quire_schemas import wire
@@ -85,6 +93,18 @@ def _check_stop(value: str) -> str:
     if len(value.encode()) > MAX_STOP_BYTES:
         raise PydanticCustomError("stop", f"must not be longer than {MAX_STOP_BYTES} bytes")
     return value
+
+
+_StopString = Annotated[
+    str,
+    AfterValidator(_check_stop),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_STOP_BYTES}),
+]
+_StopAsSent = _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOPS)]
+_BiasAsSent = Annotated[
+    dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
+]
 
 
 def _bias(value: object) -> dict[int, float]:
@@ -180,14 +200,16 @@ class SamplingFields(ModelRequest):
     ) = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=_BiasAsSent)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: (
         Annotated[
-            list[Annotated[str, AfterValidator(_check_stop)]],
-            BeforeValidator(_as_list),
+            list[_StopString],
             Field(max_length=MAX_STOPS),
+            BeforeValidator(_as_list, json_schema_input_type=_StopAsSent),
         ]
         | None
     ) = None
@@ -206,9 +228,7 @@ class SamplingFields(ModelRequest):
     """Seconds from the arrival of the request after which it ends with an error, whatever is still missing."""
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     """Only these are chosen."""
-    bad_words: (
-        Annotated[list[Annotated[str, AfterValidator(_check_stop)]], Field(max_length=MAX_BAD_WORDS)] | None
-    ) = None
+    bad_words: Annotated[list[_StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
     """Texts that never come into the answer in the tokens that stand for them, with or without a space before."""
     thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     """Tokens that thoughts may have; then they are closed. Only for models that mark their thoughts."""
@@ -233,7 +253,9 @@ class SamplingFields(ModelRequest):
     """Of a beam search, whose texts go by log-probability ÷ tokens ^ `length_penalty`. 1 unless given."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    script: Annotated[str | list[int], PlainValidator(_script)] | None = None
+    script: (
+        Annotated[str | list[int], PlainValidator(_script, json_schema_input_type=str | list[TokenId])] | None
+    ) = None
     """The answer, for models whose runner is scripted alone: text, or token ids."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import NOT_YET, Refusal, read
 from quire_schemas.openai.embeddings import EmbeddingUsage, PooledFields
-from quire_schemas.openai.request import Prompt, read_prompts
+from quire_schemas.openai.request import Prompt, PromptsAsSent, read_prompts
 
 SIDES: Final = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"), ("queries", "items"))
 """What is compared with what."""
@@ -44,7 +44,7 @@ def _texts(value: object) -> list[Prompt]:
         raise PydanticCustomError("input", error.message().replace(" prompts", " texts")) from None
 
 
-Texts = Annotated[list[Prompt], PlainValidator(_texts)]
+Texts = Annotated[list[Prompt], PlainValidator(_texts, json_schema_input_type=PromptsAsSent)]
 
 
 class ScoreRequest(PooledFields):

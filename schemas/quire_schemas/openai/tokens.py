@@ -19,7 +19,7 @@ from quire_schemas.openai.chat import (
     Effort,
     Message,
 )
-from quire_schemas.openai.request import MAX_MODEL_NAME, Shape, are_ids
+from quire_schemas.openai.request import MAX_MODEL_NAME, Shape, TokenId, are_ids
 from quire_schemas.openai.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
 
 TOKENIZE_REFUSED: Final[Mapping[str, Refusal]] = {
@@ -92,7 +92,7 @@ class TokenizeRequest(_OfTokenizer):
 class DetokenizeRequest(_OfTokenizer):
     """Body of `POST /detokenize`."""
 
-    tokens: Annotated[list[int], PlainValidator(_ids)]
+    tokens: Annotated[list[int], PlainValidator(_ids, json_schema_input_type=list[TokenId])]
 
 
 def read_tokenize(body: bytes, ignore_unknown: bool = False) -> TokenizeRequest:

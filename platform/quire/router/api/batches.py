@@ -14,10 +14,16 @@ from quire.router.api.files import cursor, known, reply, whole
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
 from quire_schemas import wire
-from quire_schemas.openai.batches import MAX_BATCHES_LISTED, BatchList, BatchObject, read_create
+from quire_schemas.openai.batches import (
+    BATCHES_LISTED,
+    MAX_BATCHES_LISTED,
+    BatchList,
+    BatchObject,
+    ListBatches,
+    read_create,
+)
 from quire_schemas.openai.body import BadRequest
 
-PAGE: Final = 20
 _SHOWN: Final = (
     "id", "endpoint", "model", "input_file_id", "completion_window", "status", "output_file_id", "error_file_id",
     "created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
@@ -78,8 +84,10 @@ def batch_object(batch: Batch) -> BatchObject:
 
 async def listed(batches: Batches, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/batches`. Raises `InvalidRequest`."""
-    known(query, ("limit", "after"))
-    found, more = await batches.page(whole(query, "limit", PAGE, MAX_BATCHES_LISTED), cursor(query, PREFIX))
+    known(query, tuple(ListBatches.model_fields))
+    found, more = await batches.page(
+        whole(query, "limit", BATCHES_LISTED, MAX_BATCHES_LISTED), cursor(query, PREFIX)
+    )
     answer = BatchList(
         data=[batch_object(each) for each in found],
         first_id=found[0].id if found else None,

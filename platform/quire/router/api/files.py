@@ -28,6 +28,7 @@ from quire_schemas.openai.files import (
     FileDeleted,
     FileList,
     FileObject,
+    ListFiles,
 )
 
 MAX_FIELD: Final = 1024
@@ -229,7 +230,7 @@ def file_object(file: StoredFile) -> FileObject:
 
 async def listed(files: Files, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/files`. Raises `InvalidRequest`."""
-    known(query, ("limit", "after", "order", "purpose"))
+    known(query, tuple(ListFiles.model_fields))
     limit = whole(query, "limit", MAX_FILES_LISTED, MAX_FILES_LISTED)
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):

@@ -12,10 +12,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from quire.router.fleet import Fleet
 from quire.router.proof import Prover
+from quire_schemas.health import Health, Liveness, ModelHealth, Readiness
+
+
+def liveness() -> tuple[int, bytes]:
+    """Status and body of `/livez`."""
+    return 200, msgspec.json.encode(Liveness())
 
 
 async def health(fleet: Fleet, prover: Prover) -> tuple[int, bytes]:
@@ -25,20 +33,21 @@ async def health(fleet: Fleet, prover: Prover) -> tuple[int, bytes]:
     models = {}
     for served in every:
         clients = served.clients
-        models[served.route.model] = {
-            "replicas": len(served.route.replicas),
-            "ready": sum(client.ready and not prover.failing(client) for client in clients),
-            "stalled": sum(client.stalled for client in clients),
-            "failing": sum(client.ready and prover.failing(client) for client in clients),
-            "draining": sum(client.endpoint.draining for client in clients),
-            "standby": sum(client.endpoint.standby for client in clients),
-        }
-    ready = [counts["ready"] > 0 for counts in models.values()]
+        models[served.route.model] = ModelHealth(
+            replicas=len(served.route.replicas),
+            ready=sum(client.ready and not prover.failing(client) for client in clients),
+            stalled=sum(client.stalled for client in clients),
+            failing=sum(client.ready and prover.failing(client) for client in clients),
+            draining=sum(client.endpoint.draining for client in clients),
+            standby=sum(client.endpoint.standby for client in clients),
+        )
+    ready = [counts.ready > 0 for counts in models.values()]
+    status: Literal["ok", "degraded", "unavailable"]
     status = "ok" if ready and all(ready) else "degraded" if any(ready) else "unavailable"
-    return 200 if any(ready) else 503, msgspec.json.encode({"status": status, "models": models})
+    return 200 if any(ready) else 503, msgspec.json.encode(Health(status, models))
 
 
 def readiness(fleet: Fleet) -> tuple[int, bytes]:
     """Status and body of `/readyz`."""
     version = fleet.table.version
-    return 200 if version > 0 else 503, msgspec.json.encode({"ready": version > 0, "tableVersion": version})
+    return 200 if version > 0 else 503, msgspec.json.encode(Readiness(version > 0, version))
