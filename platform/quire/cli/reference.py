@@ -164,6 +164,7 @@ def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
     from quire_schemas import wire
+    from quire_schemas.openai.batches import CreateBatch
     from quire_schemas.openai.body import WITHOUT_EFFECT
     from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
     from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
@@ -208,6 +209,14 @@ def api_page() -> str:
         lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
         lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in refused.items()]
         lines.append("")
+    lines += [
+        "## POST /v1/files, POST /v1/batches",
+        "",
+        "Files: `file`, `purpose`, `expires_after[anchor]`, `expires_after[seconds]`. Batches: "
+        + ", ".join(f"`{name}`" for name in CreateBatch.model_fields)
+        + ". Their limits are in [batches](../batches.md).",
+        "",
+    ]
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += [
