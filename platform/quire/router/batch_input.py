@@ -52,7 +52,7 @@ class Reading:
         until = clock() + A_MOMENT
         while clock() < until:
             if not self._next():
-                if not self._number:
+                if not self.plan and not self.errors:
                     self._wrong("empty_file", "The file has no line.", None, line=None)
                 return False
         return True

@@ -51,7 +51,7 @@ from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_ans
 from quire.router.files import Files, read_bytes
 from quire.router.gateway import Gateway
 from quire.router.spans import RequestSpans
-from quire.router.store import Incoming
+from quire.router.store import Incoming, make
 from quire_schemas.openai.batches import LineError, LineResponse, OutputLine, read_line
 
 log = logging.getLogger("quire.router")
@@ -72,8 +72,10 @@ WORKED_AT_ONCE: Final = 16
 """Batches; later ones begin when an earlier one is done."""
 MAX_AT_ONCE: Final = 512
 """Lines on their way, of all models."""
-MAX_UNCOMMITTED: Final = 1_000
-EXPORTED_AT_ONCE: Final = 200
+MAX_UNCOMMITTED: Final = 200
+"""Answers in memory: no line is sent while so many wait for the disk."""
+EXPORTED_AT_ONCE: Final = 16
+"""Answers: each may have some megabytes."""
 _WORDS: Final = {
     "expired": LineError(
         "batch_expired", "This request could not be executed before the completion window expired."
@@ -239,7 +241,7 @@ class Executor:
         path = self._batches.store.folder / "lock"
         while True:
             try:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make(path.parent)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError:
                 await asyncio.sleep(LOOK_SECONDS)  # the first who wants to keep something is told why
@@ -490,10 +492,10 @@ class Executor:
         )
         if client.status is None:
             return _Again()  # it left
-        if (again := self._again(work, line, client)) is not None:
-            if not again.after:
+        if (later := again(work, line, client)) is not None:
+            if not later.after:
                 self._leave_alone(key)
-            return again
+            return later
         self._pauses.pop(key, None)
         whole = bytes(client.body)
         ok = client.status == 200
@@ -504,19 +506,6 @@ class Executor:
             return Answer(batch.id, line, ok, made)
         cached = (usage.prompt_tokens_details or {}).get("cached_tokens", 0)
         return Answer(batch.id, line, ok, made, usage.prompt_tokens, cached, usage.completion_tokens)
-
-    def _again(self, work: _Work, line: int, client: _Client) -> _Again | None:
-        """How a line is tried again that may have another answer then; None when what came is its answer."""
-        if client.status in (429, 503):
-            return _Again()
-        quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
-        if client.status == 502 and not quarantined:
-            return _Again(first=True)
-        if client.status == 500 or quarantined:
-            work.faults[line] = work.faults.get(line, 0) + 1
-            if work.faults[line] < (QUARANTINES if quarantined else FAULTS):
-                return _Again(after=QUARANTINE_SECONDS if quarantined else 0.0)
-        return None
 
     def _leave_alone(self, key: str) -> None:
         """Send the model no line for a while, longer each time, until one is answered."""
@@ -592,6 +581,20 @@ class _Client:
             self.headers = dict(message["headers"])
         elif message["type"] == "http.response.body":
             self.body += message["body"]
+
+
+def again(work: _Work, line: int, client: _Client) -> _Again | None:
+    """How a line is tried again that may have another answer then; None when what came is its answer."""
+    if client.status in (429, 503):
+        return _Again()
+    quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
+    if client.status == 502 and not quarantined:
+        return _Again(first=True)
+    if client.status == 500 or quarantined:
+        work.faults[line] = work.faults.get(line, 0) + 1
+        if work.faults[line] < (QUARANTINES if quarantined else FAULTS):
+            return _Again(after=QUARANTINE_SECONDS if quarantined else 0.0)
+    return None
 
 
 def _request_id() -> str:

@@ -102,7 +102,7 @@ class Store:
         return refusal(error)
 
     def _open(self) -> tuple[File, sa.Engine]:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make(self.folder)
         file = File(self._path)
         engine = file.engine()
         try:
@@ -145,6 +145,13 @@ class Store:
         return SteadyClock(kept["base"])
 
 
+def make(folder: Path) -> None:
+    """Have a folder that nobody else can open, and that outlives a power cut. Raises `OSError`."""
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def refusal(error: StoreError | OSError) -> StorageUnavailable:
     """What the disk or the database says, for clients."""
     full = error.full if isinstance(error, StoreUnavailable) else getattr(error, "errno", None) in _NO_ROOM
@@ -171,9 +178,8 @@ class Incoming:
         self._part = path.with_name(f"{path.name}.part")
         self.size = 0
         with _refused():
-            if not path.parent.exists():
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                sync_folder(path.parent.parent)
+            make(path.parent.parent)
+            make(path.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._file = os.fdopen(os.open(self._part, flags, 0o600), "wb")
 
@@ -211,4 +217,4 @@ def _refused() -> Iterator[None]:
         raise refusal(error) from error
 
 
-__all__ = ["METADATA", "Incoming", "Store", "refusal"]
+__all__ = ["METADATA", "Incoming", "Store", "make", "refusal"]
