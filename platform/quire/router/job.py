@@ -30,6 +30,8 @@ class Shown:
     token_ids: bool = False
     tokens_as_ids: bool = False
     prompt_text: bool = False
+    ending: bool = False
+    """Among the log-probabilities those of the token that ended the text."""
     metrics: bool = False
     """Where the time of the request went."""
 
@@ -279,6 +281,8 @@ class Choice:
                 if delta.stop_token_id is not None:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
+                    if self.job.shown.ending and len(scores) > len(delta.token_ids):
+                        self.scores.append(TokenScore(self.text.made, self.text.made, scores[-1]))
                 pieces.append(self.text.finish(delta.stop_token_id))
                 stop = self._named(delta.stop_token_id)
                 finish = "stop" if self.text.hit is not None else delta.finish_reason
