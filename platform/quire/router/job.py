@@ -33,6 +33,8 @@ class Shown:
     reasoning: bool = True
     """What the model thought, apart from its answer."""
     prompt_text: bool = False
+    ending: bool = False
+    """Among the log-probabilities those of the token that ended the text."""
     metrics: bool = False
     """Where the time of the request went."""
 
@@ -310,6 +312,8 @@ class Choice:
                 if delta.stop_token_id is not None:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
+                    if self.job.shown.ending and len(scores) > len(delta.token_ids):
+                        self.scores.append(TokenScore(self.text.made, self.text.made, scores[-1]))
                 pieces.append(self.text.finish(delta.stop_token_id))
                 self._understand(parts, self._reader.push(pieces[-1]))
                 stop = self._named(delta.stop_token_id)
