@@ -245,7 +245,7 @@ def _system(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     try:
-        return _joined(_texts.validate_python(value, strict=True))
+        return _joined(_texts.validate_python(value))
     except ValidationError as error:
         raise PydanticCustomError("system", "must be a string or a list of text blocks") from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,10 @@ class Job:
         """Whether writing its answer may take so long that others would notice."""
         scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
         return scored or bool(self.pairs) or self.shown.prompt_text
+
+    async def written(self, write: Callable[[], bytes]) -> bytes:
+        """What `write` gives of the answer, without others having to wait for it."""
+        return await asyncio.to_thread(write) if self.is_large else write()
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""

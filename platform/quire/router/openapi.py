@@ -50,6 +50,15 @@ from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, Com
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
 from quire_schemas.openai.files import FileDeleted, FileList, FileObject, ListFiles, UploadForm
 from quire_schemas.openai.models import ModelCard, ModelList
+from quire_schemas.openai.responses import (
+    RESPONSES_REFUSED,
+    RESPONSES_WITHOUT_EFFECT,
+    InputItems,
+    ListInputItems,
+    ResponseDeleted,
+    ResponseObject,
+    ResponsesRequest,
+)
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
 from quire_schemas.openai.tokens import (
     DETOKENIZE_REFUSED,
@@ -162,6 +171,49 @@ ENDPOINTS: Final = (
         request=EmbeddingRequest,
         refused=EMBEDDING_REFUSED,
         answer=EmbeddingList,
+    ),
+    Endpoint(
+        "createResponse",
+        "/v1/responses",
+        "Answer a conversation of items, which may go on from a response that is kept.",
+        ("POST",),
+        (*ENGINE, *TEMPLATE, *ONE_STORED),
+        request=ResponsesRequest,
+        refused=RESPONSES_REFUSED,
+        without_effect=RESPONSES_WITHOUT_EFFECT,
+        answer=ResponseObject,
+        event=dict[str, Any],
+    ),
+    Endpoint(
+        "retrieveResponse",
+        "/v1/responses/{response_id}",
+        "A response that is kept.",
+        errors=ONE_STORED,
+        answer=ResponseObject,
+    ),
+    Endpoint(
+        "deleteResponse",
+        "/v1/responses/{response_id}",
+        "Keep a response no longer.",
+        ("DELETE",),
+        ONE_STORED,
+        answer=ResponseDeleted,
+    ),
+    Endpoint(
+        "cancelResponse",
+        "/v1/responses/{response_id}/cancel",
+        "End a response in the background.",
+        ("POST",),
+        ONE_STORED,
+        answer=ResponseObject,
+    ),
+    Endpoint(
+        "listInputItems",
+        "/v1/responses/{response_id}/input_items",
+        "What a response answers.",
+        errors=ONE_STORED,
+        query=ListInputItems,
+        answer=InputItems,
     ),
     *(
         Endpoint(

@@ -61,7 +61,10 @@ class CompletionFormat:
     ) -> Job:
         return await self._gateway.completion(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: CompletionRequest, updates: Sequence[Update], usage: Usage) -> bytes:
+        return await job.written(lambda: self._whole(job, updates, usage))
+
+    def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         answer = Completion(
             id=job.id,
             object="text_completion",
