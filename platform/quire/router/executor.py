@@ -393,19 +393,13 @@ class Executor:
         status = "cancelled" if batch.status == "cancelling" else "completed" if complete else "expired"
         (output_id, output), (error_id, errors) = [await asyncio.to_thread(self._files.begin) for _ in range(2)]
         try:
-            first = 0
-            while first < len(plan):
-                answers = await self._batches.answers(batch.id, first, EXPORTED_AT_ONCE)
-                last = answers[-1][0] + 1 if answers else len(plan)
-                told = {line: (ok, text) for line, ok, text in answers}
-                without = [line for line in range(first, last) if line not in told]
-                for line in without:
-                    if (lost := await asyncio.to_thread(self._lost, batch, plan, line, status)) is not None:
-                        told[line] = (False, lost)
-                await asyncio.to_thread(_write, output, errors, told)
-                first = last
-            await asyncio.to_thread(output.keep)
-            await asyncio.to_thread(errors.keep)
+            for first in range(0, len(plan), EXPORTED_AT_ONCE):
+                lines = range(first, min(first + EXPORTED_AT_ONCE, len(plan)))
+                told = await self._batches.answers(batch.id, lines)
+                await asyncio.to_thread(self._write, work, plan, lines, told, status, output, errors)
+            for file in (output, errors):
+                if file.size:
+                    await asyncio.to_thread(file.keep)
             work.batch = await self._batches.end(batch, status, (output_id, output.size), (error_id, errors.size))
         finally:
             output.discard()
@@ -413,15 +407,28 @@ class Executor:
         done = work.batch
         log.info("batch %s: %s, %d completed, %d failed", done.id, done.status, done.completed, done.failed)
 
-    def _lost(self, batch: Batch, plan: Plan, line: int, status: str) -> bytes | None:
-        """The output of a line without an answer; None where the input is gone. Blocks."""
-        path = self._files.path(batch.input_file_id)
-        if not path.exists():
-            log.error("batch %s: its input is gone, and line %d has no name", batch.id, line + 1)
-            return None
-        text = read_bytes(path, plan.offsets[line], plan.lengths[line])
-        custom_id, _ = read_line(text, batch.endpoint)
-        return _encoded(OutputLine(_request_id(), custom_id, None, _WORDS[status]))
+    def _write(
+        self,
+        work: _Work,
+        plan: Plan,
+        lines: Sequence[int],
+        told: Mapping[int, tuple[bool, bytes]],
+        status: str,
+        output: Incoming,
+        errors: Incoming,
+    ) -> None:
+        """Write what `lines` came to. Blocks."""
+        path = self._files.path(work.batch.input_file_id)
+        for line in lines:
+            ok, text = told.get(line, (False, b""))
+            if not text and path.exists():
+                whole = read_bytes(path, plan.offsets[line], plan.lengths[line])
+                custom_id, _ = read_line(whole, work.batch.endpoint)
+                text = _encoded(OutputLine(_request_id(), custom_id, None, _WORDS[status]))
+            elif not text:  # somebody took it away
+                log.error("batch %s: its input is gone, and line %d has no name", work.batch.id, line + 1)
+            if text:
+                (output if ok else errors).write(text)
 
     # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -430,7 +437,9 @@ class Executor:
         while True:
             self._room.clear()
             while not self._draining and self._send_one():
-                await asyncio.sleep(0)  # who came in meanwhile goes first
+                began = time.monotonic()
+                await asyncio.sleep(0)  # who came in meanwhile goes first,
+                await asyncio.sleep(time.monotonic() - began)  # and half of the loop's time is left to others
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ROOM_SECONDS if self._turns else None):
                     await self._room.wait()
@@ -590,13 +599,6 @@ def _request_id() -> str:
 
 def _encoded(line: OutputLine) -> bytes:
     return msgspec.json.encode(line) + b"\n"
-
-
-def _write(output: Incoming, errors: Incoming, told: Mapping[int, tuple[bool, bytes]]) -> None:
-    for file, wanted in ((output, True), (errors, False)):
-        text = b"".join(told[line][1] for line in sorted(told) if told[line][0] is wanted)
-        if text:
-            file.write(text)
 
 
 @contextlib.contextmanager
