@@ -233,3 +233,12 @@ async def test_a_server_that_refuses_is_an_error_before_anything_is_measured() -
 
     with pytest.raises(Refused, match="no such model"):
         await drive(answer)
+
+
+async def test_a_server_that_does_not_know_ignore_eos_is_an_error_that_says_how_to_do_without() -> None:
+    async def answer(raw: Raw, writer: asyncio.StreamWriter, line: str, body: Any) -> None:
+        writer.write(whole(b'{"error": {"message": "Unrecognized argument: ignore_eos"}}', 400))
+
+    with pytest.raises(Refused) as told:
+        await drive(answer)
+    assert told.value.hint == "--no-ignore-eos leaves it out"

@@ -65,6 +65,10 @@ class Settings:
     warmup: int = 0
     seed: int = 0
     more: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    """The trace or the data set, by name; it and what follows are for the record alone."""
+    speed: float = 1.0
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ class Driver:
     def _most(self) -> int | None:
         settings = self._settings
         if settings.requests is None and settings.seconds is None:
-            return DEFAULT_REQUESTS if settings.trace is None else len(settings.trace)
+            file = settings.trace if settings.trace is not None else settings.dataset
+            return DEFAULT_REQUESTS if file is None else len(file)
         return settings.requests
 
     def _arrivals(self, demand: Demand) -> Iterator[float]:
@@ -202,6 +207,14 @@ class Driver:
 
     async def _try(self, form: Form) -> bool:
         """Send one request of this form; whether every text in its stream came with a count of tokens."""
+        try:
+            return await self._sent(form)
+        except Refused as error:
+            if form.ignores_eos and "ignore_eos" in error.message:
+                error.hint = "--no-ignore-eos leaves it out"
+            raise
+
+    async def _sent(self, form: Form) -> bool:
         dataset = self._settings.dataset
         body = form.body(dataset[0].content if dataset is not None else "What is this?", TRIED_TOKENS)
         if not form.streams:
@@ -282,12 +295,14 @@ def parameters(settings: Settings) -> dict[str, Any]:
         "duration": settings.seconds,
         "inputTokens": drawn(settings.inputs),
         "outputTokens": drawn(settings.outputs),
-        "traceRequests": None if settings.trace is None else len(settings.trace),
-        "datasetRequests": None if settings.dataset is None else len(settings.dataset),
+        "trace": None if settings.trace is None else settings.file,
+        "speed": settings.speed,
+        "dataset": None if settings.dataset is None else settings.file,
         "prefixTokens": settings.prefix,
         "endpoint": settings.endpoint,
         "stream": settings.streams,
         "ignoreEos": settings.ignores_eos,
+        "timeout": settings.timeout,
         "goodput": dict(settings.bounds),
         "warmup": settings.warmup,
         "seed": settings.seed,

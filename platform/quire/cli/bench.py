@@ -42,7 +42,12 @@ MOST_AT_A_TIME = 10_000
 @click.option(
     "--rate", metavar="R,…", help="So many requests a second at random times, a run for each; inf: at once."
 )
-@click.option("--requests", type=click.IntRange(min=1), metavar="N", help="Requests of a run. Left out: 100.")
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests of a run. Left out: 100, or all of a file.",
+)
 @click.option(
     "--duration", metavar="DURATION", callback=seconds, help="Send for so long; what is on the way is awaited."
 )
@@ -115,12 +120,13 @@ def bench(
 
     try:
         if compare is not None:
+            _check_alone("compare", "output")
             return _compare(*compare, output)
         for path in (save, plot):
             _check_writable(path)
         if plot is not None:
             _check_plotting()
-        settings = _settings(**asked)
+        settings = _settings(timeout=timeout, **asked)
         server = open_server(url, api_key, timeout)
         result = asyncio.run(_measure(server, model, settings))
     except BenchError as error:
@@ -237,6 +243,7 @@ def _settings(
     goodput: str | None,
     warmup: int,
     seed: int,
+    timeout: float,
 ) -> Settings:
     """The command line as settings, whose model is still to be chosen. Raises `BenchError` and `CommandFailed`."""
     from quire.bench import figures, lengths, work
@@ -284,6 +291,9 @@ def _settings(
         warmup=warmup,
         seed=seed,
         more=_extra(extra_body),
+        file=str(trace or dataset) if has_file else None,
+        speed=speed or 1.0,
+        timeout=timeout,
     )
 
 
@@ -328,6 +338,15 @@ def _extra(text: str | None) -> dict[str, Any]:
     if clash:
         usage_error(f"--extra-body cannot have {', '.join(sorted(clash))}", "options of this command say that")
     return fields
+
+
+def _check_alone(*these: str) -> None:
+    """No option is given but these: the others would have no meaning."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        given = context.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and param.name not in these:
+            usage_error(f"{param.opts[0]} has no meaning with --{these[0]}", "nothing is sent then")
 
 
 def _check_writable(path: Path | None) -> None:

@@ -504,12 +504,14 @@ class BenchParameters(TypedDict):
     duration: float | None
     inputTokens: str | None
     outputTokens: str | None
-    traceRequests: Annotated[int | None, "Requests in the trace."]
-    datasetRequests: int | None
+    trace: Annotated[str | None, "The file."]
+    speed: Annotated[float, "How many times as fast the trace's arrivals were."]
+    dataset: Annotated[str | None, "The file."]
     prefixTokens: int
     endpoint: Literal["chat", "completions"]
     stream: bool
     ignoreEos: bool
+    timeout: Annotated[float | None, "Of one answer."]
     goodput: Annotated[dict[str, float], "Bounds, by latency."]
     warmup: int
     seed: int

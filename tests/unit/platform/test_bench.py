@@ -348,6 +348,8 @@ NOWHERE = ("m", "--url", "http://127.0.0.1:9/v1")
         ((*NOWHERE, "--dataset", "d.jsonl", "--prefix-tokens", "3"), "no meaning with --dataset"),
         ((*NOWHERE, "--speed", "2"), "is for the arrivals of a trace"),
         (("--compare", "t.csv", "t.csv"), "not a saved result"),
+        (("m", "--compare", "t.csv", "t.csv"), "model has no meaning with --compare"),
+        (("--seed", "0", "--compare", "t.csv", "t.csv"), "--seed has no meaning with --compare"),
         (("--compare", "nothing.json", "t.csv"), "cannot read nothing.json"),
     ],
 )

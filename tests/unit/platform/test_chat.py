@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.effort import examples
 
 from quire.chat import Conversation, harmless
+from quire.cli.program import run
 from quire.remote.sse import Events
 
 STREAM = (
@@ -63,6 +64,29 @@ def test_no_text_has_a_control_character_left(text: str) -> None:
     assert all(c in "\t\n" or not (ord(c) < 32 or 127 <= ord(c) < 160) for c in shown)
     assert len(shown) == len(text)
     assert "".join(map(harmless, text)) == shown, "it matters where a text is cut"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message", "hint"),
+    [
+        (("--url", "http://127.0.0.1:9/v1"), 7, "connection refused", "does the server run"),
+        (("--url", "127.0.0.1:8000"), 2, "is not a URL", "http://host:8000/v1"),
+        (("--url", "http://h:x/v1"), 2, "is not a URL", "http://host:8000/v1"),
+        (("--url", "http://me:secret@h/v1"), 2, "has a user or a password", "--api-key"),
+        (("--url", "http://h/v1?a=b"), 2, "is not a base URL", "http://host:8000/v1"),
+        (("--url", "http://h/v1", "--api-key", "secret\nx: y"), 2, "the API key has characters", "line end"),
+        (("--url", "http://h/v1", "--message", " "), 2, "there is no question", "-m"),
+    ],
+)
+def test_where_nobody_can_be_asked_the_command_says_why(
+    words: tuple[str, ...], code: int, message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["chat", "m", "-m", "hi", *words]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert hint in err.partition("hint: ")[2]
+    assert "secret" not in err
 
 
 def test_a_reset_forgets_all_but_the_system_text() -> None:
