@@ -5,6 +5,7 @@
     │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     ├── HostRefused                   the Host or Origin is not one we answer to
     ├── NotFound                      no such path
+    │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
     ├── MethodNotAllowed
     ├── BodyTooLarge
@@ -74,6 +75,10 @@ class HostRefused(ApiError):
 
 class NotFound(ApiError):
     """No such path."""
+
+
+class EndpointNotServed(NotFound):
+    """Other servers have the path."""
 
 
 class ModelNotFound(ApiError):
@@ -160,6 +165,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ParamRefused: Row(400, _BAD, None),
     HostRefused: Row(421, _BAD, "host_not_allowed"),
     NotFound: Row(404, _BAD, "not_found"),
+    EndpointNotServed: Row(404, _BAD, "endpoint_not_served"),
     ModelNotFound: Row(404, _BAD, "model_not_found"),
     MethodNotAllowed: Row(405, _BAD, "method_not_allowed"),
     BodyTimeout: Row(408, _BAD, "request_timeout", retry=False, close=True),

@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import Refusal, explained, read
+from quire_schemas.openai.body import Refusal, read, standing_for
 from quire_schemas.openai.chat import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, ChatRequest, Effort
 from quire_schemas.openai.request import Count, ModelRequest, Shape
 from quire_schemas.openai.sampling import MAX_SALT, MAX_STOPS, MAX_TEMPERATURE, MAX_TOP_K
 from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, check_tools
-from quire_schemas.openai.tools import Tool as ChatTool
 
 MESSAGES_REFUSED: Final[Mapping[str, Refusal]] = {
     "container": Refusal("nothing here runs code"),
@@ -35,6 +34,9 @@ MESSAGES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "inference_geo": "requests are served where the server is",
     "speed": "there is one speed",
     "betas": "names of beta features",
+    "diagnostics": "asks why a prompt cache was missed; usage tells what was cached",
+    "user_profile_id": "names the end user",
+    "workspace_id": "names the caller's workspace",
     "cache_control": "prompts are cached by their beginnings, without being told",
 }
 """Fields of a request accepted without effect, and what they are for."""
@@ -158,7 +160,18 @@ class AssistantMessage(Shape):
         yield made
 
 
-Turn = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+class SystemMessage(Shape):
+    """Directions in the middle of a conversation."""
+
+    role: Literal["system"]
+    content: str | Annotated[list[TextBlock], Field(min_length=1)]
+
+    def for_chat(self) -> Iterator[dict[str, Any]]:
+        """As one message of a chat request."""
+        yield {"role": "system", "content": _joined(self.content)}
+
+
+Turn = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
 
 
 class ToolDefinition(Shape):
@@ -172,6 +185,10 @@ class ToolDefinition(Shape):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
     """Without effect: arguments are streamed as they are written."""
+
+    @property
+    def called(self) -> str:
+        return self.name
 
     def for_chat(self) -> dict[str, Any]:
         """As a tool of a chat request."""
@@ -243,7 +260,7 @@ class Conversation(ModelRequest):
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: Annotated[str | None, PlainValidator(_system, json_schema_input_type=_SystemShape)] = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
     tool_choice: Annotated[AnyChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -257,7 +274,6 @@ class Conversation(ModelRequest):
             tool.name != self.tool_choice.name for tool in self.tools or ()
         ):
             raise PydanticCustomError("tool_choice", f"names {self.tool_choice.name}, which is none of tools")
-        check_tools([ChatTool.model_validate(tool.for_chat()) for tool in self.tools or ()])
         return self
 
     @property
@@ -328,31 +344,29 @@ class CountRequest(Conversation):
 
 def read_messages(body: bytes, ignore_unknown: bool = False) -> ChatRequest:
     """The chat request that the request in `body` stands for. Raises `BadRequest`."""
-    return _as_chat(read(body, MessagesRequest, MESSAGES_REFUSED, ignore_unknown, MESSAGES_WITHOUT_EFFECT))
+    request = read(body, MessagesRequest, MESSAGES_REFUSED, ignore_unknown, MESSAGES_WITHOUT_EFFECT)
+    return standing_for(ChatRequest, request.for_chat)
 
 
 def read_count(body: bytes, ignore_unknown: bool = False) -> ChatRequest:
     """The conversation whose tokens are to be counted. Raises `BadRequest`."""
-    return _as_chat(read(body, CountRequest, MESSAGES_REFUSED, ignore_unknown, MESSAGES_WITHOUT_EFFECT))
-
-
-def _as_chat(request: Conversation) -> ChatRequest:
-    try:
-        return ChatRequest.model_validate(request.for_chat)
-    except ValidationError as error:  # bounds that only the chat request has, told by its names
-        raise explained(error.errors(include_url=False)[0]) from None
+    request = read(body, CountRequest, MESSAGES_REFUSED, ignore_unknown, MESSAGES_WITHOUT_EFFECT)
+    return standing_for(ChatRequest, request.for_chat)
 
 
 # ── answers: msgspec, as a stream has many of them ────────────────────────────────────────────────────────
 
 
 class MessagesUsage(msgspec.Struct):
-    """Tokens: those of the prompt that were not cached, those that were, and those of the answer."""
+    """Tokens: those of the prompt that were not cached, those that were, and those of the answer, thoughts among
+    them.
+    """
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: dict[Literal["thinking_tokens"], int]
 
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
@@ -396,3 +410,88 @@ class TokenCount(msgspec.Struct):
     """Answer to `POST /v1/messages/count_tokens`."""
 
     input_tokens: int
+
+
+class ErrorWords(msgspec.Struct):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class MessagesError(msgspec.Struct, tag="error", tag_field="type"):
+    """Body of every answer that is not a success, and the last event of a stream that broke."""
+
+    error: ErrorWords
+
+
+class MessageStart(msgspec.Struct, tag="message_start", tag_field="type"):
+    """The first event of a stream: the answer without content."""
+
+    message: MessagesAnswer
+
+
+class BlockStart(msgspec.Struct, tag="content_block_start", tag_field="type"):
+    """A block begins, empty."""
+
+    index: int
+    content_block: AnswerText | AnswerThinking | AnswerToolUse
+
+
+class TextDelta(msgspec.Struct, tag="text_delta", tag_field="type"):
+    """More of a text."""
+
+    text: str
+
+
+class ThinkingDelta(msgspec.Struct, tag="thinking_delta", tag_field="type"):
+    """More of a thought."""
+
+    thinking: str
+
+
+class SignatureDelta(msgspec.Struct, tag="signature_delta", tag_field="type"):
+    """The end of a thought. Nothing is signed here."""
+
+    signature: str
+
+
+class InputDelta(msgspec.Struct, tag="input_json_delta", tag_field="type"):
+    """More of the JSON that a call is given."""
+
+    partial_json: str
+
+
+class BlockDelta(msgspec.Struct, tag="content_block_delta", tag_field="type"):
+    """More of a block."""
+
+    index: int
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta
+
+
+class BlockStop(msgspec.Struct, tag="content_block_stop", tag_field="type"):
+    """A block is complete."""
+
+    index: int
+
+
+class Ending(msgspec.Struct):
+    """What ended an answer."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
+
+
+class MessageDelta(msgspec.Struct, tag="message_delta", tag_field="type"):
+    """The answer is complete."""
+
+    delta: Ending
+    usage: MessagesUsage
+    """Of all of it."""
+
+
+class MessageStop(msgspec.Struct, tag="message_stop", tag_field="type"):
+    """The last event."""
+
+
+MessagesEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop

@@ -26,6 +26,8 @@ class ModelHealth(msgspec.Struct):
     replicas: int
     ready: int
     stalled: int
+    failing: int
+    """They are there and make no progress, but no token when one is asked for."""
     draining: int
     standby: int
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from tests.effort import bound
 from tests.engine_specs import tiny_spec
 from tests.integration.engine_process import Process
 from tests.integration.router_world import World, end_world, make_world
@@ -35,6 +36,10 @@ CONTEXT: Final = 2048
 TEXT: Final = "The quick brown fox — naïve café, 你好 🦊🙂 — jumps over the lazy dog. "
 ENDLESS: Final[dict[str, Any]] = {"script": TEXT, "ignore_eos": True, "max_tokens": CONTEXT - 148}
 """Fields of an answer that takes twenty seconds: nothing that is tested waits for its end."""
+LENGTHY: Final = TEXT * 16
+"""A message that a scripted model, which says it again, takes ten seconds for."""
+FREED: Final = min(bound(0.3), 5.0)
+"""Seconds after which an engine has nothing left of a client that has gone."""
 
 
 @dataclass
@@ -105,8 +110,9 @@ class Server:
     def kill(self, model: str) -> None:
         """Kill its engine, as the machine's memory keeper would."""
         child = self.processes[model].child
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait(10)
 
     def seconds_until_idle(self, model: str, since: float) -> float:
         """Seconds from `since` (`time.monotonic`) until the engine says that it has no sequence and no block."""

@@ -77,6 +77,8 @@ def described() -> Any:
     """The description, with the names of the models that are there."""
     document = json.loads(as_json())
     for each in ENDPOINTS:
+        for alias in each.aliases:
+            del document["paths"][alias]
         if each.request is not None and "model" in each.request.model_fields:
             properties = document["components"]["schemas"][each.request.__name__]["properties"]
             properties["model"] = NAMES
@@ -175,12 +177,13 @@ async def test_what_goes_together_is_never_refused(world: World, tmp_path: Path)
 async def test_the_router_has_the_described_paths_and_no_others(world: World) -> None:
     async with httpx.AsyncClient(base_url=world.url) as http:
         listed = (await http.get("/no-such-path")).json()["error"]["message"]
-        described = {each.path for each in ENDPOINTS}
+        described = {path for each in ENDPOINTS for path in (each.path, *each.aliases)}
         assert set(re.findall(r"(/\S*?)[,.]? ", listed.partition("There are: ")[2].rstrip(".") + " ")) == described
         for each in ENDPOINTS:
-            answer = await http.options(re.sub(r"{\w+}", "any", each.path))
-            allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
-            assert allowed == set(each.methods), each.path
+            for path in (each.path, *each.aliases):
+                answer = await http.options(re.sub(r"{\w+}", "any", path))
+                allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
+                assert allowed == set(each.methods), path
 
 
 async def test_the_served_description_is_the_published_one(world: World) -> None:

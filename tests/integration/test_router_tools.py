@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import openai
 import pytest
 from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
-from tests.integration.test_scripted import without_weights
 
 from quire import builtin
 from quire_schemas import wire
@@ -39,13 +37,6 @@ TOOLS: Any = [WEATHER, TIME]
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris \\"12e\\" 🗼"}}\n</tool_call>'
 CLOCK = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 THOUGHT = "<think>\nWhere is it?\n</think>\n\n"
-
-
-@pytest.fixture(scope="module")
-def scripted_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wire.EngineSpec]:
-    checkpoint = str(without_weights(tmp_path_factory.mktemp("checkpoint")))
-    with engine_running(model_dir=checkpoint, runner="scripted", step_time=0.001, max_model_len=1024) as spec:
-        yield spec
 
 
 @pytest.fixture
@@ -308,7 +299,3 @@ async def test_a_template_without_tools_refuses_them(world: World) -> None:
             await client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS)
     assert refused.value.param == "tools"
     assert "template" in refused.value.message
-
-
-def test_the_checkpoint_of_the_scripted_model_has_no_weights(scripted_spec: wire.EngineSpec) -> None:
-    assert not list(Path(scripted_spec.model_dir).glob("*.safetensors"))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quire.router.proof import ID_PREFIX
 from quire_schemas import wire
 
 WHY = "/secret/path 0xdead"
@@ -72,6 +73,8 @@ class WireEngine:
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
+    """Requests of clients; what the router asks for `/health` is in `questions`."""
+    questions: list[wire.Generate] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     limits: wire.Limits | None = None
     running: dict[str, _Running] = field(default_factory=dict)
@@ -145,14 +148,16 @@ class WireEngine:
                 )
                 writer.write(wire.frame(self._stats()))
             case wire.Generate():
-                self.generates.append(message)
+                asked = message.id.startswith(ID_PREFIX)
+                (self.questions if asked else self.generates).append(message)
                 answer = self.script(message)[: message.sampling.max_tokens]
                 self.running[message.id] = _Running(message, answer, time.monotonic())
                 if self.poison is not None and self.poison(message):
                     self.deaths += 1
                     self.cut()
             case wire.Abort():
-                self.aborts.append(message.id)
+                if not message.id.startswith(ID_PREFIX):
+                    self.aborts.append(message.id)
                 self.running.pop(message.id, None)
             case wire.GetStats():
                 writer.write(wire.frame(self._stats()))

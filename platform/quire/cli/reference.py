@@ -165,6 +165,7 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
+    from quire.router.api.absent import ABSENT
     from quire.router.openapi import ENDPOINTS
     from quire_schemas import wire
     from quire_schemas.openai.body import WITHOUT_EFFECT
@@ -199,11 +200,17 @@ def api_page() -> str:
         if each.request is None:
             continue
         honoured = ", ".join(f"`{name}`" for name in each.request.model_fields)
-        lines += [f"## {each.methods[0]} {each.path}", "", f"Honoured: {honoured}.", ""]
+        paths = " and ".join((each.path, *each.aliases))
+        lines += [f"## {each.methods[0]} {paths}", "", f"Honoured: {honoured}.", ""]
         lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
         lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
         lines.append("")
-    lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
+        if each.without_effect is not WITHOUT_EFFECT:
+            lines += ["| accepted without effect | what it is for |", "|---|---|"]
+            lines += [f"| `{name}` | {purpose} |" for name, purpose in each.without_effect.items()]
+            lines.append("")
+    lines += ["## Accepted without effect", "", "Where nothing else is said above:", ""]
+    lines += ["| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += [
         "",
@@ -219,6 +226,16 @@ def api_page() -> str:
         f"| a body | the Gateway's `maxBodySize`, {body:,} bytes by default; above it a 413 |",
     ]
     lines += [f"| {limit.what} | {limit.most:,} {limit.of}".rstrip() + " |" for limit in LIMITS]
+    lines.append("")
+    lines += [
+        "## Paths of other servers",
+        "",
+        "Each is a 404 with the code `endpoint_not_served`, and so is what is below it.",
+        "",
+        "| path | why not, and what to use instead |",
+        "|---|---|",
+    ]
+    lines += [f"| `{path}` | {reason} |" for path, reason in ABSENT.items()]
     lines.append("")
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]

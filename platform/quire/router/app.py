@@ -14,16 +14,20 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
 from quire.router import openapi
-from quire.router.api import health, models
+from quire.router.api import absent, health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange
+from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.score import ScoreFormat
+from quire.router.api.tokens import Tokens
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
+from quire.router.proof import Prover
 from quire.router.spans import RequestSpans
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
@@ -59,6 +63,7 @@ class Reply:
 def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     """The application that serves `fleet`."""
     gateway = Gateway(fleet)
+    prover = Prover()
     fleet.metrics.watch(tracing.counts)
     gpus = Watch()
     gpus.start()
@@ -67,6 +72,8 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)
     embedding_format = EmbeddingFormat(gateway)
+    score_format = ScoreFormat(gateway)
+    messages_format = MessagesFormat(gateway)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -80,6 +87,26 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     async def embeddings() -> ASGIApp:
         return Exchange(gateway, spans, embedding_format)
 
+    @post(["/v1/score", "/score"])
+    async def score() -> ASGIApp:
+        return Exchange(gateway, spans, score_format)
+
+    @post("/v1/messages")
+    async def messages() -> ASGIApp:
+        return Exchange(gateway, spans, messages_format)
+
+    @post("/v1/messages/count_tokens")
+    async def count_tokens() -> ASGIApp:
+        return TokenCounting(gateway, spans)
+
+    @post(["/v1/tokenize", "/tokenize"])
+    async def tokenize() -> ASGIApp:
+        return Tokens(gateway, spans)
+
+    @post(["/v1/detokenize", "/detokenize"])
+    async def detokenize() -> ASGIApp:
+        return Tokens(gateway, spans, back=True)
+
     @get("/v1/models")
     async def list_models() -> ASGIApp:
         return Reply(200, models.all_models(fleet))
@@ -91,7 +118,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
 
     @route("/health", http_method=_PROBE)
     async def get_health() -> ASGIApp:
-        return Reply(*health.health(fleet))
+        return Reply(*await health.health(fleet, prover))
 
     @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:
@@ -113,6 +140,11 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         chat,
         completions,
         embeddings,
+        score,
+        messages,
+        count_tokens,
+        tokenize,
+        detokenize,
         list_models,
         get_model,
         get_health,
@@ -150,7 +182,9 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     """The framework's errors as ours: they carry its own words, and sometimes paths."""
     if isinstance(error, NotFoundException):
-        return NotFound(f"There is no such path. There are: {_endpoints(request.app)}.")
+        return absent.refusal(request.url.path) or NotFound(
+            f"There is no such path. There are: {_endpoints(request.app)}."
+        )
     if isinstance(error, MethodNotAllowedException):
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))

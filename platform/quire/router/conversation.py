@@ -34,27 +34,34 @@ class Rendered:
 
 def render(request: ChatRequest, served: ServedModel) -> Rendered:
     """The request's conversation. Raises `InvalidRequest` and `TextError`."""
-    tokenizer = served.usable
+    text, budget = prompt_text(request, served.usable)
+    markup = _begun(_markup(request, served), text, request)
+    return Rendered(text, markup, _constraint(request, markup), budget, request.include_reasoning is not False)
+
+
+def prompt_text(request: ChatRequest, tokenizer: Tokenizer) -> tuple[str, int | None]:
+    """What the model is shown, and the tokens that thoughts may have. Raises `InvalidRequest` and `TextError`."""
     variables, budget = _thinking(request, tokenizer)
+    if request.offered and tokenizer.template is not None and "tools" not in tokenizer.template.variables:
+        raise InvalidRequest(
+            "'tools' is not honoured for this model: its chat template shows none.", param="tools"
+        )
+    if request.documents and tokenizer.template is not None and "documents" not in tokenizer.template.variables:
+        raise InvalidRequest(
+            "'documents' is not honoured for this model: its chat template shows none.", param="documents"
+        )
     goes_on = bool(request.continue_final_message)
-    prompted = request.add_generation_prompt if request.add_generation_prompt is not None else not goes_on
-    markup = _markup(request, served)
     text = tokenizer.render(
         [message.for_template() for message in request.messages],
         [tool.for_template() for tool in request.offered],
         request.documents,
-        add_generation_prompt=prompted,
+        add_generation_prompt=not goes_on
+        if request.add_generation_prompt is None
+        else request.add_generation_prompt,
         continue_final_message=goes_on,
         **variables,
     )
-    markup = _begun(markup, text, request.messages[-1].content if goes_on else None)
-    return Rendered(
-        text,
-        markup,
-        _constraint(request, markup),
-        budget,
-        request.include_reasoning is not False,
-    )
+    return text, budget
 
 
 def _thinking(request: ChatRequest, tokenizer: Tokenizer) -> tuple[dict[str, Any], int | None]:
@@ -78,10 +85,6 @@ def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
         return None
     tokenizer, dialects = served.usable, served.dialects
     offered = request.offered
-    if offered and tokenizer.template is not None and "tools" not in tokenizer.template.variables:
-        raise InvalidRequest(
-            "'tools' is not honoured for this model: its chat template shows none.", param="tools"
-        )
     if offered and dialects.tools is None:
         raise InvalidRequest(
             "'tools' is not honoured for this model: its chat template does not tell how calls are written. "
@@ -103,10 +106,11 @@ def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
     )
 
 
-def _begun(markup: Markup | None, text: str, continued: str | None) -> Markup | None:
-    """The markup of an answer that begins at the end of the prompt; `continued` is the message it goes on with."""
+def _begun(markup: Markup | None, text: str, request: ChatRequest) -> Markup | None:
+    """The markup of an answer that begins at the end of the prompt."""
     if markup is None or markup.dialects.reasoning is None:
         return markup
+    continued = (request.messages[-1].content or "") if request.continue_final_message else None
     opened = markup.dialects.opens_thought(text, continued)
     closing = REASONING[markup.dialects.reasoning].closing
     thought = not opened and (continued is not None or text.rstrip().endswith(closing))

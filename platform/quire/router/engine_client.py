@@ -106,6 +106,8 @@ class EngineClient:
         self.max_num_seqs = 0
         """Sequences it computes at once, by the limits in force there."""
         self.served = 0
+        self.proved_at: float | None = None
+        """When this life of it last gave a token, a vector, or the end of an answer."""
         self.connection = 0
         """Counts connections: together with the replica, the name of one life of one engine."""
         self.retired = False
@@ -129,6 +131,21 @@ class EngineClient:
     def in_flight(self) -> int:
         """Seats and places in the queue that its sequences take: a beam search takes one for each beam."""
         return sum(sequence.width for sequence in self._sequences.values())
+
+    @property
+    def steps(self) -> int:
+        """Those it has made, as far as it has told."""
+        return self.stats.steps if self.stats is not None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are sequences to compute, ours or those of others."""
+        return bool(self._sequences) or (self.stats is not None and self.stats.running + self.stats.waiting > 0)
+
+    def has_others(self, sequence: Sequence) -> bool:
+        """Whether there are sequences besides this one of ours."""
+        stats = self.stats
+        return self._sequences.keys() != {sequence.id} or (stats is not None and stats.running + stats.waiting > 1)
 
     @property
     def stalled(self) -> bool:
@@ -192,12 +209,19 @@ class EngineClient:
 
         `bell` is set whenever the sequence has news.
         """
+        sequence = self._send(request, bell, self.prefixes.known(chain))
+        self.prefixes.add(chain)
+        self.served += 1
+        return sequence
+
+    def ask(self, request: wire.Generate, bell: asyncio.Event) -> Sequence:
+        """Send a sequence of the router's own, which does not count as served."""
+        return self._send(request, bell, 0)
+
+    def _send(self, request: wire.Generate, bell: asyncio.Event, cached: int) -> Sequence:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
-        sequence = Sequence(self, request, bell, self.prefixes.known(chain))
-        self.prefixes.add(chain)
-        self._sequences[request.id] = sequence
-        self.served += 1
+        sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
         self._writer.write(wire.frame(request))
         return sequence
 
@@ -268,7 +292,7 @@ class EngineClient:
                 lease = self._accept(await frames.read())
             self._writer = writer
             self.connection += 1
-            self.stats = None
+            self.stats = self.proved_at = None
             self._progress_at = time.monotonic()
             asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))
             self._complaint = ""
@@ -322,6 +346,8 @@ class EngineClient:
                 if sequence is None:
                     continue  # aborted a moment ago
                 sequence.generated += len(delta.token_ids)
+                if delta.token_ids or delta.finish_reason in ("stop", "length", "repetition"):
+                    self.proved_at = time.monotonic()
                 timings = delta.timings
                 if delta.token_ids or (timings is not None and timings.first_token_at is not None):
                     sequence.begun = True

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from quire.errors import ModelNotFound, ModelStopped
+from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
@@ -222,6 +222,15 @@ class Fleet:
                 param="model",
             )
         return served
+
+    def sole(self) -> ServedModel:
+        """The only model that is served. Raises `InvalidRequest` where there are others, and `ModelNotFound`."""
+        served = {id(served): served for served in self.models.values()}
+        if not served:
+            raise ModelNotFound("No model is served here yet.", param="model")
+        if len(served) > 1:
+            raise InvalidRequest("'model' is required: several are served here.", param="model")
+        return next(iter(served.values()))
 
     @property
     def changed(self) -> asyncio.Event:

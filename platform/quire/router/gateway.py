@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final, TypeVar
 
 import msgspec
@@ -31,9 +32,10 @@ from quire.text import Tokenizer, params
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
-from quire_schemas.openai.embeddings import EmbeddingRequest
+from quire_schemas.openai.embeddings import EmbeddingRequest, PooledFields
 from quire_schemas.openai.request import Prompt
 from quire_schemas.openai.sampling import SamplingFields
+from quire_schemas.openai.score import ScoreRequest
 
 W = TypeVar("W")
 
@@ -177,6 +179,36 @@ class Gateway:
         span: RequestSpan,
     ) -> Job:
         """The job of a request for vectors. Raises `InvalidRequest`."""
+        named = tuple(_named(request.input, "input"))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        return replace(job, as_base64=request.encoding_format == "base64")
+
+    async def score(
+        self,
+        request: ScoreRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job of a request for scores: the vectors of all texts, each made once. Raises `InvalidRequest`."""
+        (left, queries), (right, documents) = request.sides
+        named = (*_named(queries, left), *_named(documents, right))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        count = len(queries)
+        pairs = tuple((place if count > 1 else 0, count + place) for place in range(len(documents)))
+        return replace(job, id=f"score-{uuid.uuid4().hex}", operation="score", pairs=pairs)
+
+    async def _pooled(
+        self,
+        request: PooledFields,
+        named: Sequence[tuple[str, Prompt]],
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job that makes a vector of each prompt; they come with their names for errors."""
         tokenizer = served.usable
         if served.route.scripted:
             raise InvalidRequest(
@@ -201,9 +233,7 @@ class Gateway:
             return ids
 
         began = time.monotonic()
-        prompts = await self.aside(
-            lambda: tuple(read(given, field) for field, given in _named(request.input, "input")), size
-        )
+        prompts = await self.aside(lambda: tuple(read(given, field) for field, given in named), size)
         _tokenized(span, began, sum(map(len, prompts)))
         return Job(
             id=f"embd-{uuid.uuid4().hex}",
@@ -224,7 +254,6 @@ class Gateway:
             arrived_at=arrived_at,
             span=span,
             pooling=wire.Pooling(request.pooling or "last", dimensions=request.dimensions),
-            as_base64=request.encoding_format == "base64",
         )
 
     def _job(
@@ -318,7 +347,9 @@ class Gateway:
                 request.prompt_logprobs,
                 bool(request.return_token_ids),
                 bool(request.return_tokens_as_token_ids),
-                rendered is None or rendered.shows_reasoning,
+                reasoning=rendered is None or rendered.shows_reasoning,
+                prompt_text=isinstance(request, ChatRequest) and bool(request.return_prompt_text),
+                metrics=bool(request.return_metrics),
             ),
             stops=tuple(request.stop or ()),
             include_stop=bool(request.include_stop_str_in_output),

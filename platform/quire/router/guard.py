@@ -8,7 +8,8 @@
 - **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
   ways; it is refused and its connection closed.
 - **Size**: a bounded number of headers of bounded length.
-- **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer.
+- **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
+  it `openai-processing-ms`, the time from the request to the first byte of its answer.
 
 `Protocol` is uvicorn's, with answers of our own shape to what is not HTTP.
 """
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
@@ -33,7 +35,7 @@ _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
 _PREFLIGHT_SECONDS: Final = b"600"
-_READABLE: Final = b"x-request-id, retry-after, x-should-retry"
+_READABLE: Final = b"x-request-id, retry-after, x-should-retry, openai-processing-ms"
 """Headers of answers that pages may read besides the few that they always may."""
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -49,6 +51,7 @@ class Guard:
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_at = time.monotonic()
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         stated = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
@@ -61,7 +64,9 @@ class Guard:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *crossing, *named]
+                spent = b"%d" % round(1000 * (time.monotonic() - arrived_at))
+                ours = [*named, (b"openai-processing-ms", spent)]
+                message["headers"] = [*message["headers"], *crossing, *ours]
             await send(message)
 
         try:

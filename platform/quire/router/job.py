@@ -32,6 +32,9 @@ class Shown:
     tokens_as_ids: bool = False
     reasoning: bool = True
     """What the model thought, apart from its answer."""
+    prompt_text: bool = False
+    metrics: bool = False
+    """Where the time of the request went."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Job:
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """The prompts whose vectors are compared, by their places."""
     prompt_alone: bool = False
     """No text is wanted: the one token that an engine draws is left out."""
     constrained_by: str = ""
@@ -104,7 +109,8 @@ class Job:
     @property
     def is_large(self) -> bool:
         """Whether writing its answer may take so long that others would notice."""
-        return self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
+        scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
+        return scored or bool(self.pairs) or self.shown.prompt_text
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""
@@ -124,8 +130,9 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the model behind the name does."""
-        return f"fp_{self.model.route.template_hash[:10] or self.model.route.revision}"
+        """Names the revision that serves, by its number and by the hash of what it declares for its replicas."""
+        route = self.model.route
+        return f"fp_{route.revision}_{route.template_hash[:10]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,17 @@ class TokenScore:
     until: int
     """The token may be shown once this many characters are out: all of its own, and at least one."""
     scores: wire.TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When the tokens of a sequence that has ended came, by the router's clock, and how many."""
+
+    first_at: float
+    last_at: float
+    queued: float
+    """Seconds that it waited in the engine's queue."""
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +172,14 @@ class Update:
     parts: tuple[Part, ...] = ()
     """What the text says once its markup is read."""
     prompt_scores: tuple[wire.TokenLogprobs, ...] = ()
-    stop_reason: str | int | None = None
-    """With the finish reason: the stop string that ended the text, or the token of `stop_token_ids` that did."""
     embedding: bytes | None = None
     """The vector, where one was asked for."""
     beams: tuple[Update, ...] = ()
     """What a beam search found, the best first: the updates that stand for this one."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id among the request's `stop_token_ids`, that ended the text."""
+    times: Times | None = None
+    """Of the last update, where the answer is to tell."""
 
 
 class Choice:
@@ -174,6 +194,7 @@ class Choice:
         "avoid",
         "deadline",
         "fingerprint",
+        "first_token_at",
         "generated",
         "ids",
         "index",
@@ -234,6 +255,7 @@ class Choice:
         self.kept: list[Update] = []
         self.generated = 0
         self.turn_at: float | None = None  # first seen to have its turn
+        self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
         self._out = 0  # characters given out
@@ -248,6 +270,7 @@ class Choice:
         parts: list[Part] = []
         finish: str | None = None
         embedding: bytes | None = None
+        stop: str | int | None = None
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
@@ -287,6 +310,7 @@ class Choice:
                     self.ids.append(delta.stop_token_id)
                 pieces.append(self.text.finish(delta.stop_token_id))
                 self._understand(parts, self._reader.push(pieces[-1]))
+                stop = self._named(delta.stop_token_id)
                 finish = "stop" if self.text.hit is not None else delta.finish_reason
         text = "".join(pieces)
         self._out += len(text)
@@ -299,13 +323,11 @@ class Choice:
             return None
         ids, self.ids = tuple(self.ids), []
         prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
-        reason = self._stop_reason(deltas[-1]) if finish is not None else None
-        return Update(self.index, text, ready, finish, ids, tuple(parts), prompt_scores, reason, embedding)
-
-    def _stop_reason(self, last: wire.Delta) -> str | int | None:
         if self.text.hit is not None:
-            return self.text.hit
-        return last.stop_token_id if last.stop_token_id in self.sampling.stop_token_ids else None
+            stop = self.text.hit
+        return Update(
+            self.index, text, ready, finish, ids, tuple(parts), prompt_scores, embedding, stop_reason=stop
+        )
 
     def _understand(self, parts: list[Part], read: Sequence[Part]) -> bool:
         """Add to `parts` what was read; whether the answer is to end here, as it has the one call that it may."""
@@ -323,6 +345,21 @@ class Choice:
             parts.append(part)
         return False
 
+    @property
+    def times(self) -> Times | None:
+        """When its tokens came; None before there are any."""
+        if self.first_token_at is None or self.last_token_at is None:
+            return None
+        told = self.timings
+        queued = 0.0
+        if told is not None and told.scheduled_at is not None:
+            queued = max(told.scheduled_at - told.received_at, 0.0)
+        return Times(self.first_token_at, self.last_token_at, queued, self.generated)
+
+    def _named(self, stop_token_id: int | None) -> int | None:
+        """The id, if it is one of those that the request named for this."""
+        return stop_token_id if stop_token_id in self.sampling.stop_token_ids else None
+
     def _found(self, beams: Sequence[wire.BeamResult]) -> Update:
         """The update that stands for the texts of a beam search."""
         found: list[Update] = []
@@ -334,7 +371,17 @@ class Choice:
             ids = (*beam.token_ids, *stop)
             reader = self.job.markup.reader() if self.job.markup is not None else Plain()
             parts = (*reader.push(whole), *reader.finish())
-            found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids, parts))
+            found.append(
+                Update(
+                    self.index * self.job.n + place,
+                    whole,
+                    (),
+                    beam.finish_reason,
+                    ids,
+                    parts,
+                    stop_reason=self._named(beam.stop_token_id),
+                )
+            )
         return Update(self.index, "", (), beams[0].finish_reason, beams=tuple(found))
 
     def _new_text(self, min_tokens: int = 0) -> AnswerText:

@@ -29,7 +29,15 @@ from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
 from quire_schemas import signals
 from quire_schemas.wire import Stats
 
-OPERATIONS: Final = ("chat", "text_completion", "embeddings")
+OPERATIONS: Final = (
+    "chat",
+    "text_completion",
+    "embeddings",
+    "score",
+    "tokenize",
+    "detokenize",
+    "count_tokens",
+)
 FINISHES: Final = ("stop", "length", "repetition", "abort", "error", "refused")
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

@@ -32,6 +32,16 @@ from quire import errors
 from quire.errors import TABLE, Row
 from quire.router.metrics import CONTENT_TYPE
 from quire.text import errors as text
+from quire_schemas.anthropic import (
+    MESSAGES_REFUSED,
+    MESSAGES_WITHOUT_EFFECT,
+    CountRequest,
+    MessagesAnswer,
+    MessagesError,
+    MessagesEvent,
+    MessagesRequest,
+    TokenCount,
+)
 from quire_schemas.health import Health, Liveness, Readiness
 from quire_schemas.openai.answer import ErrorBody
 from quire_schemas.openai.body import WITHOUT_EFFECT, Refusal
@@ -39,6 +49,15 @@ from quire_schemas.openai.chat import CHAT_REFUSED, ChatChunk, ChatCompletion, C
 from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, CompletionRequest
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
 from quire_schemas.openai.models import ModelCard, ModelList
+from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
+from quire_schemas.openai.tokens import (
+    DETOKENIZE_REFUSED,
+    TOKENIZE_REFUSED,
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+)
 
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
@@ -46,14 +65,20 @@ Errors = tuple[type[Exception], ...]
 
 ANY: Final[Errors] = (errors.InvalidRequest, errors.HostRefused, errors.InternalError)
 """What every request may end in: its headers are looked at, and anything may break."""
-BODY: Final[Errors] = (errors.BodyTimeout, errors.BodyTooLarge, errors.UnsupportedMediaType)
-"""Of requests with a body."""
+BODY: Final[Errors] = (
+    errors.BodyTimeout,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+    errors.ServiceUnavailable,
+)
+"""Of requests with a body: the server may stop while they are worked on."""
+TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer)
+"""Of requests that need a model's tokenizer."""
 ENGINE: Final[Errors] = (
-    errors.ModelNotFound,
+    *TOKENIZER,
     errors.ContextLengthExceeded,
     text.ParamRefused,
     errors.QueueFull,
-    text.BadTokenizer,
     errors.ServiceUnavailable,
     errors.ModelStopped,
     errors.EngineUnavailable,
@@ -101,6 +126,8 @@ class Endpoint:
     """What a 503 means that has the answer's own shape, where there is one."""
     error: Any = ErrorBody
     """Shape of errors."""
+    aliases: tuple[str, ...] = ()
+    """Other paths that are the same."""
 
 
 ENDPOINTS: Final = (
@@ -136,6 +163,64 @@ ENDPOINTS: Final = (
         refused=EMBEDDING_REFUSED,
         answer=EmbeddingList,
     ),
+    Endpoint(
+        "createScore",
+        "/v1/score",
+        "Tell how alike texts are.",
+        ("POST",),
+        ENGINE,
+        request=ScoreRequest,
+        refused=SCORE_REFUSED,
+        answer=ScoreList,
+        aliases=("/score",),
+    ),
+    Endpoint(
+        "createMessage",
+        "/v1/messages",
+        "Answer the last message of a conversation, in Anthropic's words.",
+        ("POST",),
+        ENGINE + TEMPLATE,
+        request=MessagesRequest,
+        refused=MESSAGES_REFUSED,
+        without_effect=MESSAGES_WITHOUT_EFFECT,
+        answer=MessagesAnswer,
+        event=MessagesEvent,
+        error=MessagesError,
+    ),
+    Endpoint(
+        "countMessageTokens",
+        "/v1/messages/count_tokens",
+        "Count the tokens of a conversation.",
+        ("POST",),
+        TOKENIZER + TEMPLATE,
+        request=CountRequest,
+        refused=MESSAGES_REFUSED,
+        without_effect=MESSAGES_WITHOUT_EFFECT,
+        answer=TokenCount,
+        error=MessagesError,
+    ),
+    Endpoint(
+        "tokenize",
+        "/v1/tokenize",
+        "A text or a conversation as token ids.",
+        ("POST",),
+        TOKENIZER + TEMPLATE,
+        request=TokenizeRequest,
+        refused=TOKENIZE_REFUSED,
+        answer=Tokenized,
+        aliases=("/tokenize",),
+    ),
+    Endpoint(
+        "detokenize",
+        "/v1/detokenize",
+        "Token ids as a text.",
+        ("POST",),
+        TOKENIZER,
+        request=DetokenizeRequest,
+        refused=DETOKENIZE_REFUSED,
+        answer=Detokenized,
+        aliases=("/detokenize",),
+    ),
     Endpoint("listModels", "/v1/models", "Each name that requests may use.", answer=ModelList),
     Endpoint(
         "retrieveModel",
@@ -170,8 +255,9 @@ def document() -> dict[str, Any]:
     """The description of all endpoints."""
     paths: dict[str, Any] = {}
     for each in ENDPOINTS:
-        operations = {method.lower(): _operation(each, method) for method in each.methods}
-        paths[each.path] = {**_parameters_of_path(each.path), **operations}
+        for number, path in enumerate((each.path, *each.aliases)):
+            operations = {method.lower(): _operation(each, method, number) for method in each.methods}
+            paths[path] = {**_parameters_of_path(path), **operations}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -215,9 +301,11 @@ _HEADERS: Final[Mapping[str, Any]] = {
 _ID: Final = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
 
 
-def _operation(each: Endpoint, method: str) -> dict[str, Any]:
+def _operation(each: Endpoint, method: str, number: int) -> dict[str, Any]:
+    """`number` of a path among those of its row: identifiers are of one operation each."""
     head = method == "HEAD"
-    made: dict[str, Any] = {"operationId": f"{each.name}Head" if head else each.name, "summary": each.summary}
+    name = f"{each.name}{'Head' if head else ''}{number + 1 if number else ''}"
+    made: dict[str, Any] = {"operationId": name, "summary": each.summary}
     if each.query is not None:
         made["parameters"] = list(_parameters(each.query))
     ends = (*ANY, *each.errors)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
@@ -211,8 +212,11 @@ class Run:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
-        if update is not None:
-            choice.sent = self.job.stream
+        if update is None:
+            return None
+        choice.sent = self.job.stream
+        if update.finish_reason is not None and self.job.shown.metrics:
+            return dataclasses.replace(update, times=choice.times)
         return update
 
     def _count(self, choice: Choice, tokens: int) -> None:
@@ -224,6 +228,8 @@ class Run:
             self.first_token_at = now
             self.job.span.event(signals.EVENT_FIRST_TOKEN, now)
             self._metrics.time_to_first_token.observe(now - self.job.arrived_at)
+        if choice.first_token_at is None:
+            choice.first_token_at = now
         if choice.last_token_at is not None:
             for _ in range(tokens):
                 self._metrics.inter_token.observe((now - choice.last_token_at) / tokens)

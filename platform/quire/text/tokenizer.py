@@ -169,6 +169,11 @@ class Tokenizer:
         """Whether the id is in the vocabulary; a model's logits may have more rows than its tokenizer has ids."""
         return self._backend.id_to_token(index) is not None
 
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary as it writes them (`Ġthe`); empty for an id that it does not have."""
+        spelling = self._backend.id_to_token
+        return [spelling(index) or "" for index in ids]
+
     def token_text(self, index: int) -> str:
         """The token as a user may read it: its text, with U+FFFD where it is part of a character."""
         text = self._texts.get(index)

@@ -17,8 +17,6 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quire_schemas.openai.request import ModelRequest
-
 
 class BadRequest(Exception):
     """The body is not a request we can honour. `param` names the field, where one is to blame."""
@@ -55,16 +53,15 @@ MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
 P = TypeVar("P", bound=BaseModel)
-R = TypeVar("R", bound=ModelRequest)
 
 
 def read(
     body: bytes,
-    kind: type[R],
+    kind: type[P],
     refused: Mapping[str, Refusal],
     ignore_unknown: bool = False,
     without_effect: Mapping[str, str] = WITHOUT_EFFECT,
-) -> R:
+) -> P:
     """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`.
 
     What is refused by name stays refused where unknown fields are ignored.
@@ -143,6 +140,14 @@ def read_part(name: str, value: Mapping[str, Any], shape: type[P]) -> P:
         return shape.model_validate(dict(value))
     except ValidationError as error:
         raise explained(error.errors(include_url=False)[0], name) from None
+
+
+def standing_for(kind: type[P], stated: Mapping[str, Any]) -> P:
+    """The request that another one, which was read before, stands for. Raises `BadRequest` in this one's words."""
+    try:
+        return kind.model_validate(stated)
+    except ValidationError as error:
+        raise explained(_foremost(error.errors(include_url=False), stated)) from None
 
 
 def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
@@ -293,6 +298,13 @@ _CROSS_FIELD: Final = frozenset(
         "tool_choice",
         "budget_tokens",
         "background",
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "chat_template_kwargs",
+        "queries",
+        "text_1",
+        "data_1",
     }
 )
 """Checks over several fields: the error's type is the field to name."""
@@ -317,6 +329,8 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
             "arguments",
             "prompt",
             "input",
+            "ids",
+            "tool",
             "script",
             "schema",
             "one_constraint",

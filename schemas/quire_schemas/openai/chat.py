@@ -9,7 +9,14 @@ from pydantic import AfterValidator, Field, PlainValidator, ValidationError, mod
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
+from quire_schemas.openai.answer import (
+    Answer,
+    AnswerOnRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestMetrics,
+    Usage,
+)
 from quire_schemas.openai.body import NOT_YET, Refusal, explained, read
 from quire_schemas.openai.request import Count, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, SamplingFields, check_min_tokens
@@ -149,6 +156,8 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer goes on with the last message instead of beginning a new one."""
+    return_prompt_text: bool | None = None
+    """The answer has the text that the template made of the messages."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     """Texts to answer from, for templates that show them."""
@@ -230,6 +239,10 @@ class ChatRequest(SamplingFields):
         return self
 
     @property
+    def turns(self) -> list[Message]:
+        return self.messages
+
+    @property
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
@@ -305,13 +318,14 @@ class ChatChoice(AnswerOnRequest):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: str | int | None = None
     token_ids: list[int] | None = None
 
 
 class ChatCompletion(AnswerOnRequest):
     """Answer to a chat request without `stream`."""
 
-    on_request = frozenset({"prompt_logprobs", "prompt_token_ids"})
+    on_request = frozenset({"prompt_logprobs", "prompt_token_ids", "prompt_text", "metrics"})
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -321,6 +335,8 @@ class ChatCompletion(AnswerOnRequest):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
+    metrics: RequestMetrics | None = None
 
 
 class ChatDelta(Answer):
@@ -340,6 +356,8 @@ class ChatChunkChoice(Answer):
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
+    stop_reason: str | int | None = None
+    """Beside the finish reason alone."""
     token_ids: list[int] | None = None
 
 
@@ -355,3 +373,7 @@ class ChatChunk(Answer):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     """In the first event, if asked for."""
+    prompt_text: str | None = None
+    """In the first event, if asked for."""
+    metrics: RequestMetrics | None = None
+    """In the event of the last finish reason, if asked for."""

@@ -10,15 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import NOT_YET, Refusal, explained, read
+from quire_schemas.openai.body import NOT_YET, Refusal, explained, read, standing_for
 from quire_schemas.openai.chat import CHAT_REFUSED, MAX_MESSAGES, ChatRequest, Effort
 from quire_schemas.openai.request import Count, ModelRequest, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, StreamOptions
 from quire_schemas.openai.structured import Schema
-from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode
+from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools
 
 MAX_METADATA: Final = 16
 RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
@@ -221,6 +229,10 @@ class FunctionTool(Shape):
     parameters: Schema | None = None
     strict: bool | None = None
 
+    @property
+    def called(self) -> str:
+        return self.name
+
     def for_chat(self) -> dict[str, Any]:
         """As a tool of a chat request."""
         return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
@@ -327,7 +339,7 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
     max_output_tokens: Count | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
     tool_choice: Annotated[
         ResponseChoice | None, PlainValidator(_choice, json_schema_input_type=ResponseChoice)
     ] = None
@@ -353,10 +365,7 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
 
     def chat(self, before: Sequence[Item]) -> ChatRequest:
         """The chat request that this stands for, after the items `before`. Raises `BadRequest`."""
-        try:
-            return ChatRequest.model_validate(self._for_chat(before))
-        except ValidationError as error:  # bounds that only the chat request has, told by its names
-            raise explained(error.errors(include_url=False)[0]) from None
+        return standing_for(ChatRequest, self._for_chat(before))
 
     def _for_chat(self, before: Sequence[Item]) -> dict[str, Any]:
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []

@@ -68,7 +68,6 @@ SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "rid": Refusal("send the header X-Request-Id"),
     "return_weight_versions": Refusal(f"it {NOT_YET}", (False,)),
     "return_token_offsets": Refusal(f"it {NOT_YET}", (False,)),
-    "return_prompt_text": Refusal(f"it {NOT_YET}", (False,)),
     "return_hidden_states": Refusal(f"it {NOT_YET}", (False,)),
     "return_cached_tokens_details": Refusal(f"it {NOT_YET}", (False,)),
     "routed_experts_prompt_start": Refusal(f"it {NOT_YET}"),
@@ -246,6 +245,8 @@ class SamplingFields(ModelRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Tokens in log-probabilities are written `token_id:5`."""
+    return_metrics: bool | None = None
+    """The answer tells where the time went; in a stream, the last event but for the usage."""
     use_beam_search: bool | None = None
     """Look for the `n` likeliest texts (`best_of` widens the search) instead of drawing."""
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
@@ -17,6 +17,15 @@ MAX_TOOLS: Final = 128
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 """The arguments of a function that declares none."""
+
+
+class Named(Protocol):
+    """A tool of any API."""
+
+    @property
+    def called(self) -> str:
+        """The name of its function."""
+        ...
 
 
 class Function(Shape):
@@ -34,6 +43,10 @@ class Tool(Shape):
 
     type: Literal["function"]
     function: Function
+
+    @property
+    def called(self) -> str:
+        return self.function.name
 
     def for_template(self) -> dict[str, Any]:
         """The tool as chat templates know it."""
@@ -89,12 +102,15 @@ def _choice(value: object) -> Choosable:
 ToolChoice = Annotated[Choosable, PlainValidator(_choice, json_schema_input_type=Choosable)]
 
 
-def check_tools(tools: list[Tool]) -> list[Tool]:
+T = TypeVar("T", bound=Named)
+
+
+def check_tools(tools: list[T]) -> list[T]:
     """For the validation of a request's tools: each has a name of its own."""
-    names = [tool.function.name for tool in tools]
+    names = [tool.called for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise PydanticCustomError("tools", f"must not have two functions named {twice}")
+        raise PydanticCustomError("tool", f"must not have two functions named {twice}")
     return tools
 
 

@@ -73,7 +73,7 @@ def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
 
 def test_every_error_is_declared_where_it_may_come() -> None:
     never_an_answer = {errors.EngineDied}  # comes as the event of a stream
-    of_no_endpoint = {errors.NotFound, errors.MethodNotAllowed}
+    of_no_endpoint = {errors.NotFound, errors.EndpointNotServed, errors.MethodNotAllowed}
     declared = {
         (int(status), code)
         for path in DOCUMENT["paths"].values()

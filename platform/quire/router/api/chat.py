@@ -13,9 +13,10 @@ from typing import cast
 import msgspec
 
 from quire.errors import Api
-from quire.router.api.events import Envelope
+from quire.router.api.events import Envelope, closed, ending
 from quire.router.api.logprobs import Writer
 from quire.router.api.said import Said
+from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -67,6 +68,8 @@ class ChatFormat:
             choices=[_choice(job, index, mine) for index, mine in enumerate(by_choice)],
             usage=usage,
             prompt_token_ids=job.prompts[0] if job.shown.token_ids else None,
+            prompt_text=_prompt_text(job) if job.shown.prompt_text else None,
+            metrics=Timing(job).whole(updates),
         ).model_dump()
         for choice, mine in zip(answer["choices"], by_choice, strict=True):
             choice["logprobs"] = msgspec.Raw(writer.chat([score for update in mine for score in update.scores]))
@@ -98,8 +101,14 @@ def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
         ),
         logprobs=None,
         finish_reason=cast(ChatFinishReason, mine[-1].finish_reason),
+        stop_reason=mine[-1].stop_reason,
         token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
     )
+
+
+def _prompt_text(job: Job) -> str:
+    """What the model read, special tokens written out."""
+    return job.tokenizer.decode(job.prompts[0], skip_special_tokens=False)
 
 
 class ChatStream:
@@ -112,20 +121,24 @@ class ChatStream:
         self.broken = self._envelope.broken
         self._writer = Writer(job)
         self._first = True
+        self._timing = Timing(job)
 
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         return b"".join(
-            self._envelope.event(choice, usage, self._once())
+            self._envelope.event(choice, usage, self._once() + last)
             for update in updates
-            for choice in self._choices(update)
+            for choice, last in closed(self._choices(update), self._timing.take(update))
         )
 
     def _once(self) -> bytes:
         """What the first event alone has."""
         first, self._first = self._first, False
-        if not (first and self._job.shown.token_ids):
-            return b""
-        return b',"prompt_token_ids":' + _json.encode(self._job.prompts[0])
+        shown, fields = self._job.shown, b""
+        if first and shown.token_ids:
+            fields += b',"prompt_token_ids":' + _json.encode(self._job.prompts[0])
+        if first and shown.prompt_text:
+            fields += b',"prompt_text":' + _json.encode(_prompt_text(self._job))
+        return fields
 
     def _choices(self, update: Update) -> Iterator[bytes]:
         if self._envelope.opens(update.index):
@@ -139,7 +152,7 @@ class ChatStream:
         for place, delta in enumerate(shown):
             yield _chunk(update.index, delta, scores, ids=ids) if place == 0 else _chunk(update.index, delta)
         if update.finish_reason is not None:
-            yield _chunk(update.index, b"{}", finish=_json.encode(update.finish_reason))
+            yield _chunk(update.index, b"{}", finish=ending(update))
 
     def _delta(self, part: Part) -> bytes | None:
         match part:

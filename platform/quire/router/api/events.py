@@ -5,14 +5,14 @@ The bytes around what changes are made once per stream; an event is three pieces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import msgspec
 
 from quire.errors import HttpError
-from quire.router.job import Job
-from quire_schemas.openai.answer import Usage
+from quire.router.job import Job, Update
+from quire_schemas.openai.answer import RequestMetrics, Usage
 from quire_schemas.openai.sampling import StreamOptions
 
 _json = msgspec.json.Encoder()
@@ -57,6 +57,19 @@ class Envelope:
     def broken(self, error: HttpError) -> bytes:
         """The event of a stream that breaks off."""
         return b"data: " + error.body + b"\n\n"
+
+
+def ending(update: Update) -> bytes:
+    """The finish reason of a choice, and behind it what ended its text."""
+    return _json.encode(update.finish_reason) + b',"stop_reason":' + _json.encode(update.stop_reason)
+
+
+def closed(choices: Iterable[bytes], metrics: RequestMetrics | None) -> Iterator[tuple[bytes, bytes]]:
+    """Each choice with the further fields of its event: the last one has the metrics, if there are any."""
+    every = list(choices)
+    told = b"" if metrics is None else b',"metrics":' + metrics.model_dump_json().encode()
+    for place, choice in enumerate(every):
+        yield choice, told if place == len(every) - 1 else b""
 
 
 def _with(usage: Usage) -> bytes:

@@ -1,7 +1,8 @@
 """One request for text, from the first byte of its body to the last byte of its answer.
 
 An endpoint family brings a `Format`: how to read a body, how to make a `Job` of it, and how an answer looks, whole
-and in pieces. `Exchange` does all the rest, the same for every family:
+and in pieces. `Exchange` does all the rest, the same for every family; what it shares with requests that need no
+engine is `Reception`:
 
 - the body is read under a limit of size and time;
 - the client is watched while the work goes on, for whole answers as for streams: when it leaves, the work is
@@ -105,13 +106,17 @@ class StreamFormat(Protocol):
         """The one event that says that it never will be."""
 
 
-class Exchange(Generic[R]):
-    """Answers one request. Call it as an ASGI application."""
+class Reception:
+    """Answers one request with whatever its kind says; counts it, traces it, and tells what went wrong.
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
+    Call it as an ASGI application.
+    """
+
+    def __init__(self, gateway: Gateway, spans: RequestSpans, operation: str, api: Api = Api.OPENAI) -> None:
         self._gateway = gateway
+        self._api = api
         self._spans = spans
-        self._format = form
+        self._operation = operation
         self._settings = gateway.fleet.table.http
         self._stream: StreamFormat | None = None
         """Of a stream that has begun."""
@@ -122,7 +127,7 @@ class Exchange(Generic[R]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
         headers = dict(scope["headers"])
-        span = self._spans.start(self._format.operation, scope["headers"], scope["path"], scope["server"])
+        span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
             body = await read_body(headers, receive, self._settings.max_body_bytes)
@@ -136,7 +141,7 @@ class Exchange(Generic[R]):
             stopped = "The server stopped before the answer was complete."
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
-            known = describe(_ours(error), self._format.api)
+            known = describe(_ours(error), self._api)
             at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or "invalid_request", known.status
@@ -145,7 +150,7 @@ class Exchange(Generic[R]):
             await self._fail(send, error)
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
-            handles.requests[self._format.operation, finish].inc()
+            handles.requests[self._operation, finish].inc()
             if not self._refused and finish != "refused":
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
@@ -155,17 +160,44 @@ class Exchange(Generic[R]):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
+        raise NotImplementedError
+
+    def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
+        """Note which model the request is for, and the name that it has for it."""
+        self._model = served.route.model
+        span.name(self._operation, asked)
+        span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        """Answer with the error; in a stream that has begun, as its one error event.
+
+        What follows such an event is no end of the answer, so the server cuts the connection.
+        """
+        known = describe(_ours(error), self._api)
+        if self._stream is not None:
+            await send({"type": "http.response.body", "body": self._stream.broken(known), "more_body": True})
+            return
+        await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
+        await send({"type": "http.response.body", "body": known.body, "more_body": False})
+
+
+class Exchange(Reception, Generic[R]):
+    """Answers one request for text or vectors, which a run on the fleet makes."""
+
+    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
+        super().__init__(gateway, spans, form.operation, form.api)
+        self._format = form
+
+    async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: self._format.read(body, ignore_unknown), len(body))
         served = self._gateway.fleet.resolve(request.model)
-        self._model = served.route.model
-        span.name(self._format.operation, request.model)
-        span.set({signals.GEN_AI_REQUEST_MODEL: request.model, signals.GEN_AI_RESPONSE_MODEL: self._model})
+        self._serves(served, request.model, span)
         with self._gateway.admit(served, self._format.sequences(request)):
             job = await self._format.job(request, served, len(body), arrived_at, span)
             run = Run(self._gateway.fleet, job)
             span.set(_request_attributes(job))
-            in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
+            in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
             self._refused = False
             try:
@@ -185,9 +217,7 @@ class Exchange(Generic[R]):
             async for batch in batches:
                 updates.extend(batch)
         payload = await _off_loop_if_large(run.job, lambda: self._format.whole(run.job, updates, usage_of(run)))
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": payload, "more_body": False})
+        await send_json(send, payload)
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
@@ -204,21 +234,16 @@ class Exchange(Generic[R]):
         await send({"type": "http.response.body", "body": form.end(usage_of(run)), "more_body": False})
         return reasons
 
-    async def _fail(self, send: Send, error: Exception) -> None:
-        """Answer with the error; in a stream that has begun, as its one error event.
-
-        What follows such an event is no end of the answer, so the server cuts the connection.
-        """
-        known = describe(_ours(error), self._format.api)
-        if self._stream is not None:
-            await send({"type": "http.response.body", "body": self._stream.broken(known), "more_body": True})
-            return
-        await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
-        await send({"type": "http.response.body", "body": known.body, "more_body": False})
-
 
 async def _off_loop_if_large(job: Job, write: Callable[[], bytes]) -> bytes:
     return await asyncio.to_thread(write) if job.is_large else write()
+
+
+async def send_json(send: Send, payload: bytes) -> None:
+    """The whole answer to a request that went well."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": payload, "more_body": False})
 
 
 def usage_of(run: Run) -> Usage:
@@ -323,4 +348,4 @@ def _answer_attributes(run: Run) -> dict[str, Any]:
     }
 
 
-__all__ = ["Exchange", "Format", "StreamFormat", "read_body", "usage_of"]
+__all__ = ["Exchange", "Format", "Reception", "StreamFormat", "read_body", "send_json", "usage_of"]

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from litestar.types import Send
 
 from quire.errors import Api, HttpError
+from quire.router import conversation
+from quire.router.api.exchange import Reception, send_json
 from quire.router.api.said import Said
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.spans import RequestSpan
+from quire.router.spans import RequestSpan, RequestSpans
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.anthropic import (
     AnswerText,
@@ -27,6 +30,8 @@ from quire_schemas.anthropic import (
     MessagesAnswer,
     MessagesUsage,
     StopReason,
+    TokenCount,
+    read_count,
     read_messages,
 )
 from quire_schemas.openai.answer import Usage
@@ -117,11 +122,33 @@ def _ended(last: Update) -> tuple[StopReason, str | None]:
 def _usage(usage: Usage) -> MessagesUsage:
     """Anthropic's count leaves those that were cached out of `input_tokens`."""
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details is not None else 0
-    return MessagesUsage(usage.prompt_tokens - cached, 0, cached, usage.completion_tokens)
+    details = usage.completion_tokens_details
+    thought = details.reasoning_tokens if details is not None else 0
+    fresh = usage.prompt_tokens - cached
+    return MessagesUsage(fresh, 0, cached, usage.completion_tokens, {"thinking_tokens": thought})
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + _json.encode({"type": kind, **fields}) + b"\n\n"
+
+
+class TokenCounting(Reception):
+    """Answers one request of `POST /v1/messages/count_tokens`, for which no replica has to be there."""
+
+    def __init__(self, gateway: Gateway, spans: RequestSpans) -> None:
+        super().__init__(gateway, spans, "count_tokens", Api.ANTHROPIC)
+
+    async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
+        request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))
+        served = self._gateway.fleet.resolve(request.model)
+        self._serves(served, request.model, span)
+
+        def counted() -> bytes:
+            text = conversation.prompt_text(request, served.usable)[0]
+            return _json.encode(TokenCount(len(served.usable.encode(text, add_special_tokens=False))))
+
+        await send_json(send, await self._gateway.aside(counted, len(body)))
+        return "stop"
 
 
 @dataclass(slots=True)
