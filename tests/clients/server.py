@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -70,9 +71,10 @@ class Server:
         self.specs[model] = spec
         self.processes[model] = Process(msgspec.to_builtins(spec), folder)
 
-    def script(self, model: str) -> None:
+    def script(self, model: str, **fields: Any) -> None:
         """Start a scripted engine, whose cache costs nothing."""
-        self.start(model, runner="scripted", step_time=STEP, max_model_len=CONTEXT, num_blocks=CONTEXT // 4)
+        size = {"max_model_len": CONTEXT, "num_blocks": CONTEXT // 4}
+        self.start(model, runner="scripted", step_time=STEP, **size, **fields)
 
     def serve(self) -> None:
         """Wait for the engines that were started, and route to those that live."""
@@ -99,8 +101,12 @@ class Server:
         )
 
     def doom(self) -> None:
-        """Start the engine of `doomed`."""
-        self.script("doomed")
+        """Start the engine of `doomed`, another one after each that was killed."""
+        lives = self.specs["doomed"].incarnation if "doomed" in self.specs else 0
+        if lives:
+            self.processes.pop("doomed").close()
+            shutil.rmtree(self.folder / "doomed")
+        self.script("doomed", incarnation=lives + 1)
         self.serve()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from langchain_openai import ChatOpenAI
 from tests.clients.features import PENDING, needs
 from tests.clients.node import Running
 from tests.clients.server import ENDLESS, LENGTHY, Server
+from tests.effort import times
 
 SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
 Begin = Callable[[], None]
@@ -64,7 +65,7 @@ IN_NODE: Final[Mapping[str, tuple[int, str]]] = {
 """Scenarios, with how many streams each has."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=range(times(1, 10)))
 def fates(server: Server, node_packages: None) -> Mapping[str, BaseException | None]:
     """What each stream ended in."""
     server.doom()
