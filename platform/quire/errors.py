@@ -4,16 +4,19 @@
     ├── InvalidRequest                the request says something that is wrong or not understood
     │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     ├── HostRefused                   the Host or Origin is not one we answer to
-    ├── NotFound                      no such path
+    ├── NotFound                      no such path, file or batch
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
     ├── MethodNotAllowed
+    ├── Conflict                      what is there does not allow it
     ├── BodyTooLarge
     ├── BodyTimeout                   the client did not finish sending
     ├── UnsupportedMediaType
     ├── QueueFull                     as many requests wait as the manifest allows
     ├── ServiceUnavailable            no replica is ready; one may be soon
     │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
+    ├── StorageUnavailable            the router's store cannot be read or written; what needs no store goes on
+    │   └── StorageFull               for want of room
     ├── EngineUnavailable             engines died under the request, retries are used up
     │   └── RequestQuarantined        each time before its first token: it is not tried again
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
@@ -74,7 +77,7 @@ class HostRefused(ApiError):
 
 
 class NotFound(ApiError):
-    """No such path."""
+    """No such path, file or batch."""
 
 
 class EndpointNotServed(NotFound):
@@ -89,6 +92,10 @@ class MethodNotAllowed(ApiError):
     """The path exists, the method does not."""
 
 
+class Conflict(ApiError):
+    """What is there does not allow it."""
+
+
 class BodyTooLarge(ApiError):
     """The body is above the limit."""
 
@@ -98,7 +105,7 @@ class BodyTimeout(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
-    """The body is not declared as JSON."""
+    """The body is not declared as what it must be."""
 
 
 class QueueFull(ApiError):
@@ -111,6 +118,14 @@ class ServiceUnavailable(ApiError):
 
 class ModelStopped(ServiceUnavailable):
     """The manifest asks for no replica."""
+
+
+class StorageUnavailable(ApiError):
+    """The router's store cannot be used now."""
+
+
+class StorageFull(StorageUnavailable):
+    """The router's store has no room."""
 
 
 class EngineUnavailable(ApiError):
@@ -169,6 +184,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ModelNotFound: Row(404, _BAD, "model_not_found"),
     MethodNotAllowed: Row(405, _BAD, "method_not_allowed"),
     BodyTimeout: Row(408, _BAD, "request_timeout", retry=False, close=True),
+    Conflict: Row(409, _BAD, "conflict", retry=False),
     BodyTooLarge: Row(413, _BAD, "request_too_large", close=True),
     UnsupportedMediaType: Row(415, _BAD, "unsupported_media_type"),
     QueueFull: Row(429, "rate_limit_exceeded", "queue_full", retry=True),
@@ -180,6 +196,8 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ),
     ServiceUnavailable: Row(503, _OURS, "service_unavailable", retry=True),
     ModelStopped: Row(503, _OURS, "service_unavailable", retry=False),
+    StorageUnavailable: Row(503, _OURS, "storage_unavailable", retry=True),
+    StorageFull: Row(507, _OURS, "storage_full", retry=False),
     EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
     RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),

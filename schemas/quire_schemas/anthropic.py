@@ -369,6 +369,30 @@ class MessagesUsage(msgspec.Struct):
     output_tokens_details: dict[Literal["thinking_tokens"], int]
 
 
+class MessagesErrorDetail(msgspec.Struct):
+    """What went wrong."""
+
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "request_too_large",
+        "rate_limit_error",
+        "api_error",
+        "overloaded_error",
+        "timeout_error",
+    ]
+    message: str
+
+
+class MessagesError(msgspec.Struct):
+    """Body of every answer of this API that is not a success, and the last event of a stream that broke."""
+
+    error: MessagesErrorDetail
+    type: Literal["error"] = "error"
+
+
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
@@ -410,19 +434,6 @@ class TokenCount(msgspec.Struct):
     """Answer to `POST /v1/messages/count_tokens`."""
 
     input_tokens: int
-
-
-class ErrorWords(msgspec.Struct):
-    """What went wrong."""
-
-    type: str
-    message: str
-
-
-class MessagesError(msgspec.Struct, tag="error", tag_field="type"):
-    """Body of every answer that is not a success, and the last event of a stream that broke."""
-
-    error: ErrorWords
 
 
 class MessageStart(msgspec.Struct, tag="message_start", tag_field="type"):

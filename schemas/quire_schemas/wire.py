@@ -269,6 +269,8 @@ class Generate(msgspec.Struct, tag=True):
     """The whole answer is then the last delta's `beams`; of `sampling` only the bounds and stop ids count."""
     priority: int = 0
     """Lower goes first, where the policy is `priority`."""
+    background: bool = False
+    """Nobody waits for it: whatever the policy, it comes after all that is not, and makes room for it."""
     timeout: float | None = None
     """Seconds from its receipt after which it ends with the error `timeout`."""
     cache_salt: str = ""
@@ -346,6 +348,7 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     id: str
     token_ids: tuple[int, ...] = ()
     logprobs: list[TokenLogprobs] | None = None
+    """Of the ids, and behind them of the stop token, if one ended the text."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the next tokens of the prompt, in order, beginning with its second."""
     finish_reason: FinishReason | None = None

@@ -193,11 +193,11 @@ async def test_the_router_has_the_described_paths_and_no_others(world: World) ->
         listed = (await http.get("/no-such-path")).json()["error"]["message"]
         described = {path for each in ENDPOINTS for path in (each.path, *each.aliases)}
         assert set(re.findall(r"(/\S*?)[,.]? ", listed.partition("There are: ")[2].rstrip(".") + " ")) == described
-        for each in ENDPOINTS:
-            for path in (each.path, *each.aliases):
-                answer = await http.options(re.sub(r"{\w+}", "any", path))
-                allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
-                assert allowed == set(each.methods), path
+        for path in described:
+            answer = await http.patch(re.sub(r"{\w+}", "any", path))
+            allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
+            mine = [each for each in ENDPOINTS if path in (each.path, *each.aliases)]
+            assert allowed == {method for each in mine for method in each.methods}, path
 
 
 async def test_the_served_description_is_the_published_one(world: World) -> None:

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any, Final
 
-from litestar import Litestar, Request, Response, get, post, route
+from litestar import Litestar, Request, Response, delete, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.routes import HTTPRoute
@@ -14,21 +14,25 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
 from quire.router import openapi
-from quire.router.api import absent, health, models
+from quire.router.api import absent, batches, files, health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
-from quire.router.api.exchange import Exchange
+from quire.router.api.exchange import Exchange, Format
 from quire.router.api.messages import MessagesFormat, TokenCounting
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
+from quire.router.batches import Batches
 from quire.router.config import RouterConfig
+from quire.router.executor import Executor
+from quire.router.files import Files
 from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
 from quire.router.proof import Prover
 from quire.router.spans import RequestSpans
+from quire.router.store import Store
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
 
@@ -60,8 +64,8 @@ class Reply:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
-    """The application that serves `fleet`."""
+def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor]:
+    """The application that serves `fleet`, and what works off its batches once it is started."""
     gateway = Gateway(fleet)
     prover = Prover()
     fleet.metrics.watch(tracing.counts)
@@ -74,6 +78,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     embedding_format = EmbeddingFormat(gateway)
     score_format = ScoreFormat(gateway)
     messages_format = MessagesFormat(gateway)
+    store = Store(config.store)
+    kept = Files(store)
+    stored = Batches(store, kept)
+    batched: dict[str, Format[Any]] = {
+        "/v1/chat/completions": chat_format,
+        "/v1/completions": completion_format,
+        "/v1/embeddings": embedding_format,
+    }
+    executor = Executor(gateway, spans, kept, stored, batched)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -116,6 +129,42 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         name = str(request.path_params["name"]).removeprefix("/")  # names may have slashes, as hubs' do
         return Reply(200, models.one_model(fleet, name))
 
+    @post("/v1/files")
+    async def upload() -> ASGIApp:
+        return files.Upload(kept)
+
+    @get("/v1/files")
+    async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.listed(kept, dict(request.query_params)))
+
+    @get("/v1/files/{file_id:str}")
+    async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.one(kept, _named(request, "file_id")))
+
+    @delete("/v1/files/{file_id:str}", status_code=200)
+    async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.deleted(kept, _named(request, "file_id")))
+
+    @get("/v1/files/{file_id:str}/content")
+    async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
+        return files.Content(kept, _named(request, "file_id"))
+
+    @post("/v1/batches")
+    async def create_batch() -> ASGIApp:
+        return batches.Create(stored, executor, fleet.table.http)
+
+    @get("/v1/batches")
+    async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.listed(stored, dict(request.query_params)))
+
+    @get("/v1/batches/{batch_id:str}")
+    async def get_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.one(stored, _named(request, "batch_id")))
+
+    @post("/v1/batches/{batch_id:str}/cancel")
+    async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.cancelled(stored, executor, _named(request, "batch_id")))
+
     @route("/health", http_method=_PROBE)
     async def get_health() -> ASGIApp:
         return Reply(*await health.health(fleet, prover))
@@ -147,6 +196,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         detokenize,
         list_models,
         get_model,
+        upload,
+        list_files,
+        get_file,
+        delete_file,
+        get_content,
+        create_batch,
+        list_batches,
+        get_batch,
+        cancel_batch,
         get_health,
         get_livez,
         get_readyz,
@@ -160,7 +218,12 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins)
+    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+
+
+def _named(request: Request[Any, Any, Any], parameter: str) -> str:
+    """What stands in the path."""
+    return str(request.path_params[parameter])
 
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -197,8 +260,10 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
 def _endpoints(app: Litestar) -> str:
     """Every path with its method, as one line."""
     found = [
-        f"{'POST' if 'POST' in each.methods else 'GET'} {_KIND.sub('}', each.path_format)}"
+        f"{method} {each.path_format.replace(':path', '').replace(':str', '')}"
         for each in app.routes
         if isinstance(each, HTTPRoute)
+        for method in each.methods
+        if method not in ("HEAD", "OPTIONS")
     ]
     return ", ".join(sorted(found))

@@ -112,8 +112,8 @@ def _begun(markup: Markup | None, text: str, request: ChatRequest) -> Markup | N
         return markup
     continued = (request.messages[-1].content or "") if request.continue_final_message else None
     opened = markup.dialects.opens_thought(text, continued)
-    closing = REASONING[markup.dialects.reasoning].closing
-    thought = not opened and (continued is not None or text.rstrip().endswith(closing))
+    closed = continued is not None or REASONING[markup.dialects.reasoning].closed(text)
+    thought = not opened and closed
     return replace(markup, opened=opened, thought=thought)
 
 

@@ -46,6 +46,7 @@ class Sequence:
     """One sequence running on an engine: an inbox of its deltas, and the bell that rings when there is one."""
 
     __slots__ = (
+        "background",
         "begun",
         "bell",
         "client",
@@ -72,6 +73,7 @@ class Sequence:
         self.prompt_tokens = len(request.token_ids) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
+        self.background = request.background
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens
         self.generated = 0
@@ -166,13 +168,15 @@ class EngineClient:
         """Whether its end is expected: it drains, or the table has it no more."""
         return self.retired or self.endpoint.draining
 
-    def candidate(self, chain: Series[bytes] = ()) -> Candidate:
-        """What it is for a sequence whose prompt has this chain of blocks."""
+    def candidate(self, chain: Series[bytes] = (), *, background: bool = False) -> Candidate:
+        """What it is for a sequence whose prompt has this chain of blocks. Only background work has background
+        work before it."""
+        before = [each for each in self._sequences.values() if background or not each.background]
         return Candidate(
             self.endpoint.replica_id,
             self.ready,
-            sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values()),
-            self.in_flight,
+            sum(outstanding(each.prompt_tokens, each.max_tokens, each.generated) for each in before),
+            sum(each.width for each in before),
             self.served,
             self.max_num_seqs + self.max_queue_length,
             self.prefixes.known(chain),
@@ -190,15 +194,17 @@ class EngineClient:
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
 
-        Those that run are the first in the engine's order, which is that of arrival, or of priority before it.
+        Those that run are the first in the engine's order, which is that of arrival, or of priority before it, and
+        background work last.
         They are counted, and not those that wait, because one that gives up leaves the queue before the engine
         says so: who runs must not be taken for it.
         """
         if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
         order = list(self._sequences.values())
-        if self.policy == "priority":
-            order.sort(key=lambda each: each.priority)  # keeps the order of arrival among equals
+        by_priority = self.policy == "priority"
+        # keeps the order of arrival among equals
+        order.sort(key=lambda each: (each.background, each.priority if by_priority else 0))
         before = sum(each.width for each in order[: order.index(sequence)])
         return before >= self.stats.running
 

@@ -53,6 +53,8 @@ class ServedModel:
     clients: tuple[EngineClient, ...] = ()
     in_flight: int = 0
     """Sequences admitted and not ended, those without a replica included."""
+    background: int = 0
+    """Those of them that nobody waits for: they take no place from others."""
     used_at: float | None = None
     """When the last of them came or ended, by the monotonic clock."""
     retrying: int = 0
@@ -99,6 +101,11 @@ class ServedModel:
         placed = sum(client.in_flight for client in self.clients)
         idle = None if self.used_at is None else max(now - self.used_at, 0.0)
         return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
+
+    @property
+    def free(self) -> int:
+        """How much more background work the ready replicas could compute at once; below 0 where some waits."""
+        return self.slots - self.in_flight
 
     @property
     def slots(self) -> int:

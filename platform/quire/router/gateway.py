@@ -2,7 +2,8 @@
 
 Everything that can be wrong with a request is found here, before an engine hears of it. Admission is a bound on
 sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
-ready, the queue length alone, and at least one request. What becomes of a job is `run`'s part.
+ready, the queue length alone, and at least one request. Background work neither takes places of that bound nor is
+held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
 
 What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
 A text whose length alone tells that it cannot fit is never tokenized. So no prompt holds up the streams of others.
@@ -64,7 +65,7 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
 
     @contextmanager
-    def admit(self, served: ServedModel, sequences: int) -> Iterator[None]:
+    def admit(self, served: ServedModel, sequences: int, *, background: bool = False) -> Iterator[None]:
         """Hold places for `sequences` in the model's queue.
 
         Raises `ModelStopped`, `QueueFull`, and `InvalidRequest` when there are more sequences than places.
@@ -77,17 +78,20 @@ class Gateway:
                 f"{places} at a time. Lower 'n', or send fewer prompts at once.",
                 param="n",
             )
-        full = served.in_flight + sequences > places
-        if full and (served.ready or served.in_flight):  # with none ready, one request may always wait for one
+        waited_for = served.in_flight - served.background
+        full = waited_for + sequences > places and not background
+        if full and (served.ready or waited_for):  # with none ready, one request may always wait for one
             raise QueueFull(
-                f"{served.in_flight} requests run or wait for this model, as many as it takes.", retry_after=1.0
+                f"{waited_for} requests run or wait for this model, as many as it takes.", retry_after=1.0
             )
         served.in_flight += sequences
+        served.background += sequences * background
         served.used_at = time.monotonic()
         try:
             yield
         finally:
             served.in_flight -= sequences
+            served.background -= sequences * background
             served.used_at = time.monotonic()
 
     async def chat(
@@ -349,6 +353,7 @@ class Gateway:
                 bool(request.return_tokens_as_token_ids),
                 reasoning=rendered is None or rendered.shows_reasoning,
                 prompt_text=isinstance(request, ChatRequest) and bool(request.return_prompt_text),
+                ending=isinstance(request, CompletionRequest),
                 metrics=bool(request.return_metrics),
             ),
             stops=tuple(request.stop or ()),

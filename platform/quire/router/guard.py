@@ -126,7 +126,10 @@ def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tupl
     asked = dict(headers)
     if method != "OPTIONS" or b"access-control-request-method" not in asked:
         return []
-    answer = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", _PREFLIGHT_SECONDS)]
+    answer = [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-max-age", _PREFLIGHT_SECONDS),
+    ]
     names = asked.get(b"access-control-request-headers", b"")
     if names and _HEADER_NAMES.fullmatch(names):
         answer.append((b"access-control-allow-headers", names))

@@ -33,6 +33,8 @@ class Shown:
     reasoning: bool = True
     """What the model thought, apart from its answer."""
     prompt_text: bool = False
+    ending: bool = False
+    """Among the log-probabilities those of the token that ended the text."""
     metrics: bool = False
     """Where the time of the request went."""
 
@@ -69,6 +71,8 @@ class Job:
     """Seconds from `arrived_at` that all of it may take."""
     pooling: wire.Pooling | None = None
     """Vectors are wanted instead of text."""
+    background: bool = False
+    """Nobody waits for it."""
     beam: wire.BeamSearch | None = None
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
@@ -308,6 +312,8 @@ class Choice:
                 if delta.stop_token_id is not None:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
+                    if self.job.shown.ending and len(scores) > len(delta.token_ids):
+                        self.scores.append(TokenScore(self.text.made, self.text.made, scores[-1]))
                 pieces.append(self.text.finish(delta.stop_token_id))
                 self._understand(parts, self._reader.push(pieces[-1]))
                 stop = self._named(delta.stop_token_id)

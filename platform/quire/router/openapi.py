@@ -44,10 +44,12 @@ from quire_schemas.anthropic import (
 )
 from quire_schemas.health import Health, Liveness, Readiness
 from quire_schemas.openai.answer import ErrorBody
+from quire_schemas.openai.batches import BatchList, BatchObject, CreateBatch, ListBatches
 from quire_schemas.openai.body import WITHOUT_EFFECT, Refusal
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatChunk, ChatCompletion, ChatRequest
 from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, CompletionRequest
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
+from quire_schemas.openai.files import FileDeleted, FileList, FileObject, ListFiles, UploadForm
 from quire_schemas.openai.models import ModelCard, ModelList
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
 from quire_schemas.openai.tokens import (
@@ -93,6 +95,11 @@ TEMPLATE: Final[Errors] = (
     text.BadTemplate,
 )
 """Of requests with messages."""
+
+
+STORED: Final[Errors] = (errors.StorageUnavailable, errors.StorageFull)
+"""Of requests for what the router keeps."""
+ONE_STORED: Final[Errors] = (*STORED, errors.NotFound, errors.Conflict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +228,55 @@ ENDPOINTS: Final = (
         answer=Detokenized,
         aliases=("/detokenize",),
     ),
+    Endpoint(
+        "uploadFile",
+        "/v1/files",
+        "Upload the input of batches.",
+        ("POST",),
+        STORED,
+        request=UploadForm,
+        takes="multipart/form-data",
+        without_effect={},
+        answer=FileObject,
+    ),
+    Endpoint(
+        "listFiles", "/v1/files", "The files that are kept.", errors=STORED, query=ListFiles, answer=FileList
+    ),
+    Endpoint("retrieveFile", "/v1/files/{file_id}", "One file.", errors=ONE_STORED, answer=FileObject),
+    Endpoint("deleteFile", "/v1/files/{file_id}", "Remove a file.", ("DELETE",), ONE_STORED, answer=FileDeleted),
+    Endpoint(
+        "downloadFile",
+        "/v1/files/{file_id}/content",
+        "What is in a file.",
+        errors=ONE_STORED,
+        gives="application/octet-stream",
+    ),
+    Endpoint(
+        "createBatch",
+        "/v1/batches",
+        "Have the requests of a file answered when there is room.",
+        ("POST",),
+        ONE_STORED,
+        request=CreateBatch,
+        answer=BatchObject,
+    ),
+    Endpoint(
+        "listBatches",
+        "/v1/batches",
+        "The batches that are known.",
+        errors=STORED,
+        query=ListBatches,
+        answer=BatchList,
+    ),
+    Endpoint("retrieveBatch", "/v1/batches/{batch_id}", "One batch.", errors=ONE_STORED, answer=BatchObject),
+    Endpoint(
+        "cancelBatch",
+        "/v1/batches/{batch_id}/cancel",
+        "End a batch with what is answered so far.",
+        ("POST",),
+        ONE_STORED,
+        answer=BatchObject,
+    ),
     Endpoint("listModels", "/v1/models", "Each name that requests may use.", answer=ModelList),
     Endpoint(
         "retrieveModel",
@@ -257,7 +313,7 @@ def document() -> dict[str, Any]:
     for each in ENDPOINTS:
         for number, path in enumerate((each.path, *each.aliases)):
             operations = {method.lower(): _operation(each, method, number) for method in each.methods}
-            paths[path] = {**_parameters_of_path(path), **operations}
+            paths.setdefault(path, _parameters_of_path(path)).update(operations)
     return {
         "openapi": "3.1.0",
         "info": {

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from quire.text.dialects import REASONING, TOOLS, Dialects, Reader, Tool
-from quire.text.dialects.forms import Form, any_of, constrained, held_to, sequence
+from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
 from quire_schemas.wire import Structured
 
-_SHORT_IDS: Final = frozenset({"mistral"})
+_SHORT_IDS: Final = frozenset({"mistral", "mistral_args"})
 """Dialects whose templates take ids of nine letters and digits alone."""
 
 
@@ -38,7 +38,8 @@ class Markup:
 
     def reader(self) -> Reader:
         """A reader for one answer."""
-        return self.dialects.reader(self.tools or None, opened=self.opened)
+        dialects = Dialects(self.dialects.tools, None) if self.thought else self.dialects
+        return dialects.reader(self.tools or None, opened=self.opened)
 
     def new_call_id(self) -> str:
         """An id for a call, in the form that the model's template takes in a later turn."""
@@ -57,10 +58,16 @@ class Markup:
 
     def _form(self, wanted: Structured | None) -> Form | None:
         """Behind the thought."""
+        said = self._said(wanted) if wanted is not None else None
         calls = TOOLS[self.dialects.tools] if self.tools and self.dialects.tools is not None else None
         if calls is None:
-            return constrained(wanted) if wanted is not None else None
-        if wanted is None and not self.must_call:
+            return said
+        if said is None and not self.must_call:
             return calls.guided(self.tools) if any(tool.strict for tool in self.tools) else None
         form = calls.calls(self.tools, parallel=not self.one_call)
-        return form if wanted is None else any_of([constrained(wanted), form])
+        return form if said is None else any_of([said, form])
+
+    def _said(self, wanted: Structured) -> Form:
+        """An answer that is no call."""
+        answer = REASONING[self.dialects.reasoning].answer if self.dialects.reasoning is not None else ""
+        return sequence(literal(answer), constrained(wanted)) if answer else constrained(wanted)

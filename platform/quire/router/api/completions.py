@@ -104,7 +104,7 @@ def _choices(job: Job, updates: Sequence[Update]) -> list[dict[str, Any]]:
 
 
 def _mean_logprob(updates: Sequence[Update]) -> float:
-    """Of the tokens that have a place in the text; without one, a sequence is behind all others."""
+    """Of the tokens that were drawn; without one, a sequence is behind all others."""
     values = [score.scores.logprob for update in updates for score in update.scores]
     return sum(values) / len(values) if values else -math.inf
 

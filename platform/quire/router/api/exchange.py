@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -112,7 +113,17 @@ class Reception:
     Call it as an ASGI application.
     """
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, operation: str, api: Api = Api.OPENAI) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        spans: RequestSpans,
+        operation: str,
+        api: Api = Api.OPENAI,
+        *,
+        background: bool = False,
+    ) -> None:
+        """`background`: nobody waits for the answer."""
+        self._background = background
         self._gateway = gateway
         self._api = api
         self._spans = spans
@@ -151,7 +162,7 @@ class Reception:
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
             handles.requests[self._operation, finish].inc()
-            if not self._refused and finish != "refused":
+            if not self._refused and finish != "refused" and not self._background:
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
             sent = 200 if self._stream is not None else status or None
@@ -184,8 +195,10 @@ class Reception:
 class Exchange(Reception, Generic[R]):
     """Answers one request for text or vectors, which a run on the fleet makes."""
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
-        super().__init__(gateway, spans, form.operation, form.api)
+    def __init__(
+        self, gateway: Gateway, spans: RequestSpans, form: Format[R], *, background: bool = False
+    ) -> None:
+        super().__init__(gateway, spans, form.operation, form.api, background=background)
         self._format = form
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
@@ -193,10 +206,10 @@ class Exchange(Reception, Generic[R]):
         request = await self._gateway.aside(lambda: self._format.read(body, ignore_unknown), len(body))
         served = self._gateway.fleet.resolve(request.model)
         self._serves(served, request.model, span)
-        with self._gateway.admit(served, self._format.sequences(request)):
+        with self._gateway.admit(served, self._format.sequences(request), background=self._background):
             job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, job)
-            span.set(_request_attributes(job))
+            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            span.set(_request_attributes(run.job))
             in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
             self._refused = False

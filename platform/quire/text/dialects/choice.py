@@ -12,18 +12,53 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from quire.text.dialects.forms import constrained, held_to, sequence
-from quire.text.dialects.json_calls import Hermes
+from quire.text.dialects.forms import constrained, held_to, literal, sequence
+from quire.text.dialects.harmony import Harmony, HarmonyReader, HarmonyThoughts
+from quire.text.dialects.json_calls import Hermes, Llama3, Mistral
 from quire.text.dialects.parts import Plain, Reader, Tool
-from quire.text.dialects.thoughts import Thoughts
+from quire.text.dialects.pythonic import Pythonic
+from quire.text.dialects.sections import Fenced, Numbered, Sections
+from quire.text.dialects.tags import Qwen3Coder
+from quire.text.dialects.thoughts import ReasoningDialect, Thoughts
 from quire.text.dialects.tools import ToolDialect
 from quire_schemas.wire import Structured
 
 NONE: Final = "none"
 """The name of no dialect: markup stays in the text."""
 
-TOOLS: Final[Mapping[str, ToolDialect]] = MappingProxyType({dialect.name: dialect for dialect in (Hermes(),)})
-REASONING: Final[Mapping[str, Thoughts]] = MappingProxyType(
+_DEEPSEEK: Final = {
+    "section": "<｜tool▁calls▁begin｜>",
+    "call": "<｜tool▁call▁begin｜>",
+    "arguments": "<｜tool▁sep｜>",
+    "call_end": "<｜tool▁call▁end｜>",
+    "section_end": "<｜tool▁calls▁end｜>",
+}
+_KIMI: Final = {
+    "section": "<|tool_calls_section_begin|>",
+    "call": "<|tool_call_begin|>",
+    "arguments": "<|tool_call_argument_begin|>",
+    "call_end": "<|tool_call_end|>",
+    "section_end": "<|tool_calls_section_end|>",
+}
+
+TOOLS: Final[Mapping[str, ToolDialect]] = MappingProxyType(
+    {
+        dialect.name: dialect
+        for dialect in (
+            Hermes(),
+            Llama3(),
+            Mistral("mistral", listed=True),
+            Mistral("mistral_args", listed=False),
+            Qwen3Coder(),
+            Pythonic(),
+            Fenced("deepseek_v3", **_DEEPSEEK),
+            Sections("deepseek_v31", **_DEEPSEEK),
+            Numbered("kimi_k2", **_KIMI),
+            Harmony(),
+        )
+    }
+)
+REASONING: Final[Mapping[str, ReasoningDialect]] = MappingProxyType(
     {
         dialect.name: dialect
         for dialect in (
@@ -34,10 +69,15 @@ REASONING: Final[Mapping[str, Thoughts]] = MappingProxyType(
             Thoughts("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
             Thoughts("thinking", "<thinking>", "</thinking>"),
             Thoughts("granite", "Here is my thought process:", "Here is my response:"),
+            HarmonyThoughts(),
         )
     }
 )
 
+_PYTHONIC: Final = re.compile(r"\[\s*func_?name\d*\(")
+"""How templates explain that calls are written as Python does."""
+_LLAMA3: Final = re.compile(r"""\{\s*\\?"name\\?"\s*:[^{}]*\\?"parameters\\?"\s*:""")
+"""How they explain objects with a name and parameters."""
 _COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
@@ -72,6 +112,8 @@ class Dialects:
         """Reads one answer. Without `tools` no calls are read, and their markup is content. `opened`: it begins
         inside a thought (`opens_thought`).
         """
+        if self.reasoning == Harmony.name:
+            return HarmonyReader(tools if self.tools == Harmony.name else None, opened)
         calls: Reader = Plain() if self.tools is None or tools is None else TOOLS[self.tools].reader(tools)
         if self.reasoning is None:
             return calls
@@ -92,7 +134,9 @@ class Dialects:
         """The same constraint, for what follows the thought."""
         if self.reasoning is None:
             return structured
-        return self._held(constrained(structured), opened)
+        answer = REASONING[self.reasoning].answer
+        form = constrained(structured)
+        return self._held(sequence(literal(answer), form) if answer else form, opened)
 
     def _held(self, form: dict[str, object], opened: bool) -> Structured:
         if self.reasoning is None:
@@ -105,19 +149,37 @@ def _chosen(declared: str | None, detected: str | None) -> str | None:
 
 
 def detect(template: str | None, tokens: Container[str]) -> Dialects:
-    """The dialects that a chat template's source shows; `tokens` are the added tokens of the vocabulary."""
+    """The dialects that a chat template's source shows; `tokens` are the added tokens of the vocabulary.
+
+    Nothing is shown by a mark that only stands in a comment.
+    """
     source = _COMMENT.sub("", template or "")
-    return Dialects(_tools(source), _reasoning(source))
+    if "<|channel|>" in source and "<|message|>" in source:
+        return Dialects(Harmony.name, Harmony.name)
+    return Dialects(_tools(source, tokens), _reasoning(source))
 
 
-def _tools(source: str) -> str | None:
-    if "<tool_call>" in source:
-        return "hermes"
+def _tools(source: str, tokens: Container[str]) -> str | None:
+    if _DEEPSEEK["section"] in source:
+        return "deepseek_v3" if "```json" in source else "deepseek_v31"
+    if _KIMI["section"] in source:
+        return "kimi_k2"
+    if Mistral.opening in source:
+        newer = Mistral.arguments_mark in source or Mistral.arguments_mark in tokens
+        return "mistral_args" if newer else "mistral"
+    if "<function=" in source and "<parameter=" in source:
+        return Qwen3Coder.name
+    if Hermes.opening in source:
+        return None if "<arg_key>" in source else Hermes.name  # another family puts tags of its own inside
+    if Pythonic.opening in source or _PYTHONIC.search(source):
+        return Pythonic.name
+    if Llama3.opening in source or _LLAMA3.search(source):
+        return Llama3.name
     return None
 
 
 def _reasoning(source: str) -> str | None:
-    for name, thoughts in REASONING.items():
-        if thoughts.opening in source and thoughts.closing in source:
+    for name, dialect in REASONING.items():
+        if all(mark in source for mark in dialect.marks):
             return name
     return "deepseek_r1" if "</think>" in source else None

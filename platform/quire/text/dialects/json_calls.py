@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from quire.text.dialects.forms import Form, any_of, free, literal, sequence
+from quire.text.dialects.forms import Form, any_of, free, literal, maybe, regex, repeat, sequence
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import (
     Give,
@@ -38,8 +38,10 @@ from quire.text.dialects.reading import (
 from quire.text.dialects.tools import ToolDialect, arguments, spelled
 
 _NO_GAP: Final = re.compile(r"[^ \t\r\n,]")
+_NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.:/-]")
+_NAME: Final = '"name"'
 _ARGUMENTS: Final = ('"arguments"', '"parameters"')
-_BARE_MEMBERS: Final = frozenset(('"name"', '"type"', '"id"', *_ARGUMENTS))
+_BARE_MEMBERS: Final = frozenset((_NAME, '"type"', '"id"', *_ARGUMENTS))
 """What an object may have that no mark announces as a call."""
 
 
@@ -57,18 +59,18 @@ def call_object(
     early: list[str] | None = None
     while True:
         yield from pattern(tape, _NO_GAP)
+        if begun:
+            tape.keep()
         char = yield from peek(tape)
         if char == "}":
             tape.read(tape.at + 1)
             break
-        if char != '"':
-            return (yield from _broken(tape, sink, stops, begun, given))
-        key = yield from string(tape)
+        key = (yield from string(tape)) if char == '"' else ""
         yield from space(tape)
-        if not (yield from accept(tape, ":")):
+        if not key or not (yield from accept(tape, ":")):
             return (yield from _broken(tape, sink, stops, begun, given))
         yield from space(tape)
-        if key == '"name"' and not begun:
+        if key == _NAME and not begun:
             name = decoded((yield from string(tape))) if (yield from peek(tape)) == '"' else None
             if not name or (declared is not None and name not in declared):
                 return False
@@ -80,25 +82,35 @@ def call_object(
         elif key in _ARGUMENTS and not given:
             given = True
             if begun:
+                tape.kept()
                 yield from written_arguments(tape, stops, sink.arguments)
             else:
                 early = []
                 if not (yield from value(tape, stops, early.append)):
                     return False
+        elif key == _NAME or key in _ARGUMENTS:
+            return (yield from _broken(tape, sink, stops, begun, given))
         elif declared is not None and not begun and key not in _BARE_MEMBERS:
             return False
         else:
             yield from value(tape, stops, nothing)
     if begun:
+        tape.kept()
         sink.call_ends()
     return begun
 
 
 def _broken(tape: Tape, sink: Sink, stops: Marks, begun: bool, given: bool) -> Waits[bool]:
     """The object does not go on as one."""
-    if begun and not given and (yield from before(tape, stops, sink.arguments)):
+    if not begun:
+        return False
+    if given:
+        sink.content(tape.kept())
+        return True
+    sink.arguments(tape.kept())
+    if (yield from before(tape, stops, sink.arguments)):
         sink.call_ends()
-    return begun
+    return True
 
 
 def written_arguments(tape: Tape, stops: Marks, give: Give) -> Waits[bool]:
@@ -114,6 +126,141 @@ def unwrapped(written: str) -> str:
     """Arguments without the JSON string around them, if there is one."""
     inner = decoded(written) if written.startswith('"') else None
     return written if inner is None else inner
+
+
+class Llama3(ToolDialect):
+    """`{"name": …, "parameters": {…}}`, several separated by `;`, a comma or a line end, from the answer's
+    beginning or behind `<|python_tag|>`. At the beginning nothing announces a call, so it must be one of a
+    declared tool.
+    """
+
+    name = "llama3_json"
+    opening = "<|python_tag|>"
+    marks = (opening,)
+    separator = "; "
+
+    def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
+        opening = Marks(self.opening)
+        tape.keep()
+        yield from self._calls(tape, sink, opening, tools)
+        while (yield from until(tape, opening, sink.content)):
+            tape.keep(self.opening)
+            yield from self._calls(tape, sink, opening, None)
+
+    def _calls(self, tape: Tape, sink: Sink, stops: Marks, declared: Mapping[str, Tool] | None) -> Waits[None]:
+        """Read calls as long as they come; what is none was kept, and is content."""
+        yield from space(tape)
+        while (yield from call_object(tape, sink, stops, declared=declared)):
+            tape.keep()
+            yield from space(tape)
+            yield from accept(tape, ";", ",")
+            yield from space(tape)
+        sink.content(tape.kept())
+
+    def call(self, tool: Tool, arguments: Form) -> Form:
+        return sequence(literal(f'{{"name": {spelled(tool.name)}, "parameters": '), arguments, literal("}"))
+
+    def guided(self, tools: Sequence[Tool]) -> Form:
+        calls = self.several([self.call(tool, arguments(tool, forced=False)) for tool in tools], parallel=True)
+        marked = free([(self.opening, calls)])
+        return any_of(
+            [
+                calls,
+                maybe(sequence(regex(r"[ \t\r\n]*[^{ \t\r\n]"), marked)),
+                sequence(literal(self.opening), calls, marked),
+            ]
+        )
+
+
+class Mistral(ToolDialect):
+    """`[TOOL_CALLS]` and then a list of objects, or a name and the arguments, which `[ARGS]` may separate.
+
+    The list is the older way. Of the newer one each call has a mark, and there may be an id (`[CALL_ID]`), which
+    is part of the form. Both are read; `listed` says which one is written.
+    """
+
+    opening, id_mark, arguments_mark = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+    marks = (opening, id_mark, arguments_mark)
+
+    def __init__(self, name: str, *, listed: bool) -> None:
+        self.name = name
+        self._listed = listed
+
+    def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
+        opening = Marks(self.opening)
+        while (yield from until(tape, opening, sink.content)):
+            tape.keep(self.opening)
+            yield from space(tape)
+            char = yield from peek(tape)
+            if char == "[" and not (yield from self._starts_anew(tape)):
+                tape.read(tape.at + 1)
+                yield from self._list(tape, sink, opening)
+            elif char == "{":
+                yield from self._list(tape, sink, opening)
+            else:
+                yield from self._named(tape, sink, opening)
+            sink.content(tape.kept())
+
+    def _starts_anew(self, tape: Tape) -> Waits[bool]:
+        """Whether the text goes on with another mark, which stays."""
+        while True:
+            come = tape.text[tape.at : tape.at + len(self.opening)]
+            if come == self.opening or tape.ended or not self.opening.startswith(come):
+                return come == self.opening
+            yield
+
+    def _list(self, tape: Tape, sink: Sink, stops: Marks) -> Waits[None]:
+        yield from space(tape)
+        while (yield from call_object(tape, sink, stops)):
+            yield from pattern(tape, _NO_GAP)
+            if (yield from accept(tape, "]")):
+                return
+            if (yield from peek(tape)) != "{":
+                return
+            tape.keep()
+
+    def _named(self, tape: Tape, sink: Sink, stops: Marks) -> Waits[None]:
+        name = yield from pattern(tape, _NO_NAME)
+        yield from space(tape)
+        mark = ""
+        if (yield from peek(tape)) != "{":
+            mark = yield from accept(tape, self.arguments_mark, self.id_mark)
+            if not mark:
+                return
+        if not name:
+            return
+        tape.kept()
+        sink.begin(name)
+        if mark == self.id_mark and not (yield from until(tape, Marks(self.arguments_mark), nothing)):
+            return
+        yield from space(tape)
+        if (yield from peek(tape)) in ("{", '"'):
+            yield from written_arguments(tape, stops, sink.arguments)
+        elif (yield from before(tape, stops, sink.arguments)):
+            sink.call_ends()
+
+    def call(self, tool: Tool, arguments: Form) -> Form:
+        if self._listed:
+            return sequence(literal(f'{{"name": {spelled(tool.name)}, "arguments": '), arguments, literal("}"))
+        return sequence(literal(f"{self.opening}{tool.name}{self.arguments_mark}"), arguments)
+
+    def several(self, calls: Sequence[Form], parallel: bool) -> Form:
+        if not self._listed:
+            return super().several(calls, parallel)
+        return sequence(literal(self.opening), self._inside(calls, parallel))
+
+    def _inside(self, calls: Sequence[Form], parallel: bool) -> Form:
+        items = repeat(any_of(calls), least=1, most=None if parallel else 1, between=literal(", "))
+        return sequence(regex(r" ?\["), items, literal("]"))
+
+    def guided(self, tools: Sequence[Tool]) -> Form:
+        if self._listed:
+            calls = [self.call(tool, arguments(tool, forced=False)) for tool in tools]
+            return free([(self.opening, self._inside(calls, parallel=True))])
+        rest = [
+            sequence(literal(tool.name + self.arguments_mark), arguments(tool, forced=False)) for tool in tools
+        ]
+        return free([(self.opening, any_of(rest))])
 
 
 class Hermes(ToolDialect):
@@ -135,15 +282,17 @@ class Hermes(ToolDialect):
     def _block(self, tape: Tape, sink: Sink, stops: Marks) -> Waits[str]:
         """Read what follows an opening mark; the mark that it ends by. Several objects are several calls."""
         tape.keep(self.opening)
-        while True:
+        yield from space(tape)
+        if not (yield from call_object(tape, sink, stops)):
+            sink.content(tape.kept())
+            return ""
+        yield from space(tape)
+        tape.keep()
+        while (yield from call_object(tape, sink, stops)):
             yield from space(tape)
-            if not (yield from call_object(tape, sink, stops)):
-                sink.content(tape.kept())
-                return ""
-            yield from space(tape)
-            if (yield from peek(tape)) != "{":
-                return (yield from until(tape, stops, sink.content))
             tape.keep()
+        sink.content(tape.kept())
+        return (yield from until(tape, stops, sink.content))
 
     def call(self, tool: Tool, arguments: Form) -> Form:
         return sequence(literal(self.opening), self._inside(tool, arguments))

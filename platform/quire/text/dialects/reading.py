@@ -98,34 +98,49 @@ class Tape:
 class Sink:
     """The parts that came out."""
 
-    __slots__ = ("_calls", "_parts", "_said", "_silent", "_space", "_thinking")
+    __slots__ = (
+        "_behind_call",
+        "_breaks",
+        "_calls",
+        "_parts",
+        "_said",
+        "_silent",
+        "_space",
+        "_thinking",
+        "_thought",
+    )
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._space: list[str] = []
         """White space that may be the last before a call, a thought's end, or the text's."""
         self._calls = 0
+        self._behind_call = False
+        """No content has come since the last call."""
         self._silent = False
         """The last call has no arguments yet."""
         self._said = False
         """There was content."""
-        self._thinking = False
+        self._thinking = self._thought = False
+        """A thought is being given; there was one."""
+        self._breaks = False
+        """What comes next is content of another message than what came last."""
 
     def take(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
 
     def content(self, text: str) -> None:
+        if self._breaks or (self._calls and not self._said):  # nothing that white space could stand behind
+            text = text.lstrip(_SPACE)
         body = text.rstrip(_SPACE)
         if not body:
             if text:
                 self._space.append(text)
             return
-        if self._calls and not self._said:
-            self._space.clear()
-            text, body = text.lstrip(_SPACE), body.lstrip(_SPACE)
-        self._said = True
-        self._parts.append(Content("".join([*self._space, body])))
+        before = ["\n"] if self._breaks else self._space
+        self._said, self._breaks, self._behind_call = True, False, False
+        self._parts.append(Content("".join([*before, body])))
         self._space = [text[len(body) :]] if len(text) > len(body) else []
 
     def thought(self, text: str) -> None:
@@ -137,23 +152,33 @@ class Sink:
             if text:
                 self._space.append(text)
             return
-        self._thinking = True
-        self._parts.append(Reasoning("".join([*self._space, body])))
+        before = self._space if self._thinking else ["\n"] if self._thought else []
+        self._thinking = self._thought = True
+        self._parts.append(Reasoning("".join([*before, body])))
         self._space = [text[len(body) :]] if len(text) > len(body) else []
 
     def thought_ends(self) -> None:
+        """Another thought begins on a new line."""
         self._thinking = False
+        self._space.clear()
+
+    def content_ends(self) -> None:
+        """Other content begins on a new line."""
+        self._breaks = self._said
         self._space.clear()
 
     def begin(self, name: str) -> None:
         self._space.clear()
         self._parts.append(CallBegins(self._calls, name))
         self._calls += 1
-        self._silent = True
+        self._silent = self._behind_call = True
 
     def arguments(self, text: str) -> None:
         if text:
             self._silent = False
+            if not self._behind_call:  # content stood within the call
+                self._space.clear()
+                self._behind_call = True
             self._parts.append(CallArguments(self._calls - 1, text))
 
     def call_ends(self) -> None:
@@ -166,7 +191,7 @@ class Sink:
         space = "".join(self._space)
         if space and self._thinking:
             self._parts.append(Reasoning(space))
-        elif space and not self._calls:
+        elif space and not self._behind_call:
             self._parts.append(Content(space))
         self._space.clear()
 

@@ -8,7 +8,7 @@ thought that the text's end cuts off keeps what it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 
 from quire.text.dialects.forms import Form, literal, maybe, regex, sequence, through
 from quire.text.dialects.parts import Part, Reader
@@ -18,36 +18,59 @@ _GAP = regex(r"[ \t\r\n]{0,4}")
 """Between a thought and what follows it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Thoughts:
-    """Thoughts between two marks."""
+class ReasoningDialect(ABC):
+    """How a family of models writes its thoughts."""
 
     name: str
-    opening: str
-    closing: str
-    begins_open: bool = False
-    """An answer begins inside a thought even where nobody opened one."""
+    """As `spec.parsers.reasoning` spells it."""
+    marks: tuple[str, ...]
+    """Tokens that the reader must see, special or not."""
+    answer: str = ""
+    """What stands between thoughts and an answer that is no call, besides white space."""
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """Tokens that the reader must see."""
-        return (self.opening, self.closing)
-
+    @abstractmethod
     def opens(self, prompt: str) -> bool:
         """Whether a rendered prompt ends inside a thought, so that the answer begins there."""
-        return prompt.rstrip().endswith(self.opening)
 
+    def closed(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends behind a thought, so that there is no other before the answer."""
+        return False
+
+    @abstractmethod
     def left_open(self, answer: str) -> bool:
         """Whether an answer that is to be continued ends inside a thought."""
+
+    @abstractmethod
+    def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
+        """Reads an answer; what is no thought goes to `inner`."""
+
+    @abstractmethod
+    def before(self, *, opened: bool = False) -> Form:
+        """What an answer may have before what it is held to: its thought."""
+
+
+class Thoughts(ReasoningDialect):
+    """Thoughts between two marks. With `begins_open` an answer begins inside one even where nobody opened it."""
+
+    def __init__(self, name: str, opening: str, closing: str, *, begins_open: bool = False) -> None:
+        self.name = name
+        self.opening, self.closing, self.begins_open = opening, closing, begins_open
+        self.marks = (opening, closing)
+
+    def opens(self, prompt: str) -> bool:
+        return prompt.rstrip().endswith(self.opening)
+
+    def closed(self, prompt: str) -> bool:
+        return prompt.rstrip().endswith(self.closing)
+
+    def left_open(self, answer: str) -> bool:
         begun = self.begins_open or answer.lstrip().startswith(self.opening)
         return begun and answer.rfind(self.opening) >= answer.rfind(self.closing)
 
     def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
-        """Reads an answer; what is no thought goes to `inner`."""
         return ThoughtReader(self, inner, opened or self.begins_open)
 
     def before(self, *, opened: bool = False) -> Form:
-        """What an answer may have before what it is held to: its thought."""
         end = sequence(through(self.closing), _GAP)
         return end if opened or self.begins_open else maybe(sequence(literal(self.opening), end))
 

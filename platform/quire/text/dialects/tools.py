@@ -8,9 +8,9 @@ call has to go on as one of a declared tool, whose arguments fit if it is strict
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring
 
 from quire.text.dialects.forms import Form, any_of, fits, literal, repeat
 from quire.text.dialects.parts import Reader, Tool
@@ -70,4 +70,4 @@ def arguments(tool: Tool, *, forced: bool) -> Form:
 
 def spelled(text: str) -> str:
     """A text as a JSON string."""
-    return json.dumps(text, ensure_ascii=False)
+    return encode_basestring(text)

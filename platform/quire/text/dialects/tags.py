@@ -1,0 +1,159 @@
+"""The dialect of Qwen3-Coder: calls as tags, values as they are.
+
+    <tool_call>
+    <function=get_weather>
+    <parameter=city>
+    Oslo
+    </parameter>
+    </function>
+    </tool_call>
+
+Arguments become JSON as they come. The declared schema decides what a value is: a string is what stands between
+the line ends, to the letter, and is given on while it is written; of another type it is given once it is whole;
+what is not declared, or is not of its type, stays a string. Nothing is escaped in a value, so `</parameter>` ends
+it, whatever it holds else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from quire.text.dialects.forms import Form, any_of, fits, free, literal, maybe, repeat, sequence, through
+from quire.text.dialects.json_calls import written_arguments
+from quire.text.dialects.parts import Tool
+from quire.text.dialects.reading import Give, Marks, Sink, Tape, Waits, accept, before, pattern, peek, space, until
+from quire.text.dialects.schema_types import as_json, inlined, properties, types
+from quire.text.dialects.tools import ToolDialect, spelled
+
+_NO_NAME: Final = re.compile(r"[<>\s]")
+_VALUE_ENDS: Final = Marks("</parameter>")
+_FORCED_ENDS: Final = "\n</parameter>\n"
+
+
+class Qwen3Coder(ToolDialect):
+    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter>…</function></tool_call>`."""
+
+    name = "qwen3_coder"
+    opening, closing = "<tool_call>", "</tool_call>"
+    marks = (opening, closing)
+    separator = "\n"
+    _function, _parameter, _function_end = "<function=", "<parameter=", "</function>"
+
+    def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
+        opening = Marks(self.opening, self._function)  # models leave the outer tag out now and then
+        stops = Marks(self._parameter, self._function_end, self.closing)
+        while mark := (yield from until(tape, opening, sink.content)):
+            tape.keep(mark)
+            if mark == self.opening:
+                yield from space(tape)
+                mark = yield from accept(tape, self._function)
+            name = (yield from pattern(tape, _NO_NAME)) if mark else ""
+            if name and (yield from accept(tape, ">")):
+                tape.kept()
+                sink.begin(name)
+                yield from self._call(tape, sink, stops, tools.get(name))
+                tape.keep()
+                yield from space(tape)
+                if (yield from accept(tape, self.closing)):
+                    tape.kept()
+            sink.content(tape.kept())
+
+    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None) -> Waits[None]:
+        """Read what follows the name, to the end of the function."""
+        comma = "{"
+        yield from space(tape)
+        if (yield from peek(tape)) == "{":  # arguments as JSON after all
+            yield from written_arguments(tape, stops, sink.arguments)
+            comma = ""
+        while (yield from before(tape, stops, sink.content)):
+            mark = yield from accept(tape, self._parameter, self._function_end)
+            if mark != self._parameter or not comma:
+                if comma:
+                    sink.arguments("{}" if comma == "{" else "}")
+                return
+            key = yield from pattern(tape, _NO_NAME)
+            if not (yield from accept(tape, ">")):
+                sink.content(mark + key)
+                continue
+            sink.arguments(f"{comma}{spelled(key)}: ")
+            comma = ", "
+            yield from self._value(tape, sink, key, tool)
+
+    def _value(self, tape: Tape, sink: Sink, key: str, tool: Tool | None) -> Waits[None]:
+        root = tool.parameters if tool is not None else {}
+        kinds = types(properties(root).get(key), root)
+        if kinds <= {"string"}:
+            sink.arguments('"')
+            lines = _Lines(lambda text: sink.arguments(spelled(text)[1:-1]))
+            if (yield from until(tape, _VALUE_ENDS, lines.give)):
+                sink.arguments('"')
+            else:
+                lines.end()
+            return
+        pieces: list[str] = []
+        lines = _Lines(pieces.append)
+        if (yield from until(tape, _VALUE_ENDS, lines.give)):
+            sink.arguments(as_json("".join(pieces), kinds))
+        else:
+            lines.end()
+            sink.arguments("".join(pieces))
+
+    def call(self, tool: Tool, arguments: Form) -> Form:
+        return sequence(literal(f"{self.opening}\n"), self._inside(tool, forced=True))
+
+    def _inside(self, tool: Tool, *, forced: bool) -> Form:
+        end = literal(f"{self._function_end}\n{self.closing}")
+        return sequence(literal(f"{self._function}{tool.name}>\n"), self._parameters(tool, forced), end)
+
+    def _parameters(self, tool: Tool, forced: bool) -> Form:
+        if not (tool.strict or forced):
+            return repeat(sequence(literal(self._parameter), through("</parameter>\n")))
+        root = tool.parameters
+        required = root.get("required") or ()
+        given: list[Form] = []
+        for key, schema in properties(root).items():
+            begin = literal(f"{self._parameter}{key}>\n")
+            form = sequence(begin, self._written(inlined(schema, root), root, tool.strict))
+            given.append(form if key in required else maybe(form))
+        return sequence(*given)
+
+    def _written(self, schema: Mapping[str, object], root: Mapping[str, object], strict: bool) -> Form:
+        if not types(schema, root) <= {"string"}:
+            return sequence(fits(schema, lenient=not strict), literal(_FORCED_ENDS))
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list) and values:
+            return sequence(any_of([literal(str(value)) for value in values]), literal(_FORCED_ENDS))
+        return sequence(through("\n</parameter>"), literal("\n"))
+
+    def guided(self, tools: Sequence[Tool]) -> Form:
+        inside = any_of([self._inside(tool, forced=False) for tool in tools])
+        return free([(self.opening, sequence(literal("\n"), inside))])
+
+
+class _Lines:
+    """Gives on a value without the line end at its beginning and the one before its end."""
+
+    __slots__ = ("_begun", "_give", "_held")
+
+    def __init__(self, give: Give) -> None:
+        self._give = give
+        self._begun = False
+        self._held = ""
+
+    def give(self, text: str) -> None:
+        if not text:
+            return
+        if not self._begun:
+            self._begun = True
+            text = text.removeprefix("\n")
+        text = self._held + text
+        self._held = "\n" if text.endswith("\n") else ""
+        if out := text.removesuffix("\n"):
+            self._give(out)
+
+    def end(self) -> None:
+        """The text ended within the value."""
+        if self._held:
+            self._give(self._held)

@@ -1,0 +1,203 @@
+"""What readers of dialects make of a text: the parts that are in it, however it is cut, and nothing lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.effort import bound, examples
+from tests.unit.platform.dialect_cases import CASES, OSLO, TOOLS, Case
+
+from quire.text.dialects import (
+    REASONING,
+    CallArguments,
+    CallBegins,
+    Content,
+    Dialects,
+    Part,
+    Plain,
+    Reasoning,
+    joined,
+)
+from quire.text.dialects import TOOLS as DIALECTS
+
+
+def read(dialects: Dialects, pieces: Sequence[str], opened: bool = False) -> list[Part]:
+    reader = dialects.reader(TOOLS, opened=opened)
+    parts = [part for piece in pieces for part in reader.push(piece)]
+    return joined(parts + reader.finish())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_text_has_the_same_parts_however_it_is_cut(case: Case) -> None:
+    wanted = list(case.parts)
+    assert read(case.dialects, [case.text], case.opened) == wanted
+    assert read(case.dialects, list(case.text), case.opened) == wanted, "character by character"
+    for cut in range(len(case.text) + 1):
+        assert read(case.dialects, [case.text[:cut], "", case.text[cut:]], case.opened) == wanted, cut
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_text_that_ends_anywhere_has_the_same_parts_however_it_is_cut(case: Case) -> None:
+    for end in range(len(case.text)):
+        text = case.text[:end]
+        assert read(case.dialects, [text[: end // 2], text[end // 2 :]], case.opened) == read(
+            case.dialects, [text], case.opened
+        ), end
+
+
+def test_every_dialect_has_its_texts() -> None:
+    spoken = {name for case in CASES for name in (case.dialects.tools, case.dialects.reasoning)} - {None}
+    assert spoken >= set(DIALECTS)
+    assert spoken >= set(REASONING) - {"thinking"}, "which differs by its marks alone"
+
+
+# ── texts made of marks ───────────────────────────────────────────────────────────────────────────────────
+
+PAYLOAD = frozenset("αβγδ")
+"""Letters that no format has: they come out as they went in."""
+COMMON = ["α", " β\n", "γ ", '"δ"', "{", "}", "[", "]", ",", '"', "\\", " ", "\n", "<", "a", "\\\\"]
+PIECES: dict[str, list[str]] = {
+    "hermes": ['{"name": "f"', '"arguments": ', '{"name": "αβ", "arguments": {"x": "γ'],
+    "llama3_json": ['{"name": "get_time"', '"parameters": ', ";", '{"name": "get_weather", "parameters": {"γ'],
+    "mistral": ['{"name": "f"', '"arguments": ', "f", '[{"name": "f", "arguments": {"γ": "'],
+    "mistral_args": ["f", "αβ", ": "],
+    "qwen3_coder": [
+        "<function=",
+        "<parameter=",
+        ">",
+        "</parameter>",
+        "</function>",
+        "get_weather",
+        "city",
+        "days",
+    ],
+    "pythonic": ["get_weather", "(", ")", "city=", "[get_time(a=", "'", "["],
+    "deepseek_v3": ["function", "```", "json", "f\n", "```json\n{"],
+    "deepseek_v31": ["f", "α:1"],
+    "kimi_k2": ["functions.f", ":0"],
+    "harmony": ["analysis", "final", "commentary", " to=functions.f ", "json", "<|start|>assistant"],
+}
+LOSSY = {"[CALL_ID]"}
+"""What stands behind these is part of a form, whatever it is."""
+
+
+def texts(name: str, reasoning: str | None) -> st.SearchStrategy[list[str]]:
+    marks = Dialects(name, reasoning).marks
+    pieces = [*COMMON, *PIECES[name], *(mark for mark in marks if mark not in LOSSY)]
+    return st.lists(st.sampled_from(pieces), max_size=24)
+
+
+def payload(text: str) -> str:
+    return "".join(char for char in text if char in PAYLOAD)
+
+
+def given_out(parts: Sequence[Part]) -> str:
+    return "".join(part.name if isinstance(part, CallBegins) else part.text for part in parts)
+
+
+@pytest.mark.parametrize("name", PIECES)
+@settings(max_examples=examples(150), deadline=None)
+@given(data=st.data())
+def test_texts_made_of_marks_have_the_same_parts_however_they_are_cut(name: str, data: st.DataObject) -> None:
+    reasoning = "harmony" if name == "harmony" else data.draw(st.sampled_from([None, "think"]))
+    dialects = Dialects(name, reasoning)
+    opened = reasoning is not None and data.draw(st.booleans())
+    text = "".join(data.draw(texts(name, reasoning)))
+    whole = read(dialects, [text], opened)
+    assert read(dialects, list(text), opened) == whole
+    places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
+    cuts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert read(dialects, cuts, opened) == whole
+    begun = [part.index for part in whole if isinstance(part, CallBegins)]
+    assert begun == list(range(len(begun))), "calls are counted"
+    if name != "harmony":  # whose headers have words that are nobody's text
+        assert payload(given_out(whole)) == payload(text), "nothing lost, nothing twice, all in order"
+
+
+# ── early, and in linear time ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "name_at", "first_argument_at"),
+    [
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": {"a": 1}}', 'get_time"', "{"),
+        ("llama3_json", '{"name": "get_time", "parameters": {"a": 1}}', 'get_time"', "{"),
+        ("mistral_args", '[TOOL_CALLS]get_time[ARGS]{"a": 1}', "[ARGS]", "{"),
+        ("qwen3_coder", "<tool_call>\n<function=get_time>\n<parameter=a>\nxyz", "get_time>", "a>"),
+        ("pythonic", "[get_time(a=1, b=2)]", "a=", "1,"),
+        ("deepseek_v31", '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"a": 1}', "<｜tool▁sep｜>", "{"),
+        ("harmony", '<|channel|>commentary to=get_time<|message|>{"a": 1}', "<|message|>", "{"),
+    ],
+)
+def test_a_part_comes_as_soon_as_it_is_certain(
+    tools: str, text: str, name_at: str, first_argument_at: str
+) -> None:
+    reader = Dialects(tools, "harmony" if tools == "harmony" else None).reader(TOOLS)
+    seen: dict[type[Part], int] = {}
+    for at, char in enumerate(text):
+        for part in reader.push(char):
+            seen.setdefault(type(part), at + 1)
+    name_end = text.index(name_at) + len(name_at)
+    assert seen[CallBegins] == name_end
+    assert seen[CallArguments] == text.index(first_argument_at, name_end - 1) + len(first_argument_at)
+
+
+def test_content_is_held_back_only_where_a_mark_may_begin() -> None:
+    reader = Dialects("hermes", "think").reader(TOOLS)
+    assert reader.push("Hello") == [Content("Hello")]
+    assert reader.push(" <too") == []
+    assert reader.push("ls>") == [Content(" <tools>")]
+    assert reader.push(" ") == []
+    assert reader.finish() == [Content(" ")]
+
+
+def test_a_thought_is_given_on_while_it_is_written() -> None:
+    reader = Dialects(None, "think").reader(None, opened=True)
+    assert reader.push("\nso ") == [Reasoning("so")]
+    assert reader.push("far</thi") == [Reasoning(" far")]
+    assert reader.push("nk>\n") == []
+    assert reader.push("x") == [Content("x")]
+
+
+BIG = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning", "head", "fill", "tail"),
+    [
+        ("hermes", None, '<tool_call>{"name": "f", "arguments": {"a": "', "x", '"}}</tool_call>'),
+        ("hermes", None, '<tool_call>{"arguments": {"a": "', "<", '"}, "name": "f"}</tool_call>'),
+        ("hermes", None, '<tool_call>{"name": "', "n", '"}</tool_call>'),
+        ("hermes", None, "x", " ", "x"),
+        ("hermes", "think", "<think>", "<", "</think>"),
+        ("llama3_json", None, '{"parameters": [', "[", ""),
+        ("qwen3_coder", None, "<function=f><parameter=a>", "\n", "</parameter>"),
+        ("pythonic", None, '[get_weather(city="', "x", '")]'),
+        ("deepseek_v31", None, "<｜tool▁call▁begin｜>", "<", "<｜tool▁sep｜>{}"),
+        ("harmony", "harmony", "<|channel|>final", "f", "<|message|>"),
+    ],
+)
+def test_time_is_linear_in_the_text(name: str, reasoning: str | None, head: str, fill: str, tail: str) -> None:
+    dialects, size = Dialects(name, reasoning), BIG // 10
+
+    def seconds(length: int) -> float:
+        pieces = [*head, *(fill * length), *tail]
+        began = time.process_time()
+        read(dialects, pieces)
+        return time.process_time() - began
+
+    read(dialects, [head + fill * BIG + tail])
+    assert seconds(size) < bound(1), "a tenth of what a megabyte takes in pieces of one character"
+
+
+def test_a_model_without_dialects_says_what_it_writes() -> None:
+    assert isinstance(Dialects().reader(TOOLS), Plain)
+    text = f'<think>a</think><tool_call>{{"name": "f", "arguments": {OSLO}}}</tool_call>'
+    assert read(Dialects(), [text]) == [Content(text)]
+    assert joined(Dialects("hermes").reader(None).push(text)) == [Content(text)], "nobody asked for calls"
+    message = f"<|channel|>commentary to=functions.f<|message|>{OSLO}"
+    assert joined(Dialects("harmony", "harmony").reader(None).push(message)) == [Content(message)]
