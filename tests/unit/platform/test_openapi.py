@@ -27,6 +27,7 @@ REGISTRY: Registry[Any] = Registry().with_resource(
 READERS = {"ChatRequest": read_chat, "CompletionRequest": read_completion, "EmbeddingRequest": read_embedding}
 SAID = [{"role": "user", "content": "x"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": SAID}
+PART = {"type": "text", "text": "x"}
 PROMPT: dict[str, Any] = {"model": "m", "prompt": "x"}
 INPUT: dict[str, Any] = {"model": "m", "input": "x"}
 
@@ -114,7 +115,8 @@ def test_notes_of_the_source_are_the_descriptions_of_fields() -> None:
     [
         ("ChatRequest", CHAT | {"stop": "a", "logit_bias": {"7": -100}, "script": [1, 2], "seed": -5}),
         ("ChatRequest", CHAT | {"stop": ["a", "b"], "script": "x", "user": "u", "metadata": {"a": 1}}),
-        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART | {"cache_control": {}}]}]}),
         ("ChatRequest", CHAT | {"response_format": {"type": "json_schema",
             "json_schema": {"name": "a", "schema": {}}}}),
         ("ChatRequest", CHAT | {"structured_outputs": {"json": '{"type": "object"}'}}),
@@ -138,6 +140,7 @@ def test_what_is_read_is_in_the_schema(shape: str, body: dict[str, Any]) -> None
         ("ChatRequest", {"model": "m"}),
         ("ChatRequest", CHAT | {"messages": []}),
         ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART | {"bold": True}]}]}),
         ("ChatRequest", CHAT | {"temperature": 2.5}),
         ("ChatRequest", CHAT | {"stop": ""}),
         ("ChatRequest", CHAT | {"stop": ["a"] * 17}),
@@ -157,6 +160,13 @@ def test_what_is_read_is_in_the_schema(shape: str, body: dict[str, Any]) -> None
 def test_what_the_schema_refuses_is_refused(shape: str, body: dict[str, Any]) -> None:
     assert not takes(shape, body)
     assert not reads(shape, body)
+
+
+def test_unknown_fields_of_parts_are_left_out_where_the_gateway_says_so() -> None:
+    body = CHAT | {"messages": [{"role": "user", "content": [PART | {"bold": True}]}]}
+    with pytest.raises(BadRequest, match="must not have the field 'bold' in a text part"):
+        read_chat(json.dumps(body).encode())
+    assert read_chat(json.dumps(body).encode(), ignore_unknown=True).messages[0].content == "x"
 
 
 def test_the_refused_fields_of_chat_are_none_of_its_fields() -> None:
