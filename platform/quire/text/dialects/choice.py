@@ -128,15 +128,20 @@ class Dialects:
 
     def guided(self, tools: Sequence[Tool], *, opened: bool = False) -> Structured:
         """The constraint that calls in an answer are of `tools`, with arguments that fit where they are strict."""
-        return self._held(TOOLS[self.tools or ""].guided(tools), opened)
+        form = TOOLS[self.tools or ""].guided(tools)
+        if self.reasoning is None:
+            return held_to(form)
+        return held_to(REASONING[self.reasoning].before_free(form, opened=opened))
 
     def after_thought(self, structured: Structured, *, opened: bool = False) -> Structured:
         """The same constraint, for what follows the thought."""
         if self.reasoning is None:
             return structured
-        answer = REASONING[self.reasoning].answer
+        reasoning = REASONING[self.reasoning]
         form = constrained(structured)
-        return self._held(sequence(literal(answer), form) if answer else form, opened)
+        if structured.kind == "structural_tag" and not reasoning.answer:
+            return held_to(reasoning.before_free(form, opened=opened))
+        return self._held(sequence(literal(reasoning.answer), form) if reasoning.answer else form, opened)
 
     def _held(self, form: dict[str, object], opened: bool) -> Structured:
         if self.reasoning is None:

@@ -65,6 +65,9 @@ class HarmonyThoughts(ReasoningDialect):
         end = sequence(through(_END), literal(_NEXT))
         return end if opened else maybe(sequence(literal(_THOUGHT), end))
 
+    def before_free(self, form: Form, *, opened: bool = False) -> Form:
+        return sequence(self.before(opened=True), form) if opened else form  # thoughts are among its messages
+
 
 class Harmony(ToolDialect):
     """Calls are messages to `functions.NAME`. An answer ends with its first call."""

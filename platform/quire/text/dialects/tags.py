@@ -20,7 +20,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from quire.text.dialects.forms import Form, any_of, fits, free, literal, maybe, repeat, sequence, through
+from quire.text.dialects.forms import (
+    CannotHold,
+    Form,
+    any_of,
+    fits,
+    free,
+    literal,
+    maybe,
+    repeat,
+    sequence,
+    through,
+)
 from quire.text.dialects.json_calls import written_arguments
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Give, Marks, Sink, Tape, Waits, accept, before, pattern, peek, space, until
@@ -115,6 +126,8 @@ class Qwen3Coder(ToolDialect):
         given: list[Form] = []
         for key, schema in properties(root).items():
             begin = literal(f"{self._parameter}{key}>\n")
+            if tool.strict and types(schema, root) <= {"string"}:
+                _check_raw(tool.name, key, schema)
             form = sequence(begin, self._written(inlined(schema, root), root, tool.strict))
             given.append(form if key in required else maybe(form))
         return sequence(*given)
@@ -125,11 +138,29 @@ class Qwen3Coder(ToolDialect):
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list) and values:
             return sequence(any_of([literal(str(value)) for value in values]), literal(_FORCED_ENDS))
-        return sequence(through("\n</parameter>"), literal("\n"))
+        least, most = schema.get("minLength"), schema.get("maxLength")
+        return sequence(
+            through(
+                "\n</parameter>",
+                least=least if isinstance(least, int) else 0,
+                most=most if isinstance(most, int) else None,
+            ),
+            literal("\n"),
+        )
 
     def guided(self, tools: Sequence[Tool]) -> Form:
         inside = any_of([self._inside(tool, forced=False) for tool in tools])
         return free([(self.opening, sequence(literal("\n"), inside))])
+
+
+def _check_raw(tool: str, key: str, schema: object) -> None:
+    """What JSON alone can be held to is refused where a value is no JSON."""
+    for word in ("pattern", "format", "$ref", "anyOf", "oneOf", "allOf"):
+        if isinstance(schema, Mapping) and word in schema:
+            raise CannotHold(
+                f"the strict tool '{tool}' has '{word}' in its string '{key}', to which this model's way of "
+                "writing calls (qwen3_coder) cannot be held"
+            )
 
 
 class _Lines:

@@ -44,6 +44,10 @@ class ReasoningDialect(ABC):
     def before(self, *, opened: bool = False) -> Form:
         """What an answer may have before what it is held to: its thought."""
 
+    @abstractmethod
+    def before_free(self, form: Form, *, opened: bool = False) -> Form:
+        """Free text (`forms.free`, or a structural tag) that may begin with a thought."""
+
 
 class Thoughts(ReasoningDialect):
     """Thoughts between two marks. With `begins_open` an answer begins inside one even where nobody opened it."""
@@ -66,6 +70,15 @@ class Thoughts(ReasoningDialect):
     def before(self, *, opened: bool = False) -> Form:
         end = sequence(through(self.closing), _GAP)
         return end if opened or self.begins_open else maybe(sequence(literal(self.opening), end))
+
+    def before_free(self, form: Form, *, opened: bool = False) -> Form:
+        thought = through(self.closing)
+        if opened or self.begins_open:
+            return sequence(thought, form)
+        return {
+            **form,
+            "begins": [*form.get("begins", ()), {"mark": self.opening, "then": thought, "again": True}],
+        }
 
 
 class ThoughtReader:
