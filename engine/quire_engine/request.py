@@ -63,6 +63,7 @@ class Request:
     """Known tokens at which it has all that it may have."""
     received_at: float
     priority: int = 0
+    background: bool = False
     deadline: float | None = None
     """When it ends with `timeout` if it has not ended before, by the scheduler's clock."""
     root: bytes | None = None
@@ -144,6 +145,7 @@ class Request:
             full_at=full_at(len(message.token_ids), sampling),
             received_at=received_at,
             priority=message.priority,
+            background=message.background,
             width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
             pool=None if message.pooling is None else Pool(message.pooling, len(message.token_ids)),

@@ -6,13 +6,14 @@ generating request needs one token because one is missing, a preempted one start
 back, a prompt that others have computed starts further on. Nothing here asks which "phase" a request is in.
 
 Order. Every request has a place, its key: in order of arrival, or, with the policy `priority`, of priority and
-then arrival. A step is filled in this order. When no block is free, the running request with the last key loses
-its blocks and waits again, with all its tokens; since victims never have an earlier key than the one that needs
-room, the first always proceeds, and by induction everyone does. A waiting request is let in only if there is room
-for all its known tokens, for what running prompts still lack, and for one more block per running request: it then
-survives at least one block length of everybody's growth, and a preempted request does not come back just to be
-thrown out again. For this room, and for a seat, running requests of a lower priority have to go. Who cannot be
-let in keeps those behind it out, too.
+then arrival. Background work comes behind all that somebody waits for: its priority is below any other. A step is
+filled in this order. When no block is free, the running request with the last key loses its blocks and waits
+again, with all its tokens; since victims never have an earlier key than the one that needs room, the first always
+proceeds, and by induction everyone does. A waiting request is let in only if there is room for all its known
+tokens, for what running prompts still lack, and for one more block per running request: it then survives at least
+one block length of everybody's growth, and a preempted request does not come back just to be thrown out again. For
+this room, and for a seat, running requests of a lower priority have to go. Who cannot be let in keeps those behind
+it out, too.
 
 Prefixes. A request that may share begins behind the blocks that are there already (never with its last token: that
 one's logits are wanted). If the next block of its prompt is being computed by a running request it stands aside
@@ -48,6 +49,8 @@ from quire_schemas.sizing import longest_held
 from quire_schemas.wire import Delta, Repetition, Timings, TokenLogprobs
 
 _KEY = attrgetter("key")
+BEHIND_ALL = 1 << 33
+"""Above the distance between any two priorities that requests can have."""
 _PENDING_ALONE: tuple[int, ...] = (PENDING,)
 
 
@@ -153,13 +156,7 @@ class Scheduler:
                 "context_length_exceeded",
                 f"the request needs room for {room}; the whole KV cache holds {most}",
             )
-        limits = self.limits
-        if limits.max_waiting is not None and len(self._live) >= limits.max_num_seqs + limits.max_waiting:
-            raise RequestRefused(
-                "queue_full",
-                f"{len(self._live)} requests run or wait, as many as {limits.max_num_seqs} seats and a queue of "
-                f"{limits.max_waiting} hold",
-            )
+        self._check_queue(request)
         self._arrivals += 1
         request.key = self._place(request, self._arrivals)
         request.tables = pool.empty()
@@ -168,6 +165,20 @@ class Scheduler:
         self._live[request.id] = request
         insort(self.waiting, request, key=_KEY)
         self._watch(request)
+
+    def _check_queue(self, request: Request) -> None:
+        """Raise `RequestRefused` when too many wait. Background work takes no place from what is not, and has as
+        many of its own."""
+        limits = self.limits
+        if limits.max_waiting is None or len(self._live) < limits.max_num_seqs + limits.max_waiting:
+            return
+        alike = sum(other.background == request.background for other in self._live.values())
+        if alike >= limits.max_num_seqs + limits.max_waiting:
+            raise RequestRefused(
+                "queue_full",
+                f"{alike} requests run or wait, as many as {limits.max_num_seqs} seats and a queue of "
+                f"{limits.max_waiting} hold",
+            )
 
     def set_limits(self, limits: BatchLimits) -> None:
         """Limits from the next step on. Another policy puts everybody in its order and throws nobody out."""
@@ -249,7 +260,8 @@ class Scheduler:
         heapq.heappush(self._deadlines, (request.deadline, request.key[1], request.id))
 
     def _place(self, request: Request, arrival: int) -> tuple[int, int]:
-        return (request.priority if self.limits.policy == "priority" else 0, arrival)
+        priority = request.priority if self.limits.policy == "priority" else 0
+        return (priority + BEHIND_ALL if request.background else priority, arrival)
 
     def _whose(self, deadline: tuple[float, int, str]) -> Request | None:
         """The live request that a deadline is of, if it still lives."""
@@ -693,8 +705,10 @@ class Scheduler:
         most = (request.num_known - 1) // size
         digests = request.chain_of(most, size)[:most]
         count = self.pool.match(digests)
-        if count < len(digests) and digests[count] in self._coming:
-            return None
+        if count < len(digests):
+            maker = self._coming.get(digests[count])
+            if maker is not None and (request.background or not maker.background):
+                return None  # nobody who is waited for stands aside for background work
         return digests[:count]
 
     def _seal(self, request: Request) -> None:

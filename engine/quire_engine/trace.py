@@ -80,6 +80,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     root: bytes | None = None
     width: int = 0
     pooling: Pooling | None = None
+    background: bool = False
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -95,6 +96,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.root,
             request.width,
             request.pool.pooling if request.pool is not None else None,
+            request.background,
         )
 
     def restored(self) -> Request:
@@ -108,6 +110,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             full_at=full_at(len(self.token_ids), self.sampling),
             received_at=self.received_at,
             priority=self.priority,
+            background=self.background,
             deadline=self.deadline,
             root=self.root,
             width=self.width,

@@ -1,26 +1,21 @@
 """The file that the store keeps everything in: opened, brought up to date, written in whole transactions.
 
-SQLite in WAL mode through SQLAlchemy Core, `synchronous=FULL`: an acknowledged `apply` survives a power cut. Every
-write is a transaction that begins IMMEDIATE (a transaction that reads first and upgrades later fails at once when
-another writes, whatever the timeout).
+How the file is opened, and what its errors mean, is `sqlite`'s part. Every write is one transaction.
 
 What is read is kept until it is written: each pass over each model asks for the same. Only this process writes
 (the control plane has `daemon.lock`); should another have, SQLite says so (`data_version`), and all is read anew.
 What a read gave is shared: nobody changes it.
 
-Exceptions:
+Exceptions, besides those of `sqlite`:
 
     StoreError
     ├── Conflict            the object changed since it was read
-    ├── NotFound            no such object
-    ├── StoreUnavailable    the disk is full, read-only or failing: nothing was written
-    └── UnusableStore       another version's file, a network filesystem, or a damaged one
+    └── NotFound            no such object
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,20 +27,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from quire_operators.clock import SteadyClock, boot_id, new_base
-from quire_operators.host import NETWORK_FILESYSTEMS, file_system
 from quire_operators.paths import sync_folder
+from quire_operators.sqlite import File, StoreError, StoreUnavailable, UnusableStore
 from quire_operators.tables import EVENTS, META, METADATA, OBJECTS, REPLICAS, SCHEMA_VERSION, UPGRADES
 
 T = TypeVar("T")
-
-
-class StoreError(Exception):
-    """The store cannot do what was asked."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
 
 class Conflict(StoreError):
@@ -56,66 +42,18 @@ class NotFound(StoreError):
     """No such object."""
 
 
-class StoreUnavailable(StoreError):
-    """The file cannot be written or read now. `full` says that it is for want of room, `passing` that the cause
-    lies outside the file and can pass."""
-
-    def __init__(self, message: str, hint: str, *, full: bool, passing: bool) -> None:
-        super().__init__(message, hint)
-        self.full = full
-        self.passing = passing
-
-    @classmethod
-    def of(cls, error: sa.exc.DBAPIError, path: Path) -> StoreUnavailable:
-        """What SQLite's error means for whoever wanted something written."""
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-        # A disk whose quota or limit is reached answers with an error of input and output.
-        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-        hint = {
-            sqlite3.SQLITE_READONLY: f"make {path.parent} writable",
-            sqlite3.SQLITE_BUSY: "another program holds the store open: end it",
-        }.get(code, f"make room where {path.parent} is" if full else "platform doctor says more")
-        return cls(
-            f"the store {path} cannot be used now: {error.orig}. Nothing was stored; what runs goes on",
-            f"{hint}, then try again",
-            full=full,
-            passing=full or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY),
-        )
-
-
-class UnusableStore(StoreError):
-    """The file cannot serve as a store."""
-
-
-def _refuse_network_filesystem(folder: Path) -> None:
-    """SQLite's locks and its WAL do not hold on a network filesystem. Raises `UnusableStore`."""
-    kind = file_system(folder)
-    if kind in NETWORK_FILESYSTEMS:
-        raise UnusableStore(
-            f"the state directory {folder} is on a network filesystem ({kind})",
-            "QUIRE_STATE_DIR must name a folder on a local disk",
-        )
-
-
 class Database:
     """One open database. `clock` gives unix seconds; without one it is the steady clock that the file keeps."""
 
     def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
-        _refuse_network_filesystem(path.parent)
         self._path = path
         self._kept: dict[str, dict[str, Any]] = {}
         """What was read, by the table it is of and by uid, model or kind."""
         self._data_version = -1
         self.rows_version = 0
         """Changes whenever a replica's row may have."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)
-        opened = os.fstat(descriptor)
-        self._file = (opened.st_dev, opened.st_ino)
-        os.close(descriptor)
-        self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.pool.StaticPool)
-        sa.event.listen(self._engine, "connect", _set_pragmas)
-        sa.event.listen(self._engine, "begin", _begin_immediate)
+        self._file = File(path)
+        self._engine = self._file.engine()
         try:
             with self._engine.begin() as db:
                 self._upgrade(db, path)
@@ -209,7 +147,7 @@ class Database:
 
         `touched`: what may be written, as (table, key); a key of None is all of the table.
         """
-        self._check_in_place()
+        self._file.check_in_place()
         try:
             with self._engine.begin() as db:
                 yield db
@@ -218,20 +156,6 @@ class Database:
         finally:
             for table, key in touched:
                 self._forget(table, key)
-
-    def _check_in_place(self) -> None:
-        """Raise `StoreUnavailable` where the open file is not the one of that name: writes would be lost."""
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != self._file:
-            raise StoreUnavailable(
-                f"{self._path} was moved away or replaced while it was open",
-                "put it back; to begin anew with another one: platform daemon restart",
-                full=False,
-                passing=True,
-            )
 
     def _forget(self, table: str, key: str | None) -> None:
         if table == "replicas":
@@ -260,15 +184,3 @@ class Database:
             self.rows_version += 1
             self._data_version = version
         return self._kept.setdefault(table, {})
-
-
-def _set_pragmas(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy begins transactions itself: see _begin_immediate
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_immediate(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -9,6 +9,7 @@ that belongs to this user and is closed to everybody else.
 
     <root>/state.db  daemon.lock  start.lock  down  routes.snapshot  logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
+    <root>/router/router.db  router/files/<id>  router/lock
     <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>
     /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
 
@@ -80,6 +81,11 @@ class StateDir:
     def router_snapshot(self) -> Path:
         """The routing table that the router last accepted, and begins with when there is no control plane."""
         return self.root / "routes.snapshot"
+
+    @property
+    def router_store(self) -> Path:
+        """The folder of what the router keeps by itself: files and batches."""
+        return self.root / "router"
 
     @property
     def sources(self) -> Path:

@@ -4,15 +4,19 @@
     ├── InvalidRequest                the request says something that is wrong or not understood
     │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     ├── HostRefused                   the Host or Origin is not one we answer to
-    ├── NotFound                      no such path
+    ├── NotFound                      no such path, file or batch
+    │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
     ├── MethodNotAllowed
+    ├── Conflict                      what is there does not allow it
     ├── BodyTooLarge
     ├── BodyTimeout                   the client did not finish sending
     ├── UnsupportedMediaType
     ├── QueueFull                     as many requests wait as the manifest allows
     ├── ServiceUnavailable            no replica is ready; one may be soon
     │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
+    ├── StorageUnavailable            the router's store cannot be read or written; what needs no store goes on
+    │   └── StorageFull               for want of room
     ├── EngineUnavailable             engines died under the request, retries are used up
     │   └── RequestQuarantined        each time before its first token: it is not tried again
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
@@ -25,10 +29,14 @@
 
 The messages are our own words: nothing that a library said, no path, no address. Anything not in the table is an
 `InternalError`. Codes are stable; clients branch on them. `x-should-retry` is what the official clients obey.
+
+Status, headers and words are the same whatever API the request speaks (`Api`, told by its path); the body has the
+shape that this API's clients read.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -69,7 +77,11 @@ class HostRefused(ApiError):
 
 
 class NotFound(ApiError):
-    """No such path."""
+    """No such path, file or batch."""
+
+
+class EndpointNotServed(NotFound):
+    """Other servers have the path."""
 
 
 class ModelNotFound(ApiError):
@@ -78,6 +90,10 @@ class ModelNotFound(ApiError):
 
 class MethodNotAllowed(ApiError):
     """The path exists, the method does not."""
+
+
+class Conflict(ApiError):
+    """What is there does not allow it."""
 
 
 class BodyTooLarge(ApiError):
@@ -89,7 +105,7 @@ class BodyTimeout(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
-    """The body is not declared as JSON."""
+    """The body is not declared as what it must be."""
 
 
 class QueueFull(ApiError):
@@ -102,6 +118,14 @@ class ServiceUnavailable(ApiError):
 
 class ModelStopped(ServiceUnavailable):
     """The manifest asks for no replica."""
+
+
+class StorageUnavailable(ApiError):
+    """The router's store cannot be used now."""
+
+
+class StorageFull(StorageUnavailable):
+    """The router's store has no room."""
 
 
 class EngineUnavailable(ApiError):
@@ -156,9 +180,11 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ParamRefused: Row(400, _BAD, None),
     HostRefused: Row(421, _BAD, "host_not_allowed"),
     NotFound: Row(404, _BAD, "not_found"),
+    EndpointNotServed: Row(404, _BAD, "endpoint_not_served"),
     ModelNotFound: Row(404, _BAD, "model_not_found"),
     MethodNotAllowed: Row(405, _BAD, "method_not_allowed"),
     BodyTimeout: Row(408, _BAD, "request_timeout", retry=False, close=True),
+    Conflict: Row(409, _BAD, "conflict", retry=False),
     BodyTooLarge: Row(413, _BAD, "request_too_large", close=True),
     UnsupportedMediaType: Row(415, _BAD, "unsupported_media_type"),
     QueueFull: Row(429, "rate_limit_exceeded", "queue_full", retry=True),
@@ -170,6 +196,8 @@ TABLE: Final[dict[type[Exception], Row]] = {
     ),
     ServiceUnavailable: Row(503, _OURS, "service_unavailable", retry=True),
     ModelStopped: Row(503, _OURS, "service_unavailable", retry=False),
+    StorageUnavailable: Row(503, _OURS, "storage_unavailable", retry=True),
+    StorageFull: Row(507, _OURS, "storage_full", retry=False),
     EngineUnavailable: Row(502, _OURS, "engine_unavailable", retry=True),
     RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
@@ -181,6 +209,30 @@ _UNKNOWN: Final = Row(
 )
 
 
+class Api(enum.Enum):
+    """Whose clients read an answer."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+    @classmethod
+    def at(cls, path: str) -> Api:
+        """The API that a path belongs to."""
+        return cls.ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else cls.OPENAI
+
+
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By status; below 500 the others are invalid_request_error, from there api_error."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpError:
     """An answer, ready to send, for any web framework."""
@@ -188,16 +240,19 @@ class HttpError:
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
-    """`{"error": {"message", "type", "param", "code"}}`; inside a stream it goes after `data: `."""
+    """`{"error": {"message", "type", "param", "code"}}`, or what else the API has; inside a stream it is what
+    its error event says.
+    """
     code: str | None
+    message: str
 
 
-def describe(error: BaseException) -> HttpError:
+def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
     """The answer for `error`: the row of its class or of the nearest base class in the table."""
     row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)
     param = error.param if isinstance(error, ApiError | ParamRefused) else None
     message = row.message if row.message is not None else str(error)
-    body = msgspec.json.encode({"error": {"message": message, "type": row.type, "param": param, "code": row.code}})
+    body = msgspec.json.encode(_shaped(api, row, message, param))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     retry_after = error.retry_after if isinstance(error, ApiError) else None
     if retry_after is not None:
@@ -208,4 +263,11 @@ def describe(error: BaseException) -> HttpError:
         headers.append((b"x-should-retry", b"true" if row.retry else b"false"))
     if row.close:
         headers.append((b"connection", b"close"))
-    return HttpError(row.status, tuple(headers), body, row.code)
+    return HttpError(row.status, tuple(headers), body, row.code, message)
+
+
+def _shaped(api: Api, row: Row, message: str, param: str | None) -> dict[str, object]:
+    if api is Api.OPENAI:
+        return {"error": {"message": message, "type": row.type, "param": param, "code": row.code}}
+    kind = _ANTHROPIC_TYPES.get(row.status, "invalid_request_error" if row.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}

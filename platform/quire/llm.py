@@ -315,7 +315,11 @@ class LLM:
         for place, conversation in enumerate(conversations):
             with _of_several("conversation", place, len(conversations)):
                 text = self.tokenizer.render(
-                    _messages(conversation), tools, prompted, continue_final_message, **variables
+                    _messages(conversation),
+                    tools,
+                    add_generation_prompt=prompted,
+                    continue_final_message=continue_final_message,
+                    **variables,
                 )
             whole.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         asked = self.default_sampling(None) if sampling_params is None else sampling_params

@@ -274,6 +274,8 @@ class Generate(msgspec.Struct, tag=True):
     """The whole answer is then the last delta's `beams`; of `sampling` only the bounds and stop ids count."""
     priority: int = 0
     """Lower goes first, where the policy is `priority`."""
+    background: bool = False
+    """Nobody waits for it: whatever the policy, it comes after all that is not, and makes room for it."""
     timeout: float | None = None
     """Seconds from its receipt after which it ends with the error `timeout`."""
     cache_salt: str = ""

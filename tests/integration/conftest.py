@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.engine_process import engine_running, without_weights
 from tests.integration.plane import GATEWAY, Plane
 from tests.integration.router_world import World, end_world, make_world
+
+from quire_schemas import wire
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,15 @@ def shared_world() -> Iterator[World]:
         world = make_world(Path(name))
         yield world
         end_world(world)
+
+
+@pytest.fixture(scope="session")
+def scripted_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wire.EngineSpec]:
+    """A scripted engine with the built-in tokenizer: it says what it is told to."""
+    checkpoint = str(without_weights(tmp_path_factory.mktemp("checkpoint")))
+    spec = {"model_dir": checkpoint, "runner": "scripted", "step_time": 0.001, "max_model_len": 1024}
+    with engine_running(replica_id="scripted", **spec) as running:
+        yield running
 
 
 @pytest.fixture

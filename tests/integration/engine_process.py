@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 from tests.engine_specs import tiny_spec
 
+from quire import builtin
 from quire_schemas.wire import EngineEvent, EngineSpec
 
 
@@ -79,3 +81,11 @@ def engine_running(**fields: Any) -> Iterator[EngineSpec]:
             yield spec
         finally:
             process.close()
+
+
+def without_weights(folder: Path) -> Path:
+    """The built-in checkpoint with everything but its weights."""
+    for file in builtin.path("tiny").iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder

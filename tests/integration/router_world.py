@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -81,8 +82,9 @@ class World:
                 raise AssertionError((self.folder / "router.log").read_text())
             time.sleep(0.02)
 
-    def restart(self, status_fd: int | None = None) -> None:
-        self.process.kill()
+    def restart(self, number: int = signal.SIGKILL, status_fd: int | None = None) -> None:
+        """End the router by a signal, and start it again."""
+        self.process.send_signal(number)
         self.process.wait()
         self.process = launch(self.folder, self.listening, self.config_file, self.environment, status_fd)
 

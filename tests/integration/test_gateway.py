@@ -103,7 +103,7 @@ def test_a_browser_that_asks_beforehand_is_told_what_a_page_may_send(plane: Plan
     answer = httpx.options(served, headers=asks)
     assert (answer.status_code, answer.content) == (204, b"")
     assert answer.headers["access-control-allow-origin"] == PAGE
-    assert answer.headers["access-control-allow-methods"] == "GET, POST"
+    assert answer.headers["access-control-allow-methods"] == "GET, POST, DELETE"
     assert answer.headers["access-control-allow-headers"] == asks["access-control-request-headers"]
     assert answer.headers["access-control-allow-private-network"] == "true"
     assert "access-control-allow-credentials" not in answer.headers

@@ -45,7 +45,7 @@ def test_wrong_arguments_are_not_worth_another_start(arguments: list[str], code:
 def test_it_says_ready_when_requests_are_answered(own_world: World) -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading) as told:
-        own_world.restart(writing)
+        own_world.restart(status_fd=writing)
         os.close(writing)
         assert json.loads(told.readline()) == {"event": "ready"}
         assert httpx.get(f"{own_world.url}/livez", timeout=10).status_code == 200

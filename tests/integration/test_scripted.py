@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from tests.integration.engine_process import engine_running
+from tests.integration.engine_process import engine_running, without_weights
 from tests.integration.router_world import ASK, TEXT, World
 
 from quire import builtin
@@ -17,14 +15,6 @@ from quire.text import Tokenizer
 from quire_schemas import wire
 
 WORDS = "naïve 你好 🦊🙂 — done"
-
-
-def without_weights(folder: Path) -> Path:
-    """The built-in checkpoint with everything but its weights."""
-    for file in builtin.path("tiny").iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            shutil.copy(file, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ answer as somebody else, end a request with a chosen error. It also keeps a reco
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quire.router.proof import ID_PREFIX
 from quire_schemas import wire
 
 WHY = "/secret/path 0xdead"
@@ -71,6 +73,8 @@ class WireEngine:
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
+    """Requests of clients; what the router asks for `/health` is in `questions`."""
+    questions: list[wire.Generate] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     limits: wire.Limits | None = None
     running: dict[str, _Running] = field(default_factory=dict)
@@ -144,14 +148,16 @@ class WireEngine:
                 )
                 writer.write(wire.frame(self._stats()))
             case wire.Generate():
-                self.generates.append(message)
+                asked = message.id.startswith(ID_PREFIX)
+                (self.questions if asked else self.generates).append(message)
                 answer = self.script(message)[: message.sampling.max_tokens]
                 self.running[message.id] = _Running(message, answer, time.monotonic())
                 if self.poison is not None and self.poison(message):
                     self.deaths += 1
                     self.cut()
             case wire.Abort():
-                self.aborts.append(message.id)
+                if not message.id.startswith(ID_PREFIX):
+                    self.aborts.append(message.id)
                 self.running.pop(message.id, None)
             case wire.GetStats():
                 writer.write(wire.frame(self._stats()))
@@ -229,6 +235,10 @@ class WireEngine:
         elif run.sent >= len(run.answer):
             delta.finish_reason, delta.stop_token_id = "stop", 0
         if delta.finish_reason is not None:
+            delta.timings = run.timings(self.skew, self.cached(run.request), now)
+        if (pooling := run.request.pooling) is not None:  # one step, one vector
+            delta.token_ids, delta.finish_reason = (), "stop"
+            delta.embedding = struct.pack("<f", 1.0) + bytes(4 * (min(pooling.dimensions or 8, 8) - 1))
             delta.timings = run.timings(self.skew, self.cached(run.request), now)
         if run.request.beam is not None:  # says when it begins, and what it found
             delta.token_ids = ()

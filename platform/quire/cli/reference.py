@@ -1,8 +1,9 @@
 """`platform reference FOLDER`: the reference pages, written from the product itself; --check compares.
 
 Pages: the command line (click's own help), every manifest field and every reason (what `platform explain` prints),
-what commands print for programs, what the HTTP API takes and answers, the metrics that the router exports, and the
-spans of a trace. `make docs` writes them, `make docs-check` fails when a page is not what would be written.
+what commands print for programs, what the HTTP API takes and answers (for people, and as the OpenAPI document that
+the router serves), the metrics that the router exports, and the spans of a trace. `make docs` writes them,
+`make docs-check` fails when a page is not what would be written.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def reference(folder: Path, check: bool) -> int:
         "output.md": output_page(),
         "metrics.md": metrics_page(),
         "spans.md": spans_page(),
+        "openapi.json": openapi_page(),
     }
     if check:
         stale = [name for name, text in pages.items() if _read(folder / name) != text]
@@ -163,21 +165,18 @@ def reasons_page() -> str:
 def api_page() -> str:
     """The fields of each request, by what becomes of them, and every error."""
     from quire.errors import TABLE
+    from quire.router.api.absent import ABSENT
+    from quire.router.openapi import ENDPOINTS
     from quire_schemas import wire
+    from quire_schemas.openai.batches import CreateBatch
     from quire_schemas.openai.body import WITHOUT_EFFECT
-    from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest
-    from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest
-    from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
     from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
 
     lines = _head("HTTP API")
-    endpoints = (
-        ("POST /v1/chat/completions", ChatRequest, CHAT_REFUSED),
-        ("POST /v1/completions", CompletionRequest, COMPLETION_REFUSED),
-        ("POST /v1/embeddings", EmbeddingRequest, EMBEDDING_REFUSED),
-    )
     lines += [
+        "The same for programs: [openapi.json](openapi.json), which the router serves at `/openapi.json`.",
+        "",
         "A sampling field that a request leaves out has the value of the checkpoint's `generation_config.json`, "
         "else OpenAI's default. `builtin://tiny` says `do_sample: false` there, so it is greedy unless the "
         "request gives a `temperature`.",
@@ -198,16 +197,22 @@ def api_page() -> str:
         "`prompt_tokens` it counts each prompt once.",
         "",
     ]
-    for title, request, refused in endpoints:
-        lines += [
-            f"## {title}",
-            "",
-            "Honoured: " + ", ".join(f"`{name}`" for name in request.model_fields) + ".",
-            "",
-        ]
+    for each in ENDPOINTS:
+        if each.request is None:
+            continue
+        honoured = ", ".join(f"`{name}`" for name in each.request.model_fields)
+        lines += [f"## {each.methods[0]} {each.path}", "", f"Honoured: {honoured}.", ""]
         lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
-        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in refused.items()]
+        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
         lines.append("")
+    lines += [
+        "## POST /v1/files, POST /v1/batches",
+        "",
+        "Files: `file`, `purpose`, `expires_after[anchor]`, `expires_after[seconds]`. Batches: "
+        + ", ".join(f"`{name}`" for name in CreateBatch.model_fields)
+        + ". Their limits are in [batches](../batches.md).",
+        "",
+    ]
     lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += [
@@ -225,6 +230,16 @@ def api_page() -> str:
     ]
     lines += [f"| {limit.what} | {limit.most:,} {limit.of}".rstrip() + " |" for limit in LIMITS]
     lines.append("")
+    lines += [
+        "## Paths of other servers",
+        "",
+        "Each is a 404 with the code `endpoint_not_served`, and so is what is below it.",
+        "",
+        "| path | why not, and what to use instead |",
+        "|---|---|",
+    ]
+    lines += [f"| `{path}` | {reason} |" for path, reason in ABSENT.items()]
+    lines.append("")
     lines += ["## Errors", "", 'Body: `{"error": {"message", "type", "param", "code"}}`.', ""]
     lines += ["| status | type | code | x-should-retry |", "|---|---|---|---|"]
     rows = []
@@ -233,6 +248,13 @@ def api_page() -> str:
         rows.append(f"| {row.status} | `{row.type}` | {f'`{row.code}`' if row.code else ''} | {retry} |")
     lines += dict.fromkeys(rows)  # several exceptions are one error to a client
     return "\n".join(lines) + "\n"
+
+
+def openapi_page() -> str:
+    """The OpenAPI document, as the router serves it."""
+    from quire.router.openapi import as_text
+
+    return as_text()
 
 
 def metrics_page() -> str:

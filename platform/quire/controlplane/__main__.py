@@ -28,9 +28,9 @@ from quire.client import HELD
 from quire.controlplane.app import create_app
 from quire.controlplane.plane import ControlPlane
 from quire.tracing import BadTelemetry, Tracing
-from quire_operators.database import StoreError
 from quire_operators.host import lock_holder
 from quire_operators.paths import StateDir, StateDirError
+from quire_operators.sqlite import StoreError
 from quire_schemas import signals
 
 log = logging.getLogger("quire.controlplane")

@@ -10,7 +10,7 @@ from typing import Any
 
 from litestar.exceptions import HTTPException
 
-from quire_operators.database import StoreError, StoreUnavailable
+from quire_operators.sqlite import StoreError, StoreUnavailable
 from quire_schemas.manifest import Problem
 from quire_schemas.resource import Key
 

@@ -31,7 +31,6 @@ from quire.controlplane.wiring import Machine, engine_argv, router_command, text
 from quire.tracing import Tracing
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
-from quire_operators.database import StoreUnavailable
 from quire_operators.desired import priority_of
 from quire_operators.devices import Inventory
 from quire_operators.downloads import Downloads
@@ -46,6 +45,7 @@ from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
 from quire_operators.secrets import Secrets
 from quire_operators.sources import Sources
+from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
 from quire_operators.tracing import Passes
 from quire_schemas.resource import Key

@@ -40,6 +40,7 @@ def router_command(state: StateDir) -> RouterCommand:
             RouterConfig(
                 control_socket=str(state.router_control),
                 snapshot_file=str(state.router_snapshot),
+                store_folder=str(state.router_store),
                 host=host,
                 port=port,
                 allowed_hosts=tuple(dict.fromkeys(names)),

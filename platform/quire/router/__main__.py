@@ -21,7 +21,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -50,8 +50,11 @@ class _Server(uvicorn.Server):
     and leaves as soon as it has cancelled the requests, before their last words are out.
     """
 
-    def __init__(self, config: uvicorn.Config, grace: float, status_fd: int | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, grace: float, status_fd: int | None, begins_to_end: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._begins_to_end = begins_to_end
         self._grace = grace
         self._status_fd = status_fd
         self._ends_at = math.inf
@@ -60,6 +63,7 @@ class _Server(uvicorn.Server):
     def finish(self, grace: float) -> None:
         """Begin the end; said again, the shorter grace counts."""
         self.should_exit = True
+        self._begins_to_end()
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + max(grace, 0.0)
         if ends_at >= self._ends_at:
@@ -123,8 +127,9 @@ async def serve(
     listening.setblocking(False)
     fleet = Fleet(Path(config.snapshot_file))
     await fleet.load_snapshot()
+    application, executor = build(fleet, config, tracing)
     options = uvicorn.Config(
-        build(fleet, config, tracing),
+        application,
         http=Protocol,
         ws="none",
         lifespan="off",
@@ -139,7 +144,7 @@ async def serve(
     certificate = None if config.tls is None else Certificate(config.tls)
     options.load()
     options.ssl = None if certificate is None else certificate.context
-    server = _Server(options, config.shutdown_grace, status_fd)
+    server = _Server(options, config.shutdown_grace, status_fd, executor.drain)
     url = base_url(listening, "http" if config.tls is None else "https")
     control = ControlServer(fleet, Path(config.control_socket), url, server.finish)
 
@@ -151,6 +156,7 @@ async def serve(
         signal.signal(number, stop)
     await control.open()
     log.info("router on %s, control on %s", url, config.control_socket)
+    executor.start()
     renewal = None if certificate is None else asyncio.create_task(certificate.renew())
     try:
         await server.serve(sockets=[listening])
@@ -158,6 +164,7 @@ async def serve(
         if renewal is not None:
             renewal.cancel()
         await control.close()
+        await executor.close()
         await fleet.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the interpreter takes our handlers away before it is gone

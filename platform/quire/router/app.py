@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Final
 
-from litestar import Litestar, Request, Response, get, post, route
+from litestar import Litestar, Request, Response, delete, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from quire.errors import InvalidRequest, MethodNotAllowed, NotFound, describe
-from quire.router.api import health, models
+from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.router import openapi
+from quire.router.api import absent, batches, files, health, models
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
-from quire.router.api.exchange import Exchange
+from quire.router.api.exchange import Exchange, Format
+from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.score import ScoreFormat
+from quire.router.api.tokens import Tokens
+from quire.router.batches import Batches
 from quire.router.config import RouterConfig
+from quire.router.executor import Executor
+from quire.router.files import Files
 from quire.router.fleet import Fleet
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
+from quire.router.proof import Prover
 from quire.router.spans import RequestSpans
+from quire.router.store import Store
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
 
 log = logging.getLogger("quire.router")
 
 _PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
+_KIND: Final = re.compile(r":\w+}")
+"""Of a parameter in a path, what the framework is told that it is."""
 
 
 class Reply:
@@ -52,9 +64,10 @@ class Reply:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
-    """The application that serves `fleet`."""
+def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor]:
+    """The application that serves `fleet`, and what works off its batches once it is started."""
     gateway = Gateway(fleet)
+    prover = Prover()
     fleet.metrics.watch(tracing.counts)
     gpus = Watch()
     gpus.start()
@@ -63,6 +76,17 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     chat_format = ChatFormat(gateway)
     completion_format = CompletionFormat(gateway)
     embedding_format = EmbeddingFormat(gateway)
+    score_format = ScoreFormat(gateway)
+    messages_format = MessagesFormat(gateway)
+    store = Store(config.store)
+    kept = Files(store)
+    stored = Batches(store, kept)
+    batched: dict[str, Format[Any]] = {
+        "/v1/chat/completions": chat_format,
+        "/v1/completions": completion_format,
+        "/v1/embeddings": embedding_format,
+    }
+    executor = Executor(gateway, spans, kept, stored, batched)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -76,6 +100,26 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
     async def embeddings() -> ASGIApp:
         return Exchange(gateway, spans, embedding_format)
 
+    @post(["/v1/score", "/score"])
+    async def score() -> ASGIApp:
+        return Exchange(gateway, spans, score_format)
+
+    @post("/v1/messages")
+    async def messages() -> ASGIApp:
+        return Exchange(gateway, spans, messages_format)
+
+    @post("/v1/messages/count_tokens")
+    async def count_tokens() -> ASGIApp:
+        return TokenCounting(gateway, spans)
+
+    @post(["/v1/tokenize", "/tokenize"])
+    async def tokenize() -> ASGIApp:
+        return Tokens(gateway, spans)
+
+    @post(["/v1/detokenize", "/detokenize"])
+    async def detokenize() -> ASGIApp:
+        return Tokens(gateway, spans, back=True)
+
     @get("/v1/models")
     async def list_models() -> ASGIApp:
         return Reply(200, models.all_models(fleet))
@@ -85,17 +129,57 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         name = str(request.path_params["name"]).removeprefix("/")  # names may have slashes, as hubs' do
         return Reply(200, models.one_model(fleet, name))
 
+    @post("/v1/files")
+    async def upload() -> ASGIApp:
+        return files.Upload(kept)
+
+    @get("/v1/files")
+    async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.listed(kept, dict(request.query_params)))
+
+    @get("/v1/files/{file_id:str}")
+    async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.one(kept, _named(request, "file_id")))
+
+    @delete("/v1/files/{file_id:str}", status_code=200)
+    async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await files.deleted(kept, _named(request, "file_id")))
+
+    @get("/v1/files/{file_id:str}/content")
+    async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
+        return files.Content(kept, _named(request, "file_id"))
+
+    @post("/v1/batches")
+    async def create_batch() -> ASGIApp:
+        return batches.Create(stored, executor, fleet.table.http)
+
+    @get("/v1/batches")
+    async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.listed(stored, dict(request.query_params)))
+
+    @get("/v1/batches/{batch_id:str}")
+    async def get_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.one(stored, _named(request, "batch_id")))
+
+    @post("/v1/batches/{batch_id:str}/cancel")
+    async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await batches.cancelled(stored, executor, _named(request, "batch_id")))
+
     @route("/health", http_method=_PROBE)
     async def get_health() -> ASGIApp:
-        return Reply(*health.health(fleet))
+        return Reply(*await health.health(fleet, prover))
 
     @route("/livez", http_method=_PROBE)
     async def get_livez() -> ASGIApp:
-        return Reply(200, b'{"alive":true}')
+        return Reply(*health.liveness())
 
     @route("/readyz", http_method=_PROBE)
     async def get_readyz() -> ASGIApp:
         return Reply(*health.readiness(fleet))
+
+    @get("/openapi.json")
+    async def get_description() -> ASGIApp:
+        return Reply(200, openapi.as_json())
 
     @get("/metrics")
     async def get_metrics() -> ASGIApp:
@@ -105,11 +189,26 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         chat,
         completions,
         embeddings,
+        score,
+        messages,
+        count_tokens,
+        tokenize,
+        detokenize,
         list_models,
         get_model,
+        upload,
+        list_files,
+        get_file,
+        delete_file,
+        get_content,
+        create_batch,
+        list_batches,
+        get_batch,
+        cancel_batch,
         get_health,
         get_livez,
         get_readyz,
+        get_description,
         get_metrics,
     ]
     app = Litestar(
@@ -119,12 +218,17 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> ASGIApp:
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins)
+    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+
+
+def _named(request: Request[Any, Any, Any], parameter: str) -> str:
+    """What stands in the path."""
+    return str(request.path_params[parameter])
 
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The answer to anything that a route or the framework raised."""
-    known = describe(_ours(error, request))
+    known = describe(_ours(error, request), Api.at(request.url.path))
     if known.status == 500:
         log.error("a request failed", exc_info=error)
     headers = {name.decode(): value.decode() for name, value in known.headers}
@@ -141,7 +245,9 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     """The framework's errors as ours: they carry its own words, and sometimes paths."""
     if isinstance(error, NotFoundException):
-        return NotFound(f"There is no such path. There are: {_endpoints(request.app)}.")
+        return absent.refusal(request.url.path) or NotFound(
+            f"There is no such path. There are: {_endpoints(request.app)}."
+        )
     if isinstance(error, MethodNotAllowedException):
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))
@@ -154,8 +260,10 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
 def _endpoints(app: Litestar) -> str:
     """Every path with its method, as one line."""
     found = [
-        f"{'POST' if 'POST' in each.methods else 'GET'} {each.path_format.replace(':path', '')}"
+        f"{method} {each.path_format.replace(':path', '').replace(':str', '')}"
         for each in app.routes
         if isinstance(each, HTTPRoute)
+        for method in each.methods
+        if method not in ("HEAD", "OPTIONS")
     ]
     return ", ".join(sorted(found))

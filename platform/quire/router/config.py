@@ -32,6 +32,8 @@ class RouterConfig(msgspec.Struct, frozen=True):
     """Unix socket on which the control plane speaks to this router; the folder exists and is 0700."""
     snapshot_file: str
     """The last accepted routing table, written atomically, loaded at start."""
+    store_folder: str = ""
+    """Where files and batches are kept, made when it is needed; "" is `router`, beside `snapshot_file`."""
     host: str = "127.0.0.1"
     port: int = 8000
     """Used only without an inherited descriptor. 0 takes any free port."""
@@ -42,6 +44,11 @@ class RouterConfig(msgspec.Struct, frozen=True):
     tls: TlsFiles | None = None
     telemetry: Declared | None = None
     """What the gateway's manifest says about traces; without it OTEL_* decide."""
+
+    @property
+    def store(self) -> Path:
+        """The folder that `store_folder` says."""
+        return Path(self.store_folder) if self.store_folder else Path(self.snapshot_file).with_name("router")
 
 
 def load(path: Path) -> RouterConfig:

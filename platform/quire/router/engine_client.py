@@ -46,6 +46,7 @@ class Sequence:
     """One sequence running on an engine: an inbox of its deltas, and the bell that rings when there is one."""
 
     __slots__ = (
+        "background",
         "begun",
         "bell",
         "client",
@@ -72,6 +73,7 @@ class Sequence:
         self.prompt_tokens = len(request.token_ids) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
+        self.background = request.background
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens
         self.generated = 0
@@ -106,6 +108,8 @@ class EngineClient:
         self.max_num_seqs = 0
         """Sequences it computes at once, by the limits in force there."""
         self.served = 0
+        self.proved_at: float | None = None
+        """When this life of it last gave a token, a vector, or the end of an answer."""
         self.connection = 0
         """Counts connections: together with the replica, the name of one life of one engine."""
         self.retired = False
@@ -131,6 +135,21 @@ class EngineClient:
         return sum(sequence.width for sequence in self._sequences.values())
 
     @property
+    def steps(self) -> int:
+        """Those it has made, as far as it has told."""
+        return self.stats.steps if self.stats is not None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are sequences to compute, ours or those of others."""
+        return bool(self._sequences) or (self.stats is not None and self.stats.running + self.stats.waiting > 0)
+
+    def has_others(self, sequence: Sequence) -> bool:
+        """Whether there are sequences besides this one of ours."""
+        stats = self.stats
+        return self._sequences.keys() != {sequence.id} or (stats is not None and stats.running + stats.waiting > 1)
+
+    @property
     def stalled(self) -> bool:
         return self.connected and time.monotonic() - self._progress_at > self.stall_seconds
 
@@ -149,13 +168,15 @@ class EngineClient:
         """Whether its end is expected: it drains, or the table has it no more."""
         return self.retired or self.endpoint.draining
 
-    def candidate(self, chain: Series[bytes] = ()) -> Candidate:
-        """What it is for a sequence whose prompt has this chain of blocks."""
+    def candidate(self, chain: Series[bytes] = (), *, background: bool = False) -> Candidate:
+        """What it is for a sequence whose prompt has this chain of blocks. Only background work has background
+        work before it."""
+        before = [each for each in self._sequences.values() if background or not each.background]
         return Candidate(
             self.endpoint.replica_id,
             self.ready,
-            sum(outstanding(s.prompt_tokens, s.max_tokens, s.generated) for s in self._sequences.values()),
-            self.in_flight,
+            sum(outstanding(each.prompt_tokens, each.max_tokens, each.generated) for each in before),
+            sum(each.width for each in before),
             self.served,
             self.max_num_seqs + self.max_queue_length,
             self.prefixes.known(chain),
@@ -173,15 +194,17 @@ class EngineClient:
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
 
-        Those that run are the first in the engine's order, which is that of arrival, or of priority before it.
+        Those that run are the first in the engine's order, which is that of arrival, or of priority before it, and
+        background work last.
         They are counted, and not those that wait, because one that gives up leaves the queue before the engine
         says so: who runs must not be taken for it.
         """
         if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
         order = list(self._sequences.values())
-        if self.policy == "priority":
-            order.sort(key=lambda each: each.priority)  # keeps the order of arrival among equals
+        by_priority = self.policy == "priority"
+        # keeps the order of arrival among equals
+        order.sort(key=lambda each: (each.background, each.priority if by_priority else 0))
         before = sum(each.width for each in order[: order.index(sequence)])
         return before >= self.stats.running
 
@@ -192,12 +215,19 @@ class EngineClient:
 
         `bell` is set whenever the sequence has news.
         """
+        sequence = self._send(request, bell, self.prefixes.known(chain))
+        self.prefixes.add(chain)
+        self.served += 1
+        return sequence
+
+    def ask(self, request: wire.Generate, bell: asyncio.Event) -> Sequence:
+        """Send a sequence of the router's own, which does not count as served."""
+        return self._send(request, bell, 0)
+
+    def _send(self, request: wire.Generate, bell: asyncio.Event, cached: int) -> Sequence:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
-        sequence = Sequence(self, request, bell, self.prefixes.known(chain))
-        self.prefixes.add(chain)
-        self._sequences[request.id] = sequence
-        self.served += 1
+        sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
         self._writer.write(wire.frame(request))
         return sequence
 
@@ -268,7 +298,7 @@ class EngineClient:
                 lease = self._accept(await frames.read())
             self._writer = writer
             self.connection += 1
-            self.stats = None
+            self.stats = self.proved_at = None
             self._progress_at = time.monotonic()
             asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))
             self._complaint = ""
@@ -322,6 +352,8 @@ class EngineClient:
                 if sequence is None:
                     continue  # aborted a moment ago
                 sequence.generated += len(delta.token_ids)
+                if delta.token_ids or delta.finish_reason in ("stop", "length", "repetition"):
+                    self.proved_at = time.monotonic()
                 timings = delta.timings
                 if delta.token_ids or (timings is not None and timings.first_token_at is not None):
                     sequence.begun = True

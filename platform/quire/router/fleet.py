@@ -22,11 +22,12 @@ from pathlib import Path
 
 import msgspec
 
-from quire.errors import ModelNotFound, ModelStopped
+from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
 from quire.text import TextError, Tokenizer
+from quire.text.dialects import Dialects
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -52,6 +53,8 @@ class ServedModel:
     clients: tuple[EngineClient, ...] = ()
     in_flight: int = 0
     """Sequences admitted and not ended, those without a replica included."""
+    background: int = 0
+    """Those of them that nobody waits for: they take no place from others."""
     used_at: float | None = None
     """When the last of them came or ended, by the monotonic clock."""
     retrying: int = 0
@@ -70,6 +73,11 @@ class ServedModel:
                 str(self.tokenizer)
             )  # a new one: the old would gather a traceback a request
         return self.tokenizer
+
+    @property
+    def dialects(self) -> Dialects:
+        """How the model writes calls and thoughts: as its manifest says, else as its template shows."""
+        return self.usable.dialects
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +101,11 @@ class ServedModel:
         placed = sum(client.in_flight for client in self.clients)
         idle = None if self.used_at is None else max(now - self.used_at, 0.0)
         return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
+
+    @property
+    def free(self) -> int:
+        """How much more background work the ready replicas could compute at once; below 0 where some waits."""
+        return self.slots - self.in_flight
 
     @property
     def slots(self) -> int:
@@ -216,6 +229,15 @@ class Fleet:
                 param="model",
             )
         return served
+
+    def sole(self) -> ServedModel:
+        """The only model that is served. Raises `InvalidRequest` where there are others, and `ModelNotFound`."""
+        served = {id(served): served for served in self.models.values()}
+        if not served:
+            raise ModelNotFound("No model is served here yet.", param="model")
+        if len(served) > 1:
+            raise InvalidRequest("'model' is required: several are served here.", param="model")
+        return next(iter(served.values()))
 
     @property
     def changed(self) -> asyncio.Event:

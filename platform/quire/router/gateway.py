@@ -2,7 +2,8 @@
 
 Everything that can be wrong with a request is found here, before an engine hears of it. Admission is a bound on
 sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
-ready, the queue length alone, and at least one request. What becomes of a job is `run`'s part.
+ready, the queue length alone, and at least one request. Background work neither takes places of that bound nor is
+held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
 
 What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
 A text whose length alone tells that it cannot fit is never tokenized. So no prompt holds up the streams of others.
@@ -17,22 +18,25 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final, TypeVar
 
 import msgspec
 
 from quire.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from quire.router import conversation
+from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.spans import RequestSpan
 from quire.text import Tokenizer, params
-from quire.text.templates import RESERVED
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
-from quire_schemas.openai.embeddings import EmbeddingRequest
+from quire_schemas.openai.embeddings import EmbeddingRequest, PooledFields
 from quire_schemas.openai.request import Prompt
 from quire_schemas.openai.sampling import SamplingFields
+from quire_schemas.openai.score import ScoreRequest
 
 W = TypeVar("W")
 
@@ -61,7 +65,7 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
 
     @contextmanager
-    def admit(self, served: ServedModel, sequences: int) -> Iterator[None]:
+    def admit(self, served: ServedModel, sequences: int, *, background: bool = False) -> Iterator[None]:
         """Hold places for `sequences` in the model's queue.
 
         Raises `ModelStopped`, `QueueFull`, and `InvalidRequest` when there are more sequences than places.
@@ -74,17 +78,20 @@ class Gateway:
                 f"{places} at a time. Lower 'n', or send fewer prompts at once.",
                 param="n",
             )
-        full = served.in_flight + sequences > places
-        if full and (served.ready or served.in_flight):  # with none ready, one request may always wait for one
+        waited_for = served.in_flight - served.background
+        full = waited_for + sequences > places and not background
+        if full and (served.ready or waited_for):  # with none ready, one request may always wait for one
             raise QueueFull(
-                f"{served.in_flight} requests run or wait for this model, as many as it takes.", retry_after=1.0
+                f"{waited_for} requests run or wait for this model, as many as it takes.", retry_after=1.0
             )
         served.in_flight += sequences
+        served.background += sequences * background
         served.used_at = time.monotonic()
         try:
             yield
         finally:
             served.in_flight -= sequences
+            served.background -= sequences * background
             served.used_at = time.monotonic()
 
     async def chat(
@@ -92,29 +99,16 @@ class Gateway:
     ) -> Job:
         """The job of a chat request; `size` is its body's, in bytes. Raises `InvalidRequest` and `TextError`."""
         tokenizer = served.usable
-        variables = request.chat_template_kwargs or {}
-        for name in variables:
-            if not name.isidentifier() or name.startswith("_") or name in RESERVED:
-                raise InvalidRequest(
-                    "'chat_template_kwargs' has a name that requests may not set.", param="chat_template_kwargs"
-                )
-        goes_on = bool(request.continue_final_message)
-        prompted = request.add_generation_prompt if request.add_generation_prompt is not None else not goes_on
 
-        def ids() -> tuple[list[int], tuple[int, ...] | None]:
-            text = tokenizer.render(
-                [message.for_template() for message in request.messages],
-                add_generation_prompt=prompted,
-                continue_final_message=goes_on,
-                **variables,
-            )
+        def ids() -> tuple[Rendered, list[int], tuple[int, ...] | None]:
+            rendered = conversation.render(request, served)
             bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
-            whole = _encoded(tokenizer, text, bool(request.add_special_tokens), bound, "messages")
+            whole = _encoded(tokenizer, rendered.text, bool(request.add_special_tokens), bound, "messages")
             prompt = _truncated(whole, served.route, request)
-            return prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
+            return rendered, prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
 
         began = time.monotonic()
-        prompt, script = await self.aside(ids, size)
+        rendered, prompt, script = await self.aside(ids, size)
         _tokenized(span, began, len(prompt))
         return self._job(
             request,
@@ -127,6 +121,7 @@ class Gateway:
             f"chatcmpl-{uuid.uuid4().hex}",
             arrived_at,
             span,
+            rendered,
         )
 
     async def completion(
@@ -188,6 +183,36 @@ class Gateway:
         span: RequestSpan,
     ) -> Job:
         """The job of a request for vectors. Raises `InvalidRequest`."""
+        named = tuple(_named(request.input, "input"))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        return replace(job, as_base64=request.encoding_format == "base64")
+
+    async def score(
+        self,
+        request: ScoreRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job of a request for scores: the vectors of all texts, each made once. Raises `InvalidRequest`."""
+        (left, queries), (right, documents) = request.sides
+        named = (*_named(queries, left), *_named(documents, right))
+        job = await self._pooled(request, named, served, size, arrived_at, span)
+        count = len(queries)
+        pairs = tuple((place if count > 1 else 0, count + place) for place in range(len(documents)))
+        return replace(job, id=f"score-{uuid.uuid4().hex}", operation="score", pairs=pairs)
+
+    async def _pooled(
+        self,
+        request: PooledFields,
+        named: Sequence[tuple[str, Prompt]],
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+    ) -> Job:
+        """The job that makes a vector of each prompt; they come with their names for errors."""
         tokenizer = served.usable
         if served.route.scripted:
             raise InvalidRequest(
@@ -212,9 +237,7 @@ class Gateway:
             return ids
 
         began = time.monotonic()
-        prompts = await self.aside(
-            lambda: tuple(read(given, field) for field, given in _named(request.input, "input")), size
-        )
+        prompts = await self.aside(lambda: tuple(read(given, field) for field, given in named), size)
         _tokenized(span, began, sum(map(len, prompts)))
         return Job(
             id=f"embd-{uuid.uuid4().hex}",
@@ -235,7 +258,6 @@ class Gateway:
             arrived_at=arrived_at,
             span=span,
             pooling=wire.Pooling(request.pooling or "last", dimensions=request.dimensions),
-            as_base64=request.encoding_format == "base64",
         )
 
     def _job(
@@ -250,6 +272,7 @@ class Gateway:
         job_id: str,
         arrived_at: float,
         span: RequestSpan,
+        rendered: Rendered | None = None,
     ) -> Job:
         named = zip(prompts, fields, strict=True)
         max_tokens = min(_room(served.route, prompt, request, field) for prompt, field in named)
@@ -275,14 +298,15 @@ class Gateway:
             },
             vocabulary,
         )
-        budget, pattern = request.thinking_token_budget, request.repetition_detection
+        pattern = request.repetition_detection
+        budget = request.thinking_token_budget if rendered is None else rendered.thinking_budget
         logprobs = request.wanted_logprobs
         beam = None
         if request.use_beam_search:
             beam = wire.BeamSearch(request.sequences, _first(request.length_penalty, None, 1.0))
         elif logprobs is None and request.sequences > (request.n or 1):
             logprobs = 0  # what the best are told by
-        constraint = request.constraint
+        constraint = request.constraint if rendered is None else rendered.constraint
         advised = tokenizer.advised
         top_k = _first(request.top_k, advised.top_k, 0)
         sampling = wire.Sampling(
@@ -327,6 +351,9 @@ class Gateway:
                 request.prompt_logprobs,
                 bool(request.return_token_ids),
                 bool(request.return_tokens_as_token_ids),
+                reasoning=rendered is None or rendered.shows_reasoning,
+                prompt_text=isinstance(request, ChatRequest) and bool(request.return_prompt_text),
+                metrics=bool(request.return_metrics),
             ),
             stops=tuple(request.stop or ()),
             include_stop=bool(request.include_stop_str_in_output),
@@ -340,6 +367,7 @@ class Gateway:
             beam=beam,
             prompt_alone=max_tokens == 0,
             constrained_by=constraint.field if constraint is not None else "",
+            markup=rendered.markup if rendered is not None else None,
         )
 
 

@@ -8,7 +8,8 @@
 - **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
   ways; it is refused and its connection closed.
 - **Size**: a bounded number of headers of bounded length.
-- **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer.
+- **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
+  it `openai-processing-ms`, the time from the request to the first byte of its answer.
 
 `Protocol` is uvicorn's, with answers of our own shape to what is not HTTP.
 """
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
@@ -24,7 +26,7 @@ import h11
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from quire.errors import ApiError, HostRefused, InvalidRequest, describe
+from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
 
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 16 * 1024
@@ -33,7 +35,7 @@ _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
 _PREFLIGHT_SECONDS: Final = b"600"
-_READABLE: Final = b"x-request-id, retry-after, x-should-retry"
+_READABLE: Final = b"x-request-id, retry-after, x-should-retry, openai-processing-ms"
 """Headers of answers that pages may read besides the few that they always may."""
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -49,15 +51,22 @@ class Guard:
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_at = time.monotonic()
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         stated = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
 
         crossing = self._crossing(headers)
+        api = Api.at(scope["path"])
+        named = [(b"x-request-id", request_id)]
+        if api is Api.ANTHROPIC:
+            named.append((b"request-id", request_id))  # where its clients look
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *crossing, (b"x-request-id", request_id)]
+                spent = b"%d" % round(1000 * (time.monotonic() - arrived_at))
+                ours = [*named, (b"openai-processing-ms", spent)]
+                message["headers"] = [*message["headers"], *crossing, *ours]
             await send(message)
 
         try:
@@ -67,7 +76,7 @@ class Guard:
                 await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
                 return
         except ApiError as error:
-            answer = describe(error)
+            answer = describe(error, api)
             closing = [*answer.headers, (b"connection", b"close")]
             await send_with_id({"type": "http.response.start", "status": answer.status, "headers": closing})
             await send_with_id({"type": "http.response.body", "body": answer.body, "more_body": False})
@@ -117,7 +126,10 @@ def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tupl
     asked = dict(headers)
     if method != "OPTIONS" or b"access-control-request-method" not in asked:
         return []
-    answer = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", _PREFLIGHT_SECONDS)]
+    answer = [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-max-age", _PREFLIGHT_SECONDS),
+    ]
     names = asked.get(b"access-control-request-headers", b"")
     if names and _HEADER_NAMES.fullmatch(names):
         answer.append((b"access-control-allow-headers", names))

@@ -14,7 +14,8 @@ from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, Q
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
-from quire.text import AnswerText, Tokenizer
+from quire.text import AnswerText, Markup, Tokenizer
+from quire.text.dialects.parts import CallBegins, Content, Part, Plain, Reasoning
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -29,6 +30,11 @@ class Shown:
     prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
+    reasoning: bool = True
+    """What the model thought, apart from its answer."""
+    prompt_text: bool = False
+    metrics: bool = False
+    """Where the time of the request went."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,20 @@ class Job:
     """Seconds from `arrived_at` that all of it may take."""
     pooling: wire.Pooling | None = None
     """Vectors are wanted instead of text."""
+    background: bool = False
+    """Nobody waits for it."""
     beam: wire.BeamSearch | None = None
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
     """How vectors are to be written."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """The prompts whose vectors are compared, by their places."""
     prompt_alone: bool = False
     """No text is wanted: the one token that an engine draws is left out."""
     constrained_by: str = ""
     """The field of the request that the answer is held to, if one is."""
+    markup: Markup | None = None
+    """How thoughts and calls are read out of the answer's text; None: it is content and nothing else."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -99,7 +111,8 @@ class Job:
     @property
     def is_large(self) -> bool:
         """Whether writing its answer may take so long that others would notice."""
-        return self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
+        scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
+        return scored or bool(self.pairs) or self.shown.prompt_text
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""
@@ -111,10 +124,17 @@ class Job:
             return f"token_id:{index}"
         return self.tokenizer.keys.get(index) or f"token_id:{index}"
 
+    def new_call_id(self) -> str:
+        """An id for a call of an answer."""
+        if self.markup is None:
+            raise InternalError("An answer that is not read has no calls.")
+        return self.markup.new_call_id()
+
     @property
     def fingerprint(self) -> str:
-        """Changes when the model behind the name does."""
-        return f"fp_{self.model.route.template_hash[:10] or self.model.route.revision}"
+        """Names the revision that serves, by its number and by the hash of what it declares for its replicas."""
+        route = self.model.route
+        return f"fp_{route.revision}_{route.template_hash[:10]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +148,20 @@ class TokenScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """When the tokens of a sequence that has ended came, by the router's clock, and how many."""
+
+    first_at: float
+    last_at: float
+    queued: float
+    """Seconds that it waited in the engine's queue."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
-    """What one choice gained since its last update. The last has a finish reason: `stop`, `length`, `repetition`.
+    """What one choice gained since its last update. The last has a finish reason: `stop`, `tool_calls` (as `stop`,
+    and there were calls), `length`, `repetition`.
 
     `token_ids` are all that were drawn, also one that ended the text. `prompt_scores` come with the first one.
     """
@@ -139,22 +171,32 @@ class Update:
     scores: tuple[TokenScore, ...]
     finish_reason: str | None
     token_ids: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
+    """What the text says once its markup is read."""
     prompt_scores: tuple[wire.TokenLogprobs, ...] = ()
     embedding: bytes | None = None
     """The vector, where one was asked for."""
     beams: tuple[Update, ...] = ()
     """What a beam search found, the best first: the updates that stand for this one."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id among the request's `stop_token_ids`, that ended the text."""
+    times: Times | None = None
+    """Of the last update, where the answer is to tell."""
 
 
 class Choice:
     """One sequence's way from ids to text, over all its attempts."""
 
     __slots__ = (
+        "_called",
         "_out",
+        "_reader",
+        "_thinking",
         "attempts",
         "avoid",
         "deadline",
         "fingerprint",
+        "first_token_at",
         "generated",
         "ids",
         "index",
@@ -165,6 +207,7 @@ class Choice:
         "prompt",
         "prompt_index",
         "prompt_scores",
+        "reasoning_tokens",
         "retrying",
         "sampling",
         "scores",
@@ -206,6 +249,7 @@ class Choice:
     def begin(self) -> None:
         """Forget what an attempt before has brought."""
         self.text = self._new_text(self.sampling.min_tokens)
+        self.reasoning_tokens = 0
         self.scores: list[TokenScore] = []
         self.prompt_scores: list[wire.TokenLogprobs] = []
         self.num_scored = 0
@@ -213,15 +257,22 @@ class Choice:
         self.kept: list[Update] = []
         self.generated = 0
         self.turn_at: float | None = None  # first seen to have its turn
+        self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
         self._out = 0  # characters given out
+        markup = self.job.markup
+        self._reader = markup.reader() if markup is not None else Plain()
+        self._thinking = markup is not None and markup.opened
+        self._called = False
 
     def read(self, deltas: Sequence[wire.Delta]) -> Update | None:
         """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
         pieces: list[str] = []
+        parts: list[Part] = []
         finish: str | None = None
         embedding: bytes | None = None
+        stop: str | int | None = None
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
@@ -238,11 +289,16 @@ class Choice:
                 self.ids.append(token)
                 offset = self.text.made
                 pieces.append(self.text.push(token))
+                if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
+                    finish = "tool_calls"
+                self.reasoning_tokens += self._thinking
                 if position < len(scores):
                     until = max(self.text.made, offset + 1)
                     self.scores.append(TokenScore(offset, until, scores[position]))
-                if self.text.hit is not None:
+                if self.text.hit is not None or finish is not None:
                     break
+            if finish is not None:
+                break
             if self.text.hit is not None:
                 finish = "stop"
                 break
@@ -255,15 +311,56 @@ class Choice:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
                 pieces.append(self.text.finish(delta.stop_token_id))
+                self._understand(parts, self._reader.push(pieces[-1]))
+                stop = self._named(delta.stop_token_id)
                 finish = "stop" if self.text.hit is not None else delta.finish_reason
         text = "".join(pieces)
         self._out += len(text)
+        if finish in ("stop", "length", "repetition"):
+            self._understand(parts, self._reader.finish())
+        if finish == "stop" and self._called:
+            finish = "tool_calls"
         ready = tuple(self._ready_scores(ended=finish is not None))
         if not (text or ready or finish):
             return None
         ids, self.ids = tuple(self.ids), []
         prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
-        return Update(self.index, text, ready, finish, ids, prompt_scores, embedding)
+        if self.text.hit is not None:
+            stop = self.text.hit
+        return Update(
+            self.index, text, ready, finish, ids, tuple(parts), prompt_scores, embedding, stop_reason=stop
+        )
+
+    def _understand(self, parts: list[Part], read: Sequence[Part]) -> bool:
+        """Add to `parts` what was read; whether the answer is to end here, as it has the one call that it may."""
+        for part in read:
+            match part:
+                case Reasoning():
+                    self._thinking = True
+                case Content():
+                    self._thinking = False
+                case CallBegins():
+                    self._thinking = False
+                    if self._called and self.job.markup is not None and self.job.markup.one_call:
+                        return True
+                    self._called = True
+            parts.append(part)
+        return False
+
+    @property
+    def times(self) -> Times | None:
+        """When its tokens came; None before there are any."""
+        if self.first_token_at is None or self.last_token_at is None:
+            return None
+        told = self.timings
+        queued = 0.0
+        if told is not None and told.scheduled_at is not None:
+            queued = max(told.scheduled_at - told.received_at, 0.0)
+        return Times(self.first_token_at, self.last_token_at, queued, self.generated)
+
+    def _named(self, stop_token_id: int | None) -> int | None:
+        """The id, if it is one of those that the request named for this."""
+        return stop_token_id if stop_token_id in self.sampling.stop_token_ids else None
 
     def _found(self, beams: Sequence[wire.BeamResult]) -> Update:
         """The update that stands for the texts of a beam search."""
@@ -274,7 +371,19 @@ class Choice:
             text = self._new_text()
             whole = "".join(map(text.push, beam.token_ids)) + text.finish(beam.stop_token_id)
             ids = (*beam.token_ids, *stop)
-            found.append(Update(self.index * self.job.n + place, whole, (), beam.finish_reason, ids))
+            reader = self.job.markup.reader() if self.job.markup is not None else Plain()
+            parts = (*reader.push(whole), *reader.finish())
+            found.append(
+                Update(
+                    self.index * self.job.n + place,
+                    whole,
+                    (),
+                    beam.finish_reason,
+                    ids,
+                    parts,
+                    stop_reason=self._named(beam.stop_token_id),
+                )
+            )
         return Update(self.index, "", (), beams[0].finish_reason, beams=tuple(found))
 
     def _new_text(self, min_tokens: int = 0) -> AnswerText:
@@ -283,6 +392,7 @@ class Choice:
             stops=self.job.stops,
             include_stop=self.job.include_stop,
             skip_special_tokens=self.job.skip_special_tokens,
+            visible=self.job.markup.visible if self.job.markup is not None else (),
             min_tokens=min_tokens,
         )
 

@@ -29,7 +29,15 @@ from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
 from quire_schemas import signals
 from quire_schemas.wire import Stats
 
-OPERATIONS: Final = ("chat", "text_completion", "embeddings")
+OPERATIONS: Final = (
+    "chat",
+    "text_completion",
+    "embeddings",
+    "score",
+    "tokenize",
+    "detokenize",
+    "count_tokens",
+)
 FINISHES: Final = ("stop", "length", "repetition", "abort", "error", "refused")
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -106,6 +114,11 @@ class Metrics:
         self.queue_time = histogram(
             signals.QUEUE_TIME, "From the engine's receipt to the first step.", signals.LATENCY_BUCKETS
         )
+        self.batches_running = Gauge(signals.BATCHES_RUNNING, "Batches whose lines are worked off.", **into)
+        lines = Counter(
+            signals.BATCH_LINES, "Lines of batches that have an answer.", (signals.LABEL_FINISH,), **into
+        )
+        self.batch_lines = {finish: lines.labels(finish) for finish in ("completed", "failed")}
         self._registry.register(_Replicas(sample))
         self._models: dict[str, ModelMetrics] = {}
         self.set_models(())

@@ -8,8 +8,9 @@ The `n` sequences of one prompt go to one replica, as one family, and compute th
 where that is). A sequence that has to start again takes those that follow it along.
 
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
-`maxQueueWait` says, over all its attempts together. A request that set itself a `timeout` ends when that is over,
-wherever it is: the engines know of it, too, but the run does not wait for their word.
+`maxQueueWait` says, over all its attempts together; background work waits for as long as it takes. A request that
+set itself a `timeout` ends when that is over, wherever it is: the engines know of it, too, but the run does not
+wait for their word.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
 (nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
@@ -24,7 +25,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from typing import Any, Final
@@ -88,6 +91,11 @@ class Run:
         return sum(choice.generated for choice in self._choices)
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thoughts among those completed."""
+        return sum(choice.reasoning_tokens for choice in self._choices)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that were there before the job: of each prompt as many as none of its sequences computed.
 
@@ -108,7 +116,8 @@ class Run:
         """
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
-            choice.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+            patience = math.inf if self.job.background else self.job.model.route.max_queue_wait
+            choice.deadline = time.monotonic() + patience
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
         ending: asyncio.TimerHandle | None = None
         if self.job.ends_at is not None:
@@ -206,8 +215,11 @@ class Run:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
-        if update is not None:
-            choice.sent = self.job.stream
+        if update is None:
+            return None
+        choice.sent = self.job.stream
+        if update.finish_reason is not None and self.job.shown.metrics:
+            return dataclasses.replace(update, times=choice.times)
         return update
 
     def _count(self, choice: Choice, tokens: int) -> None:
@@ -218,8 +230,11 @@ class Run:
         if self.first_token_at is None:
             self.first_token_at = now
             self.job.span.event(signals.EVENT_FIRST_TOKEN, now)
-            self._metrics.time_to_first_token.observe(now - self.job.arrived_at)
-        if choice.last_token_at is not None:
+            if not self.job.background:
+                self._metrics.time_to_first_token.observe(now - self.job.arrived_at)
+        if choice.first_token_at is None:
+            choice.first_token_at = now
+        if choice.last_token_at is not None and not self.job.background:
             for _ in range(tokens):
                 self._metrics.inter_token.observe((now - choice.last_token_at) / tokens)
         choice.last_token_at = now
@@ -348,7 +363,7 @@ class Run:
         }
         chain = self._chain(choice)
         chosen = choose(
-            (client.candidate(chain) for client in clients.values()),
+            (client.candidate(chain, background=self.job.background) for client in clients.values()),
             choice.avoid,
             self._homes.get(choice.prompt_index),
         )
@@ -382,6 +397,7 @@ class Run:
             token_ids=choice.prompt,
             sampling=choice.sampling,
             priority=self.job.priority,
+            background=self.job.background,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.drawn > 1 else None,
@@ -428,7 +444,7 @@ class Run:
         sequence.abort()
         self._trace(choice, sequence, lost=sequence.lost)
         timings = choice.timings
-        if timings is not None and timings.scheduled_at is not None:
+        if timings is not None and timings.scheduled_at is not None and not self.job.background:
             self._metrics.queue_time.observe(max(timings.scheduled_at - timings.received_at, 0.0))
 
     def _which(self, choice: Choice) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from quire.text.errors import (
     TemplateRefused,
     TextError,
 )
+from quire.text.markup import Markup
 from quire.text.stop import StopStrings
 from quire.text.templates import ChatTemplate
 from quire.text.tokenizer import AdvisedSampling, Tokenizer
@@ -27,6 +28,7 @@ __all__ = [
     "BadTokenizer",
     "ChatTemplate",
     "Detokenizer",
+    "Markup",
     "NoChatTemplate",
     "ParamRefused",
     "StopStrings",

@@ -6,7 +6,7 @@ stop string counts, and a token that ended the answer belongs to its text only w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from quire.text.detokenizer import Detokenizer
 from quire.text.stop import StopStrings
@@ -25,9 +25,10 @@ class AnswerText:
         stops: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        visible: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
-        self._text = Detokenizer(tokenizer, skip_special_tokens)
+        self._text = Detokenizer(tokenizer, skip_special_tokens, visible)
         self._stops = StopStrings(stops, include_stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

@@ -13,7 +13,7 @@ Two kinds of vocabularies need two ways:
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from quire.text.tokenizer import Tokenizer
 
@@ -21,11 +21,14 @@ from quire.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text of one growing sequence. `push` gives what became certain, `finish` the rest."""
 
-    __slots__ = ("_bytes", "_done", "_window", "skip_special_tokens", "tokenizer")
+    __slots__ = ("_bytes", "_done", "_hidden", "_window", "tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, visible: Collection[int] = ()
+    ) -> None:
+        """`visible` are special tokens that have their text whatever `skip_special_tokens` says."""
         self.tokenizer = tokenizer
-        self.skip_special_tokens = skip_special_tokens
+        self._hidden = tokenizer.special_ids.difference(visible) if skip_special_tokens else frozenset()
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
         self._window: list[int] = []
         """Ids whose text may still matter; the first `_done` of them have been given out."""
@@ -37,9 +40,7 @@ class Detokenizer:
             return self._bytes.decode(b"".join(self._visible_bytes(index) for index in ids))
         out: list[str] = []
         for index in ids:
-            if not self.tokenizer.knows(index) or (
-                self.skip_special_tokens and index in self.tokenizer.special_ids
-            ):
+            if index in self._hidden or not self.tokenizer.knows(index):
                 continue  # the decoding of the whole leaves these out before it looks at neighbours
             self._window.append(index)
             if index not in self.tokenizer.byte_tokens:
@@ -53,9 +54,7 @@ class Detokenizer:
         return self._advance()
 
     def _visible_bytes(self, index: int) -> bytes:
-        if self.skip_special_tokens and index in self.tokenizer.special_ids:
-            return b""
-        return self.tokenizer.token_bytes(index)
+        return b"" if index in self._hidden else self.tokenizer.token_bytes(index)
 
     def _advance(self) -> str:
         before = self._text(self._window[: self._done])

@@ -35,6 +35,7 @@ from typing import Any, Final
 import jinja2
 import jinja2.ext
 import jinja2.filters
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -451,6 +452,11 @@ def _compiled(source: str) -> jinja2.Template:
     return _environment.from_string(source)
 
 
+@lru_cache(maxsize=64)
+def _looked_at(source: str) -> frozenset[str]:
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(source)))
+
+
 class ChatTemplate:
     """One compiled chat template.
 
@@ -458,7 +464,7 @@ class ChatTemplate:
     Raises `BadTemplate` when the source does not compile.
     """
 
-    __slots__ = ("_special_tokens", "_template", "source")
+    __slots__ = ("_special_tokens", "_template", "source", "variables")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
@@ -468,11 +474,14 @@ class ChatTemplate:
         except Exception as error:  # Python compiles what Jinja wrote, and has bounds and errors of its own
             line = getattr(error, "lineno", None)
             raise BadTemplate(f"the chat template does not compile{f' (line {line})' if line else ''}") from error
+        self.variables = _looked_at(source)
+        """Names that the template looks at."""
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
@@ -493,7 +502,7 @@ class ChatTemplate:
                 **variables,
                 "messages": plain,
                 "tools": list(tools) if tools else None,
-                "documents": None,
+                "documents": list(documents) if documents else None,
                 "add_generation_prompt": add_generation_prompt,
             }
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import tokenizers
 
+from quire.text.dialects import Dialects, detect
 from quire.text.errors import BadTokenizer, NoChatTemplate, TextError
 from quire.text.templates import ChatTemplate
 from quire_schemas import wire
@@ -152,6 +153,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
@@ -159,11 +161,18 @@ class Tokenizer:
         """The conversation as prompt text: see `ChatTemplate.render`. Raises `NoChatTemplate` too."""
         if self.template is None:
             raise NoChatTemplate("this model has no chat template")
-        return self.template.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
+        return self.template.render(
+            messages, tools, documents, add_generation_prompt, continue_final_message, **variables
+        )
 
     def knows(self, index: int) -> bool:
         """Whether the id is in the vocabulary; a model's logits may have more rows than its tokenizer has ids."""
         return self._backend.id_to_token(index) is not None
+
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary as it writes them (`Ġthe`); empty for an id that it does not have."""
+        spelling = self._backend.id_to_token
+        return [spelling(index) or "" for index in ids]
 
     def token_text(self, index: int) -> str:
         """The token as a user may read it: its text, with U+FFFD where it is part of a character."""
@@ -210,6 +219,17 @@ class Tokenizer:
         token = self.special_tokens.get("eos_token")
         index = self._backend.token_to_id(token) if token is not None else None
         return None if token is None or index is None else (token, index)
+
+    @cached_property
+    def dialects(self) -> Dialects:
+        """How calls and thoughts are written, by what the chat template shows."""
+        source = self.template.source if self.template is not None else None
+        return detect(source, {token.content for token in self._backend.get_added_tokens_decoder().values()})
+
+    def special_among(self, texts: Collection[str]) -> frozenset[int]:
+        """The special tokens that are one of `texts`."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return frozenset(index for index, token in added if token.special and token.content in texts)
 
     @cached_property
     def thinking(self) -> tuple[int, int] | None:

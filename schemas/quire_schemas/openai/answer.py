@@ -23,8 +23,8 @@ class AnswerOnRequest(Answer):
     def _without_what_nobody_asked_for(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         for name in self.on_request:
-            if written[name] is None:
-                del written[name]
+            if written.get(name) is None:
+                written.pop(name, None)
         return written
 
 
@@ -34,13 +34,38 @@ class PromptTokensDetails(Answer):
     cached_tokens: int = 0
 
 
-class Usage(Answer):
+class CompletionTokensDetails(Answer):
+    """What completion tokens were for."""
+
+    reasoning_tokens: int = 0
+
+
+class Usage(AnswerOnRequest):
     """Tokens of one request. A token that ended the text counts, as the model made it."""
+
+    on_request = frozenset({"completion_tokens_details"})
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """Of chats."""
+
+
+class RequestMetrics(Answer):
+    """Where the time of one request went, in milliseconds as the router saw it; null where it tells nothing."""
+
+    time_to_first_token_ms: float | None
+    """From the request's arrival, the queue included."""
+    generation_time_ms: float | None
+    """From the first token to the last."""
+    queue_time_ms: float | None
+    """In the engine's queue; of several choices, that of the one that waited longest."""
+    mean_itl_ms: float | None
+    """Between two tokens of one choice; null without two."""
+    tokens_per_second: float | None
+    """Of all choices together, after the first token; null without two."""
 
 
 FinishReason = Literal["stop", "length", "repetition"]

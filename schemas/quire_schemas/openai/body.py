@@ -17,8 +17,6 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quire_schemas.openai.request import ModelRequest
-
 
 class BadRequest(Exception):
     """The body is not a request we can honour. `param` names the field, where one is to blame."""
@@ -47,7 +45,7 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",
     "prompt_cache_retention": "a hint for a prompt cache",
     "session_id": "a hint for routing",
-    "parallel_tool_calls": "matters only with `tools`, which are refused",
+    "prediction": "a text that the answer may be like, for speed alone",
 }
 """Fields accepted without effect, and what they are for."""
 
@@ -55,10 +53,15 @@ MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
 P = TypeVar("P", bound=BaseModel)
-R = TypeVar("R", bound=ModelRequest)
 
 
-def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal], ignore_unknown: bool = False) -> R:
+def read(
+    body: bytes,
+    kind: type[P],
+    refused: Mapping[str, Refusal],
+    ignore_unknown: bool = False,
+    without_effect: Mapping[str, str] = WITHOUT_EFFECT,
+) -> P:
     """The request of that kind in `body`, every bound of which holds. Raises `BadRequest`.
 
     What is refused by name stays refused where unknown fields are ignored.
@@ -73,15 +76,43 @@ def read(body: bytes, kind: type[R], refused: Mapping[str, Refusal], ignore_unkn
             refusal = refused[name]
             if not asks_for_nothing(value, refusal.neutral):
                 raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
-        elif name not in WITHOUT_EFFECT and not ignore_unknown:
-            raise BadRequest(_unknown(name, [*honoured, *refused, *WITHOUT_EFFECT]), _shown(name))
+        elif name not in without_effect and not ignore_unknown:
+            raise BadRequest(_unknown(name, [*honoured, *refused, *without_effect]), _shown(name))
     while True:
         try:
             return kind.model_validate(kept)
         except ValidationError as error:
             details = error.errors(include_url=False)
             if not ignore_unknown or not _drop_unknown(kept, details):
-                raise explained(details[0]) from None
+                raise explained(_foremost(details, kept)) from None
+
+
+def _foremost(details: Sequence[ErrorDetails], request: Mapping[str, Any]) -> ErrorDetails:
+    """The first of what is wrong; where a field may have several shapes, with the one that it comes nearest to.
+
+    Its place is as the client wrote it: the library's names for shapes are left out.
+    """
+    places = [_place(detail, request) for detail in details]
+    near = [at for at in range(len(details)) if places[at][: len(places[0])] == places[0]]
+    chosen = max(near, key=lambda at: len(places[at]))
+    found = details[chosen].copy()
+    found["loc"] = places[chosen]
+    return found
+
+
+def _place(detail: ErrorDetails, request: Mapping[str, Any]) -> tuple[int | str, ...]:
+    place: list[int | str] = []
+    at: Any = request
+    for number, step in enumerate(detail["loc"], 1):
+        missing = number == len(detail["loc"]) and detail["type"] == "missing"
+        if missing or (isinstance(at, Mapping) and step in at):
+            at = None if missing else at[step]
+        elif isinstance(at, list) and isinstance(step, int) and step < len(at):
+            at = at[step]
+        else:
+            continue
+        place.append(step)
+    return tuple(place)
 
 
 def _drop_unknown(request: dict[str, Any], details: Sequence[ErrorDetails]) -> bool:
@@ -109,6 +140,14 @@ def read_part(name: str, value: Mapping[str, Any], shape: type[P]) -> P:
         return shape.model_validate(dict(value))
     except ValidationError as error:
         raise explained(error.errors(include_url=False)[0], name) from None
+
+
+def standing_for(kind: type[P], stated: Mapping[str, Any]) -> P:
+    """The request that another one, which was read before, stands for. Raises `BadRequest` in this one's words."""
+    try:
+        return kind.model_validate(stated)
+    except ValidationError as error:
+        raise explained(_foremost(error.errors(include_url=False), stated)) from None
 
 
 def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
@@ -227,6 +266,9 @@ _WORDS: Final[Mapping[str, str]] = {
     "too_long": "must not have more than {max_length} items",
     "literal_error": "must be {expected}",
     "extra_forbidden": "is not a field of this object",
+    "string_pattern_mismatch": "must match {pattern}",
+    "union_tag_not_found": "must have a {discriminator}",
+    "union_tag_invalid": "must have as {discriminator} one of {expected_tags}",
 }
 
 _CROSS_FIELD: Final = frozenset(
@@ -252,6 +294,17 @@ _CROSS_FIELD: Final = frozenset(
         "triggers",
         "whitespace_pattern",
         "disable_any_whitespace",
+        "separate_reasoning",
+        "tool_choice",
+        "budget_tokens",
+        "background",
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "chat_template_kwargs",
+        "queries",
+        "text_1",
+        "data_1",
     }
 )
 """Checks over several fields: the error's type is the field to name."""
@@ -269,9 +322,15 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
             "content",
             "content_missing",
             "tool_calls",
+            "tools",
+            "choice",
+            "item",
+            "system",
             "arguments",
             "prompt",
             "input",
+            "ids",
+            "tool",
             "script",
             "schema",
             "one_constraint",

@@ -5,36 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-import msgspec
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
+from quire_schemas.openai.answer import (
+    Answer,
+    AnswerOnRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestMetrics,
+    Usage,
+)
 from quire_schemas.openai.body import NOT_YET, Refusal, explained, read
 from quire_schemas.openai.request import Count, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, SamplingFields, check_min_tokens
+from quire_schemas.openai.tools import (
+    MAX_TOOLS,
+    AllowedChoice,
+    AnsweredCall,
+    CallDelta,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    check_tools,
+)
 
 MAX_MESSAGES: Final = 1024
 MAX_TEMPLATE_VARIABLES: Final = 64
+MAX_DOCUMENTS: Final = 256
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
     **SAMPLING_REFUSED,
     "best_of": Refusal("choosing the best of several is offered for /v1/completions only", (1,)),
-    "tools": Refusal("tool calls are not honoured by this version", ([],)),
-    "tool_choice": Refusal("tool calls are not honoured by this version", ("none", "auto")),
-    "functions": Refusal("tool calls are not honoured by this version", ([],)),
-    "function_call": Refusal("tool calls are not honoured by this version", ("none", "auto")),
-    "reasoning_effort": Refusal(f"it {NOT_YET}; what a template offers goes in chat_template_kwargs"),
-    "include_reasoning": Refusal(f"hiding a model's reasoning {NOT_YET}", (True,)),
-    "separate_reasoning": Refusal(f"it {NOT_YET}", (False,)),
+    "functions": Refusal("it is the old name of tools; send those", ([],)),
+    "function_call": Refusal("it is the old name of tool_choice; send that", ("none", "auto")),
     "stream_reasoning": Refusal(f"it {NOT_YET}", (True,)),
     "verbosity": Refusal(f"it {NOT_YET}"),
     "modalities": Refusal("answers are text", (["text"],)),
     "audio": Refusal("answers are text"),
-    "prediction": Refusal(f"it {NOT_YET}"),
     "web_search_options": Refusal("nothing here searches the web"),
     "echo": Refusal("repeating the last message is offered for /v1/completions only", (False,)),
-    "documents": Refusal(f"it {NOT_YET}", ([],)),
     "chat_template": Refusal(
         "a template is code; it comes from the checkpoint or the manifest, not from a request"
     ),
@@ -43,38 +57,6 @@ CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
     "mm_payload": Refusal("messages are text"),
     "return_mm_kwargs": Refusal("messages are text", (False,)),
 }
-
-
-class FunctionCall(Shape):
-    """The function in a tool call of an earlier turn."""
-
-    name: str
-    arguments: str
-
-    @property
-    def parsed(self) -> dict[str, Any]:
-        """The arguments as templates expect them; their form was checked with the request."""
-        value: dict[str, Any] = msgspec.json.decode(self.arguments or "{}")
-        return value
-
-
-def _check_arguments(value: FunctionCall) -> FunctionCall:
-    try:
-        parsed = msgspec.json.decode(value.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise PydanticCustomError("arguments", "must have arguments that are a JSON object") from error
-    if not isinstance(parsed, dict):
-        raise PydanticCustomError("arguments", "must have arguments that are a JSON object")
-    return value
-
-
-class ToolCall(Shape):
-    """A tool call of an earlier turn, for the template to show."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: Annotated[FunctionCall, AfterValidator(_check_arguments)]
-    index: int | None = None
 
 
 def _content(value: object) -> str | None:
@@ -95,11 +77,27 @@ def _content(value: object) -> str | None:
     return "\n".join(texts)
 
 
+class TextPart(TypedDict):
+    """A part of a message's content."""
+
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A refusal in the content of an earlier answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class Message(Shape):
     """One turn of the conversation. `developer` is the newer name of `system`, and templates see it as that."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, PlainValidator(_content)] = None
+    content: Annotated[
+        str | None, PlainValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
+    ] = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -158,7 +156,73 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer goes on with the last message instead of beginning a new one."""
+    return_prompt_text: bool | None = None
+    """The answer has the text that the template made of the messages."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    """Texts to answer from, for templates that show them."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """False: an answer has one call at most."""
+    reasoning_effort: Effort | None = None
+    """How much the model thinks: in the template's own words, or as a bound on the tokens of its thoughts."""
+    include_reasoning: bool | None = None
+    """False: the answer is shown without the model's reasoning."""
+    separate_reasoning: bool | None = None
+    """False: reasoning and tool calls stay in the text as the model wrote them."""
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatRequest:
+        names = {tool.function.name for tool in self.tools or ()}
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise PydanticCustomError("tool_choice", "needs tools")
+        for name in self.allowed_names:
+            if name not in names:
+                raise PydanticCustomError("tool_choice", f"names {name}, which is no function of tools")
+        if self.separate_reasoning is False:
+            for field in ("include_reasoning", "tools"):
+                if getattr(self, field):
+                    raise PydanticCustomError("separate_reasoning", f"cannot be false with {field}")
+        if self.must_call and self.constraint is not None:
+            field = "structured_outputs" if self.structured_outputs is not None else "response_format"
+            raise PydanticCustomError("tool_choice", f"asks for a call, and {field} for an answer")
+        if self.use_beam_search and self.offered:
+            raise PydanticCustomError("use_beam_search", "cannot be combined with 'tools'")
+        return self
+
+    @property
+    def allowed_names(self) -> tuple[str, ...]:
+        """The functions that the choice names."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return (function.name,)
+            case AllowedChoice(allowed_tools=allowed):
+                return tuple(tool.function.name for tool in allowed.tools)
+        return ()
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model is shown: none where it is to call none, and of several those allowed."""
+        if self.tool_choice == "none":
+            return ()
+        names = self.allowed_names
+        return tuple(tool for tool in self.tools or () if not names or tool.function.name in names)
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        match self.tool_choice:
+            case "required" | NamedTool():
+                return True
+            case AllowedChoice(allowed_tools=allowed):
+                return allowed.mode == "required"
+        return False
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the answer has one call at most: a function that is named is called once."""
+        return self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedTool)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -173,6 +237,10 @@ class ChatRequest(SamplingFields):
             raise PydanticCustomError("continue_final_message", "cannot go on with a message that calls tools")
         check_min_tokens(self.min_tokens, self.asked_tokens)
         return self
+
+    @property
+    def turns(self) -> list[Message]:
+        return self.messages
 
     @property
     def asked_tokens(self) -> int | None:
@@ -225,12 +293,20 @@ class ChoiceLogprobs(Answer):
     refusal: None = None
 
 
-class AssistantMessage(Answer):
-    """The answer in a chat choice."""
+class AssistantMessage(AnswerOnRequest):
+    """The answer in a chat choice: `content` is null where there is nothing but calls.
+
+    The model's thoughts are there under both names that clients look for.
+    """
+
+    on_request = frozenset({"tool_calls", "reasoning", "reasoning_content"})
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChoice(AnswerOnRequest):
@@ -241,14 +317,15 @@ class ChatChoice(AnswerOnRequest):
     index: int
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
+    stop_reason: str | int | None = None
     token_ids: list[int] | None = None
 
 
 class ChatCompletion(AnswerOnRequest):
     """Answer to a chat request without `stream`."""
 
-    on_request = frozenset({"prompt_logprobs", "prompt_token_ids"})
+    on_request = frozenset({"prompt_logprobs", "prompt_token_ids", "prompt_text", "metrics"})
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -258,6 +335,8 @@ class ChatCompletion(AnswerOnRequest):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
+    metrics: RequestMetrics | None = None
 
 
 class ChatDelta(Answer):
@@ -265,6 +344,9 @@ class ChatDelta(Answer):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -273,7 +355,9 @@ class ChatChunkChoice(Answer):
     index: int
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
+    stop_reason: str | int | None = None
+    """Beside the finish reason alone."""
     token_ids: list[int] | None = None
 
 
@@ -289,3 +373,7 @@ class ChatChunk(Answer):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     """In the first event, if asked for."""
+    prompt_text: str | None = None
+    """In the first event, if asked for."""
+    metrics: RequestMetrics | None = None
+    """In the event of the last finish reason, if asked for."""

@@ -9,9 +9,16 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas import wire
-from quire_schemas.openai.answer import Answer, AnswerOnRequest, FinishReason, PromptLogprobs, Usage
+from quire_schemas.openai.answer import (
+    Answer,
+    AnswerOnRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestMetrics,
+    Usage,
+)
 from quire_schemas.openai.body import Refusal, read
-from quire_schemas.openai.request import MAX_INT, MAX_PROMPTS, Prompt, read_prompts
+from quire_schemas.openai.request import MAX_INT, MAX_PROMPTS, Prompt, PromptsAsSent, read_prompts
 from quire_schemas.openai.sampling import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
@@ -23,6 +30,7 @@ from quire_schemas.openai.sampling import (
 COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
     **SAMPLING_REFUSED,
     "suffix": Refusal("filling in the middle is not honoured by this version", ("",)),
+    "return_prompt_text": Refusal("use echo", (False,)),
     "prompt_embeds": Refusal("prompts are text or token ids"),
 }
 
@@ -30,7 +38,7 @@ COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
 class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`. `max_tokens` is 16 when not given, as OpenAI has it."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(read_prompts)]
+    prompt: Annotated[list[Prompt], PlainValidator(read_prompts, json_schema_input_type=PromptsAsSent)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     """0 writes nothing: for the log-probabilities of the prompt."""
     logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
@@ -107,14 +115,17 @@ class CompletionChoice(AnswerOnRequest):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    """In a stream in the last event of a choice alone."""
     prompt_logprobs: PromptLogprobs | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
 
 
-class Completion(Answer):
+class Completion(AnswerOnRequest):
     """Answer to a completion request, and one event of its stream."""
 
+    on_request = frozenset({"metrics"})
     id: str
     object: Literal["text_completion"]
     created: int
@@ -122,3 +133,4 @@ class Completion(Answer):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    metrics: RequestMetrics | None = None

@@ -10,7 +10,7 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import NOT_YET, Refusal, read
-from quire_schemas.openai.request import Count, ModelRequest, Prompt, read_prompts
+from quire_schemas.openai.request import Count, ModelRequest, Prompt, PromptsAsSent, read_prompts
 
 EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
     "messages": Refusal("send texts or token ids as input"),
@@ -38,16 +38,21 @@ def _inputs(value: object) -> list[Prompt]:
         raise PydanticCustomError("input", error.message().replace(" prompts", " inputs")) from None
 
 
-class EmbeddingRequest(ModelRequest):
-    """Body of `POST /v1/embeddings`."""
+class PooledFields(ModelRequest):
+    """What requests take that have vectors made: which one is made of a text."""
 
-    input: Annotated[list[Prompt], PlainValidator(_inputs)]
-    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
     """The leading ones alone, for models that were trained for it."""
     pooling: Literal["last", "mean"] | None = None
     """The state of the last token, as is the default, or the mean over all."""
     add_special_tokens: bool | None = None
+
+
+class EmbeddingRequest(PooledFields):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Annotated[list[Prompt], PlainValidator(_inputs, json_schema_input_type=PromptsAsSent)]
+    encoding_format: Literal["float", "base64"] | None = None
 
 
 def read_embedding(body: bytes, ignore_unknown: bool = False) -> EmbeddingRequest:

@@ -8,7 +8,7 @@ import msgspec
 
 from quire_schemas import wire
 from quire_schemas.openai.body import MAX_DEPTH
-from quire_schemas.openai.chat import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES
+from quire_schemas.openai.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TEMPLATE_VARIABLES
 from quire_schemas.openai.request import MAX_MODEL_NAME, MAX_PROMPTS
 from quire_schemas.openai.sampling import (
     MAX_ALLOWED_IDS,
@@ -28,6 +28,7 @@ from quire_schemas.openai.sampling import (
     MAX_TOP_LOGPROBS,
 )
 from quire_schemas.openai.structured import MAX_CHOICE_TEXTS, MAX_SCHEMA_DEPTH, MAX_STRUCTURES, MAX_TRIGGERS
+from quire_schemas.openai.tools import MAX_TOOLS
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -45,6 +46,9 @@ LIMITS: Final = (
     Limit("`chat_template_kwargs`", MAX_TEMPLATE_VARIABLES, "entries"),
     Limit("`prompt`", MAX_PROMPTS, "prompts"),
     Limit("`input`", MAX_PROMPTS, "inputs"),
+    Limit("each side of a score", MAX_PROMPTS, "texts"),
+    Limit("`tools`", MAX_TOOLS, "tools"),
+    Limit("`documents`", MAX_DOCUMENTS, "documents"),
     Limit("`n`", MAX_CHOICES),
     Limit("`best_of`", MAX_CHOICES),
     Limit("`n`, or `best_of`, times the prompts", MAX_PROMPTS),

@@ -25,18 +25,15 @@ class ModelRequest(Shape):
 
     model: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME)]
 
-    @property
-    def wants_usage(self) -> bool:
-        """One more event of a stream, with the usage."""
-        return False
-
-    @property
-    def wants_running_usage(self) -> bool:
-        """The usage so far in every event of a stream."""
-        return False
-
 
 Prompt = str | list[int]
+PromptsAsSent = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+"""What `read_prompts` reads, as the API's description has it."""
 
 
 def read_prompts(value: object) -> list[Prompt]:

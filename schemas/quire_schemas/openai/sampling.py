@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quire_schemas import wire
@@ -60,7 +68,6 @@ SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "rid": Refusal("send the header X-Request-Id"),
     "return_weight_versions": Refusal(f"it {NOT_YET}", (False,)),
     "return_token_offsets": Refusal(f"it {NOT_YET}", (False,)),
-    "return_prompt_text": Refusal(f"it {NOT_YET}", (False,)),
     "return_hidden_states": Refusal(f"it {NOT_YET}", (False,)),
     "return_cached_tokens_details": Refusal(f"it {NOT_YET}", (False,)),
     "routed_experts_prompt_start": Refusal(f"it {NOT_YET}"),
@@ -86,6 +93,18 @@ def _check_stop(value: str) -> str:
     if len(value.encode()) > MAX_STOP_BYTES:
         raise PydanticCustomError("stop", f"must not be longer than {MAX_STOP_BYTES} bytes")
     return value
+
+
+_StopString = Annotated[
+    str,
+    AfterValidator(_check_stop),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_STOP_BYTES}),
+]
+_StopAsSent = _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOPS)]
+_BiasAsSent = Annotated[
+    dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
+]
 
 
 def _bias(value: object) -> dict[int, float]:
@@ -181,14 +200,16 @@ class SamplingFields(ModelRequest):
     ) = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias, json_schema_input_type=_BiasAsSent)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: (
         Annotated[
-            list[Annotated[str, AfterValidator(_check_stop)]],
-            BeforeValidator(_as_list),
+            list[_StopString],
             Field(max_length=MAX_STOPS),
+            BeforeValidator(_as_list, json_schema_input_type=_StopAsSent),
         ]
         | None
     ) = None
@@ -207,9 +228,7 @@ class SamplingFields(ModelRequest):
     """Seconds from the arrival of the request after which it ends with an error, whatever is still missing."""
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     """Only these are chosen."""
-    bad_words: (
-        Annotated[list[Annotated[str, AfterValidator(_check_stop)]], Field(max_length=MAX_BAD_WORDS)] | None
-    ) = None
+    bad_words: Annotated[list[_StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
     """Texts that never come into the answer in the tokens that stand for them, with or without a space before."""
     thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     """Tokens that thoughts may have; then they are closed. Only for models that mark their thoughts."""
@@ -226,13 +245,17 @@ class SamplingFields(ModelRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Tokens in log-probabilities are written `token_id:5`."""
+    return_metrics: bool | None = None
+    """The answer tells where the time went; in a stream, the last event but for the usage."""
     use_beam_search: bool | None = None
     """Look for the `n` likeliest texts (`best_of` widens the search) instead of drawing."""
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     """Of a beam search, whose texts go by log-probability ÷ tokens ^ `length_penalty`. 1 unless given."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    script: Annotated[str | list[int], PlainValidator(_script)] | None = None
+    script: (
+        Annotated[str | list[int], PlainValidator(_script, json_schema_input_type=str | list[TokenId])] | None
+    ) = None
     """The answer, for models whose runner is scripted alone: text, or token ids."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -316,14 +339,6 @@ class SamplingFields(ModelRequest):
     def limit_field(self) -> str:
         """The field that `asked_tokens` is from, or would be."""
         return "max_tokens"
-
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def wants_running_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 def check_min_tokens(least: int | None, most: int | None) -> None:

@@ -61,7 +61,7 @@ def _spaces(value: str) -> str:
     return value
 
 
-Schema = Annotated[dict[str, Any], PlainValidator(_schema)]
+Schema = Annotated[dict[str, Any], PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)]
 ConstraintText = Annotated[str, AfterValidator(_short)]
 
 
@@ -164,7 +164,9 @@ class StructuredOutputs(Shape):
     """A grammar in Lark's notation."""
     json_object: bool | None = None
     """Any JSON object."""
-    structural_tag: Annotated[StructuralTag, PlainValidator(_tag)] | None = None
+    structural_tag: (
+        Annotated[StructuralTag, PlainValidator(_tag, json_schema_input_type=StructuralTag | str)] | None
+    ) = None
     """Free text with structures in it."""
     disable_any_whitespace: bool | None = None
     """No blank and no line end between the signs of JSON."""

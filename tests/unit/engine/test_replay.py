@@ -38,7 +38,9 @@ def run(scheduler: Scheduler, seed: int) -> list[StepPlan]:
                 repetition=Repetition(1, 3, 2) if added % 5 == 1 else None,
             )
             timeout = trace.choice([None, None, 40.0])
-            message = Generate(str(added), prompt, sampling, priority=added % 3, timeout=timeout)
+            message = Generate(
+                str(added), prompt, sampling, priority=added % 3, timeout=timeout, background=added % 7 == 3
+            )
             request = Request.of(message, eos_token_ids=(9,), seed=0, received_at=now)
             if trace.random() < 0.7:
                 request.share_with("all")

@@ -125,13 +125,14 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
                     stop_token_ids=rng.choice([(), (), (3,)]),
                     repetition_penalty=rng.choice([1.0] * 9 + [1.1]),
                 )
-                ids, kin, priority = (
+                ids, kin, priority, background = (
                     [rng.randint(0, 1) for _ in range(prompt)],
                     rng.choice("xy"),
                     rng.randint(0, 1),
+                    rng.random() < 0.3,
                 )
                 for scheduler in pair:
-                    message = Generate(str(number), ids.copy(), asked, priority=priority)
+                    message = Generate(str(number), ids.copy(), asked, priority=priority, background=background)
                     request = Request.of(message, eos_token_ids=(EOS,), seed=0, received_at=0.0)
                     if kin == "x":
                         request.share_with(kin)

@@ -54,7 +54,7 @@ class Life:
     prompt: list[int]
     max_tokens: int
     seed: int
-    priority: int
+    background: bool
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer, and what would follow its end: a step that was planned ahead draws it in vain."""
     contents: list[int] = field(default_factory=list)
@@ -137,6 +137,7 @@ class World(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         seed=st.integers(0, 2),
         priority=st.integers(-1, 1),
+        background=st.booleans(),
         kin=st.sampled_from(["x", "x", "y"]),
         lasts=st.none() | st.integers(1, 40),
     )
@@ -147,16 +148,20 @@ class World(RuleBasedStateMachine):
         max_tokens: int,
         seed: int,
         priority: int,
+        background: bool,
         kin: str,
         lasts: int | None,
     ) -> None:
         pool, limits = self.scheduler.pool, self.scheduler.limits
         cached = len(prompt) + max_tokens - 1
         possible = cached < CONTEXT and pool.most_held(cached, self.widest) <= pool.num_blocks
-        full = limits.max_waiting is not None and len(self.lives) >= limits.max_num_seqs + limits.max_waiting
+        alike = sum(life.background == background for life in self.lives.values())
+        full = limits.max_waiting is not None and alike >= limits.max_num_seqs + limits.max_waiting
         for scheduler in (self.scheduler, self.twin):
             sampling = Sampling(max_tokens=max_tokens, seed=seed)
-            message = Generate(name, list(prompt), sampling, priority=priority, timeout=lasts)
+            message = Generate(
+                name, list(prompt), sampling, priority=priority, timeout=lasts, background=background
+            )
             request = Request.of(message, eos_token_ids=(EOS,), seed=seed, received_at=self.now)
             if self.sharing == "all" or (self.sharing == "families" and kin == "x"):
                 request.share_with(kin)
@@ -168,7 +173,7 @@ class World(RuleBasedStateMachine):
             assert accepted == (possible and not full and name not in self.lives)  # I8
         if accepted:
             self.arrivals += 1
-            self.lives[name] = Life(name, self.arrivals, prompt, max_tokens, seed, priority)
+            self.lives[name] = Life(name, self.arrivals, prompt, max_tokens, seed, background)
 
     @rule(name=st.sampled_from("abcde"))
     def abort(self, name: str) -> None:
@@ -260,8 +265,10 @@ class World(RuleBasedStateMachine):
                 for block in table[request.num_planned // pool.block_size :]:
                     assert held[block] == 1, "what is being written is nobody else's"  # I3
         if self.by_arrival and self.sharing == "nobody":
-            numbers = [self.lives[request.id].number for request in requests]
-            assert numbers == sorted(numbers), "first come, first served"  # I7
+            lives = [self.lives[request.id] for request in requests]
+            for background in (False, True):
+                numbers = [life.number for life in lives if life.background == background]
+                assert numbers == sorted(numbers), "first come, first served"  # I7
         if not self.ahead:
             tokens = sum(request.num_computed for request in scheduler.running)
             if self.sharing == "nobody" and pool.windows == (None,):

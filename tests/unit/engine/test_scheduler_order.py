@@ -10,7 +10,7 @@ from quire_engine.config import BatchLimits
 from quire_engine.errors import RequestRefused
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler
-from quire_schemas.wire import Generate, Sampling
+from quire_schemas.wire import Generate, Policy, Sampling
 
 
 def test_running_requests_come_first_and_prompts_fill_the_rest_of_the_budget() -> None:
@@ -78,6 +78,39 @@ def test_priorities_decide_who_starts_and_who_has_to_go() -> None:
     assert str(step(scheduler)[0]) == "step 2: 2 tokens: urgent[3:4]* b[4:5]*", "nobody goes for an equal"
     scheduler.set_limits(BatchLimits(3, 16, True, "fcfs"))
     assert str(step(scheduler)[0]) == "step 3: 6 tokens: a[0:4]* b[5:6]* urgent[4:5]*"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_background_work_makes_room_for_whatever_somebody_waits_for(policy: Policy) -> None:
+    scheduler = Scheduler(
+        BlockPool(32, 4), BatchLimits(2, 16, True, policy, 1), max_model_len=64, clock=lambda: 0.0
+    )
+
+    def request(name: str, priority: int, background: bool) -> Request:
+        sampling = Sampling(max_tokens=9)
+        message = Generate(name, [1, 2, 3], sampling, priority=priority, background=background)
+        return Request.of(message, eos_token_ids=(), seed=0, received_at=0.0)
+
+    for name in "abc":
+        scheduler.add(request(name, -(2**31), True))
+    with pytest.raises(RequestRefused, match="3 requests run or wait"):
+        scheduler.add(request("d", 0, True))
+    step(scheduler)
+    for name in ("first", "second", "third"):
+        scheduler.add(request(name, 2**31, False))  # the queue is theirs, however full it is of others
+    with pytest.raises(RequestRefused, match="3 requests run or wait"):
+        scheduler.add(request("fourth", 0, False))
+    preempted: tuple[str, ...] = ()
+    for _ in range(2):
+        preempted += step(scheduler)[0].preempted
+    assert preempted == ("b", "a")
+    assert [r.id for r in scheduler.running] == ["first", "second"]
+    assert [r.id for r in scheduler.waiting] == ["third", "a", "b", "c"]
+    ended = []
+    while scheduler.has_work:
+        ended += [delta.id for delta in step(scheduler)[1] if delta.finish_reason]
+    assert ended[:2] == ["first", "second"]
+    assert sorted(ended[2:]) == ["a", "b", "c", "third"], "and nobody is forgotten"
 
 
 def test_nobody_is_thrown_out_for_blocks_that_others_hold_as_well() -> None:

@@ -54,6 +54,19 @@ def test_who_begins_alike_at_the_same_time_stands_aside_until_it_can_share() -> 
     assert len(held) == 3, "the prompt's full blocks are stored once"
 
 
+def test_nobody_who_is_waited_for_stands_aside_for_background_work() -> None:
+    scheduler = make_scheduler(num_blocks=32, block_size=4, budget=4)
+    message = Generate("a", [1] * 14, Sampling(max_tokens=3), background=True)
+    scheduler.add(share(Request.of(message, eos_token_ids=(), seed=0, received_at=0.0)))
+    step(scheduler)
+    message = Generate("b", [1] * 14, Sampling(max_tokens=3))
+    scheduler.add(share(Request.of(message, eos_token_ids=(), seed=0, received_at=0.0)))
+    assert str(step(scheduler)[0]) == "step 1: 4 tokens: b[4:8]", "what is there is shared, what is to come is not"
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.pool.num_used == 0
+
+
 def test_who_stands_aside_computes_itself_when_the_other_leaves() -> None:
     scheduler = make_scheduler(num_blocks=32, block_size=4, budget=4)
     scheduler.add(share(make_request("a", 14, 3)))

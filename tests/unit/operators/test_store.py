@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from quire_operators.clock import on_the_wall
-from quire_operators.database import Conflict, NotFound, StoreUnavailable, UnusableStore
+from quire_operators.database import Conflict, NotFound
 from quire_operators.records import Change, NewRevision
 from quire_operators.rollout import Cause, Exit, Goal, Row
+from quire_operators.sqlite import StoreUnavailable, UnusableStore
 from quire_operators.store import Store
 from quire_schemas.resource import Key
 

@@ -14,6 +14,13 @@ from quire_schemas.openai.body import WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
 from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest, read_completion
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
+from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest
+from quire_schemas.openai.tokens import (
+    DETOKENIZE_REFUSED,
+    TOKENIZE_REFUSED,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "x"}
@@ -126,6 +133,15 @@ EMBEDDING = [
     *["truncate_prompt_tokens", "truncation_side", "padding", "request_id", "priority", "cache_salt"],
     *["use_activation", "add_special_tokens", "chat_template", "chat_template_kwargs", "add_generation_prompt"],
 ]
+SCORE = [
+    *["model", "queries", "documents", "items", "text_1", "text_2", "data_1", "data_2", "user", "use_activation"],
+    *["truncate_prompt_tokens", "truncation_side", "max_tokens_per_query", "max_tokens_per_doc", "instruction"],
+    *["priority", "request_id", "mm_processor_kwargs", "cache_salt", "add_special_tokens", "chat_template"],
+]
+TOKENIZE = [
+    *["model", "prompt", "messages", "add_special_tokens", "return_token_strs", "add_generation_prompt", "tools"],
+    *["continue_final_message", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "user"],
+]
 
 
 def chat(**changes: object) -> ChatRequest:
@@ -147,6 +163,9 @@ def test_every_known_field_is_in_exactly_one_place() -> None:
         (SAMPLING + CHAT_ONLY, ChatRequest, CHAT_REFUSED),
         (SAMPLING + COMPLETION_ONLY, CompletionRequest, COMPLETION_REFUSED),
         (EMBEDDING, EmbeddingRequest, EMBEDDING_REFUSED),
+        (SCORE, ScoreRequest, SCORE_REFUSED),
+        (TOKENIZE, TokenizeRequest, TOKENIZE_REFUSED),
+        (["model", "tokens"], DetokenizeRequest, DETOKENIZE_REFUSED),
     ):
         for name in fields:
             places = [name in model.model_fields, name in refusals, name in WITHOUT_EFFECT]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
 
+from quire.errors import Api
 from quire.router.api import logprobs
-from quire.router.api.events import Envelope
+from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, TokenScore, Update
@@ -38,6 +40,7 @@ class CompletionFormat:
     """The completions endpoint's `Format`."""
 
     operation = "text_completion"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -67,6 +70,7 @@ class CompletionFormat:
             system_fingerprint=job.fingerprint,
             choices=[],
             usage=usage,
+            metrics=Timing(job).whole(updates),
         ).model_dump()
         answer["choices"] = _choices(job, updates)
         return _json.encode(answer)
@@ -114,6 +118,7 @@ def _choice(
         text=_echo(job, index) + "".join(update.text for update in mine),
         logprobs=_logprobs(job, index, [score for update in mine for score in update.scores], prompt_scores, True),
         finish_reason=cast(FinishReason, mine[-1].finish_reason),
+        stop_reason=mine[-1].stop_reason,
         token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
         prompt_token_ids=job.prompts[index // job.n] if job.shown.token_ids else None,
     )
@@ -157,12 +162,16 @@ class CompletionStream:
 
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job
-        self._envelope = Envelope(job, "text_completion", wants_usage=request.wants_usage)
-        self.closing = self._envelope.closing
+        self._envelope = Envelope(job, "text_completion", request.stream_options)
+        self.end = self._envelope.end
+        self.broken = self._envelope.broken
+        self._timing = Timing(job)
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         return b"".join(
-            self._envelope.event(choice, usage) for update in updates for choice in self._choices(update)
+            self._envelope.event(choice, usage, last)
+            for update in updates
+            for choice, last in closed(self._choices(update), self._timing.take(update))
         )
 
     def _choices(self, update: Update) -> Iterator[bytes]:
@@ -181,7 +190,7 @@ class CompletionStream:
             shown = found.model_dump_json().encode() if found is not None else b"null"
             yield _chunk(update.index, text, shown, b"null", more)
         if update.finish_reason is not None:
-            yield _chunk(update.index, "", b"null", _json.encode(update.finish_reason))
+            yield _chunk(update.index, "", b"null", ending(update))
 
 
 def _chunk(index: int, text: str, scores: bytes, finish: bytes, more: bytes = b"") -> bytes:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
-from quire.errors import InternalError, InvalidRequest
+from quire.errors import Api, InternalError, InvalidRequest
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -33,6 +33,7 @@ class EmbeddingFormat:
     """The embeddings endpoint's `Format`."""
 
     operation = "embeddings"
+    api = Api.OPENAI
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -54,13 +55,10 @@ class EmbeddingFormat:
         return await self._gateway.embedding(request, served, size, arrived_at, span)
 
     def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
-        vectors = {update.index: update.embedding for update in updates if update.embedding is not None}
-        if len(vectors) != len(job.prompts):
-            raise InternalError("The engine left out a vector.")
         answer = EmbeddingList(
             data=[
-                Embedding(index=index, embedding=_shown(vectors[index], job.as_base64))
-                for index in range(len(job.prompts))
+                Embedding(index=index, embedding=_shown(vector, job.as_base64))
+                for index, vector in enumerate(vectors(job, updates))
             ],
             model=job.asked_model,
             usage=EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens),
@@ -69,6 +67,14 @@ class EmbeddingFormat:
 
     def stream(self, job: Job, request: EmbeddingRequest) -> NoReturn:
         raise InvalidRequest("Vectors are not streamed.", param="stream")
+
+
+def vectors(job: Job, updates: Sequence[Update]) -> list[bytes]:
+    """The vector of each prompt of the job, as the engine's float32 bytes."""
+    found = {update.index: update.embedding for update in updates if update.embedding is not None}
+    if len(found) != len(job.prompts):
+        raise InternalError("The engine left out a vector.")
+    return [found[index] for index in range(len(job.prompts))]
 
 
 def _shown(vector: bytes, as_base64: bool) -> str | list[float]:

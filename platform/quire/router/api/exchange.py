@@ -1,7 +1,8 @@
 """One request for text, from the first byte of its body to the last byte of its answer.
 
 An endpoint family brings a `Format`: how to read a body, how to make a `Job` of it, and how an answer looks, whole
-and in pieces. `Exchange` does all the rest, the same for every family:
+and in pieces. `Exchange` does all the rest, the same for every family; what it shares with requests that need no
+engine is `Reception`:
 
 - the body is read under a limit of size and time;
 - the client is watched while the work goes on, for whole answers as for streams: when it leaves, the work is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -27,8 +29,10 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
+    Api,
     BodyTimeout,
     BodyTooLarge,
+    HttpError,
     InvalidRequest,
     ServiceUnavailable,
     UnsupportedMediaType,
@@ -41,7 +45,7 @@ from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
-from quire_schemas.openai.answer import PromptTokensDetails, Usage
+from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest
 from quire_schemas.openai.request import ModelRequest
 
@@ -51,7 +55,6 @@ BODY_SECONDS: Final = 30.0
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
-DONE: Final = b"data: [DONE]\n\n"
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -68,6 +71,8 @@ class Format(Protocol[R]):
     """What is particular to one endpoint family."""
 
     operation: str
+    api: Api
+    """Whose clients read the answers, errors among them."""
 
     def read(self, body: bytes, ignore_unknown: bool) -> R:
         """The request in a body, without the fields that are unknown if they are to be ignored. Raises
@@ -92,22 +97,40 @@ class Format(Protocol[R]):
 class StreamFormat(Protocol):
     """Writes the events of one stream."""
 
-    def events(self, updates: Sequence[Update], usage: Usage | None) -> bytes:
-        """Events for one batch; `usage` when it is to be in every event."""
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
+        """Events for one batch; `usage` tells the tokens so far."""
 
-    def closing(self, usage: Usage) -> bytes:
-        """The event with the usage, for those who asked for it."""
+    def end(self, usage: Usage) -> bytes:
+        """What tells the client that the answer is complete."""
+
+    def broken(self, error: HttpError) -> bytes:
+        """The one event that says that it never will be."""
 
 
-class Exchange(Generic[R]):
-    """Answers one request. Call it as an ASGI application."""
+class Reception:
+    """Answers one request with whatever its kind says; counts it, traces it, and tells what went wrong.
 
-    def __init__(self, gateway: Gateway, spans: RequestSpans, form: Format[R]) -> None:
+    Call it as an ASGI application.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        spans: RequestSpans,
+        operation: str,
+        api: Api = Api.OPENAI,
+        *,
+        background: bool = False,
+    ) -> None:
+        """`background`: nobody waits for the answer."""
+        self._background = background
         self._gateway = gateway
+        self._api = api
         self._spans = spans
-        self._format = form
+        self._operation = operation
         self._settings = gateway.fleet.table.http
-        self._started = False
+        self._stream: StreamFormat | None = None
+        """Of a stream that has begun."""
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
@@ -115,7 +138,7 @@ class Exchange(Generic[R]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
         headers = dict(scope["headers"])
-        span = self._spans.start(self._format.operation, scope["headers"], scope["path"], scope["server"])
+        span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
             body = await read_body(headers, receive, self._settings.max_body_bytes)
@@ -129,8 +152,8 @@ class Exchange(Generic[R]):
             stopped = "The server stopped before the answer was complete."
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
-            known = describe(_ours(error))
-            at_fault = known.status < 500 and not self._started  # an engine may be the one who refuses
+            known = describe(_ours(error), self._api)
+            at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or "invalid_request", known.status
             if known.status == 500:
@@ -138,27 +161,56 @@ class Exchange(Generic[R]):
             await self._fail(send, error)
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
-            handles.requests[self._format.operation, finish].inc()
-            if not self._refused and finish != "refused":
+            handles.requests[self._operation, finish].inc()
+            if not self._refused and finish != "refused" and not self._background:
                 handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
-            sent = 200 if self._started else status or None
+            sent = 200 if self._stream is not None else status or None
             span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
             span.end(now, failure or None, failed=status >= 500)
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
+        raise NotImplementedError
+
+    def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
+        """Note which model the request is for, and the name that it has for it."""
+        self._model = served.route.model
+        span.name(self._operation, asked)
+        span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        """Answer with the error; in a stream that has begun, as its one error event.
+
+        What follows such an event is no end of the answer, so the server cuts the connection.
+        """
+        known = describe(_ours(error), self._api)
+        if self._stream is not None:
+            await send({"type": "http.response.body", "body": self._stream.broken(known), "more_body": True})
+            return
+        await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
+        await send({"type": "http.response.body", "body": known.body, "more_body": False})
+
+
+class Exchange(Reception, Generic[R]):
+    """Answers one request for text or vectors, which a run on the fleet makes."""
+
+    def __init__(
+        self, gateway: Gateway, spans: RequestSpans, form: Format[R], *, background: bool = False
+    ) -> None:
+        super().__init__(gateway, spans, form.operation, form.api, background=background)
+        self._format = form
+
+    async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: self._format.read(body, ignore_unknown), len(body))
         served = self._gateway.fleet.resolve(request.model)
-        self._model = served.route.model
-        span.name(self._format.operation, request.model)
-        span.set({signals.GEN_AI_REQUEST_MODEL: request.model, signals.GEN_AI_RESPONSE_MODEL: self._model})
-        with self._gateway.admit(served, self._format.sequences(request)):
+        self._serves(served, request.model, span)
+        with self._gateway.admit(served, self._format.sequences(request), background=self._background):
             job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, job)
-            span.set(_request_attributes(job))
-            in_flight = self._gateway.fleet.metrics.model(self._model).in_flight
+            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            span.set(_request_attributes(run.job))
+            in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
             self._refused = False
             try:
@@ -178,43 +230,33 @@ class Exchange(Generic[R]):
             async for batch in batches:
                 updates.extend(batch)
         payload = await _off_loop_if_large(run.job, lambda: self._format.whole(run.job, updates, usage_of(run)))
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": payload, "more_body": False})
+        await send_json(send, payload)
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
-        form = self._format.stream(run.job, request)
+        form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
-                if not self._started:
+                if self._stream is None:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-                    self._started = True
-                usage = usage_of(run) if request.wants_running_usage else None
+                    self._stream = form
                 made = await _off_loop_if_large(run.job, functools.partial(form.events, batch, usage))
                 await send({"type": "http.response.body", "body": made, "more_body": True})
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
-        end = (form.closing(usage_of(run)) if request.wants_usage else b"") + DONE
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await send({"type": "http.response.body", "body": form.end(usage_of(run)), "more_body": False})
         return reasons
-
-    async def _fail(self, send: Send, error: Exception) -> None:
-        """Answer with the error; in a stream that has begun, as its one error event.
-
-        What follows such an event is no end of the answer, so the server cuts the connection.
-        """
-        known = describe(_ours(error))
-        if self._started:
-            event = b"data: " + known.body + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-            return
-        await send({"type": "http.response.start", "status": known.status, "headers": list(known.headers)})
-        await send({"type": "http.response.body", "body": known.body, "more_body": False})
 
 
 async def _off_loop_if_large(job: Job, write: Callable[[], bytes]) -> bytes:
     return await asyncio.to_thread(write) if job.is_large else write()
+
+
+async def send_json(send: Send, payload: bytes) -> None:
+    """The whole answer to a request that went well."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": payload, "more_body": False})
 
 
 def usage_of(run: Run) -> Usage:
@@ -225,6 +267,9 @@ def usage_of(run: Run) -> Usage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=run.cached_tokens),
+        completion_tokens_details=(
+            CompletionTokensDetails(reasoning_tokens=run.reasoning_tokens) if run.job.operation == "chat" else None
+        ),
     )
 
 
@@ -316,4 +361,4 @@ def _answer_attributes(run: Run) -> dict[str, Any]:
     }
 
 
-__all__ = ["Exchange", "Format", "StreamFormat", "read_body", "usage_of"]
+__all__ = ["Exchange", "Format", "Reception", "StreamFormat", "read_body", "send_json", "usage_of"]

@@ -3,36 +3,51 @@
 - `/livez`: does the process answer? 200 whenever it does. For whoever would restart it.
 - `/readyz`: does it know what to serve? 200 once it acts by a routing table, even by one without models.
 - `/health`: can a request be served now? 200 when at least one model has a replica that is connected, neither
-  draining nor on standby, and making progress; else 503. A replica is stalled after its model's stall time without
-  progress (deltas, a step, or an answer to `GetStats` by which there is nothing to do), though its socket is open:
-  the body tells, model by model, how many there are of each.
+  draining nor on standby, making progress, and able to generate; else 503. A replica is stalled after its model's
+  stall time without progress (deltas, a step, or an answer to `GetStats` by which there is nothing to do), though
+  its socket is open. It is failing when it has shown no token for a while, was asked for one, and gave none in
+  time (`quire.router.proof`). The body tells, model by model, how many there are of each. The answer takes as long
+  as the slowest of the replicas that have to be asked, and 5 seconds at most; mostly none has to be.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from quire.router.fleet import Fleet
+from quire.router.proof import Prover
+from quire_schemas.health import Health, Liveness, ModelHealth, Readiness
 
 
-def health(fleet: Fleet) -> tuple[int, bytes]:
+def liveness() -> tuple[int, bytes]:
+    """Status and body of `/livez`."""
+    return 200, msgspec.json.encode(Liveness())
+
+
+async def health(fleet: Fleet, prover: Prover) -> tuple[int, bytes]:
     """Status and body of `/health`."""
+    every = {id(served): served for served in fleet.models.values()}.values()
+    await prover.look([client for served in every for client in served.clients])
     models = {}
-    for served in {id(served): served for served in fleet.models.values()}.values():
+    for served in every:
         clients = served.clients
-        models[served.route.model] = {
-            "replicas": len(served.route.replicas),
-            "ready": sum(client.ready for client in clients),
-            "stalled": sum(client.stalled for client in clients),
-            "draining": sum(client.endpoint.draining for client in clients),
-            "standby": sum(client.endpoint.standby for client in clients),
-        }
-    ready = [counts["ready"] > 0 for counts in models.values()]
+        models[served.route.model] = ModelHealth(
+            replicas=len(served.route.replicas),
+            ready=sum(client.ready and not prover.failing(client) for client in clients),
+            stalled=sum(client.stalled for client in clients),
+            failing=sum(client.ready and prover.failing(client) for client in clients),
+            draining=sum(client.endpoint.draining for client in clients),
+            standby=sum(client.endpoint.standby for client in clients),
+        )
+    ready = [counts.ready > 0 for counts in models.values()]
+    status: Literal["ok", "degraded", "unavailable"]
     status = "ok" if ready and all(ready) else "degraded" if any(ready) else "unavailable"
-    return 200 if any(ready) else 503, msgspec.json.encode({"status": status, "models": models})
+    return 200 if any(ready) else 503, msgspec.json.encode(Health(status, models))
 
 
 def readiness(fleet: Fleet) -> tuple[int, bytes]:
     """Status and body of `/readyz`."""
     version = fleet.table.version
-    return 200 if version > 0 else 503, msgspec.json.encode({"ready": version > 0, "tableVersion": version})
+    return 200 if version > 0 else 503, msgspec.json.encode(Readiness(version > 0, version))

@@ -32,6 +32,10 @@ class ReasoningDialect(ABC):
     def opens(self, prompt: str) -> bool:
         """Whether a rendered prompt ends inside a thought, so that the answer begins there."""
 
+    def closed(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends behind a thought, so that there is no other before the answer."""
+        return False
+
     @abstractmethod
     def left_open(self, answer: str) -> bool:
         """Whether an answer that is to be continued ends inside a thought."""
@@ -59,6 +63,9 @@ class Thoughts(ReasoningDialect):
 
     def opens(self, prompt: str) -> bool:
         return prompt.rstrip().endswith(self.opening)
+
+    def closed(self, prompt: str) -> bool:
+        return prompt.rstrip().endswith(self.closing)
 
     def left_open(self, answer: str) -> bool:
         begun = self.begins_open or answer.lstrip().startswith(self.opening)

@@ -1,0 +1,107 @@
+"""`/v1/batches`: what is asked of a batch, and how one is shown. Its work is the executor's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from litestar.types import Receive, Scope, Send
+
+from quire.errors import InvalidRequest
+from quire.router.api.exchange import ClientGone, read_body
+from quire.router.api.files import cursor, known, reply, whole
+from quire.router.batches import PREFIX, Batch, Batches
+from quire.router.executor import Executor
+from quire_schemas import wire
+from quire_schemas.openai.batches import (
+    BATCHES_LISTED,
+    MAX_BATCHES_LISTED,
+    BatchList,
+    BatchObject,
+    ListBatches,
+    read_create,
+)
+from quire_schemas.openai.body import BadRequest
+
+_SHOWN: Final = (
+    "id", "endpoint", "model", "input_file_id", "completion_window", "status", "output_file_id", "error_file_id",
+    "created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at",
+    "cancelling_at", "cancelled_at",
+)  # fmt: skip
+
+
+class Create:
+    """Answers `POST /v1/batches`. Call it as an ASGI application."""
+
+    def __init__(self, batches: Batches, executor: Executor, settings: wire.HttpSettings) -> None:
+        self._batches = batches
+        self._executor = executor
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(dict(scope["headers"]), receive, self._settings.max_body_bytes)
+            asked = read_create(body, self._settings.ignore_unknown)
+        except BadRequest as error:
+            raise InvalidRequest(error.message, param=error.param) from None
+        except ClientGone:
+            return
+        if asked.endpoint not in self._executor.formats:
+            paths = ", ".join(sorted(self._executor.formats))
+            raise InvalidRequest(f"'endpoint' must be one of: {paths}.", param="endpoint")
+        made = await self._batches.create(asked)
+        self._executor.wake()
+        await reply(send, shown(made))
+
+
+def shown(batch: Batch) -> bytes:
+    """A batch as JSON."""
+    return batch_object(batch).model_dump_json().encode()
+
+
+def batch_object(batch: Batch) -> BatchObject:
+    fields: dict[str, Any] = {name: getattr(batch, name) for name in _SHOWN}
+    usage = None
+    if batch.completed:
+        usage = {
+            "input_tokens": batch.input_tokens,
+            "input_tokens_details": {"cached_tokens": batch.cached_tokens},
+            "output_tokens": batch.output_tokens,
+            "output_tokens_details": {},
+            "total_tokens": batch.input_tokens + batch.output_tokens,
+        }
+    return BatchObject.model_validate(
+        {
+            **fields,
+            "errors": None if batch.errors is None else {"data": json.loads(batch.errors)},
+            "metadata": None if batch.metadata is None else json.loads(batch.metadata),
+            "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+            "usage": usage,
+        }
+    )
+
+
+async def listed(batches: Batches, query: Mapping[str, str]) -> bytes:
+    """Answer to `GET /v1/batches`. Raises `InvalidRequest`."""
+    known(query, tuple(ListBatches.model_fields))
+    found, more = await batches.page(
+        whole(query, "limit", BATCHES_LISTED, MAX_BATCHES_LISTED), cursor(query, PREFIX)
+    )
+    answer = BatchList(
+        data=[batch_object(each) for each in found],
+        first_id=found[0].id if found else None,
+        last_id=found[-1].id if found else None,
+        has_more=more,
+    )
+    return answer.model_dump_json().encode()
+
+
+async def one(batches: Batches, batch_id: str) -> bytes:
+    return shown(await batches.get(batch_id))
+
+
+async def cancelled(batches: Batches, executor: Executor, batch_id: str) -> bytes:
+    batch = await batches.cancel(batch_id)
+    executor.wake()
+    return shown(batch)

@@ -1,0 +1,288 @@
+"""`/v1/files`: uploads that go to the disk as they come, and what is kept there.
+
+A body of an upload is `multipart/form-data`, its parts in any order. The file's part is written while it comes, so
+that no file is ever whole in memory, and it is there only once the last byte of the body has been understood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+import multipart
+from litestar.types import Receive, Scope, Send
+from pydantic import ValidationError
+
+from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from quire.router.api.exchange import BODY_SECONDS, ClientGone
+from quire.router.files import PREFIX, Files, StoredFile
+from quire.router.store import Incoming, refusal
+from quire_schemas.openai.body import explained
+from quire_schemas.openai.files import (
+    KEPT_SECONDS,
+    MAX_FILE_BYTES,
+    MAX_FILENAME,
+    MAX_FILES_LISTED,
+    ExpiresAfter,
+    FileDeleted,
+    FileList,
+    FileObject,
+    ListFiles,
+)
+
+MAX_FIELD: Final = 1024
+"""Bytes of a field that is not the file."""
+BEARABLE: Final = 2 * MAX_FILE_BYTES
+"""A body of up to so many bytes is read to its end before it is refused."""
+UPLOAD_SECONDS: Final = 3600.0
+PIECE: Final = 256 * 1024
+_FIELDS: Final = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
+
+
+class Form:
+    """The parts of one upload, taken apart as they come. Its methods block."""
+
+    def __init__(self, content_type: str, incoming: Incoming) -> None:
+        kind, options = multipart.parse_options_header(content_type)
+        if kind != "multipart/form-data" or not options.get("boundary"):
+            raise UnsupportedMediaType("The body must be declared as a form: Content-Type: multipart/form-data.")
+        self.fields: dict[str, str] = {}
+        self.filename = ""
+        self._incoming = incoming
+        self._parser = multipart.PushMultipartParser(
+            options["boundary"], max_header_size=4096, max_segment_count=8, strict=True
+        )
+        self._name = ""
+        self._value = b""
+        self._seen: set[str] = set()
+
+    def feed(self, content: bytes) -> None:
+        """Take the next bytes. Raises `InvalidRequest`, `BodyTooLarge` and `StorageUnavailable`."""
+        try:
+            for event in self._parser.parse(content):
+                if event is None:
+                    self._end()
+                elif isinstance(event, multipart.MultipartSegment):
+                    self._start(event)
+                elif self._name == "file":
+                    if self._incoming.size + len(event) > MAX_FILE_BYTES:
+                        raise _too_large()
+                    self._incoming.write(bytes(event))
+                else:
+                    self._value += event
+                    if len(self._value) > MAX_FIELD:
+                        raise InvalidRequest(f"'{self._name}' has more than {MAX_FIELD} bytes.", param=self._name)
+        except multipart.MultipartError:
+            raise InvalidRequest("The body is not a proper form (multipart/form-data).") from None
+
+    def end(self) -> None:
+        """There are no more bytes. Raises `InvalidRequest` when that is too early, or the file is missing."""
+        try:
+            self._parser.close()
+        except multipart.MultipartError:
+            raise InvalidRequest("The form has no end: its last boundary is missing.") from None
+        for name in ("file", "purpose"):
+            if name not in self._seen:
+                raise InvalidRequest(f"'{name}' is required.", param=name)
+
+    def _start(self, segment: multipart.MultipartSegment) -> None:
+        name = str(segment.name)
+        if name not in _FIELDS:
+            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
+            raise InvalidRequest(f"Unknown field '{shown}'. There are: {', '.join(_FIELDS)}.", param=shown)
+        if name in self._seen:
+            raise InvalidRequest(f"The form has '{name}' twice.", param=name)
+        if name == "file":
+            given = segment.filename or ""
+            self.filename = "".join(c if c.isprintable() else "?" for c in given)[:MAX_FILENAME]
+            if not self.filename:
+                raise InvalidRequest("'file' must be a file with a name.", param="file")
+        self._seen.add(name)
+        self._name, self._value = name, b""
+
+    def _end(self) -> None:
+        if self._name != "file":
+            try:
+                self.fields[self._name] = self._value.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest(f"'{self._name}' is not valid UTF-8 text.", param=self._name) from None
+
+
+class Upload:
+    """Answers `POST /v1/files`. Call it as an ASGI application."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        stated = int(headers.get(b"content-length", b"0"))
+        if stated > BEARABLE:
+            raise _too_large()
+        file_id, incoming = await asyncio.to_thread(self._files.begin)
+        try:
+            form = Form(headers.get(b"content-type", b"").decode("latin-1"), incoming)
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                await self._take(form, receive)
+            await asyncio.to_thread(form.end)
+            expires_after = _checked(form.fields)
+            await asyncio.to_thread(incoming.keep)
+            kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
+        except TimeoutError:
+            raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
+        except ClientGone:
+            return
+        finally:
+            await asyncio.to_thread(incoming.discard)
+        await reply(send, file_object(kept).model_dump_json().encode())
+
+    async def _take(self, form: Form, receive: Receive) -> None:
+        """Read the body, in larger pieces than it comes in."""
+        more, taken, wrong = True, 0, None
+        while more:
+            piece = bytearray()
+            while more and len(piece) < PIECE:
+                try:
+                    async with asyncio.timeout(BODY_SECONDS):
+                        message = await receive()
+                except TimeoutError:
+                    raise BodyTimeout(f"Nothing of the file came for {BODY_SECONDS:g} seconds.") from None
+                if message["type"] != "http.request":
+                    raise ClientGone
+                piece += message["body"]
+                more = message["more_body"]
+            taken += len(piece)
+            if taken > BEARABLE:
+                raise wrong or _too_large()
+            if piece and wrong is None:
+                try:
+                    await asyncio.to_thread(form.feed, bytes(piece))
+                except ApiError as error:  # a client cut off while it sends never sees why
+                    wrong = error
+        if wrong is not None:
+            raise wrong
+
+
+class Content:
+    """Answers `GET /v1/files/{id}/content`. Call it as an ASGI application."""
+
+    def __init__(self, files: Files, file_id: str) -> None:
+        self._files = files
+        self._id = file_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kept = await self._files.get(self._id)
+        try:
+            file = await asyncio.to_thread(self._files.path(kept.id).open, "rb")
+        except OSError as error:
+            raise refusal(error) from error
+        headers = [
+            (b"content-type", b"application/octet-stream"),
+            (b"content-length", str(kept.bytes).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        with file:  # whoever deletes it meanwhile takes nothing away from this answer
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while piece := await asyncio.to_thread(file.read, PIECE):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"The file is larger than the limit of {MAX_FILE_BYTES} bytes.")
+
+
+def _checked(fields: Mapping[str, str]) -> int | None:
+    """Seconds after which the file expires. Raises `InvalidRequest` for what the form must not say."""
+    purpose = fields["purpose"]
+    if purpose != "batch":
+        shown = "".join(c if c.isprintable() else "?" for c in purpose[:64])
+        raise InvalidRequest(f"'purpose' is '{shown}'; files are kept for 'batch' alone.", param="purpose")
+    given: dict[str, Any] = {
+        name.removeprefix("expires_after[").removesuffix("]"): value
+        for name, value in fields.items()
+        if name.startswith("expires_after[")
+    }
+    if not given:
+        return KEPT_SECONDS
+    if given.get("seconds", "").isdecimal():
+        given["seconds"] = int(given["seconds"])
+    try:
+        return ExpiresAfter.model_validate(given).seconds
+    except ValidationError as error:
+        bad = explained(error.errors(include_url=False)[0], "expires_after")
+        raise InvalidRequest(bad.message, param=bad.param) from None
+
+
+def file_object(file: StoredFile) -> FileObject:
+    return FileObject.model_validate(
+        {
+            "id": file.id,
+            "bytes": file.bytes,
+            "created_at": file.created_at,
+            "expires_at": file.expires_at,
+            "filename": file.filename,
+            "purpose": file.purpose,
+        }
+    )
+
+
+async def listed(files: Files, query: Mapping[str, str]) -> bytes:
+    """Answer to `GET /v1/files`. Raises `InvalidRequest`."""
+    known(query, tuple(ListFiles.model_fields))
+    limit = whole(query, "limit", MAX_FILES_LISTED, MAX_FILES_LISTED)
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("'order' must be 'asc' or 'desc'.", param="order")
+    after = cursor(query, PREFIX)
+    found, more = await files.page(limit, after, newest_first=order == "desc", purpose=query.get("purpose"))
+    answer = FileList(
+        data=[file_object(each) for each in found],
+        first_id=found[0].id if found else None,
+        last_id=found[-1].id if found else None,
+        has_more=more,
+    )
+    return answer.model_dump_json().encode()
+
+
+async def one(files: Files, file_id: str) -> bytes:
+    return file_object(await files.get(file_id)).model_dump_json().encode()
+
+
+async def deleted(files: Files, file_id: str) -> bytes:
+    await files.delete(file_id)
+    return FileDeleted(id=file_id).model_dump_json().encode()
+
+
+def known(query: Mapping[str, str], names: tuple[str, ...]) -> None:
+    """Raise `InvalidRequest` for a parameter that is none of `names`."""
+    for name in query:
+        if name not in names:
+            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
+            raise InvalidRequest(f"Unknown parameter '{shown}'. There are: {', '.join(names)}.", param=shown)
+
+
+def whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """A number of 1 to `most`. Raises `InvalidRequest`."""
+    given = query.get(name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 1 <= int(given) <= most):
+        raise InvalidRequest(f"'{name}' must be a whole number of 1 to {most}.", param=name)
+    return int(given)
+
+
+def cursor(query: Mapping[str, str], prefix: str) -> str | None:
+    """The id that a page begins behind. Raises `InvalidRequest`."""
+    after = query.get("after")
+    if after is not None and not after.startswith(prefix):
+        raise InvalidRequest(f"'after' must be an id, which begins with '{prefix}'.", param="after")
+    return after
+
+
+async def reply(send: Send, body: bytes) -> None:
+    """A whole answer of JSON."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,73 @@
+"""How one request's answers are read, and what they are held to.
+
+A constraint of the request holds for what follows the thought. Where tools are offered besides, the answer may be
+calls instead; where a call is asked for, it is calls and nothing else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from dataclasses import dataclass
+from typing import Final
+
+from quire.text.dialects import REASONING, TOOLS, Dialects, Reader, Tool
+from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
+from quire_schemas.wire import Structured
+
+_SHORT_IDS: Final = frozenset({"mistral", "mistral_args"})
+"""Dialects whose templates take ids of nine letters and digits alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Markup:
+    """The same for all answers of a request; each is read by a reader of its own."""
+
+    dialects: Dialects
+    tools: tuple[Tool, ...]
+    """Those that the request offers."""
+    visible: frozenset[int]
+    """Special tokens that have a meaning here, and so must be seen."""
+    opened: bool = False
+    """The prompt ends inside a thought."""
+    thought: bool = False
+    """The prompt ends behind one: there is no other before the answer."""
+    must_call: bool = False
+    one_call: bool = False
+    """An answer ends before its second call."""
+
+    def reader(self) -> Reader:
+        """A reader for one answer."""
+        dialects = Dialects(self.dialects.tools, None) if self.thought else self.dialects
+        return dialects.reader(self.tools or None, opened=self.opened)
+
+    def new_call_id(self) -> str:
+        """An id for a call, in the form that the model's template takes in a later turn."""
+        size = 9 if self.dialects.tools in _SHORT_IDS else 24
+        made = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(size))
+        return made if size == 9 else f"call_{made}"
+
+    def held_to(self, wanted: Structured | None) -> Structured | None:
+        """What an answer is held to whose content is to be `wanted`."""
+        form = self._form(wanted)
+        if form is None:
+            return None
+        if self.dialects.reasoning is None or self.thought:
+            return held_to(form)
+        return held_to(sequence(REASONING[self.dialects.reasoning].before(opened=self.opened), form))
+
+    def _form(self, wanted: Structured | None) -> Form | None:
+        """Behind the thought."""
+        said = self._said(wanted) if wanted is not None else None
+        calls = TOOLS[self.dialects.tools] if self.tools and self.dialects.tools is not None else None
+        if calls is None:
+            return said
+        if said is None and not self.must_call:
+            return calls.guided(self.tools) if any(tool.strict for tool in self.tools) else None
+        form = calls.calls(self.tools, parallel=not self.one_call)
+        return form if said is None else any_of([said, form])
+
+    def _said(self, wanted: Structured) -> Form:
+        """An answer that is no call."""
+        answer = REASONING[self.dialects.reasoning].answer if self.dialects.reasoning is not None else ""
+        return sequence(literal(answer), constrained(wanted)) if answer else constrained(wanted)

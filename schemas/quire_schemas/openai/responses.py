@@ -1,0 +1,412 @@
+"""`POST /v1/responses`: the request, read as the chat request that it stands for, the answer and its events.
+
+A conversation is a list of items: messages, calls, what calls gave, thoughts. `ResponsesRequest.chat` writes them
+as the messages of a chat request; items that a stored response brings along stand before those of the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from quire_schemas.openai.body import NOT_YET, Refusal, explained, read, standing_for
+from quire_schemas.openai.chat import CHAT_REFUSED, MAX_MESSAGES, ChatRequest, Effort
+from quire_schemas.openai.request import Count, ModelRequest, Shape
+from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, StreamOptions
+from quire_schemas.openai.structured import Schema
+from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools
+
+MAX_METADATA: Final = 16
+RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
+    **SAMPLING_REFUSED,
+    "conversation": Refusal("go on from a stored response with previous_response_id"),
+    "prompt": Refusal("no prompts are kept here"),
+    "truncation": Refusal("a conversation is never cut short here", ("disabled",)),
+    "verbosity": CHAT_REFUSED["verbosity"],
+    "enable_response_messages": Refusal(f"it {NOT_YET}", (False,)),
+    "previous_input_messages": Refusal("send them as input"),
+    "context_management": Refusal("a conversation is taken as it is sent", ([],)),
+    "messages": Refusal("send them as input"),
+    "max_tokens": Refusal("send max_output_tokens"),
+    "max_completion_tokens": Refusal("send max_output_tokens"),
+    "response_format": Refusal("send text with its format"),
+    "n": Refusal("a response is one answer", (1,)),
+}
+RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    "user": "names the end user for abuse reports; nothing here reads it",
+    "service_tier": "there is one tier",
+    "safety_identifier": "names the end user, as `user`",
+    "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",
+    "prompt_cache_options": "a hint for a prompt cache",
+    "prompt_cache_retention": "a hint for a prompt cache",
+    "session_id": "a hint for routing",
+    "max_tool_calls": "bounds calls that a server makes itself, which there are none of here",
+    "moderation": "nothing here moderates",
+}
+"""Fields of a request accepted without effect, and what they are for."""
+
+_PASSED: Final = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
+    "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "allowed_token_ids", "bad_words", "thinking_token_budget", "repetition_detection", "skip_special_tokens",
+    "priority", "cache_salt", "timeout", "structured_outputs", "chat_template_kwargs", "script",
+    "include_reasoning",
+)  # fmt: skip
+"""Fields that mean here what they mean in a chat request."""
+
+# ── items ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Item(Shape):
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+def _content(value: object) -> str:
+    """Content as one string; the text parts of a list are joined by line ends."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+        if kind not in ("input_text", "output_text", "text", "refusal"):
+            raise PydanticCustomError("content", "must have parts of text only: other media are not honoured")
+        if not isinstance(text, str):
+            raise PydanticCustomError("content", "must have a string in each text part")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+_ContentShape = str | list[dict[str, Any]]
+ItemText = Annotated[str, PlainValidator(_content, json_schema_input_type=_ContentShape)]
+
+
+class MessageItem(_Item):
+    """Words of somebody."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: ItemText
+    phase: str | None = None
+
+
+class CallItem(_Item):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: FunctionName
+    arguments: str
+    namespace: None = None
+
+
+class CallOutputItem(_Item):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: ItemText
+
+
+class ThoughtText(Shape):
+    """A piece of a thought."""
+
+    type: Literal["summary_text", "reasoning_text"]
+    text: str
+
+
+class ThoughtItem(_Item):
+    """What the model thought."""
+
+    type: Literal["reasoning"]
+    summary: Annotated[tuple[ThoughtText, ...], Field(strict=False)] = ()
+    content: Annotated[tuple[ThoughtText, ...], Field(strict=False)] | None = None
+    encrypted_content: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "\n".join(piece.text for piece in self.content or self.summary)
+
+
+class ItemReference(Shape):
+    """An item of a stored response, by its id."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
+Item = MessageItem | CallItem | CallOutputItem | ThoughtItem | ItemReference
+_items: Final[Mapping[str, TypeAdapter[Item]]] = {
+    "message": TypeAdapter(MessageItem),
+    "function_call": TypeAdapter(CallItem),
+    "function_call_output": TypeAdapter(CallOutputItem),
+    "reasoning": TypeAdapter(ThoughtItem),
+    "item_reference": TypeAdapter(ItemReference),
+}
+
+
+def _item(value: object) -> Item:
+    kind = value.get("type", "message") if isinstance(value, dict) else None
+    shape = _items.get(kind) if isinstance(kind, str) else None
+    if shape is None:
+        raise PydanticCustomError("item", f"must be an object with a type of {', '.join(_items)}")
+    return shape.validate_python(value, strict=True)
+
+
+def _input(value: object) -> list[Item]:
+    if isinstance(value, str):
+        return [MessageItem(role="user", content=value)]
+    if not isinstance(value, list):
+        raise PydanticCustomError("item", "must be a string or a list of items")
+    found: list[Item] = []
+    for place, each in enumerate(value):
+        try:
+            found.append(_item(each))
+        except ValidationError as error:
+            told = explained(error.errors(include_url=False)[0], f"[{place}]")
+            raise PydanticCustomError("item", "{words}", {"words": told.message}) from None
+    return found
+
+
+def messages_of(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
+    """Items as messages of a chat request: thought, words and calls of one turn of the model are one message."""
+    turn: dict[str, Any] | None = None
+    for item in items:
+        if isinstance(item, CallOutputItem) or (isinstance(item, MessageItem) and item.role != "assistant"):
+            if turn is not None:
+                yield turn
+                turn = None
+            if isinstance(item, CallOutputItem):
+                yield {"role": "tool", "tool_call_id": item.call_id, "content": item.output}
+            else:
+                yield {"role": item.role, "content": item.content}
+            continue
+        begins = isinstance(item, ThoughtItem) or (
+            isinstance(item, MessageItem) and bool(turn and "content" in turn)
+        )
+        if turn is not None and (begins or (isinstance(item, MessageItem) and "tool_calls" in turn)):
+            yield turn
+            turn = None
+        turn = turn if turn is not None else {"role": "assistant"}
+        match item:
+            case ThoughtItem():
+                turn["reasoning"] = item.text
+            case MessageItem():
+                turn["content"] = item.content
+            case CallItem():
+                function = {"name": item.name, "arguments": item.arguments}
+                turn.setdefault("tool_calls", []).append(
+                    {"id": item.call_id, "type": "function", "function": function}
+                )
+    if turn is not None:
+        yield turn
+
+
+# ── the request ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FunctionTool(Shape):
+    """A function that the model may call; tools that a server runs are not offered here."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+    @property
+    def called(self) -> str:
+        return self.name
+
+    def for_chat(self) -> dict[str, Any]:
+        """As a tool of a chat request."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class FunctionChoice(Shape):
+    """The function that is to be called, or one of those that may be."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+    def for_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedFunctions(Shape):
+    """Those of the tools that may be called now, and whether one must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+ResponseChoice = ToolMode | FunctionChoice | AllowedFunctions
+_choices: Final[TypeAdapter[ResponseChoice]] = TypeAdapter(ResponseChoice)
+
+
+def _choice(value: object) -> ResponseChoice:
+    try:
+        return _choices.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise PydanticCustomError(
+            "choice", "must be none, auto, required, a function ('type' and 'name') or allowed_tools"
+        ) from error
+
+
+class TextFormat(Shape):
+    """What the text is to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    description: str | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_named(self) -> TextFormat:
+        if (self.schema_ is not None) != (self.type == "json_schema"):
+            word = "is required with" if self.type == "json_schema" else "has no place with"
+            raise PydanticCustomError("schema", f"{word} type {self.type}")
+        return self
+
+    def for_chat(self) -> dict[str, Any]:
+        """As the `response_format` of a chat request."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": {"name": self.name or "answer", "schema": self.schema_}}
+
+
+class TextOptions(Shape):
+    """What the text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+    """How much is said is the model's affair: only the value that asks for nothing."""
+
+
+class ReasoningOptions(Shape):
+    """How much the model thinks, and whether its thoughts are shown as a summary: they are that themselves."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+Label = Annotated[str, Field(max_length=64)]
+LabelText = Annotated[str, Field(max_length=512)]
+_fields: Final[dict[str, Any]] = {
+    name: (ChatRequest.model_fields[name].annotation, ChatRequest.model_fields[name]) for name in _PASSED
+}
+_Passed: type[ModelRequest] = create_model("_Passed", __base__=ModelRequest, **_fields)
+
+
+class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
+    """Body of `POST /v1/responses`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Annotated[
+        list[Item],
+        PlainValidator(_input, json_schema_input_type=str | list[Item]),
+        Field(min_length=1, max_length=MAX_MESSAGES),
+    ]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    """Whether the response can be had again, and gone on from; it can unless this is false."""
+    background: bool | None = None
+    """Answer at once, and work on; the response is to be asked for."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[Included] | None = None
+    metadata: Annotated[dict[Label, LabelText], Field(max_length=MAX_METADATA)] | None = None
+    max_output_tokens: Count | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
+    tool_choice: Annotated[
+        ResponseChoice | None, PlainValidator(_choice, json_schema_input_type=ResponseChoice)
+    ] = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _it_can_be_kept(self) -> ResponsesRequest:
+        if self.background and self.store is False:
+            raise PydanticCustomError("background", "needs store: nobody could ask for the response")
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            raise PydanticCustomError("top_logprobs", "needs 'message.output_text.logprobs' in include")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def wants_summary(self) -> bool:
+        """Whether thoughts are to be shown where clients look for a summary of them."""
+        return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
+
+    def chat(self, before: Sequence[Item]) -> ChatRequest:
+        """The chat request that this stands for, after the items `before`. Raises `BadRequest`."""
+        return standing_for(ChatRequest, self._for_chat(before))
+
+    def _for_chat(self, before: Sequence[Item]) -> dict[str, Any]:
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages.extend(messages_of([*before, *self.input]))
+        made: dict[str, Any] = {"model": self.model, "messages": messages, "stream": bool(self.stream)}
+        made |= {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
+        if "logit_bias" in made:
+            made["logit_bias"] = {str(index): bias for index, bias in made["logit_bias"].items()}
+        if self.max_output_tokens is not None:
+            made["max_completion_tokens"] = self.max_output_tokens
+        if self.text is not None and self.text.format is not None:
+            made["response_format"] = self.text.format.for_chat()
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            made["reasoning_effort"] = self.reasoning.effort
+        if self.tools:
+            made["tools"] = [tool.for_chat() for tool in self.tools]
+        match self.tool_choice:
+            case FunctionChoice():
+                made["tool_choice"] = self.tool_choice.for_chat()
+            case AllowedFunctions(mode=mode, tools=tools):
+                allowed = {"mode": mode, "tools": [tool.for_chat() for tool in tools]}
+                made["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
+            case str():
+                made["tool_choice"] = self.tool_choice
+        if self.parallel_tool_calls is not None:
+            made["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.wants_logprobs:
+            made |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        return made
+
+
+def read_response(body: bytes, ignore_unknown: bool = False) -> ResponsesRequest:
+    """The request in `body`. Raises `BadRequest`."""
+    return read(body, ResponsesRequest, RESPONSES_REFUSED, ignore_unknown, RESPONSES_WITHOUT_EFFECT)
+
+
+def read_items(stored: bytes) -> list[Item]:
+    """Items as `write_items` wrote them."""
+    return [_item(each) for each in msgspec.json.decode(stored, type=list[dict[str, Any]])]
+
+
+def write_items(items: Sequence[Item]) -> bytes:
+    """Items for the store."""
+    return msgspec.json.encode([item.model_dump(exclude_none=True) for item in items])

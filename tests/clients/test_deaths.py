@@ -1,0 +1,109 @@
+"""An engine that is killed under the streams of every client: each throws its own error, none ends as if whole.
+
+All stream at once from one engine, which is killed once, when all have begun.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
+
+import anthropic
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from tests.clients.features import PENDING, needs
+from tests.clients.node import Running
+from tests.clients.server import ENDLESS, Server
+
+SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
+Begin = Callable[[], None]
+
+
+def through_openai(server: Server, begin: Begin) -> None:
+    with (
+        openai.OpenAI(base_url=server.url, api_key="none") as client,
+        client.chat.completions.create(model="doomed", messages=SAY, stream=True, extra_body=ENDLESS) as stream,
+    ):
+        for chunk in stream:
+            if chunk.choices[0].delta.content:
+                begin()
+
+
+def through_langchain(server: Server, begin: Begin) -> None:
+    model = ChatOpenAI(model="doomed", base_url=server.url, api_key="none", extra_body=ENDLESS)  # type: ignore[arg-type]
+    for chunk in model.stream("Say it"):
+        if chunk.content:
+            begin()
+
+
+def through_anthropic(server: Server, begin: Begin) -> None:
+    with (
+        anthropic.Anthropic(base_url=server.world.url, api_key="none") as client,
+        client.messages.stream(
+            model="doomed", max_tokens=ENDLESS["max_tokens"], messages=SAY, extra_body=ENDLESS
+        ) as stream,
+    ):
+        for _ in stream.text_stream:
+            begin()
+
+
+CLIENTS: Final[Mapping[str, tuple[Callable[[Server, Begin], None], type[Exception], str]]] = {
+    "openai": (through_openai, openai.APIError, ""),
+    "langchain": (through_langchain, openai.APIError, ""),
+    "anthropic": (through_anthropic, anthropic.APIError, "messages"),
+}
+IN_NODE: Final[Mapping[str, tuple[int, str]]] = {
+    "deaths: openai and ai": (2, ""),
+    "deaths: anthropic": (1, "messages"),
+}
+"""Scenarios, with how many streams each has."""
+
+
+@pytest.fixture(scope="module")
+def fates(server: Server, node_packages: None) -> Mapping[str, BaseException | None]:
+    """What each stream ended in."""
+    server.doom()
+    nodes = {name: Running(server, name) for name, (_, family) in IN_NODE.items() if family not in PENDING}
+    chosen = {name: through for name, (through, _, family) in CLIENTS.items() if family not in PENDING}
+    begun = {name: threading.Event() for name in chosen}
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        ends: dict[str, Future[None]] = {
+            name: pool.submit(through, server, begun[name].set) for name, through in chosen.items()
+        }
+        try:
+            for name, event in begun.items():
+                assert event.wait(20), (name, ends[name])
+            for name, running in nodes.items():
+                for _ in range(IN_NODE[name][0]):
+                    running.until("begun")
+        finally:
+            server.kill("doomed")
+        fates = {name: end.exception(timeout=20) for name, end in ends.items()}
+    for name, running in nodes.items():
+        last = list(running.lines())[-1]
+        fates[name] = None if last["ok"] else AssertionError(last["error"])
+        running.close()
+    return fates
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(family)) for name, (_, _, family) in CLIENTS.items()]
+)
+def test_a_stream_whose_engine_dies_raises_the_client_s_own_error(
+    fates: Mapping[str, BaseException | None], name: str
+) -> None:
+    error = fates[name]
+    assert isinstance(error, CLIENTS[name][1]), error
+    assert "engine" in str(error) + json.dumps(getattr(error, "body", None))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(family)) for name, (_, family) in IN_NODE.items()]
+)
+def test_so_it_is_in_node(fates: Mapping[str, BaseException | None], name: str) -> None:
+    if (error := fates[name]) is not None:
+        raise error

@@ -1,0 +1,86 @@
+"""The `langchain-openai` package."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, SecretStr
+from tests.clients.features import needs
+from tests.clients.server import Server
+
+WORDS = "naïve 你好 🦊🙂 — done"
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Graz"}}\n</tool_call>'
+
+
+def model(server: Server, name: str = "parrot", **options: Any) -> ChatOpenAI:
+    return ChatOpenAI(model=name, base_url=server.url, api_key=SecretStr("none"), max_retries=0, **options)
+
+
+class Verdict(BaseModel):
+    """What the model is to fill in."""
+
+    kind: Literal["question", "order", "greeting"]
+    polite: bool
+
+
+@tool
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"sunny in {city}"
+
+
+def test_invoke_and_stream(server: Server) -> None:
+    parrot = model(server, extra_body={"script": WORDS}, stream_usage=True)
+    answer = parrot.invoke("Say it")
+    assert answer.content == WORDS
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] > 0
+    chunks = list(parrot.stream("Say it"))
+    assert "".join(str(chunk.content) for chunk in chunks) == WORDS
+    assert [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata] == [answer.usage_metadata]
+
+
+async def test_many_at_once(server: Server) -> None:
+    answers = await model(server).abatch(["one", "two", "three"])
+    assert [answer.content for answer in answers] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", pytest.param("function_calling", marks=needs("tools"))])
+def test_structured_output(server: Server, method: Literal["json_schema", "function_calling"]) -> None:
+    tiny = model(server, "tiny", temperature=0, max_completion_tokens=100, reasoning_effort="none")
+    assert isinstance(tiny.with_structured_output(Verdict, method=method).invoke("Please sit down."), Verdict)
+
+
+def test_embeddings(server: Server) -> None:
+    made = OpenAIEmbeddings(
+        model="tiny",
+        base_url=server.url,
+        api_key=SecretStr("none"),
+        check_embedding_ctx_length=False,  # true has it fetch the tokenizer of another model
+    )
+    assert len(made.embed_documents(["a", "b"])) == 2
+
+
+def test_errors(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError):
+        model(server, "third").invoke("Say it")
+
+
+@needs("tools")
+def test_tools_are_called_whole_and_as_a_stream(server: Server) -> None:
+    calling = model(server, extra_body={"script": CALL}).bind_tools([weather])
+    answer = calling.invoke("How is the weather in Graz?")
+    assert isinstance(answer, AIMessage)
+    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("weather", {"city": "Graz"})]
+    whole: Any = None
+    for chunk in calling.stream("How is the weather in Graz?"):
+        whole = chunk if whole is None else whole + chunk
+    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("weather", {"city": "Graz"})]
+    [call] = answer.tool_calls
+    told = [HumanMessage("?"), answer, ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])]
+    assert model(server).invoke(told).content == "sunny in Graz"

@@ -1,0 +1,81 @@
+"""The client packages for Node: `openai`, `@anthropic-ai/sdk` and the AI SDK (`ai`, `@ai-sdk/…`).
+
+The scenarios are in `scenarios.mjs`, where they also say what must come of them; here is which of them there are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pytest
+from tests.clients.features import PENDING, needs
+from tests.clients.node import LOCK, Running, listed, outcomes
+from tests.clients.server import Server
+from tests.effort import bound
+
+FREED = 0.3
+SCENARIOS: Final[Mapping[str, tuple[str, ...]]] = {
+    "openai: chat, whole and as a stream": (),
+    "openai: the stream helper": (),
+    "openai: completions": (),
+    "openai: embeddings": (),
+    "openai: models": (),
+    "openai: structured output": (),
+    "openai: errors": (),
+    "openai: a crowd is a rate limit, and its headers are obeyed": (),
+    "openai: tools, whole and as a stream": ("tools",),
+    "openai: responses": ("responses",),
+    "ai: generateText and streamText": (),
+    "ai: structured output": (),
+    "ai: embedMany and errors": (),
+    "ai: tools": ("tools",),
+    "ai: responses": ("responses",),
+    "anthropic: messages, whole and as a stream": ("messages",),
+    "anthropic: errors": ("messages",),
+    "anthropic: tools": ("messages", "tools"),
+}
+"""Every scenario that needs nobody to watch, with the families of calls that it takes."""
+WATCHED: Final = {
+    "openai: aborting a stream",
+    "ai: aborting a stream",
+    "deaths: openai and ai",
+    "deaths: anthropic",
+}
+
+
+@pytest.fixture(scope="session")
+def results(server: Server, node_packages: None) -> Mapping[str, dict[str, Any]]:
+    """All scenarios that the server is up to, run once."""
+    return outcomes(server, [name for name, families in SCENARIOS.items() if not set(families) & set(PENDING)])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(*SCENARIOS[name])) for name in SCENARIOS])
+def test_scenario(results: Mapping[str, dict[str, Any]], name: str) -> None:
+    assert name in results, "Node ended before it"
+    assert results[name]["ok"], results[name]["error"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in WATCHED if "aborting" in name))
+def test_aborting_frees_the_engine(server: Server, node_packages: None, name: str) -> None:
+    running = Running(server, name)
+    try:
+        running.until("aborted")
+        assert server.seconds_until_idle("parrot", since=time.monotonic()) < bound(FREED)
+        running.go_on()
+        last = list(running.lines())[-1]
+        assert last["ok"], last["error"]
+    finally:
+        running.close()
+
+
+def test_every_scenario_of_the_script_is_run_by_a_test(node_packages: None) -> None:
+    assert set(listed()) == set(SCENARIOS) | WATCHED
+
+
+def test_the_lockfile_names_no_registry() -> None:
+    packages = json.loads(LOCK.read_text())["packages"]
+    assert not [name for name, package in packages.items() if "resolved" in package]
+    assert all(package.get("integrity") for name, package in packages.items() if name)

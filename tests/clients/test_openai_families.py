@@ -1,0 +1,182 @@
+"""The `openai` package: tools, reasoning, the Responses API, files and batches."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Final
+
+import openai
+import pytest
+from tests.clients.features import needs
+from tests.clients.server import ENDLESS, Server
+from tests.effort import bound
+
+SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
+WORDS: Final = "naïve 你好 🦊🙂 — done"
+WEATHER: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Graz", "Wien"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CLOCK: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {"utc": {"type": "boolean"}},
+    "required": ["utc"],
+    "additionalProperties": False,
+}
+TOOLS: Final[list[Any]] = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "clock", "parameters": CLOCK}},
+]
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A tool call as the built-in model's template has it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def called(message: Any) -> list[tuple[str, Any]]:
+    return [(each.function.name, json.loads(each.function.arguments)) for each in message.tool_calls or ()]
+
+
+BOTH: Final = call("weather", city="Graz") + "\n" + call("clock", utc=True)
+
+
+@needs("tools")
+def test_tool_calls_whole_and_as_a_stream_are_the_same(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "parrot", "messages": SAY, "tools": TOOLS, "extra_body": {"script": BOTH}}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert called(whole.message) == [("weather", {"city": "Graz"}), ("clock", {"utc": True})]
+    ids = [each.id for each in whole.message.tool_calls or ()]
+    assert len(set(ids)) == 2
+    with client.chat.completions.stream(**asked) as stream:
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        streamed = stream.get_final_completion().choices[0]
+    assert called(streamed.message) == called(whole.message)
+    assert streamed.finish_reason == "tool_calls"
+    assert {event.index for event in pieces} == {0, 1}
+
+
+@needs("tools")
+def test_the_answer_of_a_tool_goes_back_into_the_conversation(client: openai.OpenAI) -> None:
+    asked = client.chat.completions.create(
+        model="parrot", messages=SAY, tools=TOOLS, extra_body={"script": call("clock", utc=False)}
+    ).choices[0]
+    [made] = list(asked.message.tool_calls or ())
+    messages = [*SAY, asked.message, {"role": "tool", "tool_call_id": made.id, "content": "noon"}]
+    answer = client.chat.completions.create(model="parrot", messages=messages, tools=TOOLS)
+    assert answer.choices[0].message.content == "noon"
+
+
+@needs("tools")
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "clock"}}])
+def test_a_tool_that_has_to_be_called_is_called(client: openai.OpenAI, choice: Any) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=SAY, tools=TOOLS, tool_choice=choice, temperature=0, max_tokens=120
+    )
+    [(name, arguments)] = called(answer.choices[0].message)
+    assert name in (["weather", "clock"] if choice == "required" else ["clock"])
+    assert set(arguments) == ({"city"} if name == "weather" else {"utc"})
+
+
+@needs("tools")
+def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="parrot", messages=SAY, tools=TOOLS, tool_choice="none", extra_body={"script": WORDS}
+    )
+    assert (answer.choices[0].message.content, answer.choices[0].message.tool_calls) == (WORDS, None)
+    one = client.chat.completions.create(
+        model="tiny", messages=SAY, tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
+        temperature=0, max_tokens=120,
+    )  # fmt: skip
+    assert len(one.choices[0].message.tool_calls or ()) == 1
+
+
+@needs("reasoning")
+def test_thoughts_are_apart_from_the_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "parrot",
+        "messages": SAY,
+        "extra_body": {"script": f"<think>\nHm, hm.\n</think>\n\n{WORDS}"},
+    }
+    message = client.chat.completions.create(**asked).choices[0].message
+    assert message.content == WORDS
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    assert str(thought).strip() == "Hm, hm."
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == WORDS
+
+
+@needs("responses")
+def test_a_response_is_made_streamed_kept_and_deleted(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "parrot", "input": "Say it", "extra_body": {"script": WORDS}}
+    made = client.responses.create(**asked)
+    assert (made.output_text, made.status) == (WORDS, "completed")
+    assert made.usage is not None
+    with client.responses.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == WORDS
+    assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+    assert client.responses.retrieve(made.id).output_text == WORDS
+    after = client.responses.create(
+        model="parrot", input="And then?", previous_response_id=made.id, extra_body={"script": "Nothing."}
+    )
+    assert (after.output_text, after.previous_response_id) == ("Nothing.", made.id)
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+@needs("responses")
+def test_a_response_in_the_background_is_cancelled(client: openai.OpenAI, server: Server) -> None:
+    script = {name: value for name, value in ENDLESS.items() if name != "max_tokens"}
+    made = client.responses.create(
+        model="parrot", input="Say it", background=True, max_output_tokens=ENDLESS["max_tokens"], extra_body=script
+    )
+    assert made.status in ("queued", "in_progress")
+    assert client.responses.cancel(made.id).status == "cancelled"
+    assert server.seconds_until_idle("parrot", since=time.monotonic()) < bound(0.3)
+
+
+@needs("files")
+def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI) -> None:
+    text = b'{"a": 1}\n'
+    made = client.files.create(file=("lines.jsonl", text), purpose="batch")
+    assert (made.bytes, made.filename, made.purpose) == (len(text), "lines.jsonl", "batch")
+    assert made.id in {each.id for each in client.files.list()}
+    assert client.files.content(made.id).content == text
+    assert client.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(made.id)
+
+
+@needs("files", "batches")
+def test_a_batch_of_chats_is_answered(client: openai.OpenAI) -> None:
+    lines = [
+        {
+            "custom_id": f"r{number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": "parrot", "messages": SAY, "script": f"{number} {WORDS}"},
+        }
+        for number in range(3)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    source = client.files.create(file=("in.jsonl", text), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=source.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    deadline = time.monotonic() + 60
+    while batch.status not in ("completed", "failed", "expired"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed"
+    assert batch.output_file_id is not None
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    said = {each["custom_id"]: each["response"]["body"]["choices"][0]["message"]["content"] for each in answers}
+    assert said == {f"r{number}": f"{number} {WORDS}" for number in range(3)}

@@ -1,0 +1,137 @@
+"""Batches on a whole platform: whatever is killed meanwhile, each line is answered, and once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import openai
+import psutil
+import pytest
+from tests.waiting import eventually
+
+from quire.client import Client
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Platform
+
+MODEL = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {name: parrot}
+spec:
+  source: builtin://tiny
+  engine: {runner: scripted, stepTime: 5ms, maxModelLen: 512, kvCache: {size: 8Mi}}
+  batching: {maxNumSeqs: 8}
+  restartPolicy: {backoffBase: 100ms, backoffMax: 200ms}
+  resources: {cpu: 1}
+"""
+ENDS = ("completed", "failed", "expired", "cancelled")
+
+
+class Victims:
+    """The processes of one platform, by what they are."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._client = Client(platform.state)
+
+    def engine(self) -> psutil.Process:
+        def serving() -> Any:
+            replicas = self._client.get("/v1/objects/model/parrot")["replicas"]
+            return replicas[0].get("pid") if replicas else None
+
+        return psutil.Process(eventually(serving, "an engine runs"))
+
+    def router(self) -> psutil.Process:
+        return psutil.Process(eventually(lambda: self._client.get("/v1/ping")["router"]["pid"], "a router runs"))
+
+    def control_plane(self) -> psutil.Process:
+        return psutil.Process(self._client.get("/v1/ping")["pid"])
+
+    def kill(self, name: str) -> None:
+        """Kill one that is there, as no process is asked for its consent."""
+        while True:
+            try:
+                victim = getattr(self, name.removesuffix(" shim").replace(" ", "_"))()
+                victim = victim.parent() if name.endswith(" shim") else victim
+                assert victim is not None
+                assert victim.pid not in (1, os.getpid())
+                victim.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                time.sleep(0.05)
+                continue
+            psutil.wait_procs([victim], timeout=10)
+            return
+
+
+def persistent(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives once somebody answers: no router may be there for a moment."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ask()
+        except (openai.APIConnectionError, openai.InternalServerError):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def survive(platform: Platform, count: int, victims: Iterator[str], every: int) -> list[str]:
+    """Have a batch of `count` lines answered while the next of `victims` is killed after each `every` lines; which
+    were killed."""
+    platform.run("apply", platform.gateway, platform.write("parrot.yaml", MODEL))
+    targets = Victims(platform)
+    killed: list[str] = []
+    lines = [
+        {
+            "custom_id": f"line {number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "parrot",
+                "messages": [{"role": "user", "content": f"Number {number}?"}],
+                "script": f"It is {number}, and nothing else than {number}.",
+            },
+        }
+        for number in range(count)
+    ]
+    with openai.OpenAI(base_url=platform.base_url("parrot"), api_key="none", timeout=20) as client:
+        content = b"\n".join(json.dumps(line).encode() for line in lines)
+        file = client.files.create(file=("lines.jsonl", content), purpose="batch")
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        done = 0
+        while True:
+            batch = persistent(lambda: client.batches.retrieve(made.id))
+            if batch.status in ENDS:
+                break
+            assert batch.request_counts.completed >= done, "what is answered stays answered"
+            done = batch.request_counts.completed
+            if done >= every * (len(killed) + 1) - every // 2 and (name := next(victims, None)) is not None:
+                targets.kill(name)
+                killed.append(name)
+            time.sleep(0.02)
+        assert (batch.status, batch.error_file_id) == ("completed", None)
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (count, count, 0)
+        answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    for number, answer in enumerate(answers):
+        (choice,) = answer["response"]["body"]["choices"]
+        assert choice["message"]["content"] == f"It is {number}, and nothing else than {number}."
+    return killed
+
+
+def test_each_line_is_answered_once_whoever_is_killed_meanwhile(platform: Platform) -> None:
+    victims = ["router", "engine", "router", "control plane"]
+    assert survive(platform, 120, iter(victims), 25) == victims
+
+
+@pytest.mark.nightly
+def test_a_thousand_lines_survive_the_death_of_every_process_in_turn(platform: Platform) -> None:
+    victims = 4 * ["router", "engine", "control plane", "engine shim", "router shim"]
+    assert survive(platform, 1000, iter(victims), 45) == victims

@@ -1,0 +1,232 @@
+"""Anthropic's Messages API with its official client: a real router and a real scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+from tests.integration.router_world import World, eventually
+from tests.integration.test_router_tools import CLOCK, PARIS, THOUGHT
+
+from quire_schemas import wire
+
+ASK: list[Any] = [{"role": "user", "content": "Weather in Paris?"}]
+TOOLS: list[Any] = [
+    {
+        "name": "weather",
+        "description": "The weather of a city",
+        "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+    {"name": "time", "input_schema": {"type": "object"}},
+]
+PARIS_INPUT = {"city": 'Paris "12e" 🗼'}
+
+
+@pytest.fixture
+async def says(world: World, scripted_spec: wire.EngineSpec) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    """A client of a model that repeats the last message, which is how it is told what to say."""
+    await world.serve_process(scripted_spec, scripted=True, max_model_len=1024, kv_tokens=2048)
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+def told(script: str) -> list[Any]:
+    return [{"role": "user", "content": script}]
+
+
+def blocks(message: anthropic.types.Message) -> list[dict[str, Any]]:
+    """The content without the ids of calls."""
+    return [
+        {k: v for k, v in block.to_dict().items() if k not in ("id", "citations")} for block in message.content
+    ]
+
+
+SCRIPTS: list[Any] = [
+    pytest.param("Just text.", [{"type": "text", "text": "Just text."}], "end_turn", id="text"),
+    pytest.param(
+        f"{THOUGHT}Let me look.\n{PARIS}\n{CLOCK}",
+        [
+            {"type": "thinking", "thinking": "Where is it?", "signature": ""},
+            {"type": "text", "text": "Let me look."},
+            {"type": "tool_use", "name": "weather", "input": PARIS_INPUT},
+            {"type": "tool_use", "name": "time", "input": {}},
+        ],
+        "tool_use",
+        id="thought, text and two calls",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "content", "reason"), SCRIPTS)
+async def test_an_answer_is_the_same_whole_and_streamed(
+    says: anthropic.AsyncAnthropic, script: str, content: list[Any], reason: str
+) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 200, "messages": told(script), "tools": TOOLS}
+    whole = await says.messages.create(**options)
+    assert blocks(whole) == content
+    assert whole.stop_reason == reason
+    async with says.messages.stream(**options) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_message()
+    assert blocks(final) == content
+    assert (final.stop_reason, final.stop_sequence) == (whole.stop_reason, None)
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
+    counted = await says.messages.count_tokens(model="tiny", messages=told(script), tools=TOOLS)
+    for usage in (whole.usage, final.usage):
+        assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
+
+
+async def test_what_ended_an_answer_is_told(says: anthropic.AsyncAnthropic) -> None:
+    cut = await says.messages.create(model="tiny", max_tokens=2, messages=told("one two three four"))
+    assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
+    stopped = await says.messages.create(
+        model="tiny", max_tokens=50, messages=told("one two three four"), stop_sequences=["three", "never"]
+    )
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "three")
+    assert blocks(stopped) == [{"type": "text", "text": "one two "}]
+    async with says.messages.stream(
+        model="tiny", max_tokens=50, messages=told("one two three four"), stop_sequences=["three"]
+    ) as stream:
+        final = await stream.get_final_message()
+    assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", "three")
+
+
+async def test_turns_with_calls_and_their_results_reach_the_template(
+    world: World, says: anthropic.AsyncAnthropic
+) -> None:
+    messages: list[Any] = [
+        *ASK,
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "x"},
+                {"type": "text", "text": "Looking."},
+                {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Paris"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}]},
+                {"type": "text", "text": "And now?", "cache_control": {"type": "ephemeral"}},
+            ],
+        },
+    ]
+    system: Any = [{"type": "text", "text": "Be brief."}]
+    answer = await says.messages.create(
+        model="tiny",
+        max_tokens=20,
+        system=system,
+        messages=messages,
+        metadata={"user_id": "u"},
+    )
+    assert blocks(answer) == [{"type": "text", "text": "And now?"}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        *ASK,
+        {
+            "role": "assistant",
+            "content": "Looking.",
+            "tool_calls": [
+                {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "sunny"},
+        {"role": "user", "content": "And now?"},
+    ]
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        same = (await http.post("/tokenize", json={"messages": chat})).json()
+    assert same["count"] == answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+
+
+async def test_an_answer_goes_on_with_what_was_begun_for_it(says: anthropic.AsyncAnthropic) -> None:
+    answer = await says.messages.create(
+        model="tiny", max_tokens=20, messages=[*told("Say"), {"role": "assistant", "content": "I say"}]
+    )
+    assert blocks(answer) == [{"type": "text", "text": "I say"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "words"),
+    [
+        ({"max_tokens": 5}, 400, "invalid_request_error", "'messages' is required"),
+        ({"messages": ASK}, 400, "invalid_request_error", "'max_tokens' is required"),
+        ({"model": "none", "max_tokens": 5, "messages": ASK}, 404, "not_found_error", "none"),
+        ({"max_tokens": 5, "messages": ASK, "mcp_servers": [{}]}, 400, "invalid_request_error", "mcp_servers"),
+        ({"max_tokens": 5, "messages": ASK, "max_token": 1}, 400, "invalid_request_error", "Did you mean"),
+        (
+            {"max_tokens": 5, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            400,
+            "invalid_request_error",
+            "messages[0].content[0]",
+        ),
+        ({"max_tokens": 5000, "messages": ASK}, 400, "invalid_request_error", "'max_tokens'|tokens"),
+    ],
+    ids=["no messages", "no limit", "model", "refused", "slip", "image", "too long"],
+)
+async def test_errors_have_the_shape_of_this_api(
+    world: World, says: anthropic.AsyncAnthropic, body: dict[str, Any], status: int, kind: str, words: str
+) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        answer = await http.post("/v1/messages", json={"model": "tiny", **body})
+    assert answer.status_code == status
+    told = answer.json()
+    assert set(told) == {"type", "error"}
+    assert told["type"] == "error"
+    assert told["error"]["type"] == kind
+    assert any(word in told["error"]["message"] for word in words.split("|"))
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
+async def test_a_path_that_is_none_and_a_method_that_is_wrong_have_it_too(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        for answer in (await http.get("/v1/messages"), await http.post("/v1/messages/batches", json={})):
+            assert answer.status_code in (404, 405)
+            assert answer.json()["type"] == "error"
+
+
+async def test_a_stream_whose_engine_dies_ends_in_the_clients_typed_error(world: World) -> None:
+    engine = await world.engine(die_after=4)
+    await world.serve(engine)
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0, timeout=20) as client:
+        with pytest.raises(anthropic.APIStatusError) as broken:
+            async with client.messages.stream(model="tiny", max_tokens=50, messages=told("x")) as stream:
+                async for _ in stream:
+                    pass
+    assert json.loads(json.dumps(broken.value.body))["error"]["type"] == "api_error"
+
+
+async def test_a_client_that_leaves_a_stream_frees_the_engine(world: World) -> None:
+    engine = await world.engine(pace=0.02)
+    await world.serve(engine)
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0, timeout=20) as client:
+        async with client.messages.stream(model="tiny", max_tokens=400, messages=told("x")) as stream:
+            async for event in stream:
+                if event.type == "text":
+                    break
+
+        async def gone() -> bool:
+            return not engine.running
+
+        await asyncio.wait_for(eventually(gone), 1)
+
+
+async def test_forced_and_forbidden_calls(says: anthropic.AsyncAnthropic) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "max_tokens": 80,
+        "messages": told(f"{PARIS}\n{CLOCK}"),
+        "tools": TOOLS,
+    }
+    none = await says.messages.create(tool_choice={"type": "none"}, **options)
+    assert [block["type"] for block in blocks(none)] == ["text"]
+    one = await says.messages.create(tool_choice={"type": "auto", "disable_parallel_tool_use": True}, **options)
+    assert [block["type"] for block in blocks(one)] == ["tool_use"]
+    with pytest.raises(anthropic.BadRequestError):  # a script cannot be held to a grammar
+        await says.messages.create(tool_choice={"type": "any"}, **options)
