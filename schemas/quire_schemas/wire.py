@@ -462,6 +462,9 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Whether requests may have a priority."""
     prefix_caching: bool = False
     """Whether engines keep the blocks of prompts: a request then goes where its beginning is known."""
+    tool_dialect: str | None = None
+    reasoning_dialect: str | None = None
+    """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.unit.platform.dialect_cases import CASES, MANY, NOTHING, OSLO, WEATHE
 
 from quire import builtin
 from quire.text.dialects import TOOLS, CallArguments, CallBegins, Content, Dialects, Part, Tool, joined
+from quire.text.markup import Markup
 from quire_engine.errors import RequestRefused
 from quire_engine.grammar import Grammar, Grammars, source
 from quire_engine.vocabulary import Vocabulary
@@ -90,6 +92,28 @@ def with_special(tmp_path_factory: pytest.TempPathFactory) -> Held:
         added.update(content=name, special=True)
     (folder / "tokenizer.json").write_text(json.dumps(described))
     return Held(folder)
+
+
+def after_thought(dialects: Dialects, wanted: Structured, *, opened: bool = False) -> Structured:
+    """The constraint of an answer whose content is to be `wanted`."""
+    held = Markup(dialects, (), frozenset(), opened).held_to(wanted)
+    assert held is not None
+    return held
+
+
+def forced(dialects: Dialects, tools: Sequence[Tool], *, parallel: bool, opened: bool = False) -> Structured:
+    """The constraint of an answer that has to be calls."""
+    markup = Markup(dialects, tuple(tools), frozenset(), opened, must_call=True, one_call=not parallel)
+    held = markup.held_to(None)
+    assert held is not None
+    return held
+
+
+def guided(dialects: Dialects, tools: Sequence[Tool], *, opened: bool = False) -> Structured:
+    """The constraint of an answer that may be anything, while one of the tools is strict."""
+    held = Markup(dialects, tuple(tools), frozenset(), opened).held_to(None)
+    assert held is not None
+    return held
 
 
 def form(value: dict[str, Any]) -> Structured:
@@ -180,17 +204,17 @@ OBJECT = Structured(
 @pytest.mark.parametrize("inner", [OBJECT, Structured("regex", r"\{\}"), Structured("grammar", 'start: "{" "}"')])
 def test_a_constraint_waits_for_the_end_of_the_thought(tiny: Held, inner: Structured) -> None:
     dialects = Dialects(None, "think")
-    held = dialects.after_thought(inner, opened=True)
+    held = after_thought(dialects, inner, opened=True)
     assert tiny.takes(held, "I think </thin </think>\n\n{}")
     assert tiny.takes(held, "</think>{}")
     assert not tiny.takes(held, "{}"), "the thought is open"
     assert not tiny.takes(held, "a</think>{}b")
-    either = dialects.after_thought(inner)
+    either = after_thought(dialects, inner)
     assert tiny.takes(either, "<think>\na</think>\n{}")
     assert tiny.takes(either, "{}")
     assert not tiny.takes(either, "<think>a")
     assert not tiny.takes(either, "a")
-    assert Dialects().after_thought(inner) is inner
+    assert not tiny.takes(after_thought(Dialects(), inner), "<think>a</think>{}")
 
 
 TAG = {"triggers": ["<f>"], "structures": [{"begin": "<f>", "schema": {"const": [1]}, "end": "</f>"}]}
@@ -198,7 +222,7 @@ TAG = {"triggers": ["<f>"], "structures": [{"begin": "<f>", "schema": {"const": 
 
 @pytest.mark.parametrize("spaces", [None, ""])
 def test_free_text_with_structures_may_follow_a_thought_that_has_none(tiny: Held, spaces: str | None) -> None:
-    held = Dialects(None, "think").after_thought(Structured("structural_tag", json.dumps(TAG), spaces))
+    held = after_thought(Dialects(None, "think"), Structured("structural_tag", json.dumps(TAG), spaces))
     for text in ("a<f>[1]</f>b", "<think>or <f>2?</think>\n a<f>[1]</f>", ""):
         assert tiny.takes(held, text), text
     for text in ("a<f>2", "<think>a</think><f>2", "<think>"):
@@ -207,7 +231,7 @@ def test_free_text_with_structures_may_follow_a_thought_that_has_none(tiny: Held
 
 
 def test_the_answer_of_harmony_has_a_header(with_special: Held) -> None:
-    held = Dialects("harmony", "harmony").after_thought(OBJECT)
+    held = after_thought(Dialects("harmony", "harmony"), OBJECT)
     head = "<|channel|>final<|message|>"
     assert with_special.takes(held, head + '{"a":1}')
     assert with_special.takes(held, f'<|channel|>analysis<|message|>hm<|end|><|start|>assistant{head}{{"a":1}}')
@@ -222,12 +246,12 @@ def test_the_answer_of_harmony_has_a_header(with_special: Held) -> None:
 def test_a_dialects_grammar_allows_what_it_reads_as_a_call(tiny: Held, with_special: Held, case: Case) -> None:
     for held in (tiny, with_special) if case.dialects.tools == "harmony" else (tiny,):
         for parallel in (False, True):
-            forced = case.dialects.forced([WEATHER, NOTHING], parallel=parallel, opened=case.opened)
-            assert held.takes(forced, case.text)
-            assert not held.takes(forced, case.text.replace("Oslo", "too long a name"))
-            assert not held.takes(forced, "Hello.")
-        guided = case.dialects.guided([WEATHER, NOTHING], opened=case.opened)
-        assert held.takes(guided, case.text)
+            must = forced(case.dialects, [WEATHER, NOTHING], parallel=parallel, opened=case.opened)
+            assert held.takes(must, case.text)
+            assert not held.takes(must, case.text.replace("Oslo", "too long a name"))
+            assert not held.takes(must, "Hello.")
+        free = guided(case.dialects, [WEATHER, NOTHING], opened=case.opened)
+        assert held.takes(free, case.text)
 
 
 def test_every_dialect_has_a_call_that_its_grammar_allows() -> None:
@@ -257,7 +281,7 @@ def test_what_a_forced_grammar_lets_a_model_write_is_calls(tiny: Held, with_spec
     for number in range(times(12, 200)):
         opened = reasoning is not None and number % 2 == 1
         held = with_special if name == "harmony" else tiny
-        text = held.walk(held.grammars.compile(dialects.forced(tools, parallel=True, opened=opened)), chance)
+        text = held.walk(held.grammars.compile(forced(dialects, tools, parallel=True, opened=opened)), chance)
         if text is None:
             continue
         ended += 1
@@ -284,8 +308,8 @@ TWICE = {
 def test_several_calls_are_allowed_where_they_may_be(tiny: Held, name: str) -> None:
     separator = {"hermes": "\n", "llama3_json": "; ", "mistral_args": "", "qwen3_coder": "\n"}.get(name, ", ")
     text = separator.join(TWICE[name])
-    assert tiny.takes(Dialects(name).forced([NOTHING], parallel=True), text)
-    assert not tiny.takes(Dialects(name).forced([NOTHING], parallel=False), text)
+    assert tiny.takes(forced(Dialects(name), [NOTHING], parallel=True), text)
+    assert not tiny.takes(forced(Dialects(name), [NOTHING], parallel=False), text)
     assert called(read(Dialects(name), text, (NOTHING,), False)) == [("get_time", {})] * 2
 
 
@@ -294,10 +318,10 @@ def test_a_tool_of_any_schema_can_be_forced(tiny: Held, name: str) -> None:
     """Also where the schema has what cannot be held to, unless the tool is strict."""
     dialects = Dialects(name, "harmony" if name == "harmony" else None)
     odd = Tool("odd", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})
-    tiny.grammars.compile(dialects.forced([MANY, odd], parallel=True))
+    tiny.grammars.compile(forced(dialects, [MANY, odd], parallel=True))
     strict = Tool("odd", odd.parameters, strict=True)
     with pytest.raises(RequestRefused, match="uniqueItems"):
-        tiny.grammars.compile(dialects.forced([strict], parallel=True))
+        tiny.grammars.compile(forced(dialects, [strict], parallel=True))
 
 
 def _with_days(text: str, days: str) -> str:
@@ -307,14 +331,14 @@ def _with_days(text: str, days: str) -> str:
 @pytest.mark.parametrize("name", ["hermes", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "kimi_k2"])
 def test_text_is_free_until_a_call_begins_and_a_strict_one_fits(tiny: Held, name: str) -> None:
     case = next(case for case in CASES if case.forced and case.dialects == Dialects(name))
-    guided = Dialects(name).guided([WEATHER, NOTHING])
+    free = guided(Dialects(name), [WEATHER, NOTHING])
     for before in ("", "Let me see. < [ {\n"):
-        assert tiny.takes(guided, before)
-        assert tiny.takes(guided, before + case.text)
-        assert tiny.takes(guided, before + _with_days(case.text, "1"))
-        assert not tiny.takes(guided, before + _with_days(case.text, '"1"')), "no integer"
-        assert not tiny.takes(guided, before + case.text.replace("get_weather", "get_whether")), "no such tool"
-    loose = Dialects(name).guided([Tool(WEATHER.name, WEATHER.parameters)])
+        assert tiny.takes(free, before)
+        assert tiny.takes(free, before + case.text)
+        assert tiny.takes(free, before + _with_days(case.text, "1"))
+        assert not tiny.takes(free, before + _with_days(case.text, '"1"')), "no integer"
+        assert not tiny.takes(free, before + case.text.replace("get_weather", "get_whether")), "no such tool"
+    loose = guided(Dialects(name), [Tool(WEATHER.name, WEATHER.parameters), Tool("x", {}, strict=True)])
     assert tiny.takes(loose, _with_days(case.text, '"1"')), "nobody asked for that"
 
 
@@ -330,17 +354,17 @@ def test_text_is_free_until_a_call_begins_and_a_strict_one_fits(tiny: Held, name
     ],
 )
 def test_where_nothing_announces_a_call_the_first_sign_does(tiny: Held, name: str, bad: str) -> None:
-    guided = Dialects(name).guided([WEATHER, NOTHING])
+    free = guided(Dialects(name), [WEATHER, NOTHING])
     for text in ("", "Hello {there} [1] <x>", " \n Hello", " "):
-        assert tiny.takes(guided, text), text
-    assert not tiny.takes(guided, bad)
+        assert tiny.takes(free, text), text
+    assert not tiny.takes(free, bad)
 
 
 def test_a_guided_answer_of_harmony_is_messages(with_special: Held) -> None:
-    guided = Dialects("harmony").guided([WEATHER, NOTHING])
+    free = guided(Dialects("harmony"), [WEATHER, NOTHING])
     to = "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
     aside = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
     for text in ("<|channel|>final<|message|>Hello.", f"{to}{OSLO}", f"{aside}{to}{OSLO}"):
-        assert with_special.takes(guided, text), text
+        assert with_special.takes(free, text), text
     for text in ("Hello", f'{aside}{to}{{"days": 1}}', f"{aside}{to.replace('weather', 'x')}{OSLO}"):
-        assert not with_special.takes(guided, text), text
+        assert not with_special.takes(free, text), text

@@ -60,8 +60,9 @@ def free(starts: Sequence[tuple[str, Form]], begins: Sequence[tuple[str, Form]] 
     }
 
 
-class CannotHold(ValueError):
-    """A model cannot be held to what a strict tool asks for, in its dialect. The message is for the user."""
+def is_free(form: Form) -> bool:
+    """Whether a form is free text, to whose `begins` one can be added."""
+    return "free" in form or form.get("structured", {}).get("kind") == "structural_tag"
 
 
 def held_to(form: Form) -> Structured:
