@@ -128,8 +128,8 @@ def _object(text: str) -> dict[str, Any]:
         raise RequestRefused(REFUSED, f"it is no JSON object: {error}") from None
 
 
-def _json(schema: object, whitespace: str | None) -> str:
-    """The rule for JSON that fits `schema`."""
+def _json(schema: object, whitespace: str | None, *, lenient: bool = False) -> str:
+    """The rule for JSON that fits `schema`, or what of it can be held to."""
     if not isinstance(schema, dict):
         raise RequestRefused(REFUSED, "a schema must be a JSON object")
     if "x-guidance" in schema:
@@ -139,6 +139,8 @@ def _json(schema: object, whitespace: str | None) -> str:
         options["whitespace_flexible"] = False
     else:
         options["whitespace_pattern"] = WHITESPACE if whitespace is None else whitespace
+    if lenient:
+        options["lenient"] = True
     return "%json " + json.dumps(prepared(schema) | {"x-guidance": options})
 
 
@@ -149,6 +151,19 @@ def _quoted(text: str) -> str:
     if text.isprintable():
         return json.dumps(text, ensure_ascii=False)
     return "/" + "".join(f"\\u{{{ord(char):x}}}" for char in text) + "/"
+
+
+_Begin = tuple[str, str, bool]
+"""A mark at the beginning of free text, what follows it, and whether free text does then."""
+
+_ANY_TEXT = r"/(.|\n)*/"
+
+
+def _characters(least: int, most: int | None) -> str:
+    """Any text of so many characters."""
+    if not least and most is None:
+        return _ANY_TEXT
+    return rf"/(.|\n){{{int(least)},{'' if most is None else int(most)}}}/"
 
 
 class _Writer:
@@ -184,7 +199,7 @@ class _Writer:
             case {"text": text}:
                 return _with_special(text, self._special) or _quoted("")
             case {"through": mark}:
-                return self._through(mark)
+                return self._through(mark, text=_characters(form.get("least") or 0, form.get("most")))
             case {"schema": schema}:
                 return self._schema(schema, form.get("lenient", False))
             case {"regex": text}:
@@ -196,10 +211,24 @@ class _Writer:
             case {"repeat": repeated}:
                 return self._repeat(self._rule(self.form(repeated)), form)
             case {"structured": described}:
-                return self.structured(msgspec.convert(described, Structured))
+                return self._nested(msgspec.convert(described, Structured), self._begins(form))
             case {"free": starts}:
-                return self._free([(start["mark"], self.form(start["then"])) for start in starts])
+                found = [(start["mark"], self.form(start["then"])) for start in starts]
+                return self._free(found, self._begins(form))
         raise KeyError
+
+    def _nested(self, structured: Structured, begins: list[_Begin]) -> str:
+        outer, self._whitespace = self._whitespace, structured.whitespace
+        if structured.kind == "structural_tag":
+            written = self._tags(_object(structured.text), begins)
+        else:
+            written = self.structured(structured)
+        self._whitespace = outer
+        return written
+
+    def _begins(self, form: Mapping[str, Any]) -> list[_Begin]:
+        given = form.get("begins") or ()
+        return [(begin["mark"], self.form(begin["then"]), bool(begin.get("again"))) for begin in given]
 
     def _rule(self, body: str, options: str = "") -> str:
         name = f"r{len(self.rules)}"
@@ -208,20 +237,25 @@ class _Writer:
 
     def _schema(self, schema: Any, lenient: bool) -> str:
         try:
-            return _json(schema, self._whitespace)
+            return _json(schema, self._whitespace, lenient=lenient)
         except RequestRefused:
             if not lenient:
                 raise
             kind = schema.get("type") if isinstance(schema, dict) else None
             return _json({"type": kind} if isinstance(kind, str) else {}, self._whitespace)
 
-    def _through(self, mark: str) -> str:
-        """Any text up to the mark. No text spells a special token, so there nothing need be said of the first."""
+    def _through(self, mark: str, *, text: str = _ANY_TEXT) -> str:
+        """Text up to the mark. No text spells a special token, so there nothing need be said of the first."""
         if mark in self._special:
-            return f"/(.|\\n)*/ <[{self._special[mark]}]>"
+            return f"{text} <[{self._special[mark]}]>"
         if any(name in mark for name in self._special):
             raise RequestRefused(REFUSED, f"trigger {mark!r} has a special token and more")
-        return self._rule(f"/(.|\\n)*/ {_quoted(mark)}", "[lazy]")
+        return self._rule(f"{text} {_quoted(mark)}", "[lazy]")
+
+    def _terminal(self, body: str) -> str:
+        name = f"T{len(self.rules)}"
+        self.rules.append(f"{name}: {body}")
+        return name
 
     def _repeat(self, item: str, form: Mapping[str, Any]) -> str:
         least, most, between = form.get("least") or 0, form.get("most"), form.get("between")
@@ -230,13 +264,34 @@ class _Writer:
         some = item if most == 1 else f"{item} {more}{bounds}"
         return some if least else f"({some})?"
 
-    def _free(self, starts: Sequence[tuple[str, str]]) -> str:
+    def _free(self, starts: Sequence[tuple[str, str]], begins: Sequence[_Begin] = ()) -> str:
+        """Free text. `starts` are marks anywhere in it and what follows them; `begins` marks at its beginning,
+        what follows, and whether free text does then. Text cannot be read in two ways, or the wrong one might be
+        held to: none begins as something else does.
+        """
         if not starts:
             raise RequestRefused(REFUSED, "it has no structures")
-        parts = [self._rule(f"{self._through(mark)} ({then})") for mark, then in starts]
-        return f"({' | '.join(parts)})* /(.|\\n)*/"
+        named = [(mark, self._rule(then)) for mark, then in starts]
+        parts = " | ".join(f"{self._through(mark)} {then}" for mark, then in named)
+        rest = self._rule(f"({parts})* {_ANY_TEXT}")
+        firsts = [(mark, self._rule(then)) for mark, then, again in begins if not again]
+        whole = self._beginning(named, rest, firsts) if firsts else rest
+        repeated = [(mark, self._rule(f"{then} {whole}")) for mark, then, again in begins if again]
+        return self._beginning(named, rest, [*firsts, *repeated]) if repeated else whole
 
-    def _tags(self, described: Mapping[str, Any]) -> str:
+    def _beginning(self, starts: Sequence[tuple[str, str]], rest: str, firsts: Sequence[tuple[str, str]]) -> str:
+        """Free text that begins with one of `firsts`, or like none of them."""
+        marks = [_quoted(mark) for mark, _ in firsts if mark not in self._special]
+        text = _ANY_TEXT
+        if marks:
+            text = self._terminal(f"{_ANY_TEXT} & ~(/[ \\t\\r\\n]*/ ({' | '.join(marks)}) {_ANY_TEXT})")
+        found = [f"{self._through(mark, text=text)} {then} {rest}" for mark, then in starts]
+        for mark, then in firsts:
+            head = f"/[ \\t\\r\\n]*/ {_with_special(mark, self._special)}"
+            found.append(f"{head if mark in self._special else self._terminal(head)} {then}")
+        return self._rule(" | ".join([*found, text]))
+
+    def _tags(self, described: Mapping[str, Any], begins: Sequence[_Begin] = ()) -> str:
         """Free text in which a trigger begins a structure; then its `begin`, JSON by its `schema`, and its `end`.
 
         Where several triggers fit a structure, it is the shortest that decides.
@@ -254,7 +309,7 @@ class _Writer:
                 _with_special(end, self._special),
             ]
             starts.append((trigger, " ".join(part for part in body if part)))
-        return self._free(starts)
+        return self._free(starts, begins)
 
 
 def _with_special(text: str, special: Mapping[str, int]) -> str:

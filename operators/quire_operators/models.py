@@ -656,7 +656,7 @@ class ModelReconciler:
         placement = Placement.from_dict(revision.placement)
         ready = {row.template_hash for row, seen in pairs if seen.process is Process.READY}
         narrow = [placed for template, placed in placements.items() if template in ready] or [placement]
-        batching = stored.resolved["batching"]
+        batching, parsers = stored.resolved["batching"], stored.resolved["parsers"] or {}
         return wire.ModelRoute(
             model=stored.key.name,
             names=tuple(stored.resolved["servedModelNames"]),
@@ -678,6 +678,8 @@ class ModelReconciler:
             stall_seconds=stall_timeout(stored.resolved),
             policy=batching["policy"],
             prefix_caching=batching["prefixCaching"],
+            tool_dialect=parsers.get("tools"),
+            reasoning_dialect=parsers.get("reasoning"),
         )
 
     def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

@@ -135,7 +135,7 @@ def _support(kind: type[Resource], path: tuple[str, ...], field: SchemaField) ->
 
 def _children(fields: list[SchemaField]) -> list[str]:
     width = max(len(f.name) for f in fields)
-    types = max(len(f.shape.word) for f in fields if len(f.shape.word) <= 24) + 2
+    types = max((len(f.shape.word) for f in fields if len(f.shape.word) <= 24), default=0) + 2
     lines = []
     for field in fields:
         mark = "" if support(field.info) == HONOURED else "  (limited or refused by this version)"

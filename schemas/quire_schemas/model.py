@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
+from quire_schemas.dialects import ReasoningDialect, ToolDialect
 from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
@@ -34,7 +35,6 @@ _NO_CANARY = "there are no canary rollouts yet"
 _NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
-_NO_PARSERS = "there are no parsers yet; the markup of tool calls and reasoning stays in the text"
 _NO_SLO = "there is no scheduling by a declared latency yet"
 _STALL_CHECK = "progress is watched all the time, not probed now and then; liveness.timeout bounds its absence"
 
@@ -414,11 +414,17 @@ class Lora(Strict):
 class Parsers(Strict):
     """How tool calls and reasoning are read out of the text."""
 
-    tools: str | None = declared(
-        "Format of tool calls. Left out: what the chat template shows.", None, update="hot", refused=_NO_PARSERS
+    tools: ToolDialect | None = declared(
+        "How the model writes tool calls. 'none': they are not read, and the markup stays in the text. Left out: "
+        "what the chat template shows.",
+        None,
+        update="hot",
     )
-    reasoning: str | None = declared(
-        "Format of reasoning. Left out: what the chat template shows.", None, update="hot", refused=_NO_PARSERS
+    reasoning: ReasoningDialect | None = declared(
+        "How the model marks its thoughts. 'none': they are not told apart from the answer. Left out: what the "
+        "chat template shows.",
+        None,
+        update="hot",
     )
 
 
@@ -759,7 +765,7 @@ class ModelSpec(Strict):
         Lora, "Low-rank adapters on top of the model.", refused=_NO_ADAPTERS, optional=True
     )
     parsers: Parsers | None = section(
-        Parsers, "How tool calls and reasoning are read out of the text.", refused=_NO_PARSERS, optional=True
+        Parsers, "How tool calls and reasoning are read out of the text.", optional=True
     )
     determinism: Literal["none", "batchInvariant"] = declared(
         "'batchInvariant': a sequence gets the same numbers, bit by bit, whatever else runs in its steps; each "

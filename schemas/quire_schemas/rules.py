@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from quire_schemas.dialects import HARMONY, NONE
 from quire_schemas.fields import Path, SchemaField, Shape, default_of, fields_of
 from quire_schemas.quantities import parse_duration, parse_percent
 from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, support
@@ -442,6 +443,19 @@ def _canary(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _parsers(facts: Facts) -> Iterator[Finding]:
+    """Harmony has one markup for calls and thoughts, which no other reads half of."""
+    tools, reasoning = facts["spec.parsers.tools"], facts["spec.parsers.reasoning"]
+    both = tools is not None and reasoning is not None
+    if both and (tools == HARMONY) != (reasoning == HARMONY) and not (tools == NONE and reasoning == HARMONY):
+        yield Finding(
+            ("spec", "parsers"),
+            f"tools: {tools} and reasoning: {reasoning} exclude each other: harmony writes both in one markup",
+            "leave one of them out",
+            True,
+        )
+
+
 def _repeated(values: list[Any], path: Path, noun: str) -> Iterator[Finding]:
     seen: set[Any] = set()
     for index, value in enumerate(values):
@@ -499,6 +513,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _quantization,
         _determinism,
         _canary,
+        _parsers,
     ),
     "Gateway": (_gateway_name, _loopback),
 }

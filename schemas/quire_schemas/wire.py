@@ -114,15 +114,20 @@ class Structured(msgspec.Struct, frozen=True, omit_defaults=True):
     A form is a tree of JSON objects, each with one of these:
 
         {"text": "…"}                         exactly this; special tokens named in it are such tokens
-        {"through": "…"}                      any text up to and including this, where it first comes
+        {"through": "…", "least": 0, "most": null}
+                                              any text, of so many characters, and this, where it first comes
         {"schema": {…}, "lenient": false}     JSON that fits; where it is lenient, and the engine cannot hold
                                               to the schema, JSON of the schema's type
         {"regex": "…"}                        what matches
         {"sequence": [form, …]}               one after the other
         {"any": [form, …]}                    one of them
         {"repeat": form, "least": 0, "most": null, "between": form}
-        {"structured": {"kind": …, "text": …, "whitespace": …}}       what another constraint allows
-        {"free": [{"mark": "…", "then": form}, …]}                    any text; each mark in it begins its form
+        {"structured": {"kind": …, "text": …, "whitespace": …}, "begins": […]}
+                                              what another constraint allows; free text has `begins`, as below
+        {"free": [{"mark": "…", "then": form}, …], "begins": [{"mark": "…", "then": form, "again": false}, …]}
+                                              any text; each mark in it begins its form, as do those of `begins` at
+                                              the text's beginning, white space aside. Behind a form of the latter
+                                              nothing follows, or `again` such a text, from its beginning
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag", "form"]
@@ -458,6 +463,9 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Whether requests may have a priority."""
     prefix_caching: bool = False
     """Whether engines keep the blocks of prompts: a request then goes where its beginning is known."""
+    tool_dialect: str | None = None
+    reasoning_dialect: str | None = None
+    """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
 

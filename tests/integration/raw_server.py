@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Raw:
 
 
 @asynccontextmanager
-async def serving(answer: Answer) -> AsyncIterator[Raw]:
+async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Raw]:
     """A server on a free port that calls `answer` for each request, until the block ends."""
     raw = Raw()
 
@@ -55,7 +56,7 @@ async def serving(answer: Answer) -> AsyncIterator[Raw]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     raw.port = server.sockets[0].getsockname()[1]
     try:
         yield raw

@@ -4,10 +4,13 @@ which it is not whole."""
 from __future__ import annotations
 
 import asyncio
+import ssl
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from tests.integration.raw_server import DONE, Raw, chunked, event, serving, text, usage, whole
 
 from quire.chat import Conversation, Piece
@@ -144,6 +147,29 @@ async def test_no_request_is_sent_twice() -> None:
             await read(server)
         assert len(raw.asked) == 2
         server.close()
+
+
+async def test_by_https_the_certificate_has_to_be_trusted(tmp_path: Path) -> None:
+    async def answer(raw: Raw, writer: asyncio.StreamWriter, line: str, body: Any) -> None:
+        writer.write(whole(b"".join(STREAM)))
+
+    authority, other = trustme.CA(), trustme.CA()
+    shown = authority.issue_cert("router.example")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    shown.configure_cert(context)
+    for name, pem in (("its", shown.cert_chain_pems[0]), ("other", other.cert_pem)):
+        pem.write_to_path(str(tmp_path / name))
+    async with serving(answer, context) as raw:
+        url = raw.url.replace("http", "https")
+        server = Server(url, certificate=str(tmp_path / "its"))
+        assert await read(server) == "Grüße, 🦊"
+        server.close()
+        for certificate in (str(tmp_path / "other"), None):
+            with pytest.raises(Unreachable) as told:
+                await read(Server(url, certificate=certificate))
+            assert told.value.kind == "no TLS"
+    with pytest.raises(Unreachable, match="cannot read the certificate"):
+        Server(url, certificate=str(tmp_path / "nothing"))
 
 
 async def test_leaving_a_stream_closes_its_connection() -> None:

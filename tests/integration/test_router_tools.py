@@ -135,6 +135,30 @@ async def test_without_tools_their_markup_is_text(says: openai.AsyncOpenAI) -> N
         assert (answer["content"], answer["calls"], answer["finish"]) == (PARIS, [], "stop")
 
 
+async def test_a_manifest_says_how_the_model_writes(world: World, scripted_spec: wire.EngineSpec) -> None:
+    """What its template shows is overridden, from one table to the next."""
+    said = {"messages": ASK, "tools": TOOLS, "extra_body": {"script": f"<think>a</think>{CLOCK}"}}
+    bare = {**said, "extra_body": {"script": '[weather(city="Paris", days=2)]'}}
+    options: dict[str, Any] = {"scripted": True, "max_model_len": 1024, "kv_tokens": 2048}
+    await world.serve_process(scripted_spec, **options, reasoning_dialect="none")
+    async with world.client() as client:
+        answer = await whole(client, **said)
+        assert (answer["content"], answer["reasoning"], answer["calls"]) == (
+            "<think>a</think>",
+            None,
+            [CLOCK_CALL],
+        )
+        await world.serve_process(scripted_spec, **options, tool_dialect="pythonic")
+        answer = await whole(client, **said)
+        assert (answer["content"], answer["reasoning"], answer["calls"]) == (CLOCK, "a", [])
+        assert (await whole(client, **bare))["calls"] == [
+            {"name": "weather", "arguments": '{"city": "Paris", "days": 2}'}
+        ]
+        await world.serve_process(scripted_spec, **options, tool_dialect="none")
+        with pytest.raises(openai.BadRequestError, match=r"spec\.parsers\.tools"):
+            await whole(client, **said)
+
+
 async def test_one_call_at_most_ends_the_answer_before_the_second(says: openai.AsyncOpenAI) -> None:
     options: dict[str, Any] = {
         "messages": ASK,

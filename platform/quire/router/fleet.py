@@ -77,7 +77,7 @@ class ServedModel:
     @property
     def dialects(self) -> Dialects:
         """How the model writes calls and thoughts: as its manifest says, else as its template shows."""
-        return self.usable.dialects
+        return self.usable.dialects.overridden(self.route.tool_dialect, self.route.reasoning_dialect)
 
     @property
     def vocab_size(self) -> int:

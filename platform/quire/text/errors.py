@@ -6,7 +6,7 @@
     ├── NoChatTemplate     a conversation came, the checkpoint has no chat template
     ├── TemplateRefused    the template itself said no (`raise_exception`); its words are for the user
     ├── TemplateFailed     rendering broke, or ran over its bounds of time and size
-    └── ParamRefused       a sampling parameter asks for what this model's vocabulary cannot give; `param` names it
+    └── ParamRefused       a parameter asks for what this model cannot give; `param` names it
 
 Messages never carry text of the libraries below; that is chained as the cause, for the log.
 """
@@ -39,7 +39,7 @@ class TemplateFailed(TextError):
 
 
 class ParamRefused(TextError):
-    """A sampling parameter that this model cannot honour. `param` is its name."""
+    """A parameter that this model cannot honour. `param` is its name."""
 
     def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message)

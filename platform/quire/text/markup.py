@@ -48,13 +48,13 @@ class Markup:
         return made if size == 9 else f"call_{made}"
 
     def held_to(self, wanted: Structured | None) -> Structured | None:
-        """What an answer is held to whose content is to be `wanted`."""
+        """What an answer is held to whose content is to be `wanted`. Raises `ParamRefused`."""
         form = self._form(wanted)
         if form is None:
             return None
         if self.dialects.reasoning is None or self.thought:
             return held_to(form)
-        return held_to(sequence(REASONING[self.dialects.reasoning].before(opened=self.opened), form))
+        return held_to(REASONING[self.dialects.reasoning].behind(form, opened=self.opened))
 
     def _form(self, wanted: Structured | None) -> Form | None:
         """Behind the thought."""

@@ -285,6 +285,24 @@ CODER = [
     _case("qwen3_coder", "<function=get_weather>\n<parameter=days>\n1", *calls(("get_weather", '{"days": 1'))),
 ]
 
+SEED = [
+    _case(
+        "seed",
+        "<seed:think>so</seed:think>Ok\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n"
+        "<parameter=days>2</parameter>\n</function>\n</seed:tool_call>",
+        think("so"),
+        say("Ok"),
+        *calls(("get_weather", '{"city": "Oslo", "days": 2}')),
+        reasoning="seed",
+    ),
+    _case(
+        "seed",
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n</function>\n</seed:tool_call>",
+        *calls(("get_weather", OSLO)),
+        forced=True,
+    ),
+]
+
 PYTHONIC = [
     _case("pythonic", "[1] and [2]", say("[1] and [2]")),
     _case("pythonic", '[get_weather(city="Oslo")]', *calls(("get_weather", OSLO)), forced=True),
@@ -447,4 +465,4 @@ THOUGHTS = [
     _thought("granite", "Here is my thought process: a\n\nHere is my response: x", think("a"), say("x")),
 ]
 
-CASES = [*HERMES, *LLAMA, *MISTRAL, *CODER, *PYTHONIC, *DEEPSEEK, *HARMONY, *THOUGHTS]
+CASES = [*HERMES, *LLAMA, *MISTRAL, *CODER, *SEED, *PYTHONIC, *DEEPSEEK, *HARMONY, *THOUGHTS]

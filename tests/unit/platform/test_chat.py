@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +12,12 @@ from hypothesis import strategies as st
 from tests.effort import examples
 
 from quire.chat import Conversation, harmless
+from quire.cli.chat import Screen
 from quire.cli.program import run
 from quire.remote.sse import Events
 
 STREAM = (
-    b": a comment\r\ndata: one\r\n\r\nevent: error\nid: 7\ndata:two\ndata: more\ndata\n\n"
+    b": a comment\r\ndata: one\r\n\r\nevent: error\nid: 7\ndata:two\r\ndata: more\r\ndata\n\n"
     b"retry: 3\n\ndata:  three \r\rdata: \xf0\x9f\xa6\x8a\n\r\ndata: not ended"
 )
 EVENTS = [b"one", b"two\nmore\n", b" three ", "🦊".encode()]
@@ -87,6 +90,37 @@ def test_where_nobody_can_be_asked_the_command_says_why(
     assert message in err
     assert hint in err.partition("hint: ")[2]
     assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("shows", "dims", "seen"),
+    [(True, True, "\x1b[2mhm␛[0m\x1b[0m\n\n"), (True, False, "thought: hm␛[0m\n\n"), (False, True, "")],
+)
+def test_thoughts_are_apart_from_the_answer(
+    shows: bool, dims: bool, seen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = Screen(shows, dims)
+    screen.thought("hm")
+    screen.thought("\x1b[0m")
+    screen.text("so")
+    screen.end()
+    assert capsys.readouterr() == ("so\n", seen)
+
+
+def test_nothing_is_dimmed_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert Screen(True).dims
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not Screen(True).dims
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not Screen(True).dims
 
 
 def test_a_reset_forgets_all_but_the_system_text() -> None:

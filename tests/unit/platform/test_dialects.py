@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from tests.effort import bound, examples
 from tests.unit.platform.dialect_cases import CASES, OSLO, TOOLS, Case
 
+from quire import builtin
+from quire.text import ParamRefused, Tokenizer
 from quire.text.dialects import (
     REASONING,
     CallArguments,
@@ -20,9 +23,12 @@ from quire.text.dialects import (
     Part,
     Plain,
     Reasoning,
+    Tool,
+    detect,
     joined,
 )
 from quire.text.dialects import TOOLS as DIALECTS
+from quire_schemas.dialects import NONE, ReasoningDialect, ToolDialect
 
 
 def read(dialects: Dialects, pieces: Sequence[str], opened: bool = False) -> list[Part]:
@@ -75,6 +81,7 @@ PIECES: dict[str, list[str]] = {
         "city",
         "days",
     ],
+    "seed": ["<function=", "<parameter=", ">", "</parameter>", "</function>", "get_weather", "days"],
     "pythonic": ["get_weather", "(", ")", "city=", "[get_time(a=", "'", "["],
     "deepseek_v3": ["function", "```", "json", "f\n", "```json\n{"],
     "deepseek_v31": ["f", "α:1"],
@@ -100,7 +107,7 @@ def given_out(parts: Sequence[Part]) -> str:
 
 
 @pytest.mark.parametrize("name", PIECES)
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(data=st.data())
 def test_texts_made_of_marks_have_the_same_parts_however_they_are_cut(name: str, data: st.DataObject) -> None:
     reasoning = "harmony" if name == "harmony" else data.draw(st.sampled_from([None, "think"]))
@@ -201,3 +208,116 @@ def test_a_model_without_dialects_says_what_it_writes() -> None:
     assert joined(Dialects("hermes").reader(None).push(text)) == [Content(text)], "nobody asked for calls"
     message = f"<|channel|>commentary to=functions.f<|message|>{OSLO}"
     assert joined(Dialects("harmony", "harmony").reader(None).push(message)) == [Content(message)]
+
+
+# ── which dialects a model speaks ─────────────────────────────────────────────────────────────────────────
+
+HISTORY = "{%- for call in message.tool_calls %}"
+TEMPLATES: list[tuple[str, set[str], Dialects]] = [
+    ("{{ messages[0].content }}", {"<think>", "<tool_call>"}, Dialects()),
+    ("{# calls are <tool_call> with arguments, thoughts <think>…</think> #}{{ x }}", set(), Dialects()),
+    (
+        HISTORY + '<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments }}}',
+        set(),
+        Dialects("hermes"),
+    ),
+    (
+        HISTORY + "<tool_call> {{ call.arguments }} {% if think %}<think>{% else %}<think></think>{% endif %}",
+        set(),
+        Dialects("hermes", "think"),
+    ),
+    (HISTORY + "{%- set content = content.split('</think>')[-1] %}", set(), Dialects(None, "deepseek_r1")),
+    (
+        "<tool_call>{{ name }}<arg_key>{{ k }}</arg_key>{{ arguments }}<think></think>",
+        set(),
+        Dialects(None, "think"),
+    ),
+    ("<tool_call>\n<function={{ name }}>\n<parameter={{ k }}>", set(), Dialects("qwen3_coder")),
+    (
+        "{% set t = '<seed:tool_call>' %}<function={{ f }}><parameter={{ p }}><seed:think>{{ r }}</seed:think>",
+        set(),
+        Dialects("seed", "seed"),
+    ),
+    ('answer as {"name": function name, "parameters": dictionary}', set(), Dialects("llama3_json")),
+    ('answer as {\\"name\\": name, \\"parameters\\": values}', set(), Dialects("llama3_json")),
+    ("{{ '<|python_tag|>' + call }}", set(), Dialects("llama3_json")),
+    ("write [func_name1(param1=value1), func_name2(...)]", set(), Dialects("pythonic")),
+    ('{{- "[TOOL_CALLS] [" }}{{ call | tojson }}', {"[ARGS]"}, Dialects("mistral")),
+    ("{{ '[TOOL_CALLS]' + name }}", {"[ARGS]"}, Dialects("mistral_args")),
+    ("[TOOL_CALLS]{{ name }}[ARGS]{{ a }} [THINK]{{ t }}[/THINK]", set(), Dialects("mistral_args", "mistral")),
+    (
+        "<｜tool▁calls▁begin｜>{{ t }}<｜tool▁sep｜>{{ n }}\n```json <think>\n{{ x.split('</think>') }}",
+        set(),
+        Dialects("deepseek_v3", "think"),
+    ),
+    (
+        "<｜tool▁calls▁begin｜>{{ name }}<｜tool▁sep｜>{{ arguments }}<think></think>",
+        set(),
+        Dialects("deepseek_v31", "think"),
+    ),
+    ("<|tool_calls_section_begin|><think></think>", set(), Dialects("kimi_k2", "think")),
+    ("<|start|>assistant<|channel|>final<|message|>", set(), Dialects("harmony", "harmony")),
+    ("<|START_THINKING|>{{ plan }}<|END_THINKING|><|START_ACTION|>", set(), Dialects(None, "cohere")),
+    ("begin with Here is my thought process: and then Here is my response:", set(), Dialects(None, "granite")),
+]
+
+
+@pytest.mark.parametrize(("template", "tokens", "dialects"), TEMPLATES)
+def test_a_template_shows_the_dialects(template: str, tokens: set[str], dialects: Dialects) -> None:
+    assert detect(template, tokens) == dialects
+
+
+def test_the_built_in_model_and_one_without_a_template() -> None:
+    assert Tokenizer.load(builtin.path()).dialects == Dialects("hermes", "think")
+    assert detect(None, {"<think>", "</think>"}) == Dialects()
+
+
+@pytest.mark.parametrize(
+    ("found", "tools", "reasoning", "chosen"),
+    [
+        (("hermes", "think"), None, None, ("hermes", "think")),
+        (("hermes", "think"), "none", None, (None, "think")),
+        ((None, None), "mistral", "none", ("mistral", None)),
+        (("hermes", "think"), "harmony", None, ("harmony", "harmony")),
+        (("hermes", "think"), None, "harmony", ("harmony", "harmony")),
+        (("hermes", "think"), "none", "harmony", (None, "harmony")),
+        (("harmony", "harmony"), "hermes", None, ("hermes", None)),
+        (("harmony", "harmony"), None, "none", (None, None)),
+        (("harmony", "harmony"), "none", None, (None, "harmony")),
+    ],
+)
+def test_a_manifest_has_the_last_word(
+    found: tuple[str | None, str | None],
+    tools: str | None,
+    reasoning: str | None,
+    chosen: tuple[str | None, str | None],
+) -> None:
+    assert Dialects(*found).overridden(tools, reasoning) == Dialects(*chosen)
+
+
+def test_manifests_know_the_dialects_by_their_names() -> None:
+    assert set(get_args(ToolDialect)) == {NONE, *DIALECTS}
+    assert set(get_args(ReasoningDialect)) == {NONE, *REASONING}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continued", "opened"),
+    [
+        ("<|im_start|>assistant\n", None, False),
+        ("<|im_start|>assistant\n<think>\n", None, True),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", None, False),
+        ("user: <think>\nassistant:", None, False),
+        ("…<think>\nso far", "<think>\nso far", True),
+        ("…<think>a</think>b", "<think>a</think>b", False),
+    ],
+)
+def test_whether_a_prompt_ends_inside_a_thought(prompt: str, continued: str | None, opened: bool) -> None:
+    assert Dialects("hermes", "think").opens_thought(prompt, continued) == opened
+    assert not Dialects("hermes").opens_thought(prompt, continued)
+
+
+def test_what_no_text_can_be_held_to_is_refused_by_name() -> None:
+    tool = Tool("f", {"type": "object", "properties": {"a": {"type": "string", "pattern": "^x"}}}, strict=True)
+    with pytest.raises(ParamRefused, match=r"strict tool 'f' has 'pattern' in its string 'a'.*qwen3_coder"):
+        DIALECTS["qwen3_coder"].calls([tool], parallel=True)
+    DIALECTS["hermes"].calls([tool], parallel=True)

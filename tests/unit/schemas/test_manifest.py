@@ -329,7 +329,6 @@ def test_only_a_hub_needs_a_token() -> None:
         "batching: {slo: {ttftP95: 500ms}}",
         "speculative: {method: ngram}",
         "lora: {maxRank: 8}",
-        "parsers: {tools: hermes}",
         "determinism: batchInvariant\nengine: {device: cuda}",
         "resources: {accelerator: {type: nvidia-h100}}",
         "resources: {accelerator: {countPerReplica: 2}}",
@@ -352,6 +351,9 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
     "body",
     [
         "trustRemoteCode: false",
+        "parsers: {tools: hermes, reasoning: think}",
+        "parsers: {tools: none, reasoning: harmony}",
+        "parsers: {tools: harmony}",
         "engine: {kvCache: {dtype: bfloat16, swapSpace: 0Gi}, extraArgs: [], runner: model}",
         "parallelism: {tensor: 1, pipeline: 1, data: 1, expert: false}",
         "quantization: {method: none, format: auto, activations: auto}",
@@ -371,6 +373,21 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
 )
 def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
     one(spec(body))
+
+
+@pytest.mark.parametrize(
+    ("parsers", "path", "words"),
+    [
+        ("{tools: hermse}", "spec.parsers.tools", "not 'hermse'"),
+        ("{reasoning: hermes}", "spec.parsers.reasoning", "or 'harmony'"),
+        ("{tools: hermes, reasoning: harmony}", "spec.parsers", "exclude each other"),
+        ("{tools: harmony, reasoning: none}", "spec.parsers", "exclude each other"),
+    ],
+)
+def test_dialects_are_chosen_by_their_names(parsers: str, path: str, words: str) -> None:
+    problem = only(f"parsers: {parsers}")
+    assert problem.path == path
+    assert words in problem.message
 
 
 def test_a_context_has_room_for_a_prompt_and_an_answer() -> None:

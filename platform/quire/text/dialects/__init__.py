@@ -2,12 +2,12 @@
 
 Each family of models has its own way to write them. `ToolDialect` reads calls, `Thoughts` thoughts; `Dialects` is
 the choice for one model, by its manifest or by what its chat template shows (`detect`), and makes the reader of an
-answer and the forms that an engine holds an answer to. Pure: text in, parts out.
+answer. Both kinds also tell the forms that an engine holds an answer to. Pure: text in, parts out.
 """
 
 from __future__ import annotations
 
-from quire.text.dialects.choice import NONE, REASONING, TOOLS, Dialects, detect
+from quire.text.dialects.choice import REASONING, TOOLS, Dialects, detect
 from quire.text.dialects.parts import (
     CallArguments,
     CallBegins,
@@ -23,7 +23,6 @@ from quire.text.dialects.thoughts import ReasoningDialect
 from quire.text.dialects.tools import ToolDialect
 
 __all__ = [
-    "NONE",
     "REASONING",
     "TOOLS",
     "CallArguments",

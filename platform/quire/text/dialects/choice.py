@@ -1,4 +1,4 @@
-"""Which dialects a model speaks, and what follows from it for one answer.
+"""Which dialects a model speaks, and the reader of its answers.
 
 The chat template is the witness: it spells the marks that the model was trained on, to put earlier calls and
 thoughts into a prompt. Where a template says nothing the added tokens of the vocabulary may.
@@ -12,19 +12,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from quire.text.dialects.forms import constrained, held_to, literal, sequence
 from quire.text.dialects.harmony import Harmony, HarmonyReader, HarmonyThoughts
 from quire.text.dialects.json_calls import Hermes, Llama3, Mistral
 from quire.text.dialects.parts import Plain, Reader, Tool
 from quire.text.dialects.pythonic import Pythonic
 from quire.text.dialects.sections import Fenced, Numbered, Sections
-from quire.text.dialects.tags import Qwen3Coder
+from quire.text.dialects.tags import Tags
 from quire.text.dialects.thoughts import ReasoningDialect, Thoughts
 from quire.text.dialects.tools import ToolDialect
-from quire_schemas.wire import Structured
-
-NONE: Final = "none"
-"""The name of no dialect: markup stays in the text."""
+from quire_schemas.dialects import HARMONY, NONE
 
 _DEEPSEEK: Final = {
     "section": "<｜tool▁calls▁begin｜>",
@@ -49,7 +45,8 @@ TOOLS: Final[Mapping[str, ToolDialect]] = MappingProxyType(
             Llama3(),
             Mistral("mistral", listed=True),
             Mistral("mistral_args", listed=False),
-            Qwen3Coder(),
+            Tags("qwen3_coder", opening="<tool_call>", closing="</tool_call>", gap="\n"),
+            Tags("seed", opening="<seed:tool_call>", closing="</seed:tool_call>", gap=""),
             Pythonic(),
             Fenced("deepseek_v3", **_DEEPSEEK),
             Sections("deepseek_v31", **_DEEPSEEK),
@@ -74,6 +71,8 @@ REASONING: Final[Mapping[str, ReasoningDialect]] = MappingProxyType(
     }
 )
 
+_LISTED: Final = re.compile(r"\[TOOL_CALLS\]\s*\[")
+"""How templates of the older way begin a list."""
 _PYTHONIC: Final = re.compile(r"\[\s*func_?name\d*\(")
 """How templates explain that calls are written as Python does."""
 _LLAMA3: Final = re.compile(r"""\{\s*\\?"name\\?"\s*:[^{}]*\\?"parameters\\?"\s*:""")
@@ -89,8 +88,22 @@ class Dialects:
     reasoning: str | None = None
 
     def overridden(self, tools: str | None, reasoning: str | None) -> Dialects:
-        """With what a manifest says instead; None there leaves what was detected."""
-        return Dialects(_chosen(tools, self.tools), _chosen(reasoning, self.reasoning))
+        """With what a manifest says instead; None there leaves what was detected. Harmony, which is both, is
+        declared by either, and left out as a whole for another.
+        """
+        chosen = Dialects(_chosen(tools, self.tools), _chosen(reasoning, self.reasoning))
+        if (chosen.tools == HARMONY) == (chosen.reasoning == HARMONY):
+            return chosen
+        if tools == HARMONY:
+            return Dialects(HARMONY, HARMONY)
+        if reasoning == HARMONY:
+            return Dialects(None if tools == NONE else HARMONY, HARMONY)
+        if reasoning is None and tools == NONE:
+            return Dialects(None, HARMONY)
+        return Dialects(
+            None if chosen.tools == HARMONY else chosen.tools,
+            None if chosen.reasoning == HARMONY else chosen.reasoning,
+        )
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -112,36 +125,12 @@ class Dialects:
         """Reads one answer. Without `tools` no calls are read, and their markup is content. `opened`: it begins
         inside a thought (`opens_thought`).
         """
-        if self.reasoning == Harmony.name:
-            return HarmonyReader(tools if self.tools == Harmony.name else None, opened)
+        if self.reasoning == HARMONY:
+            return HarmonyReader(tools if self.tools == HARMONY else None, opened)
         calls: Reader = Plain() if self.tools is None or tools is None else TOOLS[self.tools].reader(tools)
         if self.reasoning is None:
             return calls
         return REASONING[self.reasoning].reader(calls, opened=opened)
-
-    def forced(self, tools: Sequence[Tool], *, parallel: bool, opened: bool = False) -> Structured:
-        """The constraint that an answer is a call of one of `tools`, after a thought if the model has any.
-
-        The model must have a dialect of tools.
-        """
-        return self._held(TOOLS[self.tools or ""].calls(tools, parallel=parallel), opened)
-
-    def guided(self, tools: Sequence[Tool], *, opened: bool = False) -> Structured:
-        """The constraint that calls in an answer are of `tools`, with arguments that fit where they are strict."""
-        return self._held(TOOLS[self.tools or ""].guided(tools), opened)
-
-    def after_thought(self, structured: Structured, *, opened: bool = False) -> Structured:
-        """The same constraint, for what follows the thought."""
-        if self.reasoning is None:
-            return structured
-        answer = REASONING[self.reasoning].answer
-        form = constrained(structured)
-        return self._held(sequence(literal(answer), form) if answer else form, opened)
-
-    def _held(self, form: dict[str, object], opened: bool) -> Structured:
-        if self.reasoning is None:
-            return held_to(form)
-        return held_to(sequence(REASONING[self.reasoning].before(opened=opened), form))
 
 
 def _chosen(declared: str | None, detected: str | None) -> str | None:
@@ -155,7 +144,7 @@ def detect(template: str | None, tokens: Container[str]) -> Dialects:
     """
     source = _COMMENT.sub("", template or "")
     if "<|channel|>" in source and "<|message|>" in source:
-        return Dialects(Harmony.name, Harmony.name)
+        return Dialects(HARMONY, HARMONY)
     return Dialects(_tools(source, tokens), _reasoning(source))
 
 
@@ -166,11 +155,11 @@ def _tools(source: str, tokens: Container[str]) -> str | None:
         return "kimi_k2"
     if Mistral.opening in source:
         newer = Mistral.arguments_mark in source or Mistral.arguments_mark in tokens
-        return "mistral_args" if newer else "mistral"
+        return "mistral_args" if newer and not _LISTED.search(source) else "mistral"
     if "<function=" in source and "<parameter=" in source:
-        return Qwen3Coder.name
-    if Hermes.opening in source:
-        return None if "<arg_key>" in source else Hermes.name  # another family puts tags of its own inside
+        return "seed" if "<seed:tool_call>" in source else "qwen3_coder"
+    if Hermes.opening in source and "arguments" in source and "<arg_key>" not in source:
+        return Hermes.name  # other families put tags of their own inside
     if Pythonic.opening in source or _PYTHONIC.search(source):
         return Pythonic.name
     if Llama3.opening in source or _LLAMA3.search(source):

@@ -21,8 +21,8 @@ def literal(text: str) -> Form:
     return {"text": text}
 
 
-def through(mark: str) -> Form:
-    return {"through": mark}
+def through(mark: str, *, least: int = 0, most: int | None = None) -> Form:
+    return {"through": mark, "least": least, "most": most}
 
 
 def fits(schema: Mapping[str, Any], *, lenient: bool = False) -> Form:
@@ -53,8 +53,16 @@ def constrained(structured: Structured) -> Form:
     return {"structured": msgspec.to_builtins(structured)}
 
 
-def free(starts: Sequence[tuple[str, Form]]) -> Form:
-    return {"free": [{"mark": mark, "then": form} for mark, form in starts]}
+def free(starts: Sequence[tuple[str, Form]], begins: Sequence[tuple[str, Form]] = ()) -> Form:
+    return {
+        "free": [{"mark": mark, "then": form} for mark, form in starts],
+        "begins": [{"mark": mark, "then": form} for mark, form in begins],
+    }
+
+
+def is_free(form: Form) -> bool:
+    """Whether a form is free text, to whose `begins` one can be added."""
+    return "free" in form or form.get("structured", {}).get("kind") == "structural_tag"
 
 
 def held_to(form: Form) -> Structured:

@@ -61,9 +61,9 @@ class HarmonyThoughts(ReasoningDialect):
     def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
         return inner if isinstance(inner, HarmonyReader) else HarmonyReader(None, opened)
 
-    def before(self, *, opened: bool = False) -> Form:
-        end = sequence(through(_END), literal(_NEXT))
-        return end if opened else maybe(sequence(literal(_THOUGHT), end))
+    def behind(self, form: Form, *, opened: bool = False) -> Form:
+        thought = sequence(through(_END), literal(_NEXT))
+        return sequence(thought if opened else maybe(sequence(literal(_THOUGHT), thought)), form)
 
 
 class Harmony(ToolDialect):

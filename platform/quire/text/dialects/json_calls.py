@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from quire.text.dialects.forms import Form, any_of, free, literal, maybe, regex, repeat, sequence
+from quire.text.dialects.forms import Form, any_of, free, literal, regex, repeat, sequence
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import (
     Give,
@@ -158,18 +158,15 @@ class Llama3(ToolDialect):
         sink.content(tape.kept())
 
     def call(self, tool: Tool, arguments: Form) -> Form:
-        return sequence(literal(f'{{"name": {spelled(tool.name)}, "parameters": '), arguments, literal("}"))
+        return sequence(literal("{"), self._inside(tool, arguments))
+
+    def _inside(self, tool: Tool, arguments: Form) -> Form:
+        return sequence(literal(f'"name": {spelled(tool.name)}, "parameters": '), arguments, literal("}"))
 
     def guided(self, tools: Sequence[Tool]) -> Form:
-        calls = self.several([self.call(tool, arguments(tool, forced=False)) for tool in tools], parallel=True)
-        marked = free([(self.opening, calls)])
-        return any_of(
-            [
-                calls,
-                maybe(sequence(regex(r"[ \t\r\n]*[^{ \t\r\n]"), marked)),
-                sequence(literal(self.opening), calls, marked),
-            ]
-        )
+        inside = any_of([self._inside(tool, arguments(tool, forced=False)) for tool in tools])
+        calls = repeat(inside, least=1, between=literal(self.separator + "{"))
+        return free([(self.opening, sequence(literal("{"), calls))], [("{", calls)])
 
 
 class Mistral(ToolDialect):

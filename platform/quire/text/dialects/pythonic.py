@@ -34,11 +34,11 @@ class Pythonic(ToolDialect):
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         opening = Marks(self.opening)
         tape.keep()
-        yield from self._list(tape, sink, tools)
+        yield from self._calls(tape, sink, tools)
         sink.content(tape.kept())
         while (yield from until(tape, opening, sink.content)):
             tape.keep(self.opening)
-            if (yield from self._list(tape, sink, None)):
+            if (yield from self._calls(tape, sink, None)):
                 sink.content(tape.kept())
                 tape.keep()
                 yield from space(tape)
@@ -46,7 +46,7 @@ class Pythonic(ToolDialect):
                     tape.kept()
             sink.content(tape.kept())
 
-    def _list(self, tape: Tape, sink: Sink, declared: Mapping[str, Tool] | None) -> Waits[bool]:
+    def _calls(self, tape: Tape, sink: Sink, declared: Mapping[str, Tool] | None) -> Waits[bool]:
         """Read a list of calls; whether there was one. What is none was kept."""
         yield from space(tape)
         if not (yield from accept(tape, "[")):
@@ -137,20 +137,15 @@ class Pythonic(ToolDialect):
         return sequence(literal(f"{tool.name}("), repeat(anything, between=literal(", ")), literal(")"))
 
     def several(self, calls: Sequence[Form], parallel: bool) -> Form:
+        return sequence(literal("["), self._list(calls, parallel))
+
+    def _list(self, calls: Sequence[Form], parallel: bool) -> Form:
         many = repeat(any_of(calls), least=1, most=None if parallel else 1, between=literal(", "))
-        return sequence(literal("["), many, literal("]"))
+        return sequence(many, literal("]"))
 
     def guided(self, tools: Sequence[Tool]) -> Form:
-        calls = self.several([self._written(tool, forced=False) for tool in tools], parallel=True)
-        marked = sequence(calls, literal(self.closing))
-        rest = free([(self.opening, marked)])
-        return any_of(
-            [
-                calls,
-                maybe(sequence(regex(r"[ \t\r\n]*[^\[ \t\r\n]"), rest)),
-                sequence(literal(self.opening), marked, rest),
-            ]
-        )
+        calls = self._list([self._written(tool, forced=False) for tool in tools], parallel=True)
+        return free([(self.opening, sequence(literal("["), calls, literal(self.closing)))], [("[", calls)])
 
 
 def _as_json(written: str) -> str:

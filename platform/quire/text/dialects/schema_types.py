@@ -64,6 +64,8 @@ def as_json(written: str, kinds: frozenset[str]) -> str:
         return low
     if kinds & {"integer", "number"} and _NUMBER.match(bare):
         return bare
+    if bare.startswith('"') and kinds != {"string"} and python_or_json(bare) == bare:
+        return bare
     if kinds & {"object", "array"} and bare[:1] in ("{", "["):
         found = python_or_json(bare)
         if found is not None and found[:1] in [{"object": "{", "array": "["}.get(kind) for kind in kinds]:

@@ -1,4 +1,4 @@
-"""The dialect of Qwen3-Coder: calls as tags, values as they are.
+"""The dialects of Qwen3-Coder and Seed-OSS: calls as tags, values as they are.
 
     <tool_call>
     <function=get_weather>
@@ -20,25 +20,41 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from quire.text.dialects.forms import Form, any_of, fits, free, literal, maybe, repeat, sequence, through
+from quire.text.dialects.forms import (
+    Form,
+    any_of,
+    fits,
+    free,
+    literal,
+    maybe,
+    repeat,
+    sequence,
+    through,
+)
 from quire.text.dialects.json_calls import written_arguments
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Give, Marks, Sink, Tape, Waits, accept, before, pattern, peek, space, until
 from quire.text.dialects.schema_types import as_json, inlined, properties, types
 from quire.text.dialects.tools import ToolDialect, spelled
+from quire.text.errors import ParamRefused
 
 _NO_NAME: Final = re.compile(r"[<>\s]")
 _VALUE_ENDS: Final = Marks("</parameter>")
-_FORCED_ENDS: Final = "\n</parameter>\n"
 
 
-class Qwen3Coder(ToolDialect):
-    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter>…</function></tool_call>`."""
+class Tags(ToolDialect):
+    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter>…</function></tool_call>`, with an outer tag of
+    the family's own. `gap` is what it writes on either side of a value.
+    """
 
-    name = "qwen3_coder"
-    opening, closing = "<tool_call>", "</tool_call>"
-    marks = (opening, closing)
     separator = "\n"
+
+    def __init__(self, name: str, *, opening: str, closing: str, gap: str) -> None:
+        self.name = name
+        self.opening, self.closing = opening, closing
+        self.marks = (opening, closing)
+        self._gap = gap
+
     _function, _parameter, _function_end = "<function=", "<parameter=", "</function>"
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
@@ -114,22 +130,43 @@ class Qwen3Coder(ToolDialect):
         required = root.get("required") or ()
         given: list[Form] = []
         for key, schema in properties(root).items():
-            begin = literal(f"{self._parameter}{key}>\n")
+            begin = literal(f"{self._parameter}{key}>{self._gap}")
+            if tool.strict and types(schema, root) <= {"string"}:
+                self._check_raw(tool.name, key, schema)
             form = sequence(begin, self._written(inlined(schema, root), root, tool.strict))
             given.append(form if key in required else maybe(form))
         return sequence(*given)
 
     def _written(self, schema: Mapping[str, object], root: Mapping[str, object], strict: bool) -> Form:
+        end = f"{self._gap}</parameter>"
         if not types(schema, root) <= {"string"}:
-            return sequence(fits(schema, lenient=not strict), literal(_FORCED_ENDS))
+            return sequence(fits(schema, lenient=not strict), literal(end + "\n"))
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list) and values:
-            return sequence(any_of([literal(str(value)) for value in values]), literal(_FORCED_ENDS))
-        return sequence(through("\n</parameter>"), literal("\n"))
+            return sequence(any_of([literal(str(value)) for value in values]), literal(end + "\n"))
+        least, most = schema.get("minLength"), schema.get("maxLength")
+        return sequence(
+            through(
+                end,
+                least=least if isinstance(least, int) else 0,
+                most=most if isinstance(most, int) else None,
+            ),
+            literal("\n"),
+        )
 
     def guided(self, tools: Sequence[Tool]) -> Form:
         inside = any_of([self._inside(tool, forced=False) for tool in tools])
         return free([(self.opening, sequence(literal("\n"), inside))])
+
+    def _check_raw(self, tool: str, key: str, schema: object) -> None:
+        """Refuse what JSON alone can be held to. Raises `ParamRefused`."""
+        for word in ("pattern", "format", "$ref", "anyOf", "oneOf", "allOf"):
+            if isinstance(schema, Mapping) and word in schema:
+                raise ParamRefused(
+                    f"'tools' is not honoured for this model: the strict tool '{tool}' has '{word}' in its string "
+                    f"'{key}', and values are no JSON in the way it writes calls ({self.name}).",
+                    param="tools",
+                )
 
 
 class _Lines:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from quire.text.dialects.forms import Form, literal, maybe, regex, sequence, through
+from quire.text.dialects.forms import Form, is_free, literal, maybe, regex, sequence, through
 from quire.text.dialects.parts import Part, Reader
 from quire.text.dialects.reading import Marks, Sink, Tape, Waits, accept, peek, space, until
 
@@ -45,8 +45,8 @@ class ReasoningDialect(ABC):
         """Reads an answer; what is no thought goes to `inner`."""
 
     @abstractmethod
-    def before(self, *, opened: bool = False) -> Form:
-        """What an answer may have before what it is held to: its thought."""
+    def behind(self, form: Form, *, opened: bool = False) -> Form:
+        """What an answer is held to that has a thought before `form`, or may have one if none is open."""
 
 
 class Thoughts(ReasoningDialect):
@@ -70,9 +70,14 @@ class Thoughts(ReasoningDialect):
     def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
         return ThoughtReader(self, inner, opened or self.begins_open)
 
-    def before(self, *, opened: bool = False) -> Form:
-        end = sequence(through(self.closing), _GAP)
-        return end if opened or self.begins_open else maybe(sequence(literal(self.opening), end))
+    def behind(self, form: Form, *, opened: bool = False) -> Form:
+        thought = through(self.closing) if is_free(form) else sequence(through(self.closing), _GAP)
+        if opened or self.begins_open:
+            return sequence(thought, form)
+        if is_free(form):  # which must not begin as a thought does, and be none
+            begin = {"mark": self.opening, "then": thought, "again": True}
+            return {**form, "begins": [*form.get("begins", ()), begin]}
+        return sequence(maybe(sequence(literal(self.opening), thought)), form)
 
 
 class ThoughtReader:
