@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,6 +16,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from quire import errors
+from quire.router import app
 from quire.router.openapi import ENDPOINTS, as_json, as_text, document
 from quire_schemas.openai.body import WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
@@ -70,6 +74,26 @@ def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
     ]
     assert len(names) == len(set(names))
     assert json.loads(as_json()) == json.loads(as_text())
+
+
+def routes_of_the_router() -> Iterator[tuple[str, str]]:
+    """Method and path of every route in the source of `quire.router.app`."""
+    assert app.__file__ is not None
+    for node in ast.walk(ast.parse(Path(app.__file__).read_text())):
+        for mark in getattr(node, "decorator_list", ()):
+            word = mark.func.id if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) else ""
+            if word in ("get", "post", "put", "patch", "delete", "route"):
+                paths = ast.literal_eval(mark.args[0])
+                for path in [paths] if isinstance(paths, str) else paths:
+                    for method in ("GET", "HEAD") if word == "route" else (word.upper(),):
+                        yield method, re.sub(r":\w+}", "}", path)
+
+
+def test_every_route_of_the_router_has_a_row_and_every_row_a_route() -> None:
+    routes = list(routes_of_the_router())
+    assert len(routes) > 15
+    rows = [(method, path) for each in ENDPOINTS for path in (each.path, *each.aliases) for method in each.methods]
+    assert sorted(routes) == sorted(rows)
 
 
 def test_every_error_is_declared_where_it_may_come() -> None:
