@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from litestar import Litestar, Request, Response, delete, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
@@ -248,7 +250,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         get_metrics,
     ]
     app = Litestar(
-        route_handlers=list(routes),
+        route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
         openapi_config=None,
         logging_config=None,
@@ -260,6 +262,23 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
 def _named(request: Request[Any, Any, Any], parameter: str) -> str:
     """What stands in the path."""
     return str(request.path_params[parameter])
+
+
+def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """Routes that say which methods a path takes; the framework's own name those of one of its handlers."""
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {HttpMethod.OPTIONS.value}).update(handler.http_methods)
+    return [_telling(path, ", ".join(sorted(taken))) for path, taken in methods.items()]
+
+
+def _telling(path: str, allowed: str) -> HTTPRouteHandler:
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204)
+    async def tell() -> Response[None]:
+        return Response(None, status_code=204, headers={"allow": allowed})
+
+    return tell
 
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
