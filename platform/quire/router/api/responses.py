@@ -302,6 +302,7 @@ class Responding(Exchange[ResponsesRequest]):
             return await super()._serve(request, body, arrived_at, span, send)
         served = self._gateway.fleet.resolve(request.model)
         self._serves(served, request.model, span)
+        self._later.check_room()
         before, own = await self._responses.before(request.previous_response_id, request.input)
         request.chat([*before, *own])  # what is wrong with it is said now
         response_id = self._responses.new_id()
