@@ -78,7 +78,7 @@ $(PEERS)/.installed:
 
 nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed and what it measured
 	export QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl; \
-	$(BIN)/python -m pytest -m '' tests/e2e tests/integration; timed=$$?; \
+	$(BIN)/python -m pytest -m '' tests/e2e tests/integration tests/clients; timed=$$?; \
 	$(BIN)/python -m pytest -m '' -n 2 --dist loadfile tests/unit tests/test_*.py; code=$$((timed + $$?)); \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code

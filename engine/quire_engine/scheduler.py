@@ -402,12 +402,12 @@ class Scheduler:
         else:
             token_ids.append(token)
             delta = Delta(request.id, (token,))
-            if request.id in result.logprobs:
-                delta.logprobs = [result.logprobs[request.id]]
             if request.repetition is not None and _goes_round(request, request.repetition):
                 delta.finish_reason = "repetition"
             elif len(token_ids) >= request.full_at:
                 delta.finish_reason = "length"
+        if request.id in result.logprobs:
+            delta.logprobs = [result.logprobs[request.id]]
         if request.first_token_at is None:  # before which all of its prompt has been scored
             if item is not None and item.targets:
                 delta.prompt_logprobs = _new_scores(request, item, result) or None

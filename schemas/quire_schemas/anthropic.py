@@ -245,7 +245,7 @@ def _system(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     try:
-        return _joined(_texts.validate_python(value, strict=True))
+        return _joined(_texts.validate_python(value))
     except ValidationError as error:
         raise PydanticCustomError("system", "must be a string or a list of text blocks") from error
 
@@ -434,3 +434,75 @@ class TokenCount(msgspec.Struct):
     """Answer to `POST /v1/messages/count_tokens`."""
 
     input_tokens: int
+
+
+class MessageStart(msgspec.Struct, tag="message_start", tag_field="type"):
+    """The first event of a stream: the answer without content."""
+
+    message: MessagesAnswer
+
+
+class BlockStart(msgspec.Struct, tag="content_block_start", tag_field="type"):
+    """A block begins, empty."""
+
+    index: int
+    content_block: AnswerText | AnswerThinking | AnswerToolUse
+
+
+class TextDelta(msgspec.Struct, tag="text_delta", tag_field="type"):
+    """More of a text."""
+
+    text: str
+
+
+class ThinkingDelta(msgspec.Struct, tag="thinking_delta", tag_field="type"):
+    """More of a thought."""
+
+    thinking: str
+
+
+class SignatureDelta(msgspec.Struct, tag="signature_delta", tag_field="type"):
+    """The end of a thought. Nothing is signed here."""
+
+    signature: str
+
+
+class InputDelta(msgspec.Struct, tag="input_json_delta", tag_field="type"):
+    """More of the JSON that a call is given."""
+
+    partial_json: str
+
+
+class BlockDelta(msgspec.Struct, tag="content_block_delta", tag_field="type"):
+    """More of a block."""
+
+    index: int
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta
+
+
+class BlockStop(msgspec.Struct, tag="content_block_stop", tag_field="type"):
+    """A block is complete."""
+
+    index: int
+
+
+class Ending(msgspec.Struct):
+    """What ended an answer."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
+
+
+class MessageDelta(msgspec.Struct, tag="message_delta", tag_field="type"):
+    """The answer is complete."""
+
+    delta: Ending
+    usage: MessagesUsage
+    """Of all of it."""
+
+
+class MessageStop(msgspec.Struct, tag="message_stop", tag_field="type"):
+    """The last event."""
+
+
+MessagesEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop

@@ -27,6 +27,7 @@ class ModelHealth(msgspec.Struct):
     ready: int
     stalled: int
     failing: int
+    """They are there and make no progress, but no token when one is asked for."""
     draining: int
     standby: int
 

@@ -353,6 +353,7 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     id: str
     token_ids: tuple[int, ...] = ()
     logprobs: list[TokenLogprobs] | None = None
+    """Of the ids, and behind them of the stop token, if one ended the text."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the next tokens of the prompt, in order, beginning with its second."""
     finish_reason: FinishReason | None = None

@@ -20,9 +20,6 @@ def _has_path(path: str) -> Callable[[], bool]:
 
 PENDING: Final[Mapping[str, Callable[[], bool]]] = {
     "responses": _has_path("/v1/responses"),
-    "files": _has_path("/v1/files"),
-    "batches": _has_path("/v1/batches"),
-    "messages": _has_path("/v1/messages"),
 }
 """The families that are not served yet, and how to see that they are."""
 

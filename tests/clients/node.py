@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pytest
-from tests.clients.server import ENDLESS, Server
+from tests.clients.server import ENDLESS, LENGTHY, Server
 
 HERE: Final = Path(__file__).resolve().parent
 LOCK: Final = HERE / "package-lock.json"
@@ -61,7 +61,12 @@ class Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "QUIRE_URL": server.url, "QUIRE_ENDLESS": json.dumps(ENDLESS)},
+            env={
+                **os.environ,
+                "QUIRE_URL": server.url,
+                "QUIRE_ENDLESS": json.dumps(ENDLESS),
+                "QUIRE_LENGTHY": LENGTHY,
+            },
         )
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -84,18 +89,18 @@ class Running:
         self.child.stdin.write("\n")
         self.child.stdin.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.child.kill()
         self.child.communicate()
 
 
 def outcomes(server: Server, names: list[str]) -> Mapping[str, dict[str, Any]]:
     """Run these scenarios in one process; what became of each, by name."""
-    running = Running(server, *names)
-    try:
+    with Running(server, *names) as running:
         found = {line["name"]: line for line in running.lines() if "name" in line}
-    finally:
-        running.close()
     print(*(f"{line['seconds']:.2f} s {name}" for name, line in found.items()), sep="\n", file=sys.stderr)
     return found
 

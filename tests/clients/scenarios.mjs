@@ -14,6 +14,7 @@ import { z } from "zod";
 
 const URL = process.env.QUIRE_URL;
 const ENDLESS = JSON.parse(process.env.QUIRE_ENDLESS ?? "{}");
+const LENGTHY = process.env.QUIRE_LENGTHY;
 const WORDS = "naïve 你好 🦊🙂 — done";
 const SAY = [{ role: "user", content: "Say it" }];
 const CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Graz", "days": 2}}\n</tool_call>';
@@ -27,6 +28,11 @@ const Verdict = z.object({ kind: z.enum(["question", "order", "greeting"]), poli
 
 const openai = new OpenAI({ baseURL: URL, apiKey: "none", maxRetries: 0, timeout: 20_000 });
 const anthropic = new Anthropic({ baseURL: URL.replace(/\/v1$/, ""), apiKey: "none", maxRetries: 0 });
+
+/** What `parrot`, which says again what was said last, answers with this text. */
+function saying(text) {
+  return [{ role: "user", content: text }];
+}
 
 /** A provider of the AI SDK whose requests have these fields besides its own. */
 function vercel(fields = {}) {
@@ -339,7 +345,7 @@ const scenarios = {
   },
 
   async "anthropic: messages, whole and as a stream"() {
-    const asked = { model: "parrot", max_tokens: 100, messages: SAY, script: WORDS };
+    const asked = { model: "parrot", max_tokens: 100, messages: saying(WORDS) };
     const whole = await anthropic.messages.create(asked);
     assert.equal(whole.content[0].text, WORDS);
     assert.equal(whole.stop_reason, "end_turn");
@@ -349,8 +355,8 @@ const scenarios = {
     stream.on("text", (delta) => pieces.push(delta));
     assert.equal((await stream.finalMessage()).content[0].text, WORDS);
     assert.equal(pieces.join(""), WORDS);
-    const counted = await anthropic.messages.countTokens({ model: "parrot", messages: SAY });
-    assert.equal(counted.input_tokens, whole.usage.input_tokens);
+    const counted = await anthropic.messages.countTokens({ model: "parrot", messages: saying(WORDS) });
+    assert.equal(counted.input_tokens, whole.usage.input_tokens + whole.usage.cache_read_input_tokens);
   },
 
   async "anthropic: errors"() {
@@ -363,7 +369,7 @@ const scenarios = {
 
   async "anthropic: tools"() {
     const tools = [{ name: "weather", input_schema: WEATHER }];
-    const asked = { model: "parrot", max_tokens: 100, messages: SAY, tools, script: CALL };
+    const asked = { model: "parrot", max_tokens: 100, messages: saying(CALL), tools };
     const whole = await anthropic.messages.create(asked);
     const call = whole.content.find((block) => block.type === "tool_use");
     assert.deepEqual([whole.stop_reason, call.name, call.input], ["tool_use", "weather", { city: "Graz", days: 2 }]);
@@ -372,7 +378,7 @@ const scenarios = {
   },
 
   async "deaths: anthropic"() {
-    const stream = anthropic.messages.stream({ model: "doomed", messages: SAY, ...ENDLESS });
+    const stream = anthropic.messages.stream({ model: "doomed", max_tokens: 1000, messages: saying(LENGTHY) });
     stream.once("text", () => say("begun"));
     const error = await fateOf(() => stream.finalMessage());
     assert.ok(error instanceof Anthropic.AnthropicError, `${error}`);

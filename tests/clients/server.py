@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from tests.effort import bound
 from tests.engine_specs import tiny_spec
 from tests.integration.engine_process import Process
 from tests.integration.router_world import World, end_world, make_world
@@ -35,6 +37,10 @@ CONTEXT: Final = 2048
 TEXT: Final = "The quick brown fox — naïve café, 你好 🦊🙂 — jumps over the lazy dog. "
 ENDLESS: Final[dict[str, Any]] = {"script": TEXT, "ignore_eos": True, "max_tokens": CONTEXT - 148}
 """Fields of an answer that takes twenty seconds: nothing that is tested waits for its end."""
+LENGTHY: Final = TEXT * 16
+"""A message that a scripted model, which says it again, takes ten seconds for."""
+FREED: Final = min(bound(0.3), 5.0)
+"""Seconds after which an engine has nothing left of a client that has gone."""
 
 
 @dataclass
@@ -65,9 +71,10 @@ class Server:
         self.specs[model] = spec
         self.processes[model] = Process(msgspec.to_builtins(spec), folder)
 
-    def script(self, model: str) -> None:
+    def script(self, model: str, **fields: Any) -> None:
         """Start a scripted engine, whose cache costs nothing."""
-        self.start(model, runner="scripted", step_time=STEP, max_model_len=CONTEXT, num_blocks=CONTEXT // 4)
+        size = {"max_model_len": CONTEXT, "num_blocks": CONTEXT // 4}
+        self.start(model, runner="scripted", step_time=STEP, **size, **fields)
 
     def serve(self) -> None:
         """Wait for the engines that were started, and route to those that live."""
@@ -94,8 +101,12 @@ class Server:
         )
 
     def doom(self) -> None:
-        """Start the engine of `doomed`."""
-        self.script("doomed")
+        """Start the engine of `doomed`, another one after each that was killed."""
+        lives = self.specs["doomed"].incarnation if "doomed" in self.specs else 0
+        if lives:
+            self.processes.pop("doomed").close()
+            shutil.rmtree(self.folder / "doomed")
+        self.script("doomed", incarnation=lives + 1)
         self.serve()
 
     def close(self) -> None:
@@ -105,8 +116,9 @@ class Server:
     def kill(self, model: str) -> None:
         """Kill its engine, as the machine's memory keeper would."""
         child = self.processes[model].child
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait(10)
 
     def seconds_until_idle(self, model: str, since: float) -> float:
         """Seconds from `since` (`time.monotonic`) until the engine says that it has no sequence and no block."""

@@ -9,8 +9,7 @@ from typing import Any, Final
 import openai
 import pytest
 from tests.clients.features import needs
-from tests.clients.server import ENDLESS, Server
-from tests.effort import bound
+from tests.clients.server import ENDLESS, FREED, Server
 
 SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
 WORDS: Final = "naïve 你好 🦊🙂 — done"
@@ -139,7 +138,7 @@ def test_a_response_in_the_background_is_cancelled(client: openai.OpenAI, server
     )
     assert made.status in ("queued", "in_progress")
     assert client.responses.cancel(made.id).status == "cancelled"
-    assert server.seconds_until_idle("parrot", since=time.monotonic()) < bound(0.3)
+    assert server.seconds_until_idle("parrot", since=time.monotonic()) < FREED
 
 
 @needs("files")

@@ -13,13 +13,11 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
-from tests.clients.server import ENDLESS, PLACES, Server
-from tests.effort import bound
+from tests.clients.server import ENDLESS, FREED, PLACES, Server
+from tests.effort import times
 
 SAY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say it"}]
 WORDS = "naïve 你好 🦊🙂 — done"
-FREED = 0.3
-"""Seconds after which the engine has nothing left of a client that has gone."""
 
 
 def script(text: str) -> dict[str, Any]:
@@ -127,7 +125,7 @@ def test_what_is_not_there_is_not_found(client: openai.OpenAI) -> None:
         client.models.retrieve("third")
     with pytest.raises(openai.NotFoundError) as caught:
         client.images.generate(prompt="a fox", model="tiny")
-    assert caught.value.code == "not_found"
+    assert caught.value.code == "endpoint_not_served"
 
 
 def test_a_request_with_too_little_time_is_a_504_that_is_not_tried_again(server: Server) -> None:
@@ -180,14 +178,18 @@ def test_a_crowd_is_a_rate_limit_and_its_headers_are_obeyed(client: openai.OpenA
 
 
 def test_leaving_a_stream_frees_the_engine(client: openai.OpenAI, server: Server) -> None:
-    with client.chat.completions.create(model="parrot", messages=SAY, stream=True, extra_body=ENDLESS) as stream:
-        for chunk in stream:
-            if chunk.choices[0].delta.content:
-                break
-    assert server.seconds_until_idle("parrot", since=time.monotonic()) < bound(FREED)
+    for _ in range(times(1, 50)):
+        with client.chat.completions.create(
+            model="parrot", messages=SAY, stream=True, extra_body=ENDLESS
+        ) as stream:
+            for chunk in stream:
+                if chunk.choices[0].delta.content:
+                    break
+        assert server.seconds_until_idle("parrot", since=time.monotonic()) < FREED
 
 
 def test_a_client_that_waits_no_longer_frees_the_engine(client: openai.OpenAI, server: Server) -> None:
-    with pytest.raises(openai.APITimeoutError):
-        client.chat.completions.create(model="parrot", messages=SAY, timeout=0.2, extra_body=ENDLESS)
-    assert server.seconds_until_idle("parrot", since=time.monotonic()) < bound(FREED)
+    for _ in range(times(1, 50)):
+        with pytest.raises(openai.APITimeoutError):
+            client.chat.completions.create(model="parrot", messages=SAY, timeout=0.2, extra_body=ENDLESS)
+        assert server.seconds_until_idle("parrot", since=time.monotonic()) < FREED

@@ -28,6 +28,8 @@ ELSEWHERE = {
     "logs": "tests/unit/platform/test_cli_commands.py; its words are the engine's",
     "reference": "docs/reference, which is compared by make check",
     "schema": "the JSON Schema has tests of its own",
+    "chat": "tests/e2e/test_chat_and_bench.py",
+    "bench": "tests/e2e/test_chat_and_bench.py; its figures are of the moment",
     "completion": "the script is click's",
 }
 """Commands without a transcript, and what has their words instead."""

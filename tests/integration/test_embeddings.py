@@ -13,6 +13,7 @@ import openai
 import pytest
 from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
+from tests.integration.test_router_batches import create, ended, lines_of, upload
 
 from quire import LLM
 from quire_schemas import wire
@@ -52,6 +53,17 @@ async def test_vectors_are_those_of_the_engine(served: World) -> None:
         for entry, expected in zip(short.data, mean, strict=True):
             assert entry.embedding == pytest.approx(expected, abs=1e-5)
             assert math.hypot(*entry.embedding) == pytest.approx(1, abs=1e-5)
+        asked = {"model": "tiny", "input": texts, "encoding_format": "float"}
+        batch = await create(
+            client,
+            await upload(client, {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": asked}),
+            endpoint="/v1/embeddings",
+        )
+        done = await ended(client, batch.id)
+        (line,) = await lines_of(client, done.output_file_id)
+        for entry, expected in zip(line["response"]["body"]["data"], last, strict=True):
+            assert entry["embedding"] == pytest.approx(expected, abs=1e-5)
+        assert (done.usage.input_tokens, done.usage.output_tokens) == (sum(map(len, ids)), 0)
     async with httpx.AsyncClient() as http:
         body = {"model": "tiny", "input": "When the", "encoding_format": "base64"}
         raw = (await http.post(f"{served.url}/v1/embeddings", json=body)).json()

@@ -27,6 +27,12 @@ SEED: Final = 1 if EFFORT == 1 else secrets.randbelow(2**32)
 NAMES: Final = {"enum": ["tiny", "org/tiny"]}
 TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": 200}
 TEXT: Final = {"type": "string", "minLength": 1, "maxLength": 40}
+SAID: Final = {
+    "type": "object",
+    "properties": {"role": {"const": "user"}, "content": TEXT},
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
 FEW: Final = {"type": "integer", "minimum": 1, "maximum": 8}
 REPETITION: Final = {"enum": [None, {"max_pattern_size": 3, "min_count": 9}]}
 SHARED: Final = (
@@ -41,12 +47,7 @@ AGREEING: Final[dict[str, dict[str, Any]]] = {
             "type": "array",
             "minItems": 1,
             "maxItems": 3,
-            "items": {
-                "type": "object",
-                "properties": {"role": {"enum": ["system", "user"]}, "content": TEXT},
-                "required": ["role", "content"],
-                "additionalProperties": False,
-            },
+            "items": SAID,
         },
         "max_completion_tokens": FEW,
         "repetition_detection": REPETITION,
@@ -65,6 +66,13 @@ AGREEING: Final[dict[str, dict[str, Any]]] = {
         "logprobs": {"type": "integer", "minimum": -1, "maximum": 20},
         "echo": {"type": "boolean"},
     },
+    "MessagesRequest": {
+        "messages": {"type": "array", "minItems": 1, "maxItems": 3, "items": SAID},
+        "max_tokens": FEW,
+        "system": TEXT,
+        "stop_sequences": {"type": "array", "maxItems": 2, "items": TEXT},
+    },
+    "ScoreRequest": {"queries": TEXT, "documents": {"type": "array", "minItems": 1, "maxItems": 3, "items": TEXT}},
     "EmbeddingRequest": {
         "input": {"type": "array", "items": TEXT, "minItems": 1,
                   "maxItems": 4},
@@ -72,15 +80,22 @@ AGREEING: Final[dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+REQUIRED: Final[dict[str, tuple[str, ...]]] = {"ScoreRequest": ("queries", "documents")}
+"""Fields that must be there though the schema cannot say so."""
+
 
 def described() -> Any:
     """The description, with the names of the models that are there."""
     document = json.loads(as_json())
     for each in ENDPOINTS:
+        for alias in each.aliases:
+            del document["paths"][alias]
         if each.request is not None and "model" in each.request.model_fields:
-            properties = document["components"]["schemas"][each.request.__name__]["properties"]
-            properties["model"] = NAMES
-            properties.pop("timeout", None)  # one that is too short is a 504, and rightly so
+            schema = document["components"]["schemas"][each.request.__name__]
+            schema["properties"]["model"] = (
+                NAMES if "model" in schema.get("required", ()) else {"enum": [*NAMES["enum"], None]}
+            )
+            schema["properties"].pop("timeout", None)  # one that is too short is a 504, and rightly so
     return document
 
 
@@ -108,6 +123,7 @@ def agreeing() -> Any:
         if "stream" in known:
             schema["properties"]["stream"] = {"type": "boolean"}
             schema["required"].append("stream")
+        schema["required"] = list(dict.fromkeys([*schema["required"], *REQUIRED.get(name, ())]))
     document["paths"] = {
         each.path: document["paths"][each.path]
         for each in ENDPOINTS
@@ -168,19 +184,20 @@ async def test_what_goes_together_is_never_refused(world: World, tmp_path: Path)
     ends = await judge(
         world, tmp_path, agreeing(), "--phases=fuzzing", f"--max-examples={times(25, 1000)}", "--mode=positive"
     )
-    for operation in ("chat", "text_completion", "embeddings"):
+    for operation in ("chat", "text_completion", "embeddings", "score"):
         assert answered(ends, operation) >= times(20, 800), ends
 
 
 async def test_the_router_has_the_described_paths_and_no_others(world: World) -> None:
     async with httpx.AsyncClient(base_url=world.url) as http:
         listed = (await http.get("/no-such-path")).json()["error"]["message"]
-        described = {each.path for each in ENDPOINTS}
+        described = {path for each in ENDPOINTS for path in (each.path, *each.aliases)}
         assert set(re.findall(r"(/\S*?)[,.]? ", listed.partition("There are: ")[2].rstrip(".") + " ")) == described
-        for each in ENDPOINTS:
-            answer = await http.options(re.sub(r"{\w+}", "any", each.path))
+        for path in described:
+            answer = await http.patch(re.sub(r"{\w+}", "any", path))
             allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
-            assert allowed == set(each.methods), each.path
+            mine = [each for each in ENDPOINTS if path in (each.path, *each.aliases)]
+            assert allowed == {method for each in mine for method in each.methods}, path
 
 
 async def test_the_served_description_is_the_published_one(world: World) -> None:

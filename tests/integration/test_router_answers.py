@@ -308,7 +308,13 @@ async def test_answers_of_a_real_engine_have_the_structure_that_was_asked_for(
     world: World, real_engine: wire.EngineSpec
 ) -> None:
     await world.serve_process(real_engine)
-    plain: Any = {"model": "tiny", "messages": ASK, "max_tokens": 120, "temperature": 0}
+    plain: Any = {
+        "model": "tiny",
+        "messages": ASK,
+        "max_tokens": 120,
+        "temperature": 0,
+        "reasoning_effort": "none",
+    }
     asked: dict[str, Any] = {
         "type": "json_schema",
         "json_schema": {"name": "city", "schema": CITY, "strict": True},

@@ -10,11 +10,12 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tests.effort import fuzz_cases, replay
 from tests.integration.router_world import World, end_world, make_world
@@ -24,6 +25,8 @@ from quire.errors import TABLE
 from quire_schemas.openai.answer import ErrorBody
 from quire_schemas.openai.chat import ChatCompletion
 from quire_schemas.openai.completions import Completion
+from quire_schemas.openai.score import ScoreList
+from quire_schemas.openai.tokens import Detokenized, Tokenized
 
 AT_ONCE = 8
 """Requests under way at the same time; fewer than one engine takes."""
@@ -87,11 +90,30 @@ COMPLETION: dict[str, Any] = {
     "n": 1,
 }
 BY_IDS: dict[str, Any] = {"model": "tiny", "prompt": [1, 2, 3], "echo": True, "stream": True, "max_tokens": 4}
+TOKENIZE: dict[str, Any] = {"model": "tiny", "prompt": "naïve 🦊", "return_token_strs": True}
+TURNS: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Say it"}],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "add_generation_prompt": False,
+    "chat_template_kwargs": {"a": [1]},
+}
+DETOKENIZE: dict[str, Any] = {"model": "org/tiny", "tokens": [1, 2, 300]}
+SCORE: dict[str, Any] = {
+    "model": "tiny",
+    "queries": ["naïve 🦊"],
+    "documents": ["a", "b"],
+    "pooling": "mean",
+    "dimensions": 2,
+}
 BODIES = (
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", PLAIN),
     ("/v1/completions", COMPLETION),
     ("/v1/completions", BY_IDS),
+    ("/tokenize", TOKENIZE),
+    ("/v1/tokenize", TURNS),
+    ("/detokenize", DETOKENIZE),
+    ("/v1/score", SCORE),
 )
 TYPES = ("text/plain", "", "application/json; charset=latin-1", "APPLICATION/JSON", "multipart/form-data", "json")
 HEADERS = (
@@ -100,6 +122,14 @@ HEADERS = (
     ("accept-encoding", "br;q=nan"),
     ("authorization", "Bearer é"), ("content-encoding", "gzip"), ("origin", "null"), ("expect", "200-ok"),
 )  # fmt: skip
+SHAPES: dict[str, Callable[[bytes], Any]] = {
+    "chat/completions": ChatCompletion.model_validate_json,
+    "completions": Completion.model_validate_json,
+    "tokenize": msgspec.json.Decoder(Tokenized).decode,
+    "detokenize": msgspec.json.Decoder(Detokenized).decode,
+    "score": msgspec.json.Decoder(ScoreList).decode,
+}
+"""What a whole answer has to be, by its path."""
 Case = tuple[str, bytes, dict[str, str]]
 
 
@@ -135,8 +165,7 @@ def sound(case: Case, answer: httpx.Response) -> None:
             assert ended, "no finish reason"
             assert len(ended) == len(set(ended)), "two finish reasons"
             return
-        kind = ChatCompletion if "chat" in case[0] else Completion
-        kind.model_validate_json(answer.content)
+        SHAPES[case[0].strip("/").removeprefix("v1/")](answer.content)
         return
     error = ErrorBody.model_validate_json(answer.content).error
     rows = {(row.status, row.type, row.code) for row in TABLE.values()}

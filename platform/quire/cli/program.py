@@ -34,6 +34,8 @@ COMMANDS = {
     "wait": "wait",
     "get": "show",
     "top": "top",
+    "chat": "chat",
+    "bench": "bench",
     "describe": "show",
     "logs": "show",
     "events": "show",

@@ -168,7 +168,6 @@ def api_page() -> str:
     from quire.router.api.absent import ABSENT
     from quire.router.openapi import ENDPOINTS
     from quire_schemas import wire
-    from quire_schemas.openai.batches import CreateBatch
     from quire_schemas.openai.body import WITHOUT_EFFECT
     from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
@@ -201,19 +200,17 @@ def api_page() -> str:
         if each.request is None:
             continue
         honoured = ", ".join(f"`{name}`" for name in each.request.model_fields)
-        lines += [f"## {each.methods[0]} {each.path}", "", f"Honoured: {honoured}.", ""]
+        paths = " and ".join((each.path, *each.aliases))
+        lines += [f"## {each.methods[0]} {paths}", "", f"Honoured: {honoured}.", ""]
         lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
         lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
         lines.append("")
-    lines += [
-        "## POST /v1/files, POST /v1/batches",
-        "",
-        "Files: `file`, `purpose`, `expires_after[anchor]`, `expires_after[seconds]`. Batches: "
-        + ", ".join(f"`{name}`" for name in CreateBatch.model_fields)
-        + ". Their limits are in [batches](../batches.md).",
-        "",
-    ]
-    lines += ["## Accepted without effect", "", "| field | what it is for |", "|---|---|"]
+        if each.without_effect is not WITHOUT_EFFECT:
+            lines += ["| accepted without effect | what it is for |", "|---|---|"]
+            lines += [f"| `{name}` | {purpose} |" for name, purpose in each.without_effect.items()]
+            lines.append("")
+    lines += ["## Accepted without effect", "", "Where nothing else is said above:", ""]
+    lines += ["| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += [
         "",

@@ -413,6 +413,165 @@ class LoadList(TypedDict):
     items: list[Load]
 
 
+class Spread(TypedDict):
+    """Values of one kind. A percentile between two values is on the line between them."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class BenchRow(TypedDict):
+    """What became of one request; null for what there is not."""
+
+    index: int
+    due: Annotated[float, "When it was to be sent, from the start of the run."]
+    sent: Annotated[float, "When it was sent."]
+    ttft: Annotated[float | None, "From `due` to the first text."]
+    tpot: Annotated[float | None, "From the first text to the last, divided by the tokens behind the first."]
+    e2e: Annotated[float | None, "From `due` to the end of the answer, or to the error."]
+    itl: Annotated[list[float], "Inter-token latencies; how they are measured: `docs/chat-and-bench.md`."]
+    inputTokensAsked: Annotated[int | None, "What the prompt was to have; null for those of a data set."]
+    inputTokens: Annotated[int | None, "Prompt tokens, as the server counts, as all that follows."]
+    cachedTokens: Annotated[int | None, "Those that a prefix cache had; null from a server that does not say."]
+    outputTokensAsked: int | None
+    outputTokens: int | None
+    finishReason: str | None
+    error: Annotated[str | None, "The kind of error it ended with; null where it was answered."]
+
+
+class BenchGoodput(TypedDict):
+    """Requests that were answered within all bounds."""
+
+    requestsPerSecond: float
+    share: Annotated[float, "Of all requests of the run, those that failed included."]
+
+
+class BenchError(TypedDict):
+    """Errors of one kind."""
+
+    kind: str
+    count: int
+    message: Annotated[str, "Of the first."]
+
+
+class BenchRun(TypedDict):
+    """One load, and what was measured under it. Tokens and latencies are those of answered requests."""
+
+    load: Annotated[str, "`concurrency N`, `rate N`, or `trace`."]
+    concurrency: Annotated[int | None, "Requests at a time; null in an open loop."]
+    rate: Annotated[float | None, "Requests a second that were sent; null for all at once, and otherwise."]
+    startedAt: Time
+    seconds: Annotated[float, "From the start to the end of the last answer."]
+    requests: Annotated[int, "Answered and failed."]
+    answered: int
+    failed: int
+    unfinished: Annotated[int, "On the way when the run was interrupted; in no other figure."]
+    inputTokens: int
+    cachedTokens: int | None
+    outputTokens: int
+    inputTokensAsked: int | None
+    outputTokensAsked: int | None
+    requestsPerSecond: Annotated[float, "Answered ones."]
+    outputTokensPerSecond: float
+    totalTokensPerSecond: Annotated[float, "Of prompts and answers."]
+    ttft: Spread | None
+    itl: Annotated[Spread | None, "Of all tokens of all requests."]
+    tpot: Spread | None
+    e2e: Spread | None
+    lateness: Annotated[Spread | None, "How long behind its time each request was sent."]
+    clientCpu: Annotated[float, "Share of one processor that this command used."]
+    goodput: Annotated[BenchGoodput | None, "null where no bounds were given."]
+    errors: list[BenchError]
+    rows: NotRequired[Annotated[list[BenchRow], "In what `--save` writes, by index."]]
+
+
+class BenchVersions(TypedDict):
+    """What measured."""
+
+    quire: str
+    python: str
+    system: str
+    cpus: int
+
+
+class BenchParameters(TypedDict):
+    """What the result depends on; null for what was not given."""
+
+    requests: int | None
+    duration: float | None
+    inputTokens: str | None
+    outputTokens: str | None
+    trace: Annotated[str | None, "The file."]
+    speed: Annotated[float, "How many times as fast the trace's arrivals were."]
+    dataset: Annotated[str | None, "The file."]
+    prefixTokens: int
+    endpoint: Literal["chat", "completions"]
+    stream: bool
+    ignoreEos: bool
+    timeout: Annotated[float | None, "Of one answer."]
+    goodput: Annotated[dict[str, float], "Bounds, by latency."]
+    warmup: int
+    seed: int
+    extraBody: dict[str, Any]
+
+
+class Bench(TypedDict):
+    """`bench`; with the rows of each run it is what `--save` writes and `--compare` reads."""
+
+    apiVersion: str
+    kind: Literal["Bench"]
+    url: str
+    model: str
+    fingerprint: Annotated[str | None, "The server's `system_fingerprint`."]
+    startedAt: Time
+    parameters: BenchParameters
+    versions: BenchVersions
+    tokensBy: Annotated[
+        Literal["usage", "mean"] | None,
+        "How tokens of an event were known: by the usage in it, or as the answer's mean. null without streams.",
+    ]
+    interrupted: bool
+    runs: list[BenchRun]
+
+
+class BenchDifference(TypedDict):
+    """A parameter that is not alike."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+class BenchRatio(TypedDict):
+    """One figure of two results."""
+
+    name: str
+    a: float
+    b: float
+    ratio: Annotated[float | None, "b / a; null where a is 0."]
+
+
+class BenchPair(TypedDict):
+    """The same load in two results."""
+
+    load: str
+    figures: list[BenchRatio]
+
+
+class BenchComparison(TypedDict):
+    """`bench --compare A B`."""
+
+    apiVersion: str
+    kind: Literal["BenchComparison"]
+    differences: list[BenchDifference]
+    runs: list[BenchPair]
+    onlyA: Annotated[list[str], "Loads that B does not have."]
+    onlyB: list[str]
+
+
 class Snapshot(TypedDict):
     """A commit of a repository in the cache of the hub."""
 
@@ -484,7 +643,8 @@ class Validation(TypedDict):
 ANSWERS: dict[str, type] = {
     "get": ObjectList, "get KIND/NAME": Object, "get replicas": ReplicaList, "get revisions": RevisionList,
     "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
-    "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "cache list": Cache,
-    "cache prune": CachePrune, "secret list": SecretList,
+    "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "bench": Bench,
+    "bench --compare A B": BenchComparison, "cache list": Cache, "cache prune": CachePrune,
+    "secret list": SecretList,
 }  # fmt: skip
 """What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""

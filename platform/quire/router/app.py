@@ -19,9 +19,12 @@ from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange, Format
+from quire.router.api.files import known
 from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.responses import Responding, ResponsesFormat, deleted, input_items
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
+from quire.router.background import Background
 from quire.router.batches import Batches
 from quire.router.config import RouterConfig
 from quire.router.executor import Executor
@@ -31,6 +34,7 @@ from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
 from quire.router.proof import Prover
+from quire.router.responses import Responses
 from quire.router.spans import RequestSpans
 from quire.router.store import Store
 from quire.tracing import Tracing
@@ -86,7 +90,12 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         "/v1/completions": completion_format,
         "/v1/embeddings": embedding_format,
     }
-    executor = Executor(gateway, spans, kept, stored, batched)
+    responses = Responses(store)
+    batched["/v1/responses"] = ResponsesFormat(gateway, responses)
+    background = Background(
+        responses, lambda name: Exchange(gateway, spans, ResponsesFormat(gateway, responses, name))
+    )
+    executor = Executor(gateway, spans, kept, stored, batched, (background,))
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
@@ -95,6 +104,28 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     @post("/v1/completions")
     async def completions() -> ASGIApp:
         return Exchange(gateway, spans, completion_format)
+
+    @post("/v1/responses")
+    async def respond() -> ASGIApp:
+        return Responding(gateway, spans, responses, background)
+
+    @get("/v1/responses/{response_id:str}")
+    async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        known(dict(request.query_params), ())
+        return Reply(200, await responses.get(_named(request, "response_id")))
+
+    @delete("/v1/responses/{response_id:str}", status_code=200)
+    async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await deleted(responses, _named(request, "response_id")))
+
+    @post("/v1/responses/{response_id:str}/cancel")
+    async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await background.cancel(_named(request, "response_id")))
+
+    @get("/v1/responses/{response_id:str}/input_items")
+    async def list_input(request: Request[Any, Any, Any]) -> ASGIApp:
+        named = _named(request, "response_id")
+        return Reply(200, await input_items(responses, named, dict(request.query_params)))
 
     @post("/v1/embeddings")
     async def embeddings() -> ASGIApp:
@@ -188,6 +219,11 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     routes = [
         chat,
         completions,
+        respond,
+        get_response,
+        delete_response,
+        cancel_response,
+        list_input,
         embeddings,
         score,
         messages,

@@ -301,15 +301,12 @@ class Batches:
 
         await self.store.run(write)
 
-    async def answers(self, batch_id: str, first: int, limit: int) -> list[tuple[int, bool, bytes]]:
-        """Up to `limit` answers from line `first` on: line, whether it is for the output file, text."""
-        query = (
-            sa.select(ANSWERS.c.line, ANSWERS.c.ok, ANSWERS.c.text)
-            .where(ANSWERS.c.batch == batch_id, ANSWERS.c.line >= first)
-            .order_by(ANSWERS.c.line)
-            .limit(limit)
+    async def answers(self, batch_id: str, lines: range) -> dict[int, tuple[bool, bytes]]:
+        """The answers of those of `lines` that have one: whether it is for the output file, and its text."""
+        query = sa.select(ANSWERS.c.line, ANSWERS.c.ok, ANSWERS.c.text).where(
+            ANSWERS.c.batch == batch_id, ANSWERS.c.line >= lines.start, ANSWERS.c.line < lines.stop
         )
-        return await self.store.run(lambda db: [(row[0], row[1], row[2]) for row in db.execute(query)])
+        return await self.store.run(lambda db: {row[0]: (row[1], row[2]) for row in db.execute(query)})
 
     async def finalize(self, batch_id: str) -> Batch:
         """No more lines are to come; a batch that was cancelled meanwhile stays so."""

@@ -1,6 +1,6 @@
 """Works off batches: each line goes the road of a client's request, behind everybody who waits for an answer.
 
-A line is a client (`_Client`): it calls the endpoint's `Exchange`, the same that serves HTTP, and leaves like one
+A line is a client (`inside`): it calls the endpoint's `Exchange`, the same that serves HTTP, and leaves like one
 when its batch is cancelled, over or handed on. It is background work: requests never wait for it, in admission, at
 the choice of a replica or in an engine. There are never more lines at a model than it computes at once beside its
 requests, and one while no replica is ready, which asks for one.
@@ -36,12 +36,11 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
-from litestar.types import Message
 
 from quire.errors import StorageUnavailable
 from quire.router import quarantine
@@ -50,6 +49,7 @@ from quire.router.batch_input import Reading
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
 from quire.router.files import Files, read_bytes
 from quire.router.gateway import Gateway
+from quire.router.inside import InsideClient
 from quire.router.spans import RequestSpans
 from quire.router.store import Incoming, make
 from quire_schemas.openai.batches import LineError, LineResponse, OutputLine, read_line
@@ -86,9 +86,14 @@ _WORDS: Final = {
 
 
 class _Usage(msgspec.Struct):
+    """Of any endpoint: responses have names of their own."""
+
     prompt_tokens: int = 0
+    input_tokens: int = 0
     completion_tokens: int = 0
-    prompt_tokens_details: dict[str, int] | None = None
+    output_tokens: int = 0
+    prompt_tokens_details: dict[str, int] = {}
+    input_tokens_details: dict[str, int] = {}
 
 
 class _Answered(msgspec.Struct):
@@ -148,8 +153,21 @@ class _Pause:
     seconds: float = 0.0
 
 
+class Beside(Protocol):
+    """Other work of the one router that works off batches."""
+
+    async def resume(self) -> None:
+        """Go on with what a router before has left."""
+
+    async def sweep(self) -> None:
+        """Forget what nobody may ask for any more."""
+
+
 class Executor:
-    """The batches of one store, on the models of one fleet. `formats` are those of the endpoints, by path."""
+    """The batches of one store, on the models of one fleet.
+
+    `formats` are those of the endpoints, by path; `beside` is what else goes by this router's lock.
+    """
 
     def __init__(
         self,
@@ -158,8 +176,10 @@ class Executor:
         files: Files,
         batches: Batches,
         formats: Mapping[str, Format[Any]],
+        beside: Sequence[Beside] = (),
     ) -> None:
         self.formats = formats
+        self._beside = beside
         self._gateway = gateway
         self._fleet = gateway.fleet
         self._spans = spans
@@ -210,6 +230,8 @@ class Executor:
             stack.enter_context(await self._lock())
             log.info("this router works off batches")
             stack.push_async_callback(self._leave)
+            for each in self._beside:
+                self._begin(each.resume())
             self._begin(self._send())
             self._begin(self._commit())
             while True:
@@ -290,6 +312,8 @@ class Executor:
         if now - self._swept_at >= SWEEP_SECONDS:
             self._swept_at = now
             await self._batches.sweep()
+            for each in self._beside:
+                await each.sweep()
             if expired := await self._files.sweep():
                 log.info("%d files have expired", expired)
 
@@ -369,19 +393,13 @@ class Executor:
         status = "cancelled" if batch.status == "cancelling" else "completed" if complete else "expired"
         (output_id, output), (error_id, errors) = [await asyncio.to_thread(self._files.begin) for _ in range(2)]
         try:
-            first = 0
-            while first < len(plan):
-                answers = await self._batches.answers(batch.id, first, EXPORTED_AT_ONCE)
-                last = answers[-1][0] + 1 if answers else len(plan)
-                told = {line: (ok, text) for line, ok, text in answers}
-                without = [line for line in range(first, last) if line not in told]
-                for line in without:
-                    if (lost := await asyncio.to_thread(self._lost, batch, plan, line, status)) is not None:
-                        told[line] = (False, lost)
-                await asyncio.to_thread(_write, output, errors, told)
-                first = last
-            await asyncio.to_thread(output.keep)
-            await asyncio.to_thread(errors.keep)
+            for first in range(0, len(plan), EXPORTED_AT_ONCE):
+                lines = range(first, min(first + EXPORTED_AT_ONCE, len(plan)))
+                told = await self._batches.answers(batch.id, lines)
+                await asyncio.to_thread(self._write, work, plan, lines, told, status, output, errors)
+            for file in (output, errors):
+                if file.size:
+                    await asyncio.to_thread(file.keep)
             work.batch = await self._batches.end(batch, status, (output_id, output.size), (error_id, errors.size))
         finally:
             output.discard()
@@ -389,15 +407,28 @@ class Executor:
         done = work.batch
         log.info("batch %s: %s, %d completed, %d failed", done.id, done.status, done.completed, done.failed)
 
-    def _lost(self, batch: Batch, plan: Plan, line: int, status: str) -> bytes | None:
-        """The output of a line without an answer; None where the input is gone. Blocks."""
-        path = self._files.path(batch.input_file_id)
-        if not path.exists():
-            log.error("batch %s: its input is gone, and line %d has no name", batch.id, line + 1)
-            return None
-        text = read_bytes(path, plan.offsets[line], plan.lengths[line])
-        custom_id, _ = read_line(text, batch.endpoint)
-        return _encoded(OutputLine(_request_id(), custom_id, None, _WORDS[status]))
+    def _write(
+        self,
+        work: _Work,
+        plan: Plan,
+        lines: Sequence[int],
+        told: Mapping[int, tuple[bool, bytes]],
+        status: str,
+        output: Incoming,
+        errors: Incoming,
+    ) -> None:
+        """Write what `lines` came to. Blocks."""
+        path = self._files.path(work.batch.input_file_id)
+        for line in lines:
+            ok, text = told.get(line, (False, b""))
+            if not text and path.exists():
+                whole = read_bytes(path, plan.offsets[line], plan.lengths[line])
+                custom_id, _ = read_line(whole, work.batch.endpoint)
+                text = _encoded(OutputLine(_request_id(), custom_id, None, _WORDS[status]))
+            elif not text:  # somebody took it away
+                log.error("batch %s: its input is gone, and line %d has no name", work.batch.id, line + 1)
+            if text:
+                (output if ok else errors).write(text)
 
     # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -406,7 +437,9 @@ class Executor:
         while True:
             self._room.clear()
             while not self._draining and self._send_one():
-                await asyncio.sleep(0)  # who came in meanwhile goes first
+                began = time.monotonic()
+                await asyncio.sleep(0)  # who came in meanwhile goes first,
+                await asyncio.sleep(time.monotonic() - began)  # and half of the loop's time is left to others
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ROOM_SECONDS if self._turns else None):
                     await self._room.wait()
@@ -483,7 +516,7 @@ class Executor:
         path = self._files.path(batch.input_file_id)
         text = await asyncio.to_thread(read_bytes, path, plan.offsets[line], plan.lengths[line])
         custom_id, body = read_line(text, batch.endpoint)
-        client = _Client(batch.endpoint, body, work.gone)
+        client = InsideClient(batch.endpoint, body, work.gone)
         form = self.formats[batch.endpoint]
         await Exchange(self._gateway, self._spans, form, background=True)(
             client.scope,  # type: ignore[arg-type]
@@ -504,8 +537,9 @@ class Executor:
         usage = msgspec.json.decode(whole, type=_Answered).usage if ok else None
         if usage is None:
             return Answer(batch.id, line, ok, made)
-        cached = (usage.prompt_tokens_details or {}).get("cached_tokens", 0)
-        return Answer(batch.id, line, ok, made, usage.prompt_tokens, cached, usage.completion_tokens)
+        read, said = usage.prompt_tokens + usage.input_tokens, usage.completion_tokens + usage.output_tokens
+        cached = (usage.prompt_tokens_details | usage.input_tokens_details).get("cached_tokens", 0)
+        return Answer(batch.id, line, ok, made, read, cached, said)
 
     def _leave_alone(self, key: str) -> None:
         """Send the model no line for a while, longer each time, until one is answered."""
@@ -545,45 +579,7 @@ class Executor:
             work.changed.set()
 
 
-class _Client:
-    """One line as an HTTP client that waits for the whole answer, or leaves once `gone` is set."""
-
-    def __init__(self, path: str, body: bytes, gone: asyncio.Event) -> None:
-        self.status: int | None = None
-        self.headers: dict[bytes, bytes] = {}
-        self.body = bytearray()
-        self.request_id = f"req_{uuid.uuid4().hex}"
-        self.scope: dict[str, Any] = {
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "server": None,
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"x-request-id", self.request_id.encode()),
-            ],
-        }
-        self._sent = body
-        self._gone = gone
-        self._has_sent = False
-
-    async def receive(self) -> dict[str, Any]:
-        if not self._has_sent:
-            self._has_sent = True
-            return {"type": "http.request", "body": self._sent, "more_body": False}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.headers = dict(message["headers"])
-        elif message["type"] == "http.response.body":
-            self.body += message["body"]
-
-
-def again(work: _Work, line: int, client: _Client) -> _Again | None:
+def again(work: _Work, line: int, client: InsideClient) -> _Again | None:
     """How a line is tried again that may have another answer then; None when what came is its answer."""
     if client.status in (429, 503):
         return _Again()
@@ -603,13 +599,6 @@ def _request_id() -> str:
 
 def _encoded(line: OutputLine) -> bytes:
     return msgspec.json.encode(line) + b"\n"
-
-
-def _write(output: Incoming, errors: Incoming, told: Mapping[int, tuple[bool, bytes]]) -> None:
-    for file, wanted in ((output, True), (errors, False)):
-        text = b"".join(told[line][1] for line in sorted(told) if told[line][0] is wanted)
-        if text:
-            file.write(text)
 
 
 @contextlib.contextmanager

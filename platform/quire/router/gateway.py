@@ -353,6 +353,7 @@ class Gateway:
                 bool(request.return_tokens_as_token_ids),
                 reasoning=rendered is None or rendered.shows_reasoning,
                 prompt_text=isinstance(request, ChatRequest) and bool(request.return_prompt_text),
+                ending=isinstance(request, CompletionRequest),
                 metrics=bool(request.return_metrics),
             ),
             stops=tuple(request.stop or ()),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ class Shown:
     reasoning: bool = True
     """What the model thought, apart from its answer."""
     prompt_text: bool = False
+    ending: bool = False
+    """Among the log-probabilities those of the token that ended the text."""
     metrics: bool = False
     """Where the time of the request went."""
 
@@ -113,6 +116,10 @@ class Job:
         """Whether writing its answer may take so long that others would notice."""
         scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
         return scored or bool(self.pairs) or self.shown.prompt_text
+
+    async def written(self, write: Callable[[], bytes]) -> bytes:
+        """What `write` gives of the answer, without others having to wait for it."""
+        return await asyncio.to_thread(write) if self.is_large else write()
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""
@@ -310,6 +317,8 @@ class Choice:
                 if delta.stop_token_id is not None:
                     self.generated += 1
                     self.ids.append(delta.stop_token_id)
+                    if self.job.shown.ending and len(scores) > len(delta.token_ids):
+                        self.scores.append(TokenScore(self.text.made, self.text.made, scores[-1]))
                 pieces.append(self.text.finish(delta.stop_token_id))
                 self._understand(parts, self._reader.push(pieces[-1]))
                 stop = self._named(delta.stop_token_id)

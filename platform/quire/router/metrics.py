@@ -32,6 +32,7 @@ from quire_schemas.wire import Stats
 OPERATIONS: Final = (
     "chat",
     "text_completion",
+    "responses",
     "embeddings",
     "score",
     "tokenize",

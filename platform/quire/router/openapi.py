@@ -38,6 +38,7 @@ from quire_schemas.anthropic import (
     CountRequest,
     MessagesAnswer,
     MessagesError,
+    MessagesEvent,
     MessagesRequest,
     TokenCount,
 )
@@ -50,6 +51,15 @@ from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, Com
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
 from quire_schemas.openai.files import FileDeleted, FileList, FileObject, ListFiles, UploadForm
 from quire_schemas.openai.models import ModelCard, ModelList
+from quire_schemas.openai.responses import (
+    RESPONSES_REFUSED,
+    RESPONSES_WITHOUT_EFFECT,
+    InputItems,
+    ListInputItems,
+    ResponseDeleted,
+    ResponseObject,
+    ResponsesRequest,
+)
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
 from quire_schemas.openai.tokens import (
     DETOKENIZE_REFUSED,
@@ -66,14 +76,20 @@ Errors = tuple[type[Exception], ...]
 
 ANY: Final[Errors] = (errors.InvalidRequest, errors.HostRefused, errors.InternalError)
 """What every request may end in: its headers are looked at, and anything may break."""
-BODY: Final[Errors] = (errors.BodyTimeout, errors.BodyTooLarge, errors.UnsupportedMediaType)
-"""Of requests with a body."""
+BODY: Final[Errors] = (
+    errors.BodyTimeout,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+    errors.ServiceUnavailable,
+)
+"""Of requests with a body: the server may stop while they are worked on."""
+TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer)
+"""Of requests that need a model's tokenizer."""
 ENGINE: Final[Errors] = (
-    errors.ModelNotFound,
+    *TOKENIZER,
     errors.ContextLengthExceeded,
     text.ParamRefused,
     errors.QueueFull,
-    text.BadTokenizer,
     errors.ServiceUnavailable,
     errors.ModelStopped,
     errors.EngineUnavailable,
@@ -90,8 +106,6 @@ TEMPLATE: Final[Errors] = (
 """Of requests with messages."""
 
 
-TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer)
-"""Of requests that a model's tokenizer answers."""
 STORED: Final[Errors] = (errors.StorageUnavailable, errors.StorageFull)
 """Of requests for what the router keeps."""
 ONE_STORED: Final[Errors] = (*STORED, errors.NotFound, errors.Conflict)
@@ -128,6 +142,8 @@ class Endpoint:
     """What a 503 means that has the answer's own shape, where there is one."""
     error: Any = ErrorBody
     """Shape of errors."""
+    aliases: tuple[str, ...] = ()
+    """Other paths that are the same."""
 
 
 ENDPOINTS: Final = (
@@ -163,36 +179,77 @@ ENDPOINTS: Final = (
         refused=EMBEDDING_REFUSED,
         answer=EmbeddingList,
     ),
-    *(
-        Endpoint(
-            f"createScore{name}",
-            path,
-            "Tell how alike texts are, as the cosine between their embeddings.",
-            ("POST",),
-            ENGINE,
-            request=ScoreRequest,
-            refused=SCORE_REFUSED,
-            answer=ScoreList,
-        )
-        for name, path in (("", "/v1/score"), ("Bare", "/score"))
+    Endpoint(
+        "createResponse",
+        "/v1/responses",
+        "Answer a conversation of items, which may go on from a response that is kept.",
+        ("POST",),
+        (*ENGINE, *TEMPLATE, *ONE_STORED),
+        request=ResponsesRequest,
+        refused=RESPONSES_REFUSED,
+        without_effect=RESPONSES_WITHOUT_EFFECT,
+        answer=ResponseObject,
+        event=dict[str, Any],
+    ),
+    Endpoint(
+        "retrieveResponse",
+        "/v1/responses/{response_id}",
+        "A response that is kept.",
+        errors=ONE_STORED,
+        answer=ResponseObject,
+    ),
+    Endpoint(
+        "deleteResponse",
+        "/v1/responses/{response_id}",
+        "Keep a response no longer.",
+        ("DELETE",),
+        ONE_STORED,
+        answer=ResponseDeleted,
+    ),
+    Endpoint(
+        "cancelResponse",
+        "/v1/responses/{response_id}/cancel",
+        "End a response in the background.",
+        ("POST",),
+        ONE_STORED,
+        answer=ResponseObject,
+    ),
+    Endpoint(
+        "listInputItems",
+        "/v1/responses/{response_id}/input_items",
+        "What a response answers.",
+        errors=ONE_STORED,
+        query=ListInputItems,
+        answer=InputItems,
+    ),
+    Endpoint(
+        "createScore",
+        "/v1/score",
+        "Tell how alike texts are.",
+        ("POST",),
+        ENGINE,
+        request=ScoreRequest,
+        refused=SCORE_REFUSED,
+        answer=ScoreList,
+        aliases=("/score",),
     ),
     Endpoint(
         "createMessage",
         "/v1/messages",
-        "Answer the last message of a conversation, in the shapes of Anthropic's Messages API.",
+        "Answer the last message of a conversation, in Anthropic's words.",
         ("POST",),
         ENGINE + TEMPLATE,
         request=MessagesRequest,
         refused=MESSAGES_REFUSED,
         without_effect=MESSAGES_WITHOUT_EFFECT,
         answer=MessagesAnswer,
-        event=dict[str, Any],
+        event=MessagesEvent,
         error=MessagesError,
     ),
     Endpoint(
-        "countTokens",
+        "countMessageTokens",
         "/v1/messages/count_tokens",
-        "Count the tokens of such a conversation.",
+        "Count the tokens of a conversation.",
         ("POST",),
         TOKENIZER + TEMPLATE,
         request=CountRequest,
@@ -201,31 +258,27 @@ ENDPOINTS: Final = (
         answer=TokenCount,
         error=MessagesError,
     ),
-    *(
-        Endpoint(
-            f"tokenize{name}",
-            path,
-            "The token ids of a text, or of a conversation as the model's template writes it.",
-            ("POST",),
-            TOKENIZER + TEMPLATE,
-            request=TokenizeRequest,
-            refused=TOKENIZE_REFUSED,
-            answer=Tokenized,
-        )
-        for name, path in (("", "/v1/tokenize"), ("Bare", "/tokenize"))
+    Endpoint(
+        "tokenize",
+        "/v1/tokenize",
+        "A text or a conversation as token ids.",
+        ("POST",),
+        TOKENIZER + TEMPLATE,
+        request=TokenizeRequest,
+        refused=TOKENIZE_REFUSED,
+        answer=Tokenized,
+        aliases=("/tokenize",),
     ),
-    *(
-        Endpoint(
-            f"detokenize{name}",
-            path,
-            "The text of token ids.",
-            ("POST",),
-            TOKENIZER,
-            request=DetokenizeRequest,
-            refused=DETOKENIZE_REFUSED,
-            answer=Detokenized,
-        )
-        for name, path in (("", "/v1/detokenize"), ("Bare", "/detokenize"))
+    Endpoint(
+        "detokenize",
+        "/v1/detokenize",
+        "Token ids as a text.",
+        ("POST",),
+        TOKENIZER,
+        request=DetokenizeRequest,
+        refused=DETOKENIZE_REFUSED,
+        answer=Detokenized,
+        aliases=("/detokenize",),
     ),
     Endpoint(
         "uploadFile",
@@ -310,8 +363,9 @@ def document() -> dict[str, Any]:
     """The description of all endpoints."""
     paths: dict[str, Any] = {}
     for each in ENDPOINTS:
-        operations = {method.lower(): _operation(each, method) for method in each.methods}
-        paths.setdefault(each.path, _parameters_of_path(each.path)).update(operations)
+        for number, path in enumerate((each.path, *each.aliases)):
+            operations = {method.lower(): _operation(each, method, number) for method in each.methods}
+            paths.setdefault(path, _parameters_of_path(path)).update(operations)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -355,9 +409,11 @@ _HEADERS: Final[Mapping[str, Any]] = {
 _ID: Final = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
 
 
-def _operation(each: Endpoint, method: str) -> dict[str, Any]:
+def _operation(each: Endpoint, method: str, number: int) -> dict[str, Any]:
+    """`number` of a path among those of its row: identifiers are of one operation each."""
     head = method == "HEAD"
-    made: dict[str, Any] = {"operationId": f"{each.name}Head" if head else each.name, "summary": each.summary}
+    name = f"{each.name}{'Head' if head else ''}{number + 1 if number else ''}"
+    made: dict[str, Any] = {"operationId": name, "summary": each.summary}
     if each.query is not None:
         made["parameters"] = list(_parameters(each.query))
     ends = (*ANY, *each.errors)

@@ -97,7 +97,10 @@ def read_completion(body: bytes, ignore_unknown: bool = False) -> CompletionRequ
 
 
 class CompletionLogprobs(Answer):
-    """Log-probabilities in a completion choice: parallel lists, one entry a token."""
+    """Log-probabilities in a completion choice: parallel lists, one entry a token, one that ended it included.
+
+    Clients that have a text scored with `echo` and one token more count on that token's entry, whatever it is.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -29,6 +29,8 @@ from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools
 
 MAX_METADATA: Final = 16
+INPUT_ITEMS_LISTED: Final = 20
+MAX_INPUT_ITEMS_LISTED: Final = 100
 RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     **SAMPLING_REFUSED,
     "conversation": Refusal("go on from a stored response with previous_response_id"),
@@ -165,7 +167,7 @@ def _item(value: object) -> Item:
     shape = _items.get(kind) if isinstance(kind, str) else None
     if shape is None:
         raise PydanticCustomError("item", f"must be an object with a type of {', '.join(_items)}")
-    return shape.validate_python(value, strict=True)
+    return shape.validate_python(value)
 
 
 def _input(value: object) -> list[Item]:
@@ -262,7 +264,7 @@ _choices: Final[TypeAdapter[ResponseChoice]] = TypeAdapter(ResponseChoice)
 
 def _choice(value: object) -> ResponseChoice:
     try:
-        return _choices.validate_python(value, strict=True)
+        return _choices.validate_python(value)
     except ValidationError as error:
         raise PydanticCustomError(
             "choice", "must be none, auto, required, a function ('type' and 'name') or allowed_tools"
@@ -350,6 +352,8 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
     def _it_can_be_kept(self) -> ResponsesRequest:
         if self.background and self.store is False:
             raise PydanticCustomError("background", "needs store: nobody could ask for the response")
+        if self.background and self.stream:
+            raise PydanticCustomError("background", "excludes stream: the response is to be asked for")
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise PydanticCustomError("top_logprobs", "needs 'message.output_text.logprobs' in include")
         return self
@@ -363,13 +367,13 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
         """Whether thoughts are to be shown where clients look for a summary of them."""
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
-    def chat(self, before: Sequence[Item]) -> ChatRequest:
-        """The chat request that this stands for, after the items `before`. Raises `BadRequest`."""
-        return standing_for(ChatRequest, self._for_chat(before))
+    def chat(self, items: Sequence[Item]) -> ChatRequest:
+        """The chat request that this stands for, as the end of a conversation. Raises `BadRequest`."""
+        return standing_for(ChatRequest, self._for_chat(items))
 
-    def _for_chat(self, before: Sequence[Item]) -> dict[str, Any]:
+    def _for_chat(self, items: Sequence[Item]) -> dict[str, Any]:
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages.extend(messages_of([*before, *self.input]))
+        messages.extend(messages_of(items))
         made: dict[str, Any] = {"model": self.model, "messages": messages, "stream": bool(self.stream)}
         made |= {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         if "logit_bias" in made:
@@ -410,3 +414,187 @@ def read_items(stored: bytes) -> list[Item]:
 def write_items(items: Sequence[Item]) -> bytes:
     """Items for the store."""
     return msgspec.json.encode([item.model_dump(exclude_none=True) for item in items])
+
+
+# ── answers: msgspec, as a stream writes them again and again ─────────────────────────────────────────────
+
+
+class OutputText(msgspec.Struct, tag="output_text", tag_field="type", kw_only=True):
+    """Words of a message."""
+
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+    """As in a chat, where `include` asks for them."""
+
+
+class OutputThought(msgspec.Struct, tag_field="type", tag="reasoning_text"):
+    """A thought as the model wrote it."""
+
+    text: str
+
+
+class OutputSummary(msgspec.Struct, tag_field="type", tag="summary_text"):
+    """The same where clients look for a summary."""
+
+    text: str
+
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputMessage(msgspec.Struct, tag="message", tag_field="type", kw_only=True):
+    """What the model says."""
+
+    id: str
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus
+    content: list[OutputText]
+
+
+class OutputReasoning(msgspec.Struct, tag="reasoning", tag_field="type", kw_only=True):
+    """What it thought before."""
+
+    id: str
+    status: ItemStatus
+    summary: list[OutputSummary]
+    content: list[OutputThought]
+    encrypted_content: None = None
+
+
+class OutputCall(msgspec.Struct, tag="function_call", tag_field="type", kw_only=True):
+    """A call that it makes."""
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: ItemStatus
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
+
+
+class InputDetails(msgspec.Struct):
+    """Where tokens of the prompt came from."""
+
+    cached_tokens: int
+
+
+class OutputDetails(msgspec.Struct):
+    """What tokens of the answer were for."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(msgspec.Struct, kw_only=True):
+    """Tokens of a response."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ResponseError(msgspec.Struct):
+    """Why a response failed."""
+
+    code: str
+    message: str
+
+
+class IncompleteDetails(msgspec.Struct):
+    """Why a response is not whole."""
+
+    reason: Literal["max_output_tokens"]
+
+
+ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class ResponseObject(msgspec.Struct, kw_only=True):
+    """One response. What the request said is repeated."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: ResponseStatus
+    background: bool
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputItem] = []
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: dict[str, str | None]
+    service_tier: Literal["default"] = "default"
+    store: bool
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float | None
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None = None
+    metadata: dict[str, str]
+
+    @classmethod
+    def begun(cls, id: str, created_at: int, request: ResponsesRequest) -> ResponseObject:
+        """A response of which nothing is there yet."""
+        reasoning = request.reasoning or ReasoningOptions()
+        said = request.text or TextOptions()
+        wanted = said.format.model_dump(by_alias=True, exclude_none=True) if said.format else {"type": "text"}
+        choice = request.tool_choice
+        return cls(
+            id=id,
+            created_at=created_at,
+            status="queued" if request.background else "in_progress",
+            background=bool(request.background),
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            model=request.model,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            previous_response_id=request.previous_response_id,
+            reasoning={"effort": reasoning.effort, "summary": reasoning.summary or reasoning.generate_summary},
+            store=request.store is not False,
+            temperature=getattr(request, "temperature", None),
+            text={"format": wanted},
+            tool_choice=choice.model_dump() if isinstance(choice, Shape) else choice or "auto",
+            tools=[{"strict": None, **tool.model_dump(exclude_none=True)} for tool in request.tools or ()],
+            top_logprobs=request.top_logprobs or 0,
+            top_p=getattr(request, "top_p", None),
+            metadata=dict(request.metadata or {}),
+        )
+
+
+class ListInputItems(Shape):
+    """Parameters of `GET /v1/responses/{id}/input_items`."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_INPUT_ITEMS_LISTED)] = INPUT_ITEMS_LISTED
+    after: str | None = None
+    """The last item of the page before."""
+    order: Literal["asc", "desc"] = "desc"
+    """From the last item back, or from the first on."""
+
+
+class ResponseDeleted(msgspec.Struct, kw_only=True):
+    """Answer to `DELETE /v1/responses/{id}`."""
+
+    id: str
+    object: Literal["response.deleted"] = "response.deleted"
+    deleted: Literal[True] = True
+
+
+class InputItems(msgspec.Struct, kw_only=True):
+    """Answer to `GET /v1/responses/{id}/input_items`."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

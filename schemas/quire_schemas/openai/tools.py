@@ -91,7 +91,7 @@ _choices: Final[TypeAdapter[Choosable]] = TypeAdapter(Choosable)
 
 def _choice(value: object) -> Choosable:
     try:
-        return _choices.validate_python(value, strict=True)
+        return _choices.validate_python(value)
     except ValidationError as error:
         raise PydanticCustomError(
             "choice",

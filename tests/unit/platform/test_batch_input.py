@@ -12,6 +12,7 @@ import pytest
 from quire.router import batch_input, executor
 from quire.router.batch_input import Reading
 from quire.router.batches import Plan
+from quire.router.inside import InsideClient
 from quire_schemas.openai.batches import MAX_ERRORS, BadLine, read_line
 from quire_schemas.openai.completions import CompletionRequest, read_completion
 
@@ -132,7 +133,7 @@ def test_which_answers_are_the_lines(status: int, should_retry: bytes | None, ex
     work = executor._Work(batch=None)  # type: ignore[arg-type]
     made: list[str] = []
     for _ in expected:
-        client = executor._Client(ENDPOINT, b"", work.gone)
+        client = InsideClient(ENDPOINT, b"", work.gone)
         client.status = status
         client.headers = {} if should_retry is None else {b"x-should-retry": should_retry}
         again = executor.again(work, 7, client)

@@ -177,8 +177,8 @@ async def test_a_line_has_one_answer_however_often_it_comes(batches: Batches, fi
     again, answered = await batches.plan(batch.id)
     assert (again, answered) == (plan(3), {0, 1})
     assert list(stored.lines_without_answer(again, answered)) == [2]
-    assert await batches.answers(batch.id, 0, 10) == [(0, False, b"no\n"), (1, True, b"first\n")]
-    assert await batches.answers(batch.id, 1, 10) == [(1, True, b"first\n")]
+    assert await batches.answers(batch.id, range(3)) == {0: (False, b"no\n"), 1: (True, b"first\n")}
+    assert await batches.answers(batch.id, range(1, 2)) == {1: (True, b"first\n")}
 
 
 async def test_the_end_of_a_batch_is_one_step(batches: Batches, files: Files) -> None:
@@ -193,7 +193,7 @@ async def test_the_end_of_a_batch_is_one_step(batches: Batches, files: Files) ->
     output.keep()
     done = await batches.end(finalizing, "completed", (output_id, output.size), ("file-none", 0))
     assert (done.status, done.output_file_id, done.error_file_id) == ("completed", output_id, None)
-    assert (await batches.plan(batch.id), await batches.answers(batch.id, 0, 9)) == ((Plan(), set()), [])
+    assert (await batches.plan(batch.id), await batches.answers(batch.id, range(9))) == ((Plan(), set()), {})
     assert await batches.end(finalizing, "expired", ("file-x", 1), ("file-y", 1)) == done, "it has ended"
     kept_file = await files.get(output_id)
     assert (kept_file.purpose, kept_file.filename) == ("batch_output", f"{batch.id}_output.jsonl")

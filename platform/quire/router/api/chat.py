@@ -56,7 +56,10 @@ class ChatFormat:
     ) -> Job:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: ChatRequest, updates: Sequence[Update], usage: Usage) -> bytes:
+        return await job.written(lambda: self._whole(job, updates, usage))
+
+    def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         writer = Writer(job)
         by_choice = [[update for update in updates if update.index == index] for index in range(job.n)]
         answer = ChatCompletion(

@@ -61,7 +61,10 @@ class CompletionFormat:
     ) -> Job:
         return await self._gateway.completion(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: CompletionRequest, updates: Sequence[Update], usage: Usage) -> bytes:
+        return await job.written(lambda: self._whole(job, updates, usage))
+
+    def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         answer = Completion(
             id=job.id,
             object="text_completion",
@@ -104,7 +107,7 @@ def _choices(job: Job, updates: Sequence[Update]) -> list[dict[str, Any]]:
 
 
 def _mean_logprob(updates: Sequence[Update]) -> float:
-    """Of the tokens that have a place in the text; without one, a sequence is behind all others."""
+    """Of the tokens that were drawn; without one, a sequence is behind all others."""
     values = [score.scores.logprob for update in updates for score in update.scores]
     return sum(values) / len(values) if values else -math.inf
 

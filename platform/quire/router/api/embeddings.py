@@ -54,7 +54,7 @@ class EmbeddingFormat:
     ) -> Job:
         return await self._gateway.embedding(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: EmbeddingRequest, updates: Sequence[Update], usage: Usage) -> bytes:
         answer = EmbeddingList(
             data=[
                 Embedding(index=index, embedding=_shown(vector, job.as_base64))

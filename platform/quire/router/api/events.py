@@ -50,7 +50,7 @@ class Envelope:
         """
         return self._head + choice + b"]" + more + (_with(usage()) if self._wants_running_usage else self._tail)
 
-    def end(self, usage: Usage) -> bytes:
+    async def end(self, usage: Usage) -> bytes:
         """The end of the stream: for those who asked for it, an event without choices that has the whole usage."""
         return (self._head + b"]" + _with(usage) if self._wants_usage else b"") + DONE
 

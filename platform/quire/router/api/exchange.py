@@ -87,7 +87,7 @@ class Format(Protocol[R]):
     ) -> Awaitable[Job]:
         """The request as a job."""
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    def whole(self, job: Job, request: R, updates: Sequence[Update], usage: Usage) -> Awaitable[bytes]:
         """The answer in one piece, as JSON, from all updates of the run."""
 
     def stream(self, job: Job, request: R) -> StreamFormat:
@@ -100,7 +100,7 @@ class StreamFormat(Protocol):
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         """Events for one batch; `usage` tells the tokens so far."""
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage) -> Awaitable[bytes]:
         """What tells the client that the answer is complete."""
 
     def broken(self, error: HttpError) -> bytes:
@@ -204,6 +204,10 @@ class Exchange(Reception, Generic[R]):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: self._format.read(body, ignore_unknown), len(body))
+        return await self._serve(request, body, arrived_at, span, send)
+
+    async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
+        """Have a request answered that is understood."""
         served = self._gateway.fleet.resolve(request.model)
         self._serves(served, request.model, span)
         with self._gateway.admit(served, self._format.sequences(request), background=self._background):
@@ -217,20 +221,19 @@ class Exchange(Reception, Generic[R]):
                 if job.stream:
                     reasons = await self._send_stream(request, run, send)
                 else:
-                    reasons = await self._send_whole(run, send)
+                    reasons = await self._send_whole(request, run, send)
             finally:
                 in_flight.dec()
                 span.set(_answer_attributes(run))
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
 
-    async def _send_whole(self, run: Run, send: Send) -> list[str]:
+    async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 updates.extend(batch)
-        payload = await _off_loop_if_large(run.job, lambda: self._format.whole(run.job, updates, usage_of(run)))
-        await send_json(send, payload)
+        await send_json(send, await self._format.whole(run.job, request, updates, usage_of(run)))
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
@@ -241,15 +244,11 @@ class Exchange(Reception, Generic[R]):
                 if self._stream is None:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
                     self._stream = form
-                made = await _off_loop_if_large(run.job, functools.partial(form.events, batch, usage))
+                made = await run.job.written(functools.partial(form.events, batch, usage))
                 await send({"type": "http.response.body", "body": made, "more_body": True})
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
-        await send({"type": "http.response.body", "body": form.end(usage_of(run)), "more_body": False})
+        await send({"type": "http.response.body", "body": await form.end(usage_of(run)), "more_body": False})
         return reasons
-
-
-async def _off_loop_if_large(job: Job, write: Callable[[], bytes]) -> bytes:
-    return await asyncio.to_thread(write) if job.is_large else write()
 
 
 async def send_json(send: Send, payload: bytes) -> None:

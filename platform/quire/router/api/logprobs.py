@@ -48,6 +48,12 @@ class Writer:
             return b"null"
         return ('{"content":[' + ",".join(map(self._position, scores)) + '],"refusal":null}').encode()
 
+    def tokens(self, scores: Sequence[TokenScore]) -> list[msgspec.Raw]:
+        """A `TokenLogprob` for each token of an answer; none if they are not to be shown."""
+        if self._job.shown.logprobs is None:
+            return []
+        return [msgspec.Raw(self._position(score).encode()) for score in scores]
+
     def prompt(self, scores: Sequence[wire.TokenLogprobs]) -> bytes | None:
         """`PromptLogprobs`, if they are to be shown; `scores` begin with the prompt's second token."""
         if self._job.shown.prompt_logprobs is None:

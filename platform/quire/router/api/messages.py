@@ -66,7 +66,7 @@ class MessagesFormat:
     ) -> Job:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: ChatRequest, updates: Sequence[Update], usage: Usage) -> bytes:
         said = Said.of(part for update in updates for part in update.parts)
         content: list[AnswerText | AnswerThinking | AnswerToolUse] = []
         if said.reasoning and job.shown.reasoning:
@@ -179,7 +179,7 @@ class MessagesStream:
                 self._ended = _ended(update)
         return b"".join(made)
 
-    def end(self, usage: Usage) -> bytes:
+    async def end(self, usage: Usage) -> bytes:
         reason, stop = self._ended
         delta = {"stop_reason": reason, "stop_sequence": stop}
         return b"".join(

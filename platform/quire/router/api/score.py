@@ -45,7 +45,10 @@ class ScoreFormat:
     ) -> Job:
         return await self._gateway.score(request, served, size, arrived_at, span)
 
-    def whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+    async def whole(self, job: Job, request: ScoreRequest, updates: Sequence[Update], usage: Usage) -> bytes:
+        return await job.written(lambda: self._whole(job, updates, usage))
+
+    def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         found = [memoryview(vector).cast("f").tolist() for vector in vectors(job, updates)]
         answer = ScoreList(
             id=job.id,

@@ -1,0 +1,351 @@
+"""`/v1/responses`: OpenAI's Responses API over the same road as chat.
+
+A response's output is a list of items: the thought, what is said, the calls. A stream tells of each item when it
+begins, what it gains and when it is done, and of the response itself at the beginning and at the end; its events
+are numbered. A response that is kept is on the disk before the client hears that it is complete, so that the next
+request can go on from it at once. A stream that breaks off ends with one `response.failed`.
+
+With `background` the answer comes at once, and the work is done by `quire.router.background`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+from litestar.types import Send
+
+from quire.errors import Api, HttpError
+from quire.router.api.exchange import Exchange, send_json
+from quire.router.api.files import known, whole
+from quire.router.api.logprobs import Writer
+from quire.router.background import Background
+from quire.router.fleet import ServedModel
+from quire.router.gateway import Gateway
+from quire.router.job import Job, Update
+from quire.router.responses import Responses
+from quire.router.spans import RequestSpan, RequestSpans
+from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
+from quire_schemas.openai.answer import Usage
+from quire_schemas.openai.responses import (
+    INPUT_ITEMS_LISTED,
+    MAX_INPUT_ITEMS_LISTED,
+    IncompleteDetails,
+    InputDetails,
+    InputItems,
+    Item,
+    ListInputItems,
+    OutputCall,
+    OutputDetails,
+    OutputItem,
+    OutputMessage,
+    OutputReasoning,
+    OutputSummary,
+    OutputText,
+    OutputThought,
+    ResponseDeleted,
+    ResponseError,
+    ResponseObject,
+    ResponsesRequest,
+    ResponseUsage,
+    read_response,
+)
+
+_json = msgspec.json.Encoder()
+_PREFIXES: Final = {OutputMessage: "msg_", OutputReasoning: "rs_", OutputCall: "fc_"}
+
+
+class ResponsesFormat:
+    """The responses endpoint's `Format`. `response_id` is that of the response it makes; None: a new one."""
+
+    operation = "responses"
+    api = Api.OPENAI
+
+    def __init__(self, gateway: Gateway, responses: Responses, response_id: str | None = None) -> None:
+        self._gateway = gateway
+        self._responses = responses
+        self._id = response_id
+
+    def read(self, body: bytes, ignore_unknown: bool) -> ResponsesRequest:
+        return read_response(body, ignore_unknown)
+
+    def sequences(self, request: ResponsesRequest) -> int:
+        return 1
+
+    async def job(
+        self, request: ResponsesRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+    ) -> Job:
+        before, own = await self._responses.before(request.previous_response_id, request.input)
+        job = await self._gateway.chat(request.chat([*before, *own]), served, size, arrived_at, span)
+        return dataclasses.replace(job, id=self._id or self._responses.new_id())
+
+    async def whole(self, job: Job, request: ResponsesRequest, updates: Sequence[Update], usage: Usage) -> bytes:
+        output = Output(job, request, self._responses.store.clock)
+        for update in updates:
+            for _ in output.take(update):
+                pass
+        for _ in output.close():
+            pass
+        return await kept(self._responses, request, output.ended(usage))
+
+    def stream(self, job: Job, request: ResponsesRequest) -> ResponsesStream:
+        return ResponsesStream(self._responses, job, request)
+
+
+async def kept(responses: Responses, request: ResponsesRequest, response: ResponseObject) -> bytes:
+    """The response as JSON, which is on the disk if it is to be."""
+    if not response.store:
+        return _json.encode(response)
+    _, own = await responses.before(None, request.input)
+    return await responses.keep(response, own)
+
+
+class Output:
+    """A response as it grows. `take` and `close` give what there is to be told of it, as names and fields."""
+
+    def __init__(self, job: Job, request: ResponsesRequest, clock: Callable[[], float]) -> None:
+        self.response = ResponseObject.begun(job.id, job.created, request)
+        self.response.status = "in_progress"
+        self._job = job
+        self._clock = clock
+        self._summary = request.wants_summary
+        self._writer = Writer(job)
+        self._open: OutputItem | None = None
+        self._finish = "stop"
+
+    def take(self, update: Update) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Add what one update brings."""
+        scores = self._writer.tokens(update.scores)
+        for part in joined(update.parts):
+            if isinstance(part, Content):
+                yield from self._said(part.text, scores)
+                scores = []
+            else:
+                yield from self._other(part)
+        if update.finish_reason is not None:
+            self._finish = update.finish_reason
+
+    def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """There will be no more."""
+        if not any(isinstance(item, OutputMessage | OutputCall) for item in self.response.output):
+            yield from self._item(OutputMessage(id=_new(OutputMessage), status="in_progress", content=[]))
+            yield from self._begin_text()
+        yield from self._done("incomplete" if self._finish == "length" else "completed")
+
+    def ended(self, usage: Usage) -> ResponseObject:
+        """The response once it is complete, or cut off by its limit."""
+        response = self.response
+        response.status = "completed"
+        if self._finish == "length":
+            response.status, response.incomplete_details = "incomplete", IncompleteDetails("max_output_tokens")
+        details, cached = usage.completion_tokens_details, usage.prompt_tokens_details
+        response.completed_at = max(int(self._clock()), response.created_at)
+        response.usage = ResponseUsage(
+            input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputDetails(cached.cached_tokens if cached is not None else 0),
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputDetails(details.reasoning_tokens if details is not None else 0),
+            total_tokens=usage.total_tokens,
+        )
+        return response
+
+    @property
+    def _at(self) -> int:
+        return len(self.response.output) - 1
+
+    def _where(self, item: OutputItem) -> dict[str, Any]:
+        return {"item_id": item.id, "output_index": self._at}
+
+    def _item(self, item: OutputItem) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Begin an item, after the one before is done."""
+        yield from self._done("completed")
+        self.response.output.append(item)
+        self._open = item
+        yield "response.output_item.added", {"output_index": self._at, "item": item}
+
+    def _said(self, text: str, scores: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not isinstance(self._open, OutputMessage):
+            yield from self._item(OutputMessage(id=_new(OutputMessage), status="in_progress", content=[]))
+            yield from self._begin_text()
+        assert isinstance(self._open, OutputMessage)  # noqa: S101 (for the type checker)
+        words = self._open.content[0]
+        words.text += text
+        words.logprobs += scores
+        fields = {**self._where(self._open), "content_index": 0}
+        yield "response.output_text.delta", {**fields, "delta": text, "logprobs": scores}
+
+    def _begin_text(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        assert isinstance(self._open, OutputMessage)  # noqa: S101 (for the type checker)
+        self._open.content.append(OutputText(text="", annotations=[], logprobs=[]))
+        fields = {**self._where(self._open), "content_index": 0}
+        yield "response.content_part.added", {**fields, "part": self._open.content[0]}
+
+    def _other(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+        match part:
+            case Reasoning(text=text) if self._job.shown.reasoning:
+                yield from self._thought(text)
+            case CallBegins(name=name):
+                call_id = self._job.new_call_id()
+                call = OutputCall(
+                    id=_new(OutputCall), call_id=call_id, name=name, arguments="", status="in_progress"
+                )
+                yield from self._item(call)
+            case CallArguments(text=text) if isinstance(self._open, OutputCall):
+                self._open.arguments += text
+                yield "response.function_call_arguments.delta", {**self._where(self._open), "delta": text}
+
+    def _thought(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not isinstance(self._open, OutputReasoning):
+            item = OutputReasoning(id=_new(OutputReasoning), status="in_progress", summary=[], content=[])
+            yield from self._item(item)
+            if self._summary:
+                item.summary.append(OutputSummary(""))
+                fields = {**self._where(item), "summary_index": 0}
+                yield "response.reasoning_summary_part.added", {**fields, "part": item.summary[0]}
+            else:
+                item.content.append(OutputThought(""))
+                fields = {**self._where(item), "content_index": 0}
+                yield "response.content_part.added", {**fields, "part": item.content[0]}
+        assert isinstance(self._open, OutputReasoning)  # noqa: S101 (for the type checker)
+        if self._summary:
+            self._open.summary[0].text += text
+            fields = {**self._where(self._open), "summary_index": 0}
+            yield "response.reasoning_summary_text.delta", {**fields, "delta": text}
+        else:
+            self._open.content[0].text += text
+            fields = {**self._where(self._open), "content_index": 0}
+            yield "response.reasoning_text.delta", {**fields, "delta": text}
+
+    def _done(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The item that is open gains nothing more."""
+        item, self._open = self._open, None
+        if item is None:
+            return
+        item.status = "incomplete" if status == "incomplete" else "completed"
+        where = self._where(item)
+        match item:
+            case OutputMessage(content=[words]):
+                fields = {**where, "content_index": 0}
+                yield "response.output_text.done", {**fields, "text": words.text, "logprobs": words.logprobs}
+                yield "response.content_part.done", {**fields, "part": words}
+            case OutputReasoning(summary=[thought]):
+                fields = {**where, "summary_index": 0}
+                yield "response.reasoning_summary_text.done", {**fields, "text": thought.text}
+                yield "response.reasoning_summary_part.done", {**fields, "part": thought}
+            case OutputReasoning(content=[thought]):
+                fields = {**where, "content_index": 0}
+                yield "response.reasoning_text.done", {**fields, "text": thought.text}
+                yield "response.content_part.done", {**fields, "part": thought}
+            case OutputCall(name=name, arguments=arguments):
+                told = {"name": name, "arguments": arguments}
+                yield "response.function_call_arguments.done", {**where, **told}
+        yield "response.output_item.done", {"output_index": self._at, "item": item}
+
+
+def _new(kind: type[OutputItem]) -> str:
+    return _PREFIXES[kind] + uuid.uuid4().hex
+
+
+class ResponsesStream:
+    """Writes one stream's events."""
+
+    def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
+        self._responses = responses
+        self._request = request
+        self._output = Output(job, request, responses.store.clock)
+        self._number = 0
+
+    def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
+        made: list[bytes] = []
+        if not self._number:
+            for kind in ("response.created", "response.in_progress"):
+                made.append(self._event(kind, {"response": self._output.response}))
+        for update in updates:
+            made += [self._event(kind, fields) for kind, fields in self._output.take(update)]
+        return b"".join(made)
+
+    async def end(self, usage: Usage) -> bytes:
+        made = [self._event(kind, fields) for kind, fields in self._output.close()]
+        response = self._output.ended(usage)
+        stored = await kept(self._responses, self._request, response)
+        made.append(self._event(f"response.{response.status}", {"response": msgspec.Raw(stored)}))
+        return b"".join(made)
+
+    def broken(self, error: HttpError) -> bytes:
+        response = self._output.response
+        response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
+        return self._event("response.failed", {"response": response})
+
+    def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
+        told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
+        self._number += 1
+        return b"event: " + kind.encode() + b"\ndata: " + told + b"\n\n"
+
+
+class Responding(Exchange[ResponsesRequest]):
+    """Answers one request of `POST /v1/responses`: at once, where it asks for that."""
+
+    def __init__(
+        self, gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
+    ) -> None:
+        super().__init__(gateway, spans, ResponsesFormat(gateway, responses))
+        self._responses = responses
+        self._later = background
+
+    async def _serve(
+        self, request: ResponsesRequest, body: bytes, arrived_at: float, span: RequestSpan, send: Send
+    ) -> str:
+        if not request.background:
+            return await super()._serve(request, body, arrived_at, span, send)
+        served = self._gateway.fleet.resolve(request.model)
+        self._serves(served, request.model, span)
+        before, own = await self._responses.before(request.previous_response_id, request.input)
+        request.chat([*before, *own])  # what is wrong with it is said now
+        response_id = self._responses.new_id()
+        response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
+        await self._responses.begin(response, body, own)
+        self._later.begin(response_id, body)
+        await send_json(send, _json.encode(response))
+        return "stop"
+
+
+# ── what is kept ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def deleted(responses: Responses, response_id: str) -> bytes:
+    """Answer to `DELETE /v1/responses/{id}`. Raises `NotFound` and `Conflict`."""
+    await responses.delete(response_id)
+    return _json.encode(ResponseDeleted(id=response_id))
+
+
+async def input_items(responses: Responses, response_id: str, query: dict[str, str]) -> bytes:
+    """Answer to `GET /v1/responses/{id}/input_items`. Raises `NotFound` and `InvalidRequest`."""
+    known(query, tuple(ListInputItems.model_fields))
+    limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
+    items = [_listed(response_id, at, item) for at, item in enumerate(await responses.input_of(response_id))]
+    if query.get("order", "desc") == "desc":
+        items.reverse()
+    after = query.get("after")
+    names = [item["id"] for item in items]
+    first = names.index(after) + 1 if after in names else 0
+    page = items[first : first + limit]
+    return _json.encode(
+        InputItems(
+            data=page,
+            first_id=page[0]["id"] if page else None,
+            last_id=page[-1]["id"] if page else None,
+            has_more=first + limit < len(items),
+        )
+    )
+
+
+def _listed(response_id: str, at: int, item: Item) -> dict[str, Any]:
+    """An item as the API lists it: with an id, and a message's words as parts."""
+    told = item.model_dump(exclude_none=True)
+    if isinstance(told.get("content"), str):
+        kind = "output_text" if told.get("role") == "assistant" else "input_text"
+        told["content"] = [{"type": kind, "text": told["content"]}]
+    return {"id": f"item_{response_id.removeprefix('resp_')}_{at}", "status": "completed", **told}

@@ -1,0 +1,123 @@
+"""Responses that nobody waits for: begun at once, gone on with after a crash, ended by who cancels them.
+
+A response is worked on like any other request, by a client inside this process. What cannot be served now is tried
+again for a while; what cannot be served at all fails, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+from litestar.types import ASGIApp
+
+from quire.errors import StorageUnavailable
+from quire.router.inside import InsideClient
+from quire.router.responses import Responses
+from quire_schemas.openai.responses import ResponseError
+
+log = logging.getLogger("quire.router")
+
+PATH: Final = "/v1/responses"
+PAUSES: Final = (0.5, 15.0)
+"""Seconds until another try, and the most that doubling makes of it."""
+TRIED_SECONDS: Final = 3600.0
+"""How long a response is tried that cannot be served now."""
+
+
+class _Told(msgspec.Struct):
+    code: str | None
+    message: str
+
+
+class _Refusal(msgspec.Struct):
+    error: _Told
+
+
+@dataclass(slots=True)
+class _Work:
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class Background:
+    """The responses of one store. `exchange` makes what answers the request of the response with that id."""
+
+    def __init__(self, responses: Responses, exchange: Callable[[str], ASGIApp]) -> None:
+        self._responses = responses
+        self._exchange = exchange
+        self._works: dict[str, _Work] = {}
+        self._closed = False
+
+    def begin(self, response_id: str, request: bytes) -> None:
+        """Work on a response that is kept."""
+        if self._closed or response_id in self._works:
+            return
+        work = self._works[response_id] = _Work()
+        work.task = asyncio.create_task(self._carry(response_id, request, work), name=response_id)
+
+    async def cancel(self, response_id: str) -> bytes:
+        """The response as it is once it is cancelled. Raises `NotFound` and `Conflict`."""
+        answer = await self._responses.cancel(response_id)
+        if (work := self._works.get(response_id)) is not None:
+            work.gone.set()
+        return answer
+
+    async def resume(self) -> None:
+        """Begin those that a router before has left."""
+        pause = PAUSES[0]
+        while not self._closed:
+            try:
+                for waiting in await self._responses.waiting():
+                    self.begin(waiting.id, waiting.request)
+            except StorageUnavailable:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, PAUSES[1])
+            else:
+                return
+
+    async def sweep(self) -> None:
+        if gone := await self._responses.sweep():
+            log.info("%d responses have expired", gone)
+
+    async def close(self) -> None:
+        """Leave all of it to the next router."""
+        self._closed = True
+        tasks = [work.task for work in self._works.values() if work.task is not None]
+        for work in self._works.values():
+            work.gone.set()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _carry(self, response_id: str, request: bytes, work: _Work) -> None:
+        loop = asyncio.get_running_loop()
+        until, pause = loop.time() + TRIED_SECONDS, PAUSES[0]
+        try:
+            while not work.gone.is_set():
+                client = InsideClient(PATH, request, work.gone)
+                await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+                if client.status in (None, 200):
+                    return  # it is kept, or was left
+                told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
+                if client.status not in (429, 502, 503) or loop.time() >= until:
+                    await self._responses.fail(
+                        response_id, ResponseError(told.code or "invalid_request", told.message)
+                    )
+                    return
+                await self._pause(work, pause)
+                pause = min(2 * pause, PAUSES[1])
+        except Exception:
+            log.exception("response %s: it is left until the next start", response_id)
+        finally:
+            del self._works[response_id]
+
+    async def _pause(self, work: _Work, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await work.gone.wait()
+        except TimeoutError:
+            return

@@ -1,0 +1,47 @@
+"""A client inside this process, which goes the same road as one that comes by HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+from litestar.types import Message
+
+
+class InsideClient:
+    """Waits for the whole answer to one request, or leaves once `gone` is set."""
+
+    def __init__(self, path: str, body: bytes, gone: asyncio.Event) -> None:
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+        self.body = bytearray()
+        self.request_id = f"req_{uuid.uuid4().hex}"
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "server": None,
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"x-request-id", self.request_id.encode()),
+            ],
+        }
+        self._sent = body
+        self._gone = gone
+        self._has_sent = False
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._has_sent:
+            self._has_sent = True
+            return {"type": "http.request", "body": self._sent, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = dict(message["headers"])
+        elif message["type"] == "http.response.body":
+            self.body += message["body"]

@@ -1,0 +1,244 @@
+"""Responses that are kept: to be read again, and gone on from.
+
+A response has a row with what was new in it, the items of its request and of its answer; the conversation before
+it is that of its predecessor, whose id it has. So a long conversation takes no more room than its turns, and who
+deletes a response cuts off what goes on from it. Items have rows of their own: requests may name them one by one.
+
+A response in the background has its request, too, until it has ended: whoever works off what is in the background
+begins it again after a crash. Once it is cancelled nothing else becomes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from quire.errors import Conflict, InvalidRequest, NotFound
+from quire.router.store import METADATA, Store
+from quire_schemas.openai.chat import MAX_MESSAGES
+from quire_schemas.openai.responses import (
+    Item,
+    ItemReference,
+    OutputItem,
+    ResponseError,
+    ResponseObject,
+    read_items,
+    write_items,
+)
+
+PREFIX: Final = "resp_"
+KEPT_SECONDS: Final = 30 * 86400
+"""How long a response is kept."""
+RESPONSES: Final = sa.Table(
+    "responses",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("created_at", sa.Integer, nullable=False),
+    sa.Column("previous_id", sa.Text),
+    sa.Column("input", sa.LargeBinary, nullable=False),
+    sa.Column("output", sa.LargeBinary, nullable=False),
+    sa.Column("answer", sa.LargeBinary, nullable=False),
+    sa.Column("request", sa.LargeBinary),
+)
+"""`input` and `output` are items, `answer` is what clients read, `request` is there while there is work to do."""
+ITEMS: Final = sa.Table(
+    "response_items",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("response_id", sa.Text, nullable=False, index=True),
+    sa.Column("item", sa.LargeBinary, nullable=False),
+)
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A response that is to be worked on."""
+
+    id: str
+    request: bytes
+
+
+class Responses:
+    """The responses of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def new_id(self) -> str:
+        return self.store.new_id(PREFIX)
+
+    async def begin(self, response: ResponseObject, request: bytes, given: Sequence[Item]) -> None:
+        """Keep a response in the background that is to be worked on. `request` is its body, `given` its input."""
+        row = _row(response, given, ()) | {"request": request}
+        await self.store.run(lambda db: db.execute(sa.insert(RESPONSES).values(row)))
+
+    async def keep(self, response: ResponseObject, given: Sequence[Item]) -> bytes:
+        """Keep a response as it is now; what is kept of it, which is no other once it was cancelled."""
+        return await self.store.run(lambda db: _keep(db, response, given))
+
+    async def fail(self, response_id: str, error: ResponseError) -> None:
+        """End a response that cannot be answered."""
+
+        def write(db: sa.Connection) -> None:
+            found = _decoded(_one(db, response_id).answer)
+            if found.status in ("queued", "in_progress"):
+                found.status, found.error = "failed", error
+                _end(db, found)
+
+        await self.store.run(write)
+
+    async def cancel(self, response_id: str) -> bytes:
+        """End a response in the background. Raises `NotFound`, and `Conflict` for any other."""
+
+        def write(db: sa.Connection) -> bytes:
+            found = _decoded(_one(db, response_id).answer)
+            if not found.background:
+                raise Conflict("Only a response in the background can be cancelled.")
+            if found.status in ("queued", "in_progress"):
+                found.status = "cancelled"
+                _end(db, found)
+            return _encode(found)
+
+        return await self.store.run(write)
+
+    async def get(self, response_id: str) -> bytes:
+        """The response as JSON. Raises `NotFound`."""
+        return await self.store.run(lambda db: bytes(_one(db, response_id).answer))
+
+    async def delete(self, response_id: str) -> None:
+        """Keep it no more. Raises `NotFound`, and `Conflict` while it is worked on."""
+
+        def write(db: sa.Connection) -> None:
+            if _one(db, response_id).request is not None:
+                raise Conflict("The response is being worked on. Cancel it first.")
+            _delete(db, [response_id])
+
+        await self.store.run(write)
+
+    async def input_of(self, response_id: str) -> list[Item]:
+        """The items of its request. Raises `NotFound`."""
+        return await self.store.run(lambda db: read_items(_one(db, response_id).input))
+
+    async def before(self, previous_id: str | None, given: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+        """The conversation that a request goes on from, and its own items with those in place that it refers to.
+
+        Raises `NotFound` and `InvalidRequest`.
+        """
+        names = [item.id for item in given if isinstance(item, ItemReference)]
+        if previous_id is None and not names:
+            return [], list(given)
+
+        def read(db: sa.Connection) -> tuple[list[Item], list[Item]]:
+            named = _named(db, names)
+            own = [named[item.id] if isinstance(item, ItemReference) else item for item in given]
+            return _conversation(db, previous_id), own
+
+        return await self.store.run(read)
+
+    async def waiting(self) -> list[Waiting]:
+        """Those that are to be worked on, the oldest first."""
+        query = sa.select(RESPONSES.c.id, RESPONSES.c.request).where(RESPONSES.c.request.is_not(None))
+        found = await self.store.run(lambda db: db.execute(query.order_by(RESPONSES.c.id)).all())
+        return [Waiting(row.id, bytes(row.request)) for row in found]
+
+    async def sweep(self) -> int:
+        """Forget those whose time is over; how many there were."""
+        oldest = int(self.store.clock()) - KEPT_SECONDS
+        query = sa.select(RESPONSES.c.id).where(RESPONSES.c.created_at < oldest, RESPONSES.c.request.is_(None))
+
+        def write(db: sa.Connection) -> int:
+            found = list(db.scalars(query.limit(1000)))
+            _delete(db, found)
+            return len(found)
+
+        return await self.store.run(write)
+
+
+def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) -> dict[str, Any]:
+    return {
+        "id": response.id,
+        "created_at": response.created_at,
+        "previous_id": response.previous_response_id,
+        "input": write_items(given),
+        "output": write_items(said),
+        "answer": _encode(response),
+        "request": None,
+    }
+
+
+def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) -> bytes:
+    found = db.scalar(sa.select(RESPONSES.c.answer).where(RESPONSES.c.id == response.id))
+    if found is not None and _decoded(found).status == "cancelled":
+        return bytes(found)
+    said = read_items(_encode(response.output))
+    row = _row(response, given, said)
+    db.execute(insert(RESPONSES).values(row).on_conflict_do_update(index_elements=["id"], set_=row))
+    made = [
+        {"id": item.id, "response_id": response.id, "item": write_items([item])}
+        for item in said
+        if item.id is not None
+    ]
+    if made:
+        db.execute(insert(ITEMS).on_conflict_do_nothing(), made)
+    return bytes(row["answer"])
+
+
+def _end(db: sa.Connection, response: ResponseObject) -> None:
+    changed = {"answer": _encode(response), "request": None}
+    db.execute(sa.update(RESPONSES).where(RESPONSES.c.id == response.id).values(changed))
+
+
+def _delete(db: sa.Connection, ids: Iterable[str]) -> None:
+    gone = list(ids)
+    db.execute(sa.delete(ITEMS).where(ITEMS.c.response_id.in_(gone)))
+    db.execute(sa.delete(RESPONSES).where(RESPONSES.c.id.in_(gone)))
+
+
+def _one(db: sa.Connection, response_id: str) -> sa.Row[Any]:
+    found = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == response_id)).first()
+    if found is None:
+        raise NotFound("There is no such response, or it is not kept any more.")
+    return found
+
+
+def _decoded(answer: bytes) -> ResponseObject:
+    return msgspec.json.decode(answer, type=ResponseObject)
+
+
+def _conversation(db: sa.Connection, last: str | None) -> list[Item]:
+    """Everything that was said up to a response, its own answer included."""
+    turns: list[list[Item]] = []
+    at = last
+    while at is not None:
+        row = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == at)).first()
+        if row is None:
+            gone = "is gone" if turns else "does not exist, or is not kept any more"
+            raise NotFound(f"The response '{at}' that this goes on from {gone}.", param="previous_response_id")
+        if row.request is not None:
+            raise InvalidRequest(f"The response '{at}' is not complete yet.", param="previous_response_id")
+        turns.append([*read_items(row.input), *read_items(row.output)])
+        if sum(map(len, turns)) > MAX_MESSAGES:
+            raise InvalidRequest(
+                f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
+            )
+        at = row.previous_id
+    return [item for turn in reversed(turns) for item in turn]
+
+
+def _named(db: sa.Connection, ids: Sequence[str]) -> dict[str, Item]:
+    """Items by their ids."""
+    rows = db.execute(sa.select(ITEMS.c.id, ITEMS.c.item).where(ITEMS.c.id.in_(ids))).all()
+    found = {row.id: read_items(row.item)[0] for row in rows}
+    missing = next((each for each in ids if each not in found), None)
+    if missing is not None:
+        raise InvalidRequest(f"There is no item '{missing[:64]}' that is kept.", param="input")
+    return found
+
+
+__all__ = ["OutputItem", "Responses", "Waiting"]
