@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -97,7 +97,7 @@ class Running:
         self.child.communicate()
 
 
-def outcomes(server: Server, names: list[str]) -> Mapping[str, dict[str, Any]]:
+def outcomes(server: Server, names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
     """Run these scenarios in one process; what became of each, by name."""
     with Running(server, *names) as running:
         found = {line["name"]: line for line in running.lines() if "name" in line}

@@ -275,8 +275,6 @@ const scenarios = {
     assert.match(error.message, /third/);
   },
 
-  // ── what the server has to have first: see features.py ────────────────────────────────────────────────────────
-
   async "openai: tools, whole and as a stream"() {
     const asked = { model: "parrot", messages: SAY, tools: [TOOL], script: CALL };
     const whole = await openai.chat.completions.create(asked);

@@ -16,7 +16,6 @@ import anthropic
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
-from tests.clients.features import PENDING, needs
 from tests.clients.node import Running
 from tests.clients.server import ENDLESS, LENGTHY, Server
 from tests.effort import times
@@ -53,15 +52,36 @@ def through_anthropic(server: Server, begin: Begin) -> None:
             begin()
 
 
-CLIENTS: Final[Mapping[str, tuple[Callable[[Server, Begin], None], type[Exception], str]]] = {
-    "openai": (through_openai, openai.APIError, ""),
-    "langchain": (through_langchain, openai.APIError, ""),
-    "anthropic": (through_anthropic, anthropic.APIError, ""),
+class Failed(Exception):
+    """What a stream of the Responses API says of its end: its events are for the program to read."""
+
+
+def through_responses(server: Server, begin: Begin) -> None:
+    fields = {name: value for name, value in ENDLESS.items() if name != "max_tokens"}
+    with (
+        openai.OpenAI(base_url=server.url, api_key="none") as client,
+        client.responses.create(
+            model="doomed",
+            input="Say it",
+            max_output_tokens=ENDLESS["max_tokens"],
+            stream=True,
+            extra_body=fields,
+        ) as stream,
+    ):
+        for event in stream:
+            if event.type == "response.output_text.delta":
+                begin()
+            if event.type in ("error", "response.failed"):
+                raise Failed(event.to_json())
+
+
+CLIENTS: Final[Mapping[str, tuple[Callable[[Server, Begin], None], type[Exception]]]] = {
+    "openai": (through_openai, openai.APIError),
+    "openai responses": (through_responses, Failed),
+    "langchain": (through_langchain, openai.APIError),
+    "anthropic": (through_anthropic, anthropic.APIError),
 }
-IN_NODE: Final[Mapping[str, tuple[int, str]]] = {
-    "deaths: openai and ai": (2, ""),
-    "deaths: anthropic": (1, ""),
-}
+IN_NODE: Final[Mapping[str, int]] = {"deaths: openai and ai": 2, "deaths: anthropic": 1}
 """Scenarios, with how many streams each has."""
 
 
@@ -69,20 +89,15 @@ IN_NODE: Final[Mapping[str, tuple[int, str]]] = {
 def fates(server: Server, node_packages: None) -> Mapping[str, BaseException | None]:
     """What each stream ended in."""
     server.doom()
-    chosen = {name: through for name, (through, _, family) in CLIENTS.items() if family not in PENDING}
-    begun = {name: threading.Event() for name in chosen}
+    begun = {name: threading.Event() for name in CLIENTS}
     fates: dict[str, BaseException | None] = {}
     with ExitStack() as stack:
-        nodes = {
-            name: stack.enter_context(Running(server, name))
-            for name, (_, family) in IN_NODE.items()
-            if family not in PENDING
-        }
-        pool = stack.enter_context(ThreadPoolExecutor(len(chosen)))
+        nodes = {name: stack.enter_context(Running(server, name)) for name in IN_NODE}
+        pool = stack.enter_context(ThreadPoolExecutor(len(CLIENTS)))
         stack.callback(server.kill, "doomed")  # so that no stream goes on, whatever happens
-        ends = {name: pool.submit(through, server, begun[name].set) for name, through in chosen.items()}
+        ends = {name: pool.submit(through, server, begun[name].set) for name, (through, _) in CLIENTS.items()}
         for name, running in nodes.items():
-            for _ in range(IN_NODE[name][0]):
+            for _ in range(IN_NODE[name]):
                 running.until("begun")
         for name, event in begun.items():
             assert event.wait(20), (name, ends[name])
@@ -95,9 +110,7 @@ def fates(server: Server, node_packages: None) -> Mapping[str, BaseException | N
     return fates
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs(family)) for name, (_, _, family) in CLIENTS.items()]
-)
+@pytest.mark.parametrize("name", CLIENTS)
 def test_a_stream_whose_engine_dies_raises_the_client_s_own_error(
     fates: Mapping[str, BaseException | None], name: str
 ) -> None:
@@ -106,9 +119,7 @@ def test_a_stream_whose_engine_dies_raises_the_client_s_own_error(
     assert "engine" in str(error) + json.dumps(getattr(error, "body", None))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs(family)) for name, (_, family) in IN_NODE.items()]
-)
+@pytest.mark.parametrize("name", IN_NODE)
 def test_so_it_is_in_node(fates: Mapping[str, BaseException | None], name: str) -> None:
     if (error := fates[name]) is not None:
         raise error

@@ -10,7 +10,6 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
-from tests.clients.features import needs
 from tests.clients.server import Server
 
 WORDS = "naïve 你好 🦊🙂 — done"
@@ -50,7 +49,7 @@ async def test_many_at_once(server: Server) -> None:
     assert [answer.content for answer in answers] == ["one", "two", "three"]
 
 
-@pytest.mark.parametrize("method", ["json_schema", pytest.param("function_calling", marks=needs("tools"))])
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output(server: Server, method: Literal["json_schema", "function_calling"]) -> None:
     tiny = model(server, "tiny", temperature=0, max_completion_tokens=100, reasoning_effort="none")
     assert isinstance(tiny.with_structured_output(Verdict, method=method).invoke("Please sit down."), Verdict)
@@ -71,7 +70,6 @@ def test_errors(server: Server) -> None:
         model(server, "third").invoke("Say it")
 
 
-@needs("tools")
 def test_tools_are_called_whole_and_as_a_stream(server: Server) -> None:
     calling = model(server, extra_body={"script": CALL}).bind_tools([weather])
     answer = calling.invoke("How is the weather in Graz?")

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import openai
 import pytest
-from tests.clients.features import needs
 from tests.clients.server import ENDLESS, FREED, Server
 
 SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
@@ -43,7 +42,6 @@ def called(message: Any) -> list[tuple[str, Any]]:
 BOTH: Final = call("weather", city="Graz") + "\n" + call("clock", utc=True)
 
 
-@needs("tools")
 def test_tool_calls_whole_and_as_a_stream_are_the_same(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "parrot", "messages": SAY, "tools": TOOLS, "extra_body": {"script": BOTH}}
     whole = client.chat.completions.create(**asked).choices[0]
@@ -59,7 +57,6 @@ def test_tool_calls_whole_and_as_a_stream_are_the_same(client: openai.OpenAI) ->
     assert {event.index for event in pieces} == {0, 1}
 
 
-@needs("tools")
 def test_the_answer_of_a_tool_goes_back_into_the_conversation(client: openai.OpenAI) -> None:
     asked = client.chat.completions.create(
         model="parrot", messages=SAY, tools=TOOLS, extra_body={"script": call("clock", utc=False)}
@@ -70,7 +67,6 @@ def test_the_answer_of_a_tool_goes_back_into_the_conversation(client: openai.Ope
     assert answer.choices[0].message.content == "noon"
 
 
-@needs("tools")
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "clock"}}])
 def test_a_tool_that_has_to_be_called_is_called(client: openai.OpenAI, choice: Any) -> None:
     answer = client.chat.completions.create(
@@ -81,7 +77,6 @@ def test_a_tool_that_has_to_be_called_is_called(client: openai.OpenAI, choice: A
     assert set(arguments) == ({"city"} if name == "weather" else {"utc"})
 
 
-@needs("tools")
 def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="parrot", messages=SAY, tools=TOOLS, tool_choice="none", extra_body={"script": WORDS}
@@ -94,7 +89,6 @@ def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
     assert len(one.choices[0].message.tool_calls or ()) == 1
 
 
-@needs("reasoning")
 def test_thoughts_are_apart_from_the_answer(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {
         "model": "parrot",
@@ -110,7 +104,6 @@ def test_thoughts_are_apart_from_the_answer(client: openai.OpenAI) -> None:
     assert "".join(delta.content or "" for delta in deltas) == WORDS
 
 
-@needs("responses")
 def test_a_response_is_made_streamed_kept_and_deleted(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "parrot", "input": "Say it", "extra_body": {"script": WORDS}}
     made = client.responses.create(**asked)
@@ -130,7 +123,6 @@ def test_a_response_is_made_streamed_kept_and_deleted(client: openai.OpenAI) -> 
         client.responses.retrieve(made.id)
 
 
-@needs("responses")
 def test_a_response_in_the_background_is_cancelled(client: openai.OpenAI, server: Server) -> None:
     script = {name: value for name, value in ENDLESS.items() if name != "max_tokens"}
     made = client.responses.create(
@@ -141,7 +133,6 @@ def test_a_response_in_the_background_is_cancelled(client: openai.OpenAI, server
     assert server.seconds_until_idle("parrot", since=time.monotonic()) < FREED
 
 
-@needs("files")
 def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI) -> None:
     text = b'{"a": 1}\n'
     made = client.files.create(file=("lines.jsonl", text), purpose="batch")
@@ -153,7 +144,6 @@ def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI) -> None:
         client.files.retrieve(made.id)
 
 
-@needs("files", "batches")
 def test_a_batch_of_chats_is_answered(client: openai.OpenAI) -> None:
     lines = [
         {

@@ -63,7 +63,7 @@ AGREEING: Final[dict[str, dict[str, Any]]] = {
         },
         "max_tokens": FEW,
         "repetition_detection": REPETITION,
-        "logprobs": {"type": "integer", "minimum": -1, "maximum": 20},
+        "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
         "echo": {"type": "boolean"},
     },
     "MessagesRequest": {
@@ -96,7 +96,17 @@ def described() -> Any:
                 NAMES if "model" in schema.get("required", ()) else {"enum": [*NAMES["enum"], None]}
             )
             schema["properties"].pop("timeout", None)  # one that is too short is a 504, and rightly so
-    return document
+    return plain(document)
+
+
+def plain(schema: Any) -> Any:
+    """A schema without discriminators: at arrays of what they tell apart Schemathesis gives up now and then."""
+    if isinstance(schema, list):
+        return [plain(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key != "discriminator"}
+    return {"anyOf" if key == "oneOf" else key: plain(value) for key, value in kept.items()}
 
 
 def exact(schema: Any) -> Any:
@@ -188,16 +198,22 @@ async def test_what_goes_together_is_never_refused(world: World, tmp_path: Path)
         assert answered(ends, operation) >= times(20, 800), ends
 
 
-async def test_the_router_has_the_described_paths_and_no_others(world: World) -> None:
+async def test_the_described_paths_are_there_in_the_described_methods(world: World) -> None:
     async with httpx.AsyncClient(base_url=world.url) as http:
-        listed = (await http.get("/no-such-path")).json()["error"]["message"]
-        described = {path for each in ENDPOINTS for path in (each.path, *each.aliases)}
-        assert set(re.findall(r"(/\S*?)[,.]? ", listed.partition("There are: ")[2].rstrip(".") + " ")) == described
-        for path in described:
+        for path in {path for each in ENDPOINTS for path in (each.path, *each.aliases)}:
             answer = await http.patch(re.sub(r"{\w+}", "any", path))
             allowed = set(answer.headers["allow"].split(", ")) - {"OPTIONS"}
             mine = [each for each in ENDPOINTS if path in (each.path, *each.aliases)]
             assert allowed == {method for each in mine for method in each.methods}, path
+
+
+async def test_a_path_that_leads_nowhere_is_told_what_was_meant(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        slip = (await http.post("/v1/chat/completion", json={})).json()["error"]
+        lost = (await http.get("/a/b/c")).json()["error"]
+    assert slip["code"] == lost["code"] == "not_found"
+    assert slip["message"].endswith("Did you mean /v1/chat/completions?")
+    assert lost["message"].endswith("GET /openapi.json describes those that there are.")
 
 
 async def test_the_served_description_is_the_published_one(world: World) -> None:

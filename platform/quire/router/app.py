@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from typing import Any, Final
@@ -9,7 +10,6 @@ from typing import Any, Final
 from litestar import Litestar, Request, Response, delete, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
-from litestar.routes import HTTPRoute
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
@@ -281,9 +281,7 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     """The framework's errors as ours: they carry its own words, and sometimes paths."""
     if isinstance(error, NotFoundException):
-        return absent.refusal(request.url.path) or NotFound(
-            f"There is no such path. There are: {_endpoints(request.app)}."
-        )
+        return absent.refusal(request.url.path) or NotFound(_no_such_path(request.url.path))
     if isinstance(error, MethodNotAllowedException):
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))
@@ -293,13 +291,9 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     return error
 
 
-def _endpoints(app: Litestar) -> str:
-    """Every path with its method, as one line."""
-    found = [
-        f"{method} {each.path_format.replace(':path', '').replace(':str', '')}"
-        for each in app.routes
-        if isinstance(each, HTTPRoute)
-        for method in each.methods
-        if method not in ("HEAD", "OPTIONS")
-    ]
-    return ", ".join(sorted(found))
+def _no_such_path(path: str) -> str:
+    """What to say of one, with a guess at what was meant."""
+    every = [known for each in openapi.ENDPOINTS for known in (each.path, *each.aliases)]
+    near = difflib.get_close_matches(path[:64], every, n=1, cutoff=0.7)
+    there = "There is no such path. GET /openapi.json describes those that there are."
+    return f"{there} Did you mean {near[0]}?" if near else there

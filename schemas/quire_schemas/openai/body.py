@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 
@@ -52,6 +52,7 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
 MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
+_IGNORE_UNKNOWN: Final = "ignore_unknown"
 P = TypeVar("P", bound=BaseModel)
 
 
@@ -77,14 +78,19 @@ def read(
             if not asks_for_nothing(value, refusal.neutral):
                 raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
         elif name not in without_effect and not ignore_unknown:
-            raise BadRequest(_unknown(name, [*honoured, *refused, *without_effect]), _shown(name))
+            raise BadRequest(_unknown(name, [*honoured, *refused, *without_effect]), shown(name))
     while True:
         try:
-            return kind.model_validate(kept)
+            return kind.model_validate(kept, context={_IGNORE_UNKNOWN: ignore_unknown})
         except ValidationError as error:
             details = error.errors(include_url=False)
             if not ignore_unknown or not _drop_unknown(kept, details):
                 raise explained(_foremost(details, kept)) from None
+
+
+def ignores_unknown(info: ValidationInfo) -> bool:
+    """For validators of a request's fields: whether what they do not know is to be left out, not refused."""
+    return bool(info.context and info.context[_IGNORE_UNKNOWN])
 
 
 def _foremost(details: Sequence[ErrorDetails], request: Mapping[str, Any]) -> ErrorDetails:
@@ -159,10 +165,11 @@ def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.7)
-    return f"Unknown field '{_shown(name)}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    return f"Unknown field '{shown(name)}'." + (f" Did you mean '{near[0]}'?" if near else "")
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A name that a client gave, fit for a message."""
     return "".join(c if c.isprintable() else "?" for c in name[:64])
 
 
@@ -200,7 +207,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            raise BadRequest(f"The body has the key '{_shown(key)}' twice in one object.", _shown(key))
+            raise BadRequest(f"The body has the key '{shown(key)}' twice in one object.", shown(key))
         seen.add(key)
 
 
@@ -350,6 +357,6 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
                 text += f", not {int(given) if whole else given}"
     param = ""
     for step in where:
-        word = f"[{step}]" if isinstance(step, int) else _shown(str(step))
+        word = f"[{step}]" if isinstance(step, int) else shown(str(step))
         param += f".{word}" if param and isinstance(step, str) else word
     return BadRequest(f"'{param}' {text}.", param or None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -17,7 +17,7 @@ from quire_schemas.openai.answer import (
     RequestMetrics,
     Usage,
 )
-from quire_schemas.openai.body import NOT_YET, Refusal, explained, read
+from quire_schemas.openai.body import NOT_YET, Refusal, explained, ignores_unknown, read, shown
 from quire_schemas.openai.request import Count, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, SamplingFields, check_min_tokens
 from quire_schemas.openai.tools import (
@@ -59,7 +59,11 @@ CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
 }
 
 
-def _content(value: object) -> str | None:
+_PART_WITHOUT_EFFECT: Final = ("cache_control", "prompt_cache_breakpoint")
+"""Of a part of a message: prompts are cached by their beginnings, without being told."""
+
+
+def _content(value: object, info: ValidationInfo) -> str | None:
     """Content as one string; the text parts of a list are joined by line ends."""
     if value is None or isinstance(value, str):
         return value
@@ -70,10 +74,13 @@ def _content(value: object) -> str | None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "refusal"):  # a tuple: the kind may be anything, hashable or not
             raise PydanticCustomError("content", "must have parts of type text only: other media are not honoured")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
+        words = "refusal" if kind == "refusal" else "text"
+        if not isinstance(part.get(words), str):
             raise PydanticCustomError("content", "must have a string in each text part")
-        texts.append(text)
+        strange = next((name for name in part if name not in ("type", words, *_PART_WITHOUT_EFFECT)), None)
+        if strange is not None and not ignores_unknown(info):
+            raise PydanticCustomError("content", f"must not have the field '{shown(strange)}' in a text part")
+        texts.append(part[words])
     return "\n".join(texts)
 
 
@@ -82,6 +89,8 @@ class TextPart(TypedDict):
 
     type: Literal["text", "input_text"]
     text: str
+    cache_control: NotRequired[Any]
+    prompt_cache_breakpoint: NotRequired[Any]
 
 
 class RefusalPart(TypedDict):
@@ -89,6 +98,8 @@ class RefusalPart(TypedDict):
 
     type: Literal["refusal"]
     refusal: str
+    cache_control: NotRequired[Any]
+    prompt_cache_breakpoint: NotRequired[Any]
 
 
 class Message(Shape):

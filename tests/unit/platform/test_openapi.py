@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,6 +16,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from quire import errors
+from quire.router import app
 from quire.router.openapi import ENDPOINTS, as_json, as_text, document
 from quire_schemas.openai.body import WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
@@ -27,6 +31,7 @@ REGISTRY: Registry[Any] = Registry().with_resource(
 READERS = {"ChatRequest": read_chat, "CompletionRequest": read_completion, "EmbeddingRequest": read_embedding}
 SAID = [{"role": "user", "content": "x"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": SAID}
+PART = {"type": "text", "text": "x"}
 PROMPT: dict[str, Any] = {"model": "m", "prompt": "x"}
 INPUT: dict[str, Any] = {"model": "m", "input": "x"}
 
@@ -69,6 +74,26 @@ def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
     ]
     assert len(names) == len(set(names))
     assert json.loads(as_json()) == json.loads(as_text())
+
+
+def routes_of_the_router() -> Iterator[tuple[str, str]]:
+    """Method and path of every route in the source of `quire.router.app`."""
+    assert app.__file__ is not None
+    for node in ast.walk(ast.parse(Path(app.__file__).read_text())):
+        for mark in getattr(node, "decorator_list", ()):
+            word = mark.func.id if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) else ""
+            if word in ("get", "post", "put", "patch", "delete", "route"):
+                paths = ast.literal_eval(mark.args[0])
+                for path in [paths] if isinstance(paths, str) else paths:
+                    for method in ("GET", "HEAD") if word == "route" else (word.upper(),):
+                        yield method, re.sub(r":\w+}", "}", path)
+
+
+def test_every_route_of_the_router_has_a_row_and_every_row_a_route() -> None:
+    routes = list(routes_of_the_router())
+    assert len(routes) > 15
+    rows = [(method, path) for each in ENDPOINTS for path in (each.path, *each.aliases) for method in each.methods]
+    assert sorted(routes) == sorted(rows)
 
 
 def test_every_error_is_declared_where_it_may_come() -> None:
@@ -114,7 +139,8 @@ def test_notes_of_the_source_are_the_descriptions_of_fields() -> None:
     [
         ("ChatRequest", CHAT | {"stop": "a", "logit_bias": {"7": -100}, "script": [1, 2], "seed": -5}),
         ("ChatRequest", CHAT | {"stop": ["a", "b"], "script": "x", "user": "u", "metadata": {"a": 1}}),
-        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART | {"cache_control": {}}]}]}),
         ("ChatRequest", CHAT | {"response_format": {"type": "json_schema",
             "json_schema": {"name": "a", "schema": {}}}}),
         ("ChatRequest", CHAT | {"structured_outputs": {"json": '{"type": "object"}'}}),
@@ -138,6 +164,7 @@ def test_what_is_read_is_in_the_schema(shape: str, body: dict[str, Any]) -> None
         ("ChatRequest", {"model": "m"}),
         ("ChatRequest", CHAT | {"messages": []}),
         ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("ChatRequest", CHAT | {"messages": [{"role": "user", "content": [PART | {"bold": True}]}]}),
         ("ChatRequest", CHAT | {"temperature": 2.5}),
         ("ChatRequest", CHAT | {"stop": ""}),
         ("ChatRequest", CHAT | {"stop": ["a"] * 17}),
@@ -157,6 +184,13 @@ def test_what_is_read_is_in_the_schema(shape: str, body: dict[str, Any]) -> None
 def test_what_the_schema_refuses_is_refused(shape: str, body: dict[str, Any]) -> None:
     assert not takes(shape, body)
     assert not reads(shape, body)
+
+
+def test_unknown_fields_of_parts_are_left_out_where_the_gateway_says_so() -> None:
+    body = CHAT | {"messages": [{"role": "user", "content": [PART | {"bold": True}]}]}
+    with pytest.raises(BadRequest, match="must not have the field 'bold' in a text part"):
+        read_chat(json.dumps(body).encode())
+    assert read_chat(json.dumps(body).encode(), ignore_unknown=True).messages[0].content == "x"
 
 
 def test_the_refused_fields_of_chat_are_none_of_its_fields() -> None:
