@@ -107,10 +107,19 @@ def test_row_02_a_manifest_becomes_a_served_model_and_applying_it_again_writes_n
     assert plane.plan(text)["action"] == "unchanged"
 
 
+def _asked_to_call(plane: Plane, name: str) -> httpx.Response:
+    tool = {"type": "function", "function": {"name": "f"}}
+    body = {"model": name, "messages": [{"role": "user", "content": "?"}], "tools": [tool], "max_tokens": 1}
+    return httpx.post(f"{plane.base_url}/chat/completions", json=body, timeout=60)
+
+
 def test_hot_settings_reach_the_engine_and_restart_nothing(plane: Plane) -> None:
     plane.apply(model("hot", "  batching: {maxNumSeqs: 8}\n"))
     pid = plane.wait_served("hot")["replicas"][0]["pid"]
-    changed = model("hot", "  batching: {maxNumSeqs: 4}\n  servedModelNames: [hot, hotter]\n")
+    changed = model(
+        "hot", "  batching: {maxNumSeqs: 4}\n  servedModelNames: [hot, hotter]\n  parsers: {tools: none}\n"
+    )
+    assert _asked_to_call(plane, "hot").status_code == 200
     planned = plane.plan(changed)
     assert {change["update"] for change in planned["changes"]} == {"hot"}
     assert planned["revision"] == [1, 1]
@@ -119,6 +128,7 @@ def test_hot_settings_reach_the_engine_and_restart_nothing(plane: Plane) -> None
     assert view["generation"] == 2
     assert view["replicas"][0]["pid"] == pid
     assert plane.complete("hotter").status_code == 200
+    assert "spec.parsers.tools" in _asked_to_call(plane, "hotter").json()["error"]["message"]
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: plane.view("hot")["replicas"][0]["incarnation"] == 2, "a second incarnation")
     assert plane.wait_served("hot")["generation"] == 2

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 from litestar.types import ASGIApp
 
-from quire.errors import StorageUnavailable
+from quire.errors import QueueFull, StorageUnavailable
 from quire.router.inside import InsideClient
 from quire.router.responses import Responses
 from quire_schemas.openai.responses import ResponseError
@@ -25,6 +25,8 @@ log = logging.getLogger("quire.router")
 PATH: Final = "/v1/responses"
 PAUSES: Final = (0.5, 15.0)
 """Seconds until another try, and the most that doubling makes of it."""
+MAX_WAITING: Final = 1_000
+"""Responses that are worked on or wait; each is a task."""
 TRIED_SECONDS: Final = 3600.0
 """How long a response is tried that cannot be served now."""
 
@@ -52,6 +54,13 @@ class Background:
         self._exchange = exchange
         self._works: dict[str, _Work] = {}
         self._closed = False
+
+    def check_room(self) -> None:
+        """Raises `QueueFull` when there are as many as there may be."""
+        if len(self._works) >= MAX_WAITING:
+            raise QueueFull(
+                f"{len(self._works)} responses in the background wait already, as many as may.", retry_after=30.0
+            )
 
     def begin(self, response_id: str, request: bytes) -> None:
         """Work on a response that is kept."""

@@ -162,6 +162,9 @@ class Beside(Protocol):
     async def sweep(self) -> None:
         """Forget what nobody may ask for any more."""
 
+    async def close(self) -> None:
+        """End, and leave what is not done to the next router."""
+
 
 class Executor:
     """The batches of one store, on the models of one fleet.
@@ -220,6 +223,8 @@ class Executor:
         self._draining = True
         for work in self._works.values():
             work.gone.set()
+        for each in self._beside:  # while this router has the lock
+            await each.close()
         if self._main is not None:
             self._main.cancel()
             await asyncio.wait([self._main])

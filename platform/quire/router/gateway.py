@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import msgspec
@@ -44,6 +44,19 @@ INLINE_BYTES: Final = 16 * 1024
 """The bodies of which all is done on the event loop: above this it takes longer than the hop to a thread."""
 LONG_BYTES: Final = 256 * 1024
 """Larger bodies have threads of their own, and wait for each other there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The prompts of one request as ids, with the fields that they are from."""
+
+    tokenizer: Tokenizer
+    prompts: tuple[list[int], ...]
+    fields: tuple[str, ...]
+    echoes: tuple[str, ...] = ()
+    script: tuple[int, ...] | None = None
+    rendered: Rendered | None = None
+    """Of a conversation."""
 
 
 class Gateway:
@@ -110,19 +123,8 @@ class Gateway:
         began = time.monotonic()
         rendered, prompt, script = await self.aside(ids, size)
         _tokenized(span, began, len(prompt))
-        return self._job(
-            request,
-            served,
-            tokenizer,
-            (prompt,),
-            ("messages",),
-            (),
-            script,
-            f"chatcmpl-{uuid.uuid4().hex}",
-            arrived_at,
-            span,
-            rendered,
-        )
+        read = _Read(tokenizer, (prompt,), ("messages",), script=script, rendered=rendered)
+        return self._job(request, served, read, f"chatcmpl-{uuid.uuid4().hex}", arrived_at, span)
 
     async def completion(
         self,
@@ -161,18 +163,9 @@ class Gateway:
         _tokenized(span, began, sum(map(len, prompts)))
         if request.logprobs is not None:
             await asyncio.to_thread(lambda: tokenizer.keys)  # made once, and not on the event loop
-        return self._job(
-            request,
-            served,
-            tokenizer,
-            prompts,
-            tuple(field for field, _ in _named(request.prompt, "prompt")),
-            echoes,
-            script,
-            f"cmpl-{uuid.uuid4().hex}",
-            arrived_at,
-            span,
-        )
+        fields = tuple(field for field, _ in _named(request.prompt, "prompt"))
+        prepared = _Read(tokenizer, prompts, fields, echoes, script)
+        return self._job(request, served, prepared, f"cmpl-{uuid.uuid4().hex}", arrived_at, span)
 
     async def embedding(
         self,
@@ -264,17 +257,13 @@ class Gateway:
         self,
         request: SamplingFields,
         served: ServedModel,
-        tokenizer: Tokenizer,
-        prompts: tuple[list[int], ...],
-        fields: tuple[str, ...],
-        echoes: tuple[str, ...],
-        script: tuple[int, ...] | None,
+        read: _Read,
         job_id: str,
         arrived_at: float,
         span: RequestSpan,
-        rendered: Rendered | None = None,
     ) -> Job:
-        named = zip(prompts, fields, strict=True)
+        tokenizer, prompts, rendered = read.tokenizer, read.prompts, read.rendered
+        named = zip(prompts, read.fields, strict=True)
         max_tokens = min(_room(served.route, prompt, request, field) for prompt, field in named)
         if request.min_tokens is not None and request.min_tokens > max_tokens:
             raise InvalidRequest(
@@ -328,7 +317,7 @@ class Gateway:
             thinking=None if budget is None else params.thinking(tokenizer, budget, vocabulary),
             repetition=None if pattern is None else pattern.repetition,
             logprobs=logprobs,
-            script=script,
+            script=read.script,
             logprob_token_ids=tuple(dict.fromkeys(request.logprob_token_ids or ())),
             prompt_logprobs=request.scored_prompt,
             logprobs_mode=request.logprobs_mode or "raw_logprobs",
@@ -342,7 +331,7 @@ class Gateway:
             tokenizer=tokenizer,
             operation="chat" if isinstance(request, ChatRequest) else "text_completion",
             prompts=prompts,
-            echoes=echoes,
+            echoes=read.echoes,
             n=request.sequences,
             kept=request.n or 1,
             sampling=sampling,

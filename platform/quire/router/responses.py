@@ -79,7 +79,7 @@ class Responses:
         await self.store.run(lambda db: db.execute(sa.insert(RESPONSES).values(row)))
 
     async def keep(self, response: ResponseObject, given: Sequence[Item]) -> bytes:
-        """Keep a response as it is now; what is kept of it, which is no other once it was cancelled."""
+        """Keep a response as it is now; what is kept of it, which is no other once it has ended."""
         return await self.store.run(lambda db: _keep(db, response, given))
 
     async def fail(self, response_id: str, error: ResponseError) -> None:
@@ -174,7 +174,7 @@ def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) 
 
 def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) -> bytes:
     found = db.scalar(sa.select(RESPONSES.c.answer).where(RESPONSES.c.id == response.id))
-    if found is not None and _decoded(found).status == "cancelled":
+    if found is not None and _decoded(found).status not in ("queued", "in_progress"):
         return bytes(found)
     said = read_items(_encode(response.output))
     row = _row(response, given, said)

@@ -18,19 +18,11 @@ from typing import Any, Final
 
 import tokenizers
 
-from quire.text.dialects import Dialects, detect
+from quire.text.dialects import REASONING, Dialects, Thoughts, detect
 from quire.text.errors import BadTokenizer, NoChatTemplate, TextError
 from quire.text.templates import ChatTemplate
 from quire_schemas import wire
 
-_THOUGHTS: Final = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<thinking>", "</thinking>"),
-)
-"""What models write around a thought, by the families that do."""
 _LONG_TEXT: Final = 16 * 1024
 _LONG_IDS: Final = 4 * 1024
 """From here on the library is asked for a batch of one: that alone lets other threads run meanwhile."""
@@ -238,9 +230,9 @@ class Tokenizer:
         Only added tokens will do: what is split into several may be written in several ways.
         """
         added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
-        for opening, closing in _THOUGHTS:
-            if opening in added and closing in added:
-                return added[opening], added[closing]
+        for dialect in REASONING.values():
+            if isinstance(dialect, Thoughts) and dialect.opening in added and dialect.closing in added:
+                return added[dialect.opening], added[dialect.closing]
         return None
 
     @cached_property

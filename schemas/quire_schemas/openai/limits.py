@@ -10,6 +10,7 @@ from quire_schemas import wire
 from quire_schemas.openai.body import MAX_DEPTH
 from quire_schemas.openai.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TEMPLATE_VARIABLES
 from quire_schemas.openai.request import MAX_MODEL_NAME, MAX_PROMPTS
+from quire_schemas.openai.responses import MAX_METADATA
 from quire_schemas.openai.sampling import (
     MAX_ALLOWED_IDS,
     MAX_BAD_WORDS,
@@ -49,6 +50,7 @@ LIMITS: Final = (
     Limit("each side of a score", MAX_PROMPTS, "texts"),
     Limit("`tools`", MAX_TOOLS, "tools"),
     Limit("`documents`", MAX_DOCUMENTS, "documents"),
+    Limit("`metadata` of a response", MAX_METADATA, "pairs"),
     Limit("`n`", MAX_CHOICES),
     Limit("`best_of`", MAX_CHOICES),
     Limit("`n`, or `best_of`, times the prompts", MAX_PROMPTS),

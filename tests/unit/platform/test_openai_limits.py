@@ -14,10 +14,14 @@ from quire_schemas.openai.chat import read_chat
 from quire_schemas.openai.completions import read_completion
 from quire_schemas.openai.embeddings import read_embedding
 from quire_schemas.openai.limits import LIMITS, Limit
+from quire_schemas.openai.responses import read_response
 from quire_schemas.openai.score import read_score
-from quire_schemas.openai.tokens import read_tokenize
 
 TURN = {"role": "user", "content": "x"}
+
+
+def function(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def nested(levels: int) -> Any:
@@ -36,13 +40,15 @@ CHATS: dict[str, Callable[[int], dict[str, Any]]] = {
     "`messages`": lambda n: {"messages": [TURN] * n},
     "`chat_template_kwargs`": lambda n: {"chat_template_kwargs": {f"a{i}": 1 for i in range(n)}},
     "`top_logprobs`": lambda n: {"logprobs": True, "top_logprobs": n},
+    "`tools`": lambda n: {"tools": [function(f"f{i}") for i in range(n)]},
+    "`documents`": lambda n: {"documents": [{"text": "x"}] * n},
 }
 EMBEDDINGS: dict[str, Callable[[int], dict[str, Any]]] = {"`input`": lambda n: {"input": ["x"] * n}}
 SCORES: dict[str, Callable[[int], dict[str, Any]]] = {
     "each side of a score": lambda n: {"queries": ["x"] * n, "documents": ["x"] * n}
 }
-TOKENS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "`tools` of `/tokenize`": lambda n: {"tools": [{"type": "function", "function": {"name": "f"}}] * n}
+RESPONSES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "`metadata` of a response": lambda n: {"metadata": {str(i): "x" for i in range(n)}}
 }
 COMPLETIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "a body": lambda n: {"metadata": nested(n - 1)},
@@ -87,8 +93,8 @@ def read(limit: Limit, count: int) -> object:
         return read_embedding(json.dumps({"model": "m", **EMBEDDINGS[limit.what](count)}).encode())
     if limit.what in SCORES:
         return read_score(json.dumps({"model": "m", **SCORES[limit.what](count)}).encode())
-    if limit.what in TOKENS:
-        return read_tokenize(json.dumps({"messages": [TURN], **TOKENS[limit.what](count)}).encode())
+    if limit.what in RESPONSES:
+        return read_response(json.dumps({"model": "m", "input": "x", **RESPONSES[limit.what](count)}).encode())
     return read_completion(json.dumps({"model": "m", "prompt": "x", **COMPLETIONS[limit.what](count)}).encode())
 
 
@@ -103,4 +109,4 @@ def test_the_page_has_every_limit() -> None:
     lines = api_page().splitlines()
     assert "| a body | the Gateway's `maxBodySize`, 4,194,304 bytes by default; above it a 413 |" in lines
     assert all(any(line.startswith(f"| {limit.what} | {limit.most:,}") for line in lines) for limit in LIMITS)
-    assert {limit.what for limit in LIMITS} == set().union(CHATS, EMBEDDINGS, COMPLETIONS, SCORES, TOKENS)
+    assert {limit.what for limit in LIMITS} == set().union(CHATS, EMBEDDINGS, COMPLETIONS, SCORES, RESPONSES)

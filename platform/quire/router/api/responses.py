@@ -131,8 +131,7 @@ class Output:
     def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """There will be no more."""
         if not any(isinstance(item, OutputMessage | OutputCall) for item in self.response.output):
-            yield from self._item(OutputMessage(id=_new(OutputMessage), status="in_progress", content=[]))
-            yield from self._begin_text()
+            yield from self._begin_message(_message())
         yield from self._done("incomplete" if self._finish == "length" else "completed")
 
     def ended(self, usage: Usage) -> ResponseObject:
@@ -167,21 +166,21 @@ class Output:
         yield "response.output_item.added", {"output_index": self._at, "item": item}
 
     def _said(self, text: str, scores: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not isinstance(self._open, OutputMessage):
-            yield from self._item(OutputMessage(id=_new(OutputMessage), status="in_progress", content=[]))
-            yield from self._begin_text()
-        assert isinstance(self._open, OutputMessage)  # noqa: S101 (for the type checker)
-        words = self._open.content[0]
+        item = self._open
+        if not isinstance(item, OutputMessage):
+            item = _message()
+            yield from self._begin_message(item)
+        words = item.content[0]
         words.text += text
         words.logprobs += scores
-        fields = {**self._where(self._open), "content_index": 0}
+        fields = {**self._where(item), "content_index": 0}
         yield "response.output_text.delta", {**fields, "delta": text, "logprobs": scores}
 
-    def _begin_text(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        assert isinstance(self._open, OutputMessage)  # noqa: S101 (for the type checker)
-        self._open.content.append(OutputText(text="", annotations=[], logprobs=[]))
-        fields = {**self._where(self._open), "content_index": 0}
-        yield "response.content_part.added", {**fields, "part": self._open.content[0]}
+    def _begin_message(self, item: OutputMessage) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._item(item)
+        item.content.append(OutputText(text="", annotations=[], logprobs=[]))
+        fields = {**self._where(item), "content_index": 0}
+        yield "response.content_part.added", {**fields, "part": item.content[0]}
 
     def _other(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         match part:
@@ -198,26 +197,29 @@ class Output:
                 yield "response.function_call_arguments.delta", {**self._where(self._open), "delta": text}
 
     def _thought(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not isinstance(self._open, OutputReasoning):
+        item = self._open
+        if not isinstance(item, OutputReasoning):
             item = OutputReasoning(id=_new(OutputReasoning), status="in_progress", summary=[], content=[])
             yield from self._item(item)
-            if self._summary:
-                item.summary.append(OutputSummary(""))
-                fields = {**self._where(item), "summary_index": 0}
-                yield "response.reasoning_summary_part.added", {**fields, "part": item.summary[0]}
-            else:
-                item.content.append(OutputThought(""))
-                fields = {**self._where(item), "content_index": 0}
-                yield "response.content_part.added", {**fields, "part": item.content[0]}
-        assert isinstance(self._open, OutputReasoning)  # noqa: S101 (for the type checker)
+            yield from self._begin_thought(item)
         if self._summary:
-            self._open.summary[0].text += text
-            fields = {**self._where(self._open), "summary_index": 0}
+            item.summary[0].text += text
+            fields = {**self._where(item), "summary_index": 0}
             yield "response.reasoning_summary_text.delta", {**fields, "delta": text}
         else:
-            self._open.content[0].text += text
-            fields = {**self._where(self._open), "content_index": 0}
+            item.content[0].text += text
+            fields = {**self._where(item), "content_index": 0}
             yield "response.reasoning_text.delta", {**fields, "delta": text}
+
+    def _begin_thought(self, item: OutputReasoning) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._summary:
+            item.summary.append(OutputSummary(""))
+            fields = {**self._where(item), "summary_index": 0}
+            yield "response.reasoning_summary_part.added", {**fields, "part": item.summary[0]}
+        else:
+            item.content.append(OutputThought(""))
+            fields = {**self._where(item), "content_index": 0}
+            yield "response.content_part.added", {**fields, "part": item.content[0]}
 
     def _done(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """The item that is open gains nothing more."""
@@ -243,6 +245,10 @@ class Output:
                 told = {"name": name, "arguments": arguments}
                 yield "response.function_call_arguments.done", {**where, **told}
         yield "response.output_item.done", {"output_index": self._at, "item": item}
+
+
+def _message() -> OutputMessage:
+    return OutputMessage(id=_new(OutputMessage), status="in_progress", content=[])
 
 
 def _new(kind: type[OutputItem]) -> str:
@@ -302,6 +308,7 @@ class Responding(Exchange[ResponsesRequest]):
             return await super()._serve(request, body, arrived_at, span, send)
         served = self._gateway.fleet.resolve(request.model)
         self._serves(served, request.model, span)
+        self._later.check_room()
         before, own = await self._responses.before(request.previous_response_id, request.input)
         request.chat([*before, *own])  # what is wrong with it is said now
         response_id = self._responses.new_id()

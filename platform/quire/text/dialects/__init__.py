@@ -19,7 +19,7 @@ from quire.text.dialects.parts import (
     Tool,
     joined,
 )
-from quire.text.dialects.thoughts import ReasoningDialect
+from quire.text.dialects.thoughts import ReasoningDialect, Thoughts
 from quire.text.dialects.tools import ToolDialect
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Reader",
     "Reasoning",
     "ReasoningDialect",
+    "Thoughts",
     "Tool",
     "ToolDialect",
     "detect",
