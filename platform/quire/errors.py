@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -264,6 +265,23 @@ def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
     if row.close:
         headers.append((b"connection", b"close"))
     return HttpError(row.status, tuple(headers), body, row.code, message)
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The error with fields under the names that the client knows: `names` has them by ours."""
+    if not isinstance(error, ApiError | ParamRefused) or not names:
+        return error
+    message, param = error.message, error.param
+    ours = next(
+        (name for name in names if param == name or (param or "").startswith((f"{name}.", f"{name}["))), None
+    )
+    if ours is not None:
+        message, param = message.replace(f"'{param}'", f"'{names[ours]}'"), names[ours]
+    for name, theirs in names.items():
+        message = message.replace(f"'{name}'", f"'{theirs}'")
+    if isinstance(error, ParamRefused):
+        return ParamRefused(message, param=param or "")
+    return type(error)(message, param=param, retry_after=error.retry_after)
 
 
 def _shaped(api: Api, row: Row, message: str, param: str | None) -> dict[str, object]:

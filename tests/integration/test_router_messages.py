@@ -66,7 +66,13 @@ SCRIPTS: list[Any] = [
 async def test_an_answer_is_the_same_whole_and_streamed(
     says: anthropic.AsyncAnthropic, script: str, content: list[Any], reason: str
 ) -> None:
-    options: dict[str, Any] = {"model": "tiny", "max_tokens": 200, "messages": told(script), "tools": TOOLS}
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "max_tokens": 200,
+        "messages": told(script),
+        "tools": TOOLS,
+        "thinking": {"type": "adaptive"},
+    }
     whole = await says.messages.create(**options)
     assert blocks(whole) == content
     assert whole.stop_reason == reason
@@ -215,6 +221,21 @@ async def test_a_client_that_leaves_a_stream_frees_the_engine(world: World) -> N
             return not engine.running
 
         await asyncio.wait_for(eventually(gone), 1)
+
+
+async def test_thoughts_are_shown_to_those_who_ask(says: anthropic.AsyncAnthropic) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 60, "messages": told(f"{THOUGHT}Here.")}
+    whole = await says.messages.create(**options)
+    assert blocks(whole) == [{"type": "text", "text": "Here."}]
+    async with says.messages.stream(**options) as stream:
+        assert blocks(await stream.get_final_message()) == blocks(whole)
+
+
+async def test_a_call_that_is_no_object_is_text_and_no_use_of_a_tool(says: anthropic.AsyncAnthropic) -> None:
+    broken = '<tool_call>\n{"name": "time", "arguments": [1]}\n</tool_call>'
+    answer = await says.messages.create(model="tiny", max_tokens=60, messages=told(broken), tools=TOOLS)
+    assert [block["type"] for block in blocks(answer)] == ["text"]
+    assert answer.stop_reason == "end_turn"
 
 
 async def test_forced_and_forbidden_calls(says: anthropic.AsyncAnthropic) -> None:

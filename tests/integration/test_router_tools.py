@@ -258,10 +258,22 @@ async def test_a_model_that_thinks_may_do_so_before_what_it_is_held_to(model: op
         messages=sums,
         temperature=0,
         max_tokens=200,
+        reasoning_effort="high",
         response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
     )
     assert answer["reasoning"]
     assert isinstance(json.loads(answer["content"])["sum"], int)
+    for more in ({}, {"reasoning_effort": "none"}):  # it is not lured into a thought that nobody asked for
+        plain = await whole(
+            model,
+            messages=sums,
+            temperature=0,
+            max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+            **more,
+        )
+        assert plain["reasoning"] is None
+        assert isinstance(json.loads(plain["content"])["sum"], int)
 
 
 async def test_a_shape_beside_tools_is_an_answer_or_a_call(model: openai.AsyncOpenAI) -> None:

@@ -21,7 +21,7 @@ from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange, Format
 from quire.router.api.files import known
 from quire.router.api.messages import MessagesFormat, TokenCounting
-from quire.router.api.responses import Responding, ResponsesFormat, deleted, input_items
+from quire.router.api.responses import InputCounting, Responding, ResponsesFormat, deleted, input_items
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
 from quire.router.background import Background
@@ -39,6 +39,7 @@ from quire.router.spans import RequestSpans
 from quire.router.store import Store
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
+from quire_schemas.openai.responses import RetrieveResponse
 
 log = logging.getLogger("quire.router")
 
@@ -93,7 +94,8 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     responses = Responses(store)
     batched["/v1/responses"] = ResponsesFormat(gateway, responses)
     background = Background(
-        responses, lambda name: Exchange(gateway, spans, ResponsesFormat(gateway, responses, name))
+        responses,
+        lambda name: Exchange(gateway, spans, ResponsesFormat(gateway, responses, name), background=True),
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
 
@@ -109,9 +111,13 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     async def respond() -> ASGIApp:
         return Responding(gateway, spans, responses, background)
 
+    @post("/v1/responses/input_tokens")
+    async def count_input() -> ASGIApp:
+        return InputCounting(gateway, spans, responses)
+
     @get("/v1/responses/{response_id:str}")
     async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        known(dict(request.query_params), ())
+        known(dict(request.query_params), tuple(RetrieveResponse.model_fields))
         return Reply(200, await responses.get(_named(request, "response_id")))
 
     @delete("/v1/responses/{response_id:str}", status_code=200)
@@ -220,6 +226,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         chat,
         completions,
         respond,
+        count_input,
         get_response,
         delete_response,
         cancel_response,
@@ -283,6 +290,8 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     if isinstance(error, NotFoundException):
         return absent.refusal(request.url.path) or NotFound(_no_such_path(request.url.path))
     if isinstance(error, MethodNotAllowedException):
+        if (refusal := absent.refusal(request.url.path)) is not None:  # a word where other paths have an id
+            return refusal
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))
         return MethodNotAllowed(f"This path takes {allowed or 'other methods'} only.")

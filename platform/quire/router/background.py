@@ -106,6 +106,7 @@ class Background:
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + TRIED_SECONDS, PAUSES[0]
         try:
+            await self._responses.start(response_id)
             while not work.gone.is_set():
                 client = InsideClient(PATH, request, work.gone)
                 await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]

@@ -55,10 +55,12 @@ from quire_schemas.openai.responses import (
     RESPONSES_REFUSED,
     RESPONSES_WITHOUT_EFFECT,
     InputItems,
+    InputTokens,
     ListInputItems,
     ResponseDeleted,
     ResponseObject,
     ResponsesRequest,
+    RetrieveResponse,
 )
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
 from quire_schemas.openai.tokens import (
@@ -192,10 +194,22 @@ ENDPOINTS: Final = (
         event=dict[str, Any],
     ),
     Endpoint(
+        "countInputTokens",
+        "/v1/responses/input_tokens",
+        "Count the tokens of such a conversation.",
+        ("POST",),
+        (*TOKENIZER, *TEMPLATE, *ONE_STORED),
+        request=ResponsesRequest,
+        refused=RESPONSES_REFUSED,
+        without_effect=RESPONSES_WITHOUT_EFFECT,
+        answer=InputTokens,
+    ),
+    Endpoint(
         "retrieveResponse",
         "/v1/responses/{response_id}",
         "A response that is kept.",
         errors=ONE_STORED,
+        query=RetrieveResponse,
         answer=ResponseObject,
     ),
     Endpoint(

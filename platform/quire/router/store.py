@@ -75,6 +75,12 @@ class Store:
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
+    def check_room(self) -> None:
+        """Raises `StorageFull` when the disk has less left than its reserve."""
+        with contextlib.suppress(FileNotFoundError):  # the folder is made with the first thing that is kept
+            if shutil.disk_usage(self.folder).free < RESERVE_BYTES:
+                raise refusal(OSError(errno.ENOSPC, "the reserve of the disk is reached", str(self.folder)))
+
     async def close(self) -> None:
         """Write no more. What was begun is ended before."""
         await asyncio.to_thread(self._thread.shutdown)

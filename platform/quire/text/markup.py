@@ -11,7 +11,7 @@ import string
 from dataclasses import dataclass
 from typing import Final
 
-from quire.text.dialects import REASONING, TOOLS, Dialects, Reader, Tool
+from quire.text.dialects import REASONING, TOOLS, Dialects, Plain, Reader, Tool
 from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
 from quire_schemas.wire import Structured
 
@@ -32,12 +32,20 @@ class Markup:
     """The prompt ends inside a thought."""
     thought: bool = False
     """The prompt ends behind one: there is no other before the answer."""
+    verbatim: bool = False
+    """Answers are content as the model writes them, whatever is in them."""
+    thought_ids: tuple[int, int] | None = None
+    """The tokens that open and close a thought, where each is one."""
+    thinks: bool = False
+    """The request asks for thoughts."""
     must_call: bool = False
     one_call: bool = False
     """An answer ends before its second call."""
 
     def reader(self) -> Reader:
         """A reader for one answer."""
+        if self.verbatim:
+            return Plain()
         dialects = Dialects(self.dialects.tools, None) if self.thought else self.dialects
         return dialects.reader(self.tools or None, opened=self.opened)
 
@@ -54,6 +62,10 @@ class Markup:
             return None
         if self.dialects.reasoning is None or self.thought:
             return held_to(form)
+        if not (self.opened or self.thinks or REASONING[self.dialects.reasoning].always):
+            return held_to(
+                form
+            )  # a model that may think or not would be lured into it: there is little else to say
         return held_to(REASONING[self.dialects.reasoning].behind(form, opened=self.opened))
 
     def _form(self, wanted: Structured | None) -> Form | None:

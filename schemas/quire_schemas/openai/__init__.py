@@ -12,4 +12,5 @@ Anything else is a `BadRequest` with a guess at what was meant. `read_chat` and 
 give a request in which every bound holds, so that nothing behind them checks again.
 
     BadRequest        the body is not a request we can honour; has `message` and `param`
+    └── BadStandIn    nor is the chat request that it stands for, whose field `param` names
 """

@@ -14,6 +14,7 @@ import msgspec
 
 from quire.errors import Api, InvalidRequest
 from quire.router.api.embeddings import vectors
+from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -30,6 +31,7 @@ class ScoreFormat:
 
     operation = "score"
     api = Api.OPENAI
+    names = NO_NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

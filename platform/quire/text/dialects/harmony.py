@@ -50,6 +50,7 @@ class HarmonyThoughts(ReasoningDialect):
 
     name = "harmony"
     marks = _MARKS
+    always = True
     answer = f"{_CHANNEL}final{_MESSAGE}"
 
     def opens(self, prompt: str) -> bool:

@@ -25,6 +25,8 @@ class ReasoningDialect(ABC):
     """As `spec.parsers.reasoning` spells it."""
     marks: tuple[str, ...]
     """Tokens that the reader must see, special or not."""
+    always: bool = False
+    """Every answer begins with its thought, whoever asks."""
     answer: str = ""
     """What stands between thoughts and an answer that is no call, besides white space."""
 
@@ -55,6 +57,7 @@ class Thoughts(ReasoningDialect):
     def __init__(self, name: str, opening: str, closing: str, *, begins_open: bool = False) -> None:
         self.name = name
         self.opening, self.closing, self.begins_open = opening, closing, begins_open
+        self.always = begins_open
         self.marks = (opening, closing)
 
     def opens(self, prompt: str) -> bool:
