@@ -159,7 +159,7 @@ async def test_what_a_batch_is_refused_for(world: World) -> None:
             ({"endpoint": "/v1/images"}, "endpoint"),
             ({"completion_window": "1h"}, "completion_window"),
             ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
-            ({"metadata": {"k" * 65: ""}}, f"metadata.{'k' * 64}.[key]"),
+            ({"metadata": {"k" * 65: ""}}, f"metadata.{'k' * 64}"),
             ({"metadata": {"k": "v" * 513}}, "metadata.k"),
             ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after.seconds"),
             ({"extra_body": {"windw": 1}}, "windw"),
@@ -310,11 +310,13 @@ async def test_a_file_above_the_limit_is_refused_and_not_kept(world: World) -> N
         yield b"x\r\n--x--\r\n"
 
     headers = {"content-type": "multipart/form-data; boundary=x"}
+    router = psutil.Process(world.process.pid)
+    before = router.memory_info().rss
     async with httpx.AsyncClient(timeout=60) as http:
         answer = await http.post(f"{world.url}/v1/files", content=content(), headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
     assert list((world.folder / "router" / "files").glob("*.part")) == []
-    assert psutil.Process(world.process.pid).memory_info().rss < MAX_FILE_BYTES, "it was never whole in memory"
+    assert router.memory_info().rss - before < MAX_FILE_BYTES // 2, "it was never whole in memory"
 
 
 async def test_nothing_of_a_client_that_leaves_is_kept(world: World) -> None:
