@@ -2,7 +2,7 @@
 
 `ENDPOINTS` has a row for each path: the shapes of what it takes and gives, and the exceptions that it may end in.
 The document is made of the shapes themselves (Pydantic models and msgspec Structs), of the notes that stand below
-their fields in the source, and of `quire.errors.TABLE`. A path that `quire.router.app` serves without a row here,
+their fields in the source, and of `quire.errors.TABLE`. A path that the router serves without a row here,
 or the reverse, fails a test.
 
 A request's schema has the fields that are honoured, and those without effect, which say so; a field that is

@@ -77,9 +77,10 @@ def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
 
 
 def routes_of_the_router() -> Iterator[tuple[str, str]]:
-    """Method and path of every route in the source of `quire.router.app`."""
+    """Method and path of every route in the sources of `quire.router.app` and `quire.router.api`."""
     assert app.__file__ is not None
-    for node in ast.walk(ast.parse(Path(app.__file__).read_text())):
+    sources = [Path(app.__file__), *Path(app.__file__).with_name("api").glob("*.py")]
+    for node in (node for source in sources for node in ast.walk(ast.parse(source.read_text()))):
         for mark in getattr(node, "decorator_list", ()):
             word = mark.func.id if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) else ""
             if word in ("get", "post", "put", "patch", "delete", "route"):

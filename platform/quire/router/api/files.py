@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import multipart
-from litestar.types import Receive, Scope, Send
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp, Receive, Scope, Send
 from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from quire.router.api.exchange import BODY_SECONDS, ClientGone
+from quire.router.api.reply import Reply, named
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
@@ -286,3 +289,29 @@ async def reply(send: Send, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def routes(files: Files) -> list[HTTPRouteHandler]:
+    """What `/v1/files` answers."""
+
+    @post("/v1/files")
+    async def upload() -> ASGIApp:
+        return Upload(files)
+
+    @get("/v1/files")
+    async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await listed(files, dict(request.query_params)))
+
+    @get("/v1/files/{file_id:str}")
+    async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await one(files, named(request, "file_id")))
+
+    @delete("/v1/files/{file_id:str}", status_code=200)
+    async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await deleted(files, named(request, "file_id")))
+
+    @get("/v1/files/{file_id:str}/content")
+    async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Content(files, named(request, "file_id"))
+
+    return [upload, list_files, get_file, delete_file, get_content]

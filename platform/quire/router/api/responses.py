@@ -17,13 +17,16 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
-from litestar.types import Send
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp, Send
 
 from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.files import known, whole
 from quire.router.api.logprobs import Writer
+from quire.router.api.reply import Reply, named
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -55,6 +58,7 @@ from quire_schemas.openai.responses import (
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
+    RetrieveResponse,
     read_response,
 )
 
@@ -426,3 +430,37 @@ def _listed(response_id: str, at: int, item: Item) -> dict[str, Any]:
         kind = "output_text" if told.get("role") == "assistant" else "input_text"
         told["content"] = [{"type": kind, "text": told["content"]}]
     return {"id": f"item_{response_id.removeprefix('resp_')}_{at}", "status": "completed", **told}
+
+
+def routes(
+    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
+) -> list[HTTPRouteHandler]:
+    """What `/v1/responses` answers."""
+
+    @post("/v1/responses")
+    async def respond() -> ASGIApp:
+        return Responding(gateway, spans, responses, background)
+
+    @post("/v1/responses/input_tokens")
+    async def count_input() -> ASGIApp:
+        return InputCounting(gateway, spans, responses)
+
+    @get("/v1/responses/{response_id:str}")
+    async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        known(dict(request.query_params), tuple(RetrieveResponse.model_fields))
+        return Reply(200, await responses.get(named(request, "response_id")))
+
+    @delete("/v1/responses/{response_id:str}", status_code=200)
+    async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await deleted(responses, named(request, "response_id")))
+
+    @post("/v1/responses/{response_id:str}/cancel")
+    async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await background.cancel(named(request, "response_id")))
+
+    @get("/v1/responses/{response_id:str}/input_items")
+    async def list_input(request: Request[Any, Any, Any]) -> ASGIApp:
+        listed = await input_items(responses, named(request, "response_id"), dict(request.query_params))
+        return Reply(200, listed)
+
+    return [respond, count_input, get_response, delete_response, cancel_response, list_input]
