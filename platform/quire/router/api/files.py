@@ -120,21 +120,19 @@ class Upload:
         stated = int(headers.get(b"content-length", b"0"))
         if stated > BEARABLE:
             raise _too_large()
-        file_id, incoming = await asyncio.to_thread(self._files.begin)
         try:
-            form = Form(headers.get(b"content-type", b"").decode("latin-1"), incoming)
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                await self._take(form, receive)
-            await asyncio.to_thread(form.end)
-            expires_after = _checked(form.fields)
-            await asyncio.to_thread(incoming.keep)
-            kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
+            async with self._files.incoming() as (file_id, incoming):
+                form = Form(headers.get(b"content-type", b"").decode("latin-1"), incoming)
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    await self._take(form, receive)
+                await asyncio.to_thread(form.end)
+                expires_after = _checked(form.fields)
+                await asyncio.to_thread(incoming.keep)
+                kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
         except TimeoutError:
             raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
         except ClientGone:
             return
-        finally:
-            await asyncio.to_thread(incoming.discard)
         await reply(send, file_object(kept).model_dump_json().encode())
 
     async def _take(self, form: Form, receive: Receive) -> None:
