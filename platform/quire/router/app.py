@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from typing import Any, Final
 
 from litestar import Litestar, Request, Response, delete, get, post, route
@@ -19,8 +18,8 @@ from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange, Format
-from quire.router.api.files import known
 from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.query import known
 from quire.router.api.responses import Responding, ResponsesFormat, deleted, input_items
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
@@ -43,8 +42,6 @@ from quire_operators.nvml import Watch
 log = logging.getLogger("quire.router")
 
 _PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
-_KIND: Final = re.compile(r":\w+}")
-"""Of a parameter in a path, what the framework is told that it is."""
 
 
 class Reply:

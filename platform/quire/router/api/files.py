@@ -15,7 +15,8 @@ from litestar.types import Receive, Scope, Send
 from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from quire.router.api.exchange import BODY_SECONDS, ClientGone
+from quire.router.api.exchange import BODY_SECONDS, ClientGone, send_json
+from quire.router.api.query import cursor, known, whole
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
@@ -133,7 +134,7 @@ class Upload:
             raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
         except ClientGone:
             return
-        await reply(send, file_object(kept).model_dump_json().encode())
+        await send_json(send, file_object(kept).model_dump_json().encode())
 
     async def _take(self, form: Form, receive: Receive) -> None:
         """Read the body, in larger pieces than it comes in."""
@@ -251,36 +252,3 @@ async def one(files: Files, file_id: str) -> bytes:
 async def deleted(files: Files, file_id: str) -> bytes:
     await files.delete(file_id)
     return FileDeleted(id=file_id).model_dump_json().encode()
-
-
-def known(query: Mapping[str, str], names: tuple[str, ...]) -> None:
-    """Raise `InvalidRequest` for a parameter that is none of `names`."""
-    for name in query:
-        if name not in names:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            raise InvalidRequest(f"Unknown parameter '{shown}'. There are: {', '.join(names)}.", param=shown)
-
-
-def whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
-    """A number of 1 to `most`. Raises `InvalidRequest`."""
-    given = query.get(name)
-    if given is None:
-        return default
-    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 1 <= int(given) <= most):
-        raise InvalidRequest(f"'{name}' must be a whole number of 1 to {most}.", param=name)
-    return int(given)
-
-
-def cursor(query: Mapping[str, str], prefix: str) -> str | None:
-    """The id that a page begins behind. Raises `InvalidRequest`."""
-    after = query.get("after")
-    if after is not None and not after.startswith(prefix):
-        raise InvalidRequest(f"'after' must be an id, which begins with '{prefix}'.", param="after")
-    return after
-
-
-async def reply(send: Send, body: bytes) -> None:
-    """A whole answer of JSON."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

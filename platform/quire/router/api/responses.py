@@ -20,8 +20,8 @@ from litestar.types import Send
 
 from quire.errors import Api, HttpError
 from quire.router.api.exchange import Exchange, send_json
-from quire.router.api.files import known, whole
 from quire.router.api.logprobs import Writer
+from quire.router.api.query import known, whole
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
