@@ -4,7 +4,7 @@
     ├── InvalidRequest                the request says something that is wrong or not understood
     │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     ├── HostRefused                   the Host or Origin is not one we answer to
-    ├── NotFound                      no such path, file or batch
+    ├── NotFound                      no such path, or nothing kept by that id
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
     ├── MethodNotAllowed
@@ -78,7 +78,7 @@ class HostRefused(ApiError):
 
 
 class NotFound(ApiError):
-    """No such path, file or batch."""
+    """No such path, or nothing that is kept by that id."""
 
 
 class EndpointNotServed(NotFound):

@@ -414,6 +414,35 @@ async def test_a_full_disk_stops_nothing_else_and_loses_no_answer(own_world: Wor
     assert len(engine.generates) == 21, "no answer was lost: none was asked for twice"
 
 
+async def test_a_response_that_the_disk_has_no_room_for_is_asked_for_again(own_world: World) -> None:
+    world = own_world
+    await world.serve(await world.engine())
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    body = {"model": "tiny", "input": "Say it", "max_output_tokens": 16}
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}
+    late = {**asked, "custom_id": "late", "body": {**body, "background": True}}
+    async with world.client() as client:
+        refused = await create(client, await upload(client, late), endpoint="/v1/responses")
+        (error,) = (await ended(client, refused.id)).errors.data
+        assert (error.code, error.param) == ("invalid_request", "body.background")
+        await world.table(world.route())  # a line waits until there is a replica
+        batch = await create(client, await upload(client, asked), endpoint="/v1/responses")
+        await eventually(lambda: world.holds(1))
+        resource.prlimit(world.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        engine = world.engines[0]
+        await world.serve(engine)
+
+        async def asked_again() -> bool:
+            return len(engine.generates) >= 2
+
+        await eventually(asked_again)
+        resource.prlimit(world.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        done = await ended(client, batch.id)
+        (answer,) = await lines_of(client, done.output_file_id)
+        kept = await client.responses.retrieve(answer["response"]["body"]["id"])
+    assert (done.status, completed(done), kept.status) == ("completed", 1, "incomplete")
+
+
 async def test_a_store_that_cannot_be_opened_stops_nothing_else(own_world: World) -> None:
     world = own_world
     await world.serve(await world.engine())

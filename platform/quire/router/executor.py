@@ -8,9 +8,9 @@ requests, and one while no replica is ready, which asks for one.
 What becomes of an answer:
 
 - 200, and every refusal that would be the same next time: it is the line's answer;
-- 429, 503 and an engine's death: the model is left alone for a while, longer each time, and the line goes behind
-  the others of its model; a fault of ours (500) likewise, but only `FAULTS` times. A line whose engine died goes
-  first, so that it is soon known whether the engine died of it. One that seems so (`quarantine`) is put aside
+- 429, 503, 507 and an engine's death: the model is left alone for a while, longer each time, and the line goes
+  behind the others of its model; a fault of ours (500) likewise, but only `FAULTS` times. A line whose engine died
+  goes first, so that it is soon known whether the engine died of it. One that seems so (`quarantine`) is put aside
   until that is forgotten, since engines are also killed from outside; the second time it is the line's answer;
 - the batch's window ends, or it is cancelled: lines without an answer are told so in the error file.
 
@@ -68,6 +68,8 @@ PAUSES: Final = (0.25, 15.0)
 FAULTS: Final = 3
 QUARANTINES: Final = 2
 QUARANTINE_SECONDS: Final = quarantine.REMEMBERED_SECONDS + 5.0
+BEGUN_AGAIN_SECONDS: Final = 1.0
+"""After which a part of the executor that has failed begins again."""
 WORKED_AT_ONCE: Final = 16
 """Batches; later ones begin when an earlier one is done."""
 MAX_AT_ONCE: Final = 512
@@ -235,10 +237,8 @@ class Executor:
             stack.enter_context(await self._lock())
             log.info("this router works off batches")
             stack.push_async_callback(self._leave)
-            for each in self._beside:
-                self._begin(each.resume())
-            self._begin(self._send())
-            self._begin(self._commit())
+            for part in (self._send, self._commit, *(each.resume for each in self._beside)):
+                self._begin(self._kept_up(part))
             while True:
                 self._news.clear()
                 try:
@@ -280,6 +280,15 @@ class Executor:
                 await asyncio.sleep(LOOK_SECONDS)
                 continue
             return _closing(descriptor)
+
+    async def _kept_up(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Carry a part of the executor to its end; whenever it fails, it begins again."""
+        while True:
+            try:
+                return await part()
+            except Exception:
+                log.exception("the executor of batches failed, and goes on")
+            await asyncio.sleep(BEGUN_AGAIN_SECONDS)
 
     def _begin(self, work: Awaitable[None], name: str = "") -> None:
         async def carried() -> None:
@@ -396,8 +405,7 @@ class Executor:
         plan, answered = await self._batches.plan(batch.id)
         complete = len(answered) == len(plan) and batch.status == "finalizing" and len(plan) > 0
         status = "cancelled" if batch.status == "cancelling" else "completed" if complete else "expired"
-        (output_id, output), (error_id, errors) = [await asyncio.to_thread(self._files.begin) for _ in range(2)]
-        try:
+        async with self._files.incoming() as (output_id, output), self._files.incoming() as (error_id, errors):
             for first in range(0, len(plan), EXPORTED_AT_ONCE):
                 lines = range(first, min(first + EXPORTED_AT_ONCE, len(plan)))
                 told = await self._batches.answers(batch.id, lines)
@@ -406,9 +414,6 @@ class Executor:
                 if file.size:
                     await asyncio.to_thread(file.keep)
             work.batch = await self._batches.end(batch, status, (output_id, output.size), (error_id, errors.size))
-        finally:
-            output.discard()
-            errors.discard()
         done = work.batch
         log.info("batch %s: %s, %d completed, %d failed", done.id, done.status, done.completed, done.failed)
 
@@ -586,7 +591,7 @@ class Executor:
 
 def again(work: _Work, line: int, client: InsideClient) -> _Again | None:
     """How a line is tried again that may have another answer then; None when what came is its answer."""
-    if client.status in (429, 503):
+    if client.status in (429, 503, 507):
         return _Again()
     quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
     if client.status == 502 and not quarantined:

@@ -45,7 +45,7 @@ from quire_schemas.anthropic import (
 from quire_schemas.health import Health, Liveness, Readiness
 from quire_schemas.openai.answer import ErrorBody
 from quire_schemas.openai.batches import BatchList, BatchObject, CreateBatch, ListBatches
-from quire_schemas.openai.body import WITHOUT_EFFECT, Refusal
+from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, Refusal
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatChunk, ChatCompletion, ChatRequest
 from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, CompletionRequest
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
@@ -244,6 +244,7 @@ ENDPOINTS: Final = (
         ENGINE,
         request=ScoreRequest,
         refused=SCORE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=ScoreList,
         aliases=("/score",),
     ),
@@ -280,6 +281,7 @@ ENDPOINTS: Final = (
         TOKENIZER + TEMPLATE,
         request=TokenizeRequest,
         refused=TOKENIZE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=Tokenized,
         aliases=("/tokenize",),
     ),
@@ -291,6 +293,7 @@ ENDPOINTS: Final = (
         TOKENIZER,
         request=DetokenizeRequest,
         refused=DETOKENIZE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=Detokenized,
         aliases=("/detokenize",),
     ),
@@ -324,6 +327,7 @@ ENDPOINTS: Final = (
         ("POST",),
         ONE_STORED,
         request=CreateBatch,
+        without_effect={},
         answer=BatchObject,
     ),
     Endpoint(

@@ -52,6 +52,10 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "prediction": "a text that the answer may be like, for speed alone",
 }
 """Fields accepted without effect, and what they are for."""
+OF_CALLERS: Final = {
+    name: WITHOUT_EFFECT[name] for name in ("user", "metadata", "service_tier", "safety_identifier")
+}
+"""Those that say nothing of a text that is to be written."""
 
 MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""

@@ -124,6 +124,7 @@ def test_what_is_no_line(text: bytes, code: str) -> None:
         (504, b"false", ["answer"]),
         (429, b"true", ["behind", "behind", "behind", "behind"]),
         (503, b"false", ["behind", "behind", "behind", "behind"]),
+        (507, b"false", ["behind", "behind", "behind", "behind"]),
         (502, b"true", ["first", "first", "first", "first"]),
         (500, None, ["behind", "behind", "answer"]),
         (502, b"false", ["aside", "answer"]),

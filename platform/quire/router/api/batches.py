@@ -11,8 +11,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
-from quire.router.api.exchange import ClientGone, read_body
-from quire.router.api.files import cursor, known, reply, whole
+from quire.router.api.exchange import ClientGone, read_body, send_json
+from quire.router.api.query import cursor, known, whole
 from quire.router.api.reply import Reply, named
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
@@ -56,7 +56,7 @@ class Create:
             raise InvalidRequest(f"'endpoint' must be one of: {paths}.", param="endpoint")
         made = await self._batches.create(asked)
         self._executor.wake()
-        await reply(send, shown(made))
+        await send_json(send, shown(made))
 
 
 def shown(batch: Batch) -> bytes:

@@ -24,8 +24,8 @@ from litestar.types import ASGIApp, Send
 from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.api.exchange import Exchange, Reception, send_json
-from quire.router.api.files import known, whole
 from quire.router.api.logprobs import Writer
+from quire.router.api.query import descends, known, whole
 from quire.router.api.reply import Reply, named
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
@@ -402,10 +402,7 @@ async def input_items(responses: Responses, response_id: str, query: dict[str, s
     known(query, tuple(ListInputItems.model_fields))
     limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
     items = [_listed(response_id, at, item) for at, item in enumerate(await responses.input_of(response_id))]
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest("'order' must be 'asc' or 'desc'.", param="order")
-    if order == "desc":
+    if descends(query):
         items.reverse()
     after = query.get("after")
     names = [item["id"] for item in items]
