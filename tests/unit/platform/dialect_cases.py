@@ -276,9 +276,27 @@ CODER = [
     _case(
         "qwen3_coder",
         "<function=f>x <parameter=a>1</parameter></tool_call>",
-        *calls(("f", "")),
+        *calls(("f", '{"a": "1"}')),
         say("x"),
-        *calls(("f", '{"a": "1"}'))[1:],
+    ),
+    _case(
+        "qwen3_coder",
+        "A\n<tool_call><function=f>\n<parameter=a>1</parameter>\nand also\n<parameter=b c>2</parameter>\n"
+        "<parameter=d\n</function></tool_call> B",
+        say("A"),
+        *calls(("f", '{"a": "1", "b c": "2"}')),
+        say("\nand also\n\n<parameter=d B"),
+    ),
+    _case(
+        "qwen3_coder",
+        '<function=f>{"a": 1}\n<parameter=b>2</parameter></function>',
+        *calls(("f", '{"a": 1}')),
+        say("<parameter=b>2</parameter>"),
+    ),
+    _case(
+        "qwen3_coder",
+        "<tool_call><function=f><parameter=a>1</parameter><tool_call><function=g><parameter=b>2</parameter>",
+        *calls(("f", '{"a": "1"}'), ("g", '{"b": "2"')),
     ),
     _case(
         "qwen3_coder", "<function=get_weather>\n<parameter=city>\nOs\n", *calls(("get_weather", '{"city": "Os\\n'))

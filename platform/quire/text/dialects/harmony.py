@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from quire.text.dialects.forms import Form, any_of, literal, maybe, regex, repeat, sequence, through
-from quire.text.dialects.parts import Reader, Tool
+from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import (
     Marks,
     ScriptReader,
@@ -58,9 +58,6 @@ class HarmonyThoughts(ReasoningDialect):
     def left_open(self, answer: str) -> bool:
         return False
 
-    def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
-        return inner if isinstance(inner, HarmonyReader) else HarmonyReader(None, opened)
-
     def behind(self, form: Form, *, opened: bool = False) -> Form:
         thought = sequence(through(_END), literal(_NEXT))
         return sequence(thought if opened else maybe(sequence(literal(_THOUGHT), thought)), form)
@@ -72,9 +69,6 @@ class Harmony(ToolDialect):
     name = "harmony"
     marks = _MARKS
     many = False
-
-    def reader(self, tools: Sequence[Tool], *, opened: bool = False) -> Reader:
-        return HarmonyReader(tools, opened)
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         return _messages(tape, sink, calls=True, opened=False)

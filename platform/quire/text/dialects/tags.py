@@ -39,6 +39,7 @@ from quire.text.dialects.tools import ToolDialect, spelled
 from quire.text.errors import ParamRefused
 
 _NO_NAME: Final = re.compile(r"[<>\s]")
+_NO_KEY: Final = re.compile(r"[<>\r\n]")
 _VALUE_ENDS: Final = Marks("</parameter>")
 
 
@@ -59,7 +60,7 @@ class Tags(ToolDialect):
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         opening = Marks(self.opening, self._function)  # models leave the outer tag out now and then
-        stops = Marks(self._parameter, self._function_end, self.closing)
+        stops = Marks(self._parameter, self._function_end, self.closing, self.opening, self._function)
         while mark := (yield from until(tape, opening, sink.content)):
             tape.keep(mark)
             if mark == self.opening:
@@ -69,29 +70,31 @@ class Tags(ToolDialect):
             if name and (yield from accept(tape, ">")):
                 tape.kept()
                 sink.begin(name)
-                yield from self._call(tape, sink, stops, tools.get(name))
+                aside: list[str] = []
+                yield from self._call(tape, sink, stops, tools.get(name), aside.append)
+                sink.content("".join(aside).rstrip(" \t\r\n"))
                 tape.keep()
                 yield from space(tape)
                 if (yield from accept(tape, self.closing)):
                     tape.kept()
             sink.content(tape.kept())
 
-    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None) -> Waits[None]:
-        """Read what follows the name, to the end of the function."""
+    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None, aside: Give) -> Waits[None]:
+        """Read what follows the name, to the end of the function. What is no argument goes `aside`."""
         comma = "{"
         yield from space(tape)
         if (yield from peek(tape)) == "{":  # arguments as JSON after all
             yield from written_arguments(tape, stops, sink.arguments)
             comma = ""
-        while (yield from before(tape, stops, sink.content)):
+        while (yield from before(tape, stops, aside)):
             mark = yield from accept(tape, self._parameter, self._function_end)
-            if mark != self._parameter or not comma:
+            if mark != self._parameter:
                 if comma:
                     sink.arguments("{}" if comma == "{" else "}")
                 return
-            key = yield from pattern(tape, _NO_NAME)
-            if not (yield from accept(tape, ">")):
-                sink.content(mark + key)
+            key = (yield from pattern(tape, _NO_KEY)) if comma else ""
+            if not comma or not (yield from accept(tape, ">")):
+                aside(mark + key)
                 continue
             sink.arguments(f"{comma}{spelled(key)}: ")
             comma = ", "
