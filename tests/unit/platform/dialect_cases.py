@@ -269,6 +269,7 @@ CODER = [
         _tag("store", ("tags", "a, b"), ("size", "big"), ("of", "x"), ("where", "[1]"), ("more", "1")),
         *calls(("store", '{"tags": "a, b", "size": "big", "of": "x", "where": "[1]", "more": "1"}')),
     ),
+    _case("qwen3_coder", _tag("f", ("first name", "é")), *calls(("f", '{"first name": "é"}'))),
     _case("qwen3_coder", "<function=f><parameter=a>1</parameter></function>", *calls(("f", '{"a": "1"}'))),
     _case("qwen3_coder", f"<tool_call><function=f>{TRICKY}</function></tool_call>", *calls(("f", TRICKY))),
     _case("qwen3_coder", "<tool_call>\n{}</tool_call>", say("<tool_call>\n{}</tool_call>")),
@@ -343,6 +344,10 @@ PYTHONIC = [
     _case("pythonic", "<|python_start|>[f(a=1)]<|python_end|>", *calls(("f", '{"a": 1}'))),
     _case("pythonic", "So: <|python_start|>[get_time()] x", say("So:"), *calls(("get_time", "{}")), say(" x")),
     _case("pythonic", "[get_time(a=foo(1, 2) + x)]", *calls(("get_time", '{"a": "foo(1, 2) + x"}'))),
+    _case(
+        "pythonic", "[get_time(größe=1, gro\u0308ße=2)]", *calls(("get_time", '{"größe": 1, "gro\u0308ße": 2}'))
+    ),
+    _case("pythonic", "[get_time(a b=1)]", say("[get_time(a b=1)]")),
     _case("pythonic", "[unknown(a=1)]", say("[unknown(a=1)]")),
     _case("pythonic", "[get_time (a=1)]", say("[get_time (a=1)]")),
     _case("pythonic", "[get_time(5)]", say("[get_time(5)]")),

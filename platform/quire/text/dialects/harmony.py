@@ -69,6 +69,7 @@ class Harmony(ToolDialect):
     name = "harmony"
     marks = _MARKS
     many = False
+    names = re.compile(r"[^\s<]+")
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         return _messages(tape, sink, calls=True, opened=False)
@@ -80,7 +81,7 @@ class Harmony(ToolDialect):
         header = f"commentary to=functions.{tool.name} {_CONSTRAIN}json{_MESSAGE}"
         return sequence(literal(header), arguments)
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         calls = [self._inside(tool, arguments(tool, forced=False)) for tool in tools]
         others = any_of([literal(f"{channel}{_MESSAGE}") for channel in ("analysis", "commentary")])
         before_last = sequence(literal(_CHANNEL), others, through(_END), literal(_NEXT))
