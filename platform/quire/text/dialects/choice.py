@@ -125,12 +125,11 @@ class Dialects:
         """Reads one answer. Without `tools` no calls are read, and their markup is content. `opened`: it begins
         inside a thought (`opens_thought`).
         """
-        if self.reasoning == HARMONY:
+        thoughts = REASONING[self.reasoning] if self.reasoning is not None else None
+        if isinstance(thoughts, HarmonyThoughts):
             return HarmonyReader(tools if self.tools == HARMONY else None, opened)
         calls: Reader = Plain() if self.tools is None or tools is None else TOOLS[self.tools].reader(tools)
-        if self.reasoning is None:
-            return calls
-        return REASONING[self.reasoning].reader(calls, opened=opened)
+        return thoughts.reader(calls, opened=opened) if isinstance(thoughts, Thoughts) else calls
 
 
 def _chosen(declared: str | None, detected: str | None) -> str | None:

@@ -40,11 +40,9 @@ class ReasoningDialect(ABC):
 
     @abstractmethod
     def left_open(self, answer: str) -> bool:
-        """Whether an answer that is to be continued ends inside a thought."""
-
-    @abstractmethod
-    def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
-        """Reads an answer; what is no thought goes to `inner`."""
+        """Whether an answer that is to be continued ends inside a thought, which a mark in it began: text without
+        is content, however answers begin.
+        """
 
     @abstractmethod
     def behind(self, form: Form, *, opened: bool = False) -> Form:
@@ -67,10 +65,11 @@ class Thoughts(ReasoningDialect):
         return prompt.rstrip().endswith(self.closing)
 
     def left_open(self, answer: str) -> bool:
-        begun = self.begins_open or answer.lstrip().startswith(self.opening)
+        begun = answer.lstrip().startswith(self.opening)
         return begun and answer.rfind(self.opening) >= answer.rfind(self.closing)
 
     def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
+        """Reads an answer; what is no thought goes to `inner`."""
         return ThoughtReader(self, inner, opened or self.begins_open)
 
     def behind(self, form: Form, *, opened: bool = False) -> Form:
