@@ -122,7 +122,7 @@ async def test_a_wrong_path_or_method_is_told_what_there_is(world: World) -> Non
         wrong = await http.get("/v1/chat/completions")
     words = nowhere.json()["error"]["message"]
     assert "GET /openapi.json" in words
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST, OPTIONS")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
     assert wrong.json()["error"]["message"] == "This path takes POST only."
 
 

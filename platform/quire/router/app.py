@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, get, post, route
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
@@ -73,7 +74,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         *_told(fleet),
     ]
     app = Litestar(
-        route_handlers=list(routes),
+        route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
         openapi_config=None,
         logging_config=None,
@@ -135,6 +136,23 @@ def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
         return Reply(200, fleet.metrics.render(), CONTENT_TYPE)
 
     return [get_description, get_metrics]
+
+
+def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """Routes that say which methods a path takes; the framework's own name those of one of its handlers."""
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {HttpMethod.OPTIONS.value}).update(handler.http_methods)
+    return [_telling(path, ", ".join(sorted(taken))) for path, taken in methods.items()]
+
+
+def _telling(path: str, allowed: str) -> HTTPRouteHandler:
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204)
+    async def tell() -> Response[None]:
+        return Response(None, status_code=204, headers={"allow": allowed})
+
+    return tell
 
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
