@@ -83,7 +83,8 @@ def routes_of_the_router() -> Iterator[tuple[str, str]]:
     for node in (node for source in sources for node in ast.walk(ast.parse(source.read_text()))):
         for mark in getattr(node, "decorator_list", ()):
             word = mark.func.id if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) else ""
-            if word in ("get", "post", "put", "patch", "delete", "route"):
+            of_all = word == "route" and isinstance(mark.args[0], ast.Name)  # OPTIONS, which every path has
+            if word in ("get", "post", "put", "patch", "delete", "route") and not of_all:
                 paths = ast.literal_eval(mark.args[0])
                 for path in [paths] if isinstance(paths, str) else paths:
                     for method in ("GET", "HEAD") if word == "route" else (word.upper(),):
