@@ -245,10 +245,36 @@ TEMPLATES: list[tuple[str, set[str], Dialects]] = [
         Dialects("hermes"),
     ),
     (
-        HISTORY + "<tool_call> {{ call.arguments }} {% if think %}<think>{% else %}<think></think>{% endif %}",
+        HISTORY
+        + "<tool_call> {{ call | tojson }} {% if think %}<think>{% else %}<think></think>{% endif %} arguments",
         set(),
         Dialects("hermes", "think"),
     ),
+    (
+        "{{- 'as follows:\\n<tool_call>\\n' }}\n{%- if x -%}{{- '{' }}{{- '\"name\": ' }}{{ call.arguments }}",
+        set(),
+        Dialects("hermes"),
+    ),
+    ("{{ '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }} arguments", set(), Dialects("hermes")),
+    ('<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}', set(), Dialects("hermes")),
+    (
+        HISTORY + "{{ '<tool_call>' + call['name'] + '\\n' + call['arguments'] | tojson + '\\n</tool_call>' }}",
+        set(),
+        Dialects(),
+    ),
+    ("<tool_calls><tool_call>{{ name }}<tool_sep>{{ arguments }}<think></think>", set(), Dialects(None, "think")),
+    ("{#- <tool_call>{\"name\": #}{{ 'Write no <tool_call>, but arguments as text.' }}", set(), Dialects()),
+    (
+        '{{ \'No <tool_call> and no arguments in tags! Say {"name": function, "parameters": values}.\' }}',
+        set(),
+        Dialects("llama3_json"),
+    ),
+    (
+        "{{ 'No <tool_call>{}</tool_call> with arguments: write [func_name1(param=value)]' }}",
+        set(),
+        Dialects("pythonic"),
+    ),
+    ("{{ 'No <tool_call>.' }}[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", set(), Dialects("mistral_args")),
     (HISTORY + "{%- set content = content.split('</think>')[-1] %}", set(), Dialects(None, "deepseek_r1")),
     (
         "<tool_call>{{ name }}<arg_key>{{ k }}</arg_key>{{ arguments }}<think></think>",
