@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import resource
 import shutil
 import signal
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,9 +21,13 @@ import msgspec
 import openai
 import psutil
 import pytest
+from tests.integration.disk import Disk, recorder, records, whole_until
 from tests.integration.engine_process import engine_running, without_weights
-from tests.integration.router_world import ASK, TEXT, World, eventually, launch
+from tests.integration.router_world import ASK, TEXT, World, end_world, eventually, launch, make_world
 
+from quire.router.batches import Batches
+from quire.router.files import Files
+from quire.router.store import Store
 from quire_schemas import signals, wire
 from quire_schemas.openai.files import MAX_FILE_BYTES
 
@@ -489,6 +497,63 @@ async def test_who_is_killed_goes_on_where_the_store_is_and_answers_each_line_on
     assert len(engine.generates) < 80 + kills * 2 * 4, "only what was on its way is asked for again"
 
 
+@pytest.mark.nightly
+async def test_a_power_cut_loses_no_answer_that_was_counted(tmp_path: Path) -> None:
+    """The writes of the router's database are cut off anywhere: what was not synced is there, or not, or torn."""
+    lines, counted = 300, []
+    with tempfile.TemporaryDirectory(prefix="qr") as name:
+        database = Path(name) / "router" / "router.db"
+        trace, environment = recorder(tmp_path, database)
+        world = make_world(Path(name), environment)
+        engine = await world.engine(pace=0.005, max_num_seqs=4)
+        await world.serve(engine)
+        async with world.client() as client:
+            batch = await create(client, await upload(client, *(line(number) for number in range(lines))))
+            kills = 0
+            while (now := await client.batches.retrieve(batch.id)).status not in ENDS:
+                counted.append((trace.stat().st_size, completed(now)))
+                if kills < 2 and completed(now) >= 60 * (kills + 1):
+                    world.process.kill()
+                    world.process.wait()
+                    os.truncate(trace, whole_until(trace.read_bytes()))  # the next one finds a log of writes
+                    world.restart()
+                    await asyncio.to_thread(world.wait_until_up)
+                    kills += 1
+                await asyncio.sleep(0.01)
+            counted.append((trace.stat().st_size, completed(now)))
+        assert (now.status, completed(now), kills) == ("completed", lines, 2)
+        await engine.stop()
+        end_world(world)
+    # shared memory is no file that is synced, or read after a boot
+    whole = [record for record in records(trace.read_bytes()) if not record.path.endswith("-shm")]
+    rng = random.Random(3)
+    disk, played, unsynced, seen = Disk(), 0, 0, set()
+    for number, cut in enumerate(sorted(rng.sample(range(len(whole)), 200))):
+        for record in whole[played:cut]:
+            disk.play(record)
+        played = cut
+        unsynced += any(file.pending for file in disk.files.values())
+        folder = tmp_path / f"cut{number}"
+        folder.mkdir()
+        for path, content in disk.after_power_cut(rng).items():
+            (folder / Path(path).name).write_bytes(content)
+        reached = whole[cut - 1].end if cut else 0
+        promised = [count for at, count in counted if at <= reached]
+        store = Store(folder)
+        batches = Batches(store, Files(store))
+        for found in [await batches.get(batch.id)] if promised else []:
+            assert promised[-1] <= found.completed
+            seen.add(found.status)
+            if found.status != "completed":
+                assert len(await batches.answers(batch.id, range(lines))) == found.completed
+        await store.close()
+        with closing(sqlite3.connect(folder / database.name)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        shutil.rmtree(folder)
+    assert seen >= {"in_progress"}
+    assert unsynced > 20, "a cut between syncs is what this is about"
+
+
 async def test_a_window_that_ends_leaves_what_there_is(own_world: World) -> None:
     world = own_world
     await world.serve(await world.engine(pace=0.03, max_num_seqs=2))
@@ -534,7 +599,7 @@ async def test_of_two_routers_one_works_off_batches_and_the_other_when_that_is_g
             async def begun() -> bool:
                 return completed(await client.batches.retrieve(batch.id)) >= 20
 
-            await eventually(begun)
+            await eventually(begun, 20)
             asked = [tuple(generate.token_ids) for generate in engine.generates]
             assert len(asked) == len(set(asked)), "no line is asked for by both"
             world.process.kill()
