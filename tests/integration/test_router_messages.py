@@ -172,7 +172,12 @@ async def test_an_answer_goes_on_with_what_was_begun_for_it(says: anthropic.Asyn
             "invalid_request_error",
             "messages[0].content[0]",
         ),
-        ({"max_tokens": 5000, "messages": ASK}, 400, "invalid_request_error", "'max_tokens'|tokens"),
+        (
+            {"max_tokens": 5000, "messages": ASK},
+            400,
+            "invalid_request_error",
+            "'messages' and 5000 for the answer",
+        ),
     ],
     ids=["no messages", "no limit", "model", "refused", "slip", "image", "too long"],
 )
@@ -186,7 +191,7 @@ async def test_errors_have_the_shape_of_this_api(
     assert set(told) == {"type", "error"}
     assert told["type"] == "error"
     assert told["error"]["type"] == kind
-    assert any(word in told["error"]["message"] for word in words.split("|"))
+    assert words in told["error"]["message"]
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
 
 
