@@ -113,7 +113,7 @@ class Background:
                 if client.status in (None, 200):
                     return  # it is kept, or was left
                 told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
-                if client.status not in (429, 502, 503) or loop.time() >= until:
+                if client.status not in (429, 502, 503, 507) or loop.time() >= until:
                     await self._responses.fail(
                         response_id, ResponseError(told.code or "invalid_request", told.message)
                     )

@@ -336,7 +336,10 @@ class Choice:
         text = "".join(pieces)
         self._out += len(text)
         if finish in ("stop", "length", "repetition"):
-            self._understand(parts, self._reader.finish())
+            last, markup = self._reader.finish(), self.job.markup
+            if finish == "length" and markup is not None and not markup.verbatim:
+                last = [part for part in last if not markup.is_head(part)]  # markup is nothing to read
+            self._understand(parts, last)
         if finish == "stop" and self._called and not (self.text.hit is not None and self._is_cut()):
             finish = "tool_calls"
         ready = tuple(self._ready_scores(ended=finish is not None))

@@ -11,7 +11,7 @@ import string
 from dataclasses import dataclass
 from typing import Final
 
-from quire.text.dialects import REASONING, TOOLS, Dialects, Plain, Reader, Tool
+from quire.text.dialects import REASONING, TOOLS, Content, Dialects, Part, Plain, Reader, Tool
 from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
 from quire_schemas.wire import Structured
 
@@ -46,8 +46,13 @@ class Markup:
         """A reader for one answer."""
         if self.verbatim:
             return Plain()
-        dialects = Dialects(self.dialects.tools, None) if self.thought else self.dialects
+        one = self.dialects.reasoning is not None and not REASONING[self.dialects.reasoning].apart
+        dialects = self.dialects if one or not self.thought else Dialects(self.dialects.tools, None)
         return dialects.reader(self.tools or None, opened=self.opened)
+
+    def is_head(self, part: Part) -> bool:
+        """Whether a part is the head of a call or a thought, whose rest is missing where an answer was cut off."""
+        return isinstance(part, Content) and part.text.lstrip().startswith(self.dialects.marks)
 
     def new_call_id(self) -> str:
         """An id for a call, in the form that the model's template takes in a later turn."""
@@ -81,5 +86,6 @@ class Markup:
 
     def _said(self, wanted: Structured) -> Form:
         """An answer that is no call."""
-        answer = REASONING[self.dialects.reasoning].answer if self.dialects.reasoning is not None else ""
+        begun = self.thought or self.dialects.reasoning is None
+        answer = "" if begun else REASONING[self.dialects.reasoning or ""].answer
         return sequence(literal(answer), constrained(wanted)) if answer else constrained(wanted)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 from litestar.types import Send
+from pydantic_core import from_json
 
 from quire.errors import Api, HttpError
 from quire.router import conversation
@@ -125,10 +126,12 @@ def _id(job: Job) -> str:
 
 
 def _object(arguments: str) -> dict[str, Any] | None:
+    """The object that they are or, cut off, as much of it as there is, as the official clients read a stream."""
     try:
-        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
+        found = from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _ended(last: Update) -> tuple[StopReason, str | None]:

@@ -51,6 +51,7 @@ class HarmonyThoughts(ReasoningDialect):
     name = "harmony"
     marks = _MARKS
     always = True
+    apart = False
     answer = f"{_CHANNEL}final{_MESSAGE}"
 
     def opens(self, prompt: str) -> bool:

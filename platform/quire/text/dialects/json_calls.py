@@ -7,7 +7,7 @@ stands for. Other members of the object are part of the form, and dropped.
 
 An object whose name is not known when it breaks off is content, with the marks before it. Behind the name, what
 the model writes up to the end of the block is arguments, whole or not; what stands behind whole arguments and
-is not the object's end is content.
+is not the object's end is content. Where the text ends between name and arguments there are none.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def _broken(tape: Tape, sink: Sink, stops: Marks, begun: bool, given: bool) -> W
         return False
     if given:
         sink.content(tape.kept())
+        return True
+    if tape.ended:  # cut off before the arguments: what was begun of the form is dropped
+        tape.kept()
         return True
     sink.arguments(tape.kept())
     if (yield from before(tape, stops, sink.arguments)):

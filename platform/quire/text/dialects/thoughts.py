@@ -27,6 +27,8 @@ class ReasoningDialect(ABC):
     """Tokens that the reader must see, special or not."""
     always: bool = False
     """Every answer begins with its thought, whoever asks."""
+    apart: bool = True
+    """Thoughts have marks of their own, so that an answer behind them is read without."""
     answer: str = ""
     """What stands between thoughts and an answer that is no call, besides white space."""
 
