@@ -80,7 +80,7 @@ async def test_what_fails_once_is_logged_and_holds_up_no_batch(
     executor: Executor, part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     files, batches = executor._files, executor._batches
-    owner, name = {"sending": (executor, "_send_one"), "committing": (batches, "add_answers")}[part]
+    owner, name = {"sending": (executor._lines, "_send_one"), "committing": (batches, "add_answers")}[part]
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), 1, RuntimeError("planted")))
     batch = await batch_of(files, batches, 3)
     executor.start()
