@@ -65,13 +65,19 @@ class Markup:
         form = self._form(wanted)
         if form is None:
             return None
-        if self.dialects.reasoning is None or self.thought:
+        if self.dialects.reasoning is None or self.thought or not self._may_think(wanted):
             return held_to(form)
-        if not (self.opened or self.thinks or REASONING[self.dialects.reasoning].always):
-            return held_to(
-                form
-            )  # a model that may think or not would be lured into it: there is little else to say
         return held_to(REASONING[self.dialects.reasoning].behind(form, opened=self.opened))
+
+    def _may_think(self, wanted: Structured | None) -> bool:
+        """Whether an answer may begin with a thought.
+
+        A model that thinks or not, as it likes, would be lured into it where there is nothing else to say but what
+        it is held to; so it has to be asked for then.
+        """
+        always = self.dialects.reasoning is not None and REASONING[self.dialects.reasoning].always
+        free = wanted is None and not self.must_call
+        return free or always or self.opened or self.thinks
 
     def _form(self, wanted: Structured | None) -> Form | None:
         """Behind the thought."""

@@ -98,14 +98,16 @@ def with_special(tmp_path_factory: pytest.TempPathFactory) -> Held:
 
 def after_thought(dialects: Dialects, wanted: Structured, *, opened: bool = False) -> Structured:
     """The constraint of an answer whose content is to be `wanted`."""
-    held = Markup(dialects, (), frozenset(), opened).held_to(wanted)
+    held = Markup(dialects, (), frozenset(), opened, thinks=True).held_to(wanted)
     assert held is not None
     return held
 
 
 def forced(dialects: Dialects, tools: Sequence[Tool], *, parallel: bool, opened: bool = False) -> Structured:
     """The constraint of an answer that has to be calls."""
-    markup = Markup(dialects, tuple(tools), frozenset(), opened, must_call=True, one_call=not parallel)
+    markup = Markup(
+        dialects, tuple(tools), frozenset(), opened, thinks=True, must_call=True, one_call=not parallel
+    )
     held = markup.held_to(None)
     assert held is not None
     return held
