@@ -150,7 +150,9 @@ class Run:
                         self._end(choice)
                         del live[choice.index]
                         if later:
-                            self._begin(self._place(later.popleft()))
+                            following = later.popleft()
+                            following.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+                            self._begin(self._place(following))
                 if batch:
                     yield batch
                 if live:
