@@ -1,4 +1,4 @@
-"""Connections from this machine to the router's own port, for commands that try what they tell people to use."""
+"""Whom to trust at a router, and connections for commands that try what they tell people to use."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import ssl
 from urllib.parse import urlsplit
 
 
-def connection(base_url: str, timeout: float, certificate: str | None = None) -> http.client.HTTPConnection:
-    """A connection to the host and port of `base_url`; nothing is sent yet. `timeout` is seconds.
+def trust(base_url: str, certificate: str | None) -> ssl.SSLContext | None:
+    """Whom a client of `base_url` trusts; None where that does not speak https.
 
-    By https the router has to show the certificate in the file `certificate`, or one that a certificate in there
-    signed, whichever name it is for: the port is asked on this machine's own address. Raises OSError where the
-    file cannot be used.
+    With the file `certificate` the server has to show what is in there, or what is signed by it, whichever name it
+    is for: this machine's own router is asked by address. Without one the system's authorities vouch for the name.
+    Raises OSError where the file cannot be used.
     """
-    url = urlsplit(base_url)
-    host = url.hostname or ""
-    if url.scheme != "https":
-        return http.client.HTTPConnection(host, url.port, timeout=timeout)
+    if urlsplit(base_url).scheme != "https":
+        return None
     context = ssl.create_default_context(cafile=certificate)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    if certificate is not None:
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def connection(base_url: str, timeout: float, certificate: str | None = None) -> http.client.HTTPConnection:
+    """A connection to the host and port of `base_url`, by `trust`; nothing is sent yet. `timeout` is seconds."""
+    url, context = urlsplit(base_url), trust(base_url, certificate)
+    host = url.hostname or ""
+    if context is None:
+        return http.client.HTTPConnection(host, url.port, timeout=timeout)
     return http.client.HTTPSConnection(host, url.port, timeout=timeout, context=context)

@@ -4,7 +4,7 @@
     ├── InvalidRequest                the request says something that is wrong or not understood
     │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     ├── HostRefused                   the Host or Origin is not one we answer to
-    ├── NotFound                      no such path, file or batch
+    ├── NotFound                      no such path, or nothing kept by that id
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
     ├── MethodNotAllowed
@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,7 +78,7 @@ class HostRefused(ApiError):
 
 
 class NotFound(ApiError):
-    """No such path, file or batch."""
+    """No such path, or nothing that is kept by that id."""
 
 
 class EndpointNotServed(NotFound):
@@ -264,6 +265,23 @@ def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
     if row.close:
         headers.append((b"connection", b"close"))
     return HttpError(row.status, tuple(headers), body, row.code, message)
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The error with fields under the names that the client knows: `names` has them by ours."""
+    if not isinstance(error, ApiError | ParamRefused) or not names:
+        return error
+    message, param = error.message, error.param
+    ours = next(
+        (name for name in names if param == name or (param or "").startswith((f"{name}.", f"{name}["))), None
+    )
+    if ours is not None:
+        message, param = message.replace(f"'{param}'", f"'{names[ours]}'"), names[ours]
+    for name, theirs in names.items():
+        message = message.replace(f"'{name}'", f"'{theirs}'")
+    if isinstance(error, ParamRefused):
+        return ParamRefused(message, param=param or "")
+    return type(error)(message, param=param, retry_after=error.retry_after)
 
 
 def _shaped(api: Api, row: Row, message: str, param: str | None) -> dict[str, object]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import Refusal, read, standing_for
@@ -23,6 +23,7 @@ from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, check_tools
 
 MESSAGES_REFUSED: Final[Mapping[str, Refusal]] = {
+    "thread": Refusal("no threads are kept here", ({"type": "create"},)),
     "container": Refusal("nothing here runs code"),
     "mcp_servers": Refusal("tools are called by the client alone", ([],)),
     "context_management": Refusal("a conversation is taken as it is sent", ({"edits": []}, {})),
@@ -81,7 +82,7 @@ class ToolUseBlock(_Block):
 
     type: Literal["tool_use"]
     id: str
-    name: FunctionName
+    name: str
     input: dict[str, Any]
     caller: dict[str, Any] | None = None
 
@@ -241,17 +242,6 @@ class OutputConfig(Shape):
     format: OutputFormat | None = None
 
 
-def _system(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        return _joined(_texts.validate_python(value))
-    except ValidationError as error:
-        raise PydanticCustomError("system", "must be a string or a list of text blocks") from error
-
-
-_texts: Final[TypeAdapter[list[TextBlock]]] = TypeAdapter(list[TextBlock])
-_SystemShape = str | list[TextBlock] | None
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -259,7 +249,7 @@ class Conversation(ModelRequest):
     """What the model is shown: all that counts for the tokens of its prompt."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Annotated[str | None, PlainValidator(_system, json_schema_input_type=_SystemShape)] = None
+    system: str | list[TextBlock] | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
     tool_choice: Annotated[AnyChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
@@ -279,7 +269,8 @@ class Conversation(ModelRequest):
     @property
     def for_chat(self) -> dict[str, Any]:
         """The fields of the chat request that this stands for."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        system = _joined(self.system or "")
+        messages = [{"role": "system", "content": system}] if system else []
         for turn in self.messages:
             messages.extend(turn.for_chat())
         made: dict[str, Any] = {"model": self.model, "messages": messages}
@@ -299,8 +290,8 @@ class Conversation(ModelRequest):
             made["reasoning_effort"] = effort
         if self.thinking is not None and self.thinking.budget_tokens is not None:
             made["thinking_token_budget"] = self.thinking.budget_tokens
-        if self.thinking is not None and self.thinking.display == "omitted":
-            made["include_reasoning"] = False
+        if self.thinking is None or self.thinking.display == "omitted":
+            made["include_reasoning"] = False  # who does not ask for thoughts has words as the first block
         if self.chat_template_kwargs is not None:
             made["chat_template_kwargs"] = self.chat_template_kwargs
         return made

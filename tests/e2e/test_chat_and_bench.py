@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from pydantic import ConfigDict, TypeAdapter
 from tests.e2e.conftest import COMMAND
@@ -200,6 +201,10 @@ def test_a_conversation_in_a_terminal(served: Platform, talk: Terminal) -> None:
     }
     talk.type("\x1b[A")
     talk.until("/save talk.json")  # the line before
+    # Python looks at signals where it waits for a key: one that comes while a key is shown waits for the next
+    eventually(
+        lambda: psutil.Process(talk.process.pid).status() == psutil.STATUS_SLEEPING, "it waits for a key", 5
+    )
     talk.type("\x03")
     assert "Ctrl-D leaves" in talk.until(">>> ")
     talk.type(FAREWELL)
@@ -261,27 +266,27 @@ def _runs(bench: subprocess.Popen[str]) -> None:
     assert bench.stderr.readline().startswith("concurrency ")
 
 
-SMALL = ("--input-tokens", "60", "--output-tokens", "16")
+SMALL = ("--input-tokens", "60", "--output-tokens", "8")
 
 
 def test_a_closed_loop_measures_what_the_server_counts(served: Platform, base: str) -> None:
-    before = served.run("bench", "m", "--concurrency", "1,4", "--requests", "8", *SMALL, "--save", "a.json",
+    before = served.run("bench", "m", "--concurrency", "1,4", "--requests", "5", *SMALL, "--save", "a.json",
                         "--plot", "a.png", "--warmup", "2", "--goodput", "ttft:10s,e2e:1ms")  # fmt: skip
     found = result(served.root / "a.json")
     assert [run["load"] for run in found["runs"]] == ["concurrency 1", "concurrency 4"]
     assert found["tokensBy"] == "usage"
     for run in found["runs"]:
-        assert (run["answered"], run["failed"], len(run["rows"])) == (8, 0, 8)
-        assert run["inputTokens"] == 8 * 60, "prompts have the wanted length by the server's count"
-        assert run["outputTokens"] == 8 * 16
+        assert (run["answered"], run["failed"], len(run["rows"])) == (5, 0, 5)
+        assert run["inputTokens"] == 5 * 60, "prompts have the wanted length by the server's count"
+        assert run["outputTokens"] == 5 * 8
         assert run["goodput"]["share"] == 0
         assert 0 < run["ttft"]["p50"] < run["e2e"]["p50"] < run["seconds"]
         for row in run["rows"]:
             assert row["finishReason"] == "length"
             assert 0 < row["ttft"] < row["e2e"]
-            assert row["tpot"] == pytest.approx(sum(row["itl"]) / 15, rel=0.5)
+            assert row["tpot"] == pytest.approx(sum(row["itl"]) / 7, rel=0.5)
     assert "TTFT" in before.stdout
-    assert "16 requests" not in before.stdout
+    assert "10 requests" not in before.stdout
     first = [run["rows"][0]["cachedTokens"] for run in found["runs"]]
     assert first == [0, 0], "no run is helped by the prompts of another"
 
@@ -291,7 +296,7 @@ def test_a_closed_loop_measures_what_the_server_counts(served: Platform, base: s
     assert width > 1200
     assert height > 400
 
-    served.run("bench", "m", "--url", base, "--concurrency", "4", "--requests", "6", *SMALL, "--save", "b.json")
+    served.run("bench", "m", "--url", base, "--concurrency", "4", "--requests", "4", *SMALL, "--save", "b.json")
     compared = served.json("bench", "--compare", "a.json", "b.json")
     TypeAdapter(shapes.BenchComparison).validate_python(compared)
     assert (compared["onlyA"], compared["onlyB"]) == (["concurrency 1"], [])
@@ -315,12 +320,23 @@ def test_an_open_loop_keeps_to_its_schedule(served: Platform) -> None:
     assert run["itl"]["mean"] > 0.012, "a token comes each 20 ms"
 
     served.run(
-        *("bench", "parrot", "--rate", "20", "--duration", "1s", "--endpoint", "completions", "--save", "p.json"),
+        *(
+            "bench",
+            "parrot",
+            "--rate",
+            "40",
+            "--duration",
+            "500ms",
+            "--endpoint",
+            "completions",
+            "--save",
+            "p.json",
+        ),
         *("--input-tokens", "uniform:20:40", "--output-tokens", "lognormal:4:0.5", "--prefix-tokens", "32"),
     )
     (run,) = result(served.root / "p.json")["runs"]
     assert 5 < len(run["rows"]) < 45
-    assert all(row["due"] < 1 for row in run["rows"])
+    assert all(row["due"] < 0.5 for row in run["rows"])
     assert run["rows"][-1]["cachedTokens"] == 32, "all prompts begin alike"
     assert run["failed"] == 0
     assert run["inputTokens"] == run["inputTokensAsked"]
@@ -386,7 +402,7 @@ def test_ctrl_c_tells_what_was_measured_until_then(served: Platform, base: str) 
 
 def test_what_a_killed_router_cuts_is_counted(served: Platform) -> None:
     """Last of the module: it has the router killed."""
-    running = served.start("bench", "parrot", "--concurrency", "4", "--requests", "40", "--input-tokens", "30",
+    running = served.start("bench", "parrot", "--concurrency", "4", "--requests", "24", "--input-tokens", "30",
                            "--output-tokens", "8", "--save", "k.json", "--fail-on-errors")  # fmt: skip
     _runs(running)
     (router,) = [process for process in served.processes() if "quire.router" in process.cmdline()]
@@ -394,8 +410,8 @@ def test_what_a_killed_router_cuts_is_counted(served: Platform) -> None:
     out, err = running.communicate(timeout=60)
     found = result(served.root / "k.json")
     (run,) = found["runs"]
-    assert run["requests"] == 40
-    assert 4 <= run["failed"] < 40, "its connections break; later ones wait for the next router"
+    assert run["requests"] == 24
+    assert 4 <= run["failed"] < 24, "its connections break; later ones wait for the next router"
     assert {error["kind"] for error in run["errors"]} <= {
         "connection lost",
         "connection refused",
@@ -404,4 +420,4 @@ def test_what_a_killed_router_cuts_is_counted(served: Platform) -> None:
     assert sum(error["count"] for error in run["errors"]) == run["failed"]
     assert all(row["outputTokens"] == 8 for row in run["rows"] if row["error"] is None)
     assert "Failed" in out
-    assert (running.returncode, err.splitlines()[-2]) == (6, f"error: {run['failed']} of 40 requests failed")
+    assert (running.returncode, err.splitlines()[-2]) == (6, f"error: {run['failed']} of 24 requests failed")

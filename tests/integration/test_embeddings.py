@@ -109,3 +109,15 @@ async def test_a_scripted_model_has_no_vectors(world: World) -> None:
         with pytest.raises(openai.BadRequestError, match="no hidden states") as error:
             await client.embeddings.create(model="tiny", input="a")
     assert error.value.param == "model"
+
+
+async def test_a_list_as_long_as_clients_send_is_answered_a_few_at_a_time(world: World) -> None:
+    engine = await world.engine(pace=0.001, max_num_seqs=8)
+    await world.serve(engine, max_queue_length=32)
+    async with world.client() as client:
+        answer = await client.embeddings.create(model="tiny", input=[f"text {number}" for number in range(300)])
+        assert [entry.index for entry in answer.data] == list(range(300))
+        assert len(engine.generates) == 300
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.embeddings.create(model="tiny", input=["x"] * 2049)
+    assert refused.value.param == "input"

@@ -50,6 +50,7 @@ async def asked(
     if isinstance(prompt, list):
         if "logprobs" in body:
             body.update(logprobs=True, top_logprobs=body["logprobs"])
+        body["separate_reasoning"] = False  # in one process the text is as the model writes it
         answer = await http.post("/v1/chat/completions", json={**body, "messages": prompt})
         (output,) = llm.chat(prompt, SamplingParams(**fields))
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -170,7 +172,7 @@ async def test_what_is_not_stored_or_is_deleted_cannot_be_gone_on_from(says: ope
     for response_id in (loose.id, gone.id):
         with pytest.raises(openai.NotFoundError):
             await says.responses.retrieve(response_id)
-        with pytest.raises(openai.NotFoundError) as unknown:
+        with pytest.raises(openai.BadRequestError) as unknown:
             await says.responses.create(model="tiny", input="x", previous_response_id=response_id)
         assert unknown.value.param == "previous_response_id"
 
@@ -203,7 +205,12 @@ async def test_limits_formats_and_choices(says: openai.AsyncOpenAI) -> None:
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": "x", "bogus": 1}]}, "input[0].bogus"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": "x", "max_output_tokens": 99999}, "max_output_tokens"),
+        ({"input": "x " * 5000}, "input"),
         ({"input": []}, "input"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "x", "conversation": "c"}, "conversation"),
@@ -222,6 +229,34 @@ async def test_what_is_not_honoured_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as refused:
         await says.post("/responses", body={"model": "tiny", **asked}, cast_to=object)
     assert refused.value.param == param
+
+
+async def test_what_a_model_wrote_is_kept_whatever_it_is(says: openai.AsyncOpenAI) -> None:
+    odd = '<tool_call>\n{"name": "my tool", "arguments": {"a": 1}}\n</tool_call>'
+    cut = '<tool_call>\n{"name": "time", "arguments": {"a": '
+    for script, arguments in ((odd, '{"a": 1}'), (cut, '{"a": ')):
+        first = await says.responses.create(model="tiny", input="x", tools=TOOLS, extra_body={"script": script})
+        [made] = first.output
+        assert made.type == "function_call"
+        assert made.arguments.startswith(arguments)
+        output: Any = [{"type": "function_call_output", "call_id": made.call_id, "output": "no"}]
+        second = await says.responses.create(
+            model="tiny", input=output, previous_response_id=first.id, tools=TOOLS, extra_body={"script": "I see."}
+        )
+        assert second.output_text == "I see."
+
+
+async def test_tokens_are_counted_without_an_answer(says: openai.AsyncOpenAI) -> None:
+    first = await says.responses.create(model="tiny", input="one two three")
+    counted = await says.responses.input_tokens.count(
+        model="tiny", input="and four", previous_response_id=first.id
+    )
+    second = await says.responses.create(model="tiny", input="and four", previous_response_id=first.id)
+    assert second.usage is not None
+    assert counted.input_tokens == second.usage.input_tokens
+    with pytest.raises(openai.NotFoundError) as absent:
+        await says.post("/responses/compact", body={}, cast_to=object)
+    assert absent.value.code == "endpoint_not_served"
 
 
 async def test_a_background_response_is_asked_for_until_it_is_there(says: openai.AsyncOpenAI) -> None:
@@ -268,7 +303,8 @@ async def test_a_background_response_is_cancelled_and_the_engine_is_free(world: 
         assert (await client.responses.cancel(begun.id)).status == "cancelled"
 
 
-async def test_a_background_response_outlives_the_router(own_world: World) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
+async def test_a_background_response_outlives_the_router(own_world: World, number: int) -> None:
     engine = await own_world.engine(pace=0.02)
     await own_world.serve(engine)
     async with own_world.client() as client:
@@ -278,7 +314,9 @@ async def test_a_background_response_outlives_the_router(own_world: World) -> No
             return bool(engine.running)
 
         await eventually(runs)
-        own_world.restart()
+        began = time.monotonic()
+        await asyncio.to_thread(own_world.restart, number)
+        assert time.monotonic() - began < 10
         await asyncio.to_thread(own_world.wait_until_up)
 
         async def done() -> Any:

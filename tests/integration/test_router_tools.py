@@ -258,10 +258,22 @@ async def test_a_model_that_thinks_may_do_so_before_what_it_is_held_to(model: op
         messages=sums,
         temperature=0,
         max_tokens=200,
+        reasoning_effort="high",
         response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
     )
     assert answer["reasoning"]
     assert isinstance(json.loads(answer["content"])["sum"], int)
+    for more in ({}, {"reasoning_effort": "none"}):  # it is not lured into a thought that nobody asked for
+        plain = await whole(
+            model,
+            messages=sums,
+            temperature=0,
+            max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+            **more,
+        )
+        assert plain["reasoning"] is None
+        assert isinstance(json.loads(plain["content"])["sum"], int)
 
 
 async def test_a_shape_beside_tools_is_an_answer_or_a_call(model: openai.AsyncOpenAI) -> None:
@@ -323,3 +335,33 @@ async def test_a_template_without_tools_refuses_them(world: World) -> None:
             await client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS)
     assert refused.value.param == "tools"
     assert "template" in refused.value.message
+
+
+async def test_no_cut_leaves_markup_in_the_content(says: openai.AsyncOpenAI) -> None:
+    script = f"{THOUGHT}Let me look.\n{PARIS}\n{CLOCK}"
+    free = await says.chat.completions.create(
+        model="tiny", messages=ASK, tools=TOOLS, extra_body={"script": script}
+    )
+    assert free.usage is not None
+    for limit in range(1, free.usage.completion_tokens):
+        options: dict[str, Any] = {
+            "messages": ASK,
+            "tools": TOOLS,
+            "max_tokens": limit,
+            "extra_body": {"script": script},
+        }
+        answer = await whole(says, **options)
+        assert "<" not in (answer["content"] or ""), (limit, answer)
+        assert answer["finish"] == "length"
+        for call, expected in zip(answer["calls"], (PARIS_CALL, CLOCK_CALL), strict=False):
+            assert call["name"] == expected["name"]
+            written = call["arguments"].removesuffix("\ufffd")  # of a character that was cut in two
+            assert expected["arguments"].startswith(written), (limit, call)
+        assert await streamed(says, **options) == answer
+
+
+async def test_a_stop_string_within_a_call_is_no_call(says: openai.AsyncOpenAI) -> None:
+    options: dict[str, Any] = {"messages": ASK, "tools": TOOLS, "extra_body": {"script": PARIS}}
+    for take in (whole, streamed):
+        assert (await take(says, stop=["Paris"], **options))["finish"] == "stop"
+        assert (await take(says, stop=["never"], **options))["finish"] == "tool_calls"

@@ -12,6 +12,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def bench(
     plot: Path | None,
     compare: tuple[Path, Path] | None,
     output: str,
-    **asked: Any,
+    **load: Any,
 ) -> int:
     """Send requests to MODEL and measure what comes: throughput, time to first token, between tokens, to the end.
 
@@ -126,7 +127,7 @@ def bench(
             _check_writable(path)
         if plot is not None:
             _check_plotting()
-        settings = _settings(timeout=timeout, **asked)
+        settings = _settings(Options(**load), timeout)
         server = open_server(url, api_key, timeout)
         result = asyncio.run(_measure(server, model, settings))
     except BenchError as error:
@@ -225,74 +226,85 @@ class Progress:
         self._run = ""
 
 
-def _settings(
-    concurrency: str | None,
-    rate: str | None,
-    requests: int | None,
-    duration: float | None,
-    input_tokens: str | None,
-    output_tokens: str | None,
-    prefix_tokens: int,
-    trace: Path | None,
-    speed: float | None,
-    dataset: Path | None,
-    endpoint: Any,
-    stream: bool,
-    ignore_eos: bool | None,
-    extra_body: str | None,
-    goodput: str | None,
-    warmup: int,
-    seed: int,
-    timeout: float,
-) -> Settings:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says of the load, by the names of its options; what is left out is None."""
+
+    concurrency: str | None
+    rate: str | None
+    requests: int | None
+    duration: float | None
+    input_tokens: str | None
+    output_tokens: str | None
+    prefix_tokens: int
+    trace: Path | None
+    speed: float | None
+    dataset: Path | None
+    endpoint: Any
+    stream: bool
+    ignore_eos: bool | None
+    extra_body: str | None
+    goodput: str | None
+    warmup: int
+    seed: int
+
+    @property
+    def ignores_eos(self) -> bool:
+        """Whether answers go on to a length that is wanted."""
+        if self.ignore_eos is not None:
+            return self.ignore_eos
+        return self.dataset is None or self.output_tokens is not None
+
+
+def _settings(load: Options, timeout: float) -> Settings:
     """The command line as settings, whose model is still to be chosen. Raises `BenchError` and `CommandFailed`."""
     from quire.bench import figures, lengths, work
     from quire.bench.drive import Settings
 
-    excluded = (("--input-tokens", input_tokens), ("--prefix-tokens", prefix_tokens))
-    for name, file in (("--trace", trace), ("--dataset", dataset)):
+    excluded = (("--input-tokens", load.input_tokens), ("--prefix-tokens", load.prefix_tokens))
+    for name, file in (("--trace", load.trace), ("--dataset", load.dataset)):
         clash = next((option for option, value in excluded if file is not None and value), None)
         if clash is not None and not (clash == "--prefix-tokens" and name == "--trace"):
             usage_error(
                 f"{clash} has no meaning with {name}", "the file has the prompts, or says how long they are"
             )
-    if trace is not None and (dataset is not None or output_tokens is not None):
+    if load.trace is not None and (load.dataset is not None or load.output_tokens is not None):
         usage_error("--trace goes with neither --dataset nor --output-tokens", "a trace has lengths of its own")
-    if speed is not None and (trace is None or concurrency is not None or rate is not None):
+    if load.speed is not None and (load.trace is None or load.concurrency is not None or load.rate is not None):
         usage_error("--speed is for the arrivals of a trace", "leave out --concurrency and --rate")
-    if speed is not None and not (speed > 0 and math.isfinite(speed)):
-        usage_error(f"--speed {speed} is no factor", "2 is twice as fast, 0.5 half as fast")
-    bounds = figures.parse_bounds(goodput) if goodput is not None else {}
-    if not stream and set(bounds) - {"e2e"}:
+    if load.speed is not None and not (load.speed > 0 and math.isfinite(load.speed)):
+        usage_error(f"--speed {load.speed} is no factor", "2 is twice as fast, 0.5 half as fast")
+    bounds = figures.parse_bounds(load.goodput) if load.goodput is not None else {}
+    if not load.stream and set(bounds) - {"e2e"}:
         usage_error("--goodput on tokens needs a stream", "leave out --no-stream, or bound e2e alone")
-    demands = _demands(concurrency, rate, has_trace=trace is not None)
-    if duration is not None and any(math.isinf(demand.value) for demand in demands) and requests is None:
+    demands = _demands(load.concurrency, load.rate, has_trace=load.trace is not None)
+    if load.duration is not None and any(math.isinf(demand.value) for demand in demands) and load.requests is None:
         usage_error("--rate inf sends without end", "give --requests instead of --duration")
-    if duration is not None and duration <= 0:
+    if load.duration is not None and load.duration <= 0:
         usage_error("--duration is nothing", "write it like 30s")
-    has_file = trace is not None or dataset is not None
-    outputs = output_tokens if has_file or output_tokens is not None else DEFAULT_TOKENS[1]
-    lines = None if trace is None else work.read_trace(trace, speed or 1.0)
-    conversations = None if dataset is None else work.read_dataset(dataset, endpoint)
+    has_file = load.trace is not None or load.dataset is not None
+    outputs = load.output_tokens if has_file or load.output_tokens is not None else DEFAULT_TOKENS[1]
+    lines = None if load.trace is None else work.read_trace(load.trace, load.speed or 1.0)
+    conversations = None if load.dataset is None else work.read_dataset(load.dataset, load.endpoint)
     return Settings(
         model="",
         demands=demands,
-        requests=requests,
-        seconds=duration,
-        inputs=None if has_file else lengths.parse(input_tokens or DEFAULT_TOKENS[0]),
+        requests=load.requests,
+        seconds=load.duration,
+        inputs=None if has_file else lengths.parse(load.input_tokens or DEFAULT_TOKENS[0]),
         outputs=None if outputs is None else lengths.parse(outputs),
         trace=None if lines is None else tuple(lines),
         dataset=None if conversations is None else tuple(conversations),
-        prefix=prefix_tokens,
-        endpoint=endpoint,
-        streams=stream,
-        ignores_eos=ignore_eos if ignore_eos is not None else dataset is None or output_tokens is not None,
+        prefix=load.prefix_tokens,
+        endpoint=load.endpoint,
+        streams=load.stream,
+        ignores_eos=load.ignores_eos,
         bounds=bounds,
-        warmup=warmup,
-        seed=seed,
-        more=_extra(extra_body),
-        file=str(trace or dataset) if has_file else None,
-        speed=speed or 1.0,
+        warmup=load.warmup,
+        seed=load.seed,
+        more=_extra(load.extra_body),
+        file=str(load.trace or load.dataset) if has_file else None,
+        speed=load.speed or 1.0,
         timeout=timeout,
     )
 

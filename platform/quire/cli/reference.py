@@ -202,10 +202,13 @@ def api_page() -> str:
         honoured = ", ".join(f"`{name}`" for name in each.request.model_fields)
         paths = " and ".join((each.path, *each.aliases))
         lines += [f"## {each.methods[0]} {paths}", "", f"Honoured: {honoured}.", ""]
-        lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
-        lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
-        lines.append("")
-        if each.without_effect is not WITHOUT_EFFECT:
+        if each.refused:
+            lines += ["| refused, unless it asks for nothing | why |", "|---|---|"]
+            lines += [f"| `{name}` | {refusal.reason} |" for name, refusal in each.refused.items()]
+            lines.append("")
+        if not each.without_effect:
+            lines += ["Nothing is accepted without effect.", ""]
+        elif each.without_effect is not WITHOUT_EFFECT:
             lines += ["| accepted without effect | what it is for |", "|---|---|"]
             lines += [f"| `{name}` | {purpose} |" for name, purpose in each.without_effect.items()]
             lines.append("")

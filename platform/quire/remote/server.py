@@ -7,7 +7,6 @@ microsecond; what else a server sends is passed over, and what it leaves out is 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncGenerator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from quire import endpoint
 from quire.remote.errors import BrokenOff, Lost, Refused, TimedOut, Unreachable, Unreadable
 from quire.remote.http import Http, Take
 from quire.remote.sse import Events
@@ -111,7 +111,11 @@ class Server:
         headers = {"user-agent": f"quire/{version('quire')}"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
-        self._http = Http(self.url, headers, _trust(self.url, certificate))
+        try:
+            trusted = endpoint.trust(self.url, certificate)
+        except OSError as error:
+            raise Unreachable(f"cannot read the certificate {certificate}: {error}") from error
+        self._http = Http(self.url, headers, trusted)
 
     async def models(self) -> list[Card]:
         """What the server says it serves."""
@@ -225,20 +229,6 @@ def _told(body: Any) -> tuple[str | None, str | None, str]:
         hint if isinstance(hint, str) else None,
         str(code)[:60],
     )
-
-
-def _trust(url: str, certificate: str | None) -> ssl.SSLContext | None:
-    if urlsplit(url).scheme != "https":
-        return None
-    try:
-        context = ssl.create_default_context(cafile=certificate)
-    except OSError as error:
-        raise Unreachable(f"cannot read the certificate {certificate}: {error}") from error
-    if certificate is not None:
-        # As `quire.endpoint`: this machine's own router, asked by address.
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from litestar import Litestar, Request, Response, delete, get, post, route
+from litestar import Litestar, Request, Response, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
 from quire.router import openapi
-from quire.router.api import absent, batches, files, health, models
+from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange, Format
-from quire.router.api.files import known
 from quire.router.api.messages import MessagesFormat, TokenCounting
-from quire.router.api.responses import Responding, ResponsesFormat, deleted, input_items
+from quire.router.api.reply import Reply
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
 from quire.router.background import Background
@@ -44,94 +42,64 @@ from quire_operators.nvml import Watch
 
 log = logging.getLogger("quire.router")
 
-_PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
-_KIND: Final = re.compile(r":\w+}")
-"""Of a parameter in a path, what the framework is told that it is."""
-
-
-class Reply:
-    """A small answer that is ready to send."""
-
-    def __init__(self, status: int, body: bytes, content_type: str = "application/json") -> None:
-        self._start = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", content_type.encode()),
-                (b"content-length", str(len(body)).encode()),
-                (b"cache-control", b"no-store"),
-            ],
-        }
-        self._body = body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(self._start)  # type: ignore[arg-type]
-        body = b"" if scope.get("method") == "HEAD" else self._body
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-
 
 def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor]:
     """The application that serves `fleet`, and what works off its batches once it is started."""
-    gateway = Gateway(fleet)
-    prover = Prover()
     fleet.metrics.watch(tracing.counts)
     gpus = Watch()
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
-    spans = RequestSpans(tracing)
-    chat_format = ChatFormat(gateway)
-    completion_format = CompletionFormat(gateway)
-    embedding_format = EmbeddingFormat(gateway)
-    score_format = ScoreFormat(gateway)
-    messages_format = MessagesFormat(gateway)
+    gateway, spans = Gateway(fleet), RequestSpans(tracing)
     store = Store(config.store)
-    kept = Files(store)
+    kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
     batched: dict[str, Format[Any]] = {
-        "/v1/chat/completions": chat_format,
-        "/v1/completions": completion_format,
-        "/v1/embeddings": embedding_format,
+        "/v1/chat/completions": ChatFormat(gateway),
+        "/v1/completions": CompletionFormat(gateway),
+        "/v1/embeddings": EmbeddingFormat(gateway),
+        "/v1/responses": responses.ResponsesFormat(gateway, answered),
     }
-    responses = Responses(store)
-    batched["/v1/responses"] = ResponsesFormat(gateway, responses)
     background = Background(
-        responses, lambda name: Exchange(gateway, spans, ResponsesFormat(gateway, responses, name))
+        answered,
+        lambda name: Exchange(gateway, spans, responses.ResponsesFormat(gateway, answered, name), background=True),
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
+    routes = [
+        *_inference(gateway, spans, batched),
+        *responses.routes(gateway, spans, answered, background),
+        *models.routes(fleet),
+        *files.routes(kept),
+        *batches.routes(stored, executor, fleet),
+        *health.routes(fleet, Prover()),
+        *_told(fleet),
+    ]
+    app = Litestar(
+        route_handlers=[*_options(routes), *routes],
+        exception_handlers={Exception: answer},
+        openapi_config=None,
+        logging_config=None,
+        debug=False,
+    )
+    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+
+
+def _inference(
+    gateway: Gateway, spans: RequestSpans, formats: Mapping[str, Format[Any]]
+) -> list[HTTPRouteHandler]:
+    """What a model is asked, or its tokenizer, and nothing is kept of."""
+    score_format, messages_format = ScoreFormat(gateway), MessagesFormat(gateway)
 
     @post("/v1/chat/completions")
     async def chat() -> ASGIApp:
-        return Exchange(gateway, spans, chat_format)
+        return Exchange(gateway, spans, formats["/v1/chat/completions"])
 
     @post("/v1/completions")
     async def completions() -> ASGIApp:
-        return Exchange(gateway, spans, completion_format)
-
-    @post("/v1/responses")
-    async def respond() -> ASGIApp:
-        return Responding(gateway, spans, responses, background)
-
-    @get("/v1/responses/{response_id:str}")
-    async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        known(dict(request.query_params), ())
-        return Reply(200, await responses.get(_named(request, "response_id")))
-
-    @delete("/v1/responses/{response_id:str}", status_code=200)
-    async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await deleted(responses, _named(request, "response_id")))
-
-    @post("/v1/responses/{response_id:str}/cancel")
-    async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await background.cancel(_named(request, "response_id")))
-
-    @get("/v1/responses/{response_id:str}/input_items")
-    async def list_input(request: Request[Any, Any, Any]) -> ASGIApp:
-        named = _named(request, "response_id")
-        return Reply(200, await input_items(responses, named, dict(request.query_params)))
+        return Exchange(gateway, spans, formats["/v1/completions"])
 
     @post("/v1/embeddings")
     async def embeddings() -> ASGIApp:
-        return Exchange(gateway, spans, embedding_format)
+        return Exchange(gateway, spans, formats["/v1/embeddings"])
 
     @post(["/v1/score", "/score"])
     async def score() -> ASGIApp:
@@ -153,62 +121,11 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     async def detokenize() -> ASGIApp:
         return Tokens(gateway, spans, back=True)
 
-    @get("/v1/models")
-    async def list_models() -> ASGIApp:
-        return Reply(200, models.all_models(fleet))
+    return [chat, completions, embeddings, score, messages, count_tokens, tokenize, detokenize]
 
-    @get("/v1/models/{name:path}")
-    async def get_model(request: Request[Any, Any, Any]) -> ASGIApp:
-        name = str(request.path_params["name"]).removeprefix("/")  # names may have slashes, as hubs' do
-        return Reply(200, models.one_model(fleet, name))
 
-    @post("/v1/files")
-    async def upload() -> ASGIApp:
-        return files.Upload(kept)
-
-    @get("/v1/files")
-    async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await files.listed(kept, dict(request.query_params)))
-
-    @get("/v1/files/{file_id:str}")
-    async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await files.one(kept, _named(request, "file_id")))
-
-    @delete("/v1/files/{file_id:str}", status_code=200)
-    async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await files.deleted(kept, _named(request, "file_id")))
-
-    @get("/v1/files/{file_id:str}/content")
-    async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
-        return files.Content(kept, _named(request, "file_id"))
-
-    @post("/v1/batches")
-    async def create_batch() -> ASGIApp:
-        return batches.Create(stored, executor, fleet.table.http)
-
-    @get("/v1/batches")
-    async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await batches.listed(stored, dict(request.query_params)))
-
-    @get("/v1/batches/{batch_id:str}")
-    async def get_batch(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await batches.one(stored, _named(request, "batch_id")))
-
-    @post("/v1/batches/{batch_id:str}/cancel")
-    async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await batches.cancelled(stored, executor, _named(request, "batch_id")))
-
-    @route("/health", http_method=_PROBE)
-    async def get_health() -> ASGIApp:
-        return Reply(*await health.health(fleet, prover))
-
-    @route("/livez", http_method=_PROBE)
-    async def get_livez() -> ASGIApp:
-        return Reply(*health.liveness())
-
-    @route("/readyz", http_method=_PROBE)
-    async def get_readyz() -> ASGIApp:
-        return Reply(*health.readiness(fleet))
+def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
+    """What the router tells of itself."""
 
     @get("/openapi.json")
     async def get_description() -> ASGIApp:
@@ -218,50 +135,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     async def get_metrics() -> ASGIApp:
         return Reply(200, fleet.metrics.render(), CONTENT_TYPE)
 
-    routes = [
-        chat,
-        completions,
-        respond,
-        get_response,
-        delete_response,
-        cancel_response,
-        list_input,
-        embeddings,
-        score,
-        messages,
-        count_tokens,
-        tokenize,
-        detokenize,
-        list_models,
-        get_model,
-        upload,
-        list_files,
-        get_file,
-        delete_file,
-        get_content,
-        create_batch,
-        list_batches,
-        get_batch,
-        cancel_batch,
-        get_health,
-        get_livez,
-        get_readyz,
-        get_description,
-        get_metrics,
-    ]
-    app = Litestar(
-        route_handlers=[*_options(routes), *routes],
-        exception_handlers={Exception: answer},
-        openapi_config=None,
-        logging_config=None,
-        debug=False,
-    )
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
-
-
-def _named(request: Request[Any, Any, Any], parameter: str) -> str:
-    """What stands in the path."""
-    return str(request.path_params[parameter])
+    return [get_description, get_metrics]
 
 
 def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
@@ -302,6 +176,8 @@ def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
     if isinstance(error, NotFoundException):
         return absent.refusal(request.url.path) or NotFound(_no_such_path(request.url.path))
     if isinstance(error, MethodNotAllowedException):
+        if (refusal := absent.refusal(request.url.path)) is not None:  # a word where other paths have an id
+            return refusal
         listed = (error.headers or {}).get("allow", "").split(", ")
         allowed = " and ".join(method for method in sorted(listed) if method not in ("", "OPTIONS"))
         return MethodNotAllowed(f"This path takes {allowed or 'other methods'} only.")

@@ -106,13 +106,14 @@ class Background:
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + TRIED_SECONDS, PAUSES[0]
         try:
+            await self._responses.start(response_id)
             while not work.gone.is_set():
                 client = InsideClient(PATH, request, work.gone)
                 await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
                 if client.status in (None, 200):
                     return  # it is kept, or was left
                 told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
-                if client.status not in (429, 502, 503) or loop.time() >= until:
+                if client.status not in (429, 502, 503, 507) or loop.time() >= until:
                     await self._responses.fail(
                         response_id, ResponseError(told.code or "invalid_request", told.message)
                     )

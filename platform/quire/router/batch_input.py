@@ -23,6 +23,13 @@ A_MOMENT: Final = 0.002
 """Seconds."""
 
 
+_NOT_FOR_BATCHES: Final = {
+    "stream": "an answer is whole",
+    "background": "an answer is awaited, and all of a batch is in the background",
+}
+"""Fields of a request, and why a line has them not."""
+
+
 class Reading:
     """Reads the input at `path` for an endpoint. `max_body` is what a request's body may have, in bytes."""
 
@@ -94,8 +101,9 @@ class Reading:
         if len(body) > self._max_body:
             raise BadLine("line_too_long", f"The body is larger than the limit of {self._max_body} bytes.", "body")
         request = self._form.read(body, self._ignore_unknown)
-        if getattr(request, "stream", None):
-            raise BadLine("invalid_request", "'stream' is not for batches: an answer is whole.", "body.stream")
+        for name, reason in _NOT_FOR_BATCHES.items():
+            if getattr(request, name, None):
+                raise BadLine("invalid_request", f"'{name}' is not for batches: {reason}.", f"body.{name}")
         plan = self.plan
         at = self._models.setdefault(request.model, len(plan.models))
         if at == len(plan.models):

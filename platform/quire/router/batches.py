@@ -179,7 +179,8 @@ class Batches:
     # ── for clients ───────────────────────────────────────────────────────────────────────────────────────
 
     async def create(self, asked: CreateBatch) -> Batch:
-        """Raises `InvalidRequest` for an input that there is not, `QueueFull` when too many are not done."""
+        """Raises `InvalidRequest` for an input that there is not, `QueueFull` when too many are not done, and
+        `StorageFull`."""
 
         def write(db: sa.Connection) -> Batch:
             try:
@@ -196,6 +197,7 @@ class Batches:
             live = db.scalar(sa.select(sa.func.count()).where(BATCHES.c.status.in_(LIVE)))
             if live is not None and live >= MAX_LIVE:
                 raise QueueFull(f"{live} batches are not done, as many as are taken.", retry_after=60.0)
+            self.store.check_room()
             now = int(self.store.clock())
             expiry = asked.output_expires_after
             made = {
@@ -282,9 +284,10 @@ class Batches:
         return Plan() if packed is None else Plan.unpacked(packed), answered
 
     async def add_answers(self, answers: Sequence[Answer]) -> None:
-        """Commit them all; a line that has its answer keeps that."""
+        """Commit them all; a line that has its answer keeps that. Raises `StorageFull`, too: none is committed."""
 
         def write(db: sa.Connection) -> None:
+            self.store.check_room()
             for each in answers:
                 row = insert(ANSWERS).values(batch=each.batch, line=each.line, ok=each.ok, text=each.text)
                 if db.execute(row.on_conflict_do_nothing()).rowcount == 0:

@@ -33,7 +33,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
     snapshot_file: str
     """The last accepted routing table, written atomically, loaded at start."""
     store_folder: str = ""
-    """Where files and batches are kept, made when it is needed; "" is `router`, beside `snapshot_file`."""
+    """What clients have kept is in it; it is made when it is needed. "" is `router`, beside `snapshot_file`."""
     host: str = "127.0.0.1"
     port: int = 8000
     """Used only without an inherited descriptor. 0 takes any free port."""

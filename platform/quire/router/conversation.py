@@ -13,7 +13,7 @@ from quire.errors import InvalidRequest
 from quire.router.fleet import ServedModel
 from quire.text import Markup, Tokenizer
 from quire.text.dialects import REASONING, Dialects, Tool
-from quire.text.effort import effort
+from quire.text.effort import SWITCHES, effort
 from quire.text.templates import RESERVED
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.structured import Constraint
@@ -79,12 +79,20 @@ def _thinking(request: ChatRequest, tokenizer: Tokenizer) -> tuple[dict[str, Any
     return {**variables, **given}, asked if asked is not None else budget
 
 
+def _asks_to_think(request: ChatRequest) -> bool:
+    """Whether thoughts are wished for: an effort, a budget, or the template's own switch."""
+    variables = request.chat_template_kwargs or {}
+    return bool(
+        request.reasoning_effort not in (None, "none")
+        or request.thinking_token_budget
+        or any(variables.get(name) is True for name in SWITCHES)
+    )
+
+
 def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
     """How the answer is read; None where it is text as the model writes it."""
-    if request.separate_reasoning is False:
-        return None
     tokenizer, dialects = served.usable, served.dialects
-    offered = request.offered
+    offered, verbatim = request.offered, request.separate_reasoning is False
     if offered and dialects.tools is None:
         raise InvalidRequest(
             "'tools' is not honoured for this model: its chat template does not tell how calls are written. "
@@ -100,7 +108,10 @@ def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
             Tool(tool.function.name, tool.function.parameters or NO_PARAMETERS, bool(tool.function.strict))
             for tool in offered
         ),
-        tokenizer.special_among(used.marks),
+        frozenset() if verbatim else tokenizer.special_among(used.marks),
+        verbatim=verbatim,
+        thought_ids=tokenizer.thinking if used.reasoning is not None else None,
+        thinks=_asks_to_think(request),
         must_call=request.must_call,
         one_call=request.one_call,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +66,15 @@ class Files:
         """The id of a new file, and where its bytes go. Blocks. Raises `StorageUnavailable`."""
         file_id = self.store.new_id(PREFIX)
         return file_id, Incoming(self.path(file_id))
+
+    @contextlib.asynccontextmanager
+    async def incoming(self) -> AsyncIterator[tuple[str, Incoming]]:
+        """The same for a while, after which nothing is left of what is not kept."""
+        file_id, file = await asyncio.to_thread(self.begin)
+        try:
+            yield file_id, file
+        finally:
+            await asyncio.to_thread(file.discard)
 
     async def add(
         self, file_id: str, purpose: str, filename: str, size: int, expires_after: int | None

@@ -103,11 +103,6 @@ class ServedModel:
         return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
 
     @property
-    def free(self) -> int:
-        """How much more background work the ready replicas could compute at once; below 0 where some waits."""
-        return self.slots - self.in_flight
-
-    @property
     def slots(self) -> int:
         """Sequences that the ready replicas compute at once."""
         return sum(client.max_num_seqs for client in self.clients if client.ready)

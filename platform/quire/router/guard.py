@@ -35,7 +35,7 @@ _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
 _PREFLIGHT_SECONDS: Final = b"600"
-_READABLE: Final = b"x-request-id, retry-after, x-should-retry, openai-processing-ms"
+_READABLE: Final = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms"
 """Headers of answers that pages may read besides the few that they always may."""
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 

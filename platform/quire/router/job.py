@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -16,10 +16,13 @@ from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
 from quire.text import AnswerText, Markup, Tokenizer
-from quire.text.dialects.parts import CallBegins, Content, Part, Plain, Reasoning
+from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Plain, Reasoning
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
+T = TypeVar("T")
+AT_ONCE: Final = 32
+"""Texts of one request whose vectors are made at a time, so that a long list leaves room for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,11 @@ class Job:
         return self.n if self.beam is None else 1
 
     @property
+    def at_once(self) -> int:
+        """Sequences of it that are begun before any has ended."""
+        return AT_ONCE if self.pooling is not None else len(self.prompts) * self.drawn
+
+    @property
     def width_field(self) -> str:
         """The field of the request that says how many texts are made of each prompt."""
         return "best_of" if self.kept < self.n else "n"
@@ -117,7 +125,7 @@ class Job:
         scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
         return scored or bool(self.pairs) or self.shown.prompt_text
 
-    async def written(self, write: Callable[[], bytes]) -> bytes:
+    async def written(self, write: Callable[[], T]) -> T:
         """What `write` gives of the answer, without others having to wait for it."""
         return await asyncio.to_thread(write) if self.is_large else write()
 
@@ -195,6 +203,7 @@ class Choice:
     """One sequence's way from ids to text, over all its attempts."""
 
     __slots__ = (
+        "_arguments",
         "_called",
         "_out",
         "_reader",
@@ -272,6 +281,7 @@ class Choice:
         self._reader = markup.reader() if markup is not None else Plain()
         self._thinking = markup is not None and markup.opened
         self._called = False
+        self._arguments: list[str] = []
 
     def read(self, deltas: Sequence[wire.Delta]) -> Update | None:
         """The update that `deltas` make; None when all they bring is held back. Raises what the engine reports."""
@@ -298,7 +308,7 @@ class Choice:
                 pieces.append(self.text.push(token))
                 if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
                     finish = "tool_calls"
-                self.reasoning_tokens += self._thinking
+                self._count_thought(token)
                 if position < len(scores):
                     until = max(self.text.made, offset + 1)
                     self.scores.append(TokenScore(offset, until, scores[position]))
@@ -326,8 +336,11 @@ class Choice:
         text = "".join(pieces)
         self._out += len(text)
         if finish in ("stop", "length", "repetition"):
-            self._understand(parts, self._reader.finish())
-        if finish == "stop" and self._called:
+            last, markup = self._reader.finish(), self.job.markup
+            if finish == "length" and markup is not None and not markup.verbatim:
+                last = [part for part in last if not markup.is_head(part)]  # markup is nothing to read
+            self._understand(parts, last)
+        if finish == "stop" and self._called and not (self.text.hit is not None and self._is_cut()):
             finish = "tool_calls"
         ready = tuple(self._ready_scores(ended=finish is not None))
         if not (text or ready or finish):
@@ -339,6 +352,24 @@ class Choice:
         return Update(
             self.index, text, ready, finish, ids, tuple(parts), prompt_scores, embedding, stop_reason=stop
         )
+
+    def _count_thought(self, token: int) -> None:
+        """Count the tokens between the marks of a thought, by their ids where they are tokens."""
+        marks = self.job.markup.thought_ids if self.job.markup is not None else None
+        if marks is None:
+            self.reasoning_tokens += self._thinking
+        elif token in marks:
+            self._thinking = token == marks[0]
+        else:
+            self.reasoning_tokens += self._thinking
+
+    def _is_cut(self) -> bool:
+        """Whether the last call is not whole: a stop string may come anywhere."""
+        try:
+            msgspec.json.decode("".join(self._arguments))
+        except msgspec.DecodeError:
+            return True
+        return False
 
     def _understand(self, parts: list[Part], read: Sequence[Part]) -> bool:
         """Add to `parts` what was read; whether the answer is to end here, as it has the one call that it may."""
@@ -353,6 +384,9 @@ class Choice:
                     if self._called and self.job.markup is not None and self.job.markup.one_call:
                         return True
                     self._called = True
+                    self._arguments = []
+                case CallArguments():
+                    self._arguments.append(part.text)
             parts.append(part)
         return False
 

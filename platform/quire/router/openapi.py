@@ -2,7 +2,7 @@
 
 `ENDPOINTS` has a row for each path: the shapes of what it takes and gives, and the exceptions that it may end in.
 The document is made of the shapes themselves (Pydantic models and msgspec Structs), of the notes that stand below
-their fields in the source, and of `quire.errors.TABLE`. A path that `quire.router.app` serves without a row here,
+their fields in the source, and of `quire.errors.TABLE`. A path that the router serves without a row here,
 or the reverse, fails a test.
 
 A request's schema has the fields that are honoured, and those without effect, which say so; a field that is
@@ -45,7 +45,7 @@ from quire_schemas.anthropic import (
 from quire_schemas.health import Health, Liveness, Readiness
 from quire_schemas.openai.answer import ErrorBody
 from quire_schemas.openai.batches import BatchList, BatchObject, CreateBatch, ListBatches
-from quire_schemas.openai.body import WITHOUT_EFFECT, Refusal
+from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, Refusal
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatChunk, ChatCompletion, ChatRequest
 from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, CompletionRequest
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
@@ -55,10 +55,12 @@ from quire_schemas.openai.responses import (
     RESPONSES_REFUSED,
     RESPONSES_WITHOUT_EFFECT,
     InputItems,
+    InputTokens,
     ListInputItems,
     ResponseDeleted,
     ResponseObject,
     ResponsesRequest,
+    RetrieveResponse,
 )
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreList, ScoreRequest
 from quire_schemas.openai.tokens import (
@@ -192,10 +194,22 @@ ENDPOINTS: Final = (
         event=dict[str, Any],
     ),
     Endpoint(
+        "countInputTokens",
+        "/v1/responses/input_tokens",
+        "Count the tokens of such a conversation.",
+        ("POST",),
+        (*TOKENIZER, *TEMPLATE, *ONE_STORED),
+        request=ResponsesRequest,
+        refused=RESPONSES_REFUSED,
+        without_effect=RESPONSES_WITHOUT_EFFECT,
+        answer=InputTokens,
+    ),
+    Endpoint(
         "retrieveResponse",
         "/v1/responses/{response_id}",
         "A response that is kept.",
         errors=ONE_STORED,
+        query=RetrieveResponse,
         answer=ResponseObject,
     ),
     Endpoint(
@@ -230,6 +244,7 @@ ENDPOINTS: Final = (
         ENGINE,
         request=ScoreRequest,
         refused=SCORE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=ScoreList,
         aliases=("/score",),
     ),
@@ -266,6 +281,7 @@ ENDPOINTS: Final = (
         TOKENIZER + TEMPLATE,
         request=TokenizeRequest,
         refused=TOKENIZE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=Tokenized,
         aliases=("/tokenize",),
     ),
@@ -277,6 +293,7 @@ ENDPOINTS: Final = (
         TOKENIZER,
         request=DetokenizeRequest,
         refused=DETOKENIZE_REFUSED,
+        without_effect=OF_CALLERS,
         answer=Detokenized,
         aliases=("/detokenize",),
     ),
@@ -310,6 +327,7 @@ ENDPOINTS: Final = (
         ("POST",),
         ONE_STORED,
         request=CreateBatch,
+        without_effect={},
         answer=BatchObject,
     ),
     Endpoint(

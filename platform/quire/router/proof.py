@@ -6,10 +6,11 @@ That a socket is open and an engine answers questions does not say that it can c
   that is shorter: for so long the replica counts as able.
 - Sequences run or wait at the replica: they are the proof to be. That it makes progress with them is watched all
   the time (`EngineClient.stalled`), and one more sequence would only wait behind them.
-- It is idle and has shown nothing lately: it is asked for one token, by a prompt of one, behind all others. What
-  comes of that within `ASKED_SECONDS` (or the stall time) is its verdict. One question at a time for each replica:
-  whoever comes meanwhile waits for the same one. A verdict of failure holds until a token comes; after
-  `AGAIN_SECONDS` the next look asks once more, and does not wait for the answer.
+- It is idle and has shown nothing lately: it is asked for one token, by a prompt of one, as background work, for
+  which no request waits, whatever the policy. What comes of that within `ASKED_SECONDS` (or the stall time) is
+  its verdict. One question at a time for each replica: whoever comes meanwhile waits for the same
+  one. A verdict of failure holds until a token comes; after `AGAIN_SECONDS` the next look asks once
+  more, and does not wait for the answer.
 
 So looks are bounded in time, and however many there are, an idle replica computes one token in `PROOF_SECONDS`.
 Nothing here changes where requests go, or counts as use of a model that is there on demand.
@@ -38,7 +39,6 @@ ASKED_SECONDS: Final = 5.0
 AGAIN_SECONDS: Final = 2.0
 ID_PREFIX: Final = "health-"
 """Of the ids that the questions have at engines."""
-_BEHIND_ALL: Final = 2**31 - 1
 _PROMPT: Final = [0]
 
 
@@ -109,7 +109,7 @@ async def _one_token(client: EngineClient, patience: float) -> str:
         id=f"{ID_PREFIX}{uuid.uuid4().hex}",
         token_ids=_PROMPT,
         sampling=wire.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True),
-        priority=_BEHIND_ALL,
+        background=True,
     )
     steps = client.steps
     try:

@@ -24,7 +24,6 @@ from quire_schemas.openai.chat import MAX_MESSAGES
 from quire_schemas.openai.responses import (
     Item,
     ItemReference,
-    OutputItem,
     ResponseError,
     ResponseObject,
     read_items,
@@ -64,6 +63,16 @@ class Waiting:
     request: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The conversation that a request goes on from, and its own items with those in place that it refers to."""
+
+    before: list[Item]
+    own: list[Item]
+    size: int
+    """Bytes that were read for it."""
+
+
 class Responses:
     """The responses of one store."""
 
@@ -81,6 +90,19 @@ class Responses:
     async def keep(self, response: ResponseObject, given: Sequence[Item]) -> bytes:
         """Keep a response as it is now; what is kept of it, which is no other once it has ended."""
         return await self.store.run(lambda db: _keep(db, response, given))
+
+    async def start(self, response_id: str) -> None:
+        """Somebody works on it now."""
+
+        def write(db: sa.Connection) -> None:
+            row = _one(db, response_id)
+            found = _decoded(row.answer)
+            if found.status == "queued":
+                found.status = "in_progress"
+                changed = sa.update(RESPONSES).where(RESPONSES.c.id == response_id)
+                db.execute(changed.values(answer=_encode(found)))
+
+        await self.store.run(write)
 
     async def fail(self, response_id: str, error: ResponseError) -> None:
         """End a response that cannot be answered."""
@@ -125,19 +147,17 @@ class Responses:
         """The items of its request. Raises `NotFound`."""
         return await self.store.run(lambda db: read_items(_one(db, response_id).input))
 
-    async def before(self, previous_id: str | None, given: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-        """The conversation that a request goes on from, and its own items with those in place that it refers to.
-
-        Raises `NotFound` and `InvalidRequest`.
-        """
+    async def context(self, previous_id: str | None, given: Sequence[Item]) -> Context:
+        """What a request is to be understood by. Raises `NotFound` and `InvalidRequest`."""
         names = [item.id for item in given if isinstance(item, ItemReference)]
         if previous_id is None and not names:
-            return [], list(given)
+            return Context([], list(given), 0)
 
-        def read(db: sa.Connection) -> tuple[list[Item], list[Item]]:
+        def read(db: sa.Connection) -> Context:
             named = _named(db, names)
             own = [named[item.id] if isinstance(item, ItemReference) else item for item in given]
-            return _conversation(db, previous_id), own
+            before, size = _conversation(db, previous_id)
+            return Context(before, own, size)
 
         return await self.store.run(read)
 
@@ -174,8 +194,11 @@ def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) 
 
 def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) -> bytes:
     found = db.scalar(sa.select(RESPONSES.c.answer).where(RESPONSES.c.id == response.id))
-    if found is not None and _decoded(found).status not in ("queued", "in_progress"):
-        return bytes(found)
+    if found is not None:
+        begun = _decoded(found)
+        if begun.status not in ("queued", "in_progress"):
+            return bytes(found)
+        response.created_at = begun.created_at
     said = read_items(_encode(response.output))
     row = _row(response, given, said)
     db.execute(insert(RESPONSES).values(row).on_conflict_do_update(index_elements=["id"], set_=row))
@@ -211,24 +234,28 @@ def _decoded(answer: bytes) -> ResponseObject:
     return msgspec.json.decode(answer, type=ResponseObject)
 
 
-def _conversation(db: sa.Connection, last: str | None) -> list[Item]:
-    """Everything that was said up to a response, its own answer included."""
+def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int]:
+    """Everything that was said up to a response, its own answer included, and the bytes that it takes."""
     turns: list[list[Item]] = []
+    size = 0
     at = last
     while at is not None:
         row = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == at)).first()
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
-            raise NotFound(f"The response '{at}' that this goes on from {gone}.", param="previous_response_id")
+            raise InvalidRequest(
+                f"The response '{at}' that this goes on from {gone}.", param="previous_response_id"
+            )
         if row.request is not None:
             raise InvalidRequest(f"The response '{at}' is not complete yet.", param="previous_response_id")
         turns.append([*read_items(row.input), *read_items(row.output)])
+        size += len(row.input) + len(row.output)
         if sum(map(len, turns)) > MAX_MESSAGES:
             raise InvalidRequest(
                 f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
             )
         at = row.previous_id
-    return [item for turn in reversed(turns) for item in turn]
+    return [item for turn in reversed(turns) for item in turn], size
 
 
 def _named(db: sa.Connection, ids: Sequence[str]) -> dict[str, Item]:
@@ -239,6 +266,3 @@ def _named(db: sa.Connection, ids: Sequence[str]) -> dict[str, Item]:
     if missing is not None:
         raise InvalidRequest(f"There is no item '{missing[:64]}' that is kept.", param="input")
     return found
-
-
-__all__ = ["OutputItem", "Responses", "Waiting"]

@@ -29,6 +29,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
@@ -124,8 +125,11 @@ class Run:
             left = self.job.ends_at - time.monotonic()
             ending = asyncio.get_running_loop().call_later(max(left, 0.0), self._bell.set)
         try:
+            later = deque(self._choices[self.job.at_once :])
             if len(self._choices) > 1:
-                for choice in self._choices:  # one may have to wait until another has brought its token
+                for choice in self._choices[
+                    : self.job.at_once
+                ]:  # one may wait until another has brought its token
                     self._begin(self._place(choice))
             else:
                 await self._place(self._choices[0])
@@ -145,6 +149,10 @@ class Run:
                     if update.finish_reason is not None:
                         self._end(choice)
                         del live[choice.index]
+                        if later:
+                            following = later.popleft()
+                            following.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+                            self._begin(self._place(following))
                 if batch:
                     yield batch
                 if live:

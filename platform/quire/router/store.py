@@ -5,9 +5,9 @@ first needed, and again after that failed, so that a disk which is full or read-
 endpoints that keep something. All of it is done on one thread, in whole transactions: the event loop never waits
 for the disk, and a transaction that has returned survives a power cut.
 
-Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`), made of `METADATA`;
-an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie beside the database
-as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
+Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`, `responses`), made of
+`METADATA`; an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie beside
+the database as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
 
 Times are unix seconds of a clock that nobody can set (`quire_operators.clock`); its base is kept in the file.
 """
@@ -44,7 +44,7 @@ SCHEMA_VERSION: Final = 1
 UPGRADES: Final[Mapping[int, tuple[str, ...]]] = {}
 """By version, the statements that make the next one of it."""
 RESERVE_BYTES: Final = 64 * 1024 * 1024
-"""Of the file system, which what is large leaves to others, the control plane among them."""
+"""Of the file system, which what is kept here leaves to others, the control plane among them."""
 METADATA: Final = sa.MetaData()
 META: Final = sa.Table(
     "meta", METADATA, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
@@ -62,6 +62,7 @@ class Store:
         self._path = folder / "router.db"
         self._opened: tuple[File, sa.Engine] | None = None
         self._complaint = ""
+        self._has_room = True
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     def new_id(self, prefix: str) -> str:
@@ -74,6 +75,19 @@ class Store:
         Raises `StorageUnavailable` and `StorageFull`: nothing was written.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    def check_room(self) -> None:
+        """Raises `StorageFull` when what is added would be taken from the disk's reserve. It costs a system call:
+        whoever is about to keep something asks before the work, and what ends or deletes something need not.
+        """
+        try:
+            check_reserve(self.folder if self.folder.is_dir() else self.folder.parent)
+        except OSError as error:
+            if self._has_room:
+                log.error("nothing more can be kept: %s", error)
+            self._has_room = False
+            raise refusal(error) from error
+        self._has_room = True
 
     async def close(self) -> None:
         """Write no more. What was begun is ended before."""
@@ -98,7 +112,7 @@ class Store:
         """The error for clients; the log has the details, once for each cause."""
         if str(error) != self._complaint:
             self._complaint = str(error)
-            log.error("files and batches cannot be kept: %s", error)
+            log.error("nothing can be kept: %s", error)
         return refusal(error)
 
     def _open(self) -> tuple[File, sa.Engine]:
@@ -152,12 +166,18 @@ def make(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
+def check_reserve(folder: Path, more: int = 0) -> None:
+    """Raise `OSError` when the disk of `folder` would have less than its reserve with so many bytes more."""
+    if shutil.disk_usage(folder).free < RESERVE_BYTES + more:
+        raise OSError(errno.ENOSPC, "the reserve of the disk is reached", str(folder))
+
+
 def refusal(error: StoreError | OSError) -> StorageUnavailable:
     """What the disk or the database says, for clients."""
     full = error.full if isinstance(error, StoreUnavailable) else getattr(error, "errno", None) in _NO_ROOM
     if full:
-        return StorageFull("There is no room on the server's disk for files and batches.")
-    return StorageUnavailable("The server cannot keep files and batches now; its log says why.", retry_after=5.0)
+        return StorageFull("There is no room on the server's disk to keep anything more.")
+    return StorageUnavailable("The server's store cannot be used now; its log says why.", retry_after=5.0)
 
 
 def _setting(db: sa.Connection, key: str) -> str | None:
@@ -186,8 +206,7 @@ class Incoming:
     def write(self, content: bytes) -> None:
         """Add to it. Raises `StorageFull` when the disk would have no more than its reserve left."""
         with _refused():
-            if shutil.disk_usage(self._path.parent).free < RESERVE_BYTES + len(content):
-                raise OSError(errno.ENOSPC, "the reserve of the disk is reached", str(self._path.parent))
+            check_reserve(self._path.parent, len(content))
             self._file.write(content)
             self.size += len(content)
 

@@ -22,7 +22,7 @@ BUDGETS: Final[Mapping[str, int | None]] = {
     "xhigh": None,
 }
 """Tokens that thoughts may have, by effort; None is no bound."""
-_SWITCHES: Final = ("enable_thinking", "thinking")
+SWITCHES: Final = ("enable_thinking", "thinking")
 """Names by which templates are told whether the model is to think."""
 
 
@@ -34,7 +34,7 @@ def effort(tokenizer: Tokenizer, wanted: str) -> tuple[dict[str, Any], int | Non
     if tokenizer.template is None:
         raise NoChatTemplate("this model has no chat template")
     looked_at = tokenizer.template.variables
-    variables: dict[str, Any] = {name: wanted != "none" for name in _SWITCHES if name in looked_at}
+    variables: dict[str, Any] = {name: wanted != "none" for name in SWITCHES if name in looked_at}
     if "reasoning_effort" in looked_at:
         return {**variables, "reasoning_effort": wanted}, None
     budget = BUDGETS[wanted]

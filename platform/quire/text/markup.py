@@ -11,7 +11,7 @@ import string
 from dataclasses import dataclass
 from typing import Final
 
-from quire.text.dialects import REASONING, TOOLS, Dialects, Reader, Tool
+from quire.text.dialects import REASONING, TOOLS, Content, Dialects, Part, Plain, Reader, Tool
 from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
 from quire_schemas.wire import Structured
 
@@ -32,14 +32,27 @@ class Markup:
     """The prompt ends inside a thought."""
     thought: bool = False
     """The prompt ends behind one: there is no other before the answer."""
+    verbatim: bool = False
+    """Answers are content as the model writes them, whatever is in them."""
+    thought_ids: tuple[int, int] | None = None
+    """The tokens that open and close a thought, where each is one."""
+    thinks: bool = False
+    """The request asks for thoughts."""
     must_call: bool = False
     one_call: bool = False
     """An answer ends before its second call."""
 
     def reader(self) -> Reader:
         """A reader for one answer."""
-        dialects = Dialects(self.dialects.tools, None) if self.thought else self.dialects
+        if self.verbatim:
+            return Plain()
+        one = self.dialects.reasoning is not None and not REASONING[self.dialects.reasoning].apart
+        dialects = self.dialects if one or not self.thought else Dialects(self.dialects.tools, None)
         return dialects.reader(self.tools or None, opened=self.opened)
+
+    def is_head(self, part: Part) -> bool:
+        """Whether a part is the head of a call or a thought, whose rest is missing where an answer was cut off."""
+        return isinstance(part, Content) and part.text.lstrip().startswith(self.dialects.marks)
 
     def new_call_id(self) -> str:
         """An id for a call, in the form that the model's template takes in a later turn."""
@@ -52,9 +65,19 @@ class Markup:
         form = self._form(wanted)
         if form is None:
             return None
-        if self.dialects.reasoning is None or self.thought:
+        if self.dialects.reasoning is None or self.thought or not self._may_think(wanted):
             return held_to(form)
         return held_to(REASONING[self.dialects.reasoning].behind(form, opened=self.opened))
+
+    def _may_think(self, wanted: Structured | None) -> bool:
+        """Whether an answer may begin with a thought.
+
+        A model that thinks or not, as it likes, would be lured into it where there is nothing else to say but what
+        it is held to; so it has to be asked for then.
+        """
+        always = self.dialects.reasoning is not None and REASONING[self.dialects.reasoning].always
+        free = wanted is None and not self.must_call
+        return free or always or self.opened or self.thinks
 
     def _form(self, wanted: Structured | None) -> Form | None:
         """Behind the thought."""
@@ -69,5 +92,6 @@ class Markup:
 
     def _said(self, wanted: Structured) -> Form:
         """An answer that is no call."""
-        answer = REASONING[self.dialects.reasoning].answer if self.dialects.reasoning is not None else ""
+        begun = self.thought or self.dialects.reasoning is None
+        answer = "" if begun else REASONING[self.dialects.reasoning or ""].answer
         return sequence(literal(answer), constrained(wanted)) if answer else constrained(wanted)

@@ -7,9 +7,11 @@ Every field that clients of this kind of server know is in exactly one of three 
   value that asks for nothing (null, an empty list, the default) is let through, any other is a `BadRequest` that
   names the field and the reason;
 - `body.WITHOUT_EFFECT`: accepted and not looked at. These describe the caller or the billing, not the answer.
+  An endpoint that writes no text has a shorter list, or none.
 
 Anything else is a `BadRequest` with a guess at what was meant. `read_chat` and its like take the body's bytes and
 give a request in which every bound holds, so that nothing behind them checks again.
 
     BadRequest        the body is not a request we can honour; has `message` and `param`
+    └── BadStandIn    nor is the chat request that it stands for, whose field `param` names
 """

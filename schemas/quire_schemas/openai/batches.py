@@ -50,7 +50,7 @@ class CreateBatch(Shape):
 
 def read_create(body: bytes, ignore_unknown: bool = False) -> CreateBatch:
     """The request in a body. Raises `BadRequest`."""
-    return read(body, CreateBatch, {}, ignore_unknown)
+    return read(body, CreateBatch, {}, ignore_unknown, {})
 
 
 class ListBatches(Shape):

@@ -27,6 +27,10 @@ class BadRequest(Exception):
         self.param = param
 
 
+class BadStandIn(BadRequest):
+    """The request that another one stands for is none. `param` is a field of that."""
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """Why a field is refused, and the values that ask for nothing."""
 
@@ -48,6 +52,10 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "prediction": "a text that the answer may be like, for speed alone",
 }
 """Fields accepted without effect, and what they are for."""
+OF_CALLERS: Final = {
+    name: WITHOUT_EFFECT[name] for name in ("user", "metadata", "service_tier", "safety_identifier")
+}
+"""Those that say nothing of a text that is to be written."""
 
 MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
@@ -111,7 +119,7 @@ def _place(detail: ErrorDetails, request: Mapping[str, Any]) -> tuple[int | str,
     at: Any = request
     for number, step in enumerate(detail["loc"], 1):
         missing = number == len(detail["loc"]) and detail["type"] == "missing"
-        if missing or (isinstance(at, Mapping) and step in at):
+        if missing or (isinstance(at, Mapping) and step in at and not _is_shape(at, detail["loc"][number - 1 :])):
             at = None if missing else at[step]
         elif isinstance(at, list) and isinstance(step, int) and step < len(at):
             at = at[step]
@@ -119,6 +127,11 @@ def _place(detail: ErrorDetails, request: Mapping[str, Any]) -> tuple[int | str,
             continue
         place.append(step)
     return tuple(place)
+
+
+def _is_shape(at: Mapping[str, Any], left: Sequence[int | str]) -> bool:
+    """Whether the first step is a shape that has the name of a field: it leads nowhere, and the next does."""
+    return len(left) > 1 and not isinstance(at[str(left[0])], Mapping | list) and left[1] in at
 
 
 def _drop_unknown(request: dict[str, Any], details: Sequence[ErrorDetails]) -> bool:
@@ -153,7 +166,8 @@ def standing_for(kind: type[P], stated: Mapping[str, Any]) -> P:
     try:
         return kind.model_validate(stated)
     except ValidationError as error:
-        raise explained(_foremost(error.errors(include_url=False), stated)) from None
+        told = explained(_foremost(error.errors(include_url=False), stated))
+        raise BadStandIn(told.message, told.param) from None
 
 
 def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
@@ -220,7 +234,9 @@ def _json_object_slowly(body: bytes) -> object:
         value = json.loads(body)
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a string that is no text
     except UnicodeError:
-        raise BadRequest("The body is not valid UTF-8 text.") from None
+        raise BadRequest(
+            "The body has text that is no Unicode: broken UTF-8, or half of a surrogate pair."
+        ) from None
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:

@@ -198,8 +198,9 @@ class ChatRequest(SamplingFields):
         if self.must_call and self.constraint is not None:
             field = "structured_outputs" if self.structured_outputs is not None else "response_format"
             raise PydanticCustomError("tool_choice", f"asks for a call, and {field} for an answer")
-        if self.use_beam_search and self.offered:
-            raise PydanticCustomError("use_beam_search", "cannot be combined with 'tools'")
+        for field in ("tools", "reasoning_effort"):
+            if self.use_beam_search and getattr(self, field):
+                raise PydanticCustomError("use_beam_search", "cannot be combined with '{field}'", {"field": field})
         return self
 
     @property

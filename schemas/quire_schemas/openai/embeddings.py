@@ -10,7 +10,7 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.body import NOT_YET, Refusal, read
-from quire_schemas.openai.request import Count, ModelRequest, Prompt, PromptsAsSent, read_prompts
+from quire_schemas.openai.request import MAX_INPUTS, Count, ModelRequest, Prompt, PromptsAsSent, read_prompts
 
 EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
     "messages": Refusal("send texts or token ids as input"),
@@ -33,7 +33,7 @@ EMBEDDING_REFUSED: Final[Mapping[str, Refusal]] = {
 
 def _inputs(value: object) -> list[Prompt]:
     try:
-        return read_prompts(value)
+        return read_prompts(value, MAX_INPUTS)
     except PydanticCustomError as error:
         raise PydanticCustomError("input", error.message().replace(" prompts", " inputs")) from None
 

@@ -9,7 +9,7 @@ import msgspec
 from quire_schemas import wire
 from quire_schemas.openai.body import MAX_DEPTH
 from quire_schemas.openai.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TEMPLATE_VARIABLES
-from quire_schemas.openai.request import MAX_MODEL_NAME, MAX_PROMPTS
+from quire_schemas.openai.request import MAX_INPUTS, MAX_MODEL_NAME, MAX_PROMPTS
 from quire_schemas.openai.responses import MAX_METADATA
 from quire_schemas.openai.sampling import (
     MAX_ALLOWED_IDS,
@@ -46,7 +46,7 @@ LIMITS: Final = (
     Limit("`messages`", MAX_MESSAGES, "messages"),
     Limit("`chat_template_kwargs`", MAX_TEMPLATE_VARIABLES, "entries"),
     Limit("`prompt`", MAX_PROMPTS, "prompts"),
-    Limit("`input`", MAX_PROMPTS, "inputs"),
+    Limit("`input`", MAX_INPUTS, "inputs"),
     Limit("each side of a score", MAX_PROMPTS, "texts"),
     Limit("`tools`", MAX_TOOLS, "tools"),
     Limit("`documents`", MAX_DOCUMENTS, "documents"),

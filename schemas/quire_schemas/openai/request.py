@@ -9,6 +9,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_INT: Final = 2**31 - 1
 MAX_PROMPTS: Final = 64
+MAX_INPUTS: Final = 2048
+"""Of a request for vectors."""
 MAX_MODEL_NAME: Final = 256
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -36,7 +38,7 @@ PromptsAsSent = (
 """What `read_prompts` reads, as the API's description has it."""
 
 
-def read_prompts(value: object) -> list[Prompt]:
+def read_prompts(value: object, most: int = MAX_PROMPTS) -> list[Prompt]:
     """`str | str[] | int[] | int[][]` as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -51,8 +53,8 @@ def read_prompts(value: object) -> list[Prompt]:
             raise PydanticCustomError(
                 "prompt", "must be a string, a list of strings, token ids, or lists of token ids"
             )
-        if len(found) > MAX_PROMPTS:
-            raise PydanticCustomError("prompt", f"must not have more than {MAX_PROMPTS} prompts")
+        if len(found) > most:
+            raise PydanticCustomError("prompt", f"must not have more than {most} prompts")
         return found
     raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids, or lists of token ids")
 

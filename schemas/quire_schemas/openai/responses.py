@@ -12,8 +12,11 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     TypeAdapter,
     ValidationError,
     create_model,
@@ -21,10 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import NOT_YET, Refusal, explained, read, standing_for
+from quire_schemas.openai.body import NOT_YET, Refusal, read, standing_for
 from quire_schemas.openai.chat import CHAT_REFUSED, MAX_MESSAGES, ChatRequest, Effort
 from quire_schemas.openai.request import Count, ModelRequest, Shape
-from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED, StreamOptions
+from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED
 from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools
 
@@ -44,6 +47,21 @@ RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     "max_tokens": Refusal("send max_output_tokens"),
     "max_completion_tokens": Refusal("send max_output_tokens"),
     "response_format": Refusal("send text with its format"),
+    "reasoning_effort": Refusal("send reasoning with its effort"),
+    "separate_reasoning": Refusal("a response has its thoughts in items of their own", (True,)),
+    "logprobs": Refusal("send include with 'message.output_text.logprobs'", (False,)),
+    "return_token_ids": Refusal("a response has no place for them", (False,)),
+    "return_metrics": Refusal("a response has no place for them", (False,)),
+    "return_prompt_text": Refusal("a response has no place for it", (False,)),
+    "prompt_logprobs": Refusal("a response has no place for them"),
+    "use_beam_search": Refusal("a response is drawn", (False,)),
+    "length_penalty": Refusal("a response is drawn", (1,)),
+    "echo": CHAT_REFUSED["echo"],
+    "chat_template": CHAT_REFUSED["chat_template"],
+    "media_io_kwargs": CHAT_REFUSED["media_io_kwargs"],
+    "mm_processor_kwargs": CHAT_REFUSED["mm_processor_kwargs"],
+    "add_generation_prompt": Refusal("an answer is always begun", (True,)),
+    "continue_final_message": Refusal("an answer is always begun", (False,)),
     "n": Refusal("a response is one answer", (1,)),
 }
 RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
@@ -63,8 +81,9 @@ _PASSED: Final = (
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
     "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "thinking_token_budget", "repetition_detection", "skip_special_tokens",
-    "priority", "cache_salt", "timeout", "structured_outputs", "chat_template_kwargs", "script",
-    "include_reasoning",
+    "add_special_tokens", "truncate_prompt_tokens", "truncation_side", "logprobs_mode", "logprob_token_ids",
+    "return_tokens_as_token_ids", "documents", "priority", "cache_salt", "timeout", "structured_outputs",
+    "chat_template_kwargs", "script", "include_reasoning",
 )  # fmt: skip
 """Fields that mean here what they mean in a chat request."""
 
@@ -112,7 +131,7 @@ class CallItem(_Item):
 
     type: Literal["function_call"]
     call_id: str
-    name: FunctionName
+    name: str
     arguments: str
     namespace: None = None
 
@@ -152,37 +171,29 @@ class ItemReference(Shape):
     id: str
 
 
+def _kind(value: object) -> str | None:
+    """Which item it is; a message may leave it out."""
+    kind = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+_KINDS: Final = "message, function_call, function_call_output, reasoning, item_reference"
 Item = MessageItem | CallItem | CallOutputItem | ThoughtItem | ItemReference
-_items: Final[Mapping[str, TypeAdapter[Item]]] = {
-    "message": TypeAdapter(MessageItem),
-    "function_call": TypeAdapter(CallItem),
-    "function_call_output": TypeAdapter(CallOutputItem),
-    "reasoning": TypeAdapter(ThoughtItem),
-    "item_reference": TypeAdapter(ItemReference),
-}
+AnyItem = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ThoughtItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
+    Discriminator(
+        _kind, custom_error_type="item", custom_error_message=f"must be an object with a type of {_KINDS}"
+    ),
+]
+_items: Final[TypeAdapter[list[Item]]] = TypeAdapter(list[AnyItem])
 
 
-def _item(value: object) -> Item:
-    kind = value.get("type", "message") if isinstance(value, dict) else None
-    shape = _items.get(kind) if isinstance(kind, str) else None
-    if shape is None:
-        raise PydanticCustomError("item", f"must be an object with a type of {', '.join(_items)}")
-    return shape.validate_python(value)
-
-
-def _input(value: object) -> list[Item]:
-    if isinstance(value, str):
-        return [MessageItem(role="user", content=value)]
-    if not isinstance(value, list):
-        raise PydanticCustomError("item", "must be a string or a list of items")
-    found: list[Item] = []
-    for place, each in enumerate(value):
-        try:
-            found.append(_item(each))
-        except ValidationError as error:
-            told = explained(error.errors(include_url=False)[0], f"[{place}]")
-            raise PydanticCustomError("item", "{words}", {"words": told.message}) from None
-    return found
+def _as_items(value: object) -> object:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 def messages_of(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
@@ -220,6 +231,13 @@ def messages_of(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
 
 
 # ── the request ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ResponseStreamOptions(Shape):
+    """How a stream is written."""
+
+    include_obfuscation: Literal[False] | None = None
+    """Padding against traffic analysis is not offered: only false."""
 
 
 class FunctionTool(Shape):
@@ -324,8 +342,8 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     input: Annotated[
-        list[Item],
-        PlainValidator(_input, json_schema_input_type=str | list[Item]),
+        list[AnyItem],
+        BeforeValidator(_as_items, json_schema_input_type=str | list[AnyItem]),
         Field(min_length=1, max_length=MAX_MESSAGES),
     ]
     instructions: str | None = None
@@ -335,7 +353,7 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
     background: bool | None = None
     """Answer at once, and work on; the response is to be asked for."""
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     include: list[Included] | None = None
     metadata: Annotated[dict[Label, LabelText], Field(max_length=MAX_METADATA)] | None = None
     max_output_tokens: Count | None = None
@@ -354,6 +372,8 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
             raise PydanticCustomError("background", "needs store: nobody could ask for the response")
         if self.background and self.stream:
             raise PydanticCustomError("background", "excludes stream: the response is to be asked for")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "is only for requests with stream: true")
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise PydanticCustomError("top_logprobs", "needs 'message.output_text.logprobs' in include")
         return self
@@ -366,6 +386,10 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
     def wants_summary(self) -> bool:
         """Whether thoughts are to be shown where clients look for a summary of them."""
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
+
+    @property
+    def stored(self) -> bool:
+        return self.store is not False
 
     def chat(self, items: Sequence[Item]) -> ChatRequest:
         """The chat request that this stands for, as the end of a conversation. Raises `BadRequest`."""
@@ -408,7 +432,7 @@ def read_response(body: bytes, ignore_unknown: bool = False) -> ResponsesRequest
 
 def read_items(stored: bytes) -> list[Item]:
     """Items as `write_items` wrote them."""
-    return [_item(each) for each in msgspec.json.decode(stored, type=list[dict[str, Any]])]
+    return _items.validate_python(msgspec.json.decode(stored))
 
 
 def write_items(items: Sequence[Item]) -> bytes:
@@ -561,7 +585,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
             parallel_tool_calls=request.parallel_tool_calls is not False,
             previous_response_id=request.previous_response_id,
             reasoning={"effort": reasoning.effort, "summary": reasoning.summary or reasoning.generate_summary},
-            store=request.store is not False,
+            store=request.stored,
             temperature=getattr(request, "temperature", None),
             text={"format": wanted},
             tool_choice=choice.model_dump() if isinstance(choice, Shape) else choice or "auto",
@@ -572,14 +596,31 @@ class ResponseObject(msgspec.Struct, kw_only=True):
         )
 
 
+class RetrieveResponse(Shape):
+    """Parameters of `GET /v1/responses/{id}`, without effect: all that is kept is told, and it is not streamed."""
+
+    include: str | None = None
+    include_obfuscation: str | None = None
+
+
 class ListInputItems(Shape):
     """Parameters of `GET /v1/responses/{id}/input_items`."""
+
+    include: str | None = None
+    """Without effect: all that is kept is told."""
 
     limit: Annotated[int, Field(ge=1, le=MAX_INPUT_ITEMS_LISTED)] = INPUT_ITEMS_LISTED
     after: str | None = None
     """The last item of the page before."""
     order: Literal["asc", "desc"] = "desc"
     """From the last item back, or from the first on."""
+
+
+class InputTokens(msgspec.Struct, kw_only=True):
+    """Answer to `POST /v1/responses/input_tokens`."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class ResponseDeleted(msgspec.Struct, kw_only=True):

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import NOT_YET, Refusal, read
+from quire_schemas.openai.body import NOT_YET, OF_CALLERS, Refusal, read
 from quire_schemas.openai.embeddings import EmbeddingUsage, PooledFields
 from quire_schemas.openai.request import Prompt, PromptsAsSent, read_prompts
 
@@ -84,7 +84,7 @@ class ScoreRequest(PooledFields):
 
 def read_score(body: bytes, ignore_unknown: bool = False) -> ScoreRequest:
     """The request for scores in `body`. Raises `BadRequest`."""
-    return read(body, ScoreRequest, SCORE_REFUSED, ignore_unknown)
+    return read(body, ScoreRequest, SCORE_REFUSED, ignore_unknown, OF_CALLERS)
 
 
 class Score(msgspec.Struct, kw_only=True):

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import Refusal, read, standing_for
+from quire_schemas.openai.body import OF_CALLERS, Refusal, read, standing_for
 from quire_schemas.openai.chat import (
     CHAT_REFUSED,
     MAX_DOCUMENTS,
@@ -97,12 +97,12 @@ class DetokenizeRequest(_OfTokenizer):
 
 def read_tokenize(body: bytes, ignore_unknown: bool = False) -> TokenizeRequest:
     """The request in `body`. Raises `BadRequest`."""
-    return read(body, TokenizeRequest, TOKENIZE_REFUSED, ignore_unknown)
+    return read(body, TokenizeRequest, TOKENIZE_REFUSED, ignore_unknown, OF_CALLERS)
 
 
 def read_detokenize(body: bytes, ignore_unknown: bool = False) -> DetokenizeRequest:
     """The request in `body`. Raises `BadRequest`."""
-    return read(body, DetokenizeRequest, DETOKENIZE_REFUSED, ignore_unknown)
+    return read(body, DetokenizeRequest, DETOKENIZE_REFUSED, ignore_unknown, OF_CALLERS)
 
 
 class Tokenized(msgspec.Struct, kw_only=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.answer import Answer
@@ -121,20 +121,12 @@ class FunctionCall(Shape):
     arguments: str
 
     @property
-    def parsed(self) -> dict[str, Any]:
-        """The arguments as templates expect them; their form was checked with the request."""
-        value: dict[str, Any] = msgspec.json.decode(self.arguments or "{}")
-        return value
-
-
-def _check_arguments(value: FunctionCall) -> FunctionCall:
-    try:
-        parsed = msgspec.json.decode(value.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise PydanticCustomError("arguments", "must have arguments that are a JSON object") from error
-    if not isinstance(parsed, dict):
-        raise PydanticCustomError("arguments", "must have arguments that are a JSON object")
-    return value
+    def parsed(self) -> dict[str, Any] | str:
+        """The arguments as templates expect them, an object; what a model wrote that is none stays a text."""
+        try:
+            return msgspec.json.decode(self.arguments or "{}", type=dict[str, Any])
+        except (ValueError, RecursionError):
+            return self.arguments
 
 
 class ToolCall(Shape):
@@ -142,7 +134,7 @@ class ToolCall(Shape):
 
     id: str | None = None
     type: Literal["function"] = "function"
-    function: Annotated[FunctionCall, AfterValidator(_check_arguments)]
+    function: FunctionCall
     index: int | None = None
 
 

@@ -7,6 +7,7 @@ calls. No model is run here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from tests.effort import times
 from tests.unit.platform.dialect_cases import CASES, MANY, NOTHING, OSLO, WEATHER, Case
 
 from quire import builtin
+from quire.text import ParamRefused
 from quire.text.dialects import TOOLS, CallArguments, CallBegins, Content, Dialects, Part, Tool, joined
 from quire.text.markup import Markup
 from quire_engine.errors import RequestRefused
@@ -96,14 +98,16 @@ def with_special(tmp_path_factory: pytest.TempPathFactory) -> Held:
 
 def after_thought(dialects: Dialects, wanted: Structured, *, opened: bool = False) -> Structured:
     """The constraint of an answer whose content is to be `wanted`."""
-    held = Markup(dialects, (), frozenset(), opened).held_to(wanted)
+    held = Markup(dialects, (), frozenset(), opened, thinks=True).held_to(wanted)
     assert held is not None
     return held
 
 
 def forced(dialects: Dialects, tools: Sequence[Tool], *, parallel: bool, opened: bool = False) -> Structured:
     """The constraint of an answer that has to be calls."""
-    markup = Markup(dialects, tuple(tools), frozenset(), opened, must_call=True, one_call=not parallel)
+    markup = Markup(
+        dialects, tuple(tools), frozenset(), opened, thinks=True, must_call=True, one_call=not parallel
+    )
     held = markup.held_to(None)
     assert held is not None
     return held
@@ -368,3 +372,150 @@ def test_a_guided_answer_of_harmony_is_messages(with_special: Held) -> None:
         assert with_special.takes(free, text), text
     for text in ("Hello", f'{aside}{to}{{"days": 1}}', f"{aside}{to.replace('weather', 'x')}{OSLO}"):
         assert not with_special.takes(free, text), text
+
+
+# ── names and schemas that dialects cannot write, or can just about ───────────────────────────────────────
+
+FUNCTIONS = ["a-b", "a.b.c", "1st", "größe", "名前", "two words", "a<b", "f:3", "functions.f", "q(x)"]
+KEYS = [
+    "a-b",
+    "a.b",
+    "1st",
+    "größe",
+    "gro\u0308ße",
+    "名",
+    "first name",
+    " x ",
+    "x:y",
+    "a=b",
+    "$id",
+    'a"b',
+    "a,b",
+    "",
+]
+KEYS += ["a>b", "a<b", "a\nb", "</parameter", "name", "arguments"]
+_NO_TAG = {"a>b", "a<b", "a\nb", "</parameter"}
+_UNSPELLED: dict[str, tuple[set[str], set[str]]] = {
+    "mistral_args": ({"größe", "名前", "two words", "a<b", "q(x)"}, set()),
+    "qwen3_coder": ({"two words", "a<b"}, _NO_TAG),
+    "seed": ({"two words", "a<b"}, _NO_TAG),
+    "pythonic": (
+        {"two words", "a<b", "f:3", "q(x)"},
+        _NO_TAG | {"first name", " x ", "x:y", "a=b", "$id", 'a"b', "", "a,b"},
+    ),
+    "deepseek_v3": ({"a<b"}, set()),
+    "deepseek_v31": ({"a<b"}, set()),
+    "kimi_k2": ({"a<b"}, set()),
+    "harmony": ({"two words", "a<b"}, set()),
+}
+"""Functions and arguments that a dialect cannot spell."""
+
+
+def spoken(name: str) -> Dialects:
+    return Dialects(name, "harmony" if name == "harmony" else None)
+
+
+def refused(name: str, tool: Tool) -> str | None:
+    try:
+        forced(spoken(name), [tool], parallel=True)
+    except ParamRefused as error:
+        return f"{error.param}: {error.message}"
+    return None
+
+
+def one_call(held: Held, dialects: Dialects, tool: Tool, chance: random.Random) -> tuple[str, Any] | None:
+    """What a forced call of the tool is read as; None if it came to no end."""
+    text = held.walk(held.grammars.compile(forced(dialects, [tool], parallel=False)), chance, most=900)
+    if text is None:
+        return None
+    parts = read(dialects, text, (tool,), False)
+    assert not [part for part in parts if isinstance(part, Content)], text
+    (call,) = called(parts)
+    assert call[0] == tool.name, text
+    jsonschema.validate(call[1], dict(tool.parameters))
+    return call
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_call_of_any_name_is_read_again_or_refused_by_name(tiny: Held, with_special: Held, name: str) -> None:
+    chance, held = random.Random(name), with_special if name == "harmony" else tiny
+    no_functions, no_keys = _UNSPELLED.get(name, (set(), set()))
+    for function in FUNCTIONS:
+        said = refused(name, Tool(function, {}))
+        assert (said is not None) == (function in no_functions), (function, said)
+        assert said is None or (f"'{function}'" in said and said.startswith("tools: ") and name in said)
+        if said is None:
+            assert one_call(held, spoken(name), Tool(function, {}), chance) == (function, {})
+    values = ({"enum": [1, 2]}, {"type": "string", "maxLength": 3}, {"type": "boolean"})
+    able: dict[str, Any] = {}
+    for key, schema in zip(KEYS, itertools.cycle(values), strict=False):
+        said = refused(name, Tool("f", {"type": "object", "properties": {key: schema}}))
+        assert (said is not None) == (key in no_keys), (key, said)
+        assert said is None or f"'{key}'" in said
+        if said is None:
+            able[key] = schema
+    every = {"type": "object", "properties": able, "required": list(able), "additionalProperties": False}
+    ended = [one_call(held, spoken(name), Tool("f", every), chance) for _ in range(times(3, 40))]
+    assert any(ended)
+
+
+AT_A_REF = {
+    "$ref": "#/$defs/Args",
+    "$defs": {
+        "Args": {
+            "type": "object",
+            "properties": {"days": {"$ref": "#/$defs/Days"}, "on": {"type": "boolean"}},
+            "required": ["days"],
+            "additionalProperties": False,
+        },
+        "Days": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+}
+ANY_NUMBERS = {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 9}}
+SOME_NUMBERS = {**ANY_NUMBERS, "required": ["days", "weeks"]}
+ANYTHING = {"type": "object"}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_an_object_is_written_as_its_schema_says_it(tiny: Held, with_special: Held, name: str) -> None:
+    chance, held = random.Random(name), with_special if name == "harmony" else tiny
+    schemas: list[dict[str, Any]] = [AT_A_REF, ANY_NUMBERS, SOME_NUMBERS, ANYTHING]
+    for number, schema in enumerate(schemas):
+        tool = Tool("f", schema, strict=number % 2 == 0)
+        made = [one_call(held, spoken(name), tool, chance) for _ in range(times(2, 40))]
+        assert any(made), schema
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_members_that_no_schema_names_may_be_written_and_fit(tiny: Held, strict: bool) -> None:
+    tool = Tool("f", ANY_NUMBERS, strict)
+    coder = "<tool_call>\n<function=f>\n<parameter=größe>\n{}\n</parameter>\n</function>\n</tool_call>"
+    for name, text in (("qwen3_coder", coder), ("pythonic", "[f(größe={})]")):
+        held = forced(Dialects(name), [tool], parallel=False)
+        assert tiny.takes(held, text.format(3))
+        assert not tiny.takes(held, text.format('"x"'))
+        assert called(read(Dialects(name), text.format(3), (tool,), False)) == [("f", {"größe": 3})]
+
+
+BRANCHES: dict[str, Any] = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required": ["a"]}]}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "seed", "pythonic"])
+def test_what_cannot_be_written_member_by_member_is_refused(name: str) -> None:
+    strict = {"type": "object", "properties": {"a": {}}, "minProperties": 1}
+    assert refused(name, Tool("f", strict)) is None
+    for schema, tool in (("minProperties", Tool("f", strict, strict=True)), ("anyOf", Tool("f", BRANCHES))):
+        said = refused(name, tool)
+        assert f"'{schema}' at the top of the parameters of 'f'" in (said or "")
+    assert "'$ref'" in (refused(name, Tool("f", {"$ref": "#/$defs/none"})) or "")
+    with pytest.raises(ParamRefused, match="cannot spell the argument 'a>b' of the function 'f'"):
+        guided(Dialects(name), [Tool("f", {"properties": {"a>b": {}}}, strict=True)])
+    guided(Dialects(name), [Tool("f", {"properties": {"a>b": {}}}), Tool("g", {}, strict=True)])
+
+
+def test_a_value_that_would_end_itself_is_refused() -> None:
+    said = refused("qwen3_coder", Tool("f", {"properties": {"a": {"enum": ["x</parameter>"]}}}))
+    assert "x</parameter>" in (said or "")
+    lines = Tool("f", {"properties": {"a": {"enum": ["\nx\n"]}}})
+    assert refused("qwen3_coder", lines) is None
+    assert refused("seed", lines) is not None

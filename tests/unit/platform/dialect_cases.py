@@ -130,7 +130,7 @@ HERMES = [
     _case("hermes", f'<tool_call>{{"x": {_ONE}', say('<tool_call>{"x":'), *calls(("get_weather", OSLO))),
     _case("hermes", '<tool_call>{"name": "f', say('<tool_call>{"name": "f')),
     _case("hermes", '<tool_call>{"name": 5}</tool_call>', say('<tool_call>{"name": 5}</tool_call>')),
-    _case("hermes", '<tool_call>{"name": "f", "argu', *calls(("f", '"argu'))),
+    _case("hermes", '<tool_call>{"name": "f", "argu', CallBegins(0, "f")),
     _case("hermes", '<tool_call>{"name": "f", oops</tool_call> x', *calls(("f", "oops")), say("x")),
     _case(
         "hermes",
@@ -269,6 +269,7 @@ CODER = [
         _tag("store", ("tags", "a, b"), ("size", "big"), ("of", "x"), ("where", "[1]"), ("more", "1")),
         *calls(("store", '{"tags": "a, b", "size": "big", "of": "x", "where": "[1]", "more": "1"}')),
     ),
+    _case("qwen3_coder", _tag("f", ("first name", "é")), *calls(("f", '{"first name": "é"}'))),
     _case("qwen3_coder", "<function=f><parameter=a>1</parameter></function>", *calls(("f", '{"a": "1"}'))),
     _case("qwen3_coder", f"<tool_call><function=f>{TRICKY}</function></tool_call>", *calls(("f", TRICKY))),
     _case("qwen3_coder", "<tool_call>\n{}</tool_call>", say("<tool_call>\n{}</tool_call>")),
@@ -276,9 +277,27 @@ CODER = [
     _case(
         "qwen3_coder",
         "<function=f>x <parameter=a>1</parameter></tool_call>",
-        *calls(("f", "")),
+        *calls(("f", '{"a": "1"}')),
         say("x"),
-        *calls(("f", '{"a": "1"}'))[1:],
+    ),
+    _case(
+        "qwen3_coder",
+        "A\n<tool_call><function=f>\n<parameter=a>1</parameter>\nand also\n<parameter=b c>2</parameter>\n"
+        "<parameter=d\n</function></tool_call> B",
+        say("A"),
+        *calls(("f", '{"a": "1", "b c": "2"}')),
+        say("\nand also\n\n<parameter=d B"),
+    ),
+    _case(
+        "qwen3_coder",
+        '<function=f>{"a": 1}\n<parameter=b>2</parameter></function>',
+        *calls(("f", '{"a": 1}')),
+        say("<parameter=b>2</parameter>"),
+    ),
+    _case(
+        "qwen3_coder",
+        "<tool_call><function=f><parameter=a>1</parameter><tool_call><function=g><parameter=b>2</parameter>",
+        *calls(("f", '{"a": "1"}'), ("g", '{"b": "2"')),
     ),
     _case(
         "qwen3_coder", "<function=get_weather>\n<parameter=city>\nOs\n", *calls(("get_weather", '{"city": "Os\\n'))
@@ -325,6 +344,10 @@ PYTHONIC = [
     _case("pythonic", "<|python_start|>[f(a=1)]<|python_end|>", *calls(("f", '{"a": 1}'))),
     _case("pythonic", "So: <|python_start|>[get_time()] x", say("So:"), *calls(("get_time", "{}")), say(" x")),
     _case("pythonic", "[get_time(a=foo(1, 2) + x)]", *calls(("get_time", '{"a": "foo(1, 2) + x"}'))),
+    _case(
+        "pythonic", "[get_time(größe=1, gro\u0308ße=2)]", *calls(("get_time", '{"größe": 1, "gro\u0308ße": 2}'))
+    ),
+    _case("pythonic", "[get_time(a b=1)]", say("[get_time(a b=1)]")),
     _case("pythonic", "[unknown(a=1)]", say("[unknown(a=1)]")),
     _case("pythonic", "[get_time (a=1)]", say("[get_time (a=1)]")),
     _case("pythonic", "[get_time(5)]", say("[get_time(5)]")),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quire.router import batch_input, executor
+from quire.router import batch_input, lines
 from quire.router.batch_input import Reading
 from quire.router.batches import Plan
 from quire.router.inside import InsideClient
@@ -124,19 +124,20 @@ def test_what_is_no_line(text: bytes, code: str) -> None:
         (504, b"false", ["answer"]),
         (429, b"true", ["behind", "behind", "behind", "behind"]),
         (503, b"false", ["behind", "behind", "behind", "behind"]),
+        (507, b"false", ["behind", "behind", "behind", "behind"]),
         (502, b"true", ["first", "first", "first", "first"]),
         (500, None, ["behind", "behind", "answer"]),
         (502, b"false", ["aside", "answer"]),
     ],
 )
 def test_which_answers_are_the_lines(status: int, should_retry: bytes | None, expected: list[str]) -> None:
-    work = executor._Work(batch=None)  # type: ignore[arg-type]
+    work = lines.Work(batch=None)  # type: ignore[arg-type]
     made: list[str] = []
     for _ in expected:
         client = InsideClient(ENDPOINT, b"", work.gone)
         client.status = status
         client.headers = {} if should_retry is None else {b"x-should-retry": should_retry}
-        again = executor.again(work, 7, client)
+        again = lines.again(work, 7, client)
         word = "answer" if again is None else "aside" if again.after else "first" if again.first else "behind"
         made.append(word)
     assert made == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import get_args
@@ -106,6 +107,20 @@ def given_out(parts: Sequence[Part]) -> str:
     return "".join(part.name if isinstance(part, CallBegins) else part.text for part in parts)
 
 
+def read_in_any_cuts(data: st.DataObject, dialects: Dialects, text: str, opened: bool) -> list[Part]:
+    """What is in a text, the same for all cuts, and in an order that everybody can pass on."""
+    whole = read(dialects, [text], opened)
+    assert read(dialects, list(text), opened) == whole
+    places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
+    cuts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert read(dialects, cuts, opened) == whole
+    begun = [part.index for part in whole if isinstance(part, CallBegins)]
+    assert begun == list(range(len(begun))), "calls are counted"
+    for before, part in itertools.pairwise(whole):
+        assert not isinstance(part, CallArguments) or isinstance(before, CallBegins), "arguments are one run"
+    return whole
+
+
 @pytest.mark.parametrize("name", PIECES)
 @settings(max_examples=examples(80), deadline=None)
 @given(data=st.data())
@@ -114,15 +129,23 @@ def test_texts_made_of_marks_have_the_same_parts_however_they_are_cut(name: str,
     dialects = Dialects(name, reasoning)
     opened = reasoning is not None and data.draw(st.booleans())
     text = "".join(data.draw(texts(name, reasoning)))
-    whole = read(dialects, [text], opened)
-    assert read(dialects, list(text), opened) == whole
-    places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
-    cuts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
-    assert read(dialects, cuts, opened) == whole
-    begun = [part.index for part in whole if isinstance(part, CallBegins)]
-    assert begun == list(range(len(begun))), "calls are counted"
+    whole = read_in_any_cuts(data, dialects, text, opened)
     if name != "harmony":  # whose headers have words that are nobody's text
         assert payload(given_out(whole)) == payload(text), "nothing lost, nothing twice, all in order"
+
+
+@pytest.mark.parametrize("name", PIECES)
+@settings(max_examples=examples(80), deadline=None)
+@given(data=st.data())
+def test_usual_texts_with_something_in_between_have_the_same_parts_too(name: str, data: st.DataObject) -> None:
+    """Text before, within and behind calls: the arguments of a call are one run."""
+    case = data.draw(st.sampled_from([case for case in CASES if case.dialects.tools == name]))
+    pieces = [*COMMON, "α", *PIECES[name], *case.dialects.marks]
+    text = case.text
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        text = text[:at] + data.draw(st.sampled_from(pieces)) + text[at:]
+    read_in_any_cuts(data, case.dialects, text, case.opened)
 
 
 # ── early, and in linear time ─────────────────────────────────────────────────────────────────────────────
@@ -222,10 +245,36 @@ TEMPLATES: list[tuple[str, set[str], Dialects]] = [
         Dialects("hermes"),
     ),
     (
-        HISTORY + "<tool_call> {{ call.arguments }} {% if think %}<think>{% else %}<think></think>{% endif %}",
+        HISTORY
+        + "<tool_call> {{ call | tojson }} {% if think %}<think>{% else %}<think></think>{% endif %} arguments",
         set(),
         Dialects("hermes", "think"),
     ),
+    (
+        "{{- 'as follows:\\n<tool_call>\\n' }}\n{%- if x -%}{{- '{' }}{{- '\"name\": ' }}{{ call.arguments }}",
+        set(),
+        Dialects("hermes"),
+    ),
+    ("{{ '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }} arguments", set(), Dialects("hermes")),
+    ('<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}', set(), Dialects("hermes")),
+    (
+        HISTORY + "{{ '<tool_call>' + call['name'] + '\\n' + call['arguments'] | tojson + '\\n</tool_call>' }}",
+        set(),
+        Dialects(),
+    ),
+    ("<tool_calls><tool_call>{{ name }}<tool_sep>{{ arguments }}<think></think>", set(), Dialects(None, "think")),
+    ("{#- <tool_call>{\"name\": #}{{ 'Write no <tool_call>, but arguments as text.' }}", set(), Dialects()),
+    (
+        '{{ \'No <tool_call> and no arguments in tags! Say {"name": function, "parameters": values}.\' }}',
+        set(),
+        Dialects("llama3_json"),
+    ),
+    (
+        "{{ 'No <tool_call>{}</tool_call> with arguments: write [func_name1(param=value)]' }}",
+        set(),
+        Dialects("pythonic"),
+    ),
+    ("{{ 'No <tool_call>.' }}[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", set(), Dialects("mistral_args")),
     (HISTORY + "{%- set content = content.split('</think>')[-1] %}", set(), Dialects(None, "deepseek_r1")),
     (
         "<tool_call>{{ name }}<arg_key>{{ k }}</arg_key>{{ arguments }}<think></think>",
@@ -316,8 +365,15 @@ def test_whether_a_prompt_ends_inside_a_thought(prompt: str, continued: str | No
     assert not Dialects("hermes").opens_thought(prompt, continued)
 
 
+def test_text_that_is_continued_is_a_thought_by_its_mark_alone() -> None:
+    dialects = Dialects(None, "deepseek_r1")
+    assert not dialects.opens_thought("…The answer is (", "The answer is (")
+    assert not dialects.opens_thought("…so</think>It is", "so</think>It is")
+    assert dialects.opens_thought("…<think>so", "<think>so")
+
+
 def test_what_no_text_can_be_held_to_is_refused_by_name() -> None:
     tool = Tool("f", {"type": "object", "properties": {"a": {"type": "string", "pattern": "^x"}}}, strict=True)
-    with pytest.raises(ParamRefused, match=r"strict tool 'f' has 'pattern' in its string 'a'.*qwen3_coder"):
+    with pytest.raises(ParamRefused, match=r"qwen3_coder.*strict tool 'f'.*'pattern' in its string 'a'"):
         DIALECTS["qwen3_coder"].calls([tool], parallel=True)
     DIALECTS["hermes"].calls([tool], parallel=True)

@@ -10,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.effort import examples
 
-from quire_schemas.openai.body import WITHOUT_EFFECT, BadRequest
+from quire_schemas.openai.batches import read_create
+from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
 from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest, read_completion
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
-from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest
+from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest, read_score
 from quire_schemas.openai.tokens import (
     DETOKENIZE_REFUSED,
     TOKENIZE_REFUSED,
     DetokenizeRequest,
     TokenizeRequest,
+    read_detokenize,
+    read_tokenize,
 )
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -188,6 +191,26 @@ def test_fields_without_effect_take_anything() -> None:
         assert chat(**{name: {"a": [1]}}) == chat()
 
 
+def test_where_no_text_is_written_only_what_says_who_asks_is_without_effect() -> None:
+    asks = (
+        (read_tokenize, {"prompt": "x"}),
+        (read_detokenize, {"tokens": [1]}),
+        (read_score, {"model": "m", "queries": "x", "documents": "y"}),
+    )
+    for read, body in asks:
+        read(json.dumps({**body, "user": "me", "metadata": {}}).encode())
+        for name in WITHOUT_EFFECT.keys() - OF_CALLERS.keys():
+            with pytest.raises(BadRequest) as caught:
+                read(json.dumps({**body, name: "x"}).encode())
+            assert caught.value.param == name
+    batch = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"}
+    assert read_create(json.dumps({**batch, "metadata": {"a": "b"}}).encode()).metadata == {"a": "b"}
+    for name in WITHOUT_EFFECT.keys() - {"metadata"}:
+        with pytest.raises(BadRequest) as caught:
+            read_create(json.dumps({**batch, name: "x"}).encode())
+        assert caught.value.param == name
+
+
 @pytest.mark.parametrize("field", sorted(ChatRequest.model_fields.keys() - {"model", "messages"}))
 def test_null_is_the_default_everywhere(field: str) -> None:
     assert chat(**{field: None}) == chat()
@@ -274,6 +297,10 @@ def test_messages() -> None:
     assert called["tool_calls"] == [
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     ]
+    for broken in ("[1]", '{"a": '):  # a model's own words: they are shown, not refused
+        calls[0]["function"] = {"name": "f", "arguments": broken}
+        again = message(role="assistant", content=None, tool_calls=calls)["tool_calls"][0]
+        assert again["function"]["arguments"] == broken
     assert message(role="assistant", reasoning="r")["reasoning_content"] == "r"
     for fields, param in (
         ({"content": None}, "messages[0]"),
@@ -283,10 +310,6 @@ def test_messages() -> None:
         ({"colour": 1}, "messages[0].colour"),
         ({"tool_calls": calls}, "messages[0]"),
         ({"audio": {"id": "1"}}, "messages[0].audio"),
-        (
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
-            "messages[0].tool_calls[0].function",
-        ),
     ):
         assert refused(message, **fields).param == param, fields
     assert refused(chat, messages=[]).param == "messages"

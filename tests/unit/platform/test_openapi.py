@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -77,11 +77,14 @@ def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
 
 
 def routes_of_the_router() -> Iterator[tuple[str, str]]:
-    """Method and path of every route in the source of `quire.router.app.build`."""
-    for node in ast.walk(ast.parse(inspect.getsource(app.build))):
+    """Method and path of every route in the sources of `quire.router.app` and `quire.router.api`."""
+    assert app.__file__ is not None
+    sources = [Path(app.__file__), *Path(app.__file__).with_name("api").glob("*.py")]
+    for node in (node for source in sources for node in ast.walk(ast.parse(source.read_text()))):
         for mark in getattr(node, "decorator_list", ()):
             word = mark.func.id if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) else ""
-            if word in ("get", "post", "put", "patch", "delete", "route"):
+            of_all = word == "route" and isinstance(mark.args[0], ast.Name)  # OPTIONS, which every path has
+            if word in ("get", "post", "put", "patch", "delete", "route") and not of_all:
                 paths = ast.literal_eval(mark.args[0])
                 for path in [paths] if isinstance(paths, str) else paths:
                     for method in ("GET", "HEAD") if word == "route" else (word.upper(),):

@@ -164,6 +164,36 @@ def test_bytes_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert [each.name for each in path.parent.iterdir()] == ["a"]
 
 
+async def test_the_reserve_of_the_disk_is_left_to_others(
+    store: Store, batches: Batches, files: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.check_room()
+    assert not store.folder.exists(), "a look makes nothing"
+    batch = await make(batches, files)
+    await batches.begin(batch.id, plan(1))
+    reserve = kept.RESERVE_BYTES
+    monkeypatch.setattr(kept, "RESERVE_BYTES", 1 << 62)
+    answer = Answer(batch.id, 0, True, b"yes\n")
+    for _ in range(3):
+        with pytest.raises(StorageFull):
+            store.check_room()
+        with pytest.raises(StorageFull):
+            await batches.add_answers([answer])
+        asked = {"input_file_id": batch.input_file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        with pytest.raises(StorageFull):
+            await batches.create(CreateBatch.model_validate(asked))
+    assert [record.levelname for record in caplog.records] == ["ERROR"], "it is told once"
+    assert (await batches.get(batch.id)).completed == 0
+    await batches.cancel(batch.id)  # what ends something needs no room
+    monkeypatch.setattr(kept, "RESERVE_BYTES", reserve)
+    await batches.add_answers([answer])
+    assert (await batches.get(batch.id)).completed == 1
+    store.folder.rename(store.folder.with_name("elsewhere"))
+    store.folder.parent.rename(store.folder.parent.with_name("away"))
+    with pytest.raises(StorageUnavailable):
+        store.check_room()
+
+
 async def test_a_line_has_one_answer_however_often_it_comes(batches: Batches, files: Files) -> None:
     batch = await make(batches, files)
     assert (await batches.begin(batch.id, plan(3))).total == 3

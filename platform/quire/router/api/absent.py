@@ -21,7 +21,9 @@ _RERANK: Final = (
 _POOLING: Final = "Models with a head of their own are not served yet. POST /v1/embeddings gives pooled vectors"
 _AUDIO: Final = "Audio is neither read nor written here: requests and answers are text"
 _IMAGES: Final = "Images and videos are not made here: answers are text"
-_STORED: Final = "No conversation is kept here. Send all of it with each request, to POST /v1/chat/completions"
+_STORED: Final = (
+    "Conversations have no names here. POST /v1/responses goes on from a response with previous_response_id"
+)
 _CLASSIFY: Final = (
     "Classifiers are not served yet. POST /v1/completions with structured_outputs.choice picks one of your labels"
 )
@@ -48,6 +50,8 @@ ABSENT: Final[Mapping[str, str]] = {
     "/v1/videos": _IMAGES,
     "/v1/moderations": "No moderation model is served here",
     "/v1/conversations": _STORED,
+    "/v1/responses/compact": "A conversation is taken as it is sent. Send fewer items",
+    "/v1/messages/batches": "POST /v1/batches takes a file of chat requests",
     "/v1/assistants": _STORED,
     "/v1/threads": _STORED,
     "/v1/vector_stores": "Nothing is searched here. POST /v1/embeddings makes vectors for a store of yours",

@@ -6,13 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from litestar.types import Receive, Scope, Send
+from litestar import Request, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
-from quire.router.api.exchange import ClientGone, read_body
-from quire.router.api.files import cursor, known, reply, whole
+from quire.router.api.exchange import ClientGone, read_body, send_json
+from quire.router.api.query import cursor, known, whole
+from quire.router.api.reply import Reply, named
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
+from quire.router.fleet import Fleet
 from quire_schemas import wire
 from quire_schemas.openai.batches import (
     BATCHES_LISTED,
@@ -52,7 +56,7 @@ class Create:
             raise InvalidRequest(f"'endpoint' must be one of: {paths}.", param="endpoint")
         made = await self._batches.create(asked)
         self._executor.wake()
-        await reply(send, shown(made))
+        await send_json(send, shown(made))
 
 
 def shown(batch: Batch) -> bytes:
@@ -105,3 +109,25 @@ async def cancelled(batches: Batches, executor: Executor, batch_id: str) -> byte
     batch = await batches.cancel(batch_id)
     executor.wake()
     return shown(batch)
+
+
+def routes(batches: Batches, executor: Executor, fleet: Fleet) -> list[HTTPRouteHandler]:
+    """What `/v1/batches` answers."""
+
+    @post("/v1/batches")
+    async def create_batch() -> ASGIApp:
+        return Create(batches, executor, fleet.table.http)
+
+    @get("/v1/batches")
+    async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await listed(batches, dict(request.query_params)))
+
+    @get("/v1/batches/{batch_id:str}")
+    async def get_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await one(batches, named(request, "batch_id")))
+
+    @post("/v1/batches/{batch_id:str}/cancel")
+    async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await cancelled(batches, executor, named(request, "batch_id")))
+
+    return [create_batch, list_batches, get_batch, cancel_batch]

@@ -14,6 +14,7 @@ import msgspec
 
 from quire.errors import Api
 from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.exchange import NO_NAMES
 from quire.router.api.logprobs import Writer
 from quire.router.api.said import Said
 from quire.router.api.timing import Timing
@@ -41,6 +42,7 @@ class ChatFormat:
 
     operation = "chat"
     api = Api.OPENAI
+    names = NO_NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

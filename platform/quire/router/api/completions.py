@@ -17,6 +17,7 @@ import msgspec
 from quire.errors import Api
 from quire.router.api import logprobs
 from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.exchange import NO_NAMES
 from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -41,6 +42,7 @@ class CompletionFormat:
 
     operation = "text_completion"
     api = Api.OPENAI
+    names = NO_NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

@@ -13,9 +13,10 @@ from typing import NoReturn
 import msgspec
 
 from quire.errors import Api, InternalError, InvalidRequest
+from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
-from quire.router.job import Job, Update
+from quire.router.job import AT_ONCE, Job, Update
 from quire.router.spans import RequestSpan
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.embeddings import (
@@ -34,6 +35,7 @@ class EmbeddingFormat:
 
     operation = "embeddings"
     api = Api.OPENAI
+    names = NO_NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -42,7 +44,7 @@ class EmbeddingFormat:
         return read_embedding(body, ignore_unknown)
 
     def sequences(self, request: EmbeddingRequest) -> int:
-        return len(request.input)
+        return min(len(request.input), AT_ONCE)
 
     async def job(
         self,

@@ -23,7 +23,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from litestar.types import Receive, Scope, Send
@@ -37,6 +38,7 @@ from quire.errors import (
     ServiceUnavailable,
     UnsupportedMediaType,
     describe,
+    renamed,
 )
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -46,7 +48,7 @@ from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
-from quire_schemas.openai.body import BadRequest
+from quire_schemas.openai.body import BadRequest, BadStandIn
 from quire_schemas.openai.request import ModelRequest
 
 log = logging.getLogger("quire.router")
@@ -61,6 +63,8 @@ _STREAM_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 R = TypeVar("R", bound=ModelRequest)
+NO_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
+"""Of an API whose fields are our own."""
 
 
 class ClientGone(Exception):
@@ -73,6 +77,8 @@ class Format(Protocol[R]):
     operation: str
     api: Api
     """Whose clients read the answers, errors among them."""
+    names: Mapping[str, str]
+    """Its fields, by the names of those of the chat request that they stand for, the longer ones first."""
 
     def read(self, body: bytes, ignore_unknown: bool) -> R:
         """The request in a body, without the fields that are unknown if they are to be ignored. Raises
@@ -120,12 +126,14 @@ class Reception:
         operation: str,
         api: Api = Api.OPENAI,
         *,
+        names: Mapping[str, str] = NO_NAMES,
         background: bool = False,
     ) -> None:
         """`background`: nobody waits for the answer."""
         self._background = background
         self._gateway = gateway
         self._api = api
+        self._names = names
         self._spans = spans
         self._operation = operation
         self._settings = gateway.fleet.table.http
@@ -152,7 +160,7 @@ class Reception:
             stopped = "The server stopped before the answer was complete."
             await self._fail(send, ServiceUnavailable(stopped, retry_after=1.0))
         except Exception as error:
-            known = describe(_ours(error), self._api)
+            known = describe(_ours(error, self._names), self._api)
             at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or "invalid_request", known.status
@@ -184,7 +192,7 @@ class Reception:
 
         What follows such an event is no end of the answer, so the server cuts the connection.
         """
-        known = describe(_ours(error), self._api)
+        known = describe(_ours(error, self._names), self._api)
         if self._stream is not None:
             await send({"type": "http.response.body", "body": self._stream.broken(known), "more_body": True})
             return
@@ -198,7 +206,7 @@ class Exchange(Reception, Generic[R]):
     def __init__(
         self, gateway: Gateway, spans: RequestSpans, form: Format[R], *, background: bool = False
     ) -> None:
-        super().__init__(gateway, spans, form.operation, form.api, background=background)
+        super().__init__(gateway, spans, form.operation, form.api, names=form.names, background=background)
         self._format = form
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
@@ -272,9 +280,12 @@ def usage_of(run: Run) -> Usage:
     )
 
 
-def _ours(error: Exception) -> Exception:
-    """The schema's complaint as the error that the table knows."""
-    return InvalidRequest(error.message, param=error.param) if isinstance(error, BadRequest) else error
+def _ours(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The schema's complaint as the error that the table knows, and in the client's words."""
+    if not isinstance(error, BadRequest):
+        return renamed(error, names)
+    told = InvalidRequest(error.message, param=error.param)
+    return renamed(told, names) if isinstance(error, BadStandIn) else told
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
@@ -282,6 +293,8 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
     media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media != b"application/json":
         raise UnsupportedMediaType("The body must be declared as JSON: Content-Type: application/json.")
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        raise UnsupportedMediaType("The body must be sent as it is, without a Content-Encoding.")
     stated = int(headers.get(b"content-length", b"0"))
     parts: list[bytes] = []
     size = 0

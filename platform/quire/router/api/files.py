@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import multipart
-from litestar.types import Receive, Scope, Send
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp, Receive, Scope, Send
 from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from quire.router.api.exchange import BODY_SECONDS, ClientGone
+from quire.router.api.exchange import BODY_SECONDS, ClientGone, send_json
+from quire.router.api.query import cursor, descends, known, whole
+from quire.router.api.reply import Reply, named
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
@@ -120,22 +124,20 @@ class Upload:
         stated = int(headers.get(b"content-length", b"0"))
         if stated > BEARABLE:
             raise _too_large()
-        file_id, incoming = await asyncio.to_thread(self._files.begin)
         try:
-            form = Form(headers.get(b"content-type", b"").decode("latin-1"), incoming)
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                await self._take(form, receive)
-            await asyncio.to_thread(form.end)
-            expires_after = _checked(form.fields)
-            await asyncio.to_thread(incoming.keep)
-            kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
+            async with self._files.incoming() as (file_id, incoming):
+                form = Form(headers.get(b"content-type", b"").decode("latin-1"), incoming)
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    await self._take(form, receive)
+                await asyncio.to_thread(form.end)
+                expires_after = _checked(form.fields)
+                await asyncio.to_thread(incoming.keep)
+                kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
         except TimeoutError:
             raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
         except ClientGone:
             return
-        finally:
-            await asyncio.to_thread(incoming.discard)
-        await reply(send, file_object(kept).model_dump_json().encode())
+        await send_json(send, file_object(kept).model_dump_json().encode())
 
     async def _take(self, form: Form, receive: Receive) -> None:
         """Read the body, in larger pieces than it comes in."""
@@ -232,11 +234,9 @@ async def listed(files: Files, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/files`. Raises `InvalidRequest`."""
     known(query, tuple(ListFiles.model_fields))
     limit = whole(query, "limit", MAX_FILES_LISTED, MAX_FILES_LISTED)
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest("'order' must be 'asc' or 'desc'.", param="order")
+    newest_first = descends(query)
     after = cursor(query, PREFIX)
-    found, more = await files.page(limit, after, newest_first=order == "desc", purpose=query.get("purpose"))
+    found, more = await files.page(limit, after, newest_first=newest_first, purpose=query.get("purpose"))
     answer = FileList(
         data=[file_object(each) for each in found],
         first_id=found[0].id if found else None,
@@ -255,34 +255,27 @@ async def deleted(files: Files, file_id: str) -> bytes:
     return FileDeleted(id=file_id).model_dump_json().encode()
 
 
-def known(query: Mapping[str, str], names: tuple[str, ...]) -> None:
-    """Raise `InvalidRequest` for a parameter that is none of `names`."""
-    for name in query:
-        if name not in names:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            raise InvalidRequest(f"Unknown parameter '{shown}'. There are: {', '.join(names)}.", param=shown)
+def routes(files: Files) -> list[HTTPRouteHandler]:
+    """What `/v1/files` answers."""
 
+    @post("/v1/files")
+    async def upload() -> ASGIApp:
+        return Upload(files)
 
-def whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
-    """A number of 1 to `most`. Raises `InvalidRequest`."""
-    given = query.get(name)
-    if given is None:
-        return default
-    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 1 <= int(given) <= most):
-        raise InvalidRequest(f"'{name}' must be a whole number of 1 to {most}.", param=name)
-    return int(given)
+    @get("/v1/files")
+    async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await listed(files, dict(request.query_params)))
 
+    @get("/v1/files/{file_id:str}")
+    async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await one(files, named(request, "file_id")))
 
-def cursor(query: Mapping[str, str], prefix: str) -> str | None:
-    """The id that a page begins behind. Raises `InvalidRequest`."""
-    after = query.get("after")
-    if after is not None and not after.startswith(prefix):
-        raise InvalidRequest(f"'after' must be an id, which begins with '{prefix}'.", param="after")
-    return after
+    @delete("/v1/files/{file_id:str}", status_code=200)
+    async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await deleted(files, named(request, "file_id")))
 
+    @get("/v1/files/{file_id:str}/content")
+    async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Content(files, named(request, "file_id"))
 
-async def reply(send: Send, body: bytes) -> None:
-    """A whole answer of JSON."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    return [upload, list_files, get_file, delete_file, get_content]

@@ -12,13 +12,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+from litestar import route
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
 
+from quire.router.api.reply import Reply
 from quire.router.fleet import Fleet
 from quire.router.proof import Prover
 from quire_schemas.health import Health, Liveness, ModelHealth, Readiness
+
+_PROBE: Final = (HttpMethod.GET, HttpMethod.HEAD)
 
 
 def liveness() -> tuple[int, bytes]:
@@ -51,3 +58,21 @@ def readiness(fleet: Fleet) -> tuple[int, bytes]:
     """Status and body of `/readyz`."""
     version = fleet.table.version
     return 200 if version > 0 else 503, msgspec.json.encode(Readiness(version > 0, version))
+
+
+def routes(fleet: Fleet, prover: Prover) -> list[HTTPRouteHandler]:
+    """What the three paths answer."""
+
+    @route("/health", http_method=_PROBE)
+    async def get_health() -> ASGIApp:
+        return Reply(*await health(fleet, prover))
+
+    @route("/livez", http_method=_PROBE)
+    async def get_livez() -> ASGIApp:
+        return Reply(*liveness())
+
+    @route("/readyz", http_method=_PROBE)
+    async def get_readyz() -> ASGIApp:
+        return Reply(*readiness(fleet))
+
+    return [get_health, get_livez, get_readyz]

@@ -7,12 +7,14 @@ with one `error` event.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 from litestar.types import Send
+from pydantic_core import from_json
 
 from quire.errors import Api, HttpError
 from quire.router import conversation
@@ -46,11 +48,27 @@ _STOP_REASONS: Final[dict[str, StopReason]] = {
 }
 
 
+_STRUCTURE: Final = "output_config.format.schema"
+_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "response_format.json_schema.schema": _STRUCTURE,
+        "response_format": _STRUCTURE,
+        "stop": "stop_sequences",
+        "continue_final_message": "messages",
+        "reasoning_effort": "thinking",
+        "thinking_token_budget": "thinking.budget_tokens",
+        "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    }
+)
+"""By the chat request's, the names that this API has."""
+
+
 class MessagesFormat:
     """The messages endpoint's `Format`. What it carries on is the chat request that a body stands for."""
 
     operation = "chat"
     api = Api.ANTHROPIC
+    names = _NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -80,6 +98,8 @@ class MessagesFormat:
                 content.append(AnswerText(f"{call.name}({call.arguments})"))
             else:
                 content.append(AnswerToolUse(_id(job), call.name, given))
+        if reason == "tool_use" and not any(isinstance(block, AnswerToolUse) for block in content):
+            reason = "end_turn"
         return _json.encode(
             MessagesAnswer(
                 id=_message_id(job),
@@ -106,10 +126,12 @@ def _id(job: Job) -> str:
 
 
 def _object(arguments: str) -> dict[str, Any] | None:
+    """The object that they are or, cut off, as much of it as there is, as the official clients read a stream."""
     try:
-        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
+        found = from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _ended(last: Update) -> tuple[StopReason, str | None]:
@@ -136,7 +158,7 @@ class TokenCounting(Reception):
     """Answers one request of `POST /v1/messages/count_tokens`, for which no replica has to be there."""
 
     def __init__(self, gateway: Gateway, spans: RequestSpans) -> None:
-        super().__init__(gateway, spans, "count_tokens", Api.ANTHROPIC)
+        super().__init__(gateway, spans, "count_tokens", Api.ANTHROPIC, names=_NAMES)
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))

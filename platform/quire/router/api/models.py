@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from litestar import Request, get
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
+
+from quire.router.api.reply import Reply, named
 from quire.router.fleet import Fleet, ServedModel
 from quire_schemas.openai.models import ModelCard, ModelList
 
@@ -25,3 +32,18 @@ def _card(name: str, served: ServedModel) -> ModelCard:
         root=f"model/{route.model}",
         max_model_len=min(route.max_model_len, route.kv_tokens),
     )
+
+
+def routes(fleet: Fleet) -> list[HTTPRouteHandler]:
+    """What `/v1/models` answers."""
+
+    @get("/v1/models")
+    async def list_models() -> ASGIApp:
+        return Reply(200, all_models(fleet))
+
+    @get("/v1/models/{name:path}")
+    async def get_model(request: Request[Any, Any, Any]) -> ASGIApp:
+        name = named(request, "name").removeprefix("/")  # names may have slashes, as hubs' do
+        return Reply(200, one_model(fleet, name))
+
+    return [list_models, get_model]

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
-from litestar.types import Send
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp, Send
 
-from quire.errors import Api, HttpError
-from quire.router.api.exchange import Exchange, send_json
-from quire.router.api.files import known, whole
+from quire.errors import Api, HttpError, InvalidRequest
+from quire.router import conversation
+from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
+from quire.router.api.query import descends, known, whole
+from quire.router.api.reply import Reply, named
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -30,12 +35,14 @@ from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
+from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.responses import (
     INPUT_ITEMS_LISTED,
     MAX_INPUT_ITEMS_LISTED,
     IncompleteDetails,
     InputDetails,
     InputItems,
+    InputTokens,
     Item,
     ListInputItems,
     OutputCall,
@@ -51,6 +58,7 @@ from quire_schemas.openai.responses import (
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
+    RetrieveResponse,
     read_response,
 )
 
@@ -58,11 +66,25 @@ _json = msgspec.json.Encoder()
 _PREFIXES: Final = {OutputMessage: "msg_", OutputReasoning: "rs_", OutputCall: "fc_"}
 
 
+_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "response_format.json_schema.schema": "text.format.schema",
+        "response_format": "text.format",
+        "max_completion_tokens": "max_output_tokens",
+        "max_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning.effort",
+        "messages": "input",
+    }
+)
+"""By the chat request's, the names that this API has."""
+
+
 class ResponsesFormat:
     """The responses endpoint's `Format`. `response_id` is that of the response it makes; None: a new one."""
 
     operation = "responses"
     api = Api.OPENAI
+    names = _NAMES
 
     def __init__(self, gateway: Gateway, responses: Responses, response_id: str | None = None) -> None:
         self._gateway = gateway
@@ -78,29 +100,43 @@ class ResponsesFormat:
     async def job(
         self, request: ResponsesRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
     ) -> Job:
-        before, own = await self._responses.before(request.previous_response_id, request.input)
-        job = await self._gateway.chat(request.chat([*before, *own]), served, size, arrived_at, span)
+        if request.stored:
+            self._responses.store.check_room()
+        chat, size = await stands_for(self._gateway, self._responses, request, size)
+        job = await self._gateway.chat(chat, served, size, arrived_at, span)
         return dataclasses.replace(job, id=self._id or self._responses.new_id())
 
     async def whole(self, job: Job, request: ResponsesRequest, updates: Sequence[Update], usage: Usage) -> bytes:
-        output = Output(job, request, self._responses.store.clock)
-        for update in updates:
-            for _ in output.take(update):
-                pass
-        for _ in output.close():
-            pass
-        return await kept(self._responses, request, output.ended(usage))
+        def made() -> ResponseObject:
+            output = Output(job, request, self._responses.store.clock)
+            for update in updates:
+                list(output.take(update))
+            list(output.close())
+            return output.ended(usage)
+
+        return await kept(self._responses, request, await job.written(made))
 
     def stream(self, job: Job, request: ResponsesRequest) -> ResponsesStream:
         return ResponsesStream(self._responses, job, request)
+
+
+async def stands_for(
+    gateway: Gateway, responses: Responses, request: ResponsesRequest, size: int
+) -> tuple[ChatRequest, int]:
+    """The chat request of a conversation and all that is kept of it, and the bytes that both take. Raises
+    `BadRequest`, `InvalidRequest` and `NotFound`.
+    """
+    context = await responses.context(request.previous_response_id, request.input)
+    size += context.size
+    return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
 
 
 async def kept(responses: Responses, request: ResponsesRequest, response: ResponseObject) -> bytes:
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    _, own = await responses.before(None, request.input)
-    return await responses.keep(response, own)
+    context = await responses.context(None, request.input)
+    return await responses.keep(response, context.own)
 
 
 class Output:
@@ -115,22 +151,27 @@ class Output:
         self._writer = Writer(job)
         self._open: OutputItem | None = None
         self._finish = "stop"
+        self._scores: list[Any] = []
+        """Of tokens whose text has not come yet."""
 
     def take(self, update: Update) -> Iterator[tuple[str, dict[str, Any]]]:
         """Add what one update brings."""
-        scores = self._writer.tokens(update.scores)
-        for part in joined(update.parts):
+        self._scores += self._writer.tokens(update.scores)
+        parts = joined(update.parts)
+        for part in parts:
             if isinstance(part, Content):
-                yield from self._said(part.text, scores)
-                scores = []
+                yield from self._said(part.text, self._scores)
             else:
                 yield from self._other(part)
+        if parts:  # of a thought or a call they are told nowhere; where nothing came, its text is held back
+            self._scores = []
         if update.finish_reason is not None:
             self._finish = update.finish_reason
 
     def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """There will be no more."""
-        if not any(isinstance(item, OutputMessage | OutputCall) for item in self.response.output):
+        said = any(isinstance(item, OutputMessage | OutputCall) for item in self.response.output)
+        if not said and (self._finish != "length" or self._open is None):
             yield from self._begin_message(_message())
         yield from self._done("incomplete" if self._finish == "length" else "completed")
 
@@ -173,6 +214,7 @@ class Output:
         words = item.content[0]
         words.text += text
         words.logprobs += scores
+        self._scores = []
         fields = {**self._where(item), "content_index": 0}
         yield "response.output_text.delta", {**fields, "delta": text, "logprobs": scores}
 
@@ -274,15 +316,17 @@ class ResponsesStream:
         return b"".join(made)
 
     async def end(self, usage: Usage) -> bytes:
-        made = [self._event(kind, fields) for kind, fields in self._output.close()]
+        last = list(self._output.close())
         response = self._output.ended(usage)
-        stored = await kept(self._responses, self._request, response)
-        made.append(self._event(f"response.{response.status}", {"response": msgspec.Raw(stored)}))
-        return b"".join(made)
+        stored = await kept(self._responses, self._request, response)  # before anything has its number
+        last.append((f"response.{response.status}", {"response": msgspec.Raw(stored)}))
+        return b"".join(self._event(kind, fields) for kind, fields in last)
 
     def broken(self, error: HttpError) -> bytes:
         response = self._output.response
         response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
+        for item in response.output:
+            item.status = "incomplete" if item.status == "in_progress" else item.status
         return self._event("response.failed", {"response": response})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
@@ -309,13 +353,38 @@ class Responding(Exchange[ResponsesRequest]):
         served = self._gateway.fleet.resolve(request.model)
         self._serves(served, request.model, span)
         self._later.check_room()
-        before, own = await self._responses.before(request.previous_response_id, request.input)
-        request.chat([*before, *own])  # what is wrong with it is said now
+        self._responses.store.check_room()
+        await stands_for(self._gateway, self._responses, request, len(body))  # what is wrong with it is said now
+        own = (await self._responses.context(None, request.input)).own
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
         await self._responses.begin(response, body, own)
         self._later.begin(response_id, body)
         await send_json(send, _json.encode(response))
+        return "stop"
+
+
+class InputCounting(Reception):
+    """Answers one request of `POST /v1/responses/input_tokens`, for which no replica has to be there."""
+
+    def __init__(self, gateway: Gateway, spans: RequestSpans, responses: Responses) -> None:
+        super().__init__(gateway, spans, "count_tokens", names=_NAMES)
+        self._responses = responses
+
+    async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
+        ignore_unknown = self._settings.ignore_unknown
+        request = await self._gateway.aside(lambda: read_response(body, ignore_unknown), len(body))
+        served = self._gateway.fleet.resolve(request.model)
+        self._serves(served, request.model, span)
+        chat, size = await stands_for(self._gateway, self._responses, request, len(body))
+
+        def counted() -> bytes:
+            text, _ = conversation.prompt_text(chat, served.usable)
+            return _json.encode(
+                InputTokens(input_tokens=len(served.usable.encode(text, add_special_tokens=False)))
+            )
+
+        await send_json(send, await self._gateway.aside(counted, size))
         return "stop"
 
 
@@ -333,11 +402,13 @@ async def input_items(responses: Responses, response_id: str, query: dict[str, s
     known(query, tuple(ListInputItems.model_fields))
     limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
     items = [_listed(response_id, at, item) for at, item in enumerate(await responses.input_of(response_id))]
-    if query.get("order", "desc") == "desc":
+    if descends(query):
         items.reverse()
     after = query.get("after")
     names = [item["id"] for item in items]
-    first = names.index(after) + 1 if after in names else 0
+    if after is not None and after not in names:
+        raise InvalidRequest("'after' is none of the items.", param="after")
+    first = names.index(after) + 1 if after is not None else 0
     page = items[first : first + limit]
     return _json.encode(
         InputItems(
@@ -356,3 +427,37 @@ def _listed(response_id: str, at: int, item: Item) -> dict[str, Any]:
         kind = "output_text" if told.get("role") == "assistant" else "input_text"
         told["content"] = [{"type": kind, "text": told["content"]}]
     return {"id": f"item_{response_id.removeprefix('resp_')}_{at}", "status": "completed", **told}
+
+
+def routes(
+    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
+) -> list[HTTPRouteHandler]:
+    """What `/v1/responses` answers."""
+
+    @post("/v1/responses")
+    async def respond() -> ASGIApp:
+        return Responding(gateway, spans, responses, background)
+
+    @post("/v1/responses/input_tokens")
+    async def count_input() -> ASGIApp:
+        return InputCounting(gateway, spans, responses)
+
+    @get("/v1/responses/{response_id:str}")
+    async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        known(dict(request.query_params), tuple(RetrieveResponse.model_fields))
+        return Reply(200, await responses.get(named(request, "response_id")))
+
+    @delete("/v1/responses/{response_id:str}", status_code=200)
+    async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await deleted(responses, named(request, "response_id")))
+
+    @post("/v1/responses/{response_id:str}/cancel")
+    async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, await background.cancel(named(request, "response_id")))
+
+    @get("/v1/responses/{response_id:str}/input_items")
+    async def list_input(request: Request[Any, Any, Any]) -> ASGIApp:
+        listed = await input_items(responses, named(request, "response_id"), dict(request.query_params))
+        return Reply(200, listed)
+
+    return [respond, count_input, get_response, delete_response, cancel_response, list_input]

@@ -1,7 +1,7 @@
 """`POST /v1/score`: how alike texts are, as the cosine between the vectors that `/v1/embeddings` gives of them.
 
 A text that is compared with several is read once. The vectors have length 1 when they come, so a cosine is the sum
-of their products.
+of their products; what rounding adds beyond 1 is cut off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 
 from quire.errors import Api, InvalidRequest
 from quire.router.api.embeddings import vectors
+from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -30,6 +31,7 @@ class ScoreFormat:
 
     operation = "score"
     api = Api.OPENAI
+    names = NO_NAMES
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -55,7 +57,7 @@ class ScoreFormat:
             created=job.created,
             model=job.asked_model,
             data=[
-                Score(index=index, score=sum(map(operator.mul, found[left], found[right])))
+                Score(index=index, score=min(max(sum(map(operator.mul, found[left], found[right])), -1.0), 1.0))
                 for index, (left, right) in enumerate(job.pairs)
             ],
             usage=EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens),

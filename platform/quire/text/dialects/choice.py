@@ -71,6 +71,12 @@ REASONING: Final[Mapping[str, ReasoningDialect]] = MappingProxyType(
     }
 )
 
+_HERMES: Final = re.compile(
+    re.escape(Hermes.opening)
+    + r"""(?:\\+[nrt]|\s|['"+~(-]|\{\{|\}\}|\{%(?s:.*?)%\})*+"""  # what templates are glued with
+    + r"""(?:\{\s*\\*['"]|[\w.\[\]'"]+\s*\|\s*tojson)"""
+)
+"""How templates begin an object behind the mark: others use the same mark, and some only speak of it."""
 _LISTED: Final = re.compile(r"\[TOOL_CALLS\]\s*\[")
 """How templates of the older way begin a list."""
 _PYTHONIC: Final = re.compile(r"\[\s*func_?name\d*\(")
@@ -125,12 +131,11 @@ class Dialects:
         """Reads one answer. Without `tools` no calls are read, and their markup is content. `opened`: it begins
         inside a thought (`opens_thought`).
         """
-        if self.reasoning == HARMONY:
+        thoughts = REASONING[self.reasoning] if self.reasoning is not None else None
+        if isinstance(thoughts, HarmonyThoughts):
             return HarmonyReader(tools if self.tools == HARMONY else None, opened)
         calls: Reader = Plain() if self.tools is None or tools is None else TOOLS[self.tools].reader(tools)
-        if self.reasoning is None:
-            return calls
-        return REASONING[self.reasoning].reader(calls, opened=opened)
+        return thoughts.reader(calls, opened=opened) if isinstance(thoughts, Thoughts) else calls
 
 
 def _chosen(declared: str | None, detected: str | None) -> str | None:
@@ -158,8 +163,8 @@ def _tools(source: str, tokens: Container[str]) -> str | None:
         return "mistral_args" if newer and not _LISTED.search(source) else "mistral"
     if "<function=" in source and "<parameter=" in source:
         return "seed" if "<seed:tool_call>" in source else "qwen3_coder"
-    if Hermes.opening in source and "arguments" in source and "<arg_key>" not in source:
-        return Hermes.name  # other families put tags of their own inside
+    if _HERMES.search(source) and "arguments" in source:
+        return Hermes.name
     if Pythonic.opening in source or _PYTHONIC.search(source):
         return Pythonic.name
     if Llama3.opening in source or _LLAMA3.search(source):

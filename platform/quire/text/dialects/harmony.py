@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from quire.text.dialects.forms import Form, any_of, literal, maybe, regex, repeat, sequence, through
-from quire.text.dialects.parts import Reader, Tool
+from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import (
     Marks,
     ScriptReader,
@@ -50,6 +50,8 @@ class HarmonyThoughts(ReasoningDialect):
 
     name = "harmony"
     marks = _MARKS
+    always = True
+    apart = False
     answer = f"{_CHANNEL}final{_MESSAGE}"
 
     def opens(self, prompt: str) -> bool:
@@ -57,9 +59,6 @@ class HarmonyThoughts(ReasoningDialect):
 
     def left_open(self, answer: str) -> bool:
         return False
-
-    def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
-        return inner if isinstance(inner, HarmonyReader) else HarmonyReader(None, opened)
 
     def behind(self, form: Form, *, opened: bool = False) -> Form:
         thought = sequence(through(_END), literal(_NEXT))
@@ -72,9 +71,7 @@ class Harmony(ToolDialect):
     name = "harmony"
     marks = _MARKS
     many = False
-
-    def reader(self, tools: Sequence[Tool], *, opened: bool = False) -> Reader:
-        return HarmonyReader(tools, opened)
+    names = re.compile(r"[^\s<]+")
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         return _messages(tape, sink, calls=True, opened=False)
@@ -86,7 +83,7 @@ class Harmony(ToolDialect):
         header = f"commentary to=functions.{tool.name} {_CONSTRAIN}json{_MESSAGE}"
         return sequence(literal(header), arguments)
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         calls = [self._inside(tool, arguments(tool, forced=False)) for tool in tools]
         others = any_of([literal(f"{channel}{_MESSAGE}") for channel in ("analysis", "commentary")])
         before_last = sequence(literal(_CHANNEL), others, through(_END), literal(_NEXT))

@@ -7,7 +7,7 @@ stands for. Other members of the object are part of the form, and dropped.
 
 An object whose name is not known when it breaks off is content, with the marks before it. Behind the name, what
 the model writes up to the end of the block is arguments, whole or not; what stands behind whole arguments and
-is not the object's end is content.
+is not the object's end is content. Where the text ends between name and arguments there are none.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from quire.text.dialects.tools import ToolDialect, arguments, spelled
 
 _NO_GAP: Final = re.compile(r"[^ \t\r\n,]")
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.:/-]")
+_NAMES: Final = re.compile(r"[A-Za-z0-9_.:/-]+")
 _NAME: Final = '"name"'
 _ARGUMENTS: Final = ('"arguments"', '"parameters"')
 _BARE_MEMBERS: Final = frozenset((_NAME, '"type"', '"id"', *_ARGUMENTS))
@@ -107,6 +108,9 @@ def _broken(tape: Tape, sink: Sink, stops: Marks, begun: bool, given: bool) -> W
     if given:
         sink.content(tape.kept())
         return True
+    if tape.ended:  # cut off before the arguments: what was begun of the form is dropped
+        tape.kept()
+        return True
     sink.arguments(tape.kept())
     if (yield from before(tape, stops, sink.arguments)):
         sink.call_ends()
@@ -163,7 +167,7 @@ class Llama3(ToolDialect):
     def _inside(self, tool: Tool, arguments: Form) -> Form:
         return sequence(literal(f'"name": {spelled(tool.name)}, "parameters": '), arguments, literal("}"))
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         inside = any_of([self._inside(tool, arguments(tool, forced=False)) for tool in tools])
         calls = repeat(inside, least=1, between=literal(self.separator + "{"))
         return free([(self.opening, sequence(literal("{"), calls))], [("{", calls)])
@@ -181,6 +185,7 @@ class Mistral(ToolDialect):
 
     def __init__(self, name: str, *, listed: bool) -> None:
         self.name = name
+        self.names = None if listed else _NAMES
         self._listed = listed
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
@@ -250,7 +255,7 @@ class Mistral(ToolDialect):
         items = repeat(any_of(calls), least=1, most=None if parallel else 1, between=literal(", "))
         return sequence(regex(r" ?\["), items, literal("]"))
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         if self._listed:
             calls = [self.call(tool, arguments(tool, forced=False)) for tool in tools]
             return free([(self.opening, self._inside(calls, parallel=True))])
@@ -298,7 +303,7 @@ class Hermes(ToolDialect):
         head = f'\n{{"name": {spelled(tool.name)}, "arguments": '
         return sequence(literal(head), arguments, literal("}\n" + self.closing))
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         return free(
             [(self.opening, any_of([self._inside(tool, arguments(tool, forced=False)) for tool in tools]))]
         )

@@ -16,10 +16,13 @@ from typing import Final
 from quire.text.dialects.forms import Form, any_of, fits, free, literal, maybe, regex, repeat, sequence
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Marks, Sink, Tape, Waits, accept, pattern, space, until
-from quire.text.dialects.schema_types import inlined, properties, python_or_json, types
+from quire.text.dialects.schema_types import inlined, members, python_or_json, types
 from quire.text.dialects.tools import ToolDialect, spelled
 
-_NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
+_NO_NAME: Final = re.compile(r"[\s\x00-,/:-@\[-^`{-\x7f]")
+"""Where a name ends: all letters are of one, whatever their script, and so are `_`, `.` and `-`."""
+_NAMES: Final = re.compile(r"[^\s\x00-,/:-@\[-^`{-\x7f]+")
+_ANY_NAME: Final = r"[\p{L}_][\p{L}\p{M}\p{N}_]*"
 _SIGN: Final = re.compile(r"""["'()\[\]{},]""")
 _QUOTED: Final = {quote: re.compile(rf"{quote}|\\(?s:.)|\\\Z") for quote in "\"'"}
 
@@ -30,6 +33,7 @@ class Pythonic(ToolDialect):
     name = "pythonic"
     opening, closing = "<|python_start|>", "<|python_end|>"
     marks = (opening, closing)
+    names = keys = _NAMES
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         opening = Marks(self.opening)
@@ -133,8 +137,7 @@ class Pythonic(ToolDialect):
     def _written(self, tool: Tool, *, forced: bool) -> Form:
         if tool.strict or forced:
             return sequence(literal(f"{tool.name}("), _by_name(tool), literal(")"))
-        anything = sequence(regex("[A-Za-z_][A-Za-z0-9_]*="), fits({}))
-        return sequence(literal(f"{tool.name}("), repeat(anything, between=literal(", ")), literal(")"))
+        return sequence(literal(f"{tool.name}("), _anything({}, lenient=True), literal(")"))
 
     def several(self, calls: Sequence[Form], parallel: bool) -> Form:
         return sequence(literal("["), self._list(calls, parallel))
@@ -143,7 +146,7 @@ class Pythonic(ToolDialect):
         many = repeat(any_of(calls), least=1, most=None if parallel else 1, between=literal(", "))
         return sequence(many, literal("]"))
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         calls = self._list([self._written(tool, forced=False) for tool in tools], parallel=True)
         return free([(self.opening, sequence(literal("["), calls, literal(self.closing)))], [("[", calls)])
 
@@ -155,12 +158,14 @@ def _as_json(written: str) -> str:
 
 def _by_name(tool: Tool) -> Form:
     """The arguments of a tool in the order of its schema: those that are required, then any of the others."""
-    root = tool.parameters
-    required = [key for key in properties(root) if key in (root.get("required") or ())]
-    others = [key for key in properties(root) if key not in required]
+    root, found = tool.parameters, members(tool.parameters)
+    if not found.named:
+        return _anything(inlined(found.others, root), not tool.strict) if found.others is not None else sequence()
+    required = [key for key in found.named if key in found.required]
+    others = [key for key in found.named if key not in required]
 
     def one(key: str) -> Form:
-        schema = inlined(properties(root)[key], root)
+        schema = inlined(found.named[key], root)
         if types(schema, root) == {"boolean"}:
             given = any_of([literal("True"), literal("False")])
         else:
@@ -173,5 +178,9 @@ def _by_name(tool: Tool) -> Form:
     if required:
         first = [form for key in required for form in (literal(", "), one(key))][1:]
         return sequence(*first, *behind(others))
-    starts = [sequence(one(key), *behind(others[at + 1 :])) for at, key in enumerate(others)]
-    return maybe(any_of(starts)) if starts else sequence()
+    return maybe(any_of([sequence(one(key), *behind(others[at + 1 :])) for at, key in enumerate(others)]))
+
+
+def _anything(schema: Mapping[str, object], lenient: bool) -> Form:
+    """Arguments of any names whose values fit a schema."""
+    return repeat(sequence(regex(f"{_ANY_NAME}="), fits(schema, lenient=lenient)), between=literal(", "))

@@ -8,7 +8,8 @@ to piece is at most the beginning of a mark; everything longer is handed on, or 
 
 `Sink` collects what comes out. It alone decides about white space around calls: what stands before the first
 and behind the last of them belongs to the format and is dropped, and so is what stands between two; between a
-call and content that follows it is content if there was content before.
+call and content that follows it is content if there was content before. A call's arguments come in one run: a
+script that finds other text between them gives it once the call has ended.
 """
 
 from __future__ import annotations
@@ -57,9 +58,6 @@ class Marks:
                 if any(mark.startswith(rest) for mark in self._texts):
                     return start
         return len(text)
-
-
-NO_MARKS: Final = Marks()
 
 
 class Tape:
@@ -176,9 +174,6 @@ class Sink:
     def arguments(self, text: str) -> None:
         if text:
             self._silent = False
-            if not self._behind_call:  # content stood within the call
-                self._space.clear()
-                self._behind_call = True
             self._parts.append(CallArguments(self._calls - 1, text))
 
     def call_ends(self) -> None:

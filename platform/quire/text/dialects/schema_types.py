@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?\Z")
@@ -13,6 +14,10 @@ _MAX_DEPTH: Final = 16
 _MAX_LITERAL: Final = 1 << 20
 """Characters of a Python literal that are parsed; a longer one stays a string."""
 _NAMES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+_BEYOND: Final = (
+    *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const", "enum", "patternProperties", "propertyNames"),
+    *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "unevaluatedProperties"),
+)
 ALL: Final = frozenset({"string", "boolean", "integer", "number", "object", "array", "null"})
 
 
@@ -20,6 +25,53 @@ def properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schemas of an object's properties, by name."""
     found = schema.get("properties")
     return found if isinstance(found, Mapping) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """What an object may have, for dialects that write its members one by one."""
+
+    named: Mapping[str, Any]
+    """Schemas by name: those that are declared, and those that are required and are not."""
+    required: frozenset[str]
+    others: Any
+    """The schema of members without a declaration; None where there are to be none."""
+    beyond: str | None
+    """A word of the schema that says more than this."""
+    demanding: bool
+    """What it says may be that there must be a member."""
+
+    def of(self, key: str) -> Any:
+        return self.named.get(key, self.others)
+
+
+def members(root: Mapping[str, Any]) -> Members:
+    """The members of the object that a whole schema describes. Where nothing is declared any may come, unless the
+    schema says that there are none.
+    """
+    top = _resolved(root)
+    named, further = properties(top), top.get("additionalProperties")
+    if further is None and not named and "properties" not in top and root:
+        further = True
+    stated = top.get("required")
+    required = [key for key in stated if isinstance(key, str)] if isinstance(stated, list) else []
+    known = {**named, **{key: further or {} for key in required if key not in named}}
+    beyond = next((word for word in _BEYOND if word in top), None)
+    branches = json.dumps([top.get(word) for word in ("allOf", "anyOf", "oneOf")], default=str)
+    demanding = "$ref" in top or '"$ref"' in branches or '"required"' in branches
+    return Members(known, frozenset(required), None if further is False else further, beyond, demanding)
+
+
+def _resolved(root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema with what its `$ref` refers to in that one's place, if there is such a thing."""
+    found = root
+    for _ in range(_MAX_DEPTH):
+        ref = found.get("$ref")
+        target = _target(ref, root) if isinstance(ref, str) else None
+        if not isinstance(target, Mapping):
+            break
+        found = {**target, **{word: given for word, given in found.items() if word != "$ref"}}
+    return found
 
 
 def types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:

@@ -17,12 +17,15 @@ from quire.text.dialects.reading import Marks, Sink, Tape, Waits, accept, before
 from quire.text.dialects.tools import ToolDialect, arguments
 
 _NO_NAME: Final = re.compile(r"[\n`{<]")
+_NAMES: Final = re.compile(r"[^\s`{<]+(?: +[^\s`{<]+)*")
 _FENCE: Final = "```"
 _NUMBERED: Final = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?\Z", re.DOTALL)
 
 
 class Sections(ToolDialect):
     """Calls between marks, whose head is the name."""
+
+    names = _NAMES
 
     def __init__(
         self, name: str, *, section: str, call: str, arguments: str, call_end: str, section_end: str
@@ -96,7 +99,7 @@ class Sections(ToolDialect):
         many = repeat(any_of(calls), least=1, most=None if parallel else 1, between=between)
         return sequence(literal(self._section), many, literal(self._section_end))
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         inside = [self._inside(tool, arguments(tool, forced=False)) for tool in tools]
         return free([(self._call, any_of(inside))])
 

@@ -27,6 +27,7 @@ from quire.text.dialects.forms import (
     free,
     literal,
     maybe,
+    regex,
     repeat,
     sequence,
     through,
@@ -34,11 +35,13 @@ from quire.text.dialects.forms import (
 from quire.text.dialects.json_calls import written_arguments
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Give, Marks, Sink, Tape, Waits, accept, before, pattern, peek, space, until
-from quire.text.dialects.schema_types import as_json, inlined, properties, types
+from quire.text.dialects.schema_types import as_json, inlined, members, types
 from quire.text.dialects.tools import ToolDialect, spelled
-from quire.text.errors import ParamRefused
 
 _NO_NAME: Final = re.compile(r"[<>\s]")
+_NO_KEY: Final = re.compile(r"[<>\r\n]")
+_ANY_KEY: Final = r"[\p{L}_][\p{L}\p{M}\p{N}_]*"
+_UNKNOWN: Final[frozenset[str]] = frozenset()
 _VALUE_ENDS: Final = Marks("</parameter>")
 
 
@@ -48,6 +51,8 @@ class Tags(ToolDialect):
     """
 
     separator = "\n"
+    names = re.compile(r"[^<>\s]+")
+    keys = re.compile(r"[^<>\r\n]*")
 
     def __init__(self, name: str, *, opening: str, closing: str, gap: str) -> None:
         self.name = name
@@ -59,7 +64,7 @@ class Tags(ToolDialect):
 
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         opening = Marks(self.opening, self._function)  # models leave the outer tag out now and then
-        stops = Marks(self._parameter, self._function_end, self.closing)
+        stops = Marks(self._parameter, self._function_end, self.closing, self.opening, self._function)
         while mark := (yield from until(tape, opening, sink.content)):
             tape.keep(mark)
             if mark == self.opening:
@@ -69,37 +74,39 @@ class Tags(ToolDialect):
             if name and (yield from accept(tape, ">")):
                 tape.kept()
                 sink.begin(name)
-                yield from self._call(tape, sink, stops, tools.get(name))
+                aside: list[str] = []
+                yield from self._call(tape, sink, stops, tools.get(name), aside.append)
+                sink.content("".join(aside).rstrip(" \t\r\n"))
                 tape.keep()
                 yield from space(tape)
                 if (yield from accept(tape, self.closing)):
                     tape.kept()
             sink.content(tape.kept())
 
-    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None) -> Waits[None]:
-        """Read what follows the name, to the end of the function."""
+    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None, aside: Give) -> Waits[None]:
+        """Read what follows the name, to the end of the function. What is no argument goes `aside`."""
         comma = "{"
         yield from space(tape)
         if (yield from peek(tape)) == "{":  # arguments as JSON after all
             yield from written_arguments(tape, stops, sink.arguments)
             comma = ""
-        while (yield from before(tape, stops, sink.content)):
+        known = members(tool.parameters) if tool is not None else None
+        while (yield from before(tape, stops, aside)):
             mark = yield from accept(tape, self._parameter, self._function_end)
-            if mark != self._parameter or not comma:
+            if mark != self._parameter:
                 if comma:
                     sink.arguments("{}" if comma == "{" else "}")
                 return
-            key = yield from pattern(tape, _NO_NAME)
-            if not (yield from accept(tape, ">")):
-                sink.content(mark + key)
+            key = (yield from pattern(tape, _NO_KEY)) if comma else ""
+            if not comma or not (yield from accept(tape, ">")):
+                aside(mark + key)
                 continue
             sink.arguments(f"{comma}{spelled(key)}: ")
             comma = ", "
-            yield from self._value(tape, sink, key, tool)
+            kinds = types(known.of(key), tool.parameters) if tool is not None and known is not None else _UNKNOWN
+            yield from self._value(tape, sink, kinds)
 
-    def _value(self, tape: Tape, sink: Sink, key: str, tool: Tool | None) -> Waits[None]:
-        root = tool.parameters if tool is not None else {}
-        kinds = types(properties(root).get(key), root)
+    def _value(self, tape: Tape, sink: Sink, kinds: frozenset[str]) -> Waits[None]:
         if kinds <= {"string"}:
             sink.arguments('"')
             lines = _Lines(lambda text: sink.arguments(spelled(text)[1:-1]))
@@ -126,16 +133,21 @@ class Tags(ToolDialect):
     def _parameters(self, tool: Tool, forced: bool) -> Form:
         if not (tool.strict or forced):
             return repeat(sequence(literal(self._parameter), through("</parameter>\n")))
+        found = members(tool.parameters)
+        if not found.named:
+            if found.others is None:
+                return sequence()
+            return repeat(self._one(tool, regex(_ANY_KEY), "", found.others))
+        given = [(key, self._one(tool, literal(key), key, schema)) for key, schema in found.named.items()]
+        return sequence(*[form if key in found.required else maybe(form) for key, form in given])
+
+    def _one(self, tool: Tool, name: Form, key: str, schema: object) -> Form:
+        """A parameter. Raises `ParamRefused`."""
         root = tool.parameters
-        required = root.get("required") or ()
-        given: list[Form] = []
-        for key, schema in properties(root).items():
-            begin = literal(f"{self._parameter}{key}>{self._gap}")
-            if tool.strict and types(schema, root) <= {"string"}:
-                self._check_raw(tool.name, key, schema)
-            form = sequence(begin, self._written(inlined(schema, root), root, tool.strict))
-            given.append(form if key in required else maybe(form))
-        return sequence(*given)
+        if tool.strict and types(schema, root) <= {"string"}:
+            self._check_raw(tool.name, key, schema)
+        value = self._written(inlined(schema, root), root, tool.strict)
+        return sequence(literal(self._parameter), name, literal(">" + self._gap), value)
 
     def _written(self, schema: Mapping[str, object], root: Mapping[str, object], strict: bool) -> Form:
         end = f"{self._gap}</parameter>"
@@ -143,6 +155,9 @@ class Tags(ToolDialect):
             return sequence(fits(schema, lenient=not strict), literal(end + "\n"))
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list) and values:
+            for value in values:
+                if self._read_back(str(value)) != value:
+                    raise self.refused(f"cannot spell the value {spelled(str(value))}")
             return sequence(any_of([literal(str(value)) for value in values]), literal(end + "\n"))
         least, most = schema.get("minLength"), schema.get("maxLength")
         return sequence(
@@ -154,7 +169,13 @@ class Tags(ToolDialect):
             literal("\n"),
         )
 
-    def guided(self, tools: Sequence[Tool]) -> Form:
+    def _read_back(self, value: str) -> str:
+        pieces: list[str] = []
+        lines = _Lines(pieces.append)
+        lines.give(f"{self._gap}{value}{self._gap}".partition("</parameter>")[0])
+        return "".join(pieces)
+
+    def _guided(self, tools: Sequence[Tool]) -> Form:
         inside = any_of([self._inside(tool, forced=False) for tool in tools])
         return free([(self.opening, sequence(literal("\n"), inside))])
 
@@ -162,10 +183,9 @@ class Tags(ToolDialect):
         """Refuse what JSON alone can be held to. Raises `ParamRefused`."""
         for word in ("pattern", "format", "$ref", "anyOf", "oneOf", "allOf"):
             if isinstance(schema, Mapping) and word in schema:
-                raise ParamRefused(
-                    f"'tools' is not honoured for this model: the strict tool '{tool}' has '{word}' in its string "
-                    f"'{key}', and values are no JSON in the way it writes calls ({self.name}).",
-                    param="tools",
+                raise self.refused(
+                    f"has no JSON in its values, which the strict tool '{tool}' needs: it has '{word}' in its "
+                    f"string '{key}'"
                 )
 
 

@@ -25,6 +25,10 @@ class ReasoningDialect(ABC):
     """As `spec.parsers.reasoning` spells it."""
     marks: tuple[str, ...]
     """Tokens that the reader must see, special or not."""
+    always: bool = False
+    """Every answer begins with its thought, whoever asks."""
+    apart: bool = True
+    """Thoughts have marks of their own, so that an answer behind them is read without."""
     answer: str = ""
     """What stands between thoughts and an answer that is no call, besides white space."""
 
@@ -38,11 +42,9 @@ class ReasoningDialect(ABC):
 
     @abstractmethod
     def left_open(self, answer: str) -> bool:
-        """Whether an answer that is to be continued ends inside a thought."""
-
-    @abstractmethod
-    def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
-        """Reads an answer; what is no thought goes to `inner`."""
+        """Whether an answer that is to be continued ends inside a thought, which a mark in it began: text without
+        is content, however answers begin.
+        """
 
     @abstractmethod
     def behind(self, form: Form, *, opened: bool = False) -> Form:
@@ -55,6 +57,7 @@ class Thoughts(ReasoningDialect):
     def __init__(self, name: str, opening: str, closing: str, *, begins_open: bool = False) -> None:
         self.name = name
         self.opening, self.closing, self.begins_open = opening, closing, begins_open
+        self.always = begins_open
         self.marks = (opening, closing)
 
     def opens(self, prompt: str) -> bool:
@@ -64,10 +67,11 @@ class Thoughts(ReasoningDialect):
         return prompt.rstrip().endswith(self.closing)
 
     def left_open(self, answer: str) -> bool:
-        begun = self.begins_open or answer.lstrip().startswith(self.opening)
+        begun = answer.lstrip().startswith(self.opening)
         return begun and answer.rfind(self.opening) >= answer.rfind(self.closing)
 
     def reader(self, inner: Reader, *, opened: bool = False) -> Reader:
+        """Reads an answer; what is no thought goes to `inner`."""
         return ThoughtReader(self, inner, opened or self.begins_open)
 
     def behind(self, form: Form, *, opened: bool = False) -> Form:

@@ -8,6 +8,7 @@ call has to go on as one of a declared tool, whose arguments fit if it is strict
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring
@@ -15,6 +16,8 @@ from json.encoder import encode_basestring
 from quire.text.dialects.forms import Form, any_of, fits, literal, repeat
 from quire.text.dialects.parts import Reader, Tool
 from quire.text.dialects.reading import ScriptReader, Sink, Tape, Waits
+from quire.text.dialects.schema_types import members
+from quire.text.errors import ParamRefused
 
 
 class ToolDialect(ABC):
@@ -28,6 +31,10 @@ class ToolDialect(ABC):
     """Between two calls of one answer."""
     many: bool = True
     """An answer may have several calls."""
+    names: re.Pattern[str] | None = None
+    """Functions that it can spell; any, if it writes names as JSON."""
+    keys: re.Pattern[str] | None = None
+    """Arguments that it can spell; any, if it writes them as a JSON object."""
 
     def reader(self, tools: Sequence[Tool]) -> Reader:
         """Reads one answer to a request that declared `tools`."""
@@ -43,7 +50,10 @@ class ToolDialect(ABC):
         """A call of a tool, marks included. `arguments` is the form of its arguments as a JSON object."""
 
     def calls(self, tools: Sequence[Tool], *, parallel: bool) -> Form:
-        """At least one call of one of `tools`; any number of them with `parallel`, where the dialect has that."""
+        """At least one call of one of `tools`; any number of them with `parallel`, where the dialect has that.
+        Raises `ParamRefused` where the dialect cannot write a call so that it could be read.
+        """
+        self._check(tools, forced=True)
         return self.several([self.call(tool, arguments(tool, forced=True)) for tool in tools], parallel)
 
     def several(self, calls: Sequence[Form], parallel: bool) -> Form:
@@ -54,9 +64,35 @@ class ToolDialect(ABC):
             between=literal(self.separator) if self.separator else None,
         )
 
-    @abstractmethod
     def guided(self, tools: Sequence[Tool]) -> Form:
-        """Any text in which what begins a call goes on as a call of one of `tools`."""
+        """Any text in which what begins a call goes on as a call of one of `tools`. Raises `ParamRefused`."""
+        self._check(tools, forced=False)
+        return self._guided(tools)
+
+    @abstractmethod
+    def _guided(self, tools: Sequence[Tool]) -> Form: ...
+
+    def _check(self, tools: Sequence[Tool], *, forced: bool) -> None:
+        for tool in tools:
+            if self.names is not None and not self.names.fullmatch(tool.name):
+                raise self.refused(f"cannot spell the function '{tool.name}'")
+            if self.keys is None or not (forced or tool.strict):
+                continue
+            found = members(tool.parameters)
+            for key in found.named:
+                if not self.keys.fullmatch(key):
+                    raise self.refused(f"cannot spell the argument '{key}' of the function '{tool.name}'")
+            if found.beyond is not None and (tool.strict or (found.demanding and not found.named)):
+                raise self.refused(
+                    f"writes arguments one by one, which cannot follow '{found.beyond}' at the top of the "
+                    f"parameters of '{tool.name}'"
+                )
+
+    def refused(self, why: str) -> ParamRefused:
+        """The error of a tool that this dialect cannot call."""
+        return ParamRefused(
+            f"'tools' is not honoured for this model: the way it writes calls ({self.name}) {why}.", param="tools"
+        )
 
 
 def arguments(tool: Tool, *, forced: bool) -> Form:
