@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 import anthropic
+import httpx
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 from tests.clients.node import Running
 from tests.clients.server import ENDLESS, LENGTHY, Server
 from tests.effort import times
@@ -35,10 +37,12 @@ def through_openai(server: Server, begin: Begin) -> None:
 
 
 def through_langchain(server: Server, begin: Begin) -> None:
-    model = ChatOpenAI(model="doomed", base_url=server.url, api_key="none", extra_body=ENDLESS)  # type: ignore[arg-type]
-    for chunk in model.stream("Say it"):
-        if chunk.content:
-            begin()
+    key = SecretStr("none")
+    with httpx.Client() as http:
+        model = ChatOpenAI(model="doomed", base_url=server.url, api_key=key, http_client=http, extra_body=ENDLESS)
+        for chunk in model.stream("Say it"):
+            if chunk.content:
+                begin()
 
 
 def through_anthropic(server: Server, begin: Begin) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from typing import Final
+from typing import Any, Final
 
+import anthropic
+import openai
 import pytest
 from tests.clients.node import HERE
 from tests.clients.server import Server
@@ -25,9 +27,12 @@ def written(language: str) -> list[str]:
 @pytest.mark.parametrize("number", range(len(written("python"))))
 def test_programs_in_python(server: Server, capsys: pytest.CaptureFixture[str], number: int) -> None:
     program = written("python")[number].replace(OF_PAGE, server.world.url)
-    exec(
-        compile(program, str(PAGE), "exec", dont_inherit=True), {"__name__": "__main__"}
-    )  # here, as loading a client takes seconds
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(program, str(PAGE), "exec", dont_inherit=True), names)  # here, as loading a client takes seconds
+    for value in names.values():
+        client = getattr(value, "root_client", value)
+        if isinstance(client, openai.OpenAI | anthropic.Anthropic):
+            client.close()
     assert len(capsys.readouterr().out) > 3
 
 
