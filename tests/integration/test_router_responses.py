@@ -205,7 +205,7 @@ async def test_limits_formats_and_choices(says: openai.AsyncOpenAI) -> None:
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": "x", "bogus": 1}]}, "input[0].bogus"),
         ({"input": [5]}, "input[0]"),

@@ -95,26 +95,30 @@ class _Item(Shape):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-def _content(value: object) -> str:
-    """Content as one string; the text parts of a list are joined by line ends."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "must be a string or a list of text parts")
-    texts: list[str] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal"):
-            raise PydanticCustomError("content", "must have parts of text only: other media are not honoured")
-        if not isinstance(text, str):
-            raise PydanticCustomError("content", "must have a string in each text part")
-        texts.append(text)
-    return "\n".join(texts)
+class TextPart(Shape):
+    """Words; what an answer had beside them is accepted, as clients send it back."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
 
 
-_ContentShape = str | list[dict[str, Any]]
-ItemText = Annotated[str, PlainValidator(_content, json_schema_input_type=_ContentShape)]
+class RefusalPart(Shape):
+    """Words by which a model refused."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Words = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+
+
+def _joined(words: Words) -> str:
+    """Content as one string; the parts of a list are joined by line ends."""
+    if isinstance(words, str):
+        return words
+    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in words)
 
 
 class MessageItem(_Item):
@@ -122,7 +126,7 @@ class MessageItem(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: ItemText
+    content: Words
     phase: str | None = None
 
 
@@ -141,7 +145,7 @@ class CallOutputItem(_Item):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: ItemText
+    output: Words
 
 
 class ThoughtText(Shape):
@@ -205,9 +209,9 @@ def messages_of(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
                 yield turn
                 turn = None
             if isinstance(item, CallOutputItem):
-                yield {"role": "tool", "tool_call_id": item.call_id, "content": item.output}
+                yield {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
             else:
-                yield {"role": item.role, "content": item.content}
+                yield {"role": item.role, "content": _joined(item.content)}
             continue
         begins = isinstance(item, ThoughtItem) or (
             isinstance(item, MessageItem) and bool(turn and "content" in turn)
@@ -220,7 +224,7 @@ def messages_of(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
             case ThoughtItem():
                 turn["reasoning"] = item.text
             case MessageItem():
-                turn["content"] = item.content
+                turn["content"] = _joined(item.content)
             case CallItem():
                 function = {"name": item.name, "arguments": item.arguments}
                 turn.setdefault("tool_calls", []).append(

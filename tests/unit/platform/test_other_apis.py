@@ -176,7 +176,7 @@ def test_choices_of_tools(choice: dict[str, Any], must: bool, one: bool) -> None
         (messages, {"messages": [HI], "thinking": {"type": "adaptive", "budget_tokens": 9}}, "thinking"),
         (messages, {"messages": [HI], "system": [{"type": "image"}]}, "system"),
         (responses, {"input": [{"type": "web_search_call"}]}, "input[0]"),
-        (responses, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        (responses, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         (responses, {"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
         (responses, {"input": "x", "metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         (responses, {"input": "x", "include": ["file_search_call.results"]}, "include[0]"),
