@@ -117,6 +117,7 @@ class World:
         frames: wire.Reader[wire.RouterStatus] = wire.Reader(reader, wire.FromRouter)
         status = await frames.read()
         writer.close()
+        await writer.wait_closed()
         assert status is not None
         return status
 

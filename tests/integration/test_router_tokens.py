@@ -183,9 +183,13 @@ async def test_paths_of_other_servers_are_refused_by_name(world: World) -> None:
         for path in [*ABSENT, "/v1/audio/speech", "/v1/audio/transcriptions/", "/v1/fine_tuning/jobs/x/events"]:
             for method in ("POST",) if path == "/v1/responses/compact" else ("GET", "POST"):  # which may be an id
                 answer = await http.request(method, path)
-                error = ErrorBody.model_validate(answer.json()).error
-                assert (answer.status_code, error.code) == (404, "endpoint_not_served"), (method, path)
-                assert path.startswith(error.message.split(" is not served here. ")[0])
+                assert answer.status_code == 404, (method, path)
+                message = answer.json()["error"]["message"]
+                assert path.startswith(message.split(" is not served here. ")[0])
+                if path.startswith("/v1/messages"):  # in the shape of that API, which has no codes
+                    assert answer.json()["error"]["type"] == "not_found_error"
+                else:
+                    assert ErrorBody.model_validate(answer.json()).error.code == "endpoint_not_served", path
         slip = await http.post("/v1/audios")
         assert (slip.status_code, slip.json()["error"]["code"]) == (404, "not_found")
     async with world.client() as client:

@@ -23,6 +23,8 @@ Script = Callable[[wire.Generate], list[int]]
 
 @dataclass(slots=True)
 class _Running:
+    writer: asyncio.StreamWriter
+    """Of the connection that asked for it, and hears of it."""
     request: wire.Generate
     answer: list[int]
     received_at: float
@@ -95,11 +97,13 @@ class WireEngine:
         """As if the process was killed: the socket stops listening and all connections are cut."""
         if self._server is not None:
             self._server.close()
-        self.cut()
-        for talk in list(self._talks):
-            talk.cancel()
-        if self._talks:
+        await asyncio.sleep(0)  # a connection that was taken this moment has its talk now
+        while self._talks:
+            self.cut()
+            for talk in list(self._talks):
+                talk.cancel()
             await asyncio.wait(self._talks)
+        await asyncio.sleep(0)  # transports end in the loop, which may be closed next
         self.socket.unlink(missing_ok=True)
 
     def cut(self) -> None:
@@ -123,6 +127,7 @@ class WireEngine:
         finally:
             stepping.cancel()
             await asyncio.wait([stepping])
+            self.running = {name: run for name, run in self.running.items() if run.writer is not writer}
             self._talks.discard(task)
             self._writers.discard(writer)
             writer.transport.abort()
@@ -151,7 +156,7 @@ class WireEngine:
                 asked = message.id.startswith(ID_PREFIX)
                 (self.questions if asked else self.generates).append(message)
                 answer = self.script(message)[: message.sampling.max_tokens]
-                self.running[message.id] = _Running(message, answer, time.monotonic())
+                self.running[message.id] = _Running(writer, message, answer, time.monotonic())
                 if self.poison is not None and self.poison(message):
                     self.deaths += 1
                     self.cut()
@@ -189,10 +194,11 @@ class WireEngine:
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:
         while True:
             await asyncio.sleep(self.pace)
-            if self.stalled or not self.running:
+            mine = [run for run in self.running.values() if run.writer is writer]
+            if self.stalled or not mine:
                 continue
             self.steps += 1
-            order = list(self.running.values())
+            order = mine
             if self.by_priority:
                 order.sort(key=lambda run: run.request.priority)
             items = [self._advance(run) for run in order[: self.max_num_seqs]]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,10 @@ async def test_an_export_that_fails_leaves_nothing_behind(
     monkeypatch.setattr(files, "begin", begin)
     executor.start()
     done = await ended(batches, batch)
-    assert sorted(path.name for path in files.folder.iterdir()) == sorted(
-        [done.input_file_id, str(done.error_file_id)]
-    )
+    expected = sorted([done.input_file_id, str(done.error_file_id)])
+    end = time.monotonic() + 5
+    while (left := sorted(path.name for path in files.folder.iterdir())) != expected:
+        assert time.monotonic() < end, left  # the batch has ended a moment before its parts are gone
+        await asyncio.sleep(0.01)
     opened = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
     assert [each for each in opened if each.startswith(str(files.folder))] == []
