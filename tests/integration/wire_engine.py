@@ -98,11 +98,13 @@ class WireEngine:
         if self._server is not None:
             self._server.close()
         await asyncio.sleep(0)  # a connection that was taken this moment has its talk now
-        while self._talks:
-            self.cut()
-            for talk in list(self._talks):
-                talk.cancel()
-            await asyncio.wait(self._talks)
+        self.cut()
+        talks = [talk for talk in self._talks if not talk.done()]
+        for talk in talks:
+            talk.cancel()
+        if talks:
+            await asyncio.wait(talks)
+        self._talks.clear()
         await asyncio.sleep(0)  # transports end in the loop, which may be closed next
         self.socket.unlink(missing_ok=True)
 
