@@ -62,7 +62,7 @@ async def test_where_the_time_went(world: World, path: str) -> None:
     took = 1000 * (time.monotonic() - began)
     told = answer["metrics"]
     assert told.keys() == METRICS
-    assert 15 < told["time_to_first_token_ms"] < took
+    assert 0 < told["time_to_first_token_ms"] < took
     assert 150 < told["generation_time_ms"] < took - told["time_to_first_token_ms"] + 1
     assert told["mean_itl_ms"] == pytest.approx(told["generation_time_ms"] / 10, abs=0.01)
     assert told["tokens_per_second"] == pytest.approx(10_000 / told["generation_time_ms"], rel=0.01)

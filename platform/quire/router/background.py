@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 from litestar.types import ASGIApp
 
-from quire.errors import QueueFull, StorageUnavailable
+from quire.errors import NotFound, QueueFull, StorageUnavailable
 from quire.router.inside import InsideClient
 from quire.router.responses import Responses
 from quire_schemas.openai.responses import ResponseError
@@ -103,27 +103,37 @@ class Background:
             await asyncio.wait(tasks)
 
     async def _carry(self, response_id: str, request: bytes, work: _Work) -> None:
+        """Try until the response has ended, whatever comes between: nobody else would before the next start."""
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + TRIED_SECONDS, PAUSES[0]
         try:
-            await self._responses.start(response_id)
             while not work.gone.is_set():
-                client = InsideClient(PATH, request, work.gone)
-                await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
-                if client.status in (None, 200):
-                    return  # it is kept, or was left
-                told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
-                if client.status not in (429, 502, 503, 507) or loop.time() >= until:
-                    await self._responses.fail(
-                        response_id, ResponseError(told.code or "invalid_request", told.message)
-                    )
-                    return
+                try:
+                    if await self._try(response_id, request, work, last=loop.time() >= until):
+                        return
+                except NotFound:
+                    return  # somebody took it out of the store
+                except StorageUnavailable:
+                    pass  # it is in the log
+                except Exception:
+                    log.exception("response %s: a step failed, and is tried again", response_id)
                 await self._pause(work, pause)
                 pause = min(2 * pause, PAUSES[1])
-        except Exception:
-            log.exception("response %s: it is left until the next start", response_id)
         finally:
             del self._works[response_id]
+
+    async def _try(self, response_id: str, request: bytes, work: _Work, *, last: bool) -> bool:
+        """Whether nothing is left to do. What cannot be served now fails with the `last` try."""
+        await self._responses.start(response_id)
+        client = InsideClient(PATH, request, work.gone)
+        await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+        if client.status in (None, 200):
+            return True  # it is kept, or was left
+        if client.status in (429, 502, 503, 507) and not last:
+            return False
+        told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
+        await self._responses.fail(response_id, ResponseError(told.code or "invalid_request", told.message))
+        return True
 
     async def _pause(self, work: _Work, seconds: float) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The executor of batches in this process, on a real store and without a model: it outlives what fails in it."""
+"""What the router works off in the background, on a real store and without a model, outlives what fails in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from quire.errors import StorageUnavailable
+from quire.router import background as beside
 from quire.router import executor as executing
 from quire.router.app import build
+from quire.router.background import Background
 from quire.router.batches import Batch, Batches
 from quire.router.config import RouterConfig
 from quire.router.executor import Executor
@@ -24,6 +26,7 @@ from quire.router.fleet import Fleet
 from quire.tracing import Tracing
 from quire_schemas import signals, wire
 from quire_schemas.openai.batches import CreateBatch
+from quire_schemas.openai.responses import ResponseObject, read_response
 
 ENDPOINT = "/v1/completions"
 
@@ -89,6 +92,27 @@ async def test_what_fails_once_is_logged_and_holds_up_no_batch(
     assert (done.total, done.completed, done.failed) == (3, 0, 3)
     told = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert [str(record.exc_info and record.exc_info[1]) for record in told] == ["planted"]
+
+
+@pytest.mark.parametrize("step", ["start", "fail"])
+@pytest.mark.parametrize("error", [RuntimeError("planted"), StorageUnavailable("planted")], ids=["bug", "disk"])
+async def test_a_response_in_the_background_is_tried_until_it_has_ended(
+    executor: Executor, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (background,) = executor._beside
+    assert isinstance(background, Background)
+    responses = background._responses
+    monkeypatch.setattr(responses, step, failing(getattr(responses, step), 1, error))
+    monkeypatch.setattr(beside, "PAUSES", (0.01, 0.02))
+    body = json.dumps({"model": "nobody", "input": "x", "background": True}).encode()
+    begun = ResponseObject.begun(responses.new_id(), int(time.time()), read_response(body, False))
+    await responses.begin(begun, body, ())
+    background.begin(begun.id, body)
+    async with asyncio.timeout(15):
+        while (now := json.loads(await responses.get(begun.id)))["status"] != "failed":
+            await asyncio.sleep(0.01)
+    assert now["error"]["code"] == "model_not_found"
+    assert await responses.waiting() == []
 
 
 async def test_an_export_that_fails_leaves_nothing_behind(
