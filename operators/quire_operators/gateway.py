@@ -68,6 +68,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         max_body_bytes=parse_quantity(spec["maxBodySize"]),
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
+        **{f"{name}_seconds": parse_duration(value) for name, value in (spec.get("timeouts") or {}).items()},
     )
 
 

@@ -478,6 +478,14 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """Origins whose web pages may call besides those of the router's own names; `*` is any."""
     ignore_unknown: bool = False
     """Unknown fields of requests are dropped, not refused."""
+    head_seconds: float = 10.0
+    """For the whole head of a request, from its first byte on; for a connection's first one from the start."""
+    body_seconds: float = 30.0
+    """For the whole body behind it; of a file, for the next piece of it."""
+    send_seconds: float = 30.0
+    """For a client to make room, once what it has not read fills the buffers."""
+    idle_seconds: float = 75.0
+    """That a connection is kept without a request."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

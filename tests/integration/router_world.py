@@ -121,10 +121,10 @@ class World:
         assert status is not None
         return status
 
-    async def table(self, *routes: wire.ModelRoute) -> wire.RouterStatus:
-        """Put a table into force and wait until each of its replicas that can be is connected."""
+    async def table(self, *routes: wire.ModelRoute, **http: Any) -> wire.RouterStatus:
+        """Put a table into force, with these settings of the gateway."""
         self.version += 1
-        return await self.control(wire.RoutingTable(version=self.version, models=routes))
+        return await self.control(wire.RoutingTable(self.version, routes, wire.HttpSettings(**http)))
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())

@@ -22,7 +22,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 
 from quire.router.balancer import PREFIX_BLOCK, Candidate, Prefixes, outstanding
@@ -36,6 +36,10 @@ ASK_SECONDS = 1.0
 """Longest time between two questions for stats."""
 _ASKED_A_LEASE = 4
 _GET_STATS = wire.frame(wire.GetStats())
+
+
+MOST_KEPT = 64
+"""Deltas that are kept as they came."""
 
 
 class NotConnected(Exception):
@@ -81,6 +85,12 @@ class Sequence:
         """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
         self.lost = False
+
+    def put(self, delta: wire.Delta) -> None:
+        """One more; of those that nobody takes, such as bring tokens alone are made one."""
+        if len(self.deltas) >= MOST_KEPT:
+            self.deltas = list(_joined(self.deltas))
+        self.deltas.append(delta)
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
@@ -357,7 +367,7 @@ class EngineClient:
                 timings = delta.timings
                 if delta.token_ids or (timings is not None and timings.first_token_at is not None):
                     sequence.begun = True
-                sequence.deltas.append(delta)
+                sequence.put(delta)
                 if delta.finish_reason is not None:
                     sequence.ended = True
                     del self._sequences[delta.id]
@@ -383,6 +393,21 @@ class EngineClient:
             self._complaint = words
             level = logging.WARNING if lost and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
+
+
+def _joined(deltas: Series[wire.Delta]) -> Iterator[wire.Delta]:
+    """The same with fewer: whatever is no more than tokens goes to the one before that is no more either."""
+    tokens: list[int] = []
+    for delta in deltas:
+        if delta == wire.Delta(delta.id, delta.token_ids):
+            tokens += delta.token_ids
+            continue
+        if tokens:
+            yield wire.Delta(delta.id, tuple(tokens))
+            tokens = []
+        yield delta
+    if tokens:
+        yield wire.Delta(deltas[0].id, tuple(tokens))
 
 
 def endpoint_key(endpoint: wire.ReplicaEndpoint) -> tuple[str, int, str]:

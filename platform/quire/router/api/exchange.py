@@ -50,10 +50,10 @@ from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn
 from quire_schemas.openai.request import ModelRequest
+from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
 
-BODY_SECONDS: Final = 30.0
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
@@ -149,7 +149,7 @@ class Reception:
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
-            body = await read_body(headers, receive, self._settings.max_body_bytes)
+            body = await read_body(headers, receive, self._settings)
             finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
             status = 200
         except ClientGone:
@@ -288,7 +288,7 @@ def _ours(error: Exception, names: Mapping[str, str]) -> Exception:
     return renamed(told, names) if isinstance(error, BadStandIn) else told
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: HttpSettings) -> bytes:
     """The whole body. Raises `UnsupportedMediaType`, `BodyTooLarge`, `BodyTimeout` and `ClientGone`."""
     media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media != b"application/json":
@@ -296,12 +296,13 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise UnsupportedMediaType("The body must be sent as it is, without a Content-Encoding.")
     stated = int(headers.get(b"content-length", b"0"))
+    limit = settings.max_body_bytes
     parts: list[bytes] = []
     size = 0
     bearable = max(DRAIN * limit, DRAIN_BYTES)
     more = stated <= bearable
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(settings.body_seconds):
             while more:
                 message = await receive()
                 if message["type"] != "http.request":
@@ -312,7 +313,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
                 # A client cut off while it sends never sees why: what is too large is read on for a while.
                 more = message["more_body"] and size <= bearable
     except TimeoutError:
-        raise BodyTimeout(f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
+        raise BodyTimeout(f"The body did not arrive within {settings.body_seconds:g} seconds.") from None
     if more or max(size, stated) > limit:
         raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
     return b"".join(parts)

@@ -17,10 +17,11 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from quire.router.api.exchange import BODY_SECONDS, ClientGone, send_json
+from quire.router.api.exchange import ClientGone, send_json
 from quire.router.api.query import cursor, descends, known, whole
 from quire.router.api.reply import Reply, named
 from quire.router.files import PREFIX, Files, StoredFile
+from quire.router.fleet import Fleet
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
 from quire_schemas.openai.files import (
@@ -34,6 +35,7 @@ from quire_schemas.openai.files import (
     FileObject,
     ListFiles,
 )
+from quire_schemas.wire import HttpSettings
 
 MAX_FIELD: Final = 1024
 """Bytes of a field that is not the file."""
@@ -116,8 +118,9 @@ class Form:
 class Upload:
     """Answers `POST /v1/files`. Call it as an ASGI application."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, settings: HttpSettings) -> None:
         self._files = files
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -142,14 +145,15 @@ class Upload:
     async def _take(self, form: Form, receive: Receive) -> None:
         """Read the body, in larger pieces than it comes in."""
         more, taken, wrong = True, 0, None
+        patience = self._settings.body_seconds
         while more:
             piece = bytearray()
             while more and len(piece) < PIECE:
                 try:
-                    async with asyncio.timeout(BODY_SECONDS):
+                    async with asyncio.timeout(patience):
                         message = await receive()
                 except TimeoutError:
-                    raise BodyTimeout(f"Nothing of the file came for {BODY_SECONDS:g} seconds.") from None
+                    raise BodyTimeout(f"Nothing of the file came for {patience:g} seconds.") from None
                 if message["type"] != "http.request":
                     raise ClientGone
                 piece += message["body"]
@@ -255,12 +259,12 @@ async def deleted(files: Files, file_id: str) -> bytes:
     return FileDeleted(id=file_id).model_dump_json().encode()
 
 
-def routes(files: Files) -> list[HTTPRouteHandler]:
+def routes(files: Files, fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/files` answers."""
 
     @post("/v1/files")
     async def upload() -> ASGIApp:
-        return Upload(files)
+        return Upload(files, fleet.table.http)
 
     @get("/v1/files")
     async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
