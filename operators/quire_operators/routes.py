@@ -100,6 +100,7 @@ def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
                 model.sockets[row.id],
                 draining=row.goal is Goal.DRAIN,
                 standby=model.text_of(row) != text,
+                template_hash=row.template_hash,
             )
             for row, seen in model.replicas
             if _may_serve(row, seen) and row.id in model.sockets

@@ -244,6 +244,8 @@ class Welcome(msgspec.Struct, tag=True):
     max_num_seqs: int
     lease: float = ADOPTION_WINDOW
     """A router or control plane that stays silent this many seconds is taken for gone."""
+    goes_on: bool = False
+    """It knows `Generate.written`."""
 
 
 class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -288,6 +290,9 @@ class Generate(msgspec.Struct, tag=True):
     """W3C traceparent of the request's span; the engine's log shows it with a request that fails."""
     pooling: Pooling | None = None
     """Draw nothing: the one delta has the `embedding` of the prompt. `sampling` means nothing then."""
+    written: tuple[int, ...] = ()
+    """Tokens of the answer that another engine has drawn: it goes on behind them. `sampling` is still that of the
+    whole answer. Only for engines that say `Welcome.goes_on`."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -429,6 +434,8 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     socket: str
     draining: bool = False
     standby: bool = False
+    template_hash: str = ""
+    """Of what it runs: answers go on only where that is the same."""
 
 
 class ModelRoute(msgspec.Struct, frozen=True):
@@ -468,6 +475,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
+    max_migrations: int = 0
+    """How often a stream whose engine died goes on at another one."""
 
 
 class HttpSettings(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import openai
-from tests.integration.wire_engine import WireEngine
+from tests.integration.wire_engine import TEMPLATE_HASH, WireEngine
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire.router.config import LISTEN_FD, RouterConfig
@@ -98,7 +98,7 @@ class World:
             "model": "tiny",
             "names": ("tiny", "org/tiny"),
             "revision": 1,
-            "template_hash": "abcdef0123456789",
+            "template_hash": TEMPLATE_HASH,
             "tokenizer_dir": str(self.folder / "ck"),
             "chat_template_file": None,
             "max_model_len": 512,

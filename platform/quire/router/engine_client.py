@@ -74,12 +74,12 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
-        self.prompt_tokens = len(request.token_ids) - cached_tokens
+        self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
         self.background = request.background
         self.width = 1 if request.beam is None else request.beam.width
-        self.max_tokens = request.sampling.max_tokens
+        self.max_tokens = request.sampling.max_tokens - len(request.written)
         self.generated = 0
         self.begun = False
         """Its prompt is computed: it has brought a token, or word that it could have."""
@@ -172,6 +172,11 @@ class EngineClient:
     def serving(self) -> bool:
         """Whether the table has it for new sequences; else it only keeps what it has."""
         return not self.endpoint.draining and not self.endpoint.standby
+
+    def goes_on(self, template_hash: str) -> bool:
+        """Whether it could go on with an answer of what has this hash."""
+        knows = self.welcome is not None and self.welcome.goes_on
+        return knows and bool(template_hash) and self.endpoint.template_hash == template_hash
 
     @property
     def leaving(self) -> bool:

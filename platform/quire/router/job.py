@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -210,6 +211,7 @@ class Choice:
         "_thinking",
         "attempts",
         "avoid",
+        "cached_tokens",
         "deadline",
         "fingerprint",
         "first_token_at",
@@ -219,6 +221,7 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
+        "migrations",
         "num_scored",
         "prompt",
         "prompt_index",
@@ -230,11 +233,13 @@ class Choice:
         "sent",
         "sent_at",
         "sequence",
+        "template_hash",
         "text",
         "timings",
         "trial",
         "turn_at",
         "where",
+        "written",
     )
 
     def __init__(self, job: Job, index: int) -> None:
@@ -254,6 +259,10 @@ class Choice:
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
         self.retrying = False
+        self.migrations = 0
+        """How often it has gone on elsewhere."""
+        self.template_hash = ""
+        """Of what its engine runs."""
         self.sent = False
         self.sent_at = 0.0
         """When the attempt that runs was handed to its engine."""
@@ -270,12 +279,16 @@ class Choice:
         self.prompt_scores: list[wire.TokenLogprobs] = []
         self.num_scored = 0
         self.ids: list[int] = []
+        self.written = array("q") if self.job.stream and self.job.model.route.max_migrations else None
+        """All that were drawn, where another engine may have to go on behind them."""
         self.kept: list[Update] = []
         self.generated = 0
         self.turn_at: float | None = None  # first seen to have its turn
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
+        self.cached_tokens = 0
+        """Of its prompt, when it was first computed."""
         self._out = 0  # characters given out
         markup = self.job.markup
         self._reader = markup.reader() if markup is not None else Plain()
@@ -293,6 +306,8 @@ class Choice:
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
+                if not self.migrations:  # else part of it is what an engine before computed
+                    self.cached_tokens = delta.timings.cached_tokens
             scores = delta.logprobs or []
             self.prompt_scores += delta.prompt_logprobs or []
             self.num_scored += len(delta.prompt_logprobs or ())
@@ -304,6 +319,8 @@ class Choice:
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
+                if self.written is not None:
+                    self.written.append(token)
                 offset = self.text.made
                 pieces.append(self.text.push(token))
                 if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
@@ -389,6 +406,13 @@ class Choice:
                     self._arguments.append(part.text)
             parts.append(part)
         return False
+
+    @property
+    def sampling_left(self) -> wire.Sampling:
+        """What is asked of the engine that has it next: log-probabilities of the prompt come once."""
+        if self.sent and self.sampling.prompt_logprobs is not None:
+            return msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        return self.sampling
 
     @property
     def times(self) -> Times | None:

@@ -63,6 +63,7 @@ class ModelMetrics:
         "held",
         "in_flight",
         "inter_token",
+        "migrations",
         "prompt_tokens",
         "queue_time",
         "requests",
@@ -79,6 +80,7 @@ class ModelMetrics:
         self.generation_tokens = metrics.generation_tokens.labels(model)
         self.in_flight = metrics.in_flight.labels(model)
         self.held = metrics.held.labels(model)
+        self.migrations = metrics.migrations.labels(model)
         self.time_to_first_token = metrics.time_to_first_token.labels(model)
         self.inter_token = metrics.inter_token.labels(model)
         self.e2e = metrics.e2e.labels(model)
@@ -99,6 +101,12 @@ class Metrics:
         self.generation_tokens = Counter(signals.GENERATION_TOKENS, "Tokens that engines wrote.", model, **into)
         self.in_flight = Gauge(signals.REQUESTS_IN_FLIGHT, "Requests accepted and not yet ended.", model, **into)
         self.held = Gauge(signals.REQUESTS_HELD, "Requests that wait for a replica to take them.", model, **into)
+        self.migrations = Counter(
+            signals.STREAM_MIGRATIONS,
+            "Streams that went on at another replica when an engine was lost.",
+            model,
+            **into,
+        )
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, help_text, model, buckets=buckets, **into)
@@ -136,6 +144,7 @@ class Metrics:
                 self.generation_tokens,
                 self.in_flight,
                 self.held,
+                self.migrations,
                 self.time_to_first_token,
                 self.inter_token,
                 self.e2e,

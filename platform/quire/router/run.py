@@ -15,8 +15,11 @@ wait for their word.
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
 (nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
 (`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
-the first byte, the request fails. It also fails when the model's tokenizer or template has become another since
-its ids were made: they would be nonsense to the replicas that serve now. A request that may be what engines die
+the first byte, the request fails, unless the manifest lets streams *migrate*: then the sequence goes on at another
+replica of the same revision, behind the tokens that were read of it (`wire.Generate.written`), up to
+`maxMigrations` times, and waits for one as long as `maxQueueWait` says. A request also fails when the model's
+tokenizer or template has become another since its ids were made: they would be nonsense to the replicas that serve
+now. A request that may be what engines die
 of is tried with no other such beside it on the replica, and not at all once it has died there too (`quarantine`).
 Whatever way a run ends, `updates` aborts what still runs.
 """
@@ -58,6 +61,7 @@ RECHECK_SECONDS: Final = 0.5
 """How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
 ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
 """Error codes of sequences that end because their engine does."""
+_DIED: Final = "The engine died while it was writing this answer."
 _QUARANTINED: Final = (
     f"{quarantine.DEATHS_TO_CONDEMN} engines died when they were given this request, so it is not tried again for "
     f"{quarantine.REMEMBERED_SECONDS / 60:g} minutes. Other requests are served."
@@ -104,8 +108,7 @@ class Run:
         """
         found = 0
         for first in range(0, len(self._choices), self.job.drawn):
-            told = [choice.timings for choice in self._choices[first : first + self.job.drawn]]
-            found += min(timings.cached_tokens if timings is not None else 0 for timings in told)
+            found += min(choice.cached_tokens for choice in self._choices[first : first + self.job.drawn])
         return found
 
     async def updates(self) -> AsyncGenerator[list[Update], None]:
@@ -182,8 +185,8 @@ class Run:
 
     def _recover(self, lost: Sequence[Choice]) -> None:
         """Begin to start lost choices again, and raise what earlier starts have ended in."""
-        if any(choice.sent for choice in lost):
-            raise EngineDied("The engine died while it was writing this answer.")
+        if any(choice.sent and not self._may_migrate(choice) for choice in lost):
+            raise EngineDied(_DIED)
         for choice in lost:
             self._begin(self._again(choice))
         for start in [start for start in self._starts if start.done()]:
@@ -250,9 +253,9 @@ class Run:
     async def _ring(self, choices: Iterable[Choice]) -> None:
         """Wait for news. Raises `TimedOut` when a sequence has waited too long for its first step."""
         if self._alarm is None:
-            unsent = [choice for choice in choices if not choice.sent]
-            if unsent:
-                until = min(self._look_after(choice) for choice in unsent)
+            looked_after = [choice for choice in choices if not choice.sent or self._may_migrate(choice)]
+            if looked_after:
+                until = min(self._look_after(choice) for choice in looked_after)
                 self._alarm = asyncio.get_running_loop().call_later(until, self._sound)
         await self._bell.wait()
         self._bell.clear()
@@ -262,7 +265,7 @@ class Run:
         self._bell.set()
 
     def _look_after(self, choice: Choice) -> float:
-        """Nothing of a choice has gone out yet: is there hope where it is? Seconds until the next look."""
+        """Is there hope for a choice where it is, which might be elsewhere? Seconds until the next look."""
         sequence = choice.sequence
         if sequence is None or sequence.lost:
             return RECHECK_SECONDS  # it is on its way to another replica
@@ -270,6 +273,8 @@ class Run:
             sequence.abort()
             sequence.lost = True
             self._bell.set()
+            return RECHECK_SECONDS
+        if choice.sent:
             return RECHECK_SECONDS
         now = time.monotonic()
         if not sequence.client.queued(sequence):
@@ -337,6 +342,13 @@ class Run:
         serving = served.tokenizer
         if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
             raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
+        begun_with = choice.template_hash if choice.sent else served.route.template_hash
+        if begun_with != served.route.template_hash and all(
+            client.endpoint.template_hash != begun_with for client in served.clients
+        ):
+            raise EngineUnavailable(
+                "No replica has the revision any more that it was begun with.", retry_after=1.0
+            )
         suspected = bool(suspects) and suspects.is_suspected(self._fingerprint(choice))
         if suspected and suspects.is_condemned(self._fingerprint(choice)):
             log.warning("request %s is refused: engines have died of it", self.job.id)
@@ -368,6 +380,7 @@ class Run:
             client.endpoint.replica_id: client
             for client in self.job.model.clients
             if not (suspected and client.endpoint.replica_id in self.job.model.trials)
+            and (not choice.sent or client.goes_on(choice.template_hash))
         }
         chain = self._chain(choice)
         chosen = choose(
@@ -403,7 +416,8 @@ class Run:
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
-            sampling=choice.sampling,
+            sampling=choice.sampling_left,
+            written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
@@ -418,6 +432,7 @@ class Run:
         except NotConnected:
             return False
         self._homes[choice.prompt_index] = client.endpoint.replica_id
+        choice.template_hash = client.endpoint.template_hash
         if suspected:
             choice.trial = client.endpoint.replica_id
             self.job.model.trials.add(choice.trial)
@@ -425,12 +440,33 @@ class Run:
         return True
 
     async def _again(self, choice: Choice) -> None:
-        """Start a lost choice once more. Raises as `_place` does."""
+        """Start a lost choice once more, or go on with it. Raises as `_place` does, and `EngineDied`."""
         self._settle(choice)
+        if choice.sent:
+            await self._migrate(choice)
+            return
         if choice.attempts > MAX_RETRIES:
             raise self._gave_up(choice)
         choice.begin()
         await self._place(choice)
+
+    def _may_migrate(self, choice: Choice) -> bool:
+        """Whether a choice of which something has gone out may go on at another engine."""
+        return choice.written is not None and choice.migrations < self.job.model.route.max_migrations
+
+    async def _migrate(self, choice: Choice) -> None:
+        """Go on with a choice behind what was read of it. Raises `EngineDied` when nobody can in time."""
+        choice.migrations += 1
+        choice.turn_at = None
+        choice.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+        self.job.span.event(signals.EVENT_MIGRATE, time.monotonic(), choice.where)
+        try:
+            await self._place(choice)
+        except (ServiceUnavailable, EngineUnavailable, TimedOut, ModelNotFound) as error:
+            self._check_time()
+            raise EngineDied(f"{_DIED} It could not go on elsewhere: {error}") from error
+        self._metrics.migrations.inc()
+        log.info("request %s: goes on behind %d tokens", self.job.id, choice.generated)
 
     def _settle(self, choice: Choice) -> None:
         """The choice is no longer on a further attempt, nor on trial."""
