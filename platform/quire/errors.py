@@ -2,7 +2,8 @@
 
     ApiError                          carries the words for the client, and the parameter they are about
     ├── InvalidRequest                the request says something that is wrong or not understood
-    │   └── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
+    │   ├── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
+    │   └── ThreadsUnsupported        the conversation is to be kept here, which is for responses alone
     ├── HostRefused                   the Host or Origin is not one we answer to
     ├── NotFound                      no such path, or nothing kept by that id
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,6 +72,10 @@ class InvalidRequest(ApiError):
 
 class ContextLengthExceeded(InvalidRequest):
     """The request can never fit."""
+
+
+class ThreadsUnsupported(InvalidRequest):
+    """Messages are to be kept here."""
 
 
 class HostRefused(ApiError):
@@ -169,6 +174,7 @@ _OURS: Final = "server_error"
 TABLE: Final[dict[type[Exception], Row]] = {
     InvalidRequest: Row(400, _BAD, None),
     ContextLengthExceeded: Row(400, _BAD, "context_length_exceeded"),
+    ThreadsUnsupported: Row(400, _BAD, "thread_unsupported_request"),
     NoChatTemplate: Row(
         400,
         _BAD,
@@ -217,9 +223,17 @@ class Api(enum.Enum):
     ANTHROPIC = "anthropic"
 
     @classmethod
-    def at(cls, path: str) -> Api:
-        """The API that a path belongs to."""
-        return cls.ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else cls.OPENAI
+    def of(cls, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Api:
+        """The API that a request is for: models are listed by both, and Anthropic's clients name their version."""
+        if _is_at("/v1/messages", path):
+            return cls.ANTHROPIC
+        names_version = _is_at("/v1/models", path) and any(name == b"anthropic-version" for name, _ in headers)
+        return cls.ANTHROPIC if names_version else cls.OPENAI
+
+
+def _is_at(place: str, path: str) -> bool:
+    """Whether a path is that place or below it."""
+    return path == place or path.startswith(f"{place}/")
 
 
 _ANTHROPIC_TYPES: Final = {
@@ -288,4 +302,5 @@ def _shaped(api: Api, row: Row, message: str, param: str | None) -> dict[str, ob
     if api is Api.OPENAI:
         return {"error": {"message": message, "type": row.type, "param": param, "code": row.code}}
     kind = _ANTHROPIC_TYPES.get(row.status, "invalid_request_error" if row.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    details = {"details": {"error_code": row.code}} if row.code is not None else {}
+    return {"type": "error", "error": {"type": kind, "message": message, **details}}

@@ -15,18 +15,21 @@ import msgspec
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from quire_schemas.openai.body import Refusal, read, standing_for
+from quire_schemas.openai.body import NoThreads, Refusal, read, standing_for
 from quire_schemas.openai.chat import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, ChatRequest, Effort
 from quire_schemas.openai.request import Count, ModelRequest, Shape
 from quire_schemas.openai.sampling import MAX_SALT, MAX_STOPS, MAX_TEMPERATURE, MAX_TOP_K
 from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, check_tools
 
+MODELS_LISTED: Final = 20
+MAX_MODELS_LISTED: Final = 1000
 MESSAGES_REFUSED: Final[Mapping[str, Refusal]] = {
-    "thread": Refusal("no threads are kept here", ({"type": "create"},)),
+    "thread": Refusal("no threads are kept here; send the whole conversation", kind=NoThreads),
     "container": Refusal("nothing here runs code"),
     "mcp_servers": Refusal("tools are called by the client alone", ([],)),
     "context_management": Refusal("a conversation is taken as it is sent", ({"edits": []}, {})),
+    "output_format": Refusal("it is the old name of output_config.format; send that"),
     "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
 }
 MESSAGES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
@@ -345,6 +348,23 @@ def read_count(body: bytes, ignore_unknown: bool = False) -> ChatRequest:
     return standing_for(ChatRequest, request.for_chat)
 
 
+class MessagesParameters(Shape):
+    """Parameters of this API's requests."""
+
+    beta: str | None = None
+    """Without effect: there is one version of everything."""
+
+
+class ListModels(MessagesParameters):
+    """Parameters of `GET /v1/models`: of requests with an `anthropic-version` header, but for `beta`."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_MODELS_LISTED)] = MODELS_LISTED
+    after_id: str | None = None
+    """The last model of the page before."""
+    before_id: str | None = None
+    """The first model of the page behind."""
+
+
 # ── answers: msgspec, as a stream has many of them ────────────────────────────────────────────────────────
 
 
@@ -360,7 +380,13 @@ class MessagesUsage(msgspec.Struct):
     output_tokens_details: dict[Literal["thinking_tokens"], int]
 
 
-class MessagesErrorDetail(msgspec.Struct):
+class MessagesErrorCode(msgspec.Struct):
+    """What it was by name, as in the other API's errors."""
+
+    error_code: str
+
+
+class MessagesErrorDetail(msgspec.Struct, omit_defaults=True):
     """What went wrong."""
 
     type: Literal[
@@ -375,6 +401,8 @@ class MessagesErrorDetail(msgspec.Struct):
         "timeout_error",
     ]
     message: str
+    details: MessagesErrorCode | None = None
+    """There where the error has a code."""
 
 
 class MessagesError(msgspec.Struct):
@@ -405,7 +433,8 @@ class AnswerToolUse(msgspec.Struct, tag="tool_use", tag_field="type"):
 
     id: str
     name: str
-    input: dict[str, Any]
+    input: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
+    """As the model wrote it."""
 
 
 class MessagesAnswer(msgspec.Struct, kw_only=True):
@@ -497,3 +526,25 @@ class MessageStop(msgspec.Struct, tag="message_stop", tag_field="type"):
 
 
 MessagesEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """One served name, for this API's clients."""
+
+    id: str
+    type: Literal["model"] = "model"
+    display_name: str
+    lifecycle: Literal["active"] = "active"
+    created_at: str
+    """As RFC 3339 has it."""
+    max_input_tokens: int
+    """Tokens that a prompt and its answer may have together."""
+
+
+class ModelPage(msgspec.Struct, kw_only=True):
+    """Answer to `GET /v1/models` for this API's clients."""
+
+    data: list[ModelInfo]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None

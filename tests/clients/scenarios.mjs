@@ -5,11 +5,12 @@
 import assert from "node:assert/strict";
 
 import Anthropic from "@anthropic-ai/sdk";
+import { betaZodTool } from "@anthropic-ai/sdk/helpers/beta/zod";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { embedMany, generateText, Output, stepCountIs, streamText, tool, APICallError } from "ai";
 import OpenAI from "openai";
-import { zodResponseFormat } from "openai/helpers/zod";
+import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const URL = process.env.QUIRE_URL;
@@ -308,8 +309,44 @@ const scenarios = {
     assert.equal((await openai.responses.retrieve(made.id)).output_text, WORDS);
     const more = { model: "parrot", input: "And then?", previous_response_id: made.id, script: "Nothing." };
     assert.equal((await openai.responses.create(more)).output_text, "Nothing.");
+    const include = ["message.output_text.logprobs", "reasoning.encrypted_content"];
+    assert.equal((await openai.responses.retrieve(made.id, { include })).output_text, WORDS);
+    const items = [];
+    for await (const item of openai.responses.inputItems.list(made.id, { include })) items.push(item.type);
+    assert.deepEqual(items, ["message"]);
     await openai.responses.delete(made.id);
     assert.ok((await fateOf(() => openai.responses.retrieve(made.id))) instanceof OpenAI.NotFoundError);
+  },
+
+  async "openai: what helpers parsed goes back"() {
+    const asked = { model: "tiny", temperature: 0, max_tokens: 100, reasoning_effort: "none", messages: SAY };
+    const { message: said } = (
+      await openai.chat.completions.parse({ ...asked, response_format: zodResponseFormat(Verdict, "verdict") })
+    ).choices[0];
+    Verdict.parse(said.parsed);
+    const tool = zodFunction({ name: "judge", parameters: Verdict });
+    const calling = { tools: [tool], tool_choice: "required", parallel_tool_calls: false };
+    const { message: called } = (await openai.chat.completions.parse({ ...asked, ...calling })).choices[0];
+    Verdict.parse(called.tool_calls[0].function.parsed_arguments);
+    const streamed = await openai.chat.completions.stream(asked).finalChatCompletion();
+    const result = { role: "tool", tool_call_id: called.tool_calls[0].id, content: "sunny" };
+    const messages = [...SAY, said, ...SAY, streamed.choices[0].message, ...SAY, called, result];
+    const answer = await openai.chat.completions.create({ model: "parrot", messages, script: "I see." });
+    assert.equal(answer.choices[0].message.content, "I see.");
+
+    const spare = { model: "tiny", temperature: 0, input: "Say it", reasoning: { effort: "none" } };
+    const text = { format: zodTextFormat(Verdict, "verdict") };
+    const first = await openai.responses.parse({ ...spare, text });
+    Verdict.parse(first.output_parsed);
+    const { parameters } = tool.function;
+    const judge = { type: "function", name: "judge", parameters, strict: true };
+    const second = await openai.responses
+      .stream({ ...spare, tools: [judge], tool_choice: "required" })
+      .finalResponse();
+    const call = second.output.find((item) => item.type === "function_call");
+    const output = { type: "function_call_output", call_id: call.call_id, output: "sunny" };
+    const input = [...first.output, ...second.output, output];
+    assert.equal((await openai.responses.create({ model: "parrot", input, script: "I see." })).output_text, "I see.");
   },
 
   async "ai: responses"() {
@@ -373,6 +410,23 @@ const scenarios = {
     assert.deepEqual([whole.stop_reason, call.name, call.input], ["tool_use", "weather", { city: "Graz", days: 2 }]);
     const streamed = await anthropic.messages.stream(asked).finalMessage();
     assert.deepEqual(streamed.content.find((block) => block.type === "tool_use").input, { city: "Graz", days: 2 });
+  },
+
+  async "anthropic: the tool runner"() {
+    const cities = [];
+    const weather = betaZodTool({
+      name: "weather",
+      description: "The weather",
+      inputSchema: z.object({ city: z.string(), days: z.number().optional() }),
+      run: async ({ city }) => {
+        cities.push(city);
+        return "sunny";
+      },
+    });
+    const asked = { model: "parrot", max_tokens: 100, messages: saying(CALL), tools: [weather] };
+    const last = await anthropic.beta.messages.toolRunner(asked).runUntilDone();
+    assert.deepEqual(cities, ["Graz"]);
+    assert.equal(last.content[0].text, "sunny");
   },
 
   async "deaths: anthropic"() {

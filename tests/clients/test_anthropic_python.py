@@ -60,6 +60,25 @@ def test_tokens_are_counted_as_they_are_used(asking: anthropic.Anthropic) -> Non
     assert counted.input_tokens == used.input_tokens + (used.cache_read_input_tokens or 0)
 
 
+def test_models_are_listed_page_by_page_in_the_client_s_own_shapes(asking: anthropic.Anthropic) -> None:
+    pages = [model.id for model in asking.models.list(limit=1)]
+    whole = asking.models.list()
+    assert pages == [model.id for model in whole.data]
+    assert {"tiny", "parrot"} <= set(pages)
+    assert (whole.has_more, whole.first_id, whole.last_id) == (False, pages[0], pages[-1])
+    before = asking.models.list(limit=1, before_id=pages[-1])
+    assert [model.id for model in before.data] == [pages[-2]]
+    one = asking.models.retrieve("parrot")
+    assert (one.type, one.display_name, one.lifecycle) == ("model", "parrot", "active")
+    assert one.created_at.tzinfo is not None
+    assert {model.id for model in asking.beta.models.list()} == set(pages)
+    with pytest.raises(anthropic.NotFoundError) as lost:
+        asking.models.retrieve("third")
+    assert (lost.value.type, lost.value.error_code) == ("not_found_error", "model_not_found")
+    with pytest.raises(anthropic.BadRequestError, match="limit"):
+        asking.models.list(limit=5000)
+
+
 def test_errors_are_typed(asking: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError):
         asking.messages.create(model="third", max_tokens=5, messages=SAY)
@@ -82,6 +101,54 @@ def test_tools_are_used_whole_and_as_a_stream(asking: anthropic.Anthropic) -> No
     ]
     last = asking.messages.create(**{**asked("", tools=TOOLS), "messages": turns})
     assert [block.text for block in last.content if block.type == "text"] == ["sunny"]
+
+
+def test_the_tool_runner_calls_tools_until_there_is_an_answer(asking: anthropic.Anthropic) -> None:
+    cities: list[str] = []
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        cities.append(city)
+        return "sunny"
+
+    runner = asking.beta.messages.tool_runner(**asked(CALL, tools=[weather]))
+    last = runner.until_done()
+    assert cities == ["Graz"]
+    assert [block.text for block in last.content if block.type == "text"] == ["sunny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ('{"city":"Os', "text"),
+        ('{"city":NaN}', "text"),
+        ("[1]", "text"),
+        ('{"city":1e999}', "tool_use"),
+        ('{"city":"Rom","city":"Oslo"}', "tool_use"),
+        ('{"city":1.0,"days":1e2}', "tool_use"),
+    ],
+)
+def test_odd_arguments_never_become_another_call(asking: anthropic.Anthropic, arguments: str, kind: str) -> None:
+    call = f'<tool_call>{{"name":"weather","arguments":{arguments}</tool_call>'
+    whole = asking.messages.with_raw_response.create(**asked(call, tools=TOOLS)).text()
+    [block] = json.loads(whole)["content"]
+    assert block["type"] == kind
+    assert arguments in block["text"] if kind == "text" else f'"input":{arguments}' in whole
+    with asking.messages.stream(**asked(call, tools=TOOLS)) as stream:
+        deltas = [event.delta for event in stream if event.type == "content_block_delta"]
+    written = "".join(delta.partial_json for delta in deltas if delta.type == "input_json_delta")
+    assert written.startswith(arguments)
+
+
+def test_arguments_that_were_cut_off_are_as_far_as_they_got(asking: anthropic.Anthropic) -> None:
+    arguments = '{"city":"Oslo","day":"the day after tomorrow, if then"}'
+    call = f'<tool_call>{{"name":"weather","arguments":{arguments}}}</tool_call>'
+    for fields in ({"max_tokens": 30}, {"stop_sequences": ["morrow"]}):
+        cut = asking.messages.create(**asked(call, tools=TOOLS, **fields))
+        [use] = [block for block in cut.content if block.type == "tool_use"]
+        assert use.input == {"city": "Oslo"}
+        assert cut.stop_reason in ("max_tokens", "stop_sequence")
 
 
 def test_leaving_a_stream_frees_the_engine(asking: anthropic.Anthropic, server: Server) -> None:

@@ -25,6 +25,7 @@ SCENARIOS: Final = (
     "openai: a crowd is a rate limit, and its headers are obeyed",
     "openai: tools, whole and as a stream",
     "openai: responses",
+    "openai: what helpers parsed goes back",
     "ai: generateText and streamText",
     "ai: structured output",
     "ai: embedMany and errors",
@@ -33,6 +34,7 @@ SCENARIOS: Final = (
     "anthropic: messages, whole and as a stream",
     "anthropic: errors",
     "anthropic: tools",
+    "anthropic: the tool runner",
 )
 """Every scenario that needs nobody to watch."""
 WATCHED: Final = {

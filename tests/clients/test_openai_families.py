@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 from tests.clients.server import ENDLESS, FREED, Server
 
 SAY: Final[list[Any]] = [{"role": "user", "content": "Say it"}]
@@ -121,6 +122,62 @@ def test_a_response_is_made_streamed_kept_and_deleted(client: openai.OpenAI) -> 
     client.responses.delete(made.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(made.id)
+
+
+def test_what_else_a_kept_response_may_tell_is_asked_for_in_a_list(client: openai.OpenAI) -> None:
+    made = client.responses.create(
+        model="parrot", input="Say it", include=["message.output_text.logprobs"], extra_body={"script": WORDS}
+    )
+    again = client.responses.retrieve(made.id, include=["message.output_text.logprobs"])
+    assert again.output == made.output
+    items = client.responses.input_items.list(
+        made.id, include=["message.output_text.logprobs", "reasoning.encrypted_content"]
+    )
+    assert [item.type for item in items] == ["message"]
+
+
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Graz", "Wien"]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, of what it sends
+def test_what_helpers_of_chats_parsed_goes_back_into_the_conversation(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": SAY, "max_tokens": 100, "temperature": 0, "reasoning_effort": "none",
+    }  # fmt: skip
+    parsed = client.chat.completions.parse(**asked, response_format=Weather).choices[0].message
+    assert isinstance(parsed.parsed, Weather)
+    with client.chat.completions.stream(**asked) as stream:
+        plain = stream.get_final_completion().choices[0].message
+    tool = openai.pydantic_function_tool(Weather)
+    called: Any = (
+        client.chat.completions.parse(**asked, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+        .choices[0]
+        .message
+    )
+    [made] = called.tool_calls
+    assert isinstance(made.function.parsed_arguments, Weather)
+    messages: list[Any] = [
+        *SAY, parsed, *SAY, plain, *SAY, called, {"role": "tool", "tool_call_id": made.id, "content": "sunny"},
+    ]  # fmt: skip
+    answer = client.chat.completions.create(model="parrot", messages=messages, extra_body={"script": "I see."})
+    assert answer.choices[0].message.content == "I see."
+
+
+def test_what_helpers_of_responses_parsed_goes_back_into_the_conversation(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": "Say it", "temperature": 0, "reasoning": {"effort": "none"}}
+    parsed = client.responses.parse(**asked, text_format=Weather, max_output_tokens=100)
+    assert isinstance(parsed.output_parsed, Weather)
+    tool: Any = {"type": "function", **openai.pydantic_function_tool(Weather)["function"]}
+    with client.responses.stream(**asked, tools=[tool], tool_choice="required") as stream:
+        called: Any = stream.get_final_response()
+    [made] = [item for item in called.output if item.type == "function_call"]
+    output = {"type": "function_call_output", "call_id": made.call_id, "output": "sunny"}
+    told: Any = [*parsed.output, *called.output, output]
+    answer = client.responses.create(model="parrot", input=told, extra_body={"script": "I see."})
+    assert answer.output_text == "I see."
 
 
 def test_a_response_in_the_background_is_cancelled(client: openai.OpenAI, server: Server) -> None:

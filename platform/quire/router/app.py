@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from litestar import Litestar, Request, Response, get, post, route
@@ -21,6 +21,7 @@ from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
 from quire.router.api.exchange import Exchange, Format
 from quire.router.api.messages import MessagesFormat, TokenCounting
+from quire.router.api.query import checked
 from quire.router.api.reply import Reply
 from quire.router.api.score import ScoreFormat
 from quire.router.api.tokens import Tokens
@@ -76,11 +77,31 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     app = Litestar(
         route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
+        before_request=_query_checked(fleet),
         openapi_config=None,
         logging_config=None,
         debug=False,
     )
     return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+
+
+def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
+    """Looks at what stands behind the question mark of every request for the API, by the row of its path."""
+    rows = {
+        (method, path): each
+        for each in openapi.ENDPOINTS
+        for path in (each.path, *each.aliases)
+        for method in each.methods
+        if not each.watched
+    }
+
+    async def check(request: Request[Any, Any, Any]) -> None:
+        row = rows.get((request.method, request.scope["path_template"]))
+        if row is not None:
+            ignore_unknown = fleet.table.http.ignore_unknown
+            checked(request.query_params.multi_items(), row.query, ignore_unknown=ignore_unknown)
+
+    return check
 
 
 def _inference(
@@ -157,7 +178,7 @@ def _telling(path: str, allowed: str) -> HTTPRouteHandler:
 
 def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The answer to anything that a route or the framework raised."""
-    known = describe(_ours(error, request), Api.at(request.url.path))
+    known = describe(_ours(error, request), Api.of(request.scope["path"], request.scope["headers"]))
     if known.status == 500:
         log.error("a request failed", exc_info=error)
     headers = {name.decode(): value.decode() for name, value in known.headers}

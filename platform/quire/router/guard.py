@@ -62,7 +62,7 @@ class Guard:
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
 
         crossing = self._crossing(headers)
-        api = Api.at(scope["path"])
+        api = Api.of(scope["path"], headers)
         named = [(b"x-request-id", request_id)]
         if api is Api.ANTHROPIC:
             named.append((b"request-id", request_id))  # where its clients look

@@ -36,10 +36,14 @@ from quire_schemas.anthropic import (
     MESSAGES_REFUSED,
     MESSAGES_WITHOUT_EFFECT,
     CountRequest,
+    ListModels,
     MessagesAnswer,
     MessagesError,
     MessagesEvent,
+    MessagesParameters,
     MessagesRequest,
+    ModelInfo,
+    ModelPage,
     TokenCount,
 )
 from quire_schemas.health import Health, Liveness, Readiness
@@ -115,7 +119,9 @@ ONE_STORED: Final[Errors] = (*STORED, errors.NotFound, errors.Conflict)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One path, and what it takes and gives. Shapes are Pydantic models, Structs, or unions of either."""
+    """One path, and what it takes and gives. Shapes are Pydantic models, Structs, or unions of either; a tuple has
+    one for each API that the path belongs to.
+    """
 
     name: str
     """As an identifier, for those who make clients of the document."""
@@ -140,6 +146,8 @@ class Endpoint:
     """Media type of the answer."""
     event: Any = None
     """Shape of a stream's events, where there are streams."""
+    watched: bool = False
+    """For whoever watches the server: parameters behind the question mark are not looked at."""
     unwell: str = ""
     """What a 503 means that has the answer's own shape, where there is one."""
     error: Any = ErrorBody
@@ -253,10 +261,11 @@ ENDPOINTS: Final = (
         "/v1/messages",
         "Answer the last message of a conversation, in Anthropic's words.",
         ("POST",),
-        ENGINE + TEMPLATE,
+        (*ENGINE, *TEMPLATE, errors.ThreadsUnsupported),
         request=MessagesRequest,
         refused=MESSAGES_REFUSED,
         without_effect=MESSAGES_WITHOUT_EFFECT,
+        query=MessagesParameters,
         answer=MessagesAnswer,
         event=MessagesEvent,
         error=MessagesError,
@@ -266,10 +275,11 @@ ENDPOINTS: Final = (
         "/v1/messages/count_tokens",
         "Count the tokens of a conversation.",
         ("POST",),
-        TOKENIZER + TEMPLATE,
+        (*TOKENIZER, *TEMPLATE, errors.ThreadsUnsupported),
         request=CountRequest,
         refused=MESSAGES_REFUSED,
         without_effect=MESSAGES_WITHOUT_EFFECT,
+        query=MessagesParameters,
         answer=TokenCount,
         error=MessagesError,
     ),
@@ -347,13 +357,22 @@ ENDPOINTS: Final = (
         ONE_STORED,
         answer=BatchObject,
     ),
-    Endpoint("listModels", "/v1/models", "Each name that requests may use.", answer=ModelList),
+    Endpoint(
+        "listModels",
+        "/v1/models",
+        "Each name that requests may use.",
+        query=ListModels,
+        answer=(ModelList, ModelPage),
+        error=(ErrorBody, MessagesError),
+    ),
     Endpoint(
         "retrieveModel",
         "/v1/models/{name}",
         "One name that requests may use.",
         errors=(errors.ModelNotFound,),
-        answer=ModelCard,
+        query=MessagesParameters,
+        answer=(ModelCard, ModelInfo),
+        error=(ErrorBody, MessagesError),
     ),
     Endpoint(
         "health",
@@ -361,19 +380,27 @@ ENDPOINTS: Final = (
         "Whether a request can be served now.",
         ("GET", "HEAD"),
         answer=Health,
+        watched=True,
         unwell="No model can serve.",
     ),
-    Endpoint("livez", "/livez", "Whether the process answers.", ("GET", "HEAD"), answer=Liveness),
+    Endpoint("livez", "/livez", "Whether the process answers.", ("GET", "HEAD"), answer=Liveness, watched=True),
     Endpoint(
         "readyz",
         "/readyz",
         "Whether it is known what to serve.",
         ("GET", "HEAD"),
         answer=Readiness,
+        watched=True,
         unwell="There has been no routing table yet.",
     ),
-    Endpoint("describe", "/openapi.json", "This document.", answer=dict[str, Any]),
-    Endpoint("metrics", "/metrics", "The figures of this process, for Prometheus.", gives=CONTENT_TYPE),
+    Endpoint("describe", "/openapi.json", "This document.", answer=dict[str, Any], watched=True),
+    Endpoint(
+        "metrics",
+        "/metrics",
+        "The figures of this process, for Prometheus.",
+        gives=CONTENT_TYPE,
+        watched=True,
+    ),
 )
 
 
@@ -474,6 +501,10 @@ def _failures(each: Endpoint, ends: Iterable[type[Exception]]) -> dict[str, Any]
         if each.error is ErrorBody:
             fields = {"type": {"enum": list(dict.fromkeys(row.type for row in rows))}, "code": {"enum": codes}}
             schema = {"allOf": [schema, {"properties": {"error": {"properties": fields}}}]}
+        named = [code for code in codes if code is not None]
+        if each.error is MessagesError and named:
+            details = {"properties": {"error_code": {"enum": named}}}
+            schema = {"allOf": [schema, {"properties": {"error": {"properties": {"details": details}}}}]}
         if str(status) == "503" and each.unwell:
             schema = {"anyOf": [_reference(each.answer), schema]}
         *words, last = ["null" if code is None else f"`{code}`" for code in codes]
@@ -512,8 +543,9 @@ def _shapes() -> list[Any]:
     found: dict[Any, None] = {}
     for each in ENDPOINTS:
         for kind in (each.request, each.answer, each.event, each.error):
-            if kind is not None:
-                found.setdefault(kind)
+            for one in kind if isinstance(kind, tuple) else (kind,):
+                if one is not None:
+                    found.setdefault(one)
     return list(found)
 
 
@@ -570,6 +602,8 @@ def _short(name: str) -> str:
 
 
 def _reference(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, tuple):
+        return {"anyOf": [_reference(one) for one in kind]}
     schema: dict[str, Any] = _schemas().of_shape[kind]
     return copy.deepcopy(schema)
 

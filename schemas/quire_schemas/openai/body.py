@@ -31,11 +31,16 @@ class BadStandIn(BadRequest):
     """The request that another one stands for is none. `param` is a field of that."""
 
 
+class NoThreads(BadRequest):
+    """A conversation is to be kept here: clients who know that error send the whole of it instead."""
+
+
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a field is refused, and the values that ask for nothing."""
+    """Why a field is refused, the values that ask for nothing, and the error that it is."""
 
     reason: str
     neutral: tuple[Any, ...] = ()
+    kind: type[BadRequest] = BadRequest
 
 
 NOT_YET = "is not honoured by this version"
@@ -84,7 +89,7 @@ def read(
         elif name in refused:
             refusal = refused[name]
             if not asks_for_nothing(value, refusal.neutral):
-                raise BadRequest(f"'{name}' is not honoured: {refusal.reason}.", name)
+                raise refusal.kind(f"'{name}' is not honoured: {refusal.reason}.", name)
         elif name not in without_effect and not ignore_unknown:
             raise BadRequest(_unknown(name, [*honoured, *refused, *without_effect]), shown(name))
     while True:
@@ -141,12 +146,9 @@ def _drop_unknown(request: dict[str, Any], details: Sequence[ErrorDetails]) -> b
         if detail["type"] != "extra_forbidden":
             continue
         at: Any = request
-        *path, last = detail["loc"]
-        for step in path:  # a step that leads nowhere is the library's name for one of several shapes
-            if isinstance(at, dict):
-                at = at.get(step, at)
-            elif isinstance(at, list) and isinstance(step, int):
-                at = at[step]
+        *path, last = _place(detail, request)
+        for step in path:
+            at = at[step]
         if isinstance(at, dict) and last in at:
             del at[last]
             dropped = True

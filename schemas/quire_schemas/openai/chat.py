@@ -119,13 +119,18 @@ class Message(Shape):
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = None
+    """Without effect: what a client has made of the content of an answer."""
 
     @model_validator(mode="after")
     def _content_where_needed(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("content_missing", "must have content")
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("tool_calls", "may have tool_calls only when its role is assistant")
+        for name in ("tool_calls", "parsed"):
+            if getattr(self, name) and self.role != "assistant":
+                raise PydanticCustomError(
+                    "tool_calls", "may have {name} only when its role is assistant", {"name": name}
+                )
         return self
 
     def for_template(self) -> dict[str, Any]:

@@ -15,10 +15,8 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    PlainValidator,
     Tag,
     TypeAdapter,
-    ValidationError,
     create_model,
     model_validator,
 )
@@ -29,7 +27,7 @@ from quire_schemas.openai.chat import CHAT_REFUSED, MAX_MESSAGES, ChatRequest, E
 from quire_schemas.openai.request import Count, ModelRequest, Shape
 from quire_schemas.openai.sampling import MAX_TOP_LOGPROBS, SAMPLING_REFUSED
 from quire_schemas.openai.structured import Schema
-from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools
+from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools, choice_kind
 
 MAX_METADATA: Final = 16
 INPUT_ITEMS_LISTED: Final = 20
@@ -102,6 +100,8 @@ class TextPart(Shape):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Annotated[Any, Field(exclude=True)] = None
+    """Without effect, as in a chat."""
 
 
 class RefusalPart(Shape):
@@ -137,6 +137,8 @@ class CallItem(_Item):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Annotated[Any, Field(exclude=True)] = None
+    """Without effect, as in a chat."""
     namespace: None = None
 
 
@@ -280,17 +282,16 @@ class AllowedFunctions(Shape):
     tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-ResponseChoice = ToolMode | FunctionChoice | AllowedFunctions
-_choices: Final[TypeAdapter[ResponseChoice]] = TypeAdapter(ResponseChoice)
-
-
-def _choice(value: object) -> ResponseChoice:
-    try:
-        return _choices.validate_python(value)
-    except ValidationError as error:
-        raise PydanticCustomError(
-            "choice", "must be none, auto, required, a function ('type' and 'name') or allowed_tools"
-        ) from error
+ResponseChoice = Annotated[
+    Annotated[ToolMode, Tag("a mode")]
+    | Annotated[FunctionChoice, Tag("a function")]
+    | Annotated[AllowedFunctions, Tag("some tools")],
+    Discriminator(
+        choice_kind,
+        custom_error_type="choice",
+        custom_error_message="must be none, auto, required, a function ('type' and 'name') or allowed_tools",
+    ),
+]
 
 
 class TextFormat(Shape):
@@ -364,9 +365,7 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), AfterValidator(check_tools)] | None = None
-    tool_choice: Annotated[
-        ResponseChoice | None, PlainValidator(_choice, json_schema_input_type=ResponseChoice)
-    ] = None
+    tool_choice: ResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -603,14 +602,14 @@ class ResponseObject(msgspec.Struct, kw_only=True):
 class RetrieveResponse(Shape):
     """Parameters of `GET /v1/responses/{id}`, without effect: all that is kept is told, and it is not streamed."""
 
-    include: str | None = None
+    include: list[str] | None = None
     include_obfuscation: str | None = None
 
 
 class ListInputItems(Shape):
     """Parameters of `GET /v1/responses/{id}/input_items`."""
 
-    include: str | None = None
+    include: list[str] | None = None
     """Without effect: all that is kept is told."""
 
     limit: Annotated[int, Field(ge=1, le=MAX_INPUT_ITEMS_LISTED)] = INPUT_ITEMS_LISTED

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, get_args
 
 import msgspec
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from quire_schemas.openai.answer import Answer
@@ -85,21 +85,27 @@ class AllowedChoice(Shape):
 
 
 ToolMode = Literal["none", "auto", "required"]
-Choosable = ToolMode | NamedTool | AllowedChoice
-_choices: Final[TypeAdapter[Choosable]] = TypeAdapter(Choosable)
 
 
-def _choice(value: object) -> Choosable:
-    try:
-        return _choices.validate_python(value)
-    except ValidationError as error:
-        raise PydanticCustomError(
-            "choice",
-            "must be none, auto, required, a function ('type' and 'function' with its 'name') or allowed_tools",
-        ) from error
+def choice_kind(value: object) -> str | None:
+    """Which kind of choice it is: a word, or an object of a type. They are no names of fields."""
+    if isinstance(value, str):
+        return "a mode" if value in get_args(ToolMode) else None
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"function": "a function", "allowed_tools": "some tools"}.get(kind) if isinstance(kind, str) else None
 
 
-ToolChoice = Annotated[Choosable, PlainValidator(_choice, json_schema_input_type=Choosable)]
+ToolChoice = Annotated[
+    Annotated[ToolMode, Tag("a mode")]
+    | Annotated[NamedTool, Tag("a function")]
+    | Annotated[AllowedChoice, Tag("some tools")],
+    Discriminator(
+        choice_kind,
+        custom_error_type="choice",
+        custom_error_message="must be none, auto, required, a function ('type' and 'function' with its 'name') "
+        "or allowed_tools",
+    ),
+]
 
 
 T = TypeVar("T", bound=Named)
@@ -119,6 +125,8 @@ class FunctionCall(Shape):
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
+    """Without effect: what a client has made of them."""
 
     @property
     def parsed(self) -> dict[str, Any] | str:

@@ -414,6 +414,20 @@ def test_no_tokens_may_be_asked_for_beside_an_echo() -> None:
     assert refused(completion, max_tokens=0, echo=True, min_tokens=1).param == "min_tokens"
 
 
+@pytest.mark.parametrize("kind", ["function", "allowed_tools"])
+def test_a_choice_of_tools_keeps_what_is_known_of_it(kind: str) -> None:
+    named = {"type": "function", "foo": 1, "function": {"name": "f", "foo": 1}}
+    choice = named if kind == "function" else {"type": kind, kind: {"mode": "auto", "foo": 1, "tools": [named]}}
+    body = {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": choice}
+    with pytest.raises(BadRequest, match=r"'tool_choice.*\.foo' is not a field"):
+        read_chat(json.dumps(body).encode())
+    assert read_chat(json.dumps(body).encode(), ignore_unknown=True).allowed_names == ("f",)
+
+
+def test_what_a_client_parsed_belongs_to_an_answer() -> None:
+    assert refused(chat, messages=[{"role": "user", "content": "x", "parsed": {"a": 1}}]).param == "messages[0]"
+
+
 def test_an_unknown_part_is_named_without_its_value() -> None:
     said = refused(completion, repetition_detection={"max_pattern_size": 1, "min_count": 2, "x": 1}).message
     assert said == "'repetition_detection.x' is not a field of this object."

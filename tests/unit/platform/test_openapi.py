@@ -108,7 +108,8 @@ def test_every_error_is_declared_where_it_may_come() -> None:
         if isinstance(operation, dict)
         for status, response in operation["responses"].items()
         for part in parts(response)
-        for code in part.get("code", {}).get("enum", ())
+        for name in ("code", "error_code")
+        for code in part.get(name, {}).get("enum", ())
     }
     wanted = {
         (row.status, row.code)

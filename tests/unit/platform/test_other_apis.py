@@ -189,3 +189,55 @@ def test_what_is_wrong_is_named_as_the_client_wrote_it(read: Any, body: dict[str
         read(**body)
     assert (refused.value.param or "").startswith(param)
     assert param.split("[")[0].split(".")[0] in refused.value.message
+
+
+TEXT = {"type": "text", "text": "x", "foo": 1}
+CACHED = {"type": "ephemeral", "foo": 1}
+NAMED = {"type": "function", "foo": 1, "name": "f"}
+OFFERED: dict[str, Any] = {"tools": [{"type": "function", "name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "place"),
+    [
+        (read_messages, {"messages": [{"role": "user", "content": [TEXT]}]}, "messages[0].content[0].foo"),
+        (read_messages, {"messages": [HI], "system": [TEXT]}, "system[0].foo"),
+        (
+            read_messages,
+            {"messages": [{"role": "user", "content": [{**TEXT, "foo": None, "cache_control": CACHED}]}]},
+            "messages[0].content[0].",
+        ),
+        (
+            read_messages,
+            {
+                "messages": [
+                    {"role": "assistant", "content": [{"type": "thinking", "thinking": "x", "foo": 1}]},
+                    HI,
+                ]
+            },
+            "messages[0].content[0].foo",
+        ),
+        (read_response, {"input": [{"role": "user", "content": [TEXT]}]}, "input[0].content[0].foo"),
+        (
+            read_response,
+            {"input": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "x", "foo": 1}]}]},
+            "input[0].content[0].foo",
+        ),
+        (read_response, {"input": "x", **OFFERED, "tool_choice": NAMED}, "tool_choice.foo"),
+        (
+            read_response,
+            {"input": "x", **OFFERED, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [NAMED]}},
+            "tool_choice.tools[0].foo",
+        ),
+    ],
+)
+def test_a_field_that_nobody_knows_is_named_or_left_out_wherever_it_is(
+    read: Any, body: dict[str, Any], place: str
+) -> None:
+    sent = json.dumps({"model": "m", **body, **({"max_tokens": 9} if read is read_messages else {})}).encode()
+    with pytest.raises(BadRequest, match="is not a field of this object") as refused:
+        read(sent)
+    assert (refused.value.param or "").startswith(place)
+    made = read(sent, ignore_unknown=True)
+    known = json.loads(sent.replace(b', "foo": 1', b"").replace(b', "foo": null', b""))
+    assert made == read(json.dumps(known).encode())

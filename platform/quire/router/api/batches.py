@@ -12,7 +12,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
 from quire.router.api.exchange import ClientGone, read_body, send_json
-from quire.router.api.query import cursor, known, whole
+from quire.router.api.query import cursor, whole
 from quire.router.api.reply import Reply, named
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
@@ -23,7 +23,6 @@ from quire_schemas.openai.batches import (
     MAX_BATCHES_LISTED,
     BatchList,
     BatchObject,
-    ListBatches,
     read_create,
 )
 from quire_schemas.openai.body import BadRequest
@@ -88,7 +87,6 @@ def batch_object(batch: Batch) -> BatchObject:
 
 async def listed(batches: Batches, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/batches`. Raises `InvalidRequest`."""
-    known(query, tuple(ListBatches.model_fields))
     found, more = await batches.page(
         whole(query, "limit", BATCHES_LISTED, MAX_BATCHES_LISTED), cursor(query, PREFIX)
     )

@@ -36,6 +36,7 @@ from quire.errors import (
     HttpError,
     InvalidRequest,
     ServiceUnavailable,
+    ThreadsUnsupported,
     UnsupportedMediaType,
     describe,
     renamed,
@@ -48,7 +49,7 @@ from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
-from quire_schemas.openai.body import BadRequest, BadStandIn
+from quire_schemas.openai.body import BadRequest, BadStandIn, NoThreads
 from quire_schemas.openai.request import ModelRequest
 from quire_schemas.wire import HttpSettings
 
@@ -284,7 +285,8 @@ def _ours(error: Exception, names: Mapping[str, str]) -> Exception:
     """The schema's complaint as the error that the table knows, and in the client's words."""
     if not isinstance(error, BadRequest):
         return renamed(error, names)
-    told = InvalidRequest(error.message, param=error.param)
+    kind = ThreadsUnsupported if isinstance(error, NoThreads) else InvalidRequest
+    told = kind(error.message, param=error.param)
     return renamed(told, names) if isinstance(error, BadStandIn) else told
 
 

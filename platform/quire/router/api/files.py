@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from quire.router.api.exchange import ClientGone, send_json
-from quire.router.api.query import cursor, descends, known, whole
+from quire.router.api.query import cursor, descends, whole
 from quire.router.api.reply import Reply, named
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.fleet import Fleet
@@ -33,7 +33,6 @@ from quire_schemas.openai.files import (
     FileDeleted,
     FileList,
     FileObject,
-    ListFiles,
 )
 from quire_schemas.wire import HttpSettings
 
@@ -236,7 +235,6 @@ def file_object(file: StoredFile) -> FileObject:
 
 async def listed(files: Files, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/files`. Raises `InvalidRequest`."""
-    known(query, tuple(ListFiles.model_fields))
     limit = whole(query, "limit", MAX_FILES_LISTED, MAX_FILES_LISTED)
     newest_first = descends(query)
     after = cursor(query, PREFIX)

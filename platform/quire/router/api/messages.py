@@ -7,6 +7,7 @@ with one `error` event.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -92,8 +93,9 @@ class MessagesFormat:
         if said.content:
             content.append(AnswerText(said.content))
         reason, stop = _ended(updates[-1])
-        for call in said.calls:
-            given = _object(call.arguments)
+        for number, call in enumerate(said.calls, 1):
+            cut = number == len(said.calls) and reason != "tool_use"
+            given = _object(call.arguments, cut=cut)
             if given is None:  # there is no other place for what is no object, and nothing may be lost
                 content.append(AnswerText(f"{call.name}({call.arguments})"))
             else:
@@ -125,13 +127,22 @@ def _id(job: Job) -> str:
     return f"toolu_{made.removeprefix('call_')}" if made.startswith("call_") else made
 
 
-def _object(arguments: str) -> dict[str, Any] | None:
-    """The object that they are or, cut off, as much of it as there is, as the official clients read a stream."""
+def _object(arguments: str, *, cut: bool) -> msgspec.Raw | None:
+    """The object that they are, to the letter; of one that is cut off as much as there is, as the official clients
+    read a stream. None where they are none.
+    """
+    written = (arguments or "{}").encode()
     try:
-        found = from_json(arguments or "{}", allow_partial=True)
-    except ValueError:
+        msgspec.json.decode(written, type=dict[str, msgspec.Raw])
+        return msgspec.Raw(written)
+    except (ValueError, RecursionError):
+        if not cut:
+            return None
+    try:
+        found = from_json(written, allow_partial=True)
+        return msgspec.Raw(json.dumps(found, allow_nan=False).encode()) if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _ended(last: Update) -> tuple[StopReason, str | None]:
@@ -236,7 +247,7 @@ class MessagesStream:
                 yield self._delta({"type": "thinking_delta", "thinking": text})
             case CallBegins(name=name):
                 yield from self._close()
-                yield from self._block(CallBegins, AnswerToolUse(_id(self._job), name, {}))
+                yield from self._block(CallBegins, AnswerToolUse(_id(self._job), name, msgspec.Raw(b"{}")))
             case CallArguments(text=text):
                 yield self._delta({"type": "input_json_delta", "partial_json": text})
 

@@ -1,19 +1,48 @@
-"""What stands behind the question mark of a list: read, or refused by name."""
+"""What stands behind the question mark: read, or refused by name.
+
+`checked` holds for every path of the API, before its route has a look. Clients write a list as `name[]=a&name[]=b`
+or as `name=a&name=b`; everything else stands there once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import get_args, get_origin
+
+from pydantic import BaseModel
 
 from quire.errors import InvalidRequest
+from quire_schemas.openai.body import shown
 
 
-def known(query: Mapping[str, str], names: tuple[str, ...]) -> None:
-    """Raise `InvalidRequest` for a parameter that is none of `names`."""
-    for name in query:
-        if name not in names:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            there = f"There are: {', '.join(names)}." if names else "This path takes none."
-            raise InvalidRequest(f"Unknown parameter '{shown}'. {there}", param=shown)
+def checked(query: Iterable[tuple[str, str]], shape: type[BaseModel] | None, *, ignore_unknown: bool) -> None:
+    """Raise `InvalidRequest` for a parameter that is none of `shape`'s, or stands there twice and is no list."""
+    lists = {
+        name: is_list for name, is_list in _fields(shape) for name in ((name, f"{name}[]") if is_list else (name,))
+    }
+    seen: set[str] = set()
+    for name, _ in query:
+        if name in lists:
+            if name in seen and not lists[name]:
+                raise InvalidRequest(f"The parameter '{name}' stands there twice.", param=name)
+            seen.add(name)
+        elif not ignore_unknown:
+            raise unknown(name, [known for known, _ in _fields(shape)])
+
+
+def unknown(name: str, names: Collection[str]) -> InvalidRequest:
+    """What to say of a parameter that is none of `names`."""
+    there = f"There are: {', '.join(names)}." if names else "This path takes none."
+    return InvalidRequest(f"Unknown parameter '{shown(name)}'. {there}", param=shown(name))
+
+
+def _fields(shape: type[BaseModel] | None) -> list[tuple[str, bool]]:
+    """Names, and whether they stand for lists."""
+    fields = shape.model_fields if shape is not None else {}
+    return [
+        (name, any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation))))
+        for name, field in fields.items()
+    ]
 
 
 def whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:

@@ -25,7 +25,7 @@ from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
-from quire.router.api.query import descends, known, whole
+from quire.router.api.query import descends, whole
 from quire.router.api.reply import Reply, named
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
@@ -44,7 +44,6 @@ from quire_schemas.openai.responses import (
     InputItems,
     InputTokens,
     Item,
-    ListInputItems,
     OutputCall,
     OutputDetails,
     OutputItem,
@@ -58,7 +57,6 @@ from quire_schemas.openai.responses import (
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
-    RetrieveResponse,
     read_response,
 )
 
@@ -399,7 +397,6 @@ async def deleted(responses: Responses, response_id: str) -> bytes:
 
 async def input_items(responses: Responses, response_id: str, query: dict[str, str]) -> bytes:
     """Answer to `GET /v1/responses/{id}/input_items`. Raises `NotFound` and `InvalidRequest`."""
-    known(query, tuple(ListInputItems.model_fields))
     limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
     items = [_listed(response_id, at, item) for at, item in enumerate(await responses.input_of(response_id))]
     if descends(query):
@@ -444,7 +441,6 @@ def routes(
 
     @get("/v1/responses/{response_id:str}")
     async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        known(dict(request.query_params), tuple(RetrieveResponse.model_fields))
         return Reply(200, await responses.get(named(request, "response_id")))
 
     @delete("/v1/responses/{response_id:str}", status_code=200)
