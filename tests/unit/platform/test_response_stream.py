@@ -133,10 +133,10 @@ async def test_a_stream_that_text_breaks_is_told_to_be_broken(store: Store, toke
     assert last["response"]["error"]["message"]
 
 
-@pytest.mark.parametrize("part", [Content("x" * 1024), Reasoning("x" * 1024), CallArguments(0, "x" * 1024)])
+@pytest.mark.parametrize("part", [Content("x" * 4096), Reasoning("x" * 4096), CallArguments(0, "x" * 4096)])
 async def test_a_long_item_takes_linear_time(store: Store, tokenizer: Tokenizer, part: Part) -> None:
     stream = stream_of(store, tokenizer)
-    brought = updates(*([CallBegins(0, "f")] if isinstance(part, CallArguments) else []), *[part] * 20_000)
+    brought = updates(*([CallBegins(0, "f")] if isinstance(part, CallArguments) else []), *[part] * 8_000)
     began = time.process_time()
     for update in brought:
         stream.events([update], lambda: USAGE)
