@@ -122,12 +122,18 @@ class Structured(msgspec.Struct, frozen=True, omit_defaults=True):
         {"sequence": [form, …]}               one after the other
         {"any": [form, …]}                    one of them
         {"repeat": form, "least": 0, "most": null, "between": form}
+        {"some": [form, …], "between": form}  some of them, or none, in their order
+        {"root": {…}, "form": form}           the form; each `$ref` in its schemas is into this schema, of which
+                                              nothing else holds. Roots in it are of what is in them
         {"structured": {"kind": …, "text": …, "whitespace": …}, "begins": […]}
                                               what another constraint allows; free text has `begins`, as below
         {"free": [{"mark": "…", "then": form}, …], "begins": [{"mark": "…", "then": form, "again": false}, …]}
                                               any text; each mark in it begins its form, as do those of `begins` at
                                               the text's beginning, white space aside. Behind a form of the latter
                                               nothing follows, or `again` such a text, from its beginning
+
+    An engine refuses a shape that it does not know, but does not notice what else is in one that it knows: a new
+    shape has words of its own.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag", "form"]

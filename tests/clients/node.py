@@ -30,26 +30,31 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def installed() -> Path:
-    """Folder of the packages of the lockfile, fetched if they are not those that are there."""
+def fetched() -> str:
+    """Have the packages of the lockfile here, if they are not yet. What is in the way; empty: nothing."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        lacking("there is no Node on this machine, or no npm")
+        return "there is no Node on this machine, or no npm"
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < OLDEST:
-        lacking(f"Node {version} is older than {OLDEST}")
-    folder = HERE / "node_modules"
-    stamp = folder / ".installed"
+        return f"Node {version} is older than {OLDEST}"
+    stamp = HERE / "node_modules" / ".installed"
     wanted = hashlib.sha256(LOCK.read_bytes() + version.encode()).hexdigest()
     with LOCK.open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of one run may come here at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of the run may come here at once
         if not stamp.exists() or stamp.read_text() != wanted:
-            command = [npm, "ci", "--prefer-offline"]
+            command = [npm, "ci", "--prefer-offline", "--no-audit", "--no-fund"]
             done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, check=False)
             if done.returncode:
-                lacking(f"npm ci failed: {done.stderr[-2000:]}")
+                return f"npm ci failed: {done.stderr[-2000:]}"
             stamp.write_text(wanted)
-    return folder
+    return ""
+
+
+def installed() -> None:
+    """Skip where the packages cannot be had."""
+    if problem := fetched():
+        lacking(problem)
 
 
 class Running:

@@ -93,7 +93,7 @@ class _Item(Shape):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class TextPart(Shape):
+class ItemTextPart(Shape):
     """Words; what an answer had beside them is accepted, as clients send it back."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -104,21 +104,21 @@ class TextPart(Shape):
     """Without effect, as in a chat."""
 
 
-class RefusalPart(Shape):
+class ItemRefusalPart(Shape):
     """Words by which a model refused."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-Words = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Words = str | list[Annotated[ItemTextPart | ItemRefusalPart, Field(discriminator="type")]]
 
 
 def _joined(words: Words) -> str:
     """Content as one string; the parts of a list are joined by line ends."""
     if isinstance(words, str):
         return words
-    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in words)
+    return "\n".join(part.text if isinstance(part, ItemTextPart) else part.refusal for part in words)
 
 
 class MessageItem(_Item):

@@ -25,11 +25,11 @@ from quire.router.spans import RequestSpan
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.chat import (
-    AssistantMessage,
     ChatChoice,
     ChatCompletion,
     ChatFinishReason,
     ChatRequest,
+    ChoiceMessage,
     read_chat,
 )
 from quire_schemas.openai.tools import AnsweredCall, CalledFunction
@@ -97,7 +97,7 @@ def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
     ]
     return ChatChoice(
         index=index,
-        message=AssistantMessage(
+        message=ChoiceMessage(
             role="assistant",
             content=said.content if said.content or not calls else None,
             tool_calls=calls or None,

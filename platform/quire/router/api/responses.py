@@ -148,6 +148,8 @@ class Output:
         self._summary = request.wants_summary
         self._writer = Writer(job)
         self._open: OutputItem | None = None
+        self._text: list[str] = []
+        """What has come of the text of the item that is open: it is put together once."""
         self._finish = "stop"
         self._scores: list[Any] = []
         """Of tokens whose text has not come yet."""
@@ -210,7 +212,7 @@ class Output:
             item = _message()
             yield from self._begin_message(item)
         words = item.content[0]
-        words.text += text
+        self._text.append(text)
         words.logprobs += scores
         self._scores = []
         fields = {**self._where(item), "content_index": 0}
@@ -233,7 +235,7 @@ class Output:
                 )
                 yield from self._item(call)
             case CallArguments(text=text) if isinstance(self._open, OutputCall):
-                self._open.arguments += text
+                self._text.append(text)
                 yield "response.function_call_arguments.delta", {**self._where(self._open), "delta": text}
 
     def _thought(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -242,12 +244,11 @@ class Output:
             item = OutputReasoning(id=_new(OutputReasoning), status="in_progress", summary=[], content=[])
             yield from self._item(item)
             yield from self._begin_thought(item)
+        self._text.append(text)
         if self._summary:
-            item.summary[0].text += text
             fields = {**self._where(item), "summary_index": 0}
             yield "response.reasoning_summary_text.delta", {**fields, "delta": text}
         else:
-            item.content[0].text += text
             fields = {**self._where(item), "content_index": 0}
             yield "response.reasoning_text.delta", {**fields, "delta": text}
 
@@ -266,6 +267,7 @@ class Output:
         item, self._open = self._open, None
         if item is None:
             return
+        self._put_together(item)
         item.status = "incomplete" if status == "incomplete" else "completed"
         where = self._where(item)
         match item:
@@ -285,6 +287,21 @@ class Output:
                 told = {"name": name, "arguments": arguments}
                 yield "response.function_call_arguments.done", {**where, **told}
         yield "response.output_item.done", {"output_index": self._at, "item": item}
+
+    def broken(self) -> None:
+        """There will be no more, and what there is has no end."""
+        item, self._open = self._open, None
+        if item is not None:
+            self._put_together(item)
+            item.status = "incomplete"
+
+    def _put_together(self, item: OutputItem) -> None:
+        text, self._text = "".join(self._text), []
+        match item:
+            case OutputMessage(content=[part]) | OutputReasoning(summary=[part]) | OutputReasoning(content=[part]):
+                part.text = text
+            case OutputCall():
+                item.arguments = text
 
 
 def _message() -> OutputMessage:
@@ -321,11 +338,14 @@ class ResponsesStream:
         return b"".join(self._event(kind, fields) for kind, fields in last)
 
     def broken(self, error: HttpError) -> bytes:
+        self._output.broken()
         response = self._output.response
         response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
-        for item in response.output:
-            item.status = "incomplete" if item.status == "in_progress" else item.status
-        return self._event("response.failed", {"response": response})
+        try:
+            return self._event("response.failed", {"response": response})
+        except ValueError:  # what cannot be written may be what broke the stream, whose end is told all the same
+            response.output = []
+            return self._event("response.failed", {"response": response})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
