@@ -126,7 +126,8 @@ async def stands_for(
     """The chat request of a conversation and all that is kept of it, and the bytes that both take. Raises
     `BadRequest`, `InvalidRequest` and `NotFound`.
     """
-    context = await responses.context(request.previous_response_id, request.input)
+    most = gateway.fleet.table.http.max_body_bytes
+    context = await responses.context(request.previous_response_id, request.input, most)
     size += context.size
     return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
 
@@ -135,8 +136,7 @@ async def kept(responses: Responses, request: ResponsesRequest, response: Respon
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    context = await responses.context(None, request.input)
-    return await responses.keep(response, context.own)
+    return await responses.keep(response, await responses.resolved(request.input))
 
 
 class Output:
@@ -355,11 +355,11 @@ class Responding(Exchange[ResponsesRequest]):
         self._later.check_room()
         self._responses.store.check_room()
         await stands_for(self._gateway, self._responses, request, len(body))  # what is wrong with it is said now
-        own = (await self._responses.context(None, request.input)).own
+        own = await self._responses.resolved(request.input)
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
         await self._responses.begin(response, body, own)
-        self._later.begin(response_id, body)
+        self._later.begin(response_id, len(body))
         await send_json(send, _json.encode(response))
         return "stop"
 
