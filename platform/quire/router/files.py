@@ -165,7 +165,7 @@ class Files:
 
 
 def _stored(row: sa.Row[Any]) -> StoredFile:
-    return StoredFile(*row._tuple())
+    return StoredFile(row.id, row.purpose, row.filename, row.bytes, row.created_at, row.expires_at)
 
 
 def page_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from quire.errors import InvalidRequest
+from quire.errors import InternalError, InvalidRequest, describe
+from quire.router.api.responses import ResponsesStream
+from quire.router.job import Shown, Update
 from quire.router.responses import Responses
 from quire.router.store import Store
+from quire.text.dialects.parts import Content
+from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.responses import (
     Item,
     ItemReference,
@@ -50,6 +55,7 @@ async def kept(
 
 def _said(item: Item) -> str:
     assert isinstance(item, MessageItem)
+    assert isinstance(item.content, list)
     [part] = item.content
     assert isinstance(part, TextPart)
     return part.text
@@ -95,3 +101,37 @@ async def test_what_shaped_an_answer_is_no_part_of_the_conversation(responses: R
     context = await responses.context(name, [ItemReference(type="item_reference", id=item)], PLENTY)
     assert context.size < 5_000
     assert b"logprob" not in write_items([*context.before, *context.own])
+
+
+@pytest.mark.parametrize("at", ["an event", "the last event"])
+async def test_a_stream_whose_writing_fails_ends_with_one_event(responses: Responses, at: str) -> None:
+    """What cannot be written is in the response itself, from then on: the event that says so goes without it."""
+    request = read_response(b'{"model": "m", "input": "x", "metadata": {"a": "b"}}')
+    job: Any = OfAStream()
+    stream = ResponsesStream(responses, job, request)
+    usage = Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2)
+    sent = stream.events([Update(0, "Hi", (), None, parts=(Content("Hi"),))], lambda: usage)
+    half = "\ud83d"  # of a surrogate pair
+    with pytest.raises(UnicodeEncodeError):
+        if at == "an event":
+            stream.events([Update(0, half, (), "stop", parts=(Content(half),))], lambda: usage)
+        else:
+            stream._output.response.output[-1].content[0].text += half  # type: ignore[union-attr]
+            await stream.end(usage)
+    sent += stream.broken(describe(InternalError("It failed.")))
+    events = [json.loads(each.rpartition(b"data: ")[2]) for each in sent.split(b"\n\n") if each]
+    assert [each["type"] for each in events].count("response.failed") == 1
+    numbers = [each["sequence_number"] for each in events]
+    assert numbers == sorted(set(numbers))
+    last = events[-1]["response"]
+    assert (last["status"], last["error"]["code"]) == ("failed", "internal_error")
+    assert (last["id"], last["metadata"], last["usage"]) == ("resp_1", {"a": "b"}, None)
+    assert (last["completed_at"], last["incomplete_details"]) == (None, None)
+
+
+class OfAStream:
+    """What of a job the writing of its stream needs."""
+
+    id = "resp_1"
+    created = 1_700_000_000
+    shown = Shown()

@@ -23,6 +23,7 @@ from litestar.types import ASGIApp, Send
 
 from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
+from quire.router.api.events import COMMENT
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, known, whole
@@ -300,6 +301,8 @@ def _new(kind: type[OutputItem]) -> str:
 class ResponsesStream:
     """Writes one stream's events."""
 
+    ping = COMMENT
+
     def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
         self._responses = responses
         self._request = request
@@ -323,11 +326,17 @@ class ResponsesStream:
         return b"".join(self._event(kind, fields) for kind, fields in last)
 
     def broken(self, error: HttpError) -> bytes:
-        response = self._output.response
-        response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
-        for item in response.output:
-            item.status = "incomplete" if item.status == "in_progress" else item.status
-        return self._event("response.failed", {"response": response})
+        """Tells of the response without its output, which may be what could not be written; its events have it."""
+        failed = msgspec.structs.replace(
+            self._output.response,
+            status="failed",
+            error=ResponseError(error.code or "server_error", error.message),
+            output=[],
+            usage=None,
+            completed_at=None,
+            incomplete_details=None,
+        )
+        return self._event("response.failed", {"response": failed})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
