@@ -22,6 +22,7 @@ from tests.effort import fuzz_cases, replay
 from tests.integration.router_world import World, end_world, make_world
 from tests.mutations import as_json, damaged, generator, scarred
 from tests.unit.platform import tokenizers_for_tests as made
+from tokenizers import AddedToken
 
 import quire
 from quire.errors import TABLE, Api
@@ -235,6 +236,8 @@ BATCH: dict[str, Any] = {
     "metadata": {"a": "b"},
     "output_expires_after": {"anchor": "created_at", "seconds": 3600},
 }
+DOCUMENTS = "{% for each in documents or [] %}{{ each.text }}{% endfor %}"
+"""Before the built-in model's template, which shows none."""
 BODIES = (
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", PLAIN),
@@ -361,9 +364,11 @@ def served() -> Iterator[World]:
 @pytest.fixture
 async def world(served: World) -> AsyncIterator[World]:
     tiny = json.loads((Path(quire.__file__).parent / "builtin/tiny/tokenizer_config.json").read_bytes())
-    made.write(served.folder / "tools", made.byte_level(), template=tiny["chat_template"])
+    backend = made.byte_level()
+    backend.add_tokens([AddedToken("</think>", special=False, normalized=False)])  # the other mark is there
+    made.write(served.folder / "tools", backend, template=DOCUMENTS + tiny["chat_template"])
     engine = await served.engine(text="one two three", tokens_per_step=4, pace=0.0005)
-    await served.serve(engine, tokenizer_dir=str(served.folder / "tools"))
+    await served.serve(engine, tokenizer_dir=str(served.folder / "tools"), max_model_len=2048, kv_tokens=2048)
     yield served
     await engine.stop()
     await served.table()
@@ -394,6 +399,12 @@ async def test_mutated_requests_are_answered_or_refused_in_shape_and_the_router_
             answer = await client.post("/v1/chat/completions", json=PLAIN)
             assert answer.json()["choices"][0]["message"]["content"] == "one ", answer.text
 
+        refused = []
+        for path, body in BODIES:
+            answer = await client.post(path, json=body)
+            sound((path, b"", {}), answer)
+            refused += [(path, answer.text)] if answer.status_code != 200 else []
+        assert [path for path, _ in refused] == ["/v1/batches"], refused  # there is no such file
         waiting: list[tuple[int, int]] = []
         for numbered in fuzz_cases():
             waiting.append(numbered)

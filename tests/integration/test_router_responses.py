@@ -181,7 +181,8 @@ async def test_what_a_small_request_stands_for_is_no_larger_than_a_body_may_be(
         again = await client.responses.create(model="tiny", input=[*twice, {"role": "user", "content": "x"}])
         assert again.status == "completed"
         before = (await client.responses.input_items.list(first.id)).data
-        for how in ({}, {"background": True}, {"stream": True}):
+        ways: tuple[dict[str, Any], ...] = ({}, {"background": True}, {"stream": True})
+        for how in ways:
             with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
                 await client.responses.create(model="tiny", input=go_on, **how)
             assert refused.value.param == "input"
