@@ -165,6 +165,42 @@ async def test_items_are_referred_to_by_their_ids(says: openai.AsyncOpenAI) -> N
     assert unknown.value.param == "input"
 
 
+async def test_what_a_small_request_stands_for_is_no_larger_than_a_body_may_be(
+    world: World, scripted_spec: wire.EngineSpec
+) -> None:
+    endpoint = wire.ReplicaEndpoint(scripted_spec.replica_id, scripted_spec.incarnation, scripted_spec.socket)
+    route = world.route(endpoint, tokenizer_dir=scripted_spec.model_dir, scripted=True, max_model_len=1024)
+    world.version += 1
+    settings = wire.HttpSettings(max_body_bytes=4096)
+    await world.control(wire.RoutingTable(version=world.version, models=(route,), http=settings))
+    await world.connected(scripted_spec.replica_id)
+    async with world.client() as client:
+        first = await client.responses.create(model="tiny", input="hi", extra_body={"script": "word " * 200})
+        twice: Any = [{"type": "item_reference", "id": first.output[0].id}] * 2
+        go_on: Any = [*twice, *twice, {"role": "user", "content": "go on"}]
+        again = await client.responses.create(model="tiny", input=[*twice, {"role": "user", "content": "x"}])
+        assert again.status == "completed"
+        before = (await client.responses.input_items.list(first.id)).data
+        ways: tuple[dict[str, Any], ...] = ({}, {"background": True}, {"stream": True})
+        for how in ways:
+            with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+                await client.responses.create(model="tiny", input=go_on, **how)
+            assert refused.value.param == "input"
+        with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+            await client.responses.input_tokens.count(model="tiny", input=go_on)
+        last = first.id
+        with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+            for _ in range(8):
+                script = {"script": "word " * 200}
+                last = (
+                    await client.responses.create(
+                        model="tiny", input="x", previous_response_id=last, extra_body=script
+                    )
+                ).id
+        assert refused.value.param == "previous_response_id"
+        assert (await client.responses.input_items.list(first.id)).data == before
+
+
 async def test_what_is_not_stored_or_is_deleted_cannot_be_gone_on_from(says: openai.AsyncOpenAI) -> None:
     loose = await says.responses.create(model="tiny", input="hi", store=False)
     gone = await says.responses.create(model="tiny", input="hi")
@@ -330,19 +366,50 @@ async def test_a_background_response_outlives_the_router(own_world: World, numbe
         assert "quick brown fox" in response.output_text
 
 
-async def test_a_stream_whose_engine_dies_ends_with_one_failed_response(world: World) -> None:
+@pytest.mark.parametrize("store", [True, False])
+async def test_a_stream_whose_engine_dies_ends_with_one_failed_response(world: World, store: bool) -> None:
+    """Its end is an end like any other, and what was made until then is kept."""
     engine = await world.engine(die_after=4)
     await world.serve(engine)
-    kinds: list[str] = []
     async with world.client() as client:
-        with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
-            async for event in await client.responses.create(model="tiny", input="x", stream=True):
-                kinds.append(event.type)
-                if event.type == "response.failed":
-                    assert event.response.error is not None
-                    assert str(event.response.error.code) == "engine_died"
-    assert kinds.count("response.failed") == 1
-    assert kinds[-1] == "response.failed"
+        events = [
+            e async for e in await client.responses.create(model="tiny", input="x", stream=True, store=store)
+        ]
+        last = events[-1]
+        assert [event.type for event in events].count("response.failed") == 1
+        assert last.type == "response.failed"
+        assert last.response.error is not None
+        assert str(last.response.error.code) == "engine_died"
+        assert last.response.output_text == "".join(
+            e.delta for e in events if e.type == "response.output_text.delta"
+        )
+        assert last.response.output_text
+        if store:
+            assert (await client.responses.retrieve(last.response.id)).to_dict() == last.response.to_dict()
+        else:
+            with pytest.raises(openai.NotFoundError):
+                await client.responses.retrieve(last.response.id)
+
+
+async def test_items_of_one_name_are_listed_once_each(says: openai.AsyncOpenAI) -> None:
+    given: Any = [{"role": "user", "id": "msg_1", "content": f"{number}"} for number in range(4)]
+    made = await says.responses.create(model="tiny", input=given)
+    for order in ("asc", "desc"):
+        listed = [
+            item.to_dict()
+            async for item in says.responses.input_items.list(made.id, limit=1, order=order)  # type: ignore[arg-type]
+        ]
+        texts = [each["content"][0]["text"] for each in listed]  # type: ignore[index]
+        assert texts == [f"{number}" for number in (range(4) if order == "asc" else reversed(range(4)))]
+        assert len({each["id"] for each in listed}) == 4
+
+
+async def test_what_cannot_be_an_id_is_not_repeated(says: openai.AsyncOpenAI) -> None:
+    for name in ("x" * 3_000_000, "resp_" + "\x07" * 100):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await says.responses.create(model="tiny", input="x", previous_response_id=name)
+        assert refused.value.param == "previous_response_id"
+        assert len(refused.value.response.content) < 500
 
 
 async def test_a_store_that_cannot_be_written_stops_only_what_is_kept(own_world: World) -> None:

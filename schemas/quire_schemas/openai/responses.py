@@ -30,6 +30,8 @@ from quire_schemas.openai.structured import Schema
 from quire_schemas.openai.tools import MAX_TOOLS, FunctionName, ToolMode, check_tools, choice_kind
 
 MAX_METADATA: Final = 16
+MAX_ID: Final = 64
+"""Characters of an id; what is longer is none of ours."""
 INPUT_ITEMS_LISTED: Final = 20
 MAX_INPUT_ITEMS_LISTED: Final = 100
 RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
@@ -58,6 +60,9 @@ RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     "chat_template": CHAT_REFUSED["chat_template"],
     "media_io_kwargs": CHAT_REFUSED["media_io_kwargs"],
     "mm_processor_kwargs": CHAT_REFUSED["mm_processor_kwargs"],
+    "mm_payload": CHAT_REFUSED["mm_payload"],
+    "return_mm_kwargs": CHAT_REFUSED["return_mm_kwargs"],
+    "stream_reasoning": CHAT_REFUSED["stream_reasoning"],
     "add_generation_prompt": Refusal("an answer is always begun", (True,)),
     "continue_final_message": Refusal("an answer is always begun", (False,)),
     "n": Refusal("a response is one answer", (1,)),
@@ -352,7 +357,7 @@ class ResponsesRequest(_Passed):  # type: ignore[misc, valid-type]
         Field(min_length=1, max_length=MAX_MESSAGES),
     ]
     instructions: str | None = None
-    previous_response_id: str | None = None
+    previous_response_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
     store: bool | None = None
     """Whether the response can be had again, and gone on from; it can unless this is false."""
     background: bool | None = None

@@ -112,7 +112,7 @@ async def test_items_have_what_their_events_brought(
 async def test_what_broke_off_has_what_had_come(store: Store, tokenizer: Tokenizer, at: int) -> None:
     stream = stream_of(store, tokenizer)
     events = told(stream.events(updates(*SAID[:at]), lambda: USAGE))
-    [last] = told(stream.broken(describe(InternalError("It broke."))))
+    [last] = told(await stream.broken(describe(InternalError("It broke."))))
     assert (last["type"], last["sequence_number"]) == ("response.failed", len(events))
     *before, (status, _) = items(last["response"]["output"])
     assert {state for state, _ in before} <= {"completed"}
@@ -127,7 +127,7 @@ async def test_a_stream_that_text_breaks_is_told_to_be_broken(store: Store, toke
     stream.events(updates(Content("a")), lambda: USAGE)
     with pytest.raises(UnicodeEncodeError) as raised:
         stream.events(updates(Content("\ud800")), lambda: USAGE)
-    [last] = told(stream.broken(describe(raised.value)))
+    [last] = told(await stream.broken(describe(raised.value)))
     assert last["type"] == "response.failed"
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"]["message"]

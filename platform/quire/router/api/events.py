@@ -17,6 +17,8 @@ from quire_schemas.openai.sampling import StreamOptions
 
 _json = msgspec.json.Encoder()
 DONE: Final = b"data: [DONE]\n\n"
+COMMENT: Final = b": ping\n\n"
+"""What is no event, and passed over by every reader of server-sent events."""
 
 
 class Envelope:
@@ -54,7 +56,7 @@ class Envelope:
         """The end of the stream: for those who asked for it, an event without choices that has the whole usage."""
         return (self._head + b"]" + _with(usage) if self._wants_usage else b"") + DONE
 
-    def broken(self, error: HttpError) -> bytes:
+    async def broken(self, error: HttpError) -> bytes:
         """The event of a stream that breaks off."""
         return b"data: " + error.body + b"\n\n"
 

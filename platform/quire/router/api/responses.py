@@ -3,7 +3,8 @@
 A response's output is a list of items: the thought, what is said, the calls. A stream tells of each item when it
 begins, what it gains and when it is done, and of the response itself at the beginning and at the end; its events
 are numbered. A response that is kept is on the disk before the client hears that it is complete, so that the next
-request can go on from it at once. A stream that breaks off ends with one `response.failed`.
+request can go on from it at once. A stream that breaks off ends with one `response.failed`,
+which is kept as well and is an end like any other.
 
 With `background` the answer comes at once, and the work is done by `quire.router.background`.
 """
@@ -11,8 +12,9 @@ With `background` the answer comes at once, and the work is done by `quire.route
 from __future__ import annotations
 
 import dataclasses
+import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,8 +23,9 @@ from litestar import Request, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Send
 
-from quire.errors import Api, HttpError, InvalidRequest
+from quire.errors import Api, ApiError, HttpError, InvalidRequest
 from quire.router import conversation
+from quire.router.api.events import COMMENT
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, whole
@@ -60,6 +63,7 @@ from quire_schemas.openai.responses import (
     read_response,
 )
 
+log = logging.getLogger("quire.router")
 _json = msgspec.json.Encoder()
 _PREFIXES: Final = {OutputMessage: "msg_", OutputReasoning: "rs_", OutputCall: "fc_"}
 
@@ -124,7 +128,8 @@ async def stands_for(
     """The chat request of a conversation and all that is kept of it, and the bytes that both take. Raises
     `BadRequest`, `InvalidRequest` and `NotFound`.
     """
-    context = await responses.context(request.previous_response_id, request.input)
+    most = gateway.fleet.table.http.max_body_bytes
+    context = await responses.context(request.previous_response_id, request.input, most)
     size += context.size
     return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
 
@@ -133,8 +138,7 @@ async def kept(responses: Responses, request: ResponsesRequest, response: Respon
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    context = await responses.context(None, request.input)
-    return await responses.keep(response, context.own)
+    return await responses.keep(response, await responses.resolved(request.input))
 
 
 class Output:
@@ -312,8 +316,15 @@ def _new(kind: type[OutputItem]) -> str:
     return _PREFIXES[kind] + uuid.uuid4().hex
 
 
+class _Ended(msgspec.Struct):
+    status: str
+
+
 class ResponsesStream:
     """Writes one stream's events."""
+
+    ping = COMMENT
+    cut = False
 
     def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
         self._responses = responses
@@ -337,15 +348,32 @@ class ResponsesStream:
         last.append((f"response.{response.status}", {"response": msgspec.Raw(stored)}))
         return b"".join(self._event(kind, fields) for kind, fields in last)
 
-    def broken(self, error: HttpError) -> bytes:
+    async def broken(self, error: HttpError) -> bytes:
+        """Keeps the response as far as it got and tells of it; without its output where that cannot be written,
+        which may be what broke the stream.
+        """
         self._output.broken()
-        response = self._output.response
-        response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
+        failed = msgspec.structs.replace(
+            self._output.response,
+            status="failed",
+            error=ResponseError(error.code or "server_error", error.message),
+            usage=None,
+            completed_at=None,
+            incomplete_details=None,
+        )
         try:
-            return self._event("response.failed", {"response": response})
-        except ValueError:  # what cannot be written may be what broke the stream, whose end is told all the same
-            response.output = []
-            return self._event("response.failed", {"response": response})
+            stored = _json.encode(failed)
+        except ValueError:
+            failed.output = []
+            stored = _json.encode(failed)
+        try:
+            stored = await kept(self._responses, self._request, failed)
+        except ApiError as error_of_store:
+            log.warning("response %s failed, and is not kept: %s", failed.id, error_of_store)
+        ended = msgspec.json.decode(
+            stored, type=_Ended
+        ).status  # another one, where it had ended before it was told
+        return self._event(f"response.{ended}", {"response": msgspec.Raw(stored)})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
@@ -373,11 +401,11 @@ class Responding(Exchange[ResponsesRequest]):
         self._later.check_room()
         self._responses.store.check_room()
         await stands_for(self._gateway, self._responses, request, len(body))  # what is wrong with it is said now
-        own = (await self._responses.context(None, request.input)).own
+        own = await self._responses.resolved(request.input)
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
         await self._responses.begin(response, body, own)
-        self._later.begin(response_id, body)
+        self._later.begin(response_id, len(body))
         await send_json(send, _json.encode(response))
         return "stop"
 
@@ -418,7 +446,11 @@ async def deleted(responses: Responses, response_id: str) -> bytes:
 async def input_items(responses: Responses, response_id: str, query: dict[str, str]) -> bytes:
     """Answer to `GET /v1/responses/{id}/input_items`. Raises `NotFound` and `InvalidRequest`."""
     limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
-    items = [_listed(response_id, at, item) for at, item in enumerate(await responses.input_of(response_id))]
+    items: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for at, item in enumerate(await responses.input_of(response_id)):
+        items.append(_listed(response_id, at, item, taken))
+        taken.add(items[-1]["id"])
     if descends(query):
         items.reverse()
     after = query.get("after")
@@ -437,13 +469,15 @@ async def input_items(responses: Responses, response_id: str, query: dict[str, s
     )
 
 
-def _listed(response_id: str, at: int, item: Item) -> dict[str, Any]:
-    """An item as the API lists it: with an id, and a message's words as parts."""
+def _listed(response_id: str, at: int, item: Item, taken: Collection[str]) -> dict[str, Any]:
+    """An item as the API lists it: a message's words as parts, and an id, of its place if its own is `taken`."""
     told = item.model_dump(exclude_none=True)
     if isinstance(told.get("content"), str):
         kind = "output_text" if told.get("role") == "assistant" else "input_text"
         told["content"] = [{"type": kind, "text": told["content"]}]
-    return {"id": f"item_{response_id.removeprefix('resp_')}_{at}", "status": "completed", **told}
+    if told.get("id") is None or told["id"] in taken:
+        told["id"] = f"item_{response_id.removeprefix('resp_')}_{at}"
+    return {"status": "completed", **told}
 
 
 def routes(
