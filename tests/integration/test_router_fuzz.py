@@ -74,7 +74,7 @@ CHAT: dict[str, Any] = {
     "truncation_side": "right",
     "return_token_ids": True,
     "repetition_detection": {"max_pattern_size": 3, "min_count": 9},
-    "chat_template_kwargs": {"a": [1, {"b": None}]},
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 PLAIN: dict[str, Any] = {"model": "org/tiny", "messages": [{"role": "user", "content": "Say it"}], "max_tokens": 4}
 COMPLETION: dict[str, Any] = {
@@ -102,7 +102,7 @@ TURNS: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Say it"}],
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     "add_generation_prompt": False,
-    "chat_template_kwargs": {"a": [1]},
+    "chat_template_kwargs": {"thinking": False},
 }
 DETOKENIZE: dict[str, Any] = {"model": "org/tiny", "tokens": [1, 2, 300]}
 SCORE: dict[str, Any] = {

@@ -50,7 +50,8 @@ from quire_schemas.openai.answer import ErrorBody
             "whole number, written without a point or an exponent: 1000",
         ),
         (big()[:-1] + b', "model" : "other"}', 400, "model", None, "key 'model' twice"),
-        (big(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs", None, "may not set"),
+        (big(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs", None, "'messages', which"),
+        (big(chat_template_kwargs={"moood": 1}), 400, "chat_template_kwargs.moood", None, "never looks"),
     ],
 )
 async def test_a_bad_request_is_named(
@@ -87,6 +88,13 @@ async def test_requests_that_do_not_reach_a_route_have_the_same_shape(world: Wor
         (b"GET /health HTTP/1.0\r\n\r\n", 400, None),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.com\r\n\r\n", 421, "host_not_allowed"),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n", 421, "host_not_allowed"),
+        (b"GET /health HTTP/3.1\r\nHost: localhost\r\n\r\n", 400, None),
+        (b"GET http://evil.com/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 421, "host_not_allowed"),
+        (
+            world.post("/v1/completions", b"{}").replace(b"application/json", b"application/json; charset=utf-16"),
+            415,
+            "unsupported_media_type",
+        ),
         (b"\x16\x03\x01 what is this\r\n\r\n", 400, None),
         # just above the limit, so that it arrives in one piece: the router closes without reading what is left
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 400, None),
@@ -114,6 +122,37 @@ async def test_requests_that_do_not_reach_a_route_have_the_same_shape(world: Wor
     for host_ok in ("127.0.0.1", "LOCALHOST:1", f"[::1]:{world.port}"):
         got = await world.raw(f"GET /livez HTTP/1.1\r\nHost: {host_ok}\r\nConnection: close\r\n\r\n".encode())
         assert got.startswith(b"HTTP/1.1 200"), host_ok
+    target = f"http://127.0.0.1:{world.port}/v1/models".encode()
+    got = await world.raw(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "param"),
+    [
+        ("GET", "/v1/models?limit=1", "limit"),
+        ("GET", "/v1/models/tiny?foo=1", "foo"),
+        ("GET", "/v1/files/file-1?foo=1", "foo"),
+        ("GET", "/v1/files?limit=1&limit=2", "limit"),
+        ("GET", "/v1/responses/resp_1?include[]=a&include[]=b&foo=1", "foo"),
+        ("POST", "/v1/chat/completions?api-version=1", "api-version"),
+        ("POST", "/v1/messages?beta=true&foo=1", "foo"),
+        ("DELETE", "/v1/files/file-1?foo=1", "foo"),
+    ],
+)
+async def test_what_nobody_knows_behind_a_question_mark_is_named(
+    world: World, method: str, path: str, param: str
+) -> None:
+    await world.table(world.route())
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        answer = await http.request(method, path, json={} if method == "POST" else None)
+        assert answer.status_code == 400, answer.text
+        assert f"'{param}'" in answer.json()["error"]["message"]
+        if param != "limit":
+            await world.table(world.route(), ignore_unknown=True)
+            again = await http.request(method, path, json={} if method == "POST" else None)
+            assert f"'{param}'" not in again.text
+        assert (await http.get("/livez?probe=1")).status_code == 200
 
 
 async def test_a_wrong_path_or_method_is_told_what_there_is(world: World) -> None:

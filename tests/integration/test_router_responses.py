@@ -395,10 +395,7 @@ async def test_items_of_one_name_are_listed_once_each(says: openai.AsyncOpenAI) 
     given: Any = [{"role": "user", "id": "msg_1", "content": f"{number}"} for number in range(4)]
     made = await says.responses.create(model="tiny", input=given)
     for order in ("asc", "desc"):
-        listed = [
-            item.to_dict()
-            async for item in says.responses.input_items.list(made.id, limit=1, order=order)  # type: ignore[arg-type]
-        ]
+        listed = [item.to_dict() async for item in says.responses.input_items.list(made.id, limit=1, order=order)]
         texts = [each["content"][0]["text"] for each in listed]  # type: ignore[index]
         assert texts == [f"{number}" for number in (range(4) if order == "asc" else reversed(range(4)))]
         assert len({each["id"] for each in listed}) == 4

@@ -106,7 +106,7 @@ async def test_a_conversation_has_the_ids_that_a_chat_begins_with(world: World) 
             "nothing else",
         ),
         ("/v1/score", {"model": "tiny", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1", "2 and 1"),
-        ("/v1/score", {"model": "tiny", "queries": [], "documents": "b"}, "queries", "must be a string"),
+        ("/v1/score", {"model": "tiny", "queries": [], "documents": "b"}, "queries", "must not be empty"),
         ("/v1/score", {"model": "tiny", "queries": "a", "documents": ["b", ""]}, "documents[1]", "is empty"),
         ("/v1/score", {"model": "tiny", "queries": "a", "items": [[5], [99_999]]}, "items[1]", "outside the"),
         ("/v1/score", {"model": "tiny", "queries": "a", "items": "b", "softmax": True}, "softmax", "cosine"),

@@ -212,7 +212,12 @@ def api_page() -> str:
             lines += ["| accepted without effect | what it is for |", "|---|---|"]
             lines += [f"| `{name}` | {purpose} |" for name, purpose in each.without_effect.items()]
             lines.append("")
-    lines += ["## Accepted without effect", "", "Where nothing else is said above:", ""]
+    lines += [
+        "## Accepted without effect",
+        "",
+        "Where nothing else is said above; their values are not looked at:",
+        "",
+    ]
     lines += ["| field | what it is for |", "|---|---|"]
     lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
     lines += [

@@ -10,6 +10,7 @@ seconds, and streams must not wait for them.
 from __future__ import annotations
 
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +41,8 @@ class Reading:
         self.errors: list[dict[str, Any]] = []
         """As a batch shows them."""
         self._file = path.open("rb")
+        self._offset = len(BOM_UTF8) if self._file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        self._file.seek(self._offset)
         self._endpoint = endpoint
         self._form = form
         self._max_body = max_body
@@ -49,7 +52,6 @@ class Reading:
         self._seen: dict[str, int] = {}
         self._models: dict[str, int] = {}
         self._number = 0
-        self._offset = 0
 
     def close(self) -> None:
         self._file.close()

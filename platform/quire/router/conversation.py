@@ -6,6 +6,7 @@ thought, what the answer is held to. What the model's template or vocabulary can
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from quire.text import Markup, Tokenizer
 from quire.text.dialects import REASONING, Dialects, Tool
 from quire.text.effort import SWITCHES, effort
 from quire.text.templates import RESERVED
+from quire_schemas.openai.body import shown
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.structured import Constraint
 from quire_schemas.openai.tools import NO_PARAMETERS
@@ -67,16 +69,31 @@ def prompt_text(request: ChatRequest, tokenizer: Tokenizer) -> tuple[str, int | 
 def _thinking(request: ChatRequest, tokenizer: Tokenizer) -> tuple[dict[str, Any], int | None]:
     """Variables of the template, and the bound on thoughts."""
     given = request.chat_template_kwargs or {}
-    for name in given:
+    for name, value in given.items():
         if not name.isidentifier() or name.startswith("_") or name in RESERVED:
             raise InvalidRequest(
-                "'chat_template_kwargs' has a name that requests may not set.", param="chat_template_kwargs"
+                f"'chat_template_kwargs' has the name '{shown(name)}', which requests may not set.",
+                param="chat_template_kwargs",
             )
+        _check_looked_at(name, value, tokenizer)
     if request.reasoning_effort is None:
         return dict(given), request.thinking_token_budget
     variables, budget = effort(tokenizer, request.reasoning_effort)
     asked = request.thinking_token_budget
     return {**variables, **given}, asked if asked is not None else budget
+
+
+def _check_looked_at(name: str, value: object, tokenizer: Tokenizer) -> None:
+    """Refuse a variable that the template never looks at, but for a switch that is off: there is nothing to do."""
+    if tokenizer.template is None or name in tokenizer.template.variables or (name in SWITCHES and value is False):
+        return
+    known = [each for each in tokenizer.template.variables if each not in RESERVED]
+    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.6)
+    raise InvalidRequest(
+        f"'chat_template_kwargs' has '{shown(name)}', at which this model's chat template never looks."
+        + (f" Did you mean '{near[0]}'?" if near else ""),
+        param=f"chat_template_kwargs.{shown(name)}",
+    )
 
 
 def _asks_to_think(request: ChatRequest) -> bool:

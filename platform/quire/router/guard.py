@@ -36,6 +36,8 @@ log = logging.getLogger("quire.router")
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 16 * 1024
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+_ABSOLUTE: Final = re.compile(r"https?://([^/]+)(/.*)", re.DOTALL | re.IGNORECASE)
+"""A target as proxies are given it; it is the same as its path."""
 _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
@@ -61,6 +63,9 @@ class Guard:
         stated = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
 
+        absolute = _ABSOLUTE.fullmatch(scope["path"])
+        if absolute is not None:
+            scope["path"] = absolute[2]
         crossing = self._crossing(headers)
         api = Api.of(scope["path"], headers)
         named = [(b"x-request-id", request_id)]
@@ -75,6 +80,12 @@ class Guard:
             await send(message)
 
         try:
+            if scope["http_version"] not in ("1.0", "1.1"):
+                raise InvalidRequest("HTTP/1.1 is what is spoken here.")
+            if absolute is not None and (
+                (host := _HOST.fullmatch(absolute[1].lower())) is None or host[1] not in self._hosts
+            ):
+                raise HostRefused("This server does not answer to that Host.")
             self._check(headers, foreign=bool(crossing))
             if crossing and (permitted := _preflight(str(scope.get("method")), headers)):
                 await send_with_id({"type": "http.response.start", "status": 204, "headers": permitted})

@@ -60,7 +60,7 @@ class ListBatches(Shape):
 
     limit: Annotated[int, Field(ge=1, le=MAX_BATCHES_LISTED)] = BATCHES_LISTED
     after: str | None = None
-    """The last batch of the page before."""
+    """The last batch of the page before, which need not be there any more."""
 
 
 class BatchError(Answer):

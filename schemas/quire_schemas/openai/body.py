@@ -43,7 +43,7 @@ class Refusal(msgspec.Struct, frozen=True):
     kind: type[BadRequest] = BadRequest
 
 
-NOT_YET = "is not honoured by this version"
+NOT_YET = "is not offered by this version"
 
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "user": "names the end user for abuse reports; nothing here reads it",
@@ -113,10 +113,24 @@ def _foremost(details: Sequence[ErrorDetails], request: Mapping[str, Any]) -> Er
     """
     places = [_place(detail, request) for detail in details]
     near = [at for at in range(len(details)) if places[at][: len(places[0])] == places[0]]
-    chosen = max(near, key=lambda at: len(places[at]))
-    found = details[chosen].copy()
-    found["loc"] = places[chosen]
+    deepest = max(near, key=lambda at: len(places[at]))
+    here = [at for at in near if places[at] == places[deepest]]
+    fits = [at for at in here if details[at]["type"] not in _SHAPES]
+    found = details[fits[0] if fits else deepest].copy()
+    shapes = list(dict.fromkeys(_SHAPES[details[at]["type"]] for at in here if at not in fits))
+    if not fits and len(shapes) > 1:
+        found["type"], found["msg"] = "shape", f"must be {' or '.join(shapes)}"
+    found["loc"] = places[deepest]
     return found
+
+
+_SHAPES: Final[Mapping[str, str]] = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+"""What a value is not at all, by what the library says. Whoever sent another shape meant that one."""
 
 
 def _place(detail: ErrorDetails, request: Mapping[str, Any]) -> tuple[int | str, ...]:
@@ -297,6 +311,9 @@ _WORDS: Final[Mapping[str, str]] = {
     "union_tag_invalid": "must have as {discriminator} one of {expected_tags}",
 }
 
+_CONSTANTS: Final[Mapping[str, str]] = {"True": "true", "False": "false"}
+"""As the library writes them, and as JSON does."""
+
 _CROSS_FIELD: Final = frozenset(
     {
         "stream_options",
@@ -361,12 +378,18 @@ def explained(detail: ErrorDetails, *within: str) -> BadRequest:
             "schema",
             "one_constraint",
             "pattern",
+            "shape",
         }
         text = detail["msg"] if ours else "is not valid"
         if kind in _CROSS_FIELD:
             where.append(kind)
+        if "inside" in detail.get("ctx", {}):  # a check of an object, about one of its fields
+            where.append(detail["ctx"]["inside"])
     else:
-        text = words.format(**detail.get("ctx", {}))
+        context = dict(detail.get("ctx", {}))
+        if context.get("expected") in _CONSTANTS:
+            context["expected"] = _CONSTANTS[context["expected"]]
+        text = words.format(**context)
         given = detail["input"] if kind != "extra_forbidden" else None
         if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e18:
             whole = isinstance(given, float) and given.is_integer()

@@ -44,7 +44,7 @@ CHAT_REFUSED: Final[Mapping[str, Refusal]] = {
     "functions": Refusal("it is the old name of tools; send those", ([],)),
     "function_call": Refusal("it is the old name of tool_choice; send that", ("none", "auto")),
     "stream_reasoning": Refusal(f"it {NOT_YET}", (True,)),
-    "verbosity": Refusal(f"it {NOT_YET}"),
+    "verbosity": Refusal("how much is said is the model's affair", ("medium",)),
     "modalities": Refusal("answers are text", (["text"],)),
     "audio": Refusal("answers are text"),
     "web_search_options": Refusal("nothing here searches the web"),
@@ -71,7 +71,9 @@ def _content(value: object, info: ValidationInfo) -> str | None:
         raise PydanticCustomError("content", "must be a string or a list of text parts")
     texts: list[str] = []
     for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            raise PydanticCustomError("content", "must be a string or a list of text parts, which are objects")
+        kind = part.get("type")
         if kind not in ("text", "input_text", "refusal"):  # a tuple: the kind may be anything, hashable or not
             raise PydanticCustomError("content", "must have parts of type text only: other media are not honoured")
         words = "refusal" if kind == "refusal" else "text"

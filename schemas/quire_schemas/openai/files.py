@@ -43,7 +43,7 @@ class ListFiles(Shape):
 
     limit: Annotated[int, Field(ge=1, le=MAX_FILES_LISTED)] = MAX_FILES_LISTED
     after: str | None = None
-    """The last file of the page before."""
+    """The last file of the page before, which need not be there any more."""
     order: Literal["asc", "desc"] = "desc"
     """By age: the newest first, or last."""
     purpose: str | None = None

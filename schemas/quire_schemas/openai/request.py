@@ -42,6 +42,8 @@ def read_prompts(value: object, most: int = MAX_PROMPTS) -> list[Prompt]:
     """`str | str[] | int[] | int[][]` as a list of prompts."""
     if isinstance(value, str):
         return [value]
+    if value == []:
+        raise PydanticCustomError("prompt", "must not be empty")
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value):
             found: list[Prompt] = list(value)

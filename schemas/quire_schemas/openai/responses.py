@@ -204,6 +204,8 @@ _items: Final[TypeAdapter[list[Item]]] = TypeAdapter(list[AnyItem])
 
 
 def _as_items(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("input", "must be a string or a list of items")
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
@@ -312,7 +314,9 @@ class TextFormat(Shape):
     def _schema_where_named(self) -> TextFormat:
         if (self.schema_ is not None) != (self.type == "json_schema"):
             word = "is required with" if self.type == "json_schema" else "has no place with"
-            raise PydanticCustomError("schema", f"{word} type {self.type}")
+            raise PydanticCustomError(
+                "schema", "{said} type {type}", {"said": word, "type": self.type, "inside": "schema"}
+            )
         return self
 
     def for_chat(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from quire_schemas import wire
-from quire_schemas.openai.body import NOT_YET, Refusal, asks_for_nothing
+from quire_schemas.openai.body import NOT_YET, Refusal, asks_for_nothing, shown
 from quire_schemas.openai.request import MAX_INT, Count, ModelRequest, Shape, TokenId, are_ids
 from quire_schemas.openai.structured import Constraint, ResponseFormat, StructuredOutputs
 
@@ -84,6 +84,8 @@ SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
 
 
 def _as_list(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
@@ -115,9 +117,11 @@ def _bias(value: object) -> dict[int, float]:
     made: dict[int, float] = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise PydanticCustomError("bias", "must have token ids (whole numbers from 0) as keys")
+            raise PydanticCustomError(
+                "bias", f"must have token ids (whole numbers from 0) as keys, not '{shown(key)}'"
+            )
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise PydanticCustomError("bias", "must have biases from -100 to 100")
+            raise PydanticCustomError("bias", f"must have biases from -100 to 100, as that of {key} is not")
         if int(key) in made:
             raise PydanticCustomError("bias", f"must not have the token id {int(key)} twice")
         made[int(key)] = float(bias)

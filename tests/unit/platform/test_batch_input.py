@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def test_a_plan_says_where_each_line_is_and_what_it_takes(tmp_path: Path, end: b
     found = [content[at : at + length] for at, length in zip(plan.offsets, plan.lengths, strict=True)]
     assert [read_line(each, ENDPOINT)[0] for each in found] == ["a", "ü 你好", "c"]
     assert Plan.unpacked(plan.packed()) == plan
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    content = BOM_UTF8 + line("a") + b"\n" + line("b")
+    reading = read(tmp_path / "in", content)
+    assert reading.errors == []
+    plan = reading.plan
+    found = [content[at : at + length] for at, length in zip(plan.offsets, plan.lengths, strict=True)]
+    assert [read_line(each, ENDPOINT)[0] for each in found] == ["a", "b"]
+    assert read(tmp_path / "in", line("a")[:2]).errors
 
 
 def test_lines_above_a_limit_are_named_and_the_rest_is_read(

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.effort import examples
 
+from quire_schemas.anthropic import read_messages
 from quire_schemas.openai.batches import read_create
 from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
 from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest, read_completion
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
+from quire_schemas.openai.responses import read_response
 from quire_schemas.openai.score import SCORE_REFUSED, ScoreRequest, read_score
 from quire_schemas.openai.tokens import (
     DETOKENIZE_REFUSED,
@@ -422,6 +424,31 @@ def test_a_choice_of_tools_keeps_what_is_known_of_it(kind: str) -> None:
     with pytest.raises(BadRequest, match=r"'tool_choice.*\.foo' is not a field"):
         read_chat(json.dumps(body).encode())
     assert read_chat(json.dumps(body).encode(), ignore_unknown=True).allowed_names == ("f",)
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "said"),
+    [
+        (read_chat, {**CHAT, "stop": 5}, "'stop' must be a string or a list of strings."),
+        (read_chat, {**CHAT, "messages": [{"role": "user", "content": ["x"]}]}, "text parts, which are objects."),
+        (read_chat, {**CHAT, "logit_bias": {"5": 200}}, "as that of 5 is not."),
+        (read_chat, {**CHAT, "stream": True, "stream_options": {"include_obfuscation": True}}, "must be false."),
+        (read_response, {"model": "m", "input": 5}, "'input' must be a string or a list of items."),
+        (read_messages, {**CHAT, "max_tokens": 1, "system": 5}, "'system' must be a string or a list."),
+        (
+            read_messages,
+            {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": []}]},
+            "'messages[0].content' must have at least 1 item.",
+        ),
+        (read_messages, {**CHAT, "max_tokens": 1, "output_format": {}}, "send that."),
+        (read_score, {"model": "m", "queries": "x", "documents": []}, "'documents' must not be empty."),
+        (read_chat, {**CHAT, "stream_reasoning": False}, "not honoured: it is not offered by this version."),
+    ],
+)
+def test_what_a_field_may_be_is_said_in_full(read: Any, body: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(json.dumps(body).encode())
+    assert caught.value.message.endswith(said)
 
 
 def test_what_a_client_parsed_belongs_to_an_answer() -> None:

@@ -177,7 +177,11 @@ def test_choices_of_tools(choice: dict[str, Any], must: bool, one: bool) -> None
         (messages, {"messages": [HI], "system": [{"type": "image"}]}, "system"),
         (responses, {"input": [{"type": "web_search_call"}]}, "input[0]"),
         (responses, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
-        (responses, {"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
+        (
+            responses,
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format.schema",
+        ),
         (responses, {"input": "x", "metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         (responses, {"input": "x", "include": ["file_search_call.results"]}, "include[0]"),
         (responses, {"input": "x", "top_logprobs": 2}, "top_logprobs"),

@@ -29,8 +29,8 @@ _CLASSIFY: Final = (
 )
 _TRAINING: Final = "Nothing is trained here. A trained checkpoint is served by a manifest"
 _MANIFEST: Final = "What is served, and how, is decided by manifests: platform apply, not the HTTP API"
-_LORA: Final = "Adapters are not honoured by this version"
-_OPENAI_ONLY: Final = "This API is not served here. Use POST /v1/chat/completions or POST /v1/completions"
+_LORA: Final = "Adapters are not offered by this version"
+_OPENAI_ONLY: Final = "Use POST /v1/chat/completions or POST /v1/completions"
 
 ABSENT: Final[Mapping[str, str]] = {
     "/rerank": _RERANK,
@@ -80,7 +80,7 @@ ABSENT: Final[Mapping[str, str]] = {
     "/chat/completions": "A base URL ends with /v1: POST /v1/chat/completions",
     "/embeddings": "A base URL ends with /v1: POST /v1/embeddings",
     "/models": "A base URL ends with /v1: GET /v1/models",
-    "/infill": "Filling in the middle is not honoured by this version",
+    "/infill": "Filling in the middle is not offered by this version",
     "/api/chat": "This is another server's API. " + _OPENAI_ONLY,
     "/api/generate": "This is another server's API. " + _OPENAI_ONLY,
     "/api/tags": "This is another server's API. GET /v1/models lists what is served",

@@ -62,6 +62,7 @@ PING_SECONDS: Final = 10.0
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
+_CHARSETS: Final = frozenset({b"utf-8", b"utf8", b"us-ascii"})
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -339,9 +340,12 @@ def _ours(error: Exception, names: Mapping[str, str]) -> Exception:
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: HttpSettings) -> bytes:
     """The whole body. Raises `UnsupportedMediaType`, `BodyTooLarge`, `BodyTimeout` and `ClientGone`."""
-    media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    media, *options = (part.strip().lower() for part in headers.get(b"content-type", b"").split(b";"))
     if media != b"application/json":
         raise UnsupportedMediaType("The body must be declared as JSON: Content-Type: application/json.")
+    charsets = [option.partition(b"=")[2].strip(b'"') for option in options if option.startswith(b"charset=")]
+    if not set(charsets) <= _CHARSETS:
+        raise UnsupportedMediaType("The body must be UTF-8, and its Content-Type may name no other charset.")
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise UnsupportedMediaType("The body must be sent as it is, without a Content-Encoding.")
     stated = int(headers.get(b"content-length", b"0"))
