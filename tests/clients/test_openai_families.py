@@ -78,6 +78,14 @@ def test_a_tool_that_has_to_be_called_is_called(client: openai.OpenAI, choice: A
     assert set(arguments) == ({"city"} if name == "weather" else {"utc"})
 
 
+def test_what_a_strict_tool_asks_for_in_vain_is_refused_with_its_name(client: openai.OpenAI) -> None:
+    odd = {**CLOCK, "properties": {"utc": {"type": "array", "uniqueItems": True}}}
+    strict = {"type": "function", "function": {"name": "calendar", "strict": True, "parameters": odd}}
+    with pytest.raises(openai.BadRequestError, match=r"uniqueItems.* strict ones: calendar\.") as refused:
+        client.chat.completions.create(model="tiny", messages=SAY, tools=[*TOOLS, strict])  # type: ignore[list-item]
+    assert refused.value.param == "tools"
+
+
 def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="parrot", messages=SAY, tools=TOOLS, tool_choice="none", extra_body={"script": WORDS}

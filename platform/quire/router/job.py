@@ -468,6 +468,11 @@ class Choice:
         while self.scores and (self.scores[0].until <= self._out or (ended and self.text.hit is None)):
             yield self.scores.pop(0)
 
+    def _strict_tools(self) -> str:
+        """Whose parameters an answer is held to, to the letter: the engine knows no names of tools."""
+        names = [tool.name for tool in self.job.markup.tools if tool.strict] if self.job.markup is not None else []
+        return f" Among tools, it is held to the strict ones: {', '.join(names)}." if names else ""
+
     def _raise_if_failed(self, delta: wire.Delta) -> None:
         if delta.finish_reason in ("stop", "length", "repetition"):
             if self.sampling.prompt_logprobs is not None and self.num_scored != len(self.prompt) - 1:
@@ -499,6 +504,8 @@ class Choice:
             raise self.job.out_of_time()
         if delta.error_code == "invalid_grammar":
             field = self.job.constrained_by
-            raise InvalidRequest(f"'{field}' cannot be honoured: {delta.error}.", param=field)
+            raise InvalidRequest(
+                f"'{field}' cannot be honoured: {delta.error}.{self._strict_tools()}", param=field
+            )
         log.error("request %s: the engine ended it: %s %s", self.job.id, delta.error_code, delta.error)
         raise InternalError("The engine failed on this request.")
