@@ -88,6 +88,32 @@ async def test_an_answer_is_the_same_whole_and_streamed(
         assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
 
 
+async def test_what_nobody_knows_of_blocks_is_left_out_where_the_gateway_says_so(
+    world: World, scripted_spec: wire.EngineSpec, says: anthropic.AsyncAnthropic
+) -> None:
+    told_of = {"type": "text", "text": "Fine.", "foo": 1, "cache_control": {"type": "ephemeral", "foo": 1}}
+    thought = {"type": "thinking", "thinking": "hm", "signature": "", "foo": 1}
+    asked: Any = [{"role": "user", "content": [told_of]}, {"role": "assistant", "content": [thought]}]
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 50, "messages": [*asked, asked[0]]}
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\].*foo"):
+        await says.messages.create(**options)
+    endpoint = wire.ReplicaEndpoint(scripted_spec.replica_id, scripted_spec.incarnation, scripted_spec.socket)
+    changes: dict[str, Any] = {"scripted": True, "max_model_len": 1024, "kv_tokens": 2048}
+    route = world.route(endpoint, tokenizer_dir=scripted_spec.model_dir, **changes)
+    await world.table(route, ignore_unknown=True)
+    assert blocks(await says.messages.create(**options)) == [{"type": "text", "text": "Fine."}]
+    named = {"type": "function", "foo": 1, "function": {"name": "time"}}
+    choice: Any = {"type": "allowed_tools", "foo": 1, "allowed_tools": {"mode": "auto", "tools": [named]}}
+    tools: Any = [{"type": "function", "function": {"name": "time"}}]
+    async with world.client() as client:
+        answer = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Fine."}], tools=tools, tool_choice=choice
+        )
+        given: Any = [{"role": "user", "content": [{"type": "text", "text": "Fine.", "foo": 1}]}]
+        response = await client.responses.create(model="tiny", input=given)
+    assert (answer.choices[0].message.content, response.output_text) == ("Fine.", "Fine.")
+
+
 async def test_what_ended_an_answer_is_told(says: anthropic.AsyncAnthropic) -> None:
     cut = await says.messages.create(model="tiny", max_tokens=2, messages=told("one two three four"))
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
