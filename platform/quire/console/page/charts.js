@@ -19,6 +19,9 @@ function ceiling(value, least) {
   return 10 * power;
 }
 
+// Without the zeros that keep a changing figure in its place.
+const short = (text) => text.replace(/\.0+(?=\D|$)/, "").replace(/(\.\d*?)0+(?=\D|$)/, "$1");
+
 // `lines`: [{name, of: () => [{at, value}]}], at most two. `least`: what the scale shows at any rate; `most`: never more.
 export function chart(title, lines, format, { least = 1, most = Infinity } = {}) {
   const plot = svg("svg", { class: "plot", "aria-hidden": "true", height: HEIGHT });
@@ -78,7 +81,7 @@ export function chart(title, lines, format, { least = 1, most = Infinity } = {})
       group.update = () => {
         const height = y(share * top);
         mark(rule, "x2", width - RIGHT); mark(rule, "y1", height); mark(rule, "y2", height);
-        mark(text, "y", height + 3.5); say(text, format(share * top));
+        mark(text, "y", height + 3.5); say(text, short(format(share * top)));
       };
       return group;
     });

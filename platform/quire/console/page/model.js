@@ -70,7 +70,7 @@ function revisions() {
 
 // How the memory of one replica is shared out.
 function memory() {
-  const parts = ["Weights", "KV cache", "Everything else"].map((name, at) => {
+  const parts = ["Weights", "KV cache", "Activations and overhead"].map((name, at) => {
     const size = el("span", { class: "num" });
     return { name, size, bar: el("span", { class: `part part-${at}` }), key: el("li", {}, el("span", { class: `swatch part-${at}`, "aria-hidden": "true" }), `${name} `, size) };
   });
@@ -150,7 +150,7 @@ export function model(name) {
       ["Replicas", counts ? `${counts.ready} of ${counts.desired} ready, ${counts.updated} updated${counts.draining ? `, ${counts.draining} draining` : ""}` : null],
       ["Names", status.endpoints?.modelNames?.join(", ")],
       ["Source", found.resolved.source],
-      ["Decided beside the manifest", status.overrides?.map((each) => `${each.kind} by ${each.by}`).join(", ")],
+      ["Decided beside the manifest", status.overrides?.map((each) => `${each.kind} by ${each.by}${each.reason ? ` (${each.reason})` : ""}`).join(", ")],
     ]);
     progress.update(status.progress);
     charts.forEach((each) => each.update());

@@ -17,7 +17,7 @@ export function standing(object) {
 
 const SHAPES = {
   good: "M5 1a4 4 0 1 0 .01 0z", going: "M5 1.700a3.300 3.300 0 1 0 .01 0M5 1.700v3.300h3",
-  bad: "M5 .8L9.600 9H.4z", idle: "M1.500 1.500h7v7h-7z",
+  bad: "M5 .8L9.600 9H.4z", idle: "M5 1.700a3.300 3.300 0 1 0 .01 0z", plain: "",
 };
 
 // Where something stands: a shape and a word, so that the colour is not alone.
@@ -87,7 +87,7 @@ export function eventList({ object = true } = {}) {
       const row = el("li", {}, when, kind, object ? whose : null, message, often);
       row.update = (event) => {
         when.tell(event.lastSeen);
-        kind.tell(event.type === "Warning" ? "bad" : "idle", event.reason);
+        kind.tell(event.type === "Warning" ? "bad" : "plain", event.reason);
         mark(row, "data-type", event.type);
         const [type, name] = event.object.split("/", 2);
         say(whose, event.object);

@@ -60,13 +60,13 @@ export function playground(wanted) {
     el("label", { for: "play-draft" }, "Message"), draft,
     el("p", { class: "hint", id: "play-draft-hint" }, "Enter sends, Shift and Enter begin a new line, Escape stops an answer."),
     el("div", { class: "buttons" }, send, halt, clear));
-  const options = el("details", { class: "card options" }, el("summary", {}, "Model and sampling"),
+  const options = el("details", { class: "card options" }, el("summary", {}, "Model and sampling"), el("form", { on: { submit: (event) => event.preventDefault() } },
     field("play-model", "Model", chosen),
     field("play-temperature", "Temperature", temperature),
-    field("play-most", "Most tokens", most),
+    field("play-most", "Maximum tokens", most),
     field("play-system", "System message", system),
     field("play-more", "More fields, as JSON", more, 'For example {"top_p": 0.9} or {"tools": […]}.'),
-    field("play-key", "Key of the gateway", key, "Only if it asks for one. It stays on this page."));
+    field("play-key", "Key of the gateway", key, "Only if it asks for one. It stays on this page.")));
   options.open = matchMedia("(min-width: 60rem)").matches;
   const node = el("div", {}, el("h1", { tabindex: "-1" }, "Playground"),
     el("div", { class: "play" }, el("section", { class: "card stage" }, el("h2", { class: "unseen" }, "Conversation"), empty, log, problem, form, status), options));

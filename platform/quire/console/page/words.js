@@ -44,7 +44,8 @@ export function ago(stamp) {
 
 export function clock(stamp) {
   const at = new Date(stamp);
-  return at.toLocaleTimeString("en-GB");
+  const old = Date.now() - at > 20 * 3600 * 1000;
+  return old ? at.toLocaleString("en-GB", { day: "2-digit", month: "short", hour: "2-digit", minute: "2-digit" }).replace(",", "") : at.toLocaleTimeString("en-GB");
 }
 
 export function count(value, word) {
