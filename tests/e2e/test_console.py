@@ -78,7 +78,7 @@ class Browser:
         self.driver.quit()
 
     def script(self, text: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(text, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(text, *arguments)
 
     def go(self, address: str) -> None:
         if address.startswith("#"):
@@ -395,7 +395,8 @@ def test_who_has_no_link_and_who_has_no_model(platform: Platform) -> None:
         platform.run("apply", "--no-wait", platform.write("bad.yaml", BAD))
         page.go("#/models/bad")
         page.wait("bad", "h1")
-        page.wait("What you can do", "main", 90)
+        page.wait("What you can do", "main")
+        page.wait("Stalled", ".title", 90)
         page.picture("light-stalled")
 
 

@@ -1,13 +1,13 @@
 // Begins: takes the token out of the address, follows the control plane, and shows the view that the address names.
 
-import { el, mark, say, show } from "./dom.js";
+import { el, mark, say, show, tell } from "./dom.js";
 import { events } from "./events.js";
 import { gateway } from "./gateway.js";
 import { follow, lookNow, models, takeToken, world } from "./link.js";
 import { model } from "./model.js";
 import { overview } from "./overview.js";
 import { playground } from "./playground.js";
-import { ago } from "./words.js";
+import { clock } from "./words.js";
 
 const VIEWS = { "": overview, models: model, events, gateway, playground };
 const NAMES = { "": "overview", models: "overview" };
@@ -23,9 +23,9 @@ const summaries = new Map();
 const STATES = {
   wait: ["Connecting", null],
   live: ["Live", null],
-  lost: ["Disconnected", "The control plane does not answer; this page tries again by itself. If it ended, the router and the engines go on, and platform console in a terminal gives a new link."],
-  locked: ["No access", "This link does not count, or counts no longer: the control plane has forgotten it. Get a new one in a terminal: platform console"],
-  down: ["Down", "The platform is down. What was applied is kept; in a terminal, platform up starts it again."],
+  lost: ["Disconnected", "The control plane does not answer; this page tries again by itself. If it ended, the router and the engines go on, and `platform console` in a terminal gives a new link."],
+  locked: ["No access", "This link does not count, or counts no longer: the control plane has forgotten it. Get a new one in a terminal: `platform console`"],
+  down: ["Down", "The platform is down. What was applied is kept; in a terminal, `platform up` starts it again."],
 };
 
 function place() {
@@ -53,7 +53,7 @@ function route(moved) {
 }
 
 // Says what changed to those who do not see it.
-function tell() {
+function announceChanges() {
   const said = [];
   for (const each of models()) {
     const now = each.status.summary;
@@ -67,15 +67,15 @@ function changed() {
   const [word, text] = STATES[world.state];
   say(stateText, word);
   mark(stateNode, "data-state", world.state);
-  show(notice, Boolean(text));
-  say(notice, text && world.seen && world.state !== "down" ? `${text} What is shown is from ${ago(new Date(world.seen))}.` : text ?? "");
+  show(notice, Boolean(text && world.ping));
+  tell(notice, text && world.seen && world.state !== "down" ? `${text} What is shown is from ${clock(world.seen)}.` : text ?? "");
   mark(main, "data-stale", world.state !== "live" && world.ping ? "" : null);
   if (world.ping) {
     say(document.getElementById("about"), `Quire ${world.ping.version} · ${world.ping.stateDir}`);
     route(false);
     view.node.update();
-    tell();
-  } else if (text) main.replaceChildren(el("div", { class: "empty big" }, el("h1", {}, word), el("p", {}, text)));
+    announceChanges();
+  } else if (text) main.replaceChildren(el("div", { class: "empty big" }, el("h1", {}, word), tell(el("p"), text)));
 }
 
 const root = document.documentElement;

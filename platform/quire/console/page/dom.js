@@ -26,6 +26,14 @@ export function say(node, text) {
   return node;
 }
 
+// As `say`, with `commands` between backticks.
+export function tell(node, text) {
+  if (node.told === text) return node;
+  node.told = text;
+  node.replaceChildren(...text.split("`").map((part, at) => (at % 2 ? el("code", {}, part) : part)));
+  return node;
+}
+
 export function mark(node, name, value) {
   if (value === null || value === undefined || value === false) {
     if (node.hasAttribute(name)) node.removeAttribute(name);

@@ -33,13 +33,17 @@ function replicas() {
   node.update = (model) => sync(body, model.replicas, (replica) => replica.id, () => {
     const id = el("span", { class: "name" });
     const why = el("span", { class: "message" });
+    const lines = el("pre", { tabindex: "0", "aria-label": "The last lines of its log" });
+    const last = el("details", { class: "last", hidden: true }, el("summary", {}, "What it said last"), lines);
     const state = chip();
     const [revision, devices, restarts] = [el("span"), el("span"), el("span")];
     const since = time();
-    const row = el("tr", {}, cell("Replica", "grow", id, why), cell("State", "", state), cell("Revision", "num", revision), cell("Devices", "", devices), cell("Restarts", "num", restarts), cell("Since", "quiet", since));
+    const row = el("tr", {}, cell("Replica", "grow", id, why, last), cell("State", "", state), cell("Revision", "num", revision), cell("Devices", "", devices), cell("Restarts", "num", restarts), cell("Since", "quiet", since));
     row.update = (replica) => {
       say(id, replica.id);
       say(why, [replica.reason, replica.message || replica.lastExit?.message].filter((text) => text).join(": "));
+      show(last, Boolean(replica.lastExit?.log?.length));
+      say(lines, replica.lastExit?.log?.join("\n") ?? "");
       state.tell(REPLICA[replica.state] ?? "going", replica.state);
       say(revision, replica.revision); say(devices, replica.devices.join(", ") || "–"); say(restarts, replica.restarts);
       since.tell(replica.since);
@@ -141,7 +145,10 @@ export function model(name) {
     const now = figures(name);
     state.tell(standing(found), status.summary ?? "New");
     show(callout, Boolean(status.remedies?.length));
-    sync(remedies, status.remedies ?? [], (text) => text, (text) => el("li", {}, text));
+    sync(remedies, status.remedies ?? [], (text) => text, (text) => {
+      const [command, ...why] = text.split(/ {2,}/);
+      return el("li", {}, why.length ? el("code", {}, command) : command, why.length ? ` ${why.join(" ")}` : "");
+    });
     const counts = status.replicas;
     about.update([
       ["Serves revision", status.servedRevision ?? "none"],
