@@ -7,6 +7,7 @@ With `QUIRE_SCREENSHOTS` set to a folder, pictures of every view are left there 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -321,6 +322,44 @@ def test_what_comes_from_outside_is_text(served: Platform, link: str) -> None:
         )
         assert blocked == "TypeError", "the policy lets no text become markup"
     served.run("rollout", "resume", "model/small")
+
+
+PARROT = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {name: parrot}
+spec:
+  source: builtin://tiny
+  engine: {runner: scripted, maxModelLen: 1024, kvCache: {size: 16Mi}}
+  resources: {cpu: 1}
+  parsers: {tools: hermes, reasoning: think}
+"""
+SCRIPT = (
+    "<think>They want the weather.</think>I will look.\n"
+    '<tool_call>\n{"name": "look", "arguments": {"at": "Rome"}}\n</tool_call>'
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+}
+
+
+def test_thoughts_and_tool_calls_are_shown_as_text(served: Platform, link: str) -> None:
+    served.run("apply", served.write("parrot.yaml", PARROT))
+    with browser() as page:
+        page.go(link)
+        page.wait("parrot", "main")
+        page.go("#/playground/parrot")
+        page.find("#play-more").send_keys(json.dumps({"script": SCRIPT, "tools": [TOOL]}))
+        page.find("#play-draft").send_keys("How is the weather?", Keys.ENTER)
+        page.wait("ended by tool_calls", ".talk")
+        assert page.text(".assistant > .said").strip() == "I will look."
+        assert page.text(".assistant .calls") == 'look({"at": "Rome"})'
+        page.find(".assistant .thought summary").click()
+        assert page.text(".assistant .thought .said").strip() == "They want the weather."
+        page.picture("light-thoughts")
+        assert page.complaints() == []
+    served.run("delete", "model/parrot")
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,9 @@ def test_eight_links_count_at_a_time(plane: Plane, page: Page) -> None:
         assert oldest.get("/v1/ping").status_code == 401
 
 
-def test_a_port_that_is_taken_is_said_and_the_listener_ends_when_told_and_with_its_process(plane: Plane) -> None:
+def test_a_port_that_is_taken_is_said_and_the_listener_ends_when_told_and_with_its_process(
+    plane: Plane, page: Page
+) -> None:
     assert platform(plane, "console", "--stop").stdout == "the console is closed\n"
     assert platform(plane, "console", "--stop").stdout == "the console was not open\n"
     assert plane.client.get("/v1/console")["listening"] is False
@@ -345,6 +347,7 @@ def test_a_port_that_is_taken_is_said_and_the_listener_ends_when_told_and_with_i
     old = Page(plane.client.post("/v1/console", {"port": 0})["url"])
     with old.http:
         assert old.get("/v1/ping").status_code == 200
+        assert old.http.get("/v1/ping", headers=page.allowed).status_code == 401, "closed, and its links forgotten"
         plane.kill(signal.SIGTERM)
         with pytest.raises(httpx.ConnectError):
             old.get("/v1/ping")
