@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from tests.integration.plane import Plane, model
+import trustme
+from tests.integration.plane import GATEWAY, Plane, model
 from tests.waiting import eventually
 
 from quire.client import Refused
@@ -356,3 +357,26 @@ def test_a_port_that_is_taken_is_said_and_the_listener_ends_when_told_and_with_i
             old.get("/v1/ping")
         plane.client.post("/v1/console", {"port": old.port})
         assert old.get("/v1/ping").status_code == 401, "its link went with the process"
+
+
+@pytest.mark.nightly
+def test_a_gateway_that_speaks_https_is_asked_by_its_certificate(tmp_path: Path) -> None:
+    leaf = trustme.CA().issue_cert("chat.example.org")
+    leaf.private_key_pem.write_to_path(tmp_path / "key.pem")
+    leaf.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    plane = Plane(tmp_path / "plane")
+    plane.start()
+    try:
+        tls = f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"
+        plane.apply(GATEWAY.replace("port: 0", f"port: 0, {tls}"), model("m"))
+        plane.wait_served("m")
+        assert plane.base_url.startswith("https://")
+        page = Page(plane.client.post("/v1/console", {"port": 0})["url"])
+        with page.http:
+            assert page.json("/router/v1/models")["data"][0]["id"] == "m"
+            answer = page.http.post(CHAT_PATH, json=CHAT, headers=page.allowed)
+            assert answer.text.endswith("data: [DONE]\n\n")
+            eventually(lambda: page.json("/v1/load")["items"], "figures over https", 15, 0.2)
+            assert page.json("/v1/load")["problem"] is None
+    finally:
+        plane.end()
