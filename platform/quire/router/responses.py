@@ -24,6 +24,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from quire.errors import Conflict, InvalidRequest, NotFound
 from quire.router.store import METADATA, Store
+from quire_schemas.openai.body import shown
 from quire_schemas.openai.chat import MAX_MESSAGES
 from quire_schemas.openai.responses import (
     Item,
@@ -278,10 +279,10 @@ def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> 
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
             raise InvalidRequest(
-                f"The response '{at}' that this goes on from {gone}.", param="previous_response_id"
+                f"The response '{shown(at)}' that this goes on from {gone}.", param="previous_response_id"
             )
         if row.is_open:
-            raise InvalidRequest(f"The response '{at}' is not complete yet.", param="previous_response_id")
+            raise InvalidRequest(f"The response '{shown(at)}' is not complete yet.", param="previous_response_id")
         size += len(row.input) + len(row.output)
         if size > most:
             raise InvalidRequest(
@@ -310,7 +311,7 @@ def _named(db: sa.Connection, names: Counter[str], most: float = math.inf) -> tu
     sizes = {row[0]: row[1] for row in db.execute(sa.select(ITEMS.c.id, length).where(ITEMS.c.id.in_(names)))}
     missing = next((each for each in names if each not in sizes), None)
     if missing is not None:
-        raise InvalidRequest(f"There is no item '{missing[:64]}' that is kept.", param="input")
+        raise InvalidRequest(f"There is no item '{shown(missing)}' that is kept.", param="input")
     size = sum(count * sizes[name] for name, count in names.items())
     if size > most:
         raise InvalidRequest(
