@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import pytest
-from tests.clients.server import ENDLESS, LENGTHY, Server
+from tests.clients.server import ENDLESS, LENGTHY
 
 HERE: Final = Path(__file__).resolve().parent
 LOCK: Final = HERE / "package-lock.json"
@@ -57,10 +57,17 @@ def installed() -> None:
         lacking(problem)
 
 
+class HasUrl(Protocol):
+    """A server that clients of the OpenAI API can talk to."""
+
+    @property
+    def url(self) -> str: ...
+
+
 class Running:
     """Node with the scenarios of these names."""
 
-    def __init__(self, server: Server, *names: str) -> None:
+    def __init__(self, server: HasUrl, *names: str) -> None:
         self.child = subprocess.Popen(
             ["node", str(HERE / "scenarios.mjs"), *names],
             stdin=subprocess.PIPE,
@@ -102,7 +109,7 @@ class Running:
         self.child.communicate()
 
 
-def outcomes(server: Server, names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
+def outcomes(server: HasUrl, names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
     """Run these scenarios in one process; what became of each, by name."""
     with Running(server, *names) as running:
         found = {line["name"]: line for line in running.lines() if "name" in line}

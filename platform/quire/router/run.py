@@ -92,6 +92,11 @@ class Run:
         """Choices that are being placed while others go on."""
 
     @property
+    def _patience(self) -> float:
+        """Seconds that a sequence waits for its turn."""
+        return math.inf if self.job.background else self.job.model.route.max_queue_wait
+
+    @property
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
 
@@ -120,8 +125,7 @@ class Run:
         """
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
-            patience = math.inf if self.job.background else self.job.model.route.max_queue_wait
-            choice.deadline = time.monotonic() + patience
+            choice.deadline = time.monotonic() + self._patience
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
         ending: asyncio.TimerHandle | None = None
         if self.job.ends_at is not None:
@@ -154,7 +158,7 @@ class Run:
                         del live[choice.index]
                         if later:
                             following = later.popleft()
-                            following.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+                            following.deadline = time.monotonic() + self._patience
                             self._begin(self._place(following))
                 if batch:
                     yield batch

@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 
 from quire.errors import Api
-from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.events import COMMENT, Envelope, closed, ending
 from quire.router.api.exchange import NO_NAMES
 from quire.router.api.logprobs import Writer
 from quire.router.api.said import Said
@@ -118,6 +118,8 @@ def _prompt_text(job: Job) -> str:
 
 class ChatStream:
     """Writes one chat stream's events."""
+
+    ping = COMMENT
 
     def __init__(self, job: Job, request: ChatRequest) -> None:
         self._job = job

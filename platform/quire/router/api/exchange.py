@@ -10,7 +10,9 @@ engine is `Reception`:
 - a stream says nothing until the first piece is there, so that everything that goes wrong before is an ordinary
   error with a status of its own;
 - a stream ends in exactly one of three ways: finish reasons and `[DONE]`; one error event and a connection that is
-  cut (the answer is left without its end, which the server takes as the order to close); or the client left.
+  cut (the answer is left without its end, which the server takes as the order to close); or the client left;
+- a stream that has begun and has nothing to tell for a while (a thought that is not shown, a long queue of others)
+  says that it goes on, in words that clients pass over: proxies cut what is silent.
 
 Server-sent events are written as bytes, one `send` for all that one step brought.
 """
@@ -54,6 +56,8 @@ from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
 
+PING_SECONDS: Final = 10.0
+"""So long a stream is silent at most."""
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
@@ -102,6 +106,9 @@ class Format(Protocol[R]):
 
 class StreamFormat(Protocol):
     """Writes the events of one stream."""
+
+    ping: bytes
+    """Says that the stream goes on; it may stand between any two events."""
 
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         """Events for one batch; `usage` tells the tokens so far."""
@@ -247,16 +254,53 @@ class Exchange(Reception, Generic[R]):
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
-        async with contextlib.aclosing(run.updates()) as batches:
+        async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
                     self._stream = form
+                    pings.begin()
                 made = await run.job.written(functools.partial(form.events, batch, usage))
-                await send({"type": "http.response.body", "body": made, "more_body": True})
+                if made:  # of what is not shown there is nothing to tell
+                    await send({"type": "http.response.body", "body": made, "more_body": True})
+                    pings.sent_at = time.monotonic()
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
         await send({"type": "http.response.body", "body": await form.end(usage_of(run)), "more_body": False})
         return reasons
+
+
+class _Pings:
+    """Says that a stream goes on whenever nothing of it was sent for `PING_SECONDS`.
+
+    A task sleeps from one look at the clock to the next, so that whoever sends has but to note the time. Events
+    are sent whole, so that a ping comes between two of them.
+    """
+
+    def __init__(self, send: Send, ping: bytes) -> None:
+        self.sent_at = 0.0
+        self._send = send
+        self._ping = ping
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self.sent_at = time.monotonic()
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.sent_at + PING_SECONDS - time.monotonic())
+            if time.monotonic() - self.sent_at >= PING_SECONDS:
+                await self._send({"type": "http.response.body", "body": self._ping, "more_body": True})
+                self.sent_at = time.monotonic()
+
+    async def __aenter__(self) -> _Pings:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """None comes after this."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 async def send_json(send: Send, payload: bytes) -> None:

@@ -1,8 +1,8 @@
 """`POST /v1/messages`: Anthropic's Messages API over the same road as chat.
 
 A stream's events: `message_start`, then each block of content with its start, its deltas and its stop, then
-`message_delta` with what ended the answer and the whole usage, and `message_stop`. A stream that breaks off ends
-with one `error` event.
+`message_delta` with what ended the answer and the whole usage, and `message_stop`; a `ping` where nothing else
+came for a while. A stream that breaks off ends with one `error` event.
 """
 
 from __future__ import annotations
@@ -183,6 +183,8 @@ class _Open:
 
 class MessagesStream:
     """Writes one stream's events."""
+
+    ping = _event("ping", {})
 
     def __init__(self, job: Job) -> None:
         self._job = job

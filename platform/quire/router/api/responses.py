@@ -23,6 +23,7 @@ from litestar.types import ASGIApp, Send
 
 from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
+from quire.router.api.events import COMMENT
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, known, whole
@@ -126,7 +127,8 @@ async def stands_for(
     """The chat request of a conversation and all that is kept of it, and the bytes that both take. Raises
     `BadRequest`, `InvalidRequest` and `NotFound`.
     """
-    context = await responses.context(request.previous_response_id, request.input)
+    most = gateway.fleet.table.http.max_body_bytes
+    context = await responses.context(request.previous_response_id, request.input, most)
     size += context.size
     return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
 
@@ -135,8 +137,7 @@ async def kept(responses: Responses, request: ResponsesRequest, response: Respon
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    context = await responses.context(None, request.input)
-    return await responses.keep(response, context.own)
+    return await responses.keep(response, await responses.resolved(request.input))
 
 
 class Output:
@@ -317,6 +318,8 @@ def _new(kind: type[OutputItem]) -> str:
 class ResponsesStream:
     """Writes one stream's events."""
 
+    ping = COMMENT
+
     def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
         self._responses = responses
         self._request = request
@@ -341,13 +344,18 @@ class ResponsesStream:
 
     def broken(self, error: HttpError) -> bytes:
         self._output.broken()
-        response = self._output.response
-        response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
+        failed = msgspec.structs.replace(
+            self._output.response,
+            status="failed",
+            error=ResponseError(error.code or "server_error", error.message),
+            usage=None,
+            completed_at=None,
+            incomplete_details=None,
+        )
         try:
-            return self._event("response.failed", {"response": response})
+            return self._event("response.failed", {"response": failed})
         except ValueError:  # what cannot be written may be what broke the stream, whose end is told all the same
-            response.output = []
-            return self._event("response.failed", {"response": response})
+            return self._event("response.failed", {"response": msgspec.structs.replace(failed, output=[])})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
@@ -375,11 +383,11 @@ class Responding(Exchange[ResponsesRequest]):
         self._later.check_room()
         self._responses.store.check_room()
         await stands_for(self._gateway, self._responses, request, len(body))  # what is wrong with it is said now
-        own = (await self._responses.context(None, request.input)).own
+        own = await self._responses.resolved(request.input)
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
         await self._responses.begin(response, body, own)
-        self._later.begin(response_id, body)
+        self._later.begin(response_id, len(body))
         await send_json(send, _json.encode(response))
         return "stop"
 
