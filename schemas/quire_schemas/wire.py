@@ -481,11 +481,19 @@ class HttpSettings(msgspec.Struct, frozen=True):
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
-    """Everything routable, absolute. The router acts on it only if `version` is above the one it has."""
+    """Everything routable, absolute. The router acts on it only if `version` is above the one it has.
+
+    All fields but `version` are its parts, each with a default that says what a router does which does not know
+    it. A router says which ones it knows (`RouterStatus.parts`); version 0 is a table that is not numbered yet.
+    """
 
     version: int
-    models: tuple[ModelRoute, ...]
+    models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+
+
+PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")
+"""The parts of a table that this version knows."""
 
 
 class Finish(msgspec.Struct, tag=True):
@@ -529,6 +537,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     replicas: list[ReplicaLoad]
     http: HttpSettings | None = None
     """Those in force; None from a router of a version that knows none."""
+    parts: tuple[str, ...] = ()
+    """The parts of a table that it knows; none from a router of a version that does not tell."""
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model that is there on demand."""

@@ -48,6 +48,7 @@ from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
 from quire_operators.tracing import Passes
+from quire_schemas import wire
 from quire_schemas.resource import Key
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class ControlPlane:
         self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": False})
 
     async def _begin_work(self) -> None:
-        await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings())
+        await self.routes.reconcile(self._table())
         self.refuse_while_going_down()  # it may have begun meanwhile
         stored_objects = self.store.objects()
         for stored in sorted(stored_objects, key=_rank):  # after a reboot all of them start at once
@@ -308,7 +309,7 @@ class ControlPlane:
             if self.gateway.failure() != failure:
                 self._all_models()
                 self._controller.add(ROUTES)
-            elif not self.routes.takes(self.gateway.http_settings()):
+            elif not self.routes.takes("http", self.gateway.http_settings()):
                 self._controller.add(ROUTES)
             return again
         again = await self.models.reconcile(key)
@@ -319,12 +320,16 @@ class ControlPlane:
     async def _reconcile_routes(self) -> float | None:
         if self.gateway.router_runs() is False:
             return None  # a change of its shim brings this key back
-        if await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings()):
+        if await self.routes.reconcile(self._table()):
             self._all_models()
             self._controller.add(GATEWAY)
         demand = self.models.settle_residency()
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
         return BUSY_POLL if busy else demand or IDLE_POLL
+
+    def _table(self) -> wire.RoutingTable:
+        """What the router is to act by; not numbered."""
+        return wire.RoutingTable(0, build(self.models.routables()), self.gateway.http_settings())
 
     def _all_models(self) -> None:
         for stored in self.store.objects("model"):

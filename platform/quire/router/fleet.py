@@ -248,6 +248,7 @@ class Fleet:
             pid=os.getpid(),
             base_url=base_url,
             http=self.table.http,
+            parts=wire.PARTS,
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)
