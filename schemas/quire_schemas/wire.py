@@ -34,6 +34,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from quire_schemas.failures import DEFAULT_ATTEMPTS, Failure, Retried
+
 PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
@@ -470,6 +472,48 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
 
 
+class Backend(msgspec.Struct, frozen=True):
+    """A share of a route's requests. `model` is the name of a Model, here and below."""
+
+    model: str
+    weight: int
+
+
+class Fallback(msgspec.Struct, frozen=True):
+    """A model that steps in for one that failed in one of these ways."""
+
+    model: str
+    when: tuple[Failure, ...]
+
+
+class Mirror(msgspec.Struct, frozen=True):
+    """A model that gets copies of a share of the requests."""
+
+    model: str
+    percent: int
+
+
+class TrafficRoute(msgspec.Struct, frozen=True):
+    """A Route: which requests it takes, and where they go. Its models need not be in the table."""
+
+    route: str
+    names: tuple[str, ...]
+    created: int
+    """Unix seconds, for /v1/models; of two that match alike the older has the request."""
+    backends: tuple[Backend, ...]
+    headers: tuple[tuple[str, str], ...] = ()
+    """Names, in small letters, and values."""
+    sticky: str = "prefix"
+    """prefix, none, user, or header: with the name of one in small letters."""
+    fallbacks: tuple[Fallback, ...] = ()
+    first_token: float | None = None
+    request: float | None = None
+    """Seconds."""
+    attempts: int = DEFAULT_ATTEMPTS
+    retried: tuple[Retried, ...] = ("ConnectionError", "503")
+    mirror: Mirror | None = None
+
+
 class HttpSettings(msgspec.Struct, frozen=True):
     """What of the gateway's manifest changes while its router runs."""
 
@@ -490,6 +534,7 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     version: int
     models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+    routes: tuple[TrafficRoute, ...] = ()
 
 
 PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")

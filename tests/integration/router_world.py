@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,10 +121,10 @@ class World:
         assert status is not None
         return status
 
-    async def table(self, *routes: wire.ModelRoute) -> wire.RouterStatus:
-        """Put a table into force and wait until each of its replicas that can be is connected."""
+    async def table(self, *models: wire.ModelRoute, routes: Sequence[wire.TrafficRoute] = ()) -> wire.RouterStatus:
+        """Put a table into force."""
         self.version += 1
-        return await self.control(wire.RoutingTable(version=self.version, models=routes))
+        return await self.control(wire.RoutingTable(self.version, models, routes=tuple(routes)))
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())
