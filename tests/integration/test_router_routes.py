@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.integration.router_world import ASK, World, eventually, events
+from tests.integration.router_world import ASK, World, events, eventually
 from tests.integration.wire_engine import WireEngine
 
 from quire_schemas import signals, wire
