@@ -178,21 +178,28 @@ def _ready(view: View, there: Mapping[str, int], gone: str) -> Fact:
     serving = [name for name, weight in there.items() if weight and view.models[name] is None]
     serving = serving or [name for name in stand_ins if name in view.models and view.models[name] is None]
     if serving and view.taken:
-        return Fact("Ready", True, Reason.SERVING, _shares(there) or f"{serving[0]} stands in")
+        return Fact("Ready", True, Reason.SERVING, _shares(there, view.models) or f"{serving[0]} stands in")
     if serving:
         return Fact("Ready", False, Reason.HOT_UPDATE_PENDING, "the router does not act by it yet")
     if not there:
         return Fact("Ready", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")
     if not any(there.values()):
         return Fact("Ready", False, Reason.NO_WEIGHT, "all weights are 0, so no request goes anywhere")
-    told = "; ".join(f"{name}: {view.models[name]}" for name, weight in there.items() if weight)
-    return Fact("Ready", False, Reason.BACKEND_NOT_READY, told)
+    against = {name: view.models[name] for name, weight in there.items() if weight}
+    told = "; ".join(f"{name}: {why}" for name, why in against.items())
+    wanted_so = set(against.values()) <= {Reason.STOPPED.value, Reason.PAUSED.value}
+    return Fact("Ready", False, Reason.STOPPED if wanted_so else Reason.BACKEND_NOT_READY, told)
 
 
-def _shares(weights: Mapping[str, int]) -> str:
-    """Who has which part of the requests."""
+def _shares(weights: Mapping[str, int], models: Mapping[str, str | None]) -> str:
+    """Who has which part of the requests, and what keeps one from answering them."""
     total = sum(weights.values())
-    return ", ".join(f"{name} {100 * weight / total:.4g} %" for name, weight in weights.items() if weight)
+    told = []
+    for name, weight in weights.items():
+        if weight:
+            against = "" if models[name] is None else f" ({models[name]})"
+            told.append(f"{name} {100 * weight / total:.4g} %{against}")
+    return ", ".join(told)
 
 
 def _stalled(view: View, there: Mapping[str, int], gone: str) -> Fact:
@@ -305,15 +312,16 @@ class RouteReconciler:
             "remedies": status.remedies(str(stored.key), shown),
         }
         self._store.put_status(stored.uid, document)
-        for fact in found:
-            was = next((c for c in before.get("conditions", ()) if c["type"] == fact.type), None)
-            bad = fact.status is (fact.type == "Stalled")
-            if bad and fact.reason in _GRAVE and (was is None or was["message"] != fact.message):
-                self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
-        return all(fact.status is (fact.type != "Stalled") for fact in found)
+        known = {(each["reason"], each["message"]) for each in before.get("conditions", ())}
+        bad = [fact for fact in found if fact.status is (fact.type == "Stalled")]
+        for reason, message in dict.fromkeys((fact.reason, fact.message) for fact in bad):
+            if reason in _GRAVE and (reason.value, message) not in known:
+                self._store.add_event(stored.key, "Warning", reason.value, message)
+        return not bad
 
 
 _GRAVE = frozenset({Reason.BACKEND_NOT_FOUND, Reason.NAME_CONFLICT, Reason.NO_WEIGHT})
+"""What is worth an event: somebody has to do something."""
 
 
 def _is_model(stored: StoredObject) -> bool:

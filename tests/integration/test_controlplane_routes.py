@@ -147,7 +147,7 @@ def test_no_weight_and_stopped_models_are_told_apart_and_a_stand_in_makes_it_ser
     wait(plane, "off", Ready=("False", "NoWeight"), Stalled=("False", "Progressing"))
     assert ask(plane, "off").status_code == 503
     plane.apply(model("idle", "  replicas: 0\n"), route("off", to("idle"), "[off]"))
-    wait(plane, "off", Ready=("False", "BackendNotReady"))
+    wait(plane, "off", Ready=("False", "Stopped"))
     stand_in = "  fallbacks: [{model: one, when: [Unavailable]}]\n"
     plane.apply(route("off", to("idle") + stand_in, "[off]"))
     wait(plane, "off", **SERVING)
