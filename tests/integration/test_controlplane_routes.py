@@ -156,6 +156,7 @@ def test_no_weight_and_stopped_models_are_told_apart_and_a_stand_in_makes_it_ser
     delete(plane, "off")
 
 
+@pytest.mark.nightly
 def test_routes_outlive_the_control_plane(plane: Plane) -> None:
     plane.apply(model("one"), route("kept", to("one"), "[kept]"))
     wait(plane, "kept", **SERVING)

@@ -164,6 +164,7 @@ async def test_a_table_without_the_route_ends_the_name(town: Town) -> None:
     assert f'{signals.ROUTE_REQUESTS}_total{{model="a",route="r"}}' not in await town.world.metrics()
 
 
+@pytest.mark.nightly
 async def test_a_router_that_starts_again_has_its_routes_from_disk(own_world: World) -> None:
     town = Town(own_world)
     await town.add("a")
@@ -220,6 +221,15 @@ async def test_nobody_steps_in_after_the_first_byte(town: Town) -> None:
     head, told = await cut(town, max_tokens=50)
     assert b"x-quire-model: a\r\n" in head
     assert told[-1]["error"]["code"] == "engine_died"
+    assert not town.engines["b"][0].generates
+
+
+async def test_nobody_steps_in_for_a_choice_that_waits_while_another_one_is_written(town: Town) -> None:
+    await town.add("a", engine={"max_num_seqs": 1, "pace": 0.05}, max_queue_wait=0.4)
+    await town.add("b")
+    await town.go(stands_in("Timeout"))
+    _, told = await cut(town, n=2, max_tokens=60)
+    assert told[-1]["error"]["code"] == "timeout"
     assert not town.engines["b"][0].generates
 
 
