@@ -208,6 +208,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
     TimedOut: Row(504, _OURS, "timeout", retry=False),
+    OutOfTime: Row(504, _OURS, "timeout", retry=False),
     InternalError: Row(500, _OURS, "internal_error"),
 }
 _UNKNOWN: Final = Row(
