@@ -323,10 +323,10 @@ class GatewayReconciler:
     def _rolled_out(self, *, ready: bool) -> Fact:
         if not ready or self.routes is None:
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
-        if self.routes.takes(self.http_settings()):
+        if self.routes.takes("http", self.http_settings()):
             return Fact("RolledOut", True, Reason.UP_TO_DATE)
         text = "the router has not taken its newest settings"
-        if self.routes.is_older():
+        if self.routes.is_older("http"):
             text = "the router is of an earlier version; platform down and platform up start a new one"
         return Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, text)
 

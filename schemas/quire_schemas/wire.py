@@ -34,6 +34,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from quire_schemas.failures import DEFAULT_ATTEMPTS, Failure, Retried
+
 PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
@@ -485,6 +487,48 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """How often a stream whose engine died goes on at another one."""
 
 
+class Backend(msgspec.Struct, frozen=True):
+    """A share of a route's requests. `model` is the name of a Model, here and below."""
+
+    model: str
+    weight: int
+
+
+class Fallback(msgspec.Struct, frozen=True):
+    """A model that steps in for one that failed in one of these ways."""
+
+    model: str
+    when: tuple[Failure, ...]
+
+
+class Mirror(msgspec.Struct, frozen=True):
+    """A model that gets copies of a share of the requests."""
+
+    model: str
+    percent: int
+
+
+class TrafficRoute(msgspec.Struct, frozen=True):
+    """A Route: which requests it takes, and where they go. Its models need not be in the table."""
+
+    route: str
+    names: tuple[str, ...]
+    created: int
+    """Unix seconds, for /v1/models; of two that match alike the older has the request."""
+    backends: tuple[Backend, ...]
+    headers: tuple[tuple[str, str], ...] = ()
+    """Names, in small letters, and values."""
+    sticky: str = "prefix"
+    """prefix, none, user, or header: with the name of one in small letters."""
+    fallbacks: tuple[Fallback, ...] = ()
+    first_token: float | None = None
+    request: float | None = None
+    """Seconds."""
+    attempts: int = DEFAULT_ATTEMPTS
+    retried: tuple[Retried, ...] = ("ConnectionError", "503")
+    mirror: Mirror | None = None
+
+
 class HttpSettings(msgspec.Struct, frozen=True):
     """What of the gateway's manifest changes while its router runs."""
 
@@ -504,11 +548,20 @@ class HttpSettings(msgspec.Struct, frozen=True):
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
-    """Everything routable, absolute. The router acts on it only if `version` is above the one it has."""
+    """Everything routable, absolute. The router acts on it only if `version` is above the one it has.
+
+    All fields but `version` are its parts, each with a default that says what a router does which does not know
+    it. A router says which ones it knows (`RouterStatus.parts`); version 0 is a table that is not numbered yet.
+    """
 
     version: int
-    models: tuple[ModelRoute, ...]
+    models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+    routes: tuple[TrafficRoute, ...] = ()
+
+
+PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")
+"""The parts of a table that this version knows."""
 
 
 class Finish(msgspec.Struct, tag=True):
@@ -552,6 +605,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     replicas: list[ReplicaLoad]
     http: HttpSettings | None = None
     """Those in force; None from a router of a version that knows none."""
+    parts: tuple[str, ...] = ()
+    """The parts of a table that it knows; none from a router of a version that does not tell."""
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model that is there on demand."""

@@ -9,11 +9,11 @@ where that is). A sequence that has to start again takes those that follow it al
 
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
 `maxQueueWait` says, over all its attempts together; background work waits for as long as it takes. A request that
-set itself a `timeout` ends when that is over, wherever it is: the engines know of it, too, but the run does not
-wait for their word.
+set itself a `timeout`, or whose route sets it one, ends when that is over, wherever it is: the engines know of it,
+too, but the run does not wait for their word. A route may also say when the first token has to be there.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
-(nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
+(nothing ever has, of an answer that is sent whole): as often as its terms allow, and within the model's budget
 (`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
 the first byte, the request fails, unless the manifest lets streams *migrate*: then the sequence goes on at another
 replica of the same revision, behind the tokens that were read of it (`wire.Generate.written`), up to
@@ -55,7 +55,6 @@ from quire_schemas import signals, wire
 
 log = logging.getLogger("quire.router")
 
-MAX_RETRIES: Final = 2
 DEFAULT_RETRY_AFTER: Final = 5.0
 RECHECK_SECONDS: Final = 0.5
 """How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
@@ -90,6 +89,8 @@ class Run:
         """Rings the bell when the choices of which nothing has gone out are to be looked after."""
         self._starts: set[asyncio.Task[None]] = set()
         """Choices that are being placed while others go on."""
+        self._came = False
+        """Some prompt is computed: there is a token, or could be."""
 
     @property
     def _patience(self) -> float:
@@ -127,10 +128,11 @@ class Run:
         for choice in self._choices:
             choice.deadline = time.monotonic() + self._patience
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
-        ending: asyncio.TimerHandle | None = None
-        if self.job.ends_at is not None:
-            left = self.job.ends_at - time.monotonic()
-            ending = asyncio.get_running_loop().call_later(max(left, 0.0), self._bell.set)
+        ends = [
+            asyncio.get_running_loop().call_later(max(at - time.monotonic(), 0.0), self._bell.set)
+            for at in (self.job.ends_at, self.job.first_by)
+            if at is not None
+        ]
         try:
             later = deque(self._choices[self.job.at_once :])
             if len(self._choices) > 1:
@@ -166,7 +168,7 @@ class Run:
                     self._check_time()
                 self._recover(lost)
         finally:
-            for timer in (self._alarm, ending):
+            for timer in (self._alarm, *ends):
                 if timer is not None:
                     timer.cancel()
             for start in self._starts:
@@ -177,9 +179,12 @@ class Run:
                 self._end(choice)
 
     def _check_time(self) -> None:
-        """Raises `TimedOut` when the job's own time is over."""
-        if self.job.ends_at is not None and time.monotonic() >= self.job.ends_at:
+        """Raises `TimedOut` when the job's own time is over, or that until its first token."""
+        now = time.monotonic()
+        if self.job.ends_at is not None and now >= self.job.ends_at:
             raise self.job.out_of_time()
+        if self.job.first_by is not None and now >= self.job.first_by and not self._came:
+            raise self.job.without_first()
 
     def _begin(self, start: Coroutine[Any, Any, None]) -> None:
         """Place a choice while others go on."""
@@ -214,6 +219,7 @@ class Run:
                 self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
+            choice.lost_by = "503" if _was_asked_to_end(deltas) else "ConnectionError"
             if choice.turn_at is not None:
                 choice.deadline += time.monotonic() - choice.turn_at
             choice.avoid.add(sequence.client.endpoint.replica_id)
@@ -226,12 +232,14 @@ class Run:
         before = choice.generated
         update = choice.read(deltas)
         if sequence.begun:
+            self._came = True
             if choice.trial is not None:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
         if update is None:
             return None
+        self._came = True
         choice.sent = self.job.stream
         if update.finish_reason is not None and self.job.shown.metrics:
             return dataclasses.replace(update, times=choice.times)
@@ -326,8 +334,9 @@ class Run:
                     held_since = time.monotonic()
                     self._hold(1)
                 for_others = not permitted or (suspected and served.ready)
-                if self.job.ends_at is not None:
-                    left = min(left, self.job.ends_at - time.monotonic())
+                for at in (self.job.ends_at, None if self._came else self.job.first_by):
+                    if at is not None:
+                        left = min(left, at - time.monotonic())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if for_others else changed).wait()
@@ -340,7 +349,7 @@ class Run:
     def _check_wanted(self, choice: Choice) -> bool:
         """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
         served, suspects = self.job.model, self.job.model.suspects
-        if self._fleet.models.get(self.job.asked_model) is not served:
+        if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
         served.check_wanted()
         serving = served.tokenizer
@@ -391,13 +400,14 @@ class Run:
             (client.candidate(chain, background=self.job.background) for client in clients.values()),
             choice.avoid,
             self._homes.get(choice.prompt_index),
+            self.job.terms.caller,
         )
         return clients[chosen] if chosen is not None else None
 
     def _chain(self, choice: Choice) -> tuple[bytes, ...]:
         """The hashes of the choice's prompt, where there are several replicas of which one may have it cached."""
         served, index = self.job.model, choice.prompt_index
-        if not served.route.prefix_caching or len(served.clients) < 2:
+        if not (self.job.terms.by_prefix and served.route.prefix_caching) or len(served.clients) < 2:
             return ()
         chain = self._chains.get(index)
         if chain is None:
@@ -449,7 +459,7 @@ class Run:
         if choice.sent:
             await self._migrate(choice)
             return
-        if choice.attempts > MAX_RETRIES:
+        if choice.attempts >= self.job.terms.attempts or choice.lost_by not in self.job.terms.retried:
             raise self._gave_up(choice)
         choice.begin()
         await self._place(choice)

@@ -33,6 +33,7 @@ from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
     Api,
+    ApiError,
     BodyTimeout,
     BodyTooLarge,
     HttpError,
@@ -40,14 +41,17 @@ from quire.errors import (
     ServiceUnavailable,
     UnsupportedMediaType,
     describe,
+    failure_of,
     renamed,
 )
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.metrics import NO_MODEL
+from quire.router.metrics import NO_MODEL, ROUTED, STEPPED_IN
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked, Way
+from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn
@@ -149,10 +153,12 @@ class Reception:
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
+        self._headers: Sequence[tuple[bytes, bytes]] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
-        headers = dict(scope["headers"])
+        self._headers = list(scope["headers"])
+        headers = dict(self._headers)
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
@@ -222,12 +228,53 @@ class Exchange(Reception, Generic[R]):
         return await self._serve(request, body, arrived_at, span, send)
 
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
-        """Have a request answered that is understood."""
-        served = self._gateway.fleet.resolve(request.model)
+        """Have a request answered that is understood, by the model that it goes to, or by one that steps in."""
+        fleet = self._gateway.fleet
+        way = fleet.way(Asked(request.model, self._headers, body))
+        if way.mirror is not None and not self._background:
+            self._gateway.mirrors.begin(
+                way.terms.route,
+                way.mirror,
+                self._format.sequences(request),
+                lambda served, at, unseen: self._format.job(request, served, len(body), at, unseen),
+            )
+        model, tried = way.model, list[str]()
+        first: ApiError | TextError | None = None
+        while True:
+            begun_at = time.monotonic() if tried else arrived_at
+            try:
+                served = fleet.at(way, model)
+                fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                return await self._serve_by(served, way, request, len(body), (arrived_at, begun_at), span, send)
+            except (ApiError, TextError) as error:
+                first = first or error
+                tried.append(model or "")
+                failure = failure_of(error) if self._stream is None else None
+                model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
+                if model is None or failure is None:
+                    raise first from None
+                fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
+                span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
+
+    async def _serve_by(
+        self,
+        served: ServedModel,
+        way: Way,
+        request: R,
+        size: int,
+        times: tuple[float, float],
+        span: RequestSpan,
+        send: Send,
+    ) -> str:
+        """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
+        arrived_at, begun_at = times
         self._serves(served, request.model, span)
+        span.set({signals.QUIRE_ROUTE: way.terms.route or None})
+        terms = way.terms.patient() if self._background else way.terms
         with self._gateway.admit(served, self._format.sequences(request), background=self._background):
-            job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            job = await self._format.job(request, served, size, arrived_at, span)
+            job = dataclasses.replace(job, background=self._background, terms=terms, begun_at=begun_at)
+            run = Run(self._gateway.fleet, job)
             span.set(_request_attributes(run.job))
             in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
@@ -248,7 +295,8 @@ class Exchange(Reception, Generic[R]):
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 updates.extend(batch)
-        await send_json(send, await self._format.whole(run.job, request, updates, usage_of(run)))
+        answer = await self._format.whole(run.job, request, updates, usage_of(run))
+        await send_json(send, answer, _served_by(run))
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
@@ -257,7 +305,8 @@ class Exchange(Reception, Generic[R]):
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
-                    await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+                    headers = [*_STREAM_HEADERS, *_served_by(run)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._stream = form
                     pings.begin()
                 made = await run.job.written(functools.partial(form.events, batch, usage))
@@ -303,9 +352,14 @@ class _Pings:
             await asyncio.wait([self._task])
 
 
-async def send_json(send: Send, payload: bytes) -> None:
-    """The whole answer to a request that went well."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
+    """Which Model the answer is from: the body repeats the name that was asked for."""
+    return [(b"x-quire-model", run.job.model.route.model.encode())]
+
+
+async def send_json(send: Send, payload: bytes, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """The whole answer to a request that went well, with headers of its own if there are `more`."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode()), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": payload, "more_body": False})
 

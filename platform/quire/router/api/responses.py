@@ -34,6 +34,7 @@ from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.chat import ChatRequest
@@ -378,7 +379,7 @@ class Responding(Exchange[ResponsesRequest]):
     ) -> str:
         if not request.background:
             return await super()._serve(request, body, arrived_at, span, send)
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._gateway.fleet.resolve(Asked(request.model, (), body))  # its headers are not kept
         self._serves(served, request.model, span)
         self._later.check_room()
         self._responses.store.check_room()
@@ -402,7 +403,7 @@ class InputCounting(Reception):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: read_response(body, ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._gateway.fleet.resolve(Asked(request.model, self._headers, body))
         self._serves(served, request.model, span)
         chat, size = await stands_for(self._gateway, self._responses, request, len(body))
 
