@@ -68,6 +68,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         max_body_bytes=parse_quantity(spec["maxBodySize"]),
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
+        access_log=spec["accessLog"],
     )
 
 
@@ -367,4 +368,6 @@ class GatewayReconciler:
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a running router was started with; a gateway that says otherwise replaces it."""
     labels = {"host": spec["bind"], "port": spec["port"]}
+    if spec["metrics"]["compat"] != "none":  # a label only where it differs: a router of before goes on
+        labels["metrics"] = spec["metrics"]
     return labels | {name: spec[name] for name in ("tls", "telemetry") if spec.get(name) is not None}

@@ -191,6 +191,11 @@ class WireEngine:
             prefix_hit_tokens=750,
             blocks_cached=12,
             blocks_saved=5,
+            deferred=0,
+            computed_tokens=17 * self.steps,
+            steps_by_tokens=(0, 0, 0, self.steps, *[0] * 10),
+            cpu_seconds=1.5,
+            resident_bytes=1 << 20,
         )
 
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:

@@ -16,15 +16,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
-from quire.router.engine_client import EngineClient, endpoint_key
-from quire.router.metrics import Metrics, ReplicaSample
+from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.text import TextError, Tokenizer
 from quire.text.dialects import Dialects
@@ -115,7 +115,7 @@ class Fleet:
         self.table = wire.RoutingTable(version=0, models=())
         self.models: dict[str, ServedModel] = {}
         """By every name that a request may use."""
-        self.metrics = Metrics(self.samples)
+        self.metrics = Metrics(self.samples, self.standings)
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
@@ -167,7 +167,9 @@ class Fleet:
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
-                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire)
+                client = self._clients.get(key) or EngineClient(
+                    endpoint, self._pulse.fire, self._ejected(route.model)
+                )
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
@@ -268,13 +270,32 @@ class Fleet:
                 if endpoint_key(endpoint) not in self._clients:
                     yield wire.ReplicaLoad(endpoint.replica_id, endpoint.incarnation, False, 0)
 
+    def _ejected(self, model: str) -> Callable[[Ejection], None]:
+        return lambda why: self.metrics.model(model).ejections[why].inc()
+
+    def _served(self) -> Iterable[ServedModel]:
+        """Each model once."""
+        return {id(served): served for served in self.models.values()}.values()
+
+    def standings(self) -> Iterator[Standing]:
+        """What a scrape shows of the models as they stand."""
+        for served in self._served():
+            ready = sum(client.ready for client in served.clients)
+            yield Standing(served.route.model, served.route.wanted, ready, served.route.restarts)
+
     def samples(self) -> Iterator[ReplicaSample]:
         """What a scrape shows of the replicas."""
-        for served in {id(served): served for served in self.models.values()}.values():
+        for served in self._served():
             for client in served.clients:
-                up = client.connected and not client.stalled
-                stats = client.stats if client.connected else None
-                yield ReplicaSample(served.route.model, client.endpoint.replica_id, up, stats)
+                up, connected = client.connected and not client.stalled, client.connected
+                yield ReplicaSample(
+                    served.route.model,
+                    client.endpoint.replica_id,
+                    up,
+                    client.stats if connected else None,
+                    client.welcome if connected else None,
+                    served.route.prefix_caching,
+                )
 
 
 _FILES = (

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
-from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Tracing, _Health, exporters
+from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Health, Tracing, exporters
 from quire_schemas.wire import Timings
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -236,7 +236,7 @@ def test_another_clock_is_off_by_half_of_the_way_at_most(
 
 def test_a_collector_that_comes_and_goes_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    health = _Health(lambda: now)
+    health = Health("traces", "spans", lambda: now)
     with caplog.at_level(logging.INFO):
         for _ in range(100):
             health.heard(False, 10, "connection refused")

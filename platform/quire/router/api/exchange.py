@@ -40,10 +40,11 @@ from quire.errors import (
     describe,
     renamed,
 )
+from quire.router.account import Account
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.metrics import NO_MODEL
+from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas import signals
@@ -142,18 +143,26 @@ class Reception:
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
+        self._received_at = 0.0
+        """When the whole body was there."""
+        self._account = Account()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
+        account = self._account = Account.of(scope)
+        account.operation, account.background = self._operation, self._background
         headers = dict(scope["headers"])
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
+        account.trace_id = span.trace_id
         finish, failure, status = "error", "internal_error", 500
         try:
             body = await read_body(headers, receive, self._settings.max_body_bytes)
+            self._received_at = time.monotonic()
             finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
             status = 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
+            account.gone = True
         except asyncio.CancelledError:
             # Only the server's shutdown cancels an exchange, and nothing comes after this in its task.
             failure, status = "shutdown", 503
@@ -163,16 +172,21 @@ class Reception:
             known = describe(_ours(error, self._names), self._api)
             at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
-            failure, status = known.code or "invalid_request", known.status
+            failure, status = known.code or REFUSED_FOR_ITSELF, known.status
             if known.status == 500:
                 log.error("a request failed", exc_info=error)
             await self._fail(send, error)
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
             handles.requests[self._operation, finish].inc()
-            if not self._refused and finish != "refused" and not self._background:
-                handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
+            if finish == "refused":
+                handles.rejections[failure].inc()
+            elif not self._refused and not self._background:
+                handles.e2e.observe(now - arrived_at)
+            account.finish, account.error, account.failed = finish, failure, status >= 500
+            account.total = now - arrived_at
+            self._spans.measure(account)
             sent = 200 if self._stream is not None else status or None
             span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
             span.end(now, failure or None, failed=status >= 500)
@@ -183,7 +197,8 @@ class Reception:
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
-        self._model = served.route.model
+        self._model = self._account.model = served.route.model
+        self._account.asked = asked
         span.name(self._operation, asked)
         span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
 
@@ -220,10 +235,11 @@ class Exchange(Reception, Generic[R]):
         self._serves(served, request.model, span)
         with self._gateway.admit(served, self._format.sequences(request), background=self._background):
             job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            job = dataclasses.replace(job, background=self._background)
+            run = Run(self._gateway.fleet, job, self._received_at)
             span.set(_request_attributes(run.job))
-            in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
-            in_flight.inc()
+            metrics = self._gateway.fleet.metrics.model(served.route.model)
+            metrics.in_flight.inc()
             self._refused = False
             try:
                 if job.stream:
@@ -231,10 +247,20 @@ class Exchange(Reception, Generic[R]):
                 else:
                     reasons = await self._send_whole(request, run, send)
             finally:
-                in_flight.dec()
+                metrics.in_flight.dec()
                 span.set(_answer_attributes(run))
+                self._tell(run)
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
+
+    def _tell(self, run: Run) -> None:
+        """Put what became of a run into the account."""
+        account, job, first = self._account, run.job, run.first_token_at
+        account.replica, account.stream = run.replica, job.stream
+        account.prompt_tokens, account.cached_tokens = job.prompt_tokens, run.cached_tokens
+        account.completion_tokens, account.queue = run.completion_tokens, run.queue_time
+        if first is not None:
+            account.first_token, account.writing = first - job.arrived_at, time.monotonic() - first
 
     async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []
@@ -242,6 +268,7 @@ class Exchange(Reception, Generic[R]):
             async for batch in batches:
                 updates.extend(batch)
         await send_json(send, await self._format.whole(run.job, request, updates, usage_of(run)))
+        run.delivered()
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
@@ -254,6 +281,7 @@ class Exchange(Reception, Generic[R]):
                     self._stream = form
                 made = await run.job.written(functools.partial(form.events, batch, usage))
                 await send({"type": "http.response.body", "body": made, "more_body": True})
+                run.delivered()
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
         await send({"type": "http.response.body", "body": await form.end(usage_of(run)), "more_body": False})
         return reasons
@@ -368,6 +396,7 @@ def _answer_attributes(run: Run) -> dict[str, Any]:
     return {
         signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
         signals.GEN_AI_USAGE_CACHE_READ: run.cached_tokens,
+        signals.GEN_AI_USAGE_REASONING: run.reasoning_tokens or None,
         signals.GEN_AI_TIME_TO_FIRST_TOKEN: until_first,
         signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: until_first if run.job.stream else None,
     }
