@@ -72,6 +72,8 @@ class WireEngine:
     """Serves requests by their priority, then by arrival, as an engine whose policy that is."""
     cached: Callable[[wire.Generate], int] = lambda _: 0
     """Prompt tokens that it says it had cached."""
+    looked_up: int = 0
+    """Tokens that it says each step has found in its prefix cache."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -187,8 +189,8 @@ class WireEngine:
             prompt_tokens=0,
             generation_tokens=0,
             hot_hash=self.limits.hot_hash if self.limits is not None else "h0",
-            prefix_queried_tokens=1000,
-            prefix_hit_tokens=750,
+            prefix_queried_tokens=1000 + self.looked_up * self.steps,
+            prefix_hit_tokens=750 + self.looked_up * self.steps,
             blocks_cached=12,
             blocks_saved=5,
             deferred=0,

@@ -18,8 +18,8 @@ from quire.cli.session import notice
 def monitoring(name: str | None, folder: Path | None) -> int:
     """Print the file NAME, or write all of them with --to; without either, list their names.
 
-    Dashboards are imported into Grafana as they are; alerts.yaml is a rule file of Prometheus, and prometheus.yaml a
-    configuration that scrapes the router and loads it.
+    Dashboards are imported into Grafana as they are; alerts.yaml is a rule file of Prometheus, and prometheus.yaml
+    a configuration that scrapes the router and loads it.
     """
     from quire.monitoring import files
 

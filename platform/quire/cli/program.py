@@ -47,6 +47,7 @@ COMMANDS = {
     "explain": "offline",
     "reference": "reference",
     "doctor": "doctor",
+    "monitoring": "monitoring",
     "cache": "cache",
     "secret": "secret",
     "down": "daemon",

@@ -1,8 +1,8 @@
 """Alert rules as a table, and as the YAML that Prometheus loads; and a scrape to begin with.
 
-A rule speaks of what clients notice, or soon will. `critical` is for what somebody has to be woken for. What to do
-about each is in docs/monitoring.md, under its name. Thresholds that depend on what is served (the time to the first
-token) are to be set anew by who knows that.
+A rule speaks of what clients notice, or soon will. `critical` is for what somebody has to be woken for. What to
+do about each is in docs/monitoring.md, under its name. Thresholds that depend on what is served (the time to the
+first token) are to be set anew by who knows that.
 """
 
 from __future__ import annotations

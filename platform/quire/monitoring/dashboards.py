@@ -85,7 +85,9 @@ def _plain(metric: str, legend: str) -> Query:
 
 
 _REPLICA: Final = (signals.LABEL_REPLICA,)
-_ERRORS: Final = added(rate(total(signals.REQUESTS, MODEL, f'{signals.LABEL_FINISH}="error"')), signals.LABEL_MODEL)
+_ERRORS: Final = added(
+    rate(total(signals.REQUESTS, MODEL, f'{signals.LABEL_FINISH}="error"')), signals.LABEL_MODEL
+)
 _ALL: Final = added(rate(total(signals.REQUESTS, MODEL)), signals.LABEL_MODEL)
 _FOUND: Final = added(
     rate(total(signals.PROMPT_TOKENS_BY_SOURCE, MODEL, f'{signals.LABEL_SOURCE}="local_cache_hit"')),
@@ -147,7 +149,9 @@ REQUESTS: Final = Board(
             "Shape",
             (
                 Panel("Tokens of prompts", "short", _quantiles(signals.REQUEST_PROMPT_TOKENS)),
-                Panel("Tokens of prompts that were computed", "short", _quantiles(signals.REQUEST_COMPUTED_TOKENS)),
+                Panel(
+                    "Tokens of prompts that were computed", "short", _quantiles(signals.REQUEST_COMPUTED_TOKENS)
+                ),
                 Panel("Tokens of answers", "short", _quantiles(signals.REQUEST_GENERATION_TOKENS)),
                 Panel("Longest answer of a request", "short", _quantiles(signals.REQUEST_MAX_GENERATION_TOKENS)),
                 Panel("Tokens asked for", "short", _quantiles(signals.REQUEST_PARAMS_MAX_TOKENS)),
@@ -170,7 +174,9 @@ ENGINES: Final = Board(
                     "short",
                     (
                         *_each(signals.REPLICAS_READY, signals.LABEL_MODEL),
-                        Query(added(select(signals.REPLICAS_WANTED, MODEL), signals.LABEL_MODEL), "{{model}} wanted"),
+                        Query(
+                            added(select(signals.REPLICAS_WANTED, MODEL), signals.LABEL_MODEL), "{{model}} wanted"
+                        ),
                     ),
                 ),
                 Panel("Up", "short", _each(signals.REPLICA_UP, *_REPLICA)),
