@@ -178,6 +178,40 @@ async def test_each_sequence_of_several_has_its_own_phases(world: World, collect
         within(span, mine)
 
 
+async def test_what_only_some_requests_have_is_told_by_its_name(world: World, collector: Collector) -> None:
+    await world.serve(await world.engine(text="<think>one</think>two"), reasoning_dialect="think")
+    schema = {"type": "json_schema", "json_schema": {"name": "CANARY", "schema": {"type": "object"}}}
+    async with httpx.AsyncClient(timeout=30) as http:
+
+        async def ask(path: str, **body: Any) -> Any:
+            answer = await http.post(f"{world.url}/v1/{path}", json={"model": "tiny", **body})
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        thought = await ask("chat/completions", messages=CHAT["messages"], max_tokens=200)
+        await ask("completions", prompt="x", max_tokens=5, response_format=schema)
+        await ask("embeddings", input="hi", encoding_format="base64", dimensions=4)
+        first = await ask("responses", input="one")
+        second = await ask("responses", input="two", previous_response_id=first["id"])
+        third = await ask("responses", input="three", previous_response_id=second["id"])
+    spans = [await request_span(collector, number) for number in range(1, 7)]
+    about = [{name: span.attributes.get(f"gen_ai.{name}") for name in (
+        "usage.reasoning.output_tokens", "output.type", "request.encoding_formats", "embeddings.dimension.count",
+        "conversation.id",
+    )} for span in spans]  # fmt: skip
+    told = [{name.split(".")[0]: value for name, value in each.items() if value is not None} for each in about]
+    tokens = thought["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert tokens > 0
+    assert told[:3] == [
+        {"usage": tokens},
+        {"output": "json"},
+        {"request": ["base64"], "embeddings": 4},
+    ]
+    assert [each["conversation"] for each in told[3:]] == [first["id"]] * 3
+    assert third["id"] not in (first["id"], second["id"])
+    assert b"CANARY" not in b"".join(collector.raw)
+
+
 async def test_a_client_that_is_not_sampled_is_not_traced(world: World, collector: Collector) -> None:
     engine = await world.engine()
     await world.serve(engine)

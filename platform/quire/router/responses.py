@@ -71,6 +71,8 @@ class Context:
     own: list[Item]
     size: int
     """Bytes that were read for it."""
+    first: str | None = None
+    """The response that the conversation began with, if there is one before."""
 
 
 class Responses:
@@ -156,8 +158,8 @@ class Responses:
         def read(db: sa.Connection) -> Context:
             named = _named(db, names)
             own = [named[item.id] if isinstance(item, ItemReference) else item for item in given]
-            before, size = _conversation(db, previous_id)
-            return Context(before, own, size)
+            before, size, first = _conversation(db, previous_id)
+            return Context(before, own, size, first)
 
         return await self.store.run(read)
 
@@ -234,11 +236,12 @@ def _decoded(answer: bytes) -> ResponseObject:
     return msgspec.json.decode(answer, type=ResponseObject)
 
 
-def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int]:
-    """Everything that was said up to a response, its own answer included, and the bytes that it takes."""
+def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int, str | None]:
+    """Everything that was said up to a response, its own answer included, the bytes that it takes, and the first
+    response of it."""
     turns: list[list[Item]] = []
     size = 0
-    at = last
+    at, first = last, last
     while at is not None:
         row = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == at)).first()
         if row is None:
@@ -254,8 +257,8 @@ def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int]
             raise InvalidRequest(
                 f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
             )
-        at = row.previous_id
-    return [item for turn in reversed(turns) for item in turn], size
+        first, at = at, row.previous_id
+    return [item for turn in reversed(turns) for item in turn], size, first
 
 
 def _named(db: sa.Connection, ids: Sequence[str]) -> dict[str, Item]:

@@ -371,11 +371,18 @@ def _request_attributes(job: Job) -> dict[str, Any]:
     """What was asked for, as it is carried out. Stop strings are left out: they are text."""
     sampling = job.sampling
     if job.pooling is not None:
+        embeds = job.operation == "embeddings"
         return {
+            signals.GEN_AI_REQUEST_ENCODINGS: ["base64" if job.as_base64 else "float"] if embeds else None,
+            signals.GEN_AI_EMBEDDINGS_DIMENSIONS: job.pooling.dimensions,
             signals.GEN_AI_RESPONSE_ID: job.id,
             signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
         }
+    structured = sampling.structured
     return {
+        signals.GEN_AI_OUTPUT_TYPE: (
+            "json" if structured is not None and structured.kind == "json_schema" else None
+        ),
         signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
         signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
         signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
