@@ -51,10 +51,10 @@ async def table(world: World, *engines: Any, http: wire.HttpSettings | None = No
 
 
 async def test_one_answer_counts_once_where_its_time_and_tokens_went(world: World) -> None:
-    await table(world, await world.engine(cached=lambda _: 16, pace=0.01), wanted=2, restarts=3)
+    await table(world, await world.engine(cached=lambda _: 16, pace=0.1, tokens_per_step=4), wanted=2, restarts=3)
     before = await world.metrics()
     async with world.client() as client:
-        answer = await client.chat.completions.create(model="tiny", messages=ASK, max_tokens=5, stream=False)
+        answer = await client.chat.completions.create(model="tiny", messages=ASK, max_tokens=9, stream=False)
     assert answer.usage is not None
     prompt = answer.usage.prompt_tokens
 
@@ -65,6 +65,8 @@ async def test_one_answer_counts_once_where_its_time_and_tokens_went(world: Worl
     await eventually(done)
     found = await changes(world, before)
     counts = {name: value for name, value in found.items() if "_count" in name and "replica=" not in name}
+    between = counts[f"{signals.INTER_TOKEN_LATENCY}_count"]
+    assert between in (1, 5), "4, 4 and 1 token come; two pieces may be found together"
     assert counts == {
         f"{name}_count": 1
         for name in (
@@ -84,19 +86,19 @@ async def test_one_answer_counts_once_where_its_time_and_tokens_went(world: Worl
             signals.REQUEST_NUM_PREEMPTIONS,
         )
     } | {
-        f"{signals.INTER_TOKEN_LATENCY}_count": 4,
+        f"{signals.INTER_TOKEN_LATENCY}_count": between,
         f'{signals.ROUTER_ADDED_TIME}_count{{part="request"}}': 1,
         f'{signals.ROUTER_ADDED_TIME}_count{{part="answer"}}': 1,
     }
     sums = {name.removesuffix("_sum"): value for name, value in found.items() if name.endswith("_sum")}
     assert sums[signals.REQUEST_PROMPT_TOKENS] == prompt
     assert sums[signals.REQUEST_COMPUTED_TOKENS] == prompt - 16
-    assert sums[signals.REQUEST_GENERATION_TOKENS] == sums[signals.REQUEST_PARAMS_MAX_TOKENS] == 5
-    assert sums[signals.DECODE_TIME] == pytest.approx(4 * sums[signals.TIME_PER_OUTPUT_TOKEN], abs=1e-4)
+    assert sums[signals.REQUEST_GENERATION_TOKENS] == sums[signals.REQUEST_PARAMS_MAX_TOKENS] == 9
+    assert sums[signals.DECODE_TIME] == pytest.approx(8 * sums[signals.TIME_PER_OUTPUT_TOKEN], abs=1e-4)
     assert sums[signals.INFERENCE_TIME] == pytest.approx(
         sums[signals.PREFILL_TIME] + sums[signals.DECODE_TIME], abs=1e-4
     )
-    assert 0.03 < sums[signals.DECODE_TIME] <= sums[signals.E2E_LATENCY]
+    assert 0.15 < sums[signals.DECODE_TIME] <= sums[signals.E2E_LATENCY]
     added = f'{signals.ROUTER_ADDED_TIME}_sum{{part="%s"}}'
     assert 0 < found[added % "request"] + found[added % "answer"] < sums[signals.E2E_LATENCY]
     by_source = f'{signals.PROMPT_TOKENS_BY_SOURCE}_total{{source="%s"}}'
@@ -139,39 +141,39 @@ async def test_what_is_refused_counts_by_its_code_and_makes_no_series(world: Wor
 
 
 async def test_deaths_stalls_and_retries_count_and_a_replica_told_to_leave_does_not(world: World) -> None:
-    dying, other = await world.engine("a", die_after=3, pace=0.1), await world.engine("b", pace=0.005)
+    dying, other = await world.engine("a", pace=0.1), await world.engine("b", pace=0.005)
     await table(world, dying)
     before = await world.metrics()
     async with world.client() as client:
-        asked = asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK, max_tokens=9))
+        asked = asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK, max_tokens=99))
 
         async def started() -> bool:
             return bool(dying.generates)
 
         await eventually(started)
         await table(world, dying, other)
+        dying.die_after = 1
         await asked
         ejected = f'{signals.REPLICA_EJECTIONS}_total{{model="tiny",reason="%s"}}'
         now = await world.metrics()
         assert now[ejected % "disconnected"] - before[ejected % "disconnected"] >= 1
-        assert (
-            now[f'{signals.RETRIES}_total{{model="tiny"}}'] - before[f'{signals.RETRIES}_total{{model="tiny"}}']
-            == 1
-        )
+        name = f'{signals.RETRIES}_total{{model="tiny"}}'
+        assert now[name] - before[name] == len(dying.generates) + len(other.generates) - 1 >= 1
         disconnected = now[ejected % "disconnected"]
         await table(world, other)  # the other one is told to leave
         assert (await world.metrics())[ejected % "disconnected"] == disconnected
 
         other.stalled = True
-        with pytest.raises(openai.APIStatusError):
-            await client.chat.completions.create(
-                model="tiny", messages=ASK, max_tokens=9, extra_body={"timeout": 2.0}
-            )
+        asked = asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK, max_tokens=9))
 
         async def stalled() -> bool:
-            return (await world.metrics())[ejected % "stalled"] == before[ejected % "stalled"] + 1
+            found = await world.metrics()
+            counted = found[ejected % "stalled"] > before[ejected % "stalled"]
+            return counted and found[f'{signals.REPLICA_UP}{{model="tiny",replica="b"}}'] == 0
 
-        await eventually(stalled)
+        await eventually(stalled, 30)
+        other.stalled = False
+        await asked
 
 
 async def test_numbers_that_are_not_finite_are_counted(world: World) -> None:
