@@ -79,7 +79,7 @@ class Metering:
                 names = [otlp(environment, "metrics")]
         if not names:
             return cls()
-        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
         from opentelemetry.sdk.metrics.export import MetricExporter, PeriodicExportingMetricReader
 
         readers = []
@@ -97,7 +97,13 @@ class Metering:
                     f"metrics cannot be sent from time to time: {error}\n"
                     "    hint: OTEL_METRIC_EXPORT_INTERVAL and OTEL_METRIC_EXPORT_TIMEOUT are positive numbers"
                 ) from error
-        return cls(MeterProvider(readers, resource=resource(service), shutdown_on_exit=False))
+        provider = MeterProvider(
+            readers,
+            resource=resource(service),
+            exemplar_filter=AlwaysOffExemplarFilter(),  # looked for at each value, and no span is current here
+            shutdown_on_exit=False,
+        )
+        return cls(provider)
 
     def tell(self, account: Account) -> None:
         """A request has ended. One for a model that nobody serves has no model, so that models are few."""
