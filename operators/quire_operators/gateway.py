@@ -69,6 +69,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
         **{f"{name}_seconds": parse_duration(value) for name, value in (spec.get("timeouts") or {}).items()},
+        access_log=spec["accessLog"],
     )
 
 
@@ -368,4 +369,6 @@ class GatewayReconciler:
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a running router was started with; a gateway that says otherwise replaces it."""
     labels = {"host": spec["bind"], "port": spec["port"]}
+    if spec["metrics"]["compat"] != "none":  # a label only where it differs: a router of before goes on
+        labels["metrics"] = spec["metrics"]
     return labels | {name: spec[name] for name in ("tls", "telemetry") if spec.get(name) is not None}

@@ -420,6 +420,16 @@ class Stats(msgspec.Struct, tag=True):
     """When the running request that was let in first was let in."""
     blocks_saved: int = 0
     """Blocks that would be in use besides if no running requests shared one."""
+    deferred: int = 0
+    """Of those that wait: not for room, but for their constraint to be compiled."""
+    computed_tokens: int = 0
+    """Those of all steps, of prompts and of answers."""
+    steps_by_tokens: tuple[int, ...] = ()
+    """Steps by how many tokens they computed, between the bounds of `signals.ITERATION_TOKENS_BUCKETS`."""
+    cpu_seconds: float = 0.0
+    """Processor time of the engine's process."""
+    resident_bytes: int = 0
+    """Its memory on the host; 0 where the system does not tell."""
 
 
 ToEngine = Hello | Generate | Abort | Limits | GetStats
@@ -481,6 +491,10 @@ class ModelRoute(msgspec.Struct, frozen=True):
     tool_dialect: str | None = None
     reasoning_dialect: str | None = None
     """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
+    wanted: int = 0
+    """Replicas that there are to be now."""
+    restarts: int = 0
+    """How often in a row the replica that fares worst has ended without having served."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
     max_migrations: int = 0
@@ -529,6 +543,10 @@ class TrafficRoute(msgspec.Struct, frozen=True):
     mirror: Mirror | None = None
 
 
+AccessLogged = Literal["none", "errors", "all"]
+"""Which requests have a line in the router's log."""
+
+
 class HttpSettings(msgspec.Struct, frozen=True):
     """What of the gateway's manifest changes while its router runs."""
 
@@ -545,6 +563,7 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """For a client to make room, once what it has not read fills the buffers."""
     idle_seconds: float = 75.0
     """That a connection is kept without a request."""
+    access_log: AccessLogged = "errors"
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):

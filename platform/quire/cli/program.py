@@ -48,6 +48,7 @@ COMMANDS = {
     "explain": "offline",
     "reference": "reference",
     "doctor": "doctor",
+    "monitoring": "monitoring",
     "cache": "cache",
     "secret": "secret",
     "down": "daemon",

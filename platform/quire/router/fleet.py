@@ -17,15 +17,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
-from quire.router.engine_client import EngineClient, endpoint_key
-from quire.router.metrics import Metrics, ReplicaSample
+from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.traffic import Asked, Traffic, Way
 from quire.text import TextError, Tokenizer
@@ -122,7 +122,7 @@ class Fleet:
         self.traffic = Traffic()
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
-        self.metrics = Metrics(self.samples)
+        self.metrics = Metrics(self.samples, self.standings)
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
@@ -174,7 +174,9 @@ class Fleet:
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
-                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire)
+                client = self._clients.get(key) or EngineClient(
+                    endpoint, self._pulse.fire, self._ejected(route.model)
+                )
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
@@ -296,13 +298,28 @@ class Fleet:
                 if endpoint_key(endpoint) not in self._clients:
                     yield wire.ReplicaLoad(endpoint.replica_id, endpoint.incarnation, False, 0)
 
+    def _ejected(self, model: str) -> Callable[[Ejection], None]:
+        return lambda why: self.metrics.model(model).ejections[why].inc()
+
+    def standings(self) -> Iterator[Standing]:
+        """What a scrape shows of the models as they stand."""
+        for served in self.by_model.values():
+            ready = sum(client.ready for client in served.clients)
+            yield Standing(served.route.model, served.route.wanted, ready, served.route.restarts)
+
     def samples(self) -> Iterator[ReplicaSample]:
         """What a scrape shows of the replicas."""
         for served in self.by_model.values():
             for client in served.clients:
-                up = client.connected and not client.stalled
-                stats = client.stats if client.connected else None
-                yield ReplicaSample(served.route.model, client.endpoint.replica_id, up, stats)
+                up, connected = client.connected and not client.stalled, client.connected
+                yield ReplicaSample(
+                    served.route.model,
+                    client.endpoint.replica_id,
+                    up,
+                    client.stats if connected else None,
+                    client.welcome if connected else None,
+                    served.route.prefix_caching,
+                )
 
 
 _FILES = (

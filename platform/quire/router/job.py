@@ -443,11 +443,25 @@ class Choice:
         """When its tokens came; None before there are any."""
         if self.first_token_at is None or self.last_token_at is None:
             return None
+        return Times(self.first_token_at, self.last_token_at, self.queue_time or 0.0, self.generated)
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds that it waited in the engine's queue; None until that has told."""
         told = self.timings
-        queued = 0.0
-        if told is not None and told.scheduled_at is not None:
-            queued = max(told.scheduled_at - told.received_at, 0.0)
-        return Times(self.first_token_at, self.last_token_at, queued, self.generated)
+        if told is None or told.scheduled_at is None:
+            return None
+        return max(told.scheduled_at - told.received_at, 0.0)
+
+    @property
+    def decode_time(self) -> float:
+        """Seconds from its first token to its last: by the engine; where a stop string ended it, as seen here."""
+        told = self.timings
+        if told is not None and told.finished_at is not None and told.first_token_at is not None:
+            return max(told.finished_at - told.first_token_at, 0.0)
+        if self.first_token_at is None or self.last_token_at is None:
+            return 0.0
+        return self.last_token_at - self.first_token_at
 
     def _named(self, stop_token_id: int | None) -> int | None:
         """The id, if it is one of those that the request named for this."""

@@ -65,7 +65,8 @@ class Mirrors:
             with self._admit(served, sequences, background=True):
                 job = await make(served, time.monotonic(), RequestSpan.unseen())
                 patience = min(job.timeout or MAX_SECONDS, MAX_SECONDS)
-                run = Run(self._fleet, dataclasses.replace(job, background=True, timeout=patience))
+                copy = dataclasses.replace(job, background=True, timeout=patience)
+                run = Run(self._fleet, copy, time.monotonic())
                 async with contextlib.aclosing(run.updates()) as batches:
                     async for _ in batches:
                         pass

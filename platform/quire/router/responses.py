@@ -79,6 +79,8 @@ class Context:
     own: list[Item]
     size: int
     """Bytes that were read for it; those of an item as often as it is named."""
+    first: str | None = None
+    """The response that the conversation began with, if there is one before."""
 
 
 class Responses:
@@ -166,8 +168,8 @@ class Responses:
 
         def read(db: sa.Connection) -> Context:
             named, size = _named(db, names, most)
-            before, size = _conversation(db, previous_id, size, most)
-            return Context(before, _resolved(given, named), size)
+            before, size, first = _conversation(db, previous_id, size, most)
+            return Context(before, _resolved(given, named), size, first)
 
         return await self.store.run(read)
 
@@ -271,10 +273,11 @@ _TURN: Final = sa.select(
 )
 
 
-def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> tuple[list[Item], int]:
-    """Everything that was said up to a response, its own answer included, and its bytes added to `size`."""
+def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> tuple[list[Item], int, str | None]:
+    """Everything that was said up to a response, its own answer included, its bytes added to `size`, and the first
+    response of it."""
     turns: list[list[Item]] = []
-    at = last
+    at, first = last, last
     while at is not None:
         row = db.execute(_TURN.where(RESPONSES.c.id == at)).first()
         if row is None:
@@ -295,8 +298,8 @@ def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> 
             raise InvalidRequest(
                 f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
             )
-        at = row.previous_id
-    return [item for turn in reversed(turns) for item in turn], size
+        first, at = at, row.previous_id
+    return [item for turn in reversed(turns) for item in turn], size, first
 
 
 def _names(given: Sequence[Item]) -> Counter[str]:

@@ -74,9 +74,16 @@ def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
 class Run:
     """One job on the fleet, from its first sequence to its last token."""
 
-    def __init__(self, fleet: Fleet, job: Job) -> None:
+    def __init__(self, fleet: Fleet, job: Job, received_at: float) -> None:
+        """`received_at`: when the request's body was there."""
         self.job = job
         self.first_token_at: float | None = None
+        self._heard_at = math.inf
+        """When the oldest of what the last wake-up found came from an engine."""
+        self.replica = ""
+        """The one that was given a sequence last."""
+        self._received_at = math.inf if job.background else received_at
+        """Infinite once what the router added to the request is counted."""
         self._fleet = fleet
         self._metrics = fleet.metrics.model(job.model.route.model)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
@@ -96,6 +103,11 @@ class Run:
     def _patience(self) -> float:
         """Seconds that a sequence waits for its turn."""
         return math.inf if self.job.background else self.job.model.route.max_queue_wait
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds in engines' queues, of several sequences the longest; None until one has told."""
+        return max((queued for choice in self._choices if (queued := choice.queue_time) is not None), default=None)
 
     @property
     def completion_tokens(self) -> int:
@@ -127,7 +139,7 @@ class Run:
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
             choice.deadline = time.monotonic() + self._patience
-        self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
+        self._count_request()
         ends = [
             asyncio.get_running_loop().call_later(max(at - time.monotonic(), 0.0), self._bell.set)
             for at in (self.job.ends_at, self.job.first_by)
@@ -144,6 +156,7 @@ class Run:
                 await self._place(self._choices[0])
             while live:
                 await self._ring(live.values())
+                self._heard_at = math.inf
                 batch: list[Update] = []
                 lost: list[Choice] = []
                 for choice in list(live.values()):
@@ -157,6 +170,7 @@ class Run:
                     batch += update.beams or choice.kept or [update]
                     if update.finish_reason is not None:
                         self._end(choice)
+                        self._count_end(choice)
                         del live[choice.index]
                         if later:
                             following = later.popleft()
@@ -167,6 +181,7 @@ class Run:
                 if live:
                     self._check_time()
                 self._recover(lost)
+            self._metrics.most_generated.observe(max(choice.generated for choice in self._choices))
         finally:
             for timer in (self._alarm, *ends):
                 if timer is not None:
@@ -177,6 +192,12 @@ class Run:
                 await asyncio.gather(*self._starts, return_exceptions=True)
             for choice in self._choices:
                 self._end(choice)
+            self._count_sources()
+
+    def delivered(self) -> None:
+        """What was made of the last updates is on its way to the client."""
+        if not self.job.background and math.isfinite(self._heard_at):
+            self._metrics.added_to_answer.observe(time.monotonic() - self._heard_at)
 
     def _check_time(self) -> None:
         """Raises `TimedOut` when the job's own time is over, or that until its first token."""
@@ -207,6 +228,8 @@ class Run:
         sequence = choice.sequence
         if sequence is None:
             return None
+        if sequence.deltas:
+            self._heard_at = min(self._heard_at, sequence.heard_at)
         deltas = sequence.take()
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
@@ -229,6 +252,8 @@ class Run:
             return None
         if not deltas:
             return None
+        if any(delta.error_code == "numerical_error" for delta in deltas):
+            self._metrics.corrupted.inc()
         before = choice.generated
         update = choice.read(deltas)
         if sequence.begun:
@@ -258,9 +283,47 @@ class Run:
         if choice.first_token_at is None:
             choice.first_token_at = now
         if choice.last_token_at is not None and not self.job.background:
-            for _ in range(tokens):
-                self._metrics.inter_token.observe((now - choice.last_token_at) / tokens)
+            self._metrics.inter_token.observe((now - choice.last_token_at) / tokens, tokens)
         choice.last_token_at = now
+
+    def _count_request(self) -> None:
+        """What is asked for."""
+        job, metrics = self.job, self._metrics
+        metrics.prompt_tokens.inc(job.prompt_tokens)
+        for prompt in job.prompts:
+            metrics.tokens_of_prompt.observe(len(prompt))
+        if job.pooling is None:
+            metrics.n.observe(job.n)
+            metrics.max_tokens.observe(job.sampling.max_tokens)
+
+    def _count_sources(self) -> None:
+        """Where the tokens of those prompts came from that were computed."""
+        metrics, drawn = self._metrics, self.job.drawn
+        for first in range(0, len(self._choices), drawn):
+            choices = self._choices[first : first + drawn]
+            told = [choice.timings.cached_tokens for choice in choices if choice.timings is not None]
+            if told:
+                metrics.tokens_by_source["local_cache_hit"].inc(min(told))
+                metrics.tokens_by_source["local_compute"].inc(len(choices[0].prompt) - min(told))
+
+    def _count_end(self, choice: Choice) -> None:
+        """A sequence has come to its end: where its time went."""
+        metrics, timings = self._metrics, choice.timings
+        metrics.tokens_generated.observe(choice.generated)
+        if timings is None or timings.scheduled_at is None or timings.first_token_at is None:
+            return
+        metrics.computed_tokens.observe(len(choice.prompt) - timings.cached_tokens)
+        metrics.preemptions.observe(len(timings.preempted_at))
+        if self.job.background:  # nobody waits for it
+            return
+        prefill = max(timings.first_token_at - timings.scheduled_at, 0.0)
+        decode = choice.decode_time
+        metrics.prefill_time.observe(prefill)
+        metrics.inference_time.observe(prefill + decode)
+        if choice.generated:
+            metrics.decode_time.observe(decode)
+        if choice.generated > 1:
+            metrics.per_output_token.observe(decode / (choice.generated - 1))
 
     async def _ring(self, choices: Iterable[Choice]) -> None:
         """Wait for news. Raises `TimedOut` when a sequence has waited too long for its first step."""
@@ -320,6 +383,7 @@ class Run:
                 permitted = choice.attempts == 0 or self._may_try_again(choice)
                 client = self._choose(choice, suspected) if permitted else None
                 if client is not None and self._start(choice, client, suspected):
+                    self._count_start(choice, held_since)
                     return
                 left = choice.deadline - time.monotonic()
                 if left <= 0 and choice.attempts:
@@ -373,6 +437,7 @@ class Run:
         served = self.job.model
         if not choice.retrying and may_retry(served.retrying, served.in_flight):
             self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
+            self._metrics.retries.inc()
             choice.retrying = True
             served.retrying += 1
         return choice.retrying
@@ -445,13 +510,20 @@ class Run:
             choice.sequence = client.start(request, self._bell, self._chain(choice))
         except NotConnected:
             return False
-        self._homes[choice.prompt_index] = client.endpoint.replica_id
+        self.replica = self._homes[choice.prompt_index] = client.endpoint.replica_id
         choice.template_hash = client.endpoint.template_hash
         if suspected:
             choice.trial = client.endpoint.replica_id
             self.job.model.trials.add(choice.trial)
         choice.attempts += 1
         return True
+
+    def _count_start(self, choice: Choice, held_since: float | None) -> None:
+        """The first sequence of the request is on its way: what that took, but for the time it was held."""
+        if choice.index == 0 and math.isfinite(self._received_at):
+            until = choice.sent_at if held_since is None else held_since
+            self._metrics.added_to_request.observe(until - self._received_at)
+            self._received_at = math.inf
 
     async def _again(self, choice: Choice) -> None:
         """Start a lost choice once more, or go on with it. Raises as `_place` does, and `EngineDied`."""
@@ -501,9 +573,9 @@ class Run:
             return
         sequence.abort()
         self._trace(choice, sequence, lost=sequence.lost)
-        timings = choice.timings
-        if timings is not None and timings.scheduled_at is not None and not self.job.background:
-            self._metrics.queue_time.observe(max(timings.scheduled_at - timings.received_at, 0.0))
+        queued = choice.queue_time
+        if queued is not None and not self.job.background:
+            self._metrics.queue_time.observe(queued)
 
     def _which(self, choice: Choice) -> dict[str, Any]:
         """Attributes that tell one sequence of the job from its others; none where there is one."""
