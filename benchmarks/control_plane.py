@@ -125,7 +125,7 @@ class World:
         busy = 0
         for stored in self.store.objects("model"):
             busy += await self.models.reconcile(stored.key) == 0.0
-        await self.routes.reconcile(build(self.models.routables()), wire.HttpSettings())
+        await self.routes.reconcile(wire.RoutingTable(0, build(self.models.routables())))
         return busy + self.models.awaits_router()
 
     async def settle(self) -> None:
@@ -181,7 +181,7 @@ async def measure(models: int, replicas: int) -> Row:
             began = time.process_time()
             again = await made.models.reconcile(key)
             passes.append(time.process_time() - began)
-            await made.routes.reconcile(build(made.models.routables()), wire.HttpSettings())
+            await made.routes.reconcile(wire.RoutingTable(0, build(made.models.routables())))
             if again != 0.0 and not made.models.awaits_router():
                 break
         began = time.process_time()

@@ -117,6 +117,15 @@ class _Due:
         return max(self.last_at + STATS_INTERVAL - now, 0.0) if self.changed else None
 
 
+def resident_bytes() -> int:
+    """Memory of the host that this process has; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def spare_the_collector() -> None:
     """Let Python's cycle collector look at less, and less often: it would stand in the way of steps.
 
@@ -219,7 +228,9 @@ class Driver:
         stats = None
         if self._due.now(now):
             stats = engine.stats()
-            stats.waiting += len(self._compiling)  # they wait for their turn, if not for a step
+            stats.deferred = len(self._compiling)
+            stats.waiting += stats.deferred  # they wait for their turn, if not for a step
+            stats.cpu_seconds, stats.resident_bytes = time.process_time(), resident_bytes()
             self._due.sent(now)
         if deltas or stats is not None:
             self._out(Output(engine.steps, deltas, stats))

@@ -464,6 +464,8 @@ class Engine:
             hot_hash=self.hot_hash,
             oldest_running_at=scheduler.oldest_running_at,
             blocks_saved=scheduler.blocks_saved,
+            computed_tokens=counters.computed_tokens,
+            steps_by_tokens=tuple(counters.steps_by_tokens),
         )
 
     def check_integrity(self) -> None:

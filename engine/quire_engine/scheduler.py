@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
@@ -45,6 +45,7 @@ from quire_engine.errors import InvariantBroken, RequestRefused
 from quire_engine.pooling import Pool
 from quire_engine.request import NEVER, Request, State
 from quire_engine.step import PENDING, Scheduled, Steady, StepPlan, StepResult
+from quire_schemas.signals import ITERATION_TOKENS_BUCKETS
 from quire_schemas.sizing import longest_held
 from quire_schemas.wire import Delta, Repetition, Timings, TokenLogprobs
 
@@ -66,6 +67,10 @@ class Counters:
     """Tokens of requests that might have shared, each time one was let in."""
     prefix_hit_tokens: int = 0
     """Those of them that were there."""
+    computed_tokens: int = 0
+    """Those of all steps, prompts included."""
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_TOKENS_BUCKETS) + 1))
+    """Steps by how many tokens they computed; the last place is for those above all bounds."""
 
 
 @dataclass(slots=True)
@@ -325,7 +330,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take over what a step computed. Requests that left since `schedule` are passed over."""
-        self.counters.steps += 1
+        self._count(plan)
         self._given_out -= 1
         now = self._clock()
         deltas: list[Delta] = []
@@ -377,6 +382,12 @@ class Scheduler:
                 deltas.append(self._drawn(request, item, token, result, now))
         self.counters.generation_tokens += len(items) - passed
         return deltas
+
+    def _count(self, plan: StepPlan) -> None:
+        tokens, counters = plan.num_tokens, self.counters
+        counters.steps += 1
+        counters.computed_tokens += tokens
+        counters.steps_by_tokens[bisect_left(ITERATION_TOKENS_BUCKETS, tokens)] += 1
 
     def _commit_steady(self, share: Share, result: StepResult, now: float) -> list[Delta]:
         """Take over what a step computed for the cohort."""

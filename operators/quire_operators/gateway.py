@@ -69,6 +69,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
         **{f"{name}_seconds": parse_duration(value) for name, value in (spec.get("timeouts") or {}).items()},
+        access_log=spec["accessLog"],
     )
 
 
@@ -323,10 +324,10 @@ class GatewayReconciler:
     def _rolled_out(self, *, ready: bool) -> Fact:
         if not ready or self.routes is None:
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
-        if self.routes.takes(self.http_settings()):
+        if self.routes.takes("http", self.http_settings()):
             return Fact("RolledOut", True, Reason.UP_TO_DATE)
         text = "the router has not taken its newest settings"
-        if self.routes.is_older():
+        if self.routes.is_older("http"):
             text = "the router is of an earlier version; platform down and platform up start a new one"
         return Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, text)
 
@@ -368,4 +369,6 @@ class GatewayReconciler:
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a running router was started with; a gateway that says otherwise replaces it."""
     labels = {"host": spec["bind"], "port": spec["port"]}
+    if spec["metrics"]["compat"] != "none":  # a label only where it differs: a router of before goes on
+        labels["metrics"] = spec["metrics"]
     return labels | {name: spec[name] for name in ("tls", "telemetry") if spec.get(name) is not None}

@@ -673,6 +673,8 @@ class ModelReconciler:
             eta=self._eta(wanted, pairs) if not ready else None,
             stopped=wanted.full == 0,
             paused=Kind.PAUSE in wanted.overrides,
+            wanted=0 if wanted.standby else wanted.full,
+            restarts=max((row.restarts for row, _ in pairs if row.ready_since is None), default=0),
             on_demand=is_on_demand(stored.resolved),
             scripted=placement.runner == "scripted",
             stall_seconds=stall_timeout(stored.resolved),

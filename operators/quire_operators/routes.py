@@ -8,7 +8,9 @@ for the status while it has nothing to send, and answers the planner's questions
 status and by the table that this status acknowledges, never by the table that was merely sent.
 
 A table is absolute. Its version is made durable before it is sent, and grows above whatever the router says it
-has.
+has. A router that has started since gets it again: what it kept on disk may be by another version, which leaves
+out the parts that it does not know. A part that the running router does not know is not in force, and no reason to
+send the table again.
 """
 
 from __future__ import annotations
@@ -141,6 +143,8 @@ class Routes:
         self._sent: dict[int, wire.RoutingTable] = {}
         self._status: wire.RouterStatus | None = None
         self._heard_at = float("-inf")
+        self._told: int | None = None
+        """The process that took the last table from us."""
         self._lock = asyncio.Lock()
         self._lost: dict[tuple[str, int], float] = {}
         self._endpoints: dict[tuple[str, int], wire.ReplicaEndpoint] = {}
@@ -212,20 +216,29 @@ class Routes:
 
     # ── conversation ──────────────────────────────────────────────────────────────────────────────────────
 
-    def takes(self, http: wire.HttpSettings) -> bool:
-        """Whether these settings are in force, by the router's own word. One of a version that had no settings
-        does what their defaults say.
+    def takes(self, part: str, wanted: object) -> bool:
+        """Whether this part of the table is in force, by the router's own word. One of a version that does not
+        know the part does what its default says.
         """
-        if self._status is None or self._acknowledged() is None:
-            return False
-        return (self._status.http or wire.HttpSettings()) == http
+        table = self.in_force()
+        return table is not None and bool(wanted == getattr(table, part))
 
-    def is_older(self) -> bool:
-        """Whether the router is of a version that takes no settings while it runs."""
-        return self._status is not None and self._status.http is None
+    def in_force(self) -> wire.RoutingTable | None:
+        """The table that the router acts by, by its own word, without the parts that it does not know; None when
+        that is not known."""
+        table = self._acknowledged()
+        if self._status is None or table is None or self._status.pid != self._told:
+            return None
+        unknown = {part: getattr(_UNNUMBERED, part) for part in wire.PARTS if self.is_older(part)}
+        return msgspec.structs.replace(table, **unknown)
 
-    async def reconcile(self, content: tuple[wire.ModelRoute, ...], http: wire.HttpSettings) -> bool:
-        """Bring the router to `content` and `http` and hear its status; says whether what is known of it changed.
+    def is_older(self, part: str) -> bool:
+        """Whether the router is of a version that does not know this part of a table."""
+        return self._status is not None and part not in _known(self._status)
+
+    async def reconcile(self, content: wire.RoutingTable) -> bool:
+        """Bring the router to `content`, whose version says nothing, and hear its status; says whether what is
+        known of it changed.
 
         A router that cannot be reached is no error here: `knowledge()` tells.
         """
@@ -233,29 +246,24 @@ class Routes:
             before, knew = self._status, self.knowledge()
             try:
                 async with asyncio.timeout(EXCHANGE_SECONDS):
-                    await self._exchange(content, http)
+                    await self._exchange(content)
             except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
                 log.debug("the router does not answer: %r", error)
             return _news(self._status) != _news(before) or self.knowledge() is not knew
 
-    async def _exchange(self, content: tuple[wire.ModelRoute, ...], http: wire.HttpSettings) -> None:
-        self._hear(await self._ask(wire.GetRouterStatus()))
+    async def _exchange(self, content: wire.RoutingTable) -> None:
+        status = self._hear(await self._ask(wire.GetRouterStatus()))
         table = self._acknowledged()
-        if (
-            table is not None
-            and table.http == http
-            and (self.is_older() or self.takes(http))
-            and _without_estimates(table.models) == _without_estimates(content)
-        ):
+        if table is not None and status.pid == self._told and _essence(table) == _essence(content):
             return
-        version = max([self._store.routing_version(), *([self._status.version] if self._status else [])]) + 1
+        version = max(self._store.routing_version(), status.version) + 1
         self._store.set_routing_version(version)
-        table = wire.RoutingTable(version, content, http)
+        table = msgspec.structs.replace(content, version=version)
         self._sent = {**dict(list(self._sent.items())[-8:]), version: table}
-        acted(f"routing table {version}: {len(content)} models")
-        self._hear(await self._ask(table))
+        acted(f"routing table {version}: {len(content.models)} models")
+        self._told = self._hear(await self._ask(table)).pid
 
-    def _hear(self, status: wire.RouterStatus) -> None:
+    def _hear(self, status: wire.RouterStatus) -> wire.RouterStatus:
         self._status = status
         self._heard_at = self._clock()
         self._loads = {(load.replica_id, load.incarnation): load for load in status.replicas}
@@ -264,6 +272,7 @@ class Routes:
             [endpoint for route in table.models for endpoint in route.replicas] if table is not None else ()
         )
         self._endpoints = {(endpoint.replica_id, endpoint.incarnation): endpoint for endpoint in endpoints}
+        return status
 
     async def set_limits(self, replica_ids: tuple[str, ...], limits: wire.Limits) -> None:
         """Have the router pass new limits on. What became of it shows in a later status."""
@@ -299,9 +308,19 @@ class Routes:
         return answer
 
 
-def _without_estimates(models: tuple[wire.ModelRoute, ...]) -> tuple[wire.ModelRoute, ...]:
-    """An estimate that merely grew shorter is no reason for a new table; one that appears or ends is."""
-    return tuple(msgspec.structs.replace(model, eta=None if model.eta is None else 0.0) for model in models)
+_UNNUMBERED = wire.RoutingTable(0)
+
+
+def _known(status: wire.RouterStatus) -> tuple[str, ...]:
+    """The parts of a table that the router which says this knows."""
+    return status.parts or (("models",) if status.http is None else ("models", "http"))
+
+
+def _essence(table: wire.RoutingTable) -> wire.RoutingTable:
+    """What of a table is a reason to send another one: not its number, nor an estimate that merely grew shorter;
+    one that appears or ends is."""
+    models = tuple(msgspec.structs.replace(m, eta=None if m.eta is None else 0.0) for m in table.models)
+    return msgspec.structs.replace(table, version=0, models=models)
 
 
 def _news(status: wire.RouterStatus | None) -> object:

@@ -1,4 +1,5 @@
-"""Traces of one process: the OpenTelemetry SDK, set up from the standard OTEL_* variables, and kept harmless.
+"""Traces of one process: the OpenTelemetry SDK, set up from the standard OTEL_* variables, and kept harmless. What
+sets up metrics, too (`quire.metering`), is here as well.
 
 **Off costs nothing.** Without an exporter in the environment (`exporters`) nothing of OpenTelemetry is imported.
 The specification's default, OTLP to localhost, is not ours: a machine without a collector would pay for nobody.
@@ -38,6 +39,7 @@ COMPLAIN_SECONDS: Final = 60.0
 """A collector that comes and goes is reported at most this often."""
 Sampling = Literal["always", "errors", "never"]
 Lost = Literal["queue_full", "export_failed"]
+Kind = Literal["traces", "metrics"]
 
 
 class BadTelemetry(Exception):
@@ -51,6 +53,8 @@ class Declared:
     otlp_endpoint: str | None = None
     """Base URL of a collector; spans go to its /v1/traces."""
     sampling: Sampling = "always"
+    metrics: Literal["always", "never"] = "always"
+    """Whether metrics go to its /v1/metrics."""
 
 
 @dataclass(slots=True)
@@ -65,22 +69,27 @@ class Counts:
         return {"queue_full": self.queue_full, "export_failed": self.export_failed}
 
 
-def exporters(environment: Mapping[str, str]) -> list[str]:
-    """Names of the exporters that OTEL_* ask for, OTLP with its protocol; empty when traces are off."""
-    if _disabled(environment):
+def exporters(environment: Mapping[str, str], kind: Kind = "traces") -> list[str]:
+    """Names of the exporters that OTEL_* ask for, OTLP with its protocol; empty when that kind is off."""
+    if disabled(environment):
         return []
-    names = [name.strip() for name in environment.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
-    if not names and any(environment.get(f"OTEL_EXPORTER_OTLP{which}_ENDPOINT") for which in ("", "_TRACES")):
+    asked = environment.get(f"OTEL_{kind.upper()}_EXPORTER", "")
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if not names and any(
+        environment.get(f"OTEL_EXPORTER_OTLP{which}_ENDPOINT") for which in ("", f"_{kind.upper()}")
+    ):
         names = ["otlp"]
-    return [] if names == ["none"] else [_otlp(environment) if name == "otlp" else name for name in names]
+    return [] if names == ["none"] else [otlp(environment, kind) if name == "otlp" else name for name in names]
 
 
-def _disabled(environment: Mapping[str, str]) -> bool:
+def disabled(environment: Mapping[str, str]) -> bool:
+    """Whether the SDK does nothing, whatever is asked for."""
     return environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
-def _otlp(environment: Mapping[str, str]) -> str:
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+def otlp(environment: Mapping[str, str], kind: Kind = "traces") -> str:
+    """The name of the exporter that speaks OTLP by the protocol that OTEL_* ask for."""
+    for name in (f"OTEL_EXPORTER_OTLP_{kind.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         protocol = environment.get(name, "").strip()
         if protocol:
             known = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
@@ -106,7 +115,7 @@ class Tracing:
 
         What the SDK reads itself (sampler, limits, resource, the exporter's own settings) comes from `os.environ`.
         """
-        if _disabled(environment):  # the SDK obeys it whatever is declared
+        if disabled(environment):  # the SDK obeys it whatever is declared
             if declared is not None and declared.otlp_endpoint is not None:
                 log.warning("OTEL_SDK_DISABLED is set: no traces go to %s", declared.otlp_endpoint)
             return cls()
@@ -115,31 +124,22 @@ class Tracing:
             if declared.sampling == "never":
                 return cls()
             if declared.otlp_endpoint is not None or not names:
-                names = [_otlp(environment)]
+                names = [otlp(environment)]
         if not names:
             return cls()
-        from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
-        own: dict[str, str | int] = {
-            signals.SERVICE_NAME: service,
-            signals.SERVICE_VERSION: version("quire"),
-            signals.PROCESS_PID: os.getpid(),
-        }
-        said = Resource.create()  # from OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME, which win over ours
-        if str(said.attributes.get(signals.SERVICE_NAME)).startswith("unknown_service"):
-            said = Resource({k: v for k, v in said.attributes.items() if k != signals.SERVICE_NAME})
         provider = TracerProvider(
             sampler=DEFAULT_ON if declared is not None else None,
-            resource=Resource(own).merge(said),
+            resource=resource(service),
             shutdown_on_exit=False,
         )
         tracing = cls(provider, Counts())
         tracing.errors_only = declared is not None and declared.sampling == "errors"
         endpoint = declared.otlp_endpoint if declared is not None else None
         for name in names:
-            provider.add_span_processor(_gate(_exporter(name, endpoint), environment, tracing.counts))
+            provider.add_span_processor(_gate(load_exporter(name, endpoint), environment, tracing.counts))
         return tracing
 
     def tracer(self, name: str) -> Tracer | None:
@@ -147,33 +147,59 @@ class Tracing:
 
     def shutdown(self) -> None:
         """Export what is left, but wait no longer than `SHUTDOWN_SECONDS` for it."""
-        if self.provider is None:
-            return
-        last = threading.Thread(target=self.provider.shutdown, name="last traces", daemon=True)
-        last.start()
-        last.join(SHUTDOWN_SECONDS)
+        shut_down(self.provider)
 
 
-def _exporter(name: str, endpoint: str | None) -> Any:
-    found = entry_points(group="opentelemetry_traces_exporter", name=name)
+def shut_down(*providers: Any) -> None:
+    """Have providers export what is left, all at once, but wait no longer than `SHUTDOWN_SECONDS` for it."""
+    ends_at = time.monotonic() + SHUTDOWN_SECONDS
+    last = [
+        threading.Thread(target=provider.shutdown, name="last words", daemon=True)
+        for provider in providers
+        if provider is not None
+    ]
+    for thread in last:
+        thread.start()
+    for thread in last:
+        thread.join(max(ends_at - time.monotonic(), 0.0))
+
+
+def resource(service: str) -> Any:
+    """What this process is, as the SDK tells it."""
+    from opentelemetry.sdk.resources import Resource
+
+    own: dict[str, str | int] = {
+        signals.SERVICE_NAME: service,
+        signals.SERVICE_VERSION: version("quire"),
+        signals.PROCESS_PID: os.getpid(),
+    }
+    said = Resource.create()  # from OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME, which win over ours
+    if str(said.attributes.get(signals.SERVICE_NAME)).startswith("unknown_service"):
+        said = Resource({k: v for k, v in said.attributes.items() if k != signals.SERVICE_NAME})
+    return Resource(own).merge(said)
+
+
+def load_exporter(name: str, endpoint: str | None, kind: Kind = "traces") -> Any:
+    """The installed exporter of that name, to `endpoint` if one is declared, and quiet. Raises `BadTelemetry`."""
+    found = entry_points(group=f"opentelemetry_{kind}_exporter", name=name)
     if not found:
         what = re.sub(r"[^a-z0-9]+", "-", name.lower())
         raise BadTelemetry(
-            f"the trace exporter '{name}' that OTEL_* ask for is not installed\n"
+            f"the {kind} exporter '{name}' that OTEL_* ask for is not installed\n"
             f"    hint: pip install opentelemetry-exporter-{what}, or OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, "
-            "which needs nothing more; unset OTEL_* to do without traces"
+            f"which needs nothing more; OTEL_{kind.upper()}_EXPORTER=none to do without {kind}"
         )
     make = next(iter(found)).load()
     # OTEL_*_HEADERS with a wrong entry and the like are the library's to report, once, while it is set up.
-    exporter = make() if endpoint is None else make(endpoint=_signal_url(name, endpoint))
+    exporter = make() if endpoint is None else make(endpoint=_signal_url(name, endpoint, kind))
     quiet = logging.getLogger("opentelemetry.exporter")
     quiet.propagate = False
     quiet.handlers = [_last_words]
     return exporter
 
 
-def _signal_url(name: str, endpoint: str) -> str:
-    return endpoint.rstrip("/") + "/v1/traces" if name == "otlp_proto_http" else endpoint
+def _signal_url(name: str, endpoint: str, kind: Kind) -> str:
+    return f"{endpoint.rstrip('/')}/v1/{kind}" if name == "otlp_proto_http" else endpoint
 
 
 def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
@@ -183,7 +209,7 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
 
     lock = threading.Lock()
     waiting = 0
-    health = _Health()
+    health = Health("traces", "spans")
 
     class Meter(SpanExporter):
         """Counts what becomes of each batch."""
@@ -245,28 +271,32 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
         ) from error
 
 
-class _Health:
+class Health:
     """Says that an exporter fails, and that it works again: once each, however many batches that takes."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, of: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`what` is exported, and `of` what it consists."""
+        self._what = what
+        self._of = of
         self._clock = clock
         self._failing = False
         self._lost = 0
         self._said_at = float("-inf")
 
-    def heard(self, good: bool, spans: int, words: str) -> None:
-        """A batch of `spans` was exported, or was lost for the reason `words`, else the library's last."""
+    def heard(self, good: bool, count: int, words: str) -> None:
+        """A batch of so many was exported, or was lost for the reason `words`, else the library's last."""
         if not good:
-            self._lost += spans
+            self._lost += count
             if not self._failing and self._clock() - self._said_at >= COMPLAIN_SECONDS:
                 self._failing, self._said_at = True, self._clock()
                 log.warning(
-                    "traces cannot be exported and are dropped until that works again: %s",
+                    "%s cannot be exported and are dropped until that works again: %s",
+                    self._what,
                     words or _last_words.text or "no reason given",
                 )
         elif self._failing:
             self._failing = False
-            log.info("traces are exported again; %d spans were lost", self._lost)
+            log.info("%s are exported again; %d %s were lost", self._what, self._lost, self._of)
             self._lost = 0
 
 

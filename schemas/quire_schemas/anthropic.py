@@ -33,7 +33,7 @@ MESSAGES_REFUSED: Final[Mapping[str, Refusal]] = {
     "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
 }
 MESSAGES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "metadata": "the caller's own labels",
+    "metadata": "the caller's own labels; `user_id` names the end user, whom a Route may keep with one replica",
     "service_tier": "there is one tier",
     "inference_geo": "requests are served where the server is",
     "speed": "there is one speed",

@@ -1,7 +1,7 @@
 """Kind `Gateway`: where clients connect. There is one, named `default`; without a manifest it has its defaults.
 
-A change of `bind`, `port`, `tls` or `telemetry` is `rolling`: the router is replaced behind the same or a new
-listening socket. What is hot the running router takes, and no stream notices.
+A change of `bind`, `port`, `tls`, `metrics` or `telemetry` is `rolling`: the router is replaced behind the same or
+a new listening socket. What is hot the running router takes, and no stream notices.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ class ClientTimeouts(Strict):
 
 
 class Telemetry(Strict):
-    """Where the traces of requests go."""
+    """Where the traces of requests go, and what is measured of them."""
 
     otlp_endpoint: Annotated[str, StringConstraints(pattern=_URL, max_length=1024)] | None = declared(
-        "Base URL of an OTLP collector, such as http://localhost:4318; spans go to its /v1/traces over HTTP. "
-        "Without it the OTEL_* variables of the environment say where, else that same address.",
+        "Base URL of an OTLP collector, such as http://localhost:4318; spans go to its /v1/traces over HTTP, "
+        "metrics to its /v1/metrics. Without it the OTEL_* variables of the environment say where, else that same "
+        "address.",
         None,
         update="rolling",
     )
@@ -99,17 +100,21 @@ class Telemetry(Strict):
         "always",
         update="rolling",
     )
+    metrics: Literal["always", "never"] = declared(
+        "Whether durations and tokens of requests go to the collector as metrics, too, for one that takes them. "
+        "/metrics has them in any case.",
+        "always",
+        update="rolling",
+    )
 
 
 class Metrics(Strict):
     """How /metrics is spelled."""
 
     compat: Literal["none", "vllm"] = declared(
-        "'vllm' adds every metric under the name that dashboards made for vLLM look for.",
+        "'vllm' adds what vLLM has, too, under the names and labels that dashboards made for it look for.",
         "none",
         update="rolling",
-        refused="metrics have the names of this product alone",
-        honours=("none",),
     )
 
 
@@ -154,6 +159,12 @@ class GatewaySpec(Strict):
         Telemetry,
         "Where the traces of requests go. Without this section the OTEL_* variables of the environment decide.",
         optional=True,
+    )
+    access_log: Literal["none", "errors", "all"] = declared(
+        "Which requests have a line in the router's log, with ids, times and tokens and no text: none; those that "
+        "failed by no fault of the client; or all. Probes and scrapes never have one.",
+        "errors",
+        update="hot",
     )
     metrics: Metrics = section(Metrics, "How /metrics is spelled.")
     unknown_fields: Literal["reject", "ignore"] = declared(

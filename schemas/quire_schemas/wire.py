@@ -34,6 +34,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from quire_schemas.failures import DEFAULT_ATTEMPTS, Failure, Retried
+
 PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
@@ -418,6 +420,16 @@ class Stats(msgspec.Struct, tag=True):
     """When the running request that was let in first was let in."""
     blocks_saved: int = 0
     """Blocks that would be in use besides if no running requests shared one."""
+    deferred: int = 0
+    """Of those that wait: not for room, but for their constraint to be compiled."""
+    computed_tokens: int = 0
+    """Those of all steps, of prompts and of answers."""
+    steps_by_tokens: tuple[int, ...] = ()
+    """Steps by how many tokens they computed, between the bounds of `signals.ITERATION_TOKENS_BUCKETS`."""
+    cpu_seconds: float = 0.0
+    """Processor time of the engine's process."""
+    resident_bytes: int = 0
+    """Its memory on the host; 0 where the system does not tell."""
 
 
 ToEngine = Hello | Generate | Abort | Limits | GetStats
@@ -479,10 +491,60 @@ class ModelRoute(msgspec.Struct, frozen=True):
     tool_dialect: str | None = None
     reasoning_dialect: str | None = None
     """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
+    wanted: int = 0
+    """Replicas that there are to be now."""
+    restarts: int = 0
+    """How often in a row the replica that fares worst has ended without having served."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
     max_migrations: int = 0
     """How often a stream whose engine died goes on at another one."""
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """A share of a route's requests. `model` is the name of a Model, here and below."""
+
+    model: str
+    weight: int
+
+
+class Fallback(msgspec.Struct, frozen=True):
+    """A model that steps in for one that failed in one of these ways."""
+
+    model: str
+    when: tuple[Failure, ...]
+
+
+class Mirror(msgspec.Struct, frozen=True):
+    """A model that gets copies of a share of the requests."""
+
+    model: str
+    percent: int
+
+
+class TrafficRoute(msgspec.Struct, frozen=True):
+    """A Route: which requests it takes, and where they go. Its models need not be in the table."""
+
+    route: str
+    names: tuple[str, ...]
+    created: int
+    """Unix seconds, for /v1/models; of two that match alike the older has the request."""
+    backends: tuple[Backend, ...]
+    headers: tuple[tuple[str, str], ...] = ()
+    """Names, in small letters, and values."""
+    sticky: str = "prefix"
+    """prefix, none, user, or header: with the name of one in small letters."""
+    fallbacks: tuple[Fallback, ...] = ()
+    first_token: float | None = None
+    request: float | None = None
+    """Seconds."""
+    attempts: int = DEFAULT_ATTEMPTS
+    retried: tuple[Retried, ...] = ("ConnectionError", "503")
+    mirror: Mirror | None = None
+
+
+AccessLogged = Literal["none", "errors", "all"]
+"""Which requests have a line in the router's log."""
 
 
 class HttpSettings(msgspec.Struct, frozen=True):
@@ -501,14 +563,24 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """For a client to make room, once what it has not read fills the buffers."""
     idle_seconds: float = 75.0
     """That a connection is kept without a request."""
+    access_log: AccessLogged = "errors"
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
-    """Everything routable, absolute. The router acts on it only if `version` is above the one it has."""
+    """Everything routable, absolute. The router acts on it only if `version` is above the one it has.
+
+    All fields but `version` are its parts, each with a default that says what a router does which does not know
+    it. A router says which ones it knows (`RouterStatus.parts`); version 0 is a table that is not numbered yet.
+    """
 
     version: int
-    models: tuple[ModelRoute, ...]
+    models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+    routes: tuple[TrafficRoute, ...] = ()
+
+
+PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")
+"""The parts of a table that this version knows."""
 
 
 class Finish(msgspec.Struct, tag=True):
@@ -552,6 +624,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     replicas: list[ReplicaLoad]
     http: HttpSettings | None = None
     """Those in force; None from a router of a version that knows none."""
+    parts: tuple[str, ...] = ()
+    """The parts of a table that it knows; none from a router of a version that does not tell."""
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model that is there on demand."""

@@ -24,6 +24,7 @@ import uvicorn
 from tests.clients.node import outcomes
 from tests.clients.server import STEP, TEXT, Server
 
+from quire.metering import Metering
 from quire.router.api import exchange
 from quire.router.app import build
 from quire.router.config import RouterConfig
@@ -66,7 +67,7 @@ async def _serve(
     await fleet.apply(wire.RoutingTable(version=1, models=routes))
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
-    app, executor = build(fleet, config, tracing)
+    app, executor = build(fleet, config, tracing, Metering())
     server.append(uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])

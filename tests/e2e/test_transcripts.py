@@ -31,6 +31,7 @@ ELSEWHERE = {
     "chat": "tests/e2e/test_chat_and_bench.py",
     "bench": "tests/e2e/test_chat_and_bench.py; its figures are of the moment",
     "completion": "the script is click's",
+    "monitoring": "tests/unit/platform/test_monitoring.py",
 }
 """Commands without a transcript, and what has their words instead."""
 SCRIPT = """\

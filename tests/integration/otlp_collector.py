@@ -1,4 +1,4 @@
-"""A collector of traces: OTLP over HTTP on a real socket, bodies read by the protocol's own protobuf classes.
+"""A collector of traces and metrics: OTLP over HTTP on a real socket, bodies read by the protocol's own classes.
 
 It does what a collector on a bad day does: refuse, answer with an error, or take a connection and never answer.
 """
@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -39,12 +43,32 @@ class Span:
     scope: str
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One histogram as it arrived: how often, and the sum, by its attributes."""
+
+    unit: str
+    bounds: tuple[float, ...]
+    points: dict[frozenset[tuple[str, Any]], tuple[int, float]]
+
+    def count(self, **attributes: Any) -> int:
+        """Values with these attributes; dots are written as two underscores."""
+        wanted = {(name.replace("__", "."), value) for name, value in attributes.items()}
+        return sum(count for about, (count, _) in self.points.items() if wanted <= about)
+
+    def total(self, **attributes: Any) -> float:
+        wanted = {(name.replace("__", "."), value) for name, value in attributes.items()}
+        return sum(total for about, (_, total) in self.points.items() if wanted <= about)
+
+
 @dataclass
 class Collector:
     """Listens on a free port while it is entered. `raw` keeps every body for a search of its bytes."""
 
     manner: Literal["takes", "refuses", "hangs"] = "takes"
     spans: list[Span] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """As last sent, by name."""
     raw: list[bytes] = field(default_factory=list)
     _server: ThreadingHTTPServer | None = None
     _released: threading.Event = field(default_factory=threading.Event)
@@ -67,11 +91,15 @@ class Collector:
                     return
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
-                assert self.path == "/v1/traces"
                 assert self.headers["content-type"] == "application/x-protobuf"
                 collector.raw.append(body)
-                collector.spans += _read(body)
-                answer = ExportTraceServiceResponse().SerializeToString()
+                if self.path == "/v1/metrics":
+                    collector.measures.update(_measured(body))
+                    answer = ExportMetricsServiceResponse().SerializeToString()
+                else:
+                    assert self.path == "/v1/traces"
+                    collector.spans += _read(body)
+                    answer = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(200)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", str(len(answer)))
@@ -98,8 +126,12 @@ class Collector:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self) -> dict[str, str]:
-        """What sends a process's spans here, soon after they end."""
-        return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        """What sends a process's spans here, soon after they end, and its metrics, often."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
+            "OTEL_METRIC_EXPORT_INTERVAL": "200",
+        }
 
     def wait(self, found: Callable[[list[Span]], Any], seconds: float = 30.0) -> Any:
         """The first true answer of `found` about what has arrived."""
@@ -140,6 +172,25 @@ def _read(body: bytes) -> Iterable[Span]:
                     service=service,
                     scope=scope.scope.name,
                 )
+
+
+def _measured(body: bytes) -> dict[str, Measure]:
+    request = ExportMetricsServiceRequest.FromString(body)
+    found = {}
+    for of_resource in request.resource_metrics:
+        assert _attributes(of_resource.resource.attributes)["service.name"] == "quire-router"
+        for scope in of_resource.scope_metrics:
+            for metric in scope.metrics:
+                points = metric.histogram.data_points
+                found[metric.name] = Measure(
+                    metric.unit,
+                    tuple(points[0].explicit_bounds),
+                    {
+                        frozenset(_attributes(point.attributes).items()): (point.count, point.sum)
+                        for point in points
+                    },
+                )
+    return found
 
 
 def _attributes(pairs: Iterable[Any]) -> dict[str, Any]:

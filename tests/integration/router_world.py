@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,10 +121,13 @@ class World:
         assert status is not None
         return status
 
-    async def table(self, *routes: wire.ModelRoute, **http: Any) -> wire.RouterStatus:
+    async def table(
+        self, *models: wire.ModelRoute, routes: Sequence[wire.TrafficRoute] = (), **http: Any
+    ) -> wire.RouterStatus:
         """Put a table into force, with these settings of the gateway."""
         self.version += 1
-        return await self.control(wire.RoutingTable(self.version, routes, wire.HttpSettings(**http)))
+        http_settings = wire.HttpSettings(**http)
+        return await self.control(wire.RoutingTable(self.version, models, http_settings, tuple(routes)))
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())

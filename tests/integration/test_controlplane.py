@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -344,6 +345,16 @@ def test_an_engine_that_keeps_ending_is_a_crash_loop(plane: Plane) -> None:
     plane.apply(model("looping", "  restartPolicy: {backoffBase: 100ms, backoffMax: 200ms}\n", EXIT="3"))
     stalled = plane.wait_stalled("looping")
     assert stalled["reason"] == "CrashLoop"
+
+    def told() -> dict[str, float]:
+        page = httpx.get(f"{plane.base_url.removesuffix('/v1')}/metrics").text
+        found = re.findall(r'^quire_(replica\w*)\{model="looping"\} (.*)$', page, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    expected = {"replicas_wanted": 1.0, "replicas_ready": 0.0}
+    eventually(
+        lambda: told().get("replica_restarts", 0) >= 3 and told().items() >= expected.items(), "/metrics says so"
+    )
     plane.delete("looping")
 
 

@@ -70,10 +70,12 @@ def test_hot_settings_reach_the_running_router_and_no_stream_notices(plane: Plan
     assert ask(served, maxtokens=3).status_code == 400
     assert ask(served, metadata={"label": "x" * 3000}).status_code == 200
 
-    wanted = gateway(f"cors: {{allowOrigins: ['{PAGE}']}}, maxBodySize: 2Ki, unknownFields: ignore")
+    wanted = gateway(
+        f"cors: {{allowOrigins: ['{PAGE}']}}, maxBodySize: 2Ki, unknownFields: ignore, accessLog: all"
+    )
     planned = plane.client.post("/v1/plan", {"files": [{"name": "g.yaml", "text": wanted}]})["items"][0]
     assert {change["path"]: change["update"] for change in planned["changes"]} == {
-        "spec.cors": "hot", "spec.maxBodySize": "hot", "spec.unknownFields": "hot",
+        "spec.cors": "hot", "spec.maxBodySize": "hot", "spec.unknownFields": "hot", "spec.accessLog": "hot",
     }  # fmt: skip
     plane.apply(wanted)
     settled(plane)
@@ -81,6 +83,8 @@ def test_hot_settings_reach_the_running_router_and_no_stream_notices(plane: Plan
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, PAGE)
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
     assert answer.headers["vary"] == "Origin"
+    line = f"request={answer.headers['x-request-id']} "
+    eventually(lambda: line in plane.state.log("router").read_text(), "the request is in the log")
     assert ask(served, origin="https://other.example.org").status_code == 421
     assert ask(served, maxtokens=3).status_code == 200
     refused = ask(served, metadata={"label": "x" * 3000})
@@ -176,7 +180,9 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
 ) -> None:
     authority = trustme.CA()
     certify(authority, tmp_path)
-    plane.apply(gateway(f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"))
+    own_names = httpx.get(f"{plane.base_url.removesuffix('/v1')}/metrics").text
+    tls = f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"
+    plane.apply(gateway(f"{tls}, metrics: {{compat: vllm}}"))
     endpoints = settled(plane)["status"]["endpoints"]
     assert endpoints["openai"].startswith("https://127.0.0.1:")
     assert endpoints["certificate"] == f"{tmp_path}/cert.pem"
@@ -196,6 +202,9 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
         assert len([part for part in words if part.choices]) >= 5
     url = httpx.URL(endpoints["openai"])
     assert url.port is not None
+    both = httpx.get(str(url.copy_with(path="/metrics")), verify=context).text
+    running = 'vllm:num_requests_running{engine="asked-'
+    assert (running in own_names, running in both) == (False, True)
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://127.0.0.1:{url.port}/v1/models")
     with pytest.raises(httpx.ConnectError):

@@ -178,6 +178,40 @@ async def test_each_sequence_of_several_has_its_own_phases(world: World, collect
         within(span, mine)
 
 
+async def test_what_only_some_requests_have_is_told_by_its_name(world: World, collector: Collector) -> None:
+    await world.serve(await world.engine(text="<think>one</think>two"), reasoning_dialect="think")
+    schema = {"type": "json_schema", "json_schema": {"name": "CANARY", "schema": {"type": "object"}}}
+    async with httpx.AsyncClient(timeout=30) as http:
+
+        async def ask(path: str, **body: Any) -> Any:
+            answer = await http.post(f"{world.url}/v1/{path}", json={"model": "tiny", **body})
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        thought = await ask("chat/completions", messages=CHAT["messages"], max_tokens=200)
+        await ask("completions", prompt="x", max_tokens=5, response_format=schema)
+        await ask("embeddings", input="hi", encoding_format="base64", dimensions=4)
+        first = await ask("responses", input="one")
+        second = await ask("responses", input="two", previous_response_id=first["id"])
+        third = await ask("responses", input="three", previous_response_id=second["id"])
+    spans = [await request_span(collector, number) for number in range(1, 7)]
+    about = [{name: span.attributes.get(f"gen_ai.{name}") for name in (
+        "usage.reasoning.output_tokens", "output.type", "request.encoding_formats", "embeddings.dimension.count",
+        "conversation.id",
+    )} for span in spans]  # fmt: skip
+    told = [{name.split(".")[0]: value for name, value in each.items() if value is not None} for each in about]
+    tokens = thought["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert tokens > 0
+    assert told[:3] == [
+        {"usage": tokens},
+        {"output": "json"},
+        {"request": ["base64"], "embeddings": 4},
+    ]
+    assert [each["conversation"] for each in told[3:]] == [first["id"]] * 3
+    assert third["id"] not in (first["id"], second["id"])
+    assert b"CANARY" not in b"".join(collector.raw)
+
+
 async def test_a_client_that_is_not_sampled_is_not_traced(world: World, collector: Collector) -> None:
     engine = await world.engine()
     await world.serve(engine)
@@ -308,6 +342,48 @@ async def test_a_request_that_waits_for_a_replica_says_so(world: World, collecto
     within(span, collector.below(span))
 
 
+# ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_durations_and_tokens_of_requests_are_metrics_by_the_conventions(
+    world: World, collector: Collector
+) -> None:
+    await world.serve(await world.engine(text="one two three", pace=0.01))
+    about: dict[str, Any] = {"gen_ai__request__model": "org/tiny", "gen_ai__operation__name": "chat"}
+
+    def count(name: str, **more: Any) -> int:
+        return collector.measures[name].count(**about, **more) if name in collector.measures else 0
+
+    def total(name: str, **more: Any) -> float:
+        return collector.measures[name].total(**about, **more) if name in collector.measures else 0.0
+
+    tokens, duration = "gen_ai.client.token.usage", "gen_ai.server.request.duration"
+    first, each = "gen_ai.server.time_to_first_token", "gen_ai.server.time_per_output_token"
+    answer = await post(world, model="org/tiny", max_tokens=5, user="CANARY-USER")
+    assert (await post(world, model="org/tiny", max_tokens=100_000)).status_code == 400
+    for name in ("CANARY-MODEL", "CANARY-OTHER"):
+        assert (await post(world, model=name)).status_code == 404
+    usage = answer.json()["usage"]
+
+    async def there() -> bool:
+        return count(duration) == 2 and collector.measures[duration].count(error__type="model_not_found") >= 2
+
+    await eventually(there)
+    assert (count(first), count(each), count(tokens)) == (1, 1, 2)
+    assert total(tokens, gen_ai__token__type="input") == usage["prompt_tokens"]
+    assert total(tokens, gen_ai__token__type="output") == usage["completion_tokens"] == 5
+    assert 0.01 < total(each) * 4 < total(duration)
+    assert count(duration, error__type="context_length_exceeded") == 1
+    assert {name: measure.unit for name, measure in collector.measures.items()} == {
+        tokens: "{token}", duration: "s", first: "s", each: "s",
+    }  # fmt: skip
+    assert collector.measures[tokens].bounds[:4] == (1, 4, 16, 64)
+    assert collector.measures[duration].bounds[0] == 0.01
+    models = {dict(point).get("gen_ai.request.model") for m in collector.measures.values() for point in m.points}
+    assert models <= {None, "tiny", "org/tiny"}, "models that nobody serves are all one"
+    assert b"CANARY" not in b"".join(collector.raw)
+
+
 # ── a collector's bad day ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -343,6 +419,19 @@ async def test_a_bad_collector_costs_spans_and_two_lines_of_log_and_nothing_else
         await eventually(reported, 30)
         lines = [line for line in log.read_text().splitlines() if "trace" in line.lower()]
         assert len(lines) == 2, lines
+
+        async def again() -> bool:
+            return "metrics are exported again" in log.read_text()
+
+        await eventually(again)
+        of_metrics = [line for line in log.read_text().splitlines() if " metrics " in line]
+        assert len(of_metrics) == 2, of_metrics
+        assert "metrics cannot be exported and are dropped" in of_metrics[0]
+
+        async def all_four() -> bool:  # what was not taken comes later
+            return collector.measures["gen_ai.server.request.duration"].count() == 4
+
+        await eventually(all_four)
         said = [line.split("quire.tracing: ")[1] for line in lines]
         assert said[0].startswith("traces cannot be exported and are dropped until that works again: ")
         assert "400" in said[0]

@@ -77,6 +77,8 @@ class WireEngine:
     template_hash: str = TEMPLATE_HASH
     goes_on: bool = True
     """Knows answers that another engine has begun."""
+    looked_up: int = 0
+    """Tokens that it says each step has found in its prefix cache."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -195,10 +197,15 @@ class WireEngine:
             prompt_tokens=0,
             generation_tokens=0,
             hot_hash=self.limits.hot_hash if self.limits is not None else "h0",
-            prefix_queried_tokens=1000,
-            prefix_hit_tokens=750,
+            prefix_queried_tokens=1000 + self.looked_up * self.steps,
+            prefix_hit_tokens=750 + self.looked_up * self.steps,
             blocks_cached=12,
             blocks_saved=5,
+            deferred=0,
+            computed_tokens=17 * self.steps,
+            steps_by_tokens=(0, 0, 0, self.steps, *[0] * 10),
+            cpu_seconds=1.5,
+            resident_bytes=1 << 20,
         )
 
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:

@@ -266,12 +266,26 @@ def metrics_page() -> str:
     """Every metric name, with the note that stands below it in the source."""
     from quire_schemas import signals
 
-    lines = [*_head("Metrics"), "| metric | note |", "|---|---|"]
-    for name, note in _documented(Path(signals.__file__).read_text()):
-        value = getattr(signals, name)
-        if isinstance(value, str) and value.startswith("quire_"):
-            lines.append(f"| `{value}` | {note} |")
+    lines = [
+        *_head("Metrics"),
+        "Counters end in `_total` on the wire. Which names there are besides, and with which",
+    ]
+    lines += ["labels, is the Gateway's `metrics.compat`.", "", "| metric | note | with `compat: vllm` also |"]
+    lines.append("|---|---|---|")
+    found = [(getattr(signals, name), note) for name, note in _documented(Path(signals.__file__).read_text())]
+    named = [(value, note) for value, note in found if isinstance(value, str)]
+    for value, note in named:
+        if value.startswith(("quire_", "process_")):
+            also = ", ".join(f"`{name}`" for name in signals.VLLM_NAMES.get(value, ()))
+            lines.append(f"| `{value}` | {note} | {also} |")
+    lines += ["", "## Of vLLM alone", "", "| metric | note |", "|---|---|"]
+    lines += [f"| `{value}` | {note} |" for value, note in named if value.startswith("vllm:")]
+    lines += ["", "## For a collector of OpenTelemetry", "", "| metric | note |", "|---|---|"]
+    lines += [f"| `{value}` | {note} |" for value, note in named if value.startswith(_METERS)]
     return "\n".join(lines) + "\n"
+
+
+_METERS = ("gen_ai.server.", "gen_ai.client.")
 
 
 def spans_page() -> str:

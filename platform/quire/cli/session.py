@@ -16,6 +16,8 @@ KINDS = {
     "models": "model",
     "gateway": "gateway",
     "gateways": "gateway",
+    "route": "route",
+    "routes": "route",
 }
 """Kinds that are stored as objects, in the spellings a command takes."""
 

@@ -90,7 +90,8 @@ class Steps(TypedDict):
 
 
 class Status(TypedDict):
-    """Where an object stands. Of a Gateway the fields of replicas and rollouts are absent."""
+    """Where an object stands. Of a Gateway and of a Route the fields of replicas and rollouts are
+    absent."""
 
     observedGeneration: int
     summary: Annotated[str, "A few words for a table; may change at any time."]
@@ -171,7 +172,7 @@ class Object(TypedDict):
     """`get KIND/NAME`, `describe KIND/NAME`; each line of `get -w -o json`."""
 
     apiVersion: NotRequired[str]
-    kind: Literal["model", "gateway"]
+    kind: Literal["model", "route", "gateway"]
     name: str
     generation: Annotated[int, "Grows with each apply that changes it; 0 for the gateway without a manifest."]
     intent: Annotated[dict[str, Any], "As submitted."]
@@ -194,7 +195,7 @@ class Deleted(TypedDict):
 
 
 class ObjectList(TypedDict):
-    """`get models`, `get gateway`."""
+    """`get models`, `get routes`, `get gateway`."""
 
     apiVersion: str
     kind: Literal["ObjectList"]

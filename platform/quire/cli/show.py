@@ -22,13 +22,15 @@ LISTS = {
     "model": ("model", render.models),
     "replicas": ("model", render.replicas),
     "revisions": ("model", render.revisions),
+    "routes": ("route", render.routes),
+    "route": ("route", render.routes),
     "gateway": ("gateway", render.gateways),
 }
 """What `get` lists: the kind of object it asks for, and how it shows it."""
 
 
 @click.command()
-@click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|KIND/NAME]")
+@click.argument("what", default="models", metavar="[models|replicas|revisions|routes|gateway|KIND/NAME]")
 @click.option(
     "-o",
     "--output",
@@ -77,8 +79,8 @@ def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, An
         views, shape = answer["items"], "ObjectList"
         if what in ("replicas", "revisions"):
             answer, shape = _nested(what, views), {"replicas": "ReplicaList", "revisions": "RevisionList"}[what]
-    if kind == "gateway":
-        formatter = render.gateways
+    if "/" in what:
+        formatter = {"gateway": render.gateways, "route": render.routes}.get(kind, render.models)
     if output == "name":
         formatter = render.names
     elif output == "wide" and formatter is render.models:

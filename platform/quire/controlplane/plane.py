@@ -48,6 +48,8 @@ from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
 from quire_operators.tracing import Passes
+from quire_operators.traffic import RouteReconciler
+from quire_schemas import wire
 from quire_schemas.resource import Key
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class ControlPlane:
             self.downloads,
             clock,
         )
+        self.traffic = RouteReconciler(self.store, self.routes, self.gateway, clock)
         passes = Passes(self.tracer, self.store.origin)
         self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
@@ -151,7 +154,7 @@ class ControlPlane:
         self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": False})
 
     async def _begin_work(self) -> None:
-        await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings())
+        await self.routes.reconcile(self._table())
         self.refuse_while_going_down()  # it may have begun meanwhile
         stored_objects = self.store.objects()
         for stored in sorted(stored_objects, key=_rank):  # after a reboot all of them start at once
@@ -275,6 +278,7 @@ class ControlPlane:
         try:
             if key.kind == "model":
                 self.models.refresh(key)
+            self.wake_routes()
         except StoreUnavailable as error:
             log.warning("no status of %s yet: %s", key, error.message)
 
@@ -288,6 +292,11 @@ class ControlPlane:
     def wake(self, key: Key) -> None:
         """Have this key reconciled soon."""
         self._controller.add(key)
+
+    def wake_routes(self) -> None:
+        """Have every Route reconciled soon: a Model that it names, or one of its names, may be another's now."""
+        for stored in self.store.objects("route"):
+            self._controller.add(stored.key)
 
     def _process_changed(self, name: str) -> None:
         if name == ROUTER_UNIT:
@@ -306,29 +315,40 @@ class ControlPlane:
             failure = self.gateway.failure()
             again = await self.gateway.reconcile()
             if self.gateway.failure() != failure:
-                self._all_models()
+                self._all_objects()
                 self._controller.add(ROUTES)
-            elif not self.routes.takes(self.gateway.http_settings()):
+            elif not self.routes.takes("http", self.gateway.http_settings()):
                 self._controller.add(ROUTES)
             return again
+        if key.kind == "route":
+            return self.traffic.reconcile(key)
+        hindrance = self.traffic.hindrance(key)
         again = await self.models.reconcile(key)
         if again == 0.0:
             self._controller.add(ROUTES)
+        if self.traffic.hindrance(key) != hindrance:
+            self.wake_routes()
         return again
 
     async def _reconcile_routes(self) -> float | None:
         if self.gateway.router_runs() is False:
             return None  # a change of its shim brings this key back
-        if await self.routes.reconcile(build(self.models.routables()), self.gateway.http_settings()):
-            self._all_models()
+        if await self.routes.reconcile(self._table()):
+            self._all_objects()
             self._controller.add(GATEWAY)
         demand = self.models.settle_residency()
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
         return BUSY_POLL if busy else demand or IDLE_POLL
 
-    def _all_models(self) -> None:
+    def _table(self) -> wire.RoutingTable:
+        """What the router is to act by; not numbered."""
+        return self.traffic.fill(build(self.models.routables()), self.gateway.http_settings())
+
+    def _all_objects(self) -> None:
+        """What the router says, or that it is silent, may change the status of each."""
         for stored in self.store.objects("model"):
             self._controller.add(stored.key)
+        self.wake_routes()
 
 
 def _rank(stored: StoredObject) -> int:

@@ -45,7 +45,8 @@ def router_command(state: StateDir) -> RouterCommand:
                 port=port,
                 allowed_hosts=tuple(dict.fromkeys(names)),
                 tls=TlsFiles(tls["certFile"], tls["keyFile"]) if tls else None,
-                telemetry=Declared(telemetry["otlpEndpoint"], telemetry["sampling"]) if telemetry else None,
+                metrics_compat=spec["metrics"]["compat"],
+                telemetry=_declared(telemetry) if telemetry else None,
             )
         )
 
@@ -53,6 +54,10 @@ def router_command(state: StateDir) -> RouterCommand:
         return [sys.executable, "-P", "-m", "quire.router", str(path), "--status-fd", "{status_fd}"]
 
     return RouterCommand(argv, config)
+
+
+def _declared(telemetry: Mapping[str, Any]) -> Declared:
+    return Declared(telemetry["otlpEndpoint"], telemetry["sampling"], telemetry["metrics"])
 
 
 def text_facts(folder: Path, template: Path | None) -> TextFacts | str:

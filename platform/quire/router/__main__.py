@@ -26,13 +26,14 @@ from pathlib import Path
 
 import uvicorn
 
+from quire.metering import Metering
 from quire.router import config as configuration
 from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
 from quire.router.guard import MAX_HEADER_BYTES, Protocol
 from quire.router.tls import Certificate
-from quire.tracing import BadTelemetry, Tracing
+from quire.tracing import BadTelemetry, Tracing, shut_down
 from quire_operators.certificates import BadCertificate
 from quire_schemas import signals
 
@@ -124,14 +125,18 @@ def base_url(listening: socket.socket, scheme: str) -> str:
 
 
 async def serve(
-    config: configuration.RouterConfig, listening: socket.socket, tracing: Tracing, status_fd: int | None
+    config: configuration.RouterConfig,
+    listening: socket.socket,
+    tracing: Tracing,
+    metering: Metering,
+    status_fd: int | None,
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
     fleet = Fleet(Path(config.snapshot_file))
     await fleet.load_snapshot()
-    application, executor = build(fleet, config, tracing)
+    application, executor = build(fleet, config, tracing, metering)
     options = uvicorn.Config(
         application,
         http=Protocol.under(lambda: fleet.table.http),
@@ -190,6 +195,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = configuration.load(given.config)
         tracing = Tracing.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
+        metering = Metering.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
     except (configuration.BadRouterConfig, BadTelemetry) as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG
@@ -202,12 +208,12 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     try:
-        asyncio.run(serve(config, listening, tracing, given.status_fd))
+        asyncio.run(serve(config, listening, tracing, metering, given.status_fd))
     except BadCertificate as error:  # not EX_CONFIG: the files may be mended, and then another try does
         sys.stderr.write(f"error: {error}\n    hint: they are named in the Gateway's spec.tls\n")
         return 1
     finally:
-        tracing.shutdown()
+        shut_down(tracing.provider, metering.provider)
     return 0
 
 

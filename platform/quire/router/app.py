@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,7 +15,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.metering import Metering
 from quire.router import openapi
+from quire.router.account import AccessLog
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
@@ -44,13 +47,16 @@ from quire_operators.nvml import Watch
 log = logging.getLogger("quire.router")
 
 
-def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor]:
+def build(fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering) -> tuple[ASGIApp, Executor]:
     """The application that serves `fleet`, and what works off its batches once it is started."""
     fleet.metrics.watch(tracing.counts)
+    fleet.metrics.watch_store(config.store)
+    if config.metrics_compat == "vllm":
+        fleet.metrics.add_vllm_names()
     gpus = Watch()
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
-    gateway, spans = Gateway(fleet), RequestSpans(tracing)
+    gateway, spans = Gateway(fleet), RequestSpans(tracing, metering)
     store = Store(config.store)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
@@ -82,7 +88,8 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+    access_log = AccessLog(lambda: fleet.table.http.access_log)
+    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins, access_log), executor
 
 
 def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
@@ -154,7 +161,9 @@ def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
 
     @get("/metrics")
     async def get_metrics() -> ASGIApp:
-        return Reply(200, fleet.metrics.render(), CONTENT_TYPE)
+        return Reply(
+            200, await asyncio.to_thread(fleet.metrics.render), CONTENT_TYPE
+        )  # many models are many lines
 
     return [get_description, get_metrics]
 

@@ -7,7 +7,7 @@ number is in the environment variable `LISTEN_FD`. Without that variable the rou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -42,6 +42,8 @@ class RouterConfig(msgspec.Struct, frozen=True):
     shutdown_grace: float = 30.0
     """On SIGTERM, how long running requests may finish before they end in an error event."""
     tls: TlsFiles | None = None
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """In which names besides ours `/metrics` speaks."""
     telemetry: Declared | None = None
     """What the gateway's manifest says about traces; without it OTEL_* decide."""
 

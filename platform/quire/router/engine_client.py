@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
+from typing import Literal
 
 from quire.router.balancer import PREFIX_BLOCK, Candidate, Prefixes, outstanding
 from quire_schemas import wire
@@ -36,6 +37,8 @@ ASK_SECONDS = 1.0
 """Longest time between two questions for stats."""
 _ASKED_A_LEASE = 4
 _GET_STATS = wire.frame(wire.GetStats())
+Ejection = Literal["disconnected", "stalled"]
+"""Why a replica that served is not ready any more, if nobody told it to leave."""
 
 
 MOST_KEPT = 64
@@ -58,6 +61,7 @@ class Sequence:
         "deltas",
         "ended",
         "generated",
+        "heard_at",
         "id",
         "lost",
         "max_tokens",
@@ -74,6 +78,8 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
+        self.heard_at = 0.0
+        """When the first of them came."""
         self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
@@ -105,7 +111,13 @@ class Sequence:
 class EngineClient:
     """The router's end of one replica. All of it runs on one event loop."""
 
-    def __init__(self, endpoint: wire.ReplicaEndpoint, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        endpoint: wire.ReplicaEndpoint,
+        changed: Callable[[], None],
+        ejected: Callable[[Ejection], None] = lambda _: None,
+    ) -> None:
+        """`changed` is called when it is connected or no longer, `ejected` when it stops being ready by itself."""
         self.endpoint = endpoint
         self.stall_seconds = math.inf
         """The route's; set with the endpoint, as are the next two."""
@@ -124,6 +136,7 @@ class EngineClient:
         """Counts connections: together with the replica, the name of one life of one engine."""
         self.retired = False
         self._changed = changed
+        self._ejected = ejected
         self._sequences: dict[str, Sequence] = {}
         self._limits: dict[str, wire.Limits] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -333,6 +346,8 @@ class EngineClient:
                 sequence.bell.set()
             if self._was_up:
                 log.info("replica %s: disconnected, %d sequences lost", self.endpoint.replica_id, len(lost))
+                if not self.leaving:
+                    self._ejected("disconnected")
                 self._changed()
             writer.close()
             with contextlib.suppress(OSError):
@@ -340,9 +355,13 @@ class EngineClient:
 
     async def _ask(self, writer: asyncio.StreamWriter, for_lease: float) -> None:
         """Ask for stats until cancelled, four times a stall time at least."""
+        was_stalled = False
         while True:
             await asyncio.sleep(min(ASK_SECONDS, self.stall_seconds / 4, for_lease))
             writer.write(_GET_STATS)
+            if self.stalled and not was_stalled:
+                self._ejected("stalled")
+            was_stalled = self.stalled
 
     def _accept(self, message: wire.FromEngine | None) -> float:
         """Check who answers; the lease that we hold by speaking, in seconds."""
@@ -372,6 +391,8 @@ class EngineClient:
                 timings = delta.timings
                 if delta.token_ids or (timings is not None and timings.first_token_at is not None):
                     sequence.begun = True
+                if not sequence.deltas:
+                    sequence.heard_at = self._progress_at
                 sequence.put(delta)
                 if delta.finish_reason is not None:
                     sequence.ended = True

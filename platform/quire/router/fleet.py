@@ -1,4 +1,5 @@
-"""The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight.
+"""The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight; for
+each name where its requests go (`traffic`).
 
 `Fleet.apply` takes a table whole: it loads what is new (tokenizers on a thread, so that streams keep flowing),
 then writes the table to disk, then switches over in one step of the event loop. A table that cannot be loaded is
@@ -16,16 +17,17 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
-from quire.router.engine_client import EngineClient, endpoint_key
-from quire.router.metrics import Metrics, ReplicaSample
+from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
+from quire.router.traffic import Asked, Traffic, Way
 from quire.text import TextError, Tokenizer
 from quire.text.dialects import Dialects
 from quire_schemas import wire
@@ -114,8 +116,13 @@ class Fleet:
     def __init__(self, snapshot: Path) -> None:
         self.table = wire.RoutingTable(version=0, models=())
         self.models: dict[str, ServedModel] = {}
-        """By every name that a request may use."""
-        self.metrics = Metrics(self.samples)
+        """By every name that a Model has itself."""
+        self.by_model: dict[str, ServedModel] = {}
+        """By the name of the Model."""
+        self.traffic = Traffic()
+        self.copies: set[asyncio.Task[None]] = set()
+        """Copies of requests on their way, which nobody waits for."""
+        self.metrics = Metrics(self.samples, self.standings)
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
@@ -158,7 +165,7 @@ class Fleet:
     def _switch(
         self, table: wire.RoutingTable, tokenizers: dict[str, tuple[tuple[object, ...], Tokenizer | TextError]]
     ) -> None:
-        known = {served.route.model: served for served in self.models.values()}
+        known, by_model = self.by_model, {}
         clients: dict[tuple[str, int, str], EngineClient] = {}
         by_name: dict[str, ServedModel] = {}
         for route in table.models:
@@ -167,12 +174,15 @@ class Fleet:
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
-                client = self._clients.get(key) or EngineClient(endpoint, self._pulse.fire)
+                client = self._clients.get(key) or EngineClient(
+                    endpoint, self._pulse.fire, self._ejected(route.model)
+                )
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
+            by_model[route.model] = served
             for name in route.names:
                 if by_name.setdefault(name, served) is not served:
                     log.error("two models are served as %s; %s keeps the name", name, by_name[name].route.model)
@@ -180,9 +190,11 @@ class Fleet:
             if key not in clients:
                 client.retire()
                 self._leaving.append(client)
-        self._clients, self.models, self.table = clients, by_name, table
+        self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
+        self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
         self.metrics.set_models(route.model for route in table.models)
+        self.metrics.set_routes(table.routes)
         self._pulse.fire()
 
     async def _tokenizer(self, route: wire.ModelRoute) -> tuple[tuple[object, ...], Tokenizer | TextError]:
@@ -206,33 +218,50 @@ class Fleet:
                 client.set_limits(message.limits)
 
     async def close(self) -> None:
-        """Drop all connections."""
+        """Drop all connections, and what nobody waits for."""
+        for copy in self.copies:
+            copy.cancel()
+        if self.copies:
+            await asyncio.wait(self.copies)
         for client in [*self._clients.values(), *self._leaving]:
             await client.close()
 
     # ── reading it ────────────────────────────────────────────────────────────────────────────────────────
 
-    def resolve(self, name: str) -> ServedModel:
-        """The model served as `name`. Raises `ModelNotFound`."""
-        served = self.models.get(name)
-        if served is None:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            known = ", ".join(sorted(self.models)[:8])
+    def way(self, asked: Asked, *, ahead: bool = False) -> Way:
+        """Where a request goes; `ahead`: where the next one would, which takes nobody's turn. Raises
+        `ModelNotFound`."""
+        way = self.traffic.way(asked, ahead=ahead)
+        if way is None:
+            shown = "".join(c if c.isprintable() else "?" for c in asked.name[:64])
+            known = ", ".join(self.traffic.names(asked.headers)[:8])
             raise ModelNotFound(
                 f"The model '{shown}' does not exist."
                 + (f" Models here: {known}." if known else " No model is served here yet."),
                 param="model",
             )
+        return way
+
+    def at(self, way: Way, model: str | None) -> ServedModel:
+        """One of the models of a way. Raises `ModelStopped` if it is not there."""
+        served = self.by_model.get(model) if model is not None else None
+        if served is None:
+            raise ModelStopped(f"No model is behind '{way.name}' now.")
         return served
+
+    def resolve(self, asked: Asked) -> ServedModel:
+        """The model that would have the request, for what needs none of its replicas. Raises `ModelNotFound` and
+        `ModelStopped`."""
+        way = self.way(asked, ahead=True)
+        return self.at(way, way.model or way.instead("Unavailable", (), self.by_model))
 
     def sole(self) -> ServedModel:
         """The only model that is served. Raises `InvalidRequest` where there are others, and `ModelNotFound`."""
-        served = {id(served): served for served in self.models.values()}
-        if not served:
+        if not self.by_model:
             raise ModelNotFound("No model is served here yet.", param="model")
-        if len(served) > 1:
+        if len(self.by_model) > 1:
             raise InvalidRequest("'model' is required: several are served here.", param="model")
-        return next(iter(served.values()))
+        return next(iter(self.by_model.values()))
 
     @property
     def changed(self) -> asyncio.Event:
@@ -248,15 +277,16 @@ class Fleet:
             pid=os.getpid(),
             base_url=base_url,
             http=self.table.http,
+            parts=wire.PARTS,
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)
-                for served in self.models.values()
+                for served in self.by_model.values()
                 if isinstance(served.tokenizer, TextError)
             },
             uses={
                 served.route.model: served.use(time.monotonic())
-                for served in self.models.values()
+                for served in self.by_model.values()
                 if served.route.on_demand
             },
         )
@@ -268,13 +298,28 @@ class Fleet:
                 if endpoint_key(endpoint) not in self._clients:
                     yield wire.ReplicaLoad(endpoint.replica_id, endpoint.incarnation, False, 0)
 
+    def _ejected(self, model: str) -> Callable[[Ejection], None]:
+        return lambda why: self.metrics.model(model).ejections[why].inc()
+
+    def standings(self) -> Iterator[Standing]:
+        """What a scrape shows of the models as they stand."""
+        for served in self.by_model.values():
+            ready = sum(client.ready for client in served.clients)
+            yield Standing(served.route.model, served.route.wanted, ready, served.route.restarts)
+
     def samples(self) -> Iterator[ReplicaSample]:
         """What a scrape shows of the replicas."""
-        for served in {id(served): served for served in self.models.values()}.values():
+        for served in self.by_model.values():
             for client in served.clients:
-                up = client.connected and not client.stalled
-                stats = client.stats if client.connected else None
-                yield ReplicaSample(served.route.model, client.endpoint.replica_id, up, stats)
+                up, connected = client.connected and not client.stalled, client.connected
+                yield ReplicaSample(
+                    served.route.model,
+                    client.endpoint.replica_id,
+                    up,
+                    client.stats if connected else None,
+                    client.welcome if connected else None,
+                    served.route.prefix_caching,
+                )
 
 
 _FILES = (

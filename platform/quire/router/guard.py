@@ -10,6 +10,7 @@
 - **Size**: a bounded number of headers of bounded length.
 - **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
   it `openai-processing-ms`, the time from the request to the first byte of its answer.
+- **Account**: opened here, and told to the access log when the request has ended.
 
 `Protocol` is uvicorn's, with answers of our own shape to what is not HTTP, and an end to patience: a connection
 that does not bring the head of a request, or whose client does not read, is cut.
@@ -30,6 +31,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
+from quire.router.account import METHODS, AccessLog, Account
 from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
@@ -51,17 +53,32 @@ class Guard:
     """An ASGI application around the router's. `origins` are those that are allowed now."""
 
     def __init__(
-        self, app: ASGIApp, allowed_hosts: Collection[str], origins: Callable[[], Collection[str]] = tuple
+        self,
+        app: ASGIApp,
+        allowed_hosts: Collection[str],
+        origins: Callable[[], Collection[str]],
+        access_log: AccessLog,
     ) -> None:
         self._app = app
+        self._log = access_log
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived_at = time.monotonic()
+        account = Account()
+        try:
+            await self._pass(account, scope, receive, send)
+        finally:
+            account.route = str(scope.get("path_template") or "")
+            self._log.tell(account)
+
+    async def _pass(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         stated = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = stated if _WORD.fullmatch(stated) else b"req_" + uuid.uuid4().hex.encode()
+        method = str(scope.get("method"))
+        account.request_id, account.method = request_id.decode(), method if method in METHODS else ""
+        account.open(scope)
 
         absolute = _ABSOLUTE.fullmatch(scope["path"])
         if absolute is not None:
@@ -74,7 +91,8 @@ class Guard:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                spent = b"%d" % round(1000 * (time.monotonic() - arrived_at))
+                account.status = message["status"]
+                spent = b"%d" % round(1000 * (time.monotonic() - account.arrived_at))
                 ours = [*named, (b"openai-processing-ms", spent)]
                 message["headers"] = [*message["headers"], *crossing, *ours]
             await send(message)

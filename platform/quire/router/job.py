@@ -12,13 +12,15 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, QueueFull, TimedOut
+from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, OutOfTime, QueueFull, TimedOut
 from quire.router import engine_client
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
+from quire.router.traffic import PLAIN, Terms
 from quire.text import AnswerText, Markup, Tokenizer
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Plain, Reasoning
 from quire_schemas import wire
+from quire_schemas.failures import Retried
 
 log = logging.getLogger("quire.router")
 T = TypeVar("T")
@@ -90,6 +92,9 @@ class Job:
     """The field of the request that the answer is held to, if one is."""
     markup: Markup | None = None
     """How thoughts and calls are read out of the answer's text; None: it is content and nothing else."""
+    terms: Terms = PLAIN
+    begun_at: float | None = None
+    """When it was given to this model, if another one had it before."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -113,12 +118,28 @@ class Job:
 
     @property
     def ends_at(self) -> float | None:
-        """When its time is over, if it set itself one."""
-        return None if self.timeout is None else self.arrived_at + self.timeout
+        """When its time is over, if it set itself one, or its route does; the smaller counts."""
+        given = [seconds for seconds in (self.timeout, self.terms.request) if seconds is not None]
+        return self.arrived_at + min(given) if given else None
 
-    def out_of_time(self) -> TimedOut:
+    @property
+    def first_by(self) -> float | None:
+        """When its first token has to be there, if its route says so."""
+        if self.terms.first_token is None:
+            return None
+        return (self.arrived_at if self.begun_at is None else self.begun_at) + self.terms.first_token
+
+    def out_of_time(self) -> OutOfTime:
         """The error that it ends with at `ends_at`."""
-        return TimedOut(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
+        if self.timeout is not None and (self.terms.request is None or self.timeout <= self.terms.request):
+            return OutOfTime(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
+        return OutOfTime(
+            f"The request was not complete within the {self.terms.request:g} seconds that its route allows."
+        )
+
+    def without_first(self) -> TimedOut:
+        """The error that it ends with at `first_by`."""
+        return TimedOut(f"No token came within the {self.terms.first_token:g} seconds that its route allows.")
 
     @property
     def is_large(self) -> bool:
@@ -221,6 +242,7 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
+        "lost_by",
         "migrations",
         "num_scored",
         "prompt",
@@ -251,6 +273,8 @@ class Choice:
         if index % job.drawn and not job.stream and job.sampling.prompt_logprobs is not None:
             # the first choice of a prompt brings its log-probabilities, for all
             self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        self.lost_by: Retried = "ConnectionError"
+        """How the last attempt failed, if one did."""
         self.attempts = 0
         self.fingerprint: bytes | None = None
         self.trial: str | None = None
@@ -419,11 +443,25 @@ class Choice:
         """When its tokens came; None before there are any."""
         if self.first_token_at is None or self.last_token_at is None:
             return None
+        return Times(self.first_token_at, self.last_token_at, self.queue_time or 0.0, self.generated)
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds that it waited in the engine's queue; None until that has told."""
         told = self.timings
-        queued = 0.0
-        if told is not None and told.scheduled_at is not None:
-            queued = max(told.scheduled_at - told.received_at, 0.0)
-        return Times(self.first_token_at, self.last_token_at, queued, self.generated)
+        if told is None or told.scheduled_at is None:
+            return None
+        return max(told.scheduled_at - told.received_at, 0.0)
+
+    @property
+    def decode_time(self) -> float:
+        """Seconds from its first token to its last: by the engine; where a stop string ended it, as seen here."""
+        told = self.timings
+        if told is not None and told.finished_at is not None and told.first_token_at is not None:
+            return max(told.finished_at - told.first_token_at, 0.0)
+        if self.first_token_at is None or self.last_token_at is None:
+            return 0.0
+        return self.last_token_at - self.first_token_at
 
     def _named(self, stop_token_id: int | None) -> int | None:
         """The id, if it is one of those that the request named for this."""

@@ -1,33 +1,39 @@
 """What the router tells of itself at `/metrics`, as Prometheus series.
 
-Counters and histograms are written where things happen, through the handles of one model (`ModelMetrics`), which
-exist from the moment the model is routed: every series is there, at zero, before the first request. What engines
-report about themselves, and what became of the router's spans, is read at the moment of the scrape, so that no
-gauge can go stale. Label values come from closed sets: models and replicas of the routing table, and the words
-below. A request for a model nobody serves counts under `NO_MODEL`.
+What happens is counted in plain numbers of one model (`ModelMetrics`), which are there from the moment the model
+is routed and go with it: every series exists, at zero, before the first request. They get names, labels and
+cumulative buckets when somebody scrapes. What engines report about themselves, how replicas stand, and what became
+of the router's spans is read at that moment, too, so that no gauge can go stale.
+
+On the way of a token stand one addition for all the tokens that a wake-up brought, and one look for a bucket: a
+value is observed with how often it came (`Distribution.observe`). All of it is written on the event loop; `render`
+may run on another thread, and then shows numbers of moments that lie a little apart.
+
+Label values come from closed sets: models and replicas of the routing table, the codes of the error contract, and
+the words below. A request for a model nobody serves counts under `NO_MODEL`. `vllm_names` says the same under the
+names that other dashboards look for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import accumulate
+from pathlib import Path
+from typing import Final, NamedTuple
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from quire.errors import TABLE
+from quire.router.vllm_names import translated
 from quire.tracing import Counts
 from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
-from quire_schemas import signals
-from quire_schemas.wire import Stats
+from quire_schemas import signals, wire
+from quire_schemas.wire import Stats, Welcome
 
 OPERATIONS: Final = (
     "chat",
@@ -40,8 +46,56 @@ OPERATIONS: Final = (
     "count_tokens",
 )
 FINISHES: Final = ("stop", "length", "repetition", "abort", "error", "refused")
+REFUSED_FOR_ITSELF: Final = "invalid_request"
+"""The reason of a refusal whose error has no code."""
+REASONS: Final = tuple(sorted({row.code or REFUSED_FOR_ITSELF for row in TABLE.values()}))
+SOURCES: Final = ("local_compute", "local_cache_hit")
+EJECTIONS: Final = ("disconnected", "stalled")
+COPIES: Final = ("completed", "failed", "dropped")
+ROUTED: Final = "routed"
+STEPPED_IN: Final = "stepped in"
+COPIED: Final = "copied"
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Number:
+    """One series that is a number."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+    def inc(self, amount: float = 1) -> None:
+        self.value += amount
+
+    def dec(self, amount: float = 1) -> None:
+        self.value -= amount
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+class Distribution:
+    """One series that is a histogram; `bounds` ascend, and each is the last value of its bucket."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        """By bucket, not cumulative; the last is for values above all bounds."""
+        self.total: float = 0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value that came so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,84 +106,104 @@ class ReplicaSample:
     replica: str
     up: bool
     stats: Stats | None
+    welcome: Welcome | None = None
+    """What it was built with, while it is connected."""
+    prefix_caching: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a model stands at the moment of a scrape."""
+
+    model: str
+    wanted: int
+    ready: int
+    restarts: int
 
 
 class ModelMetrics:
-    """The handles of one model's series, looked up once."""
+    """The numbers of one model."""
 
     __slots__ = (
+        "added_to_answer",
+        "added_to_request",
+        "computed_tokens",
+        "corrupted",
+        "decode_time",
         "e2e",
+        "ejections",
         "generation_tokens",
         "held",
         "in_flight",
+        "inference_time",
         "inter_token",
+        "max_tokens",
         "migrations",
+        "most_generated",
+        "n",
+        "per_output_token",
+        "preemptions",
+        "prefill_time",
         "prompt_tokens",
         "queue_time",
+        "rejections",
         "requests",
+        "retries",
         "time_to_first_token",
+        "tokens_by_source",
+        "tokens_generated",
+        "tokens_of_prompt",
     )
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self.requests: Mapping[tuple[str, str], Counter] = {
-            (operation, finish): metrics.requests.labels(model, operation, finish)
-            for operation in OPERATIONS
-            for finish in FINISHES
+    def __init__(self) -> None:
+        self.requests: Mapping[tuple[str, str], Number] = {
+            (operation, finish): Number() for operation in OPERATIONS for finish in FINISHES
         }
-        self.prompt_tokens = metrics.prompt_tokens.labels(model)
-        self.generation_tokens = metrics.generation_tokens.labels(model)
-        self.in_flight = metrics.in_flight.labels(model)
-        self.held = metrics.held.labels(model)
-        self.migrations = metrics.migrations.labels(model)
-        self.time_to_first_token = metrics.time_to_first_token.labels(model)
-        self.inter_token = metrics.inter_token.labels(model)
-        self.e2e = metrics.e2e.labels(model)
-        self.queue_time = metrics.queue_time.labels(model)
+        self.rejections: Mapping[str, Number] = {reason: Number() for reason in REASONS}
+        self.prompt_tokens = Number()
+        self.tokens_by_source: Mapping[str, Number] = {source: Number() for source in SOURCES}
+        self.generation_tokens = Number()
+        self.retries = Number()
+        self.migrations = Number()
+        self.corrupted = Number()
+        self.ejections: Mapping[str, Number] = {reason: Number() for reason in EJECTIONS}
+        self.in_flight = Number()
+        self.held = Number()
+        self.time_to_first_token = Distribution(signals.TTFT_BUCKETS)
+        self.inter_token = Distribution(signals.ITL_BUCKETS)
+        self.per_output_token = Distribution(signals.ITL_BUCKETS)
+        self.e2e = Distribution(signals.LATENCY_BUCKETS)
+        self.queue_time = Distribution(signals.LATENCY_BUCKETS)
+        self.prefill_time = Distribution(signals.LATENCY_BUCKETS)
+        self.decode_time = Distribution(signals.LATENCY_BUCKETS)
+        self.inference_time = Distribution(signals.LATENCY_BUCKETS)
+        self.added_to_request = Distribution(signals.ADDED_BUCKETS)
+        self.added_to_answer = Distribution(signals.ADDED_BUCKETS)
+        self.tokens_of_prompt = Distribution(signals.TOKENS_BUCKETS)
+        self.computed_tokens = Distribution(signals.TOKENS_BUCKETS)
+        self.tokens_generated = Distribution(signals.TOKENS_BUCKETS)
+        self.most_generated = Distribution(signals.TOKENS_BUCKETS)
+        self.max_tokens = Distribution(signals.TOKENS_BUCKETS)
+        self.n = Distribution(signals.FEW_BUCKETS)
+        self.preemptions = Distribution(signals.FEW_BUCKETS)
 
 
 class Metrics:
-    """All series of one router. `sample` tells of the replicas whenever somebody scrapes."""
+    """All series of one router. `replicas` and `models` tell how things stand whenever somebody scrapes."""
 
-    def __init__(self, sample: Callable[[], Iterable[ReplicaSample]]) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+    def __init__(
+        self, replicas: Callable[[], Iterable[ReplicaSample]], models: Callable[[], Iterable[Standing]]
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        model = (signals.LABEL_MODEL,)
-        by_finish = (signals.LABEL_MODEL, signals.LABEL_OPERATION, signals.LABEL_FINISH)
-        into: Any = {"registry": self._registry}
-        self.requests = Counter(signals.REQUESTS, "Requests by how they ended.", by_finish, **into)
-        self.prompt_tokens = Counter(signals.PROMPT_TOKENS, "Tokens of accepted prompts.", model, **into)
-        self.generation_tokens = Counter(signals.GENERATION_TOKENS, "Tokens that engines wrote.", model, **into)
-        self.in_flight = Gauge(signals.REQUESTS_IN_FLIGHT, "Requests accepted and not yet ended.", model, **into)
-        self.held = Gauge(signals.REQUESTS_HELD, "Requests that wait for a replica to take them.", model, **into)
-        self.migrations = Counter(
-            signals.STREAM_MIGRATIONS,
-            "Streams that went on at another replica when an engine was lost.",
-            model,
-            **into,
-        )
-
-        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, help_text, model, buckets=buckets, **into)
-
-        self.time_to_first_token = histogram(
-            signals.TIME_TO_FIRST_TOKEN, "From the request's arrival to its first token.", signals.TTFT_BUCKETS
-        )
-        self.inter_token = histogram(
-            signals.INTER_TOKEN_LATENCY, "Between two tokens of one sequence.", signals.ITL_BUCKETS
-        )
-        self.e2e = histogram(
-            signals.E2E_LATENCY, "From the request's arrival to its end.", signals.LATENCY_BUCKETS
-        )
-        self.queue_time = histogram(
-            signals.QUEUE_TIME, "From the engine's receipt to the first step.", signals.LATENCY_BUCKETS
-        )
-        self.batches_running = Gauge(signals.BATCHES_RUNNING, "Batches whose lines are worked off.", **into)
-        lines = Counter(
-            signals.BATCH_LINES, "Lines of batches that have an answer.", (signals.LABEL_FINISH,), **into
-        )
-        self.batch_lines = {finish: lines.labels(finish) for finish in ("completed", "failed")}
-        self._registry.register(_Replicas(sample))
+        self.batches_running = Number()
+        self.batch_lines = {finish: Number() for finish in ("completed", "failed")}
         self._models: dict[str, ModelMetrics] = {}
+        self._told = _Told((_Models(self._models), _Standings(models), _Replicas(replicas)))
+        self._registry.register(self._told)
+        self._registry.register(_Batches(self.batches_running, self.batch_lines))
+        self._of_routes: dict[tuple[str, ...], Number] = {}
+        self._registry.register(_Routes(lambda: self._of_routes))
+        ProcessCollector(registry=self._registry)
         self.set_models(())
 
     def set_models(self, models: Iterable[str]) -> None:
@@ -137,22 +211,30 @@ class Metrics:
         wanted = {NO_MODEL, *models}
         for gone in self._models.keys() - wanted:
             del self._models[gone]
-            for operation, finish in ((o, f) for o in OPERATIONS for f in FINISHES):
-                self.requests.remove(gone, operation, finish)
-            for family in (
-                self.prompt_tokens,
-                self.generation_tokens,
-                self.in_flight,
-                self.held,
-                self.migrations,
-                self.time_to_first_token,
-                self.inter_token,
-                self.e2e,
-                self.queue_time,
-            ):
-                family.remove(gone)
-        for name in wanted - self._models.keys():
-            self._models[name] = ModelMetrics(self, name)
+        for name in sorted(wanted - self._models.keys()):
+            self._models[name] = ModelMetrics()
+
+    def set_routes(self, routes: Iterable[wire.TrafficRoute]) -> None:
+        """Make the series of these routes exist, and drop those of others."""
+        wanted: list[tuple[str, ...]] = []
+        for route in routes:
+            stand_ins = [(each.model, failure) for each in route.fallbacks for failure in each.when]
+            for model in {*(each.model for each in route.backends), *(model for model, _ in stand_ins)}:
+                wanted.append((ROUTED, route.route, model))
+            wanted += [(STEPPED_IN, route.route, model, failure) for model, failure in stand_ins]
+            if route.mirror is not None:
+                wanted += [(COPIED, route.route, route.mirror.model, finish) for finish in COPIES]
+        self._of_routes = {key: self._of_routes.get(key) or Number() for key in wanted}
+
+    def count_routed(self, *key: str) -> None:
+        """One more of `ROUTED`, `STEPPED_IN` or `COPIED`, which comes first, then the labels. Of a route that has
+        left the table meanwhile nothing is counted."""
+        if (number := self._of_routes.get(key)) is not None:
+            number.inc()
+
+    def add_vllm_names(self) -> None:
+        """From now on show what has a name in vLLM under that, too."""
+        self._told.in_vllm_too = True
 
     def watch(self, spans: Counts) -> None:
         """Show what becomes of the router's spans."""
@@ -162,13 +244,267 @@ class Metrics:
         """Show what a watch sees of this machine's GPUs."""
         self._registry.register(_Gpus(watch))
 
+    def watch_store(self, folder: Path) -> None:
+        """Show how much room the disk has on which `folder` is, or will be."""
+        self._registry.register(_Disk(folder))
+
     def model(self, name: str | None) -> ModelMetrics:
-        """The handles of a model; those of `NO_MODEL` for one that is not routed."""
+        """The numbers of a model; those of `NO_MODEL` for one that is not routed."""
         return self._models.get(name or NO_MODEL, self._models[NO_MODEL])
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+# ── what is told, and by which name ───────────────────────────────────────────────────────────────────────────
+
+
+class _Family(NamedTuple):
+    """One metric of models. `cells` are its series of one model, by the values of `labels`."""
+
+    name: str
+    text: str
+    make: type[CounterMetricFamily] | type[GaugeMetricFamily] | type[HistogramMetricFamily]
+    cells: Callable[[ModelMetrics], Iterable[tuple[tuple[str, ...], Number | Distribution]]]
+    labels: tuple[str, ...] = ()
+    also_of_none: bool = False
+    """Whether there is a series for requests that are for no model."""
+
+
+def _only(of: Callable[[ModelMetrics], Number | Distribution]) -> Callable[[ModelMetrics], Iterable[Cell]]:
+    return lambda model: (((), of(model)),)
+
+
+def _each(of: Callable[[ModelMetrics], Mapping[str, Number]]) -> Callable[[ModelMetrics], Iterable[Cell]]:
+    return lambda model: (((word,), number) for word, number in of(model).items())
+
+
+Cell = tuple[tuple[str, ...], Number | Distribution]
+_C, _G, _H = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+_REASON: Final = (signals.LABEL_REASON,)
+_FAMILIES: Final = (
+    _Family(
+        signals.REQUESTS,
+        "Requests by how they ended.",
+        _C,
+        lambda model: model.requests.items(),
+        (signals.LABEL_OPERATION, signals.LABEL_FINISH),
+        also_of_none=True,
+    ),
+    _Family(
+        signals.ADMISSION_REJECTIONS,
+        "Refused requests by the code of their error.",
+        _C,
+        _each(lambda model: model.rejections),
+        _REASON,
+        also_of_none=True,
+    ),
+    _Family(signals.PROMPT_TOKENS, "Tokens of accepted prompts.", _C, _only(lambda model: model.prompt_tokens)),
+    _Family(
+        signals.PROMPT_TOKENS_BY_SOURCE,
+        "Tokens of computed prompts by where they came from.",
+        _C,
+        _each(lambda model: model.tokens_by_source),
+        (signals.LABEL_SOURCE,),
+    ),
+    _Family(
+        signals.GENERATION_TOKENS, "Tokens that engines wrote.", _C, _only(lambda model: model.generation_tokens)
+    ),
+    _Family(signals.RETRIES, "Sequences started again.", _C, _only(lambda model: model.retries)),
+    _Family(
+        signals.STREAM_MIGRATIONS,
+        "Streams that went on at another replica when an engine was lost.",
+        _C,
+        _only(lambda model: model.migrations),
+    ),
+    _Family(
+        signals.CORRUPTED_REQUESTS, "Sequences without finite numbers.", _C, _only(lambda model: model.corrupted)
+    ),
+    _Family(
+        signals.REPLICA_EJECTIONS,
+        "Replicas that stopped being ready by themselves.",
+        _C,
+        _each(lambda model: model.ejections),
+        _REASON,
+    ),
+    _Family(
+        signals.REQUESTS_IN_FLIGHT,
+        "Requests accepted and not yet ended.",
+        _G,
+        _only(lambda model: model.in_flight),
+    ),
+    _Family(
+        signals.REQUESTS_HELD,
+        "Requests that wait for a replica to take them.",
+        _G,
+        _only(lambda model: model.held),
+    ),
+    _Family(
+        signals.TIME_TO_FIRST_TOKEN,
+        "From the request's arrival to its first token.",
+        _H,
+        _only(lambda model: model.time_to_first_token),
+    ),
+    _Family(
+        signals.INTER_TOKEN_LATENCY,
+        "Between two tokens of one sequence.",
+        _H,
+        _only(lambda model: model.inter_token),
+    ),
+    _Family(
+        signals.TIME_PER_OUTPUT_TOKEN,
+        "A sequence's decode time by its tokens.",
+        _H,
+        _only(lambda model: model.per_output_token),
+    ),
+    _Family(signals.E2E_LATENCY, "From the request's arrival to its end.", _H, _only(lambda model: model.e2e)),
+    _Family(
+        signals.QUEUE_TIME,
+        "From the engine's receipt to the first step.",
+        _H,
+        _only(lambda model: model.queue_time),
+    ),
+    _Family(
+        signals.PREFILL_TIME,
+        "From the first step to the first token.",
+        _H,
+        _only(lambda model: model.prefill_time),
+    ),
+    _Family(signals.DECODE_TIME, "From the first token to the last.", _H, _only(lambda model: model.decode_time)),
+    _Family(
+        signals.INFERENCE_TIME,
+        "From the first step to the last token.",
+        _H,
+        _only(lambda model: model.inference_time),
+    ),
+    _Family(
+        signals.ROUTER_ADDED_TIME,
+        "What the router adds to a request, and to a piece of an answer.",
+        _H,
+        lambda model: ((("request",), model.added_to_request), (("answer",), model.added_to_answer)),
+        (signals.LABEL_PART,),
+    ),
+    _Family(signals.REQUEST_PROMPT_TOKENS, "Tokens of a prompt.", _H, _only(lambda model: model.tokens_of_prompt)),
+    _Family(
+        signals.REQUEST_COMPUTED_TOKENS,
+        "Tokens of a prompt that were not in the cache.",
+        _H,
+        _only(lambda model: model.computed_tokens),
+    ),
+    _Family(
+        signals.REQUEST_GENERATION_TOKENS,
+        "Tokens of a sequence that ended.",
+        _H,
+        _only(lambda model: model.tokens_generated),
+    ),
+    _Family(
+        signals.REQUEST_MAX_GENERATION_TOKENS,
+        "Tokens of a request's longest sequence.",
+        _H,
+        _only(lambda model: model.most_generated),
+    ),
+    _Family(
+        signals.REQUEST_PARAMS_MAX_TOKENS, "Tokens that were asked for.", _H, _only(lambda model: model.max_tokens)
+    ),
+    _Family(signals.REQUEST_PARAMS_N, "Sequences that were asked for.", _H, _only(lambda model: model.n)),
+    _Family(
+        signals.REQUEST_NUM_PREEMPTIONS,
+        "How often a sequence lost its blocks.",
+        _H,
+        _only(lambda model: model.preemptions),
+    ),
+)
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Cumulative, as they are written."""
+    named = [*(repr(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(named, accumulate(counts), strict=True))
+
+
+def _add(family: Metric, labels: Sequence[str], cell: Number | Distribution) -> None:
+    match family, cell:
+        case HistogramMetricFamily(), Distribution():
+            family.add_metric(labels, _buckets(cell.bounds, cell.counts), cell.total)
+        case ((CounterMetricFamily() | GaugeMetricFamily()), Number()):
+            family.add_metric(labels, cell.value)
+        case _:
+            raise TypeError(f"{family.name} does not have such series")
+
+
+class _Told(Collector):
+    """What others tell, and, if that is wanted, the same in other words."""
+
+    def __init__(self, collectors: Sequence[Collector]) -> None:
+        self._collectors = collectors
+        self.in_vllm_too = False
+
+    def collect(self) -> Iterator[Metric]:
+        families = [family for each in self._collectors for family in each.collect()]
+        yield from families
+        if self.in_vllm_too:
+            yield from translated(families, NO_MODEL)
+
+
+class _Models(Collector):
+    """The numbers of all models."""
+
+    def __init__(self, models: Mapping[str, ModelMetrics]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        models = list(self._models.items())
+        for family in _FAMILIES:
+            made = family.make(family.name, family.text, labels=(signals.LABEL_MODEL, *family.labels))
+            for name, numbers in models:
+                if name == NO_MODEL and not family.also_of_none:
+                    continue
+                for labels, cell in family.cells(numbers):
+                    _add(made, (name, *labels), cell)
+            yield made
+
+
+class _Routes(Collector):
+    """What became of requests by way of routes."""
+
+    def __init__(self, numbers: Callable[[], Mapping[tuple[str, ...], Number]]) -> None:
+        self._numbers = numbers
+
+    def collect(self) -> Iterator[Metric]:
+        labels = (signals.LABEL_ROUTE, signals.LABEL_MODEL)
+        made = {
+            ROUTED: _C(signals.ROUTE_REQUESTS, "Requests by route and model.", labels=labels),
+            STEPPED_IN: _C(
+                signals.ROUTE_FALLBACKS,
+                "Times that a model stepped in.",
+                labels=(*labels, signals.LABEL_FAILURE),
+            ),
+            COPIED: _C(signals.ROUTE_MIRRORED, "Copies of requests.", labels=(*labels, signals.LABEL_FINISH)),
+        }
+        for (what, *values), number in self._numbers().items():
+            _add(made[what], values, number)
+        yield from made.values()
+
+
+class _Standings(Collector):
+    """How the models stand."""
+
+    def __init__(self, models: Callable[[], Iterable[Standing]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        labels = [signals.LABEL_MODEL]
+        wanted = GaugeMetricFamily(signals.REPLICAS_WANTED, "Replicas that there are to be.", labels=labels)
+        ready = GaugeMetricFamily(signals.REPLICAS_READY, "Replicas that take requests.", labels=labels)
+        restarts = GaugeMetricFamily(
+            signals.REPLICA_RESTARTS, "Restarts in a row of the replica that fares worst.", labels=labels
+        )
+        for model in self._models():
+            wanted.add_metric([model.model], model.wanted)
+            ready.add_metric([model.model], model.ready)
+            restarts.add_metric([model.model], model.restarts)
+        yield from (wanted, ready, restarts)
 
 
 class _Replicas(Collector):
@@ -179,44 +515,90 @@ class _Replicas(Collector):
 
     def collect(self) -> Iterator[Metric]:
         labels = [signals.LABEL_MODEL, signals.LABEL_REPLICA]
+        told: list[tuple[GaugeMetricFamily | CounterMetricFamily, Callable[[Stats], float]]] = [
+            (make(name, text, labels=labels), read)
+            for make, name, text, read in (
+                (_G, signals.NUM_REQUESTS_RUNNING, "Sequences in the engine's batch.", lambda of: of.running),
+                (_G, signals.NUM_REQUESTS_WAITING, "Sequences in the engine's queue.", lambda of: of.waiting),
+                (_G, signals.KV_CACHE_USAGE, "Allocated KV blocks, of all.", _usage),
+                (_G, signals.KV_BLOCKS_SAVED, "KV blocks that sharing saves.", lambda of: of.blocks_saved),
+                (_G, signals.PREFIX_CACHE_BLOCKS, "Free blocks that are known.", lambda of: of.blocks_cached),
+                (_G, signals.ENGINE_RESIDENT_MEMORY, "Memory of the process.", lambda of: of.resident_bytes),
+                (_C, signals.PREEMPTIONS, "Sequences put back for want of blocks.", lambda of: of.preemptions),
+                (_C, signals.ENGINE_STEPS, "Steps the engine has made.", lambda of: of.steps),
+                (_C, signals.PREFIX_CACHE_QUERIES, "Tokens looked up.", lambda of: of.prefix_queried_tokens),
+                (_C, signals.PREFIX_CACHE_HITS, "Tokens that were found.", lambda of: of.prefix_hit_tokens),
+                (_C, signals.ENGINE_CPU, "Processor time of the process.", lambda of: of.cpu_seconds),
+            )
+        ]
         up = GaugeMetricFamily(signals.REPLICA_UP, "1: connected, and making progress.", labels=labels)
-        running = GaugeMetricFamily(
-            signals.NUM_REQUESTS_RUNNING, "Sequences in the engine's batch.", labels=labels
-        )
         waiting = GaugeMetricFamily(
-            signals.NUM_REQUESTS_WAITING, "Sequences in the engine's queue.", labels=labels
+            signals.NUM_REQUESTS_WAITING_BY_REASON, "What they wait for.", labels=[*labels, signals.LABEL_REASON]
         )
-        usage = GaugeMetricFamily(signals.KV_CACHE_USAGE, "Allocated KV blocks, of all.", labels=labels)
-        saved = GaugeMetricFamily(
-            signals.KV_BLOCKS_SAVED, "KV blocks that sharing saves the running sequences.", labels=labels
+        tokens = HistogramMetricFamily(signals.ITERATION_TOKENS, "Tokens that a step computed.", labels=labels)
+        config = GaugeMetricFamily(
+            signals.CACHE_CONFIG_INFO,
+            "What the KV cache is.",
+            labels=[
+                *labels,
+                signals.LABEL_BLOCK_SIZE,
+                signals.LABEL_NUM_BLOCKS,
+                signals.LABEL_MAX_NUM_SEQS,
+                signals.LABEL_MAX_MODEL_LEN,
+                signals.LABEL_PREFIX_CACHING,
+            ],
         )
-        preemptions = CounterMetricFamily(
-            signals.PREEMPTIONS, "Sequences put back for want of blocks.", labels=labels
-        )
-        steps = CounterMetricFamily(signals.ENGINE_STEPS, "Steps the engine has made.", labels=labels)
-        queries = CounterMetricFamily(
-            signals.PREFIX_CACHE_QUERIES, "Tokens looked up in the prefix cache.", labels=labels
-        )
-        hits = CounterMetricFamily(
-            signals.PREFIX_CACHE_HITS, "Tokens that were found in the prefix cache.", labels=labels
-        )
-        cached = GaugeMetricFamily(
-            signals.PREFIX_CACHE_BLOCKS, "Free KV blocks that the prefix cache could still give.", labels=labels
-        )
+        bounds = signals.ITERATION_TOKENS_BUCKETS
+        none = (0,) * (len(bounds) + 1)
         for replica in self._sample():
             key = [replica.model, replica.replica]
-            stats = replica.stats
+            stats, welcome = replica.stats, replica.welcome
             up.add_metric(key, float(replica.up))
-            running.add_metric(key, stats.running if stats else 0)
-            waiting.add_metric(key, stats.waiting if stats else 0)
-            usage.add_metric(key, stats.blocks_used / stats.blocks_total if stats and stats.blocks_total else 0)
-            saved.add_metric(key, stats.blocks_saved if stats else 0)
-            preemptions.add_metric(key, stats.preemptions if stats else 0)
-            steps.add_metric(key, stats.steps if stats else 0)
-            queries.add_metric(key, stats.prefix_queried_tokens if stats else 0)
-            hits.add_metric(key, stats.prefix_hit_tokens if stats else 0)
-            cached.add_metric(key, stats.blocks_cached if stats else 0)
-        yield from (up, running, waiting, usage, saved, preemptions, steps, queries, hits, cached)
+            for family, read in told:
+                family.add_metric(key, read(stats) if stats is not None else 0)
+            deferred = stats.deferred if stats is not None else 0
+            waiting.add_metric([*key, "capacity"], stats.waiting - deferred if stats is not None else 0)
+            waiting.add_metric([*key, "deferred"], deferred)
+            steps = stats.steps_by_tokens if stats is not None else ()
+            counts = steps if len(steps) == len(none) else none  # of an engine of another version
+            tokens.add_metric(key, _buckets(bounds, counts), stats.computed_tokens if stats is not None else 0)
+            if welcome is not None:
+                seats = stats.max_num_seqs if stats is not None else welcome.max_num_seqs
+                facts = (welcome.block_size, welcome.num_blocks, seats, welcome.max_model_len)
+                config.add_metric([*key, *map(str, facts), str(replica.prefix_caching)], 1)
+        yield from (up, *(family for family, _ in told), waiting, tokens, config)
+
+
+def _usage(stats: Stats) -> float:
+    return stats.blocks_used / stats.blocks_total if stats.blocks_total else 0
+
+
+class _Batches(Collector):
+    def __init__(self, running: Number, lines: Mapping[str, Number]) -> None:
+        self._running = running
+        self._lines = lines
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            signals.BATCHES_RUNNING, "Batches whose lines are worked off.", self._running.value
+        )
+        lines = CounterMetricFamily(
+            signals.BATCH_LINES, "Lines of batches that have an answer.", labels=[signals.LABEL_FINISH]
+        )
+        for finish, number in self._lines.items():
+            lines.add_metric([finish], number.value)
+        yield lines
+
+
+class _Disk(Collector):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        place = next(path for path in (self._folder, *self._folder.parents) if path.is_dir())
+        yield GaugeMetricFamily(
+            signals.STORE_FREE, "Room on the disk of what clients have kept.", shutil.disk_usage(place).free
+        )
 
 
 class _Gpus(Collector):

@@ -24,6 +24,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from quire.errors import Conflict, InvalidRequest, NotFound
 from quire.router.store import METADATA, Store
+from quire_schemas.openai.body import shown
 from quire_schemas.openai.chat import MAX_MESSAGES
 from quire_schemas.openai.responses import (
     Item,
@@ -78,6 +79,8 @@ class Context:
     own: list[Item]
     size: int
     """Bytes that were read for it; those of an item as often as it is named."""
+    first: str | None = None
+    """The response that the conversation began with, if there is one before."""
 
 
 class Responses:
@@ -165,8 +168,8 @@ class Responses:
 
         def read(db: sa.Connection) -> Context:
             named, size = _named(db, names, most)
-            before, size = _conversation(db, previous_id, size, most)
-            return Context(before, _resolved(given, named), size)
+            before, size, first = _conversation(db, previous_id, size, most)
+            return Context(before, _resolved(given, named), size, first)
 
         return await self.store.run(read)
 
@@ -270,19 +273,20 @@ _TURN: Final = sa.select(
 )
 
 
-def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> tuple[list[Item], int]:
-    """Everything that was said up to a response, its own answer included, and its bytes added to `size`."""
+def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> tuple[list[Item], int, str | None]:
+    """Everything that was said up to a response, its own answer included, its bytes added to `size`, and the first
+    response of it."""
     turns: list[list[Item]] = []
-    at = last
+    at, first = last, last
     while at is not None:
         row = db.execute(_TURN.where(RESPONSES.c.id == at)).first()
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
             raise InvalidRequest(
-                f"The response '{at}' that this goes on from {gone}.", param="previous_response_id"
+                f"The response '{shown(at)}' that this goes on from {gone}.", param="previous_response_id"
             )
         if row.is_open:
-            raise InvalidRequest(f"The response '{at}' is not complete yet.", param="previous_response_id")
+            raise InvalidRequest(f"The response '{shown(at)}' is not complete yet.", param="previous_response_id")
         size += len(row.input) + len(row.output)
         if size > most:
             raise InvalidRequest(
@@ -294,8 +298,8 @@ def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> 
             raise InvalidRequest(
                 f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
             )
-        at = row.previous_id
-    return [item for turn in reversed(turns) for item in turn], size
+        first, at = at, row.previous_id
+    return [item for turn in reversed(turns) for item in turn], size, first
 
 
 def _names(given: Sequence[Item]) -> Counter[str]:
@@ -311,7 +315,7 @@ def _named(db: sa.Connection, names: Counter[str], most: float = math.inf) -> tu
     sizes = {row[0]: row[1] for row in db.execute(sa.select(ITEMS.c.id, length).where(ITEMS.c.id.in_(names)))}
     missing = next((each for each in names if each not in sizes), None)
     if missing is not None:
-        raise InvalidRequest(f"There is no item '{missing[:64]}' that is kept.", param="input")
+        raise InvalidRequest(f"There is no item '{shown(missing)}' that is kept.", param="input")
     size = sum(count * sizes[name] for name, count in names.items())
     if size > most:
         raise InvalidRequest(

@@ -9,11 +9,11 @@ where that is). A sequence that has to start again takes those that follow it al
 
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
 `maxQueueWait` says, over all its attempts together; background work waits for as long as it takes. A request that
-set itself a `timeout` ends when that is over, wherever it is: the engines know of it, too, but the run does not
-wait for their word.
+set itself a `timeout`, or whose route sets it one, ends when that is over, wherever it is: the engines know of it,
+too, but the run does not wait for their word. A route may also say when the first token has to be there.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
-(nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
+(nothing ever has, of an answer that is sent whole): as often as its terms allow, and within the model's budget
 (`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
 the first byte, the request fails, unless the manifest lets streams *migrate*: then the sequence goes on at another
 replica of the same revision, behind the tokens that were read of it (`wire.Generate.written`), up to
@@ -55,7 +55,6 @@ from quire_schemas import signals, wire
 
 log = logging.getLogger("quire.router")
 
-MAX_RETRIES: Final = 2
 DEFAULT_RETRY_AFTER: Final = 5.0
 RECHECK_SECONDS: Final = 0.5
 """How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
@@ -75,9 +74,16 @@ def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
 class Run:
     """One job on the fleet, from its first sequence to its last token."""
 
-    def __init__(self, fleet: Fleet, job: Job) -> None:
+    def __init__(self, fleet: Fleet, job: Job, received_at: float) -> None:
+        """`received_at`: when the request's body was there."""
         self.job = job
         self.first_token_at: float | None = None
+        self._heard_at = math.inf
+        """When the oldest of what the last wake-up found came from an engine."""
+        self.replica = ""
+        """The one that was given a sequence last."""
+        self._received_at = math.inf if job.background else received_at
+        """Infinite once what the router added to the request is counted."""
         self._fleet = fleet
         self._metrics = fleet.metrics.model(job.model.route.model)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
@@ -90,11 +96,18 @@ class Run:
         """Rings the bell when the choices of which nothing has gone out are to be looked after."""
         self._starts: set[asyncio.Task[None]] = set()
         """Choices that are being placed while others go on."""
+        self._came = False
+        """Some prompt is computed: there is a token, or could be."""
 
     @property
     def _patience(self) -> float:
         """Seconds that a sequence waits for its turn."""
         return math.inf if self.job.background else self.job.model.route.max_queue_wait
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds in engines' queues, of several sequences the longest; None until one has told."""
+        return max((queued for choice in self._choices if (queued := choice.queue_time) is not None), default=None)
 
     @property
     def completion_tokens(self) -> int:
@@ -126,11 +139,12 @@ class Run:
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
             choice.deadline = time.monotonic() + self._patience
-        self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
-        ending: asyncio.TimerHandle | None = None
-        if self.job.ends_at is not None:
-            left = self.job.ends_at - time.monotonic()
-            ending = asyncio.get_running_loop().call_later(max(left, 0.0), self._bell.set)
+        self._count_request()
+        ends = [
+            asyncio.get_running_loop().call_later(max(at - time.monotonic(), 0.0), self._bell.set)
+            for at in (self.job.ends_at, self.job.first_by)
+            if at is not None
+        ]
         try:
             later = deque(self._choices[self.job.at_once :])
             if len(self._choices) > 1:
@@ -142,6 +156,7 @@ class Run:
                 await self._place(self._choices[0])
             while live:
                 await self._ring(live.values())
+                self._heard_at = math.inf
                 batch: list[Update] = []
                 lost: list[Choice] = []
                 for choice in list(live.values()):
@@ -155,6 +170,7 @@ class Run:
                     batch += update.beams or choice.kept or [update]
                     if update.finish_reason is not None:
                         self._end(choice)
+                        self._count_end(choice)
                         del live[choice.index]
                         if later:
                             following = later.popleft()
@@ -165,8 +181,9 @@ class Run:
                 if live:
                     self._check_time()
                 self._recover(lost)
+            self._metrics.most_generated.observe(max(choice.generated for choice in self._choices))
         finally:
-            for timer in (self._alarm, ending):
+            for timer in (self._alarm, *ends):
                 if timer is not None:
                     timer.cancel()
             for start in self._starts:
@@ -175,11 +192,20 @@ class Run:
                 await asyncio.gather(*self._starts, return_exceptions=True)
             for choice in self._choices:
                 self._end(choice)
+            self._count_sources()
+
+    def delivered(self) -> None:
+        """What was made of the last updates is on its way to the client."""
+        if not self.job.background and math.isfinite(self._heard_at):
+            self._metrics.added_to_answer.observe(time.monotonic() - self._heard_at)
 
     def _check_time(self) -> None:
-        """Raises `TimedOut` when the job's own time is over."""
-        if self.job.ends_at is not None and time.monotonic() >= self.job.ends_at:
+        """Raises `TimedOut` when the job's own time is over, or that until its first token."""
+        now = time.monotonic()
+        if self.job.ends_at is not None and now >= self.job.ends_at:
             raise self.job.out_of_time()
+        if self.job.first_by is not None and now >= self.job.first_by and not self._came:
+            raise self.job.without_first()
 
     def _begin(self, start: Coroutine[Any, Any, None]) -> None:
         """Place a choice while others go on."""
@@ -202,6 +228,8 @@ class Run:
         sequence = choice.sequence
         if sequence is None:
             return None
+        if sequence.deltas:
+            self._heard_at = min(self._heard_at, sequence.heard_at)
         deltas = sequence.take()
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
@@ -214,6 +242,7 @@ class Run:
                 self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
+            choice.lost_by = "503" if _was_asked_to_end(deltas) else "ConnectionError"
             if choice.turn_at is not None:
                 choice.deadline += time.monotonic() - choice.turn_at
             choice.avoid.add(sequence.client.endpoint.replica_id)
@@ -223,15 +252,19 @@ class Run:
             return None
         if not deltas:
             return None
+        if any(delta.error_code == "numerical_error" for delta in deltas):
+            self._metrics.corrupted.inc()
         before = choice.generated
         update = choice.read(deltas)
         if sequence.begun:
+            self._came = True
             if choice.trial is not None:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
         if update is None:
             return None
+        self._came = True
         choice.sent = self.job.stream
         if update.finish_reason is not None and self.job.shown.metrics:
             return dataclasses.replace(update, times=choice.times)
@@ -250,9 +283,47 @@ class Run:
         if choice.first_token_at is None:
             choice.first_token_at = now
         if choice.last_token_at is not None and not self.job.background:
-            for _ in range(tokens):
-                self._metrics.inter_token.observe((now - choice.last_token_at) / tokens)
+            self._metrics.inter_token.observe((now - choice.last_token_at) / tokens, tokens)
         choice.last_token_at = now
+
+    def _count_request(self) -> None:
+        """What is asked for."""
+        job, metrics = self.job, self._metrics
+        metrics.prompt_tokens.inc(job.prompt_tokens)
+        for prompt in job.prompts:
+            metrics.tokens_of_prompt.observe(len(prompt))
+        if job.pooling is None:
+            metrics.n.observe(job.n)
+            metrics.max_tokens.observe(job.sampling.max_tokens)
+
+    def _count_sources(self) -> None:
+        """Where the tokens of those prompts came from that were computed."""
+        metrics, drawn = self._metrics, self.job.drawn
+        for first in range(0, len(self._choices), drawn):
+            choices = self._choices[first : first + drawn]
+            told = [choice.timings.cached_tokens for choice in choices if choice.timings is not None]
+            if told:
+                metrics.tokens_by_source["local_cache_hit"].inc(min(told))
+                metrics.tokens_by_source["local_compute"].inc(len(choices[0].prompt) - min(told))
+
+    def _count_end(self, choice: Choice) -> None:
+        """A sequence has come to its end: where its time went."""
+        metrics, timings = self._metrics, choice.timings
+        metrics.tokens_generated.observe(choice.generated)
+        if timings is None or timings.scheduled_at is None or timings.first_token_at is None:
+            return
+        metrics.computed_tokens.observe(len(choice.prompt) - timings.cached_tokens)
+        metrics.preemptions.observe(len(timings.preempted_at))
+        if self.job.background:  # nobody waits for it
+            return
+        prefill = max(timings.first_token_at - timings.scheduled_at, 0.0)
+        decode = choice.decode_time
+        metrics.prefill_time.observe(prefill)
+        metrics.inference_time.observe(prefill + decode)
+        if choice.generated:
+            metrics.decode_time.observe(decode)
+        if choice.generated > 1:
+            metrics.per_output_token.observe(decode / (choice.generated - 1))
 
     async def _ring(self, choices: Iterable[Choice]) -> None:
         """Wait for news. Raises `TimedOut` when a sequence has waited too long for its first step."""
@@ -312,6 +383,7 @@ class Run:
                 permitted = choice.attempts == 0 or self._may_try_again(choice)
                 client = self._choose(choice, suspected) if permitted else None
                 if client is not None and self._start(choice, client, suspected):
+                    self._count_start(choice, held_since)
                     return
                 left = choice.deadline - time.monotonic()
                 if left <= 0 and choice.attempts:
@@ -326,8 +398,9 @@ class Run:
                     held_since = time.monotonic()
                     self._hold(1)
                 for_others = not permitted or (suspected and served.ready)
-                if self.job.ends_at is not None:
-                    left = min(left, self.job.ends_at - time.monotonic())
+                for at in (self.job.ends_at, None if self._came else self.job.first_by):
+                    if at is not None:
+                        left = min(left, at - time.monotonic())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if for_others else changed).wait()
@@ -340,7 +413,7 @@ class Run:
     def _check_wanted(self, choice: Choice) -> bool:
         """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
         served, suspects = self.job.model, self.job.model.suspects
-        if self._fleet.models.get(self.job.asked_model) is not served:
+        if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
         served.check_wanted()
         serving = served.tokenizer
@@ -364,6 +437,7 @@ class Run:
         served = self.job.model
         if not choice.retrying and may_retry(served.retrying, served.in_flight):
             self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
+            self._metrics.retries.inc()
             choice.retrying = True
             served.retrying += 1
         return choice.retrying
@@ -391,13 +465,14 @@ class Run:
             (client.candidate(chain, background=self.job.background) for client in clients.values()),
             choice.avoid,
             self._homes.get(choice.prompt_index),
+            self.job.terms.caller,
         )
         return clients[chosen] if chosen is not None else None
 
     def _chain(self, choice: Choice) -> tuple[bytes, ...]:
         """The hashes of the choice's prompt, where there are several replicas of which one may have it cached."""
         served, index = self.job.model, choice.prompt_index
-        if not served.route.prefix_caching or len(served.clients) < 2:
+        if not (self.job.terms.by_prefix and served.route.prefix_caching) or len(served.clients) < 2:
             return ()
         chain = self._chains.get(index)
         if chain is None:
@@ -435,7 +510,7 @@ class Run:
             choice.sequence = client.start(request, self._bell, self._chain(choice))
         except NotConnected:
             return False
-        self._homes[choice.prompt_index] = client.endpoint.replica_id
+        self.replica = self._homes[choice.prompt_index] = client.endpoint.replica_id
         choice.template_hash = client.endpoint.template_hash
         if suspected:
             choice.trial = client.endpoint.replica_id
@@ -443,13 +518,20 @@ class Run:
         choice.attempts += 1
         return True
 
+    def _count_start(self, choice: Choice, held_since: float | None) -> None:
+        """The first sequence of the request is on its way: what that took, but for the time it was held."""
+        if choice.index == 0 and math.isfinite(self._received_at):
+            until = choice.sent_at if held_since is None else held_since
+            self._metrics.added_to_request.observe(until - self._received_at)
+            self._received_at = math.inf
+
     async def _again(self, choice: Choice) -> None:
         """Start a lost choice once more, or go on with it. Raises as `_place` does, and `EngineDied`."""
         self._settle(choice)
         if choice.sent:
             await self._migrate(choice)
             return
-        if choice.attempts > MAX_RETRIES:
+        if choice.attempts >= self.job.terms.attempts or choice.lost_by not in self.job.terms.retried:
             raise self._gave_up(choice)
         choice.begin()
         await self._place(choice)
@@ -491,9 +573,9 @@ class Run:
             return
         sequence.abort()
         self._trace(choice, sequence, lost=sequence.lost)
-        timings = choice.timings
-        if timings is not None and timings.scheduled_at is not None and not self.job.background:
-            self._metrics.queue_time.observe(max(timings.scheduled_at - timings.received_at, 0.0))
+        queued = choice.queue_time
+        if queued is not None and not self.job.background:
+            self._metrics.queue_time.observe(queued)
 
     def _which(self, choice: Choice) -> dict[str, Any]:
         """Attributes that tell one sequence of the job from its others; none where there is one."""

@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from quire.metering import Metering
+from quire.router.account import Account
 from quire.tracing import Tracing
 from quire_schemas import signals
 from quire_schemas.wire import Timings
@@ -108,6 +110,16 @@ class RequestSpan:
         self._phases: list[_Phase] = []
         self._events: list[_Event] = []
         self._longest: dict[str, float] = {}
+
+    @classmethod
+    def unseen(cls) -> RequestSpan:
+        """Of a request that nobody is told of."""
+        return cls(None, None, None, (0, 0.0))
+
+    @property
+    def trace_id(self) -> str:
+        """Of the trace that it is in; empty where there is none."""
+        return self.traceparent[3:35] if self.traceparent is not None else ""
 
     def _ns(self, at: float) -> int:
         return self._wall + int((at - self._mono) * 1e9)
@@ -202,15 +214,20 @@ class RequestSpan:
 
 
 class RequestSpans:
-    """Makes the spans of requests, if they go anywhere."""
+    """Makes the spans of requests, and has them measured, if that goes anywhere."""
 
-    def __init__(self, tracing: Tracing) -> None:
+    def __init__(self, tracing: Tracing, metering: Metering | None = None) -> None:
+        self._metering = metering or Metering()
         self._tracer = tracing.tracer("quire.router")
         self._errors_only = tracing.errors_only
         if self._tracer is not None:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
             self._context = TraceContextTextMapPropagator()
+
+    def measure(self, account: Account) -> None:
+        """A request has ended."""
+        self._metering.tell(account)
 
     def start(
         self,

@@ -46,7 +46,7 @@ class Refusal(msgspec.Struct, frozen=True):
 NOT_YET = "is not offered by this version"
 
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "user": "names the end user for abuse reports; nothing here reads it",
+    "user": "names the end user, whom a Route may keep with one replica",
     "metadata": "the caller's own labels",
     "service_tier": "there is one tier",
     "store": "nothing is stored",

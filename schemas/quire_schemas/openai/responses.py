@@ -68,7 +68,7 @@ RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     "n": Refusal("a response is one answer", (1,)),
 }
 RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "user": "names the end user for abuse reports; nothing here reads it",
+    "user": "names the end user, whom a Route may keep with one replica",
     "service_tier": "there is one tier",
     "safety_identifier": "names the end user, as `user`",
     "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",

@@ -33,6 +33,7 @@ from quire_engine.trace import replay
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.gpu_sizing import CONTEXT
 from quire_schemas.quantities import format_bytes
+from quire_schemas.signals import ITERATION_TOKENS_BUCKETS
 from quire_schemas.sizing import activation_bytes, kv_bytes_per_token, weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Sampling
 
@@ -272,6 +273,9 @@ def test_stats_slots_and_timings_tell_what_happened() -> None:
     stats = engine.stats()
     assert (stats.steps, stats.running, stats.blocks_used, stats.kv_slots_used) == (3, 0, 0, 0)
     assert (stats.prompt_tokens, stats.generation_tokens, stats.hot_hash) == (10, 3, "h0")
+    by_tokens = dict(zip(ITERATION_TOKENS_BUCKETS, stats.steps_by_tokens, strict=False))
+    assert {bound: steps for bound, steps in by_tokens.items() if steps} == {1: 2, 16: 1}
+    assert stats.computed_tokens == 10 + 1 + 1
     assert engine.step() == [], "an idle step is none"
     assert engine.steps == 3
 

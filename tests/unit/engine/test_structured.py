@@ -26,7 +26,7 @@ from quire_engine import grammar as grammar_module
 from quire_engine.engine import Engine
 from quire_engine.errors import RequestRefused
 from quire_engine.step import StepPlan, StepResult
-from quire_schemas.wire import Abort, Deltas, Generate, Sampling, Structured, TokenLogprobs
+from quire_schemas.wire import Abort, Deltas, Generate, GetStats, Sampling, Stats, Structured, TokenLogprobs
 
 PROMPT = "Question: what is the capital of France?\nAnswer: "
 
@@ -505,6 +505,12 @@ async def test_what_is_aborted_while_it_is_compiled_never_begins(
         client.send(Generate("free", [5], Sampling(max_tokens=3, ignore_eos=True)))
         heard = await client.hear("free")  # which did not wait
         assert set(heard) == {"free"}
+        client.send(GetStats())
+        while (told := await client.next(Stats)).running:
+            client.send(GetStats())
+        assert (told.waiting, told.deferred) == (1, 1), "its constraint is not there yet"
+        assert told.cpu_seconds > 0
+        assert told.resident_bytes > 1 << 20
         gate.set()
         assert set(await client.hear("stays")) == {"stays"}
         assert (await until_idle(client)).steps > 0

@@ -22,9 +22,10 @@ READY = Seen(Process.READY)
 HTTP = wire.HttpSettings()
 
 
-def table(*pairs: tuple[Row, Seen], eta: float | None = None) -> tuple[wire.ModelRoute, ...]:
+def table(*pairs: tuple[Row, Seen], eta: float | None = None, http: wire.HttpSettings = HTTP) -> wire.RoutingTable:
     route = msgspec.structs.replace(ROUTE, eta=eta)
-    return build([Routable(route, pairs, {row.id: f"/{row.id}" for row, _ in pairs})])
+    models = build([Routable(route, pairs, {row.id: f"/{row.id}" for row, _ in pairs})])
+    return wire.RoutingTable(0, models, http)
 
 
 def test_a_table_holds_who_may_carry_requests() -> None:
@@ -37,7 +38,7 @@ def test_a_table_holds_who_may_carry_requests() -> None:
         (replace(ROW, id="silent", ready_since=1.0), Seen(Process.UNKNOWN)),
         (replace(ROW, id="silent-and-never-ready"), Seen(Process.UNKNOWN)),
     )
-    (route,) = table(*pairs)
+    (route,) = table(*pairs).models
     assert [(e.replica_id, e.draining) for e in route.replicas] == [
         ("m-r1-0", False),
         ("drains", True),
@@ -104,13 +105,15 @@ class Counterpart:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.table = wire.RoutingTable(0, ())
+        self.table = wire.RoutingTable(0)
         self.loads: list[wire.ReplicaLoad] = []
         self.tables = 0
         self.limits: list[wire.SetLimits] = []
         self.grace: float | None = None
+        self.pid = 1
         self.older = False
         """It is of a version that says nothing of settings."""
+        self.parts = wire.PARTS
 
     async def open(self) -> None:
         self.server = await asyncio.start_unix_server(self.talk, str(self.path))
@@ -126,7 +129,8 @@ class Counterpart:
             if isinstance(message, wire.Finish):
                 self.grace = message.grace
             http = None if self.older else self.table.http
-            status = wire.RouterStatus(self.table.version, 1, "http://x", self.loads, http)
+            parts = () if self.older else self.parts
+            status = wire.RouterStatus(self.table.version, self.pid, "http://x", self.loads, http, parts)
             writer.write(wire.frame(status))
         writer.close()
 
@@ -156,11 +160,11 @@ async def test_a_table_is_sent_when_it_differs_and_believed_when_acknowledged(wo
     content = table((ROW, READY))
     assert world.routes.knowledge() is Router.UNKNOWN
     assert not world.routes.view(ROW, READY).released
-    assert await world.routes.reconcile(content, HTTP)
+    assert await world.routes.reconcile(content)
     assert world.routes.knowledge() is Router.KNOWN
     assert not world.routes.view(ROW, READY).routed, "in the table, but not connected"
     world.router.loads = [wire.ReplicaLoad("m-r1-0", 1, True, 3, "hot")]
-    assert await world.routes.reconcile(content, HTTP)
+    assert await world.routes.reconcile(content)
     seen = world.routes.view(ROW, READY)
     assert (seen.connected, seen.routed, seen.released, seen.in_flight, seen.hot_hash) == (
         True,
@@ -173,63 +177,88 @@ async def test_a_table_is_sent_when_it_differs_and_believed_when_acknowledged(wo
         "another incarnation is another one"
     )
     world.router.loads = [wire.ReplicaLoad("m-r1-0", 1, True, 5, "hot")]
-    assert not await world.routes.reconcile(content, HTTP), "more requests in flight are no news"
+    assert not await world.routes.reconcile(content), "more requests in flight are no news"
     assert world.router.tables == 1
-    await world.routes.reconcile(table((replace(ROW, goal=Goal.DRAIN), READY)), HTTP)
+    await world.routes.reconcile(table((replace(ROW, goal=Goal.DRAIN), READY)))
     seen = world.routes.view(ROW, READY)
     assert (seen.connected, seen.routed, seen.released) == (True, False, True)
 
 
 async def test_settings_of_the_gateway_are_sent_and_acknowledged_like_routes(world: World) -> None:
     content = table((ROW, READY))
-    await world.routes.reconcile(content, HTTP)
-    assert world.routes.takes(HTTP)
+    await world.routes.reconcile(content)
+    assert world.routes.takes("http", HTTP)
     wider = wire.HttpSettings(allow_origins=("https://a.example",))
-    assert not world.routes.takes(wider)
-    assert await world.routes.reconcile(content, wider)
-    assert world.routes.takes(wider)
+    other = table((ROW, READY), http=wider)
+    assert not world.routes.takes("http", wider)
+    assert await world.routes.reconcile(other)
+    assert world.routes.takes("http", wider)
     assert world.router.table.http == wider
-    await world.routes.reconcile(content, wider)
+    await world.routes.reconcile(other)
     assert world.router.tables == 2
     world.router.older = True
-    await world.routes.reconcile(content, wider)
-    assert not world.routes.takes(wider), "a router of a version without settings took the table and not these"
-    assert world.routes.is_older()
-    await world.routes.reconcile(content, HTTP)
-    assert world.routes.takes(HTTP), "what it does is what the defaults say"
-    await world.routes.reconcile(content, wider)
+    await world.routes.reconcile(other)
+    assert not world.routes.takes("http", wider), (
+        "a router of a version without settings took the table and not these"
+    )
+    assert world.routes.is_older("http")
+    await world.routes.reconcile(content)
+    assert world.routes.takes("http", HTTP), "what it does is what the defaults say"
+    await world.routes.reconcile(other)
     tables = world.router.tables
-    await world.routes.reconcile(content, wider)
+    await world.routes.reconcile(other)
     assert world.router.tables == tables, "it would not hear them any better"
     world.router.older = False  # it was started again, by the version that is installed now, with what it had kept
-    await world.routes.reconcile(content, wider)
-    await world.routes.reconcile(content, wider)
-    assert world.routes.takes(wider)
+    world.router.pid += 1
+    assert not world.routes.takes("http", wider)
+    await world.routes.reconcile(other)
+    await world.routes.reconcile(other)
+    assert world.routes.takes("http", wider)
+
+
+async def test_a_part_that_a_router_does_not_know_is_not_in_force_and_not_sent_for_ever(world: World) -> None:
+    content = msgspec.structs.replace(table((ROW, READY)), routes=(wire.TrafficRoute("r", ("x",), 1, ()),))
+    world.router.parts = ("models", "http")
+    for _ in range(3):
+        await world.routes.reconcile(content)
+    assert world.router.tables == 1
+    assert world.routes.is_older("routes")
+    assert not world.routes.takes("routes", content.routes)
+    assert world.routes.takes("routes", ()), "without any it does what is wanted"
+    assert world.routes.takes("http", HTTP)
+    in_force = world.routes.in_force()
+    assert in_force is not None
+    assert (in_force.models, in_force.routes) == (content.models, ())
+    assert world.routes.knowledge() is Router.KNOWN, "models are served all the same"
+    world.router.parts, world.router.pid = wire.PARTS, 2
+    await world.routes.reconcile(content)
+    assert world.routes.takes("routes", content.routes)
+    assert world.router.tables == 2
 
 
 async def test_an_estimate_alone_is_no_reason_for_a_new_table(world: World) -> None:
     for eta in (9.0, 8.0, 7.5):
-        await world.routes.reconcile(table(eta=eta), HTTP)
+        await world.routes.reconcile(table(eta=eta))
     assert world.router.tables == 1
-    await world.routes.reconcile(table(eta=None), HTTP)
+    await world.routes.reconcile(table(eta=None))
     assert world.router.tables == 2
 
 
 async def test_versions_grow_over_restarts_on_either_side(world: World) -> None:
-    await world.routes.reconcile(table((ROW, READY)), HTTP)
+    await world.routes.reconcile(table((ROW, READY)))
     world.router.table = msgspec.structs.replace(world.router.table, version=41)
     again = world.control_plane()
-    await again.reconcile(table((ROW, READY)), HTTP)
+    await again.reconcile(table((ROW, READY)))
     assert world.router.table.version == 42
     assert again.knowledge() is Router.KNOWN
-    world.router.table = wire.RoutingTable(0, ())  # a router that lost its snapshot
-    await again.reconcile(table((ROW, READY)), HTTP)
+    world.router.table = wire.RoutingTable(0)  # a router that lost its snapshot
+    await again.reconcile(table((ROW, READY)))
     assert world.router.table.version == 43
     assert world.store.routing_version() == 43
 
 
 async def test_a_status_grows_old_and_a_router_that_does_not_run_holds_nothing(world: World) -> None:
-    await world.routes.reconcile(table((ROW, READY)), HTTP)
+    await world.routes.reconcile(table((ROW, READY)))
     world.now += FRESH_SECONDS + 1
     assert world.routes.knowledge() is Router.UNKNOWN
     world.runs = False
@@ -241,7 +270,7 @@ async def test_a_status_grows_old_and_a_router_that_does_not_run_holds_nothing(w
 
 async def test_nobody_listening_is_no_error(tmp_path: Path, world: World) -> None:
     lonely = Routes(tmp_path / "nobody.sock", world.store, lambda: True, lambda: 0.0)
-    assert not await lonely.reconcile((), HTTP)
+    assert not await lonely.reconcile(wire.RoutingTable(0))
     assert lonely.knowledge() is Router.UNKNOWN
     await lonely.set_limits(("m-r1-0",), wire.Limits("h", 1, 1, True))
     assert not await lonely.finish(1.0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from quire.errors import StorageUnavailable
+from quire.metering import Metering
 from quire.router import background as beside
 from quire.router import executor as executing
 from quire.router.app import build
@@ -40,7 +41,7 @@ async def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     await fleet.apply(wire.RoutingTable(version=1, models=()))
     config = RouterConfig(control_socket="", snapshot_file=str(tmp_path / "table.json"))
     tracing = Tracing.set_up(signals.SERVICE_ROUTER)
-    _, executor = build(fleet, config, tracing)
+    _, executor = build(fleet, config, tracing, Metering())
     yield executor
     await executor.close()
     await fleet.close()

@@ -103,6 +103,17 @@ async def test_what_shaped_an_answer_is_no_part_of_the_conversation(responses: R
     assert b"logprob" not in write_items([*context.before, *context.own])
 
 
+async def test_names_that_nobody_has_are_told_as_a_terminal_may_show_them(responses: Responses) -> None:
+    odd = "resp_\x1b[31m\n" + "x" * 500
+    with pytest.raises(InvalidRequest) as response:
+        await responses.context(odd, [], PLENTY)
+    with pytest.raises(InvalidRequest) as item:
+        await responses.context(None, [ItemReference(type="item_reference", id=odd)], PLENTY)
+    for told in (response.value.message, item.value.message):
+        assert told.isprintable()
+        assert len(told) < 250
+
+
 @pytest.mark.parametrize("at", ["an event", "the last event"])
 async def test_a_stream_whose_writing_fails_ends_with_one_event(responses: Responses, at: str) -> None:
     """What cannot be written is in the response itself, from then on: the event that says so goes without it."""

@@ -14,8 +14,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from quire.metering import Metering
 from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
-from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Tracing, _Health, exporters
+from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Health, Tracing, exporters, shut_down
 from quire_schemas.wire import Timings
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -87,13 +88,42 @@ def test_a_manifest_goes_before_the_environment() -> None:
         declared.shutdown()
 
 
+def test_metrics_follow_the_same_rules_and_can_be_left_out() -> None:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT}
+    asked: list[tuple[dict[str, str], list[str]]] = [
+        ({}, []),
+        (endpoint, ["otlp_proto_http"]),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": ENDPOINT}, ["otlp_proto_http"]),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ENDPOINT}, []),
+        ({**endpoint, "OTEL_METRICS_EXPORTER": "none"}, []),
+        ({**endpoint, "OTEL_SDK_DISABLED": "true"}, []),
+        ({"OTEL_METRICS_EXPORTER": "console"}, ["console"]),
+    ]
+    for environment, names in asked:
+        assert exporters(environment, "metrics") == names
+    assert Metering.set_up("x", {}).provider is None
+    assert Metering.set_up("x", endpoint, Declared("http://127.0.0.1:9", metrics="never")).provider is None
+    assert Metering.set_up("x", {"OTEL_SDK_DISABLED": "true"}, Declared("http://127.0.0.1:9")).provider is None
+    declared = Metering.set_up("x", {}, Declared("http://127.0.0.1:9", "never"))
+    assert declared.provider is not None, "sampling is of traces"
+    shut_down(declared.provider)
+    with pytest.raises(
+        BadTelemetry, match=r"(?s)opentelemetry-exporter-carrier-pigeon.*OTEL_METRICS_EXPORTER=none"
+    ):
+        Metering.set_up("x", {"OTEL_METRICS_EXPORTER": "carrier-pigeon"})
+
+
 def test_off_imports_nothing_of_opentelemetry() -> None:
     code = (
         "import sys, pathlib\n"
         "import quire.router.__main__, quire.controlplane.__main__, quire.cli.change\n"
         "from quire.router.spans import RequestSpans\n"
+        "from quire.metering import Metering\n"
+        "from quire.router.account import Account\n"
         "from quire.tracing import Tracing\n"
-        "RequestSpans(Tracing.set_up('x')).start('chat', [], '/', None).end(1.0, None, failed=False)\n"
+        "spans = RequestSpans(Tracing.set_up('x'), Metering.set_up('x'))\n"
+        "spans.start('chat', [], '/', None).end(1.0, None, failed=False)\n"
+        "spans.measure(Account())\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
@@ -236,7 +266,7 @@ def test_another_clock_is_off_by_half_of_the_way_at_most(
 
 def test_a_collector_that_comes_and_goes_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    health = _Health(lambda: now)
+    health = Health("traces", "spans", lambda: now)
     with caplog.at_level(logging.INFO):
         for _ in range(100):
             health.heard(False, 10, "connection refused")

@@ -33,6 +33,7 @@ from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
     Api,
+    ApiError,
     BodyTimeout,
     BodyTooLarge,
     HttpError,
@@ -41,14 +42,18 @@ from quire.errors import (
     ThreadsUnsupported,
     UnsupportedMediaType,
     describe,
+    failure_of,
     renamed,
 )
+from quire.router.account import Account
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.metrics import NO_MODEL
+from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF, ROUTED, STEPPED_IN
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked, Way
+from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn, NoThreads
@@ -153,18 +158,28 @@ class Reception:
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
+        self._headers: Sequence[tuple[bytes, bytes]] = ()
+        self._received_at = 0.0
+        """When the whole body was there."""
+        self._account = Account()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
-        headers = dict(scope["headers"])
+        account = self._account = Account.of(scope)
+        account.operation, account.background = self._operation, self._background
+        self._headers = list(scope["headers"])
+        headers = dict(self._headers)
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
+        account.trace_id = span.trace_id
         finish, failure, status = "error", "internal_error", 500
         try:
             body = await read_body(headers, receive, self._settings)
+            self._received_at = time.monotonic()
             finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
             status = 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
+            account.gone = True
         except asyncio.CancelledError:
             # Only the server's shutdown cancels an exchange, and nothing comes after this in its task.
             failure, status = "shutdown", 503
@@ -174,16 +189,21 @@ class Reception:
             known = describe(_ours(error, self._names), self._api)
             at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
-            failure, status = known.code or "invalid_request", known.status
+            failure, status = known.code or REFUSED_FOR_ITSELF, known.status
             if known.status == 500:
                 log.error("a request failed", exc_info=error)
             await self._fail(send, error)
         finally:
             handles = self._gateway.fleet.metrics.model(self._model or NO_MODEL)
             handles.requests[self._operation, finish].inc()
-            if not self._refused and finish != "refused" and not self._background:
-                handles.e2e.observe(time.monotonic() - arrived_at)
             now = time.monotonic()
+            if finish == "refused":
+                handles.rejections[failure].inc()
+            elif not self._refused and not self._background:
+                handles.e2e.observe(now - arrived_at)
+            account.finish, account.error, account.failed = finish, failure, status >= 500
+            account.total = now - arrived_at
+            self._spans.measure(account)
             sent = 200 if self._stream is not None else status or None
             span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
             span.end(now, failure or None, failed=status >= 500)
@@ -194,7 +214,8 @@ class Reception:
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
-        self._model = served.route.model
+        self._model = self._account.model = served.route.model
+        self._account.asked = asked
         span.name(self._operation, asked)
         span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
 
@@ -227,15 +248,56 @@ class Exchange(Reception, Generic[R]):
         return await self._serve(request, body, arrived_at, span, send)
 
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
-        """Have a request answered that is understood."""
-        served = self._gateway.fleet.resolve(request.model)
+        """Have a request answered that is understood, by the model that it goes to, or by one that steps in."""
+        fleet = self._gateway.fleet
+        way = fleet.way(Asked(request.model, self._headers, body))
+        if way.mirror is not None and not self._background:
+            self._gateway.mirrors.begin(
+                way.terms.route,
+                way.mirror,
+                self._format.sequences(request),
+                lambda served, at, unseen: self._format.job(request, served, len(body), at, unseen),
+            )
+        model, tried = way.model, list[str]()
+        first: ApiError | TextError | None = None
+        while True:
+            begun_at = time.monotonic() if tried else arrived_at
+            try:
+                served = fleet.at(way, model)
+                fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                return await self._serve_by(served, way, request, len(body), (arrived_at, begun_at), span, send)
+            except (ApiError, TextError) as error:
+                first = first or error
+                tried.append(model or "")
+                failure = failure_of(error) if self._stream is None else None
+                model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
+                if model is None or failure is None:
+                    raise first from None
+                fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
+                span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
+
+    async def _serve_by(
+        self,
+        served: ServedModel,
+        way: Way,
+        request: R,
+        size: int,
+        times: tuple[float, float],
+        span: RequestSpan,
+        send: Send,
+    ) -> str:
+        """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
+        arrived_at, begun_at = times
         self._serves(served, request.model, span)
+        span.set({signals.QUIRE_ROUTE: way.terms.route or None})
+        terms = way.terms.patient() if self._background else way.terms
         with self._gateway.admit(served, self._format.sequences(request), background=self._background):
-            job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            job = await self._format.job(request, served, size, arrived_at, span)
+            job = dataclasses.replace(job, background=self._background, terms=terms, begun_at=begun_at)
+            run = Run(self._gateway.fleet, job, self._received_at)
             span.set(_request_attributes(run.job))
-            in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
-            in_flight.inc()
+            metrics = self._gateway.fleet.metrics.model(served.route.model)
+            metrics.in_flight.inc()
             self._refused = False
             try:
                 if job.stream:
@@ -243,17 +305,29 @@ class Exchange(Reception, Generic[R]):
                 else:
                     reasons = await self._send_whole(request, run, send)
             finally:
-                in_flight.dec()
+                metrics.in_flight.dec()
                 span.set(_answer_attributes(run))
+                self._tell(run)
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
+
+    def _tell(self, run: Run) -> None:
+        """Put what became of a run into the account."""
+        account, job, first = self._account, run.job, run.first_token_at
+        account.replica, account.stream = run.replica, job.stream
+        account.prompt_tokens, account.cached_tokens = job.prompt_tokens, run.cached_tokens
+        account.completion_tokens, account.queue = run.completion_tokens, run.queue_time
+        if first is not None:
+            account.first_token, account.writing = first - job.arrived_at, time.monotonic() - first
 
     async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 updates.extend(batch)
-        await send_json(send, await self._format.whole(run.job, request, updates, usage_of(run)))
+        answer = await self._format.whole(run.job, request, updates, usage_of(run))
+        await send_json(send, answer, _served_by(run))
+        run.delivered()
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
@@ -262,13 +336,15 @@ class Exchange(Reception, Generic[R]):
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
-                    await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+                    headers = [*_STREAM_HEADERS, *_served_by(run)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._stream = form
                     pings.begin()
                 made = await run.job.written(functools.partial(form.events, batch, usage))
                 if made:  # of what is not shown there is nothing to tell
                     await send({"type": "http.response.body", "body": made, "more_body": True})
                     pings.sent_at = time.monotonic()
+                    run.delivered()
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
         await send({"type": "http.response.body", "body": await form.end(usage_of(run)), "more_body": False})
         return reasons
@@ -308,9 +384,14 @@ class _Pings:
             await asyncio.wait([self._task])
 
 
-async def send_json(send: Send, payload: bytes) -> None:
-    """The whole answer to a request that went well."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
+    """Which Model the answer is from: the body repeats the name that was asked for."""
+    return [(b"x-quire-model", run.job.model.route.model.encode())]
+
+
+async def send_json(send: Send, payload: bytes, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """The whole answer to a request that went well, with headers of its own if there are `more`."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode()), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": payload, "more_body": False})
 
@@ -397,11 +478,18 @@ def _request_attributes(job: Job) -> dict[str, Any]:
     """What was asked for, as it is carried out. Stop strings are left out: they are text."""
     sampling = job.sampling
     if job.pooling is not None:
+        embeds = job.operation == "embeddings"
         return {
+            signals.GEN_AI_REQUEST_ENCODINGS: ["base64" if job.as_base64 else "float"] if embeds else None,
+            signals.GEN_AI_EMBEDDINGS_DIMENSIONS: job.pooling.dimensions,
             signals.GEN_AI_RESPONSE_ID: job.id,
             signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
         }
+    structured = sampling.structured
     return {
+        signals.GEN_AI_OUTPUT_TYPE: (
+            "json" if structured is not None and structured.kind == "json_schema" else None
+        ),
         signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
         signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
         signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
@@ -422,6 +510,7 @@ def _answer_attributes(run: Run) -> dict[str, Any]:
     return {
         signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
         signals.GEN_AI_USAGE_CACHE_READ: run.cached_tokens,
+        signals.GEN_AI_USAGE_REASONING: run.reasoning_tokens or None,
         signals.GEN_AI_TIME_TO_FIRST_TOKEN: until_first,
         signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: until_first if run.job.stream else None,
     }

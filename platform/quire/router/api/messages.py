@@ -25,6 +25,7 @@ from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.anthropic import (
     AnswerTextBlock,
@@ -173,7 +174,7 @@ class TokenCounting(Reception):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._gateway.fleet.resolve(Asked(request.model, self._headers, body))
         self._serves(served, request.model, span)
 
         def counted() -> bytes:

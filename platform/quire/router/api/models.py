@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `/v1/models/{id}`: each name that requests may use.
+"""`GET /v1/models` and `/v1/models/{id}`: each name that requests may use, of Models and of Routes.
 
 Both APIs have these paths. Anthropic's clients name the version that they speak in a header, and are answered in
 the shapes that they read.
@@ -6,7 +6,8 @@ the shapes that they read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,60 +16,66 @@ from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
-from quire.errors import Api, InvalidRequest
+from quire.errors import Api, InvalidRequest, ModelStopped
 from quire.router.api.query import unknown, whole
 from quire.router.api.reply import Reply, named
-from quire.router.fleet import Fleet, ServedModel
+from quire.router.fleet import Fleet
+from quire.router.traffic import Asked
 from quire_schemas.anthropic import MAX_MODELS_LISTED, MODELS_LISTED, ModelInfo, ModelPage
 from quire_schemas.openai.models import ModelCard, ModelList
 
-
-def all_models(fleet: Fleet) -> bytes:
-    """The list, as JSON."""
-    cards = [_card(name, served) for name, served in sorted(fleet.models.items())]
-    return ModelList(data=cards).model_dump_json().encode()
+Headers = Sequence[tuple[bytes, bytes]]
 
 
-def one_model(fleet: Fleet, name: str) -> bytes:
-    """One entry, as JSON. Raises `ModelNotFound`."""
-    return _card(name, fleet.resolve(name)).model_dump_json().encode()
+def all_models(fleet: Fleet, headers: Headers) -> list[ModelCard]:
+    """Names that a request with these headers may use, as long as a model is behind them."""
+    cards = []
+    for name in fleet.traffic.names(headers):
+        with contextlib.suppress(ModelStopped):
+            cards.append(one_model(fleet, Asked(name, headers)))
+    return cards
 
 
-def page_of_models(fleet: Fleet, query: Mapping[str, str]) -> bytes:
-    """A page of the list for Anthropic's clients, as JSON. Raises `InvalidRequest`."""
-    names = sorted(fleet.models)
+def one_model(fleet: Fleet, asked: Asked) -> ModelCard:
+    """A name. One that a Route gives leads to several models: what it takes is what all of them take.
+
+    Raises `ModelNotFound`, and `ModelStopped` where no model is behind the name.
+    """
+    route, served = fleet.traffic.route_for(asked), [fleet.resolve(asked)]
+    if route is not None:
+        served = [fleet.by_model[model] for model in fleet.traffic.behind(route)]
+    return ModelCard(
+        id=asked.name,
+        created=served[0].route.created if route is None else route.created,
+        root=f"model/{served[0].route.model}" if route is None else f"route/{route.route}",
+        max_model_len=min(min(each.route.max_model_len, each.route.kv_tokens) for each in served),
+    )
+
+
+def page_of_models(cards: Sequence[ModelCard], query: Mapping[str, str]) -> ModelPage:
+    """A page of the list for Anthropic's clients. Raises `InvalidRequest`."""
     limit = whole(query, "limit", MODELS_LISTED, MAX_MODELS_LISTED)
     after, before = query.get("after_id"), query.get("before_id")
     if after is not None and before is not None:
         raise InvalidRequest("'after_id' and 'before_id' exclude each other.", param="after_id")
+    listed = sorted(cards, key=lambda card: card.id)
     if before is not None:
-        found = [name for name in names if name < before]
+        found = [card for card in listed if card.id < before]
         page = found[-limit:]
     else:
-        found = [name for name in names if after is None or name > after]
+        found = [card for card in listed if after is None or card.id > after]
         page = found[:limit]
-    return msgspec.json.encode(
-        ModelPage(
-            data=[_info(name, fleet.models[name]) for name in page],
-            has_more=len(found) > len(page),
-            first_id=page[0] if page else None,
-            last_id=page[-1] if page else None,
-        )
+    return ModelPage(
+        data=[_info(card) for card in page],
+        has_more=len(found) > len(page),
+        first_id=page[0].id if page else None,
+        last_id=page[-1].id if page else None,
     )
 
 
-def _card(name: str, served: ServedModel) -> ModelCard:
-    route = served.route
-    return ModelCard(id=name, created=route.created, root=f"model/{route.model}", max_model_len=_context(served))
-
-
-def _info(name: str, served: ServedModel) -> ModelInfo:
-    created = datetime.fromtimestamp(served.route.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return ModelInfo(id=name, display_name=name, created_at=created, max_input_tokens=_context(served))
-
-
-def _context(served: ServedModel) -> int:
-    return min(served.route.max_model_len, served.route.kv_tokens)
+def _info(card: ModelCard) -> ModelInfo:
+    created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return ModelInfo(id=card.id, display_name=card.id, created_at=created, max_input_tokens=card.max_model_len)
 
 
 def _is_anthropic(request: Request[Any, Any, Any]) -> bool:
@@ -80,18 +87,19 @@ def routes(fleet: Fleet) -> list[HTTPRouteHandler]:
 
     @get("/v1/models")
     async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
-        query = dict(request.query_params)
+        query, cards = dict(request.query_params), all_models(fleet, list(request.scope["headers"]))
         if _is_anthropic(request):
-            return Reply(200, page_of_models(fleet, query))
+            return Reply(200, msgspec.json.encode(page_of_models(cards, query)))
         if (strange := next(iter(query), None)) is not None and not fleet.table.http.ignore_unknown:
             raise unknown(strange, ())
-        return Reply(200, all_models(fleet))
+        return Reply(200, ModelList(data=cards).model_dump_json().encode())
 
     @get("/v1/models/{name:path}")
     async def get_model(request: Request[Any, Any, Any]) -> ASGIApp:
         name = named(request, "name").removeprefix("/")  # names may have slashes, as hubs' do
+        card = one_model(fleet, Asked(name, list(request.scope["headers"])))
         if _is_anthropic(request):
-            return Reply(200, msgspec.json.encode(_info(name, fleet.resolve(name))))
-        return Reply(200, one_model(fleet, name))
+            return Reply(200, msgspec.json.encode(_info(card)))
+        return Reply(200, card.model_dump_json().encode())
 
     return [list_models, get_model]

@@ -36,7 +36,9 @@ from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
+from quire_schemas import signals
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.responses import (
@@ -104,9 +106,11 @@ class ResponsesFormat:
     ) -> Job:
         if request.stored:
             self._responses.store.check_room()
-        chat, size = await stands_for(self._gateway, self._responses, request, size)
+        chat, size, first = await stands_for(self._gateway, self._responses, request, size)
         job = await self._gateway.chat(chat, served, size, arrived_at, span)
-        return dataclasses.replace(job, id=self._id or self._responses.new_id())
+        response_id = self._id or self._responses.new_id()
+        span.set({signals.GEN_AI_CONVERSATION_ID: first or response_id})
+        return dataclasses.replace(job, id=response_id)
 
     async def whole(self, job: Job, request: ResponsesRequest, updates: Sequence[Update], usage: Usage) -> bytes:
         def made() -> ResponseObject:
@@ -124,14 +128,15 @@ class ResponsesFormat:
 
 async def stands_for(
     gateway: Gateway, responses: Responses, request: ResponsesRequest, size: int
-) -> tuple[ChatRequest, int]:
-    """The chat request of a conversation and all that is kept of it, and the bytes that both take. Raises
-    `BadRequest`, `InvalidRequest` and `NotFound`.
+) -> tuple[ChatRequest, int, str | None]:
+    """The chat request of a conversation and all that is kept of it, the bytes that both take, and the first
+    response of it, if there is one before. Raises `BadRequest`, `InvalidRequest` and `NotFound`.
     """
     most = gateway.fleet.table.http.max_body_bytes
     context = await responses.context(request.previous_response_id, request.input, most)
     size += context.size
-    return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
+    chat = await gateway.aside(lambda: request.chat([*context.before, *context.own]), size)
+    return chat, size, context.first
 
 
 async def kept(responses: Responses, request: ResponsesRequest, response: ResponseObject) -> bytes:
@@ -370,9 +375,7 @@ class ResponsesStream:
             stored = await kept(self._responses, self._request, failed)
         except ApiError as error_of_store:
             log.warning("response %s failed, and is not kept: %s", failed.id, error_of_store)
-        ended = msgspec.json.decode(
-            stored, type=_Ended
-        ).status  # another one, where it had ended before it was told
+        ended = msgspec.json.decode(stored, type=_Ended).status  # not so, if it had ended and was not told yet
         return self._event(f"response.{ended}", {"response": msgspec.Raw(stored)})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
@@ -396,7 +399,7 @@ class Responding(Exchange[ResponsesRequest]):
     ) -> str:
         if not request.background:
             return await super()._serve(request, body, arrived_at, span, send)
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._gateway.fleet.resolve(Asked(request.model, (), body))  # its headers are not kept
         self._serves(served, request.model, span)
         self._later.check_room()
         self._responses.store.check_room()
@@ -420,9 +423,9 @@ class InputCounting(Reception):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: read_response(body, ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._gateway.fleet.resolve(Asked(request.model, self._headers, body))
         self._serves(served, request.model, span)
-        chat, size = await stands_for(self._gateway, self._responses, request, len(body))
+        chat, size, _ = await stands_for(self._gateway, self._responses, request, len(body))
 
         def counted() -> bytes:
             text, _ = conversation.prompt_text(chat, served.usable)
