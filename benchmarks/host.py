@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rounds import in_turns
-from benchmarks.rows import NO_KERNELS, RESULTS, ROOT, Row, provenance, write
+from benchmarks.rows import NO_KERNELS, RESULTS, ROOT, Row, commit_of, provenance, write
 from benchmarks.workload import Lengths
 from quire_engine.driver import spare_the_collector
 from quire_engine.engine import Engine
@@ -272,18 +272,13 @@ def run(args: argparse.Namespace) -> None:
         row["us"] = round(statistics.median(found["here"] + found["again"]) * 1e6, 1)
         row["aa_ratio"] = _ratio(found["again"], found["here"])
         if args.against is not None:
-            row["other"] = _commit(args.against)
+            row["other"] = commit_of(args.against)
             row["other_us"] = round(statistics.median(found["other"]) * 1e6, 1)
             row["other_ratio"] = _ratio(found["other"], found["here"])
         rows.append(row)
         shown = f"   other {row['other_us']:8} us, {row['other_ratio']} times" if args.against is not None else ""
         print(f"{part:14} {row['us']:8} us   A/A {row['aa_ratio']}{shown}", flush=True)
     write(args.out, rows)
-
-
-def _commit(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _ratio(one: list[float], other: list[float]) -> float:

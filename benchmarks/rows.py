@@ -27,6 +27,12 @@ def backend(threads: int) -> str:
     return best("cpu", threads)[0].name
 
 
+def commit_of(checkout: Path) -> str:
+    """The commit that another checkout of this repository is at."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def provenance(backend: str) -> Row:
     """Where and on what a row was measured; `backend` is the one whose kernels computed."""
 

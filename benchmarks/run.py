@@ -7,6 +7,8 @@
     tracing      routers with and without traces before one engine
     scheduling   the host's part of a step
     host         everything in a step but the device, here and in another checkout
+    router       what a router adds to requests, and how many it can take
+    balancer     the choice of replicas against others, in virtual time
     control-plane  many models: a resync, one change, what get asks
     ahead        a full batch with and without asynchronous scheduling
     prefix       what the prefix cache saves and costs; blocks that n choices share

@@ -140,7 +140,7 @@ def route(spec: wire.EngineSpec, endpoint: wire.ReplicaEndpoint) -> wire.ModelRo
 
 
 async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
-    """Give the router a table with the route, and wait until it is connected to the engine."""
+    """Give the router a table with the route, and wait until it is connected to its engines."""
     message: wire.ToRouter = wire.RoutingTable(version=1, models=(route,))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -149,7 +149,8 @@ async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
             writer.write(wire.frame(message))
             status = await wire.Reader[wire.RouterStatus](reader, wire.FromRouter).read()
             writer.close()
-            if status is not None and any(load.connected for load in status.replicas):
+            connected = sum(load.connected for load in status.replicas) if status is not None else 0
+            if connected == len(route.replicas):
                 return
             message = wire.GetRouterStatus()
         await asyncio.sleep(0.1)

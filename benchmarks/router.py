@@ -1,0 +1,333 @@
+"""What a router adds to a request, and how many it can take: the real one on a core of its own.
+
+Clients and the engines behind it are one process on another core (`standin.py`, which says what its times include).
+Engines compute nothing and give each request a token a step, all requests of a step in one frame.
+
+    open      500 requests a second that come by chance, answered whole: what is added, p50 and p99
+    stream    the same, answered as streams
+    closed    as many requests as it takes, 32 at a time, whole answers that are ready in one step
+    streams   300 streams at 10,000 chunks a second in all: processor seconds per 1,000 chunks
+
+    here      this checkout, twice: `again` is another process of the same, so that their ratio is the noise
+    other     the router of another checkout (`--against`)
+    litellm   LiteLLM's proxy before the same engine as an OpenAI server (`make bench-litellm`, `--litellm`)
+    direct    that server with nothing before it: what the measuring itself takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from benchmarks import service
+from benchmarks.cpu.ledger import Watch
+from benchmarks.rounds import in_turns
+from benchmarks.rows import NO_KERNELS, RESULTS, ROOT, Row, commit_of, provenance, write
+from benchmarks.standin import Case, Measured, Ready, Setup
+from quire import builtin
+from quire.text import Tokenizer
+from quire_schemas import wire
+
+CASES: Final[dict[str, dict[str, Any]]] = {
+    "open": {"rate": 500.0, "clients": 256, "pace": 0.01},
+    "stream": {"rate": 500.0, "clients": 256, "pace": 0.01, "stream": True},
+    "closed": {"clients": 32, "pace": 0.0, "whole": True},
+    "streams": {"clients": 300, "pace": 0.03, "stream": True, "shortest": 100, "longest": 300, "warm": 3.0},
+}
+BARS: Final[dict[str, dict[str, float]]] = {
+    "open": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
+    "stream": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
+    "closed": {"requests_per_s": 2000.0},
+    "streams": {"cpu_s_per_1000_chunks": 0.08},
+}
+"""What is asked of `here`; of `requests_per_s` at least so much, of all others at most."""
+FIGURE: Final = {
+    "open": "added_p50_ms",
+    "stream": "added_p50_ms",
+    "closed": "requests_per_s",
+    "streams": "cpu_s_per_1000_chunks",
+}
+"""By what systems are compared."""
+FOLDERS: Final = ("schemas", "platform", "operators", "kernels", "engine")
+START_SECONDS: Final = 60.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=10.0, help="that each measurement counts")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=float, help="requests a second of open and stream")
+    parser.add_argument("--clients", type=int, help="of closed and streams")
+    parser.add_argument("--engines", type=int, default=4)
+    parser.add_argument("--words", type=int, default=40, help="of each prompt")
+    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--litellm", type=Path, default=ROOT / ".venv-litellm", help="environment that has it")
+    parser.add_argument("--no-litellm", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "router.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Something that takes requests."""
+
+    name: str
+    port: int
+    pids: tuple[int, ...]
+
+
+def run(args: argparse.Namespace) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("error: the router and what measures it need a core each\n    hint: free a second one")
+    its_core, ours = cores[-1], cores[0]
+    os.sched_setaffinity(0, {ours})
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qb")))
+        standin = stack.enter_context(_standin(folder, args.engines))
+        checkouts = {"here": ROOT, "again": ROOT}
+        if args.against is not None:
+            checkouts["other"] = args.against
+        systems = [_router(stack, folder, name, each, its_core, standin) for name, each in checkouts.items()]
+        systems += _litellm(stack, folder, args, its_core, standin)
+        systems.append(System("direct", standin.http_port, ()))
+        common = provenance(NO_KERNELS) | {
+            "benchmark": "router", "engines": args.engines, "words": args.words, "rounds": args.rounds, "seed": 0,
+        }  # fmt: skip
+        if args.against is not None:
+            common["other"] = commit_of(args.against)
+        rows: list[Row] = []
+        for name in args.cases:
+            rows += _measured(name, args, systems, standin, common)
+        for row in rows:
+            print(_line(row))
+    write(args.out, rows)
+
+
+def _measured(
+    name: str, args: argparse.Namespace, systems: Sequence[System], standin: Standin, common: Row
+) -> Iterator[Row]:
+    """A case by all systems in turns: a row of each with its medians, and its ratios to `here`."""
+    changes = dict(CASES[name])
+    if args.rate is not None and "rate" in changes:
+        changes["rate"] = args.rate
+    if args.clients is not None and "rate" not in changes:
+        changes["clients"] = args.clients
+
+    def measure(system: System) -> Row:
+        watch = Watch()
+        case = Case(
+            f"{name} by {system.name}", system.port, "tiny", list(system.pids), args.seconds, words=args.words,
+            **changes,
+        )  # fmt: skip
+        measured = standin.measure(case)
+        return figures(measured) | {key: watch.row()[key] for key in ("steal_s", "spin")}
+
+    figure = FIGURE[name]
+    taken = in_turns(
+        {system.name: partial(measure, system) for system in systems},
+        args.rounds,
+        lambda row: f"{row.get(figure, '-')}",
+    )
+    for system in systems:
+        passes = taken[system.name]
+        row = {
+            key: round(statistics.median(each[key] for each in passes), 4)
+            for key in passes[0]
+            if all(key in each for each in passes)
+        }
+        ratios = [
+            each[figure] / one[figure] for each, one in zip(passes, taken["here"], strict=True) if figure in each
+        ]
+        told: Row = {"part": name, "system": system.name, **changes, "count_s": args.seconds}
+        if ratios and system.name != "here":
+            told |= {
+                f"{figure}_to_here": round(statistics.median(ratios), 4),
+                f"{figure}_to_here_min": round(min(ratios), 4),
+                f"{figure}_to_here_max": round(max(ratios), 4),
+            }
+        if system.name in ("here", "again"):
+            told["missed"] = [
+                key for key, bar in BARS[name].items() if row["unasked"] or is_missed(key, row[key], bar)
+            ]
+        yield common | told | row
+
+
+def figures(measured: Measured) -> Row:
+    """The columns of one measurement."""
+    row: Row = {
+        "requests_per_s": round(measured.requests / measured.seconds, 1),
+        "chunks_per_s": round(measured.chunks / measured.seconds, 1),
+        "cpu_share": round(measured.cpu_s / measured.seconds, 4),
+        "standin_cpu_share": round(measured.own_cpu_s / measured.seconds, 4),
+        "late_share": round(measured.late_share, 4),
+        "unasked": measured.unasked,
+    }
+    if measured.cpu_s:
+        row["cpu_ms_per_request"] = round(1000 * measured.cpu_s / max(measured.requests, 1), 4)
+        if measured.chunks:
+            row["cpu_s_per_1000_chunks"] = round(1000 * measured.cpu_s / measured.chunks, 5)
+    for kind in ("inward", "outward", "added"):
+        spread = getattr(measured, kind)
+        row |= {f"{kind}_{part}_ms": getattr(spread, part) for part in ("p50", "p90", "p99")}
+    return row
+
+
+def is_missed(figure: str, value: float, bar: float) -> bool:
+    return value < bar if figure == "requests_per_s" else value > bar
+
+
+def _line(row: Row) -> str:
+    shown = [
+        "requests_per_s", "chunks_per_s", "added_p50_ms", "added_p99_ms", "outward_p50_ms", "outward_p99_ms",
+        "cpu_share", "cpu_ms_per_request", "cpu_s_per_1000_chunks", "standin_cpu_share", "late_share", "unasked",
+    ]  # fmt: skip
+    missed = row.get("missed", [])
+    told = "  ".join(f"{key} {row[key]}{'!' if key in missed else ''}" for key in shown if key in row)
+    ratio = next((f"  to here {value}" for key, value in row.items() if key.endswith("_to_here")), "")
+    return f"{row['part']:8} {row['system']:8} {told}{ratio}"
+
+
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Standin:
+    """The process of `standin.py`."""
+
+    def __init__(self, process: subprocess.Popen[str], sockets: Sequence[Path]) -> None:
+        self._process = process
+        self.sockets = sockets
+        self.http_port = self._answer(Ready).http_port
+
+    def measure(self, case: Case) -> Measured:
+        """Raises if an answer was not whole; the process is of no use then."""
+        return self.tell(case, Measured)
+
+    def tell(self, message: msgspec.Struct, kind: type[Any]) -> Any:
+        tell(self._process, message)
+        return self._answer(kind)
+
+    def _answer(self, kind: type[Any]) -> Any:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise RuntimeError("the stand-in has ended: see what it said above")
+        return msgspec.json.decode(line, type=kind)
+
+
+def tell(process: subprocess.Popen[str], message: msgspec.Struct) -> None:
+    if process.stdin is None:
+        raise RuntimeError("no pipe")
+    process.stdin.write(msgspec.json.encode(message).decode() + "\n")
+    process.stdin.flush()
+
+
+@contextlib.contextmanager
+def _standin(folder: Path, engines: int) -> Iterator[Standin]:
+    """Clients and engines, on the core of this process."""
+    tokenizer = Tokenizer.load(builtin.path("tiny"))
+    letters = [tokenizer.encode(chr(97 + at), add_special_tokens=False) for at in range(26)]
+    if any(len(ids) != 1 for ids in letters):
+        raise RuntimeError("a letter is not one token")
+    sockets = [folder / f"e{number}" for number in range(engines)]
+    command = [sys.executable, "-m", "benchmarks.standin"]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(ROOT)
+    ) as process:
+        try:
+            tell(process, Setup([str(each) for each in sockets], [ids[0] for ids in letters], tokenizer.vocab_size))
+            yield Standin(process, sockets)
+        finally:
+            process.terminate()
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Variables of a process that runs the packages of `checkout`."""
+    paths = [str(ROOT), *(str(checkout / name) for name in FOLDERS)]
+    given = os.environ.get("PYTHONPATH")
+    return {**service.plain_environment(), "PYTHONPATH": ":".join([*paths, *([given] if given else [])])}
+
+
+def _router(
+    stack: contextlib.ExitStack, folder: Path, name: str, checkout: Path, core: int, standin: Standin
+) -> System:
+    router = stack.enter_context(service.router(folder, name, environment(checkout)))
+    pin(router.pid, core)
+    endpoints = tuple(
+        wire.ReplicaEndpoint(f"standin-{number}", 1, str(path)) for number, path in enumerate(standin.sockets)
+    )
+    table = wire.ModelRoute(
+        model="tiny",
+        names=("tiny",),
+        revision=1,
+        template_hash="",
+        tokenizer_dir=str(builtin.path("tiny")),
+        chat_template_file=None,
+        max_model_len=4096,
+        kv_tokens=1 << 20,
+        max_queue_length=4096,
+        max_queue_wait=60.0,
+        created=0,
+        replicas=endpoints,
+        prefix_caching=True,
+    )
+    asyncio.run(service.connect(folder, name, table))
+    return System(name, router.port, (router.pid,))
+
+
+def pin(pid: int, core: int) -> None:
+    """Every thread of the process runs on this core alone, as do those that they start."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), {core})
+
+
+def _litellm(
+    stack: contextlib.ExitStack, folder: Path, args: argparse.Namespace, core: int, standin: Standin
+) -> list[System]:
+    """LiteLLM's proxy, if it is installed."""
+    program = args.litellm / "bin/litellm"
+    if args.no_litellm or not program.exists():
+        print(f"litellm is left out: {program} is not there (make bench-litellm)" if not args.no_litellm else "")
+        return []
+    settings = folder / "litellm.yaml"
+    settings.write_text(
+        "model_list:\n"
+        "  - model_name: tiny\n"
+        "    litellm_params:\n"
+        f"      {{model: openai/tiny, api_base: 'http://127.0.0.1:{standin.http_port}/v1', api_key: none}}\n"
+        "litellm_settings: {telemetry: false, request_timeout: 60, num_retries: 0}\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(program), "--config", str(settings), "--port", str(port), "--host", "127.0.0.1", "--telemetry", "False",
+    ]  # fmt: skip
+    variables = {
+        name: value for name, value in service.plain_environment().items() if not name.startswith("PYTHON")
+    } | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    log = folder / "litellm.log"
+    process = stack.enter_context(service.running(command, log, env=variables, stdout=subprocess.DEVNULL, cwd=folder))
+    deadline = time.monotonic() + 3 * START_SECONDS
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        if time.monotonic() > deadline or process.poll() is not None:
+            raise RuntimeError(f"litellm does not start:\n{log.read_text()[-2000:]}")
+        time.sleep(0.5)
+    pin(process.pid, core)
+    return [System("litellm", port, (process.pid,))]
