@@ -1,6 +1,6 @@
 """What a router adds to a request, and how many it can take: the real one on a core of its own.
 
-Clients and the engines behind it are one process on another core (`standin.py`, which says what its times include).
+Clients and the engines behind it are one process on another core; `standin.py` says what its times include.
 Engines compute nothing and give each request a token a step, all requests of a step in one frame.
 
     open      500 requests a second that come by chance, answered whole: what is added, p50 and p99
@@ -9,7 +9,7 @@ Engines compute nothing and give each request a token a step, all requests of a 
     streams   300 streams at 10,000 chunks a second in all: processor seconds per 1,000 chunks
 
     here      this checkout, twice: `again` is another process of the same, so that their ratio is the noise
-    other     the router of another checkout (`--against`)
+    FOLDER    the router of another checkout, by its folder's name (`--against`, once or more)
     litellm   LiteLLM's proxy before the same engine as an OpenAI server (`make bench-litellm`, `--litellm`)
     direct    that server with nothing before it: what the measuring itself takes
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import statistics
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -65,19 +66,21 @@ FIGURE: Final = {
 """By what systems are compared."""
 FOLDERS: Final = ("schemas", "platform", "operators", "kernels", "engine")
 START_SECONDS: Final = 60.0
+T = TypeVar("T")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seconds", type=float, default=10.0, help="that each measurement counts")
+    parser.add_argument("--warm", type=float, help="seconds before those that count")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", type=float, help="requests a second of open and stream")
     parser.add_argument("--clients", type=int, help="of closed and streams")
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--words", type=int, default=40, help="of each prompt")
-    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--against", type=Path, action="append", default=[], help="another checkout")
+    parser.add_argument("--alone", action="store_true", help="routers only")
     parser.add_argument("--litellm", type=Path, default=ROOT / ".venv-litellm", help="environment that has it")
-    parser.add_argument("--no-litellm", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "router.jsonl")
 
 
@@ -98,18 +101,17 @@ def run(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {ours})
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qb")))
-        standin = stack.enter_context(_standin(folder, args.engines))
-        checkouts = {"here": ROOT, "again": ROOT}
-        if args.against is not None:
-            checkouts["other"] = args.against
+        standin = stack.enter_context(standin_running(folder, args.engines))
+        checkouts = {"here": ROOT, "again": ROOT} | {each.name: each for each in args.against}
         systems = [_router(stack, folder, name, each, its_core, standin) for name, each in checkouts.items()]
-        systems += _litellm(stack, folder, args, its_core, standin)
-        systems.append(System("direct", standin.http_port, ()))
+        if not args.alone:
+            systems += _litellm(stack, folder, args, its_core, standin)
+            systems.append(System("direct", standin.http_port, ()))
         common = provenance(NO_KERNELS) | {
             "benchmark": "router", "engines": args.engines, "words": args.words, "rounds": args.rounds, "seed": 0,
         }  # fmt: skip
-        if args.against is not None:
-            common["other"] = commit_of(args.against)
+        if args.against:
+            common["against"] = {each.name: commit_of(each) for each in args.against}
         rows: list[Row] = []
         for name in args.cases:
             rows += _measured(name, args, systems, standin, common)
@@ -127,6 +129,8 @@ def _measured(
         changes["rate"] = args.rate
     if args.clients is not None and "rate" not in changes:
         changes["clients"] = args.clients
+    if args.warm is not None:
+        changes["warm"] = args.warm
 
     def measure(system: System) -> Row:
         watch = Watch()
@@ -151,7 +155,9 @@ def _measured(
             if all(key in each for each in passes)
         }
         ratios = [
-            each[figure] / one[figure] for each, one in zip(passes, taken["here"], strict=True) if figure in each
+            each[figure] / one[figure]
+            for each, one in zip(passes, taken["here"], strict=True)
+            if figure in each and figure in one
         ]
         told: Row = {"part": name, "system": system.name, **changes, "count_s": args.seconds}
         if ratios and system.name != "here":
@@ -162,7 +168,9 @@ def _measured(
             }
         if system.name in ("here", "again"):
             told["missed"] = [
-                key for key, bar in BARS[name].items() if row["unasked"] or is_missed(key, row[key], bar)
+                key
+                for key, bar in BARS[name].items()
+                if row["unasked"] or is_missed(key, row.get(key, math.inf), bar)
             ]
         yield common | told | row
 
@@ -183,7 +191,8 @@ def figures(measured: Measured) -> Row:
             row["cpu_s_per_1000_chunks"] = round(1000 * measured.cpu_s / measured.chunks, 5)
     for kind in ("inward", "outward", "added"):
         spread = getattr(measured, kind)
-        row |= {f"{kind}_{part}_ms": getattr(spread, part) for part in ("p50", "p90", "p99")}
+        if spread is not None:
+            row |= {f"{kind}_{part}_ms": getattr(spread, part) for part in ("p50", "p90", "p99")}
     return row
 
 
@@ -215,13 +224,10 @@ class Standin:
 
     def measure(self, case: Case) -> Measured:
         """Raises if an answer was not whole; the process is of no use then."""
-        return self.tell(case, Measured)
+        tell(self._process, case)
+        return self._answer(Measured)
 
-    def tell(self, message: msgspec.Struct, kind: type[Any]) -> Any:
-        tell(self._process, message)
-        return self._answer(kind)
-
-    def _answer(self, kind: type[Any]) -> Any:
+    def _answer(self, kind: type[T]) -> T:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if not line:
             raise RuntimeError("the stand-in has ended: see what it said above")
@@ -236,7 +242,7 @@ def tell(process: subprocess.Popen[str], message: msgspec.Struct) -> None:
 
 
 @contextlib.contextmanager
-def _standin(folder: Path, engines: int) -> Iterator[Standin]:
+def standin_running(folder: Path, engines: int) -> Iterator[Standin]:
     """Clients and engines, on the core of this process."""
     tokenizer = Tokenizer.load(builtin.path("tiny"))
     letters = [tokenizer.encode(chr(97 + at), add_special_tokens=False) for at in range(26)]
@@ -248,7 +254,9 @@ def _standin(folder: Path, engines: int) -> Iterator[Standin]:
         command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(ROOT)
     ) as process:
         try:
-            tell(process, Setup([str(each) for each in sockets], [ids[0] for ids in letters], tokenizer.vocab_size))
+            tell(
+                process, Setup([str(each) for each in sockets], [ids[0] for ids in letters], tokenizer.vocab_size)
+            )
             yield Standin(process, sockets)
         finally:
             process.terminate()
@@ -300,8 +308,8 @@ def _litellm(
 ) -> list[System]:
     """LiteLLM's proxy, if it is installed."""
     program = args.litellm / "bin/litellm"
-    if args.no_litellm or not program.exists():
-        print(f"litellm is left out: {program} is not there (make bench-litellm)" if not args.no_litellm else "")
+    if not program.exists():
+        print(f"litellm is left out: {program} is not there (make bench-litellm)")
         return []
     settings = folder / "litellm.yaml"
     settings.write_text(
@@ -315,13 +323,16 @@ def _litellm(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(program), "--config", str(settings), "--port", str(port), "--host", "127.0.0.1", "--telemetry", "False",
+        str(program), "--config", str(settings), "--port", str(port), "--host", "127.0.0.1",
+        "--telemetry", "False",
     ]  # fmt: skip
     variables = {
         name: value for name, value in service.plain_environment().items() if not name.startswith("PYTHON")
     } | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
     log = folder / "litellm.log"
-    process = stack.enter_context(service.running(command, log, env=variables, stdout=subprocess.DEVNULL, cwd=folder))
+    process = stack.enter_context(
+        service.running(command, log, env=variables, stdout=subprocess.DEVNULL, cwd=folder)
+    )
     deadline = time.monotonic() + 3 * START_SECONDS
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

@@ -73,13 +73,15 @@ def collector(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def engine(folder: Path, spec: wire.EngineSpec) -> Iterator[tuple[wire.ReplicaEndpoint, int]]:
+def engine(
+    folder: Path, spec: wire.EngineSpec, name: str = "engine"
+) -> Iterator[tuple[wire.ReplicaEndpoint, int]]:
     """An engine process: its socket, which lies in `folder`, and its number."""
-    endpoint = wire.ReplicaEndpoint("benchmark-0", 1, str(folder / "engine.sock"))
+    endpoint = wire.ReplicaEndpoint(name, 1, str(folder / f"{name}.sock"))
     spec = msgspec.structs.replace(spec, replica_id=endpoint.replica_id, socket=endpoint.socket)
-    path = folder / "engine.json"
+    path = folder / f"{name}.json"
     path.write_bytes(msgspec.json.encode(spec))
-    with running([sys.executable, "-m", "quire_engine", str(path)], folder / "engine.log") as process:
+    with running([sys.executable, "-m", "quire_engine", str(path)], folder / f"{name}.log") as process:
         yield endpoint, process.pid
 
 
@@ -139,9 +141,10 @@ def route(spec: wire.EngineSpec, endpoint: wire.ReplicaEndpoint) -> wire.ModelRo
     )
 
 
-async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
-    """Give the router a table with the route, and wait until it is connected to its engines."""
-    message: wire.ToRouter = wire.RoutingTable(version=1, models=(route,))
+async def connect(folder: Path, name: str, *routes: wire.ModelRoute) -> None:
+    """Give the router a table with these routes, and wait until it is connected to all of their engines."""
+    message: wire.ToRouter = wire.RoutingTable(version=1, models=routes)
+    wanted = sum(len(route.replicas) for route in routes)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
@@ -150,9 +153,9 @@ async def connect(folder: Path, name: str, route: wire.ModelRoute) -> None:
             status = await wire.Reader[wire.RouterStatus](reader, wire.FromRouter).read()
             writer.close()
             connected = sum(load.connected for load in status.replicas) if status is not None else 0
-            if connected == len(route.replicas):
+            if connected == wanted:
                 return
             message = wire.GetRouterStatus()
         await asyncio.sleep(0.1)
-    said = "".join((folder / log).read_text()[-500:] for log in ("engine.log", f"{name}/router.log"))
-    raise RuntimeError(f"the router {name} is not connected to the engine:\n{said}")
+    said = "".join(log.read_text()[-500:] for log in (*folder.glob("*.log"), folder / name / "router.log"))
+    raise RuntimeError(f"the router {name} is not connected to its engines:\n{said}")

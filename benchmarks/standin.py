@@ -30,10 +30,11 @@ import psutil
 
 from quire_schemas import wire
 
-WORDS = (
+_TEXT = (
     "a table of the first things that a reader asks for when the page is open and the lamp is on by the window "
     "where rivers bend slowly past old mills and every letter waits for its answer"
-).split()
+)
+WORDS = _TEXT.split()
 _LENGTH = 4
 _STATS_SECONDS = 0.25
 LATE = 0.005
@@ -90,7 +91,10 @@ class Spread(msgspec.Struct):
     p99: float
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Spread:
+    def of(cls, seconds: list[float]) -> Spread | None:
+        """None where nothing was measured."""
+        if not seconds:
+            return None
         seconds.sort()
         return cls(*(round(1000 * seconds[math.ceil(part * len(seconds)) - 1], 3) for part in (0.5, 0.9, 0.99)))
 
@@ -98,15 +102,16 @@ class Spread(msgspec.Struct):
 class Measured(msgspec.Struct):
     """What a case gave in the seconds that count. `inward`: client's write to engine's read. `outward`: engine's
     write to client's read, of every chunk. `added`: the sum for each request, outward that of its first chunk in a
-    stream and of its last token in a whole answer."""
+    stream and of its last token in a whole answer. `inward` and `added` are of requests that came in these
+    seconds, and None if there were none."""
 
     seconds: float
     requests: int
     chunks: int
     """Events with text, of streams."""
-    inward: Spread
-    outward: Spread
-    added: Spread
+    inward: Spread | None
+    outward: Spread | None
+    added: Spread | None
     cpu_s: float
     """Of the processes named in the case."""
     own_cpu_s: float
@@ -126,12 +131,12 @@ class Record:
     written: list[tuple[int, float]] = field(default_factory=list)
     read: list[tuple[int, float]] = field(default_factory=list)
 
-    def outward(self) -> Iterator[float]:
-        """For each write of the engine, the seconds until the client had all of it."""
+    def outward(self) -> Iterator[tuple[float, float]]:
+        """For each write of the engine its moment, and the seconds until the client had all of it."""
         counts = [count for count, _ in self.read]
         for count, at in self.written:
             place = bisect.bisect_left(counts, count)
-            yield self.read[place][1] - at
+            yield at, self.read[place][1] - at
 
 
 @dataclass(slots=True)
@@ -326,9 +331,11 @@ class HttpEngine(Engine):
             last = each.sent >= each.answer
             if each.stream:
                 first = b'"role":"assistant",' if each.sent == len(tokens) else b""
-                event = b'data: {"id":"%b","object":"chat.completion.chunk","created":1,"model":"tiny","choices":' % (
-                    each.id.encode()
-                ) + b'[{"index":0,"delta":{%b"content":"%b"},"finish_reason":%b}]}\n\n' % (
+                head = (
+                    b'data: {"id":"%b","object":"chat.completion.chunk","created":1,"model":"tiny",'
+                    % each.id.encode()
+                )
+                event = head + b'"choices":[{"index":0,"delta":{%b"content":"%b"},"finish_reason":%b}]}\n\n' % (
                     first, text.encode(), b'"length"' if last else b"null",
                 )  # fmt: skip
                 if last:
@@ -369,9 +376,7 @@ class _HttpPeer(asyncio.Protocol):
         answer = asked.get("max_tokens") or asked.get("max_completion_tokens") or 1
         running = Running(f"chatcmpl-{id(self)}-{next(self._count)}", number, answer, self, stream)
         if stream:
-            self.write(
-                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-            )
+            self.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         self._engine.add(running)
 
     def write_whole(self, running: Running) -> None:
@@ -510,7 +515,7 @@ class Load:
         self._all: set[Client] = set()
         self._loop = asyncio.get_running_loop()
         self._over = False
-        self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._failed: asyncio.Future[Any] = self._loop.create_future()
         self._numbers = itertools.count(1)
         self._dues: deque[float] = deque()
         self._quiet = asyncio.Event()
@@ -599,8 +604,8 @@ class Load:
         self._over = True
         if self._open:
             self._quiet.clear()
-            await asyncio.wait({self._failed, asyncio.ensure_future(self._quiet.wait())}, timeout=60,
-                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            quiet = self._loop.create_task(self._quiet.wait())
+            await asyncio.wait({self._failed, quiet}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         if self._failed.done():
             self._failed.result()
         if self._open:
@@ -608,22 +613,28 @@ class Load:
         self._failed.cancel()
         for client in list(self._all):
             client.close()
+        every = ledger.records.values()
+        outward = [seconds for record in every for at, seconds in self._counted(record) if at >= before[0]]
         done = [record for number, record in ledger.records.items() if number > first]
-        outward = [list(record.outward()) for record in done]
         inward = [record.received_at - record.sent_at for record in done]
-        added = [into + (out[0] if case.stream else out[-1]) for into, out in zip(inward, outward, strict=True)]
+        added = [into + next(self._counted(record))[1] for into, record in zip(inward, done, strict=True)]
         return Measured(
             seconds=seconds,
             requests=int(ended),
             chunks=int(chunks),
             inward=Spread.of(inward),
-            outward=Spread.of([each for out in outward for each in (out if case.stream else out[-1:])]),
+            outward=Spread.of(outward),
             added=Spread.of(added),
             cpu_s=spent,
             own_cpu_s=own,
             unasked=ledger.unasked,
             late_share=late / max(due_count, 1),
         )
+
+    def _counted(self, record: Record) -> Iterator[tuple[float, float]]:
+        """The writes that a client can tell of: all of a stream, the last one of a whole answer."""
+        outward = record.outward()
+        return outward if self.case.stream else iter(list(outward)[-1:])
 
     async def _for(self, seconds: float) -> None:
         await asyncio.wait({self._failed}, timeout=seconds)

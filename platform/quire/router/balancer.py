@@ -59,6 +59,34 @@ def outstanding(prompt_tokens: int, max_tokens: int, generated: int) -> int:
     return prompt + max(min(max_tokens, EXPECTED_COMPLETION) - generated, 1)
 
 
+class Burden:
+    """What the sequences of one replica have before them: the sum of `outstanding`, and the seats they take.
+
+    It is kept up as they go on, so that a look at it costs the same however many there are. `unknown` are prompt
+    tokens that are probably to be computed.
+    """
+
+    __slots__ = ("tokens", "width")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.width = 0
+
+    def add(self, unknown: int, max_tokens: int, width: int) -> None:
+        """A sequence that takes `width` seats begins."""
+        self.tokens += outstanding(unknown, max_tokens, 0)
+        self.width += width
+
+    def gain(self, unknown: int, max_tokens: int, before: int, generated: int) -> None:
+        """A sequence that had `before` tokens now has `generated`."""
+        self.tokens += outstanding(unknown, max_tokens, generated) - outstanding(unknown, max_tokens, before)
+
+    def end(self, unknown: int, max_tokens: int, generated: int, width: int) -> None:
+        """A sequence is over."""
+        self.tokens -= outstanding(unknown, max_tokens, generated)
+        self.width -= width
+
+
 def choose(
     candidates: Iterable[Candidate],
     avoid: Collection[str] = (),
@@ -138,6 +166,16 @@ class Prefixes:
             self._blocks.popitem(last=False)
 
     def known(self, chain: Sequence[bytes]) -> int:
-        """Tokens at the beginning of a prompt that the replica has, as far as is remembered."""
-        count = next((at for at, digest in enumerate(chain) if digest not in self._blocks), len(chain))
-        return count * PREFIX_BLOCK
+        """Tokens at the beginning of a prompt that the replica has, as far as is remembered.
+
+        What stands before a remembered block is remembered, too: it was given with it, or since. So the end of
+        what is known is found by halves.
+        """
+        blocks, low, high = self._blocks, 0, len(chain)
+        while low < high:
+            middle = (low + high) // 2
+            if chain[middle] in blocks:
+                low = middle + 1
+            else:
+                high = middle
+        return low * PREFIX_BLOCK

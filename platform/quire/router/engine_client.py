@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from typing import Literal
 
-from quire.router.balancer import PREFIX_BLOCK, Candidate, Prefixes, outstanding
+from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -138,6 +138,8 @@ class EngineClient:
         self._changed = changed
         self._ejected = ejected
         self._sequences: dict[str, Sequence] = {}
+        self._waited_for, self._unwatched = Burden(), Burden()
+        """Of those that somebody waits for, and of background work."""
         self._limits: dict[str, wire.Limits] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._progress_at = 0.0
@@ -155,7 +157,7 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         """Seats and places in the queue that its sequences take: a beam search takes one for each beam."""
-        return sum(sequence.width for sequence in self._sequences.values())
+        return self._waited_for.width + self._unwatched.width
 
     @property
     def steps(self) -> int:
@@ -199,12 +201,15 @@ class EngineClient:
     def candidate(self, chain: Series[bytes] = (), *, background: bool = False) -> Candidate:
         """What it is for a sequence whose prompt has this chain of blocks. Only background work has background
         work before it."""
-        before = [each for each in self._sequences.values() if background or not each.background]
+        tokens, width = self._waited_for.tokens, self._waited_for.width
+        if background:
+            tokens += self._unwatched.tokens
+            width += self._unwatched.width
         return Candidate(
             self.endpoint.replica_id,
             self.ready,
-            sum(outstanding(each.prompt_tokens, each.max_tokens, each.generated) for each in before),
-            sum(each.width for each in before),
+            tokens,
+            width,
             self.served,
             self.max_num_seqs + self.max_queue_length,
             self.prefixes.known(chain),
@@ -256,16 +261,24 @@ class EngineClient:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
         sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
+        self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self._writer.write(wire.frame(request))
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
         if self._sequences.pop(sequence.id, None) is None:
             return
-        sequence.ended = True
+        self._over(sequence)
         if self._writer is not None:
             self._writer.write(wire.frame(wire.Abort(sequence.id)))
         self._close_if_done()
+
+    def _burden(self, sequence: Sequence) -> Burden:
+        return self._unwatched if sequence.background else self._waited_for
+
+    def _over(self, sequence: Sequence) -> None:
+        sequence.ended = True
+        self._burden(sequence).end(sequence.prompt_tokens, sequence.max_tokens, sequence.generated, sequence.width)
 
     # ── control ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -341,6 +354,7 @@ class EngineClient:
                 asking.cancel()
             self._was_up, self._writer = self._writer is not None, None
             lost, self._sequences = self._sequences, {}
+            self._waited_for, self._unwatched = Burden(), Burden()
             for sequence in lost.values():
                 sequence.lost = True
                 sequence.bell.set()
@@ -385,7 +399,12 @@ class EngineClient:
                 sequence = self._sequences.get(delta.id)
                 if sequence is None:
                     continue  # aborted a moment ago
-                sequence.generated += len(delta.token_ids)
+                if delta.token_ids:
+                    before = sequence.generated
+                    sequence.generated += len(delta.token_ids)
+                    self._burden(sequence).gain(
+                        sequence.prompt_tokens, sequence.max_tokens, before, sequence.generated
+                    )
                 if delta.token_ids or delta.finish_reason in ("stop", "length", "repetition"):
                     self.proved_at = time.monotonic()
                 timings = delta.timings
@@ -395,8 +414,8 @@ class EngineClient:
                     sequence.heard_at = self._progress_at
                 sequence.put(delta)
                 if delta.finish_reason is not None:
-                    sequence.ended = True
                     del self._sequences[delta.id]
+                    self._over(sequence)
                 sequence.bell.set()
             self._close_if_done()
         elif isinstance(message, wire.Stats):

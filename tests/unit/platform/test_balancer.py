@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.router.balancer import (
     EXPECTED_COMPLETION,
     PREFIX_BLOCK,
+    Burden,
     Candidate,
     Prefixes,
     choose,
@@ -109,3 +112,37 @@ def test_retries_are_a_share_of_the_load_with_a_floor() -> None:
     assert [may_retry(n, 0) for n in (0, 2, 3)] == [True, True, False]
     assert may_retry(19, 100)
     assert not may_retry(20, 100)
+
+
+def test_what_is_known_ends_where_the_first_block_is_forgotten() -> None:
+    """Looking by halves finds what looking at each block would, whatever was given and forgotten before."""
+    rng = random.Random(0)
+    memory = Prefixes(40)
+    chains = [prefix_chain([*range(head * 16), *(1000 * own + at for at in range(400))], "")
+              for head in (0, 3, 9) for own in range(1, 6)]  # fmt: skip
+    for _ in range(2000):
+        given = rng.choice(chains)
+        memory.add(given[: rng.randrange(len(given) + 1)])
+        asked = rng.choice(chains)
+        one_by_one = next((at for at in range(len(asked)) if not memory.known(asked[at : at + 1])), len(asked))
+        assert memory.known(asked) == one_by_one * PREFIX_BLOCK
+
+
+def test_a_burden_is_the_sum_over_the_sequences_that_go_on() -> None:
+    rng = random.Random(0)
+    burden = Burden()
+    live: dict[int, list[int]] = {}
+    for number in range(3000):
+        if rng.random() < 0.4 or not live:
+            live[number] = [rng.randrange(200), rng.choice([1, 16, 255, 256, 257, 4096]), 0, rng.randrange(1, 4)]
+            unknown, most, _, width = live[number]
+            burden.add(unknown, most, width)
+        elif rng.random() < 0.7:
+            each = rng.choice(list(live.values()))
+            before, each[2] = each[2], each[2] + rng.randrange(1, 100)
+            burden.gain(each[0], each[1], before, each[2])
+        else:
+            unknown, most, generated, width = live.pop(rng.choice(list(live)))
+            burden.end(unknown, most, generated, width)
+        assert burden.tokens == sum(outstanding(*each[:3]) for each in live.values())
+        assert burden.width == sum(each[3] for each in live.values())
