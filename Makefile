@@ -2,6 +2,7 @@
 # the first `make nightly`, which has pip fetch the JSON Schema test suite.
 #   VENV=path     another environment          PYTHON=python3.12   the interpreter it is made from
 #   PEERS=path    where bench-cpu's peers are  BENCH_ARGS=...      what bench-cpu measures, and how much of it
+#   LITELLM=path  where the router's peer is
 #   PIP_ARGS=...  passed to pip install, for example --index-url of a mirror
 
 VENV ?= .venv
@@ -9,11 +10,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
 PEERS ?= .venv-peers
+LITELLM ?= .venv-litellm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers nightly clean
+.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +77,13 @@ $(PEERS)/.installed:
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(PEERS))/bin/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 		-DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 	$(PEERS)/bin/cmake --build $(PEERS)/llama --target llama-server llama-batched-bench llama-quantize
+	@touch $@
+
+bench-litellm: $(LITELLM)/.installed ## install LiteLLM's proxy for the benchmark of the router, apart from all else
+
+$(LITELLM)/.installed:
+	test -x $(LITELLM)/bin/python || $(PYTHON) -m venv $(LITELLM)
+	$(LITELLM)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) 'litellm[proxy]'
 	@touch $@
 
 nightly: $(STAMP) ## run every suite at 20 times the examples, and record whether it passed and what it measured
