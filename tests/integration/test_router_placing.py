@@ -443,3 +443,17 @@ async def test_mixed_traffic_on_small_pools_alters_no_answer_and_leaks_no_block(
             replica.begin_to_end()
         for replica in replicas:
             replica.end()
+
+
+async def test_what_a_lost_engine_had_before_it_is_forgotten_with_it(world: World) -> None:
+    """The load of a replica is a sum that is kept up: a connection that breaks takes its part of it along."""
+    engine = await world.engine(pace=0.05, die_after=2)
+    await world.serve(engine)
+    async with httpx.AsyncClient(timeout=20) as http:
+        asked = [http.post(f"{world.url}/v1/completions", json={"model": "tiny", "prompt": "a", "stream": True})
+                 for _ in range(3)]  # fmt: skip
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert all(isinstance(each, httpx.HTTPError) for each in ended), "each stream was cut"
+    await world.connected(engine.replica_id)
+    (load,) = (await world.control(wire.GetRouterStatus())).replicas
+    assert load.in_flight == 0
