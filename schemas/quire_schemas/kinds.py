@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire_schemas import access, git_source, route
+from quire_schemas import git_source, route
 from quire_schemas.access import AccessPolicy
 from quire_schemas.gateway import Gateway
 from quire_schemas.git_source import GitSource
@@ -19,7 +19,6 @@ KINDS: dict[str, type[Resource]] = {
 }
 KIND_REFUSALS = {
     "Route": route.KIND_REFUSED,
-    "AccessPolicy": access.KIND_REFUSED,
     "GitSource": git_source.KIND_REFUSED,
 }
 READ_ONLY_KINDS = ("Revision", "Replica", "Event")

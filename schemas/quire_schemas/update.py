@@ -24,9 +24,8 @@ from enum import StrEnum
 from typing import Any
 
 from quire_schemas.fields import SchemaField, Shape, fields_of
-from quire_schemas.gateway import GatewaySpec
 from quire_schemas.model import ModelSpec
-from quire_schemas.resource import Strict, update_tag
+from quire_schemas.resource import Resource, Strict, update_tag
 
 ENGINE_HOT = (
     "batching.maxNumSeqs",
@@ -86,11 +85,15 @@ def diff(
     return tuple(changes)
 
 
-def diff_gateway(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
-    """The fields in which two specs of a Gateway differ. Two spellings of one amount are no difference."""
+def diff_other(kind: type[Resource], old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
+    """The fields in which two specs of a kind without engines differ. Two spellings of one amount are no
+    difference."""
+    spec = fields_of(kind)["spec"].shape.section
+    if spec is None:
+        raise TypeError(f"{kind.__name__} has no spec")
     return tuple(
         FieldChange(path, before, after, UpdateClass(tag))
-        for path, before, after, tag in _differences(GatewaySpec, old, new, "spec")
+        for path, before, after, tag in _differences(spec, old, new, "spec")
     )
 
 

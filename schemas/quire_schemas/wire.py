@@ -478,6 +478,42 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """Origins whose web pages may call besides those of the router's own names; `*` is any."""
     ignore_unknown: bool = False
     """Unknown fields of requests are dropped, not refused."""
+    hosts: tuple[str, ...] = ()
+    """Names that requests may have as their Host besides those that the router was started with."""
+
+
+class AccessKey(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One key of a policy, by what is known of it without knowing it (`keys.Digest`)."""
+
+    name: str
+    sha256: str
+    id: str = ""
+
+
+class AccessLimit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One bound: `requests` or `tokens` in `per` milliseconds, or `concurrency`."""
+
+    scope: Literal["key", "policy"]
+    requests: int | None = None
+    tokens: int | None = None
+    per: int = 0
+    concurrency: int | None = None
+
+
+class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tenant: who he is, what he may do, and how much."""
+
+    name: str
+    keys: tuple[AccessKey, ...] = ()
+    models: tuple[str, ...] = ()
+    """Names as requests give them; none: all."""
+    operations: tuple[str, ...] = ()
+    """None: all but `access.METRICS`."""
+    limits: tuple[AccessLimit, ...] = ()
+    priority: int = 0
+    """Higher goes first."""
+    expires_at: float | None = None
+    """Unix seconds."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
@@ -490,6 +526,8 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     version: int
     models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+    access: tuple[Tenant, ...] = ()
+    """The tenants, in the order of their names. With one of them there, requests need a key."""
 
 
 PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")

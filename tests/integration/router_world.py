@@ -121,10 +121,10 @@ class World:
         assert status is not None
         return status
 
-    async def table(self, *routes: wire.ModelRoute) -> wire.RouterStatus:
+    async def table(self, *routes: wire.ModelRoute, **parts: Any) -> wire.RouterStatus:
         """Put a table into force and wait until each of its replicas that can be is connected."""
         self.version += 1
-        return await self.control(wire.RoutingTable(version=self.version, models=routes))
+        return await self.control(wire.RoutingTable(version=self.version, models=routes, **parts))
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())

@@ -49,6 +49,7 @@ COMMANDS = {
     "doctor": "doctor",
     "cache": "cache",
     "secret": "secret",
+    "key": "key",
     "down": "daemon",
     "up": "daemon",
     "daemon": "service",

@@ -16,6 +16,8 @@ KINDS = {
     "models": "model",
     "gateway": "gateway",
     "gateways": "gateway",
+    "accesspolicy": "accesspolicy",
+    "accesspolicies": "accesspolicy",
 }
 """Kinds that are stored as objects, in the spellings a command takes."""
 

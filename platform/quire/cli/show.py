@@ -23,12 +23,13 @@ LISTS = {
     "replicas": ("model", render.replicas),
     "revisions": ("model", render.revisions),
     "gateway": ("gateway", render.gateways),
+    "accesspolicies": ("accesspolicy", render.policies),
 }
 """What `get` lists: the kind of object it asks for, and how it shows it."""
 
 
 @click.command()
-@click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|KIND/NAME]")
+@click.argument("what", default="models", metavar="[models|replicas|revisions|gateway|accesspolicies|KIND/NAME]")
 @click.option(
     "-o",
     "--output",
@@ -77,8 +78,7 @@ def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, An
         views, shape = answer["items"], "ObjectList"
         if what in ("replicas", "revisions"):
             answer, shape = _nested(what, views), {"replicas": "ReplicaList", "revisions": "RevisionList"}[what]
-    if kind == "gateway":
-        formatter = render.gateways
+    formatter = {"gateway": render.gateways, "accesspolicy": render.policies}.get(kind, formatter)
     if output == "name":
         formatter = render.names
     elif output == "wide" and formatter is render.models:

@@ -27,6 +27,7 @@ from pathlib import Path
 import uvicorn
 
 from quire.router import config as configuration
+from quire.router.access import Access
 from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
@@ -125,7 +126,7 @@ async def serve(
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
-    fleet = Fleet(Path(config.snapshot_file))
+    fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
     await fleet.load_snapshot()
     application, executor = build(fleet, config, tracing)
     options = uvicorn.Config(

@@ -13,8 +13,9 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
-from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
 from quire.router import openapi
+from quire.router.access import ANY, NO_KEY, authorize, visit_of
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
@@ -39,6 +40,7 @@ from quire.router.spans import RequestSpans
 from quire.router.store import Store
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
+from quire_schemas.access import METRICS
 
 log = logging.getLogger("quire.router")
 
@@ -62,6 +64,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     background = Background(
         answered,
         lambda name: Exchange(gateway, spans, responses.ResponsesFormat(gateway, answered, name), background=True),
+        fleet.access,
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
     routes = [
@@ -76,11 +79,12 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
     app = Litestar(
         route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
+        guards=[authorize],
         openapi_config=None,
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins), executor
+    return Guard(app, config.allowed_hosts, fleet.access, lambda: fleet.table.http), executor
 
 
 def _inference(
@@ -89,35 +93,35 @@ def _inference(
     """What a model is asked, or its tokenizer, and nothing is kept of."""
     score_format, messages_format = ScoreFormat(gateway), MessagesFormat(gateway)
 
-    @post("/v1/chat/completions")
+    @post("/v1/chat/completions", operation="chat")
     async def chat() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/chat/completions"])
 
-    @post("/v1/completions")
+    @post("/v1/completions", operation="completions")
     async def completions() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/completions"])
 
-    @post("/v1/embeddings")
+    @post("/v1/embeddings", operation="embeddings")
     async def embeddings() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/embeddings"])
 
-    @post(["/v1/score", "/score"])
+    @post(["/v1/score", "/score"], operation="score")
     async def score() -> ASGIApp:
         return Exchange(gateway, spans, score_format)
 
-    @post("/v1/messages")
+    @post("/v1/messages", operation="messages")
     async def messages() -> ASGIApp:
         return Exchange(gateway, spans, messages_format)
 
-    @post("/v1/messages/count_tokens")
+    @post("/v1/messages/count_tokens", operation="messages")
     async def count_tokens() -> ASGIApp:
         return TokenCounting(gateway, spans)
 
-    @post(["/v1/tokenize", "/tokenize"])
+    @post(["/v1/tokenize", "/tokenize"], operation="tokenize")
     async def tokenize() -> ASGIApp:
         return Tokens(gateway, spans)
 
-    @post(["/v1/detokenize", "/detokenize"])
+    @post(["/v1/detokenize", "/detokenize"], operation="tokenize")
     async def detokenize() -> ASGIApp:
         return Tokens(gateway, spans, back=True)
 
@@ -127,11 +131,11 @@ def _inference(
 def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
     """What the router tells of itself."""
 
-    @get("/openapi.json")
+    @get("/openapi.json", operation=ANY)
     async def get_description() -> ASGIApp:
         return Reply(200, openapi.as_json())
 
-    @get("/metrics")
+    @get("/metrics", operation=METRICS)
     async def get_metrics() -> ASGIApp:
         return Reply(200, fleet.metrics.render(), CONTENT_TYPE)
 
@@ -148,7 +152,7 @@ def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
 
 
 def _telling(path: str, allowed: str) -> HTTPRouteHandler:
-    @route(path, http_method=HttpMethod.OPTIONS, status_code=204)
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, operation=ANY)
     async def tell() -> Response[None]:
         return Response(None, status_code=204, headers={"allow": allowed})
 
@@ -172,7 +176,13 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 
 
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
-    """The framework's errors as ours: they carry its own words, and sometimes paths."""
+    """The framework's errors as ours: they carry its own words, and sometimes paths. Who is nobody does not
+    learn which paths there are."""
+    if isinstance(error, NotFoundException | MethodNotAllowedException):
+        visit = visit_of(request.scope)
+        if visit.caller is None:
+            visit.unread = True
+            return Unauthenticated(NO_KEY)
     if isinstance(error, NotFoundException):
         return absent.refusal(request.url.path) or NotFound(_no_such_path(request.url.path))
     if isinstance(error, MethodNotAllowedException):

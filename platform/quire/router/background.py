@@ -16,8 +16,9 @@ import msgspec
 from litestar.types import ASGIApp
 
 from quire.errors import NotFound, QueueFull, StorageUnavailable
+from quire.router.access import OF_LINES, RATE_LIMITED, Access
 from quire.router.inside import InsideClient
-from quire.router.responses import Responses
+from quire.router.responses import Responses, Waiting
 from quire_schemas.openai.responses import ResponseError
 
 log = logging.getLogger("quire.router")
@@ -49,8 +50,9 @@ class _Work:
 class Background:
     """The responses of one store. `exchange` makes what answers the request of the response with that id."""
 
-    def __init__(self, responses: Responses, exchange: Callable[[str], ASGIApp]) -> None:
+    def __init__(self, responses: Responses, exchange: Callable[[str], ASGIApp], access: Access) -> None:
         self._responses = responses
+        self._access = access
         self._exchange = exchange
         self._works: dict[str, _Work] = {}
         self._closed = False
@@ -62,16 +64,16 @@ class Background:
                 f"{len(self._works)} responses in the background wait already, as many as may.", retry_after=30.0
             )
 
-    def begin(self, response_id: str, request: bytes) -> None:
+    def begin(self, waiting: Waiting) -> None:
         """Work on a response that is kept."""
-        if self._closed or response_id in self._works:
+        if self._closed or waiting.id in self._works:
             return
-        work = self._works[response_id] = _Work()
-        work.task = asyncio.create_task(self._carry(response_id, request, work), name=response_id)
+        work = self._works[waiting.id] = _Work()
+        work.task = asyncio.create_task(self._carry(waiting, work), name=waiting.id)
 
-    async def cancel(self, response_id: str) -> bytes:
+    async def cancel(self, response_id: str, owner: str) -> bytes:
         """The response as it is once it is cancelled. Raises `NotFound` and `Conflict`."""
-        answer = await self._responses.cancel(response_id)
+        answer = await self._responses.cancel(response_id, owner)
         if (work := self._works.get(response_id)) is not None:
             work.gone.set()
         return answer
@@ -82,7 +84,7 @@ class Background:
         while not self._closed:
             try:
                 for waiting in await self._responses.waiting():
-                    self.begin(waiting.id, waiting.request)
+                    self.begin(waiting)
             except StorageUnavailable:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, PAUSES[1])
@@ -102,14 +104,15 @@ class Background:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _carry(self, response_id: str, request: bytes, work: _Work) -> None:
+    async def _carry(self, waiting: Waiting, work: _Work) -> None:
         """Try until the response has ended, whatever comes between: nobody else would before the next start."""
+        response_id = waiting.id
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + TRIED_SECONDS, PAUSES[0]
         try:
             while not work.gone.is_set():
                 try:
-                    if await self._try(response_id, request, work, last=loop.time() >= until):
+                    if await self._try(waiting, work, last=loop.time() >= until):
                         return
                 except NotFound:
                     return  # somebody took it out of the store
@@ -122,16 +125,19 @@ class Background:
         finally:
             del self._works[response_id]
 
-    async def _try(self, response_id: str, request: bytes, work: _Work, *, last: bool) -> bool:
-        """Whether nothing is left to do. What cannot be served now fails with the `last` try."""
+    async def _try(self, waiting: Waiting, work: _Work, *, last: bool) -> bool:
+        """Whether nothing is left to do. What cannot be served now fails with the `last` try; who is at a limit of
+        his waits for as long as it takes."""
+        response_id = waiting.id
         await self._responses.start(response_id)
-        client = InsideClient(PATH, request, work.gone)
+        visit = self._access.inside(waiting.owner, waiting.key, OF_LINES[PATH])
+        client = InsideClient(PATH, waiting.request, work.gone, visit)
         await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
         if client.status in (None, 200):
             return True  # it is kept, or was left
-        if client.status in (429, 502, 503, 507) and not last:
-            return False
         told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
+        if told.code == RATE_LIMITED or (client.status in (429, 502, 503, 507) and not last):
+            return False
         await self._responses.fail(response_id, ResponseError(told.code or "invalid_request", told.message))
         return True
 

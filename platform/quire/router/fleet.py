@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
+from quire.router.access import EVERYBODY, Access, Caller
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
@@ -111,8 +112,9 @@ class ServedModel:
 class Fleet:
     """Everything routable. `apply` changes it, all else reads."""
 
-    def __init__(self, snapshot: Path) -> None:
+    def __init__(self, snapshot: Path, access: Access | None = None) -> None:
         self.table = wire.RoutingTable(version=0, models=())
+        self.access = access or Access()
         self.models: dict[str, ServedModel] = {}
         """By every name that a request may use."""
         self.metrics = Metrics(self.samples)
@@ -182,6 +184,7 @@ class Fleet:
                 self._leaving.append(client)
         self._clients, self.models, self.table = clients, by_name, table
         self._tokenizers = dict(tokenizers.values())
+        self.access.act_by(table.access)
         self.metrics.set_models(route.model for route in table.models)
         self._pulse.fire()
 
@@ -212,12 +215,14 @@ class Fleet:
 
     # ── reading it ────────────────────────────────────────────────────────────────────────────────────────
 
-    def resolve(self, name: str) -> ServedModel:
-        """The model served as `name`. Raises `ModelNotFound`."""
+    def resolve(self, name: str, caller: Caller = EVERYBODY) -> ServedModel:
+        """The model served as `name`. Raises `PermissionDenied` and `ModelNotFound`, which names no model that the
+        caller may not use."""
+        caller.check_model(name)
         served = self.models.get(name)
         if served is None:
             shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            known = ", ".join(sorted(self.models)[:8])
+            known = ", ".join(sorted(filter(caller.may_use, self.models))[:8])
             raise ModelNotFound(
                 f"The model '{shown}' does not exist."
                 + (f" Models here: {known}." if known else " No model is served here yet."),
@@ -225,9 +230,10 @@ class Fleet:
             )
         return served
 
-    def sole(self) -> ServedModel:
-        """The only model that is served. Raises `InvalidRequest` where there are others, and `ModelNotFound`."""
-        served = {id(served): served for served in self.models.values()}
+    def sole(self, caller: Caller = EVERYBODY) -> ServedModel:
+        """The only model that the caller may use. Raises `InvalidRequest` where there are others, and
+        `ModelNotFound`."""
+        served = {id(served): served for name, served in self.models.items() if caller.may_use(name)}
         if not served:
             raise ModelNotFound("No model is served here yet.", param="model")
         if len(served) > 1:

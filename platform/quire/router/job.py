@@ -13,6 +13,7 @@ import msgspec
 
 from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, QueueFull, TimedOut
 from quire.router import engine_client
+from quire.router.access import EVERYBODY, Caller
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
 from quire.text import AnswerText, Markup, Tokenizer
@@ -77,6 +78,7 @@ class Job:
     """Vectors are wanted instead of text."""
     background: bool = False
     """Nobody waits for it."""
+    caller: Caller = EVERYBODY
     beam: wire.BeamSearch | None = None
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
@@ -109,6 +111,12 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it can come to: its prompts, and all that may be written to them."""
+        written = 0 if self.prompt_alone or self.pooling is not None else self.sampling.max_tokens
+        return self.prompt_tokens + len(self.prompts) * self.n * written
 
     @property
     def ends_at(self) -> float | None:

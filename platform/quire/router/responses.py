@@ -43,8 +43,11 @@ RESPONSES: Final = sa.Table(
     sa.Column("output", sa.LargeBinary, nullable=False),
     sa.Column("answer", sa.LargeBinary, nullable=False),
     sa.Column("request", sa.LargeBinary),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
+    sa.Column("owner_key", sa.Text, nullable=False, server_default=""),
 )
-"""`input` and `output` are items, `answer` is what clients read, `request` is there while there is work to do."""
+"""`input` and `output` are items, `answer` is what clients read, `request` is there while there is work to do.
+`owner` is the tenant who may see it, "" where there are none, and `owner_key` the name of his key."""
 ITEMS: Final = sa.Table(
     "response_items",
     METADATA,
@@ -61,6 +64,8 @@ class Waiting:
 
     id: str
     request: bytes
+    owner: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +87,16 @@ class Responses:
     def new_id(self) -> str:
         return self.store.new_id(PREFIX)
 
-    async def begin(self, response: ResponseObject, request: bytes, given: Sequence[Item]) -> None:
+    async def begin(
+        self, response: ResponseObject, request: bytes, given: Sequence[Item], owner: str, key: str
+    ) -> None:
         """Keep a response in the background that is to be worked on. `request` is its body, `given` its input."""
-        row = _row(response, given, ()) | {"request": request}
+        row = _row(response, given, (), owner, key) | {"request": request}
         await self.store.run(lambda db: db.execute(sa.insert(RESPONSES).values(row)))
 
-    async def keep(self, response: ResponseObject, given: Sequence[Item]) -> bytes:
+    async def keep(self, response: ResponseObject, given: Sequence[Item], owner: str, key: str) -> bytes:
         """Keep a response as it is now; what is kept of it, which is no other once it has ended."""
-        return await self.store.run(lambda db: _keep(db, response, given))
+        return await self.store.run(lambda db: _keep(db, response, given, owner, key))
 
     async def start(self, response_id: str) -> None:
         """Somebody works on it now."""
@@ -115,11 +122,11 @@ class Responses:
 
         await self.store.run(write)
 
-    async def cancel(self, response_id: str) -> bytes:
+    async def cancel(self, response_id: str, owner: str) -> bytes:
         """End a response in the background. Raises `NotFound`, and `Conflict` for any other."""
 
         def write(db: sa.Connection) -> bytes:
-            found = _decoded(_one(db, response_id).answer)
+            found = _decoded(_one(db, response_id, owner).answer)
             if not found.background:
                 raise Conflict("Only a response in the background can be cancelled.")
             if found.status in ("queued", "in_progress"):
@@ -129,43 +136,44 @@ class Responses:
 
         return await self.store.run(write)
 
-    async def get(self, response_id: str) -> bytes:
-        """The response as JSON. Raises `NotFound`."""
-        return await self.store.run(lambda db: bytes(_one(db, response_id).answer))
+    async def get(self, response_id: str, owner: str) -> bytes:
+        """The response as JSON. Raises `NotFound`, also for somebody else's."""
+        return await self.store.run(lambda db: bytes(_one(db, response_id, owner).answer))
 
-    async def delete(self, response_id: str) -> None:
+    async def delete(self, response_id: str, owner: str) -> None:
         """Keep it no more. Raises `NotFound`, and `Conflict` while it is worked on."""
 
         def write(db: sa.Connection) -> None:
-            if _one(db, response_id).request is not None:
+            if _one(db, response_id, owner).request is not None:
                 raise Conflict("The response is being worked on. Cancel it first.")
             _delete(db, [response_id])
 
         await self.store.run(write)
 
-    async def input_of(self, response_id: str) -> list[Item]:
+    async def input_of(self, response_id: str, owner: str) -> list[Item]:
         """The items of its request. Raises `NotFound`."""
-        return await self.store.run(lambda db: read_items(_one(db, response_id).input))
+        return await self.store.run(lambda db: read_items(_one(db, response_id, owner).input))
 
-    async def context(self, previous_id: str | None, given: Sequence[Item]) -> Context:
-        """What a request is to be understood by. Raises `NotFound` and `InvalidRequest`."""
+    async def context(self, previous_id: str | None, given: Sequence[Item], owner: str) -> Context:
+        """What a request of the owner's is to be understood by. Raises `NotFound` and `InvalidRequest`."""
         names = [item.id for item in given if isinstance(item, ItemReference)]
         if previous_id is None and not names:
             return Context([], list(given), 0)
 
         def read(db: sa.Connection) -> Context:
-            named = _named(db, names)
+            named = _named(db, names, owner)
             own = [named[item.id] if isinstance(item, ItemReference) else item for item in given]
-            before, size = _conversation(db, previous_id)
+            before, size = _conversation(db, previous_id, owner)
             return Context(before, own, size)
 
         return await self.store.run(read)
 
     async def waiting(self) -> list[Waiting]:
         """Those that are to be worked on, the oldest first."""
-        query = sa.select(RESPONSES.c.id, RESPONSES.c.request).where(RESPONSES.c.request.is_not(None))
+        of = RESPONSES.c
+        query = sa.select(of.id, of.request, of.owner, of.owner_key).where(of.request.is_not(None))
         found = await self.store.run(lambda db: db.execute(query.order_by(RESPONSES.c.id)).all())
-        return [Waiting(row.id, bytes(row.request)) for row in found]
+        return [Waiting(row.id, bytes(row.request), row.owner, row.owner_key) for row in found]
 
     async def sweep(self) -> int:
         """Forget those whose time is over; how many there were."""
@@ -180,7 +188,9 @@ class Responses:
         return await self.store.run(write)
 
 
-def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) -> dict[str, Any]:
+def _row(
+    response: ResponseObject, given: Sequence[Item], said: Sequence[Item], owner: str, key: str
+) -> dict[str, Any]:
     return {
         "id": response.id,
         "created_at": response.created_at,
@@ -189,10 +199,12 @@ def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) 
         "output": write_items(said),
         "answer": _encode(response),
         "request": None,
+        "owner": owner,
+        "owner_key": key,
     }
 
 
-def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) -> bytes:
+def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item], owner: str, key: str) -> bytes:
     found = db.scalar(sa.select(RESPONSES.c.answer).where(RESPONSES.c.id == response.id))
     if found is not None:
         begun = _decoded(found)
@@ -200,7 +212,7 @@ def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) ->
             return bytes(found)
         response.created_at = begun.created_at
     said = read_items(_encode(response.output))
-    row = _row(response, given, said)
+    row = _row(response, given, said, owner, key)
     db.execute(insert(RESPONSES).values(row).on_conflict_do_update(index_elements=["id"], set_=row))
     made = [
         {"id": item.id, "response_id": response.id, "item": write_items([item])}
@@ -223,9 +235,9 @@ def _delete(db: sa.Connection, ids: Iterable[str]) -> None:
     db.execute(sa.delete(RESPONSES).where(RESPONSES.c.id.in_(gone)))
 
 
-def _one(db: sa.Connection, response_id: str) -> sa.Row[Any]:
+def _one(db: sa.Connection, response_id: str, owner: str | None = None) -> sa.Row[Any]:
     found = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == response_id)).first()
-    if found is None:
+    if found is None or owner not in (None, found.owner):
         raise NotFound("There is no such response, or it is not kept any more.")
     return found
 
@@ -234,13 +246,14 @@ def _decoded(answer: bytes) -> ResponseObject:
     return msgspec.json.decode(answer, type=ResponseObject)
 
 
-def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int]:
+def _conversation(db: sa.Connection, last: str | None, owner: str) -> tuple[list[Item], int]:
     """Everything that was said up to a response, its own answer included, and the bytes that it takes."""
     turns: list[list[Item]] = []
     size = 0
     at = last
     while at is not None:
-        row = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == at)).first()
+        mine = (RESPONSES.c.id == at, RESPONSES.c.owner == owner)
+        row = db.execute(sa.select(RESPONSES).where(*mine)).first()
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
             raise InvalidRequest(
@@ -258,9 +271,10 @@ def _conversation(db: sa.Connection, last: str | None) -> tuple[list[Item], int]
     return [item for turn in reversed(turns) for item in turn], size
 
 
-def _named(db: sa.Connection, ids: Sequence[str]) -> dict[str, Item]:
-    """Items by their ids."""
-    rows = db.execute(sa.select(ITEMS.c.id, ITEMS.c.item).where(ITEMS.c.id.in_(ids))).all()
+def _named(db: sa.Connection, ids: Sequence[str], owner: str) -> dict[str, Item]:
+    """The owner's items by their ids."""
+    mine = sa.select(ITEMS.c.id, ITEMS.c.item).join(RESPONSES, RESPONSES.c.id == ITEMS.c.response_id)
+    rows = db.execute(mine.where(ITEMS.c.id.in_(ids), RESPONSES.c.owner == owner)).all()
     found = {row.id: read_items(row.item)[0] for row in rows}
     missing = next((each for each in ids if each not in found), None)
     if missing is not None:

@@ -92,6 +92,12 @@ class Run:
         return sum(choice.generated for choice in self._choices)
 
     @property
+    def tokens(self) -> int:
+        """Tokens that it has come to: nothing before an engine was given any of it."""
+        begun = any(choice.attempts for choice in self._choices)
+        return self.job.prompt_tokens + self.completion_tokens if begun else 0
+
+    @property
     def reasoning_tokens(self) -> int:
         """Tokens of thoughts among those completed."""
         return sum(choice.reasoning_tokens for choice in self._choices)

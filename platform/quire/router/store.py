@@ -40,9 +40,23 @@ log = logging.getLogger("quire.router")
 
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
-UPGRADES: Final[Mapping[int, tuple[str, ...]]] = {}
-"""By version, the statements that make the next one of it."""
+SCHEMA_VERSION: Final = 2
+
+
+def _add_owners(db: sa.Connection) -> None:
+    """What was kept before there were tenants is nobody's, as is what is kept where there are none."""
+    there = sa.inspect(db).get_table_names()
+    for table, columns in (
+        ("files", ("owner",)),
+        ("batches", ("owner", "owner_key")),
+        ("responses", ("owner", "owner_key")),
+    ):
+        for column in columns if table in there else ():
+            db.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+
+
+UPGRADES: Final[Mapping[int, Callable[[sa.Connection], None]]] = {1: _add_owners}
+"""By version, what makes the next one of it. A file may lack tables that came without a new version."""
 RESERVE_BYTES: Final = 64 * 1024 * 1024
 """Of the file system, which what is kept here leaves to others, the control plane among them."""
 METADATA: Final = sa.MetaData()
@@ -138,8 +152,7 @@ class Store:
                 "use the version that wrote it, or move the file away",
             )
         for version in range(found, SCHEMA_VERSION):
-            for statement in UPGRADES[version]:
-                db.exec_driver_sql(statement)
+            UPGRADES[version](db)
         _keep_setting(db, "schemaVersion", str(SCHEMA_VERSION))
 
     @staticmethod

@@ -23,6 +23,7 @@ from quire.router.config import RouterConfig
 from quire.router.executor import Executor
 from quire.router.files import Files
 from quire.router.fleet import Fleet
+from quire.router.responses import Waiting
 from quire.tracing import Tracing
 from quire_schemas import signals, wire
 from quire_schemas.openai.batches import CreateBatch
@@ -53,14 +54,14 @@ async def batch_of(files: Files, batches: Batches, lines: int) -> Batch:
     async with files.incoming() as (file_id, file):
         file.write(content)
         file.keep()
-        await files.add(file_id, "batch", "in.jsonl", len(content), None)
+        await files.add(file_id, "batch", "in.jsonl", len(content), None, "")
     asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
-    return await batches.create(CreateBatch.model_validate(asked))
+    return await batches.create(CreateBatch.model_validate(asked), "", "")
 
 
 async def ended(batches: Batches, batch: Batch) -> Batch:
     async with asyncio.timeout(15):
-        while (now := await batches.get(batch.id)).status != "completed":
+        while (now := await batches.get(batch.id, "")).status != "completed":
             await asyncio.sleep(0.02)
     return now
 
@@ -106,10 +107,10 @@ async def test_a_response_in_the_background_is_tried_until_it_has_ended(
     monkeypatch.setattr(beside, "PAUSES", (0.01, 0.02))
     body = json.dumps({"model": "nobody", "input": "x", "background": True}).encode()
     begun = ResponseObject.begun(responses.new_id(), int(time.time()), read_response(body, False))
-    await responses.begin(begun, body, ())
-    background.begin(begun.id, body)
+    await responses.begin(begun, body, (), "", "")
+    background.begin(Waiting(begun.id, body, "", ""))
     async with asyncio.timeout(15):
-        while (now := json.loads(await responses.get(begun.id)))["status"] != "failed":
+        while (now := json.loads(await responses.get(begun.id, "")))["status"] != "failed":
             await asyncio.sleep(0.01)
     assert now["error"]["code"] == "model_not_found"
     assert await responses.waiting() == []

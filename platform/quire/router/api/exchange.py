@@ -5,6 +5,7 @@ and in pieces. `Exchange` does all the rest, the same for every family; what it 
 engine is `Reception`:
 
 - the body is read under a limit of size and time;
+- the request counts towards the limits of whoever sent it (`limits`), until its end;
 - the client is watched while the work goes on, for whole answers as for streams: when it leaves, the work is
   cancelled, and with it every sequence at the engines;
 - a stream says nothing until the first piece is there, so that everything that goes wrong before is an ordinary
@@ -40,9 +41,11 @@ from quire.errors import (
     describe,
     renamed,
 )
+from quire.router.access import EVERYBODY, Caller, visit_of
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
+from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
@@ -89,7 +92,7 @@ class Format(Protocol[R]):
         """How many sequences it will run."""
 
     def job(
-        self, request: R, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self, request: R, served: ServedModel, size: int, arrived_at: float, span: RequestSpan, caller: Caller
     ) -> Awaitable[Job]:
         """The request as a job."""
 
@@ -142,16 +145,22 @@ class Reception:
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
+        self._caller = EVERYBODY
+        self._ticket = Ticket()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
+        visit = visit_of(scope)
+        visit.limited = True
         headers = dict(scope["headers"])
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
+            self._caller = visit.known
             body = await read_body(headers, receive, self._settings.max_body_bytes)
-            finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
-            status = 200
+            with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
+                finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
+            failure, status = "", 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
         except asyncio.CancelledError:
@@ -180,6 +189,10 @@ class Reception:
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
         raise NotImplementedError
+
+    def _resolve(self, name: str) -> ServedModel:
+        """The model of that name. Raises `PermissionDenied` and `ModelNotFound`."""
+        return self._gateway.fleet.resolve(name, self._caller)
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
@@ -216,11 +229,13 @@ class Exchange(Reception, Generic[R]):
 
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Have a request answered that is understood."""
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._resolve(request.model)
         self._serves(served, request.model, span)
         with self._gateway.admit(served, self._format.sequences(request), background=self._background):
-            job = await self._format.job(request, served, len(body), arrived_at, span)
-            run = Run(self._gateway.fleet, dataclasses.replace(job, background=self._background))
+            made = await self._format.job(request, served, len(body), arrived_at, span, self._caller)
+            job = self._own(made)
+            self._ticket.reserve(job.most_tokens)
+            run = Run(self._gateway.fleet, job)
             span.set(_request_attributes(run.job))
             in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
@@ -232,9 +247,29 @@ class Exchange(Reception, Generic[R]):
                     reasons = await self._send_whole(request, run, send)
             finally:
                 in_flight.dec()
+                self._ticket.used = run.tokens
                 span.set(_answer_attributes(run))
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
+
+    def _own(self, job: Job) -> Job:
+        """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.
+
+        Raises `InvalidRequest` for one that would go before others of his policy's rank.
+        """
+        if self._caller.tenant is not None and job.priority < 0:
+            raise InvalidRequest(
+                "'priority' is below 0: a request may go behind others of its policy's rank, not before them.",
+                param="priority",
+            )
+        ranked = job.model.route.policy == "priority"
+        return dataclasses.replace(
+            job,
+            caller=self._caller,
+            background=self._background,
+            priority=self._caller.rank(job.priority) if ranked else job.priority,
+            cache_salt=self._caller.salted(job.cache_salt),
+        )
 
     async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 
 from quire.errors import Api, HttpError
 from quire.router import conversation
+from quire.router.access import Caller
 from quire.router.api.exchange import Reception, send_json
 from quire.router.api.said import Said
 from quire.router.fleet import ServedModel
@@ -80,7 +81,13 @@ class MessagesFormat:
         return 1
 
     async def job(
-        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self,
+        request: ChatRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
@@ -162,7 +169,7 @@ class TokenCounting(Reception):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(request.model)
+        served = self._resolve(request.model)
         self._serves(served, request.model, span)
 
         def counted() -> bytes:

@@ -8,20 +8,21 @@ from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
+from quire.router.access import ANY, Caller, visit_of
 from quire.router.api.reply import Reply, named
 from quire.router.fleet import Fleet, ServedModel
 from quire_schemas.openai.models import ModelCard, ModelList
 
 
-def all_models(fleet: Fleet) -> bytes:
-    """The list, as JSON."""
-    cards = [_card(name, served) for name, served in sorted(fleet.models.items())]
+def all_models(fleet: Fleet, caller: Caller) -> bytes:
+    """The list of what the caller may use, as JSON."""
+    cards = [_card(name, served) for name, served in sorted(fleet.models.items()) if caller.may_use(name)]
     return ModelList(data=cards).model_dump_json().encode()
 
 
-def one_model(fleet: Fleet, name: str) -> bytes:
-    """One entry, as JSON. Raises `ModelNotFound`."""
-    return _card(name, fleet.resolve(name)).model_dump_json().encode()
+def one_model(fleet: Fleet, name: str, caller: Caller) -> bytes:
+    """One entry, as JSON. Raises `PermissionDenied` and `ModelNotFound`."""
+    return _card(name, fleet.resolve(name, caller)).model_dump_json().encode()
 
 
 def _card(name: str, served: ServedModel) -> ModelCard:
@@ -37,13 +38,13 @@ def _card(name: str, served: ServedModel) -> ModelCard:
 def routes(fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/models` answers."""
 
-    @get("/v1/models")
-    async def list_models() -> ASGIApp:
-        return Reply(200, all_models(fleet))
+    @get("/v1/models", operation=ANY)
+    async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
+        return Reply(200, all_models(fleet, visit_of(request.scope).known))
 
-    @get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}", operation=ANY)
     async def get_model(request: Request[Any, Any, Any]) -> ASGIApp:
         name = named(request, "name").removeprefix("/")  # names may have slashes, as hubs' do
-        return Reply(200, one_model(fleet, name))
+        return Reply(200, one_model(fleet, name, visit_of(request.scope).known))
 
     return [list_models, get_model]

@@ -1,0 +1,373 @@
+"""Keys, scopes, limits and ownership over real sockets: who gets in, what he may do, what is his."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from tests.integration.router_world import ASK, TEXT, World, eventually
+from tests.unit.platform.test_openapi import routes_of_the_router
+
+from quire_schemas import wire
+from quire_schemas.keys import Digest, new_key
+
+TEAM, OTHER, SCRAPER = (new_key() for _ in range(3))
+BROUGHT = "a-string-of-the-users-own"
+CHAT: dict[str, Any] = {"model": "tiny", "messages": ASK}
+PUBLIC = {"/livez", "/readyz"}
+FAR = {"X-Forwarded-For": "203.0.113.9"}
+"""What a proxy adds: such a request is not of this machine."""
+
+
+def tenant(name: str, *keys: str, **fields: Any) -> wire.Tenant:
+    known = []
+    for number, key in enumerate(keys):
+        digest = Digest.of(key)
+        known.append(wire.AccessKey(f"k{number}", digest.sha256, digest.id))
+    return wire.Tenant(name, tuple(known), **fields)
+
+
+ALL = (tenant("other", OTHER), tenant("scraper", SCRAPER, operations=("metrics",)), tenant("team", TEAM, BROUGHT))
+
+
+async def serve(world: World, *access: wire.Tenant, text: str = TEXT, **changes: Any) -> None:
+    engine = await world.engine(text=text)
+    await world.table(world.route(engine.endpoint(), **changes), access=access or ALL)
+    await world.connected(engine.replica_id)
+
+
+def headed(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=world.url, timeout=20) as client:
+        yield client
+
+
+def at(path: str) -> str:
+    """A path with something in place of its parameters."""
+    return re.sub(r"{(\w+):?\w*}", "x", path)
+
+
+# ── who gets in ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_every_route_needs_a_key_but_those_that_are_named(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world)
+    routes = list(routes_of_the_router())
+    assert len(routes) > 30
+    for method, path in routes:
+        answer = await http.request(method, at(path), headers=FAR)
+        assert (answer.status_code == 401) == (path not in PUBLIC), (method, path, answer.status_code)
+        wrong = await http.request(method, at(path), headers={**FAR, **headed(new_key())})
+        assert (wrong.status_code == 401) == (path not in PUBLIC), (method, path)
+        known = await http.request(method, at(path), headers={**FAR, **headed(TEAM)})
+        assert known.status_code != 401, (method, path)
+        # whoever may do one thing alone may do no other
+        if method != "HEAD" and path not in PUBLIC | {
+            "/v1/models",
+            "/v1/models/{name}",
+            "/openapi.json",
+            "/health",
+        }:
+            scraper = await http.request(method, at(path), headers={**FAR, **headed(SCRAPER)})
+            assert (scraper.status_code == 403) == (path != "/metrics"), (method, path, scraper.status_code)
+
+
+async def test_what_leads_nowhere_needs_a_key_too(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world)
+    for method, path in [
+        ("GET", "/"), ("GET", "/v1/nothing"), ("GET", "/livez/../v1/models"), ("GET", "/v1%2fmodels"),
+        ("DELETE", "/v1/chat/completions"), ("OPTIONS", "/v1/models"), ("PUT", "/livez"), ("GET", "/V1/MODELS"),
+        ("GET", "/v1/models/"), ("GET", "/v1/models;/livez"), ("GET", "/livez%00/v1/models"),
+        ("GET", "//v1/models"), ("GET", "/v1/audio/speech"), ("GET", "//v1//models"), ("POST", "//v1/messages"),
+    ]:  # fmt: skip
+        raw = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        answer = await world.raw(raw)
+        assert answer.split(b" ")[1] == b"401", (method, path, answer[:200])
+    # the target's own host is no part of the path that is looked at
+    for target in ("http://localhost/v1/models", "http://localhost/livez/../v1/models", "http://livez/v1/models"):
+        raw = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        assert (await world.raw(raw)).split(b" ")[1] in (b"401", b"400"), target
+
+
+async def test_a_refusal_says_how_to_prove_who_one_is(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world)
+    answer = await http.post("/v1/chat/completions", json=CHAT)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"]
+    assert answer.json()["error"]["type"] == "authentication_error"
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    answer = await http.post("/v1/messages", json=CHAT)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+    assert answer.json()["type"] == "error"
+
+
+@pytest.mark.parametrize("key", [TEAM, BROUGHT], ids=["ours", "brought"])
+async def test_a_key_is_taken_where_clients_put_it(world: World, http: httpx.AsyncClient, key: str) -> None:
+    await serve(world)
+    good = [{"Authorization": f"Bearer {key}"}, {"authorization": f"bearer  {key}"}, {"x-api-key": key}]
+    bad = [
+        {"Authorization": key}, {"Authorization": f"Basic {key}"}, {"Authorization": f"Bearer {key}x"},
+        {"Authorization": f"Bearer {key[:-1]}"}, {"Authorization": "Bearer"}, {"x-api-key": ""}, {"cookie": key},
+        {"Authorization": f"Bearer {key.upper()}"}, {"Authorization": f"Bearer {Digest.of(key).sha256}"},
+        {"Authorization": f"Bearer {Digest.of(key)}"}, {"Authorization": "Bearer " + "x" * 8000},
+        {"Authorization": f"Bearer {new_key()}", "x-api-key": key},
+    ]  # fmt: skip
+    for headers in good:
+        assert (await http.get("/v1/models", headers=headers)).status_code == 200, headers
+    for headers in bad:
+        assert (await http.get("/v1/models", headers=headers)).status_code == 401, headers
+    twice = [("Authorization", f"Bearer {key}"), ("Authorization", f"Bearer {key}")]
+    assert (await http.get("/v1/models", headers=twice)).status_code == 401
+    assert (await http.get(f"/v1/models?api_key={key}")).status_code == 401
+    forged = re.sub("_[0-9a-f]{64}", "_" + "0" * 64, TEAM)
+    assert (await http.get("/v1/models", headers=headed(forged))).status_code == 401, "the id alone is no key"
+
+
+async def test_a_client_that_sends_a_lot_without_a_key_learns_why_it_is_refused(world: World) -> None:
+    await serve(world)
+    async with world.client() as client:
+        with pytest.raises(openai.AuthenticationError):
+            await client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "x" * 3_000_000}]
+            )
+
+
+async def test_official_clients_raise_their_own_errors(world: World) -> None:
+    await serve(world, tenant("team", TEAM, models=("tiny",), operations=("chat", "messages")))
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=new_key(), max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            await client.chat.completions.create(**CHAT)
+        assert refused.value.code == "invalid_api_key"
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=TEAM, max_retries=0) as client:
+        assert (await client.chat.completions.create(**CHAT)).choices[0].message.content == TEXT
+        with pytest.raises(openai.PermissionDeniedError):
+            await client.completions.create(model="tiny", prompt="x")
+        with pytest.raises(openai.PermissionDeniedError):
+            await client.chat.completions.create(model="org/tiny", messages=ASK)
+    talk: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 5}
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key=new_key(), max_retries=0) as claude:
+        with pytest.raises(anthropic.AuthenticationError):
+            await claude.messages.create(**talk)
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key=TEAM, max_retries=0) as claude:
+        assert (await claude.messages.create(**talk)).content
+        with pytest.raises(anthropic.PermissionDeniedError):
+            await claude.messages.create(**{**talk, "model": "org/tiny"})
+    async with anthropic.AsyncAnthropic(base_url=world.url, auth_token=TEAM, max_retries=0) as claude:
+        assert (await claude.messages.count_tokens(model="tiny", messages=ASK)).input_tokens
+
+
+async def test_a_policy_that_has_expired_lets_nobody_in(world: World, http: httpx.AsyncClient) -> None:
+    soon = tenant("team", TEAM, expires_at=time.time() - 1)
+    await serve(world, soon, tenant("other", OTHER, expires_at=4e9))
+    assert (await http.get("/v1/models", headers=headed(TEAM))).status_code == 401
+    assert (await http.get("/v1/models", headers=headed(OTHER))).status_code == 200
+
+
+async def test_keys_come_and_go_with_the_table_and_without_policies_all_is_open(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    old, new = new_key(), new_key()
+    for keys, works in [((old,), (True, False)), ((old, new), (True, True)), ((new,), (False, True))]:
+        await world.table(access=(tenant("team", *keys),))
+        for key, expected in zip((old, new), works, strict=True):
+            assert ((await http.get("/v1/models", headers=headed(key))).status_code == 200) is expected
+    await world.table(access=(tenant("team"),))
+    assert (await http.get("/v1/models")).status_code == 401, "a policy without keys still closes the door"
+    await world.table()
+    assert (await http.get("/v1/models", headers=headed(old))).status_code == 200
+
+
+async def test_a_router_that_others_can_reach_is_closed_from_the_start(own_world: World) -> None:
+    config = json.loads(own_world.config_file.read_bytes())
+    own_world.config_file.write_text(json.dumps({**config, "closed": True}))
+    own_world.restart()
+    own_world.wait_until_up()
+    async with httpx.AsyncClient(base_url=own_world.url) as http:
+        for access in ((), (tenant("team", TEAM),), ()):
+            await own_world.table(access=access)
+            for key in (None, TEAM):
+                answer = await http.get("/v1/models", headers=headed(key) if key else {})
+                assert answer.status_code == (200 if access and key else 401)
+        assert (await http.get("/livez")).status_code == 200
+        assert (await http.get("/metrics")).status_code == 200, "of this machine"
+        assert (await http.get("/metrics", headers=FAR)).status_code == 401
+        await own_world.table(access=(tenant("team", TEAM),))
+        own_world.restart()  # it begins with the table on the disk
+        own_world.wait_until_up()
+        assert (await http.get("/v1/models")).status_code == 401
+        assert (await http.get("/v1/models", headers=headed(TEAM))).status_code == 200
+
+
+async def test_metrics_are_for_this_machine_and_for_keys_that_say_so(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    await serve(world)
+    assert (await http.get("/metrics")).status_code == 200
+    for far in (FAR, {"Host": "localhost", "Forwarded": "for=1.2.3.4"}, {"Via": "1.1 proxy"}):
+        assert (await http.get("/metrics", headers=far)).status_code == 401
+        assert (await http.get("/metrics", headers={**far, **headed(TEAM)})).status_code == 403
+        assert (await http.get("/metrics", headers={**far, **headed(SCRAPER)})).status_code == 200
+    assert (await http.get("/metrics", headers=headed(new_key()))).status_code == 401, (
+        "a key that is wrong is none"
+    )
+
+
+async def test_a_preflight_needs_no_key_and_the_request_after_it_does(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    await world.table(access=ALL, http=wire.HttpSettings(allow_origins=("https://chat.example",)))
+    page = {"Origin": "https://chat.example"}
+    asked = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    answer = await http.options("/v1/chat/completions", headers=asked)
+    assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (204, "authorization")
+    refused = await http.get("/v1/models", headers=page)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://chat.example")
+    assert "x-ratelimit-remaining-requests" in refused.headers["access-control-expose-headers"]
+    assert (await http.get("/v1/models", headers={**page, **headed(TEAM)})).status_code == 200
+
+
+async def test_names_of_the_gateway_are_answered_to(world: World, http: httpx.AsyncClient) -> None:
+    named = {"Host": "llm.example.org:443"}
+    await world.table()
+    assert (await http.get("/livez", headers=named)).status_code == 421
+    await world.table(http=wire.HttpSettings(hosts=("llm.example.org",)))
+    assert (await http.get("/livez", headers=named)).status_code == 200
+    assert (await http.get("/livez", headers={"Host": "evil.example"})).status_code == 421
+
+
+# ── what he may do ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_models_out_of_scope_are_forbidden_and_not_told_of(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world, tenant("team", TEAM, models=("tiny",)))
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=TEAM, max_retries=0) as client:
+        assert [card.id async for card in client.models.list()] == ["tiny"]
+        with pytest.raises(openai.PermissionDeniedError):
+            await client.models.retrieve("org/tiny")
+        told = []
+        for name in ("org/tiny", "no-such"):
+            with pytest.raises(openai.PermissionDeniedError) as refused:
+                await client.chat.completions.create(model=name, messages=ASK)
+            told.append(refused.value.message.replace(name, "X"))
+        assert told[0] == told[1], "whether there is such a model is not told"
+        assert "tiny" not in told[0]
+    answer = await http.post("/tokenize", json={"model": "org/tiny", "prompt": "x"}, headers=headed(TEAM))
+    assert answer.status_code == 403
+    assert (await http.post("/tokenize", json={"prompt": "x"}, headers=headed(TEAM))).status_code == 200
+
+
+async def test_rank_and_cache_are_the_policys(world: World, http: httpx.AsyncClient) -> None:
+    high = tenant("high", TEAM, priority=7)
+    await serve(world, high, tenant("other", OTHER), policy="priority")
+    engine = world.engines[0]
+    asks: list[tuple[str, dict[str, Any]]] = [
+        (TEAM, {}),
+        (TEAM, {"priority": 3, "cache_salt": "s"}),
+        (OTHER, {}),
+        (OTHER, {"cache_salt": "s"}),
+    ]
+    for key, more in asks:
+        answer = await http.post("/v1/chat/completions", json={**CHAT, **more}, headers=headed(key))
+        assert answer.status_code == 200, answer.text
+    assert [(each.priority, each.cache_salt) for each in engine.generates] == [
+        (-7, "high\0"), (-4, "high\0s"), (0, "other\0"), (0, "other\0s"),
+    ]  # fmt: skip
+    answer = await http.post("/v1/chat/completions", json={**CHAT, "priority": -1}, headers=headed(OTHER))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+    await world.table(world.route(engine.endpoint()), access=(high,))
+    assert (await http.post("/v1/chat/completions", json=CHAT, headers=headed(TEAM))).status_code == 200
+    assert engine.generates[-1].priority == 0, "where the policy is fcfs"
+
+
+# ── how much ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def limited(*limits: wire.AccessLimit, key: str = TEAM) -> wire.Tenant:
+    return tenant("team", key, limits=limits)
+
+
+async def test_limits_are_told_on_good_answers_and_end_in_a_429(world: World) -> None:
+    await serve(world, limited(wire.AccessLimit("key", requests=2, per=3_600_000)))
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=TEAM, max_retries=0) as client:
+        for left in ("1", "0"):
+            good = await client.chat.completions.with_raw_response.create(**CHAT)
+            assert good.headers["x-ratelimit-limit-requests"] == "2"
+            assert good.headers["x-ratelimit-remaining-requests"] == left
+            assert good.headers["x-ratelimit-reset-requests"]
+            assert "x-ratelimit-limit-tokens" not in good.headers
+        with pytest.raises(openai.RateLimitError) as refused:
+            await client.chat.completions.create(**CHAT)
+    answer = refused.value.response
+    assert refused.value.code == "rate_limit_exceeded"
+    assert 0 < int(answer.headers["retry-after"]) <= 120
+    assert int(answer.headers["retry-after-ms"]) > 1000
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    async with anthropic.AsyncAnthropic(base_url=world.url, api_key=TEAM, max_retries=0) as claude:
+        with pytest.raises(anthropic.RateLimitError):
+            await claude.messages.create(model="tiny", messages=ASK, max_tokens=5)
+
+
+async def test_the_official_client_waits_out_a_limit(world: World) -> None:
+    await serve(world, limited(wire.AccessLimit("key", requests=2, per=1000)))
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=TEAM, max_retries=3) as client:
+        for _ in range(4):
+            assert (await client.chat.completions.create(**CHAT)).choices[0].message.content == TEXT
+
+
+async def test_tokens_are_counted_as_they_were_used_also_of_a_stream_that_is_left(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    await serve(world, limited(wire.AccessLimit("policy", tokens=10_000, per=3_600_000)), text="word " * 200)
+
+    async def left() -> int:
+        answer = await http.post("/tokenize", json={"model": "tiny", "prompt": "x"}, headers=headed(TEAM))
+        return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=TEAM, max_retries=0) as client:
+        raw = await client.chat.completions.with_raw_response.create(**CHAT, max_tokens=100)
+        usage = raw.parse().usage
+        assert usage is not None
+        reserved = int(raw.headers["x-ratelimit-remaining-tokens"])
+        assert 10_000 - reserved == usage.prompt_tokens + 100, "told while it is reserved"
+        assert 0 <= await left() - (10_000 - usage.total_tokens) <= 30
+        before = await left()
+        stream = await client.chat.completions.create(**CHAT, max_tokens=400, stream=True)
+        async for _ in stream:
+            break
+        await stream.close()
+    used = await eventually(lambda: _settled(left, before))
+    assert 0 < used < 400
+
+
+async def _settled(left: Any, before: int) -> int | None:
+    used = before - int(await left())
+    return used if used < 400 else None
+
+
+async def test_only_so_many_run_at_a_time(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world, limited(wire.AccessLimit("policy", concurrency=1)))
+    world.engines[0].pace = 0.03
+    body, key = {**CHAT, "max_tokens": 20}, headed(TEAM)
+    first = asyncio.create_task(http.post("/v1/chat/completions", json=body, headers=key))
+    await eventually(lambda: _running(world))
+    refused = await http.post("/v1/chat/completions", json=body, headers=key)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert (await first).status_code == 200
+    assert (await http.post("/v1/chat/completions", json=body, headers=key)).status_code == 200
+
+
+async def _running(world: World) -> bool:
+    return len(world.engines[0].generates) == 1
