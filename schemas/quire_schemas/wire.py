@@ -544,6 +544,16 @@ class GetRouterStatus(msgspec.Struct, tag=True):
     """Ask for a `RouterStatus` without changing anything."""
 
 
+UsageColumn = Literal["day", "policy", "key", "model"]
+
+
+class GetUsage(msgspec.Struct, tag=True):
+    """Ask for a `UsageReport`: what was used from the day `since` on (YYYY-MM-DD), added up by these columns."""
+
+    since: str
+    by: tuple[UsageColumn, ...] = ()
+
+
 class ReplicaLoad(msgspec.Struct, frozen=True):
     """What the router sees of one replica of its table."""
 
@@ -582,6 +592,26 @@ class RouterStatus(msgspec.Struct, tag=True):
     """Of each model that is there on demand."""
 
 
+class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was used; columns that were not asked for are empty."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    day: str = ""
+    policy: str = ""
+    key: str = ""
+    model: str = ""
+
+
+class UsageReport(msgspec.Struct, tag=True):
+    """The answer to `GetUsage`; `problem` is why there is none."""
+
+    rows: list[UsageRow] = []
+    problem: str = ""
+
+
 class SetLimits(msgspec.Struct, tag=True):
     """Pass `limits` on to the engines of these replicas; their hash shows in the next `RouterStatus`."""
 
@@ -589,8 +619,8 @@ class SetLimits(msgspec.Struct, tag=True):
     limits: Limits
 
 
-ToRouter = RoutingTable | GetRouterStatus | SetLimits | Finish
-FromRouter = RouterStatus
+ToRouter = RoutingTable | GetRouterStatus | GetUsage | SetLimits | Finish
+FromRouter = RouterStatus | UsageReport
 
 
 # ── control plane -> engine, at start ─────────────────────────────────────────────────────────────────────

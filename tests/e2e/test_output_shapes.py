@@ -104,6 +104,7 @@ def test_answers_have_their_shapes(platform: Platform) -> None:
     platform.environment["TOKEN"] = "xyzzy-1234"
     platform.run("secret", "set", "token", "--from-env", "TOKEN")
     check(shapes.SecretList, "secret", "list")
+    check(shapes.UsageList, "usage", "--by", "day")
     made = check(shapes.NewKey, "key", "create", "ci")
     entry = f"{{name: ci, hash: '{made['hash']}'}}"
     platform.write("access.yaml", MANIFEST.split("spec:")[0].format().replace("Model", "AccessPolicy")

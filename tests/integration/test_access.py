@@ -80,6 +80,12 @@ def test_a_policy_closes_the_door_and_its_end_opens_it(plane: Plane) -> None:
     body = {"model": "open", "prompt": "hi", "max_tokens": 2}
     headers = {"Authorization": f"Bearer {ours}"}
     assert httpx.post(f"{plane.base_url}/completions", json=body, headers=headers, timeout=30).status_code == 200
+    told = plane.client.get("/v1/usage", since="2000-01-01", by="policy,key,model")["items"]
+    assert [(each["policy"], each["key"], each["requests"], each["completionTokens"]) for each in told] == [
+        ("team", "ci", 1, 2)
+    ]
+    with pytest.raises(Refused):
+        plane.client.get("/v1/usage", since="yesterday", by="")
     plane.apply(changed)
     eventually(
         lambda: httpx.post(f"{plane.base_url}/completions", json=body, headers=headers).status_code == 403,

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tempfile
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 import pytest
-from tests.integration.router_world import ASK, TEXT, World, eventually
+from tests.integration.otlp_collector import Collector
+from tests.integration.router_world import ASK, TEXT, World, end_world, eventually, make_world
 from tests.unit.platform.test_openapi import routes_of_the_router
 
 from quire_schemas import wire
@@ -330,7 +333,9 @@ async def test_the_official_client_waits_out_a_limit(world: World) -> None:
 async def test_tokens_are_counted_as_they_were_used_also_of_a_stream_that_is_left(
     world: World, http: httpx.AsyncClient
 ) -> None:
-    await serve(world, limited(wire.AccessLimit("policy", tokens=10_000, per=3_600_000)), text="word " * 200)
+    await serve(
+        world, limited(wire.AccessLimit("policy", tokens=10_000, per=366 * 86_400_000)), text="word " * 200
+    )
 
     async def left() -> int:
         answer = await http.post("/tokenize", json={"model": "tiny", "prompt": "x"}, headers=headed(TEAM))
@@ -342,7 +347,8 @@ async def test_tokens_are_counted_as_they_were_used_also_of_a_stream_that_is_lef
         assert usage is not None
         reserved = int(raw.headers["x-ratelimit-remaining-tokens"])
         assert 10_000 - reserved == usage.prompt_tokens + 100, "told while it is reserved"
-        assert 0 <= await left() - (10_000 - usage.total_tokens) <= 30
+        assert await left() == 10_000 - usage.total_tokens
+        world.engines[0].pace = 0.05
         before = await left()
         stream = await client.chat.completions.create(**CHAT, max_tokens=400, stream=True)
         async for _ in stream:
@@ -371,3 +377,202 @@ async def test_only_so_many_run_at_a_time(world: World, http: httpx.AsyncClient)
 
 async def _running(world: World) -> bool:
     return len(world.engines[0].generates) == 1
+
+
+# ── what is his ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def client_of(world: World, key: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+async def uploaded(client: openai.AsyncOpenAI, count: int, model: str = "tiny") -> str:
+    lines = [
+        {
+            "custom_id": f"c{n}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": model, "messages": [{"role": "user", "content": f"Say {n}"}], "max_tokens": 4},
+        }
+        for n in range(count)
+    ]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    return (await client.files.create(file=("in.jsonl", content), purpose="batch")).id
+
+
+async def batch_of(client: openai.AsyncOpenAI, file_id: str) -> Any:
+    return await client.batches.create(
+        input_file_id=file_id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+
+
+async def ended(client: openai.AsyncOpenAI, batch_id: str) -> Any:
+    async def look() -> Any:
+        batch = await client.batches.retrieve(batch_id)
+        return batch if batch.completed_at is not None else None
+
+    return await eventually(look, 20)
+
+
+async def test_files_batches_and_responses_are_their_policys_alone(world: World) -> None:
+    await serve(world)
+    async with client_of(world, TEAM) as mine, client_of(world, BROUGHT) as too, client_of(world, OTHER) as other:
+        file_id = await uploaded(mine, 1)
+        batch = await ended(mine, (await batch_of(mine, file_id)).id)
+        assert batch.request_counts.completed == 1
+        response = await mine.responses.create(model="tiny", input="My name is Ann.")
+        item = response.output[0].id
+        assert item is not None
+        calls: list[tuple[Any, dict[str, Any]]] = [
+            (lambda client, **more: client.files.retrieve(file_id), {}),
+            (lambda client, **more: client.files.content(batch.output_file_id), {}),
+            (lambda client, **more: client.batches.retrieve(batch.id), {}),
+            (lambda client, **more: client.responses.retrieve(response.id), {}),
+            (lambda client, **more: client.responses.input_items.list(response.id), {}),
+        ]
+        for call, more in calls:
+            await call(mine, **more)
+            await call(too, **more)  # another key of the policy
+            with pytest.raises(openai.NotFoundError):
+                await call(other, **more)
+        with pytest.raises(openai.NotFoundError):
+            await other.files.delete(file_id)
+        with pytest.raises(openai.NotFoundError):
+            await other.batches.cancel(batch.id)
+        with pytest.raises(openai.NotFoundError):
+            await other.responses.delete(response.id)
+        with pytest.raises(openai.BadRequestError, match="no file that is here"):
+            await batch_of(other, file_id)
+        with pytest.raises(openai.BadRequestError, match="does not exist"):
+            await other.responses.create(model="tiny", input="x", previous_response_id=response.id)
+        reference: Any = [{"type": "item_reference", "id": item}]
+        with pytest.raises(openai.BadRequestError, match="no item"):
+            await other.responses.create(model="tiny", input=reference)
+        assert (await mine.responses.create(model="tiny", input="x", previous_response_id=response.id)).id
+        for listed in (other.files, other.batches):
+            assert [each async for each in listed.list()] == []
+        assert file_id in [each.id async for each in mine.files.list()]
+        assert [each.id async for each in too.batches.list()] == [batch.id]
+        background = await mine.responses.create(model="tiny", input="x", background=True)
+        with pytest.raises(openai.NotFoundError):
+            await other.responses.cancel(background.id)
+
+        async def done() -> bool:
+            return (await too.responses.retrieve(background.id)).status == "completed"
+
+        await eventually(done)
+        salts = {each.cache_salt for each in world.engines[0].generates}
+        assert salts == {"team\0"}, "what is done in the background, too"
+
+
+async def test_the_lines_of_a_batch_have_the_scope_and_the_limits_of_its_owner(world: World) -> None:
+    limits = (wire.AccessLimit("policy", requests=4, per=1000), wire.AccessLimit("policy", concurrency=2))
+    await serve(world, tenant("other", OTHER), tenant("team", TEAM, models=("tiny",), limits=limits))
+    async with client_of(world, TEAM) as mine, client_of(world, OTHER) as other:
+        began = time.monotonic()
+        slow = await batch_of(mine, await uploaded(mine, 8))
+        quick = await ended(other, (await batch_of(other, await uploaded(other, 8))).id)
+        assert quick.request_counts.completed == 8
+        done = await ended(mine, slow.id)
+        assert (done.request_counts.completed, done.request_counts.failed) == (8, 0), "a limit fails no line"
+        assert time.monotonic() - began >= 0.9, "and is kept"
+        out = await ended(mine, (await batch_of(mine, await uploaded(mine, 1, "org/tiny"))).id)
+        (line,) = [json.loads(each) for each in (await mine.files.content(out.error_file_id)).text.splitlines()]
+        assert (line["response"]["status_code"], line["response"]["body"]["error"]["type"]) == (
+            403,
+            "permission_error",
+        )
+
+
+async def test_a_batch_whose_policy_is_gone_ends_and_is_nobodys(world: World) -> None:
+    await serve(world)
+    async with client_of(world, TEAM) as mine:
+        file_id = await uploaded(mine, 3)
+        world.engines[0].pace = 1.0
+        batch = await batch_of(mine, file_id)
+        await world.table(world.route(world.engines[0].endpoint()), access=(tenant("other", OTHER),))
+        with pytest.raises(openai.AuthenticationError):
+            await mine.batches.retrieve(batch.id)
+        world.engines[0].pace = 0.002
+        await world.table(world.route(world.engines[0].endpoint()), access=ALL)
+        done = await ended(mine, batch.id)
+        assert done.request_counts.completed + done.request_counts.failed == 3
+
+
+# ── what he has used ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def used(world: World, *by: wire.UsageColumn) -> list[wire.UsageRow]:
+    report = await world.asked(wire.GetUsage("2000-01-01", by))
+    assert isinstance(report, wire.UsageReport)
+    assert report.problem == ""
+    return report.rows
+
+
+async def test_what_was_used_is_told_by_key_and_model_and_outlives_a_killed_router(own_world: World) -> None:
+    world = own_world
+    await serve(world)
+    async with client_of(world, TEAM) as mine, client_of(world, BROUGHT) as too, client_of(world, OTHER) as other:
+        prompts = answers = 0
+        for client in (mine, too, too):
+            usage = (await client.chat.completions.create(**CHAT, max_tokens=7)).usage
+            assert usage is not None
+            prompts, answers = usage.prompt_tokens, usage.completion_tokens
+        with pytest.raises(openai.NotFoundError):
+            await mine.chat.completions.create(model="nobody", messages=ASK)
+        await ended(other, (await batch_of(other, await uploaded(other, 3))).id)
+        world.engines[0].pace = 0.05
+        stream = await mine.chat.completions.create(**CHAT, max_tokens=100, stream=True)
+        async for _ in stream:
+            break
+        await stream.close()
+
+    async def all_of_it() -> list[wire.UsageRow] | None:
+        found = await used(world, "policy", "key", "model")
+        return found if [row.requests for row in found] == [3, 2, 2] else None
+
+    batch, first, second = await eventually(all_of_it)
+    assert (batch.policy, batch.key, batch.model, batch.completion_tokens) == ("other", "k0", "tiny", 12)
+    assert (first.policy, first.key, first.prompt_tokens) == ("team", "k0", 2 * prompts)
+    assert answers < first.completion_tokens < answers + 60, "a stream that was left counts as far as it came"
+    assert second == wire.UsageRow(2, 2 * prompts, 0, 2 * answers, policy="team", key="k1", model="tiny")
+    await asyncio.sleep(2.5)
+    world.restart()
+    world.wait_until_up()
+    assert await used(world, "policy", "key", "model") == [batch, first, second]
+    (whole,) = await used(world)
+    assert whole.requests == 7
+
+
+# ── what is not told ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_keys_are_in_no_log_no_span_no_metric_and_no_error() -> None:
+    with Collector() as collector, tempfile.TemporaryDirectory(prefix="qr") as name:
+        world = make_world(Path(name), collector.environment())
+        try:
+            engine = await world.engine()
+            access = (tenant("team", TEAM, limits=(wire.AccessLimit("key", requests=4, per=3_600_000),)),)
+            await world.table(world.route(engine.endpoint()), access=access)
+            await world.connected(engine.replica_id)
+            said = b""
+            wrong = new_key()
+            async with httpx.AsyncClient(base_url=world.url) as http:
+                for headers in (headed(TEAM), {"x-api-key": TEAM}, headed(wrong), {"x-api-key": BROUGHT}):
+                    for path in ("/v1/chat/completions", "/v1/messages", "/v1/nothing"):
+                        answer = await http.post(path, json={**CHAT, "max_tokens": 2}, headers=headers)
+                        said += answer.content + str(answer.headers).encode()
+                engine.fail_with = "internal"
+                said += (await http.post("/v1/chat/completions", json=CHAT, headers=headed(TEAM))).content
+                said += (await http.get("/metrics")).content
+            await asyncio.to_thread(collector.wait, lambda spans: len(spans) > 3)
+            said += b"".join(collector.raw) + (world.folder / "router.log").read_bytes()
+            said += (world.folder / "table.json").read_bytes()
+            assert b"chat tiny" in said
+            for key in (TEAM, wrong, BROUGHT):
+                assert key.encode() not in said
+                assert key.rsplit("_", 1)[-1].encode() not in said
+        finally:
+            for each in world.engines:
+                await each.stop()
+            end_world(world)

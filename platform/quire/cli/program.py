@@ -50,6 +50,7 @@ COMMANDS = {
     "cache": "cache",
     "secret": "secret",
     "key": "key",
+    "usage": "usage",
     "down": "daemon",
     "up": "daemon",
     "daemon": "service",

@@ -653,6 +653,28 @@ class NewKey(TypedDict):
     hash: Annotated[str, "What stands in the manifest."]
 
 
+class Used(TypedDict):
+    """What was used, by the columns that were asked for."""
+
+    day: NotRequired[Annotated[str, "Of UTC."]]
+    policy: NotRequired[Annotated[str, "Empty where there was none."]]
+    key: NotRequired[str]
+    model: NotRequired[Annotated[str, "By the name of its manifest."]]
+    requests: int
+    promptTokens: int
+    cachedTokens: Annotated[int, "Those of prompts that were not computed again."]
+    completionTokens: int
+
+
+class UsageList(TypedDict):
+    """`usage`."""
+
+    apiVersion: str
+    kind: Literal["UsageList"]
+    since: str
+    items: list[Used]
+
+
 class Validation(TypedDict):
     """`validate`."""
 
@@ -667,6 +689,6 @@ ANSWERS: dict[str, type] = {
     "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
     "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "bench": Bench,
     "bench --compare A B": BenchComparison, "cache list": Cache, "cache prune": CachePrune,
-    "secret list": SecretList, "key create": NewKey,
+    "secret list": SecretList, "key create": NewKey, "usage": UsageList,
 }  # fmt: skip
 """What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""

@@ -128,7 +128,7 @@ async def serve(
     listening.setblocking(False)
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
     await fleet.load_snapshot()
-    application, executor = build(fleet, config, tracing)
+    application, executor, usage = build(fleet, config, tracing)
     options = uvicorn.Config(
         application,
         http=Protocol,
@@ -147,7 +147,7 @@ async def serve(
     options.ssl = None if certificate is None else certificate.context
     server = _Server(options, config.shutdown_grace, status_fd, executor.drain)
     url = base_url(listening, "http" if config.tls is None else "https")
-    control = ControlServer(fleet, Path(config.control_socket), url, server.finish)
+    control = ControlServer(fleet, Path(config.control_socket), url, server.finish, usage.report)
 
     def stop(*_: object) -> None:
         server.should_exit = True

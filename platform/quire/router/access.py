@@ -194,6 +194,11 @@ class Access:
             return Visit(EVERYBODY if not owner and self.is_open else None, operation=operation)
         return Visit(Caller(tenant, key), operation=operation)
 
+    def has_place(self, owner: str, key: str) -> bool:
+        """Whether a request of the owner's may run beside those of his that do."""
+        tenant = self._tenants.get(owner)
+        return tenant is None or self.limiter.has_place(tenant, key)
+
     def _caller(self, presented: str) -> Caller | None:
         digest = Digest.of(presented)
         known = self._by_id.get(digest.id) if digest.id else self._by_digest.get(digest.sha256)

@@ -38,6 +38,7 @@ from quire.router.proof import Prover
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpans
 from quire.router.store import Store
+from quire.router.usage import Usage
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
 from quire_schemas.access import METRICS
@@ -45,14 +46,14 @@ from quire_schemas.access import METRICS
 log = logging.getLogger("quire.router")
 
 
-def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor]:
-    """The application that serves `fleet`, and what works off its batches once it is started."""
+def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp, Executor, Usage]:
+    """The application that serves `fleet`, what works off its batches once it is started, and what was used."""
     fleet.metrics.watch(tracing.counts)
     gpus = Watch()
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
-    gateway, spans = Gateway(fleet), RequestSpans(tracing)
     store = Store(config.store)
+    gateway, spans = Gateway(fleet, Usage(store)), RequestSpans(tracing)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
     batched: dict[str, Format[Any]] = {
@@ -84,7 +85,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         logging_config=None,
         debug=False,
     )
-    return Guard(app, config.allowed_hosts, fleet.access, lambda: fleet.table.http), executor
+    return Guard(app, config.allowed_hosts, fleet.access, lambda: fleet.table.http), executor, gateway.usage
 
 
 def _inference(

@@ -29,6 +29,7 @@ from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.spans import RequestSpan
+from quire.router.usage import Usage
 from quire.text import Tokenizer, params
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
@@ -60,10 +61,11 @@ class _Read:
 
 
 class Gateway:
-    """Makes jobs of requests."""
+    """Makes jobs of requests, and notes in `usage` what they came to."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, usage: Usage) -> None:
         self.fleet = fleet
+        self.usage = usage
         self._for_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="long")
 
     async def aside(self, work: Callable[[], W], size: int) -> W:

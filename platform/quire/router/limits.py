@@ -129,14 +129,12 @@ class Limiter:
         if tenant is None:
             yield Ticket()
             return
-        scopes = [self._scope(tenant, "key", key), self._scope(tenant, "policy", key)]
-        by_name = dict(zip(("key", "policy"), scopes, strict=True))
-        for limit in tenant.limits:
-            if limit.concurrency is not None and by_name[limit.scope].running >= limit.concurrency:
-                raise RateLimited(
-                    f"{limit.concurrency} requests of this {limit.scope} run already, as many as may at a time.",
-                    retry_after=CONCURRENCY_RETRY,
-                )
+        if (full := self._full(tenant, key)) is not None:
+            raise RateLimited(
+                f"{full.concurrency} requests of this {full.scope} run already, as many as may at a time.",
+                retry_after=CONCURRENCY_RETRY,
+            )
+        scopes = [self._scope(tenant, scope, key) for scope in ("key", "policy")]
         requests, tokens = self._buckets(tenant, key, "requests"), self._buckets(tenant, key, "tokens")
         self.check([*requests, *tokens], 1)
         for _, bucket in requests:
@@ -150,6 +148,20 @@ class Limiter:
             for scope in scopes:
                 scope.running -= 1
             ticket.settle()
+
+    def has_place(self, tenant: wire.Tenant, key: str) -> bool:
+        """Whether one more may run at this moment."""
+        return self._full(tenant, key) is None
+
+    def _full(self, tenant: wire.Tenant, key: str) -> wire.AccessLimit | None:
+        """The first bound that as many run as may."""
+        for limit in tenant.limits:
+            if (
+                limit.concurrency is not None
+                and self._scope(tenant, limit.scope, key).running >= limit.concurrency
+            ):
+                return limit
+        return None
 
     def check(self, buckets: Sequence[tuple[wire.AccessLimit, Bucket]], amount: int) -> None:
         """Raises `RateLimited` when one of the buckets has less; it tells of the first one, and when all have."""

@@ -217,6 +217,7 @@ class Lines:
         for work in list(self._turns):
             self._turns.rotate(-1)
             rests = work.over or time.monotonic() < work.rests_until
+            rests = rests or not self._fleet.access.has_place(work.batch.owner, work.batch.owner_key)
             for _ in range(0 if rests else len(work.lanes)):
                 name, lines = work.lanes[0]
                 work.lanes.rotate(-1)

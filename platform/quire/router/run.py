@@ -92,10 +92,9 @@ class Run:
         return sum(choice.generated for choice in self._choices)
 
     @property
-    def tokens(self) -> int:
-        """Tokens that it has come to: nothing before an engine was given any of it."""
-        begun = any(choice.attempts for choice in self._choices)
-        return self.job.prompt_tokens + self.completion_tokens if begun else 0
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that it has come to: none before an engine was given any of it."""
+        return self.job.prompt_tokens if any(choice.attempts for choice in self._choices) else 0
 
     @property
     def reasoning_tokens(self) -> int:

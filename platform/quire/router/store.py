@@ -5,9 +5,9 @@ first needed, and again after that failed, so that a disk which is full or read-
 endpoints that keep something. All of it is done on one thread, in whole transactions: the event loop never waits
 for the disk, and a transaction that has returned survives a power cut.
 
-Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`, `responses`), made of
-`METADATA`; an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie beside
-the database as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
+Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`, `responses`, `usage`),
+made of `METADATA`; an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie
+beside the database as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
 
 Times are unix seconds of a clock that nobody can set (`quire_operators.clock`); its base is kept in the file.
 """
@@ -23,7 +23,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -78,6 +78,8 @@ class Store:
         self._complaint = ""
         self._has_room = True
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self.before_close: list[Callable[[], Awaitable[None]]] = []
+        """Each writes what its owner still has to write."""
 
     def new_id(self, prefix: str) -> str:
         """An id that nothing else has. Those of one prefix are in the order of their age."""
@@ -105,6 +107,8 @@ class Store:
 
     async def close(self) -> None:
         """Write no more. What was begun is ended before."""
+        for last in self.before_close:
+            await last()
         await asyncio.to_thread(self._thread.shutdown)
         if self._opened is not None:
             self._opened[1].dispose()

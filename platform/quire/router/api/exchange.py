@@ -49,6 +49,7 @@ from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.usage import Amount, Who
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn
@@ -247,10 +248,17 @@ class Exchange(Reception, Generic[R]):
                     reasons = await self._send_whole(request, run, send)
             finally:
                 in_flight.dec()
-                self._ticket.used = run.tokens
+                self._ticket.used = run.prompt_tokens + run.completion_tokens
+                self._note(run)
                 span.set(_answer_attributes(run))
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
+
+    def _note(self, run: Run) -> None:
+        """Have what the run came to in the ledger."""
+        used = Amount(1, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
+        who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
+        self._gateway.usage.add(who, used)
 
     def _own(self, job: Job) -> Job:
         """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.
