@@ -499,6 +499,66 @@ async def test_a_batch_whose_policy_is_gone_ends_and_is_nobodys(world: World) ->
         assert done.request_counts.completed + done.request_counts.failed == 3
 
 
+# ── fair shares ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_who_floods_a_model_is_refused_first_and_others_are_served_at_once(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    engine = await world.engine(text=TEXT, max_num_seqs=4, pace=0.01)
+    await world.table(world.route(engine.endpoint(), max_queue_length=16), access=ALL)
+    await world.connected(engine.replica_id)
+    flood: dict[str, Any] = {**CHAT, "max_tokens": 40}
+    statuses: list[int] = []
+
+    async def flooding() -> None:
+        while True:
+            answer = await http.post("/v1/chat/completions", json=flood, headers=headed(TEAM))
+            statuses.append(answer.status_code)
+            await asyncio.sleep(0.05 if answer.status_code == 429 else 0)
+
+    floods = [asyncio.create_task(flooding()) for _ in range(30)]
+    try:
+        await eventually(lambda: _refused(statuses))
+        before = len(engine.generates)
+        for _ in range(5):
+            answer = await http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2}, headers=headed(OTHER))
+            assert answer.status_code == 200, answer.text
+        mine = [at for at, each in enumerate(engine.generates) if each.cache_salt == "other\0"]
+        ahead = mine[0] - before
+        assert ahead <= 6, f"{ahead} of the flood went before it"
+        assert len(engine.running) <= 4 + 2, "the rest waits at the router"
+    finally:
+        for each in floods:
+            each.cancel()
+        await asyncio.wait(floods)
+    assert set(statuses) <= {200, 429}
+    assert 200 in statuses
+
+    async def idle() -> bool:
+        return not engine.running
+
+    await eventually(idle)
+    both = [
+        asyncio.create_task(http.post("/v1/chat/completions", json=CHAT, headers=headed(k))) for k in (TEAM, OTHER)
+    ]
+    assert [(await each).status_code for each in both] == [200, 200], "all turns were given back"
+
+
+async def _refused(statuses: list[int]) -> bool:
+    return 429 in statuses
+
+
+async def test_one_tenant_alone_has_all_there_is(world: World, http: httpx.AsyncClient) -> None:
+    engine = await world.engine(text=TEXT, max_num_seqs=2, pace=0.02)
+    await world.table(world.route(engine.endpoint(), max_queue_length=8), access=(tenant("team", TEAM),))
+    await world.connected(engine.replica_id)
+    asks = [
+        http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 10}, headers=headed(TEAM)) for _ in range(10)
+    ]
+    assert [answer.status_code for answer in await asyncio.gather(*asks)] == [200] * 10
+
+
 # ── what he has used ──────────────────────────────────────────────────────────────────────────────────────
 
 

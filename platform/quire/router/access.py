@@ -173,6 +173,11 @@ class Access:
         self.limiter.act_by(self._tenants.values())
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several tenants share the models."""
+        return len(self._tenants) > 1
+
+    @property
     def is_open(self) -> bool:
         """Whether nobody needs a key."""
         return not self._tenants and not self.closed

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from quire.router.access import EVERYBODY, Access, Caller
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
+from quire.router.shares import Turns
 from quire.text import TextError, Tokenizer
 from quire.text.dialects import Dialects
 from quire_schemas import wire
@@ -63,6 +65,10 @@ class ServedModel:
     suspects: Suspects = field(default_factory=Suspects)
     trials: set[str] = field(default_factory=set)
     """Replicas on which a suspect is tried now."""
+    held: Counter[str] = field(default_factory=Counter)
+    """Of those in flight that are not in the background, how many are whose tenant's."""
+    turns: Turns = field(default_factory=Turns)
+    """Whose turn it is at the engines, where there are several tenants."""
     settled: Pulse = field(default_factory=Pulse)
     """A further attempt or a trial has brought its token, or ended."""
 
@@ -175,6 +181,7 @@ class Fleet:
                 clients[key] = client
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
+            served.turns.look(served.slots)
             for name in route.names:
                 if by_name.setdefault(name, served) is not served:
                     log.error("two models are served as %s; %s keeps the name", name, by_name[name].route.model)

@@ -241,6 +241,7 @@ class Choice:
         "text",
         "timings",
         "trial",
+        "turn",
         "turn_at",
         "where",
     )
@@ -258,6 +259,8 @@ class Choice:
         self.fingerprint: bytes | None = None
         self.trial: str | None = None
         """The replica where it is tried although engines may die of it."""
+        self.turn = False
+        """It was its turn to go to an engine, where tenants take turns."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""

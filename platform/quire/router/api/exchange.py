@@ -232,7 +232,8 @@ class Exchange(Reception, Generic[R]):
         """Have a request answered that is understood."""
         served = self._resolve(request.model)
         self._serves(served, request.model, span)
-        with self._gateway.admit(served, self._format.sequences(request), background=self._background):
+        sequences, owner = self._format.sequences(request), self._caller.owner
+        with self._gateway.admit(served, sequences, owner, background=self._background):
             made = await self._format.job(request, served, len(body), arrived_at, span, self._caller)
             job = self._own(made)
             self._ticket.reserve(job.most_tokens)
