@@ -178,6 +178,7 @@ def test_a_key_is_one_policys_alone_and_time_ends_it(plane: Plane) -> None:
     delete(plane, "accesspolicy", "first")
 
 
+@pytest.mark.nightly
 def test_an_address_that_others_reach_needs_keys_and_never_opens(tmp_path_factory: pytest.TempPathFactory) -> None:
     plane = Plane(tmp_path_factory.mktemp("open"))
     plane.start()

@@ -207,11 +207,6 @@ async def test_a_router_that_others_can_reach_is_closed_from_the_start(own_world
         assert (await http.get("/livez")).status_code == 200
         assert (await http.get("/metrics")).status_code == 200, "of this machine"
         assert (await http.get("/metrics", headers=FAR)).status_code == 401
-        await own_world.table(access=(tenant("team", TEAM),))
-        own_world.restart()  # it begins with the table on the disk
-        own_world.wait_until_up()
-        assert (await http.get("/v1/models")).status_code == 401
-        assert (await http.get("/v1/models", headers=headed(TEAM))).status_code == 200
 
 
 async def test_metrics_are_for_this_machine_and_for_keys_that_say_so(
@@ -569,9 +564,8 @@ async def used(world: World, *by: wire.UsageColumn) -> list[wire.UsageRow]:
     return report.rows
 
 
-async def test_what_was_used_is_told_by_key_and_model_and_outlives_a_killed_router(own_world: World) -> None:
-    world = own_world
-    await serve(world)
+async def test_what_was_used_is_told_by_key_and_model(world: World) -> None:
+    await serve(world, tenant("used-a", OTHER), tenant("used-b", TEAM, BROUGHT))
     async with client_of(world, TEAM) as mine, client_of(world, BROUGHT) as too, client_of(world, OTHER) as other:
         prompts = answers = 0
         for client in (mine, too, too):
@@ -588,50 +582,76 @@ async def test_what_was_used_is_told_by_key_and_model_and_outlives_a_killed_rout
         await stream.close()
 
     async def all_of_it() -> list[wire.UsageRow] | None:
-        found = await used(world, "policy", "key", "model")
+        found = [row for row in await used(world, "policy", "key", "model") if row.policy.startswith("used")]
         return found if [row.requests for row in found] == [3, 2, 2] else None
 
     batch, first, second = await eventually(all_of_it)
-    assert (batch.policy, batch.key, batch.model, batch.completion_tokens) == ("other", "k0", "tiny", 12)
-    assert (first.policy, first.key, first.prompt_tokens) == ("team", "k0", 2 * prompts)
+    assert (batch.policy, batch.key, batch.model, batch.completion_tokens) == ("used-a", "k0", "tiny", 12)
+    assert (first.policy, first.key, first.prompt_tokens) == ("used-b", "k0", 2 * prompts)
     assert answers < first.completion_tokens < answers + 60, "a stream that was left counts as far as it came"
-    assert second == wire.UsageRow(2, 2 * prompts, 0, 2 * answers, policy="team", key="k1", model="tiny")
+    assert second == wire.UsageRow(2, 2 * prompts, 0, 2 * answers, policy="used-b", key="k1", model="tiny")
+
+
+@pytest.mark.nightly
+async def test_what_was_used_outlives_a_killed_router(own_world: World) -> None:
+    await serve(own_world)
+    async with client_of(own_world, TEAM) as mine:
+        for _ in range(3):
+            await mine.chat.completions.create(**CHAT, max_tokens=7)
     await asyncio.sleep(2.5)
-    world.restart()
-    world.wait_until_up()
-    assert await used(world, "policy", "key", "model") == [batch, first, second]
-    (whole,) = await used(world)
-    assert whole.requests == 7
+    own_world.restart()
+    own_world.wait_until_up()
+    (row,) = await used(own_world, "policy", "key", "model")
+    assert (row.policy, row.key, row.requests, row.completion_tokens) == ("team", "k0", 3, 21)
 
 
 # ── what is not told ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_keys_are_in_no_log_no_span_no_metric_and_no_error() -> None:
+WRONG = new_key()
+
+
+async def told_of_keys(world: World) -> bytes:
+    """All that a router says and keeps while keys, good and bad, are sent to it."""
+    engine = await world.engine()
+    access = (tenant("team", TEAM, limits=(wire.AccessLimit("key", requests=4, per=3_600_000),)),)
+    await world.table(world.route(engine.endpoint()), access=access)
+    await world.connected(engine.replica_id)
+    said = b""
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        for headers in (headed(TEAM), {"x-api-key": TEAM}, headed(WRONG), {"x-api-key": BROUGHT}):
+            for path in ("/v1/chat/completions", "/v1/messages", "/v1/nothing"):
+                answer = await http.post(path, json={**CHAT, "max_tokens": 2}, headers=headers)
+                said += answer.content + str(answer.headers).encode()
+        engine.fail_with = "internal"
+        said += (await http.post("/v1/chat/completions", json=CHAT, headers=headed(TEAM))).content
+        said += (await http.get("/metrics")).content
+    said += (world.folder / "router.log").read_bytes() + (world.folder / "table.json").read_bytes()
+    assert b"rate_limit_exceeded" in said
+    assert b"invalid_api_key" in said
+    return said
+
+
+def without_keys(said: bytes) -> None:
+    for key in (TEAM, WRONG, BROUGHT):
+        assert key.encode() not in said
+        assert key.rsplit("_", 1)[-1].encode() not in said
+
+
+async def test_keys_are_in_no_log_no_metric_no_error_and_no_file(world: World) -> None:
+    without_keys(await told_of_keys(world))
+
+
+@pytest.mark.nightly
+async def test_keys_are_in_no_span() -> None:
     with Collector() as collector, tempfile.TemporaryDirectory(prefix="qr") as name:
         world = make_world(Path(name), collector.environment())
         try:
-            engine = await world.engine()
-            access = (tenant("team", TEAM, limits=(wire.AccessLimit("key", requests=4, per=3_600_000),)),)
-            await world.table(world.route(engine.endpoint()), access=access)
-            await world.connected(engine.replica_id)
-            said = b""
-            wrong = new_key()
-            async with httpx.AsyncClient(base_url=world.url) as http:
-                for headers in (headed(TEAM), {"x-api-key": TEAM}, headed(wrong), {"x-api-key": BROUGHT}):
-                    for path in ("/v1/chat/completions", "/v1/messages", "/v1/nothing"):
-                        answer = await http.post(path, json={**CHAT, "max_tokens": 2}, headers=headers)
-                        said += answer.content + str(answer.headers).encode()
-                engine.fail_with = "internal"
-                said += (await http.post("/v1/chat/completions", json=CHAT, headers=headed(TEAM))).content
-                said += (await http.get("/metrics")).content
+            said = await told_of_keys(world)
             await asyncio.to_thread(collector.wait, lambda spans: len(spans) > 3)
-            said += b"".join(collector.raw) + (world.folder / "router.log").read_bytes()
-            said += (world.folder / "table.json").read_bytes()
+            said += b"".join(collector.raw)
             assert b"chat tiny" in said
-            for key in (TEAM, wrong, BROUGHT):
-                assert key.encode() not in said
-                assert key.rsplit("_", 1)[-1].encode() not in said
+            without_keys(said)
         finally:
             for each in world.engines:
                 await each.stop()
