@@ -21,7 +21,7 @@ TOKENS = {
 }
 
 
-@click.command()
+@click.command(short_help="Tell who has used how many requests and tokens.")
 @click.option(
     "--by",
     multiple=True,
