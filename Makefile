@@ -18,12 +18,13 @@ STAMP := $(VENV)/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# --no-compile: most of what torch and transformers bring is never imported, and Python compiles what is
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found" >&2; \
 		echo "hint: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Quire and what it needs into $(VENV) (about 600 MB the first time)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,bench]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile $(PIP_ARGS) -e '.[dev,bench]'
 	@touch $@
 
 venv: $(STAMP) ## make the virtual environment and install Quire into it

@@ -285,6 +285,7 @@ class Engine:
             raise RequestRefused("invalid_request", "the prompt has no tokens")
         if min(message.token_ids) < 0 or max(message.token_ids) >= vocabulary:
             raise RequestRefused("invalid_request", f"the prompt has ids outside the vocabulary of {vocabulary}")
+        self._check_written(message)
         sampling = message.sampling
         if sampling.max_tokens < 1 and message.pooling is None:
             raise RequestRefused("invalid_request", f"max_tokens is {sampling.max_tokens}; it must be at least 1")
@@ -325,6 +326,21 @@ class Engine:
                 raise RequestRefused("queue_full", "as many log-probabilities are being made as the engine holds")
         if sampling.script is not None:
             self._check_script(sampling, sampling.script)
+
+    def _check_written(self, message: Generate) -> None:
+        """What is said to be written already has to be a beginning of the answer that is asked for."""
+        written, vocabulary = message.written, self.profile.vocab_size
+        if not written:
+            return
+        if message.beam is not None or message.pooling is not None:
+            raise RequestRefused("invalid_request", "only an answer that is drawn can be gone on with")
+        if min(written) < 0 or max(written) >= vocabulary:
+            raise RequestRefused("invalid_request", f"the answer has ids outside the vocabulary of {vocabulary}")
+        if len(written) >= message.sampling.max_tokens:
+            raise RequestRefused(
+                "invalid_request",
+                f"the answer has {len(written)} tokens of {message.sampling.max_tokens}: there is none to draw",
+            )
 
     def _check_pooling(self, message: Generate, pooling: Pooling) -> None:
         hidden = self.profile.hidden_size

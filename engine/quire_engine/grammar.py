@@ -33,7 +33,7 @@ import llguidance
 import msgspec
 
 from quire_engine.errors import GrammarFailed, NoVocabulary, RequestRefused
-from quire_engine.json_schema import ESCAPES, REFUSED, prepared
+from quire_engine.json_schema import ESCAPES, REFUSED, Root, prepared
 from quire_engine.trial import (
     CPU_SECONDS,
     LIMITS,
@@ -64,6 +64,8 @@ MOST_GROWN = 32 << 20
 """A grammar that may have grown by as much is compiled anew for the next request."""
 MAX_BYTES = 16 << 20
 """Of one compiled constraint."""
+MAX_WRITTEN = 1 << 20
+"""Characters of a form's schemas once each stands alone: many may refer to the same large ones."""
 SAVINGS = 0.1
 EARNED = 0.001
 """Seconds of processor time that a request may spend on its grammar at once, and what each token adds until it has
@@ -175,6 +177,11 @@ class _Writer:
         """Whole grammars of others, whose names would get into the way of ours."""
         self._special = special
         self._whitespace = whitespace
+        self._root: Root | None = None
+        """What references in schemas are into, where it is not each by itself."""
+        self._schemas: dict[tuple[Root | None, str, bool, str | None], str] = {}
+        self._size = 0
+        """Characters of all schemas as they are written."""
 
     def structured(self, structured: Structured) -> str:
         text = structured.text
@@ -202,6 +209,11 @@ class _Writer:
                 return self._through(mark, text=_characters(form.get("least") or 0, form.get("most")))
             case {"schema": schema}:
                 return self._schema(schema, form.get("lenient", False))
+            case {"root": dict(root), "form": inner}:
+                outer, self._root = self._root, Root(root)
+                written = self.form(inner)
+                self._root = outer
+                return written
             case {"regex": text}:
                 return self.structured(Structured("regex", text))
             case {"sequence": forms}:
@@ -210,6 +222,8 @@ class _Writer:
                 return self._rule(" | ".join(self.form(each) for each in forms))
             case {"repeat": repeated}:
                 return self._repeat(self._rule(self.form(repeated)), form)
+            case {"some": forms, "between": between}:
+                return self._some([self.form(each) for each in forms], self.form(between))
             case {"structured": described}:
                 return self._nested(msgspec.convert(described, Structured), self._begins(form))
             case {"free": starts}:
@@ -236,13 +250,35 @@ class _Writer:
         return name
 
     def _schema(self, schema: Any, lenient: bool) -> str:
+        """A rule for a schema; one for all that are alike, for each is written with all that it refers to."""
+        key = (self._root, json.dumps(schema), lenient, self._whitespace)
+        if key not in self._schemas:
+            self._schemas[key] = self._rule(self._held(schema, lenient))
+        return self._schemas[key]
+
+    def _held(self, schema: Any, lenient: bool) -> str:
+        """JSON that fits a schema."""
         try:
-            return _json(schema, self._whitespace, lenient=lenient)
+            if self._root is not None and isinstance(schema, dict):
+                schema = self._root.standing_alone(schema)
+            wrong = self._too_much(schema)
+            if wrong is None:
+                return _json(schema, self._whitespace, lenient=lenient)
         except RequestRefused:
             if not lenient:
                 raise
             kind = schema.get("type") if isinstance(schema, dict) else None
             return _json({"type": kind} if isinstance(kind, str) else {}, self._whitespace)
+        raise wrong
+
+    def _too_much(self, schema: object) -> RequestRefused | None:
+        """Count what a schema takes, and refuse what is too much of it."""
+        self._size += len(json.dumps(schema))
+        if self._size <= MAX_WRITTEN:
+            return None
+        return RequestRefused(
+            REFUSED, f"its schemas take more than {MAX_WRITTEN >> 20} MiB, each with all that it refers to"
+        )
 
     def _through(self, mark: str, *, text: str = _ANY_TEXT) -> str:
         """Text up to the mark. No text spells a special token, so there nothing need be said of the first."""
@@ -263,6 +299,19 @@ class _Writer:
         bounds = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
         some = item if most == 1 else f"{item} {more}{bounds}"
         return some if least else f"({some})?"
+
+    def _some(self, items: Sequence[str], between: str) -> str:
+        """Some of the items, in their order: some of the first half, of the second, or of both. So what is written
+        is as long as the items are, and not deep.
+        """
+        if not items:
+            return _quoted("")
+        comma, parts = self._rule(between), [self._rule(item) for item in items]
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            halves = [self._rule(f"{first} ({comma} {second})? | {second}") for first, second in pairs]
+            parts = [*halves, *parts[2 * len(halves) :]]
+        return f"({parts[0]})?"
 
     def _free(self, starts: Sequence[tuple[str, str]], begins: Sequence[_Begin] = ()) -> str:
         """Free text. `starts` are marks anywhere in it and what follows them; `begins` marks at its beginning,

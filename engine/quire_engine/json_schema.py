@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -49,6 +49,7 @@ _ONE = ("items", "additionalItems", "additionalProperties", "contains", "not", "
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Where a schema has schemas."""
+_OF_A_DOCUMENT = ("$defs", "definitions", "$anchor", "$id", "$schema")
 
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _MOST = 2**31 - 1
@@ -150,9 +151,129 @@ class _Reader:
         self.refs.append((resource, fragment))
 
 
-def _check_target(resource: object, pointer: str, schemas: set[int]) -> None:
-    """Refuse a reference to what is no schema; to what is not there the compiler objects."""
-    found = resource
+class Root:
+    """A document whose parts refer to one another, and are wanted one by one. Each is read once."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._document = document
+        self._schemas: set[int] = set()
+        """Ids of the objects in it that are schemas."""
+        self._anchors: dict[str, object] = {}
+        self._names: dict[int, str] = {}
+        """Of what is referred to, by its id."""
+        self._targets: dict[str, object] = {}
+        self._read: dict[str, tuple[object, list[str]] | RequestRefused] = {}
+        """What is referred to, with the names of what that refers to; or why it cannot be."""
+        pending: list[Mapping[str, Any]] = [document]
+        while pending:
+            schema = pending.pop()
+            self._schemas.add(id(schema))
+            if isinstance(anchor := schema.get("$anchor"), str):
+                self._anchors.setdefault(anchor, schema)
+            pending += _parts(schema)
+
+    def standing_alone(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """A schema whose references are into the document, as a document of its own: it has what it refers to, and
+        what that refers to, among its definitions. Raises `RequestRefused`.
+        """
+        made, names = self._renamed(schema)
+        defined: dict[str, object] = {}
+        while names:
+            name = names.pop()
+            if name not in defined:
+                defined[name], further = self._defined(name)
+                names += further
+        return {**made, "$defs": defined} if defined else dict(made)
+
+    def _renamed(self, schema: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+        """A schema whose references are to definitions by our names, and the names."""
+        names: list[str] = []
+
+        def renamed(reference: str) -> str:
+            name = self._name(reference)
+            if name is None:
+                return reference
+            names.append(name)
+            return f"#/$defs/{name}"
+
+        if isinstance(schema.get("$id"), str) and schema is not self._document:
+            return schema, names
+        return _with_references(schema, renamed), names
+
+    def _defined(self, name: str) -> tuple[object, list[str]]:
+        if name not in self._read:
+            target = self._targets[name]
+            try:
+                self._read[name] = self._renamed(target) if isinstance(target, dict) else (target, [])
+            except RequestRefused as refused:
+                self._read[name] = refused
+        found = self._read[name]
+        if isinstance(found, RequestRefused):
+            raise RequestRefused(found.code, str(found))
+        return found
+
+    def _name(self, reference: str) -> str | None:
+        """The name of what a reference means; None where that is not in the document. Raises `RequestRefused`."""
+        document, _, fragment = reference.partition("#")
+        own = self._document.get("$id")
+        if document and document != (own.rstrip("#") if isinstance(own, str) else None):
+            return None
+        if fragment and not fragment.startswith("/"):
+            target = self._anchors.get(fragment, _NOWHERE)
+        else:
+            target = _at(self._document, fragment)
+        if target is _NOWHERE:
+            raise RequestRefused(REFUSED, f"not supported in a schema: $ref to what is not there, {reference}")
+        if not isinstance(target, bool) and id(target) not in self._schemas:
+            raise RequestRefused(REFUSED, f"not supported in a schema: $ref to what is no schema, {reference}")
+        name = self._names.setdefault(id(target), f"d{len(self._names)}")
+        self._targets[name] = target
+        return name
+
+
+_NOWHERE = object()
+
+
+def _parts(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The schemas that are parts of a schema."""
+    found = [schema.get(name) for name in _ONE]
+    for name in _LISTS:
+        if isinstance(parts := schema.get(name), list):
+            found += parts
+    for name in _MAPS:
+        if isinstance(named := schema.get(name), dict):
+            found += named.values()
+    return [part for part in found if isinstance(part, dict)]
+
+
+def _with_references(schema: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
+    """A schema with its references as `renamed` says, and without definitions: what of them is wanted, a reference
+    names. A part that is a resource of its own stays as it is, for there references are into that.
+    """
+
+    def again(part: object) -> object:
+        if not isinstance(part, dict) or isinstance(part.get("$id"), str):
+            return part
+        return _with_references(part, renamed)
+
+    made = {name: value for name, value in schema.items() if name not in _OF_A_DOCUMENT}
+    if isinstance(reference := schema.get("$ref"), str):
+        made["$ref"] = renamed(reference)
+    for name in _ONE:
+        if name in made:
+            made[name] = again(made[name])
+    for name in _LISTS:
+        if isinstance(parts := made.get(name), list):
+            made[name] = [again(part) for part in parts]
+    for name in _MAPS:
+        if isinstance(named := made.get(name), dict):
+            made[name] = {key: again(part) for key, part in named.items()}
+    return made
+
+
+def _at(document: object, pointer: str) -> object:
+    """What stands in a document at a JSON pointer as a reference has it; `_NOWHERE` if nothing does."""
+    found = document
     for part in unquote(pointer).split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, dict) and key in found:
@@ -160,8 +281,14 @@ def _check_target(resource: object, pointer: str, schemas: set[int]) -> None:
         elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
             found = found[int(key)]
         else:
-            return
-    if not isinstance(found, bool) and id(found) not in schemas:
+            return _NOWHERE
+    return found
+
+
+def _check_target(resource: object, pointer: str, schemas: set[int]) -> None:
+    """Refuse a reference to what is no schema; to what is not there the compiler objects."""
+    found = _at(resource, pointer)
+    if found is not _NOWHERE and not isinstance(found, bool) and id(found) not in schemas:
         raise RequestRefused(REFUSED, f"not supported in a schema: $ref to what is no schema, #{pointer}")
 
 

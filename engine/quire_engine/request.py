@@ -125,30 +125,35 @@ class Request:
         received_at: float,
         grammar: Grammar | None = None,
     ) -> Request:
-        """The request that `message` asks for. Its list of ids is taken over, not copied."""
+        """The request that `message` asks for. Its list of ids is taken over, not copied.
+
+        One that another engine has begun is as one that was preempted: all that is known is computed anew.
+        """
         sampling = message.sampling
         without_eos = sampling.ignore_eos and grammar is None
         ending = sampling.stop_token_ids if without_eos else sampling.stop_token_ids + eos_token_ids
         ending = tuple(dict.fromkeys(ending))
+        num_prompt = len(message.token_ids)
+        message.token_ids += message.written
         return cls(
             id=message.id,
             token_ids=message.token_ids,
-            num_prompt=len(message.token_ids),
+            num_prompt=num_prompt,
             draw=Draw(
                 sampling,
                 seed,
-                len(message.token_ids),
+                num_prompt,
                 ending,
                 matcher=None if grammar is None else grammar.matcher(ending),
             ),
             ending_ids=frozenset(ending),
-            full_at=full_at(len(message.token_ids), sampling),
+            full_at=full_at(num_prompt, sampling),
             received_at=received_at,
             priority=message.priority,
             background=message.background,
             width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
-            pool=None if message.pooling is None else Pool(message.pooling, len(message.token_ids)),
+            pool=None if message.pooling is None else Pool(message.pooling, num_prompt),
         )
 
     def __post_init__(self) -> None:

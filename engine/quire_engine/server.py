@@ -365,6 +365,7 @@ class Server:
             num_blocks=spec.num_blocks,
             max_num_seqs=spec.max_num_seqs,
             lease=spec.adoption_window,
+            goes_on=True,
         )
 
     def _start(self, connection: Connection, message: Generate) -> None:

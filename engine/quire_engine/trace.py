@@ -81,6 +81,8 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     width: int = 0
     pooling: Pooling | None = None
     background: bool = False
+    written: int = 0
+    """Of its tokens the last ones, which another engine drew."""
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -97,24 +99,26 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.width,
             request.pool.pooling if request.pool is not None else None,
             request.background,
+            request.num_output,
         )
 
     def restored(self) -> Request:
-        draw = Draw(self.sampling, self.seed, len(self.token_ids), tuple(self.ending_ids))
+        num_prompt = len(self.token_ids) - self.written
+        draw = Draw(self.sampling, self.seed, num_prompt, tuple(self.ending_ids))
         return Request(
             id=self.id,
             token_ids=self.token_ids,
-            num_prompt=len(self.token_ids),
+            num_prompt=num_prompt,
             draw=draw,
             ending_ids=frozenset(self.ending_ids),
-            full_at=full_at(len(self.token_ids), self.sampling),
+            full_at=full_at(num_prompt, self.sampling),
             received_at=self.received_at,
             priority=self.priority,
             background=self.background,
             deadline=self.deadline,
             root=self.root,
             width=self.width,
-            pool=None if self.pooling is None else Pool(self.pooling, len(self.token_ids)),
+            pool=None if self.pooling is None else Pool(self.pooling, num_prompt),
         )
 
 

@@ -35,6 +35,7 @@ from quire_operators.secrets import NO_SECRETS, Secrets
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
+from quire_operators.traffic import claims, named_models, owners
 from quire_schemas import findings
 from quire_schemas.access import AccessPolicy
 from quire_schemas.checkpoint import (
@@ -54,6 +55,7 @@ from quire_schemas.manifest import Located, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes
 from quire_schemas.resource import Key
+from quire_schemas.route import Route
 from quire_schemas.update import (
     FieldChange,
     UpdateClass,
@@ -129,6 +131,7 @@ class Admission:
         self._refuse_name_conflicts(reviews)
         self._refuse_taken_keys(reviews)
         self._refuse_open_doors(reviews)
+        self._warn_of_dead_ends(reviews)
         return reviews
 
     def together(self, reviews: Sequence[Review], inventory: Inventory | None = None) -> dict[str, Any]:
@@ -267,11 +270,7 @@ class Admission:
                     for key in (known_key(declared, self._secrets) for declared in spec["keys"])
                     if key.problem
                 ]
-            if (
-                isinstance(located.resource, Gateway)
-                and spec["tls"] is not None
-                and (found := tls_problem(spec["tls"])) is not None
-            ):
+            if spec.get("tls") is not None and (found := tls_problem(spec["tls"])) is not None:
                 field, text = found
                 hint = "give PEM files that this user may read: a certificate chain, its key without a password"
                 review.refuse(Refusal(f"spec.tls.{field}", "InvalidReference", text, hint))
@@ -534,22 +533,20 @@ class Admission:
             free -= review.download
 
     def _refuse_name_conflicts(self, reviews: Sequence[Review]) -> None:
-        """Two models may not claim one served name, whether stored or in this very set."""
+        """No two objects may claim one model name with the same headers, whether stored or in this very set."""
         in_set = {review.key for review in reviews}
-        owners: dict[str, Key] = {}
-        for stored in self._store.objects("model"):
-            if stored.key not in in_set and stored.deletion_time is None:
-                owners.update(dict.fromkeys(stored.resolved["servedModelNames"], stored.key))
+        taken = owners(stored for stored in self._store.objects() if stored.key not in in_set)
         for review in reviews:
-            declared = review.located.intent.get("spec", {}).get("servedModelNames")
-            for index, name in enumerate(review.resolved.get("servedModelNames", ())):
-                owner = owners.setdefault(name, review.key)
+            mine = claims(review.key.kind, review.resolved) if review.resolved else ()
+            for index, claim in enumerate(mine):
+                owner = taken.setdefault(claim, review.key)
                 if owner != review.key and review.refusal is None:
                     review.refuse(
                         Refusal(
-                            f"spec.servedModelNames[{index}]" if declared else "metadata.name",
+                            _claimed_at(review, index),
                             "NameConflict",
-                            f"the model name {name!r} is already served by {owner}",
+                            f"the model name {claim.name!r} is already served by {owner}"
+                            + (" with the same headers" if claim.headers else ""),
                             f"choose another name, or delete {owner} first",
                         ),
                     )
@@ -580,6 +577,26 @@ class Admission:
             )
             hint = "apply one with it, or before; platform key create NAME makes a key for it"
             own.refuse(Refusal("spec.bind", "NoAccessPolicy", text, hint))
+
+    def _warn_of_dead_ends(self, reviews: Sequence[Review]) -> None:
+        """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
+        there = {stored.key for stored in self._store.objects("model") if stored.deletion_time is None}
+        there |= {review.key for review in reviews}
+        for review in reviews:
+            if isinstance(review.located.resource, Route) and review.refusal is None:
+                if not any(each["weight"] for each in review.resolved["backends"]):
+                    review.warnings.append("spec.backends: all weights are 0, so no request goes to any")
+                for name, path in named_models(review.resolved):
+                    if Key("model", name) not in there:
+                        review.warnings.append(f"{path}: there is no model/{name} yet")
+
+
+def _claimed_at(review: Review, index: int) -> str:
+    """The field with the name that an object claims as one of several."""
+    if review.key.kind == "route":
+        return f"spec.match.modelNames[{index}]"
+    declared = review.located.intent.get("spec", {}).get("servedModelNames")
+    return f"spec.servedModelNames[{index}]" if declared else "metadata.name"
 
 
 def _action(located: Located, old: StoredObject | None) -> str:

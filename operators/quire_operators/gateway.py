@@ -69,6 +69,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
         hosts=tuple(spec.get("hosts", ())),
+        **{f"{name}_seconds": parse_duration(value) for name, value in (spec.get("timeouts") or {}).items()},
     )
 
 

@@ -680,6 +680,7 @@ class ModelReconciler:
             prefix_caching=batching["prefixCaching"],
             tool_dialect=parsers.get("tools"),
             reasoning_dialect=parsers.get("reasoning"),
+            max_migrations=stored.resolved.get("maxMigrations", 0),
         )
 
     def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

@@ -102,6 +102,7 @@ def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
                 model.sockets[row.id],
                 draining=row.goal is Goal.DRAIN,
                 standby=model.text_of(row) != text,
+                template_hash=row.template_hash,
             )
             for row, seen in model.replicas
             if _may_serve(row, seen) and row.id in model.sockets
@@ -219,10 +220,17 @@ class Routes:
         """Whether this part of the table is in force, by the router's own word. One of a version that does not
         know the part does what its default says.
         """
+        table = self.in_force()
+        return table is not None and bool(wanted == getattr(table, part))
+
+    def in_force(self) -> wire.RoutingTable | None:
+        """The table that the router acts by, by its own word, without the parts that it does not know; None when
+        that is not known."""
         table = self._acknowledged()
         if self._status is None or table is None or self._status.pid != self._told:
-            return False
-        return bool(wanted == getattr(_UNNUMBERED if self.is_older(part) else table, part))
+            return None
+        unknown = {part: getattr(_UNNUMBERED, part) for part in wire.PARTS if self.is_older(part)}
+        return msgspec.structs.replace(table, **unknown)
 
     def is_older(self, part: str) -> bool:
         """Whether the router is of a version that does not know this part of a table."""

@@ -46,6 +46,10 @@ class Reason(enum.StrEnum):
     PINNED = "Pinned"
     ROLLED_BACK = "RolledBack"
     ROUTER_NOT_READY = "RouterNotReady"
+    BACKEND_NOT_FOUND = "BackendNotFound"
+    BACKEND_NOT_READY = "BackendNotReady"
+    NO_WEIGHT = "NoWeight"
+    NAME_CONFLICT = "NameConflict"
     DELETING = "Deleting"
     REFERENCE_KERNELS = "ReferenceKernels"
     # stuck
@@ -183,6 +187,23 @@ ADVICE: dict[Reason, Advice] = {
     Reason.ROUTER_NOT_READY: Advice(
         "The router is not up, so no request can be routed.",
         ("platform logs router   why", "platform describe gateway/default   its address and state"),
+    ),
+    Reason.BACKEND_NOT_FOUND: Advice(
+        "A Route names a Model that does not exist. Its share goes to the others; where there are none, requests "
+        "are refused.",
+        ("apply a Model of that name, or change the Route", "platform get   which models there are"),
+    ),
+    Reason.BACKEND_NOT_READY: Advice(
+        "No Model that the Route sends requests to can answer now; requests wait for one as the Models say.",
+        ("platform get   which state each is in", "spec.fallbacks may name a model that stands in"),
+    ),
+    Reason.NO_WEIGHT: Advice(
+        "All backends of the Route have weight 0: requests for its names are refused.",
+        ("give a backend a weight above 0 and apply again",),
+    ),
+    Reason.NAME_CONFLICT: Advice(
+        "A model name belongs to one object, with the headers that come with it; the older one keeps it.",
+        ("take the name from one of them and apply again", "platform get routes   which names each has"),
     ),
     Reason.INVALID_REFERENCE: Advice(
         "The source is written in a way that leads nowhere.", ("correct spec.source and apply again",)

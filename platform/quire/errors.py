@@ -23,8 +23,8 @@
     ├── EngineUnavailable             engines died under the request, retries are used up
     │   └── RequestQuarantined        each time before its first token: it is not tried again
     ├── EngineDied                    the engine died after the first byte: only ever sent inside a stream
-    ├── TimedOut                      waited for its turn longer than the manifest allows, or is not complete
-    │                                 within the `timeout` that it set itself
+    ├── TimedOut                      waited longer than allowed for its turn, or for its first token
+    │   └── OutOfTime                 all of its time is over, which it or its route set
     └── InternalError                 ours, or the engine's; details are in the log
 
     TextError                         of `quire.text`: what a checkpoint's template or tokenizer cannot do
@@ -55,6 +55,7 @@ from quire.text.errors import (
     TemplateFailed,
     TemplateRefused,
 )
+from quire_schemas.failures import Failure
 
 
 class ApiError(Exception):
@@ -157,7 +158,11 @@ class EngineDied(ApiError):
 
 
 class TimedOut(ApiError):
-    """The request waited too long for its turn, or its own time is over."""
+    """The request waited too long for its turn, or for its first token."""
+
+
+class OutOfTime(TimedOut):
+    """All of the request's time is over."""
 
 
 class InternalError(ApiError):
@@ -223,6 +228,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     RequestQuarantined: Row(502, _OURS, "request_quarantined", retry=False),
     EngineDied: Row(502, _OURS, "engine_died", retry=True),
     TimedOut: Row(504, _OURS, "timeout", retry=False),
+    OutOfTime: Row(504, _OURS, "timeout", retry=False),
     InternalError: Row(500, _OURS, "internal_error"),
 }
 _UNKNOWN: Final = Row(
@@ -240,6 +246,23 @@ class Api(enum.Enum):
     def at(cls, path: str) -> Api:
         """The API that a path belongs to."""
         return cls.ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else cls.OPENAI
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """In which way a model has failed a request, so that another one may step in for it; None where no other one
+    should be asked: the request is wrong, engines die of it, or its time is over."""
+    match error:
+        case RequestQuarantined() | OutOfTime():
+            return None
+        case ContextLengthExceeded():
+            return "ContextLengthExceeded"
+        case QueueFull():
+            return "QueueFull"
+        case TimedOut():
+            return "Timeout"
+        case ServiceUnavailable() | EngineUnavailable() | ModelNotFound() | BadTokenizer() | BadTemplate():
+            return "Unavailable"
+    return None
 
 
 _ANTHROPIC_TYPES: Final = {

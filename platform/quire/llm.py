@@ -41,7 +41,7 @@ from quire.sampling import BeamSearchParams, SamplingParams
 from quire_schemas.checkpoint import ModelProfile, read_profile
 from quire_schemas.model import runs_ahead
 from quire_schemas.openai.body import BadRequest
-from quire_schemas.openai.chat import read_messages
+from quire_schemas.openai.chat import read_conversation
 from quire_schemas.quantities import parse_percent, parse_quantity
 from quire_schemas.quantization import GROUP_SIZES, METHODS, Unquantizable, resolve
 from quire_schemas.sizing import FitReport, SizingRequest, fit, kv_block_bytes, kv_misfit
@@ -704,7 +704,7 @@ def _for_each(values: _V | Sequence[_V], count: int, name: str) -> Sequence[_V]:
 def _messages(conversation: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation as templates know it. Raises ValueError."""
     try:
-        return [message.for_template() for message in read_messages(list(conversation))]
+        return [message.for_template() for message in read_conversation(list(conversation))]
     except BadRequest as error:
         raise ValueError(error.message) from None
 

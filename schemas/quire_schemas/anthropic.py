@@ -30,7 +30,7 @@ MESSAGES_REFUSED: Final[Mapping[str, Refusal]] = {
     "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
 }
 MESSAGES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "metadata": "the caller's own labels",
+    "metadata": "the caller's own labels; `user_id` names the end user, whom a Route may keep with one replica",
     "service_tier": "there is one tier",
     "inference_geo": "requests are served where the server is",
     "speed": "there is one speed",
@@ -387,20 +387,20 @@ class MessagesError(msgspec.Struct):
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
-class AnswerText(msgspec.Struct, tag="text", tag_field="type"):
+class AnswerTextBlock(msgspec.Struct, tag="text", tag_field="type"):
     """Words of the answer."""
 
     text: str
 
 
-class AnswerThinking(msgspec.Struct, tag="thinking", tag_field="type"):
+class AnswerThinkingBlock(msgspec.Struct, tag="thinking", tag_field="type"):
     """What the model thought. Nothing is signed here."""
 
     thinking: str
     signature: str = ""
 
 
-class AnswerToolUse(msgspec.Struct, tag="tool_use", tag_field="type"):
+class AnswerToolUseBlock(msgspec.Struct, tag="tool_use", tag_field="type"):
     """A call."""
 
     id: str
@@ -415,7 +415,7 @@ class MessagesAnswer(msgspec.Struct, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[AnswerText | AnswerThinking | AnswerToolUse]
+    content: list[AnswerTextBlock | AnswerThinkingBlock | AnswerToolUseBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessagesUsage
@@ -437,7 +437,7 @@ class BlockStart(msgspec.Struct, tag="content_block_start", tag_field="type"):
     """A block begins, empty."""
 
     index: int
-    content_block: AnswerText | AnswerThinking | AnswerToolUse
+    content_block: AnswerTextBlock | AnswerThinkingBlock | AnswerToolUseBlock
 
 
 class TextDelta(msgspec.Struct, tag="text_delta", tag_field="type"):

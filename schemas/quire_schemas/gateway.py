@@ -55,6 +55,12 @@ def is_loopback(bind: str) -> bool:
     return bind == "localhost" or ipaddress.ip_address(bind).is_loopback
 
 
+def _a_second_at_least(text: str) -> str:
+    if parse_duration(text) < 1:
+        raise BadQuantity(f"'{text}' is shorter than a second", "give 1s or more, for example '120s'")
+    return text
+
+
 class Tls(Strict):
     """Certificate of the listener. Files that are renewed in their place are taken within ten seconds."""
 
@@ -73,6 +79,25 @@ class Cors(Strict):
         (),
         update="hot",
         max_length=64,
+    )
+
+
+class ClientTimeouts(Strict):
+    """How long the router waits for clients; who takes longer is cut off, and what ran for it is aborted."""
+
+    head: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
+        "For a connection to bring the line and headers of a request.", "10s", update="hot"
+    )
+    body: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
+        "For the whole body of a request; of a file that is uploaded, for each next piece.", "30s", update="hot"
+    )
+    send: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
+        "For a client to read on, once it has left so much of its answer unread that no more is kept for it.",
+        "30s",
+        update="hot",
+    )
+    idle: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
+        "That a connection without a request is kept open.", "75s", update="hot"
     )
 
 
@@ -103,12 +128,6 @@ class Metrics(Strict):
         refused="metrics have the names of this product alone",
         honours=("none",),
     )
-
-
-def _a_second_at_least(text: str) -> str:
-    if parse_duration(text) < 1:
-        raise BadQuantity(f"'{text}' is shorter than a second", "give 1s or more, for example '120s'")
-    return text
 
 
 class GatewaySpec(Strict):
@@ -160,6 +179,7 @@ class GatewaySpec(Strict):
     max_body_size: Annotated[Quantity, AfterValidator(_body_size)] = declared(
         "Largest request body, from 1Ki to 1Gi; what is above is answered with 413.", "4Mi", update="hot"
     )
+    timeouts: ClientTimeouts = section(ClientTimeouts, "How long the router waits for clients.")
     telemetry: Telemetry | None = section(
         Telemetry,
         "Where the traces of requests go. Without this section the OTEL_* variables of the environment decide.",

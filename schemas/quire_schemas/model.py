@@ -798,6 +798,16 @@ class ModelSpec(Strict):
         "30s",
         update="hot",
     )
+    max_migrations: int = declared(
+        "How often a stream whose engine died or stands still goes on at another replica of the same revision, "
+        "behind what its client has of it; 0: it ends in an error. Nothing is sent twice. With temperature 0 or a "
+        "seed the text is that of an undisturbed stream where determinism is batchInvariant, else as near as two "
+        "engines are.",
+        0,
+        update="hot",
+        ge=0,
+        le=100,
+    )
     probes: Probes = section(Probes, "How the health of replicas is judged.")
     restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
     revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)

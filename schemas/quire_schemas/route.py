@@ -1,7 +1,7 @@
-"""Kind `Route`: aliases, weighted splits and fallbacks over models.
+"""Kind `Route`: names of its own for models, weighted splits, stand-ins, copies.
 
-The schema is complete, so that documents can be written and checked against it; applying one is refused by
-this version (`KIND_REFUSED`). Every Model is reachable by its own names without a Route.
+Every Model is reachable by its own names without a Route. A Route takes requests for other names, or for names of
+Models where they carry certain headers. All of it is the router's, so that every change is hot.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from quire_schemas.failures import DEFAULT_ATTEMPTS, Failure, Retried
 from quire_schemas.quantities import Duration
-from quire_schemas.resource import Name, Resource, Strict, declared, section
-
-KIND_REFUSED = "there are no routes yet; every Model is reachable by its servedModelNames"
+from quire_schemas.resource import HONOURED, Name, Resource, Strict, declared, section
 
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
-Failure = Literal["Unavailable", "QueueFull", "Timeout", "ContextLengthExceeded"]
 
 
 class HeaderMatch(Strict):
@@ -30,29 +28,45 @@ class Match(Strict):
     """Which requests a route takes."""
 
     model_names: Annotated[tuple[Alias, ...], Field(strict=False, min_length=1, max_length=64)] = declared(
-        "Model names that clients send.", update="hot"
+        "Model names that clients send. With headers they may be names of a Model or of another Route, which then "
+        "has the requests without these headers.",
+        update="hot",
     )
     headers: Annotated[tuple[HeaderMatch, ...], Field(strict=False, max_length=16)] = declared(
-        "Headers that must all match as well.", (), update="hot"
+        "Headers that must all match as well. Of several routes that match, the one with more headers has the "
+        "request. Lines of batches and responses in the background have no headers.",
+        (),
+        update="hot",
     )
 
 
 class Backend(Strict):
     """Where a share of the requests goes."""
 
-    model: Name = declared("Name of a Model.", update="hot")
-    adapter: str | None = declared("Name of one of its adapters.", None, update="hot")
+    model: Name = declared(
+        "Name of a Model. While there is none of that name, its share goes to the others.", update="hot"
+    )
+    adapter: str | None = declared(
+        "Name of one of its adapters.", None, update="hot", refused="models have no adapters yet"
+    )
     weight: int = declared(
-        "Share relative to the sum of all weights, not a percentage.", 1, update="hot", ge=0, le=1_000_000
+        "Share relative to the sum of all weights, not a percentage; 0: none.",
+        1,
+        update="hot",
+        ge=0,
+        le=1_000_000,
     )
 
 
 class Sticky(Strict):
-    """Which requests should meet the same replica."""
+    """Which requests should meet the same backend and replica."""
 
     by: Annotated[str, StringConstraints(pattern=r"^(none|prefix|user|header:[A-Za-z0-9!#$%&'*+.^_`|~-]+)$")] = (
         declared(
-            "'prefix' keeps prompts that begin alike together, 'user' and 'header:<name>' those of one caller.",
+            "'prefix' sends prompts that begin alike to the replica that has their beginning computed. 'user' and "
+            "'header:<name>' keep the requests of one caller, as the request or that header names him, with one "
+            "backend and one of its replicas, as long as that is not much busier than the others. 'none' goes by "
+            "load alone.",
             "prefix",
             update="hot",
         )
@@ -60,32 +74,50 @@ class Sticky(Strict):
 
 
 class Fallback(Strict):
-    """A model that steps in."""
+    """A model that steps in, as long as nothing of the answer was sent."""
 
     model: Name = declared("Name of a Model.", update="hot")
-    when: Annotated[tuple[Failure, ...], Field(strict=False, min_length=1)] = declared(
-        "Failures that make it step in.", update="hot"
+    when: Annotated[tuple[Failure, ...], Field(strict=False, min_length=1, max_length=4)] = declared(
+        "Failures that make it step in. Unavailable: the model is not there, has no replica that gets ready in "
+        "time, or its engines die under the request. QueueFull: it takes no more. Timeout: the request waited too "
+        "long for its turn, or for its first token. ContextLengthExceeded: it is too long for the model.",
+        update="hot",
     )
 
 
 class Timeouts(Strict):
-    """How long a request may take."""
+    """How long a request may take. What nobody waits for, such as lines of batches, may take longer."""
 
-    first_token: Duration | None = declared("Until its first token.", None, update="hot")
-    request: Duration | None = declared("Until its end.", None, update="hot")
+    first_token: Duration | None = declared(
+        "Until its first token; of one that stands in, from its own beginning.", None, update="hot"
+    )
+    request: Duration | None = declared(
+        "Until its end, from its arrival. A request may set itself less, in its field 'timeout'.",
+        None,
+        update="hot",
+    )
 
 
 class Retries(Strict):
     """Trying again, only before the first byte has been sent."""
 
-    max_attempts: int = declared("Attempts, the first one included.", 1, update="hot", ge=1, le=10)
-    when: Annotated[tuple[Literal["ConnectionError", "503"], ...], Field(strict=False)] = declared(
-        "Failures that are tried again.", ("ConnectionError",), update="hot"
+    max_attempts: int = declared(
+        "Attempts at one model, the first one included; the later ones within the model's budget of them.",
+        DEFAULT_ATTEMPTS,
+        update="hot",
+        ge=1,
+        le=10,
+    )
+    when: Annotated[tuple[Retried, ...], Field(strict=False, max_length=2)] = declared(
+        "Failures that are tried again. ConnectionError: the engine died, stands still or was cut off. 503: it "
+        "was about to end and did not take the request.",
+        ("ConnectionError", "503"),
+        update="hot",
     )
 
 
 class Mirror(Strict):
-    """A copy of requests whose answers are thrown away."""
+    """A copy of requests whose answers are thrown away. It is made where the model has a place free for it."""
 
     model: Name = declared("Name of a Model.", update="hot")
     percent: int = declared("Percent of requests that are copied.", 0, update="hot", ge=0, le=100)
@@ -102,7 +134,7 @@ class RouteSpec(Strict):
     backends: Annotated[tuple[Backend, ...], Field(strict=False, min_length=1, max_length=64)] = declared(
         "Where the requests go, by weight.", update="hot"
     )
-    sticky: Sticky = section(Sticky, "Which requests should meet the same replica.")
+    sticky: Sticky = section(Sticky, "Which requests should meet the same backend and replica.")
     fallbacks: Annotated[tuple[Fallback, ...], Field(strict=False, max_length=16)] = declared(
         "Models that step in, in order.", (), update="hot"
     )
@@ -112,11 +144,11 @@ class RouteSpec(Strict):
 
 
 class Route(Resource):
-    """Aliases, splits and fallbacks over models."""
+    """Names of its own for models, splits, stand-ins and copies."""
 
     kind: Literal["Route"] = declared("Which kind of object this is.", update="immutable")
     spec: RouteSpec = Field(
         ...,
         description="Which requests go where.",
-        json_schema_extra={"x-quire-update": "hot", "x-quire-support": KIND_REFUSED},
+        json_schema_extra={"x-quire-update": "hot", "x-quire-support": HONOURED},
     )

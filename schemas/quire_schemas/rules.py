@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -490,6 +490,46 @@ def _bind(facts: Facts) -> Iterator[Finding]:
         )
 
 
+# ── kind Route ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _route_lists(facts: Facts) -> Iterator[Finding]:
+    yield from _repeated(facts["spec.match.modelNames"], ("spec", "match", "modelNames"), "the name")
+    for index, fallback in enumerate(facts["spec.fallbacks"]):
+        yield from _repeated(fallback["when"], ("spec", "fallbacks", index, "when"), "the failure")
+    yield from _repeated(facts["spec.retries.when"], ("spec", "retries", "when"), "the failure")
+
+
+def _route_headers(facts: Facts) -> Iterator[Finding]:
+    names = [header["name"].lower() for header in facts["spec.match.headers"]]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            path: Path = ("spec", "match", "headers", index, "name")
+            yield Finding(path, f"header {name!r} stands here twice", "a header has one value: remove one of them")
+
+
+def _route_backends(facts: Facts) -> Iterator[Finding]:
+    models = [backend["model"] for backend in facts["spec.backends"]]
+    for index, model in enumerate(models):
+        if model in models[:index]:
+            path: Path = ("spec", "backends", index, "model")
+            yield Finding(path, f"model {model!r} stands here twice", "give it once, with the sum of the weights")
+
+
+def _route_timeouts(facts: Facts) -> Iterator[Finding]:
+    first, whole = facts["spec.timeouts.firstToken"], facts["spec.timeouts.request"]
+    for name, value in (("firstToken", first), ("request", whole)):
+        if value is not None and parse_duration(value) <= 0:
+            yield Finding(("spec", "timeouts", name), "no request could be served", "give a time, such as 30s")
+            return
+    if first is not None and whole is not None and parse_duration(first) > parse_duration(whole):
+        yield Finding(
+            ("spec", "timeouts", "firstToken"),
+            f"{first} is above spec.timeouts.request ({whole}), which ends the request before",
+            "lower it, or raise spec.timeouts.request",
+        )
+
+
 # ── kind AccessPolicy ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -551,6 +591,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _parsers,
     ),
     "Gateway": (_gateway_name, _bind),
+    "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),
     "AccessPolicy": (_keys, _limits),
 }
 
@@ -559,7 +600,8 @@ _RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def claims(facts: Facts) -> list[tuple[str, Path]]:
-    """What a document claims for itself alone: its key, and for a Model each name it is served by.
+    """What a document claims for itself alone: its key, for a Model each name it is served by, for a Route each
+    name with the headers that it wants beside it.
 
     Two documents with one claim contradict each other. A claim whose value did not parse is left out.
     """
@@ -578,6 +620,20 @@ def claims(facts: Facts) -> list[tuple[str, Path]]:
                 ]
             else:
                 claimed.append((f"served model name {name!r}", ("metadata", "name")))
+        if kind == "Route":
+            told = headers_text(facts["spec.match.headers"])
+            names = facts["spec.match.modelNames"]
+            claimed += [
+                (f"served model name {n!r}{told}", ("spec", "match", "modelNames", i))
+                for i, n in enumerate(names)
+                if n not in names[:i]
+            ]
     except Unknown:
         return claimed
     return claimed
+
+
+def headers_text(headers: Sequence[Mapping[str, Any]]) -> str:
+    """The headers that a Route wants, behind the name that it wants them with; empty without any."""
+    told = sorted(f"{header['name'].lower()}: {header['exact']}" for header in headers)
+    return f" with {', '.join(told)}" if told else ""

@@ -34,6 +34,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from quire_schemas.failures import DEFAULT_ATTEMPTS, Failure, Retried
+
 PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 ADOPTION_WINDOW = 120.0
@@ -122,12 +124,18 @@ class Structured(msgspec.Struct, frozen=True, omit_defaults=True):
         {"sequence": [form, …]}               one after the other
         {"any": [form, …]}                    one of them
         {"repeat": form, "least": 0, "most": null, "between": form}
+        {"some": [form, …], "between": form}  some of them, or none, in their order
+        {"root": {…}, "form": form}           the form; each `$ref` in its schemas is into this schema, of which
+                                              nothing else holds. Roots in it are of what is in them
         {"structured": {"kind": …, "text": …, "whitespace": …}, "begins": […]}
                                               what another constraint allows; free text has `begins`, as below
         {"free": [{"mark": "…", "then": form}, …], "begins": [{"mark": "…", "then": form, "again": false}, …]}
                                               any text; each mark in it begins its form, as do those of `begins` at
                                               the text's beginning, white space aside. Behind a form of the latter
                                               nothing follows, or `again` such a text, from its beginning
+
+    An engine refuses a shape that it does not know, but does not notice what else is in one that it knows: a new
+    shape has words of its own.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag", "form"]
@@ -244,6 +252,8 @@ class Welcome(msgspec.Struct, tag=True):
     max_num_seqs: int
     lease: float = ADOPTION_WINDOW
     """A router or control plane that stays silent this many seconds is taken for gone."""
+    goes_on: bool = False
+    """It knows `Generate.written`."""
 
 
 class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -288,6 +298,9 @@ class Generate(msgspec.Struct, tag=True):
     """W3C traceparent of the request's span; the engine's log shows it with a request that fails."""
     pooling: Pooling | None = None
     """Draw nothing: the one delta has the `embedding` of the prompt. `sampling` means nothing then."""
+    written: tuple[int, ...] = ()
+    """Tokens of the answer that another engine has drawn: it goes on behind them. `sampling` is still that of the
+    whole answer. Only for engines that say `Welcome.goes_on`."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -429,6 +442,8 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     socket: str
     draining: bool = False
     standby: bool = False
+    template_hash: str = ""
+    """Of what it runs: answers go on only where that is the same."""
 
 
 class ModelRoute(msgspec.Struct, frozen=True):
@@ -468,6 +483,50 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """How calls and thoughts are written, by the manifest; None: as the chat template shows."""
     on_demand: bool = False
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
+    max_migrations: int = 0
+    """How often a stream whose engine died goes on at another one."""
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """A share of a route's requests. `model` is the name of a Model, here and below."""
+
+    model: str
+    weight: int
+
+
+class Fallback(msgspec.Struct, frozen=True):
+    """A model that steps in for one that failed in one of these ways."""
+
+    model: str
+    when: tuple[Failure, ...]
+
+
+class Mirror(msgspec.Struct, frozen=True):
+    """A model that gets copies of a share of the requests."""
+
+    model: str
+    percent: int
+
+
+class TrafficRoute(msgspec.Struct, frozen=True):
+    """A Route: which requests it takes, and where they go. Its models need not be in the table."""
+
+    route: str
+    names: tuple[str, ...]
+    created: int
+    """Unix seconds, for /v1/models; of two that match alike the older has the request."""
+    backends: tuple[Backend, ...]
+    headers: tuple[tuple[str, str], ...] = ()
+    """Names, in small letters, and values."""
+    sticky: str = "prefix"
+    """prefix, none, user, or header: with the name of one in small letters."""
+    fallbacks: tuple[Fallback, ...] = ()
+    first_token: float | None = None
+    request: float | None = None
+    """Seconds."""
+    attempts: int = DEFAULT_ATTEMPTS
+    retried: tuple[Retried, ...] = ("ConnectionError", "503")
+    mirror: Mirror | None = None
 
 
 class HttpSettings(msgspec.Struct, frozen=True):
@@ -480,6 +539,14 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """Unknown fields of requests are dropped, not refused."""
     hosts: tuple[str, ...] = ()
     """Names that requests may have as their Host besides those that the router was started with."""
+    head_seconds: float = 10.0
+    """For the whole head of a request, from its first byte on; for a connection's first one from the start."""
+    body_seconds: float = 30.0
+    """For the whole body behind it; of a file, for the next piece of it."""
+    send_seconds: float = 30.0
+    """For a client to make room, once what it has not read fills the buffers."""
+    idle_seconds: float = 75.0
+    """That a connection is kept without a request."""
 
 
 class AccessKey(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -526,6 +593,7 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     version: int
     models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
+    routes: tuple[TrafficRoute, ...] = ()
     access: tuple[Tenant, ...] = ()
     """The tenants, in the order of their names. With one of them there, requests need a key."""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import openai
 import pytest
-from tests.clients.node import installed
+from tests.clients.node import fetched, installed
 from tests.clients.server import Server, server_running
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The packages for Node come while other tests run: that waits for the network, not for a processor."""
+    if any("node_packages" in getattr(item, "fixturenames", ()) for item in session.items):
+        threading.Thread(target=fetched, name="npm", daemon=True).start()
 
 
 @pytest.fixture(scope="session", autouse=True)

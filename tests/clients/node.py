@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import pytest
-from tests.clients.server import ENDLESS, LENGTHY, Server
+from tests.clients.server import ENDLESS, LENGTHY
 
 HERE: Final = Path(__file__).resolve().parent
 LOCK: Final = HERE / "package-lock.json"
@@ -30,32 +30,44 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def installed() -> Path:
-    """Folder of the packages of the lockfile, fetched if they are not those that are there."""
+def fetched() -> str:
+    """Have the packages of the lockfile here, if they are not yet. What is in the way; empty: nothing."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        lacking("there is no Node on this machine, or no npm")
+        return "there is no Node on this machine, or no npm"
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < OLDEST:
-        lacking(f"Node {version} is older than {OLDEST}")
-    folder = HERE / "node_modules"
-    stamp = folder / ".installed"
+        return f"Node {version} is older than {OLDEST}"
+    stamp = HERE / "node_modules" / ".installed"
     wanted = hashlib.sha256(LOCK.read_bytes() + version.encode()).hexdigest()
     with LOCK.open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of one run may come here at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of the run may come here at once
         if not stamp.exists() or stamp.read_text() != wanted:
-            command = [npm, "ci", "--prefer-offline"]
+            command = [npm, "ci", "--prefer-offline", "--no-audit", "--no-fund"]
             done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, check=False)
             if done.returncode:
-                lacking(f"npm ci failed: {done.stderr[-2000:]}")
+                return f"npm ci failed: {done.stderr[-2000:]}"
             stamp.write_text(wanted)
-    return folder
+    return ""
+
+
+def installed() -> None:
+    """Skip where the packages cannot be had."""
+    if problem := fetched():
+        lacking(problem)
+
+
+class HasUrl(Protocol):
+    """A server that clients of the OpenAI API can talk to."""
+
+    @property
+    def url(self) -> str: ...
 
 
 class Running:
     """Node with the scenarios of these names."""
 
-    def __init__(self, server: Server, *names: str) -> None:
+    def __init__(self, server: HasUrl, *names: str) -> None:
         self.child = subprocess.Popen(
             ["node", str(HERE / "scenarios.mjs"), *names],
             stdin=subprocess.PIPE,
@@ -97,7 +109,7 @@ class Running:
         self.child.communicate()
 
 
-def outcomes(server: Server, names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
+def outcomes(server: HasUrl, names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
     """Run these scenarios in one process; what became of each, by name."""
     with Running(server, *names) as running:
         found = {line["name"]: line for line in running.lines() if "name" in line}

@@ -35,6 +35,7 @@ HOT = (
     "  batching: {{policy: {policy}}}\n",
     "  servedModelNames: [busy, also-{n}]\n",
     "  drainTimeout: {n}s\n",
+    "  maxMigrations: {n}\n",
     "  rollout: {{minReadyDuration: {n}ms}}\n",
     "  probes: {{liveness: {{timeout: {n}s}}}}\n",
 )

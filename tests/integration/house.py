@@ -21,6 +21,7 @@ import msgspec
 from tests import oracle
 from tests.engine_specs import tiny_spec
 from tests.integration.router_world import World, eventually
+from tests.integration.wire_engine import TEMPLATE_HASH
 from tests.oracle import Reading
 
 from quire import builtin
@@ -132,6 +133,7 @@ class House:
     references: list[str] = field(default_factory=list)
     """By the number of the prompt."""
     max_tokens: int = 40
+    max_migrations: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     async def open(self) -> None:
@@ -143,9 +145,16 @@ class House:
         await eventually(lambda: self.world.is_ready(2), 90)
 
     def _route(self) -> wire.ModelRoute:
-        ends = [wire.ReplicaEndpoint(replica.name, 1, str(replica.socket)) for replica in self.replicas]
+        ends = [
+            wire.ReplicaEndpoint(replica.name, 1, str(replica.socket), template_hash=TEMPLATE_HASH)
+            for replica in self.replicas
+        ]
         return self.world.route(
-            *ends, tokenizer_dir=str(builtin.path("tiny")), max_queue_wait=60.0, prefix_caching=True
+            *ends,
+            tokenizer_dir=str(builtin.path("tiny")),
+            max_queue_wait=60.0,
+            prefix_caching=True,
+            max_migrations=self.max_migrations,
         )
 
     async def learn(self, prompts: int) -> None:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import openai
-from tests.integration.wire_engine import WireEngine
+from tests.integration.wire_engine import TEMPLATE_HASH, WireEngine
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire.router.config import LISTEN_FD, RouterConfig
@@ -98,7 +98,7 @@ class World:
             "model": "tiny",
             "names": ("tiny", "org/tiny"),
             "revision": 1,
-            "template_hash": "abcdef0123456789",
+            "template_hash": TEMPLATE_HASH,
             "tokenizer_dir": str(self.folder / "ck"),
             "chat_template_file": None,
             "max_model_len": 512,
@@ -127,10 +127,19 @@ class World:
         assert answer is not None
         return answer
 
-    async def table(self, *routes: wire.ModelRoute, **parts: Any) -> wire.RouterStatus:
-        """Put a table into force and wait until each of its replicas that can be is connected."""
+    async def table(
+        self,
+        *models: wire.ModelRoute,
+        routes: Sequence[wire.TrafficRoute] = (),
+        access: Sequence[wire.Tenant] = (),
+        **http: Any,
+    ) -> wire.RouterStatus:
+        """Put a table into force, with these settings of the gateway."""
         self.version += 1
-        return await self.control(wire.RoutingTable(version=self.version, models=routes, **parts))
+        http_settings = wire.HttpSettings(**http)
+        return await self.control(
+            wire.RoutingTable(self.version, models, http_settings, tuple(routes), tuple(access))
+        )
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())

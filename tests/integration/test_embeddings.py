@@ -16,6 +16,7 @@ from tests.integration.router_world import World
 from tests.integration.test_router_batches import create, ended, lines_of, upload
 
 from quire import LLM
+from quire.router.job import AT_ONCE
 from quire_schemas import wire
 
 
@@ -121,3 +122,22 @@ async def test_a_list_as_long_as_clients_send_is_answered_a_few_at_a_time(world:
         with pytest.raises(openai.BadRequestError) as refused:
             await client.embeddings.create(model="tiny", input=["x"] * 2049)
     assert refused.value.param == "input"
+
+
+async def test_a_long_list_in_a_batch_waits_for_as_long_as_it_takes(world: World) -> None:
+    """Its texts are begun a few at a time; each waits behind the others, and nobody waits for the batch."""
+    engine = await world.engine(pace=0.03, max_num_seqs=1)
+    await world.serve(engine, max_queue_wait=0.1)
+    inputs = [f"text {number}" for number in range(AT_ONCE + 8)]
+    asked = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/embeddings",
+        "body": {"model": "tiny", "input": inputs},
+    }
+    async with world.client() as client:
+        batch = await create(client, await upload(client, asked), endpoint="/v1/embeddings")
+        done = await ended(client, batch.id)
+        assert done.request_counts.failed == 0, await lines_of(client, done.error_file_id)
+        (line,) = await lines_of(client, done.output_file_id)
+    assert len(line["response"]["body"]["data"]) == len(inputs)

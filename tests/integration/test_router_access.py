@@ -226,7 +226,7 @@ async def test_metrics_are_for_this_machine_and_for_keys_that_say_so(
 async def test_a_preflight_needs_no_key_and_the_request_after_it_does(
     world: World, http: httpx.AsyncClient
 ) -> None:
-    await world.table(access=ALL, http=wire.HttpSettings(allow_origins=("https://chat.example",)))
+    await world.table(access=ALL, allow_origins=("https://chat.example",))
     page = {"Origin": "https://chat.example"}
     asked = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     answer = await http.options("/v1/chat/completions", headers=asked)
@@ -241,7 +241,7 @@ async def test_names_of_the_gateway_are_answered_to(world: World, http: httpx.As
     named = {"Host": "llm.example.org:443"}
     await world.table()
     assert (await http.get("/livez", headers=named)).status_code == 421
-    await world.table(http=wire.HttpSettings(hosts=("llm.example.org",)))
+    await world.table(hosts=("llm.example.org",))
     assert (await http.get("/livez", headers=named)).status_code == 200
     assert (await http.get("/livez", headers={"Host": "evil.example"})).status_code == 421
 
@@ -288,6 +288,70 @@ async def test_rank_and_cache_are_the_policys(world: World, http: httpx.AsyncCli
     await world.table(world.route(engine.endpoint()), access=(high,))
     assert (await http.post("/v1/chat/completions", json=CHAT, headers=headed(TEAM))).status_code == 200
     assert engine.generates[-1].priority == 0, "where the policy is fcfs"
+
+
+def named(*names: str, **more: Any) -> wire.TrafficRoute:
+    """A Route that gives model `tiny` these names."""
+    return wire.TrafficRoute("r", names, 5, (wire.Backend("tiny", 1),), **more)
+
+
+async def test_the_name_of_a_route_is_allowed_as_it_is_asked_for(world: World, http: httpx.AsyncClient) -> None:
+    """Whoever may ask a Route's name needs no leave for the Model behind it, and has none for it by that."""
+    engine = await world.engine()
+    by_route, by_model = tenant("route", TEAM, models=("alias",)), tenant("model", OTHER, models=("tiny",))
+    tables: dict[str, Any] = {"routes": [named("alias", "other-alias")], "access": (by_route, by_model)}
+    await world.table(world.route(engine.endpoint()), **tables)
+    await world.connected(engine.replica_id)
+    for key, mine, names in (
+        (TEAM, ["alias"], ["tiny", "other-alias", "none"]),
+        (OTHER, ["tiny"], ["alias", "none"]),
+    ):
+        listed = await http.get("/v1/models", headers=headed(key))
+        assert [card["id"] for card in listed.json()["data"]] == mine
+        for path, body in (
+            ("/v1/chat/completions", {"messages": ASK}),
+            ("/v1/responses", {"input": "x"}),
+            ("/v1/responses", {"input": "x", "background": True}),
+            ("/v1/responses/input_tokens", {"input": "x"}),
+            ("/v1/messages", {"messages": ASK, "max_tokens": 5}),
+            ("/v1/messages/count_tokens", {"messages": ASK}),
+            ("/tokenize", {"prompt": "x"}),
+        ):
+            for name in [*mine, *names]:
+                answer = await http.post(path, json={**body, "model": name}, headers=headed(key))
+                assert answer.status_code == (200 if name in mine else 403), (path, name, answer.text)
+        for name in [*mine, *names]:
+            answer = await http.get(f"/v1/models/{name}", headers=headed(key))
+            assert answer.status_code == (200 if name in mine else 403), name
+        sole = await http.post("/tokenize", json={"prompt": "x"}, headers=headed(key))
+        assert sole.status_code == 200, "one model is behind all names that it may use"
+
+
+async def test_a_copy_is_in_the_cache_of_whoever_is_copied_and_costs_him_nothing(
+    world: World, http: httpx.AsyncClient
+) -> None:
+    engine, copying = await world.engine(), await world.engine("copy-r1-0")
+    copier = world.route(copying.endpoint(), model="copy", names=("copy",), policy="priority")
+    route = named("alias", mirror=wire.Mirror("copy", 100))
+    team = limited(wire.AccessLimit("key", tokens=1000, per=366 * 86_400_000))
+    team = wire.Tenant("team", team.keys, ("alias",), limits=team.limits, priority=3)
+    await world.table(world.route(engine.endpoint()), copier, routes=[route], access=(team,))
+    await world.connected(engine.replica_id, copying.replica_id)
+    body = {**CHAT, "model": "alias", "cache_salt": "s", "max_tokens": 5}
+    answer = await http.post("/v1/chat/completions", json=body, headers=headed(TEAM))
+    assert answer.status_code == 200, answer.text
+
+    async def copied() -> bool:
+        return bool(copying.generates) and not copying.running
+
+    await eventually(copied)
+    [first], [copy] = engine.generates, copying.generates
+    assert (first.cache_salt, copy.cache_salt) == ("team\0s", "team\0s")
+    assert (first.background, copy.background, copy.priority) == (False, True, -3)
+    told = await http.post("/tokenize", json={"model": "alias", "prompt": "x"}, headers=headed(TEAM))
+    left = int(told.headers["x-ratelimit-remaining-tokens"])
+    assert left == 1000 - answer.json()["usage"]["total_tokens"]
+    assert not [row for row in await used(world, "model") if row.model == "copy"]
 
 
 # ── how much ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -590,6 +654,30 @@ async def test_what_was_used_is_told_by_key_and_model(world: World) -> None:
     assert (first.policy, first.key, first.prompt_tokens) == ("used-b", "k0", 2 * prompts)
     assert answers < first.completion_tokens < answers + 60, "a stream that was left counts as far as it came"
     assert second == wire.UsageRow(2, 2 * prompts, 0, 2 * answers, policy="used-b", key="k1", model="tiny")
+
+
+async def test_who_steps_in_needs_no_leave_and_is_counted_once(world: World, http: httpx.AsyncClient) -> None:
+    """What failed keeps none of the tokens that it took, and the ledger has one request, of who answered it."""
+    engine, dying = await world.engine(), await world.engine("dying-r1-0", stalled=True)
+    dies = world.route(dying.endpoint(), model="dying", names=("dying",))
+    team = limited(wire.AccessLimit("key", tokens=200, per=366 * 86_400_000))
+    team = wire.Tenant("steps-in", team.keys, ("alias",), limits=team.limits)
+    route = wire.TrafficRoute(
+        "r", ("alias",), 5, (wire.Backend("dying", 1),), fallbacks=(wire.Fallback("tiny", ("Timeout",)),),
+        first_token=0.3,
+    )  # fmt: skip
+    await world.table(world.route(engine.endpoint()), dies, routes=[route], access=(team,))
+    await world.connected(engine.replica_id, dying.replica_id)
+    body = {**CHAT, "model": "alias", "max_tokens": 100}
+    answer = await http.post("/v1/chat/completions", json=body, headers=headed(TEAM))
+    assert (answer.status_code, answer.headers["x-quire-model"]) == (200, "tiny"), answer.text
+    assert len(dying.generates) == 1
+    usage = answer.json()["usage"]
+    told = await http.post("/tokenize", json={"model": "alias", "prompt": "x"}, headers=headed(TEAM))
+    prompts = 2 * usage["prompt_tokens"]
+    assert int(told.headers["x-ratelimit-remaining-tokens"]) == 200 - prompts - usage["completion_tokens"]
+    found = [row for row in await used(world, "policy", "model") if row.policy == "steps-in"]
+    assert [(row.model, row.requests) for row in found] == [("dying", 0), ("tiny", 1)]
 
 
 @pytest.mark.nightly

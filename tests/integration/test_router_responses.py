@@ -165,6 +165,42 @@ async def test_items_are_referred_to_by_their_ids(says: openai.AsyncOpenAI) -> N
     assert unknown.value.param == "input"
 
 
+async def test_what_a_small_request_stands_for_is_no_larger_than_a_body_may_be(
+    world: World, scripted_spec: wire.EngineSpec
+) -> None:
+    endpoint = wire.ReplicaEndpoint(scripted_spec.replica_id, scripted_spec.incarnation, scripted_spec.socket)
+    route = world.route(endpoint, tokenizer_dir=scripted_spec.model_dir, scripted=True, max_model_len=1024)
+    world.version += 1
+    settings = wire.HttpSettings(max_body_bytes=4096)
+    await world.control(wire.RoutingTable(version=world.version, models=(route,), http=settings))
+    await world.connected(scripted_spec.replica_id)
+    async with world.client() as client:
+        first = await client.responses.create(model="tiny", input="hi", extra_body={"script": "word " * 200})
+        twice: Any = [{"type": "item_reference", "id": first.output[0].id}] * 2
+        go_on: Any = [*twice, *twice, {"role": "user", "content": "go on"}]
+        again = await client.responses.create(model="tiny", input=[*twice, {"role": "user", "content": "x"}])
+        assert again.status == "completed"
+        before = (await client.responses.input_items.list(first.id)).data
+        ways: tuple[dict[str, Any], ...] = ({}, {"background": True}, {"stream": True})
+        for how in ways:
+            with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+                await client.responses.create(model="tiny", input=go_on, **how)
+            assert refused.value.param == "input"
+        with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+            await client.responses.input_tokens.count(model="tiny", input=go_on)
+        last = first.id
+        with pytest.raises(openai.BadRequestError, match="4096 bytes") as refused:
+            for _ in range(8):
+                script = {"script": "word " * 200}
+                last = (
+                    await client.responses.create(
+                        model="tiny", input="x", previous_response_id=last, extra_body=script
+                    )
+                ).id
+        assert refused.value.param == "previous_response_id"
+        assert (await client.responses.input_items.list(first.id)).data == before
+
+
 async def test_what_is_not_stored_or_is_deleted_cannot_be_gone_on_from(says: openai.AsyncOpenAI) -> None:
     loose = await says.responses.create(model="tiny", input="hi", store=False)
     gone = await says.responses.create(model="tiny", input="hi")

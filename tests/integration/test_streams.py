@@ -20,11 +20,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.effort import bound, examples
+from tests.effort import bound, examples, times
 from tests.integration.faulty_engine import POISON
 from tests.integration.house import House, Replica
 from tests.integration.router_world import end_world, eventually, make_world
 from tests.oracle import Reading
+
+from quire_schemas import signals
 
 CLIENTS = 8
 SLACK = 4.0
@@ -197,6 +199,35 @@ async def test_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house
         last = max((one.ended_at - killed for one in failed), default=0.0)
         print(f"{victim} killed: {len(failed)} of {len(heard)} got an error event, after {last:.3f} s at most")
         assert last < 1 + SLACK
+
+
+async def test_r04m_streams_of_an_engine_that_is_killed_go_on_and_nobody_notices(house: House) -> None:
+    """With migrations allowed: every answer is whole, and says what it would have said."""
+    house.max_migrations = 3
+    gone_on = 0.0
+    try:
+        for _ in range(times(1, 100)):
+            await house.open()
+            replica = house.rng.choice(house.replicas)
+
+            async def act(heard: list[Reading], replica: Replica = replica) -> None:
+                await eventually(lambda: _has_streams(replica))
+                await asyncio.sleep(house.rng.uniform(0, 0.1))
+                os.kill(replica.pid, signal.SIGKILL)
+                count = len(heard)
+                await eventually(lambda: _more(heard, count + CLIENTS + 4), 60)
+
+            heard = await house.under_load(CLIENTS, act)
+            for one in heard:
+                house.verify(one)
+                assert (one.status, one.errors, one.finish_reason) == (200, [], "length")
+            if replica.shim is not None:
+                replica.shim.wait(20)
+            gone_on = (await house.world.metrics())[f'{signals.STREAM_MIGRATIONS}_total{{model="tiny"}}']
+    finally:
+        house.max_migrations = 0
+    print(f"{gone_on:.0f} streams went on elsewhere")
+    assert gone_on > 0
 
 
 async def _more(heard: list[Reading], count: int) -> bool:

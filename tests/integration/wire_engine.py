@@ -18,6 +18,8 @@ from quire_schemas import wire
 
 WHY = "/secret/path 0xdead"
 """What it says of a failure that it is told to have."""
+TEMPLATE_HASH = "abcdef0123456789"
+"""Of what engines run, unless something else is said."""
 Script = Callable[[wire.Generate], list[int]]
 
 
@@ -72,6 +74,9 @@ class WireEngine:
     """Serves requests by their priority, then by arrival, as an engine whose policy that is."""
     cached: Callable[[wire.Generate], int] = lambda _: 0
     """Prompt tokens that it says it had cached."""
+    template_hash: str = TEMPLATE_HASH
+    goes_on: bool = True
+    """Knows answers that another engine has begun."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -86,7 +91,9 @@ class WireEngine:
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     def endpoint(self, draining: bool = False, standby: bool = False) -> wire.ReplicaEndpoint:
-        return wire.ReplicaEndpoint(self.replica_id, self.incarnation, str(self.socket), draining, standby)
+        return wire.ReplicaEndpoint(
+            self.replica_id, self.incarnation, str(self.socket), draining, standby, self.template_hash
+        )
 
     async def start(self) -> WireEngine:
         self.socket.unlink(missing_ok=True)
@@ -150,6 +157,7 @@ class WireEngine:
                             num_blocks=64,
                             max_num_seqs=self.max_num_seqs,
                             lease=wire.ADOPTION_WINDOW,
+                            goes_on=self.goes_on,
                         )
                     )
                 )
@@ -157,7 +165,7 @@ class WireEngine:
             case wire.Generate():
                 asked = message.id.startswith(ID_PREFIX)
                 (self.questions if asked else self.generates).append(message)
-                answer = self.script(message)[: message.sampling.max_tokens]
+                answer = self.script(message)[len(message.written) : message.sampling.max_tokens]
                 self.running[message.id] = _Running(writer, message, answer, time.monotonic())
                 if self.poison is not None and self.poison(message):
                     self.deaths += 1

@@ -36,6 +36,7 @@ COMMANDS = {
     "top": "top",
     "chat": "chat",
     "bench": "bench",
+    "console": "console",
     "describe": "show",
     "logs": "show",
     "events": "show",

@@ -63,6 +63,8 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
     if fetched is not None and fetched["status"] == "False":
         return Verdict.WAITING, view["status"].get("summary", "")
     stopped = view["kind"].lower() == "model" and view["status"].get("replicas", {}).get("desired") == 0
+    if view["kind"].lower() == "route":
+        stopped = (render.condition(view, "Ready") or {}).get("reason") in ("NoWeight", "Stopped")
     # a control plane of an earlier version says nothing of a gateway's
     told = view["kind"].lower() == "model" or render.condition(view, "RolledOut") is not None
     if told and not render.is_true(view, "RolledOut"):

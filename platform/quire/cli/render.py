@@ -314,6 +314,25 @@ def _base_url(view: View) -> str | None:
     return None if endpoints.get("unavailable") else endpoints.get("openai")
 
 
+def routes(views: Sequence[View], now: float) -> list[str]:
+    """One row a route."""
+    rows = []
+    for view in views:
+        match, backends = view["resolved"]["match"], view["resolved"]["backends"]
+        headers = [f"{header['name']}: {header['exact']}" for header in match["headers"]]
+        rows.append(
+            [
+                view["name"],
+                str(is_true(view, "Ready")),
+                ",".join(match["modelNames"]) + (f" ({', '.join(headers)})" if headers else ""),
+                ",".join(f"{backend['model']}={backend['weight']}" for backend in backends),
+                view["status"].get("summary", ""),
+                age(view["createdAt"], now),
+            ]
+        )
+    return table(("NAME", "READY", "MODEL NAMES", "BACKENDS", "STATUS", "AGE"), rows)
+
+
 def gateways(views: Sequence[View], now: float) -> list[str]:
     """One row: there is one gateway."""
     rows = [

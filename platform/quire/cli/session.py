@@ -16,6 +16,8 @@ KINDS = {
     "models": "model",
     "gateway": "gateway",
     "gateways": "gateway",
+    "route": "route",
+    "routes": "route",
     "accesspolicy": "accesspolicy",
     "accesspolicies": "accesspolicy",
 }

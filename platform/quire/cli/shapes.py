@@ -182,7 +182,7 @@ class Object(TypedDict):
     """`get KIND/NAME`, `describe KIND/NAME`; each line of `get -w -o json`."""
 
     apiVersion: NotRequired[str]
-    kind: Literal["model", "gateway", "accesspolicy"]
+    kind: Literal["model", "route", "gateway", "accesspolicy"]
     name: str
     generation: Annotated[int, "Grows with each apply that changes it; 0 for the gateway without a manifest."]
     intent: Annotated[dict[str, Any], "As submitted."]
@@ -205,7 +205,7 @@ class Deleted(TypedDict):
 
 
 class ObjectList(TypedDict):
-    """`get models`, `get gateway`, `get accesspolicies`."""
+    """`get models`, `get routes`, `get gateway`, `get accesspolicies`."""
 
     apiVersion: str
     kind: Literal["ObjectList"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -17,12 +16,9 @@ from quire import endpoint
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible
 from quire.cli.render import table, versioned
 from quire.cli.session import connect, seconds
+from quire.series import Series, rate, read
 from quire_schemas import signals
 
-Series = Mapping[tuple[str, str], float]
-"""(metric, model) -> its value, replicas added up."""
-_SAMPLE = re.compile(r"(quire_\w+)\{([^}]*)\} ([0-9.eE+-]+)$")
-_MODEL = re.compile(r'(?:^|,)model="([^"]*)"')
 RATES = {"out": f"{signals.GENERATION_TOKENS}_total", "in": f"{signals.PROMPT_TOKENS}_total"}
 GAUGES = {
     "in_flight": signals.REQUESTS_IN_FLIGHT,
@@ -33,29 +29,14 @@ GAUGES = {
 }
 
 
-def read(text: str) -> Series:
-    """The series of a Prometheus page that belong to a model."""
-    found: dict[tuple[str, str], float] = {}
-    for line in text.splitlines():
-        sample = _SAMPLE.match(line)
-        model = _MODEL.search(sample[2]) if sample is not None else None
-        if sample is None or model is None:
-            continue
-        key = (sample[1], model[1])
-        found[key] = found.get(key, 0.0) + float(sample[3])
-    return found
-
-
 def rows(before: Series, after: Series, span: float, models: list[str]) -> list[dict[str, Any]]:
     """One row a model: tokens a second over `span` seconds, and what is now."""
     shown = []
     for model in models:
         row: dict[str, Any] = {"model": model}
         for name, metric in RATES.items():
-            moved = after.get((metric, model), 0.0) - before.get((metric, model), 0.0)
-            row[f"{name}TokensPerSecond"] = round(
-                max(moved, 0.0) / span, 1
-            )  # a router that began anew counts anew
+            then, now = before.get((metric, model), 0.0), after.get((metric, model), 0.0)
+            row[f"{name}TokensPerSecond"] = round(rate(then, now, span), 1)
         for name, metric in GAUGES.items():
             row[name] = after.get((metric, model), 0.0)
         row["kv"] = round(row["kv"] / max(row["up"], 1.0), 4)

@@ -18,7 +18,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -27,6 +26,7 @@ from quire import builtin
 from quire.client import HELD
 from quire.controlplane.app import create_app
 from quire.controlplane.plane import ControlPlane
+from quire.serving import Server
 from quire.tracing import BadTelemetry, Tracing
 from quire_operators.host import lock_holder
 from quire_operators.paths import StateDir, StateDirError
@@ -37,14 +37,6 @@ log = logging.getLogger("quire.controlplane")
 
 LOG_BYTES = 16 * 1024 * 1024
 LOG_KEEP = 3
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without signal handlers of its own: this process decides what a signal means."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def main() -> int:
@@ -123,15 +115,16 @@ async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
     plane = ControlPlane(state, {"tiny": builtin.path("tiny")}, tracing=tracing)
     server_socket = _listen(state.admin_socket)
     own_socket = os.stat(state.admin_socket).st_ino
+    app = create_app(plane)
     config = uvicorn.Config(
-        create_app(plane),
+        app,
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
         ws="none",
     )
-    server = _Server(config)
+    server = Server(config)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -150,6 +143,7 @@ async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
     for task in waits:
         task.cancel()
     await plane.stop_working()  # first, or what ends by the same signal would be replaced
+    await app.state.console.close()
     server.should_exit = True
     await serving
     await plane.close()

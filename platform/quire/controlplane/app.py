@@ -15,7 +15,9 @@ from litestar import Litestar, Request, Response, delete, get, post
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 
-from quire.controlplane.errors import ApiError, answer
+from quire.console.listener import AddressTaken, Console, ConsoleError
+from quire.console.load import Router
+from quire.controlplane.errors import ApiError, address_in_use, answer
 from quire.controlplane.holdings import Holdings
 from quire.controlplane.intents import Intents
 from quire.controlplane.plane import ControlPlane
@@ -175,6 +177,37 @@ async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
         return {"stopping": True, "grace": math.ceil(grace)}
 
 
+def _console(state: State) -> Console:
+    console: Console = state.console
+    return console
+
+
+@get("/v1/console")
+async def read_console(state: State) -> dict[str, Any]:
+    return _console(state).told()
+
+
+@post("/v1/console", status_code=200)
+async def open_console(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/console"):
+        port = (await _body(request)).get("port")
+        if port is not None and not (type(port) is int and 0 <= port <= 65535):
+            raise ApiError(400, "bad_request", f"port is a whole number from 0 to 65535, not {port!r}")
+        _plane(state).refuse_while_going_down()
+        try:
+            return {"url": await _console(state).open(port)}
+        except AddressTaken as error:
+            raise address_in_use(error.message, error.hint) from error
+        except ConsoleError as error:
+            raise ApiError(409, "conflict", error.message, error.hint, exit_code=5) from error
+
+
+@delete("/v1/console", status_code=200)
+async def close_console(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    with traced(_plane(state).tracer, request, "/v1/console"):
+        return {"closed": await _console(state).close()}
+
+
 def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
     answered = answer(error)
     if answered.status == 500:
@@ -183,7 +216,7 @@ def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict
 
 
 def create_app(plane: ControlPlane) -> Litestar:
-    """The API over `plane`."""
+    """The API over `plane`. In its state is the `console`, which is to be closed before the process ends."""
     views = Views(plane)
     rooms = {
         "plane": plane,
@@ -192,12 +225,20 @@ def create_app(plane: ControlPlane) -> Litestar:
         "steering": Steering(plane, views),
         "holdings": Holdings(plane),
     }
+    gateway = plane.gateway
+    console = Console(
+        (ping, objects, read_object, events),
+        dict(rooms),
+        _refused,
+        lambda: Router(gateway.base_url(), gateway.certificate(), gateway.unavailable()),
+    )
     return Litestar(
         [
             *(ping, plan, diff, apply, up, objects, read_object, delete_object, decide, events, logs, down),
             *(cache, prune, secrets, set_secret, remove_secret, usage),
+            *(read_console, open_console, close_console),
         ],
-        state=State(rooms),
+        state=State({**rooms, "console": console}),
         exception_handlers=dict.fromkeys((HTTPException, Exception), _refused),
         request_max_body_size=MAX_BODY,
         openapi_config=None,

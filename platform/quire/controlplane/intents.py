@@ -31,6 +31,7 @@ from quire_schemas import manifest
 from quire_schemas.access import AccessPolicy
 from quire_schemas.model import Model
 from quire_schemas.resource import Key
+from quire_schemas.route import Route
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class Intents:
     def _foresee_address(self, reviews: Sequence[Review]) -> None:
         """Say in a plan what `_check_address` would say to an apply."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
-        models = [review for review in reviews if isinstance(review.located.resource, Model | AccessPolicy)]
+        routed = (Model, Route, AccessPolicy)
+        models = [review for review in reviews if isinstance(review.located.resource, routed)]
         if own is not None and own.refusal is not None:
             return
         problem = self._plane.gateway.conflict(
@@ -149,6 +151,7 @@ class Intents:
         for item in applied:
             self._plane.wake(item.key)
         self._plane.wake(GATEWAY)
+        self._plane.wake(ROUTES)
         for item in applied:
             if item.result != "unchanged":
                 self._plane.refresh(item.key)
@@ -192,7 +195,7 @@ class Intents:
         """Refuse an apply whose router could not listen, while a person is there to read it."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
         needed = own is not None or any(
-            isinstance(review.located.resource, Model | AccessPolicy) for review in reviews
+            isinstance(review.located.resource, Model | Route | AccessPolicy) for review in reviews
         )
         if not needed:
             return
@@ -243,6 +246,7 @@ class Intents:
             self._plane.store.remove(key)
         self._plane.wake(key)
         self._plane.wake(ROUTES)
+        self._plane.wake_routes()
         return view
 
     def _no_way_back(self) -> str | None:

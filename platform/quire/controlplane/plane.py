@@ -50,6 +50,7 @@ from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
 from quire_operators.tracing import Passes
+from quire_operators.traffic import RouteReconciler
 from quire_schemas import wire
 from quire_schemas.resource import Key
 
@@ -118,6 +119,7 @@ class ControlPlane:
             self.downloads,
             clock,
         )
+        self.traffic = RouteReconciler(self.store, self.routes, self.gateway, clock)
         passes = Passes(self.tracer, self.store.origin)
         self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
@@ -281,6 +283,7 @@ class ControlPlane:
         try:
             if key.kind == "model":
                 self.models.refresh(key)
+            self.wake_routes()
         except StoreUnavailable as error:
             log.warning("no status of %s yet: %s", key, error.message)
 
@@ -294,6 +297,11 @@ class ControlPlane:
     def wake(self, key: Key) -> None:
         """Have this key reconciled soon."""
         self._controller.add(key)
+
+    def wake_routes(self) -> None:
+        """Have every Route reconciled soon: a Model that it names, or one of its names, may be another's now."""
+        for stored in self.store.objects("route"):
+            self._controller.add(stored.key)
 
     def _process_changed(self, name: str) -> None:
         if name == ROUTER_UNIT:
@@ -312,7 +320,7 @@ class ControlPlane:
             failure = self.gateway.failure()
             again = await self.gateway.reconcile()
             if self.gateway.failure() != failure:
-                self._all_models()
+                self._all_objects()
                 self._controller.add(ROUTES)
             elif not self.routes.takes("http", self.gateway.http_settings()):
                 self._controller.add(ROUTES)
@@ -323,9 +331,14 @@ class ControlPlane:
             again = await self.policies.reconcile(key)
             self._controller.add(GATEWAY)
             return again
+        if key.kind == "route":
+            return self.traffic.reconcile(key)
+        hindrance = self.traffic.hindrance(key)
         again = await self.models.reconcile(key)
         if again == 0.0:
             self._controller.add(ROUTES)
+        if self.traffic.hindrance(key) != hindrance:
+            self.wake_routes()
         return again
 
     async def _reconcile_routes(self) -> float | None:
@@ -334,7 +347,7 @@ class ControlPlane:
         table = self._table()
         took = self.routes.takes("access", table.access)
         if await self.routes.reconcile(table):
-            self._all_models()
+            self._all_objects()
             self._controller.add(GATEWAY)
             took = False
         if not took:  # what is told of them may be otherwise now
@@ -346,13 +359,14 @@ class ControlPlane:
 
     def _table(self) -> wire.RoutingTable:
         """What the router is to act by; not numbered."""
-        return wire.RoutingTable(
-            0, build(self.models.routables()), self.gateway.http_settings(), access=self.policies.table()
-        )
+        models, http = build(self.models.routables()), self.gateway.http_settings()
+        return self.traffic.fill(models, http, self.policies.table())
 
-    def _all_models(self) -> None:
+    def _all_objects(self) -> None:
+        """What the router says, or that it is silent, may change the status of each."""
         for stored in self.store.objects("model"):
             self._controller.add(stored.key)
+        self.wake_routes()
 
 
 def _rank(stored: StoredObject) -> int:

@@ -40,6 +40,9 @@ from quire_schemas import signals
 log = logging.getLogger("quire.router")
 EX_CONFIG = 78
 BACKLOG = 2048
+SEND_BYTES = 128 * 1024
+"""Of answers that the system keeps for a client that does not read, as much again for its own books; then the
+connection's time to read on begins."""
 LAST_WORDS = 1.0
 """Seconds for clients to take the errors that their requests end with."""
 
@@ -126,12 +129,13 @@ async def serve(
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
     await fleet.load_snapshot()
     application, executor, usage = build(fleet, config, tracing)
     options = uvicorn.Config(
         application,
-        http=Protocol,
+        http=Protocol.under(lambda: fleet.table.http),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -139,7 +143,6 @@ async def serve(
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_keep_alive=75,
         backlog=BACKLOG,
     )
     certificate = None if config.tls is None else Certificate(config.tls)

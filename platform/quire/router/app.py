@@ -72,7 +72,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing) -> tuple[ASGIApp
         *_inference(gateway, spans, batched),
         *responses.routes(gateway, spans, answered, background),
         *models.routes(fleet),
-        *files.routes(kept),
+        *files.routes(kept, fleet),
         *batches.routes(stored, executor, fleet),
         *health.routes(fleet, Prover()),
         *_told(fleet),

@@ -5,7 +5,7 @@ that the replica's other requests still have to compute, and those of its own pr
 computed yet. So a cached prefix of k tokens is worth k tokens of other work and never more: no replica is loaded
 beyond that for its cache, and once it is busier by k tokens the prefix is computed a second time elsewhere, which
 then has it, too. Without a cache the second part of the sum is the same everywhere, and the least outstanding work
-decides.
+decides. A caller whom a route keeps with one replica goes there as long as that has not much more than its share.
 
 A replica that has no place left, in its batch or its queue, is not given more. The `n` sequences of one prompt
 share its blocks, so they all go where the first of them went, as long as that is ready and has places (`home`).
@@ -17,6 +17,7 @@ away. A prefix that is remembered in vain costs a detour, after which it is ther
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -27,6 +28,8 @@ EXPECTED_COMPLETION: Final = 256
 """Tokens counted for a request that may write many: most stop far before their limit, often the whole context."""
 RETRY_SHARE: Final = 0.2
 RETRY_FLOOR: Final = 3
+STAY_LOAD: Final = 1.25
+"""How much busier than the average a replica may be for a caller who stays with it."""
 PREFIX_BLOCK: Final = 16
 """Tokens of a block of a remembered prefix."""
 MAX_REMEMBERED: Final = 65_536
@@ -56,11 +59,17 @@ def outstanding(prompt_tokens: int, max_tokens: int, generated: int) -> int:
     return prompt + max(min(max_tokens, EXPECTED_COMPLETION) - generated, 1)
 
 
-def choose(candidates: Iterable[Candidate], avoid: Collection[str] = (), home: str | None = None) -> str | None:
+def choose(
+    candidates: Iterable[Candidate],
+    avoid: Collection[str] = (),
+    home: str | None = None,
+    caller: str | None = None,
+) -> str | None:
     """The replica that is to have a sequence, None if there is none now.
 
     Only those that are ready and have a place come into question, and one of `avoid` only if it is the last. Of
-    these `home`, else the one with the least ahead of it, less what it has of the prompt.
+    these `home`; else the one that `caller` stays with, if it is named; else the one with the least ahead of it,
+    less what it has of the prompt.
     """
     able = [candidate for candidate in candidates if candidate.ready and candidate.in_flight < candidate.places]
     pool = [candidate for candidate in able if candidate.replica_id not in avoid] or able
@@ -68,8 +77,18 @@ def choose(candidates: Iterable[Candidate], avoid: Collection[str] = (), home: s
         return None
     if home is not None and any(candidate.replica_id == home for candidate in pool):
         return home
+    if caller is not None:
+        return _stay(pool, caller)
     best = min(pool, key=lambda c: (c.outstanding_tokens - c.cached_tokens, c.in_flight, c.served, c.replica_id))
     return best.replica_id
+
+
+def _stay(pool: Sequence[Candidate], caller: str) -> str:
+    """The first in the caller's own order of replicas that would not be busier than `STAY_LOAD` times the average
+    with one request more. Who comes and who leaves moves the callers of its own alone."""
+    bound = math.ceil(STAY_LOAD * (sum(candidate.in_flight for candidate in pool) + 1) / len(pool))
+    fit = [candidate for candidate in pool if candidate.in_flight < bound]
+    return min(fit, key=lambda each: hashlib.blake2b(f"{each.replica_id}\0{caller}".encode()).digest()).replica_id
 
 
 def may_retry(retrying: int, in_flight: int) -> bool:

@@ -99,7 +99,7 @@ def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
             "Set spec.parsers.tools in the model's manifest.",
             param="tools",
         )
-    used = dialects if offered else Dialects(None, dialects.reasoning)
+    used = dialects if offered or verbatim else Dialects(None, dialects.reasoning)
     if used.tools is None and used.reasoning is None:
         return None
     return Markup(
@@ -108,7 +108,7 @@ def _markup(request: ChatRequest, served: ServedModel) -> Markup | None:
             Tool(tool.function.name, tool.function.parameters or NO_PARAMETERS, bool(tool.function.strict))
             for tool in offered
         ),
-        frozenset() if verbatim else tokenizer.special_among(used.marks),
+        tokenizer.special_among(used.marks),
         verbatim=verbatim,
         thought_ids=tokenizer.thinking if used.reasoning is not None else None,
         thinks=_asks_to_think(request),
@@ -133,5 +133,6 @@ def _constraint(request: ChatRequest, markup: Markup | None) -> Constraint | Non
     wanted = request.constraint
     if markup is None:
         return wanted
-    held = markup.held_to(wanted.structured if wanted is not None else None)
-    return Constraint(wanted.field if wanted is not None else "tools", held) if held is not None else None
+    field = wanted.field if wanted is not None else "tools"
+    held = markup.held_to(wanted.structured if wanted is not None else None, field=field)
+    return Constraint(field, held) if held is not None else None

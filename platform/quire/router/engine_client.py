@@ -22,7 +22,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 
 from quire.router.balancer import PREFIX_BLOCK, Candidate, Prefixes, outstanding
@@ -36,6 +36,10 @@ ASK_SECONDS = 1.0
 """Longest time between two questions for stats."""
 _ASKED_A_LEASE = 4
 _GET_STATS = wire.frame(wire.GetStats())
+
+
+MOST_KEPT = 64
+"""Deltas that are kept as they came."""
 
 
 class NotConnected(Exception):
@@ -70,17 +74,23 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
-        self.prompt_tokens = len(request.token_ids) - cached_tokens
+        self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
         self.background = request.background
         self.width = 1 if request.beam is None else request.beam.width
-        self.max_tokens = request.sampling.max_tokens
+        self.max_tokens = request.sampling.max_tokens - len(request.written)
         self.generated = 0
         self.begun = False
         """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
         self.lost = False
+
+    def put(self, delta: wire.Delta) -> None:
+        """One more; of those that nobody takes, such as bring tokens alone are made one."""
+        if len(self.deltas) >= MOST_KEPT:
+            self.deltas = list(_joined(self.deltas))
+        self.deltas.append(delta)
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
@@ -162,6 +172,11 @@ class EngineClient:
     def serving(self) -> bool:
         """Whether the table has it for new sequences; else it only keeps what it has."""
         return not self.endpoint.draining and not self.endpoint.standby
+
+    def goes_on(self, template_hash: str) -> bool:
+        """Whether it could go on with an answer of what has this hash."""
+        knows = self.welcome is not None and self.welcome.goes_on
+        return knows and bool(template_hash) and self.endpoint.template_hash == template_hash
 
     @property
     def leaving(self) -> bool:
@@ -357,7 +372,7 @@ class EngineClient:
                 timings = delta.timings
                 if delta.token_ids or (timings is not None and timings.first_token_at is not None):
                     sequence.begun = True
-                sequence.deltas.append(delta)
+                sequence.put(delta)
                 if delta.finish_reason is not None:
                     sequence.ended = True
                     del self._sequences[delta.id]
@@ -383,6 +398,21 @@ class EngineClient:
             self._complaint = words
             level = logging.WARNING if lost and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
+
+
+def _joined(deltas: Series[wire.Delta]) -> Iterator[wire.Delta]:
+    """The same with fewer: whatever is no more than tokens goes to the one before that is no more either."""
+    tokens: list[int] = []
+    for delta in deltas:
+        if delta == wire.Delta(delta.id, delta.token_ids):
+            tokens += delta.token_ids
+            continue
+        if tokens:
+            yield wire.Delta(delta.id, tuple(tokens))
+            tokens = []
+        yield delta
+    if tokens:
+        yield wire.Delta(deltas[0].id, tuple(tokens))
 
 
 def endpoint_key(endpoint: wire.ReplicaEndpoint) -> tuple[str, int, str]:

@@ -77,7 +77,7 @@ class Files:
         try:
             yield file_id, file
         finally:
-            await asyncio.to_thread(file.discard)
+            await asyncio.shield(asyncio.to_thread(file.discard))  # also where the router ends meanwhile
 
     async def add(
         self, file_id: str, purpose: str, filename: str, size: int, expires_after: int | None, owner: str
@@ -176,7 +176,7 @@ class Files:
 
 
 def _stored(row: sa.Row[Any]) -> StoredFile:
-    return StoredFile(**dict(row._mapping))
+    return StoredFile(row.id, row.purpose, row.filename, row.bytes, row.created_at, row.expires_at, row.owner)
 
 
 def page_of(

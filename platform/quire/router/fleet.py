@@ -1,4 +1,5 @@
-"""The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight.
+"""The routing table in action: for each model its tokenizer, its replicas' connections, and what is in flight; for
+each name where its requests go (`traffic`).
 
 `Fleet.apply` takes a table whole: it loads what is new (tokenizers on a thread, so that streams keep flowing),
 then writes the table to disk, then switches over in one step of the event loop. A table that cannot be loaded is
@@ -17,18 +18,19 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
-from quire.router.access import EVERYBODY, Access, Caller
+from quire.router.access import Access, Caller
 from quire.router.engine_client import EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
+from quire.router.traffic import Asked, Traffic, Way
 from quire.text import TextError, Tokenizer
 from quire.text.dialects import Dialects
 from quire_schemas import wire
@@ -122,7 +124,12 @@ class Fleet:
         self.table = wire.RoutingTable(version=0, models=())
         self.access = access or Access()
         self.models: dict[str, ServedModel] = {}
-        """By every name that a request may use."""
+        """By every name that a Model has itself."""
+        self.by_model: dict[str, ServedModel] = {}
+        """By the name of the Model."""
+        self.traffic = Traffic()
+        self.copies: set[asyncio.Task[None]] = set()
+        """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples)
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
@@ -166,7 +173,7 @@ class Fleet:
     def _switch(
         self, table: wire.RoutingTable, tokenizers: dict[str, tuple[tuple[object, ...], Tokenizer | TextError]]
     ) -> None:
-        known = {served.route.model: served for served in self.models.values()}
+        known, by_model = self.by_model, {}
         clients: dict[tuple[str, int, str], EngineClient] = {}
         by_name: dict[str, ServedModel] = {}
         for route in table.models:
@@ -182,6 +189,7 @@ class Fleet:
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
             served.turns.look(served.slots)
+            by_model[route.model] = served
             for name in route.names:
                 if by_name.setdefault(name, served) is not served:
                     log.error("two models are served as %s; %s keeps the name", name, by_name[name].route.model)
@@ -189,10 +197,12 @@ class Fleet:
             if key not in clients:
                 client.retire()
                 self._leaving.append(client)
-        self._clients, self.models, self.table = clients, by_name, table
+        self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
+        self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
         self.access.act_by(table.access)
         self.metrics.set_models(route.model for route in table.models)
+        self.metrics.set_routes(table.routes)
         self._pulse.fire()
 
     async def _tokenizer(self, route: wire.ModelRoute) -> tuple[tuple[object, ...], Tokenizer | TextError]:
@@ -216,36 +226,60 @@ class Fleet:
                 client.set_limits(message.limits)
 
     async def close(self) -> None:
-        """Drop all connections."""
+        """Drop all connections, and what nobody waits for."""
+        for copy in self.copies:
+            copy.cancel()
+        if self.copies:
+            await asyncio.wait(self.copies)
         for client in [*self._clients.values(), *self._leaving]:
             await client.close()
 
     # ── reading it ────────────────────────────────────────────────────────────────────────────────────────
 
-    def resolve(self, name: str, caller: Caller = EVERYBODY) -> ServedModel:
-        """The model served as `name`. Raises `PermissionDenied` and `ModelNotFound`, which names no model that the
-        caller may not use."""
-        caller.check_model(name)
-        served = self.models.get(name)
-        if served is None:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            known = ", ".join(sorted(filter(caller.may_use, self.models))[:8])
+    def way(self, asked: Asked, caller: Caller, *, ahead: bool = False) -> Way:
+        """Where a caller's request goes; `ahead`: where the next one would, which takes nobody's turn.
+
+        He is held to the name that he asks for, whatever is behind it. Raises `PermissionDenied`, and
+        `ModelNotFound`, which names none that he may not use.
+        """
+        caller.check_model(asked.name)
+        way = self.traffic.way(asked, ahead=ahead)
+        if way is None:
+            shown = "".join(c if c.isprintable() else "?" for c in asked.name[:64])
+            known = ", ".join(self.names(asked.headers, caller)[:8])
             raise ModelNotFound(
                 f"The model '{shown}' does not exist."
                 + (f" Models here: {known}." if known else " No model is served here yet."),
                 param="model",
             )
+        return way
+
+    def at(self, way: Way, model: str | None) -> ServedModel:
+        """One of the models of a way. Raises `ModelStopped` if it is not there."""
+        served = self.by_model.get(model) if model is not None else None
+        if served is None:
+            raise ModelStopped(f"No model is behind '{way.name}' now.")
         return served
 
-    def sole(self, caller: Caller = EVERYBODY) -> ServedModel:
-        """The only model that the caller may use. Raises `InvalidRequest` where there are others, and
-        `ModelNotFound`."""
-        served = {id(served): served for name, served in self.models.items() if caller.may_use(name)}
-        if not served:
+    def names(self, headers: Sequence[tuple[bytes, bytes]], caller: Caller) -> list[str]:
+        """All names that a caller's request with these headers may use."""
+        return [name for name in self.traffic.names(headers) if caller.may_use(name)]
+
+    def resolve(self, asked: Asked, caller: Caller) -> ServedModel:
+        """The model that would have the caller's request, for what needs none of its replicas. Raises
+        `PermissionDenied`, `ModelNotFound` and `ModelStopped`."""
+        way = self.way(asked, caller, ahead=True)
+        return self.at(way, way.model or way.instead("Unavailable", (), self.by_model))
+
+    def sole(self, caller: Caller) -> ServedModel:
+        """The only model behind the names that the caller may use. Raises `InvalidRequest` where there are others,
+        and `ModelNotFound`."""
+        found = {model for name in self.names((), caller) for model in self.traffic.behind_name(name)}
+        if not found:
             raise ModelNotFound("No model is served here yet.", param="model")
-        if len(served) > 1:
+        if len(found) > 1:
             raise InvalidRequest("'model' is required: several are served here.", param="model")
-        return next(iter(served.values()))
+        return self.by_model[found.pop()]
 
     @property
     def changed(self) -> asyncio.Event:
@@ -265,12 +299,12 @@ class Fleet:
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)
-                for served in self.models.values()
+                for served in self.by_model.values()
                 if isinstance(served.tokenizer, TextError)
             },
             uses={
                 served.route.model: served.use(time.monotonic())
-                for served in self.models.values()
+                for served in self.by_model.values()
                 if served.route.on_demand
             },
         )
@@ -284,7 +318,7 @@ class Fleet:
 
     def samples(self) -> Iterator[ReplicaSample]:
         """What a scrape shows of the replicas."""
-        for served in {id(served): served for served in self.models.values()}.values():
+        for served in self.by_model.values():
             for client in served.clients:
                 up = client.connected and not client.stalled
                 stats = client.stats if client.connected else None

@@ -29,6 +29,7 @@ from quire.router import conversation
 from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
+from quire.router.mirror import Mirrors
 from quire.router.shares import may_enter
 from quire.router.spans import RequestSpan
 from quire.router.usage import Usage
@@ -68,6 +69,7 @@ class Gateway:
     def __init__(self, fleet: Fleet, usage: Usage) -> None:
         self.fleet = fleet
         self.usage = usage
+        self.mirrors = Mirrors(fleet, self.admit)
         self._for_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="long")
 
     async def aside(self, work: Callable[[], W], size: int) -> W:

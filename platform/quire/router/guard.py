@@ -13,13 +13,15 @@
 - **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
   it `openai-processing-ms`, the time from the request to the first byte of its answer.
 
-`Protocol` is uvicorn's, with answers of our own shape to what is not HTTP.
+`Protocol` is uvicorn's, with answers of our own shape to what is not HTTP, and an end to patience: a connection
+that does not bring the head of a request, or whose client does not read, is cut.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 import uuid
@@ -32,8 +34,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
 from quire.router.access import VISIT, Access
-from quire_schemas import wire
+from quire_schemas.wire import HttpSettings
 
+log = logging.getLogger("quire.router")
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 16 * 1024
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
@@ -67,7 +70,7 @@ class Guard:
         app: ASGIApp,
         allowed_hosts: Collection[str],
         access: Access,
-        settings: Callable[[], wire.HttpSettings] = wire.HttpSettings,
+        settings: Callable[[], HttpSettings] = HttpSettings,
     ) -> None:
         self._app = app
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
@@ -182,14 +185,64 @@ def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tupl
 
 
 class Protocol(H11Protocol):
-    """Answers bytes that are not HTTP in the shape of all other errors."""
+    """Answers bytes that are not HTTP in the shape of all other errors, and waits for nobody for ever."""
+
+    settings: Callable[[], HttpSettings] = staticmethod(HttpSettings)
+    """Those in force."""
+    _head: asyncio.TimerHandle | None = None
+    _room: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def under(cls, settings: Callable[[], HttpSettings]) -> type[Protocol]:
+        """The protocol with these settings: uvicorn makes its instances by itself."""
+        return type(cls.__name__, (cls,), {"settings": staticmethod(settings)})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._head, self._room):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._room = self.loop.call_later(self.settings().send_seconds, self._cut, "reads nothing of its answer")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._room is not None:
+            self._room.cancel()
+            self._room = None
+
+    def _await_head(self) -> None:
+        """Keep the time for as long as a head is begun, or the first one not even that."""
+        begun = self.cycle is None or bool(self.conn.trailing_data[0])
+        if self.conn.their_state is not h11.IDLE or not begun:
+            if self._head is not None:
+                self._head.cancel()
+                self._head = None
+        elif self._head is None:
+            self._head = self.loop.call_later(self.settings().head_seconds, self._cut, "brings no request")
+
+    def _cut(self, why: str) -> None:
+        log.info("a client %s, and is cut off", why)
+        self.transport.abort()
 
     def shutdown(self) -> None:
         super().shutdown()
         self._part()
 
     def on_response_complete(self) -> None:
+        self.timeout_keep_alive = self.settings().idle_seconds  # type: ignore[assignment]
         super().on_response_complete()
+        self._await_head()  # of what came while it was being answered
         self._part()
 
     def _part(self) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, QueueFull, TimedOut
+from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, OutOfTime, QueueFull, TimedOut
 from quire.router import engine_client
 from quire.router.access import EVERYBODY, Caller
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
+from quire.router.traffic import PLAIN, Terms
 from quire.text import AnswerText, Markup, Tokenizer
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Plain, Reasoning
 from quire_schemas import wire
+from quire_schemas.failures import Retried
 
 log = logging.getLogger("quire.router")
 T = TypeVar("T")
@@ -91,6 +94,9 @@ class Job:
     """The field of the request that the answer is held to, if one is."""
     markup: Markup | None = None
     """How thoughts and calls are read out of the answer's text; None: it is content and nothing else."""
+    terms: Terms = PLAIN
+    begun_at: float | None = None
+    """When it was given to this model, if another one had it before."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -120,12 +126,28 @@ class Job:
 
     @property
     def ends_at(self) -> float | None:
-        """When its time is over, if it set itself one."""
-        return None if self.timeout is None else self.arrived_at + self.timeout
+        """When its time is over, if it set itself one, or its route does; the smaller counts."""
+        given = [seconds for seconds in (self.timeout, self.terms.request) if seconds is not None]
+        return self.arrived_at + min(given) if given else None
 
-    def out_of_time(self) -> TimedOut:
+    @property
+    def first_by(self) -> float | None:
+        """When its first token has to be there, if its route says so."""
+        if self.terms.first_token is None:
+            return None
+        return (self.arrived_at if self.begun_at is None else self.begun_at) + self.terms.first_token
+
+    def out_of_time(self) -> OutOfTime:
         """The error that it ends with at `ends_at`."""
-        return TimedOut(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
+        if self.timeout is not None and (self.terms.request is None or self.timeout <= self.terms.request):
+            return OutOfTime(f"The request was not complete within the {self.timeout:g} seconds of its 'timeout'.")
+        return OutOfTime(
+            f"The request was not complete within the {self.terms.request:g} seconds that its route allows."
+        )
+
+    def without_first(self) -> TimedOut:
+        """The error that it ends with at `first_by`."""
+        return TimedOut(f"No token came within the {self.terms.first_token:g} seconds that its route allows.")
 
     @property
     def is_large(self) -> bool:
@@ -218,6 +240,7 @@ class Choice:
         "_thinking",
         "attempts",
         "avoid",
+        "cached_tokens",
         "deadline",
         "fingerprint",
         "first_token_at",
@@ -227,6 +250,8 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
+        "lost_by",
+        "migrations",
         "num_scored",
         "prompt",
         "prompt_index",
@@ -238,12 +263,14 @@ class Choice:
         "sent",
         "sent_at",
         "sequence",
+        "template_hash",
         "text",
         "timings",
         "trial",
         "turn",
         "turn_at",
         "where",
+        "written",
     )
 
     def __init__(self, job: Job, index: int) -> None:
@@ -255,6 +282,8 @@ class Choice:
         if index % job.drawn and not job.stream and job.sampling.prompt_logprobs is not None:
             # the first choice of a prompt brings its log-probabilities, for all
             self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        self.lost_by: Retried = "ConnectionError"
+        """How the last attempt failed, if one did."""
         self.attempts = 0
         self.fingerprint: bytes | None = None
         self.trial: str | None = None
@@ -265,6 +294,10 @@ class Choice:
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
         self.retrying = False
+        self.migrations = 0
+        """How often it has gone on elsewhere."""
+        self.template_hash = ""
+        """Of what its engine runs."""
         self.sent = False
         self.sent_at = 0.0
         """When the attempt that runs was handed to its engine."""
@@ -281,12 +314,16 @@ class Choice:
         self.prompt_scores: list[wire.TokenLogprobs] = []
         self.num_scored = 0
         self.ids: list[int] = []
+        self.written = array("q") if self.job.stream and self.job.model.route.max_migrations else None
+        """All that were drawn, where another engine may have to go on behind them."""
         self.kept: list[Update] = []
         self.generated = 0
         self.turn_at: float | None = None  # first seen to have its turn
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.timings: wire.Timings | None = None
+        self.cached_tokens = 0
+        """Of its prompt, when it was first computed."""
         self._out = 0  # characters given out
         markup = self.job.markup
         self._reader = markup.reader() if markup is not None else Plain()
@@ -304,6 +341,8 @@ class Choice:
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
+                if not self.migrations:  # else part of it is what an engine before computed
+                    self.cached_tokens = delta.timings.cached_tokens
             scores = delta.logprobs or []
             self.prompt_scores += delta.prompt_logprobs or []
             self.num_scored += len(delta.prompt_logprobs or ())
@@ -315,6 +354,8 @@ class Choice:
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
+                if self.written is not None:
+                    self.written.append(token)
                 offset = self.text.made
                 pieces.append(self.text.push(token))
                 if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
@@ -400,6 +441,13 @@ class Choice:
                     self._arguments.append(part.text)
             parts.append(part)
         return False
+
+    @property
+    def sampling_left(self) -> wire.Sampling:
+        """What is asked of the engine that has it next: log-probabilities of the prompt come once."""
+        if self.sent and self.sampling.prompt_logprobs is not None:
+            return msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        return self.sampling
 
     @property
     def times(self) -> Times | None:

@@ -76,13 +76,16 @@ class Ticket:
     _reserved: int = 0
 
     def reserve(self, tokens: int) -> None:
-        """Take as many tokens as it may come to. Raises `RateLimited`."""
+        """Take as many tokens as it may come to from here on. What it took before and has not used counts: who is
+        given to one model after another takes no more than he may use. Raises `RateLimited`."""
         if self._limiter is None:
             return
-        self._limiter.check(self._tokens, tokens)
+        more = self.used + tokens - self._reserved
+        if more > 0:
+            self._limiter.check(self._tokens, more)
         for _, bucket in self._tokens:
-            bucket.take(tokens, self._limiter.now())
-        self._reserved = tokens
+            bucket.take(more, self._limiter.now())
+        self._reserved += more
 
     def uncount(self) -> None:
         """It is no request of its own: another one stands for it."""

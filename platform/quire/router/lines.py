@@ -36,15 +36,17 @@ from typing import Any, Final
 
 import msgspec
 
-from quire.errors import StorageUnavailable
+from quire.errors import ModelNotFound, ModelStopped, StorageUnavailable
 from quire.router import quarantine
-from quire.router.access import OF_LINES, RATE_LIMITED
+from quire.router.access import EVERYBODY, OF_LINES, RATE_LIMITED
 from quire.router.api.exchange import Exchange, Format
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
 from quire.router.files import Files, read_bytes
+from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.inside import InsideClient
 from quire.router.spans import RequestSpans
+from quire.router.traffic import Asked
 from quire_schemas.openai.batches import LineResponse, OutputLine, read_line
 
 log = logging.getLogger("quire.router")
@@ -229,7 +231,7 @@ class Lines:
         return False
 
     def _has_room(self, name: str, sequences: int) -> bool:
-        served = self._fleet.models.get(name)
+        served = self._next_for(name)
         key = served.route.model if served is not None else name
         pause, held = self._pauses.get(key), self._held.get(key, 0)
         if pause is not None and time.monotonic() < pause.until:
@@ -238,8 +240,16 @@ class Lines:
             return not held  # one asks for a replica, and one that is wider than what there is goes alone
         return held + sequences <= served.slots - (served.in_flight - served.background)
 
+    def _next_for(self, name: str) -> ServedModel | None:
+        """The model that a line for this name would go to now. Where weights decide, another request may take the
+        turn before it, and the line goes elsewhere."""
+        try:
+            return self._fleet.resolve(Asked(name), EVERYBODY)  # whether its owner may is asked when it is sent
+        except (ModelNotFound, ModelStopped):
+            return None
+
     async def _line(self, work: Work, line: int, name: str) -> None:
-        served = self._fleet.models.get(name)
+        served = self._next_for(name)
         key = served.route.model if served is not None else name
         sequences = work.plan.sequences[line]
         self._held[key] = self._held.get(key, 0) + sequences

@@ -26,8 +26,7 @@ from prometheus_client.registry import Collector
 
 from quire.tracing import Counts
 from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
-from quire_schemas import signals
-from quire_schemas.wire import Stats
+from quire_schemas import signals, wire
 
 OPERATIONS: Final = (
     "chat",
@@ -40,6 +39,10 @@ OPERATIONS: Final = (
     "count_tokens",
 )
 FINISHES: Final = ("stop", "length", "repetition", "abort", "error", "refused")
+COPIES: Final = ("completed", "failed", "dropped")
+ROUTED: Final = "routed"
+STEPPED_IN: Final = "stepped in"
+COPIED: Final = "copied"
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -51,7 +54,7 @@ class ReplicaSample:
     model: str
     replica: str
     up: bool
-    stats: Stats | None
+    stats: wire.Stats | None
 
 
 class ModelMetrics:
@@ -63,6 +66,7 @@ class ModelMetrics:
         "held",
         "in_flight",
         "inter_token",
+        "migrations",
         "prompt_tokens",
         "queue_time",
         "requests",
@@ -79,6 +83,7 @@ class ModelMetrics:
         self.generation_tokens = metrics.generation_tokens.labels(model)
         self.in_flight = metrics.in_flight.labels(model)
         self.held = metrics.held.labels(model)
+        self.migrations = metrics.migrations.labels(model)
         self.time_to_first_token = metrics.time_to_first_token.labels(model)
         self.inter_token = metrics.inter_token.labels(model)
         self.e2e = metrics.e2e.labels(model)
@@ -99,6 +104,12 @@ class Metrics:
         self.generation_tokens = Counter(signals.GENERATION_TOKENS, "Tokens that engines wrote.", model, **into)
         self.in_flight = Gauge(signals.REQUESTS_IN_FLIGHT, "Requests accepted and not yet ended.", model, **into)
         self.held = Gauge(signals.REQUESTS_HELD, "Requests that wait for a replica to take them.", model, **into)
+        self.migrations = Counter(
+            signals.STREAM_MIGRATIONS,
+            "Streams that went on at another replica when an engine was lost.",
+            model,
+            **into,
+        )
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, help_text, model, buckets=buckets, **into)
@@ -115,6 +126,18 @@ class Metrics:
         self.queue_time = histogram(
             signals.QUEUE_TIME, "From the engine's receipt to the first step.", signals.LATENCY_BUCKETS
         )
+        by_route = (signals.LABEL_ROUTE, signals.LABEL_MODEL)
+        self._routed = Counter(signals.ROUTE_REQUESTS, "Requests by route and model.", by_route, **into)
+        self._fallbacks = Counter(
+            signals.ROUTE_FALLBACKS,
+            "Times that a model stepped in.",
+            (*by_route, signals.LABEL_FAILURE),
+            **into,
+        )
+        self._mirrored = Counter(
+            signals.ROUTE_MIRRORED, "Copies of requests.", (*by_route, signals.LABEL_FINISH), **into
+        )
+        self._of_routes: dict[tuple[str, ...], Counter] = {}
         self.batches_running = Gauge(signals.BATCHES_RUNNING, "Batches whose lines are worked off.", **into)
         lines = Counter(
             signals.BATCH_LINES, "Lines of batches that have an answer.", (signals.LABEL_FINISH,), **into
@@ -136,6 +159,7 @@ class Metrics:
                 self.generation_tokens,
                 self.in_flight,
                 self.held,
+                self.migrations,
                 self.time_to_first_token,
                 self.inter_token,
                 self.e2e,
@@ -144,6 +168,31 @@ class Metrics:
                 family.remove(gone)
         for name in wanted - self._models.keys():
             self._models[name] = ModelMetrics(self, name)
+
+    def set_routes(self, routes: Iterable[wire.TrafficRoute]) -> None:
+        """Make the series of these routes exist, and drop those of others."""
+        wanted: dict[tuple[str, ...], Counter] = {}
+        for route in routes:
+            stand_ins = [(each.model, failure) for each in route.fallbacks for failure in each.when]
+            for model in {*(each.model for each in route.backends), *(model for model, _ in stand_ins)}:
+                wanted[ROUTED, route.route, model] = self._routed
+            for model, failure in stand_ins:
+                wanted[STEPPED_IN, route.route, model, failure] = self._fallbacks
+            if route.mirror is not None:
+                for finish in COPIES:
+                    wanted[COPIED, route.route, route.mirror.model, finish] = self._mirrored
+        families = {ROUTED: self._routed, STEPPED_IN: self._fallbacks, COPIED: self._mirrored}
+        for gone in self._of_routes.keys() - wanted.keys():
+            families[gone[0]].remove(*gone[1:])
+        self._of_routes = {
+            key: self._of_routes.get(key) or family.labels(*key[1:]) for key, family in wanted.items()
+        }
+
+    def count_routed(self, *key: str) -> None:
+        """One more of `ROUTED`, `STEPPED_IN` or `COPIED`, which comes first, then the labels. Of a route that has
+        left the table meanwhile nothing is counted."""
+        if (handle := self._of_routes.get(key)) is not None:
+            handle.inc()
 
     def watch(self, spans: Counts) -> None:
         """Show what becomes of the router's spans."""

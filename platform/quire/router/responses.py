@@ -4,13 +4,17 @@ A response has a row with what was new in it, the items of its request and of it
 it is that of its predecessor, whose id it has. So a long conversation takes no more room than its turns, and who
 deletes a response cuts off what goes on from it. Items have rows of their own: requests may name them one by one.
 
+What a request goes on from is bounded as a body is, in bytes: a few names may stand for much.
+
 A response in the background has its request, too, until it has ended: whoever works off what is in the background
 begins it again after a crash. Once it is cancelled nothing else becomes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,10 +24,13 @@ from sqlalchemy.dialects.sqlite import insert
 
 from quire.errors import Conflict, InvalidRequest, NotFound
 from quire.router.store import METADATA, Store
+from quire_schemas.openai.body import shown
 from quire_schemas.openai.chat import MAX_MESSAGES
 from quire_schemas.openai.responses import (
     Item,
     ItemReference,
+    ItemTextPart,
+    MessageItem,
     ResponseError,
     ResponseObject,
     read_items,
@@ -63,6 +70,14 @@ class Waiting:
     """A response that is to be worked on."""
 
     id: str
+    size: int
+    """Bytes of its request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What there is to do for a response, and for whom."""
+
     request: bytes
     owner: str
     key: str
@@ -75,7 +90,7 @@ class Context:
     before: list[Item]
     own: list[Item]
     size: int
-    """Bytes that were read for it."""
+    """Bytes that were read for it; those of an item as often as it is named."""
 
 
 class Responses:
@@ -98,18 +113,21 @@ class Responses:
         """Keep a response as it is now; what is kept of it, which is no other once it has ended."""
         return await self.store.run(lambda db: _keep(db, response, given, owner, key))
 
-    async def start(self, response_id: str) -> None:
-        """Somebody works on it now."""
+    async def start(self, response_id: str) -> Started | None:
+        """Somebody works on it now: its request, or None where it has ended. Raises `NotFound`."""
 
-        def write(db: sa.Connection) -> None:
+        def write(db: sa.Connection) -> Started | None:
             row = _one(db, response_id)
+            if row.request is None:
+                return None
             found = _decoded(row.answer)
             if found.status == "queued":
                 found.status = "in_progress"
                 changed = sa.update(RESPONSES).where(RESPONSES.c.id == response_id)
                 db.execute(changed.values(answer=_encode(found)))
+            return Started(bytes(row.request), row.owner, row.owner_key)
 
-        await self.store.run(write)
+        return await self.store.run(write)
 
     async def fail(self, response_id: str, error: ResponseError) -> None:
         """End a response that cannot be answered."""
@@ -154,26 +172,33 @@ class Responses:
         """The items of its request. Raises `NotFound`."""
         return await self.store.run(lambda db: read_items(_one(db, response_id, owner).input))
 
-    async def context(self, previous_id: str | None, given: Sequence[Item], owner: str) -> Context:
-        """What a request of the owner's is to be understood by. Raises `NotFound` and `InvalidRequest`."""
-        names = [item.id for item in given if isinstance(item, ItemReference)]
+    async def context(self, previous_id: str | None, given: Sequence[Item], most: int, owner: str) -> Context:
+        """What a request of the owner's is to be understood by. Raises `InvalidRequest`, also above `most`
+        bytes."""
+        names = _names(given)
         if previous_id is None and not names:
             return Context([], list(given), 0)
 
         def read(db: sa.Connection) -> Context:
-            named = _named(db, names, owner)
-            own = [named[item.id] if isinstance(item, ItemReference) else item for item in given]
-            before, size = _conversation(db, previous_id, owner)
-            return Context(before, own, size)
+            named, size = _named(db, names, owner, most)
+            before, size = _conversation(db, previous_id, owner, size, most)
+            return Context(before, _resolved(given, named), size)
 
         return await self.store.run(read)
 
+    async def resolved(self, given: Sequence[Item], owner: str) -> list[Item]:
+        """The items with those of the owner's in place that they refer to. Raises `InvalidRequest`."""
+        names = _names(given)
+        if not names:
+            return list(given)
+        return await self.store.run(lambda db: _resolved(given, _named(db, names, owner)[0]))
+
     async def waiting(self) -> list[Waiting]:
         """Those that are to be worked on, the oldest first."""
-        of = RESPONSES.c
-        query = sa.select(of.id, of.request, of.owner, of.owner_key).where(of.request.is_not(None))
+        size = sa.func.length(RESPONSES.c.request).label("size")
+        query = sa.select(RESPONSES.c.id, size).where(RESPONSES.c.request.is_not(None))
         found = await self.store.run(lambda db: db.execute(query.order_by(RESPONSES.c.id)).all())
-        return [Waiting(row.id, bytes(row.request), row.owner, row.owner_key) for row in found]
+        return [Waiting(row.id, row.size) for row in found]
 
     async def sweep(self) -> int:
         """Forget those whose time is over; how many there were."""
@@ -211,7 +236,7 @@ def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item], ow
         if begun.status not in ("queued", "in_progress"):
             return bytes(found)
         response.created_at = begun.created_at
-    said = read_items(_encode(response.output))
+    said = [_without_scores(item) for item in read_items(_encode(response.output))]
     row = _row(response, given, said, owner, key)
     db.execute(insert(RESPONSES).values(row).on_conflict_do_update(index_elements=["id"], set_=row))
     made = [
@@ -246,23 +271,46 @@ def _decoded(answer: bytes) -> ResponseObject:
     return msgspec.json.decode(answer, type=ResponseObject)
 
 
-def _conversation(db: sa.Connection, last: str | None, owner: str) -> tuple[list[Item], int]:
-    """Everything that was said up to a response, its own answer included, and the bytes that it takes."""
+def _without_scores(item: Item) -> Item:
+    """An item of an answer for whoever goes on from it."""
+    if not isinstance(item, MessageItem) or isinstance(item.content, str):
+        return item
+    parts = [
+        part.model_copy(update={"logprobs": None}) if isinstance(part, ItemTextPart) else part
+        for part in item.content
+    ]
+    return item.model_copy(update={"content": parts})
+
+
+_TURN: Final = sa.select(
+    RESPONSES.c.input,
+    RESPONSES.c.output,
+    RESPONSES.c.previous_id,
+    RESPONSES.c.request.is_not(None).label("is_open"),
+)
+
+
+def _conversation(db: sa.Connection, last: str | None, owner: str, size: int, most: int) -> tuple[list[Item], int]:
+    """Everything that was said up to a response of the owner's, its own answer included, and its bytes added to
+    `size`."""
     turns: list[list[Item]] = []
-    size = 0
     at = last
     while at is not None:
-        mine = (RESPONSES.c.id == at, RESPONSES.c.owner == owner)
-        row = db.execute(sa.select(RESPONSES).where(*mine)).first()
+        row = db.execute(_TURN.where(RESPONSES.c.id == at, RESPONSES.c.owner == owner)).first()
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
             raise InvalidRequest(
-                f"The response '{at}' that this goes on from {gone}.", param="previous_response_id"
+                f"The response '{shown(at)}' that this goes on from {gone}.", param="previous_response_id"
             )
-        if row.request is not None:
-            raise InvalidRequest(f"The response '{at}' is not complete yet.", param="previous_response_id")
-        turns.append([*read_items(row.input), *read_items(row.output)])
+        if row.is_open:
+            raise InvalidRequest(f"The response '{shown(at)}' is not complete yet.", param="previous_response_id")
         size += len(row.input) + len(row.output)
+        if size > most:
+            raise InvalidRequest(
+                f"What the request goes on from has more than {most} bytes, the limit of a body.",
+                param="previous_response_id",
+            )
+        turns.append([*read_items(row.input), *read_items(row.output)])
         if sum(map(len, turns)) > MAX_MESSAGES:
             raise InvalidRequest(
                 f"The conversation has more than {MAX_MESSAGES} items.", param="previous_response_id"
@@ -271,12 +319,33 @@ def _conversation(db: sa.Connection, last: str | None, owner: str) -> tuple[list
     return [item for turn in reversed(turns) for item in turn], size
 
 
-def _named(db: sa.Connection, ids: Sequence[str], owner: str) -> dict[str, Item]:
-    """The owner's items by their ids."""
-    mine = sa.select(ITEMS.c.id, ITEMS.c.item).join(RESPONSES, RESPONSES.c.id == ITEMS.c.response_id)
-    rows = db.execute(mine.where(ITEMS.c.id.in_(ids), RESPONSES.c.owner == owner)).all()
-    found = {row.id: read_items(row.item)[0] for row in rows}
-    missing = next((each for each in ids if each not in found), None)
+def _names(given: Sequence[Item]) -> Counter[str]:
+    """The ids of the items that are referred to, and how often each is."""
+    return Counter(item.id for item in given if isinstance(item, ItemReference))
+
+
+def _named(
+    db: sa.Connection, names: Counter[str], owner: str, most: float = math.inf
+) -> tuple[dict[str, Item], int]:
+    """The owner's items by their ids, and the bytes that they take together, each as often as it is named."""
+    if not names:
+        return {}, 0
+    query = sa.select(ITEMS.c.id, sa.func.length(ITEMS.c.item))
+    mine = query.join(RESPONSES, RESPONSES.c.id == ITEMS.c.response_id).where(RESPONSES.c.owner == owner)
+    sizes = {row[0]: row[1] for row in db.execute(mine.where(ITEMS.c.id.in_(names)))}
+    missing = next((each for each in names if each not in sizes), None)
     if missing is not None:
-        raise InvalidRequest(f"There is no item '{missing[:64]}' that is kept.", param="input")
-    return found
+        raise InvalidRequest(f"There is no item '{shown(missing)}' that is kept.", param="input")
+    size = sum(count * sizes[name] for name, count in names.items())
+    if size > most:
+        raise InvalidRequest(
+            f"The items that 'input' refers to have more than {most} bytes, the limit of a body.",
+            param="input",
+        )
+    rows = db.execute(sa.select(ITEMS.c.id, ITEMS.c.item).where(ITEMS.c.id.in_(names))).all()
+    return {row.id: read_items(row.item)[0] for row in rows}, size
+
+
+def _resolved(given: Sequence[Item], named: Mapping[str, Item]) -> list[Item]:
+    """The items with those in place that they refer to."""
+    return [named[item.id] if isinstance(item, ItemReference) else item for item in given]

@@ -9,14 +9,17 @@ where that is). A sequence that has to start again takes those that follow it al
 
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
 `maxQueueWait` says, over all its attempts together; background work waits for as long as it takes. A request that
-set itself a `timeout` ends when that is over, wherever it is: the engines know of it, too, but the run does not
-wait for their word.
+set itself a `timeout`, or whose route sets it one, ends when that is over, wherever it is: the engines know of it,
+too, but the run does not wait for their word. A route may also say when the first token has to be there.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
-(nothing ever has, of an answer that is sent whole): at most `MAX_RETRIES` times, and within the model's budget
+(nothing ever has, of an answer that is sent whole): as often as its terms allow, and within the model's budget
 (`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
-the first byte, the request fails. It also fails when the model's tokenizer or template has become another since
-its ids were made: they would be nonsense to the replicas that serve now. A request that may be what engines die
+the first byte, the request fails, unless the manifest lets streams *migrate*: then the sequence goes on at another
+replica of the same revision, behind the tokens that were read of it (`wire.Generate.written`), up to
+`maxMigrations` times, and waits for one as long as `maxQueueWait` says. A request also fails when the model's
+tokenizer or template has become another since its ids were made: they would be nonsense to the replicas that serve
+now. A request that may be what engines die
 of is tried with no other such beside it on the replica, and not at all once it has died there too (`quarantine`).
 Whatever way a run ends, `updates` aborts what still runs.
 """
@@ -52,12 +55,12 @@ from quire_schemas import signals, wire
 
 log = logging.getLogger("quire.router")
 
-MAX_RETRIES: Final = 2
 DEFAULT_RETRY_AFTER: Final = 5.0
 RECHECK_SECONDS: Final = 0.5
 """How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
 ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
 """Error codes of sequences that end because their engine does."""
+_DIED: Final = "The engine died while it was writing this answer."
 _QUARANTINED: Final = (
     f"{quarantine.DEATHS_TO_CONDEMN} engines died when they were given this request, so it is not tried again for "
     f"{quarantine.REMEMBERED_SECONDS / 60:g} minutes. Other requests are served."
@@ -86,6 +89,13 @@ class Run:
         """Rings the bell when the choices of which nothing has gone out are to be looked after."""
         self._starts: set[asyncio.Task[None]] = set()
         """Choices that are being placed while others go on."""
+        self._came = False
+        """Some prompt is computed: there is a token, or could be."""
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a sequence waits for its turn."""
+        return math.inf if self.job.background else self.job.model.route.max_queue_wait
 
     @property
     def completion_tokens(self) -> int:
@@ -109,8 +119,7 @@ class Run:
         """
         found = 0
         for first in range(0, len(self._choices), self.job.drawn):
-            told = [choice.timings for choice in self._choices[first : first + self.job.drawn]]
-            found += min(timings.cached_tokens if timings is not None else 0 for timings in told)
+            found += min(choice.cached_tokens for choice in self._choices[first : first + self.job.drawn])
         return found
 
     async def updates(self) -> AsyncGenerator[list[Update], None]:
@@ -122,13 +131,13 @@ class Run:
         """
         live = {choice.index: choice for choice in self._choices}
         for choice in self._choices:
-            patience = math.inf if self.job.background else self.job.model.route.max_queue_wait
-            choice.deadline = time.monotonic() + patience
+            choice.deadline = time.monotonic() + self._patience
         self._metrics.prompt_tokens.inc(self.job.prompt_tokens)
-        ending: asyncio.TimerHandle | None = None
-        if self.job.ends_at is not None:
-            left = self.job.ends_at - time.monotonic()
-            ending = asyncio.get_running_loop().call_later(max(left, 0.0), self._bell.set)
+        ends = [
+            asyncio.get_running_loop().call_later(max(at - time.monotonic(), 0.0), self._bell.set)
+            for at in (self.job.ends_at, self.job.first_by)
+            if at is not None
+        ]
         try:
             later = deque(self._choices[self.job.at_once :])
             if len(self._choices) > 1:
@@ -156,7 +165,7 @@ class Run:
                         del live[choice.index]
                         if later:
                             following = later.popleft()
-                            following.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+                            following.deadline = time.monotonic() + self._patience
                             self._begin(self._place(following))
                 if batch:
                     yield batch
@@ -164,7 +173,7 @@ class Run:
                     self._check_time()
                 self._recover(lost)
         finally:
-            for timer in (self._alarm, ending):
+            for timer in (self._alarm, *ends):
                 if timer is not None:
                     timer.cancel()
             for start in self._starts:
@@ -175,9 +184,12 @@ class Run:
                 self._end(choice)
 
     def _check_time(self) -> None:
-        """Raises `TimedOut` when the job's own time is over."""
-        if self.job.ends_at is not None and time.monotonic() >= self.job.ends_at:
+        """Raises `TimedOut` when the job's own time is over, or that until its first token."""
+        now = time.monotonic()
+        if self.job.ends_at is not None and now >= self.job.ends_at:
             raise self.job.out_of_time()
+        if self.job.first_by is not None and now >= self.job.first_by and not self._came:
+            raise self.job.without_first()
 
     def _begin(self, start: Coroutine[Any, Any, None]) -> None:
         """Place a choice while others go on."""
@@ -187,8 +199,8 @@ class Run:
 
     def _recover(self, lost: Sequence[Choice]) -> None:
         """Begin to start lost choices again, and raise what earlier starts have ended in."""
-        if any(choice.sent for choice in lost):
-            raise EngineDied("The engine died while it was writing this answer.")
+        if any(choice.sent and not self._may_migrate(choice) for choice in lost):
+            raise EngineDied(_DIED)
         for choice in lost:
             self._begin(self._again(choice))
         for start in [start for start in self._starts if start.done()]:
@@ -212,6 +224,7 @@ class Run:
                 self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
+            choice.lost_by = "503" if _was_asked_to_end(deltas) else "ConnectionError"
             if choice.turn_at is not None:
                 choice.deadline += time.monotonic() - choice.turn_at
             choice.avoid.add(sequence.client.endpoint.replica_id)
@@ -224,12 +237,14 @@ class Run:
         before = choice.generated
         update = choice.read(deltas)
         if sequence.begun:
+            self._came = True
             if choice.trial is not None:
                 self.job.model.suspects.clear(self._fingerprint(choice))
             self._settle(choice)
         self._count(choice, choice.generated - before)
         if update is None:
             return None
+        self._came = True
         choice.sent = self.job.stream
         if update.finish_reason is not None and self.job.shown.metrics:
             return dataclasses.replace(update, times=choice.times)
@@ -255,9 +270,9 @@ class Run:
     async def _ring(self, choices: Iterable[Choice]) -> None:
         """Wait for news. Raises `TimedOut` when a sequence has waited too long for its first step."""
         if self._alarm is None:
-            unsent = [choice for choice in choices if not choice.sent]
-            if unsent:
-                until = min(self._look_after(choice) for choice in unsent)
+            looked_after = [choice for choice in choices if not choice.sent or self._may_migrate(choice)]
+            if looked_after:
+                until = min(self._look_after(choice) for choice in looked_after)
                 self._alarm = asyncio.get_running_loop().call_later(until, self._sound)
         await self._bell.wait()
         self._bell.clear()
@@ -267,7 +282,7 @@ class Run:
         self._bell.set()
 
     def _look_after(self, choice: Choice) -> float:
-        """Nothing of a choice has gone out yet: is there hope where it is? Seconds until the next look."""
+        """Is there hope for a choice where it is, which might be elsewhere? Seconds until the next look."""
         sequence = choice.sequence
         if sequence is None or sequence.lost:
             return RECHECK_SECONDS  # it is on its way to another replica
@@ -275,6 +290,8 @@ class Run:
             sequence.abort()
             sequence.lost = True
             self._bell.set()
+            return RECHECK_SECONDS
+        if choice.sent:
             return RECHECK_SECONDS
         now = time.monotonic()
         if not sequence.client.queued(sequence):
@@ -324,8 +341,9 @@ class Run:
                     held_since = time.monotonic()
                     self._hold(1)
                 for_others = not permitted or (suspected and served.ready)
-                if self.job.ends_at is not None:
-                    left = min(left, self.job.ends_at - time.monotonic())
+                for at in (self.job.ends_at, None if self._came else self.job.first_by):
+                    if at is not None:
+                        left = min(left, at - time.monotonic())
                 if turn is not None:
                     await asyncio.wait([turn], timeout=min(left, RECHECK_SECONDS))
                     continue
@@ -354,12 +372,19 @@ class Run:
     def _check_wanted(self, choice: Choice) -> bool:
         """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
         served, suspects = self.job.model, self.job.model.suspects
-        if self._fleet.models.get(self.job.asked_model) is not served:
+        if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
         served.check_wanted()
         serving = served.tokenizer
         if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
             raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
+        begun_with = choice.template_hash if choice.sent else served.route.template_hash
+        if begun_with != served.route.template_hash and all(
+            client.endpoint.template_hash != begun_with for client in served.clients
+        ):
+            raise EngineUnavailable(
+                "No replica has the revision any more that it was begun with.", retry_after=1.0
+            )
         suspected = bool(suspects) and suspects.is_suspected(self._fingerprint(choice))
         if suspected and suspects.is_condemned(self._fingerprint(choice)):
             log.warning("request %s is refused: engines have died of it", self.job.id)
@@ -391,19 +416,21 @@ class Run:
             client.endpoint.replica_id: client
             for client in self.job.model.clients
             if not (suspected and client.endpoint.replica_id in self.job.model.trials)
+            and (not choice.sent or client.goes_on(choice.template_hash))
         }
         chain = self._chain(choice)
         chosen = choose(
             (client.candidate(chain, background=self.job.background) for client in clients.values()),
             choice.avoid,
             self._homes.get(choice.prompt_index),
+            self.job.terms.caller,
         )
         return clients[chosen] if chosen is not None else None
 
     def _chain(self, choice: Choice) -> tuple[bytes, ...]:
         """The hashes of the choice's prompt, where there are several replicas of which one may have it cached."""
         served, index = self.job.model, choice.prompt_index
-        if not served.route.prefix_caching or len(served.clients) < 2:
+        if not (self.job.terms.by_prefix and served.route.prefix_caching) or len(served.clients) < 2:
             return ()
         chain = self._chains.get(index)
         if chain is None:
@@ -426,7 +453,8 @@ class Run:
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
-            sampling=choice.sampling,
+            sampling=choice.sampling_left,
+            written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
@@ -441,6 +469,7 @@ class Run:
         except NotConnected:
             return False
         self._homes[choice.prompt_index] = client.endpoint.replica_id
+        choice.template_hash = client.endpoint.template_hash
         if suspected:
             choice.trial = client.endpoint.replica_id
             self.job.model.trials.add(choice.trial)
@@ -448,12 +477,33 @@ class Run:
         return True
 
     async def _again(self, choice: Choice) -> None:
-        """Start a lost choice once more. Raises as `_place` does."""
+        """Start a lost choice once more, or go on with it. Raises as `_place` does, and `EngineDied`."""
         self._settle(choice)
-        if choice.attempts > MAX_RETRIES:
+        if choice.sent:
+            await self._migrate(choice)
+            return
+        if choice.attempts >= self.job.terms.attempts or choice.lost_by not in self.job.terms.retried:
             raise self._gave_up(choice)
         choice.begin()
         await self._place(choice)
+
+    def _may_migrate(self, choice: Choice) -> bool:
+        """Whether a choice of which something has gone out may go on at another engine."""
+        return choice.written is not None and choice.migrations < self.job.model.route.max_migrations
+
+    async def _migrate(self, choice: Choice) -> None:
+        """Go on with a choice behind what was read of it. Raises `EngineDied` when nobody can in time."""
+        choice.migrations += 1
+        choice.turn_at = None
+        choice.deadline = time.monotonic() + self.job.model.route.max_queue_wait
+        self.job.span.event(signals.EVENT_MIGRATE, time.monotonic(), choice.where)
+        try:
+            await self._place(choice)
+        except (ServiceUnavailable, EngineUnavailable, TimedOut, ModelNotFound) as error:
+            self._check_time()
+            raise EngineDied(f"{_DIED} It could not go on elsewhere: {error}") from error
+        self._metrics.migrations.inc()
+        log.info("request %s: goes on behind %d tokens", self.job.id, choice.generated)
 
     def _settle(self, choice: Choice) -> None:
         """The choice is no longer on a further attempt, nor on trial."""

@@ -109,6 +109,11 @@ class RequestSpan:
         self._events: list[_Event] = []
         self._longest: dict[str, float] = {}
 
+    @classmethod
+    def unseen(cls) -> RequestSpan:
+        """Of a request that nobody is told of."""
+        return cls(None, None, None, (0, 0.0))
+
     def _ns(self, at: float) -> int:
         return self._wall + int((at - self._mono) * 1e9)
 

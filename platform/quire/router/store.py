@@ -77,13 +77,16 @@ class Store:
         self._opened: tuple[File, sa.Engine] | None = None
         self._complaint = ""
         self._has_room = True
+        self._stamp = 0
+        """Milliseconds, of the newest id."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self.before_close: list[Callable[[], Awaitable[None]]] = []
         """Each writes what its owner still has to write."""
 
     def new_id(self, prefix: str) -> str:
         """An id that nothing else has. Those of one prefix are in the order of their age."""
-        return f"{prefix}{int(self.clock() * 1000):012x}{secrets.token_hex(10)}"
+        self._stamp = max(int(self.clock() * 1000), self._stamp + 1)  # several are made in a millisecond
+        return f"{prefix}{self._stamp:012x}{secrets.token_hex(10)}"
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """What `work` gives, in one transaction on the store's thread; what it raises rolls all of it back.

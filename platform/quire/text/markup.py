@@ -13,7 +13,8 @@ from typing import Final
 
 from quire.text.dialects import REASONING, TOOLS, Content, Dialects, Part, Plain, Reader, Tool
 from quire.text.dialects.forms import Form, any_of, constrained, held_to, literal, sequence
-from quire_schemas.wire import Structured
+from quire.text.errors import ParamRefused
+from quire_schemas.wire import MAX_STRUCTURED, Structured
 
 _SHORT_IDS: Final = frozenset({"mistral", "mistral_args"})
 """Dialects whose templates take ids of nine letters and digits alone."""
@@ -60,14 +61,24 @@ class Markup:
         made = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(size))
         return made if size == 9 else f"call_{made}"
 
-    def held_to(self, wanted: Structured | None) -> Structured | None:
-        """What an answer is held to whose content is to be `wanted`. Raises `ParamRefused`."""
+    def held_to(self, wanted: Structured | None, *, field: str = "tools") -> Structured | None:
+        """What an answer is held to whose content is to be `wanted`. `field` of the request asks for it, and is
+        named where it is too large. Raises `ParamRefused`.
+        """
         form = self._form(wanted)
         if form is None:
             return None
-        if self.dialects.reasoning is None or self.thought or not self._may_think(wanted):
-            return held_to(form)
-        return held_to(REASONING[self.dialects.reasoning].behind(form, opened=self.opened))
+        if self.dialects.reasoning is not None and not self.thought and self._may_think(wanted):
+            form = REASONING[self.dialects.reasoning].behind(form, opened=self.opened)
+        held = held_to(form)
+        if (size := len(held.text.encode())) > MAX_STRUCTURED:
+            tools = f" with {len(self.tools)} tools" if self.tools and field != "tools" else ""
+            raise ParamRefused(
+                f"'{field}'{tools} holds the answer to a form of {size} bytes, of at most {MAX_STRUCTURED}: "
+                "shorten schemas, or leave tools out.",
+                param=field,
+            )
+        return held
 
     def _may_think(self, wanted: Structured | None) -> bool:
         """Whether an answer may begin with a thought.

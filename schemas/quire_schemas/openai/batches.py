@@ -6,13 +6,15 @@ leaves is an `OutputLine`: in the output file those answered with 200, in the er
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from pydantic import Field
 
 from quire_schemas.openai.answer import Answer
-from quire_schemas.openai.body import read
+from quire_schemas.openai.body import MAYBE_KEY, read, shown
 from quire_schemas.openai.files import ExpiresAfter
 from quire_schemas.openai.request import Shape
 
@@ -192,12 +194,16 @@ def read_line(line: bytes, endpoint: str) -> tuple[str, bytes]:
         values: dict[str, Any] = {
             name: bytes(raw) if name == "body" else _any.decode(raw) for name, raw in found.items()
         }
+        twice = _twice(line, found)
     except (ValueError, RecursionError):  # covers msgspec's errors and broken UTF-8
         raise BadLine("invalid_json_line", "This line is not a JSON object.") from None
+    if twice is not None:
+        raise BadLine("invalid_json_line", f"This line has the key '{shown(twice)}' twice.", shown(twice))
     for name in found:
         if name not in _FIELDS:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:64])
-            raise BadLine("unknown_parameter", f"A line has no field '{shown}'; it has {_LISTED}.", shown)
+            raise BadLine(
+                "unknown_parameter", f"A line has no field '{shown(name)}'; it has {_LISTED}.", shown(name)
+            )
     for name in _FIELDS:
         if name not in found:
             raise BadLine("missing_required_parameter", f"'{name}' is required; a line has {_LISTED}.", name)
@@ -210,6 +216,23 @@ def read_line(line: bytes, endpoint: str) -> tuple[str, bytes]:
     if values["url"] != endpoint:
         raise BadLine("invalid_url", f"'url' must be the batch's endpoint, '{endpoint}'.", "url")
     return custom_id, values["body"]
+
+
+def _twice(line: bytes, found: Mapping[str, msgspec.Raw]) -> str | None:
+    """A key that the line itself has twice, of which `found` has the last value; None: there is none.
+
+    Where nothing was lost, what is kept has as many places that look like keys as the line: each has a key of its
+    own before it. Only where that is not so is the line read again, by a reader that shows every pair.
+    """
+    kept = len(found) + sum(len(MAYBE_KEY.findall(bytes(raw))) for raw in found.values())
+    if len(MAYBE_KEY.findall(line)) == kept:
+        return None
+    seen: set[str] = set()
+    for name, _ in json.loads(line, object_pairs_hook=list, parse_int=float):
+        if name in seen:
+            return str(name)
+        seen.add(name)
+    return None
 
 
 _LISTED: Final = ", ".join(f"'{name}'" for name in _FIELDS)

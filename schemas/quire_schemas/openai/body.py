@@ -41,7 +41,7 @@ class Refusal(msgspec.Struct, frozen=True):
 NOT_YET = "is not honoured by this version"
 
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "user": "names the end user for abuse reports; nothing here reads it",
+    "user": "names the end user, whom a Route may keep with one replica",
     "metadata": "the caller's own labels",
     "service_tier": "there is one tier",
     "store": "nothing is stored",
@@ -204,7 +204,8 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-_MAYBE_KEY: Final = re.compile(rb'"\s*+:')
+MAYBE_KEY: Final = re.compile(rb'"\s*+:')
+"""What every key in JSON ends with; texts may have it, too."""
 
 
 def _check_keys(body: bytes, keys: int) -> None:
@@ -213,7 +214,7 @@ def _check_keys(body: bytes, keys: int) -> None:
     Every key in the body has a colon behind it, so with as many such places as keys left, none was lost. Texts
     may have more of them; only then is the body read again, by a reader that shows every pair.
     """
-    if len(_MAYBE_KEY.findall(body)) != keys:
+    if len(MAYBE_KEY.findall(body)) != keys:
         json.loads(body, object_pairs_hook=_distinct, parse_int=float)
 
 

@@ -276,7 +276,7 @@ def read_chat(body: bytes, ignore_unknown: bool = False) -> ChatRequest:
     return read(body, ChatRequest, CHAT_REFUSED, ignore_unknown)
 
 
-def read_messages(messages: list[Any]) -> list[Message]:
+def read_conversation(messages: list[Any]) -> list[Message]:
     """The turns of a conversation that comes from nowhere but this process. Raises `BadRequest`."""
     try:
         return _Conversation.model_validate({"messages": messages}).messages
@@ -305,7 +305,7 @@ class ChoiceLogprobs(Answer):
     refusal: None = None
 
 
-class AssistantMessage(AnswerOnRequest):
+class ChoiceMessage(AnswerOnRequest):
     """The answer in a chat choice: `content` is null where there is nothing but calls.
 
     The model's thoughts are there under both names that clients look for.
@@ -327,7 +327,7 @@ class ChatChoice(AnswerOnRequest):
     on_request = frozenset({"token_ids"})
 
     index: int
-    message: AssistantMessage
+    message: ChoiceMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: ChatFinishReason
     stop_reason: str | int | None = None

@@ -32,6 +32,8 @@ COMPLETION_REFUSED: Final[Mapping[str, Refusal]] = {
     "suffix": Refusal("filling in the middle is not honoured by this version", ("",)),
     "return_prompt_text": Refusal("use echo", (False,)),
     "prompt_embeds": Refusal("prompts are text or token ids"),
+    "separate_reasoning": Refusal("a completion is the text as the model writes it", (False,)),
+    "stream_reasoning": Refusal("a completion is the text as the model writes it", (True,)),
 }
 
 

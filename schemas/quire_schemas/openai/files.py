@@ -1,12 +1,12 @@
-"""`/v1/files`: what is uploaded for batches, and what they leave."""
+"""`/v1/files`: what is uploaded for batches, and what they leave. Lists are long, so their shapes are Structs."""
 
 from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
+import msgspec
 from pydantic import Field
 
-from quire_schemas.openai.answer import Answer
 from quire_schemas.openai.request import Shape
 
 MAX_FILE_BYTES: Final = 200 * 1024 * 1024
@@ -49,7 +49,7 @@ class ListFiles(Shape):
     purpose: str | None = None
 
 
-class FileObject(Answer):
+class FileObject(msgspec.Struct, kw_only=True):
     """One file."""
 
     id: str
@@ -64,7 +64,7 @@ class FileObject(Answer):
     status_details: None = None
 
 
-class FileList(Answer):
+class FileList(msgspec.Struct, kw_only=True):
     """Answer to `GET /v1/files`."""
 
     object: Literal["list"] = "list"
@@ -74,7 +74,7 @@ class FileList(Answer):
     has_more: bool
 
 
-class FileDeleted(Answer):
+class FileDeleted(msgspec.Struct, kw_only=True):
     """Answer to `DELETE /v1/files/{id}`."""
 
     id: str

@@ -15,7 +15,7 @@ class ModelCard(Answer):
     created: int
     owned_by: Literal["quire"] = "quire"
     root: str
-    """The resource behind the name: `model/<name>`."""
+    """The resource behind the name: `model/<name>` or `route/<name>`."""
     parent: str | None = None
     max_model_len: int
 

@@ -60,12 +60,15 @@ RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     "chat_template": CHAT_REFUSED["chat_template"],
     "media_io_kwargs": CHAT_REFUSED["media_io_kwargs"],
     "mm_processor_kwargs": CHAT_REFUSED["mm_processor_kwargs"],
+    "mm_payload": CHAT_REFUSED["mm_payload"],
+    "return_mm_kwargs": CHAT_REFUSED["return_mm_kwargs"],
+    "stream_reasoning": CHAT_REFUSED["stream_reasoning"],
     "add_generation_prompt": Refusal("an answer is always begun", (True,)),
     "continue_final_message": Refusal("an answer is always begun", (False,)),
     "n": Refusal("a response is one answer", (1,)),
 }
 RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "user": "names the end user for abuse reports; nothing here reads it",
+    "user": "names the end user, whom a Route may keep with one replica",
     "service_tier": "there is one tier",
     "safety_identifier": "names the end user, as `user`",
     "prompt_cache_key": "a hint for routing to a prompt cache; requests go by their prompts here",
@@ -95,7 +98,7 @@ class _Item(Shape):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class TextPart(Shape):
+class ItemTextPart(Shape):
     """Words; what an answer had beside them is accepted, as clients send it back."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -104,21 +107,21 @@ class TextPart(Shape):
     logprobs: list[Any] | None = None
 
 
-class RefusalPart(Shape):
+class ItemRefusalPart(Shape):
     """Words by which a model refused."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-Words = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Words = str | list[Annotated[ItemTextPart | ItemRefusalPart, Field(discriminator="type")]]
 
 
 def _joined(words: Words) -> str:
     """Content as one string; the parts of a list are joined by line ends."""
     if isinstance(words, str):
         return words
-    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in words)
+    return "\n".join(part.text if isinstance(part, ItemTextPart) else part.refusal for part in words)
 
 
 class MessageItem(_Item):

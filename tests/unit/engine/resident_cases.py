@@ -207,8 +207,8 @@ def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "quantization"),
     [
-        ("qwen2-tied", Quantization("int8")),
         ("llama", Quantization("int4", "fp32", 32)),
+        pytest.param("qwen2-tied", Quantization("int8"), marks=pytest.mark.nightly),
         pytest.param("llama-biases", Quantization("int8", "fp32"), marks=pytest.mark.nightly),
         pytest.param("qwen2-tied", Quantization("int4", "fp32", 32), marks=pytest.mark.nightly),
     ],
@@ -300,7 +300,7 @@ def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_more_seats_than_the_table_was_made_for(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +449,7 @@ def test_what_is_no_token_goes_into_no_step(tmp_path: Path) -> None:
     assert min(seen) >= 0
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_steps_are_captured_unless_that_is_forbidden(eager: bool, tmp_path: Path) -> None:
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))

@@ -143,6 +143,12 @@ A, B = {"text": "a"}, {"text": "b"}
         ({"repeat": A, "least": 1, "between": B}, ["a", "aba"], ["", "ab", "aa"]),
         ({"repeat": A, "least": 2, "most": 3, "between": B}, ["aba", "ababa"], ["a", "abababa"]),
         ({"repeat": {"any": [A, B]}, "most": 1}, ["", "a", "b"], ["ab"]),
+        (
+            {"some": [A, B, {"text": "c"}], "between": {"text": ","}},
+            ["", "a", "a,b,c", "a,c", "c"],
+            ["b,a", "a,", "ac"],
+        ),
+        ({"some": [], "between": A}, [""], ["a"]),
         ({"schema": {"enum": ["x"]}}, ['"x"'], ["x"]),
         ({"schema": {"type": "object", "not": {}}, "lenient": True}, ["{}", '{"a":1}'], ["1"]),
         ({"structured": {"kind": "choice", "text": '["a", "bc"]'}}, ["a", "bc"], ["b", "abc"]),
@@ -170,6 +176,108 @@ def test_a_form_is_what_it_says(tiny: Held, value: dict[str, Any], fitting: list
         assert not tiny.takes(form(value), text), text
 
 
+FAMILY = {
+    "$id": "tree",
+    "properties": {"a": {"enum": [1]}, "b": {"$ref": "#/properties/a"}, "c": {"$ref": "#/$defs/list"}},
+    "$defs": {
+        "list": {"anyOf": [{"$ref": "tree#/$defs/pair"}, {"type": "null"}]},
+        "pair": {
+            "type": "array",
+            "prefixItems": [{"$ref": "#one"}],
+            "items": {"$ref": "#/$defs/list"},
+            "maxItems": 2,
+        },
+        "one": {"$anchor": "one", "const": 2},
+        "text": {"const": {"$ref": "#/properties/a"}},
+        "never": False,
+        "odd": {"type": "string", "uniqueItems": True},
+    },
+}
+
+
+def rooted(*schemas: Any, lenient: bool = False) -> Structured:
+    """One schema after the other, all of one family."""
+    forms = [{"schema": schema, "lenient": lenient} for schema in schemas]
+    return form({"root": FAMILY, "form": {"sequence": forms}})
+
+
+def test_references_in_schemas_are_into_their_root(tiny: Held) -> None:
+    for place, fitting, others in (
+        ("#/properties/b", ["1"], ["2", "null"]),
+        ("#/properties/c", ["null", "[2]", "[2,[2,null]]"], ["[1]", "[2,1]", "[2,[1]]"]),
+        ("#/$defs/list/anyOf/1", ["null"], ["[2]"]),
+        ("#/$defs/text", ['{"$ref":"#/properties/a"}'], ["1"]),
+    ):
+        schema = {"anyOf": [{"$ref": place}, {"const": "x"}]}
+        for text in (*fitting, '"x"'):
+            assert tiny.takes(rooted(schema), text), (place, text)
+        for text in others:
+            assert not tiny.takes(rooted(schema), text), (place, text)
+    # properties of the part are not those of the root, nor are definitions that it happens to have
+    inner = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/properties/a"}},
+        "required": ["a"],
+        "$defs": {"d0": 1},
+    }
+    held = rooted({**inner, "additionalProperties": False}, {"$ref": "#/properties/a"})
+    assert tiny.takes(held, '{"a":1}1')
+    assert not tiny.takes(held, '{"a":{"a":1}}1')
+
+
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [
+        ("#/$defs/none", "not there"),
+        ("#/$defs/d0", "not there"),
+        ("#none", "not there"),
+        ("#/$defs/text/const", "no schema"),
+        ("other#/$defs/one", "another document"),
+        ("#/$defs/odd", "uniqueItems"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_refused_by_name(tiny: Held, reference: str, why: str) -> None:
+    schema = {"type": "string", "$ref": reference}
+    with pytest.raises(RequestRefused, match=why):
+        tiny.grammars.compile(rooted(schema))
+    held = rooted(schema, {"$ref": "#/properties/a"}, lenient=True)
+    assert tiny.takes(held, '"x"1'), "the one is of its type, the other holds"
+    assert not tiny.takes(held, '"x"2')
+    assert not tiny.takes(held, "11")
+
+
+def test_a_root_is_of_the_forms_in_it_alone(tiny: Held) -> None:
+    own = {"structured": {"kind": "json_schema", "text": '{"$ref":"#/$defs/a","$defs":{"a":{"const":3}}}'}}
+    inner = {"root": {"$defs": {"one": {"const": 4}}}, "form": {"schema": {"$ref": "#/$defs/one"}}}
+    one = {"schema": {"$ref": "#/$defs/one"}}
+    held = form(
+        {"sequence": [{"root": FAMILY, "form": {"sequence": [one, inner, own, one]}}, {"schema": {"const": 5}}]}
+    )
+    assert tiny.takes(held, "24325")
+
+
+def test_schemas_that_refer_to_much_are_written_once_and_not_without_end(tiny: Held) -> None:
+    much = {"enum": [f"{at:04}" for at in range(4_000)]}
+    root = {"$defs": {"much": much}}
+    refers = {"schema": {"$ref": "#/$defs/much"}}
+    written = source(form({"root": root, "form": {"sequence": [refers] * 200}}), {})
+    assert len(written) < 2 * len(json.dumps(much))
+    others = [
+        {"schema": {"anyOf": [{"$ref": "#/$defs/much"}, {"const": at}]}, "lenient": True} for at in range(200)
+    ]
+    with pytest.raises(RequestRefused, match="more than 1 MiB"):
+        source(form({"root": root, "form": {"sequence": others}}), {})
+
+
+def test_many_arguments_that_may_be_left_out_compile(tiny: Held) -> None:
+    schema = {"type": "object", "properties": {f"a{at}": {"type": "integer"} for at in range(400)}}
+    held = forced(Dialects("pythonic"), [Tool("f", schema)], parallel=False)
+    for text in ("", "a0=1", "a399=1", "a0=1, a399=2", ", ".join(f"a{at}={at}" for at in range(0, 400, 7))):
+        assert tiny.takes(held, f"[f({text})]"), text
+    for text in ("a1=1, a0=1", "a1=1, a1=1", "a0=1,", "a0='x'", "b=1"):
+        assert not tiny.takes(held, f"[f({text})]"), text
+
+
 def test_special_tokens_are_tokens_and_no_text(with_special: Held) -> None:
     marked = form({"sequence": [{"through": "<|end|>"}, {"text": "<|start|>a<|channel|>"}]})
     assert with_special.takes(marked, "so<|end|><|start|>a<|channel|>")
@@ -181,7 +289,16 @@ def test_special_tokens_are_tokens_and_no_text(with_special: Held) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", '{"any": 1}', '{"text": 1}', '{"repeat": {}}', '{"structured": {"kind": "x", "text": ""}}'],
+    [
+        "[]",
+        "{}",
+        '{"any": 1}',
+        '{"root": 1, "form": {"text": ""}}',
+        '{"some": [{}], "between": {"text": ""}}',
+        '{"text": 1}',
+        '{"repeat": {}}',
+        '{"structured": {"kind": "x", "text": ""}}',
+    ],
 )
 def test_what_is_no_form_is_refused(text: str) -> None:
     with pytest.raises(RequestRefused, match=r"no form|no JSON object"):
@@ -495,6 +612,25 @@ def test_members_that_no_schema_names_may_be_written_and_fit(tiny: Held, strict:
         assert tiny.takes(held, text.format(3))
         assert not tiny.takes(held, text.format('"x"'))
         assert called(read(Dialects(name), text.format(3), (tool,), False)) == [("f", {"größe": 3})]
+
+
+SIBLINGS = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"$ref": "#/properties/a"}},
+    "required": ["b"],
+    "additionalProperties": False,
+}
+
+
+def test_an_argument_may_be_what_its_neighbour_is(tiny: Held) -> None:
+    coder = "<tool_call>\n<function=f>\n<parameter=b>\n{}\n</parameter>\n</function>\n</tool_call>"
+    for strict in (False, True):
+        tool = Tool("f", SIBLINGS, strict)
+        for name, text in (("qwen3_coder", coder), ("pythonic", "[f(b={})]")):
+            held = forced(Dialects(name), [tool], parallel=False)
+            assert tiny.takes(held, text.format(3))
+            assert not tiny.takes(held, text.format('"x"')), "no integer"
+            assert called(read(Dialects(name), text.format(3), (tool,), False)) == [("f", {"b": 3})]
 
 
 BRANCHES: dict[str, Any] = {"anyOf": [{"type": "object", "properties": {"a": {}}, "required": ["a"]}]}

@@ -113,6 +113,7 @@ class Counterpart:
         self.pid = 1
         self.older = False
         """It is of a version that says nothing of settings."""
+        self.parts = wire.PARTS
 
     async def open(self) -> None:
         self.server = await asyncio.start_unix_server(self.talk, str(self.path))
@@ -128,7 +129,7 @@ class Counterpart:
             if isinstance(message, wire.Finish):
                 self.grace = message.grace
             http = None if self.older else self.table.http
-            parts = () if self.older else wire.PARTS
+            parts = () if self.older else self.parts
             status = wire.RouterStatus(self.table.version, self.pid, "http://x", self.loads, http, parts)
             writer.write(wire.frame(status))
         writer.close()
@@ -213,6 +214,26 @@ async def test_settings_of_the_gateway_are_sent_and_acknowledged_like_routes(wor
     await world.routes.reconcile(other)
     await world.routes.reconcile(other)
     assert world.routes.takes("http", wider)
+
+
+async def test_a_part_that_a_router_does_not_know_is_not_in_force_and_not_sent_for_ever(world: World) -> None:
+    content = msgspec.structs.replace(table((ROW, READY)), routes=(wire.TrafficRoute("r", ("x",), 1, ()),))
+    world.router.parts = ("models", "http")
+    for _ in range(3):
+        await world.routes.reconcile(content)
+    assert world.router.tables == 1
+    assert world.routes.is_older("routes")
+    assert not world.routes.takes("routes", content.routes)
+    assert world.routes.takes("routes", ()), "without any it does what is wanted"
+    assert world.routes.takes("http", HTTP)
+    in_force = world.routes.in_force()
+    assert in_force is not None
+    assert (in_force.models, in_force.routes) == (content.models, ())
+    assert world.routes.knowledge() is Router.KNOWN, "models are served all the same"
+    world.router.parts, world.router.pid = wire.PARTS, 2
+    await world.routes.reconcile(content)
+    assert world.routes.takes("routes", content.routes)
+    assert world.router.tables == 2
 
 
 async def test_an_estimate_alone_is_no_reason_for_a_new_table(world: World) -> None:

@@ -97,6 +97,12 @@ HERMES = [
     _case(
         "hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', *calls(("f", '{"a": 1}'))
     ),
+    _case(  # halves of characters, and a whole one
+        "hermes",
+        r'<tool_call>{"name": "f\ud800", "arguments": "{\"a\": \"\ud83e\udd8a\udd8a\", \"b\": \"\\ud800\"}"}'
+        "</tool_call>",
+        *calls(("f\ufffd", '{"a": "🦊\ufffd", "b": "' + r'\ud800"}')),
+    ),
     _case("hermes", '<tool_call>{"name": "f"}</tool_call>', *calls(("f", "{}"))),
     _case(
         "hermes",
@@ -346,6 +352,12 @@ PYTHONIC = [
     _case("pythonic", "[get_time(a=foo(1, 2) + x)]", *calls(("get_time", '{"a": "foo(1, 2) + x"}'))),
     _case(
         "pythonic", "[get_time(größe=1, gro\u0308ße=2)]", *calls(("get_time", '{"größe": 1, "gro\u0308ße": 2}'))
+    ),
+    _case("pythonic", r"[get_time(a='\d+', b=r'\s')]", *calls(("get_time", r'{"a": "\\d+", "b": "\\s"}'))),
+    _case(
+        "pythonic",
+        r"""[get_time(a='\ud83e\udd8a', b='\ud83e.', c="\ud83e")]""",
+        *calls(("get_time", r'{"a": "🦊", "b": "' + "\ufffd" + r'.", "c": "\ud83e"}')),
     ),
     _case("pythonic", "[get_time(a b=1)]", say("[get_time(a b=1)]")),
     _case("pythonic", "[unknown(a=1)]", say("[unknown(a=1)]")),

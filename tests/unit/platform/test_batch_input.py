@@ -142,3 +142,16 @@ def test_which_answers_are_the_lines(status: int, should_retry: bytes | None, ex
         word = "answer" if again is None else "aside" if again.after else "first" if again.first else "behind"
         made.append(word)
     assert made == expected
+
+
+def test_a_line_has_each_key_once() -> None:
+    sound = line("a", prompt='{"url": 1, "url": 2}', logit_bias={})
+    assert read_line(sound, ENDPOINT)[0] == "a"
+    for twice in (
+        sound.replace(b'"method": "POST"', b'"method": "POST", "method": "POST"'),
+        sound.replace(b'"body": {', b'"body" : {"model": "n"}, "bod\\u0079":{'),
+    ):
+        assert twice != sound
+        with pytest.raises(BadLine, match="twice") as told:
+            read_line(twice, ENDPOINT)
+        assert told.value.code == "invalid_json_line"

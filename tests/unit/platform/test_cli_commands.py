@@ -31,6 +31,7 @@ from tests.unit.platform.api_views import condition, model
 from quire.cli import main, reference, session, top
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
+from quire.series import read
 from quire_operators.paths import StateDir
 from quire_schemas.manifest import load
 from quire_schemas.model import Model, resolve_defaults
@@ -433,7 +434,7 @@ def test_top_takes_rates_of_two_looks_and_adds_replicas_up() -> None:
         'quire_kv_cache_usage_ratio{{model="a",replica="r0"}} 0.5\n'
         'quire_kv_cache_usage_ratio{{model="a",replica="r1"}} 0.25\nquire_requests_held 3\n'
     )
-    before, after = top.read(page.format(out=100)), top.read(page.format(out=350))
+    before, after = read(page.format(out=100)), read(page.format(out=350))
     (row, idle) = top.rows(before, after, 2.0, ["a", "b"])
     assert (row["outTokensPerSecond"], row["up"], row["kv"]) == (125.0, 2.0, 0.375)
     assert (idle["outTokensPerSecond"], idle["up"]) == (0.0, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -431,6 +432,36 @@ def test_the_gateway_without_a_manifest_has_a_row_and_no_age() -> None:
         "NAME     READY  BASE URL  STATUS                 AGE",
         "default  False  -         Stalled: AddressInUse  -",
     ]
+
+
+def a_route(**status: Any) -> dict[str, Any]:
+    spec = {
+        "match": {"modelNames": ["chat", "x"], "headers": [{"name": "x-tenant", "exact": "beta"}]},
+        "backends": [{"model": "a", "weight": 95}, {"model": "b", "weight": 5}],
+    }
+    return model(kind="route", name="r", resolved=spec, status=status)
+
+
+def test_a_route_has_a_row_with_its_names_and_weights() -> None:
+    head, row = render.routes([a_route()], NOW)
+    assert head.split() == ["NAME", "READY", "MODEL", "NAMES", "BACKENDS", "STATUS", "AGE"]
+    assert re.split(r" {2,}", row) == ["r", "True", "chat,x (x-tenant: beta)", "a=95,b=5", "Serving", "4m"]
+
+
+@pytest.mark.parametrize(
+    ("ready", "verdict"),
+    [
+        (condition("Ready", "True"), Verdict.DONE),
+        (condition("Ready", "False", "NoWeight"), Verdict.DONE),
+        (condition("Ready", "False", "Stopped"), Verdict.DONE),
+        (condition("Ready", "False", "BackendNotReady"), Verdict.WAITING),
+    ],
+)
+def test_a_route_is_done_when_it_serves_or_is_to_serve_nothing(ready: dict[str, Any], verdict: Verdict) -> None:
+    rolled_out = condition("RolledOut", "True")
+    assert judge(a_route(conditions=[ready, rolled_out]), 1)[0] is verdict
+    pending = condition("RolledOut", "False", "HotUpdatePending")
+    assert judge(a_route(conditions=[ready, pending]), 1)[0] is Verdict.WAITING
 
 
 def test_events_that_come_one_by_one_stand_in_columns() -> None:

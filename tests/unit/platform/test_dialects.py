@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Sequence
-from typing import get_args
+from contextlib import suppress
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,10 @@ from quire.text.dialects import (
     joined,
 )
 from quire.text.dialects import TOOLS as DIALECTS
+from quire.text.dialects.literals import python_or_json
+from quire.text.markup import Markup
 from quire_schemas.dialects import NONE, ReasoningDialect, ToolDialect
+from quire_schemas.wire import MAX_STRUCTURED, Structured
 
 
 def read(dialects: Dialects, pieces: Sequence[str], opened: bool = False) -> list[Part]:
@@ -67,6 +72,7 @@ def test_every_dialect_has_its_texts() -> None:
 PAYLOAD = frozenset("αβγδ")
 """Letters that no format has: they come out as they went in."""
 COMMON = ["α", " β\n", "γ ", '"δ"', "{", "}", "[", "]", ",", '"', "\\", " ", "\n", "<", "a", "\\\\"]
+COMMON += ["\\ud83d", "\\ude00", '"\\ud83d"']
 PIECES: dict[str, list[str]] = {
     "hermes": ['{"name": "f"', '"arguments": ', '{"name": "αβ", "arguments": {"x": "γ'],
     "llama3_json": ['{"name": "get_time"', '"parameters": ', ";", '{"name": "get_weather", "parameters": {"γ'],
@@ -114,6 +120,7 @@ def read_in_any_cuts(data: st.DataObject, dialects: Dialects, text: str, opened:
     places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
     cuts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
     assert read(dialects, cuts, opened) == whole
+    given_out(whole).encode()  # as all that goes out is UTF-8
     begun = [part.index for part in whole if isinstance(part, CallBegins)]
     assert begun == list(range(len(begun))), "calls are counted"
     for before, part in itertools.pairwise(whole):
@@ -377,3 +384,179 @@ def test_what_no_text_can_be_held_to_is_refused_by_name() -> None:
     with pytest.raises(ParamRefused, match=r"qwen3_coder.*strict tool 'f'.*'pattern' in its string 'a'"):
         DIALECTS["qwen3_coder"].calls([tool], parallel=True)
     DIALECTS["hermes"].calls([tool], parallel=True)
+
+
+# ── what schemas say of values ────────────────────────────────────────────────────────────────────────────
+
+
+class Watched(dict[str, Any]):
+    """A schema that counts how often it is looked at, and complains when that is too often."""
+
+    looks = 0
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looks += 1
+        assert self.looks < 10_000, "it is gone through again and again"
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "seed", "pythonic"])
+def test_a_schema_that_leads_back_to_itself_is_gone_through_once(name: str) -> None:
+    again = Watched(anyOf=[{"$ref": "#/$defs/again"}] * 30)
+    tool = Tool("f", {"properties": {"a": {"$ref": "#/$defs/again"}}, "$defs": {"again": again}}, strict=True)
+    for forms in (DIALECTS[name].guided, lambda tools: DIALECTS[name].calls(tools, parallel=True)):
+        with suppress(ParamRefused):  # there is no text for some of it
+            forms([tool])
+    reader = Dialects(name).reader([tool])
+    reader.push("<function=f>" + "<parameter=a>1</parameter>" * 3 + "</function>")
+    reader.finish()
+
+
+def tagged(schema: dict[str, Any], written: str) -> str:
+    """The arguments of a call whose one parameter is written so."""
+    reader = Dialects("qwen3_coder").reader([Tool("f", {"properties": {"a": schema}})])
+    parts = joined(reader.push(f"<function=f><parameter=a>{written}</parameter></function>") + reader.finish())
+    assert isinstance(parts[1], CallArguments)
+    return parts[1].text
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "value"),
+    [
+        ("integer", "12", "12"),
+        ("integer", "-1.0", "-1.0"),
+        ("integer", "1.5", '"1.5"'),
+        ("integer", "1e2", '"1e2"'),
+        ("integer", "1٢", '"1٢"'),
+        ("number", "-1.5e3", "-1.5e3"),
+        ("number", "1E+٢", '"1E+٢"'),
+        ("number", "1.٢", '"1.٢"'),
+        ("number", "01", '"01"'),
+        ("object", "{'a': '\\d'}", r'{"a": "\\d"}'),
+        ("array", r'["\ud83d\ude00", "\ud83d"]', r'["\ud83d\ude00", "\ud83d"]'),
+    ],
+)
+def test_a_value_that_is_not_of_its_type_stays_a_string(kind: str, written: str, value: str) -> None:
+    assert tagged({"type": kind}, written) == f'{{"a": {value}}}'
+    json.loads(value)
+
+
+@pytest.mark.parametrize(
+    ("ref", "value"),
+    [("#/properties/b", "2"), ("#/$defs/of/anyOf/0", "2"), ("#/$defs/a%20b", "2"), ("#/$defs/none", '"2"')],
+)
+def test_a_reference_is_followed_to_wherever_it_leads(ref: str, value: str) -> None:
+    number = {"type": "integer"}
+    defined = {"a b": number, "of": {"anyOf": [number]}}
+    tool = Tool("f", {"properties": {"a": {"$ref": ref}, "b": number}, "$defs": defined})
+    reader = Dialects("qwen3_coder").reader([tool])
+    parts = joined(reader.push("<function=f><parameter=a>2</parameter></function>") + reader.finish())
+    assert parts[1] == CallArguments(0, f'{{"a": {value}}}')
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        (r"'\d+'", r'"\\d+"'),
+        (r"'\ud83d\ude00 \ud83d.'", '"🦊 \ufffd."'.replace("🦊", "😀")),
+        (
+            r"{'a': [1_000, 0x1F, .5, 1.], 1: (2,), 'c': (3), True: ()}",
+            '{"a": [1000, 31, 0.5, 1.0], "1": [2], "c": 3, "true": []}',
+        ),
+        ("'a' \"b\" '''c\n'd''' r'\\e'", '"abc\\n\'d\\\\e"'),
+        (r"'\x41\101\u00e9\N{BULLET}\U0001f98a\/'", '"AAé•🦊\\\\/"'),
+        ("[true, None, false]", "[true, null, false]"),
+        ('{"x": \'y\', "z": null,}', '{"x": "y", "z": null}'),
+        ("1e3", "1e3"),
+        ("+1", "1"),
+    ],
+)
+def test_a_literal_of_python_becomes_json(written: str, value: str) -> None:
+    assert python_or_json(written) == value
+    json.loads(value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "", "f(1)", "[1", "1]", "'a", "[,]", "[1 2]", "{1}", "{'a'}", "{'a': }", "1+2j", "nan", "NaN", "1_0e999",
+        "007", "1٢", "_1", "a", "-", "'a\nb'", r"'\x4'", r"'\N{no such sign}'", r"'\U00110000'", "{(1,): 2}",
+        "b'x'", "f'x'", "True1", "'a'1", "1'a'", "..", "...", "[" * 500 + "]" * 500 + ",",
+        "[" + "'a', " * 20_000 + "]",
+    ],
+)  # fmt: skip
+def test_what_is_no_literal_stays_what_was_written(written: str) -> None:
+    assert python_or_json(written) is None
+
+
+_LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+_LITERALS = st.recursive(
+    _LEAVES,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(value=_LITERALS)
+def test_whatever_python_writes_is_read(value: object) -> None:
+    found = python_or_json(repr(value))
+    assert found is not None
+    assert json.loads(found) == json.loads(json.dumps(value))
+
+
+def test_long_literals_take_no_long_time() -> None:
+    began = time.process_time()
+    size = BIG // 4
+    for text in ("'" + "\\" * size, "'" + "a\\d" * size + "'", "'" * size, "'''a" * size, "[(" * size):
+        python_or_json(text)
+    assert time.process_time() - began < bound(2)
+
+
+# ── how much a form takes ─────────────────────────────────────────────────────────────────────────────────
+
+ONE_BY_ONE = ["qwen3_coder", "seed", "pythonic"]
+
+
+def form_of(name: str, *tools: Tool) -> int:
+    """Bytes of the form of a forced call."""
+    held = Markup(Dialects(name), tools, frozenset(), must_call=True).held_to(None)
+    assert held is not None
+    return len(held.text.encode())
+
+
+def optional(count: int, schema: dict[str, Any] | None = None, defined: int = 0) -> Tool:
+    """A tool with arguments that may all be left out, and definitions of some size."""
+    given = {f"argument_{at}": schema or {"type": "string", "description": "d" * 30} for at in range(count)}
+    parameters: dict[str, Any] = {"type": "object", "properties": given}
+    return Tool(
+        "f", {**parameters, "$defs": {"x": {"enum": [0], "title": "t" * defined}}} if defined else parameters
+    )
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_a_form_grows_as_its_schemas_do(name: str) -> None:
+    some, more = form_of(name, optional(40)), form_of(name, optional(160))
+    assert more < 5 * some
+    refers = {"$ref": "#/$defs/x"}
+    bare, defined = form_of(name, optional(40, refers, 1)), form_of(name, optional(40, refers, 4_000))
+    assert defined < bare + 5_000, "definitions stand there once"
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_ordinary_tools_fit(name: str) -> None:
+    refers = {"$ref": "#/$defs/x"}
+    for tools in ([optional(15)] * 5, [optional(15, refers, 1_000)], [optional(100, refers, 4_000)]):
+        assert form_of(name, *tools) <= MAX_STRUCTURED // 2
+
+
+@pytest.mark.parametrize("name", [*ONE_BY_ONE, "hermes"])
+def test_a_form_that_is_too_large_is_refused_by_the_field(name: str) -> None:
+    large = optional(2_000)
+    with pytest.raises(ParamRefused, match=rf"'tools' .* of at most {MAX_STRUCTURED}") as refused:
+        form_of(name, large)
+    assert refused.value.param == "tools"
+    wanted = Structured("regex", "a{2}")
+    with pytest.raises(ParamRefused, match="'response_format' with 1 tools") as refused:
+        Markup(Dialects(name), (large,), frozenset()).held_to(wanted, field="response_format")
+    assert refused.value.param == "response_format"

@@ -16,6 +16,7 @@ import pytest
 from quire.errors import StorageUnavailable
 from quire.router import background as beside
 from quire.router import executor as executing
+from quire.router.access import Access
 from quire.router.app import build
 from quire.router.background import Background
 from quire.router.batches import Batch, Batches
@@ -23,7 +24,7 @@ from quire.router.config import RouterConfig
 from quire.router.executor import Executor
 from quire.router.files import Files
 from quire.router.fleet import Fleet
-from quire.router.responses import Waiting
+from quire.router.responses import Responses
 from quire.tracing import Tracing
 from quire_schemas import signals, wire
 from quire_schemas.openai.batches import CreateBatch
@@ -95,6 +96,14 @@ async def test_what_fails_once_is_logged_and_holds_up_no_batch(
     assert [str(record.exc_info and record.exc_info[1]) for record in told] == ["planted"]
 
 
+async def to_be_answered(responses: Responses, size: int = 0) -> tuple[str, int]:
+    """A response in the background that is kept: its id, and the bytes of its request."""
+    body = json.dumps({"model": "nobody", "input": "x" * max(size, 1), "background": True}).encode()
+    begun = ResponseObject.begun(responses.new_id(), int(time.time()), read_response(body, False))
+    await responses.begin(begun, body, (), "", "")
+    return begun.id, len(body)
+
+
 @pytest.mark.parametrize("step", ["start", "fail"])
 @pytest.mark.parametrize("error", [RuntimeError("planted"), StorageUnavailable("planted")], ids=["bug", "disk"])
 async def test_a_response_in_the_background_is_tried_until_it_has_ended(
@@ -105,15 +114,89 @@ async def test_a_response_in_the_background_is_tried_until_it_has_ended(
     responses = background._responses
     monkeypatch.setattr(responses, step, failing(getattr(responses, step), 1, error))
     monkeypatch.setattr(beside, "PAUSES", (0.01, 0.02))
-    body = json.dumps({"model": "nobody", "input": "x", "background": True}).encode()
-    begun = ResponseObject.begun(responses.new_id(), int(time.time()), read_response(body, False))
-    await responses.begin(begun, body, (), "", "")
-    background.begin(Waiting(begun.id, body, "", ""))
+    begun, size = await to_be_answered(responses)
+    background.begin(begun, size)
     async with asyncio.timeout(15):
-        while (now := json.loads(await responses.get(begun.id, "")))["status"] != "failed":
+        while (now := json.loads(await responses.get(begun, "")))["status"] != "failed":
             await asyncio.sleep(0.01)
     assert now["error"]["code"] == "model_not_found"
     assert await responses.waiting() == []
+
+
+class Endpoint:
+    """Takes requests in and, once it is told to, answers them; what came in is in `tried`, in its order."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+        self.inside = 0
+        self.most = 0
+        """Bytes of the requests that were inside at the same time."""
+        self.answers = asyncio.Event()
+
+    def __call__(self, response_id: str) -> Any:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            body = (await receive())["body"]
+            assert json.loads(body)["background"]
+            self.tried.append(response_id)
+            self.inside += len(body)
+            self.most = max(self.most, self.inside)
+            await asyncio.wait(
+                [asyncio.ensure_future(receive()), asyncio.ensure_future(self.answers.wait())],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            self.inside -= len(body)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        return answer
+
+
+async def test_requests_in_the_background_are_in_memory_only_while_they_are_tried(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = next(each for each in executor._beside if isinstance(each, Background))._responses
+    endpoint = Endpoint()
+    background = Background(responses, endpoint, Access())
+    begun = [await to_be_answered(responses, size) for size in (4_000, 4_000, 30_000, 4_000, 4_000, 4_000)]
+    assert [(each.id, each.size) for each in await responses.waiting()] == begun
+    monkeypatch.setattr(beside, "MAX_TRIED_BYTES", 10_000)
+    await background.resume()
+
+    async def until(tried: list[int]) -> None:
+        async with asyncio.timeout(15):
+            while endpoint.tried != [begun[place][0] for place in tried]:
+                await asyncio.sleep(0.005)
+
+    await until([0, 1])
+    await asyncio.sleep(0.05)
+    assert len(endpoint.tried) == 2, "the others have no room, and nobody overtakes the large one"
+    await asyncio.wait_for(background.cancel(begun[3][0], ""), 5)
+    async with asyncio.timeout(5):
+        while begun[3][0] in background._works:
+            await asyncio.sleep(0.005)
+    endpoint.answers.set()
+    await until([0, 1, 2, 4, 5])
+    assert endpoint.most == begun[2][1]
+    async with asyncio.timeout(5):
+        while background._works:
+            await asyncio.sleep(0.005)
+
+
+async def test_what_waits_in_the_background_ends_with_the_router_and_is_left_to_the_next(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = next(each for each in executor._beside if isinstance(each, Background))._responses
+    endpoint = Endpoint()
+    background = Background(responses, endpoint, Access())
+    monkeypatch.setattr(beside, "MAX_TRIED_BYTES", 1_000)
+    begun = [await to_be_answered(responses, 900) for _ in range(50)]
+    await background.resume()
+    async with asyncio.timeout(15):
+        while not endpoint.tried:
+            await asyncio.sleep(0.005)
+    await asyncio.wait_for(background.close(), 5)
+    assert len(endpoint.tried) == 1
+    assert not background._works
+    assert [each.id for each in await responses.waiting()] == sorted(name for name, _ in begun)
 
 
 async def test_an_export_that_fails_leaves_nothing_behind(

@@ -131,6 +131,21 @@ def test_a_request_that_fails_gives_back_what_it_reserved() -> None:
     assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"100")
 
 
+def test_who_is_given_to_one_model_after_another_takes_no_more_than_he_may_use() -> None:
+    limiter, who = Limiter(Clock()), tenant(AccessLimit("policy", tokens=100, per=MINUTE))
+    with limiter.entered(who, "k") as ticket:
+        ticket.reserve(80)
+        ticket.used += 10
+        ticket.reserve(90)
+        assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"0")
+        ticket.reserve(40)
+        assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"50")
+        with pytest.raises(RateLimited):
+            ticket.reserve(91)
+        ticket.used += 20
+    assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"70")
+
+
 def test_who_asks_for_more_than_a_bucket_holds_waits_until_it_is_full_and_pays_later() -> None:
     clock = Clock()
     limiter, who = Limiter(clock), tenant(AccessLimit("policy", tokens=100, per=10_000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -16,10 +17,12 @@ import sqlalchemy as sa
 from quire.errors import Conflict, InvalidRequest, NotFound, QueueFull, StorageFull, StorageUnavailable
 from quire.router import batches as stored
 from quire.router import store as kept
+from quire.router.api.files import listed
 from quire.router.batches import Answer, Batch, Batches, Plan
 from quire.router.files import FILES, Files
 from quire.router.store import Incoming, Store
 from quire_schemas.openai.batches import KEPT_SECONDS, CreateBatch
+from quire_schemas.openai.files import MAX_FILES_LISTED
 
 
 @pytest.fixture
@@ -128,6 +131,27 @@ async def test_ids_of_one_kind_are_in_the_order_of_their_age(store: Store, files
     found, more = await files.page("", 3, ids[2], newest_first=False, purpose="batch")
     assert ([file.id for file in found], more) == (ids[3:], False), "also behind one that is gone"
     assert (await files.page("", 3, None, newest_first=True, purpose="batch_output")) == ([], False)
+
+
+async def test_a_list_of_all_files_holds_up_no_stream(store: Store, files: Files) -> None:
+    """What is counted is the processor's time of the event loop's own thread, which nobody else adds to."""
+    row = {
+        "purpose": "batch",
+        "filename": "naïve.jsonl",
+        "bytes": 3,
+        "created_at": int(store.clock()),
+        "expires_at": None,
+    }
+    rows = [{"id": f"file-{number:08}", **row} for number in range(MAX_FILES_LISTED)]
+    await store.run(lambda db: db.execute(sa.insert(FILES), rows))
+    began = time.thread_time()
+    answer = await listed(files, "", {})
+    spent = time.thread_time() - began
+    found = json.loads(answer)
+    assert [each["id"] for each in found["data"]] == [each["id"] for each in reversed(rows)]
+    assert found["data"][0] == {**rows[-1], "object": "file", "status": "processed", "status_details": None}
+    assert (found["first_id"], found["last_id"], found["has_more"]) == (rows[-1]["id"], rows[0]["id"], False)
+    assert spent < 0.01
 
 
 async def test_the_sweep_takes_what_has_expired_and_bytes_without_a_row(

@@ -576,12 +576,10 @@ def test_every_error_that_pydantic_can_find_in_a_manifest_has_words_of_ours() ->
 
 
 def test_kinds_of_later_versions_are_refused_and_still_checked() -> None:
-    text = (
-        "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\n"
-        "spec: {match: {modelNames: [a]}, backends: [{model: M}], stiky: {}}\n"
-    )
+    head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
+    text = f"{head}spec: {{url: 'https://example.org/x.git', interval: 1x, pth: {{}}}}\n"
     found = problems(text)
-    assert [(p.line, p.path) for p in found] == [(2, "kind"), (4, "spec.backends[0].model"), (4, "spec.stiky")]
+    assert [(p.line, p.path) for p in found] == [(2, "kind"), (4, "spec.interval"), (4, "spec.pth")]
     assert "not honoured by this version" in found[0].message
 
 

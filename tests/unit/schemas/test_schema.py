@@ -39,7 +39,7 @@ def document(**spec: Any) -> dict[str, Any]:
 OTHERS: dict[str, dict[str, Any]] = {
     "Route": {
         "match": {"modelNames": ["chat"], "headers": [{"name": "x-tenant", "exact": "beta"}]},
-        "backends": [{"model": "a", "weight": 95}, {"model": "a", "adapter": "sql", "weight": 5}],
+        "backends": [{"model": "a", "weight": 95}, {"model": "b", "weight": 5}],
         "sticky": {"by": "header:x-user"},
         "fallbacks": [{"model": "b", "when": ["Unavailable", "QueueFull"]}],
         "timeouts": {"firstToken": "30s", "request": "10m"},
@@ -253,7 +253,8 @@ def test_explain_shows_type_default_update_class_and_support() -> None:
     assert "<auto | int>   default auto" in explain("model.spec.engine.maxModelLen")
     assert "<list of object>" in explain("model.spec.env")
     assert "required" in explain("model.spec.source")
-    assert "kind is refused" in explain("route.spec.backends")
+    assert "kind is refused" in explain("gitsource.spec.sync")
+    assert "Support: refused: models have no adapters yet" in explain("route.spec.backends.adapter")
 
 
 @pytest.mark.parametrize("path", ["model.spec.batching", "Model.spec.batching", "MODEL.spec.batching"])

@@ -111,6 +111,7 @@ HOT = [
     {"batching": {"maxQueueWait": "1s"}},
     {"rollout": {"maxSurge": 3}},
     {"drainTimeout": "1s"},
+    {"maxMigrations": 2},
     {"probes": {"startup": {"timeout": "1m"}}},
     {"restartPolicy": {"backoffMax": "1m"}},
     {"revisionHistoryLimit": 3},
@@ -171,7 +172,7 @@ TABLE = {
         "servedModelNames", "batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.maxPrefillTokens",
         "batching.chunkedPrefill", "batching.policy", "batching.slo", "batching.maxQueueLength",
         "batching.maxQueueWait", "lora.adapters", "placement.priority",
-        "rollout", "drainTimeout", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
+        "rollout", "drainTimeout", "maxMigrations", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
     ],
     "scale": ["replicas", "autoscaling", "residency"],
     "rolling": [

@@ -46,7 +46,7 @@ class Create:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(dict(scope["headers"]), receive, self._settings.max_body_bytes)
+            body = await read_body(dict(scope["headers"]), receive, self._settings)
             asked = read_create(body, self._settings.ignore_unknown)
         except BadRequest as error:
             raise InvalidRequest(error.message, param=error.param) from None

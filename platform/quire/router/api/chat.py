@@ -14,7 +14,7 @@ import msgspec
 
 from quire.errors import Api
 from quire.router.access import Caller
-from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.events import COMMENT, Envelope, closed, ending
 from quire.router.api.exchange import NO_NAMES
 from quire.router.api.logprobs import Writer
 from quire.router.api.said import Said
@@ -26,11 +26,11 @@ from quire.router.spans import RequestSpan
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.chat import (
-    AssistantMessage,
     ChatChoice,
     ChatCompletion,
     ChatFinishReason,
     ChatRequest,
+    ChoiceMessage,
     read_chat,
 )
 from quire_schemas.openai.tools import AnsweredCall, CalledFunction
@@ -104,7 +104,7 @@ def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
     ]
     return ChatChoice(
         index=index,
-        message=AssistantMessage(
+        message=ChoiceMessage(
             role="assistant",
             content=said.content if said.content or not calls else None,
             tool_calls=calls or None,
@@ -125,6 +125,8 @@ def _prompt_text(job: Job) -> str:
 
 class ChatStream:
     """Writes one chat stream's events."""
+
+    ping = COMMENT
 
     def __init__(self, job: Job, request: ChatRequest) -> None:
         self._job = job

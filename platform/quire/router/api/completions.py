@@ -17,7 +17,7 @@ import msgspec
 from quire.errors import Api
 from quire.router.access import Caller
 from quire.router.api import logprobs
-from quire.router.api.events import Envelope, closed, ending
+from quire.router.api.events import COMMENT, Envelope, closed, ending
 from quire.router.api.exchange import NO_NAMES
 from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
@@ -166,6 +166,8 @@ def _offsets(job: Job, ids: Sequence[int]) -> list[int]:
 
 class CompletionStream:
     """Writes one completion stream's events."""
+
+    ping = COMMENT
 
     def __init__(self, job: Job, request: CompletionRequest) -> None:
         self._job = job

@@ -17,6 +17,8 @@ from quire_schemas.openai.sampling import StreamOptions
 
 _json = msgspec.json.Encoder()
 DONE: Final = b"data: [DONE]\n\n"
+COMMENT: Final = b": ping\n\n"
+"""What is no event, and passed over by every reader of server-sent events."""
 
 
 class Envelope:

@@ -11,7 +11,9 @@ engine is `Reception`:
 - a stream says nothing until the first piece is there, so that everything that goes wrong before is an ordinary
   error with a status of its own;
 - a stream ends in exactly one of three ways: finish reasons and `[DONE]`; one error event and a connection that is
-  cut (the answer is left without its end, which the server takes as the order to close); or the client left.
+  cut (the answer is left without its end, which the server takes as the order to close); or the client left;
+- a stream that has begun and has nothing to tell for a while (a thought that is not shown, a long queue of others)
+  says that it goes on, in words that clients pass over: proxies cut what is silent.
 
 Server-sent events are written as bytes, one `send` for all that one step brought.
 """
@@ -32,6 +34,7 @@ from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
     Api,
+    ApiError,
     BodyTimeout,
     BodyTooLarge,
     HttpError,
@@ -39,6 +42,7 @@ from quire.errors import (
     ServiceUnavailable,
     UnsupportedMediaType,
     describe,
+    failure_of,
     renamed,
 )
 from quire.router.access import EVERYBODY, Caller, visit_of
@@ -46,18 +50,22 @@ from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.limits import Ticket
-from quire.router.metrics import NO_MODEL
+from quire.router.metrics import NO_MODEL, ROUTED, STEPPED_IN
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked, Way
 from quire.router.usage import Amount, Who
+from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn
 from quire_schemas.openai.request import ModelRequest
+from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
 
-BODY_SECONDS: Final = 30.0
+PING_SECONDS: Final = 10.0
+"""So long a stream is silent at most."""
 DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
@@ -107,6 +115,9 @@ class Format(Protocol[R]):
 class StreamFormat(Protocol):
     """Writes the events of one stream."""
 
+    ping: bytes
+    """Says that the stream goes on; it may stand between any two events."""
+
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
         """Events for one batch; `usage` tells the tokens so far."""
 
@@ -148,17 +159,19 @@ class Reception:
         self._model: str | None = None
         self._caller = EVERYBODY
         self._ticket = Ticket()
+        self._headers: Sequence[tuple[bytes, bytes]] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_at = time.monotonic()
         visit = visit_of(scope)
         visit.limited = True
-        headers = dict(scope["headers"])
+        self._headers = list(scope["headers"])
+        headers = dict(self._headers)
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         finish, failure, status = "error", "internal_error", 500
         try:
             self._caller = visit.known
-            body = await read_body(headers, receive, self._settings.max_body_bytes)
+            body = await read_body(headers, receive, self._settings)
             with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
@@ -191,9 +204,10 @@ class Reception:
         """Do the work and send the answer; gives the word by which the request is counted."""
         raise NotImplementedError
 
-    def _resolve(self, name: str) -> ServedModel:
-        """The model of that name. Raises `PermissionDenied` and `ModelNotFound`."""
-        return self._gateway.fleet.resolve(name, self._caller)
+    def _resolve(self, name: str, body: bytes) -> ServedModel:
+        """The model that the request of that body would go to by this name. Raises `PermissionDenied`,
+        `ModelNotFound` and `ModelStopped`."""
+        return self._gateway.fleet.resolve(Asked(name, self._headers, body), self._caller)
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
@@ -222,6 +236,8 @@ class Exchange(Reception, Generic[R]):
     ) -> None:
         super().__init__(gateway, spans, form.operation, form.api, names=form.names, background=background)
         self._format = form
+        self._runs: list[Run] = []
+        """One for each model that was tried."""
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
@@ -229,15 +245,59 @@ class Exchange(Reception, Generic[R]):
         return await self._serve(request, body, arrived_at, span, send)
 
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
-        """Have a request answered that is understood."""
-        served = self._resolve(request.model)
+        """Have a request answered that is understood, by the model that it goes to, or by one that steps in."""
+        fleet = self._gateway.fleet
+        way = fleet.way(Asked(request.model, self._headers, body), self._caller)
+        if way.mirror is not None and not self._background:
+
+            async def copy(served: ServedModel, at: float, unseen: RequestSpan) -> Job:
+                return self._own(await self._format.job(request, served, len(body), at, unseen, self._caller))
+
+            self._gateway.mirrors.begin(way.terms.route, way.mirror, self._format.sequences(request), copy)
+        model, tried = way.model, list[str]()
+        first: ApiError | TextError | None = None
+        try:
+            while True:
+                begun_at = time.monotonic() if tried else arrived_at
+                try:
+                    served = fleet.at(way, model)
+                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                    times = (arrived_at, begun_at)
+                    return await self._serve_by(served, way, request, len(body), times, span, send)
+                except (ApiError, TextError) as error:
+                    first = first or error
+                    tried.append(model or "")
+                    failure = failure_of(error) if self._stream is None else None
+                    model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
+                    if model is None or failure is None:
+                        raise first from None
+                    fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
+                    span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
+        finally:
+            self._note()
+
+    async def _serve_by(
+        self,
+        served: ServedModel,
+        way: Way,
+        request: R,
+        size: int,
+        times: tuple[float, float],
+        span: RequestSpan,
+        send: Send,
+    ) -> str:
+        """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
+        arrived_at, begun_at = times
         self._serves(served, request.model, span)
+        span.set({signals.QUIRE_ROUTE: way.terms.route or None})
+        terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
         with self._gateway.admit(served, sequences, owner, background=self._background):
-            made = await self._format.job(request, served, len(body), arrived_at, span, self._caller)
-            job = self._own(made)
+            made = await self._format.job(request, served, size, arrived_at, span, self._caller)
+            job = dataclasses.replace(self._own(made), terms=terms, begun_at=begun_at)
             self._ticket.reserve(job.most_tokens)
             run = Run(self._gateway.fleet, job)
+            self._runs.append(run)
             span.set(_request_attributes(run.job))
             in_flight = self._gateway.fleet.metrics.model(served.route.model).in_flight
             in_flight.inc()
@@ -249,17 +309,18 @@ class Exchange(Reception, Generic[R]):
                     reasons = await self._send_whole(request, run, send)
             finally:
                 in_flight.dec()
-                self._ticket.used = run.prompt_tokens + run.completion_tokens
-                self._note(run)
+                self._ticket.used += run.prompt_tokens + run.completion_tokens
                 span.set(_answer_attributes(run))
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
 
-    def _note(self, run: Run) -> None:
-        """Have what the run came to in the ledger."""
-        used = Amount(1, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
-        who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
-        self._gateway.usage.add(who, used)
+    def _note(self) -> None:
+        """Have what its runs came to in the ledger: one request, of the model that had it last."""
+        for run in self._runs:
+            requests = int(run is self._runs[-1])
+            used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
+            who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
+            self._gateway.usage.add(who, used)
 
     def _own(self, job: Job) -> Job:
         """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.
@@ -285,27 +346,71 @@ class Exchange(Reception, Generic[R]):
         async with contextlib.aclosing(run.updates()) as batches:
             async for batch in batches:
                 updates.extend(batch)
-        await send_json(send, await self._format.whole(run.job, request, updates, usage_of(run)))
+        answer = await self._format.whole(run.job, request, updates, usage_of(run))
+        await send_json(send, answer, _served_by(run))
         return [update.finish_reason for update in updates if update.finish_reason is not None]
 
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
-        async with contextlib.aclosing(run.updates()) as batches:
+        async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
-                    await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+                    headers = [*_STREAM_HEADERS, *_served_by(run)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._stream = form
+                    pings.begin()
                 made = await run.job.written(functools.partial(form.events, batch, usage))
-                await send({"type": "http.response.body", "body": made, "more_body": True})
+                if made:  # of what is not shown there is nothing to tell
+                    await send({"type": "http.response.body", "body": made, "more_body": True})
+                    pings.sent_at = time.monotonic()
                 reasons += [update.finish_reason for update in batch if update.finish_reason is not None]
         await send({"type": "http.response.body", "body": await form.end(usage_of(run)), "more_body": False})
         return reasons
 
 
-async def send_json(send: Send, payload: bytes) -> None:
-    """The whole answer to a request that went well."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+class _Pings:
+    """Says that a stream goes on whenever nothing of it was sent for `PING_SECONDS`.
+
+    A task sleeps from one look at the clock to the next, so that whoever sends has but to note the time. Events
+    are sent whole, so that a ping comes between two of them.
+    """
+
+    def __init__(self, send: Send, ping: bytes) -> None:
+        self.sent_at = 0.0
+        self._send = send
+        self._ping = ping
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self.sent_at = time.monotonic()
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.sent_at + PING_SECONDS - time.monotonic())
+            if time.monotonic() - self.sent_at >= PING_SECONDS:
+                await self._send({"type": "http.response.body", "body": self._ping, "more_body": True})
+                self.sent_at = time.monotonic()
+
+    async def __aenter__(self) -> _Pings:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """None comes after this."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
+def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
+    """Which Model the answer is from: the body repeats the name that was asked for."""
+    return [(b"x-quire-model", run.job.model.route.model.encode())]
+
+
+async def send_json(send: Send, payload: bytes, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """The whole answer to a request that went well, with headers of its own if there are `more`."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode()), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": payload, "more_body": False})
 
@@ -332,7 +437,7 @@ def _ours(error: Exception, names: Mapping[str, str]) -> Exception:
     return renamed(told, names) if isinstance(error, BadStandIn) else told
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: HttpSettings) -> bytes:
     """The whole body. Raises `UnsupportedMediaType`, `BodyTooLarge`, `BodyTimeout` and `ClientGone`."""
     media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if media != b"application/json":
@@ -340,12 +445,13 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise UnsupportedMediaType("The body must be sent as it is, without a Content-Encoding.")
     stated = int(headers.get(b"content-length", b"0"))
+    limit = settings.max_body_bytes
     parts: list[bytes] = []
     size = 0
     bearable = max(DRAIN * limit, DRAIN_BYTES)
     more = stated <= bearable
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(settings.body_seconds):
             while more:
                 message = await receive()
                 if message["type"] != "http.request":
@@ -356,7 +462,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
                 # A client cut off while it sends never sees why: what is too large is read on for a while.
                 more = message["more_body"] and size <= bearable
     except TimeoutError:
-        raise BodyTimeout(f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
+        raise BodyTimeout(f"The body did not arrive within {settings.body_seconds:g} seconds.") from None
     if more or max(size, stated) > limit:
         raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
     return b"".join(parts)

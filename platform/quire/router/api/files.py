@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import msgspec
 import multipart
 from litestar import Request, delete, get, post
 from litestar.handlers import HTTPRouteHandler
@@ -18,10 +19,11 @@ from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from quire.router.access import visit_of
-from quire.router.api.exchange import BODY_SECONDS, ClientGone, send_json
+from quire.router.api.exchange import ClientGone, send_json
 from quire.router.api.query import cursor, descends, known, whole
 from quire.router.api.reply import Reply, named, owner_of
 from quire.router.files import PREFIX, Files, StoredFile
+from quire.router.fleet import Fleet
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
 from quire_schemas.openai.files import (
@@ -34,7 +36,9 @@ from quire_schemas.openai.files import (
     FileList,
     FileObject,
     ListFiles,
+    Purpose,
 )
+from quire_schemas.wire import HttpSettings
 
 MAX_FIELD: Final = 1024
 """Bytes of a field that is not the file."""
@@ -42,6 +46,7 @@ BEARABLE: Final = 2 * MAX_FILE_BYTES
 """A body of up to so many bytes is read to its end before it is refused."""
 UPLOAD_SECONDS: Final = 3600.0
 PIECE: Final = 256 * 1024
+_encode = msgspec.json.encode
 _FIELDS: Final = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
@@ -117,8 +122,9 @@ class Form:
 class Upload:
     """Answers `POST /v1/files`. Call it as an ASGI application."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, settings: HttpSettings) -> None:
         self._files = files
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, owner = dict(scope["headers"]), visit_of(scope).known.owner
@@ -138,19 +144,20 @@ class Upload:
             raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
         except ClientGone:
             return
-        await send_json(send, file_object(kept).model_dump_json().encode())
+        await send_json(send, _encode(file_object(kept)))
 
     async def _take(self, form: Form, receive: Receive) -> None:
         """Read the body, in larger pieces than it comes in."""
         more, taken, wrong = True, 0, None
+        patience = self._settings.body_seconds
         while more:
             piece = bytearray()
             while more and len(piece) < PIECE:
                 try:
-                    async with asyncio.timeout(BODY_SECONDS):
+                    async with asyncio.timeout(patience):
                         message = await receive()
                 except TimeoutError:
-                    raise BodyTimeout(f"Nothing of the file came for {BODY_SECONDS:g} seconds.") from None
+                    raise BodyTimeout(f"Nothing of the file came for {patience:g} seconds.") from None
                 if message["type"] != "http.request":
                     raise ClientGone
                 piece += message["body"]
@@ -219,15 +226,13 @@ def _checked(fields: Mapping[str, str]) -> int | None:
 
 
 def file_object(file: StoredFile) -> FileObject:
-    return FileObject.model_validate(
-        {
-            "id": file.id,
-            "bytes": file.bytes,
-            "created_at": file.created_at,
-            "expires_at": file.expires_at,
-            "filename": file.filename,
-            "purpose": file.purpose,
-        }
+    return FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=file.created_at,
+        expires_at=file.expires_at,
+        filename=file.filename,
+        purpose=cast(Purpose, file.purpose),
     )
 
 
@@ -238,30 +243,35 @@ async def listed(files: Files, owner: str, query: Mapping[str, str]) -> bytes:
     newest_first = descends(query)
     after = cursor(query, PREFIX)
     found, more = await files.page(owner, limit, after, newest_first=newest_first, purpose=query.get("purpose"))
-    answer = FileList(
-        data=[file_object(each) for each in found],
-        first_id=found[0].id if found else None,
-        last_id=found[-1].id if found else None,
-        has_more=more,
-    )
-    return answer.model_dump_json().encode()
+
+    def written() -> bytes:
+        return _encode(
+            FileList(
+                data=[file_object(each) for each in found],
+                first_id=found[0].id if found else None,
+                last_id=found[-1].id if found else None,
+                has_more=more,
+            )
+        )
+
+    return await asyncio.to_thread(written)
 
 
 async def one(files: Files, owner: str, file_id: str) -> bytes:
-    return file_object(await files.get(file_id, owner)).model_dump_json().encode()
+    return _encode(file_object(await files.get(file_id, owner)))
 
 
 async def deleted(files: Files, owner: str, file_id: str) -> bytes:
     await files.delete(file_id, owner)
-    return FileDeleted(id=file_id).model_dump_json().encode()
+    return _encode(FileDeleted(id=file_id))
 
 
-def routes(files: Files) -> list[HTTPRouteHandler]:
+def routes(files: Files, fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/files` answers."""
 
     @post("/v1/files", operation="batches")
     async def upload() -> ASGIApp:
-        return Upload(files)
+        return Upload(files, fleet.table.http)
 
     @get("/v1/files", operation="batches")
     async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:

@@ -36,7 +36,7 @@ def liveness() -> tuple[int, bytes]:
 
 async def health(fleet: Fleet, prover: Prover) -> tuple[int, bytes]:
     """Status and body of `/health`."""
-    every = {id(served): served for served in fleet.models.values()}.values()
+    every = fleet.by_model.values()
     await prover.look([client for served in every for client in served.clients])
     models = {}
     for served in every:

@@ -1,8 +1,8 @@
 """`POST /v1/messages`: Anthropic's Messages API over the same road as chat.
 
 A stream's events: `message_start`, then each block of content with its start, its deltas and its stop, then
-`message_delta` with what ended the answer and the whole usage, and `message_stop`. A stream that breaks off ends
-with one `error` event.
+`message_delta` with what ended the answer and the whole usage, and `message_stop`; a `ping` where nothing else
+came for a while. A stream that breaks off ends with one `error` event.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.anthropic import (
-    AnswerText,
-    AnswerThinking,
-    AnswerToolUse,
+    AnswerTextBlock,
+    AnswerThinkingBlock,
+    AnswerToolUseBlock,
     MessagesAnswer,
     MessagesUsage,
     StopReason,
@@ -93,19 +93,19 @@ class MessagesFormat:
 
     async def whole(self, job: Job, request: ChatRequest, updates: Sequence[Update], usage: Usage) -> bytes:
         said = Said.of(part for update in updates for part in update.parts)
-        content: list[AnswerText | AnswerThinking | AnswerToolUse] = []
+        content: list[AnswerTextBlock | AnswerThinkingBlock | AnswerToolUseBlock] = []
         if said.reasoning and job.shown.reasoning:
-            content.append(AnswerThinking(said.reasoning))
+            content.append(AnswerThinkingBlock(said.reasoning))
         if said.content:
-            content.append(AnswerText(said.content))
+            content.append(AnswerTextBlock(said.content))
         reason, stop = _ended(updates[-1])
         for call in said.calls:
             given = _object(call.arguments)
             if given is None:  # there is no other place for what is no object, and nothing may be lost
-                content.append(AnswerText(f"{call.name}({call.arguments})"))
+                content.append(AnswerTextBlock(f"{call.name}({call.arguments})"))
             else:
-                content.append(AnswerToolUse(_id(job), call.name, given))
-        if reason == "tool_use" and not any(isinstance(block, AnswerToolUse) for block in content):
+                content.append(AnswerToolUseBlock(_id(job), call.name, given))
+        if reason == "tool_use" and not any(isinstance(block, AnswerToolUseBlock) for block in content):
             reason = "end_turn"
         return _json.encode(
             MessagesAnswer(
@@ -169,7 +169,7 @@ class TokenCounting(Reception):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))
-        served = self._resolve(request.model)
+        served = self._resolve(request.model, body)
         self._serves(served, request.model, span)
 
         def counted() -> bytes:
@@ -190,6 +190,8 @@ class _Open:
 
 class MessagesStream:
     """Writes one stream's events."""
+
+    ping = _event("ping", {})
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -236,18 +238,20 @@ class MessagesStream:
     def _part(self, part: Part) -> Iterator[bytes]:
         match part:
             case Content(text=text):
-                yield from self._block(Content, AnswerText(""))
+                yield from self._block(Content, AnswerTextBlock(""))
                 yield self._delta({"type": "text_delta", "text": text})
             case Reasoning(text=text) if self._job.shown.reasoning:
-                yield from self._block(Reasoning, AnswerThinking(""))
+                yield from self._block(Reasoning, AnswerThinkingBlock(""))
                 yield self._delta({"type": "thinking_delta", "thinking": text})
             case CallBegins(name=name):
                 yield from self._close()
-                yield from self._block(CallBegins, AnswerToolUse(_id(self._job), name, {}))
+                yield from self._block(CallBegins, AnswerToolUseBlock(_id(self._job), name, {}))
             case CallArguments(text=text):
                 yield self._delta({"type": "input_json_delta", "partial_json": text})
 
-    def _block(self, kind: type[Part], empty: AnswerText | AnswerThinking | AnswerToolUse) -> Iterator[bytes]:
+    def _block(
+        self, kind: type[Part], empty: AnswerTextBlock | AnswerThinkingBlock | AnswerToolUseBlock
+    ) -> Iterator[bytes]:
         """Open a block of this kind, if it is not the one that is open."""
         if self._open is not None and self._open.kind is kind:
             return

@@ -24,6 +24,7 @@ from litestar.types import ASGIApp, Send
 from quire.errors import Api, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.access import Caller
+from quire.router.api.events import COMMENT
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, known, whole
@@ -32,8 +33,9 @@ from quire.router.background import Background
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.responses import Responses, Waiting
+from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
+from quire.router.traffic import Asked
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
 from quire_schemas.openai.chat import ChatRequest
@@ -133,7 +135,8 @@ async def stands_for(
     """The chat request of a conversation and all that is kept of it for the caller, and the bytes that both take.
     Raises `BadRequest`, `InvalidRequest` and `NotFound`.
     """
-    context = await responses.context(request.previous_response_id, request.input, caller.owner)
+    most = gateway.fleet.table.http.max_body_bytes
+    context = await responses.context(request.previous_response_id, request.input, most, caller.owner)
     size += context.size
     return await gateway.aside(lambda: request.chat([*context.before, *context.own]), size), size
 
@@ -142,8 +145,8 @@ async def kept(responses: Responses, request: ResponsesRequest, response: Respon
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    context = await responses.context(None, request.input, caller.owner)
-    return await responses.keep(response, context.own, caller.owner, caller.key)
+    given = await responses.resolved(request.input, caller.owner)
+    return await responses.keep(response, given, caller.owner, caller.key)
 
 
 class Output:
@@ -157,6 +160,8 @@ class Output:
         self._summary = request.wants_summary
         self._writer = Writer(job)
         self._open: OutputItem | None = None
+        self._text: list[str] = []
+        """What has come of the text of the item that is open: it is put together once."""
         self._finish = "stop"
         self._scores: list[Any] = []
         """Of tokens whose text has not come yet."""
@@ -219,7 +224,7 @@ class Output:
             item = _message()
             yield from self._begin_message(item)
         words = item.content[0]
-        words.text += text
+        self._text.append(text)
         words.logprobs += scores
         self._scores = []
         fields = {**self._where(item), "content_index": 0}
@@ -242,7 +247,7 @@ class Output:
                 )
                 yield from self._item(call)
             case CallArguments(text=text) if isinstance(self._open, OutputCall):
-                self._open.arguments += text
+                self._text.append(text)
                 yield "response.function_call_arguments.delta", {**self._where(self._open), "delta": text}
 
     def _thought(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -251,12 +256,11 @@ class Output:
             item = OutputReasoning(id=_new(OutputReasoning), status="in_progress", summary=[], content=[])
             yield from self._item(item)
             yield from self._begin_thought(item)
+        self._text.append(text)
         if self._summary:
-            item.summary[0].text += text
             fields = {**self._where(item), "summary_index": 0}
             yield "response.reasoning_summary_text.delta", {**fields, "delta": text}
         else:
-            item.content[0].text += text
             fields = {**self._where(item), "content_index": 0}
             yield "response.reasoning_text.delta", {**fields, "delta": text}
 
@@ -275,6 +279,7 @@ class Output:
         item, self._open = self._open, None
         if item is None:
             return
+        self._put_together(item)
         item.status = "incomplete" if status == "incomplete" else "completed"
         where = self._where(item)
         match item:
@@ -295,6 +300,21 @@ class Output:
                 yield "response.function_call_arguments.done", {**where, **told}
         yield "response.output_item.done", {"output_index": self._at, "item": item}
 
+    def broken(self) -> None:
+        """There will be no more, and what there is has no end."""
+        item, self._open = self._open, None
+        if item is not None:
+            self._put_together(item)
+            item.status = "incomplete"
+
+    def _put_together(self, item: OutputItem) -> None:
+        text, self._text = "".join(self._text), []
+        match item:
+            case OutputMessage(content=[part]) | OutputReasoning(summary=[part]) | OutputReasoning(content=[part]):
+                part.text = text
+            case OutputCall():
+                item.arguments = text
+
 
 def _message() -> OutputMessage:
     return OutputMessage(id=_new(OutputMessage), status="in_progress", content=[])
@@ -306,6 +326,8 @@ def _new(kind: type[OutputItem]) -> str:
 
 class ResponsesStream:
     """Writes one stream's events."""
+
+    ping = COMMENT
 
     def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
         self._responses = responses
@@ -333,11 +355,19 @@ class ResponsesStream:
         return b"".join(self._event(kind, fields) for kind, fields in last)
 
     def broken(self, error: HttpError) -> bytes:
-        response = self._output.response
-        response.status, response.error = "failed", ResponseError(error.code or "server_error", error.message)
-        for item in response.output:
-            item.status = "incomplete" if item.status == "in_progress" else item.status
-        return self._event("response.failed", {"response": response})
+        self._output.broken()
+        failed = msgspec.structs.replace(
+            self._output.response,
+            status="failed",
+            error=ResponseError(error.code or "server_error", error.message),
+            usage=None,
+            completed_at=None,
+            incomplete_details=None,
+        )
+        try:
+            return self._event("response.failed", {"response": failed})
+        except ValueError:  # what cannot be written may be what broke the stream, whose end is told all the same
+            return self._event("response.failed", {"response": msgspec.structs.replace(failed, output=[])})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         told = _json.encode({"type": kind, "sequence_number": self._number, **fields})
@@ -360,19 +390,20 @@ class Responding(Exchange[ResponsesRequest]):
     ) -> str:
         if not request.background:
             return await super()._serve(request, body, arrived_at, span, send)
-        served = self._resolve(request.model)
+        asked = Asked(request.model, (), body)  # its headers are not kept
+        served = self._gateway.fleet.resolve(asked, self._caller)
         self._serves(served, request.model, span)
         self._later.check_room()
         self._responses.store.check_room()
         caller = self._caller
         # what is wrong with it is said now
         await stands_for(self._gateway, self._responses, request, len(body), caller)
-        own = (await self._responses.context(None, request.input, caller.owner)).own
+        own = await self._responses.resolved(request.input, caller.owner)
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
         await self._responses.begin(response, body, own, caller.owner, caller.key)
         self._ticket.uncount()  # what is done for it later counts
-        self._later.begin(Waiting(response_id, body, caller.owner, caller.key))
+        self._later.begin(response_id, len(body))
         await send_json(send, _json.encode(response))
         return "stop"
 
@@ -387,7 +418,7 @@ class InputCounting(Reception):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: read_response(body, ignore_unknown), len(body))
-        served = self._resolve(request.model)
+        served = self._resolve(request.model, body)
         self._serves(served, request.model, span)
         chat, size = await stands_for(self._gateway, self._responses, request, len(body), self._caller)
 

@@ -41,7 +41,7 @@ class Tokens(Reception):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: self._read(body, self._settings.ignore_unknown), len(body))
         sole = request.model is None
-        served = self._gateway.fleet.sole(self._caller) if sole else self._resolve(request.model)
+        served = self._gateway.fleet.sole(self._caller) if sole else self._resolve(request.model, body)
         self._serves(served, request.model or served.route.model, span)
         await send_json(send, await self._gateway.aside(lambda: self._write(request, served), len(body)))
         return "stop"

@@ -49,6 +49,15 @@ def repeat(form: Form, *, least: int = 0, most: int | None = None, between: Form
     return {"repeat": form, "least": least, "most": most, "between": between}
 
 
+def some(forms: Sequence[Form], between: Form) -> Form:
+    return {"some": list(forms), "between": between}
+
+
+def within(root: Mapping[str, Any], form: Form) -> Form:
+    """`form` with the schema that references in its schemas are into; once, however many there are."""
+    return {"root": dict(root), "form": form} if b'"$ref"' in msgspec.json.encode(root) else form
+
+
 def constrained(structured: Structured) -> Form:
     return {"structured": msgspec.to_builtins(structured)}
 

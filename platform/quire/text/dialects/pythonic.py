@@ -11,12 +11,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
-from quire.text.dialects.forms import Form, any_of, fits, free, literal, maybe, regex, repeat, sequence
+from quire.text.dialects.forms import (
+    Form,
+    any_of,
+    fits,
+    free,
+    literal,
+    maybe,
+    regex,
+    repeat,
+    sequence,
+    some,
+    within,
+)
+from quire.text.dialects.literals import python_or_json
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Marks, Sink, Tape, Waits, accept, pattern, space, until
-from quire.text.dialects.schema_types import inlined, members, python_or_json, types
+from quire.text.dialects.schema_types import as_schema, members
 from quire.text.dialects.tools import ToolDialect, spelled
 
 _NO_NAME: Final = re.compile(r"[\s\x00-,/:-@\[-^`{-\x7f]")
@@ -136,7 +149,7 @@ class Pythonic(ToolDialect):
 
     def _written(self, tool: Tool, *, forced: bool) -> Form:
         if tool.strict or forced:
-            return sequence(literal(f"{tool.name}("), _by_name(tool), literal(")"))
+            return sequence(literal(f"{tool.name}("), within(tool.parameters, _by_name(tool)), literal(")"))
         return sequence(literal(f"{tool.name}("), _anything({}, lenient=True), literal(")"))
 
     def several(self, calls: Sequence[Form], parallel: bool) -> Form:
@@ -158,29 +171,27 @@ def _as_json(written: str) -> str:
 
 def _by_name(tool: Tool) -> Form:
     """The arguments of a tool in the order of its schema: those that are required, then any of the others."""
-    root, found = tool.parameters, members(tool.parameters)
+    found = members(tool.parameters)
     if not found.named:
-        return _anything(inlined(found.others, root), not tool.strict) if found.others is not None else sequence()
-    required = [key for key in found.named if key in found.required]
-    others = [key for key in found.named if key not in required]
+        return _anything(found.others, not tool.strict) if found.others is not None else sequence()
 
     def one(key: str) -> Form:
-        schema = inlined(found.named[key], root)
-        if types(schema, root) == {"boolean"}:
+        if found.types(key) == {"boolean"}:
             given = any_of([literal("True"), literal("False")])
         else:
-            given = fits(schema, lenient=not tool.strict)
+            given = fits(as_schema(found.named[key]), lenient=not tool.strict)
         return sequence(literal(f"{key}="), given)
 
-    def behind(keys: Sequence[str]) -> list[Form]:
-        return [maybe(sequence(literal(", "), one(key))) for key in keys]
+    required = [one(key) for key in found.named if key in found.required]
+    others = [one(key) for key in found.named if key not in found.required]
+    comma = literal(", ")
+    if not required:
+        return some(others, between=comma)
+    first = [part for form in required for part in (comma, form)][1:]
+    return sequence(*first, *[maybe(sequence(comma, form)) for form in others])
 
-    if required:
-        first = [form for key in required for form in (literal(", "), one(key))][1:]
-        return sequence(*first, *behind(others))
-    return maybe(any_of([sequence(one(key), *behind(others[at + 1 :])) for at, key in enumerate(others)]))
 
-
-def _anything(schema: Mapping[str, object], lenient: bool) -> Form:
+def _anything(schema: Any, lenient: bool) -> Form:
     """Arguments of any names whose values fit a schema."""
-    return repeat(sequence(regex(f"{_ANY_NAME}="), fits(schema, lenient=lenient)), between=literal(", "))
+    value = fits(as_schema(schema), lenient=lenient)
+    return repeat(sequence(regex(f"{_ANY_NAME}="), value), between=literal(", "))

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Generator
 from typing import Any, Final, TypeVar
 
+from quire.text.dialects.literals import sound
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning
 
 T = TypeVar("T")
@@ -376,7 +377,7 @@ def decoded(literal: str) -> str | None:
         found: Any = json.loads(literal, strict=False)
     except ValueError:
         return None
-    return found if isinstance(found, str) else None
+    return sound(found) if isinstance(found, str) else None
 
 
 def nothing(text: str) -> None:

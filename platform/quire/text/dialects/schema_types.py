@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
+from urllib.parse import unquote
 
-_NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?\Z")
+from quire.text.dialects.literals import is_number, python_or_json
+
 _MAX_DEPTH: Final = 16
-_MAX_LITERAL: Final = 1 << 20
-"""Characters of a Python literal that are parsed; a longer one stays a string."""
 _NAMES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _BEYOND: Final = (
     *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const", "enum", "patternProperties", "propertyNames"),
@@ -40,9 +39,15 @@ class Members:
     """A word of the schema that says more than this."""
     demanding: bool
     """What it says may be that there must be a member."""
+    _types: _Types
 
     def of(self, key: str) -> Any:
+        """The schema of a member."""
         return self.named.get(key, self.others)
+
+    def types(self, key: str) -> frozenset[str]:
+        """The types that a member may have; none if the schema does not say."""
+        return self._types.of(self.of(key))
 
 
 def members(root: Mapping[str, Any]) -> Members:
@@ -59,7 +64,8 @@ def members(root: Mapping[str, Any]) -> Members:
     beyond = next((word for word in _BEYOND if word in top), None)
     branches = json.dumps([top.get(word) for word in ("allOf", "anyOf", "oneOf")], default=str)
     demanding = "$ref" in top or '"$ref"' in branches or '"required"' in branches
-    return Members(known, frozenset(required), None if further is False else further, beyond, demanding)
+    others = None if further is False else further
+    return Members(known, frozenset(required), others, beyond, demanding, _Types(root))
 
 
 def _resolved(root: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,36 +80,46 @@ def _resolved(root: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
-    """The types that a value may have; none if the schema does not say."""
-    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+class _Types:
+    """What types values may have by the schemas of one document. Each `$ref` is followed once, however often it
+    stands; what leads back to itself, or on and on, says nothing.
+    """
+
+    __slots__ = ("_known", "_root")
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._known: dict[str, frozenset[str]] = {}
+
+    def of(self, schema: Any, depth: int = 0) -> frozenset[str]:
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+            return frozenset()
+        stated = schema.get("type")
+        if isinstance(stated, str):
+            return frozenset({stated})
+        if isinstance(stated, list):
+            return frozenset(kind for kind in stated if isinstance(kind, str))
+        if isinstance(ref := schema.get("$ref"), str):
+            if ref not in self._known:
+                self._known[ref] = frozenset()
+                self._known[ref] = self.of(_target(ref, self._root), depth + 1)
+            return self._known[ref]
+        if "const" in schema:
+            return frozenset({_NAMES.get(type(schema["const"]), "null")})
+        if isinstance(values := schema.get("enum"), list):
+            return frozenset(_NAMES.get(type(value), "null") for value in values)
+        for word in ("anyOf", "oneOf", "allOf"):
+            if isinstance(branches := schema.get(word), list):
+                found = [self.of(branch, depth + 1) for branch in branches]
+                if word != "allOf" and not all(found):
+                    return frozenset()
+                return frozenset().union(*found)
         return frozenset()
-    stated = schema.get("type")
-    if isinstance(stated, str):
-        return frozenset({stated})
-    if isinstance(stated, list):
-        return frozenset(kind for kind in stated if isinstance(kind, str))
-    if isinstance(ref := schema.get("$ref"), str):
-        return types(_target(ref, root), root, depth + 1)
-    if "const" in schema:
-        return frozenset({_NAMES.get(type(schema["const"]), "null")})
-    if isinstance(values := schema.get("enum"), list):
-        return frozenset(_NAMES.get(type(value), "null") for value in values)
-    for word in ("anyOf", "oneOf", "allOf"):
-        if isinstance(branches := schema.get(word), list):
-            found = [types(branch, root, depth + 1) for branch in branches]
-            if word != "allOf" and not all(found):
-                return frozenset()
-            return frozenset().union(*found)
-    return frozenset()
 
 
-def inlined(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a property as one that stands alone, with the definitions that it may refer to."""
-    if not isinstance(schema, Mapping):
-        return {}
-    named = {word: root[word] for word in ("$defs", "definitions") if word in root}
-    return {**named, **schema} if named and '"$ref"' in json.dumps(schema, default=str) else schema
+def as_schema(schema: Any) -> Mapping[str, Any]:
+    """The schema of a member as an object; where it is none it says nothing."""
+    return schema if isinstance(schema, Mapping) else {}
 
 
 def as_json(written: str, kinds: frozenset[str]) -> str:
@@ -114,7 +130,7 @@ def as_json(written: str, kinds: frozenset[str]) -> str:
         return "null"
     if "boolean" in kinds and low in ("true", "false"):
         return low
-    if kinds & {"integer", "number"} and _NUMBER.match(bare):
+    if kinds & {"integer", "number"} and is_number(bare, whole="number" not in kinds):
         return bare
     if bare.startswith('"') and kinds != {"string"} and python_or_json(bare) == bare:
         return bare
@@ -125,32 +141,16 @@ def as_json(written: str, kinds: frozenset[str]) -> str:
     return json.dumps(written, ensure_ascii=False)
 
 
-def python_or_json(written: str) -> str | None:
-    """A literal of JSON or of Python as JSON; None if it is neither."""
-    try:
-        json.loads(written, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        pass
-    else:
-        return written
-    if len(written) > _MAX_LITERAL:
-        return None
-    try:
-        return json.dumps(ast.literal_eval(written), ensure_ascii=False, allow_nan=False)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
 def _target(ref: str, root: Mapping[str, Any]) -> Any:
     found: Any = root
     if not ref.startswith("#"):
         return None
-    for step in ref[1:].split("/")[1:]:
-        if not isinstance(found, Mapping):
+    for step in unquote(ref[1:]).split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping):
+            found = found.get(key)
+        elif isinstance(found, list) and key.isdecimal() and key.isascii():
+            found = next(islice(found, int(key[:9]), None), None)
+        else:
             return None
-        found = found.get(step.replace("~1", "/").replace("~0", "~"))
     return found

@@ -31,11 +31,12 @@ from quire.text.dialects.forms import (
     repeat,
     sequence,
     through,
+    within,
 )
 from quire.text.dialects.json_calls import written_arguments
 from quire.text.dialects.parts import Tool
 from quire.text.dialects.reading import Give, Marks, Sink, Tape, Waits, accept, before, pattern, peek, space, until
-from quire.text.dialects.schema_types import as_json, inlined, members, types
+from quire.text.dialects.schema_types import Members, as_json, as_schema, members
 from quire.text.dialects.tools import ToolDialect, spelled
 
 _NO_NAME: Final = re.compile(r"[<>\s]")
@@ -65,6 +66,7 @@ class Tags(ToolDialect):
     def script(self, tape: Tape, sink: Sink, tools: Mapping[str, Tool]) -> Waits[None]:
         opening = Marks(self.opening, self._function)  # models leave the outer tag out now and then
         stops = Marks(self._parameter, self._function_end, self.closing, self.opening, self._function)
+        known: dict[str, Members] = {}
         while mark := (yield from until(tape, opening, sink.content)):
             tape.keep(mark)
             if mark == self.opening:
@@ -74,8 +76,10 @@ class Tags(ToolDialect):
             if name and (yield from accept(tape, ">")):
                 tape.kept()
                 sink.begin(name)
+                if name in tools and name not in known:
+                    known[name] = members(tools[name].parameters)
                 aside: list[str] = []
-                yield from self._call(tape, sink, stops, tools.get(name), aside.append)
+                yield from self._call(tape, sink, stops, known.get(name), aside.append)
                 sink.content("".join(aside).rstrip(" \t\r\n"))
                 tape.keep()
                 yield from space(tape)
@@ -83,14 +87,13 @@ class Tags(ToolDialect):
                     tape.kept()
             sink.content(tape.kept())
 
-    def _call(self, tape: Tape, sink: Sink, stops: Marks, tool: Tool | None, aside: Give) -> Waits[None]:
+    def _call(self, tape: Tape, sink: Sink, stops: Marks, known: Members | None, aside: Give) -> Waits[None]:
         """Read what follows the name, to the end of the function. What is no argument goes `aside`."""
         comma = "{"
         yield from space(tape)
         if (yield from peek(tape)) == "{":  # arguments as JSON after all
             yield from written_arguments(tape, stops, sink.arguments)
             comma = ""
-        known = members(tool.parameters) if tool is not None else None
         while (yield from before(tape, stops, aside)):
             mark = yield from accept(tape, self._parameter, self._function_end)
             if mark != self._parameter:
@@ -103,8 +106,7 @@ class Tags(ToolDialect):
                 continue
             sink.arguments(f"{comma}{spelled(key)}: ")
             comma = ", "
-            kinds = types(known.of(key), tool.parameters) if tool is not None and known is not None else _UNKNOWN
-            yield from self._value(tape, sink, kinds)
+            yield from self._value(tape, sink, known.types(key) if known is not None else _UNKNOWN)
 
     def _value(self, tape: Tape, sink: Sink, kinds: frozenset[str]) -> Waits[None]:
         if kinds <= {"string"}:
@@ -134,24 +136,26 @@ class Tags(ToolDialect):
         if not (tool.strict or forced):
             return repeat(sequence(literal(self._parameter), through("</parameter>\n")))
         found = members(tool.parameters)
-        if not found.named:
-            if found.others is None:
-                return sequence()
-            return repeat(self._one(tool, regex(_ANY_KEY), "", found.others))
-        given = [(key, self._one(tool, literal(key), key, schema)) for key, schema in found.named.items()]
-        return sequence(*[form if key in found.required else maybe(form) for key, form in given])
+        if found.named:
+            given = [(key, self._one(tool, found, literal(key), key)) for key in found.named]
+            form = sequence(*[form if key in found.required else maybe(form) for key, form in given])
+        elif found.others is not None:
+            form = repeat(self._one(tool, found, regex(_ANY_KEY), ""))
+        else:
+            form = sequence()
+        return within(tool.parameters, form)
 
-    def _one(self, tool: Tool, name: Form, key: str, schema: object) -> Form:
+    def _one(self, tool: Tool, found: Members, name: Form, key: str) -> Form:
         """A parameter. Raises `ParamRefused`."""
-        root = tool.parameters
-        if tool.strict and types(schema, root) <= {"string"}:
+        schema, is_text = found.of(key), found.types(key) <= {"string"}
+        if tool.strict and is_text:
             self._check_raw(tool.name, key, schema)
-        value = self._written(inlined(schema, root), root, tool.strict)
+        value = self._written(as_schema(schema), is_text, tool.strict)
         return sequence(literal(self._parameter), name, literal(">" + self._gap), value)
 
-    def _written(self, schema: Mapping[str, object], root: Mapping[str, object], strict: bool) -> Form:
+    def _written(self, schema: Mapping[str, object], is_text: bool, strict: bool) -> Form:
         end = f"{self._gap}</parameter>"
-        if not types(schema, root) <= {"string"}:
+        if not is_text:
             return sequence(fits(schema, lenient=not strict), literal(end + "\n"))
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list) and values:
