@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quire_operators import room
+from quire_operators.access import known_key
 from quire_operators.cache import SPARE
 from quire_operators.desired import Effective, effective, is_on_demand
 from quire_operators.devices import Inventory, held
@@ -30,11 +31,13 @@ from quire_operators.placement import Placed, Placement, PlacementError, place
 from quire_operators.records import Change, NewRevision, Revision, StoredObject
 from quire_operators.review import Refusal, Review
 from quire_operators.rollout import Row
+from quire_operators.secrets import NO_SECRETS, Secrets
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
 from quire_operators.traffic import claims, named_models, owners
 from quire_schemas import findings
+from quire_schemas.access import AccessPolicy
 from quire_schemas.checkpoint import (
     CheckpointError,
     ModelProfile,
@@ -46,6 +49,7 @@ from quire_schemas.checkpoint import (
     read_profile,
 )
 from quire_schemas.findings import TextFacts
+from quire_schemas.gateway import Gateway, is_loopback
 from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
@@ -99,8 +103,10 @@ class Admission:
         detect: Callable[[], Inventory],
         read_text: ReadText,
         waiters: Callable[[], Sequence[Waiter]] = tuple,
+        secrets: Secrets = NO_SECRETS,
     ) -> None:
         """`waiters` are the models that wait for room now."""
+        self._secrets = secrets
         self._store = store
         self._sources = sources
         self._detect = detect
@@ -123,6 +129,8 @@ class Admission:
         if here:
             self._check_disk(reviews)
         self._refuse_name_conflicts(reviews)
+        self._refuse_taken_keys(reviews)
+        self._refuse_open_doors(reviews)
         self._warn_of_dead_ends(reviews)
         return reviews
 
@@ -256,6 +264,12 @@ class Admission:
             spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
             review.resolved = spec
             review.changes = _changes(located, old, spec) if old is not None else ()
+            if isinstance(located.resource, AccessPolicy):
+                review.warnings += [
+                    f"key {key.name} does not work: {key.problem}"
+                    for key in (known_key(declared, self._secrets) for declared in spec["keys"])
+                    if key.problem
+                ]
             if spec.get("tls") is not None and (found := tls_problem(spec["tls"])) is not None:
                 field, text = found
                 hint = "give PEM files that this user may read: a certificate chain, its key without a password"
@@ -536,6 +550,33 @@ class Admission:
                             f"choose another name, or delete {owner} first",
                         ),
                     )
+
+    def _refuse_taken_keys(self, reviews: Sequence[Review]) -> None:
+        """A key is that of one policy alone."""
+        in_set = {review.key for review in reviews}
+        owners: dict[str, Key] = {}
+        for stored in self._store.objects("accesspolicy"):
+            if stored.key not in in_set and stored.deletion_time is None:
+                owners.update({key["hash"]: stored.key for key in stored.resolved["keys"] if key["hash"]})
+        for review in reviews:
+            for index, key in enumerate(review.resolved.get("keys", ())):
+                owner = owners.setdefault(key["hash"], review.key) if key["hash"] else review.key
+                if owner != review.key and review.refusal is None:
+                    path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {owner} first"
+                    review.refuse(Refusal(path, "KeyTaken", f"the key is one of {owner}", hint))
+
+    def _refuse_open_doors(self, reviews: Sequence[Review]) -> None:
+        """An address that others can reach is for routers that somebody has a key to."""
+        own = next((each for each in reviews if isinstance(each.located.resource, Gateway)), None)
+        if own is None or own.refusal is not None or is_loopback(own.resolved["bind"]):
+            return
+        declared = any(isinstance(each.located.resource, AccessPolicy) for each in reviews)
+        if not declared and all(each.deletion_time for each in self._store.objects("accesspolicy")):
+            text = (
+                f"other machines can reach {own.resolved['bind']}, and there is no AccessPolicy: nobody has a key"
+            )
+            hint = "apply one with it, or before; platform key create NAME makes a key for it"
+            own.refuse(Refusal("spec.bind", "NoAccessPolicy", text, hint))
 
     def _warn_of_dead_ends(self, reviews: Sequence[Review]) -> None:
         """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""

@@ -30,7 +30,7 @@ from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import wire
-from quire_schemas.gateway import Gateway
+from quire_schemas.gateway import Gateway, is_loopback
 from quire_schemas.quantities import parse_duration, parse_quantity
 from quire_schemas.resource import API_VERSION, Key
 
@@ -68,6 +68,7 @@ def http_settings(spec: Mapping[str, Any]) -> wire.HttpSettings:
         max_body_bytes=parse_quantity(spec["maxBodySize"]),
         allow_origins=tuple((spec.get("cors") or {}).get("allowOrigins", ())),
         ignore_unknown=spec["unknownFields"] == "ignore",
+        hosts=tuple(spec.get("hosts", ())),
         **{f"{name}_seconds": parse_duration(value) for name, value in (spec.get("timeouts") or {}).items()},
         access_log=spec["accessLog"],
     )
@@ -137,6 +138,7 @@ class GatewayReconciler:
 
     def base_url(self) -> str:
         host, port = self.address()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (a comparison, not a bind)
         scheme = "http" if self.certificate() is None else "https"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -295,7 +297,7 @@ class GatewayReconciler:
             incarnation=incarnation,
             nonce=Store.new_nonce(),
             argv=self._command.argv(folder / "router.json"),
-            env=without_tokens(self._environ, [model.resolved for model in self._store.objects("model")]),
+            env=without_tokens(self._environ, [each.resolved for each in self._store.objects()]),
             cwd=self._state.root,
             log=self._state.log("router"),
             labels=_labels(spec),
@@ -354,6 +356,11 @@ class GatewayReconciler:
             ),
             failure or Fact("Stalled", False, Reason.PROGRESS_MADE),
         ]
+        if not is_loopback(self.address()[0]) and not any(
+            each.deletion_time is None for each in self._store.objects("accesspolicy")
+        ):
+            text = f"{self.address()[0]} can be reached by others; all of them get 401"
+            facts.append(Fact("Protected", False, Reason.NO_ACCESS_POLICY, text))
         shown = status.conditions(facts, before, generation, on_the_wall(self._clock(), self._clock))
         idle = self.current() is None and not self._store.objects()
         words = "Listening" if ready else f"Stalled: {failure.reason}" if failure else "Starting"

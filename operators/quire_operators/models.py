@@ -589,7 +589,7 @@ class ModelReconciler:
             adoption_window=self._gateway.adoption_window(),
         )
         declared = {item["name"]: item["value"] or "" for item in revision.resolved["env"]}
-        specs = [other.resolved for other in self._store.objects("model")]
+        specs = [other.resolved for other in self._store.objects()]
         env = {**without_tokens(self._environ, specs), **declared, **device_env(row.device)}
         unit = Unit(
             folder=folder,

@@ -294,8 +294,25 @@ class Routes:
                 return False
             return True
 
+    async def usage(self, asked: wire.GetUsage) -> wire.UsageReport | None:
+        """What the router has noted of requests; None from one that does not answer, or is of a version that notes
+        nothing."""
+        try:
+            async with asyncio.timeout(EXCHANGE_SECONDS):
+                answer = await self._answer(asked)
+        except (OSError, TimeoutError, wire.WireError, asyncio.IncompleteReadError) as error:
+            log.warning("the router does not tell what was used: %r", error)
+            return None
+        return answer if isinstance(answer, wire.UsageReport) else None
+
     async def _ask(self, message: wire.ToRouter) -> wire.RouterStatus:
         """One message and the status that follows it, over a connection of its own."""
+        answer = await self._answer(message)
+        if not isinstance(answer, wire.RouterStatus):
+            raise wire.BadMessage(f"a {type(answer).__name__} is no status")
+        return answer
+
+    async def _answer(self, message: wire.ToRouter) -> wire.RouterStatus | wire.UsageReport:
         reader, writer = await asyncio.open_unix_connection(str(self._socket))
         try:
             writer.write(wire.frame(message))

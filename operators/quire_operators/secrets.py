@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,14 @@ class SecretNotFound(Exception):
         self.hint = hint
 
 
-def without_tokens(environ: Mapping[str, str], specs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def without_tokens(environ: Mapping[str, str], specs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What may be handed down to engines and the router, and so to files: `environ` without the variables that a
-    model's `sourceAuth` takes its token from. `specs` are the resolved specs of all models."""
-    tokens = {auth["env"] for spec in specs if (auth := spec.get("sourceAuth")) and auth.get("env")}
+    model's `sourceAuth` takes its token from, or an access policy its keys. `specs` are the resolved specs of all
+    objects."""
+    references = [auth for spec in specs if (auth := spec.get("sourceAuth"))]
+    for spec in specs:
+        references += [source for key in spec.get("keys", ()) if (source := key.get("valueFrom"))]
+    tokens = {reference["env"] for reference in references if reference.get("env")}
     return {name: value for name, value in environ.items() if name not in tokens}
 
 
@@ -113,3 +117,7 @@ class Secrets:
         if not value or "\n" in value:
             raise SecretNotFound(f"{message}: it should hold one line", hint)
         return value
+
+
+NO_SECRETS = Secrets(Path("/nonexistent"), {})
+"""Where every reference leads nowhere."""

@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
+    ENFORCED = "Enforced"
     # not (yet)
     DOWNLOADING = "Downloading"
     HUB_UNREACHABLE = "HubUnreachable"
@@ -69,6 +70,11 @@ class Reason(enum.StrEnum):
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
+    EXPIRED = "Expired"
+    NO_KEYS = "NoKeys"
+    KEY_TAKEN = "KeyTaken"
+    KEY_UNFIT = "KeyUnfit"
+    NO_ACCESS_POLICY = "NoAccessPolicy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,8 @@ ADVICE: dict[Reason, Advice] = {
         ),
     ),
     Reason.SECRET_NOT_FOUND: Advice(
-        "spec.sourceAuth leads to no value. It is looked at again every 5 minutes.",
+        "A reference (spec.sourceAuth of a model, spec.keys of an access policy) leads to no value. It is looked "
+        "at again by itself: for a model every 5 minutes, for a policy every second.",
         ("platform secret list   which there are", "platform secret set NAME   keeps one"),
     ),
     Reason.DISK_FULL: Advice(
@@ -270,6 +277,26 @@ ADVICE: dict[Reason, Advice] = {
             "apply a Gateway named default with another spec.port, or with port 0 for any free one",
             "or stop the program that holds the address; it is tried again by itself",
         ),
+    ),
+    Reason.EXPIRED: Advice(
+        "spec.expiresAt has passed by this machine's clock: the keys of the policy open nothing any more.",
+        ("apply it with a later spec.expiresAt, or without one", "platform delete {key}"),
+    ),
+    Reason.NO_KEYS: Advice(
+        "No key of the policy works, so nobody can use it; others are kept out all the same.",
+        ("platform key create NAME   makes one, and prints its line for spec.keys",),
+    ),
+    Reason.KEY_TAKEN: Advice(
+        "Two entries have the same key, and it can be one's alone: the first by the names of the policies has it.",
+        ("remove it from one of them", "platform key create NAME   makes another"),
+    ),
+    Reason.KEY_UNFIT: Advice(
+        "The value of a key can be guessed, or cannot stand in a header.",
+        ("platform key create NAME   makes one of 256 random bits",),
+    ),
+    Reason.NO_ACCESS_POLICY: Advice(
+        "Other machines can reach the router, and nobody has a key: every request is answered with 401.",
+        ("apply an AccessPolicy: platform key create NAME makes a key for it", "bind a loopback address"),
     ),
     Reason.ROUTER_FAILED: Advice(
         "The router ended and refuses to start.", ("platform logs router   why", "platform down, then apply again")

@@ -234,11 +234,14 @@ class RouteReconciler:
         self._gateway = gateway
         self._clock = clock
 
-    def fill(self, models: Sequence[wire.ModelRoute], http: wire.HttpSettings) -> wire.RoutingTable:
-        """The routing table of these models, with the names that are theirs, and of all Routes; not numbered."""
+    def fill(
+        self, models: Sequence[wire.ModelRoute], http: wire.HttpSettings, access: tuple[wire.Tenant, ...] = ()
+    ) -> wire.RoutingTable:
+        """The routing table of these models, with the names that are theirs, of all Routes, and of these tenants;
+        not numbered."""
         objects = self._store.objects()
         owned = owners(objects)
-        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned))
+        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned), access)
 
     def reconcile(self, key: Key) -> float | None:
         """Report; seconds until it wants to run again, or None to wait for a hint."""

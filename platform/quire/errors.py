@@ -5,6 +5,9 @@
     │   ├── ContextLengthExceeded     prompt and asked tokens do not fit, now or ever
     │   └── ThreadsUnsupported        the conversation is to be kept here, which is for responses alone
     ├── HostRefused                   the Host or Origin is not one we answer to
+    ├── Unauthenticated               no key, or none that is known
+    ├── PermissionDenied              the key is not for this model or operation
+    ├── RateLimited                   the key or its policy has had as much as it may for now
     ├── NotFound                      no such path, or nothing kept by that id
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
@@ -81,6 +84,18 @@ class ThreadsUnsupported(InvalidRequest):
 
 class HostRefused(ApiError):
     """Host or Origin is not one of ours."""
+
+
+class Unauthenticated(ApiError):
+    """No key that is known."""
+
+
+class PermissionDenied(ApiError):
+    """The key is not for this."""
+
+
+class RateLimited(ApiError):
+    """A limit of the key or of its policy is reached."""
 
 
 class NotFound(ApiError):
@@ -171,6 +186,8 @@ class Row:
     message: str | None = None
     close: bool = False
     """Close the connection after the answer."""
+    challenge: bool = False
+    """Say how to prove who one is."""
 
 
 _BAD: Final = "invalid_request_error"
@@ -190,6 +207,9 @@ TABLE: Final[dict[type[Exception], Row]] = {
     TemplateRefused: Row(400, _BAD, "template_refused"),
     TemplateFailed: Row(400, _BAD, "template_failed"),
     ParamRefused: Row(400, _BAD, None),
+    Unauthenticated: Row(401, "authentication_error", "invalid_api_key", retry=False, challenge=True),
+    PermissionDenied: Row(403, "permission_error", "permission_denied", retry=False),
+    RateLimited: Row(429, "rate_limit_exceeded", "rate_limit_exceeded", retry=True),
     HostRefused: Row(421, _BAD, "host_not_allowed"),
     NotFound: Row(404, _BAD, "not_found"),
     EndpointNotServed: Row(404, _BAD, "endpoint_not_served"),
@@ -299,6 +319,8 @@ def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
         headers.append((b"retry-after-ms", str(math.ceil(seconds * 1000)).encode()))
     if row.retry is not None:
         headers.append((b"x-should-retry", b"true" if row.retry else b"false"))
+    if row.challenge:
+        headers.append((b"www-authenticate", b"Bearer"))
     if row.close:
         headers.append((b"connection", b"close"))
     return HttpError(row.status, tuple(headers), body, row.code, message)

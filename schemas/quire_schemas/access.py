@@ -1,28 +1,56 @@
 """Kind `AccessPolicy`: API keys by reference or hash, what they may call, and how much.
 
-The schema is complete, so that documents can be written and checked against it; applying one is refused by
-this version (`KIND_REFUSED`): a policy that is stored and not enforced would be worse than none. Until then
-the API listens on loopback only.
+A policy is a tenant: its keys share what they have made (files, batches, responses), the cache of prompts, and the
+limits of scope `policy`. As soon as there is one policy, requests without a key are answered with 401.
 """
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
-from quire_schemas.quantities import Duration
-from quire_schemas.resource import Resource, Strict, declared, section
+from quire_schemas.keys import HASH
+from quire_schemas.model import SECRET_NAME, EnvName
+from quire_schemas.quantities import BadQuantity, Duration, parse_duration
+from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 
-KIND_REFUSED = "there are no access policies yet; the API listens on loopback addresses only"
+Operation = Literal[
+    "chat", "completions", "embeddings", "score", "responses", "messages", "batches", "tokenize", "metrics"
+]
+METRICS = "metrics"
+"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
+
+
+def _a_time(text: str) -> str:
+    if not 1 <= parse_duration(text) <= 366 * 86400:
+        raise BadQuantity(f"'{text}' is below a second or above a year", "for example '1m' or '24h'")
+    return text
+
+
+def _moment(text: str) -> str:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise BadQuantity(f"'{text}' is no time", "for example '2027-01-01T00:00:00Z'") from None
+    return text
 
 
 class KeySource(Strict):
     """Where the value of a key comes from; exactly one."""
 
-    secret_ref: str | None = declared("Name of a secret stored with the platform.", None, update="hot")
-    file: str | None = declared("File that holds the value.", None, update="hot")
-    env: str | None = declared("Variable of the control plane's environment.", None, update="hot")
+    secret_ref: Annotated[str, StringConstraints(pattern=SECRET_NAME)] | None = declared(
+        "Name of a secret stored with the platform: platform secret set NAME.", None, update="hot"
+    )
+    file: str | None = declared(
+        "Absolute path of a file that holds the value alone. What is written there later counts within seconds.",
+        None,
+        update="hot",
+        min_length=1,
+        max_length=4096,
+    )
+    env: EnvName | None = declared("Variable of the control plane's environment.", None, update="hot")
 
 
 class ApiKey(Strict):
@@ -32,8 +60,10 @@ class ApiKey(Strict):
         "What the key is called in usage figures and logs.", update="hot"
     )
     value_from: KeySource | None = section(KeySource, "Where the value comes from.", optional=True)
-    hash: str | None = declared(
-        "SHA-256 of the key, as printed when it was made.", None, update="hot", min_length=1, max_length=512
+    hash: Annotated[str, StringConstraints(pattern=HASH)] | None = declared(
+        "SHA-256 of the key, as platform key create prints it; of a string of your own: sha256: and its digest.",
+        None,
+        update="hot",
     )
 
 
@@ -41,21 +71,27 @@ class Allow(Strict):
     """What the keys may call."""
 
     models: Annotated[tuple[str, ...], Field(strict=False, max_length=256)] = declared(
-        "Model names; empty: all.", (), update="hot"
+        "Names of models and routes, as requests give them; empty: all.", (), update="hot"
     )
-    operations: Annotated[
-        tuple[Literal["chat", "completions", "embeddings", "rerank", "responses", "messages", "batches"], ...],
-        Field(strict=False),
-    ] = declared("Operations; empty: all.", (), update="hot")
+    operations: Annotated[tuple[Operation, ...], Field(strict=False, max_length=64)] = declared(
+        "Operations; empty: all but metrics, which must be named. batches includes files; score, tokenize and "
+        "messages include what counts tokens for them.",
+        (),
+        update="hot",
+    )
 
 
 class Limit(Strict):
-    """One bound: `requests` or `tokens` per time, or `concurrency`. The first one hit answers 429."""
+    """One bound: `requests` or `tokens` per time, or `concurrency`; exactly one. The first one hit answers 429."""
 
     scope: Literal["key", "policy"] = declared("Whether each key counts for itself.", "key", update="hot")
     requests: int | None = declared("Requests per time.", None, update="hot", ge=1, le=10**12)
     tokens: int | None = declared("Tokens per time.", None, update="hot", ge=1, le=10**15)
-    per: Duration | None = declared("The time that requests and tokens count in.", None, update="hot")
+    per: Annotated[Duration, AfterValidator(_a_time)] | None = declared(
+        "The time that requests and tokens count in: so many may come at once, and as many come back evenly.",
+        None,
+        update="hot",
+    )
     concurrency: int | None = declared("Requests at the same time.", None, update="hot", ge=1, le=10**6)
 
 
@@ -70,15 +106,20 @@ class AccessPolicySpec(Strict):
         "Bounds; the first one hit answers 429.", (), update="hot"
     )
     priority: int = declared(
-        "Rank in the queue where batching.policy is priority; higher goes first.",
+        "Rank in the queue where batching.policy is priority; higher goes first. A request cannot raise it.",
         0,
         update="hot",
         ge=-1000,
         le=1000,
     )
     expires_at: (
-        Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)$")] | None
-    ) = declared("When the keys stop working, RFC 3339.", None, update="hot")
+        Annotated[
+            str,
+            StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)$"),
+            AfterValidator(_moment),
+        ]
+        | None
+    ) = declared("When the keys stop working, RFC 3339; by the machine's wall clock.", None, update="hot")
 
 
 class AccessPolicy(Resource):
@@ -88,5 +129,5 @@ class AccessPolicy(Resource):
     spec: AccessPolicySpec = Field(
         ...,
         description="Who may call what, and how much.",
-        json_schema_extra={"x-quire-update": "hot", "x-quire-support": KIND_REFUSED},
+        json_schema_extra={"x-quire-update": "hot", "x-quire-support": HONOURED},
     )

@@ -6,6 +6,7 @@ a new listening socket. What is hot the running router takes, and no stream noti
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ DEFAULT_BIND = "127.0.0.1"
 DEFAULT_PORT = 8000
 MIN_BODY, MAX_BODY = 1 << 10, 1 << 30
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
+_HOST = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253}")
 _URL = r"^https?://[A-Za-z0-9.:\[\]-]+(/[^\s?#]*)?$"
 
 
@@ -32,10 +34,25 @@ def _origin(text: str) -> str:
     )
 
 
+def _host(text: str) -> str:
+    """A name as it stands in a Host header: an address of IPv6 in brackets."""
+    plain = text.lower()
+    if ":" in plain and not plain.startswith("["):
+        plain = f"[{plain}]"
+    if not _HOST.fullmatch(plain):
+        raise BadQuantity(f"'{text}' is no host", "give a name or an address alone, for example llm.example.org")
+    return plain
+
+
 def _body_size(text: str) -> str:
     if not MIN_BODY <= parse_quantity(text) <= MAX_BODY:
         raise BadQuantity(f"'{text}' is below 1Ki or above 1Gi", "give a size between, for example '16Mi'")
     return text
+
+
+def is_loopback(bind: str) -> bool:
+    """Whether this machine alone can reach an address."""
+    return bind == "localhost" or ipaddress.ip_address(bind).is_loopback
 
 
 def _a_second_at_least(text: str) -> str:
@@ -122,8 +139,8 @@ class GatewaySpec(Strict):
     """The listener and what holds for all requests."""
 
     bind: Annotated[str, StringConstraints(min_length=1, max_length=255)] = declared(
-        "Address to listen on. Only loopback addresses (127.0.0.1, ::1) are taken as long as there are no access "
-        "policies to protect others.",
+        "Address to listen on. One that other machines can reach needs an AccessPolicy, and tls or "
+        "insecurePlaintext; requests without a key are then refused, whatever policies there are.",
         DEFAULT_BIND,
         update="rolling",
     )
@@ -145,6 +162,19 @@ class GatewaySpec(Strict):
     )
     tls: Tls | None = section(
         Tls, "Certificate of the listener, which then speaks https alone; without it HTTP.", optional=True
+    )
+    insecure_plaintext: bool = declared(
+        "Let an address that other machines can reach speak HTTP, where everybody on the way can read keys and "
+        "texts: for networks that encrypt by themselves, or behind a proxy that does.",
+        False,
+        update="hot",
+    )
+    hosts: Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], Field(strict=False)] = declared(
+        "Names and addresses, without a port, that requests may have in their Host header besides those of "
+        "loopback and bind.",
+        (),
+        update="hot",
+        max_length=64,
     )
     cors: Cors | None = section(
         Cors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire_schemas import access, git_source
+from quire_schemas import git_source
 from quire_schemas.access import AccessPolicy
 from quire_schemas.gateway import Gateway
 from quire_schemas.git_source import GitSource
@@ -18,7 +18,6 @@ KINDS: dict[str, type[Resource]] = {
     "Gateway": Gateway,
 }
 KIND_REFUSALS = {
-    "AccessPolicy": access.KIND_REFUSED,
     "GitSource": git_source.KIND_REFUSED,
 }
 READ_ONLY_KINDS = ("Revision", "Replica", "Event")

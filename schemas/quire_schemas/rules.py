@@ -19,6 +19,7 @@ from typing import Any
 
 from quire_schemas.dialects import HARMONY, NONE
 from quire_schemas.fields import Path, SchemaField, Shape, default_of, fields_of
+from quire_schemas.gateway import is_loopback
 from quire_schemas.quantities import parse_duration, parse_percent
 from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, support
 
@@ -472,20 +473,20 @@ def _gateway_name(facts: Facts) -> Iterator[Finding]:
         yield Finding(("metadata", "name"), "there is one Gateway, and its name is default", "name: default")
 
 
-def _loopback(facts: Facts) -> Iterator[Finding]:
+def _bind(facts: Facts) -> Iterator[Finding]:
     bind = facts["spec.bind"]
     if bind == "localhost":
         return
     try:
-        address = ipaddress.ip_address(bind)
+        ipaddress.ip_address(bind)
     except ValueError:
         yield Finding(("spec", "bind"), "is not an IP address", "for example 127.0.0.1")
         return
-    if not address.is_loopback:
+    if not is_loopback(bind) and facts["spec.tls"] is None and not facts["spec.insecurePlaintext"]:
         yield Finding(
             ("spec", "bind"),
-            f"{REFUSED}: other machines could reach the API, and there are no access policies yet to guard it",
-            "bind 127.0.0.1, and put a proxy that checks keys before it",
+            "other machines can reach this address, and there is no spec.tls: keys could be read on the way",
+            "add spec.tls; or insecurePlaintext: true, where something else encrypts",
         )
 
 
@@ -529,6 +530,40 @@ def _route_timeouts(facts: Facts) -> Iterator[Finding]:
         )
 
 
+# ── kind AccessPolicy ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _keys(facts: Facts) -> Iterator[Finding]:
+    keys = facts["spec.keys"]
+    path: Path = ("spec", "keys")
+    yield from _repeated([key["name"] for key in keys], path, "the name")
+    for index, key in enumerate(keys):
+        source, digest = key.get("valueFrom"), key.get("hash")
+        if (source is None) == (digest is None):
+            hint = "keep valueFrom or hash"
+            yield Finding((*path, index), "a key has exactly one of valueFrom and hash", hint)
+        elif source is not None and sum(value is not None for value in source.values()) != 1:
+            hint = "for example secretRef: NAME"
+            yield Finding((*path, index, "valueFrom"), "exactly one of secretRef, file and env", hint)
+        elif source is not None and source.get("file") is not None and not source["file"].startswith("/"):
+            hint = "begin it with /"
+            yield Finding((*path, index, "valueFrom", "file"), "is not an absolute path", hint)
+    yield from _repeated([each for key in keys if (each := key.get("hash")) is not None], path, "the hash")
+
+
+def _limits(facts: Facts) -> Iterator[Finding]:
+    for index, limit in enumerate(facts["spec.limits"]):
+        path: Path = ("spec", "limits", index)
+        bounds = [name for name in ("requests", "tokens", "concurrency") if limit.get(name) is not None]
+        if len(bounds) != 1:
+            hint = "one item for each, for example {requests: 600, per: 1m}"
+            yield Finding(path, "a limit has exactly one of requests, tokens and concurrency", hint)
+        elif bounds == ["concurrency"] and limit.get("per") is not None:
+            yield Finding((*path, "per"), "concurrency is not counted per time", "remove per", True)
+        elif bounds != ["concurrency"] and limit.get("per") is None:
+            yield Finding(path, f"{bounds[0]} are counted per time, and per is missing", "for example per: 1m")
+
+
 Rule = Callable[[Facts], Iterator[Finding]]
 _RULES: dict[str, tuple[Rule, ...]] = {
     "Model": (
@@ -555,8 +590,9 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _canary,
         _parsers,
     ),
-    "Gateway": (_gateway_name, _loopback),
+    "Gateway": (_gateway_name, _bind),
     "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),
+    "AccessPolicy": (_keys, _limits),
 }
 
 

@@ -555,6 +555,8 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """Origins whose web pages may call besides those of the router's own names; `*` is any."""
     ignore_unknown: bool = False
     """Unknown fields of requests are dropped, not refused."""
+    hosts: tuple[str, ...] = ()
+    """Names that requests may have as their Host besides those that the router was started with."""
     head_seconds: float = 10.0
     """For the whole head of a request, from its first byte on; for a connection's first one from the start."""
     body_seconds: float = 30.0
@@ -564,6 +566,40 @@ class HttpSettings(msgspec.Struct, frozen=True):
     idle_seconds: float = 75.0
     """That a connection is kept without a request."""
     access_log: AccessLogged = "errors"
+
+
+class AccessKey(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One key of a policy, by what is known of it without knowing it (`keys.Digest`)."""
+
+    name: str
+    sha256: str
+    id: str = ""
+
+
+class AccessLimit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One bound: `requests` or `tokens` in `per` milliseconds, or `concurrency`."""
+
+    scope: Literal["key", "policy"]
+    requests: int | None = None
+    tokens: int | None = None
+    per: int = 0
+    concurrency: int | None = None
+
+
+class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tenant: who he is, what he may do, and how much."""
+
+    name: str
+    keys: tuple[AccessKey, ...] = ()
+    models: tuple[str, ...] = ()
+    """Names as requests give them; none: all."""
+    operations: tuple[str, ...] = ()
+    """None: all but `access.METRICS`."""
+    limits: tuple[AccessLimit, ...] = ()
+    priority: int = 0
+    """Higher goes first."""
+    expires_at: float | None = None
+    """Unix seconds."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
@@ -577,6 +613,8 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     models: tuple[ModelRoute, ...] = ()
     http: HttpSettings = HttpSettings()
     routes: tuple[TrafficRoute, ...] = ()
+    access: tuple[Tenant, ...] = ()
+    """The tenants, in the order of their names. With one of them there, requests need a key."""
 
 
 PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")
@@ -591,6 +629,16 @@ class Finish(msgspec.Struct, tag=True):
 
 class GetRouterStatus(msgspec.Struct, tag=True):
     """Ask for a `RouterStatus` without changing anything."""
+
+
+UsageColumn = Literal["day", "policy", "key", "model"]
+
+
+class GetUsage(msgspec.Struct, tag=True):
+    """Ask for a `UsageReport`: what was used from the day `since` on (YYYY-MM-DD), added up by these columns."""
+
+    since: str
+    by: tuple[UsageColumn, ...] = ()
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True):
@@ -631,6 +679,26 @@ class RouterStatus(msgspec.Struct, tag=True):
     """Of each model that is there on demand."""
 
 
+class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was used; columns that were not asked for are empty."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    day: str = ""
+    policy: str = ""
+    key: str = ""
+    model: str = ""
+
+
+class UsageReport(msgspec.Struct, tag=True):
+    """The answer to `GetUsage`; `problem` is why there is none."""
+
+    rows: list[UsageRow] = []
+    problem: str = ""
+
+
 class SetLimits(msgspec.Struct, tag=True):
     """Pass `limits` on to the engines of these replicas; their hash shows in the next `RouterStatus`."""
 
@@ -638,8 +706,8 @@ class SetLimits(msgspec.Struct, tag=True):
     limits: Limits
 
 
-ToRouter = RoutingTable | GetRouterStatus | SetLimits | Finish
-FromRouter = RouterStatus
+ToRouter = RoutingTable | GetRouterStatus | GetUsage | SetLimits | Finish
+FromRouter = RouterStatus | UsageReport
 
 
 # ── control plane -> engine, at start ─────────────────────────────────────────────────────────────────────

@@ -67,7 +67,7 @@ async def _serve(
     await fleet.apply(wire.RoutingTable(version=1, models=routes))
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
-    app, executor = build(fleet, config, tracing, Metering())
+    app, executor, _ = build(fleet, config, tracing, Metering())
     server.append(uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])

@@ -104,6 +104,15 @@ def test_answers_have_their_shapes(platform: Platform) -> None:
     platform.environment["TOKEN"] = "xyzzy-1234"
     platform.run("secret", "set", "token", "--from-env", "TOKEN")
     check(shapes.SecretList, "secret", "list")
+    check(shapes.UsageList, "usage", "--by", "day")
+    made = check(shapes.NewKey, "key", "create", "ci")
+    entry = f"{{name: ci, hash: '{made['hash']}'}}"
+    platform.write("access.yaml", MANIFEST.split("spec:")[0].format().replace("Model", "AccessPolicy")
+                   + f"spec: {{keys: [{entry}]}}\n")  # fmt: skip
+    platform.run("apply", "access.yaml")
+    assert check(shapes.ObjectList, "get", "accesspolicies")["items"][0]["status"]["keys"][0]["works"]
+    check(shapes.Object, "describe", "accesspolicy/m")
+    check(shapes.LoadList, "top", "--interval", "100ms")
     platform.run("pause", "model/m", "--for", "2h", "--reason", "training")
     assert check(shapes.Object, "get", "model/m")["status"]["overrides"][0]["until"]
     as_yaml = yaml.safe_load(platform.run("get", "-o", "yaml").stdout)

@@ -31,6 +31,8 @@ ELSEWHERE = {
     "chat": "tests/e2e/test_chat_and_bench.py",
     "bench": "tests/e2e/test_chat_and_bench.py; its figures are of the moment",
     "completion": "the script is click's",
+    "console": "tests/integration/test_console.py; its word is a link",
+    "key": "tests/e2e/test_output_shapes.py; a key is drawn",
     "monitoring": "tests/unit/platform/test_monitoring.py",
 }
 """Commands without a transcript, and what has their words instead."""
@@ -80,6 +82,7 @@ rollout restart model/m
 wait model/m --for ready
 events --for model/m
 top
+usage
 secret set token --from-env TOKEN
 secret list
 secret delete token

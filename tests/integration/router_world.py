@@ -112,22 +112,34 @@ class World:
         return wire.ModelRoute(**{**fields, **changes})
 
     async def control(self, message: wire.ToRouter) -> wire.RouterStatus:
+        answer = await self.asked(message)
+        assert isinstance(answer, wire.RouterStatus)
+        return answer
+
+    async def asked(self, message: wire.ToRouter) -> wire.FromRouter:
+        """One message over the control socket, and its answer."""
         reader, writer = await asyncio.open_unix_connection(self.folder / "control.sock")
         writer.write(wire.frame(message))
-        frames: wire.Reader[wire.RouterStatus] = wire.Reader(reader, wire.FromRouter)
-        status = await frames.read()
+        frames: wire.Reader[wire.FromRouter] = wire.Reader(reader, wire.FromRouter)
+        answer = await frames.read()
         writer.close()
         await writer.wait_closed()
-        assert status is not None
-        return status
+        assert answer is not None
+        return answer
 
     async def table(
-        self, *models: wire.ModelRoute, routes: Sequence[wire.TrafficRoute] = (), **http: Any
+        self,
+        *models: wire.ModelRoute,
+        routes: Sequence[wire.TrafficRoute] = (),
+        access: Sequence[wire.Tenant] = (),
+        **http: Any,
     ) -> wire.RouterStatus:
         """Put a table into force, with these settings of the gateway."""
         self.version += 1
         http_settings = wire.HttpSettings(**http)
-        return await self.control(wire.RoutingTable(self.version, models, http_settings, tuple(routes)))
+        return await self.control(
+            wire.RoutingTable(self.version, models, http_settings, tuple(routes), tuple(access))
+        )
 
     async def is_connected(self, *names: str) -> bool:
         status = await self.control(wire.GetRouterStatus())

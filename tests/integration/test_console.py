@@ -25,6 +25,7 @@ from tests.waiting import eventually
 
 from quire.client import Refused
 from quire.console.files import FILES
+from quire_schemas.keys import Digest, new_key
 
 COMMAND = Path(sys.executable).parent / "platform"
 CHAT = {"model": "m", "stream": True, "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
@@ -271,6 +272,29 @@ def test_load_is_told_from_the_routers_own_figures(plane: Plane, page: Page) -> 
     assert 0 < seen["ttftP50"] <= seen["ttftP95"]
     assert seen["up"] == 1
     assert page.json("/v1/load?after=1000000")["items"], "who has numbers of another time gets all"
+
+
+def test_where_keys_are_asked_for_the_playground_needs_one_and_the_figures_do_not(
+    plane: Plane, page: Page
+) -> None:
+    key = new_key()
+    plane.apply(
+        "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: team}\n"
+        f"spec: {{keys: [{{name: ci, hash: '{Digest.of(key)}'}}]}}\n"
+    )
+    try:
+        eventually(lambda: page.get("/router/v1/models").status_code == 401, "the gateway asks for a key")
+        assert page.http.post(CHAT_PATH, json=CHAT, headers=page.allowed).status_code == 401
+        with_key = {**page.allowed, "x-gateway-key": key}
+        assert page.http.post(CHAT_PATH, json=CHAT, headers=with_key).status_code == 200
+        assert [each["id"] for each in page.http.get("/router/v1/models", headers=with_key).json()["data"]] == [
+            "m"
+        ]
+        last = max((item["n"] for item in page.json("/v1/load")["items"]), default=0)
+        eventually(lambda: page.json(f"/v1/load?after={last}")["items"], "figures that are new", 15, 0.2)
+    finally:
+        plane.client.delete("/v1/objects/accesspolicy/team")
+        eventually(lambda: page.get("/router/v1/models").status_code == 200, "the gateway is open again")
 
 
 def platform(plane: Plane, *args: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -542,7 +542,7 @@ async def test_a_power_cut_loses_no_answer_that_was_counted(tmp_path: Path) -> N
         promised = [count for at, count in counted if at <= reached]
         store = Store(folder)
         batches = Batches(store, Files(store))
-        for found in [await batches.get(batch.id)] if promised else []:
+        for found in [await batches.read(batch.id)] if promised else []:
             assert promised[-1] <= found.completed
             seen.add(found.status)
             if found.status != "completed":

@@ -51,6 +51,8 @@ COMMANDS = {
     "monitoring": "monitoring",
     "cache": "cache",
     "secret": "secret",
+    "key": "key",
+    "usage": "usage",
     "down": "daemon",
     "up": "daemon",
     "daemon": "service",

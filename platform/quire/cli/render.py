@@ -348,6 +348,26 @@ def gateways(views: Sequence[View], now: float) -> list[str]:
     return table(("NAME", "READY", "BASE URL", "STATUS", "AGE"), rows)
 
 
+def policies(views: Sequence[View], now: float) -> list[str]:
+    """One row a policy."""
+    rows = []
+    for view in views:
+        keys, allow = view["status"].get("keys", ()), view["resolved"]["allow"]
+        rows.append(
+            [
+                view["name"],
+                str(is_true(view, "Ready")),
+                f"{sum(key['works'] for key in keys)}/{len(view['resolved']['keys'])}",
+                ", ".join(allow["models"]) or "all",
+                ", ".join(allow["operations"]) or "all",
+                scalar(view["resolved"]["expiresAt"]),
+                view["status"].get("summary", ""),
+                age(view["createdAt"], now),
+            ]
+        )
+    return table(("NAME", "READY", "KEYS", "MODELS", "OPERATIONS", "EXPIRES", "STATUS", "AGE"), rows)
+
+
 # ── describe ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -387,6 +407,13 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
     if decided := overrides(view):
         lines.append("Decided beside the manifest")
         lines += _indent(decided)
+    if status.get("keys"):
+        lines.append("Keys")
+        rows = [
+            [key["name"], str(key["works"]), key["id"] or "-", key["source"], key["problem"]]
+            for key in status["keys"]
+        ]
+        lines += _indent(table(("NAME", "WORKS", "ID", "SOURCE", "PROBLEM"), rows))
     if view.get("replicas"):
         lines.append("Replicas")
         lines += _indent(replicas([view], now))

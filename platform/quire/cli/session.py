@@ -18,6 +18,8 @@ KINDS = {
     "gateways": "gateway",
     "route": "route",
     "routes": "route",
+    "accesspolicy": "accesspolicy",
+    "accesspolicies": "accesspolicy",
 }
 """Kinds that are stored as objects, in the spellings a command takes."""
 

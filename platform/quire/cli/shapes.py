@@ -89,14 +89,24 @@ class Steps(TypedDict):
     ready: Step | None
 
 
+class PolicyKey(TypedDict):
+    """One key of an AccessPolicy; never its value."""
+
+    name: str
+    id: Annotated[str, "The public part of a key that platform key create made; empty for any other."]
+    source: Annotated[str, "Where it comes from: `hash`, `secretRef NAME`, `file PATH` or `env NAME`."]
+    works: bool
+    problem: str
+
+
 class Status(TypedDict):
-    """Where an object stands. Of a Gateway and of a Route the fields of replicas and rollouts are
-    absent."""
+    """Where an object stands. Of other kinds than Model the fields of replicas and rollouts are absent."""
 
     observedGeneration: int
     summary: Annotated[str, "A few words for a table; may change at any time."]
     conditions: list[Condition]
-    endpoints: Endpoints
+    endpoints: NotRequired[Endpoints]
+    keys: NotRequired[Annotated[list[PolicyKey], "Of an AccessPolicy."]]
     remedies: Annotated[list[str], "What you can do."]
     servedRevision: NotRequired[int | None]
     stableRevision: NotRequired[Annotated[int | None, "The last one that was rolled out as a whole."]]
@@ -172,7 +182,7 @@ class Object(TypedDict):
     """`get KIND/NAME`, `describe KIND/NAME`; each line of `get -w -o json`."""
 
     apiVersion: NotRequired[str]
-    kind: Literal["model", "route", "gateway"]
+    kind: Literal["model", "route", "gateway", "accesspolicy"]
     name: str
     generation: Annotated[int, "Grows with each apply that changes it; 0 for the gateway without a manifest."]
     intent: Annotated[dict[str, Any], "As submitted."]
@@ -195,7 +205,7 @@ class Deleted(TypedDict):
 
 
 class ObjectList(TypedDict):
-    """`get models`, `get routes`, `get gateway`."""
+    """`get models`, `get routes`, `get gateway`, `get accesspolicies`."""
 
     apiVersion: str
     kind: Literal["ObjectList"]
@@ -632,6 +642,39 @@ class SecretList(TypedDict):
     items: list[Secret]
 
 
+class NewKey(TypedDict):
+    """`key create`: the only place where a key stands."""
+
+    apiVersion: str
+    kind: Literal["NewKey"]
+    name: str
+    key: str
+    id: Annotated[str, "Its public part."]
+    hash: Annotated[str, "What stands in the manifest."]
+
+
+class Used(TypedDict):
+    """What was used, by the columns that were asked for."""
+
+    day: NotRequired[Annotated[str, "Of UTC."]]
+    policy: NotRequired[Annotated[str, "Empty where there was none."]]
+    key: NotRequired[str]
+    model: NotRequired[Annotated[str, "By the name of its manifest."]]
+    requests: int
+    promptTokens: int
+    cachedTokens: Annotated[int, "Those of prompts that were not computed again."]
+    completionTokens: int
+
+
+class UsageList(TypedDict):
+    """`usage`."""
+
+    apiVersion: str
+    kind: Literal["UsageList"]
+    since: str
+    items: list[Used]
+
+
 class Validation(TypedDict):
     """`validate`."""
 
@@ -646,6 +689,6 @@ ANSWERS: dict[str, type] = {
     "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
     "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "bench": Bench,
     "bench --compare A B": BenchComparison, "cache list": Cache, "cache prune": CachePrune,
-    "secret list": SecretList,
+    "secret list": SecretList, "key create": NewKey, "usage": UsageList,
 }  # fmt: skip
 """What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""

@@ -25,12 +25,17 @@ LISTS = {
     "routes": ("route", render.routes),
     "route": ("route", render.routes),
     "gateway": ("gateway", render.gateways),
+    "accesspolicies": ("accesspolicy", render.policies),
 }
 """What `get` lists: the kind of object it asks for, and how it shows it."""
+SHOWN_ALONE = {"gateway": render.gateways, "route": render.routes, "accesspolicy": render.policies}
+"""How one object is shown, by its kind; all others as models are."""
 
 
 @click.command()
-@click.argument("what", default="models", metavar="[models|replicas|revisions|routes|gateway|KIND/NAME]")
+@click.argument(
+    "what", default="models", metavar="[models|replicas|revisions|routes|gateway|accesspolicies|KIND/NAME]"
+)
 @click.option(
     "-o",
     "--output",
@@ -66,7 +71,7 @@ def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, An
     shape = None
     if "/" in what:
         view = client.get(object_path(what)[1])
-        kind, formatter = view["kind"].lower(), render.models
+        formatter = SHOWN_ALONE.get(view["kind"].lower(), render.models)
         views: Views = [view]
         answer = view
     else:
@@ -79,8 +84,6 @@ def _found(client: Client, what: str, output: str) -> tuple[Views, Formatter, An
         views, shape = answer["items"], "ObjectList"
         if what in ("replicas", "revisions"):
             answer, shape = _nested(what, views), {"replicas": "ReplicaList", "revisions": "RevisionList"}[what]
-    if "/" in what:
-        formatter = {"gateway": render.gateways, "route": render.routes}.get(kind, render.models)
     if output == "name":
         formatter = render.names
     elif output == "wide" and formatter is render.models:

@@ -162,6 +162,11 @@ async def remove_secret(request: Request[Any, Any, Any], state: State, name: str
         return _holdings(state).remove_secret(name)
 
 
+@get("/v1/usage")
+async def usage(state: State, since: str, by: str = "") -> dict[str, Any]:
+    return await _views(state).usage(since, by)
+
+
 @post("/v1/down", status_code=202)
 async def down(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/down"):
@@ -230,7 +235,8 @@ def create_app(plane: ControlPlane) -> Litestar:
     return Litestar(
         [
             *(ping, plan, diff, apply, up, objects, read_object, delete_object, decide, events, logs, down),
-            *(cache, prune, secrets, set_secret, remove_secret, read_console, open_console, close_console),
+            *(cache, prune, secrets, set_secret, remove_secret, usage),
+            *(read_console, open_console, close_console),
         ],
         state=State({**rooms, "console": console}),
         exception_handlers=dict.fromkeys((HTTPException, Exception), _refused),

@@ -9,7 +9,8 @@ from typing import Any
 from quire.controlplane.errors import ApiError
 from quire.controlplane.plane import ControlPlane
 from quire_operators import status
-from quire_operators.models import needs_of
+from quire_operators.access import KIND as POLICY
+from quire_operators.models import ROUTES, needs_of
 from quire_operators.placement import Placement
 from quire_operators.secrets import SecretNotFound
 from quire_schemas.model import SECRET_NAME
@@ -80,15 +81,24 @@ class Holdings:
     # ── secrets ───────────────────────────────────────────────────────────────────────────────────────────
 
     def list_secrets(self) -> dict[str, Any]:
-        """Names, and which models refer to them; never a value."""
+        """Names, and which objects refer to them; never a value."""
         users: dict[str, list[str]] = {}
         for stored in self._plane.store.objects("model"):
             name = (stored.resolved.get("sourceAuth") or {}).get("secretRef")
             if name is not None:
                 users.setdefault(name, []).append(str(stored.key))
+        for stored in self._plane.store.objects(POLICY):
+            for key in stored.resolved["keys"]:
+                name = (key["valueFrom"] or {}).get("secretRef")
+                if name is not None and str(stored.key) not in users.setdefault(name, []):
+                    users[name].append(str(stored.key))
         names = sorted({*self._plane.secrets.names(), *users})
         kept = set(self._plane.secrets.names())
         return {"items": [{"name": n, "set": n in kept, "usedBy": users.get(n, [])} for n in names]}
+
+    def _look_at_keys(self) -> None:
+        self._plane.policies.look_again()
+        self._plane.wake(ROUTES)
 
     def set_secret(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
@@ -108,9 +118,11 @@ class Holdings:
         except SecretNotFound as error:
             raise ApiError(400, "bad_request", error.message, error.hint, exit_code=2) from error
         self._plane.downloads.look_again()
+        self._look_at_keys()
         return {"name": name}
 
     def remove_secret(self, name: str) -> dict[str, Any]:
         if not re.fullmatch(SECRET_NAME, name) or not self._plane.secrets.remove(name):
             raise ApiError(404, "not_found", f"there is no secret {name}", "platform secret list", exit_code=8)
+        self._look_at_keys()
         return {"name": name}

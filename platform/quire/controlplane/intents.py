@@ -28,6 +28,7 @@ from quire_operators.overrides import Kind, Override
 from quire_operators.review import Refusal, Review, differences, moved, problems, report
 from quire_operators.sources import SourceError
 from quire_schemas import manifest
+from quire_schemas.access import AccessPolicy
 from quire_schemas.model import Model
 from quire_schemas.resource import Key
 from quire_schemas.route import Route
@@ -112,7 +113,8 @@ class Intents:
     def _foresee_address(self, reviews: Sequence[Review]) -> None:
         """Say in a plan what `_check_address` would say to an apply."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
-        models = [review for review in reviews if isinstance(review.located.resource, Model | Route)]
+        routed = (Model, Route, AccessPolicy)
+        models = [review for review in reviews if isinstance(review.located.resource, routed)]
         if own is not None and own.refusal is not None:
             return
         problem = self._plane.gateway.conflict(
@@ -192,7 +194,9 @@ class Intents:
     def _check_address(self, reviews: Sequence[Review]) -> None:
         """Refuse an apply whose router could not listen, while a person is there to read it."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
-        needed = own is not None or any(isinstance(review.located.resource, Model | Route) for review in reviews)
+        needed = own is not None or any(
+            isinstance(review.located.resource, Model | Route | AccessPolicy) for review in reviews
+        )
         if not needed:
             return
         spec = own.resolved if own is not None else resolved_spec(self._plane.store.get(GATEWAY))

@@ -29,6 +29,8 @@ from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
 from quire.controlplane.wiring import Machine, engine_argv, router_command, text_facts
 from quire.tracing import Tracing
+from quire_operators.access import KIND as POLICY
+from quire_operators.access import Policies
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
 from quire_operators.desired import priority_of
@@ -87,8 +89,10 @@ class ControlPlane:
         self.store = Store(state.store)
         self._machine = Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
-        self.admission = Admission(self.store, sources, self._machine, text_facts, lambda: self.models.waiters())
         self.secrets = Secrets(state.secrets, environ)
+        self.admission = Admission(
+            self.store, sources, self._machine, text_facts, lambda: self.models.waiters(), self.secrets
+        )
         self.downloads = Downloads(sources.cache, self.secrets, environ, self.wake, self.store.clock)
         self.offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         roots = (state.replicas, state.gateway)
@@ -101,6 +105,7 @@ class ControlPlane:
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
         self.routes = Routes(state.router_control, self.store, self.gateway.router_runs, clock)
         self.gateway.routes = self.routes
+        self.policies = Policies(self.store, self.secrets, self.routes, clock)
         self.models = ModelReconciler(
             self.store,
             self.fleet,
@@ -320,6 +325,12 @@ class ControlPlane:
             elif not self.routes.takes("http", self.gateway.http_settings()):
                 self._controller.add(ROUTES)
             return again
+        if key.kind == POLICY:
+            if not self.routes.takes("access", self.policies.table()):
+                self._controller.add(ROUTES)
+            again = await self.policies.reconcile(key)
+            self._controller.add(GATEWAY)
+            return again
         if key.kind == "route":
             return self.traffic.reconcile(key)
         hindrance = self.traffic.hindrance(key)
@@ -333,16 +344,23 @@ class ControlPlane:
     async def _reconcile_routes(self) -> float | None:
         if self.gateway.router_runs() is False:
             return None  # a change of its shim brings this key back
-        if await self.routes.reconcile(self._table()):
+        table = self._table()
+        took = self.routes.takes("access", table.access)
+        if await self.routes.reconcile(table):
             self._all_objects()
             self._controller.add(GATEWAY)
+            took = False
+        if not took:  # what is told of them may be otherwise now
+            for policy in self.policies.names():
+                self._controller.add(policy)
         demand = self.models.settle_residency()
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
         return BUSY_POLL if busy else demand or IDLE_POLL
 
     def _table(self) -> wire.RoutingTable:
         """What the router is to act by; not numbered."""
-        return self.traffic.fill(build(self.models.routables()), self.gateway.http_settings())
+        models, http = build(self.models.routables()), self.gateway.http_settings()
+        return self.traffic.fill(models, http, self.policies.table())
 
     def _all_objects(self) -> None:
         """What the router says, or that it is silent, may change the status of each."""

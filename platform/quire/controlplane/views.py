@@ -10,7 +10,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from quire.controlplane.errors import ApiError, not_found
 from quire.controlplane.plane import ControlPlane
@@ -20,11 +20,13 @@ from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
 from quire_operators.overrides import Kind
 from quire_operators.records import Revision, StoredObject
+from quire_schemas import wire
 from quire_schemas.resource import NAME_PATTERN, Key
 
 MAX_LOG = 4 * 1024 * 1024
 """Bytes of one log in one answer."""
 _NAME = re.compile(NAME_PATTERN)
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _START = re.compile(r"^(?=\S+Z shim: starting )", re.MULTILINE)
 """Before the line with which a shim begins the log of each process that it starts."""
 
@@ -182,6 +184,32 @@ class Views:
                 }
                 for event in self._plane.store.events(key, after)
             ]
+        }
+
+    async def usage(self, since: str, by: str) -> dict[str, Any]:
+        """Requests and tokens from the day `since` on, added up by columns with commas between them."""
+        self._plane.refuse_when_down()
+        columns = tuple(each for each in by.split(",") if each)
+        known = get_args(wire.UsageColumn)
+        if not _DAY.fullmatch(since) or not set(columns) <= set(known):
+            text = f"since is a day such as 2027-01-31, and by some of {', '.join(known)}"
+            raise ApiError(400, "bad_request", text, exit_code=2)
+        found = await self._plane.routes.usage(wire.GetUsage(since, cast(tuple[wire.UsageColumn, ...], columns)))
+        if found is None or found.problem:
+            why = found.problem if found is not None else "the router does not tell what was used"
+            raise ApiError(503, "router_unavailable", why, "platform describe gateway/default", exit_code=7)
+        return {
+            "since": since,
+            "items": [
+                {
+                    **{name: getattr(row, name) for name in known if name in columns},
+                    "requests": row.requests,
+                    "promptTokens": row.prompt_tokens,
+                    "cachedTokens": row.cached_tokens,
+                    "completionTokens": row.completion_tokens,
+                }
+                for row in found.rows
+            ],
         }
 
     def logs(

@@ -21,6 +21,7 @@ from quire_operators.devices import Inventory
 from quire_operators.gateway import RouterCommand
 from quire_operators.paths import StateDir
 from quire_schemas.findings import TextFacts
+from quire_schemas.gateway import is_loopback
 
 DETECT_SECONDS = 1.0
 
@@ -44,6 +45,7 @@ def router_command(state: StateDir) -> RouterCommand:
                 host=host,
                 port=port,
                 allowed_hosts=tuple(dict.fromkeys(names)),
+                closed=not is_loopback(host),
                 tls=TlsFiles(tls["certFile"], tls["keyFile"]) if tls else None,
                 metrics_compat=spec["metrics"]["compat"],
                 telemetry=_declared(telemetry) if telemetry else None,

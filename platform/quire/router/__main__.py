@@ -28,6 +28,7 @@ import uvicorn
 
 from quire.metering import Metering
 from quire.router import config as configuration
+from quire.router.access import Access
 from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
@@ -134,9 +135,9 @@ async def serve(
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
     listening.setblocking(False)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
-    fleet = Fleet(Path(config.snapshot_file))
+    fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
     await fleet.load_snapshot()
-    application, executor = build(fleet, config, tracing, metering)
+    application, executor, usage = build(fleet, config, tracing, metering)
     options = uvicorn.Config(
         application,
         http=Protocol.under(lambda: fleet.table.http),
@@ -154,7 +155,7 @@ async def serve(
     options.ssl = None if certificate is None else certificate.context
     server = _Server(options, config.shutdown_grace, status_fd, executor.drain)
     url = base_url(listening, "http" if config.tls is None else "https")
-    control = ControlServer(fleet, Path(config.control_socket), url, server.finish)
+    control = ControlServer(fleet, Path(config.control_socket), url, server.finish, usage.report)
 
     def stop(*_: object) -> None:
         server.should_exit = True

@@ -14,9 +14,10 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
-from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, describe
+from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
 from quire.metering import Metering
 from quire.router import openapi
+from quire.router.access import ANY, NO_KEY, authorize, visit_of
 from quire.router.account import AccessLog
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
@@ -41,14 +42,18 @@ from quire.router.proof import Prover
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpans
 from quire.router.store import Store
+from quire.router.usage import Usage
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
+from quire_schemas.access import METRICS
 
 log = logging.getLogger("quire.router")
 
 
-def build(fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering) -> tuple[ASGIApp, Executor]:
-    """The application that serves `fleet`, and what works off its batches once it is started."""
+def build(
+    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering
+) -> tuple[ASGIApp, Executor, Usage]:
+    """The application that serves `fleet`, what works off its batches once it is started, and what was used."""
     fleet.metrics.watch(tracing.counts)
     fleet.metrics.watch_store(config.store)
     if config.metrics_compat == "vllm":
@@ -56,8 +61,8 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Meteri
     gpus = Watch()
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
-    gateway, spans = Gateway(fleet), RequestSpans(tracing, metering)
     store = Store(config.store)
+    gateway, spans = Gateway(fleet, Usage(store)), RequestSpans(tracing, metering)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
     batched: dict[str, Format[Any]] = {
@@ -69,6 +74,7 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Meteri
     background = Background(
         answered,
         lambda name: Exchange(gateway, spans, responses.ResponsesFormat(gateway, answered, name), background=True),
+        fleet.access,
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
     routes = [
@@ -83,13 +89,15 @@ def build(fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Meteri
     app = Litestar(
         route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
+        guards=[authorize],
         before_request=_query_checked(fleet),
         openapi_config=None,
         logging_config=None,
         debug=False,
     )
     access_log = AccessLog(lambda: fleet.table.http.access_log)
-    return Guard(app, config.allowed_hosts, lambda: fleet.table.http.allow_origins, access_log), executor
+    guard = Guard(app, config.allowed_hosts, fleet.access, access_log, lambda: fleet.table.http)
+    return guard, executor, gateway.usage
 
 
 def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
@@ -117,35 +125,35 @@ def _inference(
     """What a model is asked, or its tokenizer, and nothing is kept of."""
     score_format, messages_format = ScoreFormat(gateway), MessagesFormat(gateway)
 
-    @post("/v1/chat/completions")
+    @post("/v1/chat/completions", operation="chat")
     async def chat() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/chat/completions"])
 
-    @post("/v1/completions")
+    @post("/v1/completions", operation="completions")
     async def completions() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/completions"])
 
-    @post("/v1/embeddings")
+    @post("/v1/embeddings", operation="embeddings")
     async def embeddings() -> ASGIApp:
         return Exchange(gateway, spans, formats["/v1/embeddings"])
 
-    @post(["/v1/score", "/score"])
+    @post(["/v1/score", "/score"], operation="score")
     async def score() -> ASGIApp:
         return Exchange(gateway, spans, score_format)
 
-    @post("/v1/messages")
+    @post("/v1/messages", operation="messages")
     async def messages() -> ASGIApp:
         return Exchange(gateway, spans, messages_format)
 
-    @post("/v1/messages/count_tokens")
+    @post("/v1/messages/count_tokens", operation="messages")
     async def count_tokens() -> ASGIApp:
         return TokenCounting(gateway, spans)
 
-    @post(["/v1/tokenize", "/tokenize"])
+    @post(["/v1/tokenize", "/tokenize"], operation="tokenize")
     async def tokenize() -> ASGIApp:
         return Tokens(gateway, spans)
 
-    @post(["/v1/detokenize", "/detokenize"])
+    @post(["/v1/detokenize", "/detokenize"], operation="tokenize")
     async def detokenize() -> ASGIApp:
         return Tokens(gateway, spans, back=True)
 
@@ -155,11 +163,11 @@ def _inference(
 def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
     """What the router tells of itself."""
 
-    @get("/openapi.json")
+    @get("/openapi.json", operation=ANY)
     async def get_description() -> ASGIApp:
         return Reply(200, openapi.as_json())
 
-    @get("/metrics")
+    @get("/metrics", operation=METRICS)
     async def get_metrics() -> ASGIApp:
         return Reply(
             200, await asyncio.to_thread(fleet.metrics.render), CONTENT_TYPE
@@ -178,7 +186,7 @@ def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
 
 
 def _telling(path: str, allowed: str) -> HTTPRouteHandler:
-    @route(path, http_method=HttpMethod.OPTIONS, status_code=204)
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, operation=ANY)
     async def tell() -> Response[None]:
         return Response(None, status_code=204, headers={"allow": allowed})
 
@@ -202,7 +210,13 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 
 
 def _ours(error: Exception, request: Request[Any, Any, Any]) -> Exception:
-    """The framework's errors as ours: they carry its own words, and sometimes paths."""
+    """The framework's errors as ours: they carry its own words, and sometimes paths. Who is nobody does not
+    learn which paths there are."""
+    if isinstance(error, NotFoundException | MethodNotAllowedException):
+        visit = visit_of(request.scope)
+        if visit.caller is None:
+            visit.unread = True
+            return Unauthenticated(NO_KEY)
     if isinstance(error, NotFoundException):
         return absent.refusal(request.url.path) or NotFound(_no_such_path(request.url.path))
     if isinstance(error, MethodNotAllowedException):

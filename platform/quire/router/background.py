@@ -21,6 +21,7 @@ import msgspec
 from litestar.types import ASGIApp
 
 from quire.errors import NotFound, QueueFull, StorageUnavailable
+from quire.router.access import OF_LINES, RATE_LIMITED, Access
 from quire.router.inside import InsideClient
 from quire.router.responses import Responses
 from quire_schemas.openai.responses import ResponseError
@@ -87,8 +88,9 @@ class _Room:
 class Background:
     """The responses of one store. `exchange` makes what answers the request of the response with that id."""
 
-    def __init__(self, responses: Responses, exchange: Callable[[str], ASGIApp]) -> None:
+    def __init__(self, responses: Responses, exchange: Callable[[str], ASGIApp], access: Access) -> None:
         self._responses = responses
+        self._access = access
         self._exchange = exchange
         self._works: dict[str, _Work] = {}
         self._room = _Room()
@@ -109,9 +111,9 @@ class Background:
         work.task = asyncio.create_task(self._carry(response_id, work), name=response_id)
         work.task.add_done_callback(lambda _: self._works.pop(response_id))
 
-    async def cancel(self, response_id: str) -> bytes:
+    async def cancel(self, response_id: str, owner: str) -> bytes:
         """The response as it is once it is cancelled. Raises `NotFound` and `Conflict`."""
-        answer = await self._responses.cancel(response_id)
+        answer = await self._responses.cancel(response_id, owner)
         if (work := self._works.get(response_id)) is not None:
             work.leave()
         return answer
@@ -166,16 +168,18 @@ class Background:
                 pause = min(2 * pause, PAUSES[1])
 
     async def _try(self, response_id: str, work: _Work, *, last: bool) -> bool:
-        """Whether nothing is left to do. What cannot be served now fails with the `last` try."""
-        request = await self._responses.start(response_id)
-        if request is None:
+        """Whether nothing is left to do. What cannot be served now fails with the `last` try; who is at a limit of
+        his waits for as long as it takes."""
+        started = await self._responses.start(response_id)
+        if started is None:
             return True
-        client = InsideClient(PATH, request, work.gone)
+        visit = self._access.inside(started.owner, started.key, OF_LINES[PATH])
+        client = InsideClient(PATH, started.request, work.gone, visit)
         await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
         if client.status in (None, 200):
             return True  # it is kept, or was left
-        if client.status in (429, 502, 503, 507) and not last:
-            return False
         told = msgspec.json.decode(bytes(client.body), type=_Refusal).error
+        if told.code == RATE_LIMITED or (client.status in (429, 502, 503, 507) and not last):
+            return False
         await self._responses.fail(response_id, ResponseError(told.code or "invalid_request", told.message))
         return True

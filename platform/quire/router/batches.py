@@ -60,6 +60,8 @@ BATCHES: Final = sa.Table(
     sa.Column("input_tokens", sa.Integer, nullable=False, default=0),
     sa.Column("cached_tokens", sa.Integer, nullable=False, default=0),
     sa.Column("output_tokens", sa.Integer, nullable=False, default=0),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
+    sa.Column("owner_key", sa.Text, nullable=False, server_default=""),
 )
 PLANS: Final = sa.Table(
     "plans",
@@ -112,6 +114,10 @@ class Batch:
     input_tokens: int
     cached_tokens: int
     output_tokens: int
+    owner: str
+    """The tenant who may see it, and in whose name its lines are sent; "" is everybody, where there are none."""
+    owner_key: str
+    """The name of the key that made it."""
 
 
 COLUMNS: Final = [BATCHES.c[each.name] for each in fields(Batch)]
@@ -178,13 +184,13 @@ class Batches:
 
     # ── for clients ───────────────────────────────────────────────────────────────────────────────────────
 
-    async def create(self, asked: CreateBatch) -> Batch:
+    async def create(self, asked: CreateBatch, owner: str, key: str) -> Batch:
         """Raises `InvalidRequest` for an input that there is not, `QueueFull` when too many are not done, and
         `StorageFull`."""
 
         def write(db: sa.Connection) -> Batch:
             try:
-                file = self._files.find(db, asked.input_file_id)
+                file = self._files.find(db, asked.input_file_id, owner)
             except NotFound:
                 raise InvalidRequest(
                     "'input_file_id' is the id of no file that is here.", param="input_file_id"
@@ -210,30 +216,35 @@ class Batches:
                 "output_expires_after": None if expiry is None else expiry.seconds,
                 "created_at": now,
                 "expires_at": now + WINDOW_SECONDS,
+                "owner": owner,
+                "owner_key": key,
             }
             db.execute(sa.insert(BATCHES).values(made))
             return _find(db, str(made["id"]))
 
         return await self.store.run(write)
 
-    async def get(self, batch_id: str) -> Batch:
-        """Raises `NotFound`."""
-        return await self.store.run(lambda db: _find(db, batch_id))
+    async def get(self, batch_id: str, owner: str) -> Batch:
+        """Raises `NotFound`, also for somebody else's."""
+        return await self.store.run(lambda db: _find(db, batch_id, owner))
 
-    async def page(self, limit: int, after: str | None) -> tuple[list[Batch], bool]:
-        """Up to `limit` batches behind the one with the id `after`, the newest first; whether more follow."""
+    async def page(self, owner: str, limit: int, after: str | None) -> tuple[list[Batch], bool]:
+        """Up to `limit` batches of the owner's behind the one with the id `after`, the newest first; whether more
+        follow."""
 
         def read(db: sa.Connection) -> tuple[list[Batch], bool]:
-            rows = page_of(db, sa.select(*COLUMNS), BATCHES, limit, after, newest_first=True)
+            rows = page_of(
+                db, sa.select(*COLUMNS).where(BATCHES.c.owner == owner), BATCHES, limit, after, newest_first=True
+            )
             return [_batch(row) for row in rows[:limit]], len(rows) > limit
 
         return await self.store.run(read)
 
-    async def cancel(self, batch_id: str) -> Batch:
+    async def cancel(self, batch_id: str, owner: str) -> Batch:
         """Have a batch end early; what it has stays. Raises `NotFound`, and `Conflict` when it is too late."""
 
         def write(db: sa.Connection) -> Batch:
-            found = _find(db, batch_id)
+            found = _find(db, batch_id, owner)
             if found.status == "cancelling":
                 return found
             if found.status not in ("validating", "in_progress"):
@@ -248,6 +259,10 @@ class Batches:
         """All that are not done, the oldest first."""
         query = sa.select(*COLUMNS).where(BATCHES.c.status.in_(LIVE)).order_by(BATCHES.c.id)
         return await self.store.run(lambda db: [_batch(row) for row in db.execute(query)])
+
+    async def read(self, batch_id: str) -> Batch:
+        """As it is now, whoever's it is."""
+        return await self.store.run(lambda db: _find(db, batch_id))
 
     async def begin(self, batch_id: str, plan: Plan) -> Batch:
         """A validated batch goes on by `plan`; one that was cancelled meanwhile stays as it is."""
@@ -334,7 +349,7 @@ class Batches:
                 if size:
                     name = f"{before.id}_{kind}.jsonl"
                     after = before.output_expires_after
-                    self._files.insert(db, file_id, "batch_output", name, size, after)
+                    self._files.insert(db, file_id, "batch_output", name, size, after, before.owner)
                     ids[f"{kind}_file_id"] = file_id
             db.execute(sa.delete(ANSWERS).where(ANSWERS.c.batch == before.id))
             db.execute(sa.delete(PLANS).where(PLANS.c.batch == before.id))
@@ -364,9 +379,9 @@ def lines_without_answer(plan: Plan, answered: set[int]) -> Iterator[int]:
     return (line for line in range(len(plan)) if line not in answered)
 
 
-def _find(db: sa.Connection, batch_id: str) -> Batch:
+def _find(db: sa.Connection, batch_id: str, owner: str | None = None) -> Batch:
     found = db.execute(sa.select(*COLUMNS).where(BATCHES.c.id == batch_id)).one_or_none()
-    if found is None:
+    if found is None or owner not in (None, found.owner):
         raise NotFound("There is no such batch.", param="batch_id")
     return _batch(found)
 

@@ -39,6 +39,8 @@ class RouterConfig(msgspec.Struct, frozen=True):
     """Used only without an inherited descriptor. 0 takes any free port."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that a request's Host (any port) and Origin may carry, against web pages that rebind a name to us."""
+    closed: bool = False
+    """Other machines can reach it: nobody is let in without a key, whatever the routing table says."""
     shutdown_grace: float = 30.0
     """On SIGTERM, how long running requests may finish before they end in an error event."""
     tls: TlsFiles | None = None

@@ -1,4 +1,5 @@
-"""The control plane's line into the router: a Unix socket that speaks `wire.ToRouter` and answers `RouterStatus`.
+"""The control plane's line into the router: a Unix socket that speaks `wire.ToRouter` and answers `RouterStatus`,
+to `GetUsage` a `UsageReport`.
 
 Every frame gets exactly one answer, after it took effect. Any number of connections may be open; tables are
 absolute and versioned, so their order across connections does not matter.
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from quire.router.fleet import Fleet
@@ -22,7 +23,15 @@ log = logging.getLogger("quire.router")
 class ControlServer:
     """Listens on `path` (0600) until closed. `finish(grace)` is called when the control plane ends the router."""
 
-    def __init__(self, fleet: Fleet, path: Path, base_url: str, finish: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        path: Path,
+        base_url: str,
+        finish: Callable[[float], None],
+        usage: Callable[[wire.GetUsage], Awaitable[wire.UsageReport]],
+    ) -> None:
+        self._usage = usage
         self._fleet = fleet
         self._path = path
         self._base_url = base_url
@@ -62,6 +71,10 @@ class ControlServer:
                 return
             frames: wire.Reader[wire.ToRouter] = wire.Reader(reader, wire.ToRouter)
             while (message := await frames.read()) is not None:
+                if isinstance(message, wire.GetUsage):
+                    writer.write(wire.frame(await self._usage(message)))
+                    await writer.drain()
+                    continue
                 if isinstance(message, wire.RoutingTable):
                     await self._fleet.apply(message)
                 elif isinstance(message, wire.SetLimits):

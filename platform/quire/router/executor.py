@@ -232,7 +232,7 @@ class Executor:
         del self._works[work.batch.id]
 
     async def _carry_once(self, work: Work) -> None:
-        work.batch = await self._batches.get(work.batch.id)
+        work.batch = await self._batches.read(work.batch.id)
         if work.batch.status == "validating":
             await self._validate(work)
         if work.batch.status == "in_progress":

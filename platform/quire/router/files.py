@@ -28,6 +28,7 @@ FILES: Final = sa.Table(
     sa.Column("bytes", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Integer, nullable=False),
     sa.Column("expires_at", sa.Integer),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
 )
 PREFIX: Final = "file-"
 ORPHAN_SECONDS: Final = 3 * 3600.0
@@ -44,6 +45,8 @@ class StoredFile:
     bytes: int
     created_at: int
     expires_at: int | None
+    owner: str
+    """The tenant who may see it; "" is everybody, where there are no tenants."""
 
 
 COLUMNS: Final = [FILES.c[field.name] for field in fields(StoredFile)]
@@ -77,32 +80,40 @@ class Files:
             await asyncio.shield(asyncio.to_thread(file.discard))  # also where the router ends meanwhile
 
     async def add(
-        self, file_id: str, purpose: str, filename: str, size: int, expires_after: int | None
+        self, file_id: str, purpose: str, filename: str, size: int, expires_after: int | None, owner: str
     ) -> StoredFile:
         """Give a file, whose bytes are kept, its row."""
 
         def write(db: sa.Connection) -> StoredFile:
-            return self.insert(db, file_id, purpose, filename, size, expires_after)
+            return self.insert(db, file_id, purpose, filename, size, expires_after, owner)
 
         return await self.store.run(write)
 
     def insert(
-        self, db: sa.Connection, file_id: str, purpose: str, filename: str, size: int, expires_after: int | None
+        self,
+        db: sa.Connection,
+        file_id: str,
+        purpose: str,
+        filename: str,
+        size: int,
+        expires_after: int | None,
+        owner: str,
     ) -> StoredFile:
         """The same in a transaction of somebody else's."""
         now = int(self.store.clock())
         expires_at = None if expires_after is None else now + expires_after
-        made = StoredFile(file_id, purpose, filename, size, now, expires_at)
+        made = StoredFile(file_id, purpose, filename, size, now, expires_at, owner)
         db.execute(sa.insert(FILES).values({column.name: getattr(made, column.name) for column in COLUMNS}))
         return made
 
-    async def get(self, file_id: str) -> StoredFile:
-        """Raises `NotFound`, also when its time is over."""
-        return await self.store.run(lambda db: self.find(db, file_id))
+    async def get(self, file_id: str, owner: str) -> StoredFile:
+        """Raises `NotFound`, also when its time is over, or it is somebody else's."""
+        return await self.store.run(lambda db: self.find(db, file_id, owner))
 
-    def find(self, db: sa.Connection, file_id: str) -> StoredFile:
+    def find(self, db: sa.Connection, file_id: str, owner: str) -> StoredFile:
         """The same in a transaction of somebody else's."""
-        found = db.execute(sa.select(*COLUMNS).where(FILES.c.id == file_id, self._lives())).one_or_none()
+        mine = (FILES.c.id == file_id, FILES.c.owner == owner, self._lives())
+        found = db.execute(sa.select(*COLUMNS).where(*mine)).one_or_none()
         if found is None:
             raise NotFound("There is no such file.", param="file_id")
         return _stored(found)
@@ -111,12 +122,12 @@ class Files:
         return sa.or_(FILES.c.expires_at.is_(None), FILES.c.expires_at > self.store.clock())
 
     async def page(
-        self, limit: int, after: str | None, *, newest_first: bool, purpose: str | None
+        self, owner: str, limit: int, after: str | None, *, newest_first: bool, purpose: str | None
     ) -> tuple[list[StoredFile], bool]:
-        """Up to `limit` files behind the one with the id `after`, and whether more follow."""
+        """Up to `limit` files of the owner's behind the one with the id `after`, and whether more follow."""
 
         def read(db: sa.Connection) -> tuple[list[StoredFile], bool]:
-            query = sa.select(*COLUMNS).where(self._lives())
+            query = sa.select(*COLUMNS).where(FILES.c.owner == owner, self._lives())
             if purpose is not None:
                 query = query.where(FILES.c.purpose == purpose)
             rows = page_of(db, query, FILES, limit, after, newest_first=newest_first)
@@ -124,11 +135,11 @@ class Files:
 
         return await self.store.run(read)
 
-    async def delete(self, file_id: str) -> None:
+    async def delete(self, file_id: str, owner: str) -> None:
         """Remove a file. Raises `NotFound`, and `Conflict` when something needs it."""
 
         def write(db: sa.Connection) -> None:
-            self.find(db, file_id)
+            self.find(db, file_id, owner)
             for hold in self.holds:
                 if (holder := hold(db, file_id)) is not None:
                     raise Conflict(f"The file is needed by {holder}.", param="file_id")
@@ -165,7 +176,7 @@ class Files:
 
 
 def _stored(row: sa.Row[Any]) -> StoredFile:
-    return StoredFile(row.id, row.purpose, row.filename, row.bytes, row.created_at, row.expires_at)
+    return StoredFile(row.id, row.purpose, row.filename, row.bytes, row.created_at, row.expires_at, row.owner)
 
 
 def page_of(

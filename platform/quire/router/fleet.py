@@ -17,16 +17,19 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
+from quire.router.access import Access, Caller
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
+from quire.router.shares import Turns
 from quire.router.traffic import Asked, Traffic, Way
 from quire.text import TextError, Tokenizer
 from quire.text.dialects import Dialects
@@ -64,6 +67,10 @@ class ServedModel:
     suspects: Suspects = field(default_factory=Suspects)
     trials: set[str] = field(default_factory=set)
     """Replicas on which a suspect is tried now."""
+    held: Counter[str] = field(default_factory=Counter)
+    """Of those in flight that are not in the background, how many are whose tenant's."""
+    turns: Turns = field(default_factory=Turns)
+    """Whose turn it is at the engines, where there are several tenants."""
     settled: Pulse = field(default_factory=Pulse)
     """A further attempt or a trial has brought its token, or ended."""
 
@@ -113,8 +120,9 @@ class ServedModel:
 class Fleet:
     """Everything routable. `apply` changes it, all else reads."""
 
-    def __init__(self, snapshot: Path) -> None:
+    def __init__(self, snapshot: Path, access: Access | None = None) -> None:
         self.table = wire.RoutingTable(version=0, models=())
+        self.access = access or Access()
         self.models: dict[str, ServedModel] = {}
         """By every name that a Model has itself."""
         self.by_model: dict[str, ServedModel] = {}
@@ -182,6 +190,7 @@ class Fleet:
                 clients[key] = client
                 mine.append(client)
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
+            served.turns.look(served.slots)
             by_model[route.model] = served
             for name in route.names:
                 if by_name.setdefault(name, served) is not served:
@@ -193,6 +202,7 @@ class Fleet:
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
         self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
+        self.access.act_by(table.access)
         self.metrics.set_models(route.model for route in table.models)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
@@ -228,13 +238,17 @@ class Fleet:
 
     # ── reading it ────────────────────────────────────────────────────────────────────────────────────────
 
-    def way(self, asked: Asked, *, ahead: bool = False) -> Way:
-        """Where a request goes; `ahead`: where the next one would, which takes nobody's turn. Raises
-        `ModelNotFound`."""
+    def way(self, asked: Asked, caller: Caller, *, ahead: bool = False) -> Way:
+        """Where a caller's request goes; `ahead`: where the next one would, which takes nobody's turn.
+
+        He is held to the name that he asks for, whatever is behind it. Raises `PermissionDenied`, and
+        `ModelNotFound`, which names none that he may not use.
+        """
+        caller.check_model(asked.name)
         way = self.traffic.way(asked, ahead=ahead)
         if way is None:
             shown = "".join(c if c.isprintable() else "?" for c in asked.name[:64])
-            known = ", ".join(self.traffic.names(asked.headers)[:8])
+            known = ", ".join(self.names(asked.headers, caller)[:8])
             raise ModelNotFound(
                 f"The model '{shown}' does not exist."
                 + (f" Models here: {known}." if known else " No model is served here yet."),
@@ -249,19 +263,25 @@ class Fleet:
             raise ModelStopped(f"No model is behind '{way.name}' now.")
         return served
 
-    def resolve(self, asked: Asked) -> ServedModel:
-        """The model that would have the request, for what needs none of its replicas. Raises `ModelNotFound` and
-        `ModelStopped`."""
-        way = self.way(asked, ahead=True)
+    def names(self, headers: Sequence[tuple[bytes, bytes]], caller: Caller) -> list[str]:
+        """All names that a caller's request with these headers may use."""
+        return [name for name in self.traffic.names(headers) if caller.may_use(name)]
+
+    def resolve(self, asked: Asked, caller: Caller) -> ServedModel:
+        """The model that would have the caller's request, for what needs none of its replicas. Raises
+        `PermissionDenied`, `ModelNotFound` and `ModelStopped`."""
+        way = self.way(asked, caller, ahead=True)
         return self.at(way, way.model or way.instead("Unavailable", (), self.by_model))
 
-    def sole(self) -> ServedModel:
-        """The only model that is served. Raises `InvalidRequest` where there are others, and `ModelNotFound`."""
-        if not self.by_model:
+    def sole(self, caller: Caller) -> ServedModel:
+        """The only model behind the names that the caller may use. Raises `InvalidRequest` where there are others,
+        and `ModelNotFound`."""
+        found = {model for name in self.names((), caller) for model in self.traffic.behind_name(name)}
+        if not found:
             raise ModelNotFound("No model is served here yet.", param="model")
-        if len(self.by_model) > 1:
+        if len(found) > 1:
             raise InvalidRequest("'model' is required: several are served here.", param="model")
-        return next(iter(self.by_model.values()))
+        return self.by_model[found.pop()]
 
     @property
     def changed(self) -> asyncio.Event:

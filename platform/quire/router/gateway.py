@@ -2,7 +2,8 @@
 
 Everything that can be wrong with a request is found here, before an engine hears of it. Admission is a bound on
 sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
-ready, the queue length alone, and at least one request. Background work neither takes places of that bound nor is
+ready, the queue length alone, and at least one request. Where tenants share a model, none may take all of its
+places (`shares`). Background work neither takes places of that bound nor is
 held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
 
 What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
@@ -29,7 +30,9 @@ from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.mirror import Mirrors
+from quire.router.shares import may_enter
 from quire.router.spans import RequestSpan
+from quire.router.usage import Usage
 from quire.text import Tokenizer, params
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
@@ -61,10 +64,11 @@ class _Read:
 
 
 class Gateway:
-    """Makes jobs of requests."""
+    """Makes jobs of requests, and notes in `usage` what they came to."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, usage: Usage) -> None:
         self.fleet = fleet
+        self.usage = usage
         self.mirrors = Mirrors(fleet, self.admit)
         self._for_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="long")
 
@@ -80,8 +84,10 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
 
     @contextmanager
-    def admit(self, served: ServedModel, sequences: int, *, background: bool = False) -> Iterator[None]:
-        """Hold places for `sequences` in the model's queue.
+    def admit(
+        self, served: ServedModel, sequences: int, owner: str = "", *, background: bool = False
+    ) -> Iterator[None]:
+        """Hold places for `sequences` of a tenant's in the model's queue.
 
         Raises `ModelStopped`, `QueueFull`, and `InvalidRequest` when there are more sequences than places.
         """
@@ -99,12 +105,26 @@ class Gateway:
             raise QueueFull(
                 f"{waited_for} requests run or wait for this model, as many as it takes.", retry_after=1.0
             )
+        shared = self.fleet.access.is_shared and served.ready and not background
+        own = served.held[owner]
+        if shared and not may_enter(sequences, own, waited_for, places):
+            raise QueueFull(
+                f"{own} requests of this policy run or wait for this model, and the {places - waited_for} places "
+                "that are left are for others, too.",
+                retry_after=1.0,
+            )
+        if not background:
+            served.held[owner] += sequences
         served.in_flight += sequences
         served.background += sequences * background
         served.used_at = time.monotonic()
         try:
             yield
         finally:
+            if not background:
+                served.held[owner] -= sequences
+                if not served.held[owner]:
+                    del served.held[owner]
             served.in_flight -= sequences
             served.background -= sequences * background
             served.used_at = time.monotonic()

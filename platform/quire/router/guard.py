@@ -5,6 +5,8 @@
   400.
 - **Origin**: a web page of an origin that the gateway's manifest allows may call and read the answers; its browser
   asks beforehand (a preflight), and is answered here.
+- **Key**: whoever sent it is found out here (`access`), and the answer tells him of his limits; what he may do is
+  decided on the route that the request matches. A preflight carries no key and needs none.
 - **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
   ways; it is refused and its connection closed.
 - **Size**: a bounded number of headers of bounded length.
@@ -19,18 +21,20 @@ that does not bring the head of a request, or whose client does not read, is cut
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from typing import Final
+from typing import Any, Final, cast
 
 import h11
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
+from quire.router.access import VISIT, Access
 from quire.router.account import METHODS, AccessLog, Account
 from quire_schemas.wire import HttpSettings
 
@@ -44,25 +48,40 @@ _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
 _PREFLIGHT_SECONDS: Final = b"600"
-_READABLE: Final = b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms"
+_READABLE: Final = b", ".join(
+    [
+        b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms",
+        *(
+            f"x-ratelimit-{word}-{kind}".encode()
+            for word in ("limit", "remaining", "reset")
+            for kind in ("requests", "tokens")
+        ),
+    ]
+)
 """Headers of answers that pages may read besides the few that they always may."""
+_DRAINED: Final = 16 * 1024 * 1024
+_DRAIN_SECONDS: Final = 5.0
+"""How much of a refused body is read, and for how long: a client cut off while it sends never sees why."""
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """An ASGI application around the router's. `origins` are those that are allowed now."""
+    """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `settings`
+    are those in force now."""
 
     def __init__(
         self,
         app: ASGIApp,
         allowed_hosts: Collection[str],
-        origins: Callable[[], Collection[str]],
+        access: Access,
         access_log: AccessLog,
+        settings: Callable[[], HttpSettings] = HttpSettings,
     ) -> None:
         self._app = app
         self._log = access_log
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
-        self._origins = origins
+        self._access = access
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         account = Account()
@@ -86,12 +105,18 @@ class Guard:
         crossing = self._crossing(headers)
         api = Api.of(scope["path"], headers)
         named = [(b"x-request-id", request_id)]
+        visit = self._access.visit(scope)
+        cast(dict[str, Any], scope)[VISIT] = visit
         if api is Api.ANTHROPIC:
             named.append((b"request-id", request_id))  # where its clients look
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 account.status = message["status"]
+                if visit.unread:
+                    await _drain(receive)
+                if visit.limited and visit.caller is not None:
+                    named.extend(self._access.limiter.headers(visit.caller.tenant, visit.caller.key))
                 spent = b"%d" % round(1000 * (time.monotonic() - account.arrived_at))
                 ours = [*named, (b"openai-processing-ms", spent)]
                 message["headers"] = [*message["headers"], *crossing, *ours]
@@ -119,7 +144,7 @@ class Guard:
 
     def _crossing(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Headers by which a browser lets the page that asks read the answer; none for an origin not allowed."""
-        allowed = self._origins()
+        allowed = self._settings().allow_origins
         stated = [value for name, value in headers if name == b"origin"] if allowed else []
         if len(stated) != 1 or not ("*" in allowed or stated[0].decode("latin-1").lower() in allowed):
             return []
@@ -146,13 +171,26 @@ class Guard:
         found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
         if found is None:
             raise InvalidRequest("The request needs exactly one proper Host header.")
-        if found[1] not in self._hosts:
+        hosts_of_ours = self._hosts.union(self._settings().hosts)
+        if found[1] not in hosts_of_ours:
             raise HostRefused("This server does not answer to that Host.")
         for origin in values.get(b"origin", []) if not foreign else ():
             inside = _ORIGIN.fullmatch(origin.lower())
             site = _HOST.fullmatch(inside[1]) if inside else None
-            if site is None or site[1] not in self._hosts:
+            if site is None or site[1] not in hosts_of_ours:
                 raise HostRefused("This server does not take requests from pages of that Origin.")
+
+
+async def _drain(receive: Receive) -> None:
+    """Read a body that nobody wants."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while size <= _DRAINED:
+                message = await receive()
+                if message["type"] != "http.request" or not message["more_body"]:
+                    return
+                size += len(message["body"])
 
 
 def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -8,11 +8,13 @@ from typing import Any
 
 from litestar.types import Message
 
+from quire.router.access import VISIT, Visit
+
 
 class InsideClient:
-    """Waits for the whole answer to one request, or leaves once `gone` is set."""
+    """Waits for the whole answer to one request, or leaves once `gone` is set. `visit` says in whose name."""
 
-    def __init__(self, path: str, body: bytes, gone: asyncio.Event) -> None:
+    def __init__(self, path: str, body: bytes, gone: asyncio.Event, visit: Visit) -> None:
         self.status: int | None = None
         self.headers: dict[bytes, bytes] = {}
         self.body = bytearray()
@@ -22,6 +24,7 @@ class InsideClient:
             "method": "POST",
             "path": path,
             "server": None,
+            VISIT: visit,
             "headers": [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),

@@ -14,6 +14,7 @@ import msgspec
 
 from quire.errors import ContextLengthExceeded, InternalError, InvalidRequest, OutOfTime, QueueFull, TimedOut
 from quire.router import engine_client
+from quire.router.access import EVERYBODY, Caller
 from quire.router.fleet import ServedModel
 from quire.router.spans import RequestSpan
 from quire.router.traffic import PLAIN, Terms
@@ -80,6 +81,7 @@ class Job:
     """Vectors are wanted instead of text."""
     background: bool = False
     """Nobody waits for it."""
+    caller: Caller = EVERYBODY
     beam: wire.BeamSearch | None = None
     """The `n` texts of each prompt are looked for together."""
     as_base64: bool = False
@@ -115,6 +117,12 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it can come to: its prompts, and all that may be written to them."""
+        written = 0 if self.prompt_alone or self.pooling is not None else self.sampling.max_tokens
+        return self.prompt_tokens + len(self.prompts) * self.n * written
 
     @property
     def ends_at(self) -> float | None:
@@ -259,6 +267,7 @@ class Choice:
         "text",
         "timings",
         "trial",
+        "turn",
         "turn_at",
         "where",
         "written",
@@ -279,6 +288,8 @@ class Choice:
         self.fingerprint: bytes | None = None
         self.trial: str | None = None
         """The replica where it is tried although engines may die of it."""
+        self.turn = False
+        """It was its turn to go to an engine, where tenants take turns."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""

@@ -8,10 +8,12 @@ requests, and one while no replica is ready, which asks for one.
 What becomes of an answer:
 
 - 200, and every refusal that would be the same next time: it is the line's answer;
-- 429, 503, 507 and an engine's death: the model is left alone for a while, longer each time, and the line goes
-  behind the others of its model; a fault of ours (500) likewise, but only `FAULTS` times. A line whose engine died
-  goes first, so that it is soon known whether the engine died of it. One that seems so (`quarantine`) is put aside
-  until that is forgotten, since engines are also killed from outside; the second time it is the line's answer.
+- 429 for a limit of its owner: the batch rests for as long as that says, others go on;
+- any other 429, 503, 507 and an engine's death: the model is left alone for a while, longer each time, and the
+  line goes behind the others of its model; a fault of ours (500) likewise, but only `FAULTS` times. A line whose
+  engine died goes first, so that it is soon known whether the engine died of it. One that seems so (`quarantine`)
+  is put aside until that is forgotten, since engines are also killed from outside; the second time it is the
+  line's answer.
 
 **Exactly once.** A line counts as done when its answer is committed, in groups of what came within
 `GATHER_SECONDS`; then, and only then, it is not sent again. A router that is killed loses what was not committed,
@@ -36,6 +38,7 @@ import msgspec
 
 from quire.errors import ModelNotFound, ModelStopped, StorageUnavailable
 from quire.router import quarantine
+from quire.router.access import EVERYBODY, OF_LINES, RATE_LIMITED
 from quire.router.api.exchange import Exchange, Format
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
 from quire.router.files import Files, read_bytes
@@ -76,6 +79,14 @@ class _Usage(msgspec.Struct):
     input_tokens_details: dict[str, int] = {}
 
 
+class _Told(msgspec.Struct):
+    code: str | None = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _Told
+
+
 class _Answered(msgspec.Struct):
     usage: _Usage | None = None
 
@@ -93,6 +104,8 @@ class Work:
     on_the_way: int = 0
     """Lines that are sent, and answers that are not committed."""
     faults: dict[int, int] = field(default_factory=dict)
+    rests_until: float = 0.0
+    """It sends no line before, by the monotonic clock."""
     over: bool = False
     """It was cancelled, or its window has ended."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -121,10 +134,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """A line has no answer yet. `first`: it goes before the others of its model; `after` so many seconds."""
+    """A line has no answer yet. `first`: it goes before the others of its model; `after` so many seconds. Its
+    batch sends no other for `rest` seconds: its owner is at a limit, and other batches are not."""
 
     first: bool = False
     after: float = 0.0
+    rest: float = 0.0
 
 
 @dataclass(slots=True)
@@ -203,7 +218,9 @@ class Lines:
             return False  # nothing is served because nobody has said yet what
         for work in list(self._turns):
             self._turns.rotate(-1)
-            for _ in range(0 if work.over else len(work.lanes)):
+            rests = work.over or time.monotonic() < work.rests_until
+            rests = rests or not self._fleet.access.has_place(work.batch.owner, work.batch.owner_key)
+            for _ in range(0 if rests else len(work.lanes)):
                 name, lines = work.lanes[0]
                 work.lanes.rotate(-1)
                 if lines and self._has_room(name, work.plan.sequences[lines[0]]):
@@ -227,7 +244,7 @@ class Lines:
         """The model that a line for this name would go to now. Where weights decide, another request may take the
         turn before it, and the line goes elsewhere."""
         try:
-            return self._fleet.resolve(Asked(name))
+            return self._fleet.resolve(Asked(name), EVERYBODY)  # whether its owner may is asked when it is sent
         except (ModelNotFound, ModelStopped):
             return None
 
@@ -275,7 +292,8 @@ class Lines:
         path = self._files.path(batch.input_file_id)
         text = await asyncio.to_thread(read_bytes, path, plan.offsets[line], plan.lengths[line])
         custom_id, body = read_line(text, batch.endpoint)
-        client = InsideClient(batch.endpoint, body, work.gone)
+        visit = self._fleet.access.inside(batch.owner, batch.owner_key, OF_LINES[batch.endpoint])
+        client = InsideClient(batch.endpoint, body, work.gone, visit)
         form = self._formats[batch.endpoint]
         await Exchange(self._gateway, self._spans, form, background=True)(
             client.scope,  # type: ignore[arg-type]
@@ -285,7 +303,9 @@ class Lines:
         if client.status is None:
             return Again()  # it left
         if (later := again(work, line, client)) is not None:
-            if not later.after:
+            if later.rest:
+                work.rests_until = max(work.rests_until, time.monotonic() + later.rest)
+            elif not later.after:
                 self._leave_alone(key)
             return later
         self._pauses.pop(key, None)
@@ -341,6 +361,8 @@ class Lines:
 
 def again(work: Work, line: int, client: InsideClient) -> Again | None:
     """How a line is tried again that may have another answer then; None when what came is its answer."""
+    if client.status == 429 and (after := client.headers.get(b"retry-after-ms")) is not None and _is_limit(client):
+        return Again(first=True, rest=int(after) / 1000)
     if client.status in (429, 503, 507):
         return Again()
     quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
@@ -351,6 +373,11 @@ def again(work: Work, line: int, client: InsideClient) -> Again | None:
         if work.faults[line] < (QUARANTINES if quarantined else FAULTS):
             return Again(after=QUARANTINE_SECONDS if quarantined else 0.0)
     return None
+
+
+def _is_limit(client: InsideClient) -> bool:
+    """Whether its owner has had as much as he may for now, rather than its model no room."""
+    return msgspec.json.decode(bytes(client.body), type=_Refusal).error.code == RATE_LIMITED
 
 
 def request_id() -> str:

@@ -82,6 +82,8 @@ Errors = tuple[type[Exception], ...]
 
 ANY: Final[Errors] = (errors.InvalidRequest, errors.HostRefused, errors.InternalError)
 """What every request may end in: its headers are looked at, and anything may break."""
+KEYED: Final[Errors] = (errors.Unauthenticated, errors.PermissionDenied)
+"""Of what is not for everybody, once there are access policies."""
 BODY: Final[Errors] = (
     errors.BodyTimeout,
     errors.BodyTooLarge,
@@ -89,8 +91,8 @@ BODY: Final[Errors] = (
     errors.ServiceUnavailable,
 )
 """Of requests with a body: the server may stop while they are worked on."""
-TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer)
-"""Of requests that need a model's tokenizer."""
+TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer, errors.RateLimited)
+"""Of requests that need a model's tokenizer; they count towards limits."""
 ENGINE: Final[Errors] = (
     *TOKENIZER,
     errors.ContextLengthExceeded,
@@ -130,7 +132,7 @@ class Endpoint:
     summary: str
     methods: tuple[str, ...] = ("GET",)
     errors: Errors = ()
-    """Besides `ANY` and, where there is a request, `BODY`."""
+    """Besides `ANY`, `KEYED` if it is not public and, where there is a request, `BODY`."""
     request: type[BaseModel] | None = None
     takes: str = JSON
     """Media type of the request."""
@@ -148,6 +150,8 @@ class Endpoint:
     """Shape of a stream's events, where there are streams."""
     watched: bool = False
     """For whoever watches the server: parameters behind the question mark are not looked at."""
+    public: bool = False
+    """It needs no key."""
     unwell: str = ""
     """What a 503 means that has the answer's own shape, where there is one."""
     error: Any = ErrorBody
@@ -383,7 +387,15 @@ ENDPOINTS: Final = (
         watched=True,
         unwell="No model can serve.",
     ),
-    Endpoint("livez", "/livez", "Whether the process answers.", ("GET", "HEAD"), answer=Liveness, watched=True),
+    Endpoint(
+        "livez",
+        "/livez",
+        "Whether the process answers.",
+        ("GET", "HEAD"),
+        answer=Liveness,
+        watched=True,
+        public=True,
+    ),
     Endpoint(
         "readyz",
         "/readyz",
@@ -391,6 +403,7 @@ ENDPOINTS: Final = (
         ("GET", "HEAD"),
         answer=Readiness,
         watched=True,
+        public=True,
         unwell="There has been no routing table yet.",
     ),
     Endpoint("describe", "/openapi.json", "This document.", answer=dict[str, Any], watched=True),
@@ -421,7 +434,7 @@ def document() -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": _components(), "headers": _HEADERS},
+        "components": {"schemas": _components(), "headers": _HEADERS, "securitySchemes": _SCHEMES},
     }
 
 
@@ -436,6 +449,19 @@ def as_text() -> str:
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
 
 
+_SCHEMES: Final[Mapping[str, Any]] = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key of an AccessPolicy. Without any policy none is needed.",
+    },
+    "key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same where Anthropic's clients put it.",
+    },
+}
 _HEADERS: Final[Mapping[str, Any]] = {
     "X-Request-Id": {
         "description": "The request's own X-Request-Id if that was a plain word, else one that was made for it.",
@@ -446,6 +472,7 @@ _HEADERS: Final[Mapping[str, Any]] = {
         "description": "Seconds after which to try again makes sense; `Retry-After-Ms` has them in milliseconds.",
         "schema": {"type": "integer", "minimum": 1, "maximum": 120},
     },
+    "WWW-Authenticate": {"description": "How to send a key.", "schema": {"const": "Bearer"}},
     "X-Should-Retry": {
         "description": "Whether the official clients are to try again.",
         "schema": {"enum": ["true", "false"]},
@@ -461,7 +488,8 @@ def _operation(each: Endpoint, method: str, number: int) -> dict[str, Any]:
     made: dict[str, Any] = {"operationId": name, "summary": each.summary}
     if each.query is not None:
         made["parameters"] = list(_parameters(each.query))
-    ends = (*ANY, *each.errors)
+    ends = (*ANY, *(() if each.public else KEYED), *each.errors)
+    made["security"] = [] if each.public else [{}, {"bearer": []}, {"key": []}]
     if each.request is not None and method == "POST":
         ends += BODY
         content = {each.takes: {"schema": _reference(each.request)}}
@@ -514,6 +542,8 @@ def _failures(each: Endpoint, ends: Iterable[type[Exception]]) -> dict[str, Any]
             headers |= {
                 name: {"$ref": f"#/components/headers/{name}"} for name in ("Retry-After", "X-Should-Retry")
             }
+        if any(row.challenge for row in rows):
+            headers["WWW-Authenticate"] = {"$ref": "#/components/headers/WWW-Authenticate"}
         made[str(status)] = {
             "description": said,
             "headers": headers,

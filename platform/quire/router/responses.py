@@ -50,8 +50,11 @@ RESPONSES: Final = sa.Table(
     sa.Column("output", sa.LargeBinary, nullable=False),
     sa.Column("answer", sa.LargeBinary, nullable=False),
     sa.Column("request", sa.LargeBinary),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
+    sa.Column("owner_key", sa.Text, nullable=False, server_default=""),
 )
-"""`input` and `output` are items, `answer` is what clients read, `request` is there while there is work to do."""
+"""`input` and `output` are items, `answer` is what clients read, `request` is there while there is work to do.
+`owner` is the tenant who may see it, "" where there are none, and `owner_key` the name of his key."""
 ITEMS: Final = sa.Table(
     "response_items",
     METADATA,
@@ -69,6 +72,15 @@ class Waiting:
     id: str
     size: int
     """Bytes of its request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What there is to do for a response, and for whom."""
+
+    request: bytes
+    owner: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +104,21 @@ class Responses:
     def new_id(self) -> str:
         return self.store.new_id(PREFIX)
 
-    async def begin(self, response: ResponseObject, request: bytes, given: Sequence[Item]) -> None:
+    async def begin(
+        self, response: ResponseObject, request: bytes, given: Sequence[Item], owner: str, key: str
+    ) -> None:
         """Keep a response in the background that is to be worked on. `request` is its body, `given` its input."""
-        row = _row(response, given, ()) | {"request": request}
+        row = _row(response, given, (), owner, key) | {"request": request}
         await self.store.run(lambda db: db.execute(sa.insert(RESPONSES).values(row)))
 
-    async def keep(self, response: ResponseObject, given: Sequence[Item]) -> bytes:
+    async def keep(self, response: ResponseObject, given: Sequence[Item], owner: str, key: str) -> bytes:
         """Keep a response as it is now; what is kept of it, which is no other once it has ended."""
-        return await self.store.run(lambda db: _keep(db, response, given))
+        return await self.store.run(lambda db: _keep(db, response, given, owner, key))
 
-    async def start(self, response_id: str) -> bytes | None:
+    async def start(self, response_id: str) -> Started | None:
         """Somebody works on it now: its request, or None where it has ended. Raises `NotFound`."""
 
-        def write(db: sa.Connection) -> bytes | None:
+        def write(db: sa.Connection) -> Started | None:
             row = _one(db, response_id)
             if row.request is None:
                 return None
@@ -113,7 +127,7 @@ class Responses:
                 found.status = "in_progress"
                 changed = sa.update(RESPONSES).where(RESPONSES.c.id == response_id)
                 db.execute(changed.values(answer=_encode(found)))
-            return bytes(row.request)
+            return Started(bytes(row.request), row.owner, row.owner_key)
 
         return await self.store.run(write)
 
@@ -128,11 +142,11 @@ class Responses:
 
         await self.store.run(write)
 
-    async def cancel(self, response_id: str) -> bytes:
+    async def cancel(self, response_id: str, owner: str) -> bytes:
         """End a response in the background. Raises `NotFound`, and `Conflict` for any other."""
 
         def write(db: sa.Connection) -> bytes:
-            found = _decoded(_one(db, response_id).answer)
+            found = _decoded(_one(db, response_id, owner).answer)
             if not found.background:
                 raise Conflict("Only a response in the background can be cancelled.")
             if found.status in ("queued", "in_progress"):
@@ -142,43 +156,44 @@ class Responses:
 
         return await self.store.run(write)
 
-    async def get(self, response_id: str) -> bytes:
-        """The response as JSON. Raises `NotFound`."""
-        return await self.store.run(lambda db: bytes(_one(db, response_id).answer))
+    async def get(self, response_id: str, owner: str) -> bytes:
+        """The response as JSON. Raises `NotFound`, also for somebody else's."""
+        return await self.store.run(lambda db: bytes(_one(db, response_id, owner).answer))
 
-    async def delete(self, response_id: str) -> None:
+    async def delete(self, response_id: str, owner: str) -> None:
         """Keep it no more. Raises `NotFound`, and `Conflict` while it is worked on."""
 
         def write(db: sa.Connection) -> None:
-            if _one(db, response_id).request is not None:
+            if _one(db, response_id, owner).request is not None:
                 raise Conflict("The response is being worked on. Cancel it first.")
             _delete(db, [response_id])
 
         await self.store.run(write)
 
-    async def input_of(self, response_id: str) -> list[Item]:
+    async def input_of(self, response_id: str, owner: str) -> list[Item]:
         """The items of its request. Raises `NotFound`."""
-        return await self.store.run(lambda db: read_items(_one(db, response_id).input))
+        return await self.store.run(lambda db: read_items(_one(db, response_id, owner).input))
 
-    async def context(self, previous_id: str | None, given: Sequence[Item], most: int) -> Context:
-        """What a request is to be understood by. Raises `InvalidRequest`, also above `most` bytes."""
+    async def context(self, previous_id: str | None, given: Sequence[Item], most: int, owner: str) -> Context:
+        """What a request of the owner's is to be understood by. Raises `InvalidRequest`, also above `most`
+        bytes."""
         names = _names(given)
         if previous_id is None and not names:
             return Context([], list(given), 0)
 
         def read(db: sa.Connection) -> Context:
-            named, size = _named(db, names, most)
-            before, size, first = _conversation(db, previous_id, size, most)
+            named, size = _named(db, names, owner, most)
+            before, size, first = _conversation(db, previous_id, owner, size, most)
             return Context(before, _resolved(given, named), size, first)
 
         return await self.store.run(read)
 
-    async def resolved(self, given: Sequence[Item]) -> list[Item]:
-        """The items with those in place that they refer to. Raises `InvalidRequest`."""
+    async def resolved(self, given: Sequence[Item], owner: str) -> list[Item]:
+        """The items with those of the owner's in place that they refer to. Raises `InvalidRequest`."""
         names = _names(given)
         if not names:
             return list(given)
-        return await self.store.run(lambda db: _resolved(given, _named(db, names)[0]))
+        return await self.store.run(lambda db: _resolved(given, _named(db, names, owner)[0]))
 
     async def waiting(self) -> list[Waiting]:
         """Those that are to be worked on, the oldest first."""
@@ -200,7 +215,9 @@ class Responses:
         return await self.store.run(write)
 
 
-def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) -> dict[str, Any]:
+def _row(
+    response: ResponseObject, given: Sequence[Item], said: Sequence[Item], owner: str, key: str
+) -> dict[str, Any]:
     return {
         "id": response.id,
         "created_at": response.created_at,
@@ -209,10 +226,12 @@ def _row(response: ResponseObject, given: Sequence[Item], said: Sequence[Item]) 
         "output": write_items(said),
         "answer": _encode(response),
         "request": None,
+        "owner": owner,
+        "owner_key": key,
     }
 
 
-def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) -> bytes:
+def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item], owner: str, key: str) -> bytes:
     found = db.scalar(sa.select(RESPONSES.c.answer).where(RESPONSES.c.id == response.id))
     if found is not None:
         begun = _decoded(found)
@@ -220,7 +239,7 @@ def _keep(db: sa.Connection, response: ResponseObject, given: Sequence[Item]) ->
             return bytes(found)
         response.created_at = begun.created_at
     said = [_without_scores(item) for item in read_items(_encode(response.output))]
-    row = _row(response, given, said)
+    row = _row(response, given, said, owner, key)
     db.execute(insert(RESPONSES).values(row).on_conflict_do_update(index_elements=["id"], set_=row))
     made = [
         {"id": item.id, "response_id": response.id, "item": write_items([item])}
@@ -243,9 +262,9 @@ def _delete(db: sa.Connection, ids: Iterable[str]) -> None:
     db.execute(sa.delete(RESPONSES).where(RESPONSES.c.id.in_(gone)))
 
 
-def _one(db: sa.Connection, response_id: str) -> sa.Row[Any]:
+def _one(db: sa.Connection, response_id: str, owner: str | None = None) -> sa.Row[Any]:
     found = db.execute(sa.select(RESPONSES).where(RESPONSES.c.id == response_id)).first()
-    if found is None:
+    if found is None or owner not in (None, found.owner):
         raise NotFound("There is no such response, or it is not kept any more.")
     return found
 
@@ -273,13 +292,15 @@ _TURN: Final = sa.select(
 )
 
 
-def _conversation(db: sa.Connection, last: str | None, size: int, most: int) -> tuple[list[Item], int, str | None]:
-    """Everything that was said up to a response, its own answer included, its bytes added to `size`, and the first
-    response of it."""
+def _conversation(
+    db: sa.Connection, last: str | None, owner: str, size: int, most: int
+) -> tuple[list[Item], int, str | None]:
+    """All that was said up to a response of the owner's, its own answer included, its bytes added to `size`, and
+    the first response of it."""
     turns: list[list[Item]] = []
     at, first = last, last
     while at is not None:
-        row = db.execute(_TURN.where(RESPONSES.c.id == at)).first()
+        row = db.execute(_TURN.where(RESPONSES.c.id == at, RESPONSES.c.owner == owner)).first()
         if row is None:
             gone = "is gone" if turns else "does not exist, or is not kept any more"
             raise InvalidRequest(
@@ -307,12 +328,15 @@ def _names(given: Sequence[Item]) -> Counter[str]:
     return Counter(item.id for item in given if isinstance(item, ItemReference))
 
 
-def _named(db: sa.Connection, names: Counter[str], most: float = math.inf) -> tuple[dict[str, Item], int]:
-    """Items by their ids, and the bytes that they take together, each as often as it is named."""
+def _named(
+    db: sa.Connection, names: Counter[str], owner: str, most: float = math.inf
+) -> tuple[dict[str, Item], int]:
+    """The owner's items by their ids, and the bytes that they take together, each as often as it is named."""
     if not names:
         return {}, 0
-    length = sa.func.length(ITEMS.c.item)
-    sizes = {row[0]: row[1] for row in db.execute(sa.select(ITEMS.c.id, length).where(ITEMS.c.id.in_(names)))}
+    query = sa.select(ITEMS.c.id, sa.func.length(ITEMS.c.item))
+    mine = query.join(RESPONSES, RESPONSES.c.id == ITEMS.c.response_id).where(RESPONSES.c.owner == owner)
+    sizes = {row[0]: row[1] for row in db.execute(mine.where(ITEMS.c.id.in_(names)))}
     missing = next((each for each in names if each not in sizes), None)
     if missing is not None:
         raise InvalidRequest(f"There is no item '{shown(missing)}' that is kept.", param="input")

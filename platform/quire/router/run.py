@@ -114,6 +114,11 @@ class Run:
         return sum(choice.generated for choice in self._choices)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that it has come to: none before an engine was given any of it."""
+        return self.job.prompt_tokens if any(choice.attempts for choice in self._choices) else 0
+
+    @property
     def reasoning_tokens(self) -> int:
         """Tokens of thoughts among those completed."""
         return sum(choice.reasoning_tokens for choice in self._choices)
@@ -375,12 +380,14 @@ class Run:
         """
         served = self.job.model
         held_since: float | None = None
+        turn: asyncio.Future[None] | None = None
         try:
             while True:
+                turn = self._take_turn(choice, turn)
                 changed, settled = self._fleet.changed, served.settled.event
                 suspected = self._check_wanted(choice)
                 self._check_time()
-                permitted = choice.attempts == 0 or self._may_try_again(choice)
+                permitted = turn is None and (choice.attempts == 0 or self._may_try_again(choice))
                 client = self._choose(choice, suspected) if permitted else None
                 if client is not None and self._start(choice, client, suspected):
                     self._count_start(choice, held_since)
@@ -401,14 +408,30 @@ class Run:
                 for at in (self.job.ends_at, None if self._came else self.job.first_by):
                     if at is not None:
                         left = min(left, at - time.monotonic())
+                if turn is not None:
+                    await asyncio.wait([turn], timeout=min(left, RECHECK_SECONDS))
+                    continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, RECHECK_SECONDS)):
                         await (settled if for_others else changed).wait()
         finally:
+            if turn is not None:
+                served.turns.leave(self.job.caller.owner, turn, served.slots)
             if held_since is not None:
                 self._hold(-1)
                 until = choice.sent_at if choice.sequence is not None else time.monotonic()
                 self.job.span.phase(signals.SPAN_HOLD, held_since, until, self._which(choice))
+
+    def _take_turn(self, choice: Choice, turn: asyncio.Future[None] | None) -> asyncio.Future[None] | None:
+        """What the choice waits for before it may go to an engine; None when it need not, or now has its turn."""
+        if choice.turn or self.job.background or (turn is None and not self._fleet.access.is_shared):
+            return None
+        if turn is not None:
+            choice.turn = turn.done()
+            return None if choice.turn else turn
+        turns, owner = self.job.model.turns, self.job.caller.owner
+        choice.turn = turns.take(owner, self.job.model.slots)
+        return None if choice.turn else turns.queue(owner)
 
     def _check_wanted(self, choice: Choice) -> bool:
         """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
@@ -568,6 +591,9 @@ class Run:
     def _end(self, choice: Choice) -> None:
         """Nothing of the choice runs on; may be called twice."""
         self._settle(choice)
+        if choice.turn:
+            choice.turn = False
+            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots)
         sequence, choice.sequence = choice.sequence, None
         if sequence is None:
             return

@@ -5,9 +5,9 @@ first needed, and again after that failed, so that a disk which is full or read-
 endpoints that keep something. All of it is done on one thread, in whole transactions: the event loop never waits
 for the disk, and a transaction that has returned survives a power cut.
 
-Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`, `responses`), made of
-`METADATA`; an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie beside
-the database as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
+Each kind of thing that is kept has a module of its own with its tables (`files`, `batches`, `responses`, `usage`),
+made of `METADATA`; an entry of `UPGRADES` brings a file of an earlier version up to date. Bytes that are large lie
+beside the database as files: `Incoming` makes one that is there whole, and on the disk, or not at all.
 
 Times are unix seconds of a clock that nobody can set (`quire_operators.clock`); its base is kept in the file.
 """
@@ -23,7 +23,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -40,9 +40,23 @@ log = logging.getLogger("quire.router")
 
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
-UPGRADES: Final[Mapping[int, tuple[str, ...]]] = {}
-"""By version, the statements that make the next one of it."""
+SCHEMA_VERSION: Final = 2
+
+
+def _add_owners(db: sa.Connection) -> None:
+    """What was kept before there were tenants is nobody's, as is what is kept where there are none."""
+    there = sa.inspect(db).get_table_names()
+    for table, columns in (
+        ("files", ("owner",)),
+        ("batches", ("owner", "owner_key")),
+        ("responses", ("owner", "owner_key")),
+    ):
+        for column in columns if table in there else ():
+            db.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+
+
+UPGRADES: Final[Mapping[int, Callable[[sa.Connection], None]]] = {1: _add_owners}
+"""By version, what makes the next one of it. A file may lack tables that came without a new version."""
 RESERVE_BYTES: Final = 64 * 1024 * 1024
 """Of the file system, which what is kept here leaves to others, the control plane among them."""
 METADATA: Final = sa.MetaData()
@@ -63,11 +77,16 @@ class Store:
         self._opened: tuple[File, sa.Engine] | None = None
         self._complaint = ""
         self._has_room = True
+        self._stamp = 0
+        """Milliseconds, of the newest id."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self.before_close: list[Callable[[], Awaitable[None]]] = []
+        """Each writes what its owner still has to write."""
 
     def new_id(self, prefix: str) -> str:
         """An id that nothing else has. Those of one prefix are in the order of their age."""
-        return f"{prefix}{int(self.clock() * 1000):012x}{secrets.token_hex(10)}"
+        self._stamp = max(int(self.clock() * 1000), self._stamp + 1)  # several are made in a millisecond
+        return f"{prefix}{self._stamp:012x}{secrets.token_hex(10)}"
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """What `work` gives, in one transaction on the store's thread; what it raises rolls all of it back.
@@ -91,6 +110,8 @@ class Store:
 
     async def close(self) -> None:
         """Write no more. What was begun is ended before."""
+        for last in self.before_close:
+            await last()
         await asyncio.to_thread(self._thread.shutdown)
         if self._opened is not None:
             self._opened[1].dispose()
@@ -138,8 +159,7 @@ class Store:
                 "use the version that wrote it, or move the file away",
             )
         for version in range(found, SCHEMA_VERSION):
-            for statement in UPGRADES[version]:
-                db.exec_driver_sql(statement)
+            UPGRADES[version](db)
         _keep_setting(db, "schemaVersion", str(SCHEMA_VERSION))
 
     @staticmethod

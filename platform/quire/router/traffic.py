@@ -246,6 +246,13 @@ class Traffic:
         found = {name for name in self._routes if self.route_for(Asked(name, headers)) is not None}
         return sorted({*self._own, *found})
 
+    def behind_name(self, name: str) -> list[str]:
+        """The models that requests for a name go to, which have none of the headers that routes ask for."""
+        route = self.route_for(Asked(name))
+        if route is not None:
+            return self.behind(route)
+        return [self._own[name]] if name in self._own else []
+
     def behind(self, route: wire.TrafficRoute) -> list[str]:
         """The models that its requests go to first; those that step in, if there is none."""
         models = [backend.model for backend in route.backends if backend.weight and backend.model in self._there]

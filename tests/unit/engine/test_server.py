@@ -59,7 +59,7 @@ async def test_hello_is_answered_with_the_bounds_and_the_state(folder: Path) -> 
         client = await Client.connect(spec.socket)
         client.send(Hello("router"))
         assert await client.next(Welcome) == Welcome(
-            "tiny-0", 3, PROTOCOL, 2048, (2041, 2039), 512, 16, 128, 8, ADOPTION_WINDOW
+            "tiny-0", 3, PROTOCOL, 2048, (2041, 2039), 512, 16, 128, 8, ADOPTION_WINDOW, goes_on=True
         )
         stats = await client.next(Stats)
         assert (stats.blocks_total, stats.blocks_used, stats.hot_hash) == (128, 0, "h0")

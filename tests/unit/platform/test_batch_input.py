@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from quire.router import batch_input, lines
+from quire.router.access import EVERYBODY, Visit
 from quire.router.batch_input import Reading
 from quire.router.batches import Plan
 from quire.router.inside import InsideClient
@@ -145,7 +146,7 @@ def test_which_answers_are_the_lines(status: int, should_retry: bytes | None, ex
     work = lines.Work(batch=None)  # type: ignore[arg-type]
     made: list[str] = []
     for _ in expected:
-        client = InsideClient(ENDPOINT, b"", work.gone)
+        client = InsideClient(ENDPOINT, b"", work.gone, Visit(EVERYBODY))
         client.status = status
         client.headers = {} if should_retry is None else {b"x-should-retry": should_retry}
         again = lines.again(work, 7, client)

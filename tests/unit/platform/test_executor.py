@@ -17,6 +17,7 @@ from quire.errors import StorageUnavailable
 from quire.metering import Metering
 from quire.router import background as beside
 from quire.router import executor as executing
+from quire.router.access import Access
 from quire.router.app import build
 from quire.router.background import Background
 from quire.router.batches import Batch, Batches
@@ -41,7 +42,7 @@ async def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     await fleet.apply(wire.RoutingTable(version=1, models=()))
     config = RouterConfig(control_socket="", snapshot_file=str(tmp_path / "table.json"))
     tracing = Tracing.set_up(signals.SERVICE_ROUTER)
-    _, executor = build(fleet, config, tracing, Metering())
+    _, executor, _ = build(fleet, config, tracing, Metering())
     yield executor
     await executor.close()
     await fleet.close()
@@ -55,14 +56,14 @@ async def batch_of(files: Files, batches: Batches, lines: int) -> Batch:
     async with files.incoming() as (file_id, file):
         file.write(content)
         file.keep()
-        await files.add(file_id, "batch", "in.jsonl", len(content), None)
+        await files.add(file_id, "batch", "in.jsonl", len(content), None, "")
     asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
-    return await batches.create(CreateBatch.model_validate(asked))
+    return await batches.create(CreateBatch.model_validate(asked), "", "")
 
 
 async def ended(batches: Batches, batch: Batch) -> Batch:
     async with asyncio.timeout(15):
-        while (now := await batches.get(batch.id)).status != "completed":
+        while (now := await batches.get(batch.id, "")).status != "completed":
             await asyncio.sleep(0.02)
     return now
 
@@ -100,7 +101,7 @@ async def to_be_answered(responses: Responses, size: int = 0) -> tuple[str, int]
     """A response in the background that is kept: its id, and the bytes of its request."""
     body = json.dumps({"model": "nobody", "input": "x" * max(size, 1), "background": True}).encode()
     begun = ResponseObject.begun(responses.new_id(), int(time.time()), read_response(body, False))
-    await responses.begin(begun, body, ())
+    await responses.begin(begun, body, (), "", "")
     return begun.id, len(body)
 
 
@@ -117,7 +118,7 @@ async def test_a_response_in_the_background_is_tried_until_it_has_ended(
     begun, size = await to_be_answered(responses)
     background.begin(begun, size)
     async with asyncio.timeout(15):
-        while (now := json.loads(await responses.get(begun)))["status"] != "failed":
+        while (now := json.loads(await responses.get(begun, "")))["status"] != "failed":
             await asyncio.sleep(0.01)
     assert now["error"]["code"] == "model_not_found"
     assert await responses.waiting() == []
@@ -155,7 +156,7 @@ async def test_requests_in_the_background_are_in_memory_only_while_they_are_trie
 ) -> None:
     responses = next(each for each in executor._beside if isinstance(each, Background))._responses
     endpoint = Endpoint()
-    background = Background(responses, endpoint)
+    background = Background(responses, endpoint, Access())
     begun = [await to_be_answered(responses, size) for size in (4_000, 4_000, 30_000, 4_000, 4_000, 4_000)]
     assert [(each.id, each.size) for each in await responses.waiting()] == begun
     monkeypatch.setattr(beside, "MAX_TRIED_BYTES", 10_000)
@@ -169,7 +170,7 @@ async def test_requests_in_the_background_are_in_memory_only_while_they_are_trie
     await until([0, 1])
     await asyncio.sleep(0.05)
     assert len(endpoint.tried) == 2, "the others have no room, and nobody overtakes the large one"
-    await asyncio.wait_for(background.cancel(begun[3][0]), 5)
+    await asyncio.wait_for(background.cancel(begun[3][0], ""), 5)
     async with asyncio.timeout(5):
         while begun[3][0] in background._works:
             await asyncio.sleep(0.005)
@@ -186,7 +187,7 @@ async def test_what_waits_in_the_background_ends_with_the_router_and_is_left_to_
 ) -> None:
     responses = next(each for each in executor._beside if isinstance(each, Background))._responses
     endpoint = Endpoint()
-    background = Background(responses, endpoint)
+    background = Background(responses, endpoint, Access())
     monkeypatch.setattr(beside, "MAX_TRIED_BYTES", 1_000)
     begun = [await to_be_answered(responses, 900) for _ in range(50)]
     await background.resume()

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from quire.errors import InternalError, InvalidRequest, describe
+from quire.router.access import EVERYBODY
 from quire.router.api.responses import ResponsesStream
 from quire.router.job import Shown, Update
 from quire.router.responses import Responses
@@ -49,7 +50,7 @@ async def kept(
     words = OutputText(text=text, logprobs=logprobs or [])
     item = OutputMessage(id=f"msg_{response.id}", status="completed", content=[words])
     response.output, response.status, response.previous_response_id = [item], "completed", previous
-    await responses.keep(response, [MessageItem(role="user", content=text)])
+    await responses.keep(response, [MessageItem(role="user", content=text)], "", "")
     return response.id, item.id
 
 
@@ -65,20 +66,20 @@ async def test_items_that_are_named_are_counted_each_time(responses: Responses) 
     _, long = await kept(responses, "x" * 20_000)
     _, short = await kept(responses, "y" * 100)
     own: list[Item] = [ItemReference(type="item_reference", id=name) for name in (long, short, long, long)]
-    context = await responses.context(None, own, PLENTY)
+    context = await responses.context(None, own, PLENTY, "")
     assert [len(_said(item)) for item in context.own] == [20_000, 100, 20_000, 20_000]
     assert 60_100 < context.size < 62_000
     with pytest.raises(InvalidRequest, match="more than 60000 bytes") as refused:
-        await responses.context(None, own, 60_000)
+        await responses.context(None, own, 60_000, "")
     assert refused.value.param == "input"
-    assert (await responses.context(None, own[:2], 60_000)).size > 20_000
+    assert (await responses.context(None, own[:2], 60_000, "")).size > 20_000
 
 
 async def test_a_conversation_is_read_up_to_a_bound_of_bytes(responses: Responses) -> None:
     last: str | None = None
     for _ in range(30):
         last, _ = await kept(responses, "z" * 10_000, last)
-    whole = await responses.context(last, [], PLENTY)
+    whole = await responses.context(last, [], PLENTY, "")
     assert len(whole.before) == 60
     assert 600_000 < whole.size < 700_000
     assert responses.store._opened is not None
@@ -87,7 +88,7 @@ async def test_a_conversation_is_read_up_to_a_bound_of_bytes(responses: Response
         responses.store._opened[1], "before_cursor_execute", lambda *told: statements.append(str(told[2]))
     )
     with pytest.raises(InvalidRequest, match="more than 100000 bytes") as refused:
-        await responses.context(last, [], 100_000)
+        await responses.context(last, [], 100_000, "")
     assert refused.value.param == "previous_response_id"
     assert len(statements) < 8, "no more is read than was needed to know"
     assert not [each for each in statements if "answer" in each]
@@ -97,8 +98,8 @@ async def test_what_shaped_an_answer_is_no_part_of_the_conversation(responses: R
     """Log-probabilities are in the answer that is kept, and of no use to whoever goes on from it."""
     scores = [{"token": "x", "bytes": [120], "logprob": -0.5, "top_logprobs": []}] * 1000
     name, item = await kept(responses, "x" * 1000, logprobs=scores)
-    assert len(await responses.get(name)) > 50_000
-    context = await responses.context(name, [ItemReference(type="item_reference", id=item)], PLENTY)
+    assert len(await responses.get(name, "")) > 50_000
+    context = await responses.context(name, [ItemReference(type="item_reference", id=item)], PLENTY, "")
     assert context.size < 5_000
     assert b"logprob" not in write_items([*context.before, *context.own])
 
@@ -106,9 +107,9 @@ async def test_what_shaped_an_answer_is_no_part_of_the_conversation(responses: R
 async def test_names_that_nobody_has_are_told_as_a_terminal_may_show_them(responses: Responses) -> None:
     odd = "resp_\x1b[31m\n" + "x" * 500
     with pytest.raises(InvalidRequest) as response:
-        await responses.context(odd, [], PLENTY)
+        await responses.context(odd, [], PLENTY, "")
     with pytest.raises(InvalidRequest) as item:
-        await responses.context(None, [ItemReference(type="item_reference", id=odd)], PLENTY)
+        await responses.context(None, [ItemReference(type="item_reference", id=odd)], PLENTY, "")
     for told in (response.value.message, item.value.message):
         assert told.isprintable()
         assert len(told) < 250
@@ -146,3 +147,4 @@ class OfAStream:
     id = "resp_1"
     created = 1_700_000_000
     shown = Shown()
+    caller = EVERYBODY

@@ -583,15 +583,55 @@ def test_kinds_of_later_versions_are_refused_and_still_checked() -> None:
     assert "not honoured by this version" in found[0].message
 
 
-def test_the_gateway_stays_on_loopback() -> None:
+def test_an_address_that_others_reach_is_to_be_encrypted() -> None:
     head = "apiVersion: quire.dev/v1alpha1\nkind: Gateway\nmetadata: {name: default}\n"
     assert load([("g", head + "spec: {bind: '::1', port: 0}")]).problems == []
     assert load([("g", head)]).problems == []
     for address in ("0.0.0.0", "192.168.0.1", "::", "example.org"):
         [problem] = problems(head + f"spec: {{bind: '{address}'}}")
         assert problem.path == "spec.bind"
+    tls = "tls: {certFile: /c.pem, keyFile: /k.pem}"
+    for more in ("insecurePlaintext: true", tls):
+        assert load([("g", head + f"spec: {{bind: 0.0.0.0, {more}}}")]).problems == []
+    [problem] = problems(head + f"spec: {{bind: example.org, {tls}}}")
+    assert problem.path == "spec.bind"
+    [problem] = problems(head + "spec: {hosts: [llm.example.org, 'x:80']}")
+    assert problem.path == "spec.hosts[1]"
     [problem] = problems(head.replace("default", "mine"))
     assert problem.path == "metadata.name"
+
+
+ZERO = "'sha256:" + "0" * 64 + "'"
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ("{keys: [{name: a}]}", "spec.keys[0]"),
+        (f"{{keys: [{{name: a, hash: {ZERO}, valueFrom: {{env: A}}}}]}}", "spec.keys[0]"),
+        ("{keys: [{name: a, hash: 'sha256:00'}]}", "spec.keys[0].hash"),
+        ("{keys: [{name: a, hash: qk_abc}]}", "spec.keys[0].hash"),
+        ("{keys: [{name: a, valueFrom: {}}]}", "spec.keys[0].valueFrom"),
+        ("{keys: [{name: a, valueFrom: {env: A, file: /a}}]}", "spec.keys[0].valueFrom"),
+        ("{keys: [{name: a, valueFrom: {file: a}}]}", "spec.keys[0].valueFrom.file"),
+        ("{keys: [{name: a, valueFrom: {env: A}}, {name: a, valueFrom: {env: B}}]}", "spec.keys[1]"),
+        (f"{{keys: [{{name: a, hash: {ZERO}}}, {{name: b, hash: {ZERO}}}]}}", "spec.keys[1]"),
+        ("{keys: [], allow: {operations: [rerank]}}", "spec.allow.operations[0]"),
+        ("{keys: [], limits: [{}]}", "spec.limits[0]"),
+        ("{keys: [], limits: [{requests: 1}]}", "spec.limits[0]"),
+        ("{keys: [], limits: [{requests: 1, tokens: 1, per: 1m}]}", "spec.limits[0]"),
+        ("{keys: [], limits: [{concurrency: 1, per: 1m}]}", "spec.limits[0].per"),
+        ("{keys: [], limits: [{tokens: 1, per: 1ms}]}", "spec.limits[0].per"),
+        ("{keys: [], limits: [{tokens: 0, per: 1m}]}", "spec.limits[0].tokens"),
+        ("{keys: [], expiresAt: '2027-13-01T00:00:00Z'}", "spec.expiresAt"),
+        ("{keys: [], expiresAt: tomorrow}", "spec.expiresAt"),
+    ],
+)
+def test_what_an_access_policy_must_not_say(spec: str, path: str) -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: p}\nspec: "
+    [problem] = problems(head + spec)
+    assert problem.path == path
+    assert problem.hint
 
 
 def test_an_adoption_window_is_a_second_at_least() -> None:

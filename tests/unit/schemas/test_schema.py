@@ -47,7 +47,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         "mirror": {"model": "b", "percent": 0},
     },
     "AccessPolicy": {
-        "keys": [{"name": "ci", "valueFrom": {"file": "/run/secrets/ci"}}, {"name": "prod", "hash": "sha256:00"}],
+        "keys": [
+            {"name": "ci", "valueFrom": {"file": "/run/secrets/ci"}},
+            {"name": "prod", "hash": "sha256:" + "0" * 64},
+        ],
         "allow": {"models": ["a"], "operations": ["chat", "completions"]},
         "limits": [{"scope": "key", "requests": 600, "per": "1m"}, {"scope": "policy", "concurrency": 64}],
         "priority": 10,

@@ -11,9 +11,10 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
+from quire.router.access import OF_LINES, visit_of
 from quire.router.api.exchange import ClientGone, read_body, send_json
 from quire.router.api.query import cursor, whole
-from quire.router.api.reply import Reply, named
+from quire.router.api.reply import Reply, named, owner_of
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
 from quire.router.fleet import Fleet
@@ -50,10 +51,12 @@ class Create:
             raise InvalidRequest(error.message, param=error.param) from None
         except ClientGone:
             return
+        caller = visit_of(scope).known
         if asked.endpoint not in self._executor.formats:
             paths = ", ".join(sorted(self._executor.formats))
             raise InvalidRequest(f"'endpoint' must be one of: {paths}.", param="endpoint")
-        made = await self._batches.create(asked)
+        caller.check_operation(OF_LINES[asked.endpoint])
+        made = await self._batches.create(asked, caller.owner, caller.key)
         self._executor.wake()
         await send_json(send, shown(made))
 
@@ -85,10 +88,10 @@ def batch_object(batch: Batch) -> BatchObject:
     )
 
 
-async def listed(batches: Batches, query: Mapping[str, str]) -> bytes:
+async def listed(batches: Batches, owner: str, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/batches`. Raises `InvalidRequest`."""
     found, more = await batches.page(
-        whole(query, "limit", BATCHES_LISTED, MAX_BATCHES_LISTED), cursor(query, PREFIX)
+        owner, whole(query, "limit", BATCHES_LISTED, MAX_BATCHES_LISTED), cursor(query, PREFIX)
     )
     answer = BatchList(
         data=[batch_object(each) for each in found],
@@ -99,12 +102,12 @@ async def listed(batches: Batches, query: Mapping[str, str]) -> bytes:
     return answer.model_dump_json().encode()
 
 
-async def one(batches: Batches, batch_id: str) -> bytes:
-    return shown(await batches.get(batch_id))
+async def one(batches: Batches, owner: str, batch_id: str) -> bytes:
+    return shown(await batches.get(batch_id, owner))
 
 
-async def cancelled(batches: Batches, executor: Executor, batch_id: str) -> bytes:
-    batch = await batches.cancel(batch_id)
+async def cancelled(batches: Batches, executor: Executor, owner: str, batch_id: str) -> bytes:
+    batch = await batches.cancel(batch_id, owner)
     executor.wake()
     return shown(batch)
 
@@ -112,20 +115,20 @@ async def cancelled(batches: Batches, executor: Executor, batch_id: str) -> byte
 def routes(batches: Batches, executor: Executor, fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/batches` answers."""
 
-    @post("/v1/batches")
+    @post("/v1/batches", operation="batches")
     async def create_batch() -> ASGIApp:
         return Create(batches, executor, fleet.table.http)
 
-    @get("/v1/batches")
+    @get("/v1/batches", operation="batches")
     async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await listed(batches, dict(request.query_params)))
+        return Reply(200, await listed(batches, owner_of(request), dict(request.query_params)))
 
-    @get("/v1/batches/{batch_id:str}")
+    @get("/v1/batches/{batch_id:str}", operation="batches")
     async def get_batch(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await one(batches, named(request, "batch_id")))
+        return Reply(200, await one(batches, owner_of(request), named(request, "batch_id")))
 
-    @post("/v1/batches/{batch_id:str}/cancel")
+    @post("/v1/batches/{batch_id:str}/cancel", operation="batches")
     async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await cancelled(batches, executor, named(request, "batch_id")))
+        return Reply(200, await cancelled(batches, executor, owner_of(request), named(request, "batch_id")))
 
     return [create_batch, list_batches, get_batch, cancel_batch]

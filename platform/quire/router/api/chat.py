@@ -13,6 +13,7 @@ from typing import cast
 import msgspec
 
 from quire.errors import Api
+from quire.router.access import Caller
 from quire.router.api.events import COMMENT, Envelope, closed, ending
 from quire.router.api.exchange import NO_NAMES
 from quire.router.api.logprobs import Writer
@@ -54,7 +55,13 @@ class ChatFormat:
         return request.n or 1
 
     async def job(
-        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self,
+        request: ChatRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 

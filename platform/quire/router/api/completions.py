@@ -15,6 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from quire.errors import Api
+from quire.router.access import Caller
 from quire.router.api import logprobs
 from quire.router.api.events import COMMENT, Envelope, closed, ending
 from quire.router.api.exchange import NO_NAMES
@@ -60,6 +61,7 @@ class CompletionFormat:
         size: int,
         arrived_at: float,
         span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.completion(request, served, size, arrived_at, span)
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 import msgspec
 
 from quire.errors import Api, InternalError, InvalidRequest
+from quire.router.access import Caller
 from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -53,6 +54,7 @@ class EmbeddingFormat:
         size: int,
         arrived_at: float,
         span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.embedding(request, served, size, arrived_at, span)
 

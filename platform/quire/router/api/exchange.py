@@ -5,6 +5,7 @@ and in pieces. `Exchange` does all the rest, the same for every family; what it 
 engine is `Reception`:
 
 - the body is read under a limit of size and time;
+- the request counts towards the limits of whoever sent it (`limits`), until its end;
 - the client is watched while the work goes on, for whole answers as for streams: when it leaves, the work is
   cancelled, and with it every sequence at the engines;
 - a stream says nothing until the first piece is there, so that everything that goes wrong before is an ordinary
@@ -45,14 +46,17 @@ from quire.errors import (
     failure_of,
     renamed,
 )
+from quire.router.access import EVERYBODY, Caller, visit_of
 from quire.router.account import Account
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
+from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF, ROUTED, STEPPED_IN
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked, Way
+from quire.router.usage import Amount, Who
 from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -100,7 +104,7 @@ class Format(Protocol[R]):
         """How many sequences it will run."""
 
     def job(
-        self, request: R, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self, request: R, served: ServedModel, size: int, arrived_at: float, span: RequestSpan, caller: Caller
     ) -> Awaitable[Job]:
         """The request as a job."""
 
@@ -158,6 +162,8 @@ class Reception:
         self._refused = True
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
+        self._caller = EVERYBODY
+        self._ticket = Ticket()
         self._headers: Sequence[tuple[bytes, bytes]] = ()
         self._received_at = 0.0
         """When the whole body was there."""
@@ -167,16 +173,20 @@ class Reception:
         arrived_at = time.monotonic()
         account = self._account = Account.of(scope)
         account.operation, account.background = self._operation, self._background
+        visit = visit_of(scope)
+        visit.limited = True
         self._headers = list(scope["headers"])
         headers = dict(self._headers)
         span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
         account.trace_id = span.trace_id
         finish, failure, status = "error", "internal_error", 500
         try:
+            self._caller = visit.known
             body = await read_body(headers, receive, self._settings)
             self._received_at = time.monotonic()
-            finish, failure = await _while_connected(receive, self._answer(body, arrived_at, span, send)), ""
-            status = 200
+            with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
+                finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
+            failure, status = "", 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
             account.gone = True
@@ -212,6 +222,11 @@ class Reception:
         """Do the work and send the answer; gives the word by which the request is counted."""
         raise NotImplementedError
 
+    def _resolve(self, name: str, body: bytes) -> ServedModel:
+        """The model that the request of that body would go to by this name. Raises `PermissionDenied`,
+        `ModelNotFound` and `ModelStopped`."""
+        return self._gateway.fleet.resolve(Asked(name, self._headers, body), self._caller)
+
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
         self._model = self._account.model = served.route.model
@@ -241,6 +256,8 @@ class Exchange(Reception, Generic[R]):
     ) -> None:
         super().__init__(gateway, spans, form.operation, form.api, names=form.names, background=background)
         self._format = form
+        self._runs: list[Run] = []
+        """One for each model that was tried."""
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
@@ -250,31 +267,34 @@ class Exchange(Reception, Generic[R]):
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Have a request answered that is understood, by the model that it goes to, or by one that steps in."""
         fleet = self._gateway.fleet
-        way = fleet.way(Asked(request.model, self._headers, body))
+        way = fleet.way(Asked(request.model, self._headers, body), self._caller)
         if way.mirror is not None and not self._background:
-            self._gateway.mirrors.begin(
-                way.terms.route,
-                way.mirror,
-                self._format.sequences(request),
-                lambda served, at, unseen: self._format.job(request, served, len(body), at, unseen),
-            )
+
+            async def copy(served: ServedModel, at: float, unseen: RequestSpan) -> Job:
+                return self._own(await self._format.job(request, served, len(body), at, unseen, self._caller))
+
+            self._gateway.mirrors.begin(way.terms.route, way.mirror, self._format.sequences(request), copy)
         model, tried = way.model, list[str]()
         first: ApiError | TextError | None = None
-        while True:
-            begun_at = time.monotonic() if tried else arrived_at
-            try:
-                served = fleet.at(way, model)
-                fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
-                return await self._serve_by(served, way, request, len(body), (arrived_at, begun_at), span, send)
-            except (ApiError, TextError) as error:
-                first = first or error
-                tried.append(model or "")
-                failure = failure_of(error) if self._stream is None else None
-                model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
-                if model is None or failure is None:
-                    raise first from None
-                fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
-                span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
+        try:
+            while True:
+                begun_at = time.monotonic() if tried else arrived_at
+                try:
+                    served = fleet.at(way, model)
+                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                    times = (arrived_at, begun_at)
+                    return await self._serve_by(served, way, request, len(body), times, span, send)
+                except (ApiError, TextError) as error:
+                    first = first or error
+                    tried.append(model or "")
+                    failure = failure_of(error) if self._stream is None else None
+                    model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
+                    if model is None or failure is None:
+                        raise first from None
+                    fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
+                    span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
+        finally:
+            self._note()
 
     async def _serve_by(
         self,
@@ -291,10 +311,13 @@ class Exchange(Reception, Generic[R]):
         self._serves(served, request.model, span)
         span.set({signals.QUIRE_ROUTE: way.terms.route or None})
         terms = way.terms.patient() if self._background else way.terms
-        with self._gateway.admit(served, self._format.sequences(request), background=self._background):
-            job = await self._format.job(request, served, size, arrived_at, span)
-            job = dataclasses.replace(job, background=self._background, terms=terms, begun_at=begun_at)
+        sequences, owner = self._format.sequences(request), self._caller.owner
+        with self._gateway.admit(served, sequences, owner, background=self._background):
+            made = await self._format.job(request, served, size, arrived_at, span, self._caller)
+            job = dataclasses.replace(self._own(made), terms=terms, begun_at=begun_at)
+            self._ticket.reserve(job.most_tokens)
             run = Run(self._gateway.fleet, job, self._received_at)
+            self._runs.append(run)
             span.set(_request_attributes(run.job))
             metrics = self._gateway.fleet.metrics.model(served.route.model)
             metrics.in_flight.inc()
@@ -306,6 +329,7 @@ class Exchange(Reception, Generic[R]):
                     reasons = await self._send_whole(request, run, send)
             finally:
                 metrics.in_flight.dec()
+                self._ticket.used += run.prompt_tokens + run.completion_tokens
                 span.set(_answer_attributes(run))
                 self._tell(run)
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
@@ -319,6 +343,33 @@ class Exchange(Reception, Generic[R]):
         account.completion_tokens, account.queue = run.completion_tokens, run.queue_time
         if first is not None:
             account.first_token, account.writing = first - job.arrived_at, time.monotonic() - first
+
+    def _note(self) -> None:
+        """Have what its runs came to in the ledger: one request, of the model that had it last."""
+        for run in self._runs:
+            requests = int(run is self._runs[-1])
+            used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
+            who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
+            self._gateway.usage.add(who, used)
+
+    def _own(self, job: Job) -> Job:
+        """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.
+
+        Raises `InvalidRequest` for one that would go before others of his policy's rank.
+        """
+        if self._caller.tenant is not None and job.priority < 0:
+            raise InvalidRequest(
+                "'priority' is below 0: a request may go behind others of its policy's rank, not before them.",
+                param="priority",
+            )
+        ranked = job.model.route.policy == "priority"
+        return dataclasses.replace(
+            job,
+            caller=self._caller,
+            background=self._background,
+            priority=self._caller.rank(job.priority) if ranked else job.priority,
+            cache_salt=self._caller.salted(job.cache_salt),
+        )
 
     async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []

@@ -18,9 +18,10 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from quire.router.access import visit_of
 from quire.router.api.exchange import ClientGone, send_json
 from quire.router.api.query import cursor, descends, whole
-from quire.router.api.reply import Reply, named
+from quire.router.api.reply import Reply, named, owner_of
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.fleet import Fleet
 from quire.router.store import Incoming, refusal
@@ -125,7 +126,7 @@ class Upload:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        headers, owner = dict(scope["headers"]), visit_of(scope).known.owner
         stated = int(headers.get(b"content-length", b"0"))
         if stated > BEARABLE:
             raise _too_large()
@@ -137,7 +138,7 @@ class Upload:
                 await asyncio.to_thread(form.end)
                 expires_after = _checked(form.fields)
                 await asyncio.to_thread(incoming.keep)
-                kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after)
+                kept = await self._files.add(file_id, "batch", form.filename, incoming.size, expires_after, owner)
         except TimeoutError:
             raise BodyTimeout(f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
         except ClientGone:
@@ -180,7 +181,7 @@ class Content:
         self._id = file_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kept = await self._files.get(self._id)
+        kept = await self._files.get(self._id, visit_of(scope).known.owner)
         try:
             file = await asyncio.to_thread(self._files.path(kept.id).open, "rb")
         except OSError as error:
@@ -234,12 +235,12 @@ def file_object(file: StoredFile) -> FileObject:
     )
 
 
-async def listed(files: Files, query: Mapping[str, str]) -> bytes:
+async def listed(files: Files, owner: str, query: Mapping[str, str]) -> bytes:
     """Answer to `GET /v1/files`. Raises `InvalidRequest`."""
     limit = whole(query, "limit", MAX_FILES_LISTED, MAX_FILES_LISTED)
     newest_first = descends(query)
     after = cursor(query, PREFIX)
-    found, more = await files.page(limit, after, newest_first=newest_first, purpose=query.get("purpose"))
+    found, more = await files.page(owner, limit, after, newest_first=newest_first, purpose=query.get("purpose"))
 
     def written() -> bytes:
         return _encode(
@@ -254,35 +255,35 @@ async def listed(files: Files, query: Mapping[str, str]) -> bytes:
     return await asyncio.to_thread(written)
 
 
-async def one(files: Files, file_id: str) -> bytes:
-    return _encode(file_object(await files.get(file_id)))
+async def one(files: Files, owner: str, file_id: str) -> bytes:
+    return _encode(file_object(await files.get(file_id, owner)))
 
 
-async def deleted(files: Files, file_id: str) -> bytes:
-    await files.delete(file_id)
+async def deleted(files: Files, owner: str, file_id: str) -> bytes:
+    await files.delete(file_id, owner)
     return _encode(FileDeleted(id=file_id))
 
 
 def routes(files: Files, fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/files` answers."""
 
-    @post("/v1/files")
+    @post("/v1/files", operation="batches")
     async def upload() -> ASGIApp:
         return Upload(files, fleet.table.http)
 
-    @get("/v1/files")
+    @get("/v1/files", operation="batches")
     async def list_files(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await listed(files, dict(request.query_params)))
+        return Reply(200, await listed(files, owner_of(request), dict(request.query_params)))
 
-    @get("/v1/files/{file_id:str}")
+    @get("/v1/files/{file_id:str}", operation="batches")
     async def get_file(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await one(files, named(request, "file_id")))
+        return Reply(200, await one(files, owner_of(request), named(request, "file_id")))
 
-    @delete("/v1/files/{file_id:str}", status_code=200)
+    @delete("/v1/files/{file_id:str}", status_code=200, operation="batches")
     async def delete_file(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await deleted(files, named(request, "file_id")))
+        return Reply(200, await deleted(files, owner_of(request), named(request, "file_id")))
 
-    @get("/v1/files/{file_id:str}/content")
+    @get("/v1/files/{file_id:str}/content", operation="batches")
     async def get_content(request: Request[Any, Any, Any]) -> ASGIApp:
         return Content(files, named(request, "file_id"))
 

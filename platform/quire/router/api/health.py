@@ -20,6 +20,7 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
+from quire.router.access import ANY, PUBLIC
 from quire.router.api.reply import Reply
 from quire.router.fleet import Fleet
 from quire.router.proof import Prover
@@ -63,15 +64,15 @@ def readiness(fleet: Fleet) -> tuple[int, bytes]:
 def routes(fleet: Fleet, prover: Prover) -> list[HTTPRouteHandler]:
     """What the three paths answer."""
 
-    @route("/health", http_method=_PROBE)
+    @route("/health", http_method=_PROBE, operation=ANY)
     async def get_health() -> ASGIApp:
         return Reply(*await health(fleet, prover))
 
-    @route("/livez", http_method=_PROBE)
+    @route("/livez", http_method=_PROBE, operation=PUBLIC)
     async def get_livez() -> ASGIApp:
         return Reply(*liveness())
 
-    @route("/readyz", http_method=_PROBE)
+    @route("/readyz", http_method=_PROBE, operation=PUBLIC)
     async def get_readyz() -> ASGIApp:
         return Reply(*readiness(fleet))
 

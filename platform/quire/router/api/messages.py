@@ -19,13 +19,13 @@ from pydantic_core import from_json
 
 from quire.errors import Api, HttpError
 from quire.router import conversation
+from quire.router.access import Caller
 from quire.router.api.exchange import Reception, send_json
 from quire.router.api.said import Said
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan, RequestSpans
-from quire.router.traffic import Asked
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.anthropic import (
     AnswerTextBlock,
@@ -82,7 +82,13 @@ class MessagesFormat:
         return 1
 
     async def job(
-        self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self,
+        request: ChatRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
@@ -174,7 +180,7 @@ class TokenCounting(Reception):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: read_count(body, self._settings.ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(Asked(request.model, self._headers, body))
+        served = self._resolve(request.model, body)
         self._serves(served, request.model, span)
 
         def counted() -> bytes:

@@ -17,6 +17,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from quire.errors import Api, InvalidRequest, ModelStopped
+from quire.router.access import ANY, Caller, visit_of
 from quire.router.api.query import unknown, whole
 from quire.router.api.reply import Reply, named
 from quire.router.fleet import Fleet
@@ -27,21 +28,21 @@ from quire_schemas.openai.models import ModelCard, ModelList
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-def all_models(fleet: Fleet, headers: Headers) -> list[ModelCard]:
-    """Names that a request with these headers may use, as long as a model is behind them."""
+def all_models(fleet: Fleet, headers: Headers, caller: Caller) -> list[ModelCard]:
+    """Names that the caller may use with these headers, as long as a model is behind them."""
     cards = []
-    for name in fleet.traffic.names(headers):
+    for name in fleet.names(headers, caller):
         with contextlib.suppress(ModelStopped):
-            cards.append(one_model(fleet, Asked(name, headers)))
+            cards.append(one_model(fleet, Asked(name, headers), caller))
     return cards
 
 
-def one_model(fleet: Fleet, asked: Asked) -> ModelCard:
+def one_model(fleet: Fleet, asked: Asked, caller: Caller) -> ModelCard:
     """A name. One that a Route gives leads to several models: what it takes is what all of them take.
 
-    Raises `ModelNotFound`, and `ModelStopped` where no model is behind the name.
+    Raises `PermissionDenied`, `ModelNotFound`, and `ModelStopped` where no model is behind the name.
     """
-    route, served = fleet.traffic.route_for(asked), [fleet.resolve(asked)]
+    route, served = fleet.traffic.route_for(asked), [fleet.resolve(asked, caller)]
     if route is not None:
         served = [fleet.by_model[model] for model in fleet.traffic.behind(route)]
     return ModelCard(
@@ -85,19 +86,20 @@ def _is_anthropic(request: Request[Any, Any, Any]) -> bool:
 def routes(fleet: Fleet) -> list[HTTPRouteHandler]:
     """What `/v1/models` answers."""
 
-    @get("/v1/models")
+    @get("/v1/models", operation=ANY)
     async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
-        query, cards = dict(request.query_params), all_models(fleet, list(request.scope["headers"]))
+        caller, headers = visit_of(request.scope).known, list(request.scope["headers"])
+        query, cards = dict(request.query_params), all_models(fleet, headers, caller)
         if _is_anthropic(request):
             return Reply(200, msgspec.json.encode(page_of_models(cards, query)))
         if (strange := next(iter(query), None)) is not None and not fleet.table.http.ignore_unknown:
             raise unknown(strange, ())
         return Reply(200, ModelList(data=cards).model_dump_json().encode())
 
-    @get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}", operation=ANY)
     async def get_model(request: Request[Any, Any, Any]) -> ASGIApp:
         name = named(request, "name").removeprefix("/")  # names may have slashes, as hubs' do
-        card = one_model(fleet, Asked(name, list(request.scope["headers"])))
+        card = one_model(fleet, Asked(name, list(request.scope["headers"])), visit_of(request.scope).known)
         if _is_anthropic(request):
             return Reply(200, msgspec.json.encode(_info(card)))
         return Reply(200, card.model_dump_json().encode())

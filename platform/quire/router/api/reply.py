@@ -7,6 +7,8 @@ from typing import Any
 from litestar import Request
 from litestar.types import Receive, Scope, Send
 
+from quire.router.access import visit_of
+
 
 class Reply:
     """A small answer that is ready to send."""
@@ -32,3 +34,8 @@ class Reply:
 def named(request: Request[Any, Any, Any], parameter: str) -> str:
     """What stands in the path at `parameter`."""
     return str(request.path_params[parameter])
+
+
+def owner_of(request: Request[Any, Any, Any]) -> str:
+    """To whom belongs what a request makes, and what alone it may see."""
+    return visit_of(request.scope).known.owner

@@ -25,11 +25,12 @@ from litestar.types import ASGIApp, Send
 
 from quire.errors import Api, ApiError, HttpError, InvalidRequest
 from quire.router import conversation
+from quire.router.access import Caller
 from quire.router.api.events import COMMENT
 from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, whole
-from quire.router.api.reply import Reply, named
+from quire.router.api.reply import Reply, named, owner_of
 from quire.router.background import Background
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -102,11 +103,17 @@ class ResponsesFormat:
         return 1
 
     async def job(
-        self, request: ResponsesRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self,
+        request: ResponsesRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         if request.stored:
             self._responses.store.check_room()
-        chat, size, first = await stands_for(self._gateway, self._responses, request, size)
+        chat, size, first = await stands_for(self._gateway, self._responses, request, size, caller)
         job = await self._gateway.chat(chat, served, size, arrived_at, span)
         response_id = self._id or self._responses.new_id()
         span.set({signals.GEN_AI_CONVERSATION_ID: first or response_id})
@@ -120,30 +127,31 @@ class ResponsesFormat:
             list(output.close())
             return output.ended(usage)
 
-        return await kept(self._responses, request, await job.written(made))
+        return await kept(self._responses, request, await job.written(made), job.caller)
 
     def stream(self, job: Job, request: ResponsesRequest) -> ResponsesStream:
         return ResponsesStream(self._responses, job, request)
 
 
 async def stands_for(
-    gateway: Gateway, responses: Responses, request: ResponsesRequest, size: int
+    gateway: Gateway, responses: Responses, request: ResponsesRequest, size: int, caller: Caller
 ) -> tuple[ChatRequest, int, str | None]:
-    """The chat request of a conversation and all that is kept of it, the bytes that both take, and the first
-    response of it, if there is one before. Raises `BadRequest`, `InvalidRequest` and `NotFound`.
+    """The chat request of a conversation and all that is kept of it for the caller, the bytes that both take, and
+    the first response of it, if there is one before. Raises `BadRequest`, `InvalidRequest` and `NotFound`.
     """
     most = gateway.fleet.table.http.max_body_bytes
-    context = await responses.context(request.previous_response_id, request.input, most)
+    context = await responses.context(request.previous_response_id, request.input, most, caller.owner)
     size += context.size
     chat = await gateway.aside(lambda: request.chat([*context.before, *context.own]), size)
     return chat, size, context.first
 
 
-async def kept(responses: Responses, request: ResponsesRequest, response: ResponseObject) -> bytes:
+async def kept(responses: Responses, request: ResponsesRequest, response: ResponseObject, caller: Caller) -> bytes:
     """The response as JSON, which is on the disk if it is to be."""
     if not response.store:
         return _json.encode(response)
-    return await responses.keep(response, await responses.resolved(request.input))
+    given = await responses.resolved(request.input, caller.owner)
+    return await responses.keep(response, given, caller.owner, caller.key)
 
 
 class Output:
@@ -334,6 +342,7 @@ class ResponsesStream:
     def __init__(self, responses: Responses, job: Job, request: ResponsesRequest) -> None:
         self._responses = responses
         self._request = request
+        self._caller = job.caller
         self._output = Output(job, request, responses.store.clock)
         self._number = 0
 
@@ -349,7 +358,8 @@ class ResponsesStream:
     async def end(self, usage: Usage) -> bytes:
         last = list(self._output.close())
         response = self._output.ended(usage)
-        stored = await kept(self._responses, self._request, response)  # before anything has its number
+        # before anything has its number
+        stored = await kept(self._responses, self._request, response, self._caller)
         last.append((f"response.{response.status}", {"response": msgspec.Raw(stored)}))
         return b"".join(self._event(kind, fields) for kind, fields in last)
 
@@ -372,7 +382,7 @@ class ResponsesStream:
             failed.output = []
             stored = _json.encode(failed)
         try:
-            stored = await kept(self._responses, self._request, failed)
+            stored = await kept(self._responses, self._request, failed, self._caller)
         except ApiError as error_of_store:
             log.warning("response %s failed, and is not kept: %s", failed.id, error_of_store)
         ended = msgspec.json.decode(stored, type=_Ended).status  # not so, if it had ended and was not told yet
@@ -399,15 +409,19 @@ class Responding(Exchange[ResponsesRequest]):
     ) -> str:
         if not request.background:
             return await super()._serve(request, body, arrived_at, span, send)
-        served = self._gateway.fleet.resolve(Asked(request.model, (), body))  # its headers are not kept
+        asked = Asked(request.model, (), body)  # its headers are not kept
+        served = self._gateway.fleet.resolve(asked, self._caller)
         self._serves(served, request.model, span)
         self._later.check_room()
         self._responses.store.check_room()
-        await stands_for(self._gateway, self._responses, request, len(body))  # what is wrong with it is said now
-        own = await self._responses.resolved(request.input)
+        caller = self._caller
+        # what is wrong with it is said now
+        await stands_for(self._gateway, self._responses, request, len(body), caller)
+        own = await self._responses.resolved(request.input, caller.owner)
         response_id = self._responses.new_id()
         response = ResponseObject.begun(response_id, int(self._responses.store.clock()), request)
-        await self._responses.begin(response, body, own)
+        await self._responses.begin(response, body, own, caller.owner, caller.key)
+        self._ticket.uncount()  # what is done for it later counts
         self._later.begin(response_id, len(body))
         await send_json(send, _json.encode(response))
         return "stop"
@@ -423,9 +437,9 @@ class InputCounting(Reception):
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
         request = await self._gateway.aside(lambda: read_response(body, ignore_unknown), len(body))
-        served = self._gateway.fleet.resolve(Asked(request.model, self._headers, body))
+        served = self._resolve(request.model, body)
         self._serves(served, request.model, span)
-        chat, size, _ = await stands_for(self._gateway, self._responses, request, len(body))
+        chat, size, _ = await stands_for(self._gateway, self._responses, request, len(body), self._caller)
 
         def counted() -> bytes:
             text, _ = conversation.prompt_text(chat, served.usable)
@@ -440,18 +454,18 @@ class InputCounting(Reception):
 # ── what is kept ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def deleted(responses: Responses, response_id: str) -> bytes:
+async def deleted(responses: Responses, owner: str, response_id: str) -> bytes:
     """Answer to `DELETE /v1/responses/{id}`. Raises `NotFound` and `Conflict`."""
-    await responses.delete(response_id)
+    await responses.delete(response_id, owner)
     return _json.encode(ResponseDeleted(id=response_id))
 
 
-async def input_items(responses: Responses, response_id: str, query: dict[str, str]) -> bytes:
+async def input_items(responses: Responses, owner: str, response_id: str, query: dict[str, str]) -> bytes:
     """Answer to `GET /v1/responses/{id}/input_items`. Raises `NotFound` and `InvalidRequest`."""
     limit = whole(query, "limit", INPUT_ITEMS_LISTED, MAX_INPUT_ITEMS_LISTED)
     items: list[dict[str, Any]] = []
     taken: set[str] = set()
-    for at, item in enumerate(await responses.input_of(response_id)):
+    for at, item in enumerate(await responses.input_of(response_id, owner)):
         items.append(_listed(response_id, at, item, taken))
         taken.add(items[-1]["id"])
     if descends(query):
@@ -488,29 +502,29 @@ def routes(
 ) -> list[HTTPRouteHandler]:
     """What `/v1/responses` answers."""
 
-    @post("/v1/responses")
+    @post("/v1/responses", operation="responses")
     async def respond() -> ASGIApp:
         return Responding(gateway, spans, responses, background)
 
-    @post("/v1/responses/input_tokens")
+    @post("/v1/responses/input_tokens", operation="responses")
     async def count_input() -> ASGIApp:
         return InputCounting(gateway, spans, responses)
 
-    @get("/v1/responses/{response_id:str}")
+    @get("/v1/responses/{response_id:str}", operation="responses")
     async def get_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await responses.get(named(request, "response_id")))
+        return Reply(200, await responses.get(named(request, "response_id"), owner_of(request)))
 
-    @delete("/v1/responses/{response_id:str}", status_code=200)
+    @delete("/v1/responses/{response_id:str}", status_code=200, operation="responses")
     async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await deleted(responses, named(request, "response_id")))
+        return Reply(200, await deleted(responses, owner_of(request), named(request, "response_id")))
 
-    @post("/v1/responses/{response_id:str}/cancel")
+    @post("/v1/responses/{response_id:str}/cancel", operation="responses")
     async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await background.cancel(named(request, "response_id")))
+        return Reply(200, await background.cancel(named(request, "response_id"), owner_of(request)))
 
-    @get("/v1/responses/{response_id:str}/input_items")
+    @get("/v1/responses/{response_id:str}/input_items", operation="responses")
     async def list_input(request: Request[Any, Any, Any]) -> ASGIApp:
-        listed = await input_items(responses, named(request, "response_id"), dict(request.query_params))
-        return Reply(200, listed)
+        name, query = named(request, "response_id"), dict(request.query_params)
+        return Reply(200, await input_items(responses, owner_of(request), name, query))
 
     return [respond, count_input, get_response, delete_response, cancel_response, list_input]

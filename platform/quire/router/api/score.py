@@ -13,6 +13,7 @@ from typing import NoReturn
 import msgspec
 
 from quire.errors import Api, InvalidRequest
+from quire.router.access import Caller
 from quire.router.api.embeddings import vectors
 from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
@@ -43,7 +44,13 @@ class ScoreFormat:
         return sum(len(texts) for _, texts in request.sides)
 
     async def job(
-        self, request: ScoreRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan
+        self,
+        request: ScoreRequest,
+        served: ServedModel,
+        size: int,
+        arrived_at: float,
+        span: RequestSpan,
+        caller: Caller,
     ) -> Job:
         return await self._gateway.score(request, served, size, arrived_at, span)
 

@@ -18,7 +18,6 @@ from quire.router.api.exchange import Reception, send_json
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.spans import RequestSpan, RequestSpans
-from quire.router.traffic import Asked
 from quire_schemas.openai.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -41,10 +40,8 @@ class Tokens(Reception):
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         request = await self._gateway.aside(lambda: self._read(body, self._settings.ignore_unknown), len(body))
-        fleet = self._gateway.fleet
-        served = (
-            fleet.sole() if request.model is None else fleet.resolve(Asked(request.model, self._headers, body))
-        )
+        sole = request.model is None
+        served = self._gateway.fleet.sole(self._caller) if sole else self._resolve(request.model, body)
         self._serves(served, request.model or served.route.model, span)
         await send_json(send, await self._gateway.aside(lambda: self._write(request, served), len(body)))
         return "stop"

@@ -1,0 +1,67 @@
+"""`platform usage`: requests and tokens by policy, key and model, out of the router's ledger."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import click
+
+from quire.cli import render
+from quire.cli.outcome import ExitCode, usage_error
+from quire.cli.session import connect, seconds
+
+COLUMNS = ("day", "policy", "key", "model")
+TOKENS = {
+    "REQUESTS": "requests",
+    "PROMPT": "promptTokens",
+    "CACHED": "cachedTokens",
+    "COMPLETION": "completionTokens",
+}
+
+
+@click.command(short_help="Tell who has used how many requests and tokens.")
+@click.option(
+    "--by",
+    multiple=True,
+    type=click.Choice(COLUMNS),
+    help="Add up by this; may be given several times. Left out: policy, key and model.",
+)
+@click.option(
+    "--since", default="30d", show_default=True, help="A day such as 2027-01-31, or a time back from now."
+)
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.pass_context
+def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> int:
+    """Tell who has used how much: requests, and the tokens of prompts and answers.
+
+    CACHED are those of PROMPT that were not computed again. Days are those of UTC; what came in the last seconds
+    is included. Keys and policies that are no more are still there."""
+    columns = [name for name in COLUMNS if name in (by or ("policy", "key", "model"))]
+    answer = connect().get("/v1/usage", since=_day(ctx, since), by=",".join(columns))
+    if output == "json":
+        render.dump(answer, output, "UsageList")
+        return ExitCode.OK
+    if not answer["items"]:
+        print(f"nothing was used since {answer['since']}", file=sys.stderr)
+        return ExitCode.OK
+    rows = [
+        [*(item[name] or "-" for name in columns), *(str(item[name]) for name in TOKENS.values())]
+        for item in answer["items"]
+    ]
+    print("\n".join(render.table((*(name.upper() for name in columns), *TOKENS), rows)))
+    return ExitCode.OK
+
+
+def _day(ctx: click.Context, since: str) -> str:
+    """The first day that is meant, in UTC."""
+    if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", since):
+        try:
+            time.strptime(since, "%Y-%m-%d")
+        except ValueError:
+            usage_error(f"{since} is no day", "write it as 2027-01-31")
+        return since
+    option = next(each for each in ctx.command.params if each.name == "since")
+    back = seconds(ctx, option, since) or 0.0
+    return time.strftime("%Y-%m-%d", time.gmtime(max(time.time() - back, 0)))

@@ -1,0 +1,73 @@
+"""What is known of declared keys, and what is not handed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quire_operators.access import read
+from quire_operators.records import StoredObject
+from quire_operators.secrets import Secrets, without_tokens
+from quire_operators.status import Reason
+from quire_schemas import wire
+from quire_schemas.keys import Digest, new_key
+from quire_schemas.manifest import load
+
+OURS, BROUGHT = new_key(), "a-string-of-the-users-own"
+
+
+def stored(name: str, spec: str, deleting: float | None = None) -> StoredObject:
+    head = f"apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: {name}}}\nspec: "
+    (located,) = load([("p", head + spec)]).resources
+    resolved: dict[str, Any] = located.resource.model_dump(mode="json", by_alias=True)["spec"]
+    return StoredObject(located.key, name, 1, 1, {}, "", resolved, None, 0.0, 0.0, deleting)
+
+
+def test_a_policy_as_the_router_is_told_of_it(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path, {"KEY": BROUGHT})
+    spec = (
+        f"{{keys: [{{name: a, hash: '{Digest.of(OURS)}'}}, {{name: b, valueFrom: {{env: KEY}}}}], "
+        "allow: {models: [m], operations: [chat]}, priority: 3, expiresAt: '2027-01-01T01:00:00+01:00', "
+        "limits: [{requests: 5, per: 1m30s}, {scope: policy, concurrency: 2}]}"
+    )
+    (policy,) = read([stored("team", spec)], secrets)
+    assert policy.tenant() == wire.Tenant(
+        "team",
+        (
+            wire.AccessKey("a", Digest.of(OURS).sha256, Digest.of(OURS).id),
+            wire.AccessKey("b", Digest.of(BROUGHT).sha256),
+        ),
+        ("m",),
+        ("chat",),
+        (wire.AccessLimit("key", requests=5, per=90_000), wire.AccessLimit("policy", concurrency=2)),
+        3,
+        1798761600.0,
+    )
+    assert BROUGHT not in repr(policy)
+
+
+def test_what_is_wrong_with_a_key_is_told_without_its_value(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path, {"SHORT": "short-secret", "ODD": "with a blank " * 3, "GOOD": BROUGHT})
+    names = ("SHORT", "ODD", "NONE", "GOOD", "GOOD2")
+    keys = ", ".join(f"{{name: {name.lower()}, valueFrom: {{env: {name.rstrip('2')}}}}}" for name in names)
+    (policy,) = read([stored("team", f"{{keys: [{keys}]}}")], secrets)
+    assert [key.reason for key in policy.keys] == [
+        Reason.KEY_UNFIT, Reason.KEY_UNFIT, Reason.SECRET_NOT_FOUND, Reason.ENFORCED, Reason.KEY_TAKEN,
+    ]  # fmt: skip
+    assert [key.name for key in policy.usable] == ["good"]
+    for value in secrets.environ.values():
+        assert value not in repr(policy)
+
+
+def test_a_key_is_that_of_the_first_policy_by_name_that_is_not_being_deleted(tmp_path: Path) -> None:
+    secrets, one = Secrets(tmp_path, {}), f"{{keys: [{{name: a, hash: '{Digest.of(OURS)}'}}]}}"
+    found = read([stored("z", one), stored("b", one), stored("a", one, deleting=1.0)], secrets)
+    assert [(policy.stored.key.name, len(policy.usable)) for policy in found] == [("b", 1), ("z", 0)]
+    assert found[1].keys[0].problem == "it is that of accesspolicy/b key a"
+
+
+def test_variables_with_keys_and_tokens_are_not_handed_down(tmp_path: Path) -> None:
+    spec = stored("p", "{keys: [{name: a, valueFrom: {env: KEY}}, {name: b, valueFrom: {secretRef: s}}]}").resolved
+    model = {"sourceAuth": {"env": "TOKEN", "file": None}}
+    environ = {"KEY": "k", "TOKEN": "t", "PATH": "p"}
+    assert without_tokens(environ, [spec, model, {"sourceAuth": None}, {}]) == {"PATH": "p"}

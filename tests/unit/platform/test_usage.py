@@ -1,0 +1,126 @@
+"""The ledger on a real disk: added up, written in one go, kept when the disk refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from quire.errors import StorageUnavailable
+from quire.router import store as kept
+from quire.router import usage as ledger
+from quire.router.store import Store
+from quire.router.usage import Amount, Usage, Who
+from quire_schemas import wire
+from quire_schemas.wire import UsageRow
+
+DAY = 86400.0
+ANN, BOB = Who("team", "ann", "m"), Who("team", "bob", "m")
+
+
+class Wall:
+    now = 1_800_000_000.0  # 2027-01-15, at eight
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def wall() -> Wall:
+    return Wall()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = Store(tmp_path / "router")
+    yield store
+    await store.close()
+
+
+async def rows(usage: Usage, *by: wire.UsageColumn, since: str = "2000-01-01") -> list[UsageRow]:
+    report = await usage.report(wire.GetUsage(since, by))
+    assert report.problem == ""
+    return report.rows
+
+
+async def test_it_is_added_up_by_what_is_asked_for(store: Store, wall: Wall) -> None:
+    usage = Usage(store, wall)
+    assert await rows(usage) == []
+    usage.add(ANN, Amount(1, 10, 5, 3))
+    usage.add(ANN, Amount(1, 10, 10, 4))
+    usage.add(BOB, Amount(1, 1, 0, 1))
+    wall.now += DAY
+    usage.add(ANN, Amount(1, 100, 0, 0))
+    usage.add(Who("", "", "other"), Amount(1, 7, 0, 7))
+    assert await rows(usage, "policy", "key", "model") == [
+        UsageRow(1, 7, 0, 7, model="other"),
+        UsageRow(3, 120, 15, 7, policy="team", key="ann", model="m"),
+        UsageRow(1, 1, 0, 1, policy="team", key="bob", model="m"),
+    ]
+    assert await rows(usage, "day", since="2027-01-16") == [UsageRow(2, 107, 0, 7, day="2027-01-16")]
+    assert await rows(usage) == [UsageRow(5, 128, 15, 15)]
+    usage.add(BOB, Amount(1, 1, 0, 1))
+    assert (await rows(usage, "key"))[-1] == UsageRow(2, 2, 0, 2, key="bob"), "asked again, nothing counts twice"
+
+
+async def test_what_was_noted_is_there_after_an_end_in_order(tmp_path: Path, wall: Wall) -> None:
+    first = Store(tmp_path / "router")
+    Usage(first, wall).add(ANN, Amount(1, 10, 5, 3))
+    await first.close()
+    second = Store(tmp_path / "router")
+    assert await rows(Usage(second, wall), "key") == [UsageRow(1, 10, 5, 3, key="ann")]
+    await second.close()
+
+
+async def test_it_is_written_by_itself_within_seconds(
+    tmp_path: Path, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.01)
+    first, second = Store(tmp_path / "router"), Store(tmp_path / "router")
+    usage, other = Usage(first, wall), Usage(second, wall)
+    usage.add(ANN, Amount(1, 10, 5, 3))
+    async with asyncio.timeout(10):
+        while await rows(other) != [UsageRow(1, 10, 5, 3)]:
+            await asyncio.sleep(0.01)
+    for store in (first, second):
+        await store.close()
+
+
+async def test_what_the_disk_refuses_is_written_later_and_once(
+    store: Store, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = Usage(store, wall)
+    reserve = kept.RESERVE_BYTES
+    usage.add(ANN, Amount(1, 10, 5, 3))
+    monkeypatch.setattr(kept, "RESERVE_BYTES", 1 << 60)
+    with pytest.raises(StorageUnavailable):
+        await usage.write()
+    assert (await usage.report(wire.GetUsage("2000-01-01"))).problem.startswith("There is no room")
+    usage.add(ANN, Amount(1, 10, 5, 3))
+    monkeypatch.setattr(kept, "RESERVE_BYTES", reserve)
+    assert await rows(usage) == [UsageRow(2, 20, 10, 6)]
+
+
+async def test_who_stops_waiting_has_nothing_written_twice(store: Store, wall: Wall) -> None:
+    usage = Usage(store, wall)
+    for _ in range(20):
+        usage.add(ANN, Amount(1, 1, 0, 1))
+        left = asyncio.create_task(usage.write())
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.wait([left])
+    assert await rows(usage) == [UsageRow(20, 20, 0, 20)]
+
+
+async def test_what_is_older_than_a_year_and_a_month_is_forgotten(store: Store, wall: Wall) -> None:
+    usage = Usage(store, wall)
+    usage.add(ANN, Amount(1, 1, 0, 1))
+    await usage.write()
+    wall.now += ledger.KEPT_DAYS * DAY
+    usage.add(BOB, Amount(1, 1, 0, 1))
+    assert len(await rows(usage, "day")) == 2
+    wall.now += DAY
+    usage.add(BOB, Amount(1, 1, 0, 1))
+    assert [row.day for row in await rows(usage, "day")] == ["2028-02-19", "2028-02-20"]
