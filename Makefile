@@ -14,19 +14,21 @@ LITELLM ?= .venv-litellm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# the tests start hundreds of processes, each of which would compile the same sources again
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# --no-compile: most of what torch and transformers bring is never imported, and Python compiles what is
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found" >&2; \
 		echo "hint: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Quire and what it needs into $(VENV) (about 600 MB the first time)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile $(PIP_ARGS) -e '.[dev,bench]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,bench]'
 	@touch $@
 
 venv: $(STAMP) ## make the virtual environment and install Quire into it
