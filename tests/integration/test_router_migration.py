@@ -31,7 +31,7 @@ async def streamed(client: openai.AsyncOpenAI, **more: Any) -> dict[int, str]:
 
 async def dying(world: World, *after: int | None, **serve: Any) -> list[WireEngine]:
     """Replicas that die once they have sent so many tokens of a request, the first ones first asked."""
-    engines = [await world.engine(f"r{number}", die_after=count, pace=0.01) for number, count in enumerate(after)]
+    engines = [await world.engine(f"r{number}", die_after=count, pace=0.005) for number, count in enumerate(after)]
     await world.serve(*engines, **{"max_migrations": 3, **serve})
     return engines
 
