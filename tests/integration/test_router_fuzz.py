@@ -315,7 +315,7 @@ def sound(case: Case, answer: httpx.Response) -> None:
     if answer.status_code == 200:
         if answer.headers["content-type"].startswith("text/event-stream"):
             events = [line for line in answer.text.split("\n\n") if line]
-            if (last := LAST_EVENTS.get(case[0])) is not None:
+            if (last := LAST_EVENTS.get(case[0].rstrip("/"))) is not None:
                 kinds = [line.removeprefix("event: ").partition("\n")[0] for line in events]
                 data = [json.loads(line.partition("\ndata: ")[2]) for line in events]
                 assert [each["type"] for each in data] == kinds

@@ -412,7 +412,7 @@ def test_what_a_forced_grammar_lets_a_model_write_is_calls(tiny: Held, with_spec
         assert not [part for part in parts if isinstance(part, Content)], text
         for tool, arguments in made:
             jsonschema.validate(arguments, dict(by_name[tool].parameters))
-    assert ended >= times(4, 60)
+    assert ended >= times(4, 40)
 
 
 TWICE = {
