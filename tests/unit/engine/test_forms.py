@@ -399,7 +399,7 @@ def test_what_a_forced_grammar_lets_a_model_write_is_calls(tiny: Held, with_spec
     tools = (WEATHER, NOTHING)
     by_name = {tool.name: tool for tool in tools}
     ended = 0
-    for number in range(times(12, 200)):
+    for number in range(times(12, 300)):
         opened = reasoning is not None and number % 2 == 1
         held = with_special if name == "harmony" else tiny
         text = held.walk(held.grammars.compile(forced(dialects, tools, parallel=True, opened=opened)), chance)
@@ -412,7 +412,7 @@ def test_what_a_forced_grammar_lets_a_model_write_is_calls(tiny: Held, with_spec
         assert not [part for part in parts if isinstance(part, Content)], text
         for tool, arguments in made:
             jsonschema.validate(arguments, dict(by_name[tool].parameters))
-    assert ended >= times(4, 40)
+    assert ended >= times(4, 60)
 
 
 TWICE = {
