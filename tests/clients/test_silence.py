@@ -25,7 +25,7 @@ from tests.clients.node import outcomes
 from tests.clients.server import STEP, TEXT, Server
 
 from quire.metering import Metering
-from quire.router.api import exchange
+from quire.router import exchange
 from quire.router.app import build
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet

@@ -23,7 +23,6 @@ from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
-from quire.router.api.exchange import Exchange, Format
 from quire.router.api.messages import MessagesFormat, TokenCounting
 from quire.router.api.query import checked
 from quire.router.api.reply import Reply
@@ -32,9 +31,11 @@ from quire.router.api.tokens import Tokens
 from quire.router.background import Background
 from quire.router.batches import Batches
 from quire.router.config import RouterConfig
+from quire.router.exchange import Exchange
 from quire.router.executor import Executor
 from quire.router.files import Files
 from quire.router.fleet import Fleet
+from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE

@@ -12,12 +12,12 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
 from quire.router.access import OF_LINES, visit_of
-from quire.router.api.exchange import ClientGone, read_body, send_json
 from quire.router.api.query import cursor, whole
 from quire.router.api.reply import Reply, named, owner_of
 from quire.router.batches import PREFIX, Batch, Batches
 from quire.router.executor import Executor
 from quire.router.fleet import Fleet
+from quire.router.reception import ClientGone, read_body, send_json
 from quire_schemas import wire
 from quire_schemas.openai.batches import (
     BATCHES_LISTED,

@@ -27,14 +27,15 @@ from quire.errors import Api, ApiError, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.access import Caller
 from quire.router.api.events import COMMENT
-from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, whole
 from quire.router.api.reply import Reply, named, owner_of
 from quire.router.background import Background
+from quire.router.exchange import Exchange
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
+from quire.router.reception import Reception, send_json
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
