@@ -12,12 +12,12 @@ from litestar import Litestar, Request, Response, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
 from quire.metering import Metering
 from quire.router import openapi
-from quire.router.access import ANY, NO_KEY, authorize, visit_of
+from quire.router.access import ANY, NO_KEY, authorize, may_have, visit_of
 from quire.router.account import AccessLog
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
@@ -78,8 +78,9 @@ def build(
         fleet.access,
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
+    inference = _inference(gateway, spans, batched)
     routes = [
-        *_inference(gateway, spans, batched),
+        *inference,
         *responses.routes(gateway, spans, answered, background),
         *models.routes(fleet),
         *files.routes(kept, fleet),
@@ -97,8 +98,30 @@ def build(
         debug=False,
     )
     access_log = AccessLog(lambda: fleet.table.http.access_log)
-    guard = Guard(app, config.allowed_hosts, fleet.access, access_log, lambda: fleet.table.http)
+    guard = Guard(
+        _straight(app, inference), config.allowed_hosts, fleet.access, access_log, lambda: fleet.table.http
+    )
     return guard, executor, gateway.usage
+
+
+def _straight(app: ASGIApp, handlers: Sequence[HTTPRouteHandler]) -> ASGIApp:
+    """`app`, but for requests that need nothing of what a framework does before a handler: a POST to the very path
+    of one of `handlers`, with nothing behind a question mark, by somebody who may have that route.
+
+    What a framework does is as much work as all of a short request. Refusals of any kind are `app`'s.
+    """
+    by_path = {path: handler for handler in handlers for path in handler.paths}
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        handler = by_path.get(scope["path"]) if scope.get("method") == "POST" else None
+        if handler is None or scope["query_string"] or not may_have(visit_of(scope), handler):
+            await app(scope, receive, send)
+            return
+        scope["path_template"] = scope["path"]
+        answers: ASGIApp = await handler.fn()
+        await answers(scope, receive, send)
+
+    return serve
 
 
 def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:

@@ -47,9 +47,9 @@ class Shown:
     """Where the time of the request went."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """One request, ready for engines."""
+    """One request, ready for engines. It is made its caller's before a run has it; nothing changes it then."""
 
     id: str
     asked_model: str
@@ -203,7 +203,7 @@ class Times:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each piece of a stream, and that takes three times as long
 class Update:
     """What one choice gained since its last update. The last has a finish reason: `stop`, `tool_calls` (as `stop`,
     and there were calls), `length`, `repetition`.

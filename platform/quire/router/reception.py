@@ -223,18 +223,25 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: Htt
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, str]) -> str:
     """The result of `work`; cancelled, and `ClientGone` raised, when the client leaves before."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
+    task, watch, gone = asyncio.current_task(), asyncio.ensure_future(_disconnect(receive)), False
+    if task is None:
+        raise RuntimeError("there is no task to cancel")
+
+    def leave(_: asyncio.Future[None]) -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():  # else it is the server's shutdown, whoever has left besides
+            raise ClientGone from None
+        raise
     finally:
-        for each in (task, watch):
-            if not each.done():
-                each.cancel()
-        await asyncio.wait({task, watch})
+        watch.remove_done_callback(leave)
+        watch.cancel()
 
 
 async def _disconnect(receive: Receive) -> None:

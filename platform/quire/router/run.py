@@ -609,6 +609,8 @@ class Run:
 
     def _trace(self, choice: Choice, sequence: engine_client.Sequence, *, lost: bool) -> None:
         """Note where the time of the attempt that ends now went."""
+        if not self.job.span.is_recorded:
+            return
         where = {signals.QUIRE_REPLICA: sequence.client.endpoint.replica_id, **self._which(choice)}
         if choice.attempts > 1:
             where[signals.QUIRE_ATTEMPT] = choice.attempts

@@ -37,7 +37,8 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` make certain; never part of a character."""
         if self._bytes is not None:
-            return self._bytes.decode(b"".join(self._visible_bytes(index) for index in ids))
+            of = self.tokenizer.token_bytes
+            return self._bytes.decode(b"".join([of(index) for index in ids if index not in self._hidden]))
         out: list[str] = []
         for index in ids:
             if index in self._hidden or not self.tokenizer.knows(index):
@@ -52,9 +53,6 @@ class Detokenizer:
         if self._bytes is not None:
             return self._bytes.decode(b"", final=True)
         return self._advance()
-
-    def _visible_bytes(self, index: int) -> bytes:
-        return b"" if index in self._hidden else self.tokenizer.token_bytes(index)
 
     def _advance(self) -> str:
         before = self._text(self._window[: self._done])
