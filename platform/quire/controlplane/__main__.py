@@ -118,6 +118,7 @@ async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
     app = create_app(plane)
     config = uvicorn.Config(
         app,
+        http="h11",
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -32,7 +32,7 @@ from quire.router.access import Access
 from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.fleet import Fleet
-from quire.router.guard import MAX_HEADER_BYTES, Protocol
+from quire.router.http import Protocol
 from quire.router.tls import Certificate
 from quire.tracing import BadTelemetry, Tracing, shut_down
 from quire_operators.certificates import BadCertificate
@@ -147,7 +147,6 @@ async def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         backlog=BACKLOG,
     )
     certificate = None if config.tls is None else Certificate(config.tls)

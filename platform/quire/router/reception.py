@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from litestar.types import Receive, Scope, Send
 
@@ -36,6 +36,7 @@ from quire.router.account import Account
 from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
+from quire.router.http import GONE
 from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
@@ -108,7 +109,7 @@ class Reception:
             body = await read_body(headers, receive, self._settings)
             self._received_at = time.monotonic()
             with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
-                finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
+                finish = await _while_connected(scope, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
@@ -221,18 +222,18 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: Htt
     return b"".join(parts)
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, str]) -> str:
+async def _while_connected(scope: Scope, work: Coroutine[Any, Any, str]) -> str:
     """The result of `work`; cancelled, and `ClientGone` raised, when the client leaves before."""
-    task, watch, gone = asyncio.current_task(), asyncio.ensure_future(_disconnect(receive)), False
+    task, left, gone = asyncio.current_task(), cast(Mapping[str, asyncio.Future[Any]], scope)[GONE], False
     if task is None:
         raise RuntimeError("there is no task to cancel")
 
-    def leave(_: asyncio.Future[None]) -> None:
+    def leave(_: asyncio.Future[Any]) -> None:
         nonlocal gone
         gone = True
         task.cancel()
 
-    watch.add_done_callback(leave)
+    left.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -240,13 +241,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, str]) -> 
             raise ClientGone from None
         raise
     finally:
-        watch.remove_done_callback(leave)
-        watch.cancel()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+        left.remove_done_callback(leave)
 
 
 __all__ = ["ClientGone", "Reception", "read_body", "send_json"]
