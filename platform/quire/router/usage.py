@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Final
 
 import sqlalchemy as sa
@@ -150,4 +151,10 @@ class Usage:
                 await self.write()
 
     def _day(self, shift: int = 0) -> str:
-        return time.strftime("%Y-%m-%d", time.gmtime(self._clock() + shift * 86400))
+        return _named(int(self._clock() // 86400) + shift)
+
+
+@lru_cache(maxsize=8)
+def _named(day: int) -> str:
+    """The name of a day that is counted from 1970."""
+    return time.strftime("%Y-%m-%d", time.gmtime(day * 86400))
