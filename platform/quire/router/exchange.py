@@ -185,6 +185,7 @@ class Exchange(Reception, Generic[R]):
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
+        large = run.job.is_large
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
@@ -192,7 +193,10 @@ class Exchange(Reception, Generic[R]):
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._stream = form
                     pings.begin()
-                made = await run.job.written(functools.partial(form.events, batch, usage))
+                if large:
+                    made = await run.job.written(functools.partial(form.events, batch, usage))
+                else:
+                    made = form.events(batch, usage)
                 if made:  # of what is not shown there is nothing to tell
                     await send({"type": "http.response.body", "body": made, "more_body": True})
                     pings.sent_at = time.monotonic()

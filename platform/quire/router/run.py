@@ -236,7 +236,8 @@ class Run:
         if sequence.deltas:
             self._heard_at = min(self._heard_at, sequence.heard_at)
         deltas = sequence.take()
-        if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
+        errors = {delta.error_code for delta in deltas if delta.error_code is not None}
+        if sequence.lost or errors & ENGINE_GONE:
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
             if not (sequence.begun or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
                 death = (
@@ -257,7 +258,7 @@ class Run:
             return None
         if not deltas:
             return None
-        if any(delta.error_code == "numerical_error" for delta in deltas):
+        if "numerical_error" in errors:
             self._metrics.corrupted.inc()
         before = choice.generated
         update = choice.read(deltas)

@@ -138,13 +138,31 @@ class ChatStream:
         self._writer = Writer(job)
         self._first = True
         self._timing = Timing(job)
+        shown = job.shown
+        self._is_plain = shown.logprobs is None and not (shown.token_ids or self._envelope.wants_running_usage)
+        """Nothing stands beside a piece of content that is another each time."""
+        self._ends: dict[int, tuple[bytes, bytes]] = {}
+        """What stands around it, by choice, once there was an event of that."""
 
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
-        return b"".join(
+        return b"".join([self._plain(update) or self._any(update, usage) for update in updates])
+
+    def _plain(self, update: Update) -> bytes:
+        """The event of an update that is a piece of content alone, as nearly all are; empty for another."""
+        if not self._is_plain or update.finish_reason is not None or len(update.parts) != 1:
+            return b""
+        ends, [part] = self._ends.get(update.index), update.parts
+        return ends[0] + _json.encode(part.text) + ends[1] if ends is not None and type(part) is Content else b""
+
+    def _any(self, update: Update, usage: Callable[[], Usage]) -> bytes:
+        made = b"".join(
             self._envelope.event(choice, usage, self._once() + last)
-            for update in updates
             for choice, last in closed(self._choices(update), self._timing.take(update))
         )
+        if self._is_plain and update.index not in self._ends and not self._first:
+            before, _, behind = self._envelope.event(_chunk(update.index, _content("")), usage).rpartition(b'""')
+            self._ends[update.index] = before, behind
+        return made
 
     def _once(self) -> bytes:
         """What the first event alone has."""
@@ -163,7 +181,7 @@ class ChatStream:
         shown = [delta for delta in deltas if delta is not None]
         ids = update.token_ids if self._job.shown.token_ids else ()
         if not shown and (update.scores or ids):
-            shown = [b'{"content":""}']  # what belongs to tokens goes out with them, though they have no text yet
+            shown = [_content("")]  # what belongs to tokens goes out with them, though they have no text yet
         scores = self._writer.chat(update.scores)
         for place, delta in enumerate(shown):
             yield _chunk(update.index, delta, scores, ids=ids) if place == 0 else _chunk(update.index, delta)
@@ -173,7 +191,7 @@ class ChatStream:
     def _delta(self, part: Part) -> bytes | None:
         match part:
             case Content(text=text):
-                return b'{"content":' + _json.encode(text) + b"}"
+                return _content(text)
             case Reasoning(text=text):
                 thought = _json.encode(text)
                 both = b'{"reasoning":' + thought + b',"reasoning_content":' + thought + b"}"
@@ -185,6 +203,10 @@ class ChatStream:
             case CallArguments(index=index, text=text):
                 more = {"index": index, "function": {"arguments": text}}
                 return b'{"tool_calls":[' + _json.encode(more) + b"]}"
+
+
+def _content(text: str) -> bytes:
+    return b'{"content":' + _json.encode(text) + b"}"
 
 
 def _chunk(
