@@ -204,6 +204,15 @@ class Routes:
         found = self._status.uses.get(model) if self._status is not None else None
         return found or wire.ModelUse(0)
 
+    @property
+    def budgets(self) -> Sequence[wire.BudgetStanding]:
+        """Those that were spent, or nearly, when the router told of itself last."""
+        return self._status.budgets if self._status is not None else ()
+
+    def low_budgets(self) -> set[tuple[object, ...]]:
+        """The same, without what changes with each request."""
+        return {(each.policy, each.name, each.key, each.size, each.state, each.resets) for each in self.budgets}
+
     def load_of(self, name: str, incarnation: int) -> tuple[bool, int]:
         """(released, in flight) of a process that no row accounts for."""
         if self.knowledge() is Router.DOWN:

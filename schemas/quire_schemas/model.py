@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from quire_schemas.dialects import ReasoningDialect, ToolDialect
-from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
+from quire_schemas.quantities import Duration, Money, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
 DEFAULTS_VERSION = 3
@@ -710,6 +710,17 @@ class EnvVar(Strict):
     )
 
 
+class Prices(Strict):
+    """What requests cost, for budgets of AccessPolicies and for usage figures: money for a million tokens, in
+    quotes. All Models have theirs in the same money."""
+
+    input: Money = declared("For a million tokens of prompts.", "0", update="hot")
+    cached_input: Money | None = declared(
+        "For a million tokens of prompts that were found in the cache. Left out: as input.", None, update="hot"
+    )
+    output: Money = declared("For a million tokens of answers.", "0", update="hot")
+
+
 class ModelSpec(Strict):
     """All that is declared about one served model."""
 
@@ -808,6 +819,7 @@ class ModelSpec(Strict):
         ge=0,
         le=100,
     )
+    prices: Prices | None = section(Prices, "What requests cost.", optional=True)
     probes: Probes = section(Probes, "How the health of replicas is judged.")
     restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
     revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)

@@ -111,6 +111,17 @@ REQUESTS: Final = Board(
                     "By no fault of the client.",
                 ),
                 Panel("Refused, by code", "reqps", _rates(signals.ADMISSION_REJECTIONS, signals.LABEL_REASON)),
+                Panel(
+                    "Share of budgets that is spent",
+                    "percentunit",
+                    (
+                        Query(
+                            signals.BUDGET_SPENT,
+                            _legend(signals.LABEL_POLICY, signals.LABEL_BUDGET, signals.LABEL_KEY),
+                        ),
+                    ),
+                    "Above 1 nothing is left: requests get 429 insufficient_quota.",
+                ),
                 Panel("Tokens written", "short", _rates(signals.GENERATION_TOKENS, signals.LABEL_MODEL)),
                 Panel("Tokens read", "short", _rates(signals.PROMPT_TOKENS, signals.LABEL_MODEL)),
                 Panel(

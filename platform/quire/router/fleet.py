@@ -145,6 +145,7 @@ class Fleet:
         try:
             table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
         except FileNotFoundError:
             return
         except Exception as error:  # noqa: BLE001 - an empty router is better than one that does not start
@@ -160,6 +161,7 @@ class Fleet:
             if table.version <= self.table.version:
                 return
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
             try:
                 await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
             except OSError as error:
@@ -202,7 +204,7 @@ class Fleet:
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
         self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
-        self.access.act_by(table.access)
+        self.access.act_by(table.access, table.budgets)
         self.metrics.set_models(route.model for route in table.models)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
@@ -298,6 +300,7 @@ class Fleet:
             base_url=base_url,
             http=self.table.http,
             parts=wire.PARTS,
+            budgets=self.access.limiter.low_budgets(),
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)

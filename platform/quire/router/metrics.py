@@ -244,6 +244,10 @@ class Metrics:
         """Show what a watch sees of this machine's GPUs."""
         self._registry.register(_Gpus(watch))
 
+    def watch_budgets(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        """Show how budgets stand."""
+        self._registry.register(_Budgets(standing))
+
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
         self._registry.register(_Disk(folder))
@@ -588,6 +592,21 @@ class _Batches(Collector):
         for finish, number in self._lines.items():
             lines.add_metric([finish], number.value)
         yield lines
+
+
+class _Budgets(Collector):
+    def __init__(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        self._standing = standing
+
+    def collect(self) -> Iterator[Metric]:
+        spent = GaugeMetricFamily(
+            signals.BUDGET_SPENT,
+            "Share of a budget that is spent.",
+            labels=[signals.LABEL_POLICY, signals.LABEL_BUDGET, signals.LABEL_KEY],
+        )
+        for budget in self._standing():
+            spent.add_metric([budget.policy, budget.name, budget.key], budget.spent / budget.size)
+        yield spent
 
 
 class _Disk(Collector):
