@@ -27,7 +27,7 @@ def budget(policy: str, name: str = "month", tokens: int | None = 10_000, **more
 
 
 async def serve(world: World, policy: str, *budgets: wire.AccessBudget) -> None:
-    """A model with prices, and a policy with these budgets. Its name is the test's own: so is what it has spent."""
+    """A model with prices, and a policy of the test's own with these budgets: nothing of it was spent."""
     if not world.engines:
         await world.engine(cached=lambda _: 16)
     route = world.route(world.engines[0].endpoint(), prices=PRICES)
