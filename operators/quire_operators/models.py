@@ -21,7 +21,15 @@ import msgspec
 from quire_operators import residency, rollout
 from quire_operators.cache import Need
 from quire_operators.database import Conflict
-from quire_operators.desired import Effective, desired_of, effective, is_on_demand, priority_of, stall_timeout
+from quire_operators.desired import (
+    Effective,
+    breaker_rules,
+    desired_of,
+    effective,
+    is_on_demand,
+    priority_of,
+    stall_timeout,
+)
 from quire_operators.devices import Inventory, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
@@ -683,6 +691,7 @@ class ModelReconciler:
             tool_dialect=parsers.get("tools"),
             reasoning_dialect=parsers.get("reasoning"),
             max_migrations=stored.resolved.get("maxMigrations", 0),
+            breaker=breaker_rules(stored.resolved),
             prices=_prices(stored.resolved.get("prices")),
         )
 

@@ -666,6 +666,35 @@ class LivenessProbe(Strict):
     )
 
 
+class BreakerProbe(Strict):
+    """When a replica that fails its requests gets no more, and is tried again. Of one request at a time."""
+
+    consecutive_failures: int = declared(
+        "So many failures in a row: errors that are the engine's, connections that break, stalls.",
+        5,
+        update="hot",
+        ge=1,
+        le=1_000_000,
+    )
+    error_share: Percent = declared(
+        "The share of requests that fail, of those that end within window, if they are minRequests or more.",
+        "50%",
+        update="hot",
+    )
+    window: Duration = declared("The time in which requests are counted for errorShare.", "30s", update="hot")
+    min_requests: int = declared("How few requests errorShare says nothing of.", 20, update="hot", ge=1, le=4096)
+    open_for: Duration = declared(
+        "How long it gets no requests before one tries it; twice as long each further time.", "5s", update="hot"
+    )
+    max_open_for: Duration = declared("The longest of these times.", "5m", update="hot")
+    max_ejected: Percent = declared(
+        "The share of the model's replicas that get no requests for this at the same time, at least one. When all "
+        "fail, none does, and requests are refused at once.",
+        "50%",
+        update="hot",
+    )
+
+
 class Probes(Strict):
     """How the health of replicas is judged."""
 
@@ -674,6 +703,7 @@ class Probes(Strict):
         ReadinessProbe, "When a running replica gets no new requests.", refused=_STALL_CHECK, optional=True
     )
     liveness: LivenessProbe = section(LivenessProbe, "When a running replica is replaced.")
+    breaker: BreakerProbe = section(BreakerProbe, "When a replica that fails its requests gets no more.")
 
 
 class RestartPolicy(Strict):

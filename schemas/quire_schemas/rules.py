@@ -532,6 +532,23 @@ def _route_timeouts(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _breaker(facts: Facts) -> Iterator[Finding]:
+    at = "spec.probes.breaker"
+    first, longest = facts[f"{at}.openFor"], facts[f"{at}.maxOpenFor"]
+    if not parse_duration(first):
+        yield Finding((*at.split("."), "openFor"), "is no time", "for example 5s")
+    if parse_duration(longest) < parse_duration(first):
+        path = facts.first_declared(f"{at}.maxOpenFor", f"{at}.openFor")
+        yield Finding(
+            path, f"maxOpenFor ({longest}) is shorter than openFor ({first})", "raise it, or lower openFor"
+        )
+    if not parse_percent(facts[f"{at}.errorShare"]):
+        hint = "to hold it by failures in a row alone, declare 100%"
+        yield Finding((*at.split("."), "errorShare"), "0% would keep out every replica", hint)
+    if not parse_duration(facts[f"{at}.window"]):
+        yield Finding((*at.split("."), "window"), "nothing ends within no time", "for example 30s")
+
+
 def _prices(facts: Facts) -> Iterator[Finding]:
     for name in ("input", "cachedInput", "output"):
         price = facts[f"spec.prices.{name}"]
@@ -625,6 +642,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _canary,
         _parsers,
         _prices,
+        _breaker,
     ),
     "Gateway": (_gateway_name, _bind),
     "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),

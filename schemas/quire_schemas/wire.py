@@ -464,6 +464,25 @@ class Prices(msgspec.Struct, frozen=True):
     output: int
 
 
+class BreakerRules(msgspec.Struct, frozen=True):
+    """When a replica that fails gets no requests, and for how long. Times are seconds."""
+
+    failures: int = 5
+    """In a row."""
+    share: float = 0.5
+    """Of the last ones, where there are `requests` of them in `window`."""
+    window: float = 30.0
+    requests: int = 20
+    pause: float = 5.0
+    """The first time, doubled each time after it, up to `longest`."""
+    longest: float = 300.0
+    out: float = 0.5
+    """Share of a model's replicas that are kept out at most, unless all fail."""
+
+
+BreakerState = Literal["closed", "open", "trying"]
+
+
 class ModelRoute(msgspec.Struct, frozen=True):
     """All the router needs to serve one model by its names."""
 
@@ -509,6 +528,7 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """How often a stream whose engine died goes on at another one."""
     prices: Prices | None = None
     """None: requests cost nothing."""
+    breaker: BreakerRules = BreakerRules()
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -706,6 +726,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
     connected: bool
     in_flight: int
     hot_hash: str | None = None
+    breaker: BreakerState = "closed"
+    """Whether requests go there, as far as they have not failed."""
 
 
 class ModelUse(msgspec.Struct, frozen=True):

@@ -197,6 +197,12 @@ ENGINES: Final = Board(
                     _rates(signals.REPLICA_EJECTIONS, signals.LABEL_MODEL, signals.LABEL_REASON),
                     "Replicas that stopped being ready by themselves, in each second.",
                 ),
+                Panel(
+                    "Kept from requests",
+                    "short",
+                    _each(signals.REPLICA_TRIPPED, *_REPLICA),
+                    "1: it fails what it is given, and gets no more for a while; 0.5: it is tried.",
+                ),
                 Panel("Restarts in a row", "short", _each(signals.REPLICA_RESTARTS, signals.LABEL_MODEL)),
                 Panel("Sequences started again", "short", _rates(signals.RETRIES, signals.LABEL_MODEL)),
                 Panel(
