@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.integration.plane import GATEWAY, Plane, model
+from tests.integration.test_console import platform
 from tests.waiting import eventually
 
 from quire.client import InvalidManifest, Refused
@@ -243,6 +244,13 @@ def test_a_budget_is_told_of_in_the_status_in_events_and_in_usage(plane: Plane) 
     assert day["spent"] == item["promptTokens"] + item["completionTokens"]
     assert day["resetsAt"].endswith("T00:00:00.000Z")
     assert (cost["size"], cost["spent"], cost["state"], cost["resetsAt"]) == ("9.0000", item["cost"], "open", None)
+
+    printed = platform(plane, "usage", "--by", "policy").stdout.split("\n\n")
+    assert [line.split() for line in printed[1].splitlines()] == [
+        ["POLICY", "KEY", "BUDGET", "UNIT", "SIZE", "SPENT", "LEFT", "STATE", "RESETS"],
+        ["spender", "-", "day", "tokens", "2", str(day["spent"]), "0", "spent", day["resetsAt"]],
+        ["spender", "-", "cost", "cost", "9.0000", cost["spent"], cost["left"], "open", "-"],
+    ]
 
     def spent() -> bool:
         return condition(view(plane, "spender"), "BudgetsLeft")["reason"] == "BudgetSpent"

@@ -58,7 +58,10 @@ def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> i
         print(f"nothing was used since {answer['since']}", file=sys.stderr)
     if answer["budgets"]:
         names = ("policy", "key", "name", "unit", "size", "spent", "left", "state", "resetsAt")
-        rows = [[str(budget[name] or "-") for name in names] for budget in answer["budgets"]]
+        rows = [
+            ["-" if budget[name] in ("", None) else str(budget[name]) for name in names]
+            for budget in answer["budgets"]
+        ]
         print("\n".join(["", *render.table(BUDGETS, rows)] if answer["items"] else render.table(BUDGETS, rows)))
     return ExitCode.OK
 
