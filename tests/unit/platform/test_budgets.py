@@ -162,6 +162,15 @@ def test_a_budget_that_changes_counts_what_was_spent() -> None:
     assert not budgets.has_room("team", "k", at(NOW))
 
 
+def test_what_was_spent_before_its_time_is_none_of_it_also_when_the_clock_goes_back() -> None:
+    budgets = held_to(budget())
+    spend(budgets, 5)
+    assert [each.spent for each in budgets.standing(at(NOW))] == [5]
+    spend(budgets, 90, when=NOW - timedelta(days=1))
+    assert [each.spent for each in budgets.standing(at(NOW))] == [5]
+    assert [each.spent for each in budgets.standing(at(NOW - timedelta(days=1)))] == [95]
+
+
 def test_it_warns_from_the_declared_share_on() -> None:
     budgets = held_to(budget(warn_at=7500), budget("w", "week", tokens=1000))
     spend(budgets, 74)

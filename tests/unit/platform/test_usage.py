@@ -176,17 +176,21 @@ async def test_what_waits_to_be_written_counts_once(
     budgets = Budgets()
     usage, total = Usage(store, wall, budgets), 0
     reserve = kept.RESERVE_BYTES
-    for step in range(40):
+    for step in range(24):
         monkeypatch.setattr(kept, "RESERVE_BYTES", 1 << 60 if step % 3 == 0 else reserve)
         budgets.act_by([], [TEAM])
         budgets.act_by([wire.AccessBudget("team", "b", "policy", "month", tokens=1000)], [TEAM])
         reading = asyncio.create_task(usage.read_for_budgets())
+        writing = set[asyncio.Task[None]]()
         while not reading.done():
             usage.add(ANN, Amount(1, 1, 0, 0))
             total += 1
-            await asyncio.sleep(0)
+            if total % 3 == 0:
+                writing.add(asyncio.create_task(usage.write()))
+            await asyncio.sleep(0.0005)
         await reading
         assert spent(budgets, wall) == [total]
+        await asyncio.gather(*writing, return_exceptions=True)
 
 
 async def test_what_cannot_be_read_is_asked_for_again(
