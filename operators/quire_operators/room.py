@@ -36,15 +36,16 @@ def count_replicas(
     limits = _limits(spec, placement, inventory)
     names = list(limits)
     most = most_replicas(spec, placement, inventory)
+    field = "spec.replicas" if spec["autoscaling"] is None else "spec.autoscaling.minReplicas"
     if 0 < most < want:
         whole = format_bytes(sum(limits.values()))
         review.refuse(
             Refusal(
-                "spec.replicas" if spec["autoscaling"] is None else "spec.autoscaling.minReplicas",
+                field,
                 "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
                 f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
                 f"what replicas may take of this machine, even with nothing else on it, is {whole}",
-                f"at most {most} fit: declare {most} or less",
+                f"at most {most} fit: set {field} to {most} or less",
             ),
         )
         return
