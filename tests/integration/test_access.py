@@ -253,7 +253,7 @@ def test_a_budget_is_told_of_in_the_status_in_events_and_in_usage(plane: Plane) 
     ]
 
     def spent() -> bool:
-        return condition(view(plane, "spender"), "BudgetsLeft")["reason"] == "BudgetSpent"
+        return str(condition(view(plane, "spender"), "BudgetsLeft")["reason"]) == "BudgetSpent"
 
     eventually(spent, "the control plane knows")
     (low,) = view(plane, "spender")["status"]["budgets"]
