@@ -44,6 +44,7 @@ _PREFLIGHT_SECONDS: Final = b"600"
 _READABLE: Final = b", ".join(
     [
         b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms",
+        b"x-quire-budget",
         *(
             f"x-ratelimit-{word}-{kind}".encode()
             for word in ("limit", "remaining", "reset")
