@@ -105,7 +105,7 @@ class Home:
 class Election:
     """Takes, renews and gives up the lease, by a connection of its own. `holder` is for people."""
 
-    def __init__(self, place: Path | sa.URL, holder: str, home: Home) -> None:
+    def __init__(self, place: Path | sa.URL, holder: str, home: Callable[[], Home]) -> None:
         self._holder = holder
         self._home = home
         self._location: Location = location(place)
@@ -181,13 +181,14 @@ class Election:
 
     def _claim(self, db: sa.Connection) -> None:
         """See that the database's processes are those of this state directory."""
+        own = self._home()
         found = db.scalar(sa.select(META.c.value).where(META.c.key == HOME))
         if found is None:
-            home = {"id": self._home.id, "folder": self._home.folder, "machine": self._home.machine}
+            home = {"id": own.id, "folder": own.folder, "machine": own.machine}
             db.execute(sa.insert(META).values(key=HOME, value=json.dumps(home)))
             return
         kept = json.loads(found)
-        if kept["id"] != self._home.id:
+        if kept["id"] != own.id:
             raise UnusableStore(
                 f"{self} is the store of the state directory {kept['folder']} on {kept['machine']}: the engines "
                 "that it tells of are there",

@@ -28,9 +28,9 @@ from quire_operators.sqlite import UnusableStore
 VARIABLE = "QUIRE_DATABASE"
 
 
-def find(state: StateDir, environ: Mapping[str, str]) -> Path | sa.URL:
+def find(state: StateDir, environ: Mapping[str, str], *, moving: bool = False) -> Path | sa.URL:
     """The file or the database of a state directory's store. Raises `UnusableStore` where what the environment
-    says is none, or not the one that this state directory has."""
+    says is none, or not the one that this state directory has. `moving`: that it is to have it from now on."""
     given, kept = environ.get(VARIABLE, "").strip(), _kept(state).get("database")
     if not given:
         if kept is not None:
@@ -46,7 +46,7 @@ def find(state: StateDir, environ: Mapping[str, str]) -> Path | sa.URL:
             f"the store of {state.root} is in the database {kept}, and {VARIABLE} names {shown(url)}",
             f"name the one that it is in; if that has only moved, remove {state.database}",
         )
-    if kept is None and (number := _objects_in(state.store)):
+    if kept is None and not moving and (number := _objects_in(state.store)):
         raise UnusableStore(
             f"{VARIABLE} names {shown(url)}, and {state.store} has a store with {number} objects in it",
             f"to move it there: platform backup FILE without {VARIABLE}, then platform restore FILE with it; what "

@@ -123,7 +123,11 @@ def unit() -> int:
 
 def _somebody_stands_by(state: StateDir) -> bool:
     """Whether a control plane waits until it may lead."""
-    with open(state.standby_lock, "ab") as waiting:
+    try:
+        waiting = state.standby_lock.open("rb")
+    except FileNotFoundError:
+        return False
+    with waiting:
         try:
             fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

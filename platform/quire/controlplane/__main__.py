@@ -157,6 +157,7 @@ async def _lead(
     state: StateDir, seat: Seat, lease: Lease, ready_fd: int | None, tracing: Tracing, ended: asyncio.Event
 ) -> bool:
     """Be the control plane; False when another one is by now, True at any other end."""
+    seat.settle()
     lost = asyncio.Event()
     lease.on_lost = lost.set
     plane = ControlPlane(state, {"tiny": builtin.path("tiny")}, tracing=tracing, place=seat.place, lease=lease)

@@ -33,13 +33,15 @@ LOOK_SECONDS = 0.1
 
 class Seat:
     """One process's place among the control planes of a state directory. Raises `StateDirError` and `OSError`
-    where there is no lock to be had, and what `whereabouts.find` does."""
+    where there is no lock to be had, and what `whereabouts.find` does. `moving`: the store is about to be put
+    there."""
 
-    def __init__(self, state: StateDir, environ: Mapping[str, str]) -> None:
+    def __init__(self, state: StateDir, environ: Mapping[str, str], *, moving: bool = False) -> None:
         self._state = state
         self._lock = os.open(state.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._locked = False
         self._environ = environ
+        self._moving = moving
         self.place: Path | sa.URL | None = None
         self._election: Election | None = None
 
@@ -62,19 +64,23 @@ class Seat:
         """The lease, if it is to be had now. Raises as `Election.take` does."""
         locked = self.lock()
         if self.place is None:
-            self.place = whereabouts.find(self._state, self._environ)
+            self.place = whereabouts.find(self._state, self._environ, moving=self._moving)
         if not locked and isinstance(self.place, Path):
             return None
         if self._election is None:
             holder = f"process {os.getpid()} on {socket.gethostname()}"
-            self._election = Election(self.place, holder, whereabouts.home(self._state))
+            self._election = Election(self.place, holder, lambda: whereabouts.home(self._state))
         lease = self._election.take(locked=locked)
         if lease is None:
             self.unlock()  # it is for whoever leads
         else:
-            whereabouts.settle(self._state, self.place)
             log.info("leading: epoch %d, %s the lock", lease.epoch, "with" if locked else "without")
         return lease
+
+    def settle(self) -> None:
+        """Have the state directory keep to this database from now on."""
+        if self.place is not None:
+            whereabouts.settle(self._state, self.place)
 
     async def wait(self, ended: asyncio.Event) -> Lease | None:
         """The lease, as soon as it is to be had; None when `ended` is set, or everything is down."""
