@@ -176,7 +176,7 @@ def read(path: Path) -> Backup:
     body, _, last = raw.rstrip(b"\n").rpartition(b"\n")
     body += b"\n"
     try:
-        head, *lines = body.decode().splitlines()
+        head, *lines = body.decode()[:-1].split("\n")  # and not at every sign that ends a line
         about, seal = json.loads(head), json.loads(last)
         rows = [json.loads(line) for line in lines]
         if not isinstance(about, dict) or "quireBackup" not in about:

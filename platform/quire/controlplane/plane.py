@@ -297,14 +297,15 @@ class ControlPlane:
             if key.kind == "model":
                 self.models.refresh(key)
             self.wake_routes()
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Deposed) as error:
             log.warning("no status of %s yet: %s", key, error.message)
 
     def note(self, key: Key, reason: str, text: str) -> None:
-        """An event of something that is stored already: a disk that is full by now does not undo it."""
+        """An event of something that is stored already: a disk that is full by now, or another one that leads,
+        does not undo it."""
         try:
             self.store.add_event(key, "Normal", reason, text)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Deposed) as error:
             log.warning("no event %s for %s: %s", reason, key, error.message)
 
     def hear_of_others(self) -> None:
