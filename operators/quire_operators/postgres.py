@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from quire_operators.sqlite import StoreError, StoreUnavailable, UnusableStore
-from quire_operators.tables import CACHED
+from quire_operators.tables import CACHED, META
 
 CHANNEL = "quire_written"
 OLDEST = 140000
@@ -66,6 +66,22 @@ def shown(url: sa.URL) -> str:
     )
     port = f":{url.port}" if url.port else ""
     return f"postgresql://{host}{port}/{url.database}"
+
+
+def schema_of(url: sa.URL) -> str | None:
+    """The schema of the store in a database, None where there is none yet. Raises `StoreError`."""
+    server = Server(url)
+    engine = server.engine()
+    try:
+        with engine.connect() as db:
+            if not sa.inspect(db).has_table(META.name):
+                return None
+            found = db.scalar(sa.select(META.c.value).where(META.c.key == "schemaVersion"))
+            return None if found is None else str(found)
+    except sa.exc.DatabaseError as error:
+        raise server.unusable(error) from error
+    finally:
+        engine.dispose()
 
 
 class Server:
