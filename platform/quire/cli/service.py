@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
@@ -14,7 +13,7 @@ import click
 
 from quire.cli.outcome import CommandFailed, ExitCode, program
 from quire.cli.session import connect, notice
-from quire.client import Client, Unreachable
+from quire.client import Client, Unreachable, stands_by
 from quire_operators.paths import StateDir
 
 STOP_SECONDS = 30.0
@@ -68,7 +67,7 @@ def stop() -> int:
             "systemctl stop its unit (--user for one of your own); what is served goes on",
             ExitCode.CONFLICT,
         )
-    waits = _somebody_stands_by(client.state)
+    waits = stands_by(client.state)
     served = _end(client)
     if waits:
         print("the control plane ended, and one that stood by takes over; platform down stops everything")
@@ -119,20 +118,6 @@ def unit() -> int:
     escaped = {name: str(word).replace("%", "%%") for name, word in words.items()}
     print(UNIT.format(**escaped, stop=STOP_SECONDS), end="")
     return ExitCode.OK
-
-
-def _somebody_stands_by(state: StateDir) -> bool:
-    """Whether a control plane waits until it may lead."""
-    try:
-        waiting = state.standby_lock.open("rb")
-    except FileNotFoundError:
-        return False
-    with waiting:
-        try:
-            fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _wait_for_supervisor(client: Client) -> None:

@@ -86,7 +86,7 @@ class Seat:
         """The lease, as soon as it is to be had; None when `ended` is set, or everything is down."""
         waiting = os.open(self._state.standby_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(waiting, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(waiting, fcntl.LOCK_SH)  # at once: nobody keeps it, who looks lets go of it
             return await self._wait(ended)
         finally:
             os.close(waiting)
