@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def backup(file: Path) -> int:
-    """Write what the store holds to FILE, and see that it can be restored.
+    """Write what the store holds to FILE, and try it.
 
-    The control plane may run meanwhile. Secrets, and what the router keeps, are not in it."""
+    It is restored into a fresh database and compared. The control plane may run meanwhile. Secrets, and what the router keeps, are not in it."""
     from quire_operators import backup as portable
     from quire_operators import whereabouts
     from quire_operators.sqlite import StoreError
@@ -55,9 +55,9 @@ def backup(file: Path) -> int:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--replace", is_flag=True, help="Put what the store has into a backup beside it, and replace it.")
 def restore(file: Path, replace: bool) -> int:
-    """Have the store hold what FILE does, on SQLite or PostgreSQL, whichever it came from.
+    """Have the store hold what FILE does.
 
-    No control plane may run, and the store has to be empty. Engines that run go on, and are found again."""
+    On SQLite or PostgreSQL, whichever it came from. No control plane may run, and the store has to be empty. Engines that run go on, and are found again."""
     from quire.controlplane.seat import Seat
     from quire_operators import backup as portable
     from quire_operators.sqlite import StoreError

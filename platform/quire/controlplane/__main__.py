@@ -91,8 +91,7 @@ def main() -> int:
         log.exception("cannot run")
         return _fail(arguments.ready_fd, error)
     finally:
-        seat.close()
-        tracing.shutdown()
+        tracing.shutdown()  # and the lock goes with the process: whoever waits for it waits for the end of that
 
 
 def _fail(ready_fd: int | None, error: Exception) -> int:
@@ -150,6 +149,7 @@ async def _run(
         if not standby:
             sys.stderr.write("error: another control plane leads by now\n")
             return HELD
+        seat.unlock()
         lease, ready_fd = None, None
 
 

@@ -129,13 +129,12 @@ class Seat:
                 log.warning("the lease is not renewed: %s", error.message)
 
     def give_up(self, lease: Lease) -> None:
-        """Let the next one lead at once."""
+        """Let the next one lead at once. The lock stays until the process ends, or lets go of it."""
         try:
             if self._election is not None:
                 self._election.give_up(lease)
         except StoreError as error:
             log.warning("the lease runs out by itself: %s", error.message)
-        self.unlock()
 
     def close(self) -> None:
         if self._election is not None:
