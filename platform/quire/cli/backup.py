@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def backup(file: Path) -> int:
     """Write what the store holds to FILE, and try it.
 
-    It is restored into a fresh database and compared. The control plane may run meanwhile. Secrets, and what the router keeps, are not in it."""
+    It is restored into a fresh database and compared. The control plane may run meanwhile. Secrets, and what the
+    router keeps, are not in it."""
     from quire_operators import backup as portable
     from quire_operators import whereabouts
     from quire_operators.sqlite import StoreError
@@ -57,7 +58,8 @@ def backup(file: Path) -> int:
 def restore(file: Path, replace: bool) -> int:
     """Have the store hold what FILE does.
 
-    On SQLite or PostgreSQL, whichever it came from. No control plane may run, and the store has to be empty. Engines that run go on, and are found again."""
+    On SQLite or PostgreSQL, whichever it came from. No control plane may run, and the store has to be empty.
+    Engines that run go on, and are found again."""
     from quire.controlplane.seat import Seat
     from quire_operators import backup as portable
     from quire_operators.sqlite import StoreError
