@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from tests.effort import EFFORT, bound, times
@@ -28,7 +29,7 @@ from tests.integration.test_acknowledged import Applier, number_of
 from tests.postgres import Postgres
 from tests.waiting import eventually
 
-from quire.client import Client, ClientError, _UnixConnection
+from quire.client import Client, ClientError, Refused, Unreachable, _UnixConnection
 from quire_operators.fleet.local import SHIM
 from quire_operators.lease import LEASE_SECONDS
 
@@ -254,3 +255,37 @@ def test_a_leader_that_was_paused_finds_that_it_was_deposed_and_changes_nothing(
     assert planes.leader(other_than=new.pid) is old, "it may lead once more"
     assert time.monotonic() - began < bound(5)
     new.wait(20)
+
+
+@pytest.mark.nightly
+def test_a_database_that_is_away_for_longer_than_the_lease_changes_nothing_that_is_served(
+    planes: Planes, postgres: Postgres
+) -> None:
+    planes.apply(model("m"))
+    planes.wait_served("m")
+    url, processes = planes.base_url, set(planes.ours())
+    body = {"model": "m", "prompt": "hi", "max_tokens": 3}
+    postgres.stop()
+    try:
+        with pytest.raises(Refused) as refused:
+            planes.apply(model("n"))
+        assert (refused.value.status, refused.value.code) in ((503, "store_unavailable"), (503, "deposed"))
+        ends = time.monotonic() + LEASE_SECONDS + 3
+        while time.monotonic() < ends:
+            assert httpx.post(f"{url}/completions", json=body, timeout=30).status_code == 200
+            time.sleep(0.2)
+        assert set(planes.ours()) == processes, "and nobody took over, or ended"
+    finally:
+        postgres.start()
+
+    def applied() -> bool:
+        try:
+            planes.apply(model("n"))
+        except (Refused, Unreachable):
+            return False
+        return True
+
+    eventually(applied, "it is written again", 30, logs=planes.log)
+    planes.wait_served("n")
+    assert processes <= set(planes.ours())
+    assert [each.poll() for each in planes.all] == [None, None]

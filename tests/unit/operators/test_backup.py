@@ -62,7 +62,12 @@ def fill(where: Place) -> str:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("sqlite", "sqlite"), ("sqlite", "postgresql"), ("postgresql", "sqlite"), ("postgresql", "postgresql")],
+    [
+        ("sqlite", "postgresql"),
+        ("postgresql", "sqlite"),
+        pytest.param("sqlite", "sqlite", marks=pytest.mark.nightly),
+        pytest.param("postgresql", "postgresql", marks=pytest.mark.nightly),
+    ],
 )
 def test_what_is_restored_is_what_was_kept_on_either_database(
     source: str, target: str, place: Callable[[str], Place], tmp_path: Path
@@ -124,7 +129,7 @@ def test_a_file_of_another_schema_names_the_version_that_wrote_it(
         backup.read(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.nightly)])
 def test_what_has_objects_is_not_overwritten_without_a_word(kind: str, place: Callable[[str], Place]) -> None:
     fill(first := place("sqlite"))
     kept = backup.take(first, "1.0")

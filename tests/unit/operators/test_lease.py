@@ -197,6 +197,7 @@ def test_a_transaction_under_way_is_over_before_anybody_else_leads(
             store.set_note("x", {})
 
 
+@pytest.mark.nightly
 def test_one_that_stands_still_in_a_transaction_keeps_nobody_from_leading(
     two: tuple[Election, Election], url: sa.URL
 ) -> None:

@@ -44,9 +44,9 @@ def file_store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     store.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.nightly)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    """A store on each of the two."""
+    """A store on each of the two; by day `test_lease` and `test_backup` are what tries the other one."""
     on_file = request.param == "sqlite"
     store = Store(tmp_path / "state.db" if on_file else request.getfixturevalue("postgres").database(), clock)
     yield store
