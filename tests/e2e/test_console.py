@@ -48,6 +48,12 @@ VIEWS = {
     "gateway": "#/gateway",
     "chat": "#/playground",
 }
+ALIAS = """\
+apiVersion: quire.dev/v1alpha1
+kind: Route
+metadata: {name: alias}
+spec: {match: {modelNames: [alias]}, backends: [{model: small}]}
+"""
 MARKUP = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 SHIFTS = """\
 window.shifts = [];
@@ -155,8 +161,9 @@ def axe() -> None:
 
 @pytest.fixture(scope="module")
 def served(shared_platform: Platform) -> Platform:
-    """A platform that serves `small`."""
-    shared_platform.run("apply", shared_platform.gateway, shared_platform.model("small"))
+    """A platform that serves `small`, also by another name."""
+    alias = shared_platform.write("alias.yaml", ALIAS)
+    shared_platform.run("apply", shared_platform.gateway, shared_platform.model("small"), alias)
     return shared_platform
 
 
@@ -240,6 +247,8 @@ def test_everything_is_shown_and_kept_up_to_date_without_a_shift(served: Platfor
         eventually(lambda: page.find(".chart tbody tr td.num").text not in ("", "–"), "the table has figures")
         page.go("#/gateway")
         page.wait(served.base_url("small"), "main")
+        page.wait("route/alias", "main")
+        page.wait("head 10s, body 30s", "main")
         page.go("#/models/none")
         page.wait("There is no such model", "main")
         page.go("#/what")
