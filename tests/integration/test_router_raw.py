@@ -6,9 +6,11 @@ Where framing is tried, another request is hidden behind the first or in its bod
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from tests.effort import times
 from tests.integration.router_world import CHAT, World
 from tests.integration.test_router_access import TEAM, headed, limited, serve
 
+from quire.controlplane import app as controlplane
 from quire.router.guard import MAX_HEADER_BYTES, MAX_HEADERS
 from quire_schemas import wire
 
@@ -252,6 +255,40 @@ async def test_no_host_opens_what_needs_a_key(closed: World) -> None:
     good = await statuses(closed, [head.format(f"Host: localhost\r\nAuthorization: Bearer {TEAM}\r\n").encode()])
     assert good[0][0] == 200
     assert b"tiny" in good[0][1]
+
+
+DEVELOPERS = """
+    /debug /debug/pprof /debug/vars /start_profile /stop_profile /sleep /wake_up /is_sleeping /pause /resume
+    /abort_request /reset_prefix_cache /reset_mm_cache /flush_cache /invocations /ping /update_weights
+    /update_weights_from_disk /update_weights_from_tensor /init_weights_update_group /release_memory_occupation
+    /collective_rpc /server_info /get_server_info /get_internal_state /set_internal_state /configure_logging
+    /dump_metrics /v1/load_lora_adapter /v1/unload_lora_adapter /load /scale_elastic_ep /slots/0 /props /admin
+    /config /key/generate /user/new /prompts/test /docs /redoc /schema /schema/openapi.json /openapi.yaml
+    /static/x /.env /.git/config /favicon.ico /index.html /console /app.js
+""".split()
+"""What others leave open for themselves."""
+
+
+def admin_paths() -> list[str]:
+    """Each path of the control plane's API, from its source, something in place of its parameters."""
+    assert controlplane.__file__ is not None
+    marks = [
+        mark
+        for node in ast.walk(ast.parse(Path(controlplane.__file__).read_text()))
+        for mark in getattr(node, "decorator_list", ())
+        if isinstance(mark, ast.Call) and getattr(mark.func, "id", "") in ("get", "post", "put", "patch", "delete")
+    ]
+    return [re.sub(r"{\w+:?\w*}", "x", str(ast.literal_eval(mark.args[0]))) for mark in marks]
+
+
+async def test_nothing_of_the_admin_api_and_nothing_for_developers_is_on_the_port(closed: World) -> None:
+    """Not even with a key. The admin API has a socket of its own."""
+    paths = {*admin_paths(), *DEVELOPERS}
+    assert {"/v1/apply", "/v1/secrets/x", "/v1/objects/x/x/x", "/v1/down"} < paths
+    async with httpx.AsyncClient(base_url=closed.url, headers=headed(TEAM)) as http:
+        for path in sorted(paths):
+            for answer in (await http.get(path), await http.post(path, json={})):
+                assert answer.status_code == 404, (path, answer.text)
 
 
 async def test_what_proxies_add_moves_no_limit_and_opens_nothing(world: World) -> None:
