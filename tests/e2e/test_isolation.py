@@ -14,7 +14,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def sprung(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(shared_platform: Platform, sprung: Path) -> Iterator[Platform]:
+def served(shared_platform: Platform, sprung: Path) -> Platform:
     """A platform that serves `trapped`; traps lie where its commands and its processes run, too."""
     folder = shared_platform.root / "model"
     shutil.copytree(builtin.path("tiny"), folder)
