@@ -181,10 +181,10 @@ def read(path: Path) -> Backup:
         rows = [json.loads(line) for line in lines]
         if not isinstance(about, dict) or "quireBackup" not in about:
             raise BadBackup(f"{path} is no backup of a store", "platform backup FILE writes one")
-        digest = seal["sha256"]
+        sealed = seal["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadBackup(f"{path} is no whole backup of a store", "take another: it was cut off") from error
-    if digest != hashlib.sha256(body).hexdigest() or about["rows"] != len(rows):
+    if sealed != hashlib.sha256(body).hexdigest() or about["rows"] != len(rows):
         raise BadBackup(f"{path} was changed since it was written", "take another")
     if (about["quireBackup"], about["schema"]) != (FORMAT, SCHEMA_VERSION):
         raise BadBackup(
