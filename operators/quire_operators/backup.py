@@ -184,7 +184,8 @@ def read(path: Path) -> Backup:
         sealed = seal["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadBackup(f"{path} is no whole backup of a store", "take another: it was cut off") from error
-    if sealed != hashlib.sha256(body).hexdigest() or about["rows"] != len(rows):
+    now = hashlib.sha256(body).hexdigest()
+    if sealed != now or about["rows"] != len(rows):
         raise BadBackup(f"{path} was changed since it was written", "take another")
     if (about["quireBackup"], about["schema"]) != (FORMAT, SCHEMA_VERSION):
         raise BadBackup(
