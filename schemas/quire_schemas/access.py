@@ -19,8 +19,6 @@ from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 Operation = Literal[
     "chat", "completions", "embeddings", "score", "responses", "messages", "batches", "tokenize", "metrics"
 ]
-METRICS = "metrics"
-"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
 
 
 def _a_time(text: str) -> str:

@@ -30,7 +30,7 @@ import os
 import socket
 import struct
 import sys
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -586,6 +586,10 @@ class AccessLimit(msgspec.Struct, frozen=True, omit_defaults=True):
     concurrency: int | None = None
 
 
+METRICS: Final = "metrics"
+"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
+
+
 class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tenant: who he is, what he may do, and how much."""
 
@@ -594,7 +598,7 @@ class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] = ()
     """Names as requests give them; none: all."""
     operations: tuple[str, ...] = ()
-    """None: all but `access.METRICS`."""
+    """None: all but `METRICS`."""
     limits: tuple[AccessLimit, ...] = ()
     priority: int = 0
     """Higher goes first."""
