@@ -27,6 +27,7 @@ import msgspec
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
 from quire.router.access import Access, Caller
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.memory import Memory
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
@@ -131,6 +132,7 @@ class Fleet:
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples, self.standings)
+        self.memory = Memory()
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []

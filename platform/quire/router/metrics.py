@@ -244,6 +244,10 @@ class Metrics:
         """Show what a watch sees of this machine's GPUs."""
         self._registry.register(_Gpus(watch))
 
+    def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        """Show how many connections were turned away, and how much of its memory the router has."""
+        self._registry.register(_Room(refused, share))
+
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
         self._registry.register(_Disk(folder))
@@ -588,6 +592,20 @@ class _Batches(Collector):
         for finish, number in self._lines.items():
             lines.add_metric([finish], number.value)
         yield lines
+
+
+class _Room(Collector):
+    def __init__(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        self._refused = refused
+        self._share = share
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            signals.CONNECTIONS_REFUSED, "Connections turned away for want of descriptors.", self._refused()
+        )
+        yield GaugeMetricFamily(
+            signals.MEMORY_SHARE, "Of the memory that the router could have, what it has.", self._share()
+        )
 
 
 class _Disk(Collector):
