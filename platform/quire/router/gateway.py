@@ -6,7 +6,8 @@ ready, the queue length alone, and at least one request. Where tenants share a m
 places (`shares`). Background work neither takes places of that bound nor is
 held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
 
-What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
+What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`),
+by its length, and by the time that it turns out to take.
 A text whose length alone tells that it cannot fit is never tokenized. So no prompt holds up the streams of others.
 """
 
@@ -35,6 +36,7 @@ from quire.router.shares import may_enter
 from quire.router.spans import RequestSpan
 from quire.router.usage import Usage
 from quire.text import Tokenizer, params
+from quire.text.templates import TakesLong, briefly
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
@@ -47,6 +49,8 @@ W = TypeVar("W")
 
 INLINE_BYTES: Final = 16 * 1024
 """The bodies of which all is done on the event loop: above this it takes longer than the hop to a thread."""
+INLINE_SECONDS: Final = 0.02
+"""Processor time that a template has on the event loop, before it is begun again on a thread."""
 LONG_BYTES: Final = 256 * 1024
 """Larger bodies have threads of their own, and wait for each other there."""
 READING_BYTES: Final = 32
@@ -83,7 +87,11 @@ class Gateway:
         That takes work which leaves the interpreter to them, as tokenizing does. Raises `MemoryShort`.
         """
         if size <= INLINE_BYTES:
-            return work()
+            try:
+                with briefly(INLINE_SECONDS):
+                    return work()
+            except TakesLong:  # a template can make much of little
+                return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
 
         def reserved() -> W:
             with self.fleet.memory.reserved(READING_BYTES * size):
