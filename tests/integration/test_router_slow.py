@@ -17,7 +17,7 @@ import psutil
 import pytest
 from benchmarks.rows import NO_KERNELS, provenance, write
 from tests.effort import bound
-from tests.integration.router_world import CHAT, TEXT, World, big, eventually
+from tests.integration.router_world import CHAT, TEXT, World, big, events, eventually
 
 SOON = 3.0
 """What a busy machine may add to a second."""
@@ -131,6 +131,38 @@ async def test_who_does_not_read_is_cut_and_the_engine_is_free(world: World) -> 
         return (await world.metrics())['quire_requests_in_flight{model="tiny"}'] == 0
 
     await eventually(counted)
+
+
+async def test_who_reads_late_gets_all_of_it(world: World) -> None:
+    """What an engine brings while a client reads nothing is kept in another form."""
+    engine = await world.engine(text=10 * TEXT)
+    await world.table(world.route(engine.endpoint(), max_model_len=4096, kv_tokens=4096))
+    await world.connected("r1")
+    asked = world.post("/v1/chat/completions", big(**LARGE))
+    with socket.socket() as late:
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        late.connect(("127.0.0.1", world.port))
+        late.sendall(asked)
+        await eventually(lambda: asyncio.sleep(0, bool(engine.generates) and not engine.running), 20)
+        read = await asyncio.to_thread(_whole, late)
+    pieces: list[Any] = []
+    for answer in (read, await world.raw(asked)):
+        told = events(answer)
+        assert told[-1] == "DONE"
+        choices = [choice for event in told[:-1] for choice in event["choices"]]
+        text = "".join(choice["delta"].get("content") or "" for choice in choices)
+        scores = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+        pieces.append((text, scores, choices[-1]["finish_reason"]))
+    assert len(pieces[0][1]) == 400
+    assert pieces[0] == pieces[1]
+
+
+def _whole(link: socket.socket) -> bytes:
+    link.settimeout(20)
+    answer = b""
+    while piece := link.recv(65536):
+        answer += piece
+    return answer
 
 
 SLOW = {**LARGE, "max_tokens": 200}
