@@ -30,6 +30,7 @@ class Reason(enum.StrEnum):
     STOPPED = "Stopped"
     PAUSED = "Paused"
     ON_DEMAND = "OnDemand"
+    SCALED_TO_ZERO = "ScaledToZero"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
@@ -163,6 +164,13 @@ ADVICE: dict[Reason, Advice] = {
     Reason.ON_DEMAND: Advice(
         "It is not in memory, and is loaded by the next request for it, which waits for that.",
         ("spec.residency: always keeps it in memory",),
+    ),
+    Reason.SCALED_TO_ZERO: Advice(
+        "Nobody asked for it, so no replica of it runs. The next request starts one, and waits for that.",
+        (
+            "spec.autoscaling.minReplicas: 1 keeps one",
+            "spec.autoscaling.idleTimeout says how long nobody has to ask",
+        ),
     ),
     Reason.HELD: Advice(
         "Somebody paused the rollout: nothing is added or taken away, and replicas that crash are started again.",
@@ -366,6 +374,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return "Paused"
     if by_type["Ready"].reason is Reason.ON_DEMAND:
         return "On demand"
+    if by_type["Ready"].reason is Reason.SCALED_TO_ZERO:
+        return "Scaled to zero"
     if want == 0 and by_type["Ready"].reason is Reason.INSUFFICIENT_MEMORY:
         return "Asked for, and no room"
     if want == 0:
