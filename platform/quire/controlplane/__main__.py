@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import logging.handlers
 import os
@@ -30,8 +31,10 @@ import uvicorn
 from quire import builtin
 from quire.client import HELD
 from quire.controlplane.app import create_app
+from quire.controlplane.errors import crowded
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.seat import Seat
+from quire.doors import Door, farewell, keep_quiet, raise_limit
 from quire.serving import Server
 from quire.tracing import BadTelemetry, Tracing
 from quire_operators.host import lock_holder
@@ -83,6 +86,7 @@ def main() -> int:
         tracing = Tracing.set_up(signals.SERVICE_CONTROL_PLANE)
     except BadTelemetry as error:
         return _fail(arguments.ready_fd, error)
+    raise_limit()
     try:
         return asyncio.run(_run(state, seat, lease, arguments.ready_fd, tracing, standby=arguments.standby))
     except (StateDirError, StoreError) as error:  # its sentence says it all, to the one who waits and in the log
@@ -130,12 +134,21 @@ def _listen(path: Path) -> socket.socket:
     return server
 
 
+def _farewell() -> bytes:
+    """What a command is told for which no descriptor is free."""
+    error = crowded()
+    body = json.dumps(error.body).encode()
+    headers = ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)))
+    return farewell(error.status, headers, body)
+
+
 async def _run(
     state: StateDir, seat: Seat, lease: Lease | None, ready_fd: int | None, tracing: Tracing, *, standby: bool
 ) -> int:
     """Lead until told to end; one that stands by, whenever it may."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(keep_quiet)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     while True:
@@ -164,7 +177,7 @@ async def _lead(
     keeping = asyncio.create_task(seat.keep(lease, plane.hear_of_others), name="lease")
     try:
         state.create()  # a `down` that another one carried out removed the folder of sockets
-        server_socket = _listen(state.admin_socket)
+        server_socket = Door.of(_listen(state.admin_socket), _farewell())
         own_socket = os.stat(state.admin_socket).st_ino
         app = create_app(plane)
         config = uvicorn.Config(
