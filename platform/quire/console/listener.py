@@ -115,7 +115,6 @@ class Console:
         load = Load(self._router)
         config = uvicorn.Config(
             Guard(self._app(load), self._links, files.load()),
-            http="h11",
             log_config=None,
             access_log=False,
             server_header=False,

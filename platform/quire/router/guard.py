@@ -7,8 +7,9 @@
   asks beforehand (a preflight), and is answered here.
 - **Key**: whoever sent it is found out here (`access`), and the answer tells him of his limits; what he may do is
   decided on the route that the request matches. A preflight carries no key and needs none.
-- **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
-  ways; it is refused and its connection closed.
+- **Framing**: what two servers could read in two ways is refused and its connection closed: Content-Length beside
+  Transfer-Encoding, chunks in HTTP/1.0, heads with folded lines or with ends of line that are not CRLF
+  (`http`), and a target that is neither a path nor a URL.
 - **Size**: a bounded number of headers of bounded length.
 - **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
   it `openai-processing-ms`, the time from the request to the first byte of its answer.
@@ -123,7 +124,9 @@ class Guard:
                 (host := _HOST.fullmatch(absolute[1].lower())) is None or host[1] not in self._hosts
             ):
                 raise HostRefused("This server does not answer to that Host.")
-            self._check(headers, foreign=bool(crossing))
+            if not scope["path"].startswith("/"):
+                raise InvalidRequest("The target of the request is neither a path nor a URL.")
+            self._check(headers, foreign=bool(crossing), old=scope["http_version"] == "1.0")
             if crossing and (permitted := _preflight(str(scope.get("method")), headers)):
                 await send_with_id({"type": "http.response.start", "status": 204, "headers": permitted})
                 await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
@@ -149,8 +152,9 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool) -> None:
-        """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours."""
+    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool, old: bool) -> None:
+        """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours;
+        `old`: it is HTTP/1.0, which has no chunks."""
         values: dict[bytes, list[str]] = {}
         count = size = 0
         for name, value in headers:
@@ -159,8 +163,11 @@ class Guard:
             values.setdefault(name, []).append(value.decode("latin-1"))
         if count > MAX_HEADERS or size > MAX_HEADER_BYTES:
             raise InvalidRequest(f"The headers are above {MAX_HEADERS} in number or {MAX_HEADER_BYTES} in bytes.")
-        if b"transfer-encoding" in values and b"content-length" in values:
-            raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
+        if b"transfer-encoding" in values:
+            if old:
+                raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding.")
+            if b"content-length" in values:
+                raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
         hosts = values.get(b"host", [])
         found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
         if found is None:

@@ -1,17 +1,12 @@
 """HTTP/1.1 on one connection: bytes to ASGI, and back.
 
-The parser is llhttp (`httptools`), in its strict mode. uvicorn listens, counts connections and ends the process;
-this is its protocol, in place of those that it brings, for what they lack:
+uvicorn listens, counts connections and ends the process; this is its protocol, in place of those that it brings.
+h11 reads, one `Framing` for each request; answers are written here, without it:
 
-- **Bounds.** llhttp calls back for each header that is whole, and for each piece of a body as it comes. What comes
-  without a call is a part of a header, of a trailer or of a chunk's size: it is fed in pieces, so that no more
-  than one of them comes unseen before a call. `MAX_HEADER_BYTES` hold for a head with its trailers, and for what
-  comes between two calls.
+- **One write** for the head of an answer and the first of its body.
 - **Patience** that ends: a connection that does not bring the head of a request, that asks nothing more, or whose
   client does not read, is cut. One timer a connection looks at where that stands; what changes is a number.
 - **Errors** of our own shape for what is not HTTP, and none into an answer that is on its way.
-- **One write** for the head of an answer and the first of its body. A head says `connection: close` where that is
-  what comes.
 - **Who leaves** is told to whoever answers, by a future in the scope (`GONE`), with no task that waits for it.
 
 What a client offers besides HTTP/1.1 is declined by an answer in HTTP/1.1. What comes behind a request after which
@@ -23,13 +18,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
+import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
-import httptools
+import h11
 import uvicorn
 from litestar.types import ASGIApp, Message, Scope
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
@@ -44,13 +39,29 @@ log = logging.getLogger("quire.router")
 MAX_HEADER_BYTES: Final = 16 * 1024
 GONE: Final = "quire.gone"
 """In the scope: a future that is done when the client leaves before its answer is complete."""
-_PIECE: Final = 8 * 1024
-"""Bytes that the parser gets at a time."""
+WAITING_BYTES: Final = 16 * 1024
+"""Of answers that are kept here for a client, behind what the system keeps: what is made later waits as tokens."""
+_AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\n[ \t]|\r(?=[^\n])")
+"""In a head: an end of line that is none, and a line that goes on in the next one."""
+_CLOSES: Final = re.compile(rb"(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")
 _MUCH: Final = 64 * 1024
 """Of a body that nobody has asked for yet; reading pauses."""
 _GOODBYE_SECONDS: Final = 1.0
 _NO_BODY: Final = frozenset({204, 304})
 _STATUS: Final = {each.value: b"HTTP/1.1 %d %b\r\n" % (each.value, each.phrase.encode()) for each in HTTPStatus}
+
+
+class Framing(h11.Connection):
+    """Reads heads by the book: h11 takes folded lines and bare line feeds, which some proxies see otherwise."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:  # whatever waits to be read begins with a head, as far as it has come
+            waiting = self.trailing_data[0]
+            if _AMBIGUOUS.search(waiting, 0, end + 2 if (end := waiting.find(b"\r\n\r\n")) >= 0 else len(waiting)):
+                raise h11.RemoteProtocolError(
+                    "a line of the head ends otherwise than by CRLF, or goes on in the next"
+                )
+        return super().next_event()
 
 
 class Protocol(asyncio.Protocol):
@@ -75,18 +86,13 @@ class Protocol(asyncio.Protocol):
         self._app = cast(ASGIApp, config.loaded_app)
         self.server = server_state
         self.loop = _loop or asyncio.get_event_loop()
-        self._parser = httptools.HttpRequestParser(self)
-        self._cycles: deque[Cycle] = deque()
-        """Requests that are not answered, in their order; the first one is being answered."""
-        self._began = False
-        """The head of a request has begun, and is not whole."""
+        self._reader = Framing(h11.SERVER, MAX_HEADER_BYTES)
+        self._cycle: Cycle | None = None
+        """The request that is being read or answered."""
         self._asked = False
         """There was a request."""
         self._ends = False
         """No request is read any more."""
-        self._head_ended = False
-        self._uncalled = self._head_bytes = 0
-        """Bytes since the parser's last call, and of a request's head and trailers."""
         self._waits, self._until = "", math.inf
         """What the client does not do yet, if it is waited for, and until when."""
         self._timer: asyncio.TimerHandle | None = None
@@ -99,6 +105,7 @@ class Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WAITING_BYTES)
         self.server.connections.add(self)  # type: ignore[arg-type]
         self._place = {
             "server": get_local_addr(self.transport),
@@ -112,9 +119,8 @@ class Protocol(asyncio.Protocol):
         for timer in (self._timer, self._unread):
             if timer is not None:
                 timer.cancel()
-        for cycle in self._cycles:
-            cycle.leave()
-        self._cycles.clear()
+        if self._cycle is not None:
+            self._cycle.leave()
         self.resume_writing()
         self._ends = True
 
@@ -146,117 +152,95 @@ class Protocol(asyncio.Protocol):
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left and not self._ends:
-            piece, left = left[:_PIECE], left[_PIECE:]
-            self._uncalled += len(piece)
-            try:
-                self._parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as offered:
-                left = memoryview(b"".join([self._head_without_offer(), piece[offered.args[0] :], left]))
-                self._parser = httptools.HttpRequestParser(self)
-            except httptools.HttpParserError:
-                self._refuse()
-            if self._uncalled > MAX_HEADER_BYTES:
-                self._refuse()
+        if self._ends:
+            return
+        self._reader.receive_data(data)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Read what has come, up to the end of one request: the next one is looked at when that is answered."""
+        try:
+            while not (self._ends or self._is_busy) and self._read():
+                continue
+        except h11.RemoteProtocolError:
+            self._refuse()
+        if self._is_busy and self._reader.trailing_data[0]:
+            self.transport.pause_reading()
         self._wait()
 
-    def on_message_begin(self) -> None:
-        self._began, self._head_ended = True, False
-        self._uncalled = self._head_bytes = 0
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+    @property
+    def _is_busy(self) -> bool:
+        return self._cycle is not None and self._cycle.is_whole
 
-    def on_url(self, url: bytes) -> None:
-        self._gather(len(url))
-        self._url += url
+    def _read(self) -> bool:
+        """Take what comes next; whether there was something."""
+        event = self._reader.next_event()
+        cycle = self._cycle
+        if isinstance(event, h11.Request):
+            self._take(event)
+        elif isinstance(event, h11.Data) and cycle is not None:
+            cycle.gain(bytes(event.data))
+        elif isinstance(event, h11.EndOfMessage) and cycle is not None:
+            cycle.gain(b"", whole=True)
+            self._ends = not cycle.keeps
+            rest, self._reader = self._reader.trailing_data[0], Framing(h11.SERVER, MAX_HEADER_BYTES)
+            if rest:
+                self._reader.receive_data(rest)
+        else:
+            return False
+        return True
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._gather(len(name) + len(value))
-        if not self._head_ended:  # what comes behind a body is no header of it, and nothing here reads it
-            self._headers.append((name.lower(), value.rstrip(b" \t")))
-
-    def on_headers_complete(self) -> None:
-        parser = self._parser
-        self._head_ended = True
-        if parser.get_method() == b"CONNECT":
-            raise ValueError("this is no proxy")
-        if parser.should_upgrade():
-            return
-        self._began, self._asked = False, True
-        version = parser.get_http_version()
-        path, _, query = self._url.partition(b"?")
+    def _take(self, request: h11.Request) -> None:
+        self._asked = True
+        version = request.http_version.decode("ascii")
+        path, _, query = request.target.partition(b"?")
+        headers = list(request.headers)
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": version,
-            "method": parser.get_method().decode("ascii"),
+            "method": request.method.decode("ascii"),
             "path": unquote(path.decode("ascii")),
             "raw_path": path,
             "query_string": query,
             "root_path": "",
-            "headers": self._headers,
+            "headers": headers,
             "state": {},
             **self._place,
         }
-        cycle = Cycle(self, scope, keeps=version == "1.1" and parser.should_keep_alive())
-        self._cycles.append(cycle)
-        if len(self._cycles) == 1:
-            self._start(cycle)
-        else:
-            self.transport.pause_reading()  # one more is read at most
-
-    def on_body(self, body: bytes) -> None:
-        self._uncalled = 0
-        if self._cycles:
-            self._cycles[-1].gain(body)
-
-    def on_message_complete(self) -> None:
-        if self._parser.should_upgrade():
-            return
-        if self._cycles:
-            self._cycles[-1].gain(b"", whole=True)
-            self._ends = self._ends or not self._cycles[-1].keeps
-        else:  # answered before it was whole
-            self._ends = self._ends or not self._parser.should_keep_alive()
-
-    def _gather(self, size: int) -> None:
-        """Raises, which the parser hands on as an error of its own."""
-        self._uncalled = 0
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEADER_BYTES:
-            raise ValueError("too many headers")
-
-    def _head_without_offer(self) -> bytes:
-        """The head of a request whose client would go on in another protocol, without that offer: the parser reads
-        no body behind one."""
-        kept = [b"%b: %b\r\n" % header for header in self._headers if header[0] != b"upgrade"]
-        version = self._parser.get_http_version().encode()
-        return b"%b %b HTTP/%b\r\n%b\r\n" % (self._parser.get_method(), self._url, version, b"".join(kept))
-
-    def _start(self, cycle: Cycle) -> None:
+        closes = any(name == b"connection" and _CLOSES.search(value) for name, value in headers)
+        cycle = Cycle(
+            self,
+            scope,
+            keeps=version == "1.1" and not closes,
+            expects=self._reader.they_are_waiting_for_100_continue,
+        )
+        self._cycle = cycle
         task = self.loop.create_task(cycle.run(self._app))
         self.server.tasks.add(task)
         task.add_done_callback(self.server.tasks.discard)
 
+    @property
+    def _began(self) -> bool:
+        """The head of a request has begun, and is not whole."""
+        return self._reader.their_state is h11.IDLE and bool(self._reader.trailing_data[0])
+
     def ended(self, cycle: Cycle) -> None:
-        """The answer of the first request is complete."""
+        """The answer is complete."""
         self.server.total_requests += 1
-        self._cycles.popleft()
+        self._cycle = None
         if not (cycle.keeps and cycle.is_whole):
             self.shut()
             return
-        if self._cycles:
-            self._start(self._cycles[0])
-        if len(self._cycles) < 2 and not self.transport.is_closing():
+        if not self.transport.is_closing():
             self.transport.resume_reading()
-        self._wait()
+            self._go_on()
 
     # ── patience, and the end ─────────────────────────────────────────────────────────────────────────────────
 
     def _wait(self) -> None:
         """See to it that what the client does next comes in time. What it brings in drops prolongs nothing."""
-        if self._cycles or self._ends:
+        if self._cycle is not None or self._ends:
             waits = ""
         else:
             waits = "brings no request" if self._began or not self._asked else "asks nothing more"
@@ -304,30 +288,30 @@ class Protocol(asyncio.Protocol):
     def shutdown(self) -> None:
         """Take no further request; called by the server."""
         self._ends = True
-        if self._cycles:
-            self._cycles[-1].keeps = False
+        if self._cycle is not None:
+            self._cycle.keeps = False
         else:
             self.shut()
 
     def _refuse(self) -> None:
         """Answer what is not HTTP. Where an answer is on its way there is no room for another one."""
-        if not self._ends and not any(cycle.started for cycle in self._cycles):
+        if not self._ends and not (self._cycle is not None and self._cycle.started):
             known = describe(
                 InvalidRequest("The request is not proper HTTP/1.1, or its headers are above 16 KiB.")
             )
             more = ((b"x-request-id", new_request_id()), (b"connection", b"close"))
             lines = [b"%b: %b\r\n" % header for header in (*self.server.default_headers, *known.headers, *more)]
             self.transport.write(b"".join([_STATUS[known.status], *lines, b"\r\n", known.body]))
-        for cycle in self._cycles:
-            cycle.leave()
-        self._cycles.clear()
+        if self._cycle is not None:
+            self._cycle.leave()
         self.shut()
 
 
 class Cycle:
     """One request and its answer, as an application sees them."""
 
-    def __init__(self, protocol: Protocol, scope: dict[str, Any], *, keeps: bool) -> None:
+    def __init__(self, protocol: Protocol, scope: dict[str, Any], *, keeps: bool, expects: bool) -> None:
+        """`expects`: the client waits for our word before it sends the body."""
         self.keeps = keeps
         """The connection goes on behind it."""
         self.is_whole = False
@@ -344,7 +328,7 @@ class Cycle:
         """The application has all of the body."""
         self._come: asyncio.Future[None] | None = None
         """Of who waits for more of the body."""
-        self._expects = (b"expect", b"100-continue") in scope["headers"]
+        self._expects = expects
         self._head = b""
         """Of the answer, until it is written."""
         self._chunked = False
@@ -464,4 +448,4 @@ class Cycle:
         return head + b"\r\n"
 
 
-__all__ = ["GONE", "MAX_HEADER_BYTES", "Cycle", "Protocol"]
+__all__ = ["GONE", "MAX_HEADER_BYTES", "Cycle", "Framing", "Protocol"]
