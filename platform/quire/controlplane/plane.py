@@ -40,6 +40,8 @@ from quire_operators.fleet.local import Life, LocalFleet
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import UNIT as ROUTER_UNIT
 from quire_operators.gateway import GatewayReconciler, RouterCommand
+from quire_operators.gitops import KIND as SOURCE
+from quire_operators.gitops import SourceReconciler
 from quire_operators.models import ROUTES, ModelReconciler
 from quire_operators.paths import StateDir, sync_folder
 from quire_operators.records import StoredObject
@@ -120,6 +122,7 @@ class ControlPlane:
             clock,
         )
         self.traffic = RouteReconciler(self.store, self.routes, self.gateway, clock)
+        self.sources = SourceReconciler(self.store, self.secrets, state.git, environ, clock)
         passes = Passes(self.tracer, self.store.origin)
         self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
@@ -298,6 +301,11 @@ class ControlPlane:
         """Have this key reconciled soon."""
         self._controller.add(key)
 
+    def wake_sources(self) -> None:
+        """Have every git source look at its objects soon: one of them may have been changed."""
+        for key in self.sources.objects():
+            self._controller.add(key)
+
     def wake_routes(self) -> None:
         """Have every Route reconciled soon: a Model that it names, or one of its names, may be another's now."""
         for stored in self.store.objects("route"):
@@ -333,6 +341,8 @@ class ControlPlane:
             return again
         if key.kind == "route":
             return self.traffic.reconcile(key)
+        if key.kind == SOURCE:
+            return await self.sources.reconcile(key)
         hindrance = self.traffic.hindrance(key)
         again = await self.models.reconcile(key)
         if again == 0.0:
