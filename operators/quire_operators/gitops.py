@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from quire_operators import status
+from quire_operators import kustomize, status
 from quire_operators.clock import on_the_wall
 from quire_operators.git import Commit, Entry, GitError, Limits, Ref, Refused, Repository, Unreachable, below
 from quire_operators.inventory import Managed
@@ -49,6 +49,8 @@ KIND = "gitsource"
 HISTORY = 10
 SHOWN_PROBLEMS = 20
 LONGEST_PAUSE = 300.0
+HINT_SECONDS = 2.0
+"""Between two looks at a remote that notifications ask for."""
 SOON = 1.0
 """Between two looks at what is on its way: objects that are being deleted, or do not serve yet."""
 
@@ -167,6 +169,8 @@ class SourceReconciler:
     time people have. `hands` is set before the first pass."""
 
     hands: Hands
+    listens: Callable[[int], str | None] = staticmethod(lambda port: "nothing listens for notifications")
+    """Why nothing listens for notifications on a port; None when something does."""
 
     def __init__(
         self,
@@ -206,6 +210,23 @@ class SourceReconciler:
         look = self._looks.get(stored.uid)
         if look is not None:
             look.wanted += 1
+
+    def hint(self, name: str) -> bool:
+        """Somebody says that there is something new: the remote is asked soon, however often that is said; whether
+        there is such a source."""
+        stored = self._store.get(Key(KIND, name))
+        look = self._looks.get(stored.uid) if stored is not None else None
+        if look is not None:
+            look.due = min(look.due, max(self._clock(), (look.looked or 0.0) + HINT_SECONDS))
+        return stored is not None
+
+    def webhooks(self) -> dict[str, Mapping[str, Any]]:
+        """What each source that takes notifications takes them by: its resolved `spec.webhook`, by name."""
+        found = {}
+        for stored in self._store.objects(KIND):
+            if stored.deletion_time is None and stored.resolved["webhook"] is not None:
+                found[stored.key.name] = stored.resolved["webhook"]
+        return found
 
     def suspended(self, stored: StoredObject) -> Override | bool:
         """Whether a source is to apply nothing; the override, if that is why."""
@@ -256,7 +277,7 @@ class SourceReconciler:
         if look is None or look.generation != stored.generation:
             url = stored.resolved["url"]
             clone = self._folder / stored.uid / hashlib.sha256(url.encode()).hexdigest()[:16]
-            for other in clone.parent.iterdir() if clone.parent.is_dir() else ():
+            for other in clone.parent.iterdir() if clone.parent.is_dir() else ():  # builds that a crash left, too
                 if other != clone:
                     shutil.rmtree(other, ignore_errors=True)
             repository = Repository(clone, url, None, self._environ, self._limits)
@@ -403,11 +424,21 @@ class SourceReconciler:
             signer = ""
             if keys := stored.resolved["verify"]["signedBy"]:
                 signer = await look.repository.signer(target, keys)
-            found = await read(look.repository, target, stored.resolved["path"], signer)
+            found = await self._read(stored, look.repository, target, signer)
             applied = self._store.inventory.memory(stored.uid).get("applied")
             kept = {commit: each for commit, each in look.checkouts.items() if commit == applied}
             look.checkouts = {**kept, target: found}
         return found
+
+    async def _read(self, stored: StoredObject, repository: Repository, target: str, signer: str) -> Checkout:
+        path = stored.resolved["path"]
+        about, entries = await repository.about(target), await repository.tree(target, path)
+        if kustomize.is_overlay([entry.path for entry in entries]):
+            limits, scratch = self._limits or Limits(), self._folder / stored.uid / "builds"
+            built = await kustomize.build(repository, target, path, scratch, self._environ, limits)
+            return _checked(about, path, signer, [(f"{path}/kustomization.yaml (built)", built)], [])
+        texts, problems = await read(repository, entries, path)
+        return _checked(about, path, signer, texts, problems)
 
     # ── what is remembered and told ───────────────────────────────────────────────────────────────────────
 
@@ -584,6 +615,8 @@ class SourceReconciler:
             history = memory.get("history") or [{"subject": ""}]
             ready = Fact("Ready", True, Reason.SYNCED, f"commit {applied[:12]} {history[0]['subject']}".rstrip())
         facts += [ready, self._healthy(stored, applied), self._drifted(plan)]
+        if (webhook := stored.resolved["webhook"]) is not None:
+            facts.append(self._listening(stored.key.name, webhook))
         facts.append(
             Fact("Stalled", True, stuck.reason, stuck.message)
             if stuck is not None
@@ -598,6 +631,16 @@ class SourceReconciler:
         if look.head is None:
             return Fact("Fetched", None, Reason.NOT_SYNCED, "the repository was not asked yet")
         return Fact("Fetched", True, Reason.VERIFIED, look.head[:12])
+
+    def _listening(self, name: str, webhook: Mapping[str, Any]) -> Fact:
+        problem = self.listens(webhook["port"])
+        if problem is not None:
+            return Fact("WebhookListening", False, Reason.ADDRESS_IN_USE, problem)
+        try:
+            self._secrets.value(webhook)
+        except SecretNotFound as error:
+            return Fact("WebhookListening", False, Reason.SECRET_NOT_FOUND, error.message)
+        return Fact("WebhookListening", True, Reason.LISTENING, f"127.0.0.1:{webhook['port']}/hooks/{name}")
 
     def _healthy(self, stored: StoredObject, applied: str | None) -> Fact:
         if applied is None:
@@ -618,13 +661,15 @@ class SourceReconciler:
         return Fact("Drifted", False, Reason.IN_STEP)
 
 
-async def read(repository: Repository, commit: str, path: str, signer: str = "") -> Checkout:
-    """A commit's manifests below `path`: what is hidden is left out, as `platform apply FOLDER` does. Links and
-    submodules are no files here: they are problems where they could stand for manifests. Raises `GitError`."""
-    about = await repository.about(commit)
+async def read(
+    repository: Repository, entries: Sequence[Entry], path: str
+) -> tuple[list[tuple[str, bytes]], list[Problem]]:
+    """The manifests among the files below `path`, by name: what is hidden is left out, as `platform apply FOLDER`
+    does. Links and submodules are no files here: they are problems where they could stand for manifests. Raises
+    `GitError`."""
     wanted: list[Entry] = []
     problems: list[Problem] = []
-    for entry in await repository.tree(commit, path):
+    for entry in entries:
         if any(part.startswith(b".") for part in entry.path.split(b"/")):
             continue
         problem, is_manifest = _judge(below(entry, path))
@@ -641,6 +686,13 @@ async def read(repository: Repository, commit: str, path: str, signer: str = "")
             texts.append((name, next(found)))
         else:
             problems.append(Problem(name, 1, 1, "", "the file is larger than 1 MiB", "split it"))
+    return texts, problems
+
+
+def _checked(
+    about: Commit, path: str, signer: str, texts: Sequence[tuple[str, bytes]], problems: list[Problem]
+) -> Checkout:
+    """What these files declare, and all that is wrong with it but for what only the machine can tell."""
     loaded = manifest.load_contents(texts)
     problems += loaded.problems
     problems += [

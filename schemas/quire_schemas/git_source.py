@@ -35,7 +35,20 @@ class GitAuth(Strict):
 class Webhook(Strict):
     """A notification that makes the platform fetch at once; its payload is never trusted."""
 
-    provider: Literal["github", "gitlab", "gitea", "generic"] = declared("Who sends it.", update="hot")
+    provider: Literal["github", "gitlab", "gitea", "generic"] = declared(
+        "Who sends it, and so how it is signed: X-Hub-Signature-256 (github, generic), X-Gitea-Signature, or "
+        "X-Gitlab-Token.",
+        update="hot",
+    )
+    port: int = declared(
+        "Port on loopback that POST /hooks/NAME is taken on, NAME being that of the source; a proxy in front "
+        "of it "
+        "speaks TLS. Sources may share one.",
+        8430,
+        update="hot",
+        ge=1,
+        le=65535,
+    )
     secret_ref: str = declared("Name of the secret that signs it.", update="hot", max_length=253)
 
 
@@ -90,12 +103,7 @@ class GitSourceSpec(Strict):
     path: str = declared("Folder inside the repository.", ".", update="hot", min_length=1, max_length=1024)
     auth: GitAuth | None = section(GitAuth, "Credential for the repository.", optional=True)
     interval: Duration = declared("Time between two fetches, at least 1s.", "1m", update="hot")
-    webhook: Webhook | None = section(
-        Webhook,
-        "A notification that makes the platform fetch.",
-        optional=True,
-        refused="nothing listens for notifications yet; interval says how often is looked",
-    )
+    webhook: Webhook | None = section(Webhook, "A notification that makes the platform fetch.", optional=True)
     sync: Sync = section(Sync, "How commits are applied.")
     verify: Verify = section(Verify, "Which commits are trusted.")
     suspend: bool = declared("Apply nothing for now.", False, update="hot")

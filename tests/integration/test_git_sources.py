@@ -3,14 +3,18 @@ moved."""
 
 from __future__ import annotations
 
+import hmac
 import os
 import random
+import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.integration.git_remote import ENVIRONMENT, Remote, git
 from tests.integration.test_gitops import route, source
@@ -39,6 +43,7 @@ class Desk:
     clock: Any
     sources: SourceReconciler = field(init=False)
     limits: Limits | None = None
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     wall: float = 1_800_000_000.0
 
     def __post_init__(self) -> None:
@@ -50,7 +55,7 @@ class Desk:
             self.plane.store,
             self.plane.secrets,
             self.plane.state.git,
-            os.environ,
+            self.environ,
             self.clock,
             wall=lambda: self.wall,
             rng=random.Random(7),
@@ -161,6 +166,7 @@ async def test_what_left_the_repository_is_deleted_within_the_cap(desk: Desk, re
     assert desk.condition("Drifted") == ("False", "InStep")
 
 
+@pytest.mark.nightly
 async def test_objects_of_others_are_never_deleted(desk: Desk, remote: Remote) -> None:
     await desk.apply(route("mine"))
     await begun(desk, remote, ", sync: {prune: true, maxPrune: 100%, allowEmpty: true}", a=route("a"))
@@ -226,6 +232,7 @@ async def test_a_hand_is_refused_and_what_it_takes_is_told_or_undone(desk: Desk,
     assert desk.status()["history"][0]["result"] == "Healed"
 
 
+@pytest.mark.nightly
 async def test_git_says_something_new_of_what_a_hand_took(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, a=route("a"))
     await desk.apply(route("a", "by-hand"), takeOwnership=True)
@@ -242,6 +249,7 @@ async def test_git_says_something_new_of_what_a_hand_took(desk: Desk, remote: Re
     assert stored.resolved["match"]["modelNames"] == ["by-git"], "platform source sync puts all as it is in git"
 
 
+@pytest.mark.nightly
 async def test_history_that_is_rewritten_is_followed(desk: Desk, remote: Remote) -> None:
     first = await begun(desk, remote, PRUNE, a=route("a"), b=route("b"), c=route("c"))
     remote.write(a=route("a", "two"))
@@ -302,6 +310,7 @@ async def test_a_remote_that_is_away_for_an_hour(desk: Desk, remote: Remote) -> 
     assert desk.condition("Fetched") == ("True", "Verified")
 
 
+@pytest.mark.nightly
 async def test_after_a_restart_it_heals_from_its_clone_and_without_one_it_waits(
     desk: Desk, remote: Remote
 ) -> None:
@@ -393,6 +402,7 @@ async def test_a_failed_commit_is_tried_again_and_a_newer_one_at_once(desk: Desk
     assert desk.names() == ["a", "b", "c", "mine"]
 
 
+@pytest.mark.nightly
 async def test_a_name_goes_from_one_object_to_another_in_one_commit(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, PRUNE, a=route("a", "shared"), b=route("b"))
     (remote.work / "a.yaml").unlink()
@@ -402,6 +412,7 @@ async def test_a_name_goes_from_one_object_to_another_in_one_commit(desk: Desk, 
     assert desk.names() == ["b", "z"]
 
 
+@pytest.mark.nightly
 async def test_what_is_declared_and_still_going_is_waited_for(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, PRUNE, a=route("a"), b=route("b"))
     (remote.work / "a.yaml").unlink()
@@ -516,19 +527,33 @@ async def test_hostile_repositories_are_refused_by_name(desk: Desk, remote: Remo
     assert desk.names() == ["a", "b"]
 
 
-async def test_repositories_beyond_the_bounds_are_named(desk: Desk, remote: Remote) -> None:
-    await begun(desk, remote, a=route("a"))
+async def many_files(remote: Remote, number: int) -> None:
+    """Push a commit with so many files."""
     blob = git(remote.work, "hash-object", "-w", "--stdin", given=b"x")
-    files = b"".join(b"100644 blob %s\tf%d\0" % (blob.encode(), n) for n in range(100_000))
+    files = b"".join(b"100644 blob %s\tf%d\0" % (blob.encode(), n) for n in range(number))
     tree = git(remote.work, "mktree", "-z", given=files)
     commit = git(remote.work, "commit-tree", tree, "-m", "many")
     git(remote.work, "push", "--quiet", "--force", "origin", f"{commit}:refs/heads/main")
+
+
+@pytest.mark.nightly
+async def test_a_hundred_thousand_files_are_too_many(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, a=route("a"))
+    await many_files(remote, 100_000)
     await desk.sync()
     assert desk.condition("Ready") == ("False", "RepositoryTooLarge")
     assert "more than 10000 files" in desk.message()
-    desk.limits = Limits(pack_bytes=1 << 20)
+    assert desk.names() == ["a"]
+
+
+async def test_repositories_beyond_the_bounds_are_named(desk: Desk, remote: Remote) -> None:
+    desk.limits = Limits(pack_bytes=1 << 20, files=50)
     desk.begin()
-    await desk.step()
+    await begun(desk, remote, a=route("a"))
+    await many_files(remote, 51)
+    await desk.sync()
+    assert desk.condition("Ready") == ("False", "RepositoryTooLarge")
+    assert "more than 50 files" in desk.message()
     big = git(remote.work, "hash-object", "-w", "--stdin", given=random.Random(1).randbytes(3 << 20))
     tree = git(remote.work, "mktree", given=f"100644 blob {big}\tbig.bin\n".encode())
     commit = git(remote.work, "commit-tree", tree, "-m", "big")
@@ -540,6 +565,7 @@ async def test_repositories_beyond_the_bounds_are_named(desk: Desk, remote: Remo
     assert desk.names() == ["a"]
 
 
+@pytest.mark.nightly
 async def test_what_is_not_there_is_named(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, a=route("a"))
     for more, reason in (
@@ -563,8 +589,6 @@ async def test_what_is_not_there_is_named(desk: Desk, remote: Remote) -> None:
 
 async def test_a_server_without_an_end_is_left_in_time(desk: Desk, remote: Remote, tmp_path: Path) -> None:
     del tmp_path
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         desk.limits = Limits(seconds=0.5)
         desk.begin()
@@ -573,6 +597,124 @@ async def test_a_server_without_an_end_is_left_in_time(desk: Desk, remote: Remot
         await desk.step()
     assert desk.condition("Fetched") == ("False", "RemoteUnreachable")
     assert "took longer than 0.5 s" in desk.message("Fetched")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+async def test_a_notification_that_is_signed_is_a_hint_and_no_other_is(desk: Desk, remote: Remote) -> None:
+    port = free_port()
+    provider = "github"
+    desk.plane.secrets.put("hook", "shh-1234")
+
+    def webhook() -> str:
+        text = source(remote, more=f", webhook: {{provider: {provider}, secretRef: hook, port: {port}}}")
+        return text.replace("interval: 1s", "interval: 1h")
+
+    async def send(**headers: str) -> int:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with httpx.AsyncClient(timeout=10) as http:
+            answer = await http.post(f"http://127.0.0.1:{port}/hooks/prod", content=BODY, headers=names)
+            return answer.status_code
+
+    await begun(desk, remote, a=route("a"))
+    await desk.apply(webhook())
+    hooks = desk.plane.hooks
+    desk.sources.listens = hooks.problem
+    try:
+        await hooks.settle({port})
+        await desk.step()
+        assert desk.condition("WebhookListening") == ("True", "Listening")
+        signed = hmac.new(b"shh-1234", BODY, "sha256").hexdigest()
+        asked = len(remote.requests)
+        assert await send() == 401
+        assert await send(X_Hub_Signature_256=f"sha256={hmac.new(b'', BODY, 'sha256').hexdigest()}") == 401
+        assert await send(X_Hub_Signature_256=f"sha256={signed[:-1]}0") == 401 or signed.endswith("0")
+        async with httpx.AsyncClient() as http:
+            for path, wanted in (("/hooks/none", 401), ("/", 404), ("/hooks/../v1/objects", 404)):
+                assert (await http.post(f"http://127.0.0.1:{port}{path}", content=BODY)).status_code == wanted
+            assert (await http.get(f"http://127.0.0.1:{port}/hooks/prod")).status_code == 405
+        await desk.step(1)
+        assert len(remote.requests) == asked, "the interval is an hour"
+        remote.write(b=route("b"))
+        pushed = remote.push("told of")
+        for _ in range(8):
+            assert await send(X_Hub_Signature_256=f"sha256={signed}") == 202
+            await desk.step(0.5)
+        assert desk.status()["lastAppliedRevision"] == pushed
+        assert len(remote.requests) - asked <= 3 * 3, "eight notifications in 4 s are two looks"
+        provider = "gitlab"
+        await desk.apply(webhook())
+        assert await send(X_Gitlab_Token="shh-1234") == 202
+        assert await send(X_Gitlab_Token="shh-123") == 401
+        assert await send(X_Hub_Signature_256=f"sha256={signed}") == 401
+        provider = "gitea"
+        await desk.apply(webhook())
+        assert await send(X_Gitea_Signature=signed) == 202
+        await desk.apply(source(remote))
+        assert await send(X_Gitea_Signature=signed) == 401
+    finally:
+        await hooks.close()
+    with socket.create_server(("127.0.0.1", port)) as other:
+        await hooks.settle({port})
+        assert "in use by another program" in str(hooks.problem(port))
+        other.close()
+        await hooks.settle({port})
+        assert hooks.problem(port) is None
+        await hooks.close()
+
+
+BODY = b'{"ref": "refs/heads/evil", "repository": {"url": "https://evil.example"}}'
+
+STAND_IN = """\
+#!/bin/sh
+test -z "$QUIRE_SECRET" && test "$PATH" != /usr/bin || exit 9
+cd "$2" || exit 1
+test -f ../base/base.yaml || { echo "no base" >&2; exit 1; }
+while read -r line; do echo "$line"; done < ../base/base.yaml
+"""
+"""What the tests know of kustomize: it is called as `kustomize build FOLDER` and prints documents."""
+
+
+@pytest.mark.nightly
+async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote, tmp_path: Path) -> None:
+    remote.write(base__base=route("built"), over__kustomization="resources: [../base/base.yaml]\n")
+    first = remote.push()
+    await desk.apply(source(remote, more=", path: over"))
+    desk.environ = {**os.environ, "QUIRE_SECRET": "x", "PATH": f"{Path(shutil.which('git') or '').parent}"}
+    desk.begin()
+    await desk.step()
+    assert desk.condition("Ready") == ("False", "KustomizeFailed")
+    assert "there is no kustomize command" in desk.message()
+    command = tmp_path / "bin" / "kustomize"
+    command.parent.mkdir()
+    command.write_text(STAND_IN)
+    command.chmod(0o755)
+    desk.environ["PATH"] += f":{command.parent}"
+    desk.begin()
+    await desk.step()
+    assert desk.status()["lastAppliedRevision"] == first, desk.message()
+    assert desk.names() == ["built"]
+    assert desk.status()["objects"][0]["file"] == "over/kustomization.yaml (built)"
+    for text, told in (
+        ("resources: ['http://127.0.0.1:1/x.yaml']\n", "names 'http://127.0.0.1:1/x.yaml'"),
+        ("resources: [github.com/a/b]\n", "names 'github.com/a/b'"),
+        ("transformers: [x.yaml]\n", "has transformers"),
+        ("a: !!python/name x\n", "over/kustomization.yaml:1:"),
+    ):
+        remote.write(over__kustomization=text)
+        remote.push()
+        await desk.sync()
+        assert desk.condition("Ready") == ("False", "KustomizeFailed")
+        assert told in desk.message()
+    remote.write(over__kustomization="resources: []\n")
+    (remote.work / "base/base.yaml").unlink()
+    remote.push()
+    await desk.sync()
+    assert desk.message() == "kustomize: no base"
+    assert not list(desk.plane.state.git.rglob("build-*"))
 
 
 def test_the_environment_of_these_tests_has_no_configuration_of_the_machine() -> None:
