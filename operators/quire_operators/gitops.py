@@ -51,6 +51,8 @@ SHOWN_PROBLEMS = 20
 LONGEST_PAUSE = 300.0
 HINT_SECONDS = 2.0
 """Between two looks at a remote that notifications ask for."""
+WISHED = (Reason.STOPPED, Reason.ON_DEMAND, Reason.SCALED_TO_ZERO)
+"""Reasons for which an object does not serve now and is as its manifest says."""
 SOON = 1.0
 """Between two looks at what is on its way: objects that are being deleted, or do not serve yet."""
 
@@ -529,7 +531,7 @@ class SourceReconciler:
             ready = shown.get("Ready")
             good = there is not None and ready is not None and ready["observedGeneration"] == there.generation
             if good and there is not None and ready is not None:
-                wished = ready["status"] == "True" or ready["reason"] in (Reason.STOPPED, Reason.ON_DEMAND)
+                wished = ready["status"] == "True" or ready["reason"] in WISHED
                 good = wished and shown.get("RolledOut", ready)["status"] in ("True", ready["status"])
             if not good:
                 why = "gone" if there is None else ready["reason"] if ready is not None else "new"

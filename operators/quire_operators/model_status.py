@@ -13,7 +13,7 @@ from typing import Any
 from quire_operators import rollout, status
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
-from quire_operators.desired import Effective
+from quire_operators.desired import Effective, is_on_demand
 from quire_operators.devices import Inventory, gpus_text, held
 from quire_operators.downloads import Progress
 from quire_operators.fleet.local import LocalFleet
@@ -328,6 +328,8 @@ class ModelStatus:
             if view.short:
                 text = "requests wait for it, and nothing can be unloaded to make room"
                 return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
+            if not is_on_demand(view.stored.resolved):
+                return Fact("Ready", True, Reason.SCALED_TO_ZERO, "brought back by the next request")
             return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")
         for row, _ in world.replicas:
             if row.reason == rollout.STALLED:

@@ -199,10 +199,11 @@ class Routes:
             return None
         return self._status.unusable.get(model)
 
-    def use(self, model: str) -> wire.ModelUse:
-        """Whether requests for a model that is there on demand run or wait."""
-        found = self._status.uses.get(model) if self._status is not None else None
-        return found or wire.ModelUse(0)
+    def use(self, model: str) -> wire.ModelUse | None:
+        """How a model is used whose replicas come and go by it; None when that is not known."""
+        if self.knowledge() is not Router.KNOWN or self._status is None:
+            return None
+        return self._status.uses.get(model)
 
     def load_of(self, name: str, incarnation: int) -> tuple[bool, int]:
         """(released, in flight) of a process that no row accounts for."""

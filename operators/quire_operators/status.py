@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     STOPPED = "Stopped"
     PAUSED = "Paused"
     ON_DEMAND = "OnDemand"
+    SCALED_TO_ZERO = "ScaledToZero"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
@@ -270,6 +271,13 @@ ADVICE: dict[Reason, Advice] = {
         "It is not in memory, and is loaded by the next request for it, which waits for that.",
         ("spec.residency: always keeps it in memory",),
     ),
+    Reason.SCALED_TO_ZERO: Advice(
+        "Nobody asked for it, so no replica of it runs. The next request starts one, and waits for that.",
+        (
+            "spec.autoscaling.minReplicas: 1 keeps one",
+            "spec.autoscaling.idleTimeout says how long nobody has to ask",
+        ),
+    ),
     Reason.HELD: Advice(
         "Somebody paused the rollout: nothing is added or taken away, and replicas that crash are started again.",
         ("platform rollout resume {key}   lets it go on",),
@@ -315,8 +323,10 @@ ADVICE: dict[Reason, Advice] = {
         "The source is written in a way that leads nowhere.", ("correct spec.source and apply again",)
     ),
     Reason.NOT_FOUND: Advice(
-        "The source is neither on this machine nor on its hub. A hub is asked again every 5 minutes.",
-        ("correct spec.source or spec.revision, and apply again",),
+        "The source is neither on this machine nor on its hub, or a git source's repository is not on its "
+        "server. A hub "
+        "is asked again every 5 minutes.",
+        ("correct spec.source or spec.revision, or spec.url of a git source, and apply again",),
     ),
     Reason.UNSUPPORTED_ARCHITECTURE: Advice(
         "This version cannot run the checkpoint.", ("choose a checkpoint of a supported architecture",)
@@ -472,6 +482,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return "Paused"
     if by_type["Ready"].reason is Reason.ON_DEMAND:
         return "On demand"
+    if by_type["Ready"].reason is Reason.SCALED_TO_ZERO:
+        return "Scaled to zero"
     if want == 0 and by_type["Ready"].reason is Reason.INSUFFICIENT_MEMORY:
         return "Asked for, and no room"
     if want == 0:

@@ -296,7 +296,7 @@ class RouteReconciler:
         ready = next((each for each in conditions if each["type"] == "Ready"), None)
         if ready is None:
             return Reason.STARTING.value
-        good = ready["status"] == "True" or ready["reason"] == Reason.ON_DEMAND
+        good = ready["status"] == "True" or ready["reason"] in (Reason.ON_DEMAND, Reason.SCALED_TO_ZERO)
         return None if good else str(ready["reason"])
 
     def _write(self, stored: StoredObject) -> bool:

@@ -32,7 +32,6 @@ _ONE_DEVICE = "a replica runs on one device"
 _NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
 _NO_CANARY = "there are no canary rollouts yet"
-_NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
@@ -492,50 +491,47 @@ class Placement(Strict):
 
 
 class AutoscalingTarget(Strict):
-    """The load at which the number of replicas is right."""
+    """The load at which the number of replicas is right; of several measures the one counts that asks for most."""
 
     in_flight_per_replica: int | None = declared(
-        "Requests running or waiting, per replica.",
+        "Requests running or waiting, per replica. Nothing declared at all: four fifths of batching.maxNumSeqs.",
         None,
         update="scale",
-        refused=_NO_AUTOSCALING,
         ge=1,
         le=1_000_000,
     )
-    kv_cache_usage: Percent | None = declared(
-        "Share of cache blocks in use.", None, update="scale", refused=_NO_AUTOSCALING
-    )
-    queue_time: Duration | None = declared(
-        "Time that requests wait before they start.", None, update="scale", refused=_NO_AUTOSCALING
-    )
+    kv_cache_usage: Percent | None = declared("Share of cache blocks in use.", None, update="scale")
+    queue_time: Duration | None = declared("Time that requests wait before they start.", None, update="scale")
 
 
 class Autoscaling(Strict):
     """A number of replicas that follows the load."""
 
     min_replicas: int = declared(
-        "Fewest replicas; 0 lets the model stop when nobody asks.",
+        "Fewest replicas; 0 lets the model stop when nobody asks. The first request brings it back, and waits for "
+        "that as long as batching.maxQueueWait says.",
         1,
         update="scale",
-        refused=_NO_AUTOSCALING,
         ge=0,
         le=1000,
     )
-    max_replicas: int = declared("Most replicas.", update="scale", refused=_NO_AUTOSCALING, ge=1, le=1000)
-    target: AutoscalingTarget = section(
-        AutoscalingTarget, "The load at which the number of replicas is right.", refused=_NO_AUTOSCALING
-    )
+    max_replicas: int = declared("Most replicas.", update="scale", ge=1, le=1000)
+    target: AutoscalingTarget = section(AutoscalingTarget, "The load at which the number of replicas is right.")
     scale_up_delay: Duration = declared(
-        "How long the load must be high.", "0s", update="scale", refused=_NO_AUTOSCALING
+        "How long the load must be high: replicas come as many as it called for all that time.",
+        "0s",
+        update="scale",
     )
     scale_down_delay: Duration = declared(
-        "How long the load must be low.", "5m", update="scale", refused=_NO_AUTOSCALING
+        "How long the load must be low: replicas go down to the most that it called for during that time.",
+        "5m",
+        update="scale",
     )
     idle_timeout: Duration | None = declared(
-        "Time without a request after which the last replica stops, when minReplicas is 0.",
+        "Time without a request after which the last replica stops, when minReplicas is 0. Left out: "
+        "scaleDownDelay. A model that never was ready is not stopped.",
         None,
         update="scale",
-        refused=_NO_AUTOSCALING,
     )
 
 
@@ -790,7 +786,10 @@ class ModelSpec(Strict):
         le=1000,
     )
     autoscaling: Autoscaling | None = section(
-        Autoscaling, "A number of replicas that follows the load.", refused=_NO_AUTOSCALING, optional=True
+        Autoscaling,
+        "A number of replicas that follows the load; not together with replicas. platform scale puts another "
+        "number in its place.",
+        optional=True,
     )
     rollout: Rollout = section(Rollout, "How a new revision replaces the old one.")
     drain_timeout: Duration = declared(

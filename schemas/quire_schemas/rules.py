@@ -249,6 +249,20 @@ def _autoscaling_range(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             ("spec", "autoscaling", "minReplicas"), "is above maxReplicas", "minReplicas is the smaller one"
         )
+    to_none = facts["spec.autoscaling.minReplicas"] == 0
+    if to_none and facts["spec.residency"] == "onDemand":
+        yield Finding(
+            ("spec", "autoscaling", "minReplicas"),
+            "a model on demand is unloaded when another one needs its room, not when it is idle",
+            "declare minReplicas of 1 or more, or residency: always",
+        )
+    if not to_none and facts.declares("spec.autoscaling.idleTimeout"):
+        yield Finding(
+            ("spec", "autoscaling", "idleTimeout"),
+            "has no effect: the last replica stops only where minReplicas is 0",
+            "remove it, or declare minReplicas: 0",
+            True,
+        )
 
 
 def _token_budget(facts: Facts) -> Iterator[Finding]:

@@ -658,6 +658,12 @@ class ModelUse(msgspec.Struct, frozen=True):
     in_flight: int
     waiting: int = 0
     idle: float | None = None
+    ready: int = 0
+    """Replicas that serve."""
+    queue_time: float = 0.0
+    """Seconds that the first one that waits, here or in an engine, has waited."""
+    kv_usage: float = 0.0
+    """Mean share of cache blocks in use, of those replicas."""
 
 
 class RouterStatus(msgspec.Struct, tag=True):
@@ -676,7 +682,7 @@ class RouterStatus(msgspec.Struct, tag=True):
     """The parts of a table that it knows; none from a router of a version that does not tell."""
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
-    """Of each model that is there on demand."""
+    """Of each model whose replicas come and go by it."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):

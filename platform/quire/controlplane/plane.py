@@ -382,9 +382,9 @@ class ControlPlane:
         if not took:  # what is told of them may be otherwise now
             for policy in self.policies.names():
                 self._controller.add(policy)
-        demand = self.models.settle_residency()
+        looks = [look for look in (self.models.settle_residency(), self.models.settle_scaling()) if look]
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
-        return BUSY_POLL if busy else demand or IDLE_POLL
+        return BUSY_POLL if busy else min(looks, default=IDLE_POLL)
 
     def _table(self) -> wire.RoutingTable:
         """What the router is to act by; not numbered."""

@@ -67,6 +67,7 @@ class Sequence:
         "max_tokens",
         "priority",
         "prompt_tokens",
+        "sent_at",
         "width",
     )
 
@@ -87,6 +88,7 @@ class Sequence:
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens - len(request.written)
         self.generated = 0
+        self.sent_at = time.monotonic()
         self.begun = False
         """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
@@ -234,12 +236,30 @@ class EngineClient:
         """
         if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
-        order = list(self._sequences.values())
-        by_priority = self.policy == "priority"
-        # keeps the order of arrival among equals
-        order.sort(key=lambda each: (each.background, each.priority if by_priority else 0))
+        order = self._order()
         before = sum(each.width for each in order[: order.index(sequence)])
         return before >= self.stats.running
+
+    def _order(self) -> list[Sequence]:
+        """Its sequences in the order in which the engine lets them in."""
+        by_priority = self.policy == "priority"
+        # keeps the order of arrival among equals
+        return sorted(
+            self._sequences.values(), key=lambda each: (each.background, each.priority if by_priority else 0)
+        )
+
+    @property
+    def waits_since(self) -> float | None:
+        """When who waits longest in the engine's queue was sent there, as far as can be told; None if nobody
+        waits that somebody waits for."""
+        if self.stats is None or not self.stats.waiting:
+            return None
+        found, before = None, 0
+        for sequence in self._order():
+            if before >= self.stats.running and not (sequence.begun or sequence.background):
+                found = sequence.sent_at if found is None else min(found, sequence.sent_at)
+            before += sequence.width
+        return found
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -109,7 +109,19 @@ class ServedModel:
         """Whether it is asked for, and since when not."""
         placed = sum(client.in_flight for client in self.clients)
         idle = None if self.used_at is None else max(now - self.used_at, 0.0)
-        return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
+        serving = [client for client in self.clients if client.ready]
+        since = [self.turns.waits_since, *(client.waits_since for client in serving)]
+        first = min((at for at in since if at is not None), default=now)
+        stats = [client.stats for client in serving if client.stats is not None]
+        shares = [each.blocks_used / each.blocks_total for each in stats if each.blocks_total]
+        return wire.ModelUse(
+            self.in_flight,
+            max(self.in_flight - placed, 0),
+            idle,
+            ready=len(serving),
+            queue_time=max(now - first, 0.0),
+            kv_usage=sum(shares) / len(shares) if shares else 0.0,
+        )
 
     @property
     def slots(self) -> int:

@@ -333,7 +333,6 @@ def test_only_a_hub_needs_a_token() -> None:
         "resources: {accelerator: {type: nvidia-h100}}",
         "resources: {accelerator: {countPerReplica: 2}}",
         "placement: {backend: ray}",
-        "autoscaling: {maxReplicas: 2}",
         "rollout: {strategy: Canary}",
         "probes: {readiness: {period: 1s}}",
         "probes: {liveness: {period: 5s}}",
