@@ -415,7 +415,7 @@ class Repository:
         if "file too large" in low or "signal 25" in low or "invalid index-pack output" in low:
             text = f"the commit is larger than {self._limits.pack_bytes // MIB} MiB"
             return Refused(Reason.TOO_LARGE, text, "follow a repository that holds the manifests alone")
-        if "redirect" in low:
+        if "redirect" in low or re.search(r"error: 30[12378]", low):
             hint = "write the address that it leads to in spec.url"
             return Refused(Reason.REMOTE_UNREACHABLE, "the server redirects to another address", hint)
         if "not found" in low and "could not resolve" not in low:

@@ -40,6 +40,7 @@ class Remote:
         self.work = folder / "work"
         self.token = token
         self.answers = True
+        self.redirect = ""
         self.requests: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
         git(folder, "init", "--quiet", "--bare", "--initial-branch=main", str(self.bare))
@@ -80,6 +81,12 @@ def _handler(remote: Remote) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def _serve(self) -> None:
             remote.requests.append(self.path)
+            if remote.redirect:
+                self.send_response(301)
+                self.send_header("Location", remote.redirect + self.path.partition("/r.git")[2])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if not remote.answers:
                 self.close_connection = True
                 return

@@ -16,9 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ConfigDict, TypeAdapter
 from tests.integration.git_remote import ENVIRONMENT, Remote, git
 from tests.integration.test_gitops import route, source
+from typing_extensions import is_typeddict
 
+from quire.cli import shapes
 from quire.controlplane.errors import ApiError
 from quire.controlplane.following import Following
 from quire.controlplane.intents import Intents
@@ -77,10 +80,13 @@ class Desk:
         self.following.decide(PROD, "sync", {})
         await self.step()
 
-    def status(self, name: str = "prod") -> dict[str, Any]:
+    def view(self, name: str = "prod") -> dict[str, Any]:
         stored = self.plane.store.get(Key("gitsource", name))
         assert stored is not None
-        return dict(self.views.of(stored)["status"])
+        return self.views.of(stored)
+
+    def status(self, name: str = "prod") -> dict[str, Any]:
+        return dict(self.view(name)["status"])
 
     def condition(self, type_: str, name: str = "prod") -> tuple[str, str]:
         found = next(each for each in self.status(name)["conditions"] if each["type"] == type_)
@@ -103,6 +109,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def exact(shape: type, answer: dict[str, Any]) -> None:
+    """The answer has the fields of the shape that is documented, and no other."""
+    for each in vars(shapes).values():
+        if is_typeddict(each):
+            each.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    TypeAdapter(shape).validate_python(answer)
 
 
 @pytest.fixture
@@ -155,6 +169,7 @@ async def test_what_left_the_repository_is_deleted_within_the_cap(desk: Desk, re
     assert desk.status()["kept"] == ["route/c", "route/b"]
     assert desk.status()["lastAppliedRevision"] == most
     assert "2 of 3 objects left the repository" in desk.message("Drifted")
+    exact(shapes.Object, {**desk.view(), "apiVersion": "quire.dev/v1alpha1"})
     await desk.step(40)
     assert desk.names() == ["b", "c", "d", "e"], "not piece by piece either"
     desk.intents.delete(Key("route", "b"))  # what is kept is nobody's to restore
@@ -335,6 +350,8 @@ async def test_after_a_restart_it_heals_from_its_clone_and_without_one_it_waits(
 async def test_a_suspended_source_does_nothing_until_it_is_resumed(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, HEAL, a=route("a"))
     desk.following.decide(PROD, "suspend", {"by": "ada", "reason": "a fire"})
+    await desk.step()
+    exact(shapes.Object, {**desk.view(), "apiVersion": "quire.dev/v1alpha1"})
     asked = len(remote.requests)
     remote.write(b=route("b"))
     remote.push("not now")
@@ -585,6 +602,21 @@ async def test_what_is_not_there_is_named(desk: Desk, remote: Remote) -> None:
         await desk.apply(source(remote).replace(", ref: {branch: main}", more))
         await desk.step()
         assert desk.condition("Ready") == ("True", "Synced"), desk.message()
+
+
+async def test_a_redirect_is_not_followed(desk: Desk, remote: Remote, tmp_path: Path) -> None:
+    other = Remote(tmp_path / "other")
+    try:
+        other.redirect = remote.url
+        remote.write(a=route("a"))
+        remote.push()
+        await desk.apply(source(other))
+        await desk.step()
+        assert "redirects to another address" in desk.message()
+        assert not remote.requests
+        assert desk.names() == []
+    finally:
+        other.close()
 
 
 async def test_a_server_without_an_end_is_left_in_time(desk: Desk, remote: Remote, tmp_path: Path) -> None:

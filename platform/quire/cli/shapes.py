@@ -58,7 +58,7 @@ class Counts(TypedDict):
 class Decision(TypedDict):
     """What was decided beside the manifest."""
 
-    kind: Literal["scale", "pause", "hold", "pin", "quarantine", "restart", "resident"]
+    kind: Literal["scale", "pause", "hold", "pin", "quarantine", "restart", "resident", "suspend"]
     by: str
     reason: str
     since: Time
@@ -736,6 +736,6 @@ ANSWERS: dict[str, type] = {
     "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
     "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "bench": Bench,
     "bench --compare A B": BenchComparison, "cache list": Cache, "cache prune": CachePrune,
-    "secret list": SecretList, "key create": NewKey, "usage": UsageList,
+    "secret list": SecretList, "key create": NewKey, "usage": UsageList, "source history": SyncList,
 }  # fmt: skip
 """What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""
