@@ -323,10 +323,8 @@ class SourceReconciler:
             look.tried = look.trouble = None
             return plan, None, None
         except GitError as error:
-            if not is_new and isinstance(
-                error, Unreachable
-            ):  # the clone is lost, and the remote away: nothing is wrong
-                return None, None, None
+            if not is_new and isinstance(error, Unreachable):
+                return None, None, None  # the clone is lost, and the remote away: nothing is wrong
             trouble = _Trouble(error.reason, error.message, error.hint, passing=isinstance(error, Unreachable))
         except Rejected as error:
             trouble = _Trouble(error.reason, error.message, error.hint, error.problems[:SHOWN_PROBLEMS])
@@ -399,14 +397,15 @@ class SourceReconciler:
     def _whole(self, stored: StoredObject, memory: dict[str, Any], target: str, *, is_new: bool) -> int:
         """How many objects the source had when it came to this commit; kept before anything of the commit is
         written, so that no crash and no second pass sees more."""
-        of = [target, stored.resolved["path"]]
-        known = memory.get("whole") or {}
-        if known.get("of") != of:
-            rows = self._store.inventory.all().values()
-            known = memory["whole"] = {"of": of, "count": sum(row.source == stored.uid for row in rows)}
+        of, applied = f"{target}:{stored.resolved['path']}", f"{memory.get('applied')}:{memory.get('path')}"
+        known: dict[str, int] = dict(memory.get("whole", {}))
+        if of not in known:
+            known[of] = sum(row.source == stored.uid for row in self._store.inventory.all().values())
             if is_new:
+                # the applied commit's stays, too: the repository may go back to it
+                memory["whole"] = {name: count for name, count in known.items() if name in (of, applied)}
                 self._store.inventory.remember(stored.uid, memory)
-        return int(known["count"])
+        return known[of]
 
     def _decide(self, stored: StoredObject, checkout: Checkout, whole: int, *, heal: bool) -> SyncPlan:
         present = {

@@ -172,6 +172,13 @@ async def test_what_left_the_repository_is_deleted_within_the_cap(desk: Desk, re
     exact(shapes.Object, {**desk.view(), "apiVersion": "quire.dev/v1alpha1"})
     await desk.step(40)
     assert desk.names() == ["b", "c", "d", "e"], "not piece by piece either"
+    remote.write(f="nonsense")
+    remote.push("refused")
+    await desk.sync()
+    git(remote.work, "reset", "--quiet", "--hard", most)
+    git(remote.work, "push", "--quiet", "--force", "origin", "HEAD:main")
+    await desk.sync()
+    assert desk.names() == ["b", "c", "d", "e"], "nor by a detour over another commit"
     desk.intents.delete(Key("route", "b"))  # what is kept is nobody's to restore
     with pytest.raises(ApiError):
         desk.intents.delete(Key("route", "d"))
