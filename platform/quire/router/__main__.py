@@ -136,8 +136,8 @@ async def serve(
     listening.setblocking(False)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
-    await fleet.load_snapshot()
     application, executor, usage = build(fleet, config, tracing, metering)
+    await fleet.load_snapshot()
     options = uvicorn.Config(
         application,
         http=Protocol.under(lambda: fleet.table.http),
