@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from quire_operators import kustomize, status
 from quire_operators.clock import on_the_wall
+from quire_operators.database import Deposed
 from quire_operators.git import Commit, Entry, GitError, Limits, Ref, Refused, Repository, Unreachable, below
 from quire_operators.inventory import Managed
 from quire_operators.overrides import Kind, Override
@@ -328,6 +329,8 @@ class SourceReconciler:
             trouble = _Trouble(error.reason, error.message, error.hint, passing=isinstance(error, Unreachable))
         except Rejected as error:
             trouble = _Trouble(error.reason, error.message, error.hint, error.problems[:SHOWN_PROBLEMS])
+        except Deposed:
+            raise
         except StoreError as error:
             trouble = _Trouble(Reason.NOT_SYNCED, error.message, error.hint, passing=True)
         look.tried, look.trouble = target, trouble

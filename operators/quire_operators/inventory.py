@@ -18,24 +18,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from quire_operators.database import Database
-from quire_operators.tables import METADATA
+from quire_operators.tables import MANAGED, SYNCS
 from quire_schemas.resource import Key
 
 ALL = "all"
-MANAGED = sa.Table(
-    "managed",
-    METADATA,
-    sa.Column("kind", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("source", sa.Text, nullable=False),
-    sa.Column("source_name", sa.Text, nullable=False),
-    sa.Column("commit_id", sa.Text, nullable=False),
-    sa.Column("file", sa.Text, nullable=False),
-    sa.Column("intent_hash", sa.Text, nullable=False),
-)
-SYNCS = sa.Table(
-    "syncs", METADATA, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
-)
 
 
 @dataclass(frozen=True, slots=True)

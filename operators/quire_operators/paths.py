@@ -7,7 +7,8 @@ finds them. `/tmp` is fixed rather than taken from `TMPDIR`, because two shells 
 find the same control plane. Everyone may write to `/tmp`, so the folder is used only if it is a real directory
 that belongs to this user and is closed to everybody else.
 
-    <root>/state.db  daemon.lock  start.lock  down  routes.snapshot  logs/{controlplane,router}.log
+    <root>/state.db  database.json  {daemon,start,standby}.lock  down  routes.snapshot
+    <root>/logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
     <root>/router/router.db  router/files/<id>  router/lock
     <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>   git/<source's uid>/<hash of its URL>
@@ -61,8 +62,18 @@ class StateDir:
         return self.root / "state.db"
 
     @property
+    def database(self) -> Path:
+        """Says which database on a server has the store, where it is not in the file `store`."""
+        return self.root / "database.json"
+
+    @property
     def daemon_lock(self) -> Path:
         return self.root / "daemon.lock"
+
+    @property
+    def standby_lock(self) -> Path:
+        """Shared by control planes that wait until they may lead."""
+        return self.root / "standby.lock"
 
     @property
     def start_lock(self) -> Path:

@@ -18,6 +18,7 @@
     ├── BodyTimeout                   the client did not finish sending
     ├── UnsupportedMediaType
     ├── QueueFull                     as many requests wait as the manifest allows
+    ├── MemoryShort                   the router has no memory for more than what runs
     ├── ServiceUnavailable            no replica is ready; one may be soon
     │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
     ├── StorageUnavailable            the router's store cannot be read or written; what needs no store goes on
@@ -139,6 +140,10 @@ class QueueFull(ApiError):
     """The queue is full."""
 
 
+class MemoryShort(ApiError):
+    """The router has no memory for more work."""
+
+
 class ServiceUnavailable(ApiError):
     """No replica is ready."""
 
@@ -226,6 +231,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     BodyTooLarge: Row(413, _BAD, "request_too_large", close=True),
     UnsupportedMediaType: Row(415, _BAD, "unsupported_media_type"),
     QueueFull: Row(429, "rate_limit_exceeded", "queue_full", retry=True),
+    MemoryShort: Row(429, "rate_limit_exceeded", "memory_short", retry=True),
     BadTokenizer: Row(
         503, _OURS, "model_unusable", retry=False, message="The tokenizer of this model could not be loaded."
     ),

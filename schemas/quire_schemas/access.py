@@ -21,8 +21,6 @@ Operation = Literal[
 ]
 Calendar = Literal["day", "week", "month"]
 MAX_ROLLING_DAYS = 31
-METRICS = "metrics"
-"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
 
 
 def _a_time(text: str) -> str:

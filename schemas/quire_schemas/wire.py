@@ -616,6 +616,10 @@ class AccessLimit(msgspec.Struct, frozen=True, omit_defaults=True):
     concurrency: int | None = None
 
 
+METRICS: Final = "metrics"
+"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
+
+
 class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tenant: who he is, what he may do, and how much."""
 
@@ -624,7 +628,7 @@ class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] = ()
     """Names as requests give them; none: all."""
     operations: tuple[str, ...] = ()
-    """None: all but `access.METRICS`."""
+    """None: all but `METRICS`."""
     limits: tuple[AccessLimit, ...] = ()
     priority: int = 0
     """Higher goes first."""

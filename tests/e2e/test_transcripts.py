@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).with_name("transcripts.txt")
 ELSEWHERE = {
+    "backup": "tests/e2e/test_storage.py; its counts are of the moment",
+    "restore": "tests/e2e/test_storage.py",
     "quickstart": "tests/e2e/test_cli.py",
     "doctor": "tests/e2e/test_doctor.py; its words are of the machine",
     "logs": "tests/unit/platform/test_cli_commands.py; its words are the engine's",

@@ -54,6 +54,8 @@ COMMANDS = {
     "secret": "secret",
     "key": "key",
     "usage": "usage",
+    "backup": "backup",
+    "restore": "backup",
     "down": "daemon",
     "up": "daemon",
     "daemon": "service",

@@ -10,6 +10,7 @@ from typing import Any
 
 from litestar.exceptions import HTTPException
 
+from quire_operators.database import Deposed
 from quire_operators.sqlite import StoreError, StoreUnavailable
 from quire_schemas.manifest import Problem
 from quire_schemas.resource import Key
@@ -35,6 +36,8 @@ def answer(error: Exception) -> ApiError:
         return error
     if isinstance(error, StoreUnavailable):
         return ApiError(507 if error.full else 503, "store_unavailable", error.message, error.hint, exit_code=7)
+    if isinstance(error, Deposed):
+        return ApiError(503, "deposed", error.message, error.hint, exit_code=7)
     if isinstance(error, StoreError):
         return ApiError(409, "conflict", error.message, error.hint, exit_code=5)
     if isinstance(error, HTTPException):  # an unknown path, a wrong query parameter, a body that is too large
@@ -54,6 +57,17 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
         f"{number} error{'' if number == 1 else 's'}",
         exit_code=3,
         problems=[problem.as_dict() for problem in problems],
+    )
+
+
+def crowded() -> ApiError:
+    """There is no descriptor for one more command."""
+    return ApiError(
+        503,
+        "too_many_connections",
+        "the control plane has as many connections as it can hold",
+        "try again in a moment; `ulimit -Hn` says how many there may be",
+        exit_code=7,
     )
 
 

@@ -46,6 +46,8 @@ class Views:
             "startedAt": status.timestamp(self._plane.started_at),
             "stateDir": str(self._plane.state.root),
             "installId": self._plane.store.install_id,
+            "store": self._plane.store.place,
+            "epoch": self._plane.lease.epoch if self._plane.lease is not None else None,
             # what a command starts does not inherit this variable of systemd's
             "supervisor": "systemd" if "INVOCATION_ID" in os.environ else None,
             "router": {

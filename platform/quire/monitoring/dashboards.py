@@ -333,6 +333,12 @@ ROUTER: Final = Board(
                         _plain(signals.ROUTER_MAX_FDS, "{{instance}} at most"),
                     ),
                 ),
+                Panel("Share of its memory", "percentunit", (_plain(signals.MEMORY_SHARE, "{{instance}}"),)),
+                Panel(
+                    "Connections turned away",
+                    "ops",
+                    (Query(rate(total(signals.CONNECTIONS_REFUSED)), "{{instance}}"),),
+                ),
                 Panel("Started", "dateTimeAsIso", (Query(f"{signals.ROUTER_START_TIME} * 1000", "{{instance}}"),)),
             ),
         ),

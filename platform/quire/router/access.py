@@ -27,8 +27,8 @@ from litestar.handlers import BaseRouteHandler
 from quire.errors import TABLE, BudgetSpent, PermissionDenied, RateLimited, Unauthenticated
 from quire.router.limits import Limiter
 from quire_schemas import wire
-from quire_schemas.access import METRICS
 from quire_schemas.keys import MAX_LENGTH, Digest
+from quire_schemas.wire import METRICS
 
 PUBLIC: Final = "public"
 """Operation of what needs no key: whether the process is alive, and whether it knows what to serve."""

@@ -45,7 +45,7 @@ from quire.router.store import Store
 from quire.router.usage import Usage
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
-from quire_schemas.access import METRICS
+from quire_schemas.wire import METRICS
 
 log = logging.getLogger("quire.router")
 

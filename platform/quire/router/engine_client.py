@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from typing import Literal
 
+import msgspec
+
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
 from quire.router.breaker import NO_FAILURE, TRIAL_TOKENS, Breakers
 from quire_schemas import wire
@@ -45,6 +47,8 @@ Ejection = Literal["disconnected", "stalled", "tripped"]
 
 MOST_KEPT = 64
 """Deltas that are kept as they came."""
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[wire.Delta]).decode
 
 
 class NotConnected(Exception):
@@ -67,6 +71,7 @@ class Sequence:
         "id",
         "lost",
         "max_tokens",
+        "packed",
         "priority",
         "prompt_tokens",
         "sent_at",
@@ -82,6 +87,8 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
+        self.packed: list[bytes] = []
+        """Those before, while a client reads nothing: log-probabilities take a tenth of their room so."""
         self.heard_at = 0.0
         """When the first of them came."""
         self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
@@ -100,14 +107,18 @@ class Sequence:
         """It decides whether its replica gets others."""
 
     def put(self, delta: wire.Delta) -> None:
-        """One more; of those that nobody takes, such as bring tokens alone are made one."""
+        """One more; those that nobody takes are packed, such as bring tokens alone as one."""
         if len(self.deltas) >= MOST_KEPT:
-            self.deltas = list(_joined(self.deltas))
+            self.packed.append(_pack(list(_joined(self.deltas))))
+            self.deltas = []
         self.deltas.append(delta)
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
         taken, self.deltas = self.deltas, []
+        if self.packed:
+            taken = [delta for pack in self.packed for delta in _unpack(pack)] + taken
+            self.packed = []
         return taken
 
     def abort(self) -> None:

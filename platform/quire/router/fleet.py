@@ -28,6 +28,7 @@ from quire.errors import InvalidRequest, ModelNotFound, ModelStopped, ServiceUna
 from quire.router.access import Access, Caller
 from quire.router.breaker import Breakers
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.memory import Memory
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
@@ -149,6 +150,7 @@ class Fleet:
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples, self.standings)
+        self.memory = Memory()
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []

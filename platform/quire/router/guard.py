@@ -63,6 +63,8 @@ _READABLE: Final = b", ".join(
     ]
 )
 """Headers of answers that pages may read besides the few that they always may."""
+WAITING_BYTES: Final = 16 * 1024
+"""Of answers that are kept here for a client, behind what the system keeps: what is made later waits as tokens."""
 _DRAINED: Final = 16 * 1024 * 1024
 _DRAIN_SECONDS: Final = 5.0
 """How much of a refused body is read, and for how long: a client cut off while it sends never sees why."""
@@ -253,6 +255,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WAITING_BYTES)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

@@ -249,6 +249,10 @@ class Metrics:
         """Show how budgets stand."""
         self._registry.register(_Budgets(standing))
 
+    def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        """Show how many connections were turned away, and how much of its memory the router has."""
+        self._registry.register(_Room(refused, share))
+
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
         self._registry.register(_Disk(folder))
@@ -615,6 +619,20 @@ class _Budgets(Collector):
         for budget in self._standing():
             spent.add_metric([budget.policy, budget.name, budget.key], budget.spent / budget.size)
         yield spent
+
+
+class _Room(Collector):
+    def __init__(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        self._refused = refused
+        self._share = share
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            signals.CONNECTIONS_REFUSED, "Connections turned away for want of descriptors.", self._refused()
+        )
+        yield GaugeMetricFamily(
+            signals.MEMORY_SHARE, "Of the memory that the router could have, what it has.", self._share()
+        )
 
 
 class _Disk(Collector):

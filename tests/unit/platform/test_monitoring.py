@@ -36,6 +36,7 @@ def told() -> dict[str, str]:
     metrics.watch_gpus(Watch())
     metrics.watch_store(Path("/"))
     metrics.watch_budgets(lambda: [wire.BudgetStanding("p", "b", "tokens", 2, 1)])
+    metrics.watch_room(lambda: 0, lambda: 0.0)
     found: dict[str, str] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
