@@ -12,11 +12,12 @@ somebody else's waits for a hundred. So a tenant has no more sequences at the en
 less those of others, and at least his part of it; the rest of his waits here, in its order, until one of his has
 ended. A few more than that are let through (`AHEAD`), so that no engine waits for the router.
 
-**Seats.** As many of a tenant's sequences as are his part of the seats are his; the seats of those beyond it are
-*lent*, because nobody else wants them. When somebody does, the engine takes one back (`wire.Generate.lent`): that
-sequence waits with all that it has, is computed again as far as the cache has lost it, and goes on as if nothing had
-been. So who has his part free waits for one step and not for the end of somebody else's answer, and no seat is kept
-empty for him. His part is that of two at least: another may come at any time.
+**Seats.** As many of a tenant's sequences as are his part of the seats are his; the seats of those beyond it
+are *lent*, because nobody else wants them. When somebody does, the engine takes one back
+(`wire.Generate.lent`): that sequence waits with all that it has, is computed again as far as the cache has lost
+it, and goes on as if nothing had been. So who has his part free waits for one step and not for the end of
+somebody else's answer, and no seat is kept empty for him. His part is that of two at least: another may come at
+any time.
 """
 
 from __future__ import annotations
