@@ -515,6 +515,8 @@ class Run:
         """Whether the sequence is on its way; a connection that broke this moment says no."""
         choice.sent_at = time.monotonic()
         ends_at = self.job.ends_at
+        if choice.turn and choice.lent is None:
+            choice.lent = self.job.model.turns.lend(self.job.caller.owner, self.job.model.slots)
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
@@ -522,6 +524,7 @@ class Run:
             written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
+            lent=bool(choice.lent),
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.drawn > 1 else None,
@@ -593,7 +596,7 @@ class Run:
         self._settle(choice)
         if choice.turn:
             choice.turn = False
-            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots)
+            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots, own=choice.lent is False)
         sequence, choice.sequence = choice.sequence, None
         if sequence is None:
             return
