@@ -339,6 +339,7 @@ KINDS: dict[Callable[[Traffic, httpx.AsyncClient], Awaitable[None]], float] = {
 # ── what is looked at ─────────────────────────────────────────────────────────────────────────────────────
 
 PARTS = {"quire.controlplane": "control plane", "quire.router": "router", "quire_engine": "engine"}
+LOOKS = 6
 SHIM = re.compile(r"/shim\.py$")
 
 
@@ -399,7 +400,15 @@ class Watch:
         """What every process is made of now, each asked in turn. For when nothing is replaced."""
         found = self.named()
         assert len(dict(found)) == len(found), f"two of a kind: {[name for name, _ in found]}"
-        return {name: self._shape(name, process) for name, process in found}
+        return {name: self._at_rest(name, process) for name, process in found}
+
+    def _at_rest(self, name: str, process: psutil.Process) -> Shape:
+        """The least of several looks: now and then somebody at rest looks after another, too."""
+        looks = []
+        for _ in range(LOOKS):
+            looks.append(self._shape(name, process))
+            time.sleep(0.3)
+        return min(looks, key=lambda each: (sum(each.tasks.values()), each.descriptors, each.threads))
 
     def _shape(self, name: str, process: psutil.Process) -> Shape:
         told: dict[str, Any] = {"tasks": {}, "objects": {}, "traced": []}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import socket
@@ -201,6 +202,10 @@ def test_r30_a_soaked_platform_neither_grows_nor_keeps_anything(soak: Soak) -> N
     asked = sum(soak.traffic.told.values()) - asked_before
 
     print(f"\n{asked} requests in {MINUTES - WARM:g} minutes: {dict(sorted(soak.traffic.told.items()))}")
+    readings = soak.platform.write(
+        "memory.json", json.dumps([[*key, told] for key, told in soak.watch.memory.items()])
+    )
+    print(f"every reading of memory is in {readings}")
     rows: list[dict[str, Any]] = []
     growing: list[str] = []
     for name, shape in sorted(after.shapes.items()):

@@ -61,7 +61,13 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def tight() -> Iterator[wire.EngineSpec]:
-    fields = {"num_blocks": 20, "block_size": 8, "max_num_seqs": 6, "prefix_caching": True, "batch_invariant": True}
+    fields = {
+        "num_blocks": 20,
+        "block_size": 8,
+        "max_num_seqs": 6,
+        "prefix_caching": True,
+        "batch_invariant": True,
+    }
     with engine_running(replica_id="tight", **fields) as spec:
         yield spec
 
