@@ -126,7 +126,7 @@ class Soak:
 
     def roll_out(self) -> None:
         self.rollouts += 1
-        self.platform.run("apply", self._models())
+        self.platform.run("apply", self._models(), timeout=600)
 
     def run(self, minutes: float, rollouts: int) -> None:
         """Traffic for so long, with rollouts at even distances, and what people look at besides."""

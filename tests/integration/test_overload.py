@@ -190,6 +190,9 @@ async def test_r23_a_storm_of_retries_makes_a_dead_replica_no_worse(world: World
     for requests, given in (down, flapping):
         assert given <= 1.2 * requests + 3
     assert len(stormed.with_status(429)) > len(stormed.good), "it was a storm"
+    assert set(of(calm, stormed.began_at + seconds)) <= {"200", "429"}, (
+        "nobody is condemned for what a replica did"
+    )
     assert after >= (0.9 if EFFORT > 1 else 0.3) * before, "and it is over"
 
 
