@@ -229,7 +229,7 @@ async def test_r24_who_floods_a_model_makes_others_wait_no_more_than_thrice(
                 port=world.port,
                 bodies=BODIES,
                 seconds=SECONDS,
-                rate=TIMES * SLOTS / (STEP * TOKENS),
+                rate=3 * SLOTS / (STEP * TOKENS),
                 connections=SLOTS + QUEUE + 150,
                 key=FLOOD,
             )
