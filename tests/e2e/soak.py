@@ -44,7 +44,8 @@ def _look(*_):
     for each in gc.get_objects():
         name = f"{type(each).__module__}.{type(each).__qualname__}"
         told["objects"][name] = told["objects"].get(name, 0) + 1
-    if "tracemalloc" in sys.modules and sys.modules["tracemalloc"].is_tracing():
+    import _tracemalloc
+    if _tracemalloc.is_tracing():
         import tracemalloc
         shot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, tracemalloc.__file__)])
         told["traced"] = [[str(line.traceback[0]), line.size] for line in shot.statistics("lineno")[:4000]]
