@@ -250,6 +250,7 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
+        "lent",
         "lost_by",
         "migrations",
         "num_scored",
@@ -290,6 +291,8 @@ class Choice:
         """The replica where it is tried although engines may die of it."""
         self.turn = False
         """It was its turn to go to an engine, where tenants take turns."""
+        self.lent: bool | None = None
+        """Once it has had its turn and goes: whether its seat is lent (`shares`)."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""

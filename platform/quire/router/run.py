@@ -244,7 +244,12 @@ class Run:
                     sequence.client.endpoint.incarnation,
                     sequence.connection,
                 )
-                self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
+                self.job.model.suspects.blame(
+                    self._fingerprint(choice),
+                    death,
+                    tried=choice.trial is not None,
+                    replica=sequence.client.endpoint.replica_id,
+                )
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
             choice.lost_by = "503" if _was_asked_to_end(deltas) else "ConnectionError"
@@ -476,11 +481,17 @@ class Run:
         self._metrics.held.inc(bool(self._held) - bool(before))
 
     def _choose(self, choice: Choice, suspected: bool = False) -> EngineClient | None:
-        """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
+        """The replica that is to have the choice now; a suspect gets none on which another one is tried, nor one
+        that died under it while there is another."""
+        barred: set[str] = set()
+        if suspected:
+            model, died = self.job.model, self.job.model.suspects.died_at(self._fingerprint(choice))
+            elsewhere = any(client.ready and client.endpoint.replica_id not in died for client in model.clients)
+            barred = model.trials.union(died if elsewhere else ())
         clients = {
             client.endpoint.replica_id: client
             for client in self.job.model.clients
-            if not (suspected and client.endpoint.replica_id in self.job.model.trials)
+            if client.endpoint.replica_id not in barred
             and (not choice.sent or client.goes_on(choice.template_hash))
         }
         chain = self._chain(choice)
@@ -515,6 +526,8 @@ class Run:
         """Whether the sequence is on its way; a connection that broke this moment says no."""
         choice.sent_at = time.monotonic()
         ends_at = self.job.ends_at
+        if choice.turn and choice.lent is None:
+            choice.lent = self.job.model.turns.lend(self.job.caller.owner, self.job.model.slots)
         request = wire.Generate(
             id=f"{self.job.id}-{choice.index}-{choice.attempts}",
             token_ids=choice.prompt,
@@ -522,6 +535,7 @@ class Run:
             written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
+            lent=bool(choice.lent),
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.drawn > 1 else None,
@@ -593,7 +607,7 @@ class Run:
         self._settle(choice)
         if choice.turn:
             choice.turn = False
-            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots)
+            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots, own=choice.lent is False)
         sequence, choice.sequence = choice.sequence, None
         if sequence is None:
             return
