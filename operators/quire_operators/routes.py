@@ -348,4 +348,12 @@ def _news(status: wire.RouterStatus | None) -> object:
         (load.replica_id, load.incarnation, load.connected, load.in_flight == 0, load.hot_hash)
         for load in status.replicas
     ]
-    return status.version, status.pid, status.base_url, status.unusable, sorted(loads, key=lambda load: load[:2])
+    pids = [worker.pid for worker in status.workers]
+    return (
+        status.version,
+        status.pid,
+        status.base_url,
+        status.unusable,
+        pids,
+        sorted(loads, key=lambda load: load[:2]),
+    )

@@ -660,6 +660,13 @@ class ModelUse(msgspec.Struct, frozen=True):
     idle: float | None = None
 
 
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """One process of the router that takes requests, and how many it was given."""
+
+    pid: int
+    requests: int
+
+
 class RouterStatus(msgspec.Struct, tag=True):
     """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it.
 
@@ -677,6 +684,9 @@ class RouterStatus(msgspec.Struct, tag=True):
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model that is there on demand."""
+    workers: tuple[WorkerStatus, ...] = ()
+    """The head, whose pid is the router's, and behind it the others. All of them have the table, and are connected
+    to the replicas that are called so. None from a router of a version that has one process."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):

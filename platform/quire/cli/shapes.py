@@ -99,6 +99,13 @@ class PolicyKey(TypedDict):
     problem: str
 
 
+class Workers(TypedDict):
+    """Processes of the router."""
+
+    wanted: int
+    serving: Annotated[int, "Those that take requests now."]
+
+
 class Status(TypedDict):
     """Where an object stands. Of other kinds than Model the fields of replicas and rollouts are absent."""
 
@@ -107,6 +114,7 @@ class Status(TypedDict):
     conditions: list[Condition]
     endpoints: NotRequired[Endpoints]
     keys: NotRequired[Annotated[list[PolicyKey], "Of an AccessPolicy."]]
+    workers: NotRequired[Annotated[Workers, "Of the gateway."]]
     remedies: Annotated[list[str], "What you can do."]
     servedRevision: NotRequired[int | None]
     stableRevision: NotRequired[Annotated[int | None, "The last one that was rolled out as a whole."]]

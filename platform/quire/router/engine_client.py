@@ -11,6 +11,9 @@ or when it says that there is nothing to do; since the thread that steps is the 
 engine that is stopped or stuck says none of these. After `stall_seconds` without progress it is not ready,
 whatever its socket says. It is asked often enough for that, and for the engine's lease.
 
+Where a router has several workers, each has its own connection. The head's client counts the sequences of all:
+those that another worker runs are *lent* (`lend`), and count as its own until they are taken back.
+
     NotConnected      a sequence was to be started on a connection that is not up
 """
 
@@ -28,6 +31,7 @@ from typing import Literal
 
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
 from quire_schemas import wire
+from quire_schemas.workers import Wanted
 
 log = logging.getLogger("quire.router")
 
@@ -116,8 +120,13 @@ class EngineClient:
         endpoint: wire.ReplicaEndpoint,
         changed: Callable[[], None],
         ejected: Callable[[Ejection], None] = lambda _: None,
+        *,
+        leads: bool = True,
     ) -> None:
-        """`changed` is called when it is connected or no longer, `ejected` when it stops being ready by itself."""
+        """`changed` is called when it is connected or no longer, `ejected` when it stops being ready by itself.
+        One that does not lead asks for what the engine tells all only where nobody else has asked."""
+        self._leads = leads
+        self._told_at = 0.0
         self.endpoint = endpoint
         self.stall_seconds = math.inf
         """The route's; set with the endpoint, as are the next two."""
@@ -257,6 +266,29 @@ class EngineClient:
         """Send a sequence of the router's own, which does not count as served."""
         return self._send(request, bell, 0)
 
+    def lend(self, name: str, wanted: Wanted, *, background: bool) -> Lent:
+        """Count a sequence that another worker gives to the engine now."""
+        sequence = Lent(self, name, wanted, background=background)
+        self._sequences[name] = sequence
+        self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
+        self.prefixes.add(wanted.chain)
+        self.served += 1
+        return sequence
+
+    def gained(self, sequence: Lent, generated: int) -> None:
+        """A sequence that is lent has so many tokens by now."""
+        if self._sequences.get(sequence.id) is sequence:
+            self.proved_at, sequence.begun = time.monotonic(), True
+            before, sequence.generated = sequence.generated, generated
+            self._burden(sequence).gain(sequence.prompt_tokens, sequence.max_tokens, before, generated)
+
+    def take_back(self, sequence: Lent) -> None:
+        """A sequence that was lent runs no more."""
+        if self._sequences.get(sequence.id) is sequence:
+            del self._sequences[sequence.id]
+            self._over(sequence)
+            self._close_if_done()
+
     def _send(self, request: wire.Generate, bell: asyncio.Event, cached: int) -> Sequence:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
@@ -371,8 +403,10 @@ class EngineClient:
         """Ask for stats until cancelled, four times a stall time at least."""
         was_stalled = False
         while True:
-            await asyncio.sleep(min(ASK_SECONDS, self.stall_seconds / 4, for_lease))
-            writer.write(_GET_STATS)
+            pause = min(ASK_SECONDS, self.stall_seconds / 4, for_lease)
+            await asyncio.sleep(pause)
+            if self._leads or time.monotonic() - self._told_at > 1.5 * pause:
+                writer.write(_GET_STATS)
             if self.stalled and not was_stalled:
                 self._ejected("stalled")
             was_stalled = self.stalled
@@ -425,6 +459,7 @@ class EngineClient:
                 # its clock may be ahead of ours
                 self._progress_at = max(self._progress_at, min(message.last_step_at, time.monotonic()))
             self.stats = message
+            self._told_at = time.monotonic()
             self.max_num_seqs = message.max_num_seqs
         else:
             raise wire.BadMessage("a second welcome")
@@ -438,6 +473,27 @@ class EngineClient:
             self._complaint = words
             level = logging.WARNING if lost and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
+
+
+class Lent(Sequence):
+    """A sequence that another worker runs, as far as it tells."""
+
+    __slots__ = ()
+
+    def __init__(self, client: EngineClient, name: str, wanted: Wanted, *, background: bool) -> None:
+        self.client = client
+        self.connection = client.connection
+        self.id = name
+        self.bell = asyncio.Event()
+        self.deltas = []
+        self.heard_at = 0.0
+        self.prompt_tokens = wanted.prompt_tokens - client.prefixes.known(wanted.chain)
+        self.priority = wanted.priority
+        self.background = background
+        self.width = wanted.width
+        self.max_tokens = wanted.max_tokens
+        self.generated = 0
+        self.begun = self.ended = self.lost = False
 
 
 def _joined(deltas: Series[wire.Delta]) -> Iterator[wire.Delta]:

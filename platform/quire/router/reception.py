@@ -33,10 +33,10 @@ from quire.errors import (
 )
 from quire.router.access import EVERYBODY, visit_of
 from quire.router.account import Account
+from quire.router.desk import nobodys
 from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
-from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
@@ -86,7 +86,7 @@ class Reception:
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
         self._caller = EVERYBODY
-        self._ticket = Ticket()
+        self._ticket = nobodys()
         self._headers: Sequence[tuple[bytes, bytes]] = ()
         self._received_at = 0.0
         """When the whole body was there."""
@@ -107,7 +107,7 @@ class Reception:
             self._caller = visit.known
             body = await read_body(headers, receive, self._settings)
             self._received_at = time.monotonic()
-            with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
+            async with self._gateway.desk.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
         except ClientGone:

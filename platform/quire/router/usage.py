@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -65,6 +65,13 @@ class Amount:
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.completion_tokens += other.completion_tokens
+
+
+class Ledger(Protocol):
+    """Where what requests came to is noted: a `Usage`, here or at the head."""
+
+    def add(self, who: Who, amount: Amount) -> None:
+        """Note what a request that has ended came to."""
 
 
 class Usage:
