@@ -86,6 +86,7 @@ class World:
         """Until so many processes take requests; the head is the first of them."""
         end = time.monotonic() + 30
         while True:
+            self.wait_until_up()
             with socket.socket(socket.AF_UNIX) as line:
                 line.connect(str(self.folder / "control.sock"))
                 line.sendall(wire.frame(wire.GetRouterStatus()))

@@ -157,23 +157,34 @@ class Crew:
         """Have all take no new request, and end within the grace; said again, the shorter one counts."""
         self._grace = grace if self._grace is None else min(self._grace, grace)
         for member in self._members.values():
-            member.line.tell(workers.Finish(self._grace))
+            self._part(member, self._grace)
+
+    @staticmethod
+    def _part(member: Member, grace: float) -> None:
+        if member.serving_since is None:
+            member.process.kill()  # nobody has asked it anything yet
+        else:
+            member.line.tell(workers.Finish(grace))
 
     async def close(self) -> None:
         """Wait until all are gone; those that do not go are killed. `finish` was said before."""
-        end = time.monotonic() + (self._grace or 0.0) + END_SECONDS
+        await self._until_gone((self._grace or 0.0) + END_SECONDS)
+        for member in self._members.values():
+            log.warning("worker %d does not end, and is killed", member.index)
+            member.process.kill()
+        await self._until_gone(END_SECONDS)
+        for keeper in self._keepers:
+            keeper.cancel()
+        if self._keepers:
+            await asyncio.wait(self._keepers)
+
+    async def _until_gone(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
         while self._members and time.monotonic() < end:
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(end - time.monotonic()):
                     await self._news.wait()
-        for member in self._members.values():
-            log.warning("worker %d does not end, and is killed", member.index)
-            member.process.kill()
-        for keeper in self._keepers:
-            keeper.cancel()
-        if self._keepers:
-            await asyncio.wait(self._keepers)
 
     async def _keep(self, index: int) -> None:
         """Have a worker with this number, again and again."""
@@ -208,7 +219,7 @@ class Crew:
         member = self._members[index] = Member(index, process, line, time.monotonic())
         line.tell(workers.Take(self._fleet.table))
         if self._grace is not None:  # it was begun meanwhile
-            line.tell(workers.Finish(self._grace))
+            self._part(member, self._grace)
         try:
             async for message in line.heard():
                 member.heard_at = time.monotonic()
@@ -222,7 +233,8 @@ class Crew:
             process.kill()  # its line is cut, whatever it still does
         code = await asyncio.to_thread(process.wait)
         if self._grace is None:
-            log.error("worker %d (pid %d) ended with %d; another one is started", index, process.pid, code)
+            level = logging.ERROR if code else logging.INFO
+            log.log(level, "worker %d (pid %d) ended with %d; another one is started", index, process.pid, code)
         del self._members[index]
         self._news.set()
         return lasted

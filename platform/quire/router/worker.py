@@ -101,7 +101,7 @@ async def work(
     metering: Metering,
 ) -> None:
     """Serve on `listening`, which others share, for the head at the other end of `end`, until that says so."""
-    sibling.die_with(os.getppid())
+    sibling.die_with_starter()
     prepare(listening)
     line: Wire = await Line.over(end, workers.FromWorkerFrame, workers.FromHeadFrame)
     fleet = Fleet(None, Access(config.closed), leads=False)
@@ -109,9 +109,11 @@ async def work(
     application = build_worker(fleet, config, tracing, metering, head)
     worker = _Worker(line, fleet, head)
     beside = [
-        asyncio.create_task(part(), name=f"worker's {part.__name__}")
+        asyncio.create_task(part(), name=part.__name__)
         for part in (worker.hear, worker.take_tables, worker.tell_links, worker.tell_counts)
     ]
+    for each in beside:
+        each.add_done_callback(_end_if_broken)
     await worker.ready.wait()
     certificate = None if config.tls is None else Certificate(config.tls)
 
@@ -135,6 +137,13 @@ async def work(
         await fleet.close()
         line.close()
         deaf()
+
+
+def _end_if_broken(part: asyncio.Task[None]) -> None:
+    """A worker without one of its parts is none; the head starts another one."""
+    if not part.cancelled() and (error := part.exception()) is not None:
+        log.error("the worker's %s failed", part.get_name(), exc_info=error)
+        os._exit(1)
 
 
 __all__ = ["work"]
