@@ -96,7 +96,8 @@ class Wanted(msgspec.Struct, array_like=True):
     begun_with: str | None = None
     """The template hash of what has begun to answer, where something went out already."""
     avoid: tuple[str, ...] = ()
-    home: str | None = None
+    prompt: int = 0
+    """Which of its request's prompts it continues: all sequences of one go to one replica."""
     caller: str | None = None
     """Who stays with one replica."""
     chain: tuple[bytes, ...] = ()

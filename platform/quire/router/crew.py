@@ -21,6 +21,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class _Seated:
     """A seat that a worker has, and the sequence that it runs."""
 
     seat: Seat
+    family: tuple[str, int]
+    """Its request and prompt."""
     finding: asyncio.Task[None] | None = None
     lent: Lent | None = None
 
@@ -106,6 +109,10 @@ class Member:
     entries: dict[int, tuple[AbstractContextManager[Ticket], Ticket]] = field(default_factory=dict)
     places: dict[int, _Places] = field(default_factory=dict)
     seats: dict[int, _Seated] = field(default_factory=dict)
+    homes: dict[tuple[str, int], str] = field(default_factory=dict)
+    """By request and prompt, the replica that was given one of its sequences last."""
+    families: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """How many seats they have."""
     asked: dict[int, asyncio.Future[workers.Counts]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -463,7 +470,9 @@ class Crew:
             except ApiError as error:
                 self._refuse(member, asked.number, error)
                 return
-            seated = member.seats[asked.seat] = _Seated(seat)
+            family = asked.wanted.request, asked.wanted.prompt
+            seated = member.seats[asked.seat] = _Seated(seat, family)
+            member.families[family] += 1
         seated.drop()
         seated.finding = self._begin(member, self._find(member, seated, asked), asked)
 
@@ -476,11 +485,13 @@ class Crew:
         client = await seated.seat.find(
             asked.wanted,
             fingerprint,
+            lambda: member.homes.get(seated.family),
             lambda what: member.line.tell(workers.News(asked.seat, what)),
             member.reaches,
         )
         name = f"worker-{member.index}-{asked.seat}"
         seated.lent = client.lend(name, asked.wanted, background=asked.background)
+        member.homes[seated.family] = client.endpoint.replica_id
         found = client.endpoint.replica_id, client.endpoint.incarnation
         member.line.tell(workers.Found(asked.number, found))
 
@@ -506,6 +517,10 @@ class Crew:
                 seated.seat.settle()
             case workers.End():
                 del member.seats[message.seat]
+                member.families[seated.family] -= 1
+                if not member.families[seated.family]:
+                    del member.families[seated.family]
+                    member.homes.pop(seated.family, None)
                 if seated.finding is not None:
                     seated.finding.cancel()
                 seated.drop()

@@ -54,7 +54,11 @@ class Claim(Protocol):
     """A sequence's claim on its model: a `Seat`, here or at the head."""
 
     async def find(
-        self, wanted: Wanted, fingerprint: Callable[[], bytes], news: Callable[[News], None]
+        self,
+        wanted: Wanted,
+        fingerprint: Callable[[], bytes],
+        home: Callable[[], str | None],
+        news: Callable[[News], None],
     ) -> EngineClient: ...
     async def has_other(self, wanted: Wanted) -> bool: ...
     async def is_queued(self, sequence: Sequence) -> bool: ...

@@ -467,11 +467,12 @@ class EngineClient:
     def _complain(self, words: str, *, lost: bool = False) -> None:
         """Log why there is no connection, once for each reason and not at each attempt.
 
-        `lost`: something is wrong, unless the replica is on its way out anyhow; else it is one more attempt.
+        `lost`: something is wrong, unless the replica is on its way out anyhow; else it is one more attempt. Of
+        several workers the head says so.
         """
         if words != self._complaint and not self.retired:
             self._complaint = words
-            level = logging.WARNING if lost and not self.leaving else logging.INFO
+            level = logging.WARNING if lost and self._leads and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
 
 

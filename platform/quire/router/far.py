@@ -233,8 +233,13 @@ class _FarSeat:
         self._has_begun = False
 
     async def find(
-        self, wanted: Wanted, fingerprint: Callable[[], bytes], news: Callable[[News], None]
+        self,
+        wanted: Wanted,
+        fingerprint: Callable[[], bytes],
+        home: Callable[[], str | None],
+        news: Callable[[News], None],
     ) -> EngineClient:
+        """As a seat's; `home` the head knows, which hears of all sequences of a prompt first."""
         self._head.runs(self._number, None)
         self._has_begun = False
         self._head.listen(self._number, news)

@@ -91,12 +91,14 @@ class Seat:
         self,
         wanted: Wanted,
         fingerprint: Callable[[], bytes],
+        home: Callable[[], str | None],
         news: Callable[[News], None],
         reaches: Callable[[EngineClient], bool] = _everywhere,
     ) -> EngineClient:
         """The replica that is to have the sequence now. Whoever asks gives it to it before anything else happens.
 
-        `fingerprint` makes its own when there is somebody to suspect; `reaches` says to which replicas it could be
+        `fingerprint` makes its own when there is somebody to suspect; `home` is the replica that one of its
+        prompt's sequences was given to last; `reaches` says to which replicas it could be
         given from where it is. While none can have it, it waits, as long as the manifest says; `news` hears of
         that (`held`), and that it has its part of the budget of further attempts (`retrying`), once each.
 
@@ -112,7 +114,7 @@ class Seat:
                 changed, settled = self._fleet.changed, served.settled.event
                 suspected = self._check_wanted(wanted, fingerprint)
                 permitted = turn is None and (wanted.attempts == 0 or self._may_try_again(news))
-                client = self._choose(wanted, reaches, suspected=suspected) if permitted else None
+                client = self._choose(wanted, home(), reaches, suspected=suspected) if permitted else None
                 if client is not None:
                     self._go(client, fingerprint() if suspected else b"")
                     return client
@@ -135,7 +137,7 @@ class Seat:
 
     async def has_other(self, wanted: Wanted) -> bool:
         """Whether a replica that is ready could have the sequence now."""
-        return self._choose(wanted, _everywhere, suspected=False) is not None
+        return self._choose(wanted, None, _everywhere, suspected=False) is not None
 
     async def is_queued(self, sequence: Sequence) -> bool:
         """Whether it waits in its engine's queue, as far as can be told."""
@@ -223,7 +225,7 @@ class Seat:
         return self._retrying
 
     def _choose(
-        self, wanted: Wanted, reaches: Callable[[EngineClient], bool], *, suspected: bool
+        self, wanted: Wanted, home: str | None, reaches: Callable[[EngineClient], bool], *, suspected: bool
     ) -> EngineClient | None:
         """The replica that is to have it now; a suspect gets none on which another one is tried."""
         clients = {
@@ -236,7 +238,7 @@ class Seat:
         chosen = choose(
             (client.candidate(wanted.chain, background=self._background) for client in clients.values()),
             wanted.avoid,
-            wanted.home,
+            home,
             wanted.caller,
         )
         return clients[chosen] if chosen is not None else None

@@ -358,7 +358,7 @@ class Run:
         Raises what `Seat.find` does, and `TimedOut` when the job's own time is over.
         """
         self._check_time()
-        claim = self._claims.get(choice.index)
+        claim, prompt = self._claims.get(choice.index), choice.prompt_index
         held_since: float | None = None
 
         def hear(news: News) -> None:
@@ -376,7 +376,12 @@ class Run:
         try:
             async with asyncio.timeout_at(self._until(choice)):
                 while True:
-                    client = await claim.find(self._wanted(choice), lambda: self._fingerprint(choice), hear)
+                    client = await claim.find(
+                        self._wanted(choice),
+                        lambda: self._fingerprint(choice),
+                        lambda: self._homes.get(prompt),
+                        hear,
+                    )
                     if self._start(choice, client, claim):
                         break
             self._count_start(choice, held_since)
@@ -411,7 +416,7 @@ class Run:
             width=1 if self.job.beam is None else self.job.beam.width,
             begun_with=choice.template_hash if choice.sent else None,
             avoid=tuple(choice.avoid),
-            home=self._homes.get(choice.prompt_index),
+            prompt=choice.prompt_index,
             caller=self.job.terms.caller,
             chain=self._chain(choice),
         )
