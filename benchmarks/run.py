@@ -9,6 +9,7 @@
     host         everything in a step but the device, here and in another checkout
     router       what a router adds to requests, and how many it can take
     balancer     the choice of replicas against others, in virtual time
+    autoscaling  replicas that follow the load against fixed numbers of them, in virtual time
     control-plane  many models: a resync, one change, what get asks
     ahead        a full batch with and without asynchronous scheduling
     prefix       what the prefix cache saves and costs; blocks that n choices share

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quire_operators import rollout
+from quire_operators import autoscaling, rollout
 from quire_operators.overrides import Kind, Override, Overrides, in_force
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
-from quire_schemas.model import LivenessProbe
-from quire_schemas.quantities import parse_duration
+from quire_schemas import wire
+from quire_schemas.model import BreakerProbe, LivenessProbe
+from quire_schemas.quantities import parse_duration, parse_percent
 from quire_schemas.update import hot_hash, under_template
 
 CRASHES_BEFORE_ROLLBACK = 3
@@ -38,7 +39,7 @@ class Effective:
     full: int
     """Replicas that it has while it is in memory."""
     standby: bool
-    """It is there on demand, and not in memory now."""
+    """It is there when it is asked for, and not in memory now."""
 
     @property
     def is_newest(self) -> bool:
@@ -60,11 +61,8 @@ def effective(
     spec = stored.resolved
     if revision.n != newest.n:
         spec = under_template(revision.resolved, spec, Placement.from_dict(revision.placement).limits())
-    replicas = spec["replicas"]
-    if (scale := current.get(Kind.SCALE)) is not None and scale.replicas is not None:
-        replicas = scale.replicas
-    full = 0 if Kind.PAUSE in current else replicas
-    standby = full > 0 and is_on_demand(spec) and Kind.RESIDENT not in current
+    full, idle = _how_many(spec, current)
+    standby = idle or (full > 0 and is_on_demand(spec) and Kind.RESIDENT not in current)
     replicas = 0 if standby else full
     if replicas != spec["replicas"]:
         spec = {**spec, "replicas": replicas}
@@ -80,6 +78,21 @@ def effective(
     )
 
 
+def _how_many(spec: Mapping[str, Any], current: Overrides) -> tuple[int, bool]:
+    """Replicas while it is in memory; and whether the load has none of it in memory, as nobody asks."""
+    if Kind.PAUSE in current:
+        return 0, False
+    if (scale := current.get(Kind.SCALE)) is not None and scale.replicas is not None:
+        return scale.replicas, False
+    if (policy := autoscaling.policy_of(spec)) is None:
+        return int(spec["replicas"]), False
+    followed = current.get(Kind.AUTOSCALE)
+    if followed is None or followed.replicas is None:
+        return autoscaling.first_count(policy), False
+    replicas = policy.clamp(followed.replicas)
+    return (replicas, False) if replicas else (1, True)
+
+
 def priority_of(spec: Mapping[str, Any]) -> int:
     """Of a resolved spec: who comes first where room is short. One of a version without the field has 0."""
     return int(spec["placement"].get("priority", 0))
@@ -88,6 +101,17 @@ def priority_of(spec: Mapping[str, Any]) -> int:
 def is_on_demand(spec: Mapping[str, Any]) -> bool:
     """Whether a resolved spec has its model in memory only while somebody asks for it."""
     return spec.get("residency") == "onDemand"
+
+
+def declared_replicas(spec: Mapping[str, Any]) -> int:
+    """Replicas that a resolved spec begins with, whatever was decided beside it."""
+    policy = autoscaling.policy_of(spec)
+    return int(spec["replicas"]) if policy is None else autoscaling.first_count(policy)
+
+
+def comes_and_goes(spec: Mapping[str, Any]) -> bool:
+    """Whether replicas of a resolved spec come and go by the use that the router tells of."""
+    return is_on_demand(spec) or spec.get("autoscaling") is not None
 
 
 def last_stable(revisions: Sequence[Revision], without: str = "") -> Revision | None:
@@ -137,6 +161,20 @@ def rollout_options(spec: Mapping[str, Any]) -> dict[str, Any]:
         "backoff_max": parse_duration(spec["restartPolicy"]["backoffMax"]),
         "hot_hash": hot_hash(spec),
     }
+
+
+def breaker_rules(spec: Mapping[str, Any]) -> wire.BreakerRules:
+    """When a replica that fails gets no requests. As below of a spec that has no such field."""
+    declared = spec["probes"].get("breaker") or BreakerProbe().model_dump(mode="json", by_alias=True)
+    return wire.BreakerRules(
+        failures=declared["consecutiveFailures"],
+        share=parse_percent(declared["errorShare"]),
+        window=parse_duration(declared["window"]),
+        requests=declared["minRequests"],
+        pause=parse_duration(declared["openFor"]),
+        longest=parse_duration(declared["maxOpenFor"]),
+        out=parse_percent(declared["maxEjected"]),
+    )
 
 
 def stall_timeout(spec: Mapping[str, Any]) -> float:

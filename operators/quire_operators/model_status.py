@@ -13,7 +13,7 @@ from typing import Any
 from quire_operators import rollout, status
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
-from quire_operators.desired import Effective
+from quire_operators.desired import Effective, is_on_demand
 from quire_operators.devices import Inventory, gpus_text, held
 from quire_operators.downloads import Progress
 from quire_operators.fleet.local import LocalFleet
@@ -209,6 +209,8 @@ class ModelStatus:
         message = waits or row.message
         if state == "Starting" and report.event == "loading" and report.bytes_total:
             message = f"loading {format_bytes(report.bytes_done)} of {format_bytes(report.bytes_total)}"
+        if state == "Ready" and seen.failing:
+            message = "fails what it is given: one request at a time tries it"
         times = {
             "Ready": row.ready_since,
             "Draining": row.drain_since,
@@ -328,6 +330,8 @@ class ModelStatus:
             if view.short:
                 text = "requests wait for it, and nothing can be unloaded to make room"
                 return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
+            if not is_on_demand(view.stored.resolved):
+                return Fact("Ready", True, Reason.SCALED_TO_ZERO, "brought back by the next request")
             return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")
         for row, _ in world.replicas:
             if row.reason == rollout.STALLED:

@@ -18,10 +18,19 @@ from typing import Any, Literal
 
 import msgspec
 
-from quire_operators import residency, rollout
+from quire_operators import autoscaling, residency, rollout
 from quire_operators.cache import Need
 from quire_operators.database import Conflict
-from quire_operators.desired import Effective, desired_of, effective, is_on_demand, priority_of, stall_timeout
+from quire_operators.desired import (
+    Effective,
+    breaker_rules,
+    comes_and_goes,
+    desired_of,
+    effective,
+    is_on_demand,
+    priority_of,
+    stall_timeout,
+)
 from quire_operators.devices import Inventory, held
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
@@ -42,7 +51,7 @@ from quire_operators.tracing import acted
 from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
-from quire_schemas.quantities import parse_duration, parse_percent
+from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.update import hot_hash
 
@@ -50,6 +59,8 @@ log = logging.getLogger(__name__)
 
 DEMAND_POLL = 0.2
 """Seconds between two looks at whether somebody asks for a model that is not in memory."""
+LOAD_POLL = 1.0
+"""Seconds between two looks at the load of models whose replicas follow it."""
 ROOM_POLL = 2.0
 """Seconds between two looks at whether a GPU has room that it had not."""
 TURN_POLL = 1.0
@@ -101,6 +112,8 @@ class ModelReconciler:
         """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
         self._short: set[str] = set()
         """Those of them for which nobody can make room."""
+        self._loads: dict[str, autoscaling.Memory] = {}
+        """By model: what its load called for."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
         self._ledger = Ledger(store, fleet, detect)
         self._turns = Turns()
@@ -276,7 +289,7 @@ class ModelReconciler:
         placement = Placement.from_dict(wanted.revision.placement)
         rows = self._store.replicas(name)
         runs = [row for row in rows if row.goal is Goal.RUN]
-        use = self._routes.use(name)
+        use = self._routes.use(name) or wire.ModelUse(0)
         on_demand, deleting = is_on_demand(stored.resolved), stored.deletion_time is not None
         missing = 0 if deleting else max(wanted.full - len(runs), 0)
         if on_demand:  # further replicas take what room there is; nobody leaves for them
@@ -322,6 +335,52 @@ class ModelReconciler:
             self._store.add_event(key, "Normal", "Unloading", f"model/{move.because} needs its room")
         self._changed(key)
         self._changed(ROUTES)
+
+    # ── models whose replicas follow the load ─────────────────────────────────────────────────────────────
+
+    def settle_scaling(self) -> float | None:
+        """Have as many replicas as the load calls for, of models that declare a range. Seconds until another look;
+        None when there are no such models."""
+        followed = {
+            stored.key.name: (stored, policy)
+            for stored in self._store.objects("model")
+            if stored.deletion_time is None and (policy := autoscaling.policy_of(stored.resolved)) is not None
+        }
+        for gone in self._loads.keys() - followed.keys():
+            del self._loads[gone]
+        asleep = False
+        for stored, policy in followed.values():
+            asleep |= self._follow_load(stored, policy)
+        return (DEMAND_POLL if asleep else LOAD_POLL) if followed else None
+
+    def _follow_load(self, stored: StoredObject, policy: autoscaling.Policy) -> bool:
+        """One look at one model; says whether it has no replica until somebody asks."""
+        name, now = stored.key.name, self._clock()
+        memory = self._loads.setdefault(name, autoscaling.Memory())
+        use, wanted = self._routes.use(name), self.effective(stored)
+        decided_otherwise = Kind.SCALE in wanted.overrides or Kind.PAUSE in wanted.overrides
+        if use is None or decided_otherwise:
+            memory.forget()
+            return False
+        followed = wanted.overrides.get(Kind.AUTOSCALE)
+        current = followed.replicas if followed is not None else None
+        rows = [row for row in self._store.replicas(name) if row.goal is Goal.RUN]
+        served = [row.ready_since for row in rows if row.ready_since is not None]
+        # at most since the first of them serves, and the router can be asked: who comes up is waited for
+        since = now - max(min(served, default=now), now if memory.began is None else memory.began)
+        idle = since if use.idle is None else min(use.idle, since)
+        load = autoscaling.Load(use.in_flight, use.ready, use.queue_time, use.kv_usage, idle)
+        given = autoscaling.first_count(policy) if current is None else current
+        decision = autoscaling.decide(policy, memory, load, given, wanted.stable is not None, now)
+        if decision.replicas != current and (current is not None or decision.replicas != given):
+            override = Override(Kind.AUTOSCALE, "platform", now, decision.because, replicas=decision.replicas)
+            self._store.set_override(stored.uid, override)
+            what = "ScaledUp" if decision.replicas > given else "ScaledDown"
+            because = f": {decision.because}" if decision.because else ""
+            self._store.add_event(stored.key, "Normal", what, f"{given} → {decision.replicas} replicas{because}")
+            self._changed(stored.key)
+            self._changed(ROUTES)
+        return decision.replicas == 0
 
     # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -675,7 +734,7 @@ class ModelReconciler:
             paused=Kind.PAUSE in wanted.overrides,
             wanted=0 if wanted.standby else wanted.full,
             restarts=max((row.restarts for row, _ in pairs if row.ready_since is None), default=0),
-            on_demand=is_on_demand(stored.resolved),
+            on_demand=comes_and_goes(stored.resolved),
             scripted=placement.runner == "scripted",
             stall_seconds=stall_timeout(stored.resolved),
             policy=batching["policy"],
@@ -683,6 +742,8 @@ class ModelReconciler:
             tool_dialect=parsers.get("tools"),
             reasoning_dialect=parsers.get("reasoning"),
             max_migrations=stored.resolved.get("maxMigrations", 0),
+            breaker=breaker_rules(stored.resolved),
+            prices=_prices(stored.resolved.get("prices")),
         )
 
     def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:
@@ -694,6 +755,18 @@ class ModelReconciler:
         if revision.load_seconds is None or not started:
             return None
         return max(1.0, revision.load_seconds - (self._clock() - min(started)))
+
+
+def _prices(declared: Mapping[str, Any] | None) -> wire.Prices | None:
+    """What one token costs, by what a million does."""
+    if declared is None:
+        return None
+    cached = declared["cachedInput"] if declared["cachedInput"] is not None else declared["input"]
+    parts = [
+        int(parse_money(each) * wire.TICKS) // 1_000_000
+        for each in (declared["input"], cached, declared["output"])
+    ]
+    return wire.Prices(*parts)
 
 
 def due_in(times: Sequence[float | None], now: float) -> float | None:

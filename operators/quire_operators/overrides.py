@@ -4,6 +4,7 @@ None of it is part of an intent: applying the same manifest again takes nothing 
 is applied every minute does not fight whoever is on call.
 
     scale        another number of replicas; until the manifest declares another one, or it is reset
+    autoscale    as many replicas as the load calls for; while the manifest gives a range (`autoscaling`)
     pause        no replica at all; until it is resumed, or its time is over
     hold         what is to serve stays what it was then, and no rollout goes on; until it is resumed
     pin          an earlier revision serves (`platform rollout undo`); until the intent changes, or it is undone
@@ -26,6 +27,7 @@ class Kind(enum.StrEnum):
     """What is decided."""
 
     SCALE = "scale"
+    AUTOSCALE = "autoscale"
     PAUSE = "pause"
     HOLD = "hold"
     PIN = "pin"
@@ -37,7 +39,8 @@ class Kind(enum.StrEnum):
 def ended_by_intent(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Kind, ...]:
     """Those that a new intent ends, from the resolved specs before and after."""
     scaled = (Kind.SCALE,) if old.get("replicas") != new.get("replicas") else ()
-    return (Kind.PIN, Kind.QUARANTINE, *scaled)
+    fixed = (Kind.AUTOSCALE,) if new.get("autoscaling") is None else ()
+    return (Kind.PIN, Kind.QUARANTINE, *scaled, *fixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Override:
     until: float | None = None
     """When it ends by itself."""
     replicas: int | None = None
-    """Of a scale."""
+    """Of a scale, by a person or by the load."""
     revision: int | None = None
     """Of a pin and of a hold the one that serves, of a quarantine the one that failed."""
     template_hash: str = ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_operators import rollout
-from quire_operators.desired import Effective, desired_of, is_on_demand, priority_of
+from quire_operators.desired import Effective, declared_replicas, desired_of, is_on_demand, priority_of
 from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.overrides import Kind
 from quire_operators.placement import Placement
@@ -31,23 +31,29 @@ def count_replicas(
     """Refuse more replicas than this machine's share could ever hold; warn of more than it holds now. `kept` adds
     to what is taken what others come before it for."""
     spec = review.resolved
-    want, memory = spec["replicas"], placement.memory
+    want, memory = declared_replicas(spec), placement.memory
     share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
     limits = _limits(spec, placement, inventory)
     names = list(limits)
     most = most_replicas(spec, placement, inventory)
+    field = "spec.replicas" if spec["autoscaling"] is None else "spec.autoscaling.minReplicas"
     if 0 < most < want:
         whole = format_bytes(sum(limits.values()))
         review.refuse(
             Refusal(
-                "spec.replicas",
+                field,
                 "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
                 f"{want} replicas of {format_bytes(memory)} each need {format_bytes(want * memory)}; "
                 f"what replicas may take of this machine, even with nothing else on it, is {whole}",
-                f"at most {most} fit: set spec.replicas to {most} or less",
+                f"at most {most} fit: set {field} to {most} or less",
             ),
         )
         return
+    if spec["autoscaling"] is not None and most < (declared := spec["autoscaling"]["maxReplicas"]):
+        review.warnings.append(
+            f"spec.autoscaling.maxReplicas is {declared}, and {most} fit on this machine with nothing else on it: "
+            "further ones wait for room"
+        )
     if want and is_on_demand(spec):
         review.notes.append(
             "loaded by the first request for it, beside what is there or in place of what is there on demand"

@@ -30,6 +30,7 @@ class Reason(enum.StrEnum):
     STOPPED = "Stopped"
     PAUSED = "Paused"
     ON_DEMAND = "OnDemand"
+    SCALED_TO_ZERO = "ScaledToZero"
     LISTENING = "Listening"
     NATIVE_KERNELS = "NativeKernels"
     ATTESTED = "Attested"
@@ -76,6 +77,9 @@ class Reason(enum.StrEnum):
     KEY_TAKEN = "KeyTaken"
     KEY_UNFIT = "KeyUnfit"
     NO_ACCESS_POLICY = "NoAccessPolicy"
+    NO_PRICES = "NoPrices"
+    BUDGET_LOW = "BudgetLow"
+    BUDGET_SPENT = "BudgetSpent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,13 @@ ADVICE: dict[Reason, Advice] = {
     Reason.ON_DEMAND: Advice(
         "It is not in memory, and is loaded by the next request for it, which waits for that.",
         ("spec.residency: always keeps it in memory",),
+    ),
+    Reason.SCALED_TO_ZERO: Advice(
+        "Nobody asked for it, so no replica of it runs. The next request starts one, and waits for that.",
+        (
+            "spec.autoscaling.minReplicas: 1 keeps one",
+            "spec.autoscaling.idleTimeout says how long nobody has to ask",
+        ),
     ),
     Reason.HELD: Advice(
         "Somebody paused the rollout: nothing is added or taken away, and replicas that crash are started again.",
@@ -299,6 +310,17 @@ ADVICE: dict[Reason, Advice] = {
         "The value of a key can be guessed, or cannot stand in a header.",
         ("platform key create NAME   makes one of 256 random bits",),
     ),
+    Reason.NO_PRICES: Advice(
+        "The policy has a budget of money, and may ask Models that have no prices: what they do costs nothing.",
+        ("declare spec.prices of the Models", "leave them out of spec.allow.models"),
+    ),
+    Reason.BUDGET_LOW: Advice(
+        "More of a budget is spent than its warnAt says.", ("platform usage   tells how much, and when it is new",)
+    ),
+    Reason.BUDGET_SPENT: Advice(
+        "A budget is spent: requests that it is for get 429 insufficient_quota until its time is over.",
+        ("platform usage   tells how much, and when it is new", "apply the policy with a larger budget"),
+    ),
     Reason.NO_ACCESS_POLICY: Advice(
         "Other machines can reach the router, and nobody has a key: every request is answered with 401.",
         ("apply an AccessPolicy: platform key create NAME makes a key for it", "bind a loopback address"),
@@ -371,6 +393,8 @@ def summary(facts: Sequence[Fact], ready: int, want: int, updated: int, *, delet
         return "Paused"
     if by_type["Ready"].reason is Reason.ON_DEMAND:
         return "On demand"
+    if by_type["Ready"].reason is Reason.SCALED_TO_ZERO:
+        return "Scaled to zero"
     if want == 0 and by_type["Ready"].reason is Reason.INSUFFICIENT_MEMORY:
         return "Asked for, and no room"
     if want == 0:

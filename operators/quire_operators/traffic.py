@@ -235,13 +235,17 @@ class RouteReconciler:
         self._clock = clock
 
     def fill(
-        self, models: Sequence[wire.ModelRoute], http: wire.HttpSettings, access: tuple[wire.Tenant, ...] = ()
+        self,
+        models: Sequence[wire.ModelRoute],
+        http: wire.HttpSettings,
+        access: tuple[wire.Tenant, ...] = (),
+        budgets: tuple[wire.AccessBudget, ...] = (),
     ) -> wire.RoutingTable:
-        """The routing table of these models, with the names that are theirs, of all Routes, and of these tenants;
-        not numbered."""
+        """The routing table of these models, with the names that are theirs, of all Routes, and of these tenants
+        and their budgets; not numbered."""
         objects = self._store.objects()
         owned = owners(objects)
-        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned), access)
+        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned), access, budgets)
 
     def reconcile(self, key: Key) -> float | None:
         """Report; seconds until it wants to run again, or None to wait for a hint."""
@@ -296,7 +300,7 @@ class RouteReconciler:
         ready = next((each for each in conditions if each["type"] == "Ready"), None)
         if ready is None:
             return Reason.STARTING.value
-        good = ready["status"] == "True" or ready["reason"] == Reason.ON_DEMAND
+        good = ready["status"] == "True" or ready["reason"] in (Reason.ON_DEMAND, Reason.SCALED_TO_ZERO)
         return None if good else str(ready["reason"])
 
     def _write(self, stored: StoredObject) -> bool:

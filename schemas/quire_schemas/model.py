@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from quire_schemas.dialects import ReasoningDialect, ToolDialect
-from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
+from quire_schemas.quantities import Duration, Money, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
 DEFAULTS_VERSION = 3
@@ -32,7 +32,6 @@ _ONE_DEVICE = "a replica runs on one device"
 _NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
 _NO_CANARY = "there are no canary rollouts yet"
-_NO_AUTOSCALING = "there is no autoscaler yet; spec.replicas is a fixed number"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
@@ -492,50 +491,47 @@ class Placement(Strict):
 
 
 class AutoscalingTarget(Strict):
-    """The load at which the number of replicas is right."""
+    """The load at which the number of replicas is right; of several measures the one counts that asks for most."""
 
     in_flight_per_replica: int | None = declared(
-        "Requests running or waiting, per replica.",
+        "Requests running or waiting, per replica. Nothing declared at all: four fifths of batching.maxNumSeqs.",
         None,
         update="scale",
-        refused=_NO_AUTOSCALING,
         ge=1,
         le=1_000_000,
     )
-    kv_cache_usage: Percent | None = declared(
-        "Share of cache blocks in use.", None, update="scale", refused=_NO_AUTOSCALING
-    )
-    queue_time: Duration | None = declared(
-        "Time that requests wait before they start.", None, update="scale", refused=_NO_AUTOSCALING
-    )
+    kv_cache_usage: Percent | None = declared("Share of cache blocks in use.", None, update="scale")
+    queue_time: Duration | None = declared("Time that requests wait before they start.", None, update="scale")
 
 
 class Autoscaling(Strict):
     """A number of replicas that follows the load."""
 
     min_replicas: int = declared(
-        "Fewest replicas; 0 lets the model stop when nobody asks.",
+        "Fewest replicas; 0 lets the model stop when nobody asks. The first request brings it back, and waits for "
+        "that as long as batching.maxQueueWait says.",
         1,
         update="scale",
-        refused=_NO_AUTOSCALING,
         ge=0,
         le=1000,
     )
-    max_replicas: int = declared("Most replicas.", update="scale", refused=_NO_AUTOSCALING, ge=1, le=1000)
-    target: AutoscalingTarget = section(
-        AutoscalingTarget, "The load at which the number of replicas is right.", refused=_NO_AUTOSCALING
-    )
+    max_replicas: int = declared("Most replicas.", update="scale", ge=1, le=1000)
+    target: AutoscalingTarget = section(AutoscalingTarget, "The load at which the number of replicas is right.")
     scale_up_delay: Duration = declared(
-        "How long the load must be high.", "0s", update="scale", refused=_NO_AUTOSCALING
+        "How long the load must be high: replicas come as many as it called for all that time.",
+        "0s",
+        update="scale",
     )
     scale_down_delay: Duration = declared(
-        "How long the load must be low.", "5m", update="scale", refused=_NO_AUTOSCALING
+        "How long the load must be low: replicas go down to the most that it called for during that time.",
+        "5m",
+        update="scale",
     )
     idle_timeout: Duration | None = declared(
-        "Time without a request after which the last replica stops, when minReplicas is 0.",
+        "Time without a request after which the last replica stops, when minReplicas is 0. Left out: "
+        "scaleDownDelay. A model that never was ready is not stopped.",
         None,
         update="scale",
-        refused=_NO_AUTOSCALING,
     )
 
 
@@ -666,6 +662,35 @@ class LivenessProbe(Strict):
     )
 
 
+class BreakerProbe(Strict):
+    """When a replica that fails its requests gets no more, and is tried again. Of one request at a time."""
+
+    consecutive_failures: int = declared(
+        "So many failures in a row: errors that are the engine's, connections that break, stalls.",
+        5,
+        update="hot",
+        ge=1,
+        le=1_000_000,
+    )
+    error_share: Percent = declared(
+        "The share of requests that fail, of those that end within window, if they are minRequests or more.",
+        "50%",
+        update="hot",
+    )
+    window: Duration = declared("The time in which requests are counted for errorShare.", "30s", update="hot")
+    min_requests: int = declared("How few requests errorShare says nothing of.", 20, update="hot", ge=1, le=4096)
+    open_for: Duration = declared(
+        "How long it gets no requests before one tries it; twice as long each further time.", "5s", update="hot"
+    )
+    max_open_for: Duration = declared("The longest of these times.", "5m", update="hot")
+    max_ejected: Percent = declared(
+        "The share of the model's replicas that get no requests for this at the same time, at least one. When all "
+        "fail, none does, and requests are refused at once.",
+        "50%",
+        update="hot",
+    )
+
+
 class Probes(Strict):
     """How the health of replicas is judged."""
 
@@ -674,6 +699,7 @@ class Probes(Strict):
         ReadinessProbe, "When a running replica gets no new requests.", refused=_STALL_CHECK, optional=True
     )
     liveness: LivenessProbe = section(LivenessProbe, "When a running replica is replaced.")
+    breaker: BreakerProbe = section(BreakerProbe, "When a replica that fails its requests gets no more.")
 
 
 class RestartPolicy(Strict):
@@ -708,6 +734,17 @@ class EnvVar(Strict):
         refused=_NO_SECRETS,
         honours=(False,),
     )
+
+
+class Prices(Strict):
+    """What requests cost, for budgets of AccessPolicies and for usage figures: money for a million tokens, in
+    quotes. All Models have theirs in the same money."""
+
+    input: Money = declared("For a million tokens of prompts.", "0", update="hot")
+    cached_input: Money | None = declared(
+        "For a million tokens of prompts that were found in the cache. Left out: as input.", None, update="hot"
+    )
+    output: Money = declared("For a million tokens of answers.", "0", update="hot")
 
 
 class ModelSpec(Strict):
@@ -790,7 +827,10 @@ class ModelSpec(Strict):
         le=1000,
     )
     autoscaling: Autoscaling | None = section(
-        Autoscaling, "A number of replicas that follows the load.", refused=_NO_AUTOSCALING, optional=True
+        Autoscaling,
+        "A number of replicas that follows the load; not together with replicas. platform scale puts another "
+        "number in its place.",
+        optional=True,
     )
     rollout: Rollout = section(Rollout, "How a new revision replaces the old one.")
     drain_timeout: Duration = declared(
@@ -808,6 +848,7 @@ class ModelSpec(Strict):
         ge=0,
         le=100,
     )
+    prices: Prices | None = section(Prices, "What requests cost.", optional=True)
     probes: Probes = section(Probes, "How the health of replicas is judged.")
     restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
     revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)

@@ -40,13 +40,23 @@ class Enter(_Message):
     key: str
 
 
+class Spent(msgspec.Struct, array_like=True):
+    """What requests come to, as `budgets.Amount` has it."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost: int
+
+
 class Reserve(_Message):
-    """Take as many tokens as the request of an entry may come to, of which it has used some. Answer: `Done`."""
+    """Take as much as the request of an entry may come to, of whose tokens it has used some. Answer: `Done`."""
 
     number: int
     entry: int
     used: int
-    tokens: int
+    most: Spent
 
 
 class TellLimits(_Message):
@@ -195,15 +205,18 @@ class Blame(_Message):
 
 
 class Settle(_Message):
-    """The attempt of a seat has ended, its claim has not."""
+    """The attempt of a seat has ended, its claim has not; `well` as in `End`."""
 
     seat: int
+    well: bool | None = None
 
 
 class End(_Message):
-    """A seat is not needed any more."""
+    """A seat is not needed any more. `well`: whether the end of its sequence speaks for its replica or against it;
+    None: it does not show."""
 
     seat: int
+    well: bool | None = None
 
 
 class Progress(_Message):
@@ -218,10 +231,7 @@ class Used(_Message):
     policy: str
     key: str
     model: str
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    spent: Spent
 
 
 class Wake(_Message):
@@ -252,6 +262,8 @@ class Counts(_Message):
     spans: dict[str, int] = {}
     requests: int = 0
     """That it has answered, of any kind."""
+    refused: int = 0
+    """Connections that it had no room for."""
 
 
 class CountsFor(_Message):

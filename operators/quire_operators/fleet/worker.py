@@ -52,10 +52,9 @@ async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> Asyn
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
         process.stdin.close()
-        errors.cancel()
-        await asyncio.gather(errors, return_exceptions=True)
+        # to the ends of its pipes: without having seen those, asyncio keeps a process that is gone
+        await asyncio.gather(process.wait(), process.stdout.read(), errors, return_exceptions=True)
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:

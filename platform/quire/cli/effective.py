@@ -43,6 +43,8 @@ def lines(view: Mapping[str, Any]) -> list[str]:
     for row in rows:
         if row[0] != "replicas":
             continue
+        if (autoscale := decided.get("autoscale")) is not None:
+            row[1:] = [str(autoscale["replicas"]), "autoscaling, by the load"]
         if (scale := decided.get("scale")) is not None:
             row[1:] = [str(scale["replicas"]), f"scaled by {scale['by']}; {row[2]}: {row[1]}"]
         if (pause := decided.get("pause")) is not None:

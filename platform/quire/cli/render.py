@@ -295,6 +295,7 @@ def overrides(view: View) -> list[str]:
     for item in view["status"].get("overrides") or ():
         what = {
             "scale": f"scaled to {item.get('replicas')}",
+            "autoscale": f"scaled to {item.get('replicas')} with the load",
             "pause": "paused",
             "hold": "rollouts paused",
             "pin": f"pinned to revision {item.get('revision')}",

@@ -84,7 +84,10 @@ class Steering:
 
     def _scale(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         replicas = body.get("replicas")
-        declared = wanted.newest.resolved["replicas"]
+        spec = wanted.newest.resolved
+        declared = spec["replicas"]
+        if (range_ := spec["autoscaling"]) is not None:
+            declared = f"{range_['minReplicas']} to {range_['maxReplicas']}, by the load"
         if replicas is None:
             self._end(wanted, Kind.SCALE)
             return "Scaled", f"as many replicas as the manifest says: {declared}"

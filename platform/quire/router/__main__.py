@@ -10,10 +10,12 @@ Exit codes: 0 after SIGTERM, SIGINT or `wire.Finish`, 78 when the configuration 
 pointless), 1 otherwise, also while the files of the certificate are no pair.
 """
 
+# ruff: noqa: E402 - the search for garbage is off while modules are imported
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -21,6 +23,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+gc.disable()  # nothing of what is imported is garbage, and the search for it takes a tenth of the start
+
+from quire.doors import raise_limit
 from quire.metering import Metering
 from quire.router import config as configuration
 from quire.router.access import Access
@@ -58,11 +63,12 @@ async def serve(
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace. Other workers are
     started by `command`, and what tells them who they are."""
-    prepare(listening)
+    listening = door = prepare(listening, plain=config.tls is None)
     board = Board.new() if config.workers > 1 else None
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
-    await fleet.load_snapshot()
     head = build(fleet, config, tracing, metering, lambda: crew.scrape())
+    await fleet.load_snapshot()
+    fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     certificate = None if config.tls is None else Certificate(config.tls)
     crew = Crew(
         config.workers - 1,
@@ -98,7 +104,7 @@ async def serve(
     head.executor.start()
     crew.start()
     try:
-        await until_told(server, listening, certificate)
+        await until_told(server, listening, certificate, fleet.memory)
     finally:
         await crew.close()
         await control.close()
@@ -132,6 +138,7 @@ def main(arguments: list[str]) -> int:
     except (configuration.BadRouterConfig, BadTelemetry) as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG
+    raise_limit()
     try:
         listening = listening_socket(config)
     except OSError as error:

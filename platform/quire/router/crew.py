@@ -32,6 +32,7 @@ import msgspec
 
 from quire.errors import ApiError, InternalError, ModelNotFound
 from quire.router.app import Head
+from quire.router.budgets import Amount
 from quire.router.config import LISTEN_FD
 from quire.router.engine_client import EngineClient, Lent
 from quire.router.fleet import Fleet, ServedModel
@@ -39,7 +40,7 @@ from quire.router.limits import Ticket
 from quire.router.line import Line
 from quire.router.placing import Seat
 from quire.router.server import Board
-from quire.router.usage import Amount, Who
+from quire.router.usage import Who
 from quire_operators.fleet import sibling
 from quire_schemas import wire, workers
 
@@ -75,11 +76,11 @@ class _Seated:
     finding: asyncio.Task[None] | None = None
     lent: Lent | None = None
 
-    def drop(self) -> None:
+    def drop(self, well: bool | None = None) -> None:
         """The sequence runs no more."""
         lent, self.lent = self.lent, None
         if lent is not None:
-            lent.client.take_back(lent)
+            lent.client.take_back(lent, well)
 
 
 @dataclass(slots=True)
@@ -380,11 +381,8 @@ class Crew:
             case workers.GiveBack(number):
                 if (places := member.places.pop(number, None)) is not None:
                     self._give_back(places)
-            case workers.Used(policy, key, model):
-                amount = Amount(
-                    message.requests, message.prompt_tokens, message.cached_tokens, message.completion_tokens
-                )
-                self._head.usage.add(Who(policy, key, model), amount)
+            case workers.Used(policy, key, model, spent):
+                self._head.usage.add(Who(policy, key, model), _amount(spent))
             case workers.Wake():
                 self._head.executor.wake()
             case workers.BeginResponse(response, size):
@@ -426,10 +424,10 @@ class Crew:
                 case workers.Enter(number, owner, key):
                     entered = self._fleet.access.limiter.entered(self._fleet.access.tenant(owner), key)
                     member.entries[number] = entered, entered.__enter__()
-                case workers.Reserve(_, entry, used, tokens):
+                case workers.Reserve(_, entry, used, most):
                     _, ticket = member.entries[entry]
                     ticket.used = used
-                    ticket.reserve(tokens)
+                    ticket.reserve(_amount(most))
                 case workers.Admit(number, model, sequences, owner, background, copy):
                     served = self._served(model)
                     self._desk.admit(served, sequences, owner, background=background, copy=copy)
@@ -512,10 +510,10 @@ class Crew:
                 seated.seat.begun()
             case workers.Blame(_, fingerprint):
                 seated.seat.blame(fingerprint)
-            case workers.Settle():
-                seated.drop()
+            case workers.Settle(_, well):
+                seated.drop(well)
                 seated.seat.settle()
-            case workers.End():
+            case workers.End(_, well):
                 del member.seats[message.seat]
                 member.families[seated.family] -= 1
                 if not member.families[seated.family]:
@@ -523,7 +521,7 @@ class Crew:
                     member.homes.pop(seated.family, None)
                 if seated.finding is not None:
                     seated.finding.cancel()
-                seated.drop()
+                seated.drop(well)
                 seated.seat.end()
 
     # ── the rest ──────────────────────────────────────────────────────────────────────────────────────────
@@ -535,6 +533,10 @@ class Crew:
     async def _check_background(self, member: Member, number: int) -> None:
         await self._head.background.check_room()
         member.line.tell(workers.Done(number))
+
+
+def _amount(spent: workers.Spent) -> Amount:
+    return Amount(*msgspec.structs.astuple(spent))
 
 
 __all__ = ["Crew"]

@@ -23,6 +23,7 @@ from typing import Final, Protocol
 
 from quire.errors import InvalidRequest, QueueFull
 from quire.router.access import Caller
+from quire.router.budgets import Amount
 from quire.router.engine_client import EngineClient, Sequence
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.limits import Ticket
@@ -43,8 +44,8 @@ class Entry(Protocol):
     used: int
     """Tokens that it came to; the owner keeps it up to date."""
 
-    async def reserve(self, tokens: int) -> None:
-        """Take as many tokens as it may come to from here on. Raises `RateLimited`."""
+    async def reserve(self, most: Amount) -> None:
+        """Take as much as it may come to from here on. Raises as `Ticket.reserve` does."""
 
     def uncount(self) -> None:
         """It is no request of its own: another one stands for it."""
@@ -73,7 +74,7 @@ class Desk(Protocol):
     """Where requests ask."""
 
     def entered(self, tenant: wire.Tenant | None, key: str) -> AbstractAsyncContextManager[Entry]:
-        """Let a request in by its tenant's limits, and hold its place. Raises `RateLimited`."""
+        """Let a request in by its tenant's limits, and hold its place. Raises as `Limiter.entered` does."""
 
     def limits(self, tenant: wire.Tenant | None, key: str) -> Awaitable[Headers]:
         """What an answer tells of them."""
@@ -109,8 +110,8 @@ class _OwnEntry:
     def used(self, tokens: int) -> None:
         self._ticket.used = tokens
 
-    async def reserve(self, tokens: int) -> None:
-        self._ticket.reserve(tokens)
+    async def reserve(self, most: Amount) -> None:
+        self._ticket.reserve(most)
 
     def uncount(self) -> None:
         self._ticket.uncount()

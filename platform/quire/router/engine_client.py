@@ -9,7 +9,8 @@ new sequences, does not reconnect, and closes when its last sequence has ended.
 Progress is what counts as life. A replica has made some when it sends deltas, when its count of steps has gone up,
 or when it says that there is nothing to do; since the thread that steps is the one that answers `GetStats`, an
 engine that is stopped or stuck says none of these. After `stall_seconds` without progress it is not ready,
-whatever its socket says. It is asked often enough for that, and for the engine's lease.
+whatever its socket says. It is asked often enough for that, and for the engine's lease. Nor is it ready while it
+fails what it is given: how each sequence ends is told to its breaker (`breaker`).
 
 Where a router has several workers, each has its own connection. The head's client counts the sequences of all:
 those that another worker runs are *lent* (`lend`), and count as its own until they are taken back.
@@ -29,7 +30,10 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from typing import Literal
 
+import msgspec
+
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
+from quire.router.breaker import NO_FAILURE, TRIAL_TOKENS, Breakers
 from quire_schemas import wire
 from quire_schemas.workers import Wanted
 
@@ -41,12 +45,14 @@ ASK_SECONDS = 1.0
 """Longest time between two questions for stats."""
 _ASKED_A_LEASE = 4
 _GET_STATS = wire.frame(wire.GetStats())
-Ejection = Literal["disconnected", "stalled"]
+Ejection = Literal["disconnected", "stalled", "tripped"]
 """Why a replica that served is not ready any more, if nobody told it to leave."""
 
 
 MOST_KEPT = 64
 """Deltas that are kept as they came."""
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[wire.Delta]).decode
 
 
 class NotConnected(Exception):
@@ -69,8 +75,12 @@ class Sequence:
         "id",
         "lost",
         "max_tokens",
+        "packed",
         "priority",
         "prompt_tokens",
+        "sent_at",
+        "trial",
+        "well",
         "width",
     )
 
@@ -82,6 +92,8 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
+        self.packed: list[bytes] = []
+        """Those before, while a client reads nothing: log-probabilities take a tenth of their room so."""
         self.heard_at = 0.0
         """When the first of them came."""
         self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
@@ -91,20 +103,29 @@ class Sequence:
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens - len(request.written)
         self.generated = 0
+        self.sent_at = time.monotonic()
         self.begun = False
         """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
         self.lost = False
+        self.trial = False
+        """It decides whether its replica gets others."""
+        self.well: bool | None = None
+        """Whether its end speaks for its replica, or against it; None while it has none, or does not show."""
 
     def put(self, delta: wire.Delta) -> None:
-        """One more; of those that nobody takes, such as bring tokens alone are made one."""
+        """One more; those that nobody takes are packed, such as bring tokens alone as one."""
         if len(self.deltas) >= MOST_KEPT:
-            self.deltas = list(_joined(self.deltas))
+            self.packed.append(_pack(list(_joined(self.deltas))))
+            self.deltas = []
         self.deltas.append(delta)
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
         taken, self.deltas = self.deltas, []
+        if self.packed:
+            taken = [delta for pack in self.packed for delta in _unpack(pack)] + taken
+            self.packed = []
         return taken
 
     def abort(self) -> None:
@@ -120,14 +141,17 @@ class EngineClient:
         endpoint: wire.ReplicaEndpoint,
         changed: Callable[[], None],
         ejected: Callable[[Ejection], None] = lambda _: None,
+        breakers: Breakers | None = None,
         *,
         leads: bool = True,
     ) -> None:
-        """`changed` is called when it is connected or no longer, `ejected` when it stops being ready by itself.
-        One that does not lead asks for what the engine tells all only where nobody else has asked."""
+        """`changed` is called when it is connected or no longer, and when its breaker opens or closes; `ejected`
+        when it stops being ready by itself. `breakers` are those of its model. One that does not lead asks for
+        what the engine tells all only where nobody else has asked."""
         self._leads = leads
         self._told_at = 0.0
         self.endpoint = endpoint
+        self._breakers = breakers or Breakers()
         self.stall_seconds = math.inf
         """The route's; set with the endpoint, as are the next two."""
         self.max_queue_length = 0
@@ -190,7 +214,8 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether a new sequence may be given to it."""
-        return self.connected and not self.retired and self.serving and not self.stalled
+        able = self.connected and not self.retired and self.serving and not self.stalled
+        return able and self._breakers.takes(self.endpoint.replica_id, time.monotonic())
 
     @property
     def serving(self) -> bool:
@@ -231,7 +256,13 @@ class EngineClient:
             connected=self.connected,
             in_flight=self.in_flight,
             hot_hash=self.stats.hot_hash if self.stats is not None and self.connected else None,
+            breaker=self.breaker,
         )
+
+    @property
+    def breaker(self) -> wire.BreakerState:
+        """Whether its failures keep requests from it."""
+        return self._breakers.of(self.endpoint.replica_id).state(time.monotonic())
 
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
@@ -243,12 +274,30 @@ class EngineClient:
         """
         if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
-        order = list(self._sequences.values())
-        by_priority = self.policy == "priority"
-        # keeps the order of arrival among equals
-        order.sort(key=lambda each: (each.background, each.priority if by_priority else 0))
+        order = self._order()
         before = sum(each.width for each in order[: order.index(sequence)])
         return before >= self.stats.running
+
+    def _order(self) -> list[Sequence]:
+        """Its sequences in the order in which the engine lets them in."""
+        by_priority = self.policy == "priority"
+        # keeps the order of arrival among equals
+        return sorted(
+            self._sequences.values(), key=lambda each: (each.background, each.priority if by_priority else 0)
+        )
+
+    @property
+    def waits_since(self) -> float | None:
+        """When who waits longest in the engine's queue was sent there, as far as can be told; None if nobody
+        waits that somebody waits for."""
+        if self.stats is None or not self.stats.waiting:
+            return None
+        found, before = None, 0
+        for sequence in self._order():
+            if before >= self.stats.running and not (sequence.begun or sequence.background):
+                found = sequence.sent_at if found is None else min(found, sequence.sent_at)
+            before += sequence.width
+        return found
 
     # ── sequences ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,6 +319,7 @@ class EngineClient:
         """Count a sequence that another worker gives to the engine now."""
         sequence = Lent(self, name, wanted, background=background)
         self._sequences[name] = sequence
+        sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self.prefixes.add(wanted.chain)
         self.served += 1
@@ -281,18 +331,22 @@ class EngineClient:
             self.proved_at, sequence.begun = time.monotonic(), True
             before, sequence.generated = sequence.generated, generated
             self._burden(sequence).gain(sequence.prompt_tokens, sequence.max_tokens, before, generated)
+            if sequence.trial and generated >= TRIAL_TOKENS:
+                self._judge(True, sequence)
 
-    def take_back(self, sequence: Lent) -> None:
-        """A sequence that was lent runs no more."""
+    def take_back(self, sequence: Lent, well: bool | None = None) -> None:
+        """A sequence that was lent runs no more; `well` as a sequence has it."""
         if self._sequences.get(sequence.id) is sequence:
             del self._sequences[sequence.id]
             self._over(sequence)
+            self._judge(well, sequence)
             self._close_if_done()
 
     def _send(self, request: wire.Generate, bell: asyncio.Event, cached: int) -> Sequence:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
         sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
+        sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self._writer.write(wire.frame(request))
         return sequence
@@ -301,6 +355,7 @@ class EngineClient:
         if self._sequences.pop(sequence.id, None) is None:
             return
         self._over(sequence)
+        self._judge(None, sequence)
         if self._writer is not None:
             self._writer.write(wire.frame(wire.Abort(sequence.id)))
         self._close_if_done()
@@ -311,6 +366,22 @@ class EngineClient:
     def _over(self, sequence: Sequence) -> None:
         sequence.ended = True
         self._burden(sequence).end(sequence.prompt_tokens, sequence.max_tokens, sequence.generated, sequence.width)
+
+    def _judge(self, ok: bool | None, *sequences: Sequence) -> None:
+        """Tell the breaker how these have ended, or that the replica has failed while they ran; None: it does not
+        show."""
+        trial = any(sequence.trial for sequence in sequences)
+        for sequence in sequences:
+            sequence.trial = False
+        name = self.endpoint.replica_id
+        changed = self._breakers.end(name, time.monotonic(), ok, trial=trial)
+        if changed == "opened":
+            log.warning("replica %s: fails, and gets no requests for a while", name)
+            self._ejected("tripped")
+        elif changed == "closed":
+            log.info("replica %s: gets requests again", name)
+        if changed or (trial and ok is None):
+            self._changed()
 
     # ── control ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -371,6 +442,8 @@ class EngineClient:
                 lease = self._accept(await frames.read())
             self._writer = writer
             self.connection += 1
+            if self.connection == 1:
+                self._breakers.of(self.endpoint.replica_id).renew(time.monotonic())
             self.stats = self.proved_at = None
             self._progress_at = time.monotonic()
             asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))
@@ -391,6 +464,7 @@ class EngineClient:
                 sequence.lost = True
                 sequence.bell.set()
             if self._was_up:
+                self._judge(None if self.leaving else False, *lost.values())
                 log.info("replica %s: disconnected, %d sequences lost", self.endpoint.replica_id, len(lost))
                 if not self.leaving:
                     self._ejected("disconnected")
@@ -409,6 +483,7 @@ class EngineClient:
                 writer.write(_GET_STATS)
             if self.stalled and not was_stalled:
                 self._ejected("stalled")
+                self._judge(False, *self._sequences.values())
             was_stalled = self.stalled
 
     def _accept(self, message: wire.FromEngine | None) -> float:
@@ -450,6 +525,10 @@ class EngineClient:
                 if delta.finish_reason is not None:
                     del self._sequences[delta.id]
                     self._over(sequence)
+                    sequence.well = _went_well(delta)
+                    self._judge(sequence.well, sequence)
+                elif sequence.trial and sequence.generated >= TRIAL_TOKENS:
+                    self._judge(True, sequence)
                 sequence.bell.set()
             self._close_if_done()
         elif isinstance(message, wire.Stats):
@@ -486,7 +565,7 @@ class Lent(Sequence):
         self.connection = client.connection
         self.id = name
         self.bell = asyncio.Event()
-        self.deltas = []
+        self.deltas, self.packed = [], []
         self.heard_at = 0.0
         self.prompt_tokens = wanted.prompt_tokens - client.prefixes.known(wanted.chain)
         self.priority = wanted.priority
@@ -494,7 +573,16 @@ class Lent(Sequence):
         self.width = wanted.width
         self.max_tokens = wanted.max_tokens
         self.generated = 0
-        self.begun = self.ended = self.lost = False
+        self.sent_at = time.monotonic()
+        self.well = None
+        self.begun = self.ended = self.lost = self.trial = False
+
+
+def _went_well(delta: wire.Delta) -> bool | None:
+    """Whether the end of a sequence speaks for its replica, or against it; None for neither."""
+    if delta.finish_reason != "error":
+        return True
+    return None if delta.error_code in NO_FAILURE else False
 
 
 def _joined(deltas: Series[wire.Delta]) -> Iterator[wire.Delta]:

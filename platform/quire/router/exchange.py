@@ -26,6 +26,7 @@ from typing import Any, Final, Generic, TypeVar
 from litestar.types import Send
 
 from quire.errors import ApiError, InvalidRequest, failure_of
+from quire.router.budgets import Amount, most
 from quire.router.fleet import ServedModel
 from quire.router.formats import Format
 from quire.router.gateway import Gateway
@@ -35,7 +36,7 @@ from quire.router.reception import Reception, send_json
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked, Way
-from quire.router.usage import Amount, Who
+from quire.router.usage import Who
 from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -118,7 +119,7 @@ class Exchange(Reception, Generic[R]):
         async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):
             made = await self._format.job(request, served, size, arrived_at, span, self._caller)
             job = dataclasses.replace(self._own(made), terms=terms, begun_at=begun_at)
-            await self._ticket.reserve(job.most_tokens)
+            await self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
             run = Run(self._gateway.fleet, self._gateway.desk, job, self._received_at)
             self._runs.append(run)
             span.set(_request_attributes(run.job))
@@ -152,8 +153,9 @@ class Exchange(Reception, Generic[R]):
         for run in self._runs:
             requests = int(run is self._runs[-1])
             used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
-            who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
-            self._gateway.usage.add(who, used)
+            route = run.job.model.route
+            who = Who(self._caller.owner, self._caller.key, route.model)
+            self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
         """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.

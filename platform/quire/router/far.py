@@ -19,6 +19,7 @@ from quire import errors
 from quire.errors import ApiError, InternalError
 from quire.router.access import Caller
 from quire.router.background import Later
+from quire.router.budgets import Amount
 from quire.router.desk import Entry, Headers, nobodys
 from quire.router.engine_client import EngineClient, Sequence
 from quire.router.fleet import Fleet, ServedModel
@@ -26,7 +27,7 @@ from quire.router.line import Line
 from quire.router.placing import RECHECK_SECONDS, News
 from quire.router.responses import Responses
 from quire.router.traffic import Asked, Way
-from quire.router.usage import Amount, Who
+from quire.router.usage import Who
 from quire_schemas import wire, workers
 from quire_schemas.workers import Wanted
 
@@ -125,7 +126,7 @@ class FarHead:
 
     def add(self, who: Who, amount: Amount) -> None:
         """Note in the ledger what a request came to."""
-        self.tell(workers.Used(*astuple(who), *astuple(amount)))
+        self.tell(workers.Used(who.policy, who.key, who.model, workers.Spent(*astuple(amount))))
 
     def wake(self) -> None:
         """A batch was made or cancelled."""
@@ -211,8 +212,9 @@ class _FarEntry:
         self.used = 0
         self.counted = True
 
-    async def reserve(self, tokens: int) -> None:
-        await self._head.ask(workers.Reserve(self._head.number(), self.number, self.used, tokens))
+    async def reserve(self, most: Amount) -> None:
+        spent = workers.Spent(*astuple(most))
+        await self._head.ask(workers.Reserve(self._head.number(), self.number, self.used, spent))
 
     def uncount(self) -> None:
         self.counted = False
@@ -221,7 +223,7 @@ class _FarEntry:
 class _FarSeat:
     """A seat of the head's (`placing.Seat`) that a sequence here has."""
 
-    __slots__ = ("_background", "_fleet", "_has_begun", "_head", "_number", "_owner", "_served")
+    __slots__ = ("_background", "_fleet", "_has_begun", "_head", "_number", "_owner", "_sequence", "_served")
 
     def __init__(self, head: FarHead, fleet: Fleet, served: ServedModel, owner: str, background: bool) -> None:
         self._head = head
@@ -231,6 +233,7 @@ class _FarSeat:
         self._background = background
         self._number = head.number()
         self._has_begun = False
+        self._sequence: Sequence | None = None
 
     async def find(
         self,
@@ -241,7 +244,7 @@ class _FarSeat:
     ) -> EngineClient:
         """As a seat's; `home` the head knows, which hears of all sequences of a prompt first."""
         self._head.runs(self._number, None)
-        self._has_begun = False
+        self._has_begun, self._sequence = False, None
         self._head.listen(self._number, news)
         printed = b""
         try:
@@ -285,6 +288,7 @@ class _FarSeat:
         return await self._told(workers.IsQueued(self._head.number(), self._number))
 
     def given(self, sequence: Sequence) -> None:
+        self._sequence = sequence
         self._head.runs(self._number, sequence)
 
     def begun(self) -> None:
@@ -297,11 +301,15 @@ class _FarSeat:
 
     def settle(self) -> None:
         self._head.runs(self._number, None)
-        self._head.tell(workers.Settle(self._number))
+        self._head.tell(workers.Settle(self._number, self._well))
 
     def end(self) -> None:
         self._head.runs(self._number, None)
-        self._head.tell(workers.End(self._number))
+        self._head.tell(workers.End(self._number, self._well))
+
+    @property
+    def _well(self) -> bool | None:
+        return None if self._sequence is None else self._sequence.well
 
     async def _told(self, question: workers.IsQueued | workers.HasOther) -> bool:
         told = await self._head.ask(question)

@@ -24,9 +24,11 @@ from pathlib import Path
 
 import msgspec
 
-from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
+from quire.errors import InvalidRequest, ModelNotFound, ModelStopped, ServiceUnavailable
 from quire.router.access import Access, Caller
+from quire.router.breaker import Breakers
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.memory import Memory
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
@@ -71,6 +73,8 @@ class ServedModel:
     """Of those in flight that are not in the background, how many are whose tenant's."""
     turns: Turns = field(default_factory=Turns)
     """Whose turn it is at the engines, where there are several tenants."""
+    breakers: Breakers = field(default_factory=Breakers)
+    """Which replicas get no requests because they fail them."""
     settled: Pulse = field(default_factory=Pulse)
     """A further attempt or a trial has brought its token, or ended."""
 
@@ -100,16 +104,31 @@ class ServedModel:
         return any(client.ready for client in self.clients)
 
     def check_wanted(self) -> None:
-        """Raises `ModelStopped` when no replica is ready and none is wanted."""
+        """Raises `ModelStopped` when no replica is ready and none is wanted, and `ServiceUnavailable` when all
+        fail, so that it makes no sense to wait for one."""
         if self.route.stopped and not self.ready:
             how = "paused" if self.route.paused else "stopped: no replica of it is wanted"
             raise ModelStopped(f"The model '{self.route.model}' is {how}.")
+        if (wait := self.breakers.waits(time.monotonic())) is not None:
+            raise ServiceUnavailable("All replicas of this model fail what they are given.", retry_after=wait)
 
     def use(self, now: float) -> wire.ModelUse:
         """Whether it is asked for, and since when not."""
         placed = sum(client.in_flight for client in self.clients)
         idle = None if self.used_at is None else max(now - self.used_at, 0.0)
-        return wire.ModelUse(self.in_flight, max(self.in_flight - placed, 0), idle)
+        serving = [client for client in self.clients if client.ready]
+        since = [self.turns.waits_since, *(client.waits_since for client in serving)]
+        first = min((at for at in since if at is not None), default=now)
+        stats = [client.stats for client in serving if client.stats is not None]
+        shares = [each.blocks_used / each.blocks_total for each in stats if each.blocks_total]
+        return wire.ModelUse(
+            self.in_flight,
+            max(self.in_flight - placed, 0),
+            idle,
+            ready=len(serving),
+            queue_time=max(now - first, 0.0),
+            kv_usage=sum(shares) / len(shares) if shares else 0.0,
+        )
 
     @property
     def slots(self) -> int:
@@ -132,6 +151,7 @@ class Fleet:
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples, self.standings)
+        self.memory = Memory()
         self._snapshot = snapshot
         self._leads = leads
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
@@ -149,6 +169,7 @@ class Fleet:
         try:
             table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
         except FileNotFoundError:
             return
         except Exception as error:  # noqa: BLE001 - an empty router is better than one that does not start
@@ -164,6 +185,7 @@ class Fleet:
             if table.version <= self.table.version:
                 return
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
             try:
                 if self._snapshot is not None:
                     await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
@@ -184,11 +206,20 @@ class Fleet:
         for route in table.models:
             tokenizer = tokenizers[route.model][1]
             served = known.get(route.model) or ServedModel(route, tokenizer)
+            served.breakers.set(
+                route.breaker,
+                [each.replica_id for each in route.replicas],
+                [each.replica_id for each in route.replicas if not (each.draining or each.standby)],
+            )
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
                 client = self._clients.get(key) or EngineClient(
-                    endpoint, self._pulse.fire, self._ejected(route.model), leads=self._leads
+                    endpoint,
+                    self._pulse.fire,
+                    self._ejected(route.model),
+                    served.breakers if self._leads else None,  # the head decides who gets none
+                    leads=self._leads,
                 )
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
@@ -207,7 +238,7 @@ class Fleet:
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
         self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
-        self.access.act_by(table.access)
+        self.access.act_by(table.access, table.budgets)
         self.metrics.set_models(route.model for route in table.models)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
@@ -321,6 +352,7 @@ class Fleet:
             base_url=base_url,
             http=self.table.http,
             parts=wire.PARTS,
+            budgets=self.access.limiter.low_budgets(),
             replicas=[*loads, *self._unconnected()],
             unusable=self.unusable,
             uses={
@@ -360,6 +392,7 @@ class Fleet:
                     client.stats if connected else None,
                     client.welcome if connected else None,
                     served.route.prefix_caching,
+                    client.breaker,
                 )
 
 

@@ -57,7 +57,7 @@ REFUSED_FOR_ITSELF: Final = "invalid_request"
 """The reason of a refusal whose error has no code."""
 REASONS: Final = tuple(sorted({row.code or REFUSED_FOR_ITSELF for row in TABLE.values()}))
 SOURCES: Final = ("local_compute", "local_cache_hit")
-EJECTIONS: Final = ("disconnected", "stalled")
+EJECTIONS: Final = ("disconnected", "stalled", "tripped")
 COPIES: Final = ("completed", "failed", "dropped")
 ROUTED: Final = "routed"
 STEPPED_IN: Final = "stepped in"
@@ -116,6 +116,7 @@ class ReplicaSample:
     welcome: Welcome | None = None
     """What it was built with, while it is connected."""
     prefix_caching: bool = False
+    breaker: wire.BreakerState = "closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,7 @@ class Metrics:
         self._gone = Counts({})
         """What workers had counted that are gone."""
         self._spans: Spans | None = None
+        self._refused: Callable[[], int] = lambda: 0
         self._shown = _Shown(self._models, {}, {})
         self._rendering = threading.Lock()
         self._told = _Told((_Models(lambda: self._shown.models), _Standings(models), _Replicas(replicas)))
@@ -284,6 +286,15 @@ class Metrics:
         """Show what a watch sees of this machine's GPUs."""
         self._registry.register(_Gpus(watch))
 
+    def watch_budgets(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        """Show how budgets stand."""
+        self._registry.register(_Budgets(standing))
+
+    def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        """Show how many connections were turned away, and how much of its memory the router has."""
+        self._refused = refused
+        self._registry.register(_Room(lambda: self._shown.refused, share))
+
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
         self._registry.register(_Disk(folder))
@@ -300,6 +311,7 @@ class Metrics:
             [(key, number.value) for key, number in list(self._of_routes.items())],
             {} if spans is None else dict([(_EXPORTED, spans.exported), *spans.dropped().items()]),
             requests,
+            self._refused(),
         )
 
     def bury(self, counts: Counts) -> None:
@@ -307,14 +319,15 @@ class Metrics:
         models = self._added(self._gone.models, [counts], gone=True)
         routes = Counter(dict(self._gone.routes)) + Counter(dict(counts.routes))
         spans = Counter(self._gone.spans) + Counter(counts.spans)
-        self._gone = Counts({name: each.values() for name, each in models.items()}, list(routes.items()), spans)
+        sums = {name: each.values() for name, each in models.items()}
+        self._gone = Counts(sums, list(routes.items()), spans, refused=self._gone.refused + counts.refused)
 
     def render(self, others: Sequence[Counts] = (), pids: Sequence[int] = ()) -> bytes:
         """All series in Prometheus' text format, with what `others` have counted, which run as `pids`."""
         with self._rendering:
             if not others and not self._gone.models:
                 here = self.counts(values=False)
-                self._shown = _Shown(self._models, dict(here.routes), here.spans, pids)
+                self._shown = _Shown(self._models, dict(here.routes), here.spans, pids, here.refused)
                 return generate_latest(self._registry)
             every = [self.counts(), self._gone, *others]
             routes: Counter[tuple[str, ...]] = Counter()
@@ -322,7 +335,8 @@ class Metrics:
             for each in every:
                 routes.update({key: value for key, value in each.routes if key in self._of_routes})
                 spans.update(each.spans)
-            self._shown = _Shown(self._added({}, every), routes, spans, pids)
+            refused = sum(each.refused for each in every)
+            self._shown = _Shown(self._added({}, every), routes, spans, pids, refused)
             return generate_latest(self._registry)
 
     def _added(
@@ -347,6 +361,7 @@ class _Shown(NamedTuple):
     routes: Mapping[tuple[str, ...], float]
     spans: Mapping[str, int]
     pids: Sequence[int] = ()
+    refused: int = 0
 
 
 _EXPORTED: Final = "exported"
@@ -627,6 +642,9 @@ class _Replicas(Collector):
             )
         ]
         up = GaugeMetricFamily(signals.REPLICA_UP, "1: connected, and making progress.", labels=labels)
+        tripped = GaugeMetricFamily(
+            signals.REPLICA_TRIPPED, "1: gets no requests because it fails them; 0.5: is tried.", labels=labels
+        )
         waiting = GaugeMetricFamily(
             signals.NUM_REQUESTS_WAITING_BY_REASON, "What they wait for.", labels=[*labels, signals.LABEL_REASON]
         )
@@ -649,6 +667,7 @@ class _Replicas(Collector):
             key = [replica.model, replica.replica]
             stats, welcome = replica.stats, replica.welcome
             up.add_metric(key, float(replica.up))
+            tripped.add_metric(key, _TRIPPED[replica.breaker])
             for family, read in told:
                 family.add_metric(key, read(stats) if stats is not None else 0)
             deferred = stats.deferred if stats is not None else 0
@@ -661,7 +680,10 @@ class _Replicas(Collector):
                 seats = stats.max_num_seqs if stats is not None else welcome.max_num_seqs
                 facts = (welcome.block_size, welcome.num_blocks, seats, welcome.max_model_len)
                 config.add_metric([*key, *map(str, facts), str(replica.prefix_caching)], 1)
-        yield from (up, *(family for family, _ in told), waiting, tokens, config)
+        yield from (up, tripped, *(family for family, _ in told), waiting, tokens, config)
+
+
+_TRIPPED: Final[Mapping[str, float]] = {"closed": 0.0, "trying": 0.5, "open": 1.0}
 
 
 def _usage(stats: Stats) -> float:
@@ -683,6 +705,35 @@ class _Batches(Collector):
         for finish, number in self._lines.items():
             lines.add_metric([finish], number.value)
         yield lines
+
+
+class _Budgets(Collector):
+    def __init__(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        self._standing = standing
+
+    def collect(self) -> Iterator[Metric]:
+        spent = GaugeMetricFamily(
+            signals.BUDGET_SPENT,
+            "Share of a budget that is spent.",
+            labels=[signals.LABEL_POLICY, signals.LABEL_BUDGET, signals.LABEL_KEY],
+        )
+        for budget in self._standing():
+            spent.add_metric([budget.policy, budget.name, budget.key], budget.spent / budget.size)
+        yield spent
+
+
+class _Room(Collector):
+    def __init__(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        self._refused = refused
+        self._share = share
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            signals.CONNECTIONS_REFUSED, "Connections turned away for want of descriptors.", self._refused()
+        )
+        yield GaugeMetricFamily(
+            signals.MEMORY_SHARE, "Of the memory that the router could have, what it has.", self._share()
+        )
 
 
 class _Disk(Collector):

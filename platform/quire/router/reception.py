@@ -105,7 +105,12 @@ class Reception:
         finish, failure, status = "error", "internal_error", 500
         try:
             self._caller = visit.known
+            if not self._background:  # of that there is never much at once, and it waits for no better moment
+                visit.unread = self._gateway.fleet.memory.refusing
+                self._gateway.fleet.memory.check()
             body = await read_body(headers, receive, self._settings)
+            if not self._background:
+                self._gateway.fleet.memory.check()  # again: many may have been let in at once
             self._received_at = time.monotonic()
             async with self._gateway.desk.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import mmap
@@ -23,9 +24,12 @@ from typing import Any
 import uvicorn
 from litestar.types import ASGIApp
 
+from quire.doors import Door, farewell, keep_quiet
+from quire.errors import ServiceUnavailable, describe
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire.router.fleet import Fleet
 from quire.router.guard import MAX_HEADER_BYTES, Protocol
+from quire.router.memory import Memory
 from quire.router.tls import Certificate
 
 log = logging.getLogger("quire.router")
@@ -38,6 +42,7 @@ LEAVE_SECONDS = 0.002
 FULL_SECONDS = 1.0
 """That no connection is taken when there are too many open files."""
 MAX_WORKERS = 64
+_CROWDED = "The server has as many connections as it can hold."
 LAST_WORDS = 1.0
 """Seconds for clients to take the errors that their requests end with."""
 
@@ -113,8 +118,7 @@ class _Taker:
             taken, _ = self._listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return  # another one has it, or it is gone
-        except OSError as error:
-            log.error("no connection can be taken: %s", error)
+        except OSError:  # the door has said why
             if self._later is None:
                 self._pause(FULL_SECONDS)
             return
@@ -259,18 +263,27 @@ def options(application: ASGIApp, fleet: Fleet, certificate: Certificate | None)
         backlog=BACKLOG,
     )
     made.load()
+    gc.freeze()  # what is there now stays: looking through it would stop all streams for some tens of milliseconds
+    gc.enable()
     made.ssl = None if certificate is None else certificate.context
     return made
 
 
-def prepare(listening: socket.socket) -> None:
-    """Make the socket one for the server."""
-    listening.setblocking(False)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
+def prepare(listening: socket.socket, *, plain: bool) -> Door:
+    """The socket as one for the server, on a loop that runs. `plain`: clients on it can be told that there is no
+    room for them."""
+    full = describe(ServiceUnavailable(_CROWDED, retry_after=1.0))
+    door = Door.of(listening, farewell(full.status, full.headers, full.body) if plain else b"")
+    asyncio.get_running_loop().set_exception_handler(keep_quiet)
+    door.setblocking(False)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
+    return door
 
 
-async def until_told(server: Server, listening: socket.socket, certificate: Certificate | None) -> None:
-    """Serve until the end is begun, by a signal or otherwise, and is over."""
+async def until_told(
+    server: Server, listening: socket.socket, certificate: Certificate | None, memory: Memory
+) -> None:
+    """Serve until the end is begun, by a signal or otherwise, and is over, with an eye on memory."""
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -278,10 +291,12 @@ async def until_told(server: Server, listening: socket.socket, certificate: Cert
     # Plain handlers, not the loop's, which end with it: a second SIGTERM must not be a sudden death.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    watch = asyncio.create_task(memory.watch(), name="memory")
     renewal = None if certificate is None else asyncio.create_task(certificate.renew())
     try:
         await server.serve(sockets=[listening])
     finally:
+        watch.cancel()
         if renewal is not None:
             renewal.cancel()
 

@@ -15,6 +15,7 @@ ended. A few more than that are let through (`AHEAD`), so that no engine waits f
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from typing import Final
 
@@ -42,6 +43,12 @@ class Turns:
     def __init__(self) -> None:
         self._there: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._since: dict[asyncio.Future[None], float] = {}
+
+    @property
+    def waits_since(self) -> float | None:
+        """When who waits longest came, by the monotonic clock; None if nobody waits."""
+        return min(self._since.values(), default=None)
 
     def take(self, owner: str, slots: int) -> bool:
         """Whether a sequence may go at once, which it then does; `end` says when it is no more."""
@@ -54,6 +61,7 @@ class Turns:
         """What is done once it is the turn of a sequence that has come now, which then goes."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
+        self._since[turn] = time.monotonic()
         return turn
 
     def leave(self, owner: str, turn: asyncio.Future[None], slots: int) -> None:
@@ -62,6 +70,7 @@ class Turns:
             self.end(owner, slots)
             return
         self._waiting[owner].remove(turn)
+        del self._since[turn]
         if not self._waiting[owner]:
             del self._waiting[owner]
 
@@ -79,7 +88,9 @@ class Turns:
             if not able:
                 return
             owner = min(able, key=lambda each: self._there[each])
-            self._waiting[owner].popleft().set_result(None)
+            turn = self._waiting[owner].popleft()
+            del self._since[turn]
+            turn.set_result(None)
             if not self._waiting[owner]:
                 del self._waiting[owner]
             self._there[owner] += 1

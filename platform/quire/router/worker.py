@@ -102,9 +102,10 @@ async def work(
 ) -> None:
     """Serve on `listening`, which others share, for the head at the other end of `end`, until that says so."""
     sibling.die_with_starter()
-    prepare(listening)
+    listening = door = prepare(listening, plain=config.tls is None)
     line: Wire = await Line.over(end, workers.FromWorkerFrame, workers.FromHeadFrame)
     fleet = Fleet(None, Access(config.closed), leads=False)
+    fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     head = FarHead(line, fleet)
     application = build_worker(fleet, config, tracing, metering, head)
     worker = _Worker(line, fleet, head)
@@ -128,7 +129,7 @@ async def work(
         board,
     )
     try:
-        await until_told(server, listening, certificate)
+        await until_told(server, listening, certificate, fleet.memory)
     finally:
         for each in beside:
             each.cancel()

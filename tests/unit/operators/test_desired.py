@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from quire_operators.desired import CRASHES_BEFORE_ROLLBACK, Effective, desired_of, effective
-from quire_operators.overrides import Kind, Override
+from quire_operators.overrides import Kind, Override, ended_by_intent
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
 from quire_schemas.model import Model, resolve_defaults
@@ -112,6 +115,53 @@ def test_a_model_on_demand_has_replicas_while_it_is_in_memory() -> None:
     paused = wanted(override(Kind.RESIDENT), override(Kind.PAUSE), residency="onDemand")
     assert (paused.standby, paused.full) == (False, 0)
     assert not wanted(residency="onDemand", replicas=0).standby
+
+
+RANGE = {"minReplicas": 0, "maxReplicas": 4}
+
+
+def test_the_load_decides_within_the_declared_range() -> None:
+    def found(*overrides: Override, **declared: Any) -> tuple[int, bool]:
+        model = wanted(*overrides, autoscaling={**RANGE, **declared})
+        return desired_of(model).replicas, model.standby
+
+    assert found() == (1, False), "one to begin with, that it can be ready once"
+    assert found(minReplicas=3) == (3, False)
+    assert found(override(Kind.AUTOSCALE, replicas=3)) == (3, False)
+    assert found(override(Kind.AUTOSCALE, replicas=9)) == (4, False)
+    assert found(override(Kind.AUTOSCALE, replicas=0)) == (0, True), "it comes back when it is asked for"
+    assert found(override(Kind.AUTOSCALE, replicas=0), minReplicas=2) == (2, False)
+    assert found(override(Kind.AUTOSCALE, replicas=3), override(Kind.SCALE, replicas=2)) == (2, False)
+    assert found(override(Kind.AUTOSCALE, replicas=3), override(Kind.SCALE, replicas=0)) == (0, False)
+    assert found(override(Kind.AUTOSCALE, replicas=3), override(Kind.PAUSE)) == (0, False)
+    assert desired_of(wanted(override(Kind.AUTOSCALE, replicas=3), replicas=2)).replicas == 2, "no range any more"
+
+
+@given(st.lists(st.sampled_from([*range(5), "other range", "same", "text"]), max_size=12), st.randoms())
+def test_who_scales_and_who_applies_commute(moves: list[Any], rng: Any) -> None:
+    """The load's decisions and a repository that is applied again and again come to the same in any order."""
+
+    def outcome(order: list[Any]) -> tuple[int, int]:
+        decided: dict[Kind, Override] = {}
+        fields: dict[str, Any] = {"autoscaling": RANGE}
+        for move in order:
+            if isinstance(move, int):
+                decided[Kind.AUTOSCALE] = override(Kind.AUTOSCALE, replicas=move)
+                continue
+            before = dict(fields)
+            if move == "other range":
+                fields["autoscaling"] = {"minReplicas": 2, "maxReplicas": 3}
+            elif move == "text":
+                fields["drainTimeout"] = "7s"
+            for kind in ended_by_intent(spec(**before), spec(**fields)):
+                decided.pop(kind, None)
+        return desired_of(wanted(*decided.values(), **fields)).replicas, len(decided)
+
+    scales, applies = [m for m in moves if isinstance(m, int)], [m for m in moves if not isinstance(m, int)]
+    mixed, left, right = [], list(scales), list(applies)
+    while left or right:  # the order among scales, and among applies, is kept
+        mixed.append((left if not right or (left and rng.random() < 0.5) else right).pop(0))
+    assert outcome(mixed) == outcome(scales + applies) == outcome(applies + scales)
 
 
 def test_going_back_is_a_wish_and_needs_a_revision_of_another_template() -> None:
