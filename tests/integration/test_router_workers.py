@@ -137,18 +137,18 @@ async def test_a_limit_of_concurrency_is_exact_over_all_workers(crew: World) -> 
     await crew.table(crew.route(engine.endpoint()), access=(team,))
     await crew.connected(engine.replica_id)
     async with clients(crew, 4) as many:
-        for _ in range(times(2, 40)):
+        for _ in range(times(1, 40)):
             answers = await asyncio.gather(*(chat(http, TEAM, max_tokens=30) for http in many))
             codes = sorted(answer.status_code for answer in answers)
             assert codes == [200] * 3 + [429] * 5
-    assert max(len(engine.generates), 3) == 3 * times(2, 40)
+    assert len(engine.generates) == 3 * times(1, 40)
 
 
 async def test_places_in_a_models_queue_are_counted_over_all_workers(crew: World) -> None:
-    engine = await crew.engine(pace=0.02, max_num_seqs=2)
+    engine = await crew.engine(pace=0.01, max_num_seqs=2)
     await crew.serve(engine, max_queue_length=3)
     async with clients(crew, 6) as many:
-        for _ in range(times(2, 40)):
+        for _ in range(times(1, 40)):
             answers = await asyncio.gather(*(chat(http, max_tokens=20) for http in many))
             assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 7
             assert {answer.json()["error"]["code"] for answer in answers if answer.is_error} == {"queue_full"}
@@ -347,6 +347,7 @@ async def test_a_burst_of_connections_is_spread(crew: World) -> None:
     assert 3 <= found.count(among[0]) <= 7, found
 
 
+@pytest.mark.nightly  # two routers that start, and one that ends in order
 async def test_told_to_finish_all_end_what_they_do_and_killed_all_begin_anew() -> None:
     with tempfile.TemporaryDirectory(prefix="qr") as name:
         world = make_world(Path(name), workers=COUNT)
