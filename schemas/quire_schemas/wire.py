@@ -286,6 +286,9 @@ class Generate(msgspec.Struct, tag=True):
     """Lower goes first, where the policy is `priority`."""
     background: bool = False
     """Nobody waits for it: whatever the policy, it comes after all that is not, and makes room for it."""
+    lent: bool = False
+    """Its tenant has his part of the seats without it: where the policy is `fcfs` it comes after those of which
+    that is not so, and makes room for them."""
     timeout: float | None = None
     """Seconds from its receipt after which it ends with the error `timeout`."""
     cache_salt: str = ""

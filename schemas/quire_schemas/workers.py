@@ -329,6 +329,8 @@ class FingerprintWanted(_Message):
 class Found(_Message):
     number: int
     replica: Replica
+    lent: bool = False
+    """Its engine's seat is lent (`wire.Generate.lent`)."""
 
 
 class Told(_Message):

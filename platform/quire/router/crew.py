@@ -34,7 +34,7 @@ from quire.errors import ApiError, InternalError, ModelNotFound
 from quire.router.app import Head
 from quire.router.budgets import Amount
 from quire.router.config import LISTEN_FD
-from quire.router.engine_client import EngineClient, Lent
+from quire.router.engine_client import EngineClient, Foreign
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.limits import Ticket
 from quire.router.line import Line
@@ -74,13 +74,13 @@ class _Seated:
     family: tuple[str, int]
     """Its request and prompt."""
     finding: asyncio.Task[None] | None = None
-    lent: Lent | None = None
+    foreign: Foreign | None = None
 
     def drop(self, well: bool | None = None) -> None:
         """The sequence runs no more."""
-        lent, self.lent = self.lent, None
-        if lent is not None:
-            lent.client.take_back(lent, well)
+        foreign, self.foreign = self.foreign, None
+        if foreign is not None:
+            foreign.client.let_go(foreign, well)
 
 
 @dataclass(slots=True)
@@ -364,12 +364,12 @@ class Crew:
                 turn = self._fleet.traffic.take(route, weighed=weighed)
                 member.line.tell(workers.Turn(number, turn is not None, *(turn or ())))
             case workers.IsQueued(number, seat):
-                lent = seated.lent if (seated := member.seats.get(seat)) is not None else None
-                member.line.tell(workers.Told(number, lent is not None and lent.client.queued(lent)))
+                foreign = seated.foreign if (seated := member.seats.get(seat)) is not None else None
+                member.line.tell(workers.Told(number, foreign is not None and foreign.client.queued(foreign)))
             case workers.Progress(gained):
                 for seat, generated in gained:
-                    if (seated := member.seats.get(seat)) is not None and seated.lent is not None:
-                        seated.lent.client.gained(seated.lent, generated)
+                    if (seated := member.seats.get(seat)) is not None and seated.foreign is not None:
+                        seated.foreign.client.gained(seated.foreign, generated)
             case workers.Begun(seat) | workers.Blame(seat) | workers.Settle(seat) | workers.End(seat):
                 self._hear_of_seat(member, message)
             case workers.Leave(number, used, counted):
@@ -488,10 +488,10 @@ class Crew:
             member.reaches,
         )
         name = f"worker-{member.index}-{asked.seat}"
-        seated.lent = client.lend(name, asked.wanted, background=asked.background)
+        seated.foreign = client.take_in(name, asked.wanted, background=asked.background)
         member.homes[seated.family] = client.endpoint.replica_id
         found = client.endpoint.replica_id, client.endpoint.incarnation
-        member.line.tell(workers.Found(asked.number, found))
+        member.line.tell(workers.Found(asked.number, found, seated.seat.is_lent))
 
     async def _has_other(self, member: Member, number: int, seat: int, wanted: workers.Wanted) -> None:
         seated = member.seats.get(seat)
@@ -505,8 +505,8 @@ class Crew:
             return
         match message:
             case workers.Begun():
-                if seated.lent is not None:
-                    seated.lent.begun = True
+                if seated.foreign is not None:
+                    seated.foreign.begun = True
                 seated.seat.begun()
             case workers.Blame(_, fingerprint):
                 seated.seat.blame(fingerprint)

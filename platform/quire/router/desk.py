@@ -54,6 +54,8 @@ class Entry(Protocol):
 class Claim(Protocol):
     """A sequence's claim on its model: a `Seat`, here or at the head."""
 
+    @property
+    def is_lent(self) -> bool: ...
     async def find(
         self,
         wanted: Wanted,

@@ -13,7 +13,7 @@ whatever its socket says. It is asked often enough for that, and for the engine'
 fails what it is given: how each sequence ends is told to its breaker (`breaker`).
 
 Where a router has several workers, each has its own connection. The head's client counts the sequences of all:
-those that another worker runs are *lent* (`lend`), and count as its own until they are taken back.
+those that another worker runs are *foreign* (`take_in`), and count as its own until they are let go.
 
     NotConnected      a sequence was to be started on a connection that is not up
 """
@@ -315,9 +315,9 @@ class EngineClient:
         """Send a sequence of the router's own, which does not count as served."""
         return self._send(request, bell, 0)
 
-    def lend(self, name: str, wanted: Wanted, *, background: bool) -> Lent:
+    def take_in(self, name: str, wanted: Wanted, *, background: bool) -> Foreign:
         """Count a sequence that another worker gives to the engine now."""
-        sequence = Lent(self, name, wanted, background=background)
+        sequence = Foreign(self, name, wanted, background=background)
         self._sequences[name] = sequence
         sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
@@ -325,8 +325,8 @@ class EngineClient:
         self.served += 1
         return sequence
 
-    def gained(self, sequence: Lent, generated: int) -> None:
-        """A sequence that is lent has so many tokens by now."""
+    def gained(self, sequence: Foreign, generated: int) -> None:
+        """A foreign sequence has so many tokens by now."""
         if self._sequences.get(sequence.id) is sequence:
             self.proved_at, sequence.begun = time.monotonic(), True
             before, sequence.generated = sequence.generated, generated
@@ -334,8 +334,8 @@ class EngineClient:
             if sequence.trial and generated >= TRIAL_TOKENS:
                 self._judge(True, sequence)
 
-    def take_back(self, sequence: Lent, well: bool | None = None) -> None:
-        """A sequence that was lent runs no more; `well` as a sequence has it."""
+    def let_go(self, sequence: Foreign, well: bool | None = None) -> None:
+        """A foreign sequence runs no more; `well` as a sequence has it."""
         if self._sequences.get(sequence.id) is sequence:
             del self._sequences[sequence.id]
             self._over(sequence)
@@ -555,7 +555,7 @@ class EngineClient:
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
 
 
-class Lent(Sequence):
+class Foreign(Sequence):
     """A sequence that another worker runs, as far as it tells."""
 
     __slots__ = ()

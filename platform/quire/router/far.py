@@ -223,7 +223,17 @@ class _FarEntry:
 class _FarSeat:
     """A seat of the head's (`placing.Seat`) that a sequence here has."""
 
-    __slots__ = ("_background", "_fleet", "_has_begun", "_head", "_number", "_owner", "_sequence", "_served")
+    __slots__ = (
+        "_background",
+        "_fleet",
+        "_has_begun",
+        "_head",
+        "_number",
+        "_owner",
+        "_sequence",
+        "_served",
+        "is_lent",
+    )
 
     def __init__(self, head: FarHead, fleet: Fleet, served: ServedModel, owner: str, background: bool) -> None:
         self._head = head
@@ -234,6 +244,7 @@ class _FarSeat:
         self._number = head.number()
         self._has_begun = False
         self._sequence: Sequence | None = None
+        self.is_lent = False
 
     async def find(
         self,
@@ -267,6 +278,7 @@ class _FarSeat:
                     continue
                 if not isinstance(told, workers.Found):
                     raise _strange(told)
+                self.is_lent = told.lent
                 for client in self._served.clients:
                     replica = client.endpoint.replica_id, client.endpoint.incarnation
                     if replica == told.replica and client.connected and not client.retired:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Literal
 
 from quire.errors import (
@@ -65,6 +65,7 @@ class Seat:
         "_death",
         "_fingerprint",
         "_fleet",
+        "_lent",
         "_owner",
         "_retrying",
         "_served",
@@ -79,6 +80,8 @@ class Seat:
         self._background = background
         self._turn = False
         """It was its turn to go to an engine, where tenants take turns."""
+        self._lent: bool | None = None
+        """Once it has had its turn and goes: whether its seat is lent (`shares`)."""
         self._retrying = False
         self._trial: str | None = None
         """The replica where it is tried although engines may die of it."""
@@ -114,7 +117,8 @@ class Seat:
                 changed, settled = self._fleet.changed, served.settled.event
                 suspected = self._check_wanted(wanted, fingerprint)
                 permitted = turn is None and (wanted.attempts == 0 or self._may_try_again(news))
-                client = self._choose(wanted, home(), reaches, suspected=suspected) if permitted else None
+                died = served.suspects.died_at(fingerprint()) if suspected else None
+                client = self._choose(wanted, home(), reaches, died) if permitted else None
                 if client is not None:
                     self._go(client, fingerprint() if suspected else b"")
                     return client
@@ -137,7 +141,7 @@ class Seat:
 
     async def has_other(self, wanted: Wanted) -> bool:
         """Whether a replica that is ready could have the sequence now."""
-        return self._choose(wanted, None, _everywhere, suspected=False) is not None
+        return self._choose(wanted, None, _everywhere, None) is not None
 
     async def is_queued(self, sequence: Sequence) -> bool:
         """Whether it waits in its engine's queue, as far as can be told."""
@@ -145,6 +149,11 @@ class Seat:
 
     def given(self, sequence: Sequence) -> None:
         """It runs, as this."""
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether its engine's seat is lent, which others of more right may take back."""
+        return bool(self._lent)
 
     def begun(self) -> None:
         """The sequence has brought a token, or word that it could have."""
@@ -154,7 +163,9 @@ class Seat:
 
     def blame(self, fingerprint: bytes) -> None:
         """Its engine died, or hung, before that: it may be what engines die of."""
-        self._served.suspects.blame(fingerprint, self._death, tried=self._trial is not None)
+        self._served.suspects.blame(
+            fingerprint, self._death, tried=self._trial is not None, replica=self._death[0]
+        )
 
     def settle(self) -> None:
         """It is no longer on a further attempt, nor on trial."""
@@ -172,11 +183,13 @@ class Seat:
         self.settle()
         if self._turn:
             self._turn = False
-            self._served.turns.end(self._owner, self._served.slots)
+            self._served.turns.end(self._owner, self._served.slots, own=self._lent is False)
 
     def _go(self, client: EngineClient, fingerprint: bytes) -> None:
         endpoint = client.endpoint
         self._death = (endpoint.replica_id, endpoint.incarnation, client.connection)
+        if self._turn and self._lent is None:
+            self._lent = self._served.turns.lend(self._owner, self._served.slots)
         if fingerprint:
             self._trial, self._fingerprint = endpoint.replica_id, fingerprint
             self._served.trials.add(self._trial)
@@ -225,13 +238,23 @@ class Seat:
         return self._retrying
 
     def _choose(
-        self, wanted: Wanted, home: str | None, reaches: Callable[[EngineClient], bool], *, suspected: bool
+        self,
+        wanted: Wanted,
+        home: str | None,
+        reaches: Callable[[EngineClient], bool],
+        died: Collection[str] | None,
     ) -> EngineClient | None:
-        """The replica that is to have it now; a suspect gets none on which another one is tried."""
+        """The replica that is to have it now. `died` are those that died under it, of a suspect: it gets none on
+        which another one is tried, nor one of these while there is another."""
+        barred: set[str] = set()
+        if died is not None:
+            there = self._served.clients
+            elsewhere = any(client.ready and client.endpoint.replica_id not in died for client in there)
+            barred = self._served.trials.union(died if elsewhere else ())
         clients = {
             client.endpoint.replica_id: client
             for client in self._served.clients
-            if not (suspected and client.endpoint.replica_id in self._served.trials)
+            if client.endpoint.replica_id not in barred
             and (wanted.begun_with is None or client.goes_on(wanted.begun_with))
             and reaches(client)
         }

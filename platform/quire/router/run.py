@@ -456,6 +456,7 @@ class Run:
             written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
+            lent=claim.is_lent,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.drawn > 1 else None,
