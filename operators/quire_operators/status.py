@@ -49,6 +49,7 @@ class Reason(enum.StrEnum):
     PINNED = "Pinned"
     ROLLED_BACK = "RolledBack"
     ROUTER_NOT_READY = "RouterNotReady"
+    WORKERS_STARTING = "WorkersStarting"
     BACKEND_NOT_FOUND = "BackendNotFound"
     BACKEND_NOT_READY = "BackendNotReady"
     NO_WEIGHT = "NoWeight"
@@ -304,6 +305,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.ROUTER_NOT_READY: Advice(
         "The router is not up, so no request can be routed.",
         ("platform logs router   why", "platform describe gateway/default   its address and state"),
+    ),
+    Reason.WORKERS_STARTING: Advice(
+        "The router serves with fewer processes than its manifest asks for, and starts the others.",
+        ("platform logs router   why, if it stays so",),
     ),
     Reason.BACKEND_NOT_FOUND: Advice(
         "A Route names a Model that does not exist. Its share goes to the others; where there are none, requests "

@@ -428,6 +428,9 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
         lines.append(f"Base URL     none now: {endpoints['unavailable']}{more}")
     if endpoints.get("modelNames"):
         lines.append(f"Model names  {', '.join(endpoints['modelNames'])}")
+    workers = status.get("workers") or {}
+    if workers.get("wanted", 1) > 1:
+        lines.append(f"Workers      {workers['serving']} of {workers['wanted']}")
     conditions = status.get("conditions", ())
     if conditions:
         lines.append("Conditions")

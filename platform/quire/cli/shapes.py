@@ -99,6 +99,13 @@ class PolicyKey(TypedDict):
     problem: str
 
 
+class Workers(TypedDict):
+    """Processes of the router."""
+
+    wanted: int
+    serving: Annotated[int, "Those that take requests now."]
+
+
 class SourceObject(TypedDict):
     """One object of a GitSource."""
 
@@ -150,6 +157,7 @@ class Status(TypedDict):
     conditions: list[Condition]
     endpoints: NotRequired[Endpoints]
     keys: NotRequired[Annotated[list[PolicyKey], "Of an AccessPolicy."]]
+    workers: NotRequired[Annotated[Workers, "Of the gateway."]]
     budgets: NotRequired[Annotated[list[LowBudget], "Of an AccessPolicy: those that are spent, or nearly."]]
     remedies: Annotated[list[str], "What you can do."]
     url: NotRequired[Annotated[str, "Of a GitSource, and so are the next ten."]]

@@ -250,7 +250,6 @@ class Choice:
         "job",
         "kept",
         "last_token_at",
-        "lent",
         "lost_by",
         "migrations",
         "num_scored",
@@ -258,7 +257,6 @@ class Choice:
         "prompt_index",
         "prompt_scores",
         "reasoning_tokens",
-        "retrying",
         "sampling",
         "scores",
         "sent",
@@ -267,8 +265,6 @@ class Choice:
         "template_hash",
         "text",
         "timings",
-        "trial",
-        "turn",
         "turn_at",
         "where",
         "written",
@@ -287,16 +283,9 @@ class Choice:
         """How the last attempt failed, if one did."""
         self.attempts = 0
         self.fingerprint: bytes | None = None
-        self.trial: str | None = None
-        """The replica where it is tried although engines may die of it."""
-        self.turn = False
-        """It was its turn to go to an engine, where tenants take turns."""
-        self.lent: bool | None = None
-        """Once it has had its turn and goes: whether its seat is lent (`shares`)."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
-        self.retrying = False
         self.migrations = 0
         """How often it has gone on elsewhere."""
         self.template_hash = ""
