@@ -11,6 +11,7 @@ is applied every minute does not fight whoever is on call.
     quarantine   a template that failed is not started again; until the intent changes, or it is retried
     restart      replicas that are older than it are replaced, one after the other
     resident     a model that is there on demand is in memory; until another one needs the room (`residency`)
+    suspend      a git source applies nothing; until it is resumed, whatever its manifest says
 
 The store keeps one of each kind for an object; `desired.effective` says what is to run because of them.
 """
@@ -34,6 +35,7 @@ class Kind(enum.StrEnum):
     QUARANTINE = "quarantine"
     RESTART = "restart"
     RESIDENT = "resident"
+    SUSPEND = "suspend"
 
 
 def ended_by_intent(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Kind, ...]:

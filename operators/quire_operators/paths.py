@@ -11,7 +11,7 @@ that belongs to this user and is closed to everybody else.
     <root>/logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
     <root>/router/router.db  router/files/<id>  router/lock
-    <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>
+    <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>   git/<source's uid>/<hash of its URL>
     /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
 
 Exceptions:
@@ -106,6 +106,11 @@ class StateDir:
     @property
     def secrets(self) -> Path:
         return self.root / "secrets"
+
+    @property
+    def git(self) -> Path:
+        """Clones of the repositories that git sources follow, by the source's uid."""
+        return self.root / "git"
 
     @property
     def runtime(self) -> Path:

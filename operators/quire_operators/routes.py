@@ -391,4 +391,12 @@ def _news(status: wire.RouterStatus | None) -> object:
         )
         for load in status.replicas
     ]
-    return status.version, status.pid, status.base_url, status.unusable, sorted(loads, key=lambda load: load[:2])
+    pids = [worker.pid for worker in status.workers]
+    return (
+        status.version,
+        status.pid,
+        status.base_url,
+        status.unusable,
+        pids,
+        sorted(loads, key=lambda load: load[:2]),
+    )

@@ -23,6 +23,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from quire_operators.database import Conflict, Database, Leading, NotFound, upsert
+from quire_operators.inventory import Inventory, Managed
 from quire_operators.overrides import Kind, Override, ended_by_intent
 from quire_operators.records import Applied, Change, Event, Origin, Revision, StoredObject
 from quire_operators.rollout import Cause, Exit, Goal, Row
@@ -58,6 +59,7 @@ class Store:
         self._database = Database(place, clock, lease)
         self.install_id = self._database.install_id
         self.clock = self._database.clock
+        self.inventory = Inventory(self._database)
 
     @property
     def rows_version(self) -> int:
@@ -109,10 +111,12 @@ class Store:
         row = db.execute(query).mappings().first()
         return _object(row) if row is not None else None
 
-    def apply(self, changes: Sequence[Change], traceparent: str | None = None) -> tuple[Applied, ...]:
+    def apply(
+        self, changes: Sequence[Change], traceparent: str | None = None, managed: Sequence[Managed] = ()
+    ) -> tuple[Applied, ...]:
         """Write all of them or none. An object whose intent hash is the stored one is not written at all.
 
-        `traceparent` is remembered as the origin of what is written.
+        `traceparent` is remembered as the origin of what is written, `managed` with it as whose it is.
 
         Raises `Conflict` when an object is not what the decision was made on.
         """
@@ -122,7 +126,10 @@ class Store:
             old = self.get(change.key)
             touched.append(("replicas", change.key.name))
             touched += [(table, old.uid) for table in ("revisions", "overrides") if old is not None]
+        if managed:
+            touched.append(("managed", None))
         with self._database.transaction(*touched) as db:
+            self.inventory.write(db, managed)
             return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
     def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:

@@ -9,6 +9,8 @@
     status        what the reconciler last reported, one JSON document an object
     events        decisions and observations, equal ones counted, capped per object and by age. An object's uid
                   keeps those of a deleted one apart from those of a new one of its name
+    managed       whose each object is that a git source applied, and what it applied: see `inventory`
+    syncs         what a git source remembers from pass to pass
     meta          installation id, schema version, version of the routing table, base of the clock, and notes that
                   the control plane leaves for the next one
     leases        which control plane leads, by the database's clock, and how many did before it: see `lease`
@@ -148,6 +150,20 @@ LEASES = sa.Table(
 )
 CACHED = (OBJECTS, REVISIONS, OVERRIDES, REPLICAS, STATUS)
 """What `database` keeps of what it read: it has to hear when somebody else writes there."""
+MANAGED = sa.Table(
+    "managed",
+    METADATA,
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("source_name", sa.Text, nullable=False),
+    sa.Column("commit_id", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False),
+    sa.Column("intent_hash", sa.Text, nullable=False),
+)
+SYNCS = sa.Table(
+    "syncs", METADATA, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
+)
 UPGRADES = {
     1: (
         "ALTER TABLE replicas ADD COLUMN last_exit JSON",

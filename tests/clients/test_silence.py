@@ -68,12 +68,12 @@ async def _serve(
     await fleet.apply(wire.RoutingTable(version=1, models=routes))
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
-    app, executor, _ = build(fleet, config, tracing, Metering())
-    server.append(uvicorn.Server(uvicorn.Config(app, http=Protocol, lifespan="off", log_config=None)))
+    head = build(fleet, config, tracing, Metering())
+    server.append(uvicorn.Server(uvicorn.Config(head.asgi, http=Protocol, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])
     finally:
-        await executor.close()
+        await head.executor.close()
         await fleet.close()
         tracing.shutdown()
 

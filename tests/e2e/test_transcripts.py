@@ -35,6 +35,7 @@ ELSEWHERE = {
     "completion": "the script is click's",
     "console": "tests/integration/test_console.py; its word is a link",
     "key": "tests/e2e/test_output_shapes.py; a key is drawn",
+    "source": "tests/e2e/test_gitops.py; its commits are of the moment",
     "monitoring": "tests/unit/platform/test_monitoring.py",
 }
 """Commands without a transcript, and what has their words instead."""

@@ -31,6 +31,7 @@ COMMANDS = {
     "scale": "steer",
     "pause": "steer",
     "resume": "steer",
+    "source": "source",
     "wait": "wait",
     "get": "show",
     "top": "top",

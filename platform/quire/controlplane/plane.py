@@ -29,6 +29,7 @@ import sqlalchemy as sa
 
 from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
+from quire.controlplane.hooks import Hook, Hooks
 from quire.controlplane.wiring import Machine, engine_argv, router_command, text_facts
 from quire.tracing import Tracing
 from quire_operators.access import KIND as POLICY
@@ -43,13 +44,15 @@ from quire_operators.fleet.local import Life, LocalFleet
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import UNIT as ROUTER_UNIT
 from quire_operators.gateway import GatewayReconciler, RouterCommand
+from quire_operators.gitops import KIND as SOURCE
+from quire_operators.gitops import SourceReconciler
 from quire_operators.lease import Lease
 from quire_operators.models import ROUTES, ModelReconciler
 from quire_operators.paths import StateDir, sync_folder
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
-from quire_operators.secrets import Secrets
+from quire_operators.secrets import SecretNotFound, Secrets
 from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
@@ -132,6 +135,9 @@ class ControlPlane:
             clock,
         )
         self.traffic = RouteReconciler(self.store, self.routes, self.gateway, clock)
+        self.sources = SourceReconciler(self.store, self.secrets, state.git, environ, clock)
+        self.hooks = Hooks(self._hook, self._hinted)
+        self.sources.listens = self.hooks.problem
         passes = Passes(self.tracer, self.store.origin)
         self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
@@ -202,6 +208,7 @@ class ControlPlane:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
             self._work = None
+        await self.hooks.close()
         await self.downloads.close()
 
     def begin_down(self, grace: float) -> None:
@@ -321,6 +328,25 @@ class ControlPlane:
         """Have this key reconciled soon."""
         self._controller.add(key)
 
+    def wake_sources(self) -> None:
+        """Have every git source look at its objects soon: one of them may have been changed."""
+        for key in self.sources.objects():
+            self._controller.add(key)
+
+    def _hook(self, name: str, port: int) -> Hook | None:
+        """What the source of that name takes notifications by on that port."""
+        declared = self.sources.webhooks().get(name)
+        if declared is None or declared["port"] != port:
+            return None
+        try:
+            return Hook(declared["provider"], self.secrets.value(declared))
+        except SecretNotFound:  # its status says so
+            return None
+
+    def _hinted(self, name: str) -> None:
+        if self.sources.hint(name):
+            self._controller.add(Key(SOURCE, name))
+
     def wake_routes(self) -> None:
         """Have every Route reconciled soon: a Model that it names, or one of its names, may be another's now."""
         for stored in self.store.objects("route"):
@@ -356,6 +382,9 @@ class ControlPlane:
             return again
         if key.kind == "route":
             return self.traffic.reconcile(key)
+        if key.kind == SOURCE:
+            await self.hooks.settle({hook["port"] for hook in self.sources.webhooks().values()})
+            return await self.sources.reconcile(key)
         hindrance = self.traffic.hindrance(key)
         again = await self.models.reconcile(key)
         if again == 0.0:

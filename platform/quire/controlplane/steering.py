@@ -65,7 +65,7 @@ class Steering:
         return {"key": str(key), "message": text, "object": self._views.of(stored)}
 
     def _set(self, wanted: Effective, kind: Kind, body: Mapping[str, Any], **values: Any) -> None:
-        by, why = _text(body, "by") or "the admin API", _text(body, "reason")
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         override = Override(kind, by, self._plane.store.clock(), why, **values)
         self._plane.store.set_override(wanted.stored.uid, override)
 
@@ -190,7 +190,7 @@ class Steering:
         return "Restarted", "its replicas are replaced by new ones, as in a rollout"
 
 
-def _text(body: Mapping[str, Any], name: str) -> str:
+def text_of(body: Mapping[str, Any], name: str) -> str:
     """A short text of a request's body. Raises `ApiError` for anything else."""
     value = body.get(name) or ""
     if not isinstance(value, str) or len(value) > MAX_TEXT:

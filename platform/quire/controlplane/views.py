@@ -121,7 +121,13 @@ class Views:
             "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
             "revisions": self._revisions(stored),
             "inForce": self._in_force(stored),
+            "managedBy": self._managed_by(stored),
         }
+
+    def _managed_by(self, stored: StoredObject) -> dict[str, str] | None:
+        """The git source that the object is of, and where it comes from there."""
+        row = self._plane.store.inventory.manager(stored.key)
+        return None if row is None else {"source": str(row.owner), "commit": row.commit, "file": row.file}
 
     def _in_force(self, stored: StoredObject) -> dict[str, Any] | None:
         """The revision that is to serve and the spec that it serves by, where that is not the newest one's."""

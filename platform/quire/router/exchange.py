@@ -70,7 +70,7 @@ class Exchange(Reception, Generic[R]):
     async def _serve(self, request: R, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Have a request answered that is understood, by the model that it goes to, or by one that steps in."""
         fleet = self._gateway.fleet
-        way = fleet.way(Asked(request.model, self._headers, body), self._caller)
+        way = await self._gateway.desk.way(Asked(request.model, self._headers, body), self._caller)
         if way.mirror is not None and not self._background:
 
             async def copy(served: ServedModel, at: float, unseen: RequestSpan) -> Job:
@@ -115,11 +115,11 @@ class Exchange(Reception, Generic[R]):
         span.set({signals.QUIRE_ROUTE: way.terms.route or None})
         terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
-        with self._gateway.admit(served, sequences, owner, background=self._background):
+        async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):
             job = self._own(await self._format.job(request, served, size, arrived_at, span, self._caller))
             job.terms, job.begun_at = terms, begun_at
-            self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
-            run = Run(self._gateway.fleet, job, self._received_at)
+            await self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
+            run = Run(self._gateway.fleet, self._gateway.desk, job, self._received_at)
             self._runs.append(run)
             if span.is_recorded:
                 span.set(_request_attributes(run.job))

@@ -23,7 +23,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final, cast
 
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,8 +31,9 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
 from quire.router.access import VISIT, Access
 from quire.router.account import METHODS, AccessLog, Account, new_request_id
+from quire.router.desk import Headers
 from quire.router.http import MAX_HEADER_BYTES
-from quire_schemas.wire import HttpSettings
+from quire_schemas.wire import HttpSettings, Tenant
 
 log = logging.getLogger("quire.router")
 MAX_HEADERS: Final = 100
@@ -61,8 +62,8 @@ _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `settings`
-    are those in force now."""
+    """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `limits`
+    gives what an answer tells of its caller's, `settings` those in force now."""
 
     def __init__(
         self,
@@ -70,9 +71,11 @@ class Guard:
         allowed_hosts: Collection[str],
         access: Access,
         access_log: AccessLog,
+        limits: Callable[[Tenant | None, str], Awaitable[Headers]],
         settings: Callable[[], HttpSettings] = HttpSettings,
     ) -> None:
         self._app = app
+        self._limits = limits
         self._log = access_log
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._access = access
@@ -111,7 +114,7 @@ class Guard:
                 if visit.unread:
                     await _drain(receive)
                 if visit.limited and visit.caller is not None:
-                    named.extend(self._access.limiter.headers(visit.caller.tenant, visit.caller.key))
+                    named.extend(await self._limits(visit.caller.tenant, visit.caller.key))
                 spent = b"%d" % round(1000 * (time.monotonic() - account.arrived_at))
                 ours = [*named, (b"openai-processing-ms", spent)]
                 message["headers"] = [*message["headers"], *crossing, *ours]

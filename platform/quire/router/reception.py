@@ -33,11 +33,11 @@ from quire.errors import (
 )
 from quire.router.access import EVERYBODY, visit_of
 from quire.router.account import Account
+from quire.router.desk import nobodys
 from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
 from quire.router.http import GONE
-from quire.router.limits import Ticket
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
@@ -87,7 +87,7 @@ class Reception:
         """Until a run begins, whatever goes wrong is a refusal."""
         self._model: str | None = None
         self._caller = EVERYBODY
-        self._ticket = Ticket()
+        self._ticket = nobodys()
         self._headers: Sequence[tuple[bytes, bytes]] = ()
         self._received_at = 0.0
         """When the whole body was there."""
@@ -113,7 +113,7 @@ class Reception:
             if not self._background:
                 self._gateway.fleet.memory.check()  # again: many may have been let in at once
             self._received_at = time.monotonic()
-            with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
+            async with self._gateway.desk.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(scope, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
         except ClientGone:

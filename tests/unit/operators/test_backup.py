@@ -20,6 +20,7 @@ from tests.unit.operators.test_store import KEY, change, row
 from quire_operators import backup
 from quire_operators.backup import BadBackup, NotEmpty
 from quire_operators.database import Deposed
+from quire_operators.inventory import Managed
 from quire_operators.overrides import Kind, Override
 from quire_operators.rollout import Cause, Exit
 from quire_operators.sqlite import UnusableStore
@@ -57,6 +58,8 @@ def fill(where: Place) -> str:
         store.set_note("router", {"listen": ["127.0.0.1", 1]})
         for number in range(3):
             store.add_event(KEY, "Normal", "Odd", f"number {number}")
+        store.inventory.keep([Managed(KEY, "s", "prod", "3f1c", "a/ü.yaml", "h")])
+        store.inventory.remember("s", {"applied": "3f1c", "history": [1]})
         return store.install_id
 
 

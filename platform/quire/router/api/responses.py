@@ -30,7 +30,7 @@ from quire.router.api.events import COMMENT
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, whole
 from quire.router.api.reply import Reply, named, owner_of
-from quire.router.background import Background
+from quire.router.background import Later
 from quire.router.exchange import Exchange
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
@@ -398,9 +398,7 @@ class ResponsesStream:
 class Responding(Exchange[ResponsesRequest]):
     """Answers one request of `POST /v1/responses`: at once, where it asks for that."""
 
-    def __init__(
-        self, gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
-    ) -> None:
+    def __init__(self, gateway: Gateway, spans: RequestSpans, responses: Responses, background: Later) -> None:
         super().__init__(gateway, spans, ResponsesFormat(gateway, responses))
         self._responses = responses
         self._later = background
@@ -413,7 +411,7 @@ class Responding(Exchange[ResponsesRequest]):
         asked = Asked(request.model, (), body)  # its headers are not kept
         served = self._gateway.fleet.resolve(asked, self._caller)
         self._serves(served, request.model, span)
-        self._later.check_room()
+        await self._later.check_room()
         self._responses.store.check_room()
         caller = self._caller
         # what is wrong with it is said now
@@ -499,7 +497,7 @@ def _listed(response_id: str, at: int, item: Item, taken: Collection[str]) -> di
 
 
 def routes(
-    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
+    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Later
 ) -> list[HTTPRouteHandler]:
     """What `/v1/responses` answers."""
 
