@@ -747,3 +747,11 @@ async def test_keys_are_in_no_span() -> None:
             for each in world.engines:
                 await each.stop()
             end_world(world)
+
+
+async def test_who_asks_before_he_sends_a_body_is_refused_before_he_does(world: World) -> None:
+    await serve(world)
+    head = world.post("/v1/chat/completions", b"x" * 1_000_000, "Expect: 100-continue\r\n")[:-1_000_000]
+    answer = await world.raw(head)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"\r\nconnection: close\r\n" in answer.lower()

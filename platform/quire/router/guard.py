@@ -105,13 +105,15 @@ class Guard:
         named = [(b"x-request-id", request_id)]
         visit = self._access.visit(scope)
         cast(dict[str, Any], scope)[VISIT] = visit
+        # who waits for our word before it sends the body is told the answer instead
+        waits = any(name == b"expect" and value.lower() == b"100-continue" for name, value in headers)
         if api is Api.ANTHROPIC:
             named.append((b"request-id", request_id))  # where its clients look
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 account.status = message["status"]
-                if visit.unread:
+                if visit.unread and not waits:
                     await _drain(receive)
                 if visit.limited and visit.caller is not None:
                     named.extend(await self._limits(visit.caller.tenant, visit.caller.key))

@@ -52,7 +52,17 @@ _STATUS: Final = {each.value: b"HTTP/1.1 %d %b\r\n" % (each.value, each.phrase.e
 
 
 class Framing(h11.Connection):
-    """Reads heads by the book: h11 takes folded lines and bare line feeds, which some proxies see otherwise."""
+    """Reads heads, and headers behind chunks, by the book: h11 takes folded lines and bare line feeds, which some
+    proxies see otherwise. It is given more bytes only when it has said that it needs some."""
+
+    _chunked = False
+    _came = b""
+    """Of a body in chunks, what h11 read last, or reads next."""
+
+    def receive_data(self, data: bytes) -> None:
+        if self._chunked:
+            self._came = self.trailing_data[0] + data
+        super().receive_data(data)
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         if self.their_state is h11.IDLE:  # whatever waits to be read begins with a head, as far as it has come
@@ -61,7 +71,34 @@ class Framing(h11.Connection):
                 raise h11.RemoteProtocolError(
                     "a line of the head ends otherwise than by CRLF, or goes on in the next"
                 )
-        return super().next_event()
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+            self._came = self.trailing_data[0] if self._chunked else b""
+        elif isinstance(event, h11.EndOfMessage) and self._chunked:
+            self._check_end([name for name, _ in event.headers])
+        return event
+
+    def _check_end(self, names: list[bytes]) -> None:
+        """Raises if the end of the chunks is not these headers, a line each, and an empty line."""
+        read = self._came[: len(self._came) - len(self.trailing_data[0])]
+        *before, empty, rest = [b"", *read.rsplit(b"\r\n", len(names) + 2)]
+        lines = before[-len(names) :] if names else []
+        if (
+            empty + rest
+            or any(b"\n" in line or b"\r" in line for line in lines)
+            or [line.partition(b":")[0].lower() for line in lines] != names
+        ):
+            raise h11.RemoteProtocolError("a line behind the chunks ends otherwise than by CRLF")
+
+
+class State(ServerState):
+    """What the server and its connections know of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ending = False
+        """No request is taken any more, not even by who comes from his TLS handshake only now."""
 
 
 class Protocol(asyncio.Protocol):
@@ -77,7 +114,7 @@ class Protocol(asyncio.Protocol):
     def __init__(
         self,
         config: uvicorn.Config,
-        server_state: ServerState,
+        server_state: State,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -98,6 +135,9 @@ class Protocol(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         """Runs while the client does not read."""
+        self._goodbye: asyncio.TimerHandle | None = None
+        self._gone_by = math.inf
+        """Looks, until then, whether what was written last is out."""
         self._writable: asyncio.Future[None] | None = None
         """Of those that wait for the client to read."""
 
@@ -112,11 +152,13 @@ class Protocol(asyncio.Protocol):
             "client": get_remote_addr(self.transport),
             "scheme": "https" if is_ssl(self.transport) else "http",
         }
+        if self.server.ending:
+            self.shut()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
-        for timer in (self._timer, self._unread):
+        for timer in (self._timer, self._unread, self._goodbye):
             if timer is not None:
                 timer.cancel()
         if self._cycle is not None:
@@ -167,6 +209,11 @@ class Protocol(asyncio.Protocol):
         if self._is_busy and self._reader.trailing_data[0]:
             self.transport.pause_reading()
         self._wait()
+
+    def read_on(self) -> None:
+        """There is room again for what comes, unless that is the next request's."""
+        if not (self._is_busy and self._reader.trailing_data[0]):
+            self.transport.resume_reading()
 
     @property
     def _is_busy(self) -> bool:
@@ -272,24 +319,31 @@ class Protocol(asyncio.Protocol):
         self.transport.abort()
 
     def shut(self) -> None:
-        """Close once what is written is out."""
+        """Close once what is written is out, for which the client has as long as for reading on."""
         self._ends = True
         self.transport.close()
-        if self.transport.get_extra_info("ssl_object") is not None:
-            # TLS waits half a minute for the other side's goodbye, which a client with nothing to ask never reads.
-            self.loop.call_later(_GOODBYE_SECONDS, self._leave)
+        # TLS waits half a minute for the other side's goodbye, which a client with nothing to ask never reads.
+        is_tls = self.transport.get_extra_info("ssl_object") is not None
+        if self._goodbye is None and (is_tls or self.transport.get_write_buffer_size()):
+            self._gone_by = self.loop.time() + self.settings().send_seconds
+            self._leave_later()
+
+    def _leave_later(self) -> None:
+        self._goodbye = self.loop.call_at(min(self.loop.time() + _GOODBYE_SECONDS, self._gone_by), self._leave)
 
     def _leave(self) -> None:
-        if self.transport.get_write_buffer_size():  # an answer is still on its way
-            self.loop.call_later(_GOODBYE_SECONDS, self._leave)
-        else:
+        if not self.transport.get_write_buffer_size():
             self.transport.abort()
+        elif self.loop.time() < self._gone_by:  # an answer is still on its way
+            self._leave_later()
+        else:
+            self._cut("reads nothing of the end of its answer")
 
     def shutdown(self) -> None:
-        """Take no further request; called by the server."""
-        self._ends = True
+        """Take no further request; called by the server. One that has begun is read to its end."""
         if self._cycle is not None:
             self._cycle.keeps = False
+            self._ends = self._cycle.is_whole
         else:
             self.shut()
 
@@ -388,6 +442,7 @@ class Cycle:
         if self.ended or self._gone.done():
             return {"type": "http.disconnect"}
         body, self._body, self._size, self._told = b"".join(self._body), [], 0, self.is_whole
+        self._protocol.read_on()  # also behind the last of it: who leaves is seen by reading
         return {"type": "http.request", "body": body, "more_body": not self._told}
 
     async def send(self, message: Message) -> None:
@@ -448,4 +503,4 @@ class Cycle:
         return head + b"\r\n"
 
 
-__all__ = ["GONE", "MAX_HEADER_BYTES", "Cycle", "Framing", "Protocol"]
+__all__ = ["GONE", "MAX_HEADER_BYTES", "Cycle", "Framing", "Protocol", "State"]

@@ -28,7 +28,7 @@ from quire.doors import Door, farewell, keep_quiet
 from quire.errors import ServiceUnavailable, describe
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire.router.fleet import Fleet
-from quire.router.http import Protocol
+from quire.router.http import Protocol, State
 from quire.router.memory import Memory
 from quire.router.tls import Certificate
 
@@ -154,6 +154,7 @@ class Server(uvicorn.Server):
         """`begins` is called when requests are answered, `begins_to_end` with the grace. `board` is there where
         several workers have the socket."""
         super().__init__(config)
+        self.server_state: State = State()
         self._begins = begins
         self._begins_to_end = begins_to_end
         self._grace = grace
@@ -214,6 +215,7 @@ class Server(uvicorn.Server):
         if self._taker is not None:
             self._taker.stop()
             self._taker = None
+        self.server_state.ending = True
         await super().shutdown(sockets)
         for timer in self._timers:
             timer.cancel()
