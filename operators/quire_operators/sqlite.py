@@ -2,7 +2,8 @@
 
 SQLite in WAL mode through SQLAlchemy Core, `synchronous=FULL`: what was acknowledged survives a power cut. Every
 transaction begins IMMEDIATE (one that reads first and upgrades later fails at once when another writes, whatever
-the timeout). The control plane's store and the router's are files of their own; each has one process that writes.
+the timeout). The control plane's store and the router's are files of their own. Where several processes write to
+one, as a router's workers do, each waits for the other's transaction to end (`busy_timeout`).
 
 Exceptions:
 
