@@ -18,8 +18,11 @@ from tests.integration.router_world import ASK, CHAT, TEXT, World, big, events, 
 from tests.integration.wire_engine import WireEngine
 
 from quire import builtin
+from quire.router.desk import OwnDesk
+from quire.router.fleet import Fleet
 from quire_schemas import signals, wire
 from quire_schemas.openai.answer import ErrorBody, Usage
+from quire_schemas.workers import Wanted
 
 COMPLETION: dict[str, Any] = {"model": "tiny", "max_tokens": 4}
 
@@ -457,3 +460,31 @@ async def test_what_a_lost_engine_had_before_it_is_forgotten_with_it(world: Worl
     await world.connected(engine.replica_id)
     (load,) = (await world.control(wire.GetRouterStatus())).replicas
     assert load.in_flight == 0
+
+
+# ── seats ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_seat_that_asks_again_leaves_the_replica_where_it_was_to_be_tried(world: World) -> None:
+    engine = await world.engine()
+    fleet = Fleet(None)
+    await fleet.apply(wire.RoutingTable(1, (world.route(engine.endpoint()),)))
+    try:
+        served = fleet.by_model["tiny"]
+        await eventually(lambda: asyncio.sleep(0, served.ready))
+        deadline = time.monotonic() + 2
+        wanted = Wanted(
+            "q", "tiny", served.usable.fingerprint, deadline, prompt_tokens=8, max_tokens=8, attempts=0
+        )
+        served.suspects.blame(b"f", "death", tried=False)
+        seat = OwnDesk(fleet).seat(served, "", background=False)
+        for _ in range(2):  # the second time as a worker does that has lost its connection meanwhile
+            client = await seat.find(wanted, lambda: b"f", lambda: None, lambda _: None)
+            assert client.endpoint.replica_id == engine.replica_id
+            assert served.trials == {engine.replica_id}
+        assert await seat.has_other(wanted)
+        assert not await seat.has_other(wanted, lambda _: False), "none that it could be given to from there"
+        seat.end()
+        assert not served.trials
+    finally:
+        await fleet.close()

@@ -6,8 +6,12 @@ with a router that does not get there.
 With several workers this process is their head, which starts the others (`crew`) by the same command and
 `--worker NUMBER --line-fd N` (`worker`), and ends when they have.
 
+A worker is started from what is installed at that moment. Where that is not what its head was started from, it
+ends at once: the two would not understand each other.
+
 Exit codes: 0 after SIGTERM, SIGINT or `wire.Finish`, 78 when the configuration is wrong (starting again is
-pointless), 1 otherwise, also while the files of the certificate are no pair.
+pointless), 76 of a worker that is not of its head's version, 1 otherwise, also while the files of the certificate
+are no pair.
 """
 
 # ruff: noqa: E402 - the search for garbage is off while modules are imported
@@ -33,6 +37,7 @@ from quire.router.app import build
 from quire.router.control import ControlServer
 from quire.router.crew import Crew
 from quire.router.fleet import Fleet
+from quire.router.line import version
 from quire.router.server import (
     Board,
     Server,
@@ -70,6 +75,7 @@ async def serve(
     await fleet.load_snapshot()
     fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     certificate = None if config.tls is None else Certificate(config.tls)
+    spoken = version()  # now: later another one may be installed
     crew = Crew(
         config.workers - 1,
         lambda index, line, board: [
@@ -80,6 +86,8 @@ async def serve(
             str(line),
             "--board-fd",
             str(board),
+            "--speaks",
+            spoken,
         ],
         listening,
         board,
@@ -121,6 +129,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--worker", type=int, metavar="NUMBER", help="be this worker of another process's router")
     parser.add_argument("--line-fd", type=int, metavar="N", help="its end of the line to that process")
     parser.add_argument("--board-fd", type=int, metavar="N", help="the board of that router's workers")
+    parser.add_argument("--speaks", metavar="VERSION", help="what that process speaks")
     try:
         given = parser.parse_args(arguments)
     except SystemExit as end:
@@ -129,6 +138,12 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s:{who} %(message)s", stream=sys.stderr
     )
+    if given.worker is not None and given.speaks != version():
+        sys.stderr.write(
+            f"error: this router runs {given.speaks}, and what is installed now is {version()}\n"
+            "    hint: replace the gateway to run what is installed\n"
+        )
+        return os.EX_PROTOCOL
     # Each text is tokenized on the thread that asks: in the library's own pool a short one waits behind long ones.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

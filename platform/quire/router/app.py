@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -110,7 +109,7 @@ def build(
         return await health.health(fleet, prover)
 
     async def own_series() -> bytes:
-        return await asyncio.to_thread(fleet.metrics.render)  # many models are many lines
+        return await fleet.metrics.scraped()
 
     inference = _inference(gateway, spans, batched)
     routes = [

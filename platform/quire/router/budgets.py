@@ -279,7 +279,7 @@ class Budgets:
         """What an answer says of the budget that is spent furthest, if it is to be warned of; "" else."""
         if policy not in self._read:
             return ""
-        found = [self._standing(budget, key, now) for budget in self._budgets[policy]]
+        found = [self._standing(budget, key, now) for budget in self._budgets.get(policy, ())]
         low = [each for each in found if each.state != "open"]
         if not low:
             return ""

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
 import time
@@ -30,7 +31,8 @@ from typing import Final
 
 import msgspec
 
-from quire.errors import ApiError, InternalError, ModelNotFound
+from quire.errors import ApiError, InternalError, ModelNotFound, Unauthenticated
+from quire.router.access import NO_KEY
 from quire.router.app import Head
 from quire.router.budgets import Amount
 from quire.router.config import LISTEN_FD
@@ -39,7 +41,7 @@ from quire.router.fleet import Fleet, ServedModel
 from quire.router.limits import Ticket
 from quire.router.line import Line
 from quire.router.placing import Seat
-from quire.router.server import Board
+from quire.router.server import LAST_WORDS, Board
 from quire.router.usage import Who
 from quire_operators.fleet import sibling
 from quire_schemas import wire, workers
@@ -51,12 +53,14 @@ PAUSES: Final = (0.2, 30.0)
 HEALTHY_SECONDS: Final = 60.0
 """Who takes requests for so long is followed at once."""
 SILENT_SECONDS: Final = 15.0
+START_SECONDS: Final = 120.0
+"""As much for one that takes no requests yet: it loads what it needs."""
 TABLE_SECONDS: Final = 4.0
 """That the answer to a table waits for the workers."""
 COUNTS_SECONDS: Final = 2.0
 """That a scrape does; of a worker that does not answer it shows what it told last."""
 END_SECONDS: Final = 2.0
-"""Beyond the grace, for workers to be gone."""
+"""Beyond the grace and their last words, for workers to be gone."""
 Wire = Line[workers.ToWorker, workers.ToHead]
 Command = Callable[[int, int, int], Sequence[str]]
 """argv of the worker with that number, whose end of the line and whose board are those descriptors."""
@@ -149,6 +153,8 @@ class Crew:
         self._news = asyncio.Event()
         """Somebody has a table, or is gone."""
         self._grace: float | None = None
+        self._ends_at = math.inf
+        """When it is over, once the end was begun."""
         self.own_requests: Callable[[], int] = lambda: 0
         """How many the head has answered itself."""
 
@@ -164,6 +170,7 @@ class Crew:
     def finish(self, grace: float) -> None:
         """Have all take no new request, and end within the grace; said again, the shorter one counts."""
         self._grace = grace if self._grace is None else min(self._grace, grace)
+        self._ends_at = min(self._ends_at, time.monotonic() + max(grace, 0.0))
         for member in self._members.values():
             self._part(member, self._grace)
 
@@ -176,7 +183,8 @@ class Crew:
 
     async def close(self) -> None:
         """Wait until all are gone; those that do not go are killed. `finish` was said before."""
-        await self._until_gone((self._grace or 0.0) + END_SECONDS)
+        left = 0.0 if self._grace is None else max(self._ends_at + LAST_WORDS - time.monotonic(), 0.0)
+        await self._until_gone(left + END_SECONDS)
         for member in self._members.values():
             log.warning("worker %d does not end, and is killed", member.index)
             member.process.kill()
@@ -203,6 +211,10 @@ class Crew:
             except OSError as error:
                 log.error("worker %d cannot be started: %s", index, error)
                 lasted = 0.0
+            except Exception as error:
+                log.error("worker %d is given up", index, exc_info=error)
+                lasted = 0.0
+            await self._remove(index)
             if self._grace is not None:
                 return
             pause = PAUSES[0] if lasted >= HEALTHY_SECONDS else pause
@@ -231,7 +243,7 @@ class Crew:
         try:
             async for message in line.heard():
                 member.heard_at = time.monotonic()
-                self._hear(member, message)
+                self._heard(member, message)
         except wire.WireError as error:
             log.error("worker %d: %s", index, error)
         finally:
@@ -241,11 +253,19 @@ class Crew:
             process.kill()  # its line is cut, whatever it still does
         code = await asyncio.to_thread(process.wait)
         if self._grace is None:
+            if code == os.EX_PROTOCOL:
+                log.error("what is installed now is not what this router runs: replace the gateway to have it")
             level = logging.ERROR if code else logging.INFO
             log.log(level, "worker %d (pid %d) ended with %d; another one is started", index, process.pid, code)
-        del self._members[index]
-        self._news.set()
         return lasted
+
+    async def _remove(self, index: int) -> None:
+        """However a life ended, there is none of that number now."""
+        if (member := self._members.get(index)) is not None:
+            member.process.kill()
+            await asyncio.to_thread(member.process.wait)
+            del self._members[index]
+            self._news.set()
 
     def _bury(self, member: Member) -> None:
         """Give back what it holds."""
@@ -279,7 +299,8 @@ class Crew:
             for member in self._members.values():
                 if slept > 1.0:
                     member.heard_at += slept
-                if member.serving_since is not None and time.monotonic() - member.heard_at > SILENT_SECONDS:
+                patience = START_SECONDS if member.serving_since is None else SILENT_SECONDS
+                if time.monotonic() - member.heard_at > patience:
                     log.error("worker %d stands still, and is killed", member.index)
                     member.process.kill()
 
@@ -332,7 +353,7 @@ class Crew:
         serving = self._serving
         await asyncio.gather(*(self._count(member) for member in serving))
         others, pids = [member.counts for member in serving], [member.process.pid for member in serving]
-        return await asyncio.to_thread(self._fleet.metrics.render, others, pids)
+        return await self._fleet.metrics.scraped(others, pids)
 
     async def _count(self, member: Member) -> None:
         number = next(self._numbers)
@@ -340,10 +361,22 @@ class Crew:
         member.line.tell(workers.GetCounts(number))
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             async with asyncio.timeout(COUNTS_SECONDS):
-                member.counts = await asked
+                counts = await asked
+                if member.serving_since is not None:  # else what it had counted is kept already
+                    member.counts = counts
         member.asked.pop(number, None)
 
     # ── what workers say ──────────────────────────────────────────────────────────────────────────────────
+
+    def _heard(self, member: Member, message: workers.ToHead) -> None:
+        """Act by it. What fails is the fault of one request, and costs the worker's others nothing."""
+        try:
+            self._hear(member, message)
+        except Exception as error:
+            if isinstance(message, workers.Question):
+                self._refuse(member, message.number, error)
+            else:
+                log.error("word of worker %d failed", member.index, exc_info=error)
 
     def _hear(self, member: Member, message: workers.ToHead) -> None:
         match message:
@@ -422,7 +455,9 @@ class Crew:
         try:
             match message:
                 case workers.Enter(number, owner, key):
-                    entered = self._fleet.access.limiter.entered(self._fleet.access.tenant(owner), key)
+                    if (tenant := self._fleet.access.tenant(owner)) is None:
+                        raise Unauthenticated(NO_KEY)  # the worker has not heard yet that he is no more
+                    entered = self._fleet.access.limiter.entered(tenant, key)
                     member.entries[number] = entered, entered.__enter__()
                 case workers.Reserve(_, entry, used, most):
                     _, ticket = member.entries[entry]
@@ -488,14 +523,15 @@ class Crew:
             member.reaches,
         )
         name = f"worker-{member.index}-{asked.seat}"
-        seated.foreign = client.take_in(name, asked.wanted, background=asked.background)
+        seated.foreign = client.take_in(name, asked.wanted, background=asked.background, lent=seated.seat.is_lent)
         member.homes[seated.family] = client.endpoint.replica_id
         found = client.endpoint.replica_id, client.endpoint.incarnation
         member.line.tell(workers.Found(asked.number, found, seated.seat.is_lent))
 
     async def _has_other(self, member: Member, number: int, seat: int, wanted: workers.Wanted) -> None:
         seated = member.seats.get(seat)
-        member.line.tell(workers.Told(number, seated is not None and await seated.seat.has_other(wanted)))
+        other = seated is not None and await seated.seat.has_other(wanted, member.reaches)
+        member.line.tell(workers.Told(number, other))
 
     def _hear_of_seat(
         self, member: Member, message: workers.Begun | workers.Blame | workers.Settle | workers.End

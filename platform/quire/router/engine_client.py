@@ -73,6 +73,7 @@ class Sequence:
         "generated",
         "heard_at",
         "id",
+        "lent",
         "lost",
         "max_tokens",
         "packed",
@@ -99,6 +100,7 @@ class Sequence:
         self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
         """Those that are probably to be computed."""
         self.priority = request.priority
+        self.lent = request.lent
         self.background = request.background
         self.width = 1 if request.beam is None else request.beam.width
         self.max_tokens = request.sampling.max_tokens - len(request.written)
@@ -267,13 +269,15 @@ class EngineClient:
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
 
-        Those that run are the first in the engine's order, which is that of arrival, or of priority before it, and
-        background work last.
+        Those that run are the first in the engine's order, which is that of arrival, or of priority before it;
+        without priorities seats that are lent come after others, and background work comes last.
         They are counted, and not those that wait, because one that gives up leaves the queue before the engine
         says so: who runs must not be taken for it.
         """
         if sequence.begun or self.stats is None or not self.stats.waiting:
             return False
+        if self._sequences.get(sequence.id) is not sequence:
+            return False  # it has ended, or its connection has, which whoever runs it may not have heard yet
         order = self._order()
         before = sum(each.width for each in order[: order.index(sequence)])
         return before >= self.stats.running
@@ -283,7 +287,8 @@ class EngineClient:
         by_priority = self.policy == "priority"
         # keeps the order of arrival among equals
         return sorted(
-            self._sequences.values(), key=lambda each: (each.background, each.priority if by_priority else 0)
+            self._sequences.values(),
+            key=lambda each: (each.background, each.priority if by_priority else each.lent),
         )
 
     @property
@@ -315,9 +320,9 @@ class EngineClient:
         """Send a sequence of the router's own, which does not count as served."""
         return self._send(request, bell, 0)
 
-    def take_in(self, name: str, wanted: Wanted, *, background: bool) -> Foreign:
+    def take_in(self, name: str, wanted: Wanted, *, background: bool, lent: bool) -> Foreign:
         """Count a sequence that another worker gives to the engine now."""
-        sequence = Foreign(self, name, wanted, background=background)
+        sequence = Foreign(self, name, wanted, background=background, lent=lent)
         self._sequences[name] = sequence
         sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
@@ -560,7 +565,7 @@ class Foreign(Sequence):
 
     __slots__ = ()
 
-    def __init__(self, client: EngineClient, name: str, wanted: Wanted, *, background: bool) -> None:
+    def __init__(self, client: EngineClient, name: str, wanted: Wanted, *, background: bool, lent: bool) -> None:
         self.client = client
         self.connection = client.connection
         self.id = name
@@ -569,6 +574,7 @@ class Foreign(Sequence):
         self.heard_at = 0.0
         self.prompt_tokens = wanted.prompt_tokens - client.prefixes.known(wanted.chain)
         self.priority = wanted.priority
+        self.lent = lent
         self.background = background
         self.width = wanted.width
         self.max_tokens = wanted.max_tokens

@@ -4,16 +4,27 @@ came up in one turn of the loop, and messages in, in their order."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import importlib.metadata
+import inspect
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from quire_schemas import wire
+from quire_schemas import wire, workers
 
 Out = TypeVar("Out", bound=msgspec.Struct)
 In = TypeVar("In")
+
+
+def version() -> str:
+    """What is spoken over a line by what is installed: the product's version, and the shapes of all messages. Two
+    processes that were started from different ones do not understand each other."""
+    shapes = b"".join(Path(inspect.getfile(module)).read_bytes() for module in (wire, workers))
+    return f"{importlib.metadata.version('quire')}-{hashlib.sha256(shapes).hexdigest()[:16]}"
 
 
 class Line(Generic[Out, In]):

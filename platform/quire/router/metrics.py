@@ -19,6 +19,7 @@ names that other dashboards look for.
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import shutil
 import threading
@@ -238,6 +239,8 @@ class Metrics:
         self._spans: Spans | None = None
         self._refused: Callable[[], int] = lambda: 0
         self._shown = _Shown(self._models, {}, {})
+        self._look_at_budgets: Callable[[], Iterable[wire.BudgetStanding]] = tuple
+        self._budgets: tuple[wire.BudgetStanding, ...] = ()
         self._rendering = threading.Lock()
         self._told = _Told((_Models(lambda: self._shown.models), _Standings(models), _Replicas(replicas)))
         self._registry.register(self._told)
@@ -288,7 +291,8 @@ class Metrics:
 
     def watch_budgets(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
         """Show how budgets stand."""
-        self._registry.register(_Budgets(standing))
+        self._look_at_budgets = standing
+        self._registry.register(_Budgets(lambda: self._budgets))
 
     def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
         """Show how many connections were turned away, and how much of its memory the router has."""
@@ -322,8 +326,18 @@ class Metrics:
         sums = {name: each.values() for name, each in models.items()}
         self._gone = Counts(sums, list(routes.items()), spans, refused=self._gone.refused + counts.refused)
 
+    async def scraped(self, others: Sequence[Counts] = (), pids: Sequence[int] = ()) -> bytes:
+        """As `render`, on a thread: many models are many lines."""
+        self.look()
+        return await asyncio.to_thread(self.render, others, pids)
+
+    def look(self) -> None:
+        """See how budgets stand. What they add up to is kept by whoever spends them, on the same thread."""
+        self._budgets = tuple(self._look_at_budgets())
+
     def render(self, others: Sequence[Counts] = (), pids: Sequence[int] = ()) -> bytes:
-        """All series in Prometheus' text format, with what `others` have counted, which run as `pids`."""
+        """All series in Prometheus' text format, with what `others` have counted, which run as `pids`, and with
+        budgets as they were seen last (`look`)."""
         with self._rendering:
             if not others and not self._gone.models:
                 here = self.counts(values=False)

@@ -109,6 +109,7 @@ class Seat:
         now understand, `RequestQuarantined` when engines die of it, `ServiceUnavailable` when none gets ready,
         `TimedOut` when none that is has a place.
         """
+        self._leave_trial()  # of the replica that it was to have before, if it never came there
         served, is_held = self._served, False
         turn: asyncio.Future[None] | None = None
         try:
@@ -139,9 +140,10 @@ class Seat:
             if turn is not None:
                 served.turns.leave(self._owner, turn, served.slots)
 
-    async def has_other(self, wanted: Wanted) -> bool:
-        """Whether a replica that is ready could have the sequence now."""
-        return self._choose(wanted, None, _everywhere, None) is not None
+    async def has_other(self, wanted: Wanted, reaches: Callable[[EngineClient], bool] = _everywhere) -> bool:
+        """Whether a replica that is ready, and that it could be given to (`reaches`), could have the sequence
+        now."""
+        return self._choose(wanted, None, reaches, None) is not None
 
     async def is_queued(self, sequence: Sequence) -> bool:
         """Whether it waits in its engine's queue, as far as can be told."""
@@ -173,10 +175,7 @@ class Seat:
             self._retrying = False
             self._served.retrying -= 1
             self._served.settled.fire()
-        if self._trial is not None:
-            self._served.trials.discard(self._trial)
-            self._trial = None
-            self._served.settled.fire()
+        self._leave_trial()
 
     def end(self) -> None:
         """It is not needed any more; may be said twice."""
@@ -184,6 +183,12 @@ class Seat:
         if self._turn:
             self._turn = False
             self._served.turns.end(self._owner, self._served.slots, own=self._lent is False)
+
+    def _leave_trial(self) -> None:
+        if self._trial is not None:
+            self._served.trials.discard(self._trial)
+            self._trial = None
+            self._served.settled.fire()
 
     def _go(self, client: EngineClient, fingerprint: bytes) -> None:
         endpoint = client.endpoint

@@ -294,3 +294,11 @@ def test_sums_are_those_of_a_plain_list_and_no_budget_is_overdrawn_by_a_whole_re
                 found = made.budgets._standing(each, name, now)
                 assert found.spent == counted(each, name)
                 assert found.spent < each.size + 120, "less than the most of one request"
+
+
+def test_a_policy_whose_first_budget_is_about_to_be_in_force_is_not_warned_yet() -> None:
+    made = Budgets()
+    made.act_by((), [TEAM])
+    made.prepare([budget()])
+    made.begin(["team"], ())
+    assert made.warning("team", "k", at(NOW)) == ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from prometheus_client.core import Metric
@@ -274,3 +275,17 @@ def test_counting_costs_next_to_nothing_for_each_wake_up_of_a_stream() -> None:
         best = min(best, (time.process_time() - began) / rounds)
     assert best < 3e-6, f"{best * 1e6:.2f} µs"
     assert numbers.inter_token.count == 5 * rounds * 8
+
+
+async def test_budgets_are_looked_at_where_they_are_spent() -> None:
+    looked: list[threading.Thread] = []
+
+    def standing() -> Iterator[wire.BudgetStanding]:
+        looked.append(threading.current_thread())
+        yield wire.BudgetStanding("p", "b", "tokens", 2, 1)
+
+    metrics = Metrics(list, list)
+    metrics.watch_budgets(standing)
+    told = (await metrics.scraped()).decode()
+    assert f'{signals.BUDGET_SPENT}{{budget="b",key="",policy="p"}} 0.5' in told
+    assert set(looked) == {threading.main_thread()}
