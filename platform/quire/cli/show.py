@@ -63,7 +63,7 @@ def get(what: str, output: str, watch: bool) -> int:
         render.dump(answer, output, kind)
         return ExitCode.OK
     if not views:
-        models = kind in (None, "model")
+        models = LISTS.get(what, ("",))[0] == "model"
         print(f"nothing here yet{': platform apply manifests/quickstart.yaml' * models}", file=sys.stderr)
         return ExitCode.OK
     for line in formatter(views, time.time()):
