@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly clean
+.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly lock sbom release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 		echo "hint: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Quire and what it needs into $(VENV) (about 600 MB the first time)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,bench]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,bench,release]'
 	@touch $@
 
 venv: $(STAMP) ## make the virtual environment and install Quire into it
@@ -94,6 +94,19 @@ nightly: $(STAMP) ## run every suite at 20 times the examples, and record whethe
 	$(BIN)/python -m pytest -m '' -n 2 --dist loadfile tests/unit tests/test_*.py; code=$$((timed + $$?)); \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code
+
+lock: $(STAMP) ## pin what a release runs on, by version and hash, in release/
+	$(BIN)/python -m release.locks
+
+sbom: $(STAMP) ## write the list of what a release is made of (CycloneDX) into dist/
+	mkdir -p dist && $(BIN)/python -m release.sbom dist/quire.cdx.json
+
+release: $(STAMP) ## make a release in dist/: the wheel, the locks, the list of what is in them, and their sums
+	rm -rf dist && mkdir dist
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check $(PIP_ARGS) --no-deps -w dist .
+	cp release/requirements.txt release/requirements-torch.txt dist/
+	$(BIN)/python -m release.sbom dist/quire.cdx.json
+	cd dist && sha256sum * > SHA256SUMS
 
 clean: ## remove the virtual environment and caches; running models stay (platform down stops them)
 	rm -rf $(VENV) .venv-ci .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -63,6 +63,17 @@ def test_control_plane_router_and_cli_start_without_torch(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_router_starts_without_the_shapes_of_manifests() -> None:
+    """It is started again after it was killed, while clients wait: what it never reads it does not load."""
+    code = (
+        "import sys, quire.router.__main__;"
+        "bad = {'quire_schemas.model', 'quire_schemas.manifest', 'quire_schemas.access'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 def test_engine_logic_runs_without_torch() -> None:
     code = (
         "import sys, quire_engine.scheduler, quire_engine.blocks, quire_engine.step;"

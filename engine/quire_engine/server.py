@@ -293,7 +293,8 @@ class Server:
                 del self._routes[delta.id], route.connection.live[route.request_id]
             delta.id = route.request_id
             if delta.error_code is not None:
-                words = (delta.id, delta.error_code, delta.error, route.trace or "no trace")
+                why = delta.error if delta.error_code != "invalid_grammar" else "what it says is the client's"
+                words = (delta.id, delta.error_code, why, route.trace or "no trace")
                 log.warning("request %s ended: %s: %s (%s)", *words)
             shares.setdefault(route.connection, []).append(delta)
         for connection, deltas in shares.items():

@@ -13,10 +13,10 @@ that it is gone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 from quire_operators import status
 from quire_operators.clock import on_the_wall
@@ -27,8 +27,9 @@ from quire_operators.secrets import SecretNotFound, Secrets
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
 from quire_schemas import wire
+from quire_schemas.access import Calendar
 from quire_schemas.keys import MIN_LENGTH, Digest, is_usable
-from quire_schemas.quantities import parse_duration
+from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import Key
 
 KIND = "accesspolicy"
@@ -78,6 +79,25 @@ class Policy:
             priority=spec["priority"],
             expires_at=self.expires_at,
         )
+
+    def budgets(self) -> tuple[wire.AccessBudget, ...]:
+        """What the router is told of its budgets."""
+        return tuple(_budget(self.stored.key.name, each) for each in self.stored.resolved.get("budgets", ()))
+
+
+def _budget(policy: str, declared: Mapping[str, Any]) -> wire.AccessBudget:
+    per, cost = declared["per"], declared["cost"]
+    return wire.AccessBudget(
+        policy=policy,
+        name=declared["name"],
+        scope=declared["scope"],
+        per=per if per in get_args(Calendar) else round(parse_duration(per) / 3600),
+        tokens=declared["tokens"],
+        counts=declared["counts"],
+        cached=declared["cached"],
+        cost=None if cost is None else int(parse_money(cost) * wire.TICKS),
+        warn_at=round(parse_percent(declared["warnAt"]) * 10_000),
+    )
 
 
 def _limit(declared: Mapping[str, Any]) -> wire.AccessLimit:
@@ -155,6 +175,10 @@ class Policies:
         """What the router is to act by."""
         return tuple(policy.tenant() for policy in self._now())
 
+    def budgets(self) -> tuple[wire.AccessBudget, ...]:
+        """The budgets that the router is to hold them to."""
+        return tuple(budget for policy in self._now() for budget in policy.budgets())
+
     def names(self) -> list[Key]:
         """All policies, those that are being deleted included."""
         return [stored.key for stored in self._store.objects(KIND)]
@@ -174,7 +198,7 @@ class Policies:
             return None
         if stored.deletion_time is not None:
             down = self._routes.knowledge() is Router.DOWN
-            if not (down or self._is_acknowledged() or self._routes.is_older("access")):
+            if not (down or self.are_acknowledged() or self._routes.is_older("access")):
                 return LOOK_SECONDS
             self._store.remove(key)
             self._store.add_event(key, "Normal", "Deleted", "its keys open nothing any more")
@@ -183,12 +207,26 @@ class Policies:
         if policy is None:
             return 0.0
         before = self._store.status(stored.uid)
-        self._store.put_status(stored.uid, self.status(policy, before.get("conditions", ())))
+        told = self.status(policy, before.get("conditions", ()))
+        self._store.put_status(stored.uid, told)
+        for text, reason in _turns(before.get("budgets", ()), told["budgets"]):
+            self._store.add_event(key, "Warning", reason.value, text)
         left = None if policy.expires_at is None else policy.expires_at - self._wall()
         return left if left is not None and 0 < left < 86400 else None
 
-    def _is_acknowledged(self) -> bool:
-        return self._routes.takes("access", self.table())
+    def are_acknowledged(self) -> bool:
+        """Whether the router acts by all of them as they are now, as far as it knows how."""
+        budgets = self._routes.is_older("budgets") or self._routes.takes("budgets", self.budgets())
+        return budgets and self._routes.takes("access", self.table())
+
+    def _lag(self, policy: Policy) -> str:
+        """Why the router does not act by a policy as it is now; "" where it does."""
+        older = "the router is of an earlier version, which {}: platform down, then platform up"
+        if self._routes.is_older("access"):
+            return older.format("asks for no keys")
+        if policy.budgets() and self._routes.is_older("budgets"):
+            return older.format("knows no budgets")
+        return "" if self.are_acknowledged() else "the router has not taken it yet"
 
     def _ready(self, policy: Policy) -> Fact:
         expires = policy.expires_at
@@ -198,12 +236,43 @@ class Policies:
             return Fact("Ready", False, Reason.NO_KEYS, "it has no key that works")
         if self._routes.knowledge() is not Router.KNOWN:
             return Fact("Ready", False, Reason.ROUTER_NOT_READY, "the router does not answer")
-        if self._routes.is_older("access"):
-            text = "the router is of an earlier version, which asks for no keys: platform down, then platform up"
-            return Fact("Ready", False, Reason.HOT_UPDATE_PENDING, text)
-        if not self._is_acknowledged():
-            return Fact("Ready", False, Reason.HOT_UPDATE_PENDING, "the router has not taken it yet")
+        if lag := self._lag(policy):
+            return Fact("Ready", False, Reason.HOT_UPDATE_PENDING, lag)
         return Fact("Ready", True, Reason.ENFORCED, f"{len(policy.usable)} of {len(policy.keys)} keys work")
+
+    def _of_budgets(self, policy: Policy) -> Iterator[Fact]:
+        """Whether what is declared of budgets can be counted, and whether one is spent."""
+        if not policy.budgets():
+            return
+        free = self._without_prices(policy)
+        if free:
+            text = f"these Models have no spec.prices, so their requests cost nothing: {', '.join(free)}"
+            yield Fact("BudgetsCounted", False, Reason.NO_PRICES, text)
+        else:
+            yield Fact("BudgetsCounted", True, Reason.VALID)
+        low = [shown(each) for each in self._low(policy)]
+        spent = [each for each in low if each["state"] == "spent"]
+        if low:
+            reason = Reason.BUDGET_SPENT if spent else Reason.BUDGET_LOW
+            yield Fact("BudgetsLeft", False, reason, "; ".join(_words(each) for each in (spent or low)))
+        else:
+            yield Fact("BudgetsLeft", True, Reason.VALID)
+
+    def _without_prices(self, policy: Policy) -> list[str]:
+        """Models that the policy may ask by their own names, which a budget of money cannot count."""
+        if not any(budget.cost is not None for budget in policy.budgets()):
+            return []
+        allowed = set(policy.stored.resolved["allow"]["models"])
+        return sorted(
+            model.key.name
+            for model in self._store.objects("model")
+            if model.deletion_time is None
+            and model.resolved.get("prices") is None
+            and (not allowed or allowed & set(model.resolved["servedModelNames"]))
+        )
+
+    def _low(self, policy: Policy) -> list[wire.BudgetStanding]:
+        return [each for each in self._routes.budgets if each.policy == policy.stored.key.name]
 
     def status(self, policy: Policy, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What is told of a policy, after the conditions `before`."""
@@ -214,16 +283,17 @@ class Policies:
             Fact("KeysUsable", False, wrong[0].reason, "; ".join(f"{key.name}: {key.problem}" for key in wrong))
             if wrong
             else Fact("KeysUsable", True, Reason.VALID),
-            Fact("RolledOut", True, Reason.UP_TO_DATE)
-            if self._is_acknowledged()
-            else Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "the router has not taken it yet"),
+            Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, lag)
+            if (lag := self._lag(policy))
+            else Fact("RolledOut", True, Reason.UP_TO_DATE),
+            *self._of_budgets(policy),
             ready,
             Fact("Stalled", True, ready.reason, ready.message)
             if ready.reason in (Reason.EXPIRED, Reason.NO_KEYS)
             else Fact("Stalled", False, Reason.PROGRESS_MADE),
         ]
         stored = policy.stored
-        shown = status.conditions(facts, before, stored.generation, on_the_wall(self._clock(), self._clock))
+        conditions = status.conditions(facts, before, stored.generation, on_the_wall(self._clock(), self._clock))
         words = "Enforced" if ready.status else ready.reason.value
         part = f", {len(policy.usable)} of {len(policy.keys)} keys" if wrong and ready.status else ""
         return {
@@ -239,6 +309,52 @@ class Policies:
                 }
                 for key in policy.keys
             ],
-            "conditions": shown,
-            "remedies": status.remedies(str(stored.key), shown),
+            "budgets": [{name: shown(each)[name] for name in _SETTLED} for each in self._low(policy)],
+            "conditions": conditions,
+            "remedies": status.remedies(str(stored.key), conditions),
         }
+
+
+def amount(unit: str, value: int) -> int | str:
+    """Tokens as they are; ticks of money as a decimal with four digits, rounded up."""
+    if unit == "tokens":
+        return value
+    places = -(-value // (wire.TICKS // 10_000))
+    return f"{places // 10_000}.{places % 10_000:04d}"
+
+
+def shown(budget: wire.BudgetStanding) -> dict[str, Any]:
+    """How a budget stands, as people and programs read it."""
+    return {
+        "policy": budget.policy,
+        "name": budget.name,
+        "key": budget.key,
+        "unit": budget.unit,
+        "size": amount(budget.unit, budget.size),
+        "spent": amount(budget.unit, budget.spent),
+        "left": amount(budget.unit, max(budget.size - budget.spent, 0)),
+        "held": amount(budget.unit, budget.held),
+        "state": budget.state,
+        "resetsAt": None if not budget.resets else status.timestamp(budget.resets),
+    }
+
+
+def _words(budget: Mapping[str, Any]) -> str:
+    whose = f" of key {budget['key']}" if budget["key"] else ""
+    until = f", until {budget['resetsAt']}" if budget["resetsAt"] else ""
+    return (
+        f"budget {budget['name']}{whose} of {budget['size']} {budget['unit']} is {_STATES[budget['state']]}{until}"
+    )
+
+
+_SETTLED = ("name", "key", "unit", "size", "state", "resetsAt")
+"""What of a budget does not change with each request."""
+_STATES = {"open": "open", "warned": "nearly spent", "spent": "spent"}
+
+
+def _turns(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Reason]]:
+    """What is to be told of budgets that have come into another state."""
+    known = {(each["name"], each["key"], each["state"], each["resetsAt"]) for each in before}
+    for each in now:
+        if (each["name"], each["key"], each["state"], each["resetsAt"]) not in known:
+            yield _words(each), Reason.BUDGET_SPENT if each["state"] == "spent" else Reason.BUDGET_LOW

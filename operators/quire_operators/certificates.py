@@ -20,6 +20,7 @@ def read(cert_file: str, key_file: str) -> ssl.SSLContext:
     Each has one of its own: a context that is given a second pair keeps the first for keys of another kind.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(cert_file, key_file, password=_nobody)
     except (OSError, ValueError) as error:

@@ -14,8 +14,9 @@ from quire_operators import autoscaling, rollout
 from quire_operators.overrides import Kind, Override, Overrides, in_force
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
-from quire_schemas.model import LivenessProbe
-from quire_schemas.quantities import parse_duration
+from quire_schemas import wire
+from quire_schemas.model import BreakerProbe, LivenessProbe
+from quire_schemas.quantities import parse_duration, parse_percent
 from quire_schemas.update import hot_hash, under_template
 
 CRASHES_BEFORE_ROLLBACK = 3
@@ -160,6 +161,20 @@ def rollout_options(spec: Mapping[str, Any]) -> dict[str, Any]:
         "backoff_max": parse_duration(spec["restartPolicy"]["backoffMax"]),
         "hot_hash": hot_hash(spec),
     }
+
+
+def breaker_rules(spec: Mapping[str, Any]) -> wire.BreakerRules:
+    """When a replica that fails gets no requests. As below of a spec that has no such field."""
+    declared = spec["probes"].get("breaker") or BreakerProbe().model_dump(mode="json", by_alias=True)
+    return wire.BreakerRules(
+        failures=declared["consecutiveFailures"],
+        share=parse_percent(declared["errorShare"]),
+        window=parse_duration(declared["window"]),
+        requests=declared["minRequests"],
+        pause=parse_duration(declared["openFor"]),
+        longest=parse_duration(declared["maxOpenFor"]),
+        out=parse_percent(declared["maxEjected"]),
+    )
 
 
 def stall_timeout(spec: Mapping[str, Any]) -> float:

@@ -94,6 +94,27 @@ class ControlGroups:
                     found.append((int(limit), int(used) if used.isdigit() else 0))
         return min(found, key=lambda pair: pair[0] - pair[1], default=None)
 
+    def memory_room(self, *, closely: bool) -> int | None:
+        """Bytes that may still be had in the group that leaves least; None without a limit. `closely`: what the
+        kernel keeps of files and would give up before it kills anybody counts as room, which it has to add up.
+        """
+        found = []
+        for controller, limit_file, used_file, prefix in (
+            ("", "memory.max", "memory.current", ""),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            for folder in self._folders(controller):
+                limit, used = _text(folder / limit_file), _text(folder / used_file)
+                if not (limit.isdigit() and used.isdigit()) or int(limit) >= 1 << 60:
+                    continue
+                kept = 0
+                for line in _text(folder / "memory.stat").splitlines() if closely else ():
+                    name, _, size = line.partition(" ")
+                    if name in (f"{prefix}active_file", f"{prefix}inactive_file"):
+                        kept += int(size)
+                found.append(int(limit) - int(used) + kept)
+        return min(found, default=None)
+
     def _folders(self, controller: str) -> Iterator[Path]:
         """The group's folder and its ancestors' up to the mount; version 2 has no controller in its name."""
         for line in self.membership.splitlines():

@@ -209,6 +209,8 @@ class ModelStatus:
         message = waits or row.message
         if state == "Starting" and report.event == "loading" and report.bytes_total:
             message = f"loading {format_bytes(report.bytes_done)} of {format_bytes(report.bytes_total)}"
+        if state == "Ready" and seen.failing:
+            message = "fails what it is given: one request at a time tries it"
         times = {
             "Ready": row.ready_since,
             "Draining": row.drain_since,

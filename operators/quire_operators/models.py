@@ -23,6 +23,7 @@ from quire_operators.cache import Need
 from quire_operators.database import Conflict
 from quire_operators.desired import (
     Effective,
+    breaker_rules,
     comes_and_goes,
     desired_of,
     effective,
@@ -50,7 +51,7 @@ from quire_operators.tracing import acted
 from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
-from quire_schemas.quantities import parse_duration, parse_percent
+from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.update import hot_hash
 
@@ -741,6 +742,8 @@ class ModelReconciler:
             tool_dialect=parsers.get("tools"),
             reasoning_dialect=parsers.get("reasoning"),
             max_migrations=stored.resolved.get("maxMigrations", 0),
+            breaker=breaker_rules(stored.resolved),
+            prices=_prices(stored.resolved.get("prices")),
         )
 
     def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:
@@ -752,6 +755,18 @@ class ModelReconciler:
         if revision.load_seconds is None or not started:
             return None
         return max(1.0, revision.load_seconds - (self._clock() - min(started)))
+
+
+def _prices(declared: Mapping[str, Any] | None) -> wire.Prices | None:
+    """What one token costs, by what a million does."""
+    if declared is None:
+        return None
+    cached = declared["cachedInput"] if declared["cachedInput"] is not None else declared["input"]
+    parts = [
+        int(parse_money(each) * wire.TICKS) // 1_000_000
+        for each in (declared["input"], cached, declared["output"])
+    ]
+    return wire.Prices(*parts)
 
 
 def due_in(times: Sequence[float | None], now: float) -> float | None:

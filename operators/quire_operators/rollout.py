@@ -175,6 +175,8 @@ class Seen:
     hot_hash: str | None = None
     unready_since: float | None = None
     """Since when a replica that had been routed is not."""
+    failing: bool = False
+    """The router gives it no requests, or one on trial, because it failed those it had."""
 
 
 @dataclass(frozen=True, slots=True)

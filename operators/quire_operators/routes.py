@@ -27,6 +27,7 @@ from quire_operators.rollout import Goal, Process, Router, Row, Seen
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import wire
+from quire_schemas.resource import Key
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ class Routes:
             in_flight=load.in_flight if load is not None else 0,
             hot_hash=load.hot_hash if load is not None else None,
             unready_since=self._lost.get(name),
+            failing=load is not None and _fails(load),
         )
 
     def unusable(self, model: str) -> str | None:
@@ -204,6 +206,15 @@ class Routes:
         if self.knowledge() is not Router.KNOWN or self._status is None:
             return None
         return self._status.uses.get(model)
+
+    @property
+    def budgets(self) -> Sequence[wire.BudgetStanding]:
+        """Those that were spent, or nearly, when the router told of itself last."""
+        return self._status.budgets if self._status is not None else ()
+
+    def low_budgets(self) -> set[tuple[object, ...]]:
+        """The same, without what changes with each request."""
+        return {(each.policy, each.name, each.key, each.size, each.state, each.resets) for each in self.budgets}
 
     def load_of(self, name: str, incarnation: int) -> tuple[bool, int]:
         """(released, in flight) of a process that no row accounts for."""
@@ -265,7 +276,7 @@ class Routes:
         self._told = self._hear(await self._ask(table)).pid
 
     def _hear(self, status: wire.RouterStatus) -> wire.RouterStatus:
-        self._status = status
+        before, self._status = self._loads, status
         self._heard_at = self._clock()
         self._loads = {(load.replica_id, load.incarnation): load for load in status.replicas}
         table = self._acknowledged()
@@ -273,7 +284,24 @@ class Routes:
             [endpoint for route in table.models for endpoint in route.replicas] if table is not None else ()
         )
         self._endpoints = {(endpoint.replica_id, endpoint.incarnation): endpoint for endpoint in endpoints}
+        for route in table.models if table is not None else ():
+            for endpoint in route.replicas:
+                self._tell_breaker(Key("model", route.model), (endpoint.replica_id, endpoint.incarnation), before)
         return status
+
+    def _tell_breaker(
+        self, model: Key, name: tuple[str, int], before: Mapping[tuple[str, int], wire.ReplicaLoad]
+    ) -> None:
+        """Note an event when a replica gets no requests any more because it fails them, or gets them again."""
+        was, now = before.get(name), self._loads.get(name)
+        if now is None:
+            return
+        failed, fails = was is not None and _fails(was), _fails(now)
+        if fails and not failed:
+            text = f"{name[0]} fails what it is given: it gets nothing for a while, then one request on trial"
+            self._store.add_event(model, "Warning", "ReplicaTripped", text)
+        elif failed and not fails:
+            self._store.add_event(model, "Normal", "ReplicaRecovered", f"{name[0]} gets requests again")
 
     async def set_limits(self, replica_ids: tuple[str, ...], limits: wire.Limits) -> None:
         """Have the router pass new limits on. What became of it shows in a later status."""
@@ -341,12 +369,23 @@ def _essence(table: wire.RoutingTable) -> wire.RoutingTable:
     return msgspec.structs.replace(table, version=0, models=models)
 
 
+def _fails(load: wire.ReplicaLoad) -> bool:
+    return load.breaker != "closed"
+
+
 def _news(status: wire.RouterStatus | None) -> object:
     """What of a status the planner acts on: not the number of requests in flight, but whether there are any."""
     if status is None:
         return None
     loads = [
-        (load.replica_id, load.incarnation, load.connected, load.in_flight == 0, load.hot_hash)
+        (
+            load.replica_id,
+            load.incarnation,
+            load.connected,
+            load.in_flight == 0,
+            load.hot_hash,
+            load.breaker == "closed",
+        )
         for load in status.replicas
     ]
     return status.version, status.pid, status.base_url, status.unusable, sorted(loads, key=lambda load: load[:2])

@@ -76,6 +76,9 @@ class Reason(enum.StrEnum):
     KEY_TAKEN = "KeyTaken"
     KEY_UNFIT = "KeyUnfit"
     NO_ACCESS_POLICY = "NoAccessPolicy"
+    NO_PRICES = "NoPrices"
+    BUDGET_LOW = "BudgetLow"
+    BUDGET_SPENT = "BudgetSpent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +304,17 @@ ADVICE: dict[Reason, Advice] = {
     Reason.KEY_UNFIT: Advice(
         "The value of a key can be guessed, or cannot stand in a header.",
         ("platform key create NAME   makes one of 256 random bits",),
+    ),
+    Reason.NO_PRICES: Advice(
+        "The policy has a budget of money, and may ask Models that have no prices: what they do costs nothing.",
+        ("declare spec.prices of the Models", "leave them out of spec.allow.models"),
+    ),
+    Reason.BUDGET_LOW: Advice(
+        "More of a budget is spent than its warnAt says.", ("platform usage   tells how much, and when it is new",)
+    ),
+    Reason.BUDGET_SPENT: Advice(
+        "A budget is spent: requests that it is for get 429 insufficient_quota until its time is over.",
+        ("platform usage   tells how much, and when it is new", "apply the policy with a larger budget"),
     ),
     Reason.NO_ACCESS_POLICY: Advice(
         "Other machines can reach the router, and nobody has a key: every request is answered with 401.",

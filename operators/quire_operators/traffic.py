@@ -235,13 +235,17 @@ class RouteReconciler:
         self._clock = clock
 
     def fill(
-        self, models: Sequence[wire.ModelRoute], http: wire.HttpSettings, access: tuple[wire.Tenant, ...] = ()
+        self,
+        models: Sequence[wire.ModelRoute],
+        http: wire.HttpSettings,
+        access: tuple[wire.Tenant, ...] = (),
+        budgets: tuple[wire.AccessBudget, ...] = (),
     ) -> wire.RoutingTable:
-        """The routing table of these models, with the names that are theirs, of all Routes, and of these tenants;
-        not numbered."""
+        """The routing table of these models, with the names that are theirs, of all Routes, and of these tenants
+        and their budgets; not numbered."""
         objects = self._store.objects()
         owned = owners(objects)
-        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned), access)
+        return wire.RoutingTable(0, named(models, owned), http, table(objects, owned), access, budgets)
 
     def reconcile(self, key: Key) -> float | None:
         """Report; seconds until it wants to run again, or None to wait for a hint."""

@@ -8,6 +8,7 @@
     ├── Unauthenticated               no key, or none that is known
     ├── PermissionDenied              the key is not for this model or operation
     ├── RateLimited                   the key or its policy has had as much as it may for now
+    │   └── BudgetSpent               until a day, a month or another time is over
     ├── NotFound                      no such path, or nothing kept by that id
     │   └── EndpointNotServed         a path that other servers have; the message says why not here
     ├── ModelNotFound                 no such model
@@ -17,6 +18,7 @@
     ├── BodyTimeout                   the client did not finish sending
     ├── UnsupportedMediaType
     ├── QueueFull                     as many requests wait as the manifest allows
+    ├── MemoryShort                   the router has no memory for more than what runs
     ├── ServiceUnavailable            no replica is ready; one may be soon
     │   └── ModelStopped              no replica is wanted: none will be ready until the manifest changes
     ├── StorageUnavailable            the router's store cannot be read or written; what needs no store goes on
@@ -98,6 +100,10 @@ class RateLimited(ApiError):
     """A limit of the key or of its policy is reached."""
 
 
+class BudgetSpent(RateLimited):
+    """A budget of the key or of its policy is spent."""
+
+
 class NotFound(ApiError):
     """No such path, or nothing that is kept by that id."""
 
@@ -132,6 +138,10 @@ class UnsupportedMediaType(ApiError):
 
 class QueueFull(ApiError):
     """The queue is full."""
+
+
+class MemoryShort(ApiError):
+    """The router has no memory for more work."""
 
 
 class ServiceUnavailable(ApiError):
@@ -210,6 +220,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     Unauthenticated: Row(401, "authentication_error", "invalid_api_key", retry=False, challenge=True),
     PermissionDenied: Row(403, "permission_error", "permission_denied", retry=False),
     RateLimited: Row(429, "rate_limit_exceeded", "rate_limit_exceeded", retry=True),
+    BudgetSpent: Row(429, "insufficient_quota", "insufficient_quota", retry=False),
     HostRefused: Row(421, _BAD, "host_not_allowed"),
     NotFound: Row(404, _BAD, "not_found"),
     EndpointNotServed: Row(404, _BAD, "endpoint_not_served"),
@@ -220,6 +231,7 @@ TABLE: Final[dict[type[Exception], Row]] = {
     BodyTooLarge: Row(413, _BAD, "request_too_large", close=True),
     UnsupportedMediaType: Row(415, _BAD, "unsupported_media_type"),
     QueueFull: Row(429, "rate_limit_exceeded", "queue_full", retry=True),
+    MemoryShort: Row(429, "rate_limit_exceeded", "memory_short", retry=True),
     BadTokenizer: Row(
         503, _OURS, "model_unusable", retry=False, message="The tokenizer of this model could not be loaded."
     ),
@@ -314,7 +326,9 @@ def describe(error: BaseException, api: Api = Api.OPENAI) -> HttpError:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     retry_after = error.retry_after if isinstance(error, ApiError) else None
     if retry_after is not None:
-        seconds = min(max(retry_after, 0.001), 120.0)  # above 120 s the official clients ignore the header
+        seconds = max(retry_after, 0.001)
+        if row.retry is not False:
+            seconds = min(seconds, 120.0)  # above 120 s the official clients ignore the header
         headers.append((b"retry-after", str(math.ceil(seconds)).encode()))
         headers.append((b"retry-after-ms", str(math.ceil(seconds * 1000)).encode()))
     if row.retry is not None:

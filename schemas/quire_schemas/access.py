@@ -7,26 +7,39 @@ limits of scope `policy`. As soon as there is one policy, requests without a key
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from quire_schemas.keys import HASH
 from quire_schemas.model import SECRET_NAME, EnvName
-from quire_schemas.quantities import BadQuantity, Duration, parse_duration
+from quire_schemas.quantities import BadQuantity, Duration, Money, Percent, parse_duration
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
 
 Operation = Literal[
     "chat", "completions", "embeddings", "score", "responses", "messages", "batches", "tokenize", "metrics"
 ]
-METRICS = "metrics"
-"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
+Calendar = Literal["day", "week", "month"]
+MAX_ROLLING_DAYS = 31
 
 
 def _a_time(text: str) -> str:
     if not 1 <= parse_duration(text) <= 366 * 86400:
         raise BadQuantity(f"'{text}' is below a second or above a year", "for example '1m' or '24h'")
     return text
+
+
+def _time_of_budget(value: Any) -> Any:
+    if not isinstance(value, str) or value in get_args(Calendar):
+        return value
+    hint = "'day', 'week' or 'month' of the calendar, or whole hours such as '24h' or '7d'"
+    try:
+        seconds = parse_duration(value)
+    except BadQuantity as error:
+        raise BadQuantity(f"'{value[:40]}' is no time of a budget", hint) from error
+    if seconds % 3600 or not 3600 <= seconds <= MAX_ROLLING_DAYS * 86400:
+        raise BadQuantity(f"'{value}' is not in whole hours, from one to {MAX_ROLLING_DAYS} days", hint)
+    return value
 
 
 def _moment(text: str) -> str:
@@ -95,6 +108,44 @@ class Limit(Strict):
     concurrency: int | None = declared("Requests at the same time.", None, update="hot", ge=1, le=10**6)
 
 
+class Budget(Strict):
+    """What may be spent in a time: `tokens` or `cost`, exactly one. When it is spent, requests get 429
+    `insufficient_quota`."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = declared(
+        "What the budget is called in answers, figures and metrics.", update="hot"
+    )
+    scope: Literal["key", "policy"] = declared(
+        "Whether each key has the budget for itself.", "policy", update="hot"
+    )
+    tokens: int | None = declared("Tokens that may be spent.", None, update="hot", ge=1, le=10**15)
+    counts: Literal["total", "prompt", "completion"] = declared(
+        "Which tokens count, where it is one of tokens: all, those of prompts, or those of answers.",
+        "total",
+        update="hot",
+    )
+    cached: Literal["full", "free"] = declared(
+        "Whether tokens of prompts that were found in the cache count, where it is one of tokens. What they cost "
+        "is the Model's spec.prices.cachedInput.",
+        "full",
+        update="hot",
+    )
+    cost: Money | None = declared(
+        "Money that may be spent, in whatever the spec.prices of Models are in. Without prices a Model costs "
+        "nothing.",
+        None,
+        update="hot",
+    )
+    per: Annotated[Calendar | Duration, BeforeValidator(_time_of_budget)] = declared(
+        "The time it is for: a day, a week (from Monday on) or a month of the calendar, in UTC; or the last so "
+        "many hours, of which one that is partly over counts whole, from 1h to 31d.",
+        update="hot",
+    )
+    warn_at: Percent = declared(
+        "The share from which on answers, metrics and an event warn of its end.", "80%", update="hot"
+    )
+
+
 class AccessPolicySpec(Strict):
     """Who may call what, and how much."""
 
@@ -104,6 +155,9 @@ class AccessPolicySpec(Strict):
     allow: Allow = section(Allow, "What the keys may call.")
     limits: Annotated[tuple[Limit, ...], Field(strict=False, max_length=64)] = declared(
         "Bounds; the first one hit answers 429.", (), update="hot"
+    )
+    budgets: Annotated[tuple[Budget, ...], Field(strict=False, max_length=16)] = declared(
+        "What may be spent in a day, a month or another time; the first one spent answers 429.", (), update="hot"
     )
     priority: int = declared(
         "Rank in the queue where batching.policy is priority; higher goes first. A request cannot raise it.",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from quire_schemas.dialects import ReasoningDialect, ToolDialect
-from quire_schemas.quantities import Duration, Percent, Quantity, parse_quantity
+from quire_schemas.quantities import Duration, Money, Percent, Quantity, parse_quantity
 from quire_schemas.resource import Invalid, Resource, Strict, Text, declared, section
 
 DEFAULTS_VERSION = 3
@@ -662,6 +662,35 @@ class LivenessProbe(Strict):
     )
 
 
+class BreakerProbe(Strict):
+    """When a replica that fails its requests gets no more, and is tried again. Of one request at a time."""
+
+    consecutive_failures: int = declared(
+        "So many failures in a row: errors that are the engine's, connections that break, stalls.",
+        5,
+        update="hot",
+        ge=1,
+        le=1_000_000,
+    )
+    error_share: Percent = declared(
+        "The share of requests that fail, of those that end within window, if they are minRequests or more.",
+        "50%",
+        update="hot",
+    )
+    window: Duration = declared("The time in which requests are counted for errorShare.", "30s", update="hot")
+    min_requests: int = declared("How few requests errorShare says nothing of.", 20, update="hot", ge=1, le=4096)
+    open_for: Duration = declared(
+        "How long it gets no requests before one tries it; twice as long each further time.", "5s", update="hot"
+    )
+    max_open_for: Duration = declared("The longest of these times.", "5m", update="hot")
+    max_ejected: Percent = declared(
+        "The share of the model's replicas that get no requests for this at the same time, at least one. When all "
+        "fail, none does, and requests are refused at once.",
+        "50%",
+        update="hot",
+    )
+
+
 class Probes(Strict):
     """How the health of replicas is judged."""
 
@@ -670,6 +699,7 @@ class Probes(Strict):
         ReadinessProbe, "When a running replica gets no new requests.", refused=_STALL_CHECK, optional=True
     )
     liveness: LivenessProbe = section(LivenessProbe, "When a running replica is replaced.")
+    breaker: BreakerProbe = section(BreakerProbe, "When a replica that fails its requests gets no more.")
 
 
 class RestartPolicy(Strict):
@@ -704,6 +734,17 @@ class EnvVar(Strict):
         refused=_NO_SECRETS,
         honours=(False,),
     )
+
+
+class Prices(Strict):
+    """What requests cost, for budgets of AccessPolicies and for usage figures: money for a million tokens, in
+    quotes. All Models have theirs in the same money."""
+
+    input: Money = declared("For a million tokens of prompts.", "0", update="hot")
+    cached_input: Money | None = declared(
+        "For a million tokens of prompts that were found in the cache. Left out: as input.", None, update="hot"
+    )
+    output: Money = declared("For a million tokens of answers.", "0", update="hot")
 
 
 class ModelSpec(Strict):
@@ -807,6 +848,7 @@ class ModelSpec(Strict):
         ge=0,
         le=100,
     )
+    prices: Prices | None = section(Prices, "What requests cost.", optional=True)
     probes: Probes = section(Probes, "How the health of replicas is judged.")
     restart_policy: RestartPolicy = section(RestartPolicy, "How soon a crashed replica is started again.")
     revision_history_limit: int = declared("Old revisions that stay on record.", 10, update="hot", ge=0, le=1000)

@@ -1,9 +1,10 @@
 """Durations, byte quantities and ratios: strings with units on the outside, plain numbers inside.
 
-A manifest spells `30s`, `40Gi`, `90%`, never a bare number: a reader should not have to know whether a field
-counts seconds or milliseconds. The intent keeps the user's spelling; whoever needs the number calls
-`parse_duration` (seconds), `parse_quantity` (bytes) or `parse_percent` (0..1). The types `Duration`,
-`Quantity` and `Percent` are for Pydantic fields: they check the spelling and keep the string.
+A manifest spells `30s`, `40Gi`, `90%`, `'0.15'`, never a bare number: a reader should not have to know whether a
+field counts seconds or milliseconds, and money has no rounding. The intent keeps the user's spelling; whoever
+needs the number calls `parse_duration` (seconds), `parse_quantity` (bytes), `parse_percent` (0..1) or
+`parse_money` (an exact Decimal). The types `Duration`, `Quantity`, `Percent` and `Money` are for Pydantic fields:
+they check the spelling and keep the string.
 
 Exceptions:
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
@@ -24,6 +26,7 @@ _BYTES = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?(?:(\d{1,9})ms)?", re.ASCII)
 _QUANTITY = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))?(Ki|Mi|Gi|Ti)", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,3})(?:\.(\d{1,4}))?%", re.ASCII)
+_MONEY = re.compile(r"\d{1,9}(?:\.\d{1,4})?", re.ASCII)
 MAX_DURATION = 366 * 86400.0
 MAX_QUANTITY = 1 << 50
 
@@ -46,6 +49,16 @@ def parse_duration(text: str) -> float:
     if seconds > MAX_DURATION:
         raise BadQuantity(f"{_shown(text)} is longer than a year", "give 366d or less")
     return round(seconds, 3)
+
+
+def parse_money(text: str) -> Decimal:
+    """The exact amount of `250`, `0.15`: up to nine digits, and four behind the point."""
+    if _MONEY.fullmatch(text) is None:
+        raise BadQuantity(
+            f"{_shown(text)} is no amount of money",
+            "write digits, and up to four behind a point, in quotes: for example '250' or '0.15'",
+        )
+    return Decimal(text)
 
 
 def parse_quantity(text: str) -> int:
@@ -109,19 +122,20 @@ def format_duration(seconds: float) -> str:
 class Unit:
     """Marks a field's type: two spellings of one amount (`60s`, `1m`) are then one value to diffs and hashes."""
 
-    name: Literal["duration", "quantity", "percent"]
+    name: Literal["duration", "quantity", "percent", "money"]
 
-    def number(self, text: str) -> float:
-        """What the text amounts to: seconds, bytes or a share."""
-        parse: dict[str, Callable[[str], float]] = {
+    def number(self, text: str) -> float | Decimal:
+        """What the text amounts to: seconds, bytes, a share or an exact sum of money."""
+        parse: dict[str, Callable[[str], float | Decimal]] = {
             "duration": parse_duration,
             "quantity": parse_quantity,
             "percent": parse_percent,
+            "money": parse_money,
         }
         return parse[self.name](text)
 
 
-def _checked(parse: Callable[[str], float]) -> Callable[[str], str]:
+def _checked(parse: Callable[[str], float | Decimal]) -> Callable[[str], str]:
     def check(text: str) -> str:
         parse(text)
         return text
@@ -169,4 +183,10 @@ Percent = Annotated[
     Unit("percent"),
     AfterValidator(_checked(parse_percent)),
     WithJsonSchema({"type": "string", "pattern": r"^\d{1,3}(\.\d+)?%$"}),
+]
+Money = Annotated[
+    str,
+    Unit("money"),
+    AfterValidator(_checked(parse_money)),
+    WithJsonSchema({"type": "string", "pattern": r"^\d{1,9}(\.\d{1,4})?$"}),
 ]

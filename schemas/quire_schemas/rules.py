@@ -20,10 +20,12 @@ from typing import Any
 from quire_schemas.dialects import HARMONY, NONE
 from quire_schemas.fields import Path, SchemaField, Shape, default_of, fields_of
 from quire_schemas.gateway import is_loopback
-from quire_schemas.quantities import parse_duration, parse_percent
+from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, support
 
 BUILTIN_MODELS = ("tiny",)
+MAX_PRICE = 10_000_000
+"""For a million tokens: what a key spends in an hour is a number of 64 bits."""
 REFUSED = "not honoured by this version"
 ENGINE_VARIABLES = ("QUIRE_SCHEDULE_TRACE",)
 """Variables of our own that a manifest may set for an engine; each names a file."""
@@ -544,6 +546,31 @@ def _route_timeouts(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _breaker(facts: Facts) -> Iterator[Finding]:
+    at = "spec.probes.breaker"
+    first, longest = facts[f"{at}.openFor"], facts[f"{at}.maxOpenFor"]
+    if not parse_duration(first):
+        yield Finding((*at.split("."), "openFor"), "is no time", "for example 5s")
+    if parse_duration(longest) < parse_duration(first):
+        path = facts.first_declared(f"{at}.maxOpenFor", f"{at}.openFor")
+        yield Finding(
+            path, f"maxOpenFor ({longest}) is shorter than openFor ({first})", "raise it, or lower openFor"
+        )
+    if not parse_percent(facts[f"{at}.errorShare"]):
+        hint = "to hold it by failures in a row alone, declare 100%"
+        yield Finding((*at.split("."), "errorShare"), "0% would keep out every replica", hint)
+    if not parse_duration(facts[f"{at}.window"]):
+        yield Finding((*at.split("."), "window"), "nothing ends within no time", "for example 30s")
+
+
+def _prices(facts: Facts) -> Iterator[Finding]:
+    for name in ("input", "cachedInput", "output"):
+        price = facts[f"spec.prices.{name}"]
+        if price is not None and parse_money(price) > MAX_PRICE:
+            why = f"is above {MAX_PRICE} for a million tokens, which is more than is counted"
+            yield Finding(("spec", "prices", name), why, "declare prices in a larger unit of money")
+
+
 # ── kind AccessPolicy ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -578,6 +605,31 @@ def _limits(facts: Facts) -> Iterator[Finding]:
             yield Finding(path, f"{bounds[0]} are counted per time, and per is missing", "for example per: 1m")
 
 
+def _budgets(facts: Facts) -> Iterator[Finding]:
+    budgets = facts["spec.budgets"]
+    yield from _repeated([budget["name"] for budget in budgets], ("spec", "budgets"), "the name")
+    for index, budget in enumerate(budgets):
+        path: Path = ("spec", "budgets", index)
+        tokens, cost = budget.get("tokens"), budget.get("cost")
+        counts, cached = budget.get("counts", "total"), budget.get("cached", "full")
+        if (tokens is None) == (cost is None):
+            hint = "one item for each, for example {name: month, tokens: 50000000, per: month}"
+            yield Finding(path, "a budget has exactly one of tokens and cost", hint)
+        elif cost is not None and not parse_money(cost):
+            yield Finding(
+                (*path, "cost"), "is nothing, and would let nobody in", "to close a policy, remove its keys"
+            )
+        for name, value, default in (("counts", counts, "total"), ("cached", cached, "full")):
+            if cost is not None and tokens is None and value != default:
+                why = "is about tokens, and this is a budget of money"
+                yield Finding((*path, name), why, f"remove {name}; prices say what tokens cost", True)
+        if cached == "free" and counts == "completion":
+            why = "tokens of answers are never found in a cache"
+            yield Finding((*path, "cached"), why, "remove cached, or counts", True)
+        if parse_percent(budget.get("warnAt", "80%")) == 0:
+            yield Finding((*path, "warnAt"), "would warn from the first moment on", "for example warnAt: 80%")
+
+
 Rule = Callable[[Facts], Iterator[Finding]]
 _RULES: dict[str, tuple[Rule, ...]] = {
     "Model": (
@@ -603,10 +655,12 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _determinism,
         _canary,
         _parsers,
+        _prices,
+        _breaker,
     ),
     "Gateway": (_gateway_name, _bind),
     "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),
-    "AccessPolicy": (_keys, _limits),
+    "AccessPolicy": (_keys, _limits, _budgets),
 }
 
 

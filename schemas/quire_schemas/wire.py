@@ -30,7 +30,7 @@ import os
 import socket
 import struct
 import sys
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -456,6 +456,33 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     """Of what it runs: answers go on only where that is the same."""
 
 
+class Prices(msgspec.Struct, frozen=True):
+    """What one token costs, in `TICKS` of one unit of money."""
+
+    input: int
+    cached_input: int
+    output: int
+
+
+class BreakerRules(msgspec.Struct, frozen=True):
+    """When a replica that fails gets no requests, and for how long. Times are seconds."""
+
+    failures: int = 5
+    """In a row."""
+    share: float = 0.5
+    """Of the last ones, where there are `requests` of them in `window`."""
+    window: float = 30.0
+    requests: int = 20
+    pause: float = 5.0
+    """The first time, doubled each time after it, up to `longest`."""
+    longest: float = 300.0
+    out: float = 0.5
+    """Share of a model's replicas that are kept out at most, unless all fail."""
+
+
+BreakerState = Literal["closed", "open", "trying"]
+
+
 class ModelRoute(msgspec.Struct, frozen=True):
     """All the router needs to serve one model by its names."""
 
@@ -499,6 +526,9 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """The router tells of its use (`RouterStatus.uses`), because replicas come and go by it."""
     max_migrations: int = 0
     """How often a stream whose engine died goes on at another one."""
+    prices: Prices | None = None
+    """None: requests cost nothing."""
+    breaker: BreakerRules = BreakerRules()
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -586,6 +616,10 @@ class AccessLimit(msgspec.Struct, frozen=True, omit_defaults=True):
     concurrency: int | None = None
 
 
+METRICS: Final = "metrics"
+"""The one operation that an empty list does not include: /metrics tells of all tenants together."""
+
+
 class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tenant: who he is, what he may do, and how much."""
 
@@ -594,12 +628,57 @@ class Tenant(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] = ()
     """Names as requests give them; none: all."""
     operations: tuple[str, ...] = ()
-    """None: all but `access.METRICS`."""
+    """None: all but `METRICS`."""
     limits: tuple[AccessLimit, ...] = ()
     priority: int = 0
     """Higher goes first."""
     expires_at: float | None = None
     """Unix seconds."""
+
+
+TICKS: Final = 10**10
+"""Parts of one unit of money. A price for a million tokens has four digits behind the point, so that of one token
+is a whole number of them."""
+BudgetTime = Literal["day", "week", "month"] | int
+BudgetState = Literal["open", "warned", "spent"]
+
+
+class AccessBudget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a tenant, or each of his keys, may spend in a time: `tokens`, or `cost` in ticks."""
+
+    policy: str
+    name: str
+    scope: Literal["key", "policy"]
+    per: BudgetTime
+    """A number is the last so many hours."""
+    tokens: int | None = None
+    counts: Literal["total", "prompt", "completion"] = "total"
+    cached: Literal["full", "free"] = "full"
+    cost: int | None = None
+    warn_at: int = 8000
+    """In ten thousandths."""
+
+    @property
+    def size(self) -> int:
+        """Tokens or ticks."""
+        return self.tokens if self.tokens is not None else self.cost or 0
+
+
+class BudgetStanding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a budget stands; for each key where it is one of keys. Amounts are tokens, or ticks of money."""
+
+    policy: str
+    name: str
+    unit: Literal["tokens", "cost"]
+    size: int
+    spent: int
+    held: int = 0
+    """What requests that run may come to."""
+    key: str = ""
+    state: BudgetState = "open"
+    resets: float = 0
+    """Unix seconds: when the time of the calendar is over; where the last hours count, when something of it is
+    there again, or 0 if there is."""
 
 
 class RoutingTable(msgspec.Struct, tag=True, frozen=True):
@@ -615,6 +694,8 @@ class RoutingTable(msgspec.Struct, tag=True, frozen=True):
     routes: tuple[TrafficRoute, ...] = ()
     access: tuple[Tenant, ...] = ()
     """The tenants, in the order of their names. With one of them there, requests need a key."""
+    budgets: tuple[AccessBudget, ...] = ()
+    """Of the tenants, in the order of their manifests."""
 
 
 PARTS: tuple[str, ...] = tuple(name for name in RoutingTable.__struct_fields__ if name != "version")
@@ -649,6 +730,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True):
     connected: bool
     in_flight: int
     hot_hash: str | None = None
+    breaker: BreakerState = "closed"
+    """Whether requests go there, as far as they have not failed."""
 
 
 class ModelUse(msgspec.Struct, frozen=True):
@@ -683,6 +766,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     unusable: dict[str, str] = {}
     uses: dict[str, ModelUse] = {}
     """Of each model whose replicas come and go by it."""
+    budgets: list[BudgetStanding] = []
+    """Those that are spent, or nearly, a hundred at most."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -696,6 +781,8 @@ class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
     policy: str = ""
     key: str = ""
     model: str = ""
+    cost: int = 0
+    """In ticks, of the prices that were declared when it was used."""
 
 
 class UsageReport(msgspec.Struct, tag=True):
@@ -703,6 +790,8 @@ class UsageReport(msgspec.Struct, tag=True):
 
     rows: list[UsageRow] = []
     problem: str = ""
+    budgets: list[BudgetStanding] = []
+    """How all budgets stand now."""
 
 
 class SetLimits(msgspec.Struct, tag=True):

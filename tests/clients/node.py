@@ -30,30 +30,32 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def fetched() -> str:
-    """Have the packages of the lockfile here, if they are not yet. What is in the way; empty: nothing."""
+def fetched(folder: Path = HERE) -> str:
+    """Have the packages of a folder's lockfile there, if they are not yet. What is in the way; empty: nothing."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         return "there is no Node on this machine, or no npm"
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < OLDEST:
         return f"Node {version} is older than {OLDEST}"
-    stamp = HERE / "node_modules" / ".installed"
-    wanted = hashlib.sha256(LOCK.read_bytes() + version.encode()).hexdigest()
-    with LOCK.open("rb") as lock:
+    stamp, lockfile = folder / "node_modules" / ".installed", folder / LOCK.name
+    wanted = hashlib.sha256(lockfile.read_bytes() + version.encode()).hexdigest()
+    with lockfile.open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of the run may come here at once
         if not stamp.exists() or stamp.read_text() != wanted:
             command = [npm, "ci", "--prefer-offline", "--no-audit", "--no-fund"]
-            done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 return f"npm ci failed: {done.stderr[-2000:]}"
             stamp.write_text(wanted)
     return ""
 
 
-def installed() -> None:
+def installed(folder: Path = HERE) -> None:
     """Skip where the packages cannot be had."""
-    if problem := fetched():
+    if problem := fetched(folder):
         lacking(problem)
 
 

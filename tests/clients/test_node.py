@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -71,7 +72,8 @@ def test_every_scenario_of_the_script_is_run_by_a_test(node_packages: None) -> N
     assert set(listed()) == set(SCENARIOS) | WATCHED
 
 
-def test_the_lockfile_names_no_registry() -> None:
-    packages = json.loads(LOCK.read_text())["packages"]
+@pytest.mark.parametrize("lockfile", [LOCK, LOCK.parents[1] / "e2e" / "axe" / LOCK.name], ids=["clients", "axe"])
+def test_the_lockfile_names_no_registry(lockfile: Path) -> None:
+    packages = json.loads(lockfile.read_text())["packages"]
     assert not [name for name, package in packages.items() if "resolved" in package]
     assert all(package.get("integrity") for name, package in packages.items() if name)

@@ -5,8 +5,10 @@ Times are asserted with `effort.bound`. `make nightly` keeps them as rows, in th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import time
@@ -237,3 +239,50 @@ def test_a_stopped_engine_leaves_the_rotation_within_the_stall_time_and_a_second
         assert outcomes["finished"] >= 8
         assert not psutil.pid_exists(before["pid"])
         assert world.replica()["lastExit"]["reason"] == "EngineStalled"
+
+
+@pytest.mark.nightly
+def test_r32_an_engine_that_gets_no_memory_harms_no_stream_and_serves_again(world: World) -> None:
+    """As much address space as it has, and not a page more, until it ends or the time is over. What the kernel
+    does to one that has too much is a SIGKILL: the test of a killed engine."""
+    for _ in range(times(1, 5)):
+        before = world.replica()
+        engine = psutil.Process(before["pid"])
+        with world.oracle.clients(8) as clients:
+            clients.wait_streaming()
+            limits = resource.prlimit(engine.pid, resource.RLIMIT_AS)
+            resource.prlimit(engine.pid, resource.RLIMIT_AS, (engine.memory_info().vms, limits[1]))
+            time.sleep(3)
+            if engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(engine.pid, resource.RLIMIT_AS, limits)
+            first_seen(world.is_ready, "it serves")
+            clients.wait_streaming()
+            clients.last_turn()
+        outcomes = world.oracle.check(clients.readings)
+        assert outcomes["finished"] >= 8, outcomes
+        assert world.stats().blocks_used == 0
+
+
+SUMMARY = {
+    "detect an exit": (("engine killed: error event", "shim killed: error event"), 1.0),
+    "detect a hang": (("engine stopped: out of rotation",), STALL + 1),
+    "recover from an exit": (("engine killed: serving again", "shim killed: serving again"), 10.0),
+    "recover from a hang": (("engine stopped: serving again",), STALL + 10.0),
+}
+"""What R40 tells -> the figures above that it is of, and what 99 of 100 may take. Loading is in it: the model is
+small, and what a large one takes to load comes on top."""
+
+
+def test_r40_how_long_it_takes_to_notice_and_to_recover(figures: dict[str, list[float]]) -> None:
+    """Over all that this module has killed and stopped."""
+    seen = {
+        what: [each for name in names for each in figures.get(name, [])] for what, (names, _) in SUMMARY.items()
+    }
+    if not any(seen.values()):
+        pytest.skip("it tells of what the tests before it have measured, and none of them was run")
+    for what, seconds in seen.items():
+        if seconds:
+            figures[f"time to {what}"] = seconds
+            p99 = sorted(seconds)[int(0.99 * (len(seconds) - 1))]
+            assert p99 <= bound(SUMMARY[what][1]), f"time to {what}: {p99:.3f} s"

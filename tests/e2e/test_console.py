@@ -1,7 +1,9 @@
 """The console in a real browser: headless Chromium, by keyboard, in light and dark, down to 360 pixels, against a
 whole platform with the built-in model. Runs where a Chromium and its driver are installed.
 
-With `QUIRE_SCREENSHOTS` set to a folder, pictures of every view are left there to be looked at.
+Every view that a test comes by is looked at in light and dark by axe, which knows what WCAG 2.2 asks for on its
+levels A and AA as far as a program can tell; it is a package for Node, of the lockfile in `axe`. With
+`QUIRE_SCREENSHOTS` set to a folder, pictures of these views are left there to be looked at.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from tests.clients.node import installed
 from tests.e2e.test_cli import ask
 from tests.waiting import eventually
 
@@ -36,6 +39,8 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
 ]
+AXE = Path(__file__).with_name("axe") / "node_modules" / "axe-core" / "axe.min.js"
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 VIEWS = {
     "models": "#/",
     "model": "#/models/small",
@@ -43,6 +48,12 @@ VIEWS = {
     "gateway": "#/gateway",
     "chat": "#/playground",
 }
+ALIAS = """\
+apiVersion: quire.dev/v1alpha1
+kind: Route
+metadata: {name: alias}
+spec: {match: {modelNames: [alias]}, backends: [{model: small}]}
+"""
 MARKUP = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 SHIFTS = """\
 window.shifts = [];
@@ -67,7 +78,11 @@ class Browser:
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
         self.width, self.height = width, height
         self.size(height)
-        features = [("prefers-color-scheme", scheme), ("prefers-reduced-motion", motion)]
+        self.scheme, self.motion = scheme, motion
+        self.light_or_dark(scheme)
+
+    def light_or_dark(self, scheme: str) -> None:
+        features = [("prefers-color-scheme", scheme), ("prefers-reduced-motion", self.motion)]
         media = {"features": [{"name": name, "value": value} for name, value in features]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
@@ -103,6 +118,26 @@ class Browser:
     def focused(self) -> str:
         return str(self.script("return document.activeElement.innerText || document.activeElement.id"))
 
+    def look(self, name: str) -> None:
+        """What is shown now keeps nobody out, in light and in dark; and a picture of it."""
+        self.script(AXE.read_text())
+        for scheme in ("light", "dark"):
+            self.light_or_dark(scheme)
+            found = self.driver.execute_async_script(
+                "axe.run({runOnly: arguments[0]}).then(arguments[1], (error) => arguments[1](String(error)))",
+                RULES,
+            )
+            bad = [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]]
+            assert bad == [], (
+                name,
+                scheme,
+                bad,
+                [node["failureSummary"] for node in found["violations"][0]["nodes"]],
+            )
+            assert len(found["passes"]) > 10, "it looked at the page"
+        self.light_or_dark(self.scheme)
+        self.picture(name)
+
     def picture(self, name: str) -> None:
         """The whole page, if pictures are wanted."""
         if not (folder := os.environ.get("QUIRE_SCREENSHOTS")):
@@ -119,10 +154,16 @@ class Browser:
         return [entry["message"] for entry in logged if entry["level"] in ("SEVERE", "WARNING")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def axe() -> None:
+    installed(AXE.parents[2])
+
+
 @pytest.fixture(scope="module")
 def served(shared_platform: Platform) -> Platform:
-    """A platform that serves `small`."""
-    shared_platform.run("apply", shared_platform.gateway, shared_platform.model("small"))
+    """A platform that serves `small`, also by another name."""
+    alias = shared_platform.write("alias.yaml", ALIAS)
+    shared_platform.run("apply", shared_platform.gateway, shared_platform.model("small"), alias)
     return shared_platform
 
 
@@ -206,6 +247,8 @@ def test_everything_is_shown_and_kept_up_to_date_without_a_shift(served: Platfor
         eventually(lambda: page.find(".chart tbody tr td.num").text not in ("", "–"), "the table has figures")
         page.go("#/gateway")
         page.wait(served.base_url("small"), "main")
+        page.wait("route/alias", "main")
+        page.wait("head 10s, body 30s", "main")
         page.go("#/models/none")
         page.wait("There is no such model", "main")
         page.go("#/what")
@@ -292,7 +335,7 @@ def test_the_playground_streams_stops_and_says_what_is_wrong(served: Platform, l
         page.find("#play-draft").send_keys("once more", Keys.ENTER)
         page.wait("temperature", ".stage [role=alert]")
         assert page.find("#play-draft").get_attribute("value") == "once more"
-        page.picture("light-refused")
+        page.look("light-refused")
         assert all("400" in complaint for complaint in page.complaints())
 
 
@@ -357,7 +400,7 @@ def test_thoughts_and_tool_calls_are_shown_as_text(served: Platform, link: str) 
         assert page.text(".assistant .calls") == 'look({"at": "Rome"})'
         page.find(".assistant .thought summary").click()
         assert page.text(".assistant .thought .said").strip() == "They want the weather."
-        page.picture("light-thoughts")
+        page.look("light-thoughts")
         assert page.complaints() == []
     served.run("delete", "model/parrot")
 
@@ -378,7 +421,7 @@ def test_each_view_in_light_and_dark_and_where_it_is_narrow(
             if view == "chat":
                 page.find("#play-draft").send_keys("What is paging?", Keys.ENTER)
                 page.wait("ended by", ".talk")
-            page.picture(f"{name}-{view}")
+            page.look(f"{name}-{view}")
         paper = page.script("return getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(18, 20, 22)" if scheme == "dark" else "rgb(246, 245, 241)")
         theme = page.find("#theme")
@@ -402,7 +445,7 @@ def test_it_tells_of_a_control_plane_that_is_gone_and_goes_on_with_the_next_ones
         page.wait("Disconnected", "#link-state")
         page.wait("platform console in a terminal gives a new link", "#notice")
         page.wait("small", "main")  # what was known stays
-        page.picture("light-disconnected")
+        page.look("light-disconnected")
         again = served.run("console", "--port", port).stdout.strip()
         page.wait("No access", "#link-state")
         page.wait("platform console", "#notice")
@@ -424,10 +467,10 @@ def test_who_has_no_link_and_who_has_no_model(platform: Platform) -> None:
         page.go(link.partition("#")[0])
         page.wait("No access", "main")
         page.wait("platform console", "main")
-        page.picture("light-locked")
+        page.look("light-locked")
         page.go(link)
         page.wait("Nothing is served yet", "main")
-        page.picture("light-empty")
+        page.look("light-empty")
         page.go("#/playground")
         page.find("#play-draft").send_keys("hi", Keys.ENTER)
         page.wait("There is no model to ask", ".stage [role=alert]")
@@ -436,7 +479,7 @@ def test_who_has_no_link_and_who_has_no_model(platform: Platform) -> None:
         page.wait("bad", "h1")
         page.wait("What you can do", "main")
         page.wait("Stalled", ".title", 90)
-        page.picture("light-stalled")
+        page.look("light-stalled")
 
 
 BAD = """\

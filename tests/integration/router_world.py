@@ -132,13 +132,14 @@ class World:
         *models: wire.ModelRoute,
         routes: Sequence[wire.TrafficRoute] = (),
         access: Sequence[wire.Tenant] = (),
+        budgets: Sequence[wire.AccessBudget] = (),
         **http: Any,
     ) -> wire.RouterStatus:
         """Put a table into force, with these settings of the gateway."""
         self.version += 1
         http_settings = wire.HttpSettings(**http)
         return await self.control(
-            wire.RoutingTable(self.version, models, http_settings, tuple(routes), tuple(access))
+            wire.RoutingTable(self.version, models, http_settings, tuple(routes), tuple(access), tuple(budgets))
         )
 
     async def is_connected(self, *names: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.integration.plane import GATEWAY, Plane, model
+from tests.integration.test_console import platform
 from tests.waiting import eventually
 
 from quire.client import InvalidManifest, Refused
@@ -215,3 +216,57 @@ def test_an_address_that_others_reach_needs_keys_and_never_opens(tmp_path_factor
     finally:
         plane.end()
     assert plane.ours() == []
+
+
+def test_a_budget_is_told_of_in_the_status_in_events_and_in_usage(plane: Plane) -> None:
+    ours = new_key()
+    plane.apply(model("paid", "  prices: {input: '1.5', output: '3'}\n"))
+    plane.wait_served("paid")
+    budgets = (
+        ", allow: {models: [paid]}, "
+        "budgets: [{name: day, tokens: %d, per: day}, {name: cost, cost: '9', per: 24h}]"
+    )
+    plane.apply(policy("spender", hashed("ci", ours), more=budgets % 2))
+    assert condition(ready(plane, "spender"), "BudgetsCounted")["status"] == "True"
+    body = {"model": "paid", "prompt": "hi", "max_tokens": 2}
+
+    def asked() -> int:
+        headers = {"Authorization": f"Bearer {ours}"}
+        return httpx.post(f"{plane.base_url}/completions", json=body, headers=headers, timeout=30).status_code
+
+    assert (asked(), asked()) == (200, 429)
+    told = plane.client.get("/v1/usage", since="2000-01-01", by="policy")
+    (item,) = (each for each in told["items"] if each["policy"] == "spender")
+    tokens = item["promptTokens"] * 15 + item["completionTokens"] * 30
+    assert item["cost"] == f"0.{-(-tokens // 1000):04d}", "by the prices of the Model"
+    day, cost = told["budgets"]
+    assert (day["name"], day["size"], day["left"], day["state"], day["unit"]) == ("day", 2, 0, "spent", "tokens")
+    assert day["spent"] == item["promptTokens"] + item["completionTokens"]
+    assert day["resetsAt"].endswith("T00:00:00.000Z")
+    assert (cost["size"], cost["spent"], cost["state"], cost["resetsAt"]) == ("9.0000", item["cost"], "open", None)
+
+    printed = platform(plane, "usage", "--by", "policy").stdout.split("\n\n")
+    assert [line.split() for line in printed[1].splitlines()] == [
+        ["POLICY", "KEY", "BUDGET", "UNIT", "SIZE", "SPENT", "LEFT", "STATE", "RESETS"],
+        ["spender", "-", "day", "tokens", "2", str(day["spent"]), "0", "spent", day["resetsAt"]],
+        ["spender", "-", "cost", "cost", "9.0000", cost["spent"], cost["left"], "open", "-"],
+    ]
+
+    def spent() -> bool:
+        return str(condition(view(plane, "spender"), "BudgetsLeft")["reason"]) == "BudgetSpent"
+
+    eventually(spent, "the control plane knows")
+    (low,) = view(plane, "spender")["status"]["budgets"]
+    assert low == {name: day[name] for name in ("name", "key", "unit", "size", "state", "resetsAt")}
+    events = [each for each in plane.client.get("/v1/events")["items"] if each["object"] == "accesspolicy/spender"]
+    assert [each["reason"] for each in events if each["type"] == "Warning"] == ["BudgetSpent"]
+    plane.apply(policy("spender", hashed("ci", ours), more=budgets % 1000))
+    eventually(lambda: asked() == 200, "a larger one counts at once")
+    eventually(lambda: condition(view(plane, "spender"), "BudgetsLeft")["status"] == "True", "it is told")
+    plane.apply(model("paid"))
+    eventually(
+        lambda: "paid" in condition(view(plane, "spender"), "BudgetsCounted").get("message", ""),
+        "what costs nothing",
+    )
+    delete(plane, "accesspolicy", "spender")
+    plane.delete("paid")

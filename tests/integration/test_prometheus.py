@@ -212,7 +212,11 @@ async def test_every_panel_has_data_of_a_live_router_under_traffic(world: World,
     engine = await world.engine(cached=lambda _: 4, pace=0.005, max_num_seqs=2, looked_up=3)
     world.version += 1
     route = world.route(engine.endpoint(), wanted=1)
-    await world.control(wire.RoutingTable(world.version, (route,)))
+    alias = wire.TrafficRoute(
+        "r", ("alias",), 1, (wire.Backend("gone", 1),), fallbacks=(wire.Fallback("tiny", ("Unavailable",)),),
+        mirror=wire.Mirror("tiny", 100),
+    )  # fmt: skip
+    await world.control(wire.RoutingTable(world.version, (route,), routes=(alias,)))
     await world.connected("r1")
     expressions = [
         expression.replace(WINDOW, "20s").replace("$model", ".*")
@@ -230,6 +234,7 @@ async def test_every_panel_has_data_of_a_live_router_under_traffic(world: World,
                 )
                 with pytest.raises(openai.NotFoundError):
                     await client.chat.completions.create(model="nobody", messages=ASK)
+                await client.chat.completions.create(model="alias", messages=ASK, max_tokens=4)
                 await asyncio.sleep(0.1)
 
     async def has_data() -> bool:

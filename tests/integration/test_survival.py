@@ -6,10 +6,11 @@ import os
 import re
 import resource
 import signal
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,35 @@ def test_r16_a_log_that_cannot_be_written_is_counted_and_nothing_else_notices(pl
     assert len(gaps) == times(1, 10)
     eventually(lambda: plane.view("chatty")["replicas"][0]["logLost"] == sum(gaps), "the counts agree")
     plane.delete("chatty")
+
+
+@pytest.mark.nightly
+def test_r31_a_control_plane_without_descriptors_waits_and_then_goes_on(plane: Plane) -> None:
+    plane.apply(model("first", STEP="0.02"))
+    plane.wait_served("first")
+    assert plane.process is not None
+    own = psutil.Process(plane.process.pid)
+    before = resource.prlimit(own.pid, resource.RLIMIT_NOFILE)
+    stream = Stream(plane.base_url, "first", 150)
+    stream.wait_running()
+    with ExitStack() as opened:
+        for _ in range(50):
+            link = opened.enter_context(socket.socket(socket.AF_UNIX))
+            link.connect(str(plane.state.admin_socket))
+            if not _:
+                resource.prlimit(own.pid, resource.RLIMIT_NOFILE, (own.num_fds() + 1, before[1]))
+        spent = -sum(own.cpu_times()[:2])
+        time.sleep(times(1, 10))
+        spent += sum(own.cpu_times()[:2])
+        assert spent < 0.5 * times(1, 10), f"{spent:.2f} s of a processor"
+        resource.prlimit(own.pid, resource.RLIMIT_NOFILE, before)
+    stream.finish()
+    eventually(lambda: plane.client.get("/v1/ping")["pid"] == own.pid, "it answers again")
+    plane.apply(model("second"))
+    plane.wait_served("second")
+    assert plane.view("first")["replicas"][0]["incarnation"] == 1
+    for name in ("first", "second"):
+        plane.delete(name)
 
 
 def test_everything_killed_at_once_comes_back_as_it_was_applied(plane: Plane) -> None:

@@ -99,6 +99,29 @@ class PolicyKey(TypedDict):
     problem: str
 
 
+class LowBudget(TypedDict):
+    """A budget of an AccessPolicy that is spent, or nearly."""
+
+    name: str
+    key: Annotated[str, "Whose it is, where each key has one for itself; else empty."]
+    unit: Literal["tokens", "cost"]
+    size: Annotated[int | str, "Tokens; of money a decimal number, as text."]
+    state: Literal["open", "warned", "spent"]
+    resetsAt: Annotated[
+        str | None,
+        "When its day, week or month is over; where the last hours count, when it is open again: null if it is.",
+    ]
+
+
+class BudgetStanding(LowBudget):
+    """How a budget of an AccessPolicy stands. Amounts are as in `size`."""
+
+    policy: str
+    spent: int | str
+    left: int | str
+    held: Annotated[int | str, "What requests that run now may still come to."]
+
+
 class Status(TypedDict):
     """Where an object stands. Of other kinds than Model the fields of replicas and rollouts are absent."""
 
@@ -107,6 +130,7 @@ class Status(TypedDict):
     conditions: list[Condition]
     endpoints: NotRequired[Endpoints]
     keys: NotRequired[Annotated[list[PolicyKey], "Of an AccessPolicy."]]
+    budgets: NotRequired[Annotated[list[LowBudget], "Of an AccessPolicy: those that are spent, or nearly."]]
     remedies: Annotated[list[str], "What you can do."]
     servedRevision: NotRequired[int | None]
     stableRevision: NotRequired[Annotated[int | None, "The last one that was rolled out as a whole."]]
@@ -664,6 +688,7 @@ class Used(TypedDict):
     promptTokens: int
     cachedTokens: Annotated[int, "Those of prompts that were not computed again."]
     completionTokens: int
+    cost: Annotated[str, "By the prices of its time: a decimal number, as text."]
 
 
 class UsageList(TypedDict):
@@ -673,6 +698,7 @@ class UsageList(TypedDict):
     kind: Literal["UsageList"]
     since: str
     items: list[Used]
+    budgets: Annotated[list[BudgetStanding], "All budgets of AccessPolicies, as they stand now."]
 
 
 class Validation(TypedDict):

@@ -1,4 +1,5 @@
-"""`platform usage`: requests and tokens by policy, key and model, out of the router's ledger."""
+"""`platform usage`: requests, tokens and money by policy, key and model out of the router's ledger, and how
+budgets stand."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ TOKENS = {
     "PROMPT": "promptTokens",
     "CACHED": "cachedTokens",
     "COMPLETION": "completionTokens",
+    "COST": "cost",
 }
+BUDGETS = ("POLICY", "KEY", "BUDGET", "UNIT", "SIZE", "SPENT", "LEFT", "STATE", "RESETS")
 
 
 @click.command(short_help="Tell who has used how many requests and tokens.")
@@ -34,23 +37,32 @@ TOKENS = {
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.pass_context
 def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> int:
-    """Tell who has used how much: requests, and the tokens of prompts and answers.
+    """Tell who has used how much: requests, the tokens of prompts and answers, and what they cost. Below it, how
+    the budgets of AccessPolicies stand now, whatever the options say.
 
-    CACHED are those of PROMPT that were not computed again. Days are those of UTC; what came in the last seconds
-    is included. Keys and policies that are no more are still there."""
+    CACHED are those of PROMPT that were not computed again. COST is by the spec.prices that Models had at the
+    time. Days are those of UTC; what came in the last seconds is included. Keys and policies that are no more are
+    still there."""
     columns = [name for name in COLUMNS if name in (by or ("policy", "key", "model"))]
     answer = connect().get("/v1/usage", since=_day(ctx, since), by=",".join(columns))
     if output == "json":
         render.dump(answer, output, "UsageList")
         return ExitCode.OK
-    if not answer["items"]:
+    if answer["items"]:
+        rows = [
+            [*(item[name] or "-" for name in columns), *(str(item[name]) for name in TOKENS.values())]
+            for item in answer["items"]
+        ]
+        print("\n".join(render.table((*(name.upper() for name in columns), *TOKENS), rows)))
+    else:
         print(f"nothing was used since {answer['since']}", file=sys.stderr)
-        return ExitCode.OK
-    rows = [
-        [*(item[name] or "-" for name in columns), *(str(item[name]) for name in TOKENS.values())]
-        for item in answer["items"]
-    ]
-    print("\n".join(render.table((*(name.upper() for name in columns), *TOKENS), rows)))
+    if answer["budgets"]:
+        names = ("policy", "key", "name", "unit", "size", "spent", "left", "state", "resetsAt")
+        rows = [
+            ["-" if budget[name] in ("", None) else str(budget[name]) for name in names]
+            for budget in answer["budgets"]
+        ]
+        print("\n".join(["", *render.table(BUDGETS, rows)] if answer["items"] else render.table(BUDGETS, rows)))
     return ExitCode.OK
 
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import logging.handlers
 import os
@@ -25,7 +26,9 @@ import uvicorn
 from quire import builtin
 from quire.client import HELD
 from quire.controlplane.app import create_app
+from quire.controlplane.errors import crowded
 from quire.controlplane.plane import ControlPlane
+from quire.doors import Door, farewell, keep_quiet, raise_limit
 from quire.serving import Server
 from quire.tracing import BadTelemetry, Tracing
 from quire_operators.host import lock_holder
@@ -67,6 +70,7 @@ def main() -> int:
         tracing = Tracing.set_up(signals.SERVICE_CONTROL_PLANE)
     except BadTelemetry as error:
         return _fail(arguments.ready_fd, error)
+    raise_limit()
     try:
         asyncio.run(_run(state, arguments.ready_fd, tracing))
     except (StateDirError, StoreError) as error:  # its sentence says it all, to the one who waits and in the log
@@ -111,9 +115,17 @@ def _listen(path: Path) -> socket.socket:
     return server
 
 
+def _farewell() -> bytes:
+    """What a command is told for which no descriptor is free."""
+    error = crowded()
+    body = json.dumps(error.body).encode()
+    headers = ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)))
+    return farewell(error.status, headers, body)
+
+
 async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
     plane = ControlPlane(state, {"tiny": builtin.path("tiny")}, tracing=tracing)
-    server_socket = _listen(state.admin_socket)
+    server_socket = Door.of(_listen(state.admin_socket), _farewell())
     own_socket = os.stat(state.admin_socket).st_ino
     app = create_app(plane)
     config = uvicorn.Config(
@@ -127,6 +139,7 @@ async def _run(state: StateDir, ready_fd: int | None, tracing: Tracing) -> None:
     server = Server(config)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(keep_quiet)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     await plane.open()

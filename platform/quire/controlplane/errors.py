@@ -57,6 +57,17 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
     )
 
 
+def crowded() -> ApiError:
+    """There is no descriptor for one more command."""
+    return ApiError(
+        503,
+        "too_many_connections",
+        "the control plane has as many connections as it can hold",
+        "try again in a moment; `ulimit -Hn` says how many there may be",
+        exit_code=7,
+    )
+
+
 def address_in_use(message: str, hint: str) -> ApiError:
     """The router cannot listen there: 409."""
     return ApiError(409, "address_in_use", message, hint, exit_code=6)

@@ -326,7 +326,7 @@ class ControlPlane:
                 self._controller.add(ROUTES)
             return again
         if key.kind == POLICY:
-            if not self.routes.takes("access", self.policies.table()):
+            if not self.policies.are_acknowledged():
                 self._controller.add(ROUTES)
             again = await self.policies.reconcile(key)
             self._controller.add(GATEWAY)
@@ -345,12 +345,12 @@ class ControlPlane:
         if self.gateway.router_runs() is False:
             return None  # a change of its shim brings this key back
         table = self._table()
-        took = self.routes.takes("access", table.access)
+        took, told = self.policies.are_acknowledged(), self.routes.low_budgets()
         if await self.routes.reconcile(table):
             self._all_objects()
             self._controller.add(GATEWAY)
             took = False
-        if not took:  # what is told of them may be otherwise now
+        if not took or self.routes.low_budgets() != told:  # what is told of them may be otherwise now
             for policy in self.policies.names():
                 self._controller.add(policy)
         looks = [look for look in (self.models.settle_residency(), self.models.settle_scaling()) if look]
@@ -360,7 +360,7 @@ class ControlPlane:
     def _table(self) -> wire.RoutingTable:
         """What the router is to act by; not numbered."""
         models, http = build(self.models.routables()), self.gateway.http_settings()
-        return self.traffic.fill(models, http, self.policies.table())
+        return self.traffic.fill(models, http, self.policies.table(), self.policies.budgets())
 
     def _all_objects(self) -> None:
         """What the router says, or that it is silent, may change the status of each."""

@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 from quire.controlplane.errors import ApiError, not_found
 from quire.controlplane.plane import ControlPlane
 from quire_operators import status
+from quire_operators.access import amount, shown
 from quire_operators.clock import on_the_wall
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
@@ -207,9 +208,11 @@ class Views:
                     "promptTokens": row.prompt_tokens,
                     "cachedTokens": row.cached_tokens,
                     "completionTokens": row.completion_tokens,
+                    "cost": amount("cost", row.cost),
                 }
                 for row in found.rows
             ],
+            "budgets": [shown(budget) for budget in found.budgets],
         }
 
     def logs(

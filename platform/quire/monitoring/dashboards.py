@@ -111,6 +111,17 @@ REQUESTS: Final = Board(
                     "By no fault of the client.",
                 ),
                 Panel("Refused, by code", "reqps", _rates(signals.ADMISSION_REJECTIONS, signals.LABEL_REASON)),
+                Panel(
+                    "Share of budgets that is spent",
+                    "percentunit",
+                    (
+                        Query(
+                            signals.BUDGET_SPENT,
+                            _legend(signals.LABEL_POLICY, signals.LABEL_BUDGET, signals.LABEL_KEY),
+                        ),
+                    ),
+                    "Above 1 nothing is left: requests get 429 insufficient_quota.",
+                ),
                 Panel("Tokens written", "short", _rates(signals.GENERATION_TOKENS, signals.LABEL_MODEL)),
                 Panel("Tokens read", "short", _rates(signals.PROMPT_TOKENS, signals.LABEL_MODEL)),
                 Panel(
@@ -185,6 +196,12 @@ ENGINES: Final = Board(
                     "short",
                     _rates(signals.REPLICA_EJECTIONS, signals.LABEL_MODEL, signals.LABEL_REASON),
                     "Replicas that stopped being ready by themselves, in each second.",
+                ),
+                Panel(
+                    "Kept from requests",
+                    "short",
+                    _each(signals.REPLICA_TRIPPED, *_REPLICA),
+                    "1: it fails what it is given, and gets no more for a while; 0.5: it is tried.",
                 ),
                 Panel("Restarts in a row", "short", _each(signals.REPLICA_RESTARTS, signals.LABEL_MODEL)),
                 Panel("Sequences started again", "short", _rates(signals.RETRIES, signals.LABEL_MODEL)),
@@ -315,6 +332,12 @@ ROUTER: Final = Board(
                         _plain(signals.ROUTER_OPEN_FDS, "{{instance}}"),
                         _plain(signals.ROUTER_MAX_FDS, "{{instance}} at most"),
                     ),
+                ),
+                Panel("Share of its memory", "percentunit", (_plain(signals.MEMORY_SHARE, "{{instance}}"),)),
+                Panel(
+                    "Connections turned away",
+                    "ops",
+                    (Query(rate(total(signals.CONNECTIONS_REFUSED)), "{{instance}}"),),
                 ),
                 Panel("Started", "dateTimeAsIso", (Query(f"{signals.ROUTER_START_TIME} * 1000", "{{instance}}"),)),
             ),

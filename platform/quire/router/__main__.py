@@ -10,11 +10,13 @@ Exit codes: 0 after SIGTERM, SIGINT or `wire.Finish`, 78 when the configuration 
 pointless), 1 otherwise, also while the files of the certificate are no pair.
 """
 
+# ruff: noqa: E402 - the search for garbage is off while modules are imported
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -24,8 +26,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+gc.disable()  # nothing of what is imported is garbage, and the search for it takes a tenth of the start
+
 import uvicorn
 
+from quire.doors import Door, farewell, keep_quiet, raise_limit
+from quire.errors import ServiceUnavailable, describe
 from quire.metering import Metering
 from quire.router import config as configuration
 from quire.router.access import Access
@@ -44,6 +50,7 @@ BACKLOG = 2048
 SEND_BYTES = 128 * 1024
 """Of answers that the system keeps for a client that does not read, as much again for its own books; then the
 connection's time to read on begins."""
+_CROWDED = "The server has as many connections as it can hold."
 LAST_WORDS = 1.0
 """Seconds for clients to take the errors that their requests end with."""
 
@@ -133,11 +140,15 @@ async def serve(
     status_fd: int | None,
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace."""
+    full = describe(ServiceUnavailable(_CROWDED, retry_after=1.0))
+    words = farewell(full.status, full.headers, full.body) if config.tls is None else b""
+    listening = door = Door.of(listening, words)
+    asyncio.get_running_loop().set_exception_handler(keep_quiet)
     listening.setblocking(False)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have what it has
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
-    await fleet.load_snapshot()
     application, executor, usage = build(fleet, config, tracing, metering)
+    await fleet.load_snapshot()
     options = uvicorn.Config(
         application,
         http=Protocol.under(lambda: fleet.table.http),
@@ -150,8 +161,11 @@ async def serve(
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         backlog=BACKLOG,
     )
+    fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     certificate = None if config.tls is None else Certificate(config.tls)
     options.load()
+    gc.freeze()  # what is there now stays: looking through it would stop all streams for some tens of milliseconds
+    gc.enable()
     options.ssl = None if certificate is None else certificate.context
     server = _Server(options, config.shutdown_grace, status_fd, executor.drain)
     url = base_url(listening, "http" if config.tls is None else "https")
@@ -166,10 +180,12 @@ async def serve(
     await control.open()
     log.info("router on %s, control on %s", url, config.control_socket)
     executor.start()
+    watch = asyncio.create_task(fleet.memory.watch(), name="memory")
     renewal = None if certificate is None else asyncio.create_task(certificate.renew())
     try:
         await server.serve(sockets=[listening])
     finally:
+        watch.cancel()
         if renewal is not None:
             renewal.cancel()
         await control.close()
@@ -200,6 +216,7 @@ def main(arguments: list[str]) -> int:
     except (configuration.BadRouterConfig, BadTelemetry) as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG
+    raise_limit()
     try:
         listening = listening_socket(config)
     except OSError as error:

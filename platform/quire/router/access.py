@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
-from quire.errors import TABLE, PermissionDenied, RateLimited, Unauthenticated
+from quire.errors import TABLE, BudgetSpent, PermissionDenied, RateLimited, Unauthenticated
 from quire.router.limits import Limiter
 from quire_schemas import wire
-from quire_schemas.access import METRICS
 from quire_schemas.keys import MAX_LENGTH, Digest
+from quire_schemas.wire import METRICS
 
 PUBLIC: Final = "public"
 """Operation of what needs no key: whether the process is alive, and whether it knows what to serve."""
@@ -42,7 +42,9 @@ OF_LINES: Final[Mapping[str, str]] = {
 }
 """The operations of the endpoints that are also called from inside, for batches and in the background."""
 RATE_LIMITED: Final = TABLE[RateLimited].code
-"""The code of a refusal that time alone undoes."""
+"""The code of a refusal that a short time undoes."""
+BUDGET_SPENT: Final = TABLE[BudgetSpent].code
+"""That of one that lasts until a budget's time is over, or somebody raises it."""
 VISIT: Final = "quire.visit"
 _NOBODYS: Final = "0" * 64
 _LOOPBACK: Final = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
@@ -158,13 +160,22 @@ class Access:
     closed: bool = False
     clock: Callable[[], float] = time.time
     limiter: Limiter = field(default_factory=Limiter)
+    read_spending: Callable[[], Awaitable[None]] | None = None
+    """Has the budgets know what was spent, as far as it can be read."""
     _tenants: dict[str, wire.Tenant] = field(default_factory=dict)
     _by_id: dict[str, _Known] = field(default_factory=dict)
     _by_digest: dict[str, _Known] = field(default_factory=dict)
 
-    def act_by(self, tenants: Iterable[wire.Tenant]) -> None:
-        """Let in these from now on. Of two that have one key, the first has it."""
+    async def prepare(self, budgets: Iterable[wire.AccessBudget]) -> None:
+        """Find out what was spent of budgets that are about to be in force, so that nobody has to wait for it."""
+        self.limiter.budgets.prepare(budgets)
+        if self.read_spending is not None:
+            await self.read_spending()
+
+    def act_by(self, tenants: Iterable[wire.Tenant], budgets: Iterable[wire.AccessBudget] = ()) -> None:
+        """Let in these from now on, and hold them to these budgets. Of two that have one key, the first has it."""
         self._tenants = {tenant.name: tenant for tenant in tenants}
+        self.limiter.budgets.act_by(budgets, self._tenants.values())
         self._by_id, self._by_digest = {}, {}
         for tenant in self._tenants.values():
             for key in tenant.keys:

@@ -45,7 +45,7 @@ from quire.router.store import Store
 from quire.router.usage import Usage
 from quire.tracing import Tracing
 from quire_operators.nvml import Watch
-from quire_schemas.access import METRICS
+from quire_schemas.wire import METRICS
 
 log = logging.getLogger("quire.router")
 
@@ -62,7 +62,10 @@ def build(
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
     store = Store(config.store)
-    gateway, spans = Gateway(fleet, Usage(store)), RequestSpans(tracing, metering)
+    usage = Usage(store, budgets=fleet.access.limiter.budgets)
+    fleet.metrics.watch_budgets(fleet.access.limiter.all_budgets)
+    fleet.access.read_spending = usage.read_for_budgets
+    gateway, spans = Gateway(fleet, usage), RequestSpans(tracing, metering)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
     batched: dict[str, Format[Any]] = {

@@ -9,7 +9,8 @@ new sequences, does not reconnect, and closes when its last sequence has ended.
 Progress is what counts as life. A replica has made some when it sends deltas, when its count of steps has gone up,
 or when it says that there is nothing to do; since the thread that steps is the one that answers `GetStats`, an
 engine that is stopped or stuck says none of these. After `stall_seconds` without progress it is not ready,
-whatever its socket says. It is asked often enough for that, and for the engine's lease.
+whatever its socket says. It is asked often enough for that, and for the engine's lease. Nor is it ready while it
+fails what it is given: how each sequence ends is told to its breaker (`breaker`).
 
     NotConnected      a sequence was to be started on a connection that is not up
 """
@@ -26,7 +27,10 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from typing import Literal
 
+import msgspec
+
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
+from quire.router.breaker import NO_FAILURE, TRIAL_TOKENS, Breakers
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -37,12 +41,14 @@ ASK_SECONDS = 1.0
 """Longest time between two questions for stats."""
 _ASKED_A_LEASE = 4
 _GET_STATS = wire.frame(wire.GetStats())
-Ejection = Literal["disconnected", "stalled"]
+Ejection = Literal["disconnected", "stalled", "tripped"]
 """Why a replica that served is not ready any more, if nobody told it to leave."""
 
 
 MOST_KEPT = 64
 """Deltas that are kept as they came."""
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[wire.Delta]).decode
 
 
 class NotConnected(Exception):
@@ -65,9 +71,11 @@ class Sequence:
         "id",
         "lost",
         "max_tokens",
+        "packed",
         "priority",
         "prompt_tokens",
         "sent_at",
+        "trial",
         "width",
     )
 
@@ -79,6 +87,8 @@ class Sequence:
         self.id = request.id
         self.bell = bell
         self.deltas: list[wire.Delta] = []
+        self.packed: list[bytes] = []
+        """Those before, while a client reads nothing: log-probabilities take a tenth of their room so."""
         self.heard_at = 0.0
         """When the first of them came."""
         self.prompt_tokens = len(request.token_ids) + len(request.written) - cached_tokens
@@ -93,16 +103,22 @@ class Sequence:
         """Its prompt is computed: it has brought a token, or word that it could have."""
         self.ended = False
         self.lost = False
+        self.trial = False
+        """It decides whether its replica gets others."""
 
     def put(self, delta: wire.Delta) -> None:
-        """One more; of those that nobody takes, such as bring tokens alone are made one."""
+        """One more; those that nobody takes are packed, such as bring tokens alone as one."""
         if len(self.deltas) >= MOST_KEPT:
-            self.deltas = list(_joined(self.deltas))
+            self.packed.append(_pack(list(_joined(self.deltas))))
+            self.deltas = []
         self.deltas.append(delta)
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
         taken, self.deltas = self.deltas, []
+        if self.packed:
+            taken = [delta for pack in self.packed for delta in _unpack(pack)] + taken
+            self.packed = []
         return taken
 
     def abort(self) -> None:
@@ -118,9 +134,12 @@ class EngineClient:
         endpoint: wire.ReplicaEndpoint,
         changed: Callable[[], None],
         ejected: Callable[[Ejection], None] = lambda _: None,
+        breakers: Breakers | None = None,
     ) -> None:
-        """`changed` is called when it is connected or no longer, `ejected` when it stops being ready by itself."""
+        """`changed` is called when it is connected or no longer, and when its breaker opens or closes; `ejected`
+        when it stops being ready by itself. `breakers` are those of its model."""
         self.endpoint = endpoint
+        self._breakers = breakers or Breakers()
         self.stall_seconds = math.inf
         """The route's; set with the endpoint, as are the next two."""
         self.max_queue_length = 0
@@ -183,7 +202,8 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether a new sequence may be given to it."""
-        return self.connected and not self.retired and self.serving and not self.stalled
+        able = self.connected and not self.retired and self.serving and not self.stalled
+        return able and self._breakers.takes(self.endpoint.replica_id, time.monotonic())
 
     @property
     def serving(self) -> bool:
@@ -224,7 +244,13 @@ class EngineClient:
             connected=self.connected,
             in_flight=self.in_flight,
             hot_hash=self.stats.hot_hash if self.stats is not None and self.connected else None,
+            breaker=self.breaker,
         )
+
+    @property
+    def breaker(self) -> wire.BreakerState:
+        """Whether its failures keep requests from it."""
+        return self._breakers.of(self.endpoint.replica_id).state(time.monotonic())
 
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
@@ -281,6 +307,7 @@ class EngineClient:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
         sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
+        sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self._writer.write(wire.frame(request))
         return sequence
@@ -289,6 +316,7 @@ class EngineClient:
         if self._sequences.pop(sequence.id, None) is None:
             return
         self._over(sequence)
+        self._judge(None, sequence)
         if self._writer is not None:
             self._writer.write(wire.frame(wire.Abort(sequence.id)))
         self._close_if_done()
@@ -299,6 +327,22 @@ class EngineClient:
     def _over(self, sequence: Sequence) -> None:
         sequence.ended = True
         self._burden(sequence).end(sequence.prompt_tokens, sequence.max_tokens, sequence.generated, sequence.width)
+
+    def _judge(self, ok: bool | None, *sequences: Sequence) -> None:
+        """Tell the breaker how these have ended, or that the replica has failed while they ran; None: it does not
+        show."""
+        trial = any(sequence.trial for sequence in sequences)
+        for sequence in sequences:
+            sequence.trial = False
+        name = self.endpoint.replica_id
+        changed = self._breakers.end(name, time.monotonic(), ok, trial=trial)
+        if changed == "opened":
+            log.warning("replica %s: fails, and gets no requests for a while", name)
+            self._ejected("tripped")
+        elif changed == "closed":
+            log.info("replica %s: gets requests again", name)
+        if changed or (trial and ok is None):
+            self._changed()
 
     # ── control ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -359,6 +403,8 @@ class EngineClient:
                 lease = self._accept(await frames.read())
             self._writer = writer
             self.connection += 1
+            if self.connection == 1:
+                self._breakers.of(self.endpoint.replica_id).renew(time.monotonic())
             self.stats = self.proved_at = None
             self._progress_at = time.monotonic()
             asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))
@@ -379,6 +425,7 @@ class EngineClient:
                 sequence.lost = True
                 sequence.bell.set()
             if self._was_up:
+                self._judge(None if self.leaving else False, *lost.values())
                 log.info("replica %s: disconnected, %d sequences lost", self.endpoint.replica_id, len(lost))
                 if not self.leaving:
                     self._ejected("disconnected")
@@ -395,6 +442,7 @@ class EngineClient:
             writer.write(_GET_STATS)
             if self.stalled and not was_stalled:
                 self._ejected("stalled")
+                self._judge(False, *self._sequences.values())
             was_stalled = self.stalled
 
     def _accept(self, message: wire.FromEngine | None) -> float:
@@ -436,6 +484,9 @@ class EngineClient:
                 if delta.finish_reason is not None:
                     del self._sequences[delta.id]
                     self._over(sequence)
+                    self._judge(_went_well(delta), sequence)
+                elif sequence.trial and sequence.generated >= TRIAL_TOKENS:
+                    self._judge(True, sequence)
                 sequence.bell.set()
             self._close_if_done()
         elif isinstance(message, wire.Stats):
@@ -458,6 +509,13 @@ class EngineClient:
             self._complaint = words
             level = logging.WARNING if lost and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
+
+
+def _went_well(delta: wire.Delta) -> bool | None:
+    """Whether the end of a sequence speaks for its replica, or against it; None for neither."""
+    if delta.finish_reason != "error":
+        return True
+    return None if delta.error_code in NO_FAILURE else False
 
 
 def _joined(deltas: Series[wire.Delta]) -> Iterator[wire.Delta]:

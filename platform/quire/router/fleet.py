@@ -24,9 +24,11 @@ from pathlib import Path
 
 import msgspec
 
-from quire.errors import InvalidRequest, ModelNotFound, ModelStopped
+from quire.errors import InvalidRequest, ModelNotFound, ModelStopped, ServiceUnavailable
 from quire.router.access import Access, Caller
+from quire.router.breaker import Breakers
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
+from quire.router.memory import Memory
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
@@ -71,6 +73,8 @@ class ServedModel:
     """Of those in flight that are not in the background, how many are whose tenant's."""
     turns: Turns = field(default_factory=Turns)
     """Whose turn it is at the engines, where there are several tenants."""
+    breakers: Breakers = field(default_factory=Breakers)
+    """Which replicas get no requests because they fail them."""
     settled: Pulse = field(default_factory=Pulse)
     """A further attempt or a trial has brought its token, or ended."""
 
@@ -100,10 +104,13 @@ class ServedModel:
         return any(client.ready for client in self.clients)
 
     def check_wanted(self) -> None:
-        """Raises `ModelStopped` when no replica is ready and none is wanted."""
+        """Raises `ModelStopped` when no replica is ready and none is wanted, and `ServiceUnavailable` when all
+        fail, so that it makes no sense to wait for one."""
         if self.route.stopped and not self.ready:
             how = "paused" if self.route.paused else "stopped: no replica of it is wanted"
             raise ModelStopped(f"The model '{self.route.model}' is {how}.")
+        if (wait := self.breakers.waits(time.monotonic())) is not None:
+            raise ServiceUnavailable("All replicas of this model fail what they are given.", retry_after=wait)
 
     def use(self, now: float) -> wire.ModelUse:
         """Whether it is asked for, and since when not."""
@@ -143,6 +150,7 @@ class Fleet:
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples, self.standings)
+        self.memory = Memory()
         self._snapshot = snapshot
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
@@ -157,6 +165,7 @@ class Fleet:
         try:
             table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
         except FileNotFoundError:
             return
         except Exception as error:  # noqa: BLE001 - an empty router is better than one that does not start
@@ -172,6 +181,7 @@ class Fleet:
             if table.version <= self.table.version:
                 return
             tokenizers = await self._load(table)
+            await self.access.prepare(table.budgets)
             try:
                 await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
             except OSError as error:
@@ -191,11 +201,16 @@ class Fleet:
         for route in table.models:
             tokenizer = tokenizers[route.model][1]
             served = known.get(route.model) or ServedModel(route, tokenizer)
+            served.breakers.set(
+                route.breaker,
+                [each.replica_id for each in route.replicas],
+                [each.replica_id for each in route.replicas if not (each.draining or each.standby)],
+            )
             mine: list[EngineClient] = []
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
                 client = self._clients.get(key) or EngineClient(
-                    endpoint, self._pulse.fire, self._ejected(route.model)
+                    endpoint, self._pulse.fire, self._ejected(route.model), served.breakers
                 )
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
@@ -214,7 +229,7 @@ class Fleet:
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
         self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
         self._tokenizers = dict(tokenizers.values())
-        self.access.act_by(table.access)
+        self.access.act_by(table.access, table.budgets)
         self.metrics.set_models(route.model for route in table.models)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
@@ -310,6 +325,7 @@ class Fleet:
             base_url=base_url,
             http=self.table.http,
             parts=wire.PARTS,
+            budgets=self.access.limiter.low_budgets(),
             replicas=[*loads, *self._unconnected()],
             unusable={
                 served.route.model: str(served.tokenizer)
@@ -351,6 +367,7 @@ class Fleet:
                     client.stats if connected else None,
                     client.welcome if connected else None,
                     served.route.prefix_caching,
+                    client.breaker,
                 )
 
 

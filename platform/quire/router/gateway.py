@@ -6,7 +6,8 @@ ready, the queue length alone, and at least one request. Where tenants share a m
 places (`shares`). Background work neither takes places of that bound nor is
 held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
 
-What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`).
+What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`),
+by its length, and by the time that it turns out to take.
 A text whose length alone tells that it cannot fit is never tokenized. So no prompt holds up the streams of others.
 """
 
@@ -29,11 +30,13 @@ from quire.router import conversation
 from quire.router.conversation import Rendered
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
+from quire.router.memory import Memory
 from quire.router.mirror import Mirrors
 from quire.router.shares import may_enter
 from quire.router.spans import RequestSpan
 from quire.router.usage import Usage
 from quire.text import Tokenizer, params
+from quire.text.templates import TakesLong, briefly
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatRequest
 from quire_schemas.openai.completions import CompletionRequest
@@ -46,8 +49,14 @@ W = TypeVar("W")
 
 INLINE_BYTES: Final = 16 * 1024
 """The bodies of which all is done on the event loop: above this it takes longer than the hop to a thread."""
+INLINE_SECONDS: Final = 0.02
+"""Processor time that a template has on the event loop, before it is begun again on a thread."""
 LONG_BYTES: Final = 256 * 1024
 """Larger bodies have threads of their own, and wait for each other there."""
+READING_BYTES: Final = 32
+"""Of memory, that reading a byte of a body may take at its height: token ids are the worst."""
+ENCODING_BYTES: Final = 256
+"""The same for a character that is made into token ids: the library notes more of each token than its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +84,22 @@ class Gateway:
     async def aside(self, work: Callable[[], W], size: int) -> W:
         """What `work` gives for a body of `size` bytes, without others having to wait meanwhile.
 
-        That takes work which leaves the interpreter to them, as tokenizing does.
+        That takes work which leaves the interpreter to them, as tokenizing does. Raises `MemoryShort`.
         """
         if size <= INLINE_BYTES:
-            return work()
+            try:
+                with briefly(INLINE_SECONDS):
+                    return work()
+            except TakesLong:  # a template can make much of little
+                return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
+
+        def reserved() -> W:
+            with self.fleet.memory.reserved(READING_BYTES * size):
+                return work()
+
         if size <= LONG_BYTES:
-            return await asyncio.to_thread(work)
-        return await asyncio.get_running_loop().run_in_executor(self._for_long, work)
+            return await asyncio.to_thread(reserved)
+        return await asyncio.get_running_loop().run_in_executor(self._for_long, reserved)
 
     @contextmanager
     def admit(
@@ -138,9 +156,15 @@ class Gateway:
         def ids() -> tuple[Rendered, list[int], tuple[int, ...] | None]:
             rendered = conversation.render(request, served)
             bound = _limit(served.route) if request.truncate_prompt_tokens is None else None
-            whole = _encoded(tokenizer, rendered.text, bool(request.add_special_tokens), bound, "messages")
+            whole = _encoded(
+                self.fleet.memory, tokenizer, rendered.text, bool(request.add_special_tokens), bound, "messages"
+            )
             prompt = _truncated(whole, served.route, request)
-            return rendered, prompt, _script(request, request.messages[-1].content or "", served, tokenizer)
+            return (
+                rendered,
+                prompt,
+                _script(self.fleet.memory, request, request.messages[-1].content or "", served, tokenizer),
+            )
 
         began = time.monotonic()
         rendered, prompt, script = await self.aside(ids, size)
@@ -165,7 +189,11 @@ class Gateway:
 
         def read(given: Prompt, field: str) -> tuple[list[int], str]:
             """A prompt's ids, and its text if that is to be in the answer."""
-            whole = _encoded(tokenizer, given, special, bound, field) if isinstance(given, str) else given
+            whole = (
+                _encoded(self.fleet.memory, tokenizer, given, special, bound, field)
+                if isinstance(given, str)
+                else given
+            )
             prompt = _truncated(whole, served.route, request)
             _room(served.route, prompt, request, field)
             if not isinstance(given, str) and max(prompt) >= vocab:
@@ -176,7 +204,9 @@ class Gateway:
 
         def ids() -> tuple[list[tuple[list[int], str]], tuple[int, ...] | None]:
             named = _named(request.prompt, "prompt")
-            return [read(prompt, field) for field, prompt in named], _script(request, None, served, tokenizer)
+            return [read(prompt, field) for field, prompt in named], _script(
+                self.fleet.memory, request, None, served, tokenizer
+            )
 
         began = time.monotonic()
         found, script = await self.aside(ids, size)
@@ -238,7 +268,11 @@ class Gateway:
         limit = _limit(served.route)
 
         def read(given: Prompt, field: str) -> list[int]:
-            ids = _encoded(tokenizer, given, special, limit, field) if isinstance(given, str) else given
+            ids = (
+                _encoded(self.fleet.memory, tokenizer, given, special, limit, field)
+                if isinstance(given, str)
+                else given
+            )
             if not ids:
                 raise InvalidRequest(f"'{field}' is empty: it has no token.", param=field)
             if len(ids) > limit:
@@ -394,14 +428,18 @@ def _named(entries: Sequence[Prompt], field: str) -> Iterator[tuple[str, Prompt]
         yield (f"{field}[{place}]" if len(entries) > 1 else field), entry
 
 
-def _encoded(tokenizer: Tokenizer, text: str, special: bool, bound: int | None, field: str) -> list[int]:
-    """The ids of `text`. Raises before they are made if its length alone says that they are above `bound`."""
+def _encoded(
+    memory: Memory, tokenizer: Tokenizer, text: str, special: bool, bound: int | None, field: str
+) -> list[int]:
+    """The ids of `text`. Raises before they are made if its length alone says that they are above `bound`, or if
+    there is no memory to make them."""
     least = tokenizer.least_tokens(text) if bound is not None else 0
     if bound is not None and least > bound:
         raise ContextLengthExceeded(
             f"This model takes {bound} tokens; '{field}' has at least {least}. Shorten it.", param=field
         )
-    return tokenizer.encode(text, special)
+    with memory.reserved(ENCODING_BYTES * len(text)):
+        return tokenizer.encode(text, special)
 
 
 def _truncated(prompt: list[int], route: wire.ModelRoute, request: SamplingFields) -> list[int]:
@@ -458,7 +496,7 @@ def _room(route: wire.ModelRoute, prompt: Sequence[int], request: SamplingFields
 
 
 def _script(
-    request: SamplingFields, default: str | None, served: ServedModel, tokenizer: Tokenizer
+    memory: Memory, request: SamplingFields, default: str | None, served: ServedModel, tokenizer: Tokenizer
 ) -> tuple[int, ...] | None:
     """What a scripted model is to answer: the request's script, else `default`; None is the prompt, word for word.
 
@@ -480,7 +518,9 @@ def _script(
     if script is None:
         return None
     made = (
-        _encoded(tokenizer, script, False, _limit(served.route), "script") if isinstance(script, str) else script
+        _encoded(memory, tokenizer, script, False, _limit(served.route), "script")
+        if isinstance(script, str)
+        else script
     )
     ids = tuple(made)
     if not ids and (request.ignore_eos or request.min_tokens):

@@ -7,8 +7,9 @@
   asks beforehand (a preflight), and is answered here.
 - **Key**: whoever sent it is found out here (`access`), and the answer tells him of his limits; what he may do is
   decided on the route that the request matches. A preflight carries no key and needs none.
-- **Framing**: a request with both Content-Length and Transfer-Encoding is one that two servers could read in two
-  ways; it is refused and its connection closed.
+- **Framing**: what two servers could read in two ways is refused and its connection closed: Content-Length beside
+  Transfer-Encoding, chunks in HTTP/1.0, heads with folded lines or with ends of line that are not CRLF
+  (`Framing`), and a target that is neither a path nor a URL.
 - **Size**: a bounded number of headers of bounded length.
 - **Request id**: the client's `X-Request-Id` when it is a plain word, else one of our own, on every answer; beside
   it `openai-processing-ms`, the time from the request to the first byte of its answer.
@@ -46,11 +47,14 @@ _ABSOLUTE: Final = re.compile(r"https?://([^/]+)(/.*)", re.DOTALL | re.IGNORECAS
 """A target as proxies are given it; it is the same as its path."""
 _ORIGIN: Final = re.compile(r"https?://(.+)")
 _GOODBYE_SECONDS: Final = 1.0
+_AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\n[ \t]|\r(?=[^\n])")
+"""In a head: an end of line that is none, and a line that goes on in the next one."""
 _HEADER_NAMES: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~ ,-]{0,1024}")
 _PREFLIGHT_SECONDS: Final = b"600"
 _READABLE: Final = b", ".join(
     [
         b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms",
+        b"x-quire-budget",
         *(
             f"x-ratelimit-{word}-{kind}".encode()
             for word in ("limit", "remaining", "reset")
@@ -59,6 +63,8 @@ _READABLE: Final = b", ".join(
     ]
 )
 """Headers of answers that pages may read besides the few that they always may."""
+WAITING_BYTES: Final = 16 * 1024
+"""Of answers that are kept here for a client, behind what the system keeps: what is made later waits as tokens."""
 _DRAINED: Final = 16 * 1024 * 1024
 _DRAIN_SECONDS: Final = 5.0
 """How much of a refused body is read, and for how long: a client cut off while it sends never sees why."""
@@ -129,7 +135,9 @@ class Guard:
                 (host := _HOST.fullmatch(absolute[1].lower())) is None or host[1] not in self._hosts
             ):
                 raise HostRefused("This server does not answer to that Host.")
-            self._check(headers, foreign=bool(crossing))
+            if not scope["path"].startswith("/"):
+                raise InvalidRequest("The target of the request is neither a path nor a URL.")
+            self._check(headers, foreign=bool(crossing), old=scope["http_version"] == "1.0")
             if crossing and (permitted := _preflight(str(scope.get("method")), headers)):
                 await send_with_id({"type": "http.response.start", "status": 204, "headers": permitted})
                 await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
@@ -155,8 +163,9 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool) -> None:
-        """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours."""
+    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool, old: bool) -> None:
+        """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours;
+        `old`: it is HTTP/1.0, which has no chunks."""
         values: dict[bytes, list[str]] = {}
         count = size = 0
         for name, value in headers:
@@ -165,8 +174,11 @@ class Guard:
             values.setdefault(name, []).append(value.decode("latin-1"))
         if count > MAX_HEADERS or size > MAX_HEADER_BYTES:
             raise InvalidRequest(f"The headers are above {MAX_HEADERS} in number or {MAX_HEADER_BYTES} in bytes.")
-        if b"transfer-encoding" in values and b"content-length" in values:
-            raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
+        if b"transfer-encoding" in values:
+            if old:
+                raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding.")
+            if b"content-length" in values:
+                raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
         hosts = values.get(b"host", [])
         found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
         if found is None:
@@ -210,6 +222,19 @@ def _preflight(method: str, headers: Iterable[tuple[bytes, bytes]]) -> list[tupl
     return answer
 
 
+class Framing(h11.Connection):
+    """Reads heads by the book: h11 takes folded lines and bare line feeds, which some proxies see otherwise."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:  # whatever waits to be read begins with a head, as far as it has come
+            waiting = self.trailing_data[0]
+            if _AMBIGUOUS.search(waiting, 0, end + 2 if (end := waiting.find(b"\r\n\r\n")) >= 0 else len(waiting)):
+                raise h11.RemoteProtocolError(
+                    "a line of the head ends otherwise than by CRLF, or goes on in the next"
+                )
+        return super().next_event()
+
+
 class Protocol(H11Protocol):
     """Answers bytes that are not HTTP in the shape of all other errors, and waits for nobody for ever."""
 
@@ -218,6 +243,11 @@ class Protocol(H11Protocol):
     _head: asyncio.TimerHandle | None = None
     _room: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        most = self.config.h11_max_incomplete_event_size
+        self.conn = Framing(h11.SERVER) if most is None else Framing(h11.SERVER, most)
+
     @classmethod
     def under(cls, settings: Callable[[], HttpSettings]) -> type[Protocol]:
         """The protocol with these settings: uvicorn makes its instances by itself."""
@@ -225,6 +255,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WAITING_BYTES)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

@@ -10,8 +10,12 @@ and what it did not use is given back at its end, however it ends. Who could com
 waits until it is full, and then leaves it with a debt if he must. So a limit below one request's size slows down
 and locks nobody out.
 
+**Budgets** (`budgets`) are looked at where limits are: when a request is let in, and when it is known what it may
+come to, which it then holds until it ends. What it came to is counted by the ledger.
+
 A limit of scope `key` has a bucket for each key, one of scope `policy` a bucket for all. A limit that is changed
-begins with a full bucket, as does a router that starts: nothing of this is on the disk.
+begins with a full bucket, as does a router that starts: nothing of this is on the disk. Budgets have what the
+ledger has.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from quire.errors import RateLimited
+from quire.router.budgets import Amount, Budgets
 from quire_schemas import wire
 
 SECOND: Final = 1_000_000_000
@@ -74,17 +79,26 @@ class Ticket:
     _requests: Sequence[Bucket] = ()
     _tokens: Sequence[tuple[wire.AccessLimit, Bucket]] = ()
     _reserved: int = 0
+    _whose: tuple[str, str] = ("", "")
+    """The policy and the key."""
+    _held: list[Amount] = field(default_factory=list)
 
-    def reserve(self, tokens: int) -> None:
-        """Take as many tokens as it may come to from here on. What it took before and has not used counts: who is
-        given to one model after another takes no more than he may use. Raises `RateLimited`."""
-        if self._limiter is None:
+    def reserve(self, most: Amount) -> None:
+        """Take as much as it may come to from here on. What tokens it took before and has not used count: who is
+        given to one model after another takes no more than he may use. Of budgets it holds the most at each model.
+        Raises `RateLimited`, `BudgetSpent` and `StorageUnavailable`."""
+        limiter = self._limiter
+        if limiter is None:
             return
-        more = self.used + tokens - self._reserved
+        more = self.used + most.tokens - self._reserved
         if more > 0:
-            self._limiter.check(self._tokens, more)
+            limiter.check(self._tokens, more)
+        if not self._held:  # else it was let in, and what it holds itself is nothing to be refused for
+            limiter.budgets.check(*self._whose, limiter.wall())
+        if limiter.budgets.hold(*self._whose, most):
+            self._held.append(most)
         for _, bucket in self._tokens:
-            bucket.take(more, self._limiter.now())
+            bucket.take(more, limiter.now())
         self._reserved += more
 
     def uncount(self) -> None:
@@ -99,6 +113,9 @@ class Ticket:
         for _, bucket in self._tokens:
             bucket.take(self.used - self._reserved, self._limiter.now())
         self._reserved = self.used
+        for amount in self._held:
+            self._limiter.budgets.free(*self._whose, amount)
+        self._held.clear()
 
 
 @dataclass(slots=True)
@@ -110,10 +127,14 @@ class _Scope:
 
 
 class Limiter:
-    """Of all tenants of one router. `clock` gives nanoseconds that never go back."""
+    """Of all tenants of one router. `clock` gives nanoseconds that never go back, `wall` what time people have."""
 
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, clock: Callable[[], int] = time.monotonic_ns, wall: Callable[[], float] = time.time
+    ) -> None:
         self.now = clock
+        self.wall = wall
+        self.budgets = Budgets()
         self._scopes: dict[tuple[str, str | None], _Scope] = {}
 
     def act_by(self, tenants: Iterable[wire.Tenant]) -> None:
@@ -128,7 +149,8 @@ class Limiter:
 
     @contextmanager
     def entered(self, tenant: wire.Tenant | None, key: str) -> Iterator[Ticket]:
-        """Let a request in and hold its place. Raises `RateLimited`: then nothing is counted of it."""
+        """Let a request in and hold its place. Raises `RateLimited`, `BudgetSpent` and `StorageUnavailable`: then
+        nothing is counted of it."""
         if tenant is None:
             yield Ticket()
             return
@@ -140,9 +162,15 @@ class Limiter:
         scopes = [self._scope(tenant, scope, key) for scope in ("key", "policy")]
         requests, tokens = self._buckets(tenant, key, "requests"), self._buckets(tenant, key, "tokens")
         self.check([*requests, *tokens], 1)
+        self.budgets.check(tenant.name, key, self.wall())
         for _, bucket in requests:
             bucket.take(1, self.now())
-        ticket = Ticket(_limiter=self, _requests=[bucket for _, bucket in requests], _tokens=tokens)
+        ticket = Ticket(
+            _limiter=self,
+            _requests=[bucket for _, bucket in requests],
+            _tokens=tokens,
+            _whose=(tenant.name, key),
+        )
         for scope in scopes:
             scope.running += 1
         try:
@@ -154,7 +182,7 @@ class Limiter:
 
     def has_place(self, tenant: wire.Tenant, key: str) -> bool:
         """Whether one more may run at this moment."""
-        return self._full(tenant, key) is None
+        return self._full(tenant, key) is None and self.budgets.has_room(tenant.name, key, self.wall())
 
     def _full(self, tenant: wire.Tenant, key: str) -> wire.AccessLimit | None:
         """The first bound that as many run as may."""
@@ -180,8 +208,17 @@ class Limiter:
             retry_after=wait,
         )
 
+    def all_budgets(self) -> Iterator[wire.BudgetStanding]:
+        """How all budgets stand."""
+        return self.budgets.standing(self.wall())
+
+    def low_budgets(self) -> list[wire.BudgetStanding]:
+        """Those that are spent, or nearly."""
+        return self.budgets.low(self.wall())
+
     def headers(self, tenant: wire.Tenant | None, key: str) -> list[tuple[bytes, bytes]]:
-        """What an answer tells of the limits: of requests and of tokens the one that leaves least."""
+        """What an answer tells of the limits: of requests and of tokens the one that leaves least, and of the
+        budget that is spent furthest, if it is to be warned of."""
         if tenant is None:
             return []
         now, told = self.now(), []
@@ -196,6 +233,8 @@ class Limiter:
                 ("reset", _seconds(least.full_in(now))),
             ):
                 told.append((f"x-ratelimit-{word}-{kind}".encode(), value.encode()))
+        if warning := self.budgets.warning(tenant.name, key, self.wall()):
+            told.append((b"x-quire-budget", warning.encode()))
         return told
 
     def _scope(self, tenant: wire.Tenant, scope: str, key: str) -> _Scope:

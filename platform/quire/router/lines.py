@@ -38,7 +38,7 @@ import msgspec
 
 from quire.errors import ModelNotFound, ModelStopped, StorageUnavailable
 from quire.router import quarantine
-from quire.router.access import EVERYBODY, OF_LINES, RATE_LIMITED
+from quire.router.access import BUDGET_SPENT, EVERYBODY, OF_LINES, RATE_LIMITED
 from quire.router.api.exchange import Exchange, Format
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
 from quire.router.files import Files, read_bytes
@@ -59,6 +59,8 @@ ROOM_SECONDS: Final = 0.1
 """Between two looks for room at the models."""
 PAUSES: Final = (0.25, 15.0)
 """Seconds that a model is left alone when a line could not be answered, and the most that doubling makes of it."""
+LONGEST_REST: Final = 60.0
+"""Seconds after which a batch whose owner is at a limit looks again, which may have been raised."""
 FAULTS: Final = 3
 QUARANTINES: Final = 2
 QUARANTINE_SECONDS: Final = quarantine.REMEMBERED_SECONDS + 5.0
@@ -362,7 +364,7 @@ class Lines:
 def again(work: Work, line: int, client: InsideClient) -> Again | None:
     """How a line is tried again that may have another answer then; None when what came is its answer."""
     if client.status == 429 and (after := client.headers.get(b"retry-after-ms")) is not None and _is_limit(client):
-        return Again(first=True, rest=int(after) / 1000)
+        return Again(first=True, rest=min(int(after) / 1000, LONGEST_REST))
     if client.status in (429, 503, 507):
         return Again()
     quarantined = client.status == 502 and client.headers.get(b"x-should-retry") == b"false"
@@ -377,7 +379,7 @@ def again(work: Work, line: int, client: InsideClient) -> Again | None:
 
 def _is_limit(client: InsideClient) -> bool:
     """Whether its owner has had as much as he may for now, rather than its model no room."""
-    return msgspec.json.decode(bytes(client.body), type=_Refusal).error.code == RATE_LIMITED
+    return msgspec.json.decode(bytes(client.body), type=_Refusal).error.code in (RATE_LIMITED, BUDGET_SPENT)
 
 
 def request_id() -> str:

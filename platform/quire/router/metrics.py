@@ -50,7 +50,7 @@ REFUSED_FOR_ITSELF: Final = "invalid_request"
 """The reason of a refusal whose error has no code."""
 REASONS: Final = tuple(sorted({row.code or REFUSED_FOR_ITSELF for row in TABLE.values()}))
 SOURCES: Final = ("local_compute", "local_cache_hit")
-EJECTIONS: Final = ("disconnected", "stalled")
+EJECTIONS: Final = ("disconnected", "stalled", "tripped")
 COPIES: Final = ("completed", "failed", "dropped")
 ROUTED: Final = "routed"
 STEPPED_IN: Final = "stepped in"
@@ -109,6 +109,7 @@ class ReplicaSample:
     welcome: Welcome | None = None
     """What it was built with, while it is connected."""
     prefix_caching: bool = False
+    breaker: wire.BreakerState = "closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,14 @@ class Metrics:
     def watch_gpus(self, watch: Watch) -> None:
         """Show what a watch sees of this machine's GPUs."""
         self._registry.register(_Gpus(watch))
+
+    def watch_budgets(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        """Show how budgets stand."""
+        self._registry.register(_Budgets(standing))
+
+    def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        """Show how many connections were turned away, and how much of its memory the router has."""
+        self._registry.register(_Room(refused, share))
 
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
@@ -532,6 +541,9 @@ class _Replicas(Collector):
             )
         ]
         up = GaugeMetricFamily(signals.REPLICA_UP, "1: connected, and making progress.", labels=labels)
+        tripped = GaugeMetricFamily(
+            signals.REPLICA_TRIPPED, "1: gets no requests because it fails them; 0.5: is tried.", labels=labels
+        )
         waiting = GaugeMetricFamily(
             signals.NUM_REQUESTS_WAITING_BY_REASON, "What they wait for.", labels=[*labels, signals.LABEL_REASON]
         )
@@ -554,6 +566,7 @@ class _Replicas(Collector):
             key = [replica.model, replica.replica]
             stats, welcome = replica.stats, replica.welcome
             up.add_metric(key, float(replica.up))
+            tripped.add_metric(key, _TRIPPED[replica.breaker])
             for family, read in told:
                 family.add_metric(key, read(stats) if stats is not None else 0)
             deferred = stats.deferred if stats is not None else 0
@@ -566,7 +579,10 @@ class _Replicas(Collector):
                 seats = stats.max_num_seqs if stats is not None else welcome.max_num_seqs
                 facts = (welcome.block_size, welcome.num_blocks, seats, welcome.max_model_len)
                 config.add_metric([*key, *map(str, facts), str(replica.prefix_caching)], 1)
-        yield from (up, *(family for family, _ in told), waiting, tokens, config)
+        yield from (up, tripped, *(family for family, _ in told), waiting, tokens, config)
+
+
+_TRIPPED: Final[Mapping[str, float]] = {"closed": 0.0, "trying": 0.5, "open": 1.0}
 
 
 def _usage(stats: Stats) -> float:
@@ -588,6 +604,35 @@ class _Batches(Collector):
         for finish, number in self._lines.items():
             lines.add_metric([finish], number.value)
         yield lines
+
+
+class _Budgets(Collector):
+    def __init__(self, standing: Callable[[], Iterable[wire.BudgetStanding]]) -> None:
+        self._standing = standing
+
+    def collect(self) -> Iterator[Metric]:
+        spent = GaugeMetricFamily(
+            signals.BUDGET_SPENT,
+            "Share of a budget that is spent.",
+            labels=[signals.LABEL_POLICY, signals.LABEL_BUDGET, signals.LABEL_KEY],
+        )
+        for budget in self._standing():
+            spent.add_metric([budget.policy, budget.name, budget.key], budget.spent / budget.size)
+        yield spent
+
+
+class _Room(Collector):
+    def __init__(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
+        self._refused = refused
+        self._share = share
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            signals.CONNECTIONS_REFUSED, "Connections turned away for want of descriptors.", self._refused()
+        )
+        yield GaugeMetricFamily(
+            signals.MEMORY_SHARE, "Of the memory that the router could have, what it has.", self._share()
+        )
 
 
 class _Disk(Collector):

@@ -91,7 +91,13 @@ BODY: Final[Errors] = (
     errors.ServiceUnavailable,
 )
 """Of requests with a body: the server may stop while they are worked on."""
-TOKENIZER: Final[Errors] = (errors.ModelNotFound, text.BadTokenizer, errors.RateLimited)
+TOKENIZER: Final[Errors] = (
+    errors.ModelNotFound,
+    text.BadTokenizer,
+    errors.RateLimited,
+    errors.BudgetSpent,
+    errors.MemoryShort,
+)
 """Of requests that need a model's tokenizer; they count towards limits."""
 ENGINE: Final[Errors] = (
     *TOKENIZER,

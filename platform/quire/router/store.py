@@ -40,7 +40,7 @@ log = logging.getLogger("quire.router")
 
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 
 def _add_owners(db: sa.Connection) -> None:
@@ -55,7 +55,14 @@ def _add_owners(db: sa.Connection) -> None:
             db.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
 
 
-UPGRADES: Final[Mapping[int, Callable[[sa.Connection], None]]] = {1: _add_owners}
+def _count_hours(db: sa.Connection) -> None:
+    """The ledger had a row for each day, and knew no money."""
+    if "usage" in sa.inspect(db).get_table_names():
+        db.exec_driver_sql("ALTER TABLE usage RENAME COLUMN day TO at")
+        db.exec_driver_sql("ALTER TABLE usage ADD COLUMN cost INTEGER NOT NULL DEFAULT 0")
+
+
+UPGRADES: Final[Mapping[int, Callable[[sa.Connection], None]]] = {1: _add_owners, 2: _count_hours}
 """By version, what makes the next one of it. A file may lack tables that came without a new version."""
 RESERVE_BYTES: Final = 64 * 1024 * 1024
 """Of the file system, which what is kept here leaves to others, the control plane among them."""

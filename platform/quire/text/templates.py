@@ -11,7 +11,8 @@ of our own, because a sandbox keeps a template from our objects but not from our
   checked before it runs;
 - filters are those of `FILTERS`, which is what chat templates use. Each takes its items through the count; those
   that could not be bounded in a line (`batch`, `slice`, `center`, `wordwrap`, …) are not there;
-- the output is read piece by piece and cut off at `MAX_CHARS`.
+- the output is read piece by piece and cut off at `MAX_CHARS`;
+- whoever has others waiting may have it tried for a moment only (`briefly`), and begin it again elsewhere.
 
 The counting is put into the program when it is compiled: the syntax tree gets a call at the head of each loop and
 macro, and each `~` and each slice becomes a call. Nothing is computed while compiling. What a template may use
@@ -28,6 +29,7 @@ import re
 import string
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any, Final
@@ -87,22 +89,43 @@ class _OverBudget(SecurityError):
     """The template ran over one of its bounds."""
 
 
+class TakesLong(Exception):
+    """A rendering takes longer than `briefly` allows."""
+
+
+_brief: ContextVar[float | None] = ContextVar("quire_template_brief", default=None)
+
+
+@contextmanager
+def briefly(seconds: float) -> Iterator[None]:
+    """Renderings inside raise `TakesLong` when they take more processor time than that."""
+    token = _brief.set(seconds)
+    try:
+        yield
+    finally:
+        _brief.reset(token)
+
+
 class _Budget:
     """What one rendering has left."""
 
-    __slots__ = ("_deadline", "_look_at", "_ticks")
+    __slots__ = ("_brief", "_deadline", "_look_at", "_ticks")
 
     def __init__(self) -> None:
         self._ticks = MAX_TICKS
         self._look_at = MAX_TICKS
-        self._deadline = time.thread_time() + MAX_CPU_SECONDS
+        self._brief = _brief.get()
+        self._deadline = time.thread_time() + (MAX_CPU_SECONDS if self._brief is None else self._brief)
 
     def take(self, ticks: int) -> None:
         self._ticks -= ticks
         if self._ticks > self._look_at:
             return
         self._look_at = self._ticks - 32
-        if self._ticks < 0 or time.thread_time() > self._deadline:
+        late = time.thread_time() > self._deadline
+        if late and self._brief is not None:
+            raise TakesLong
+        if late or self._ticks < 0:
             raise _OverBudget("the template runs too long")
 
 
@@ -524,6 +547,8 @@ class ChatTemplate:
                     raise _OverBudget("the prompt is too long")
                 pieces.append(piece)
             return "".join(pieces)
+        except TakesLong:
+            raise
         except _Refused as error:
             words = "".join(c if c.isprintable() else " " for c in str(error))[:200]
             raise TemplateRefused(words) from error

@@ -230,7 +230,7 @@ def _check_keys(body: bytes, keys: int) -> None:
     Every key in the body has a colon behind it, so with as many such places as keys left, none was lost. Texts
     may have more of them; only then is the body read again, by a reader that shows every pair.
     """
-    if len(MAYBE_KEY.findall(body)) != keys:
+    if sum(1 for _ in MAYBE_KEY.finditer(body)) != keys:  # one by one, so that other threads get their turns
         json.loads(body, object_pairs_hook=_distinct, parse_int=float)
 
 

@@ -466,13 +466,16 @@ def test_a_refused_constraint_leaves_no_trace_in_the_engine() -> None:
 # ── served ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_constraint_goes_through_the_socket_and_a_wrong_one_is_the_requests_own_end(folder: Path) -> None:
+async def test_a_constraint_goes_through_the_socket_and_a_wrong_one_is_the_requests_own_end(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Why it is refused quotes it, so that stands in the answer and not in the log."""
     spec = spec_in(folder)
     async with serving(spec):
         client = await greeted(spec)
         client.send(
             Generate("good", [5, 6], Sampling(max_tokens=40, structured=Structured("regex", "(ab){2}"))),
-            Generate("bad", [5, 6], Sampling(max_tokens=40, structured=Structured("regex", "("))),
+            Generate("bad", [5, 6], Sampling(max_tokens=40, structured=Structured("regex", "(CANARY"))),
             Generate("free", [5, 6], Sampling(max_tokens=3, ignore_eos=True)),
         )
         heard = await client.hear("good", "bad", "free")
@@ -480,6 +483,9 @@ async def test_a_constraint_goes_through_the_socket_and_a_wrong_one_is_the_reque
         assert (refused.finish_reason, refused.error_code) == ("error", "invalid_grammar")
         assert refused.error is not None
         assert "unclosed group" in refused.error
+        assert "CANARY" in refused.error
+        assert "bad ended: invalid_grammar" in caplog.text
+        assert "CANARY" not in caplog.text
         assert heard["good"][-1].finish_reason == "stop"
         assert heard["free"][-1].finish_reason == "length"
         assert (await until_idle(client)).blocks_used == 0

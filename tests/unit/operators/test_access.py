@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quire_operators.access import read
+import pytest
+
+from quire_operators.access import amount, read
 from quire_operators.records import StoredObject
 from quire_operators.secrets import Secrets, without_tokens
 from quire_operators.status import Reason
@@ -71,3 +73,33 @@ def test_variables_with_keys_and_tokens_are_not_handed_down(tmp_path: Path) -> N
     model = {"sourceAuth": {"env": "TOKEN", "file": None}}
     environ = {"KEY": "k", "TOKEN": "t", "PATH": "p"}
     assert without_tokens(environ, [spec, model, {"sourceAuth": None}, {}]) == {"PATH": "p"}
+
+
+def test_budgets_as_the_router_is_told_of_them(tmp_path: Path) -> None:
+    spec = (
+        "{keys: [], budgets: [{name: m, cost: '250.0001', per: month}, "
+        "{name: d, scope: key, tokens: 9, counts: prompt, cached: free, per: 1d1h, warnAt: 87.5%}]}"
+    )
+    (policy,) = read([stored("team", spec)], Secrets(tmp_path, {}))
+    assert policy.budgets() == (
+        wire.AccessBudget("team", "m", "policy", "month", cost=250_0001_000_000),
+        wire.AccessBudget("team", "d", "key", 25, 9, "prompt", "free", warn_at=8750),
+    )
+    older = stored("team", "{keys: []}")
+    del older.resolved["budgets"]
+    assert read([older], Secrets(tmp_path, {}))[0].budgets() == ()
+
+
+@pytest.mark.parametrize(
+    ("ticks", "text"),
+    [
+        (0, "0.0000"),
+        (1, "0.0001"),
+        (10**10, "1.0000"),
+        (10**10 + 10**6, "1.0001"),
+        (25 * 10**21, "2500000000000.0000"),
+    ],
+)
+def test_money_is_shown_without_floats_and_never_as_less_than_it_is(ticks: int, text: str) -> None:
+    assert amount("cost", ticks) == text
+    assert amount("tokens", ticks) == ticks

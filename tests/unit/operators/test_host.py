@@ -56,6 +56,19 @@ def group(root: Path, folder: str, **files: str) -> None:
         (root / folder / name.replace("__", ".")).write_text(text + "\n")
 
 
+def test_room_is_what_the_tightest_group_leaves_and_what_the_kernel_would_give_up(tmp_path: Path) -> None:
+    stat = "anon 700\nactive_file 30\ninactive_file 60\nshmem 5"
+    group(tmp_path, "a", memory__max="1000", memory__current="900", memory__stat=stat)
+    group(tmp_path, "a/b", memory__max="max", memory__current="500", memory__stat=stat)
+    two = ControlGroups(tmp_path, "0::/a/b\n")
+    assert (two.memory_room(closely=False), two.memory_room(closely=True)) == (100, 190)
+    old = "cache 90\ntotal_active_file 1\ntotal_inactive_file 2\ninactive_file 50"
+    group(tmp_path, "memory/c", memory__limit_in_bytes="50", memory__usage_in_bytes="40", memory__stat=old)
+    one = ControlGroups(tmp_path, "4:memory:/c\n")
+    assert (one.memory_room(closely=False), one.memory_room(closely=True)) == (10, 13)
+    assert ControlGroups(tmp_path, "0::/none\n").memory_room(closely=True) is None
+
+
 def test_siblings_are_one_core(tmp_path: Path) -> None:
     for number, siblings in ((0, "0,4"), (4, "0,4"), (1, "1,5"), (5, "1,5"), (2, "2,6")):
         group(tmp_path, f"cpu{number}/topology", thread_siblings_list=siblings)

@@ -15,6 +15,7 @@ from quire_operators.routes import FRESH_SECONDS, Routable, Routes, Text, build,
 from quire_operators.status import ADVICE, Fact, Reason, conditions, progress, remedies, timestamp
 from quire_operators.store import Store
 from quire_schemas import wire
+from quire_schemas.resource import Key
 
 ROUTE = wire.ModelRoute("m", ("m",), 1, "t", "/t", None, 1024, 4096, 512, 60.0, 1, ())
 ROW = Row("m-r1-0", "m", 0, 1, "t", Goal.RUN, 0.0, incarnation=1)
@@ -182,6 +183,24 @@ async def test_a_table_is_sent_when_it_differs_and_believed_when_acknowledged(wo
     await world.routes.reconcile(table((replace(ROW, goal=Goal.DRAIN), READY)))
     seen = world.routes.view(ROW, READY)
     assert (seen.connected, seen.routed, seen.released) == (True, False, True)
+
+
+async def test_a_replica_that_fails_what_it_is_given_is_told_of_once(world: World) -> None:
+    content = table((ROW, READY))
+
+    async def stands(breaker: wire.BreakerState) -> tuple[bool, bool]:
+        world.router.loads = [wire.ReplicaLoad("m-r1-0", 1, True, 0, "hot", breaker)]
+        news = await world.routes.reconcile(content)
+        return news, world.routes.view(ROW, READY).failing
+
+    await world.routes.reconcile(content)
+    assert [await stands(each) for each in ("closed", "open", "trying", "open", "closed", "closed")] == [
+        (True, False), (True, True), (False, True), (False, True), (True, False), (False, False),
+    ]  # fmt: skip
+    events = world.store.events(Key("model", "m"))
+    assert [(each.type, each.reason, each.count) for each in events] == [
+        ("Warning", "ReplicaTripped", 1), ("Normal", "ReplicaRecovered", 1),
+    ]  # fmt: skip
 
 
 async def test_settings_of_the_gateway_are_sent_and_acknowledged_like_routes(world: World) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,3 +126,47 @@ def test_what_comes_from_this_machine(given: dict[str, Any], local: bool) -> Non
     assert visit.local is local
     without_client = access.visit({**given, "client": None})
     assert not without_client.local
+
+
+def welch(ones: list[Callable[[], object]], others: list[Callable[[], object]], turns: int = 500) -> float:
+    """Welch's t of how long things of two kinds take: of the means of each thing, since where something happens to
+    lie in memory is a difference, too. All take turns in ever another order, and the slowest fifth of each, when
+    the machine did something else, is left out."""
+    things, times = [*ones, *others], [[0] * turns for _ in (*ones, *others)]
+    order, shuffle = list(range(len(things))), random.Random(1).shuffle
+    for turn in range(turns):
+        shuffle(order)
+        for at in order:
+            begun = time.perf_counter_ns()
+            things[at]()
+            times[at][turn] = time.perf_counter_ns() - begun
+    means = [statistics.fmean(sorted(each)[: turns * 4 // 5]) for each in times]
+    kinds = means[: len(ones)], means[len(ones) :]
+    spread = sum(statistics.variance(kind) / len(kind) for kind in kinds)
+    return abs(statistics.fmean(kinds[0]) - statistics.fmean(kinds[1])) / math.sqrt(spread)
+
+
+@pytest.mark.nightly
+def test_how_long_a_refusal_takes_tells_nothing_of_the_key() -> None:
+    """One wrong key is asked with, 20,000 times each where it is right but for its last sign, and where it is
+    wrong from its first secret one on. The same measure finds a comparison that ends with the first difference."""
+    start = KEY.rindex("_") + 1
+    near = KEY[:-1] + ("0" if KEY[-1] != "0" else "1")
+    far = KEY[:start] + "".join("0" if sign != "0" else "1" for sign in KEY[start:])
+    asked = scope(BEARER)
+
+    def refusing(key: str) -> Callable[[], object]:
+        digest, access = Digest.of(key), Access()
+        access.act_by([Tenant("team", (AccessKey("k", digest.sha256, digest.id),))])
+        assert access.visit(asked).caller is None
+        return lambda: access.visit(asked)
+
+    def naive(key: str) -> Callable[[], object]:
+        mine = "".join(key)
+        return lambda: all(one == other for one, other in zip(mine, KEY, strict=True))
+
+    found = sorted(
+        welch([refusing(near) for _ in range(40)], [refusing(far) for _ in range(40)]) for _ in range(3)
+    )
+    assert found[1] < 4.5, found
+    assert welch([naive(near) for _ in range(40)], [naive(far) for _ in range(40)]) > 4.5

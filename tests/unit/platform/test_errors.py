@@ -28,6 +28,13 @@ from quire_schemas.openai.answer import ErrorBody
             {"retry-after": "2", "retry-after-ms": "1500", "x-should-retry": "true"},
         ),
         (
+            errors.MemoryShort("no", retry_after=1.0),
+            429,
+            "rate_limit_exceeded",
+            "memory_short",
+            {"retry-after": "1", "retry-after-ms": "1000", "x-should-retry": "true"},
+        ),
+        (
             errors.ServiceUnavailable("no", retry_after=400),
             503,
             "server_error",

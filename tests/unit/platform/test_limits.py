@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.errors import RateLimited
+from quire.router.budgets import Amount
 from quire.router.limits import SECOND, Bucket, Limiter, Ticket, _seconds
 from quire_schemas.wire import AccessKey, AccessLimit, Tenant
 
@@ -112,12 +113,12 @@ def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
     clock = Clock()
     limiter, who = Limiter(clock), tenant(AccessLimit("policy", tokens=100, per=MINUTE))
     with limiter.entered(who, "k") as ticket:
-        ticket.reserve(80)
+        ticket.reserve(Amount(1, 80))
         with pytest.raises(RateLimited), limiter.entered(who, "l") as other:
-            other.reserve(30)
+            other.reserve(Amount(1, 30))
         ticket.used = 10
     with limiter.entered(who, "l") as ticket:
-        ticket.reserve(90)
+        ticket.reserve(Amount(1, 90))
         ticket.used = 90
     assert asks(limiter, who) is None, "an empty bucket lets nobody in, before a prompt is tokenized"
 
@@ -126,7 +127,7 @@ def test_a_request_that_fails_gives_back_what_it_reserved() -> None:
     limiter, who = Limiter(Clock()), tenant(AccessLimit("policy", tokens=100, per=MINUTE))
     for _ in range(3):
         with contextlib.suppress(ValueError), limiter.entered(who, "k") as ticket:
-            ticket.reserve(100)
+            ticket.reserve(Amount(1, 100))
             raise ValueError
     assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"100")
 
@@ -134,14 +135,14 @@ def test_a_request_that_fails_gives_back_what_it_reserved() -> None:
 def test_who_is_given_to_one_model_after_another_takes_no_more_than_he_may_use() -> None:
     limiter, who = Limiter(Clock()), tenant(AccessLimit("policy", tokens=100, per=MINUTE))
     with limiter.entered(who, "k") as ticket:
-        ticket.reserve(80)
+        ticket.reserve(Amount(1, 80))
         ticket.used += 10
-        ticket.reserve(90)
+        ticket.reserve(Amount(1, 90))
         assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"0")
-        ticket.reserve(40)
+        ticket.reserve(Amount(1, 40))
         assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"50")
         with pytest.raises(RateLimited):
-            ticket.reserve(91)
+            ticket.reserve(Amount(1, 91))
         ticket.used += 20
     assert limiter.headers(who, "k")[1] == (b"x-ratelimit-remaining-tokens", b"70")
 
@@ -150,7 +151,7 @@ def test_who_asks_for_more_than_a_bucket_holds_waits_until_it_is_full_and_pays_l
     clock = Clock()
     limiter, who = Limiter(clock), tenant(AccessLimit("policy", tokens=100, per=10_000))
     with limiter.entered(who, "k") as ticket:
-        ticket.reserve(1000)
+        ticket.reserve(Amount(1, 1000))
         ticket.used = 300
     clock.passes(19.9)  # 200 of debt, and one token to begin with
     assert asks(limiter, who) is None
@@ -190,7 +191,7 @@ def test_a_changed_limit_begins_anew_and_running_requests_stay_counted() -> None
 def test_who_has_no_policy_has_no_limits() -> None:
     limiter = Limiter(Clock())
     with limiter.entered(None, "") as ticket:
-        ticket.reserve(10**9)
+        ticket.reserve(Amount(1, 10**9))
         ticket.used = 10**9
     assert limiter.headers(None, "") == []
 
@@ -204,7 +205,7 @@ def test_headers_tell_of_the_limit_that_leaves_least() -> None:
     )
     limiter, who = Limiter(clock), tenant(*limits)
     with limiter.entered(who, "k") as ticket:
-        ticket.reserve(100)
+        ticket.reserve(Amount(1, 100))
         assert dict(limiter.headers(who, "k")) == {
             b"x-ratelimit-limit-requests": b"3",
             b"x-ratelimit-remaining-requests": b"2",

@@ -21,7 +21,7 @@ from quire.monitoring.dashboards import BOARDS, Board
 from quire.router.metrics import Metrics, ReplicaSample, Standing
 from quire.tracing import Counts
 from quire_operators.nvml import Watch
-from quire_schemas import signals
+from quire_schemas import signals, wire
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = re.compile(r"\b((?:quire|process)_[a-z0-9_]+)")
@@ -35,6 +35,8 @@ def told() -> dict[str, str]:
     metrics.watch(Counts())
     metrics.watch_gpus(Watch())
     metrics.watch_store(Path("/"))
+    metrics.watch_budgets(lambda: [wire.BudgetStanding("p", "b", "tokens", 2, 1)])
+    metrics.watch_room(lambda: 0, lambda: 0.0)
     found: dict[str, str] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))

@@ -21,6 +21,7 @@ from quire.text import (
     TemplateRefused,
     Tokenizer,
 )
+from quire.text.templates import TakesLong, briefly
 
 TOOLS = [
     {
@@ -316,3 +317,13 @@ def test_no_torch_in_a_fresh_interpreter(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'transformers', 'numpy'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rendering_is_tried_for_a_moment_and_begun_again_where_it_has_its_time() -> None:
+    slow = ChatTemplate("{% for a in range(90) %}{% for b in range(900) %}{% endfor %}{% endfor %}done", {})
+    messages = [{"role": "user", "content": "x"}]
+    with briefly(0.0), pytest.raises(TakesLong):
+        slow.render(messages)
+    assert slow.render(messages) == "done"
+    with briefly(10.0):
+        assert slow.render(messages) == "done"

@@ -622,6 +622,28 @@ ZERO = "'sha256:" + "0" * 64 + "'"
         ("{keys: [], limits: [{concurrency: 1, per: 1m}]}", "spec.limits[0].per"),
         ("{keys: [], limits: [{tokens: 1, per: 1ms}]}", "spec.limits[0].per"),
         ("{keys: [], limits: [{tokens: 0, per: 1m}]}", "spec.limits[0].tokens"),
+        ("{keys: [], budgets: [{name: b, per: day}]}", "spec.budgets[0]"),
+        ("{keys: [], budgets: [{name: b, per: day, tokens: 1, cost: '1'}]}", "spec.budgets[0]"),
+        (
+            "{keys: [], budgets: [{name: b, per: day, tokens: 1}, {name: b, per: week, tokens: 1}]}",
+            "spec.budgets[1]",
+        ),
+        ("{keys: [], budgets: [{name: b, per: day, tokens: 0}]}", "spec.budgets[0].tokens"),
+        ("{keys: [], budgets: [{name: b, per: year, tokens: 1}]}", "spec.budgets[0].per"),
+        ("{keys: [], budgets: [{name: b, per: 90m, tokens: 1}]}", "spec.budgets[0].per"),
+        ("{keys: [], budgets: [{name: b, per: 32d, tokens: 1}]}", "spec.budgets[0].per"),
+        ("{keys: [], budgets: [{name: b, per: 5, tokens: 1}]}", "spec.budgets[0].per"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: 1e3}]}", "spec.budgets[0].cost"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: '0.00001'}]}", "spec.budgets[0].cost"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: '0.00'}]}", "spec.budgets[0].cost"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: '-1'}]}", "spec.budgets[0].cost"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: '1', cached: free}]}", "spec.budgets[0].cached"),
+        ("{keys: [], budgets: [{name: b, per: day, cost: '1', counts: prompt}]}", "spec.budgets[0].counts"),
+        (
+            "{keys: [], budgets: [{name: b, per: day, tokens: 1, counts: completion, cached: free}]}",
+            "spec.budgets[0].cached",
+        ),
+        ("{keys: [], budgets: [{name: b, per: day, tokens: 1, warnAt: 0%}]}", "spec.budgets[0].warnAt"),
         ("{keys: [], expiresAt: '2027-13-01T00:00:00Z'}", "spec.expiresAt"),
         ("{keys: [], expiresAt: tomorrow}", "spec.expiresAt"),
     ],
@@ -629,6 +651,26 @@ ZERO = "'sha256:" + "0" * 64 + "'"
 def test_what_an_access_policy_must_not_say(spec: str, path: str) -> None:
     head = "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: p}\nspec: "
     [problem] = problems(head + spec)
+    assert problem.path == path
+    assert problem.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("prices: {input: 1e3}", "spec.prices.input"),
+        ("prices: {output: '1,5'}", "spec.prices.output"),
+        ("prices: {output: '20000000'}", "spec.prices.output"),
+        ("probes: {breaker: {openFor: 0s}}", "spec.probes.breaker.openFor"),
+        ("probes: {breaker: {openFor: 10s, maxOpenFor: 5s}}", "spec.probes.breaker.maxOpenFor"),
+        ("probes: {breaker: {openFor: 10m}}", "spec.probes.breaker.openFor"),
+        ("probes: {breaker: {errorShare: 0%}}", "spec.probes.breaker.errorShare"),
+        ("probes: {breaker: {window: 0s}}", "spec.probes.breaker.window"),
+        ("probes: {breaker: {consecutiveFailures: 0}}", "spec.probes.breaker.consecutiveFailures"),
+    ],
+)
+def test_what_prices_and_breakers_must_not_be(text: str, path: str) -> None:
+    [problem] = problems(spec(text))
     assert problem.path == path
     assert problem.hint
 

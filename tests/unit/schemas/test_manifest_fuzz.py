@@ -34,7 +34,8 @@ OTHERS = """\
         sticky: {by: user}, fallbacks: [{model: n, when: [Timeout]}], timeouts: {request: 10m}}}
 ---
 {apiVersion: quire.dev/v1alpha1, kind: AccessPolicy, metadata: {name: p, labels: {a: b}},
- spec: {keys: [{name: k, hash: abc}], allow: {models: [m]}, limits: [{requests: 5, per: 1m}], priority: 3}}
+ spec: {keys: [{name: k, hash: abc}], allow: {models: [m]}, limits: [{requests: 5, per: 1m}], priority: 3,
+        budgets: [{name: b, cost: '1.5', per: month}, {name: c, tokens: 5, per: 24h, warnAt: 90%}]}}
 ---
 {apiVersion: quire.dev/v1alpha1, kind: GitSource, metadata: {name: g},
  spec: {url: 'https://example.org/x.git', ref: {branch: main}, path: a, interval: 1m}}

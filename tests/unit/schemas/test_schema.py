@@ -53,6 +53,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         ],
         "allow": {"models": ["a"], "operations": ["chat", "completions"]},
         "limits": [{"scope": "key", "requests": 600, "per": "1m"}, {"scope": "policy", "concurrency": 64}],
+        "budgets": [
+            {"name": "month", "cost": "250.00", "per": "month"},
+            {"name": "day", "scope": "key", "tokens": 5, "counts": "prompt", "cached": "free", "per": "24h"},
+        ],
         "priority": 10,
         "expiresAt": "2027-01-01T00:00:00Z",
     },

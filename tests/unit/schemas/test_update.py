@@ -112,6 +112,7 @@ HOT = [
     {"rollout": {"maxSurge": 3}},
     {"drainTimeout": "1s"},
     {"maxMigrations": 2},
+    {"prices": {"input": "0.15"}},
     {"probes": {"startup": {"timeout": "1m"}}},
     {"restartPolicy": {"backoffMax": "1m"}},
     {"revisionHistoryLimit": 3},
@@ -173,6 +174,7 @@ TABLE = {
         "batching.chunkedPrefill", "batching.policy", "batching.slo", "batching.maxQueueLength",
         "batching.maxQueueWait", "lora.adapters", "placement.priority",
         "rollout", "drainTimeout", "maxMigrations", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
+        "prices",
     ],
     "scale": ["replicas", "autoscaling", "residency"],
     "rolling": [

@@ -6,6 +6,13 @@ import { chip, conditions, eventList, facts, section, standing, time } from "./p
 
 const LISTED = ["model", "gateway"];
 
+/** A setting as words: what is in lists and groups, one behind the other. */
+function words(value) {
+  if (Array.isArray(value)) return value.map(words).join(", ") || "none";
+  if (typeof value !== "object") return String(value);
+  return Object.entries(value).filter(([, each]) => each !== null).map(([name, each]) => `${name} ${words(each)}`).join(", ");
+}
+
 export function gateway() {
   const state = chip();
   const [where, settings, process] = [facts("Where requests go"), facts("Settings"), facts("Processes")];
@@ -35,7 +42,7 @@ export function gateway() {
     ]);
     show(plain, !found);
     const spec = found?.resolved ?? {};
-    settings.update(Object.entries(spec).filter(([, value]) => value !== null).map(([name, value]) => [name, typeof value === "object" ? JSON.stringify(value) : String(value)]));
+    settings.update(Object.entries(spec).filter(([, value]) => value !== null).map(([name, value]) => [name, words(value)]));
     show(conditioned, Boolean(found));
     if (found) told.update(found);
     const rest = world.objects.filter((object) => !LISTED.includes(object.kind));

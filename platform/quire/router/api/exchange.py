@@ -48,6 +48,7 @@ from quire.errors import (
 )
 from quire.router.access import EVERYBODY, Caller, visit_of
 from quire.router.account import Account
+from quire.router.budgets import Amount, most
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
@@ -56,7 +57,7 @@ from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF, ROUTED, STEPPED_I
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked, Way
-from quire.router.usage import Amount, Who
+from quire.router.usage import Who
 from quire.text import TextError
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -182,7 +183,12 @@ class Reception:
         finish, failure, status = "error", "internal_error", 500
         try:
             self._caller = visit.known
+            if not self._background:  # of that there is never much at once, and it waits for no better moment
+                visit.unread = self._gateway.fleet.memory.refusing
+                self._gateway.fleet.memory.check()
             body = await read_body(headers, receive, self._settings)
+            if not self._background:
+                self._gateway.fleet.memory.check()  # again: many may have been let in at once
             self._received_at = time.monotonic()
             with self._gateway.fleet.access.limiter.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
@@ -315,7 +321,7 @@ class Exchange(Reception, Generic[R]):
         with self._gateway.admit(served, sequences, owner, background=self._background):
             made = await self._format.job(request, served, size, arrived_at, span, self._caller)
             job = dataclasses.replace(self._own(made), terms=terms, begun_at=begun_at)
-            self._ticket.reserve(job.most_tokens)
+            self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
             run = Run(self._gateway.fleet, job, self._received_at)
             self._runs.append(run)
             span.set(_request_attributes(run.job))
@@ -349,8 +355,9 @@ class Exchange(Reception, Generic[R]):
         for run in self._runs:
             requests = int(run is self._runs[-1])
             used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
-            who = Who(self._caller.owner, self._caller.key, run.job.model.route.model)
-            self._gateway.usage.add(who, used)
+            route = run.job.model.route
+            who = Who(self._caller.owner, self._caller.key, route.model)
+            self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
         """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.

@@ -1,0 +1,172 @@
+"""Whether the router still has memory for more work, and the refusal of work when it has not.
+
+What it could have is what it has plus what the tightest bound leaves: of its control group and those above it, of
+RLIMIT_AS, of the machine. So one number, the share that it has of that, means the same under each bound, and a
+group that it shares with engines which fill it does not count as the router's doing: while there is room left it
+may grow into it.
+
+    share        0.0 ───────────── 0.80 ──────── 0.85 ────────── 1.0
+    work         taken                begins to be refused, from 0.85 on, until it is at 0.80 again
+
+Refusals are a 429 before the body is read (`MemoryShort`). Health, metrics and what runs go on. When they begin
+and once a second while they last, what the allocator keeps of what was freed is given back: else a router that was
+full once would look full for ever.
+
+A sample tells of what is. A text of a megabyte takes a hundred more for the moment in which it is made into token
+ids, so such work says beforehand what it may take at its height, and is refused if that is not there (`reserved`).
+
+`share`, `decide` are arithmetic; `Memory` samples and acts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from quire.errors import MemoryShort
+from quire_operators.host import ControlGroups
+
+log = logging.getLogger("quire.router")
+REFUSE_AT: Final = 0.85
+RESUME_AT: Final = 0.80
+FULL_AT: Final = 0.90
+"""To here what has been announced may reach."""
+SMALL_BYTES: Final = 4 << 20
+"""Less is not announced."""
+SAMPLE_SECONDS: Final = 0.1
+TRIM_SECONDS: Final = 1.0
+ARENAS: Final = 2
+_M_ARENA_MAX: Final = -8
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Bytes at one moment: what the process has, and what each bound leaves. None: there is no such bound."""
+
+    resident: int
+    group_room: int | None = None
+    address_room: int | None = None
+    """RLIMIT_AS counts what is set aside, too."""
+    machine_room: int | None = None
+
+
+def share(sample: Sample, more: int = 0) -> float:
+    """Of the memory that the process could have, the part that it has, or would have with `more` bytes, by the
+    tightest bound: 0 to 1, or above where it could not have them."""
+    rooms = [room for room in (sample.group_room, sample.address_room, sample.machine_room) if room is not None]
+    could_have = sample.resident + max(min(rooms, default=0), 0)
+    return (sample.resident + more) / could_have if rooms and could_have else 0.0
+
+
+def decide(refusing: bool, now: float) -> bool:
+    """Whether work is to be refused, by the share of now and whether it was."""
+    return now > RESUME_AT if refusing else now >= REFUSE_AT
+
+
+class Allocator:
+    """glibc's; another one is left as it is.
+
+    Each thread would have an arena of its own, with 64 MiB of address space, which keeps what the thread freed
+    from all others. Threads of Python take turns anyhow.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
+        if self._trim is not None:
+            library.mallopt(_M_ARENA_MAX, ARENAS)
+
+    def trim(self) -> None:
+        """Give back to the system what nobody uses, as far as it is whole pages."""
+        if self._trim is not None:
+            self._trim(0)
+
+
+class Memory:
+    """Looks at the process's memory ten times a second while it watches."""
+
+    def __init__(self, groups: ControlGroups | None = None) -> None:
+        self.share = 0.0
+        self.refusing = False
+        self._groups = groups or ControlGroups.own()
+        self._allocator = Allocator()
+        self._trimmed_at = 0.0
+        self._announced = 0
+        self._turn = threading.Lock()
+
+    def check(self) -> None:
+        """Raises `MemoryShort` while there is none for more work."""
+        if self.refusing:
+            raise MemoryShort(
+                "The server has no memory for more requests now. Those that run go on.", retry_after=1.0
+            )
+
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """For work that takes up to `size` bytes for a moment, on any thread. Raises `MemoryShort`."""
+        if size < SMALL_BYTES:
+            yield
+            return
+        with self._turn:
+            if share(self._sample(closely=True), self._announced + size) > FULL_AT:
+                raise MemoryShort(
+                    f"The server has no memory for a request of this size now, which takes {size >> 20} MiB of it "
+                    "for a moment. A shorter one may still be taken.",
+                    retry_after=1.0,
+                )
+            self._announced += size
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._announced -= size
+
+    async def watch(self) -> None:
+        """Look again and again, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self.look(loop.time())
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def look(self, now: float) -> None:
+        """Take a sample and act by it. `now` is of a monotonic clock."""
+        found = share(self._sample())
+        if found >= RESUME_AT:  # what could be had back is asked for only when it matters: it is counted for that
+            found = share(self._sample(closely=True))
+        refusing = decide(self.refusing, found)
+        if refusing and (not self.refusing or now - self._trimmed_at >= TRIM_SECONDS):
+            self._trimmed_at = now
+            gc.collect()  # what was freed may hang on exceptions that hang on their frames
+            self._allocator.trim()
+        if refusing != self.refusing:
+            words = "requests are refused" if refusing else "requests are taken again"
+            log.warning("memory: %s; the router has %.0f %% of what it could have", words, 100 * found)
+        self.share, self.refusing = found, refusing
+
+    def _sample(self, *, closely: bool = False) -> Sample:
+        virtual, resident = (int(pages) * _PAGE for pages in Path("/proc/self/statm").read_text().split()[:2])
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        return Sample(
+            resident,
+            group_room=self._groups.memory_room(closely=closely),
+            address_room=None if limit == resource.RLIM_INFINITY else limit - virtual,
+            machine_room=_machine_room(),
+        )
+
+
+def _machine_room() -> int | None:
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as told:
+        line = next(line for line in told if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,69 @@
+"""How much of its memory the router has, and when it refuses work."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.errors import MemoryShort
+from quire.router import memory
+from quire.router.memory import FULL_AT, REFUSE_AT, RESUME_AT, SMALL_BYTES, Memory, Sample, decide, share
+from quire_operators.host import ControlGroups
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        (Sample(100), 0.0),
+        (Sample(100, group_room=300), 0.25),
+        (Sample(100, group_room=300, address_room=100), 0.5),
+        (Sample(100, group_room=300, address_room=100, machine_room=0), 1.0),
+        (Sample(100, group_room=-50), 1.0),
+        (Sample(0, machine_room=0), 0.0),
+    ],
+)
+def test_the_tightest_bound_counts(sample: Sample, expected: float) -> None:
+    assert share(sample) == expected
+
+
+def test_a_group_that_engines_fill_is_not_the_routers_doing() -> None:
+    """96 of 100 GiB are in use, by others: the router may still become forty times as large."""
+    assert share(Sample(100 * MIB, group_room=4096 * MIB)) < 0.03
+
+
+@given(st.integers(1, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_more_is_never_less(resident: int, room: int, more: int) -> None:
+    sample = Sample(resident, machine_room=room)
+    assert share(sample) <= share(sample, more)
+    assert (share(sample, more) > 1) == (more > room)
+
+
+@given(st.lists(st.floats(0, 1), max_size=40))
+def test_it_refuses_from_one_mark_and_takes_again_at_another(shares: list[float]) -> None:
+    refusing = False
+    for now in shares:
+        before, refusing = refusing, decide(refusing, now)
+        if now >= REFUSE_AT:
+            assert refusing
+        elif now <= RESUME_AT:
+            assert not refusing
+        else:
+            assert refusing == before
+
+
+def test_what_is_announced_together_fits_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Memory(ControlGroups.own())
+    monkeypatch.setattr(
+        memory.Memory, "_sample", lambda self, closely=False: Sample(100 * MIB, group_room=900 * MIB)
+    )
+    most = int(FULL_AT * 1000) - 100
+    with watched.reserved(SMALL_BYTES - 1), watched.reserved((most - 100) * MIB):
+        with pytest.raises(MemoryShort, match="takes 101 MiB"), watched.reserved(101 * MIB):
+            pass
+        with watched.reserved(99 * MIB):
+            pass
+    with watched.reserved(most * MIB):
+        pass
