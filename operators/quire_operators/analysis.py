@@ -7,11 +7,11 @@ percent (`Times`). Each *gate* compares one of these. A revision is worse at a g
     it is beyond what is declared   (a share above the limit, a 95th percentile above the stable one's by more)
     and that is no chance           (a revision just like the stable one would look so less often than is stated)
 
-The second is Fisher's exact test: of all requests that failed, or that took as long as the slowest twentieth of both
-together, how many are the new one's, if whose they are was drawn by lot. It is asked at moments that were fixed
-before: after 10 requests, then whenever there are a quarter more. Look k may err in 6/(pi k)^2 of `ALPHA`, shared by
-the gates; these sum up to `ALPHA`, so a revision that is no worse is given up in at most that share of its canaries, however
-long they take and however often it is looked at.
+The second is Fisher's exact test: of all requests that failed, or that took as long as the slowest twentieth of
+both together, how many are the new one's, if whose they are was drawn by lot. It is asked at moments that were
+fixed before: after 10 requests, then whenever there are a quarter more. Look k may err in 6/(pi k)^2 of `ALPHA`,
+shared by the gates; these sum up to `ALPHA`, so a revision that is no worse is given up in at most that share of
+its canaries, however long they take and however often it is looked at.
 
 Not being proven worse is no proof of being as good: that is what `minRequests` and the steps are for.
 """
@@ -22,12 +22,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from quire_schemas import wire
+
 ALPHA = 0.01
 """At most this share of revisions that are no worse than the stable one is given up for being so."""
 FIRST_LOOK, GROWTH = 10, 1.25
 PERCENTILE = 0.95
-BUCKET = math.log(1.01)
-"""Times are told apart by one percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,12 @@ class Times:
         for bucket in sorted(self.counts):
             left -= self.counts[bucket]
             if left <= 0:
-                return math.exp((bucket + 0.5) * BUCKET)
+                return math.exp((bucket + 0.5) * wire.TIME_BUCKET)
         return None
 
     def from_(self, bucket: int) -> int:
         """How many lie in this bucket or above it."""
         return sum(count for each, count in self.counts.items() if each >= bucket)
-
-
-def bucket_of(seconds: float) -> int:
-    """The bucket of a time above 0."""
-    return math.floor(math.log(max(seconds, 1e-6)) / BUCKET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +69,12 @@ class Measured:
     """Times to the first token."""
     between_tokens: Times = Times()
     """Mean times between tokens of one answer."""
+
+    @classmethod
+    def of(cls, told: wire.Measured) -> Measured:
+        """What the router told."""
+        first, between = Times(told.first_token), Times(told.between_tokens)
+        return cls(told.requests, told.failed, told.answers, told.void, first, between)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def _times(name: str, stable: Times, new: Times, limit: float, chance: float) ->
     both = Times(
         {each: stable.counts.get(each, 0) + new.counts.get(each, 0) for each in {*stable.counts, *new.counts}}
     )
-    line = bucket_of(both.percentile() or 0.0)
+    line = wire.time_bucket(both.percentile() or 0.0)
     if tail(new.from_(line), new.total, stable.from_(line), stable.total) > chance:
         return gate
     return Gate(gate.name, gate.stable, gate.new, limit, True, True)

@@ -6,8 +6,10 @@
                         └──▶ Fail
 
 The stable revision keeps all its replicas until the canary is promoted; what follows is a rolling update. A step
-of weight 0 has replicas that nobody's request goes to, and waits for its time alone. Measured is from the beginning
-of the canary, of both revisions alike; a step counts the new one's requests from where it began.
+of weight 0 has replicas that nobody's request goes to, and waits for its time alone. Measured is from the
+beginning of the canary, of both revisions alike; a step counts the new one's requests from where it began. A
+router that has started since counts anew, and so does the step; the looks begin anew, too, so that `ALPHA` holds
+for each life of a router.
 
 Pure: `decide` is given the time and what was measured; where a canary stands is a decision beside the intent.
 """
@@ -16,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from quire_operators.analysis import Gate, Limits, Measured, judge, next_look
-from quire_schemas.quantities import parse_duration, parse_percent
+from quire_operators.overrides import Kind, Override
+from quire_schemas.quantities import format_duration, parse_duration, parse_percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +43,40 @@ class Policy:
     limits: Limits
     on_inconclusive: Literal["Hold", "Rollback", "Promote"]
 
+    def says(self, step: int) -> str:
+        """A step in words."""
+        at = self.steps[step]
+        least = f", {self.min_requests} requests" if at.weight else ""
+        return f"{at.weight} % of the requests, for {format_duration(at.hold)}{least} at least"
+
     def replicas(self, step: int, full: int) -> int:
         """How many replicas of the new revision a step needs, beside the `full` of the stable one."""
         weight = self.steps[min(step, len(self.steps) - 1)].weight
         return max(1, math.ceil(full * weight / 100))
 
 
+PROMOTED = 1_000_000
+"""The step of a canary that takes over: beyond all that a manifest may declare."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where a canary stands: which step, since when, with how many requests of the new revision behind it, and at
-    how many it was looked at last."""
+    """Where a canary stands: which step (`PROMOTED`: beyond the last), since when, how many requests of the new
+    revision came before, and at how many it was looked at last."""
 
     step: int
     since: float
     before: int = 0
     looked_at: int = 0
+
+    @classmethod
+    def of(cls, override: Override) -> Stage:
+        """Of the decision that keeps it."""
+        return cls(**override.stage or {"step": 0, "since": override.at})
+
+    def kept(self, template_hash: str, at: float) -> Override:
+        """The decision that keeps it. `at` is when the step began, so that a look makes no other aim of it."""
+        return Override(Kind.CANARY, "platform", at, template_hash=template_hash, stage=asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +136,8 @@ def decide(policy: Policy, stage: Stage, stable: Measured, new: Measured, now: f
     """What to do now. A stage beyond the last step, of a manifest that has fewer of them by now, is promoted."""
     if stage.step >= len(policy.steps):
         return Promote()
+    if new.requests < max(stage.before, stage.looked_at):  # the router has begun to count anew
+        stage = Stage(stage.step, stage.since)
     if new.requests >= next_look(stage.looked_at):
         if worse := [gate for gate in judge(stable, new, policy.limits) if gate.worse]:
             return Fail(", ".join(map(text_of, worse)))

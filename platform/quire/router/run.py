@@ -85,7 +85,7 @@ class Run:
         self._received_at = math.inf if job.background else received_at
         """Infinite once what the router added to the request is counted."""
         self._fleet = fleet
-        self._metrics = fleet.metrics.model(job.model.route.model)
+        self._metrics = fleet.metrics.model(job.model.name)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
         self._bell = asyncio.Event()
         self._held = 0
@@ -112,6 +112,31 @@ class Run:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
+
+    @property
+    def first_token_after(self) -> float | None:
+        """Seconds from when its model had it to its first token; None if there is none."""
+        begun = self.job.arrived_at if self.job.begun_at is None else self.job.begun_at
+        return None if self.first_token_at is None else self.first_token_at - begun
+
+    @property
+    def between_tokens(self) -> float | None:
+        """Mean seconds between the tokens of its first answer; None of fewer than two."""
+        times = self._choices[0].times
+        if times is None or self._choices[0].generated < 2:
+            return None
+        return (times.last_at - times.first_at) / (self._choices[0].generated - 1)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether an answer of it has no text, or was cut by the length that the model has."""
+        job, route = self.job, self.job.model.route
+        if job.pooling is not None or job.beam is not None or job.prompt_alone:
+            return False
+        longest = min(route.max_model_len, route.kv_tokens)
+        return any(
+            not choice.text.made or len(choice.prompt) + choice.generated >= longest for choice in self._choices
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -439,6 +464,8 @@ class Run:
         if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
         served.check_wanted()
+        if served.route.canary_of and not choice.sent and not served.ready:
+            raise EngineUnavailable("The new revision has no replica that is ready.", retry_after=1.0)
         serving = served.tokenizer
         if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
             raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)

@@ -17,12 +17,12 @@ from quire_operators.analysis import (
     Limits,
     Measured,
     Times,
-    bucket_of,
     judge,
     next_look,
     number_of,
     tail,
 )
+from quire_schemas.wire import time_bucket
 
 LIMITS = Limits(error_rate=0.01, first_token=0.2, between_tokens=0.2)
 
@@ -37,7 +37,7 @@ def test_the_tail_is_what_counting_all_draws_gives() -> None:
 
 
 def test_times_are_told_apart_by_a_percent() -> None:
-    measured = Times(Counter(bucket_of(0.001 * n) for n in range(1, 1001)))
+    measured = Times(Counter(time_bucket(0.001 * n) for n in range(1, 1001)))
     assert measured.total == 1000
     assert measured.percentile() == pytest.approx(0.95, rel=0.01)
     assert measured.percentile(0.5) == pytest.approx(0.5, rel=0.01)
@@ -72,8 +72,8 @@ class Canary:
                     self.failed[name] += 1
                     continue
                 self.empty[name] += self.rng.random() < how.get("empty", 0.02)
-                first[bucket_of(how.get("first", 1.0) * 0.3 * self.rng.lognormvariate(0, 0.5))] += 1
-                between[bucket_of(how.get("between", 1.0) * 0.03 * self.rng.lognormvariate(0, 0.2))] += 1
+                first[time_bucket(how.get("first", 1.0) * 0.3 * self.rng.lognormvariate(0, 0.5))] += 1
+                between[time_bucket(how.get("between", 1.0) * 0.03 * self.rng.lognormvariate(0, 0.2))] += 1
         self.n = until
 
     def measured(self, name: str) -> Measured:

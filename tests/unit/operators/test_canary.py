@@ -8,17 +8,18 @@ from typing import Literal
 
 import pytest
 
-from quire_operators.analysis import Limits, Measured, Times, bucket_of
+from quire_operators.analysis import Limits, Measured, Times
 from quire_operators.canary import Decision, Fail, Next, Policy, Promote, Stage, Stay, Step, decide, policy_of
 from quire_schemas.model import Model, resolve_defaults
+from quire_schemas.wire import time_bucket
 
 POLICY = Policy((Step(5, 300.0), Step(25, 600.0), Step(100, 0.0)), 200, Limits(0.01, 0.2, 0.2), "Hold")
 
 
 def measured(requests: int, failed: int = 0, first: float = 0.3) -> Measured:
     answers = requests - failed
-    first_token = Times(Counter({bucket_of(first): answers}))
-    return Measured(requests, failed, answers, 0, first_token, Times(Counter({bucket_of(0.03): answers})))
+    first_token = Times(Counter({time_bucket(first): answers}))
+    return Measured(requests, failed, answers, 0, first_token, Times(Counter({time_bucket(0.03): answers})))
 
 
 def at(stage: Stage, now: float, new: Measured, policy: Policy = POLICY) -> Decision:

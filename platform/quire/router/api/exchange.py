@@ -37,10 +37,18 @@ from quire.errors import (
     ApiError,
     BodyTimeout,
     BodyTooLarge,
+    EngineDied,
+    EngineUnavailable,
     HttpError,
+    InternalError,
     InvalidRequest,
+    ModelNotFound,
+    OutOfTime,
+    QueueFull,
+    RequestQuarantined,
     ServiceUnavailable,
     ThreadsUnsupported,
+    TimedOut,
     UnsupportedMediaType,
     describe,
     failure_of,
@@ -59,6 +67,7 @@ from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked, Way
 from quire.router.usage import Who
 from quire.text import TextError
+from quire.text.errors import BadTemplate, TemplateFailed
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.body import BadRequest, BadStandIn, NoThreads
@@ -235,7 +244,7 @@ class Reception:
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
-        self._model = self._account.model = served.route.model
+        self._model = self._account.model = served.name
         self._account.asked = asked
         span.name(self._operation, asked)
         span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
@@ -287,9 +296,9 @@ class Exchange(Reception, Generic[R]):
                 begun_at = time.monotonic() if tried else arrived_at
                 try:
                     served = fleet.at(way, model)
-                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.name)
                     times = (arrived_at, begun_at)
-                    return await self._serve_by(served, way, request, len(body), times, span, send)
+                    return await self._serve_by_turn(served, way, request, len(body), times, span, send)
                 except (ApiError, TextError) as error:
                     first = first or error
                     tried.append(model or "")
@@ -301,6 +310,29 @@ class Exchange(Reception, Generic[R]):
                     span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
         finally:
             self._note()
+
+    async def _serve_by_turn(
+        self,
+        served: ServedModel,
+        way: Way,
+        request: R,
+        size: int,
+        times: tuple[float, float],
+        span: RequestSpan,
+        send: Send,
+    ) -> str:
+        """Have it answered by this model, or by its canary if it is its turn. Where that fails, and nothing of it
+        has gone out, the model has it after all."""
+        canaries = self._gateway.fleet.canaries
+        canary = canaries.turn(served)
+        if canary is not served:
+            try:
+                return await self._serve_by(canary, way, request, size, times, span, send)
+            except (ApiError, TextError) as error:
+                if self._stream is not None or not _is_of_revision(error):
+                    raise
+                span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: served.name})
+        return await self._serve_by(served, way, request, size, times, span, send)
 
     async def _serve_by(
         self,
@@ -325,15 +357,24 @@ class Exchange(Reception, Generic[R]):
             run = Run(self._gateway.fleet, job, self._received_at)
             self._runs.append(run)
             span.set(_request_attributes(run.job))
-            metrics = self._gateway.fleet.metrics.model(served.route.model)
+            metrics = self._gateway.fleet.metrics.model(served.name)
             metrics.in_flight.inc()
             self._refused = False
+            tally = None if self._background else self._gateway.fleet.canaries.tally(served)
             try:
                 if job.stream:
                     reasons = await self._send_stream(request, run, send)
                 else:
                     reasons = await self._send_whole(request, run, send)
+                if tally is not None:
+                    tally.whole(void=run.is_void)
+            except (ApiError, TextError) as error:
+                if tally is not None and (self._stream is not None or _is_of_revision(error)):
+                    tally.fail()
+                raise
             finally:
+                if tally is not None:
+                    tally.time(run.first_token_after, run.between_tokens)
                 metrics.in_flight.dec()
                 self._ticket.used += run.prompt_tokens + run.completion_tokens
                 span.set(_answer_attributes(run))
@@ -356,7 +397,7 @@ class Exchange(Reception, Generic[R]):
             requests = int(run is self._runs[-1])
             used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
             route = run.job.model.route
-            who = Who(self._caller.owner, self._caller.key, route.model)
+            who = Who(self._caller.owner, self._caller.key, run.job.model.name)
             self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
@@ -444,7 +485,28 @@ class _Pings:
 
 def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
     """Which Model the answer is from: the body repeats the name that was asked for."""
-    return [(b"x-quire-model", run.job.model.route.model.encode())]
+    return [(b"x-quire-model", run.job.model.name.encode())]
+
+
+def _is_of_revision(error: ApiError | TextError) -> bool:
+    """Whether a request might fare better at another revision of the model: it, not the request, is at
+    fault, or it has left."""
+    lasting = (RequestQuarantined, OutOfTime)
+    return isinstance(error, _OF_REVISION) and not isinstance(error, lasting)
+
+
+_OF_REVISION: Final = (
+    EngineUnavailable,
+    EngineUnavailable,
+    EngineDied,
+    InternalError,
+    ModelNotFound,
+    QueueFull,
+    ServiceUnavailable,
+    TimedOut,
+    BadTemplate,
+    TemplateFailed,
+)
 
 
 async def send_json(send: Send, payload: bytes, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
