@@ -433,11 +433,21 @@ class ModelReconciler:
             wanted = self.effective(stored)
             if wanted.canary is None:
                 self._compared.pop(stored.key.name, None)
+                self._end_canary(wanted)
                 continue
             there = True
             if wanted.full:
                 self._follow_canary(wanted, wanted.canary)
         return CANARY_POLL if there else None
+
+    def _end_canary(self, wanted: Effective) -> None:
+        """Forget where a canary stood that is over: the same template may come once more, as a new one."""
+        kept, stable = wanted.overrides.get(Kind.CANARY), wanted.stable
+        if kept is None:
+            return
+        rolled_out = stable is not None and stable.template_hash == kept.template_hash
+        if rolled_out or kept.template_hash != wanted.newest.template_hash:
+            self._store.end_overrides(wanted.stored.uid, (Kind.CANARY,))
 
     def _follow_canary(self, wanted: Effective, tried: Canary) -> None:
         """One look at one canary."""
