@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly lock sbom release clean
+.PHONY: help venv quickstart test check lint types layers docs docs-check fmt bench bench-cpu bench-peers bench-litellm nightly soak lock sbom release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,11 @@ nightly: $(STAMP) ## run every suite at 20 times the examples, and record whethe
 	$(BIN)/python -m pytest -m '' -n 2 --dist loadfile tests/unit tests/test_*.py; code=$$((timed + $$?)); \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code
+
+MINUTES ?= 30
+soak: $(STAMP) ## a platform under mixed traffic for MINUTES=30: whether anything grows, or is left (SOAK_TRACE=1: where)
+	QUIRE_SOAK_MINUTES=$(MINUTES) QUIRE_FIGURES=benchmarks/results/survival.jsonl \
+	$(BIN)/python -m pytest -m '' -s tests/e2e/test_soak.py
 
 lock: $(STAMP) ## pin what a release runs on, by version and hash, in release/
 	$(BIN)/python -m release.locks

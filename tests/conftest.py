@@ -7,11 +7,22 @@ ignored, and every child would inherit that: it is taken back here, for the test
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 from tests.effort import EFFORT
+from tests.postgres import Postgres
 
 settings.register_profile("quire", deadline=None, derandomize=EFFORT == 1)
 settings.load_profile("quire")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server for all tests of a process; without Debian's package they are skipped."""
+    server = Postgres()
+    yield server
+    server.close()

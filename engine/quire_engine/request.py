@@ -64,6 +64,7 @@ class Request:
     received_at: float
     priority: int = 0
     background: bool = False
+    lent: bool = False
     deadline: float | None = None
     """When it ends with `timeout` if it has not ended before, by the scheduler's clock."""
     root: bytes | None = None
@@ -151,6 +152,7 @@ class Request:
             received_at=received_at,
             priority=message.priority,
             background=message.background,
+            lent=message.lent,
             width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
             pool=None if message.pooling is None else Pool(message.pooling, num_prompt),

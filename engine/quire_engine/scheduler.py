@@ -6,14 +6,15 @@ generating request needs one token because one is missing, a preempted one start
 back, a prompt that others have computed starts further on. Nothing here asks which "phase" a request is in.
 
 Order. Every request has a place, its key: in order of arrival, or, with the policy `priority`, of priority and
-then arrival. Background work comes behind all that somebody waits for: its priority is below any other. A step is
-filled in this order. When no block is free, the running request with the last key loses its blocks and waits
-again, with all its tokens; since victims never have an earlier key than the one that needs room, the first always
-proceeds, and by induction everyone does. A waiting request is let in only if there is room for all its known
-tokens, for what running prompts still lack, and for one more block per running request: it then survives at least
-one block length of everybody's growth, and a preempted request does not come back just to be thrown out again. For
-this room, and for a seat, running requests of a lower priority have to go. Who cannot be let in keeps those behind
-it out, too.
+then arrival. In order of arrival there are two priorities: that of requests with a *lent* seat, which their
+tenant has because nobody else wanted it, is the lower one. Background work comes behind all that somebody waits
+for: its priority is below any other. A step is filled in this order. When no block is free, the running request
+with the last key loses its blocks and waits again, with all its tokens; since victims never have an earlier key
+than the one that needs room, the first always proceeds, and by induction everyone does. A waiting request is let
+in only if there is room for all its known tokens, for what running prompts still lack, and for one more block per
+running request: it then survives at least one block length of everybody's growth, and a preempted request does
+not come back just to be thrown out again. For this room, and for a seat, running requests of a lower priority
+have to go. Who cannot be let in keeps those behind it out, too.
 
 Prefixes. A request that may share begins behind the blocks that are there already (never with its last token: that
 one's logits are wanted). If the next block of its prompt is being computed by a running request it stands aside
@@ -265,7 +266,7 @@ class Scheduler:
         heapq.heappush(self._deadlines, (request.deadline, request.key[1], request.id))
 
     def _place(self, request: Request, arrival: int) -> tuple[int, int]:
-        priority = request.priority if self.limits.policy == "priority" else 0
+        priority = request.priority if self.limits.policy == "priority" else int(request.lent)
         return (priority + BEHIND_ALL if request.background else priority, arrival)
 
     def _whose(self, deadline: tuple[float, int, str]) -> Request | None:

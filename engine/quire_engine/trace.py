@@ -83,6 +83,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     background: bool = False
     written: int = 0
     """Of its tokens the last ones, which another engine drew."""
+    lent: bool = False
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -100,6 +101,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.pool.pooling if request.pool is not None else None,
             request.background,
             request.num_output,
+            request.lent,
         )
 
     def restored(self) -> Request:
@@ -115,6 +117,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             received_at=self.received_at,
             priority=self.priority,
             background=self.background,
+            lent=self.lent,
             deadline=self.deadline,
             root=self.root,
             width=self.width,

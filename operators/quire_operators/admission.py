@@ -119,18 +119,22 @@ class Admission:
         inventory: Inventory | None = None,
         configs: Mapping[str, Mapping[str, Any]] | None = None,
         unfound: Mapping[Ask, SourceError] | None = None,
+        *,
+        cause: str = "",
+        leaving: Sequence[Key] = (),
     ) -> list[Review]:
-        """One review a resource, in order. `configs` (by model name or source) stand in for checkpoints that are
-        not on this machine, so that a plan can be made without them. `unfound` is what the hub answered to those
-        of `asks` that it refused."""
+        """One review a resource, in order. `cause` is what new revisions are for, where a manifest does not say
+        it; objects that are `leaving` are deleted with this, and stand in nobody's way. `configs` (by model name
+        or source) stand in for checkpoints that are not on this machine, so that a plan can be made without them.
+        `unfound` is what the hub answered to those of `asks` that it refused."""
         here = inventory is None
         inventory = inventory or self._detect()
-        reviews = [self._review(located, inventory, configs or {}, unfound or {}) for located in resources]
+        reviews = [self._review(located, inventory, configs or {}, unfound or {}, cause) for located in resources]
         if here:
             self._check_disk(reviews)
-        self._refuse_name_conflicts(reviews)
-        self._refuse_taken_keys(reviews)
-        self._refuse_open_doors(reviews)
+        self._refuse_name_conflicts(reviews, leaving)
+        self._refuse_taken_keys(reviews, leaving)
+        self._refuse_open_doors(reviews, leaving)
         self._warn_of_dead_ends(reviews)
         return reviews
 
@@ -233,9 +237,10 @@ class Admission:
         inventory: Inventory,
         configs: Mapping[str, Mapping[str, Any]],
         unfound: Mapping[Ask, SourceError],
+        cause: str,
     ) -> Review:
         old = self._store.get(located.key)
-        review = Review(located, old, _action(located, old))
+        review = Review(located, old, _action(located, old), cause=cause)
         if old is not None and old.deletion_time is not None:
             review.refuse(Refusal("", "Deleting", f"{located.key} is being deleted", "wait until it is gone"))
             return review
@@ -370,7 +375,8 @@ class Admission:
 
     def _new(self, review: Review, template: str, placement: Placement, defaults: int) -> NewRevision:
         annotations = review.located.intent.get("metadata", {}).get("annotations", {})
-        cause = str(annotations.get(CAUSE_ANNOTATION, "")) or ("created" if review.old is None else "updated")
+        declared = str(annotations.get(CAUSE_ANNOTATION, ""))
+        cause = declared or review.cause or ("created" if review.old is None else "updated")
         return NewRevision(template, defaults, placement.as_dict(), cause)
 
     def _locate(
@@ -532,9 +538,9 @@ class Admission:
                 review.refuse(Refusal("spec.source", "DiskFull", text, hint))
             free -= review.download
 
-    def _refuse_name_conflicts(self, reviews: Sequence[Review]) -> None:
+    def _refuse_name_conflicts(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
         """No two objects may claim one model name with the same headers, whether stored or in this very set."""
-        in_set = {review.key for review in reviews}
+        in_set = {review.key for review in reviews} | set(leaving)
         taken = owners(stored for stored in self._store.objects() if stored.key not in in_set)
         for review in reviews:
             mine = claims(review.key.kind, review.resolved) if review.resolved else ()
@@ -551,9 +557,9 @@ class Admission:
                         ),
                     )
 
-    def _refuse_taken_keys(self, reviews: Sequence[Review]) -> None:
+    def _refuse_taken_keys(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
         """A key is that of one policy alone."""
-        in_set = {review.key for review in reviews}
+        in_set = {review.key for review in reviews} | set(leaving)
         owners: dict[str, Key] = {}
         for stored in self._store.objects("accesspolicy"):
             if stored.key not in in_set and stored.deletion_time is None:
@@ -565,13 +571,14 @@ class Admission:
                     path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {owner} first"
                     review.refuse(Refusal(path, "KeyTaken", f"the key is one of {owner}", hint))
 
-    def _refuse_open_doors(self, reviews: Sequence[Review]) -> None:
+    def _refuse_open_doors(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
         """An address that others can reach is for routers that somebody has a key to."""
         own = next((each for each in reviews if isinstance(each.located.resource, Gateway)), None)
         if own is None or own.refusal is not None or is_loopback(own.resolved["bind"]):
             return
         declared = any(isinstance(each.located.resource, AccessPolicy) for each in reviews)
-        if not declared and all(each.deletion_time for each in self._store.objects("accesspolicy")):
+        policies = self._store.objects("accesspolicy")
+        if not declared and all(each.deletion_time or each.key in leaving for each in policies):
             text = (
                 f"other machines can reach {own.resolved['bind']}, and there is no AccessPolicy: nobody has a key"
             )

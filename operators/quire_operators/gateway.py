@@ -1,4 +1,5 @@
-"""Keeps the router running where the Gateway says: one shim that holds the listening socket, one router under it.
+"""Keeps the router running where the Gateway says: one shim that holds the listening socket, one router under it,
+whose workers are its own.
 
 There is one gateway, named `default`; without a manifest it has its defaults. The router is started with the
 first object and then runs until `down`, with or without a control plane. Its shim starts it again when it ends,
@@ -175,6 +176,13 @@ class GatewayReconciler:
         # the last answer may be of the router before this one
         return self.routes.status is not None and self.routes.status.pid == seen.child_pid
 
+    def workers(self) -> tuple[int, int]:
+        """How many processes the router is to have, and how many of them take requests."""
+        wanted = int(resolved_spec(self._store.get(KEY))["workers"])
+        if not self.ready() or self.routes is None or self.routes.status is None:
+            return wanted, 0
+        return wanted, max(len(self.routes.status.workers), 1)  # a router of before does not tell
+
     def failure(self) -> Fact | None:
         """What keeps the router from listening, as a Stalled condition."""
         return self._failure
@@ -252,7 +260,7 @@ class GatewayReconciler:
             text = (
                 f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
                 if moves
-                else "the router starts again with other settings for TLS or traces"
+                else "the router starts again with other settings for TLS, traces, metrics or workers"
             )
             self._store.add_event(KEY, "Normal", "Replacing", text)
             acted(text)
@@ -326,6 +334,10 @@ class GatewayReconciler:
     def _rolled_out(self, *, ready: bool) -> Fact:
         if not ready or self.routes is None:
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
+        wanted, serving = self.workers()
+        if serving < wanted:
+            text = f"{serving} of {wanted} workers take requests; the others start"
+            return Fact("RolledOut", False, Reason.WORKERS_STARTING, text)
         if self.routes.takes("http", self.http_settings()):
             return Fact("RolledOut", True, Reason.UP_TO_DATE)
         text = "the router has not taken its newest settings"
@@ -363,11 +375,14 @@ class GatewayReconciler:
             facts.append(Fact("Protected", False, Reason.NO_ACCESS_POLICY, text))
         shown = status.conditions(facts, before, generation, on_the_wall(self._clock(), self._clock))
         idle = self.current() is None and not self._store.objects()
-        words = "Listening" if ready else f"Stalled: {failure.reason}" if failure else "Starting"
+        wanted, serving = self.workers()
+        listening = "Listening" if serving >= wanted else f"Listening, {serving} of {wanted} workers"
+        words = listening if ready else f"Stalled: {failure.reason}" if failure else "Starting"
         return {
             "observedGeneration": generation,
             "summary": "Not started" if idle else words,
             "endpoints": self.endpoints(),
+            "workers": {"wanted": wanted, "serving": serving},
             "conditions": shown,
             "remedies": [] if idle else status.remedies(str(KEY), shown),
         }
@@ -376,6 +391,9 @@ class GatewayReconciler:
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What a running router was started with; a gateway that says otherwise replaces it."""
     labels = {"host": spec["bind"], "port": spec["port"]}
-    if spec["metrics"]["compat"] != "none":  # a label only where it differs: a router of before goes on
+    # labels only where they differ: a router of before goes on
+    if spec["metrics"]["compat"] != "none":
         labels["metrics"] = spec["metrics"]
+    if spec["workers"] != 1:
+        labels["workers"] = spec["workers"]
     return labels | {name: spec[name] for name in ("tls", "telemetry") if spec.get(name) is not None}

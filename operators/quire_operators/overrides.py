@@ -13,6 +13,7 @@ is applied every minute does not fight whoever is on call.
     canary       how far a new revision has come that serves a share of the requests (`canary`); until the intent
                  has another template
     resident     a model that is there on demand is in memory; until another one needs the room (`residency`)
+    suspend      a git source applies nothing; until it is resumed, whatever its manifest says
 
 The store keeps one of each kind for an object; `desired.effective` says what is to run because of them.
 """
@@ -37,6 +38,7 @@ class Kind(enum.StrEnum):
     RESTART = "restart"
     RESIDENT = "resident"
     CANARY = "canary"
+    SUSPEND = "suspend"
 
 
 def ended_by_intent(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Kind, ...]:

@@ -7,10 +7,11 @@ finds them. `/tmp` is fixed rather than taken from `TMPDIR`, because two shells 
 find the same control plane. Everyone may write to `/tmp`, so the folder is used only if it is a real directory
 that belongs to this user and is closed to everybody else.
 
-    <root>/state.db  daemon.lock  start.lock  down  routes.snapshot  logs/{controlplane,router}.log
+    <root>/state.db  database.json  {daemon,start,standby}.lock  down  routes.snapshot
+    <root>/logs/{controlplane,router}.log
     <root>/logs/replicas/<model>/<replica id>.log
     <root>/router/router.db  router/files/<id>  router/lock
-    <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>
+    <root>/sources/<repository>@<commit>.<part>.json   secrets/<name>   git/<source's uid>/<hash of its URL>
     /tmp/quire-<uid>-<hash>/admin.sock  router.sock  gateway/1/shim.sock  r/<hash of replica id>/<incarnation>/…
 
 Exceptions:
@@ -61,8 +62,18 @@ class StateDir:
         return self.root / "state.db"
 
     @property
+    def database(self) -> Path:
+        """Says which database on a server has the store, where it is not in the file `store`."""
+        return self.root / "database.json"
+
+    @property
     def daemon_lock(self) -> Path:
         return self.root / "daemon.lock"
+
+    @property
+    def standby_lock(self) -> Path:
+        """Shared by control planes that wait until they may lead."""
+        return self.root / "standby.lock"
 
     @property
     def start_lock(self) -> Path:
@@ -95,6 +106,11 @@ class StateDir:
     @property
     def secrets(self) -> Path:
         return self.root / "secrets"
+
+    @property
+    def git(self) -> Path:
+        """Clones of the repositories that git sources follow, by the source's uid."""
+        return self.root / "git"
 
     @property
     def runtime(self) -> Path:

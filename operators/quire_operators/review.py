@@ -34,6 +34,8 @@ class Review:
     located: Located
     old: StoredObject | None
     action: str
+    cause: str = ""
+    """What a new revision is for, if the manifest does not say it."""
     resolved: dict[str, Any] = field(default_factory=dict)
     revision: NewRevision | None = None
     placement: Placement | None = None

@@ -345,7 +345,10 @@ class Routes:
         return answer if isinstance(answer, wire.UsageReport) else None
 
     async def _ask(self, message: wire.ToRouter) -> wire.RouterStatus:
-        """One message and the status that follows it, over a connection of its own."""
+        """One message and the status that follows it, over a connection of its own. Only who leads says what
+        changes anything: raises `Deposed`."""
+        if not isinstance(message, wire.GetRouterStatus):
+            self._store.check_lease()
         answer = await self._answer(message)
         if not isinstance(answer, wire.RouterStatus):
             raise wire.BadMessage(f"a {type(answer).__name__} is no status")
@@ -398,4 +401,12 @@ def _news(status: wire.RouterStatus | None) -> object:
         )
         for load in status.replicas
     ]
-    return status.version, status.pid, status.base_url, status.unusable, sorted(loads, key=lambda load: load[:2])
+    pids = [worker.pid for worker in status.workers]
+    return (
+        status.version,
+        status.pid,
+        status.base_url,
+        status.unusable,
+        pids,
+        sorted(loads, key=lambda load: load[:2]),
+    )

@@ -8,19 +8,21 @@ Exceptions:
 
     StoreError
     ├── StoreUnavailable    the disk is full, read-only or failing: nothing was written
-    └── UnusableStore       another version's file, a network filesystem, or a damaged one
+    └── UnusableStore       another version's file, a network filesystem, a damaged one, or a wrong database
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from quire_operators.host import NETWORK_FILESYSTEMS, file_system
+from quire_operators.paths import sync_folder
 
 
 class StoreError(Exception):
@@ -60,7 +62,7 @@ class StoreUnavailable(StoreError):
 
 
 class UnusableStore(StoreError):
-    """The file cannot serve as a store."""
+    """The file, or the database, cannot serve as a store."""
 
 
 def _refuse_network_filesystem(folder: Path) -> None:
@@ -85,12 +87,74 @@ class File:
         self._opened = (opened.st_dev, opened.st_ino)
         os.close(descriptor)
 
+    def __str__(self) -> str:
+        return str(self._path)
+
     def engine(self) -> sa.Engine:
         """With one connection, which the thread that uses it first keeps."""
         engine = sa.create_engine(f"sqlite:///{self._path}", poolclass=sa.pool.StaticPool)
         sa.event.listen(engine, "connect", _set_pragmas)
         sa.event.listen(engine, "begin", _begin_immediate)
         return engine
+
+    def refusal(self, error: sa.exc.DBAPIError) -> StoreUnavailable:
+        """What an error means for whoever wanted something written."""
+        return StoreUnavailable.of(error, self._path)
+
+    def unusable(self, error: sa.exc.DBAPIError) -> StoreError:
+        """What an error means for whoever opens it."""
+        refused = self.refusal(error)
+        if refused.passing:
+            return refused
+        return UnusableStore(
+            f"{self._path} is not a usable store: {error.orig}",
+            "move it away; what was applied must be applied again",
+        )
+
+    def prepare(self, db: sa.Connection) -> None:
+        """Nothing: a transaction has the file to itself."""
+
+    def hear_of_writes(self, db: sa.Connection) -> None:
+        """Be able to say from now on whether somebody else has written."""
+        self._driver: sqlite3.Connection = db.connection.driver_connection  # type: ignore[assignment]
+        self._data_version = self._version()
+
+    def written_elsewhere(self) -> bool:
+        """Whether another connection has written since this was asked last."""
+        before, self._data_version = self._data_version, self._version()
+        return before != self._data_version
+
+    def _version(self) -> int:
+        try:
+            (version,) = self._driver.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error:
+            return self._data_version  # the next transaction says what is wrong
+        return int(version)
+
+    def close(self) -> None:
+        """Nothing is open beside the engine."""
+
+    def keep_copy(self, db: sa.Connection, schema: int) -> None:
+        """Copy a store beside itself before anything of it is changed: the version that wrote it can use the copy.
+        An earlier copy of the same schema is kept: it is the one from before."""
+        kept = self._path.with_name(f"{self._path.name}.schema{schema}")
+        if kept.exists():
+            return
+        making = kept.with_name(f"{kept.name}.part")
+        try:
+            making.unlink(missing_ok=True)
+            with closing(sqlite3.connect(self._path)) as source, closing(sqlite3.connect(making)) as copy:
+                making.chmod(0o600)
+                source.backup(copy)
+            making.replace(kept)
+            sync_folder(kept.parent)
+        except (sqlite3.Error, OSError) as error:
+            with suppress(OSError):
+                making.unlink()
+            raise UnusableStore(
+                f"{self._path} is of an earlier version and cannot be copied before it is changed: {error}",
+                f"make room and the folder {self._path.parent} writable; nothing was changed",
+            ) from error
 
     def check_in_place(self) -> None:
         """Raise `StoreUnavailable` where the open file is not the one of that name: writes would be lost."""

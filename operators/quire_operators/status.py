@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 CRASH_LOOP_RESTARTS = 3
+BAD_WHEN_TRUE = ("Stalled", "Drifted")
+"""Conditions that are as wished when they are False."""
 
 
 class Reason(enum.StrEnum):
@@ -48,6 +50,7 @@ class Reason(enum.StrEnum):
     ROLLED_BACK = "RolledBack"
     CANARY = "CanaryProgressing"
     ROUTER_NOT_READY = "RouterNotReady"
+    WORKERS_STARTING = "WorkersStarting"
     BACKEND_NOT_FOUND = "BackendNotFound"
     BACKEND_NOT_READY = "BackendNotReady"
     NO_WEIGHT = "NoWeight"
@@ -78,6 +81,26 @@ class Reason(enum.StrEnum):
     KEY_TAKEN = "KeyTaken"
     KEY_UNFIT = "KeyUnfit"
     NO_ACCESS_POLICY = "NoAccessPolicy"
+    # of git
+    SYNCED = "Synced"
+    HEALTHY = "Healthy"
+    UNHEALTHY = "Unhealthy"
+    IN_STEP = "InStep"
+    NOT_SYNCED = "NotSynced"
+    SUSPENDED = "Suspended"
+    WINDOW_CLOSED = "WindowClosed"
+    REMOTE_UNREACHABLE = "RemoteUnreachable"
+    GIT_MISSING = "GitMissing"
+    REF_NOT_FOUND = "RefNotFound"
+    PATH_NOT_FOUND = "PathNotFound"
+    REPOSITORY_UNREADABLE = "RepositoryUnreadable"
+    TOO_LARGE = "RepositoryTooLarge"
+    VALIDATION_FAILED = "ValidationFailed"
+    NO_MANIFESTS = "NoManifests"
+    NOT_VERIFIED = "NotVerified"
+    KUSTOMIZE_FAILED = "KustomizeFailed"
+    MANUAL_CHANGE = "ManualChange"
+    PRUNE_BLOCKED = "PruneBlocked"
     NO_PRICES = "NoPrices"
     BUDGET_LOW = "BudgetLow"
     BUDGET_SPENT = "BudgetSpent"
@@ -108,9 +131,93 @@ ADVICE: dict[Reason, Advice] = {
         "The download ended for a reason of this machine; it is tried again with growing pauses.",
         ("platform logs controlplane   what it said", "platform cache list   where the cache is"),
     ),
+    Reason.NOT_SYNCED: Advice(
+        "A commit is on its way: it is being fetched, checked or applied.", ("platform describe {key}",)
+    ),
+    Reason.UNHEALTHY: Advice(
+        "The last commit is applied, and some of its objects do not serve by it yet. The source does not wait for "
+        "them: the next commit is applied all the same.",
+        ("platform get   which", "git revert COMMIT, and push"),
+    ),
+    Reason.SUSPENDED: Advice(
+        "Somebody stopped the source, by spec.suspend or by platform source suspend: commits are seen and not "
+        "applied, and changes by hand are not undone.",
+        ("platform source resume {key}", "or spec.suspend: false"),
+    ),
+    Reason.WINDOW_CLOSED: Advice(
+        "A commit is there, and spec.sync.windows do not let it be applied now. It is when they do.",
+        ("wait, or change spec.sync.windows",),
+    ),
+    Reason.REMOTE_UNREACHABLE: Advice(
+        "The repository cannot be reached. It is tried again with growing pauses; what was applied goes on as "
+        "it is, "
+        "and changes by hand are undone all the same where spec.sync.selfHeal says so.",
+        (
+            "check the network, spec.url, and HTTPS_PROXY of the control plane",
+            "platform source sync {key}   tries now",
+        ),
+    ),
+    Reason.GIT_MISSING: Advice(
+        "Repositories are read by the git command, and the control plane does not find it in its PATH.",
+        ("install git 2.34 or later, then platform daemon restart",),
+    ),
+    Reason.REF_NOT_FOUND: Advice(
+        "The repository has no such branch, tag or commit. Nothing is changed for it.",
+        ("push it, or change spec.ref",),
+    ),
+    Reason.PATH_NOT_FOUND: Advice(
+        "The commit has no such folder. That is an error and never a commit without manifests: nothing is "
+        "changed.",
+        ("put the folder back, or change spec.path", "to have the objects deleted: platform delete, one by one"),
+    ),
+    Reason.REPOSITORY_UNREADABLE: Advice(
+        "What was fetched cannot be read as a repository.", ("git fsck in the repository itself says more",)
+    ),
+    Reason.TOO_LARGE: Advice(
+        "The repository is beyond a bound: 256 MiB for a commit, below spec.path 10,000 files and 16 MiB of "
+        "manifests.",
+        ("keep manifests in a repository, or a folder, of their own",),
+    ),
+    Reason.VALIDATION_FAILED: Advice(
+        "A manifest of the commit cannot be applied, so nothing of the commit is. The place is file:line:col "
+        "in the "
+        "repository. It is tried again: the cause may lie on this machine.",
+        ("mend it and push, or git revert COMMIT", "platform validate FOLDER   checks before a commit"),
+    ),
+    Reason.NO_MANIFESTS: Advice(
+        "The commit has no manifest below spec.path. That is taken for a mistake: nothing is deleted.",
+        ("put them back, or spec.sync.allowEmpty: true if there are to be none",),
+    ),
+    Reason.NOT_VERIFIED: Advice(
+        "The commit bears no signature of a key in spec.verify.signedBy, so it is not applied.",
+        ("sign it: git commit --amend -S, with gpg.format=ssh", "or add the key in spec.verify.signedBy"),
+    ),
+    Reason.KUSTOMIZE_FAILED: Advice(
+        "spec.path has a kustomization, and it cannot be built: there is no kustomize command in the control "
+        "plane's "
+        "PATH, or it failed. A build sees the repository alone, never the network.",
+        (
+            "kustomize build FOLDER   in a checkout shows the same",
+            "where there is no kustomize: kustomize build FOLDER | platform apply -f -",
+        ),
+    ),
+    Reason.MANUAL_CHANGE: Advice(
+        "Objects are not as the applied commit has them: somebody changed or deleted them by hand.",
+        (
+            "platform source sync {key}   makes them as in git",
+            "or write in git what they are; selfHeal undoes it by itself",
+        ),
+    ),
+    Reason.PRUNE_BLOCKED: Advice(
+        "The commit leaves out more objects than spec.sync.maxPrune lets be deleted at once. None was; all "
+        "else of it "
+        "is applied.",
+        ("put them back", "or platform delete them, or raise spec.sync.maxPrune"),
+    ),
     Reason.UNAUTHORIZED: Advice(
-        "The hub does not give the repository to this token, or no token was sent. It is tried again every 5 "
-        "minutes, and at once after an apply that changes the model.",
+        "The hub or the git server does not give the repository to this token, or no token was sent. It is "
+        "tried again: "
+        "a model every 5 minutes and at once after an apply that changes it, a source after its retryInterval.",
         (
             "accept the terms of a gated repository on its page, with the account that the token belongs to",
             "hf auth login, or platform secret set hf-token and spec.sourceAuth: {{secretRef: hf-token}}",
@@ -219,6 +326,10 @@ ADVICE: dict[Reason, Advice] = {
         "The router is not up, so no request can be routed.",
         ("platform logs router   why", "platform describe gateway/default   its address and state"),
     ),
+    Reason.WORKERS_STARTING: Advice(
+        "The router serves with fewer processes than its manifest asks for, and starts the others.",
+        ("platform logs router   why, if it stays so",),
+    ),
     Reason.BACKEND_NOT_FOUND: Advice(
         "A Route names a Model that does not exist. Its share goes to the others; where there are none, requests "
         "are refused.",
@@ -240,8 +351,10 @@ ADVICE: dict[Reason, Advice] = {
         "The source is written in a way that leads nowhere.", ("correct spec.source and apply again",)
     ),
     Reason.NOT_FOUND: Advice(
-        "The source is neither on this machine nor on its hub. A hub is asked again every 5 minutes.",
-        ("correct spec.source or spec.revision, and apply again",),
+        "The source is neither on this machine nor on its hub, or a git source's repository is not on its "
+        "server. A hub "
+        "is asked again every 5 minutes.",
+        ("correct spec.source or spec.revision, or spec.url of a git source, and apply again",),
     ),
     Reason.UNSUPPORTED_ARCHITECTURE: Advice(
         "This version cannot run the checkpoint.", ("choose a checkpoint of a supported architecture",)
@@ -348,8 +461,8 @@ ADVICE: dict[Reason, Advice] = {
 
 def remedies(key: str, conditions: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a person can do about conditions that are not as wished, the gravest first; empty when all is well."""
-    wrong = [c for c in conditions if c["type"] == "Stalled" and c["status"] == "True"]
-    wrong += [c for c in conditions if c["type"] != "Stalled" and c["status"] != "True"]
+    wrong = [c for c in conditions if c["type"] in BAD_WHEN_TRUE and c["status"] == "True"]
+    wrong += [c for c in conditions if c["type"] not in BAD_WHEN_TRUE and c["status"] != "True"]
     found: list[str] = []
     for condition in wrong:
         advice = ADVICE.get(Reason(condition["reason"]))

@@ -1,7 +1,7 @@
 """The durable memory of the control plane: what was asked for, what was decided, what was told.
 
-Who writes says what was there before: objects and replicas are compared and set. The file is that of `database`,
-its shape that of `tables`; what is read and written is in `records`.
+Who writes says what was there before: objects and replicas are compared and set. The database is that of
+`database`, its shape that of `tables`; what is read and written is in `records`.
 
 Times are those of the store's clock, which no change of the wall clock moves (see `clock`).
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
-from quire_operators.database import Conflict, Database, NotFound
+from quire_operators.database import Conflict, Database, Leading, NotFound, upsert
+from quire_operators.inventory import Inventory, Managed
 from quire_operators.overrides import Kind, Override, ended_by_intent
 from quire_operators.records import Applied, Change, Event, Origin, Revision, StoredObject
 from quire_operators.rollout import Cause, Exit, Goal, Row
@@ -50,17 +50,37 @@ ROW_FIELDS = tuple(field.name for field in fields(Row))
 
 
 class Store:
-    """One open store. `clock` gives unix seconds; without one it is the steady clock that the store keeps."""
+    """One open store. `clock` gives unix seconds; without one it is the steady clock that the store keeps. Where
+    `lease` is given, nothing is written without it."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
-        self._database = Database(path, clock)
+    def __init__(
+        self, place: Path | sa.URL, clock: Callable[[], float] | None = None, lease: Leading | None = None
+    ) -> None:
+        self._database = Database(place, clock, lease)
         self.install_id = self._database.install_id
         self.clock = self._database.clock
+        self.inventory = Inventory(self._database)
 
     @property
     def rows_version(self) -> int:
         """Changes whenever a replica's row may have."""
         return self._database.rows_version
+
+    @property
+    def place(self) -> str:
+        """Where everything is kept, for people; no secret is in it."""
+        return str(self._database)
+
+    def check_lease(self) -> None:
+        """Raise `Deposed` unless this control plane leads: before a side effect."""
+        if self._database.lease is not None:
+            self._database.lease.check()
+
+    @property
+    def others_version(self) -> int:
+        """Changes whenever somebody else may have written: then all is read anew."""
+        self._database.look()
+        return self._database.others_version
 
     def close(self) -> None:
         self._database.close()
@@ -91,10 +111,12 @@ class Store:
         row = db.execute(query).mappings().first()
         return _object(row) if row is not None else None
 
-    def apply(self, changes: Sequence[Change], traceparent: str | None = None) -> tuple[Applied, ...]:
+    def apply(
+        self, changes: Sequence[Change], traceparent: str | None = None, managed: Sequence[Managed] = ()
+    ) -> tuple[Applied, ...]:
         """Write all of them or none. An object whose intent hash is the stored one is not written at all.
 
-        `traceparent` is remembered as the origin of what is written.
+        `traceparent` is remembered as the origin of what is written, `managed` with it as whose it is.
 
         Raises `Conflict` when an object is not what the decision was made on.
         """
@@ -104,7 +126,10 @@ class Store:
             old = self.get(change.key)
             touched.append(("replicas", change.key.name))
             touched += [(table, old.uid) for table in ("revisions", "overrides") if old is not None]
+        if managed:
+            touched.append(("managed", None))
         with self._database.transaction(*touched) as db:
+            self.inventory.write(db, managed)
             return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
     def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:
@@ -136,7 +161,7 @@ class Store:
         _set_origin(db, uid, traceparent)
         if old is None:
             db.execute(
-                insert(OBJECTS).values(
+                sa.insert(OBJECTS).values(
                     uid=uid,
                     kind=change.key.kind,
                     namespace=NAMESPACE,
@@ -168,7 +193,7 @@ class Store:
             REVISIONS.c.uid == uid, REVISIONS.c.template_hash == new.template_hash
         )
         db.execute(
-            insert(REVISIONS).values(
+            sa.insert(REVISIONS).values(
                 uid=uid,
                 n=n,
                 template_hash=new.template_hash,
@@ -295,9 +320,7 @@ class Store:
     def set_override(self, uid: str, override: Override, *, failed: tuple[int, str] | None = None) -> None:
         """Keep a decision, in place of one of its kind; with it that a revision failed, and why."""
         with self._database.transaction(("overrides", uid), ("revisions", uid)) as db:
-            values = {"json": override.as_dict()}
-            statement = insert(OVERRIDES).values(uid=uid, kind=override.kind.value, **values)
-            db.execute(statement.on_conflict_do_update(index_elements=["uid", "kind"], set_=values))
+            upsert(db, OVERRIDES, {"uid": uid, "kind": override.kind.value}, {"json": override.as_dict()})
             if failed is not None:
                 n, why = failed
                 db.execute(
@@ -347,7 +370,7 @@ class Store:
         with self._database.transaction(("replicas", row.model), ("models of replicas", None)) as db:
             last = db.scalar(sa.select(INCARNATIONS.c.n).where(INCARNATIONS.c.id == row.id)) or 0
             row = replace(row, incarnation=last, exited=last)
-            db.execute(insert(REPLICAS).values(resource_version=1, **_values(row)))
+            db.execute(sa.insert(REPLICAS).values(resource_version=1, **_values(row)))
             return row
 
     def update_replica(self, old: Row, new: Row) -> Row:
@@ -366,8 +389,7 @@ class Store:
             if done.rowcount != 1:
                 raise Conflict(f"replica {old.id} was changed meanwhile", "it is looked at again")
             if new.incarnation != old.incarnation:
-                statement = insert(INCARNATIONS).values(id=new.id, n=new.incarnation)
-                db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": new.incarnation}))
+                upsert(db, INCARNATIONS, {"id": new.id}, {"n": new.incarnation})
             return new
 
     def delete_replica(self, row: Row) -> None:
@@ -378,8 +400,7 @@ class Store:
         """A number above every one this name ever had, durable before it is used."""
         with self._database.transaction() as db:
             n = (db.scalar(sa.select(INCARNATIONS.c.n).where(INCARNATIONS.c.id == name)) or 0) + 1
-            statement = insert(INCARNATIONS).values(id=name, n=n)
-            db.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"n": n}))
+            upsert(db, INCARNATIONS, {"id": name}, {"n": n})
             return n
 
     @staticmethod
@@ -402,8 +423,7 @@ class Store:
         if self.status(uid) == status:
             return False
         with self._database.transaction(("status", uid)) as db:
-            statement = insert(STATUS).values(uid=uid, json=status)
-            db.execute(statement.on_conflict_do_update(index_elements=["uid"], set_={"json": status}))
+            upsert(db, STATUS, {"uid": uid}, {"json": status})
             return True
 
     def routing_version(self) -> int:
@@ -449,7 +469,7 @@ class Store:
                 )
                 return
             db.execute(
-                insert(EVENTS).values(
+                sa.insert(EVENTS).values(
                     object=name,
                     uid=uid,
                     type=type_,
@@ -495,8 +515,7 @@ class Store:
 
 
 def _set_origin(db: sa.Connection, uid: str, traceparent: str | None) -> None:
-    statement = insert(ORIGINS).values(uid=uid, traceparent=traceparent)
-    db.execute(statement.on_conflict_do_update(index_elements=["uid"], set_={"traceparent": traceparent}))
+    upsert(db, ORIGINS, {"uid": uid}, {"traceparent": traceparent})
 
 
 def _object(row: Any) -> StoredObject:

@@ -3,11 +3,12 @@
 Standard library only, so that `platform get` stays quick.
 
 Auto-start without races. A client connects. If nobody listens it takes an exclusive `flock` on `start.lock` and
-connects again: whoever held the lock before may have started it. Only then does it spawn
-`python -m quire.controlplane` in a session of its own, with a clean environment, and waits on an inherited pipe
-for `ready <version>` or for the error in words. The control plane holds `daemon.lock` for its whole life and
-leaves with `HELD` if somebody else has it; a client that sees that (one is just going down, or was started by
-other means) tries again until its deadline. No process id is ever consulted.
+connects again: whoever held the lock before may have started it. Only then does it spawn `python -m
+quire.controlplane` in a session of its own, with a clean environment, and waits on an inherited pipe for `ready
+<version>` or for the error in words. The control plane holds `daemon.lock` for its whole life and leaves with
+`HELD` if somebody else has it. While one stands by, nobody is spawned: it takes over. A client that sees `HELD`
+(one is just going down, or was started by other means) tries again until its deadline. No process id is ever
+consulted.
 
 Exceptions:
 
@@ -40,6 +41,9 @@ from quire_operators.paths import StateDir, StateDirError, check_private
 START_SECONDS = 60.0
 """How long a start may take before the client gives up: a cold disk on a small machine needs several seconds."""
 REQUEST_SECONDS = 60.0
+TAKEOVER_SECONDS = 20.0
+"""How long a client waits for a control plane that stands by to take over, before it starts one."""
+TAKEOVER_PAUSE = 0.05
 ASK_AGAIN = (0.0, 0.1, 0.5)
 """Seconds before a question whose connection broke is asked again."""
 TAIL_LINES = 20
@@ -232,6 +236,7 @@ class Client:
 
     def _start_and_connect(self) -> _UnixConnection:
         deadline = time.monotonic() + START_SECONDS
+        patience = time.monotonic() + TAKEOVER_SECONDS
         try:
             self.state.create()
             lock = os.open(self.state.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -248,6 +253,9 @@ class Client:
                 connection = self._try_connect()
                 if connection is not None:
                     return connection
+                if stands_by(self.state) and time.monotonic() < patience:
+                    time.sleep(TAKEOVER_PAUSE)  # it takes over; a new one would take longer
+                    continue
                 if time.monotonic() > deadline:
                     raise Unreachable(
                         f"the control plane did not come up within {START_SECONDS:.0f} s" + self._log_tail(),
@@ -319,6 +327,20 @@ class Client:
         except FileNotFoundError:
             return ""
         return "".join(f"\n    | {line}" for line in lines)
+
+
+def stands_by(state: StateDir) -> bool:
+    """Whether a control plane waits until it may lead."""
+    try:
+        waiting = state.standby_lock.open("rb")
+    except FileNotFoundError:
+        return False
+    with waiting:
+        try:
+            fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

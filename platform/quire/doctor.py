@@ -35,7 +35,7 @@ import psutil
 
 from quire import endpoint
 from quire.client import Client, ClientError
-from quire_operators import devices, nvml
+from quire_operators import devices, nvml, whereabouts
 from quire_operators.host import (
     NETWORK_FILESYSTEMS,
     ControlGroups,
@@ -46,7 +46,9 @@ from quire_operators.host import (
     physical_cores,
 )
 from quire_operators.paths import StateDir
+from quire_operators.postgres import schema_of, shown
 from quire_operators.sources import Sources
+from quire_operators.sqlite import StoreError
 from quire_schemas.gateway import DEFAULT_BIND, DEFAULT_PORT
 
 ANSWER_SECONDS = 2.0
@@ -205,7 +207,7 @@ def _state_dir(state: StateDir) -> Report:
         "fileSystem": file_system(state.root),
         "writeProblem": None,
         "sockets": {"path": str(state.runtime), "exists": os.path.exists(state.runtime), "problem": None},
-        "store": store_of(state.store),
+        "store": _store(state),
     }
     with contextlib.suppress(OSError):
         info = state.root.stat()
@@ -229,6 +231,20 @@ def _write_problem(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder}: {error.strerror or error}"
     return None
+
+
+def _store(state: StateDir) -> Report:
+    """The store, in its file or on a server, wherever this state directory and the environment say."""
+    found: Report = {"path": str(state.database), "exists": True, "bytes": None, "schema": None, "problem": None}
+    try:
+        place = whereabouts.find(state, os.environ)
+        if isinstance(place, Path):
+            return store_of(place)
+        found["path"] = shown(place)
+        found["schema"] = schema_of(place)
+    except StoreError as error:
+        found["problem"] = error.message
+    return found
 
 
 def store_of(path: Path) -> Report:
@@ -258,7 +274,7 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _stored_gateway(state: StateDir) -> tuple[str, int]:
     """Where the router would listen by the store, for when nobody can be asked; the default without one."""
-    if os.path.exists(state.store):
+    if os.path.exists(state.store) and not os.path.exists(state.database):
         with contextlib.suppress(sqlite3.Error, ValueError), _reading(state.store) as db:
             query = "SELECT resolved FROM objects WHERE kind = 'gateway' AND name = 'default'"
             if (row := db.execute(query).fetchone()) is not None:
@@ -464,7 +480,9 @@ def _judge_state(report: Report) -> Iterator[Finding]:
         yield Finding("error", "stateDir", message, f"look at it, then remove it: rm -r {sockets}")
     if state["store"]["problem"]:
         message = f"the store {state['store']['path']} cannot be read: {state['store']['problem']}"
-        yield Finding("error", "store", message, "move it away and apply your manifests again")
+        on_file = state["store"]["path"].endswith(".db")
+        remedy = "move it away and apply your manifests again" if on_file else "see that QUIRE_DATABASE is right"
+        yield Finding("error", "store", message, remedy)
 
 
 def _judge_disk(report: Report) -> Iterator[Finding]:

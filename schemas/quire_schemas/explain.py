@@ -18,7 +18,7 @@ import textwrap
 from typing import Any
 
 from quire_schemas.fields import SchemaField, default_of, fields_of, walk
-from quire_schemas.kinds import KIND_REFUSALS, KINDS
+from quire_schemas.kinds import KINDS
 from quire_schemas.resource import API_VERSION, HONOURED, Resource, honoured_values, support, update_tag
 
 SCHEMA_ID = "https://quire.dev/schema/v1alpha1.json"
@@ -87,8 +87,6 @@ def json_schema() -> dict[str, Any]:
 def _explain_kind(kind: type[Resource]) -> str:
     name = kind.__name__
     lines = [f"KIND     {name}   apiVersion {API_VERSION}", f"  {(kind.__doc__ or '').strip()}"]
-    if name in KIND_REFUSALS:
-        lines += _wrapped(f"Support: refused by this version: {KIND_REFUSALS[name]}")
     lines += ["", "FIELDS", *_children(list(fields_of(kind).values()))]
     return "\n".join(lines)
 
@@ -117,9 +115,7 @@ def _default(field: SchemaField) -> str:
 
 
 def _support(kind: type[Resource], path: tuple[str, ...], field: SchemaField) -> str:
-    """What this version does with the field, its sections and kind considered."""
-    if kind.__name__ in KIND_REFUSALS:
-        return f"Support: the kind is refused by this version: {KIND_REFUSALS[kind.__name__]}"
+    """What this version does with the field, its sections considered."""
     by_path = dict(walk(kind))
     for length in range(2, len(path) + 1):
         part = by_path[path[:length]]

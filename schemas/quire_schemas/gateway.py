@@ -1,7 +1,7 @@
 """Kind `Gateway`: where clients connect. There is one, named `default`; without a manifest it has its defaults.
 
-A change of `bind`, `port`, `tls`, `metrics` or `telemetry` is `rolling`: the router is replaced behind the same or
-a new listening socket. What is hot the running router takes, and no stream notices.
+A change of `bind`, `port`, `workers`, `tls`, `metrics` or `telemetry` is `rolling`: the router is replaced behind
+the same or a new listening socket. What is hot the running router takes, and no stream notices.
 """
 
 from __future__ import annotations
@@ -152,11 +152,10 @@ class GatewaySpec(Strict):
         le=65535,
     )
     workers: int = declared(
-        "Router processes.",
+        "Processes of the router that take connections from the port, each with an interpreter of its own. "
+        "Limits, queues, shares and choices of replicas hold over all of them.",
         1,
         update="rolling",
-        refused="there is one router process",
-        honours=(1,),
         ge=1,
         le=64,
     )

@@ -1,8 +1,4 @@
-"""Kind `GitSource`: a folder of a git repository whose manifests are applied as they change.
-
-The schema is complete, so that documents can be written and checked against it; applying one is refused by
-this version (`KIND_REFUSED`).
-"""
+"""Kind `GitSource`: a folder of a git repository whose manifests are applied as they change."""
 
 from __future__ import annotations
 
@@ -11,39 +7,58 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from quire_schemas.quantities import Duration, Percent
-from quire_schemas.resource import Resource, Strict, Text, declared, section
-
-KIND_REFUSED = "git repositories are not followed yet; apply a checkout with: platform apply FOLDER"
+from quire_schemas.resource import HONOURED, Resource, Strict, Text, declared, section
 
 
 class GitRef(Strict):
-    """What is followed; exactly one."""
+    """What is followed: at most one; without any the branch that the repository itself names."""
 
     branch: Text | None = declared("Head of a branch.", None, update="hot")
     tag: Text | None = declared("A tag.", None, update="hot")
-    semver: Text | None = declared("Newest tag in a range of versions, such as '>=1.2 <2'.", None, update="hot")
-    commit: Text | None = declared("A commit.", None, update="hot")
+    semver: Text | None = declared(
+        "Newest tag in a range of versions, such as '>=1.2 <2'.",
+        None,
+        update="hot",
+        refused="ranges of versions are not followed yet; name a tag or a branch",
+    )
+    commit: Text | None = declared("A commit, by all 40 digits of it.", None, update="hot")
 
 
 class GitAuth(Strict):
     """Credential for the repository."""
 
-    secret_ref: str = declared("Name of a secret stored with the platform.", update="hot")
+    secret_ref: str = declared(
+        "Name of a secret stored with the platform: a token, or user:token.", update="hot", max_length=253
+    )
 
 
 class Webhook(Strict):
     """A notification that makes the platform fetch at once; its payload is never trusted."""
 
-    provider: Literal["github", "gitlab", "gitea", "generic"] = declared("Who sends it.", update="hot")
-    secret_ref: str = declared("Name of the secret that signs it.", update="hot")
+    provider: Literal["github", "gitlab", "gitea", "generic"] = declared(
+        "Who sends it, and so how it is signed: X-Hub-Signature-256 (github, generic), X-Gitea-Signature, or "
+        "X-Gitlab-Token.",
+        update="hot",
+    )
+    port: int = declared(
+        "Port on loopback that POST /hooks/NAME is taken on, NAME being that of the source; a proxy in front "
+        "of it "
+        "speaks TLS. Sources may share one.",
+        8430,
+        update="hot",
+        ge=1,
+        le=65535,
+    )
+    secret_ref: str = declared("Name of the secret that signs it.", update="hot", max_length=253)
 
 
 class Window(Strict):
-    """A time in which changes are applied or not."""
+    """A time in which commits are applied or not. Deny wins over Allow; where there is an Allow, all else is
+    denied."""
 
-    kind: Literal["Allow", "Deny"] = declared("Whether changes are applied in it.", update="hot")
+    kind: Literal["Allow", "Deny"] = declared("Whether commits are applied in it.", update="hot")
     schedule: str = declared("When it opens, as five cron fields.", update="hot", min_length=9, max_length=128)
-    duration: Duration = declared("How long it stays open.", update="hot")
+    duration: Duration = declared("How long it stays open, at most 7d.", update="hot")
     time_zone: str = declared("Zone of the schedule.", "UTC", update="hot", max_length=64)
 
 
@@ -54,11 +69,15 @@ class Sync(Strict):
     self_heal: bool = declared("Undo changes made by hand.", False, update="hot")
     allow_empty: bool = declared("Apply a commit without any manifest.", False, update="hot")
     max_prune: Percent = declared(
-        "Refuse a commit that would delete more than this share of the objects.", "50%", update="hot"
+        "Where a commit would delete more than this share of the source's objects, none is deleted; the rest "
+        "of it "
+        "is applied.",
+        "50%",
+        update="hot",
     )
     retry_interval: Duration = declared("Wait after a failed attempt.", "30s", update="hot")
     windows: Annotated[tuple[Window, ...], Field(strict=False, max_length=64)] = declared(
-        "Times in which changes are applied or not.", (), update="hot"
+        "Times in which commits are applied or not.", (), update="hot"
     )
 
 
@@ -66,7 +85,11 @@ class Verify(Strict):
     """Which commits are trusted."""
 
     signed_by: Annotated[tuple[str, ...], Field(strict=False, max_length=64)] = declared(
-        "Keys; when there are any, only commits signed by one of them are applied.", (), update="hot"
+        "Public keys of ssh, as in 'ssh-ed25519 AAAA…'; when there are any, only a commit signed by one of "
+        "them is "
+        "applied.",
+        (),
+        update="hot",
     )
 
 
@@ -74,12 +97,12 @@ class GitSourceSpec(Strict):
     """What is followed, and how it is applied."""
 
     url: Annotated[str, StringConstraints(min_length=1, max_length=2048)] = declared(
-        "URL of the repository.", update="hot"
+        "URL of the repository: https, or http to this machine itself.", update="hot"
     )
     ref: GitRef = section(GitRef, "What is followed.")
-    path: str = declared("Folder inside the repository.", ".", update="hot", max_length=1024)
+    path: str = declared("Folder inside the repository.", ".", update="hot", min_length=1, max_length=1024)
     auth: GitAuth | None = section(GitAuth, "Credential for the repository.", optional=True)
-    interval: Duration = declared("Time between two fetches.", "1m", update="hot")
+    interval: Duration = declared("Time between two fetches, at least 1s.", "1m", update="hot")
     webhook: Webhook | None = section(Webhook, "A notification that makes the platform fetch.", optional=True)
     sync: Sync = section(Sync, "How commits are applied.")
     verify: Verify = section(Verify, "Which commits are trusted.")
@@ -93,5 +116,5 @@ class GitSource(Resource):
     spec: GitSourceSpec = Field(
         ...,
         description="What is followed, and how it is applied.",
-        json_schema_extra={"x-quire-update": "hot", "x-quire-support": KIND_REFUSED},
+        json_schema_extra={"x-quire-update": "hot", "x-quire-support": HONOURED},
     )

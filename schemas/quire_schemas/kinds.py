@@ -1,8 +1,7 @@
-"""The kinds of resources that manifests may declare, and which of them this version refuses as a whole."""
+"""The kinds of resources that manifests may declare."""
 
 from __future__ import annotations
 
-from quire_schemas import git_source
 from quire_schemas.access import AccessPolicy
 from quire_schemas.gateway import Gateway
 from quire_schemas.git_source import GitSource
@@ -16,8 +15,5 @@ KINDS: dict[str, type[Resource]] = {
     "AccessPolicy": AccessPolicy,
     "GitSource": GitSource,
     "Gateway": Gateway,
-}
-KIND_REFUSALS = {
-    "GitSource": git_source.KIND_REFUSED,
 }
 READ_ONLY_KINDS = ("Revision", "Replica", "Event")

@@ -35,10 +35,10 @@ from pydantic_core import ErrorDetails
 
 from quire_schemas.explain import UnknownField, explain, json_schema
 from quire_schemas.fields import Path, SchemaField, Shape, dotted, fields_of, walk
-from quire_schemas.kinds import KIND_REFUSALS, KINDS, READ_ONLY_KINDS
+from quire_schemas.kinds import KINDS, READ_ONLY_KINDS
 from quire_schemas.model import Model
 from quire_schemas.resource import API_VERSION, Key, Resource, Strict
-from quire_schemas.rules import REFUSED, Facts, check, claims
+from quire_schemas.rules import Facts, check, claims
 from quire_schemas.yaml_tree import MAX_BYTES, Node, bare_value, compose
 
 MAX_PROBLEMS = 100
@@ -153,6 +153,17 @@ def load_paths(paths: Sequence[FilePath | str]) -> Manifest:
     return manifest
 
 
+def load_contents(contents: Sequence[tuple[str, bytes]]) -> Manifest:
+    """As `load`, of files' bytes: what is too large or not UTF-8 is a problem beside those of the others."""
+    texts: list[tuple[str, str]] = []
+    unread: list[Problem] = []
+    for name, content in contents:
+        _decode(name, content, texts, unread)
+    manifest = load(texts)
+    manifest.problems = [*unread, *manifest.problems]
+    return manifest
+
+
 def read_paths(paths: Sequence[FilePath | str]) -> list[tuple[str, str]]:
     """(name, text) of each file; `-` is standard input, a folder all *.yaml and *.yml below it, sorted; what
     is hidden (`.git`, `.venv`) is left out.
@@ -255,10 +266,6 @@ class _Document:
         for finding in check(self.facts):
             if not any(finding.path[: len(bad)] == bad for bad in self.bad):
                 self.report(finding.path, finding.message, finding.hint, at_key=finding.at_key)
-        if kind.__name__ in KIND_REFUSALS:
-            self.report(
-                ("kind",), f"{REFUSED}: {KIND_REFUSALS[kind.__name__]}", f"remove the {kind.__name__} document"
-            )
         self.resource = None if self.problems else resource
 
     def report(self, path: Path, message: str, hint: str, *, at_key: bool = False) -> None:
@@ -784,6 +791,7 @@ __all__ = [
     "intent_hash",
     "json_schema",
     "load",
+    "load_contents",
     "load_paths",
     "parse_intent",
     "read_paths",

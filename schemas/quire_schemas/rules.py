@@ -17,12 +17,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from quire_schemas.dialects import HARMONY, NONE
 from quire_schemas.fields import Path, SchemaField, Shape, default_of, fields_of
 from quire_schemas.gateway import is_loopback
 from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import HONOURED, Resource, Strict, honoured_values, support
+from quire_schemas.windows import MAX_SECONDS, BadSchedule, Schedule, zone
 
 BUILTIN_MODELS = ("tiny",)
 MAX_PRICE = 10_000_000
@@ -623,6 +625,101 @@ def _limits(facts: Facts) -> Iterator[Finding]:
             yield Finding(path, f"{bounds[0]} are counted per time, and per is missing", "for example per: 1m")
 
 
+# ── kind GitSource ────────────────────────────────────────────────────────────────────────────────────────
+
+_SSH_KEY = re.compile(
+    r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)|ssh-rsa|sk-ssh-ed25519@openssh\.com) [A-Za-z0-9+/=]+"
+)
+_REF = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")
+SHORTEST_INTERVAL = 1.0
+
+
+def _git_url(facts: Facts) -> Iterator[Finding]:
+    url, path = facts["spec.url"], ("spec", "url")
+    scheme, separator, _ = url.partition("://")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        yield Finding(path, "is not a URL", _GIT_URL)
+        return
+    if not separator or scheme == "file" or "::" in scheme:
+        yield Finding(path, "files of this machine are not followed, nor anything but a URL", _GIT_URL)
+    elif scheme in ("ssh", "git", "git+ssh"):
+        yield Finding(path, f"{REFUSED}: {scheme}", f"{_GIT_URL}; a private one with a token in spec.auth")
+    elif scheme not in ("http", "https") or not host or port == 0 or not re.fullmatch(r"[\x21-\x7e]+", url):
+        yield Finding(path, "is not a URL of a repository", _GIT_URL)
+    elif parts.username is not None or parts.password is not None:
+        hint = "platform secret set NAME, and spec.auth: {secretRef: NAME}"
+        yield Finding(path, "a credential does not belong in a manifest", hint)
+    elif parts.query or parts.fragment:
+        yield Finding(path, "a repository's URL has no query and no fragment", _GIT_URL)
+    elif scheme == "http" and not _is_this_machine(host):
+        hint = "write https"
+        yield Finding(path, "http is for repositories on this machine alone: nothing protects it on its way", hint)
+
+
+_GIT_URL = "for example https://example.org/team/manifests.git"
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or is_loopback(host)
+    except ValueError:  # a name
+        return False
+
+
+def _git_ref(facts: Facts) -> Iterator[Finding]:
+    ref, path = facts["spec.ref"] or {}, ("spec", "ref")
+    given = [name for name in ("branch", "tag", "commit") if ref.get(name) is not None]
+    if len(given) > 1:
+        yield Finding(path, "at most one of branch, tag and commit", f"keep {given[0]}")
+        return
+    for name in given:
+        value = ref[name]
+        if name == "commit" and not re.fullmatch(r"[0-9a-f]{40}", value):
+            hint = "git rev-parse COMMIT prints it"
+            yield Finding((*path, name), "is not a commit's 40 digits", hint)
+        bad = not _REF.fullmatch(value) or value.startswith(("-", "/", ".")) or value.endswith(("/", ".", ".lock"))
+        if name != "commit" and (bad or ".." in value or "//" in value or "@{" in value):
+            yield Finding((*path, name), f"is not the name of a {name}", "for example main")
+
+
+def _git_path(facts: Facts) -> Iterator[Finding]:
+    given, path = facts["spec.path"], ("spec", "path")
+    parts = [part for part in given.split("/") if part]
+    if given.startswith("/") or ".." in parts or not given.isprintable() or "\\" in given:
+        yield Finding(
+            path, "is not a folder inside the repository", "for example clusters/prod, or . for all of it"
+        )
+
+
+def _git_sync(facts: Facts) -> Iterator[Finding]:
+    if parse_duration(facts["spec.interval"]) < SHORTEST_INTERVAL:
+        yield Finding(("spec", "interval"), "is shorter than a second", "for example 1m")
+    if parse_duration(facts["spec.sync.retryInterval"]) < SHORTEST_INTERVAL:
+        yield Finding(("spec", "sync", "retryInterval"), "is shorter than a second", "for example 30s")
+
+
+def _git_windows(facts: Facts) -> Iterator[Finding]:
+    for index, window in enumerate(facts["spec.sync.windows"]):
+        path: Path = ("spec", "sync", "windows", index)
+        for name, check_ in (("schedule", Schedule.parse), ("timeZone", zone)):
+            try:
+                check_(window.get(name, "UTC"))
+            except BadSchedule as error:
+                yield Finding((*path, name), str(error), error.hint)
+        if not 60 <= parse_duration(window["duration"]) <= MAX_SECONDS:
+            yield Finding((*path, "duration"), "a window is open from a minute to 7 days", "for example 8h")
+
+
+def _git_signers(facts: Facts) -> Iterator[Finding]:
+    for index, key in enumerate(facts["spec.verify.signedBy"]):
+        if not _SSH_KEY.fullmatch(" ".join(key.split()[:2])) or "\n" in key:
+            hint = "a line as in id_ed25519.pub, with or without the comment at its end"
+            yield Finding(("spec", "verify", "signedBy", index), "is not a public key of ssh", hint)
+
+
 def _budgets(facts: Facts) -> Iterator[Finding]:
     budgets = facts["spec.budgets"]
     yield from _repeated([budget["name"] for budget in budgets], ("spec", "budgets"), "the name")
@@ -679,6 +776,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "Gateway": (_gateway_name, _bind),
     "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),
     "AccessPolicy": (_keys, _limits, _budgets),
+    "GitSource": (_git_url, _git_ref, _git_path, _git_sync, _git_windows, _git_signers),
 }
 
 

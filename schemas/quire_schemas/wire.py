@@ -287,6 +287,9 @@ class Generate(msgspec.Struct, tag=True):
     """Lower goes first, where the policy is `priority`."""
     background: bool = False
     """Nobody waits for it: whatever the policy, it comes after all that is not, and makes room for it."""
+    lent: bool = False
+    """Its tenant has his part of the seats without it: where the policy is `fcfs` it comes after those of which
+    that is not so, and makes room for them."""
     timeout: float | None = None
     """Seconds from its receipt after which it ends with the error `timeout`."""
     cache_salt: str = ""
@@ -788,6 +791,13 @@ class Comparison(msgspec.Struct, frozen=True):
     new: Measured
 
 
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """One process of the router that takes requests, and how many it was given."""
+
+    pid: int
+    requests: int
+
+
 class RouterStatus(msgspec.Struct, tag=True):
     """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it.
 
@@ -809,6 +819,9 @@ class RouterStatus(msgspec.Struct, tag=True):
     """Those that are spent, or nearly, a hundred at most."""
     canaries: dict[str, Comparison] = {}
     """By model."""
+    workers: tuple[WorkerStatus, ...] = ()
+    """The head, whose pid is the router's, and behind it the others. All of them have the table, and are connected
+    to the replicas that are called so. None from a router of a version that has one process."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,7 +25,7 @@ from tests.clients.node import outcomes
 from tests.clients.server import STEP, TEXT, Server
 
 from quire.metering import Metering
-from quire.router.api import exchange
+from quire.router import exchange
 from quire.router.app import build
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
@@ -67,12 +67,12 @@ async def _serve(
     await fleet.apply(wire.RoutingTable(version=1, models=routes))
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
-    app, executor, _ = build(fleet, config, tracing, Metering())
-    server.append(uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None)))
+    head = build(fleet, config, tracing, Metering())
+    server.append(uvicorn.Server(uvicorn.Config(head.asgi, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])
     finally:
-        await executor.close()
+        await head.executor.close()
         await fleet.close()
         tracing.shutdown()
 

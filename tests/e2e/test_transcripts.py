@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).with_name("transcripts.txt")
 ELSEWHERE = {
+    "backup": "tests/e2e/test_storage.py; its counts are of the moment",
+    "restore": "tests/e2e/test_storage.py",
     "quickstart": "tests/e2e/test_cli.py",
     "doctor": "tests/e2e/test_doctor.py; its words are of the machine",
     "logs": "tests/unit/platform/test_cli_commands.py; its words are the engine's",
@@ -33,6 +35,7 @@ ELSEWHERE = {
     "completion": "the script is click's",
     "console": "tests/integration/test_console.py; its word is a link",
     "key": "tests/e2e/test_output_shapes.py; a key is drawn",
+    "source": "tests/e2e/test_gitops.py; its commits are of the moment",
     "monitoring": "tests/unit/platform/test_monitoring.py",
 }
 """Commands without a transcript, and what has their words instead."""

@@ -24,12 +24,21 @@ class ForkedPlane(Plane):
     """A plane whose control planes start quickly."""
 
     def spawn(self) -> tuple[Forked, str]:  # type: ignore[override]
+        readable, forked = self._fork()
+        with open(os.dup(readable.fileno())) as said:
+            return forked, said.readline()
+
+    def stand_by(self) -> Forked:
+        """Start one more that leads when it may; does not wait for anything."""
+        return self._fork("--standby")[1]
+
+    def _fork(self, *words: str) -> tuple[Connection, Forked]:
         readable, writable = _context.Pipe(duplex=False)
-        process = _context.Process(target=_run, args=(str(self.state.root), self.env, writable), daemon=True)
+        arguments = (str(self.state.root), self.env, writable, words)
+        process = _context.Process(target=_run, args=arguments, daemon=True)
         process.start()
         writable.close()
-        with open(os.dup(readable.fileno())) as said:
-            return Forked(process), said.readline()
+        return readable, Forked(process)
 
 
 class Forked:
@@ -52,13 +61,13 @@ class Forked:
         return self._process.exitcode
 
 
-def _run(state: str, env: dict[str, str], ready: Connection) -> None:
+def _run(state: str, env: dict[str, str], ready: Connection, words: tuple[str, ...]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
-    sys.argv = ["quire.controlplane", "--state-dir", state, "--ready-fd", str(os.dup(ready.fileno()))]
+    sys.argv = ["quire.controlplane", "--state-dir", state, "--ready-fd", str(os.dup(ready.fileno())), *words]
     ready.close()
     sys.exit(main())

@@ -82,6 +82,23 @@ class World:
                 raise AssertionError((self.folder / "router.log").read_text())
             time.sleep(0.02)
 
+    def wait_for_workers(self, count: int) -> tuple[wire.WorkerStatus, ...]:
+        """Until so many processes take requests; the head is the first of them."""
+        end = time.monotonic() + 30
+        while True:
+            self.wait_until_up()
+            with socket.socket(socket.AF_UNIX) as line:
+                line.connect(str(self.folder / "control.sock"))
+                line.sendall(wire.frame(wire.GetRouterStatus()))
+                with line.makefile("rb") as answer:
+                    body = answer.read(int.from_bytes(answer.read(4)))
+            found = msgspec.msgpack.decode(body, type=wire.RouterStatus).workers
+            if len(found) == count:
+                return found
+            if time.monotonic() > end:
+                raise AssertionError((self.folder / "router.log").read_text())
+            time.sleep(0.02)
+
     def restart(self, number: int = signal.SIGKILL, status_fd: int | None = None) -> None:
         """End the router by a signal, and start it again."""
         self.process.send_signal(number)
@@ -234,7 +251,11 @@ def launch(
         )
 
 
-def make_world(folder: Path, environment: dict[str, str] | None = None) -> World:
+WORKERS = int(os.environ.get("QUIRE_TEST_WORKERS", "1"))
+"""Processes of the router that tests have, unless they say how many."""
+
+
+def make_world(folder: Path, environment: dict[str, str] | None = None, workers: int = WORKERS) -> World:
     """A router with an inherited listening socket and an empty table; `environment` adds to its variables."""
     made.write(folder / "ck", made.byte_level())
     listening = socket.socket()
@@ -245,6 +266,7 @@ def make_world(folder: Path, environment: dict[str, str] | None = None) -> World
         control_socket=str(folder / "control.sock"),
         snapshot_file=str(folder / "table.json"),
         shutdown_grace=2.0,
+        workers=workers,
     )
     config_file.write_bytes(msgspec.json.encode(config))
     more = environment or {}
@@ -252,6 +274,7 @@ def make_world(folder: Path, environment: dict[str, str] | None = None) -> World
     tokenizer = Tokenizer.load(folder / "ck")
     world = World(folder, process, listening.getsockname()[1], tokenizer, listening, config_file, more)
     world.wait_until_up()
+    world.wait_for_workers(workers)
     return world
 
 

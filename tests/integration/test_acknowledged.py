@@ -51,6 +51,7 @@ class Applier(threading.Thread):
         self.names = [f"m{own}-{number}" for number in range(OBJECTS)]
         self.tried: dict[str, int] = {}
         self.acknowledged: dict[str, int] = {}
+        self.count = 0
         self.at: list[tuple[int, str, int]] = []
         """Each acknowledgement, with how long the trace of the disk was then."""
         self.trace: Path | None = None
@@ -78,6 +79,7 @@ class Applier(threading.Thread):
             time.sleep(0.01)  # it was killed, or is not back yet: taken or not, nobody said
         else:
             self.acknowledged[name] = number
+            self.count += 1
             if self.trace is not None:
                 self.at.append((self.trace.stat().st_size, name, number))
 

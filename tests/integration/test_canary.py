@@ -20,8 +20,8 @@ from quire.client import Refused
 STEPS = "[{weight: 25, hold: 300ms}, {weight: 60}]"
 
 
-def canary(name: str, steps: str = STEPS, least: int = 10, more: str = "", **env: object) -> str:
-    ways = f"strategy: Canary, canary: {{steps: {steps}, analysis: {{minRequests: {least}{more}}}}}"
+def canary(name: str, steps: str = STEPS, least: int = 10, **env: Any) -> str:
+    ways = f"strategy: Canary, canary: {{steps: {steps}, analysis: {{minRequests: {least}}}}}"
     return model(name, f"  rollout: {{{ways}}}\n", **env)
 
 
@@ -152,7 +152,7 @@ def test_five_canaries_take_over_and_five_are_given_up_under_eight_clients(plane
     name = "nightly"
     plane.apply(canary(name))
     plane.wait_served(name)
-    worse: list[dict[str, object]] = [{"FIRST": 0.3}, {"FAIL": 3}, {"STEP": 0.1}, {"FIRST": 0.1}, {"EXIT": 78}]
+    worse: list[dict[str, Any]] = [{"FIRST": 0.3}, {"FAIL": 3}, {"STEP": 0.1}, {"FIRST": 0.1}, {"EXIT": 78}]
     with Oracles(plane.base_url, name, 8) as oracles:
         for number, env in enumerate(worse):
             plane.apply(canary(name, SAY=f"better {number}"))

@@ -19,8 +19,10 @@ from quire.controlplane.errors import ApiError
 from quire.controlplane.intents import Intents
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
+from quire_operators.database import Deposed
 from quire_operators.fleet import local
 from quire_operators.fleet.local import Life, LocalFleet, StartFailed, Unit
+from quire_operators.lease import Lease, enter
 from quire_operators.paths import StateDir
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -187,3 +189,32 @@ async def down(plane: ControlPlane) -> None:
     async with asyncio.timeout(30):
         while not plane.finished.is_set() and plane.down_failed is None:
             await asyncio.sleep(0.02)
+
+
+async def test_who_may_not_lead_starts_stops_and_kills_nothing(plane: ControlPlane) -> None:
+    lease = Lease(epoch=7, until=None)
+    fleet = LocalFleet(
+        (plane.state.replicas, plane.state.gateway),
+        plane.store.install_id,
+        lambda name: None,
+        time.monotonic,
+        lease,
+    )
+    await fleet.open()
+    started = await fleet.start(unit(plane.state))
+    lease.until = 0.0  # it cannot be sure any more
+    with pytest.raises(Deposed, match="cannot tell whether it still leads"):
+        await fleet.stop(started.folder, 0.1)
+    other = replace(unit(plane.state), name="m-r1-1", folder=plane.state.replica_dir("m-r1-1") / "1")
+    with pytest.raises(Deposed):
+        await fleet.start(other)
+    assert not other.folder.exists()
+    assert fleet.observed("m-r1-0")[0].running
+    lease.until = None
+    enter(plane.state.runtime / "epochs", 8)  # another one leads, and this one does not know
+    with pytest.raises(StartFailed, match="another control plane leads"):
+        await fleet.start(other)
+    await fleet.stop(started.folder, 0.1)
+    await asyncio.sleep(0.3)
+    assert fleet.observed("m-r1-0")[0].running, "the shim knows better"
+    await fleet.close()

@@ -19,7 +19,7 @@ import openai
 import pytest
 import trustme
 from tests.integration.plane import GATEWAY, Plane, Stream, model
-from tests.waiting import eventually
+from tests.waiting import alive, eventually
 
 from quire.client import InvalidManifest
 from quire.endpoint import connection
@@ -147,6 +147,8 @@ def test_a_field_that_is_known_and_not_honoured_is_refused_even_where_unknown_on
         ("cors: {allowOrigins: ['https://a.example:99999']}", "is no origin"),
         ("maxBodySize: 100Mib", "is not a byte quantity"),
         ("maxBodySize: '0'", "is below 1Ki"),
+        ("workers: 0", "spec.workers"),
+        ("workers: 65", "spec.workers"),
         ("maxBodySize: 2Gi", "above 1Gi"),
         ("tls: {certFile: cert.pem, keyFile: /k}", "spec.tls.certFile: cert.pem is not an absolute path"),
         ("tls: {certFile: /nowhere/c, keyFile: /nowhere/k}", "spec.tls.certFile: /nowhere/c: No such file"),
@@ -160,6 +162,42 @@ def test_settings_that_cannot_be_are_refused_where_they_stand(plane: Plane, fiel
     assert said in f"{problem['path']}: {problem['message']}"
     assert problem["hint"]
     assert problem["line"]
+
+
+# ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_several_workers_come_and_go_without_a_stream_and_their_head_is_killed_without_a_refusal(
+    plane: Plane, served: str
+) -> None:
+    stream = Stream(plane.base_url, "asked", 300)
+    stream.wait_running()
+    planned = plane.client.post("/v1/plan", {"files": [{"name": "g.yaml", "text": gateway("workers: 2")}]})[
+        "items"
+    ]
+    assert {change["path"]: change["update"] for change in planned[0]["changes"]} == {"spec.workers": "rolling"}
+    plane.apply(gateway("workers: 2"))
+    stream.finish()
+    view = settled(plane)
+    assert view["status"]["workers"] == {"wanted": 2, "serving": 2}
+    assert view["status"]["summary"] == "Listening"
+    url, head = f"{plane.base_url}/completions", plane.client.get("/v1/ping")["router"]["pid"]
+    children = Path(f"/proc/{head}/task/{head}/children").read_text().split()
+    assert len(children) == 1
+    assert ask(url).status_code == 200
+    os.kill(head, signal.SIGKILL)
+    assert ask(url).status_code == 200, "who comes meanwhile waits"
+    again = settled(plane)
+    assert again["status"]["workers"] == {"wanted": 2, "serving": 2}
+    assert plane.client.get("/v1/ping")["router"]["pid"] != head
+    assert not any(alive(int(pid)) for pid in children)
+    both = [Stream(plane.base_url, "asked", 300) for _ in range(2)]
+    for each in both:
+        each.wait_running()
+    plane.apply(GATEWAY)
+    for each in both:
+        each.finish()
+    assert settled(plane)["status"]["workers"] == {"wanted": 1, "serving": 1}
 
 
 # ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -584,6 +584,9 @@ async def test_who_floods_a_model_is_refused_first_and_others_are_served_at_once
             answer = await http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2}, headers=headed(OTHER))
             assert answer.status_code == 200, answer.text
         mine = [at for at, each in enumerate(engine.generates) if each.cache_salt == "other\0"]
+        assert not any(engine.generates[at].lent for at in mine), "its part was free"
+        lent = [each.lent for each in engine.generates if each.cache_salt != "other\0"]
+        assert lent[:3] == [False, False, True], "two of four seats are a policy's own"
         ahead = mine[0] - before
         assert ahead <= 6, f"{ahead} of the flood went before it"
         assert len(engine.running) <= 4 + 2, "the rest waits at the router"

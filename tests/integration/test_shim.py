@@ -307,3 +307,22 @@ def test_an_end_that_cannot_be_recorded_is_an_end_all_the_same(start: Start, tmp
     assert shim.ask(op="stop", grace=1)["gone"]
     assert shim.process.wait(10) == 0
     assert "exit.json" in shim.log
+
+
+def test_it_starts_and_stops_nothing_for_a_control_plane_that_was_deposed(start: Start, tmp_path: Path) -> None:
+    epochs = tmp_path / "epochs"
+    epochs.mkdir()
+    (epochs / "4").touch()
+    sleeper = "import time; print('it runs', flush=True); time.sleep(60)"
+    shim = start(sleeper, epoch=4, epochs=str(epochs))
+    assert shim.said == b"ready\n"
+    (epochs / "5").touch()
+    late = start(sleeper, epoch=4, epochs=str(epochs))
+    assert json.loads(late.said)["error"] == "deposed"
+    assert late.process.wait(10) == 75
+    assert "it runs" not in late.log
+    assert not (late.folder / "shim.sock").exists()
+    assert shim.ask(op="stop", grace=0, epoch=4) == {"error": "epoch 4 is over"}
+    assert shim.ask(op="status")["running"]
+    assert shim.ask(op="stop", grace=0, epoch=5)["gone"]
+    shim.process.wait(10)

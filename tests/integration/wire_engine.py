@@ -211,14 +211,14 @@ class WireEngine:
     async def _step_for_ever(self, writer: asyncio.StreamWriter) -> None:
         while True:
             await asyncio.sleep(self.pace)
-            mine = [run for run in self.running.values() if run.writer is writer]
+            order = list(self.running.values())
+            if self.by_priority:
+                order.sort(key=lambda run: run.request.priority)
+            mine = [run for run in order[: self.max_num_seqs] if run.writer is writer]
             if self.stalled or not mine:
                 continue
             self.steps += 1
-            order = mine
-            if self.by_priority:
-                order.sort(key=lambda run: run.request.priority)
-            items = [self._advance(run) for run in order[: self.max_num_seqs]]
+            items = [self._advance(run) for run in mine]
             for item in items:
                 if item.finish_reason is not None:
                     del self.running[item.id]

@@ -17,6 +17,9 @@ what that had started: such strays are killed before the unit counts as `GONE`, 
 
 The fleet keeps one connection to each shim and hears every change over it; `on_change` is told the unit's name.
 
+Nothing is started, stopped or killed without the lease (`lease`): it is looked at right before, and its epoch goes
+with what the shim is told, which looks again. So a control plane that was paused in between comes to nothing.
+
 Exceptions:
 
     FleetError
@@ -38,10 +41,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quire_operators.database import Leading
+from quire_operators.lease import enter
 from quire_operators.paths import private_dir
 
 log = logging.getLogger(__name__)
 
+EPOCHS = "epochs"
+"""The folder of the numbers of those who led here, beside those of units."""
 SHIM = Path(__file__).with_name("shim.py")
 START_SECONDS = 20.0
 """How long a shim may take until its control socket listens."""
@@ -150,8 +157,11 @@ class LocalFleet:
         install_id: str,
         on_change: Callable[[str], None],
         clock: Callable[[], float],
+        lease: Leading | None = None,
     ) -> None:
         self._roots = tuple(roots)
+        self._lease = lease
+        self._epochs = self._roots[0].parent / EPOCHS
         self._install_id = install_id
         # With the folder in it: a copy of a store has the installation's id, and nothing of what runs.
         self._mark = f"{install_id}@{self._roots[0].parent.name}/"
@@ -165,7 +175,11 @@ class LocalFleet:
         self._children: set[int] = set()
 
     async def open(self) -> None:
-        """Find every shim there is and hear from each; returns when all answered, or are UNKNOWN after 10 s."""
+        """Find every shim there is and hear from each; returns when all answered, or are UNKNOWN after 10 s. From
+        then on those of an earlier epoch start and stop nothing."""
+        if self._lease is not None:
+            self._lease.check()
+            enter(self._epochs, self._lease.epoch)
         nameless: set[Path] = set()
         for root in self._roots:
             for folder in sorted(root.glob("*/*")):
@@ -210,8 +224,10 @@ class LocalFleet:
     async def start(self, unit: Unit) -> Observation:
         """Start a shim for `unit`, which starts the child. Returns when the shim listens. Raises `StartFailed`.
 
-        Refuses while another incarnation of the same unit may live: no two processes ever carry one name.
+        Refuses while another incarnation of the same unit may live: no two processes ever carry one name. Raises
+        `Deposed` without the lease.
         """
+        self._check_lease()
         for seen in self.observed(unit.name):
             if seen.folder == unit.folder and seen.life is Life.LIVE and seen.nonce == unit.nonce:
                 return seen  # a repeated step finds its work done
@@ -222,6 +238,7 @@ class LocalFleet:
         for old in list(self._observed):
             if self._observed[old].name == unit.name and old != unit.folder:
                 self._drop(old)
+        self._check_lease()
         private_dir(unit.folder.parent)
         if unit.folder.exists():
             self._drop(unit.folder)
@@ -254,15 +271,20 @@ class LocalFleet:
     async def stop(self, folder: Path, grace: float) -> None:
         """Tell the shim in `folder` to end its child's whole tree, and then itself. Does not wait for it.
 
-        A shim that is gone is no error: then there is nothing to stop.
+        A shim that is gone is no error: then there is nothing to stop. Raises `Deposed` without the lease.
         """
+        self._check_lease()
         try:
             _, writer = await asyncio.open_unix_connection(str(folder / "shim.sock"))
         except (FileNotFoundError, ConnectionRefusedError):
             self._watch(folder)
             return
         try:
-            writer.write(json.dumps({"op": "stop", "grace": grace}).encode() + b"\n")
+            self._check_lease()
+            told = {"op": "stop", "grace": grace}
+            if self._lease is not None:
+                told["epoch"] = self._lease.epoch
+            writer.write(json.dumps(told).encode() + b"\n")
             await writer.drain()
         finally:
             writer.close()  # the request lies in the socket's buffer; the shim reads it before the end of file
@@ -285,6 +307,10 @@ class LocalFleet:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
 
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _shim_spec(self, unit: Unit) -> dict[str, Any]:
@@ -306,6 +332,8 @@ class LocalFleet:
             "restart": unit.restart,
             "backoff": BACKOFF,
             "grace": unit.grace,
+            "epoch": self._lease.epoch if self._lease is not None else None,
+            "epochs": str(self._epochs),
         }
 
     async def _heard(self, folder: Path) -> Observation:
@@ -407,6 +435,7 @@ class LocalFleet:
                 continue
             try:
                 if _unit_of(pid, self._mark) == name:  # the descriptor is of the process that was looked at
+                    self._check_lease()
                     log.warning("killing process %d: it carries the name %s, and its shim is gone", pid, name)
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     if not await _ends(process, STRAY_SECONDS):

@@ -23,16 +23,21 @@ SPEC.json (written by the fleet):
                before they have been ready for `healthy` seconds; after one that was, it begins at `base` again.
                How long a start took says nothing: a child is ready from its status line {"event": "ready"} on
     grace      seconds between SIGTERM and SIGKILL when the shim itself is told to end by a signal
+    epoch      the number of the control plane that starts it, among those that lead one after the other, and
+    epochs     a folder with the numbers of those that led here as names of files. A number that is not the highest
+               there is one of a control plane that was deposed: it starts nothing, and stops nothing, any more
 
 Control socket, one JSON object a line: {"op":"hello"} and {"op":"status"} answer with the state, {"op":"watch"}
-answers with it now and after every change, {"op":"stop","grace":s} ends the child's whole tree and then the
-shim; its answer comes when the tree is gone. Of the child's status lines the last `KEEP_LINES` are kept; the shim
-itself looks for nothing in them but the one that says "ready". `logLost` counts bytes of the log that could not be
-written. `exit` in the state is how the child last ended,
-with the last `TAIL_LINES` lines it wrote to its log; it stays while the child runs again.
+answers with it now and after every change, {"op":"stop","grace":s,"epoch":n} ends the child's whole tree and then
+the shim; its answer comes when the tree is gone. Of the child's status lines the last `KEEP_LINES` are kept; the
+shim itself looks for nothing in them but the one that says "ready". `logLost` counts bytes of the log that could
+not be written. `exit` in the state is how the child last ended, with the last `TAIL_LINES` lines it wrote to its
+log; it stays while the child runs again.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
-is one JSON object {"error", "message"} on stdout and exit status 75 (address in use or another system error).
+is one JSON object {"error", "message"} on stdout and exit status 75 (address in use, deposed or another system
+error). It looks at the epochs after its socket listens: whoever leads next leaves a number first, and looks for
+sockets then, so that one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -292,6 +297,17 @@ class Shim:
             self.selector.register(descriptor, selectors.EVENT_READ, _bind(reader, descriptor))
         self.changed()
 
+    def deposed(self, epoch: int | None) -> bool:
+        """Whether a control plane of a higher epoch has led here since. Who names no epoch is of a version without
+        them, and so is whoever leaves no folder."""
+        folder = self.spec.get("epochs")
+        if epoch is None or folder is None:
+            return False
+        try:
+            return any(int(name) > epoch for name in os.listdir(folder) if name.isdigit())
+        except FileNotFoundError:
+            return False
+
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
@@ -543,6 +559,7 @@ class Shim:
             request = json.loads(line)
             operation = request["op"]
             grace = float(request.get("grace", self.spec.get("grace", 5.0)))
+            epoch = int(request["epoch"]) if "epoch" in request else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.send(connection, {"error": f"not a request: {error!r}"})
             return
@@ -551,6 +568,9 @@ class Shim:
         elif operation == "watch":
             connection.watching = True
             self.send(connection, self.state())
+        elif operation == "stop" and self.deposed(epoch):
+            self.log.note(f"not stopping for epoch {epoch}: another control plane leads")
+            self.send(connection, {"error": f"epoch {epoch} is over"})
         elif operation == "stop":
             self.stop_waiters.append(connection)
             self.stop(grace)
@@ -591,6 +611,10 @@ def main(path: str) -> int:
     except OSError as error:
         code = "address_in_use" if error.errno == errno.EADDRINUSE else "cannot_start"
         print(json.dumps({"error": code, "message": error.strerror or str(error)}), flush=True)
+        return START_FAILED
+    if shim.deposed(shim.spec.get("epoch")):
+        print(json.dumps({"error": "deposed", "message": "another control plane leads"}), flush=True)
+        shim.close()
         return START_FAILED
     print("ready", flush=True)
     # The starter's pipe must not stay open in a process that lives long, nor reach the child.

@@ -32,6 +32,15 @@ def manifest_paths(command: Function) -> Function:
     )(command)
 
 
+def take_ownership(command: Function) -> Function:
+    """--take-ownership: also of what a git source manages."""
+    return click.option(
+        "--take-ownership",
+        is_flag=True,
+        help="Also what a git source manages, against what its repository says.",
+    )(command)
+
+
 def read(paths: tuple[str, ...], filenames: tuple[str, ...]) -> tuple[list[dict[str, str]], Manifest]:
     """The manifests' files as the API takes them, and as parsed here: a bad file needs no control plane."""
     from quire.cli.offline import load
@@ -214,8 +223,14 @@ def diff(paths: tuple[str, ...], filenames: tuple[str, ...], output: str) -> int
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
+@take_ownership
 def apply(
-    paths: tuple[str, ...], filenames: tuple[str, ...], kept: Path | None, waits: bool, timeout: float
+    paths: tuple[str, ...],
+    filenames: tuple[str, ...],
+    kept: Path | None,
+    waits: bool,
+    timeout: float,
+    take_ownership: bool,
 ) -> int:
     """Make what runs match the manifests. Files, folders, or - for stdin. Applying the same again does nothing."""
     if kept is None:
@@ -226,6 +241,8 @@ def apply(
     else:
         files, items = _kept(kept)
         request = {"files": files, "planned": items}
+    if take_ownership:
+        request["takeOwnership"] = True
     return run_apply(connect(wakes=True), request, waits=waits, timeout=timeout)
 
 
@@ -312,21 +329,23 @@ def conclude(results: Mapping[str, Result], timeout: float) -> ExitCode:
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
-def delete(references: tuple[str, ...], waits: bool, timeout: float) -> int:
+@take_ownership
+def delete(references: tuple[str, ...], waits: bool, timeout: float, take_ownership: bool) -> int:
     """Stop serving objects.
 
     Running requests finish first, within drainTimeout."""
     named = [object_path(reference) for reference in references]
     client = connect(wakes=True)
-    return _traced(client, "delete", lambda: _delete(client, named, waits=waits, timeout=timeout))
+    query = "?takeOwnership=true" if take_ownership else ""
+    return _traced(client, "delete", lambda: _delete(client, named, query, waits=waits, timeout=timeout))
 
 
-def _delete(client: Client, named: list[tuple[str, str]], *, waits: bool, timeout: float) -> int:
+def _delete(client: Client, named: list[tuple[str, str]], query: str, *, waits: bool, timeout: float) -> int:
     with interruptible("interrupted: what was named as deleting so far is deleted. See: platform get"):
         for _, path in named:
             client.get(path)  # a name that does not exist is found before anything is deleted
         for key, path in named:
-            client.delete(path)
+            client.delete(f"{path}{query}")
             print(f"{key}  deleting", flush=True)
     if not waits:
         return ExitCode.OK

@@ -143,4 +143,6 @@ def _process(pid: int | None, answers: bool) -> str:
 def _store(store: dict[str, Any]) -> str:
     if not store["exists"]:
         return f"{store['path']}: not made yet"
+    if store["bytes"] is None:
+        return f"{store['path']}: {store['problem'] or 'answers'}"
     return f"{store['path']}: {render.size(store['bytes'] or 0)}, {store['problem'] or 'sound'}"

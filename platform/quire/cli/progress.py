@@ -37,6 +37,7 @@ DECIDED = {
     "Pinned": Verdict.SUPERSEDED,
     "RolloutPaused": Verdict.SUPERSEDED,
     "Paused": Verdict.SUPERSEDED,
+    "Suspended": Verdict.SUPERSEDED,
 }
 """Reasons that say: what the manifest says is not what is to serve now."""
 
@@ -57,8 +58,11 @@ def judge(view: View | None, generation: int) -> tuple[Verdict, str]:
     refused = render.condition(view, "Accepted")
     if refused is not None and refused["status"] == "False" and refused["observedGeneration"] >= generation:
         return Verdict.STALLED, f"{refused['reason']} ({refused['message']})"
-    if (instead := _decided_otherwise(view)) is not None:
+    instead = _decided_otherwise(view)
+    if instead is not None and not (view["kind"].lower() == "gitsource" and view["resolved"]["suspend"]):
         return instead
+    if instead is not None:
+        return Verdict.DONE, view["status"].get("summary", "")  # its manifest says so
     fetched = render.condition(view, "Fetched")
     if fetched is not None and fetched["status"] == "False":
         return Verdict.WAITING, view["status"].get("summary", "")

@@ -321,6 +321,7 @@ def overrides(view: View) -> list[str]:
             "restart": "restarted",
             "resident": "in memory",
             "canary": "a canary's step began",
+            "suspend": "suspended",
         }[item["kind"]]
         until = f" until {item['until']}" if item.get("until") else ""
         why = f": {item['reason']}" if item["reason"] else ""
@@ -388,6 +389,40 @@ def policies(views: Sequence[View], now: float) -> list[str]:
     return table(("NAME", "READY", "KEYS", "MODELS", "OPERATIONS", "EXPIRES", "STATUS", "AGE"), rows)
 
 
+def sources(views: Sequence[View], now: float) -> list[str]:
+    """One row a git source."""
+    rows = []
+    for view in views:
+        status = view["status"]
+        rows.append(
+            [
+                view["name"],
+                str(is_true(view, "Ready")),
+                status.get("ref", ""),
+                (status.get("lastAppliedRevision") or "-")[:12],
+                str(len(status.get("objects", ()))),
+                status.get("summary", ""),
+                age(view["createdAt"], now),
+            ]
+        )
+    return table(("NAME", "READY", "FOLLOWS", "APPLIED", "OBJECTS", "STATUS", "AGE"), rows)
+
+
+def syncs(view: View, now: float) -> list[str]:
+    """One row a commit that a source tried, newest first, with what it changed or why it was refused."""
+    rows = [
+        [
+            entry["commit"][:12],
+            age(entry["at"], now),
+            entry["result"],
+            ", ".join(entry["changed"]) or entry["message"] or "no change",
+            entry["subject"],
+        ]
+        for entry in view["status"].get("history", ())
+    ]
+    return table(("COMMIT", "WHEN", "RESULT", "WHAT", "SUBJECT"), rows)
+
+
 # ── describe ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -402,6 +437,8 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
     ]
     if status.get("summary"):
         lines.append(f"Status       {status['summary']}")
+    if (manager := view.get("managedBy")) is not None:
+        lines.append(f"Managed by   {manager['source']} @ {manager['commit'][:7]}, {manager['file']}")
     endpoints = status.get("endpoints") or {}
     if (url := _base_url(view)) is not None:
         lines.append(f"Base URL     {url}")
@@ -410,6 +447,9 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
         lines.append(f"Base URL     none now: {endpoints['unavailable']}{more}")
     if endpoints.get("modelNames"):
         lines.append(f"Model names  {', '.join(endpoints['modelNames'])}")
+    workers = status.get("workers") or {}
+    if workers.get("wanted", 1) > 1:
+        lines.append(f"Workers      {workers['serving']} of {workers['wanted']}")
     conditions = status.get("conditions", ())
     if conditions:
         lines.append("Conditions")
@@ -434,6 +474,19 @@ def describe(view: View, events: Sequence[View], now: float) -> list[str]:
             for key in status["keys"]
         ]
         lines += _indent(table(("NAME", "WORKS", "ID", "SOURCE", "PROBLEM"), rows))
+    if status.get("problems"):
+        lines.append(f"Problems in commit {status['lastAttemptedRevision'][:12]}")
+        lines += _indent(problem_lines(status["problems"]))
+    if status.get("kept"):
+        lines.append("Left the repository, and kept")
+        lines += _indent(status["kept"])
+    if status.get("objects"):
+        lines.append("Objects")
+        rows = [[item["key"], item["commit"][:12], item["file"]] for item in status["objects"]]
+        lines += _indent(table(("OBJECT", "COMMIT", "FILE"), rows))
+    if status.get("history"):
+        lines.append("History")
+        lines += _indent(syncs(view, now))
     if view.get("replicas"):
         lines.append("Replicas")
         lines += _indent(replicas([view], now))

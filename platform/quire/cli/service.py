@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import click
 
-from quire.cli.daemon import wait_for_lock
 from quire.cli.outcome import CommandFailed, ExitCode, program
 from quire.cli.session import connect, notice
-from quire.client import Client, Unreachable
+from quire.client import Client, Unreachable, stands_by
 from quire_operators.paths import StateDir
 
 STOP_SECONDS = 30.0
@@ -67,7 +67,11 @@ def stop() -> int:
             "systemctl stop its unit (--user for one of your own); what is served goes on",
             ExitCode.CONFLICT,
         )
+    waits = stands_by(client.state)
     served = _end(client)
+    if waits:
+        print("the control plane ended, and one that stood by takes over; platform down stops everything")
+        return ExitCode.OK
     print(f"the control plane ended; what is served goes on: {served}. To stop that: {program()} down")
     return ExitCode.OK
 
@@ -99,13 +103,10 @@ def status() -> int:
 def run() -> int:
     """Be the control plane, in the foreground, until SIGTERM: for systemd, containers and other supervisors.
 
-    While another one runs on the same state directory, it waits for the end of that."""
-    state = StateDir.default()
-    state.create()
-    while not wait_for_lock(state, time.monotonic() + 0.1):
-        notice(f"another control plane runs on {state.root}; waiting for its end")
-        wait_for_lock(state, float("inf"))
-    words = [sys.executable, "-P", "-m", "quire.controlplane", "--state-dir", str(state.root)]
+    While another one leads on the same state directory, it stands by and takes over when that one ends; with the
+    store on PostgreSQL also when that one has not been heard of for ten seconds."""
+    words = [sys.executable, "-P", "-m", "quire.controlplane", "--standby"]
+    words += ["--state-dir", str(StateDir.default().root)]
     sys.stdout.flush()
     os.execv(sys.executable, words)  # noqa: S606 - our own interpreter, and words of ours
 
@@ -150,13 +151,17 @@ def _end(client: Client) -> str:
     except ProcessLookupError:
         return served
     try:
-        if client.get("/v1/ping")["pid"] == ping["pid"]:  # so the descriptor is of the process that answered
-            signal.pidfd_send_signal(process, signal.SIGTERM)
-    except (Unreachable, ProcessLookupError):
-        pass  # it ended by itself
+        try:
+            if client.get("/v1/ping")["pid"] == ping["pid"]:  # so the descriptor is of the process that answered
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+        except (Unreachable, ProcessLookupError):
+            pass  # it ended by itself
+        ends = select.poll()
+        ends.register(process, select.POLLIN)
+        left = bool(ends.poll(STOP_SECONDS * 1000))
     finally:
         os.close(process)
-    if not wait_for_lock(client.state, time.monotonic() + STOP_SECONDS):
+    if not left:
         raise CommandFailed(
             f"the control plane (pid {ping['pid']}) still runs after {STOP_SECONDS:g} s",
             "platform logs controlplane",

@@ -20,6 +20,8 @@ KINDS = {
     "routes": "route",
     "accesspolicy": "accesspolicy",
     "accesspolicies": "accesspolicy",
+    "gitsource": "gitsource",
+    "gitsources": "gitsource",
 }
 """Kinds that are stored as objects, in the spellings a command takes."""
 

@@ -98,7 +98,9 @@ class Counts(TypedDict):
 class Decision(TypedDict):
     """What was decided beside the manifest."""
 
-    kind: Literal["scale", "autoscale", "pause", "hold", "pin", "quarantine", "restart", "resident", "canary"]
+    kind: Literal[
+        "scale", "autoscale", "pause", "hold", "pin", "quarantine", "restart", "resident", "canary", "suspend"
+    ]
     by: str
     reason: str
     since: Time
@@ -139,6 +141,33 @@ class PolicyKey(TypedDict):
     problem: str
 
 
+class Workers(TypedDict):
+    """Processes of the router."""
+
+    wanted: int
+    serving: Annotated[int, "Those that take requests now."]
+
+
+class SourceObject(TypedDict):
+    """One object of a GitSource."""
+
+    key: Key
+    file: Annotated[str, "In the repository."]
+    commit: Annotated[str, "The one that last changed it."]
+
+
+class Sync(TypedDict):
+    """What became of one commit of a GitSource."""
+
+    commit: str
+    author: str
+    subject: str
+    at: Time
+    result: Literal["Applied", "Healed", "Refused"]
+    message: Annotated[str, "Why it was refused, or what of it was not done."]
+    changed: Annotated[list[str], "Each object, and whether it was created, updated, adopted or deleted."]
+
+
 class LowBudget(TypedDict):
     """A budget of an AccessPolicy that is spent, or nearly."""
 
@@ -170,8 +199,19 @@ class Status(TypedDict):
     conditions: list[Condition]
     endpoints: NotRequired[Endpoints]
     keys: NotRequired[Annotated[list[PolicyKey], "Of an AccessPolicy."]]
+    workers: NotRequired[Annotated[Workers, "Of the gateway."]]
     budgets: NotRequired[Annotated[list[LowBudget], "Of an AccessPolicy: those that are spent, or nearly."]]
     remedies: Annotated[list[str], "What you can do."]
+    url: NotRequired[Annotated[str, "Of a GitSource, and so are the next ten."]]
+    ref: NotRequired[str]
+    head: NotRequired[Annotated[str | None, "The commit that the remote is at."]]
+    looked: NotRequired[Annotated[float | None, "When the remote was last asked, by the control plane's clock."]]
+    lastAppliedRevision: NotRequired[str | None]
+    lastAttemptedRevision: NotRequired[str | None]
+    objects: NotRequired[list[SourceObject]]
+    kept: NotRequired[Annotated[list[Key], "Objects that left the repository and were not deleted."]]
+    problems: NotRequired[Annotated[list[Problem], "Of the commit that is refused; the first 20."]]
+    history: NotRequired[Annotated[list[Sync], "Newest first, the last ten."]]
     servedRevision: NotRequired[int | None]
     stableRevision: NotRequired[Annotated[int | None, "The last one that was rolled out as a whole."]]
     rollout: NotRequired[Going]
@@ -228,6 +268,14 @@ class InForce(TypedDict):
     resolved: dict[str, Any]
 
 
+class Manager(TypedDict):
+    """Where an object comes from."""
+
+    source: Key
+    commit: Annotated[str, "The one that last changed it."]
+    file: str
+
+
 class Event(TypedDict):
     """Something that was decided or seen; each line of `events -w -o json`."""
 
@@ -246,7 +294,7 @@ class Object(TypedDict):
     """`get KIND/NAME`, `describe KIND/NAME`; each line of `get -w -o json`."""
 
     apiVersion: NotRequired[str]
-    kind: Literal["model", "route", "gateway", "accesspolicy"]
+    kind: Literal["model", "route", "gateway", "accesspolicy", "gitsource"]
     name: str
     generation: Annotated[int, "Grows with each apply that changes it; 0 for the gateway without a manifest."]
     intent: Annotated[dict[str, Any], "As submitted."]
@@ -257,6 +305,7 @@ class Object(TypedDict):
     replicas: list[Replica]
     revisions: Annotated[list[Revision], "Newest first."]
     inForce: NotRequired[InForce | None]
+    managedBy: NotRequired[Annotated[Manager | None, "The GitSource that it is of."]]
     events: NotRequired[Annotated[list[Event], "Of `describe`."]]
 
 
@@ -269,7 +318,7 @@ class Deleted(TypedDict):
 
 
 class ObjectList(TypedDict):
-    """`get models`, `get routes`, `get gateway`, `get accesspolicies`."""
+    """`get models`, `get routes`, `get gateway`, `get accesspolicies`, `get gitsources`."""
 
     apiVersion: str
     kind: Literal["ObjectList"]
@@ -290,6 +339,14 @@ class RevisionList(TypedDict):
     apiVersion: str
     kind: Literal["RevisionList"]
     items: list[Revision]
+
+
+class SyncList(TypedDict):
+    """`source history`."""
+
+    apiVersion: str
+    kind: Literal["SyncList"]
+    items: list[Sync]
 
 
 class EventList(TypedDict):
@@ -755,6 +812,6 @@ ANSWERS: dict[str, type] = {
     "describe": Object, "events": EventList, "rollout status": RolloutStatus, "rollout history": RevisionList,
     "plan": Plan, "diff": DifferenceList, "validate": Validation, "top": LoadList, "bench": Bench,
     "bench --compare A B": BenchComparison, "cache list": Cache, "cache prune": CachePrune,
-    "secret list": SecretList, "key create": NewKey, "usage": UsageList,
+    "secret list": SecretList, "key create": NewKey, "usage": UsageList, "source history": SyncList,
 }  # fmt: skip
 """What each command prints. `doctor` has a page of its own, `docs/doctor.md`; `schema` prints a JSON Schema."""

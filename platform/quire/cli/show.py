@@ -26,15 +26,23 @@ LISTS = {
     "route": ("route", render.routes),
     "gateway": ("gateway", render.gateways),
     "accesspolicies": ("accesspolicy", render.policies),
+    "gitsources": ("gitsource", render.sources),
 }
 """What `get` lists: the kind of object it asks for, and how it shows it."""
-SHOWN_ALONE = {"gateway": render.gateways, "route": render.routes, "accesspolicy": render.policies}
+SHOWN_ALONE = {
+    "gateway": render.gateways,
+    "route": render.routes,
+    "accesspolicy": render.policies,
+    "gitsource": render.sources,
+}
 """How one object is shown, by its kind; all others as models are."""
 
 
 @click.command()
 @click.argument(
-    "what", default="models", metavar="[models|replicas|revisions|routes|gateway|accesspolicies|KIND/NAME]"
+    "what",
+    default="models",
+    metavar="[models|replicas|revisions|routes|gateway|accesspolicies|gitsources|KIND/NAME]",
 )
 @click.option(
     "-o",

@@ -42,7 +42,7 @@ def decide(reference: str, verb: str, body: dict[str, Any], timeout: float | Non
     key, path = model_path(reference)
     client = connect()
     with interruptible("interrupted while the decision was handed over. See: platform describe " + key):
-        answer = client.post(f"{path}/{verb}", {**body, "by": _me()})
+        answer = client.post(f"{path}/{verb}", {**body, "by": me()})
     print(f"{key}  {answer['message']}", flush=True)
     return ExitCode.OK if timeout is None else follow(client, key, timeout, judge)
 
@@ -52,7 +52,8 @@ def follow(client: Client, key: str, timeout: float, judge: Judge) -> int:
     return conclude(attend(client, {key: judge}, timeout), timeout)
 
 
-def _me() -> str:
+def me() -> str:
+    """Who decides, for the record."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a user without a name

@@ -18,12 +18,14 @@ from litestar.exceptions import HTTPException
 from quire.console.listener import AddressTaken, Console, ConsoleError
 from quire.console.load import Router
 from quire.controlplane.errors import ApiError, address_in_use, answer
+from quire.controlplane.following import Following
 from quire.controlplane.holdings import Holdings
 from quire.controlplane.intents import Intents
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.spans import traced
 from quire.controlplane.steering import Steering
 from quire.controlplane.views import Views, parse_key
+from quire_operators.gitops import KIND as SOURCE
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +101,19 @@ async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
 @delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
 async def delete_object(request: Request[Any, Any, Any], state: State, kind: str, name: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}") as traceparent:
-        return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent)
+        take = request.query_params.get("takeOwnership") == "true"
+        return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent, take=take)
 
 
 @post("/v1/objects/{kind:str}/{name:str}/{verb:str}", status_code=200)
 async def decide(request: Request[Any, Any, Any], state: State, kind: str, name: str, verb: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}/{verb}"):
+        key, body = parse_key(f"{kind}/{name}"), await _body(request)
+        if key.kind == SOURCE:
+            following: Following = state.following
+            return following.decide(key, verb, body)
         steering: Steering = state.steering
-        return steering.decide(parse_key(f"{kind}/{name}"), verb, await _body(request))
+        return steering.decide(key, verb, body)
 
 
 @get("/v1/events")
@@ -218,11 +225,14 @@ def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[dict
 def create_app(plane: ControlPlane) -> Litestar:
     """The API over `plane`. In its state is the `console`, which is to be closed before the process ends."""
     views = Views(plane)
+    intents = Intents(plane, views)
+    plane.sources.hands = intents
     rooms = {
         "plane": plane,
         "views": views,
-        "intents": Intents(plane, views),
+        "intents": intents,
         "steering": Steering(plane, views),
+        "following": Following(plane, views),
         "holdings": Holdings(plane),
     }
     gateway = plane.gateway

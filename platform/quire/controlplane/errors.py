@@ -10,6 +10,7 @@ from typing import Any
 
 from litestar.exceptions import HTTPException
 
+from quire_operators.database import Deposed
 from quire_operators.sqlite import StoreError, StoreUnavailable
 from quire_schemas.manifest import Problem
 from quire_schemas.resource import Key
@@ -35,6 +36,8 @@ def answer(error: Exception) -> ApiError:
         return error
     if isinstance(error, StoreUnavailable):
         return ApiError(507 if error.full else 503, "store_unavailable", error.message, error.hint, exit_code=7)
+    if isinstance(error, Deposed):
+        return ApiError(503, "deposed", error.message, error.hint, exit_code=7)
     if isinstance(error, StoreError):
         return ApiError(409, "conflict", error.message, error.hint, exit_code=5)
     if isinstance(error, HTTPException):  # an unknown path, a wrong query parameter, a body that is too large

@@ -23,12 +23,16 @@ from quire_operators.devices import InventoryError
 from quire_operators.fleet.local import Life
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
+from quire_operators.gitops import Author, Rejected
+from quire_operators.inventory import Managed
 from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
+from quire_operators.records import Applied
 from quire_operators.review import Refusal, Review, differences, moved, problems, report
 from quire_operators.sources import SourceError
 from quire_schemas import manifest
 from quire_schemas.access import AccessPolicy
+from quire_schemas.manifest import Located, Problem
 from quire_schemas.model import Model
 from quire_schemas.resource import Key
 from quire_schemas.route import Route
@@ -65,6 +69,7 @@ class Intents:
         reviews = self._plane.admission.review(loaded.resources, inventory, configs, unfound)
         if inventory is None:
             self._foresee_address(reviews)
+        self._warn_of_managers(reviews)
         await self._note_moved(reviews)
         after = self._plane.admission.together(reviews, inventory)
         return report(reviews) | {"room": after}
@@ -110,6 +115,14 @@ class Intents:
                     f"{stays[:12]} until spec.revision names another"
                 )
 
+    def _warn_of_managers(self, reviews: Sequence[Review]) -> None:
+        """Say in a plan what `_refuse_managed` would say to an apply."""
+        for review in reviews:
+            row = self._plane.store.inventory.manager(review.key)
+            if row is not None and review.action == "update":
+                text = f"managed by {row.owner}, from {row.file}: apply would be refused without --take-ownership"
+                review.warnings.append(text)
+
     def _foresee_address(self, reviews: Sequence[Review]) -> None:
         """Say in a plan what `_check_address` would say to an apply."""
         own = next((review for review in reviews if review.key == GATEWAY), None)
@@ -136,27 +149,15 @@ class Intents:
         self._plane.refuse_while_going_down()
         loaded = _load(body)
         async with self._plane.cache_turn:
-            unfound = await self._look(self._plane.admission.asks(loaded.resources))
-            self._plane.refuse_while_going_down()  # it may have begun meanwhile
-            reviews = self._plane.admission.review(loaded.resources, unfound=unfound)
-            if found := problems(reviews):
-                raise invalid(found)
-            self._check_address(reviews)
+            reviews = await self._reviewed(loaded.resources)
+            if body.get("takeOwnership") is not True:
+                self._refuse_managed([review.key for review in reviews if review.action != "unchanged"])
             self._refuse_moved(body.get("planned"), reviews)
             try:
                 applied = self._plane.store.apply(self._plane.admission.changes(reviews), traceparent)
             except Conflict as conflict:
                 raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
-        self._keep_in_memory(reviews)
-        for item in applied:
-            self._plane.wake(item.key)
-        self._plane.wake(GATEWAY)
-        self._plane.wake(ROUTES)
-        for item in applied:
-            if item.result != "unchanged":
-                self._plane.refresh(item.key)
-                text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
-                self._plane.note(item.key, item.result.capitalize(), text)
+        self._set_to_work(reviews, applied)
         await self._plane.rise()
         return {
             "results": [
@@ -169,6 +170,78 @@ class Intents:
                 for item in applied
             ]
         }
+
+    async def _reviewed(
+        self, resources: Sequence[Located], cause: str = "", leaving: Sequence[Key] = ()
+    ) -> list[Review]:
+        """What storing these would do; the cache's turn is held. Raises `ApiError` where any of it is refused."""
+        unfound = await self._look(self._plane.admission.asks(resources))
+        self._plane.refuse_while_going_down()  # it may have begun meanwhile
+        reviews = self._plane.admission.review(resources, unfound=unfound, cause=cause, leaving=leaving)
+        if found := problems(reviews):
+            raise invalid(found)
+        self._check_address(reviews)
+        return reviews
+
+    async def put(
+        self,
+        resources: Sequence[Located],
+        write: Sequence[Key],
+        leaving: Sequence[Key],
+        rows: Sequence[Managed],
+        author: Author,
+    ) -> tuple[Applied, ...]:
+        """Apply on behalf of a git source: see `quire_operators.gitops.Hands`. It ends no `down`."""
+        try:
+            async with self._plane.cache_turn:
+                reviews = await self._reviewed(resources, author.cause, leaving)
+                by_key = {review.key: review for review in reviews}
+                chosen = [by_key[key] for key in write]
+                applied = self._plane.store.apply(self._plane.admission.changes(chosen), managed=rows)
+        except ApiError as error:
+            said = error.body["error"]
+            found = [Problem(**each) for each in error.body.get("problems", ())]
+            raise Rejected(said["message"], said["hint"] or "", found) from error
+        self._set_to_work(chosen, applied, author)
+        return applied
+
+    def take(self, key: Key, author: Author) -> None:
+        """Delete on behalf of a git source."""
+        try:
+            self._delete(key, author=author)
+        except ApiError as error:
+            if error.status != 404:  # then it is gone already
+                raise Rejected(error.body["error"]["message"], error.body["error"]["hint"] or "") from error
+
+    def _refuse_managed(self, keys: Sequence[Key]) -> None:
+        """Refuse to change by hand what a repository says."""
+        for key in keys:
+            if (row := self._plane.store.inventory.manager(key)) is None:
+                continue
+            source = self._plane.store.get(row.owner)
+            heals = source is not None and source.resolved["sync"]["selfHeal"]
+            text = f"{key} is managed by {row.owner}, from {row.file} at {row.commit[:12]}"
+            undone = f" after platform source suspend {row.source_name}, which would undo it" if heals else ""
+            hint = f"change it there; or --take-ownership{undone}"
+            raise ApiError(409, "managed", text, hint, exit_code=5)
+
+    def _set_to_work(
+        self, reviews: Sequence[Review], applied: Sequence[Applied], author: Author | None = None
+    ) -> None:
+        """Have the reconcilers act by what was stored, and tell of it."""
+        self._keep_in_memory(reviews)
+        for item in applied:
+            self._plane.wake(item.key)
+        self._plane.wake(GATEWAY)
+        self._plane.wake(ROUTES)
+        for item in applied:
+            if item.result != "unchanged":
+                self._plane.refresh(item.key)
+                text = f"generation {item.generation}" + (f", revision {item.revision}" if item.revision else "")
+                text += f", by {author} ({author.commit.subject})" if author is not None else ""
+                self._plane.note(item.key, item.result.capitalize(), text)
+        if author is None:
+            self._plane.wake_sources()
 
     def _keep_in_memory(self, reviews: Sequence[Review]) -> None:
         """A model that serves and comes to be on demand stays in memory until somebody needs its room."""
@@ -225,9 +298,17 @@ class Intents:
             ]
         }
 
-    def delete(self, key: Key, traceparent: str | None = None) -> dict[str, Any]:
-        """Begin a deletion; the object stays until nothing of it runs."""
+    def delete(self, key: Key, traceparent: str | None = None, *, take: bool = False) -> dict[str, Any]:
+        """Begin a deletion; the object stays until nothing of it runs. `take`: also of one that a git source
+        has."""
         self._plane.refuse_while_going_down()
+        if not take and not self._plane.sources.has_left(key):
+            self._refuse_managed([key])
+        view = self._delete(key, traceparent)
+        self._plane.wake_sources()
+        return view
+
+    def _delete(self, key: Key, traceparent: str | None = None, author: Author | None = None) -> dict[str, Any]:
         if key == GATEWAY and (problem := self._no_way_back()) is not None:
             raise address_in_use(
                 f"without it the router would move to its default address, where it cannot listen: {problem}",
@@ -238,7 +319,8 @@ class Intents:
         except NotFound as error:
             raise not_found(key) from error
         view = self._views.of(stored)
-        self._plane.note(key, "Deleting", f"generation {stored.generation}")
+        by = f", by {author} ({author.commit.subject})" if author is not None else ""
+        self._plane.note(key, "Deleting", f"generation {stored.generation}{by}")
         if self._plane.is_down and all(seen.life is Life.GONE for seen in self._plane.fleet.observed()):
             self._plane.note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():

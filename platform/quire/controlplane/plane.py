@@ -25,14 +25,18 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from quire.client import DOWN, UP
 from quire.controlplane.errors import ApiError
+from quire.controlplane.hooks import Hook, Hooks
 from quire.controlplane.wiring import Machine, engine_argv, router_command, text_facts
 from quire.tracing import Tracing
 from quire_operators.access import KIND as POLICY
 from quire_operators.access import Policies
 from quire_operators.admission import Admission
 from quire_operators.controller import Controller
+from quire_operators.database import Deposed
 from quire_operators.desired import priority_of
 from quire_operators.devices import Inventory
 from quire_operators.downloads import Downloads
@@ -40,17 +44,21 @@ from quire_operators.fleet.local import Life, LocalFleet
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import UNIT as ROUTER_UNIT
 from quire_operators.gateway import GatewayReconciler, RouterCommand
+from quire_operators.gitops import KIND as SOURCE
+from quire_operators.gitops import SourceReconciler
+from quire_operators.lease import Lease
 from quire_operators.models import ROUTES, ModelReconciler
 from quire_operators.paths import StateDir, sync_folder
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
 from quire_operators.routes import Routes, build
-from quire_operators.secrets import Secrets
+from quire_operators.secrets import SecretNotFound, Secrets
 from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
 from quire_operators.store import Store
 from quire_operators.tracing import Passes
 from quire_operators.traffic import RouteReconciler
+from quire_operators.whereabouts import VARIABLE
 from quire_schemas import wire
 from quire_schemas.resource import Key
 
@@ -66,17 +74,22 @@ STOP_SECONDS = 10.0
 """How long a shim may take to hear of a stop, and then to end after the grace."""
 CONTROL_PLANE = Key("controlplane", "default")
 """What events of the control plane itself are told of; no object."""
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+KEPT_BACK = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", VARIABLE)
+"""Variables of the environment that hold secrets which are the control plane's alone."""
 
 
 class ControlPlane:
-    """One control plane of one state directory. `open` before anything else; `close` or `down` at the end."""
+    """One control plane of one state directory. `open` before anything else; `close` or `down` at the end. It
+    changes nothing once it has lost its `lease`. The store is in `place`, or in its file in the state
+    directory."""
 
     def __init__(
         self,
         state: StateDir,
         builtin: Mapping[str, Path],
         *,
+        place: Path | sa.URL | None = None,
+        lease: Lease | None = None,
         engine: Callable[[Path], Sequence[str]] = engine_argv,
         router: RouterCommand | None = None,
         environ: Mapping[str, str] = os.environ,
@@ -86,7 +99,9 @@ class ControlPlane:
         self.tracer = tracing.tracer("quire.controlplane") if tracing is not None else None
         self.version = version("quire")
         self.started_at = time.time()
-        self.store = Store(state.store)
+        self.store = Store(place or state.store, lease=lease)
+        self.lease = lease
+        self._others_version = self.store.others_version
         self._machine = Machine(time.monotonic)
         sources = Sources.of_environment(builtin, state.sources, environ)
         self.secrets = Secrets(state.secrets, environ)
@@ -97,9 +112,9 @@ class ControlPlane:
         self.offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         roots = (state.replicas, state.gateway)
         clock = self.store.clock
-        self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed, clock)
-        # Engines and router read local files only, and have no use for the hub's token.
-        child_env = {name: value for name, value in environ.items() if name not in HUB_TOKENS}
+        self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed, clock, lease)
+        # Engines and router read local files only, and have no use for the hub's token or the database's password.
+        child_env = {name: value for name, value in environ.items() if name not in KEPT_BACK}
         child_env["HF_HUB_OFFLINE"] = "1"
         command = router or router_command(state)
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
@@ -120,6 +135,9 @@ class ControlPlane:
             clock,
         )
         self.traffic = RouteReconciler(self.store, self.routes, self.gateway, clock)
+        self.sources = SourceReconciler(self.store, self.secrets, state.git, environ, clock)
+        self.hooks = Hooks(self._hook, self._hinted)
+        self.sources.listens = self.hooks.problem
         passes = Passes(self.tracer, self.store.origin)
         self._controller: Controller[Key] = Controller(lambda key: passes.run(key, self._reconcile))
         self._work: asyncio.Task[None] | None = None
@@ -178,8 +196,9 @@ class ControlPlane:
         await self.models.close()
         await self.fleet.close()
         try:
-            self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": True})
-        except StoreUnavailable as error:
+            if self.lease is None or not self.lease.lost:
+                self.store.set_note(CONTROL_PLANE.kind, {"pid": os.getpid(), "ended": True})
+        except (StoreUnavailable, Deposed) as error:
             log.warning("the next control plane will think that this one was lost: %s", error.message)
         self.store.close()
 
@@ -189,6 +208,7 @@ class ControlPlane:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
             self._work = None
+        await self.hooks.close()
         await self.downloads.close()
 
     def begin_down(self, grace: float) -> None:
@@ -284,19 +304,48 @@ class ControlPlane:
             if key.kind == "model":
                 self.models.refresh(key)
             self.wake_routes()
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Deposed) as error:
             log.warning("no status of %s yet: %s", key, error.message)
 
     def note(self, key: Key, reason: str, text: str) -> None:
-        """An event of something that is stored already: a disk that is full by now does not undo it."""
+        """An event of something that is stored already: a disk that is full by now, or another one that leads,
+        does not undo it."""
         try:
             self.store.add_event(key, "Normal", reason, text)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Deposed) as error:
             log.warning("no event %s for %s: %s", reason, key, error.message)
+
+    def hear_of_others(self) -> None:
+        """Have everything reconciled soon if somebody else has written to the store."""
+        if self._others_version != (now := self.store.others_version):
+            self._others_version = now
+            log.info("somebody else wrote to the store: everything is looked at again")
+            for stored in self.store.objects():
+                self._controller.add(stored.key)
+            self._controller.add(ROUTES)
 
     def wake(self, key: Key) -> None:
         """Have this key reconciled soon."""
         self._controller.add(key)
+
+    def wake_sources(self) -> None:
+        """Have every git source look at its objects soon: one of them may have been changed."""
+        for key in self.sources.objects():
+            self._controller.add(key)
+
+    def _hook(self, name: str, port: int) -> Hook | None:
+        """What the source of that name takes notifications by on that port."""
+        declared = self.sources.webhooks().get(name)
+        if declared is None or declared["port"] != port:
+            return None
+        try:
+            return Hook(declared["provider"], self.secrets.value(declared))
+        except SecretNotFound:  # its status says so
+            return None
+
+    def _hinted(self, name: str) -> None:
+        if self.sources.hint(name):
+            self._controller.add(Key(SOURCE, name))
 
     def wake_routes(self) -> None:
         """Have every Route reconciled soon: a Model that it names, or one of its names, may be another's now."""
@@ -333,6 +382,9 @@ class ControlPlane:
             return again
         if key.kind == "route":
             return self.traffic.reconcile(key)
+        if key.kind == SOURCE:
+            await self.hooks.settle({hook["port"] for hook in self.sources.webhooks().values()})
+            return await self.sources.reconcile(key)
         hindrance = self.traffic.hindrance(key)
         again = await self.models.reconcile(key)
         if again == 0.0:

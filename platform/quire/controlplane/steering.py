@@ -68,7 +68,7 @@ class Steering:
         return {"key": str(key), "message": text, "object": self._views.of(stored)}
 
     def _set(self, wanted: Effective, kind: Kind, body: Mapping[str, Any], **values: Any) -> None:
-        by, why = _text(body, "by") or "the admin API", _text(body, "reason")
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         override = Override(kind, by, self._plane.store.clock(), why, **values)
         self._plane.store.set_override(wanted.stored.uid, override)
 
@@ -155,7 +155,7 @@ class Steering:
                 409, "conflict", text, f"platform rollout status {key} shows what it waits for", exit_code=5
             )
         at = self._plane.store.clock()
-        by, why = _text(body, "by") or "the admin API", _text(body, "reason")
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         kept = Stage(PROMOTED, at).kept(tried.revision.template_hash, at)
         self._plane.store.set_override(wanted.stored.uid, replace(kept, by=by, reason=why))
         return "CanaryPromoted", f"revision {tried.revision.n} takes over, before its steps are done"
@@ -163,7 +163,7 @@ class Steering:
     def _abort(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         tried = self._canary(wanted)
         n, template = tried.revision.n, tried.revision.template_hash
-        by, why = _text(body, "by") or "the admin API", _text(body, "reason")
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         override = Override(
             Kind.QUARANTINE, by, self._plane.store.clock(), why, revision=n, template_hash=template
         )
@@ -236,7 +236,7 @@ class Steering:
         return "Restarted", "its replicas are replaced by new ones, as in a rollout"
 
 
-def _text(body: Mapping[str, Any], name: str) -> str:
+def text_of(body: Mapping[str, Any], name: str) -> str:
     """A short text of a request's body. Raises `ApiError` for anything else."""
     value = body.get(name) or ""
     if not isinstance(value, str) or len(value) > MAX_TEXT:

@@ -46,6 +46,8 @@ class Views:
             "startedAt": status.timestamp(self._plane.started_at),
             "stateDir": str(self._plane.state.root),
             "installId": self._plane.store.install_id,
+            "store": self._plane.store.place,
+            "epoch": self._plane.lease.epoch if self._plane.lease is not None else None,
             # what a command starts does not inherit this variable of systemd's
             "supervisor": "systemd" if "INVOCATION_ID" in os.environ else None,
             "router": {
@@ -119,7 +121,13 @@ class Views:
             "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
             "revisions": self._revisions(stored),
             "inForce": self._in_force(stored),
+            "managedBy": self._managed_by(stored),
         }
+
+    def _managed_by(self, stored: StoredObject) -> dict[str, str] | None:
+        """The git source that the object is of, and where it comes from there."""
+        row = self._plane.store.inventory.manager(stored.key)
+        return None if row is None else {"source": str(row.owner), "commit": row.commit, "file": row.file}
 
     def _in_force(self, stored: StoredObject) -> dict[str, Any] | None:
         """The revision that is to serve and the spec that it serves by, where that is not the newest one's."""

@@ -44,6 +44,7 @@ def router_command(state: StateDir) -> RouterCommand:
                 store_folder=str(state.router_store),
                 host=host,
                 port=port,
+                workers=spec["workers"],
                 allowed_hosts=tuple(dict.fromkeys(names)),
                 closed=not is_loopback(host),
                 tls=TlsFiles(tls["certFile"], tls["keyFile"]) if tls else None,

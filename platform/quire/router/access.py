@@ -210,6 +210,10 @@ class Access:
             return Visit(EVERYBODY if not owner and self.is_open else None, operation=operation)
         return Visit(Caller(tenant, key), operation=operation)
 
+    def tenant(self, name: str) -> wire.Tenant | None:
+        """The tenant of that name, if there is one."""
+        return self._tenants.get(name)
+
     def has_place(self, owner: str, key: str) -> bool:
         """Whether a request of the owner's may run beside those of his that do."""
         tenant = self._tenants.get(owner)

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from litestar import Litestar, Request, Response, get, post, route
@@ -23,7 +24,6 @@ from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
 from quire.router.api.embeddings import EmbeddingFormat
-from quire.router.api.exchange import Exchange, Format
 from quire.router.api.messages import MessagesFormat, TokenCounting
 from quire.router.api.query import checked
 from quire.router.api.reply import Reply
@@ -32,9 +32,13 @@ from quire.router.api.tokens import Tokens
 from quire.router.background import Background
 from quire.router.batches import Batches
 from quire.router.config import RouterConfig
+from quire.router.desk import Desk, OwnDesk
+from quire.router.exchange import Exchange
 from quire.router.executor import Executor
+from quire.router.far import FarHead
 from quire.router.files import Files
 from quire.router.fleet import Fleet
+from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
 from quire.router.metrics import CONTENT_TYPE
@@ -50,10 +54,36 @@ from quire_schemas.wire import METRICS
 log = logging.getLogger("quire.router")
 
 
+@dataclass(frozen=True, slots=True)
+class Application:
+    """What serves HTTP, and what goes on beside it."""
+
+    asgi: ASGIApp
+    store: Store
+
+
+@dataclass(frozen=True, slots=True)
+class Head(Application):
+    """That of a router's head, or of its one worker."""
+
+    desk: OwnDesk
+    executor: Executor
+    usage: Usage
+    background: Background
+    look: Callable[[], Awaitable[tuple[int, bytes]]]
+    """What `/health` answers."""
+
+
+Scrape = Callable[[], Awaitable[bytes]]
+"""Gives what `/metrics` answers."""
+
+
 def build(
-    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering
-) -> tuple[ASGIApp, Executor, Usage]:
-    """The application that serves `fleet`, what works off its batches once it is started, and what was used."""
+    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering, scrape: Scrape | None = None
+) -> Head:
+    """The application that serves `fleet`, and owns what all workers share; it works off batches once its executor
+    is started. `scrape` asks all workers, where there are several.
+    """
     fleet.metrics.watch(tracing.counts)
     fleet.metrics.watch_store(config.store)
     if config.metrics_compat == "vllm":
@@ -61,34 +91,76 @@ def build(
     gpus = Watch()
     gpus.start()
     fleet.metrics.watch_gpus(gpus)
-    store = Store(config.store)
+    store, prover, desk = Store(config.store), Prover(), OwnDesk(fleet)
     usage = Usage(store, budgets=fleet.access.limiter.budgets)
     fleet.metrics.watch_budgets(fleet.access.limiter.all_budgets)
     fleet.access.read_spending = usage.read_for_budgets
-    gateway, spans = Gateway(fleet, usage), RequestSpans(tracing, metering)
+    gateway, spans = Gateway(fleet, desk, usage), RequestSpans(tracing, metering)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
-    batched: dict[str, Format[Any]] = {
-        "/v1/chat/completions": ChatFormat(gateway),
-        "/v1/completions": CompletionFormat(gateway),
-        "/v1/embeddings": EmbeddingFormat(gateway),
-        "/v1/responses": responses.ResponsesFormat(gateway, answered),
-    }
+    batched = _batched(gateway, answered)
     background = Background(
         answered,
         lambda name: Exchange(gateway, spans, responses.ResponsesFormat(gateway, answered, name), background=True),
         fleet.access,
     )
     executor = Executor(gateway, spans, kept, stored, batched, (background,))
+
+    async def look() -> tuple[int, bytes]:
+        return await health.health(fleet, prover)
+
+    async def own_series() -> bytes:
+        return await asyncio.to_thread(fleet.metrics.render)  # many models are many lines
+
     routes = [
         *_inference(gateway, spans, batched),
         *responses.routes(gateway, spans, answered, background),
         *models.routes(fleet),
         *files.routes(kept, fleet),
-        *batches.routes(stored, executor, fleet),
-        *health.routes(fleet, Prover()),
-        *_told(fleet),
+        *batches.routes(stored, batched, executor.wake, fleet),
+        *health.routes(fleet, look),
+        *_told(scrape or own_series),
     ]
+    guard = _guarded(routes, fleet, config, desk)
+    return Head(guard, store, desk, executor, usage, background, look)
+
+
+def build_worker(
+    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering, head: FarHead
+) -> Application:
+    """The application of another worker, which asks `head` for what all share."""
+    fleet.metrics.watch(tracing.counts)
+    store = Store(config.store)
+    gateway, spans = Gateway(fleet, head.desk, head), RequestSpans(tracing, metering)
+    kept, answered = Files(store), Responses(store)
+    batched = _batched(gateway, answered)
+
+    async def scrape() -> bytes:
+        return (await head.page("/metrics"))[1]
+
+    routes = [
+        *_inference(gateway, spans, batched),
+        *responses.routes(gateway, spans, answered, head.later(answered)),
+        *models.routes(fleet),
+        *files.routes(kept, fleet),
+        *batches.routes(Batches(store, kept), batched, head.wake, fleet),
+        *health.routes(fleet, lambda: head.page("/health")),
+        *_told(scrape),
+    ]
+    return Application(_guarded(routes, fleet, config, head.desk), store)
+
+
+def _batched(gateway: Gateway, answered: Responses) -> dict[str, Format[Any]]:
+    """The formats of the endpoints that lines of batches may be for."""
+    return {
+        "/v1/chat/completions": ChatFormat(gateway),
+        "/v1/completions": CompletionFormat(gateway),
+        "/v1/embeddings": EmbeddingFormat(gateway),
+        "/v1/responses": responses.ResponsesFormat(gateway, answered),
+    }
+
+
+def _guarded(routes: Sequence[HTTPRouteHandler], fleet: Fleet, config: RouterConfig, desk: Desk) -> ASGIApp:
     app = Litestar(
         route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
@@ -99,8 +171,7 @@ def build(
         debug=False,
     )
     access_log = AccessLog(lambda: fleet.table.http.access_log)
-    guard = Guard(app, config.allowed_hosts, fleet.access, access_log, lambda: fleet.table.http)
-    return guard, executor, gateway.usage
+    return Guard(app, config.allowed_hosts, fleet.access, access_log, desk.limits, lambda: fleet.table.http)
 
 
 def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
@@ -163,7 +234,7 @@ def _inference(
     return [chat, completions, embeddings, score, messages, count_tokens, tokenize, detokenize]
 
 
-def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
+def _told(scrape: Scrape) -> list[HTTPRouteHandler]:
     """What the router tells of itself."""
 
     @get("/openapi.json", operation=ANY)
@@ -172,9 +243,7 @@ def _told(fleet: Fleet) -> list[HTTPRouteHandler]:
 
     @get("/metrics", operation=METRICS)
     async def get_metrics() -> ASGIApp:
-        return Reply(
-            200, await asyncio.to_thread(fleet.metrics.render), CONTENT_TYPE
-        )  # many models are many lines
+        return Reply(200, await scrape(), CONTENT_TYPE)
 
     return [get_description, get_metrics]
 

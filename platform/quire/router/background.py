@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from litestar.types import ASGIApp
@@ -85,6 +85,19 @@ class _Room:
             self._left.set()
 
 
+class Later(Protocol):
+    """Where requests leave what is to be answered later: a `Background`, here or at the head."""
+
+    async def check_room(self) -> None:
+        """Raises `QueueFull` when there are as many as there may be."""
+
+    def begin(self, response_id: str, size: int) -> None:
+        """Have a response worked on that is kept, whose request has `size` bytes."""
+
+    async def cancel(self, response_id: str, owner: str) -> bytes:
+        """The response as it is once it is cancelled. Raises `NotFound` and `Conflict`."""
+
+
 class Background:
     """The responses of one store. `exchange` makes what answers the request of the response with that id."""
 
@@ -96,15 +109,13 @@ class Background:
         self._room = _Room()
         self._closed = False
 
-    def check_room(self) -> None:
-        """Raises `QueueFull` when there are as many as there may be."""
+    async def check_room(self) -> None:
         if len(self._works) >= MAX_WAITING:
             raise QueueFull(
                 f"{len(self._works)} responses in the background wait already, as many as may.", retry_after=30.0
             )
 
     def begin(self, response_id: str, size: int) -> None:
-        """Work on a response that is kept, whose request has `size` bytes."""
         if self._closed or response_id in self._works:
             return
         work = self._works[response_id] = _Work(size)
@@ -112,11 +123,14 @@ class Background:
         work.task.add_done_callback(lambda _: self._works.pop(response_id))
 
     async def cancel(self, response_id: str, owner: str) -> bytes:
-        """The response as it is once it is cancelled. Raises `NotFound` and `Conflict`."""
         answer = await self._responses.cancel(response_id, owner)
+        self.leave(response_id)
+        return answer
+
+    def leave(self, response_id: str) -> None:
+        """Work no more on a response, which was cancelled."""
         if (work := self._works.get(response_id)) is not None:
             work.leave()
-        return answer
 
     async def resume(self) -> None:
         """Begin those that a router before has left."""

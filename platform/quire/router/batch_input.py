@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from quire.router.api.exchange import Format
 from quire.router.batches import Plan
+from quire.router.formats import Format
 from quire_schemas.openai.batches import MAX_ERRORS, MAX_LINES, BadLine, read_line
 from quire_schemas.openai.body import BadRequest
 

@@ -3,7 +3,7 @@
 A canary is an entry of the table of its own, under a name that nobody can ask for (`ModelRoute.canary_of`). Its
 share of the model's requests is exact (`traffic.Shares`), of those that come while it has a replica that is ready
 and a place for them; all others are the stable one's. What a request came to is counted for whichever had it, from
-the same moment on (`Tally`), so that the two can be compared.
+the same moment on (`Tally`), so that the two can be compared. Both are the head's to do, for all workers (`desk`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from quire.router.traffic import Shares
 from quire_schemas import wire
+from quire_schemas.workers import Fared
 
 if TYPE_CHECKING:
     from quire.router.fleet import ServedModel
@@ -31,23 +32,16 @@ class Tally:
     first_token: Counter[int] = field(default_factory=Counter)
     between_tokens: Counter[int] = field(default_factory=Counter)
 
-    def time(self, first_token: float | None, between_tokens: float | None) -> None:
-        """One request's times, as far as it had them."""
-        if first_token is not None:
-            self.first_token[wire.time_bucket(first_token)] += 1
-        if between_tokens is not None:
-            self.between_tokens[wire.time_bucket(between_tokens)] += 1
-
-    def whole(self, *, void: bool) -> None:
-        """An answer has come to its end; `void`: without text, or cut."""
-        self.requests += 1
-        self.answers += 1
-        self.void += void
-
-    def fail(self) -> None:
-        """A request has failed by no fault of its client."""
-        self.requests += 1
-        self.failed += 1
+    def add(self, fared: Fared) -> None:
+        """One request has ended."""
+        self.requests += fared.end != "left"
+        self.failed += fared.end == "failed"
+        self.answers += fared.end == "whole"
+        self.void += fared.end == "whole" and fared.void
+        if fared.first_token is not None:
+            self.first_token[wire.time_bucket(fared.first_token)] += 1
+        if fared.between_tokens is not None:
+            self.between_tokens[wire.time_bucket(fared.between_tokens)] += 1
 
     def told(self) -> wire.Measured:
         return wire.Measured(
@@ -103,17 +97,17 @@ class Canaries:
         canary = self._of.get(served.route.model)
         return canary.new if canary is not None else None
 
-    def stable(self, served: ServedModel) -> ServedModel | None:
-        """The model that this is the canary of; None if it is none."""
-        canary = self._of.get(served.route.canary_of)
-        return canary.stable if canary is not None else None
+    def compares(self, served: ServedModel) -> bool:
+        """Whether it is counted how requests of this model fare."""
+        return served.name in self._of
 
-    def tally(self, served: ServedModel) -> Tally | None:
-        """Where to count what this model does; None where nothing is compared."""
-        canary = self._of.get(served.name)
-        if canary is None:
-            return None
-        return canary.of_new if served.route.canary_of else canary.of_stable
+    def note(self, model: str, fared: Fared) -> None:
+        """Count how a request fared that this entry of the table had, if it is compared with another."""
+        for canary in self._of.values():
+            if canary.new.route.model == model:
+                canary.of_new.add(fared)
+            elif canary.stable.route.model == model:
+                canary.of_stable.add(fared)
 
     def told(self) -> dict[str, wire.Comparison]:
         """What was counted, by model."""

@@ -37,6 +37,8 @@ class RouterConfig(msgspec.Struct, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8000
     """Used only without an inherited descriptor. 0 takes any free port."""
+    workers: int = 1
+    """Processes that take connections from the socket; the one that is started starts the others."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names that a request's Host (any port) and Origin may carry, against web pages that rebind a name to us."""
     closed: bool = False

@@ -14,7 +14,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from quire.router.fleet import Fleet
+from quire.router.crew import Crew
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
@@ -25,14 +25,14 @@ class ControlServer:
 
     def __init__(
         self,
-        fleet: Fleet,
+        crew: Crew,
         path: Path,
         base_url: str,
         finish: Callable[[float], None],
         usage: Callable[[wire.GetUsage], Awaitable[wire.UsageReport]],
     ) -> None:
         self._usage = usage
-        self._fleet = fleet
+        self._crew = crew
         self._path = path
         self._base_url = base_url
         self._finish = finish
@@ -76,13 +76,13 @@ class ControlServer:
                     await writer.drain()
                     continue
                 if isinstance(message, wire.RoutingTable):
-                    await self._fleet.apply(message)
+                    await self._crew.apply(message)
                 elif isinstance(message, wire.SetLimits):
-                    self._fleet.set_limits(message)
+                    self._crew.set_limits(message)
                 elif isinstance(message, wire.Finish):
                     log.info("told to finish within %g seconds", message.grace)
                     self._finish(message.grace)
-                writer.write(wire.frame(self._fleet.status(self._base_url)))
+                writer.write(wire.frame(self._crew.status(self._base_url)))
                 await writer.drain()
         except (OSError, EOFError, wire.WireError) as error:
             log.warning("control connection ended: %s: %s", type(error).__name__, error)

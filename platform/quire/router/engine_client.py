@@ -12,6 +12,9 @@ engine that is stopped or stuck says none of these. After `stall_seconds` withou
 whatever its socket says. It is asked often enough for that, and for the engine's lease. Nor is it ready while it
 fails what it is given: how each sequence ends is told to its breaker (`breaker`).
 
+Where a router has several workers, each has its own connection. The head's client counts the sequences of all:
+those that another worker runs are *foreign* (`take_in`), and count as its own until they are let go.
+
     NotConnected      a sequence was to be started on a connection that is not up
 """
 
@@ -32,6 +35,7 @@ import msgspec
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
 from quire.router.breaker import NO_FAILURE, TRIAL_TOKENS, Breakers
 from quire_schemas import wire
+from quire_schemas.workers import Wanted
 
 log = logging.getLogger("quire.router")
 
@@ -76,6 +80,7 @@ class Sequence:
         "prompt_tokens",
         "sent_at",
         "trial",
+        "well",
         "width",
     )
 
@@ -105,6 +110,8 @@ class Sequence:
         self.lost = False
         self.trial = False
         """It decides whether its replica gets others."""
+        self.well: bool | None = None
+        """Whether its end speaks for its replica, or against it; None while it has none, or does not show."""
 
     def put(self, delta: wire.Delta) -> None:
         """One more; those that nobody takes are packed, such as bring tokens alone as one."""
@@ -135,9 +142,14 @@ class EngineClient:
         changed: Callable[[], None],
         ejected: Callable[[Ejection], None] = lambda _: None,
         breakers: Breakers | None = None,
+        *,
+        leads: bool = True,
     ) -> None:
         """`changed` is called when it is connected or no longer, and when its breaker opens or closes; `ejected`
-        when it stops being ready by itself."""
+        when it stops being ready by itself. One that does not lead asks for
+        what the engine tells all only where nobody else has asked."""
+        self._leads = leads
+        self._told_at = 0.0
         self.endpoint = endpoint
         self.breakers = breakers or Breakers()
         """Those of its model."""
@@ -304,6 +316,33 @@ class EngineClient:
         """Send a sequence of the router's own, which does not count as served."""
         return self._send(request, bell, 0)
 
+    def take_in(self, name: str, wanted: Wanted, *, background: bool) -> Foreign:
+        """Count a sequence that another worker gives to the engine now."""
+        sequence = Foreign(self, name, wanted, background=background)
+        self._sequences[name] = sequence
+        sequence.trial = self.breakers.begin(self.endpoint.replica_id, time.monotonic())
+        self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
+        self.prefixes.add(wanted.chain)
+        self.served += 1
+        return sequence
+
+    def gained(self, sequence: Foreign, generated: int) -> None:
+        """A foreign sequence has so many tokens by now."""
+        if self._sequences.get(sequence.id) is sequence:
+            self.proved_at, sequence.begun = time.monotonic(), True
+            before, sequence.generated = sequence.generated, generated
+            self._burden(sequence).gain(sequence.prompt_tokens, sequence.max_tokens, before, generated)
+            if sequence.trial and generated >= TRIAL_TOKENS:
+                self._judge(True, sequence)
+
+    def let_go(self, sequence: Foreign, well: bool | None = None) -> None:
+        """A foreign sequence runs no more; `well` as a sequence has it."""
+        if self._sequences.get(sequence.id) is sequence:
+            del self._sequences[sequence.id]
+            self._over(sequence)
+            self._judge(well, sequence)
+            self._close_if_done()
+
     def _send(self, request: wire.Generate, bell: asyncio.Event, cached: int) -> Sequence:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
@@ -439,8 +478,10 @@ class EngineClient:
         """Ask for stats until cancelled, four times a stall time at least."""
         was_stalled = False
         while True:
-            await asyncio.sleep(min(ASK_SECONDS, self.stall_seconds / 4, for_lease))
-            writer.write(_GET_STATS)
+            pause = min(ASK_SECONDS, self.stall_seconds / 4, for_lease)
+            await asyncio.sleep(pause)
+            if self._leads or time.monotonic() - self._told_at > 1.5 * pause:
+                writer.write(_GET_STATS)
             if self.stalled and not was_stalled:
                 self._ejected("stalled")
                 self._judge(False, *self._sequences.values())
@@ -485,7 +526,8 @@ class EngineClient:
                 if delta.finish_reason is not None:
                     del self._sequences[delta.id]
                     self._over(sequence)
-                    self._judge(_went_well(delta), sequence)
+                    sequence.well = _went_well(delta)
+                    self._judge(sequence.well, sequence)
                 elif sequence.trial and sequence.generated >= TRIAL_TOKENS:
                     self._judge(True, sequence)
                 sequence.bell.set()
@@ -497,6 +539,7 @@ class EngineClient:
                 # its clock may be ahead of ours
                 self._progress_at = max(self._progress_at, min(message.last_step_at, time.monotonic()))
             self.stats = message
+            self._told_at = time.monotonic()
             self.max_num_seqs = message.max_num_seqs
         else:
             raise wire.BadMessage("a second welcome")
@@ -504,12 +547,36 @@ class EngineClient:
     def _complain(self, words: str, *, lost: bool = False) -> None:
         """Log why there is no connection, once for each reason and not at each attempt.
 
-        `lost`: something is wrong, unless the replica is on its way out anyhow; else it is one more attempt.
+        `lost`: something is wrong, unless the replica is on its way out anyhow; else it is one more attempt. Of
+        several workers the head says so.
         """
         if words != self._complaint and not self.retired:
             self._complaint = words
-            level = logging.WARNING if lost and not self.leaving else logging.INFO
+            level = logging.WARNING if lost and self._leads and not self.leaving else logging.INFO
             log.log(level, "replica %s: %s", self.endpoint.replica_id, words)
+
+
+class Foreign(Sequence):
+    """A sequence that another worker runs, as far as it tells."""
+
+    __slots__ = ()
+
+    def __init__(self, client: EngineClient, name: str, wanted: Wanted, *, background: bool) -> None:
+        self.client = client
+        self.connection = client.connection
+        self.id = name
+        self.bell = asyncio.Event()
+        self.deltas, self.packed = [], []
+        self.heard_at = 0.0
+        self.prompt_tokens = wanted.prompt_tokens - client.prefixes.known(wanted.chain)
+        self.priority = wanted.priority
+        self.background = background
+        self.width = wanted.width
+        self.max_tokens = wanted.max_tokens
+        self.generated = 0
+        self.sent_at = time.monotonic()
+        self.well = None
+        self.begun = self.ended = self.lost = self.trial = False
 
 
 def _went_well(delta: wire.Delta) -> bool | None:

@@ -21,10 +21,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from quire.errors import StorageUnavailable
-from quire.router.api.exchange import Format
 from quire.router.batch_input import Reading
 from quire.router.batches import Batches, Plan
 from quire.router.files import Files, read_bytes
+from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.lines import Lines, Work, encoded, request_id
 from quire.router.spans import RequestSpans

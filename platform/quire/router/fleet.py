@@ -151,7 +151,8 @@ class ServedModel:
 class Fleet:
     """Everything routable. `apply` changes it, all else reads."""
 
-    def __init__(self, snapshot: Path, access: Access | None = None) -> None:
+    def __init__(self, snapshot: Path | None, access: Access | None = None, *, leads: bool = True) -> None:
+        """Tables are kept in `snapshot`, if one is given. `leads`: it is the head's, and no other worker's."""
         self.table = wire.RoutingTable(version=0, models=())
         self.access = access or Access()
         self.models: dict[str, ServedModel] = {}
@@ -165,6 +166,7 @@ class Fleet:
         self.metrics = Metrics(self.samples, self.standings)
         self.memory = Memory()
         self._snapshot = snapshot
+        self._leads = leads
         self._clients: dict[tuple[str, int, str], EngineClient] = {}
         self._leaving: list[EngineClient] = []
         self._tokenizers: dict[tuple[object, ...], Tokenizer | TextError] = {}
@@ -175,6 +177,8 @@ class Fleet:
 
     async def load_snapshot(self) -> None:
         """Begin with the table on disk, if there is one. A file that is none is reported and left aside."""
+        if self._snapshot is None:
+            return
         try:
             table = msgspec.json.decode(self._snapshot.read_bytes(), type=wire.RoutingTable)
             tokenizers = await self._load(table)
@@ -196,7 +200,8 @@ class Fleet:
             tokenizers = await self._load(table)
             await self.access.prepare(table.budgets)
             try:
-                await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
+                if self._snapshot is not None:
+                    await asyncio.to_thread(_write, self._snapshot, msgspec.json.encode(table))
             except OSError as error:
                 log.error("the routing table cannot be kept in %s, and serves: %s", self._snapshot, error)
             self._switch(table, tokenizers)
@@ -223,9 +228,14 @@ class Fleet:
             for endpoint in route.replicas if isinstance(tokenizer, Tokenizer) else ():
                 key = endpoint_key(endpoint)
                 client = self._clients.get(key) or EngineClient(
-                    endpoint, self._pulse.fire, self._ejected(served.name), served.breakers
+                    endpoint,
+                    self._pulse.fire,
+                    self._ejected(served.name),
+                    served.breakers if self._leads else None,  # the head decides who gets none
+                    leads=self._leads,
                 )
-                client.breakers = served.breakers  # a canary's replica comes to be one of its model
+                if self._leads:
+                    client.breakers = served.breakers  # a canary's replica comes to be one of its model
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
@@ -330,6 +340,24 @@ class Fleet:
         """Set at the next change of the table or of a connection. Take it before looking, then wait for it."""
         return self._pulse.event
 
+    def stir(self) -> None:
+        """Have whoever waits for a change look again."""
+        self._pulse.fire()
+
+    @property
+    def links(self) -> tuple[tuple[str, int], ...]:
+        """The replicas to which it is connected."""
+        return tuple((id_, incarnation) for (id_, incarnation, _), c in self._clients.items() if c.connected)
+
+    @property
+    def unusable(self) -> dict[str, str]:
+        """Models whose tokenizer or template cannot be loaded, and why."""
+        return {
+            served.route.model: str(served.tokenizer)
+            for served in self.by_model.values()
+            if isinstance(served.tokenizer, TextError)
+        }
+
     def status(self, base_url: str) -> wire.RouterStatus:
         """The acknowledgement: the table in force, its replicas, and those that still drain from an older one."""
         self._leaving = [client for client in self._leaving if not client.closed]
@@ -342,11 +370,7 @@ class Fleet:
             parts=wire.PARTS,
             budgets=self.access.limiter.low_budgets(),
             replicas=[*loads, *self._unconnected()],
-            unusable={
-                served.route.model: str(served.tokenizer)
-                for served in self.by_model.values()
-                if isinstance(served.tokenizer, TextError)
-            },
+            unusable=self.unusable,
             uses={
                 served.route.model: self._use(served, time.monotonic())
                 for served in self.by_model.values()
@@ -372,6 +396,8 @@ class Fleet:
                     yield wire.ReplicaLoad(endpoint.replica_id, endpoint.incarnation, False, 0)
 
     def _ejected(self, model: str) -> Callable[[Ejection], None]:
+        if not self._leads:  # the head counts it
+            return lambda _: None
         return lambda why: self.metrics.model(model).ejections[why].inc()
 
     def standings(self) -> Iterator[Standing]:

@@ -1,10 +1,7 @@
 """From a valid request to a `Job`: model, prompts as ids, sampling, limits.
 
-Everything that can be wrong with a request is found here, before an engine hears of it. Admission is a bound on
-sequences per model: what the ready replicas compute at once, plus the manifest's queue length; while no replica is
-ready, the queue length alone, and at least one request. Where tenants share a model, none may take all of its
-places (`shares`). Background work neither takes places of that bound nor is
-held to it: whoever sends it looks for room himself. What becomes of a job is `run`'s part.
+Everything that can be wrong with a request is found here, before an engine hears of it. Whether there is room for
+it is the desk's word (`desk`), and what becomes of a job is `run`'s part.
 
 What takes longer than a hop to a thread is done on one, the longest on few threads of their own (`Gateway.aside`),
 by its length, and by the time that it turns out to take.
@@ -19,22 +16,21 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import msgspec
 
-from quire.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from quire.errors import ContextLengthExceeded, InvalidRequest
 from quire.router import conversation
 from quire.router.conversation import Rendered
+from quire.router.desk import Desk
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job, Shown
 from quire.router.memory import Memory
 from quire.router.mirror import Mirrors
-from quire.router.shares import may_enter
 from quire.router.spans import RequestSpan
-from quire.router.usage import Usage
+from quire.router.usage import Ledger
 from quire.text import Tokenizer, params
 from quire.text.templates import TakesLong, briefly
 from quire_schemas import signals, wire
@@ -73,12 +69,13 @@ class _Read:
 
 
 class Gateway:
-    """Makes jobs of requests, and notes in `usage` what they came to."""
+    """Makes jobs of requests, which ask `desk` for room, and notes in `usage` what they came to."""
 
-    def __init__(self, fleet: Fleet, usage: Usage) -> None:
+    def __init__(self, fleet: Fleet, desk: Desk, usage: Ledger) -> None:
         self.fleet = fleet
+        self.desk = desk
         self.usage = usage
-        self.mirrors = Mirrors(fleet, self.admit)
+        self.mirrors = Mirrors(fleet, desk)
         self._for_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="long")
 
     async def aside(self, work: Callable[[], W], size: int) -> W:
@@ -100,52 +97,6 @@ class Gateway:
         if size <= LONG_BYTES:
             return await asyncio.to_thread(reserved)
         return await asyncio.get_running_loop().run_in_executor(self._for_long, reserved)
-
-    @contextmanager
-    def admit(
-        self, served: ServedModel, sequences: int, owner: str = "", *, background: bool = False
-    ) -> Iterator[None]:
-        """Hold places for `sequences` of a tenant's in the model's queue.
-
-        Raises `ModelStopped`, `QueueFull`, and `InvalidRequest` when there are more sequences than places.
-        """
-        served.check_wanted()
-        places = served.slots + served.route.max_queue_length
-        if served.ready and sequences > places:
-            raise InvalidRequest(
-                f"The request asks for {sequences} sequences ('n' for each prompt); this model takes at most "
-                f"{places} at a time. Lower 'n', or send fewer prompts at once.",
-                param="n",
-            )
-        waited_for = served.in_flight - served.background
-        full = waited_for + sequences > places and not background
-        if full and (served.ready or waited_for):  # with none ready, one request may always wait for one
-            raise QueueFull(
-                f"{waited_for} requests run or wait for this model, as many as it takes.", retry_after=1.0
-            )
-        shared = self.fleet.access.is_shared and served.ready and not background
-        own = served.held[owner]
-        if shared and not may_enter(sequences, own, waited_for, places):
-            raise QueueFull(
-                f"{own} requests of this policy run or wait for this model, and the {places - waited_for} places "
-                "that are left are for others, too.",
-                retry_after=1.0,
-            )
-        if not background:
-            served.held[owner] += sequences
-        served.in_flight += sequences
-        served.background += sequences * background
-        served.used_at = time.monotonic()
-        try:
-            yield
-        finally:
-            if not background:
-                served.held[owner] -= sequences
-                if not served.held[owner]:
-                    del served.held[owner]
-            served.in_flight -= sequences
-            served.background -= sequences * background
-            served.used_at = time.monotonic()
 
     async def chat(
         self, request: ChatRequest, served: ServedModel, size: int, arrived_at: float, span: RequestSpan

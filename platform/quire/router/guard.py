@@ -27,7 +27,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final, cast
 
 import h11
@@ -37,7 +37,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from quire.errors import Api, ApiError, HostRefused, InvalidRequest, describe
 from quire.router.access import VISIT, Access
 from quire.router.account import METHODS, AccessLog, Account
-from quire_schemas.wire import HttpSettings
+from quire.router.desk import Headers
+from quire_schemas.wire import HttpSettings, Tenant
 
 log = logging.getLogger("quire.router")
 MAX_HEADERS: Final = 100
@@ -72,8 +73,8 @@ _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `settings`
-    are those in force now."""
+    """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `limits`
+    gives what an answer tells of its caller's, `settings` those in force now."""
 
     def __init__(
         self,
@@ -81,9 +82,11 @@ class Guard:
         allowed_hosts: Collection[str],
         access: Access,
         access_log: AccessLog,
+        limits: Callable[[Tenant | None, str], Awaitable[Headers]],
         settings: Callable[[], HttpSettings] = HttpSettings,
     ) -> None:
         self._app = app
+        self._limits = limits
         self._log = access_log
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._access = access
@@ -122,7 +125,7 @@ class Guard:
                 if visit.unread:
                     await _drain(receive)
                 if visit.limited and visit.caller is not None:
-                    named.extend(self._access.limiter.headers(visit.caller.tenant, visit.caller.key))
+                    named.extend(await self._limits(visit.caller.tenant, visit.caller.key))
                 spent = b"%d" % round(1000 * (time.monotonic() - account.arrived_at))
                 ours = [*named, (b"openai-processing-ms", spent)]
                 message["headers"] = [*message["headers"], *crossing, *ours]

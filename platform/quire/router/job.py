@@ -257,7 +257,6 @@ class Choice:
         "prompt_index",
         "prompt_scores",
         "reasoning_tokens",
-        "retrying",
         "sampling",
         "scores",
         "sent",
@@ -266,8 +265,6 @@ class Choice:
         "template_hash",
         "text",
         "timings",
-        "trial",
-        "turn",
         "turn_at",
         "where",
         "written",
@@ -286,14 +283,9 @@ class Choice:
         """How the last attempt failed, if one did."""
         self.attempts = 0
         self.fingerprint: bytes | None = None
-        self.trial: str | None = None
-        """The replica where it is tried although engines may die of it."""
-        self.turn = False
-        """It was its turn to go to an engine, where tenants take turns."""
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
-        self.retrying = False
         self.migrations = 0
         """How often it has gone on elsewhere."""
         self.template_hash = ""

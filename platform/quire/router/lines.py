@@ -39,10 +39,11 @@ import msgspec
 from quire.errors import ModelNotFound, ModelStopped, StorageUnavailable
 from quire.router import quarantine
 from quire.router.access import BUDGET_SPENT, EVERYBODY, OF_LINES, RATE_LIMITED
-from quire.router.api.exchange import Exchange, Format
 from quire.router.batches import Answer, Batch, Batches, Plan, lines_without_answer
+from quire.router.exchange import Exchange
 from quire.router.files import Files, read_bytes
 from quire.router.fleet import ServedModel
+from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.inside import InsideClient
 from quire.router.spans import RequestSpans

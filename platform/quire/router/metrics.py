@@ -9,6 +9,9 @@ On the way of a token stand one addition for all the tokens that a wake-up broug
 value is observed with how often it came (`Distribution.observe`). All of it is written on the event loop; `render`
 may run on another thread, and then shows numbers of moments that lie a little apart.
 
+Where a router has several workers, each counts what it serves. What others have counted (`workers.Counts`) is
+added up by the head, which renders for all of them; what a worker had counted that is gone stays in the sums.
+
 Label values come from closed sets: models and replicas of the routing table, the codes of the error contract, and
 the words below. A request for a model nobody serves counts under `NO_MODEL`. `vllm_names` says the same under the
 names that other dashboards look for.
@@ -16,8 +19,11 @@ names that other dashboards look for.
 
 from __future__ import annotations
 
+import resource
 import shutil
+import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,10 +36,11 @@ from prometheus_client.registry import Collector
 
 from quire.errors import TABLE
 from quire.router.vllm_names import translated
-from quire.tracing import Counts
+from quire.tracing import Counts as Spans
 from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
 from quire_schemas import signals, wire
 from quire_schemas.wire import Stats, Welcome
+from quire_schemas.workers import Counts
 
 OPERATIONS: Final = (
     "chat",
@@ -188,6 +195,33 @@ class ModelMetrics:
         self.n = Distribution(signals.FEW_BUCKETS)
         self.preemptions = Distribution(signals.FEW_BUCKETS)
 
+    def _cells(self) -> Iterator[tuple[str, Number | Distribution]]:
+        for name in self.__slots__:
+            held = getattr(self, name)
+            for cell in held.values() if isinstance(held, Mapping) else (held,):
+                yield name, cell
+
+    def values(self) -> list[float]:
+        """All of it in one order, the same in each process of one version."""
+        told: list[float] = []
+        for _, cell in self._cells():
+            told += (cell.value,) if isinstance(cell, Number) else (*cell.counts, cell.total)
+        return told
+
+    def add(self, values: Sequence[float], *, gone: bool = False) -> None:
+        """Add what `values` gave elsewhere; that of a process that is `gone` without what it had at a time."""
+        at = iter(values)
+        for name, cell in self._cells():
+            if isinstance(cell, Number):
+                cell.inc(next(at) * (not (gone and name in _AT_A_TIME)))
+            else:
+                cell.counts = [count + int(next(at)) for count in cell.counts]
+                cell.total += next(at)
+
+
+_AT_A_TIME: Final = ("in_flight", "held")
+"""What goes up and down."""
+
 
 class Metrics:
     """All series of one router. `replicas` and `models` tell how things stand whenever somebody scrapes."""
@@ -199,12 +233,18 @@ class Metrics:
         self.batches_running = Number()
         self.batch_lines = {finish: Number() for finish in ("completed", "failed")}
         self._models: dict[str, ModelMetrics] = {}
-        self._told = _Told((_Models(self._models), _Standings(models), _Replicas(replicas)))
+        self._gone = Counts({})
+        """What workers had counted that are gone."""
+        self._spans: Spans | None = None
+        self._refused: Callable[[], int] = lambda: 0
+        self._shown = _Shown(self._models, {}, {})
+        self._rendering = threading.Lock()
+        self._told = _Told((_Models(lambda: self._shown.models), _Standings(models), _Replicas(replicas)))
         self._registry.register(self._told)
         self._registry.register(_Batches(self.batches_running, self.batch_lines))
         self._of_routes: dict[tuple[str, ...], Number] = {}
-        self._registry.register(_Routes(lambda: self._of_routes))
-        ProcessCollector(registry=self._registry)
+        self._registry.register(_Routes(lambda: self._shown.routes))
+        self._registry.register(_Processes(lambda: self._shown.pids))
         self.set_models(())
 
     def set_models(self, models: Iterable[str]) -> None:
@@ -237,9 +277,10 @@ class Metrics:
         """From now on show what has a name in vLLM under that, too."""
         self._told.in_vllm_too = True
 
-    def watch(self, spans: Counts) -> None:
+    def watch(self, spans: Spans) -> None:
         """Show what becomes of the router's spans."""
-        self._registry.register(_Spans(spans))
+        self._spans = spans
+        self._registry.register(_Spans(lambda: self._shown.spans))
 
     def watch_gpus(self, watch: Watch) -> None:
         """Show what a watch sees of this machine's GPUs."""
@@ -251,7 +292,8 @@ class Metrics:
 
     def watch_room(self, refused: Callable[[], int], share: Callable[[], float]) -> None:
         """Show how many connections were turned away, and how much of its memory the router has."""
-        self._registry.register(_Room(refused, share))
+        self._refused = refused
+        self._registry.register(_Room(lambda: self._shown.refused, share))
 
     def watch_store(self, folder: Path) -> None:
         """Show how much room the disk has on which `folder` is, or will be."""
@@ -261,9 +303,68 @@ class Metrics:
         """The numbers of a model; those of `NO_MODEL` for one that is not routed."""
         return self._models.get(name or NO_MODEL, self._models[NO_MODEL])
 
-    def render(self) -> bytes:
-        """All series in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def counts(self, requests: int = 0, *, values: bool = True) -> Counts:
+        """What has been counted here, for whoever adds it up."""
+        spans = self._spans
+        return Counts(
+            {name: each.values() for name, each in list(self._models.items())} if values else {},
+            [(key, number.value) for key, number in list(self._of_routes.items())],
+            {} if spans is None else dict([(_EXPORTED, spans.exported), *spans.dropped().items()]),
+            requests,
+            self._refused(),
+        )
+
+    def bury(self, counts: Counts) -> None:
+        """Keep what a worker had counted that is gone."""
+        models = self._added(self._gone.models, [counts], gone=True)
+        routes = Counter(dict(self._gone.routes)) + Counter(dict(counts.routes))
+        spans = Counter(self._gone.spans) + Counter(counts.spans)
+        sums = {name: each.values() for name, each in models.items()}
+        self._gone = Counts(sums, list(routes.items()), spans, refused=self._gone.refused + counts.refused)
+
+    def render(self, others: Sequence[Counts] = (), pids: Sequence[int] = ()) -> bytes:
+        """All series in Prometheus' text format, with what `others` have counted, which run as `pids`."""
+        with self._rendering:
+            if not others and not self._gone.models:
+                here = self.counts(values=False)
+                self._shown = _Shown(self._models, dict(here.routes), here.spans, pids, here.refused)
+                return generate_latest(self._registry)
+            every = [self.counts(), self._gone, *others]
+            routes: Counter[tuple[str, ...]] = Counter()
+            spans: Counter[str] = Counter()
+            for each in every:
+                routes.update({key: value for key, value in each.routes if key in self._of_routes})
+                spans.update(each.spans)
+            refused = sum(each.refused for each in every)
+            self._shown = _Shown(self._added({}, every), routes, spans, pids, refused)
+            return generate_latest(self._registry)
+
+    def _added(
+        self, start: Mapping[str, Sequence[float]], every: Iterable[Counts], *, gone: bool = False
+    ) -> dict[str, ModelMetrics]:
+        """The sums by model, of the models that there are."""
+        sums = {name: ModelMetrics() for name in self._models}
+        for name, values in start.items():
+            if name in sums:
+                sums[name].add(values)
+        for each in every:
+            for name, values in each.models.items():
+                if name in sums:
+                    sums[name].add(values, gone=gone)
+        return sums
+
+
+class _Shown(NamedTuple):
+    """What a scrape shows."""
+
+    models: Mapping[str, ModelMetrics]
+    routes: Mapping[tuple[str, ...], float]
+    spans: Mapping[str, int]
+    pids: Sequence[int] = ()
+    refused: int = 0
+
+
+_EXPORTED: Final = "exported"
 
 
 # ── what is told, and by which name ───────────────────────────────────────────────────────────────────────────
@@ -459,11 +560,11 @@ class _Told(Collector):
 class _Models(Collector):
     """The numbers of all models."""
 
-    def __init__(self, models: Mapping[str, ModelMetrics]) -> None:
+    def __init__(self, models: Callable[[], Mapping[str, ModelMetrics]]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        models = list(self._models.items())
+        models = list(self._models().items())
         for family in _FAMILIES:
             made = family.make(family.name, family.text, labels=(signals.LABEL_MODEL, *family.labels))
             for name, numbers in models:
@@ -477,7 +578,7 @@ class _Models(Collector):
 class _Routes(Collector):
     """What became of requests by way of routes."""
 
-    def __init__(self, numbers: Callable[[], Mapping[tuple[str, ...], Number]]) -> None:
+    def __init__(self, numbers: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         self._numbers = numbers
 
     def collect(self) -> Iterator[Metric]:
@@ -492,7 +593,7 @@ class _Routes(Collector):
             COPIED: _C(signals.ROUTE_MIRRORED, "Copies of requests.", labels=(*labels, signals.LABEL_FINISH)),
         }
         for (what, *values), number in self._numbers().items():
-            _add(made[what], values, number)
+            made[what].add_metric(values, number)
         yield from made.values()
 
 
@@ -691,15 +792,50 @@ def _slowed(health: Health) -> float | None:
 class _Spans(Collector):
     """What became of the router's spans until now."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
+        counts = self._counts()
         exported = CounterMetricFamily(signals.SPANS_EXPORTED, "Spans that were delivered.")
-        exported.add_metric([], self._counts.exported)
+        exported.add_metric([], counts.get(_EXPORTED, 0))
         dropped = CounterMetricFamily(
             signals.SPANS_DROPPED, "Spans that were lost.", labels=[signals.LABEL_REASON]
         )
-        for reason, count in self._counts.dropped().items():
-            dropped.add_metric([reason], count)
+        for reason, count in counts.items():
+            if reason != _EXPORTED:
+                dropped.add_metric([reason], count)
         yield from (exported, dropped)
+
+
+class _Processes(Collector):
+    """What the system tells of the router's processes: memory, processor time and files of all of them."""
+
+    def __init__(self, others: Callable[[], Sequence[int]]) -> None:
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        told = list(ProcessCollector(registry=None).collect())
+        for pid in self._others():
+            its = {each.name: each.samples for each in ProcessCollector(pid=_always(pid), registry=None).collect()}
+            for mine in told:
+                if mine.name in _SUMMED and mine.name in its:  # else it is gone
+                    mine.samples = [
+                        ours._replace(value=ours.value + theirs.value)
+                        for ours, theirs in zip(mine.samples, its[mine.name], strict=True)
+                    ]
+        for mine in told:
+            if mine.name == "process_cpu_seconds":  # those of workers that have ended stay in the sum
+                ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent = ended.ru_utime + ended.ru_stime
+                mine.samples = [each._replace(value=each.value + spent) for each in mine.samples]
+        yield from told
+
+
+_SUMMED: Final = (
+    "process_virtual_memory_bytes", "process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds"
+)  # fmt: skip
+
+
+def _always(pid: int) -> Callable[[], int]:
+    return lambda: pid

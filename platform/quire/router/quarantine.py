@@ -5,6 +5,8 @@ search word that it could have: something that kills on sight was among those. I
 again, when that has happened to it twice, at least once on trial. The first token of a request with the same
 fingerprint clears it. To keep the innocent apart from the guilty, the gateway tries suspects one at a time on each
 replica: no other suspect was beside what died on trial, though requests that nobody suspects yet may have been.
+And it tries none at a replica that has died under it before, as long as there is another one: a replica that dies
+of everything would else condemn all that it is given.
 
 Remembered are fingerprints, never contents; at most `MAX_REMEMBERED`, the oldest are forgotten first, and each for
 `REMEMBERED_SECONDS` after its last death. The router alone knows them, and forgets them when it starts anew.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import time
 from array import array
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,6 +43,7 @@ def fingerprint(model: str, template_hash: str, token_ids: Sequence[int], sampli
 class _Record:
     last_at: float
     deaths: set[Hashable] = field(default_factory=set)
+    replicas: set[str] = field(default_factory=set)
     tried: bool = False
 
 
@@ -54,14 +57,15 @@ class Suspects:
     def __len__(self) -> int:
         return len(self._records)
 
-    def blame(self, fingerprint: bytes, death: Hashable, *, tried: bool) -> None:
-        """An engine died under the request before its first token. One `death` counts once.
+    def blame(self, fingerprint: bytes, death: Hashable, *, tried: bool, replica: str = "") -> None:
+        """An engine died under the request before its first token. One `death`, of this `replica`, counts once.
 
         `tried`: the request was there on trial, with no other suspect beside it.
         """
         record = self._find(fingerprint) or _Record(0.0)
         record.last_at = self._clock()
         record.deaths.add(death)
+        record.replicas.add(replica)
         record.tried |= tried
         self._records.pop(fingerprint, None)
         self._records[fingerprint] = record
@@ -74,6 +78,11 @@ class Suspects:
 
     def is_suspected(self, fingerprint: bytes) -> bool:
         return self._find(fingerprint) is not None
+
+    def died_at(self, fingerprint: bytes) -> Collection[str]:
+        """The replicas that died under it."""
+        record = self._find(fingerprint)
+        return record.replicas if record is not None else ()
 
     def is_condemned(self, fingerprint: bytes) -> bool:
         record = self._find(fingerprint)

@@ -4,8 +4,8 @@ One bell rings whenever any of the job's sequences has news; all that has come b
 `Update`s (`Run.updates`), so a slow reader gets fewer and larger pieces and holds nothing but token ids. Each
 sequence has its own detokenizer and stop strings. A stop string found is an abort to the engine.
 
-The `n` sequences of one prompt go to one replica, as one family, and compute their prompt once (`balancer` says
-where that is). A sequence that has to start again takes those that follow it along.
+The `n` sequences of one prompt go to one replica, as one family, and compute their prompt once (`placing` says
+where that is, and when). A sequence that has to start again takes those that follow it along.
 
 A sequence waits for its turn, before a replica takes it and in the engine's queue, as long as the manifest's
 `maxQueueWait` says, over all its attempts together; background work waits for as long as it takes. A request that
@@ -13,58 +13,49 @@ set itself a `timeout`, or whose route sets it one, ends when that is over, wher
 too, but the run does not wait for their word. A route may also say when the first token has to be there.
 
 A sequence whose engine dies or stalls is started again elsewhere as long as nothing of it went to the client
-(nothing ever has, of an answer that is sent whole): as often as its terms allow, and within the model's budget
-(`balancer.may_retry`), for which it waits if it must, while the job's other sequences go on. After that, or after
+(nothing ever has, of an answer that is sent whole): as often as its terms allow, and within the model's budget,
+for which it waits if it must, while the job's other sequences go on. After that, or after
 the first byte, the request fails, unless the manifest lets streams *migrate*: then the sequence goes on at another
 replica of the same revision, behind the tokens that were read of it (`wire.Generate.written`), up to
 `maxMigrations` times, and waits for one as long as `maxQueueWait` says. A request also fails when the model's
 tokenizer or template has become another since its ids were made: they would be nonsense to the replicas that serve
-now. A request that may be what engines die
-of is tried with no other such beside it on the replica, and not at all once it has died there too (`quarantine`).
-Whatever way a run ends, `updates` aborts what still runs.
+now. Whatever way a run ends, `updates` aborts what still runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from quire.errors import (
     EngineDied,
     EngineUnavailable,
     ModelNotFound,
-    RequestQuarantined,
     ServiceUnavailable,
     TimedOut,
 )
 from quire.router import engine_client, quarantine
-from quire.router.balancer import choose, may_retry, prefix_chain
+from quire.router.balancer import prefix_chain
+from quire.router.desk import Claim, Desk
 from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet
 from quire.router.job import Choice, Job, Update
+from quire.router.placing import RECHECK_SECONDS, News, gave_up, waited
 from quire.router.spans import SequenceTimes
-from quire.text import TextError
 from quire_schemas import signals, wire
+from quire_schemas.workers import Fared, Wanted
 
 log = logging.getLogger("quire.router")
 
-DEFAULT_RETRY_AFTER: Final = 5.0
-RECHECK_SECONDS: Final = 0.5
-"""How often something that no event tells of (a stall, a place in an engine's queue) is looked at again."""
 ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
 """Error codes of sequences that end because their engine does."""
 _DIED: Final = "The engine died while it was writing this answer."
-_QUARANTINED: Final = (
-    f"{quarantine.DEATHS_TO_CONDEMN} engines died when they were given this request, so it is not tried again for "
-    f"{quarantine.REMEMBERED_SECONDS / 60:g} minutes. Other requests are served."
-)
 
 
 def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
@@ -74,9 +65,10 @@ def _was_asked_to_end(deltas: Sequence[wire.Delta]) -> bool:
 class Run:
     """One job on the fleet, from its first sequence to its last token."""
 
-    def __init__(self, fleet: Fleet, job: Job, received_at: float) -> None:
+    def __init__(self, fleet: Fleet, desk: Desk, job: Job, received_at: float) -> None:
         """`received_at`: when the request's body was there."""
         self.job = job
+        self._desk = desk
         self.first_token_at: float | None = None
         self._heard_at = math.inf
         """When the oldest of what the last wake-up found came from an engine."""
@@ -84,9 +76,10 @@ class Run:
         """The one that was given a sequence last."""
         self._received_at = math.inf if job.background else received_at
         """Infinite once what the router added to the request is counted."""
-        self._fleet = fleet
         self._metrics = fleet.metrics.model(job.model.name)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
+        self._claims: dict[int, Claim] = {}
+        """By the index of the choice; of those that are begun and have not ended."""
         self._bell = asyncio.Event()
         self._held = 0
         self._homes: dict[int, str] = {}
@@ -113,22 +106,18 @@ class Run:
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
 
-    @property
-    def first_token_after(self) -> float | None:
-        """Seconds from when its model had it to its first token; None if there is none."""
-        begun = self.job.arrived_at if self.job.begun_at is None else self.job.begun_at
-        return None if self.first_token_at is None else self.first_token_at - begun
+    def fared(self, end: Literal["whole", "failed", "left"]) -> Fared:
+        """How it went, to be compared with what another revision does: its time to the first token since its model
+        had it, and the mean one between the tokens of its first answer."""
+        job, first, times = self.job, self._choices[0], self._choices[0].times
+        begun = job.arrived_at if job.begun_at is None else job.begun_at
+        between = None
+        if times is not None and first.generated > 1:
+            between = (times.last_at - times.first_at) / (first.generated - 1)
+        until_first = None if self.first_token_at is None else self.first_token_at - begun
+        return Fared(end, self._is_void(), until_first, between)
 
-    @property
-    def between_tokens(self) -> float | None:
-        """Mean seconds between the tokens of its first answer; None of fewer than two."""
-        times = self._choices[0].times
-        if times is None or self._choices[0].generated < 2:
-            return None
-        return (times.last_at - times.first_at) / (self._choices[0].generated - 1)
-
-    @property
-    def is_void(self) -> bool:
+    def _is_void(self) -> bool:
         """Whether an answer of it has no text, or was cut by the length that the model has."""
         job, route = self.job, self.job.model.route
         if job.pooling is not None or job.beam is not None or job.prompt_alone:
@@ -264,12 +253,7 @@ class Run:
         if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
             if not (sequence.begun or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
-                death = (
-                    sequence.client.endpoint.replica_id,
-                    sequence.client.endpoint.incarnation,
-                    sequence.connection,
-                )
-                self.job.model.suspects.blame(self._fingerprint(choice), death, tried=choice.trial is not None)
+                self._claims[choice.index].blame(self._fingerprint(choice))
             self._trace(choice, sequence, lost=True)
             choice.sequence = None
             choice.lost_by = "503" if _was_asked_to_end(deltas) else "ConnectionError"
@@ -288,9 +272,7 @@ class Run:
         update = choice.read(deltas)
         if sequence.begun:
             self._came = True
-            if choice.trial is not None:
-                self.job.model.suspects.clear(self._fingerprint(choice))
-            self._settle(choice)
+            self._claims[choice.index].begun()
         self._count(choice, choice.generated - before)
         if update is None:
             return None
@@ -360,7 +342,7 @@ class Run:
         if self._alarm is None:
             looked_after = [choice for choice in choices if not choice.sent or self._may_migrate(choice)]
             if looked_after:
-                until = min(self._look_after(choice) for choice in looked_after)
+                until = min([await self._look_after(choice) for choice in looked_after])
                 self._alarm = asyncio.get_running_loop().call_later(until, self._sound)
         await self._bell.wait()
         self._bell.clear()
@@ -369,12 +351,13 @@ class Run:
         self._alarm = None
         self._bell.set()
 
-    def _look_after(self, choice: Choice) -> float:
+    async def _look_after(self, choice: Choice) -> float:
         """Is there hope for a choice where it is, which might be elsewhere? Seconds until the next look."""
         sequence = choice.sequence
         if sequence is None or sequence.lost:
             return RECHECK_SECONDS  # it is on its way to another replica
-        if sequence.client.stalled and self._choose(choice) is not None:
+        claim = self._claims[choice.index]
+        if sequence.client.stalled and await claim.has_other(self._wanted(choice)):
             sequence.abort()
             sequence.lost = True
             self._bell.set()
@@ -382,142 +365,87 @@ class Run:
         if choice.sent:
             return RECHECK_SECONDS
         now = time.monotonic()
-        if not sequence.client.queued(sequence):
+        if not await claim.is_queued(sequence):
             choice.turn_at = choice.turn_at or now
             return RECHECK_SECONDS  # it is being computed: a long prompt is no reason to give up
         choice.turn_at = None
         if now >= choice.deadline:
-            raise self._waited()
+            raise waited(self.job.model.route.max_queue_wait)
         return min(max(choice.deadline - now, 0.01), RECHECK_SECONDS)
 
-    def _waited(self) -> TimedOut:
-        return TimedOut(
-            f"The request waited longer for its turn than the {self.job.model.route.max_queue_wait:g} "
-            "seconds that this model's manifest allows."
-        )
-
     async def _place(self, choice: Choice) -> None:
-        """Give the choice's sequence to a replica; while none is ready, hold it as long as the manifest says.
+        """Give the choice's sequence to a replica, as soon as there is one that may have it.
 
-        Raises `EngineUnavailable` after too many attempts and when its ids are not those that the model's replicas
-        now understand, `RequestQuarantined` when engines die of it, `ServiceUnavailable` when none gets ready,
-        `TimedOut` when none that is has a place, or the job's own time is over.
+        Raises what `Seat.find` does, and `TimedOut` when the job's own time is over.
         """
-        served = self.job.model
+        self._check_time()
+        claim, prompt = self._claims.get(choice.index), choice.prompt_index
         held_since: float | None = None
-        turn: asyncio.Future[None] | None = None
+
+        def hear(news: News) -> None:
+            nonlocal held_since
+            if news == "retrying":
+                self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
+            elif held_since is None:
+                held_since = time.monotonic()
+                self._hold(1)
+
+        if claim is None:
+            owner, background = self.job.caller.owner, self.job.background
+            claim = self._desk.seat(self.job.model, owner, background=background)
+            self._claims[choice.index] = claim
         try:
-            while True:
-                turn = self._take_turn(choice, turn)
-                changed, settled = self._fleet.changed, served.settled.event
-                suspected = self._check_wanted(choice)
-                self._check_time()
-                permitted = turn is None and (choice.attempts == 0 or self._may_try_again(choice))
-                client = self._choose(choice, suspected) if permitted else None
-                if client is not None and self._start(choice, client, suspected):
-                    self._count_start(choice, held_since)
-                    return
-                left = choice.deadline - time.monotonic()
-                if left <= 0 and choice.attempts:
-                    raise self._gave_up(choice)
-                if left <= 0 and served.ready:
-                    raise self._waited()
-                if left <= 0:
-                    raise ServiceUnavailable(
-                        "No replica of this model is ready.", retry_after=served.route.eta or DEFAULT_RETRY_AFTER
+            async with asyncio.timeout_at(self._until(choice)):
+                while True:
+                    client = await claim.find(
+                        self._wanted(choice),
+                        lambda: self._fingerprint(choice),
+                        lambda: self._homes.get(prompt),
+                        hear,
                     )
-                if held_since is None:
-                    held_since = time.monotonic()
-                    self._hold(1)
-                for_others = not permitted or (suspected and served.ready)
-                for at in (self.job.ends_at, None if self._came else self.job.first_by):
-                    if at is not None:
-                        left = min(left, at - time.monotonic())
-                if turn is not None:
-                    await asyncio.wait([turn], timeout=min(left, RECHECK_SECONDS))
-                    continue
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, RECHECK_SECONDS)):
-                        await (settled if for_others else changed).wait()
+                    if self._start(choice, client, claim):
+                        break
+            self._count_start(choice, held_since)
+        except TimeoutError:
+            self._check_time()
+            raise
         finally:
-            if turn is not None:
-                served.turns.leave(self.job.caller.owner, turn, served.slots)
             if held_since is not None:
                 self._hold(-1)
                 until = choice.sent_at if choice.sequence is not None else time.monotonic()
                 self.job.span.phase(signals.SPAN_HOLD, held_since, until, self._which(choice))
 
-    def _take_turn(self, choice: Choice, turn: asyncio.Future[None] | None) -> asyncio.Future[None] | None:
-        """What the choice waits for before it may go to an engine; None when it need not, or now has its turn."""
-        if choice.turn or self.job.background or (turn is None and not self._fleet.access.is_shared):
-            return None
-        if turn is not None:
-            choice.turn = turn.done()
-            return None if choice.turn else turn
-        turns, owner = self.job.model.turns, self.job.caller.owner
-        choice.turn = turns.take(owner, self.job.model.slots)
-        return None if choice.turn else turns.queue(owner)
+    def _until(self, choice: Choice) -> float | None:
+        """When the job's own time is over for a choice that waits. That of the first token does not count for one
+        beside which another may bring it: then the loop of `updates` looks at the clock."""
+        alone = len(self._choices) == 1 and not self._came
+        ends = [at for at in (self.job.ends_at, self.job.first_by if alone else None) if at is not None]
+        return min(ends, default=None)
 
-    def _check_wanted(self, choice: Choice) -> bool:
-        """Whether engines may die of the choice. Raises when it is not to be given to an engine any more."""
-        served, suspects = self.job.model, self.job.model.suspects
-        if self._fleet.by_model.get(served.route.model) is not served:
-            raise ModelNotFound(f"The model '{self.job.asked_model}' was taken down.", param="model")
-        served.check_wanted()
-        if served.route.canary_of and not choice.sent and not served.ready:
-            raise EngineUnavailable("The new revision has no replica that is ready.", retry_after=1.0)
-        serving = served.tokenizer
-        if isinstance(serving, TextError) or serving.fingerprint != self.job.tokenizer.fingerprint:
-            raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
-        begun_with = choice.template_hash if choice.sent else served.route.template_hash
-        if begun_with != served.route.template_hash and all(
-            client.endpoint.template_hash != begun_with for client in served.clients
-        ):
-            raise EngineUnavailable(
-                "No replica has the revision any more that it was begun with.", retry_after=1.0
-            )
-        suspected = bool(suspects) and suspects.is_suspected(self._fingerprint(choice))
-        if suspected and suspects.is_condemned(self._fingerprint(choice)):
-            log.warning("request %s is refused: engines have died of it", self.job.id)
-            raise RequestQuarantined(_QUARANTINED)
-        return suspected
-
-    def _may_try_again(self, choice: Choice) -> bool:
-        """Whether the lost choice has, or now gets, its part of the model's budget of further attempts."""
-        served = self.job.model
-        if not choice.retrying and may_retry(served.retrying, served.in_flight):
-            self.job.span.event(signals.EVENT_RETRY, time.monotonic(), choice.where)
-            self._metrics.retries.inc()
-            choice.retrying = True
-            served.retrying += 1
-        return choice.retrying
-
-    def _gave_up(self, choice: Choice) -> EngineUnavailable:
-        return EngineUnavailable(
-            f"The engine died under this request, at attempt {choice.attempts}.", retry_after=1.0
+    def _wanted(self, choice: Choice) -> Wanted:
+        """What a replica is looked for by."""
+        written = len(choice.written or ()) if choice.sent else 0
+        return Wanted(
+            request=self.job.id,
+            asked_model=self.job.asked_model,
+            tokenizer=self.job.tokenizer.fingerprint,
+            deadline=choice.deadline,
+            prompt_tokens=len(choice.prompt) + written,
+            max_tokens=choice.sampling.max_tokens - written,
+            attempts=choice.attempts,
+            priority=self.job.priority,
+            width=1 if self.job.beam is None else self.job.beam.width,
+            begun_with=choice.template_hash if choice.sent else None,
+            avoid=tuple(choice.avoid),
+            prompt=choice.prompt_index,
+            caller=self.job.terms.caller,
+            chain=self._chain(choice),
         )
 
     def _hold(self, choices: int) -> None:
         """Count the choices that are held; the gauge counts requests."""
         before, self._held = self._held, self._held + choices
         self._metrics.held.inc(bool(self._held) - bool(before))
-
-    def _choose(self, choice: Choice, suspected: bool = False) -> EngineClient | None:
-        """The replica that is to have the choice now; a suspect gets none on which another one is tried."""
-        clients = {
-            client.endpoint.replica_id: client
-            for client in self.job.model.clients
-            if not (suspected and client.endpoint.replica_id in self.job.model.trials)
-            and (not choice.sent or client.goes_on(choice.template_hash))
-        }
-        chain = self._chain(choice)
-        chosen = choose(
-            (client.candidate(chain, background=self.job.background) for client in clients.values()),
-            choice.avoid,
-            self._homes.get(choice.prompt_index),
-            self.job.terms.caller,
-        )
-        return clients[chosen] if chosen is not None else None
 
     def _chain(self, choice: Choice) -> tuple[bytes, ...]:
         """The hashes of the choice's prompt, where there are several replicas of which one may have it cached."""
@@ -538,7 +466,7 @@ class Run:
             )
         return choice.fingerprint
 
-    def _start(self, choice: Choice, client: EngineClient, suspected: bool) -> bool:
+    def _start(self, choice: Choice, client: EngineClient, claim: Claim) -> bool:
         """Whether the sequence is on its way; a connection that broke this moment says no."""
         choice.sent_at = time.monotonic()
         ends_at = self.job.ends_at
@@ -549,6 +477,7 @@ class Run:
             written=tuple(choice.written or ()) if choice.sent else (),
             priority=self.job.priority,
             background=self.job.background,
+            lent=claim.is_lent,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
             family=self.job.id if self.job.drawn > 1 else None,
@@ -560,11 +489,9 @@ class Run:
             choice.sequence = client.start(request, self._bell, self._chain(choice))
         except NotConnected:
             return False
+        claim.given(choice.sequence)
         self.replica = self._homes[choice.prompt_index] = client.endpoint.replica_id
         choice.template_hash = client.endpoint.template_hash
-        if suspected:
-            choice.trial = client.endpoint.replica_id
-            self.job.model.trials.add(choice.trial)
         choice.attempts += 1
         return True
 
@@ -577,12 +504,12 @@ class Run:
 
     async def _again(self, choice: Choice) -> None:
         """Start a lost choice once more, or go on with it. Raises as `_place` does, and `EngineDied`."""
-        self._settle(choice)
+        self._claims[choice.index].settle()
         if choice.sent:
             await self._migrate(choice)
             return
         if choice.attempts >= self.job.terms.attempts or choice.lost_by not in self.job.terms.retried:
-            raise self._gave_up(choice)
+            raise gave_up(choice.attempts)
         choice.begin()
         await self._place(choice)
 
@@ -604,23 +531,10 @@ class Run:
         self._metrics.migrations.inc()
         log.info("request %s: goes on behind %d tokens", self.job.id, choice.generated)
 
-    def _settle(self, choice: Choice) -> None:
-        """The choice is no longer on a further attempt, nor on trial."""
-        if choice.retrying:
-            choice.retrying = False
-            self.job.model.retrying -= 1
-            self.job.model.settled.fire()
-        if choice.trial is not None:
-            self.job.model.trials.discard(choice.trial)
-            choice.trial = None
-            self.job.model.settled.fire()
-
     def _end(self, choice: Choice) -> None:
         """Nothing of the choice runs on; may be called twice."""
-        self._settle(choice)
-        if choice.turn:
-            choice.turn = False
-            self.job.model.turns.end(self.job.caller.owner, self.job.model.slots)
+        if (claim := self._claims.pop(choice.index, None)) is not None:
+            claim.end()
         sequence, choice.sequence = choice.sequence, None
         if sequence is None:
             return

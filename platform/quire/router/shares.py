@@ -1,6 +1,7 @@
-"""Fair shares of a model between tenants: who may enter its queue, and whose turn it is at its engines.
+"""Fair shares of a model between tenants: who may enter its queue, whose turn it is at its engines, and whose seat
+there is lent.
 
-Both rules are about tenants (`AccessPolicy`) and hold as soon as there are two; one alone may have all there is.
+All rules are about tenants (`AccessPolicy`) and hold as soon as there are two; one alone may have all there is.
 
 **To enter.** A tenant may hold `EAGER` times as many places as are left. So one that floods fills four fifths of
 them and no more, two that do four ninths each, and who comes next finds some: he is not refused for what others
@@ -10,6 +11,13 @@ do. Nobody's part is set aside for him, so none is idle.
 somebody else's waits for a hundred. So a tenant has no more sequences at the engines than they compute at once,
 less those of others, and at least his part of it; the rest of his waits here, in its order, until one of his has
 ended. A few more than that are let through (`AHEAD`), so that no engine waits for the router.
+
+**Seats.** As many of a tenant's sequences as are his part of the seats are his; the seats of those beyond it
+are *lent*, because nobody else wants them. When somebody does, the engine takes one back
+(`wire.Generate.lent`): that sequence waits with all that it has, is computed again as far as the cache has lost
+it, and goes on as if nothing had been. So who has his part free waits for one step and not for the end of
+somebody else's answer, and no seat is kept empty for him. His part is that of two at least: another may come at
+any time.
 """
 
 from __future__ import annotations
@@ -37,11 +45,18 @@ def most_at_engines(slots: int, others: int, tenants: int) -> int:
     return max(slots - others, -(-slots // max(tenants, 1))) + 1 + slots // AHEAD
 
 
+def part(slots: int, tenants: int) -> int:
+    """Seats that are a tenant's own of those of engines that compute `slots` at once, where so many share them."""
+    return max(slots // max(tenants, 2), 1)
+
+
 class Turns:
     """Whose turn it is at the engines of one model."""
 
     def __init__(self) -> None:
         self._there: Counter[str] = Counter()
+        self._own: Counter[str] = Counter()
+        """Of those there, how many have a seat that is not lent."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._since: dict[asyncio.Future[None], float] = {}
 
@@ -74,11 +89,20 @@ class Turns:
         if not self._waiting[owner]:
             del self._waiting[owner]
 
-    def end(self, owner: str, slots: int) -> None:
-        """A sequence that went has ended: others may go."""
+    def lend(self, owner: str, slots: int) -> bool:
+        """Whether the seat of a sequence that goes is lent; else it is its tenant's own, until `end`."""
+        if self._own[owner] >= part(slots, len({owner, *self._there, *self._waiting})):
+            return True
+        self._own[owner] += 1
+        return False
+
+    def end(self, owner: str, slots: int, *, own: bool = False) -> None:
+        """A sequence that went has ended, in a seat of its tenant's `own` or not: others may go."""
         self._there[owner] -= 1
-        if not self._there[owner]:
-            del self._there[owner]
+        self._own[owner] -= own
+        for counter in (self._there, self._own):
+            if not counter[owner]:
+                del counter[owner]
         self.look(slots)
 
     def look(self, slots: int) -> None:

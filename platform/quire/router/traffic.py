@@ -218,13 +218,36 @@ class Traffic:
         if route is None:
             own = self._own.get(asked.name)
             return None if own is None else Way(asked.name, own)
+        caller, weighed, _ = self.turns_at(route, asked)
+        model, copied = (None, False) if ahead else self.take(route.route, weighed=weighed) or (None, False)
+        return self.going(route, asked, caller, model, copied=copied)
+
+    def turns_at(self, route: wire.TrafficRoute, asked: Asked) -> tuple[str | None, bool, bool]:
+        """The caller who stays with what he has, whether it is by turns which model has a request, and whether
+        some are copied."""
         turns, caller = self._turns[route.route], caller_of(route.sticky, asked)
-        model = None
-        if turns.shares is not None and caller is not None:
+        weighed = caller is None and turns.shares is not None and sum(map(bool, turns.shares.weights)) > 1
+        return caller, weighed, turns.mirror is not None
+
+    def take(self, name: str, *, weighed: bool) -> tuple[str | None, bool] | None:
+        """The model whose turn it is at a route, if the request is `weighed`, and whether it is copied; the turns
+        are then over. None if there is no such route."""
+        turns = self._turns.get(name)
+        if turns is None:
+            return None
+        model = turns.models[turns.shares.take()] if weighed and turns.shares is not None else None
+        return model, turns.mirror is not None and turns.mirror.take() == 0
+
+    def going(
+        self, route: wire.TrafficRoute, asked: Asked, caller: str | None, model: str | None, *, copied: bool
+    ) -> Way:
+        """The way by a route to the model whose turn it is; None: to the one that its caller stays with, or that
+        is next."""
+        turns = self._turns[route.route]
+        if model is None and turns.shares is not None and caller is not None:
             model = stays_with(caller, dict(zip(turns.models, turns.shares.weights, strict=True)))
-        elif turns.shares is not None:
-            model = turns.models[turns.shares.next if ahead else turns.shares.take()]
-        copied = not ahead and turns.mirror is not None and turns.mirror.take() == 0
+        elif model is None and turns.shares is not None:
+            model = turns.models[turns.shares.next]
         return Way(
             asked.name,
             model,

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -62,6 +62,13 @@ class Who:
     policy: str
     key: str
     model: str
+
+
+class Ledger(Protocol):
+    """Where what requests came to is noted: a `Usage`, here or at the head."""
+
+    def add(self, who: Who, amount: Amount) -> None:
+        """Note what a request that has ended came to."""
 
 
 class Usage:

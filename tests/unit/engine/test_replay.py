@@ -39,7 +39,13 @@ def run(scheduler: Scheduler, seed: int) -> list[StepPlan]:
             )
             timeout = trace.choice([None, None, 40.0])
             message = Generate(
-                str(added), prompt, sampling, priority=added % 3, timeout=timeout, background=added % 7 == 3
+                str(added),
+                prompt,
+                sampling,
+                priority=added % 3,
+                timeout=timeout,
+                background=added % 7 == 3,
+                lent=added % 2 == 0,
             )
             request = Request.of(message, eos_token_ids=(9,), seed=0, received_at=now)
             if trace.random() < 0.7:

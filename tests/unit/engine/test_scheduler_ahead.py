@@ -132,7 +132,14 @@ def test_together_is_as_one_by_one(ahead: bool) -> None:
                     rng.random() < 0.3,
                 )
                 for scheduler in pair:
-                    message = Generate(str(number), ids.copy(), asked, priority=priority, background=background)
+                    message = Generate(
+                        str(number),
+                        ids.copy(),
+                        asked,
+                        priority=priority,
+                        background=background,
+                        lent=number % 3 == 0,
+                    )
                     request = Request.of(message, eos_token_ids=(EOS,), seed=0, received_at=0.0)
                     if kin == "x":
                         request.share_with(kin)

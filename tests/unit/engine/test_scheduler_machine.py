@@ -7,6 +7,7 @@ items finds all its earlier tokens where its block table says they are. Lost, do
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Life:
     max_tokens: int
     seed: int
     background: bool
+    lent: bool
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer, and what would follow its end: a step that was planned ahead draws it in vain."""
     contents: list[int] = field(default_factory=list)
@@ -138,6 +140,7 @@ class World(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         priority=st.integers(-1, 1),
         background=st.booleans(),
+        lent=st.booleans(),
         kin=st.sampled_from(["x", "x", "y"]),
         lasts=st.none() | st.integers(1, 40),
     )
@@ -149,6 +152,7 @@ class World(RuleBasedStateMachine):
         seed: int,
         priority: int,
         background: bool,
+        lent: bool,
         kin: str,
         lasts: int | None,
     ) -> None:
@@ -160,7 +164,7 @@ class World(RuleBasedStateMachine):
         for scheduler in (self.scheduler, self.twin):
             sampling = Sampling(max_tokens=max_tokens, seed=seed)
             message = Generate(
-                name, list(prompt), sampling, priority=priority, timeout=lasts, background=background
+                name, list(prompt), sampling, priority=priority, timeout=lasts, background=background, lent=lent
             )
             request = Request.of(message, eos_token_ids=(EOS,), seed=seed, received_at=self.now)
             if self.sharing == "all" or (self.sharing == "families" and kin == "x"):
@@ -173,7 +177,7 @@ class World(RuleBasedStateMachine):
             assert accepted == (possible and not full and name not in self.lives)  # I8
         if accepted:
             self.arrivals += 1
-            self.lives[name] = Life(name, self.arrivals, prompt, max_tokens, seed, background)
+            self.lives[name] = Life(name, self.arrivals, prompt, max_tokens, seed, background, lent)
 
     @rule(name=st.sampled_from("abcde"))
     def abort(self, name: str) -> None:
@@ -266,8 +270,8 @@ class World(RuleBasedStateMachine):
                     assert held[block] == 1, "what is being written is nobody else's"  # I3
         if self.by_arrival and self.sharing == "nobody":
             lives = [self.lives[request.id] for request in requests]
-            for background in (False, True):
-                numbers = [life.number for life in lives if life.background == background]
+            for kind in itertools.product((False, True), (False, True)):
+                numbers = [life.number for life in lives if (life.background, life.lent) == kind]
                 assert numbers == sorted(numbers), "first come, first served"  # I7
         if not self.ahead:
             tokens = sum(request.num_computed for request in scheduler.running)

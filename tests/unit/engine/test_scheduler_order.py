@@ -113,6 +113,31 @@ def test_background_work_makes_room_for_whatever_somebody_waits_for(policy: Poli
     assert sorted(ended[2:]) == ["a", "b", "c", "third"], "and nobody is forgotten"
 
 
+def test_a_lent_seat_goes_to_whose_part_it_is_and_comes_back() -> None:
+    scheduler = Scheduler(BlockPool(32, 4), BatchLimits(2, 16, True, "fcfs"), max_model_len=64, clock=lambda: 0.0)
+
+    def request(name: str, lent: bool) -> Request:
+        message = Generate(name, [1, 2, 3], Sampling(max_tokens=4), priority=-5, lent=lent)
+        return Request.of(message, eos_token_ids=(), seed=0, received_at=0.0)
+
+    for name, lent in (("own", False), ("lent", True), ("lent too", True)):
+        scheduler.add(request(name, lent))
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["own", "lent"]
+    scheduler.add(request("other", False))
+    assert step(scheduler)[0].preempted == ("lent",), "not to the one that is lent, too, and came before"
+    scheduler.add(request("another", False))
+    assert not step(scheduler)[0].preempted, "whose own it is keeps it"
+    assert [r.id for r in scheduler.waiting] == ["another", "lent", "lent too"]
+    scheduler.set_limits(BatchLimits(2, 16, True, "priority"))
+    assert [r.id for r in scheduler.waiting] == ["lent", "lent too", "another"], "then ranks alone count"
+    scheduler.set_limits(BatchLimits(2, 16, True, "fcfs"))
+    ended: list[str] = []
+    while scheduler.has_work:
+        ended += [delta.id for delta in step(scheduler)[1] if delta.finish_reason]
+    assert ended == ["own", "other", "another", "lent", "lent too"]
+
+
 def test_nobody_is_thrown_out_for_blocks_that_others_hold_as_well() -> None:
     limits = BatchLimits(8, 64, True, "priority")
     scheduler = Scheduler(BlockPool(32, 4), limits, max_model_len=256, clock=lambda: 0.0)

@@ -342,6 +342,9 @@ def test_every_reason_that_is_not_good_says_what_one_can_do() -> None:
         "NativeKernels",
         "Attested",
         "Enforced",
+        "Synced",
+        "Healthy",
+        "InStep",
         "Deleting",
     }
     assert {reason for reason in Reason if reason.value not in good} == set(ADVICE)

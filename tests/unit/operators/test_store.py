@@ -38,8 +38,17 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+def file_store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     store = Store(tmp_path / "state.db", clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.nightly)])
+def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    """A store on each of the two; by day `test_lease` and `test_backup` are what tries the other one."""
+    on_file = request.param == "sqlite"
+    store = Store(tmp_path / "state.db" if on_file else request.getfixturevalue("postgres").database(), clock)
     yield store
     store.close()
 
@@ -69,15 +78,15 @@ def test_an_intent_is_kept_with_its_revision_and_its_hash_decides_what_is_new(st
     assert [r.template_hash for r in store.revisions(stored.uid)] == ["t2", "t1"]
 
 
-def test_the_same_intent_writes_nothing(store: Store, tmp_path: Path) -> None:
-    store.apply([change()])
-    store.put_status(store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
+def test_the_same_intent_writes_nothing(file_store: Store, tmp_path: Path) -> None:
+    file_store.apply([change()])
+    file_store.put_status(file_store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
     with closing(sqlite3.connect(tmp_path / "state.db")) as other:
         before = other.execute("PRAGMA data_version").fetchone()
-        store.apply([change(expected=1)])
-        assert not store.put_status(store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
+        file_store.apply([change(expected=1)])
+        assert not file_store.put_status(file_store.objects()[0].uid, {"summary": "x", "list": [1, [2]]})
         assert other.execute("PRAGMA data_version").fetchone() == before
-        assert store.put_status(store.objects()[0].uid, {"summary": "y"})
+        assert file_store.put_status(file_store.objects()[0].uid, {"summary": "y"})
         assert other.execute("PRAGMA data_version").fetchone() != before
 
 
@@ -104,8 +113,8 @@ def test_it_survives_being_closed_and_keeps_its_installation(tmp_path: Path) -> 
     second.close()
 
 
-def test_it_writes_as_promised(store: Store, tmp_path: Path) -> None:
-    with store._database.transaction() as db:
+def test_it_writes_as_promised(file_store: Store, tmp_path: Path) -> None:
+    with file_store._database.transaction() as db:
         assert db.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert db.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         other = sqlite3.connect(tmp_path / "state.db", timeout=0)
@@ -202,19 +211,19 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "newer.db")
 
 
-def test_a_store_that_was_moved_away_acknowledges_nothing(store: Store, tmp_path: Path) -> None:
+def test_a_store_that_was_moved_away_acknowledges_nothing(file_store: Store, tmp_path: Path) -> None:
     path = tmp_path / "state.db"
-    store.create_replica(row())
+    file_store.create_replica(row())
     path.rename(tmp_path / "aside.db")
     with pytest.raises(StoreUnavailable, match="was moved away") as refused:
-        store.set_routing_version(7)
+        file_store.set_routing_version(7)
     assert refused.value.passing
     path.write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="or replaced"):
-        store.set_routing_version(7)
+        file_store.set_routing_version(7)
     (tmp_path / "aside.db").rename(path)
-    store.set_routing_version(7)
-    assert store.routing_version() == 7
+    file_store.set_routing_version(7)
+    assert file_store.routing_version() == 7
 
 
 def test_a_revision_stays_on_record_as_long_as_a_replica_is_of_it(store: Store) -> None:
@@ -265,23 +274,23 @@ def test_the_clock_reads_like_unix_time_goes_on_over_restarts_and_is_moved_by_no
     rebooted.close()
 
 
-def test_what_was_read_is_read_anew_when_another_connection_has_written(store: Store, tmp_path: Path) -> None:
-    store.apply([change()])
-    store.create_replica(row())
-    stored = store.get(KEY)
+def test_what_was_read_is_read_anew_when_another_connection_has_written(file_store: Store, tmp_path: Path) -> None:
+    file_store.apply([change()])
+    file_store.create_replica(row())
+    stored = file_store.get(KEY)
     assert stored is not None
-    store.put_status(stored.uid, {"a": 1})
-    assert store.replicas() == (row(),)
-    assert store.status(stored.uid) == {"a": 1}
-    version = store.rows_version
+    file_store.put_status(stored.uid, {"a": 1})
+    assert file_store.replicas() == (row(),)
+    assert file_store.status(stored.uid) == {"a": 1}
+    version = file_store.rows_version
     with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as db:
         db.execute("UPDATE replicas SET restarts = 7")
         db.execute("""UPDATE status SET json = '{"a": 2}'""")
         db.execute("UPDATE objects SET generation = 9")
-    assert store.replicas("m")[0].restarts == 7
-    assert store.rows_version > version
-    assert store.status(stored.uid) == {"a": 2}
-    assert [each.generation for each in store.objects("model")] == [9]
+    assert file_store.replicas("m")[0].restarts == 7
+    assert file_store.rows_version > version
+    assert file_store.status(stored.uid) == {"a": 2}
+    assert [each.generation for each in file_store.objects("model")] == [9]
 
 
 def test_what_was_read_is_not_what_a_transaction_that_failed_would_have_written(store: Store) -> None:

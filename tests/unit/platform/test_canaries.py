@@ -9,6 +9,7 @@ from typing import cast
 from quire.router.canaries import Canaries
 from quire.router.fleet import ServedModel
 from quire_schemas import wire
+from quire_schemas.workers import Fared
 
 
 @dataclass
@@ -61,22 +62,20 @@ def test_both_are_counted_from_the_same_moment_and_anew_for_another_canary() -> 
     canaries, new = Canaries(), Served(route("m~", "m", 5))
     models = table(Served(route("m")), new, Served(route("other")))
     canaries.set(table(Served(route("m"))))
-    assert canaries.tally(models["m"]) is None
+    assert not canaries.compares(models["m"])
+    canaries.note("m", Fared("whole"))
     canaries.set(models)
-    stable, tried = canaries.tally(models["m"]), canaries.tally(models["m~"])
-    assert stable is not None
-    assert tried is not None
-    assert canaries.tally(models["other"]) is None
-    stable.whole(void=False)
-    stable.time(0.5, None)
-    tried.whole(void=True)
-    tried.fail()
-    tried.time(None, 0.02)
+    assert [canaries.compares(each) for each in models.values()] == [True, True, False]
+    canaries.note("other", Fared("failed"))
+    canaries.note("m", Fared("whole", first_token=0.5))
+    canaries.note("m~", Fared("whole", void=True))
+    canaries.note("m~", Fared("failed", void=True, between_tokens=0.02))
+    canaries.note("m~", Fared("left", first_token=0.5))
     new.route = route("m~", "m", 60)
     canaries.set(models)
-    told = canaries.told()["m"]
-    assert told.stable == wire.Measured(1, 0, 1, 0, {wire.time_bucket(0.5): 1}, {})
-    assert told.new == wire.Measured(2, 1, 1, 1, {}, {wire.time_bucket(0.02): 1})
+    told, half = canaries.told()["m"], wire.time_bucket(0.5)
+    assert told.stable == wire.Measured(1, 0, 1, 0, {half: 1}, {})
+    assert told.new == wire.Measured(2, 1, 1, 1, {half: 1}, {wire.time_bucket(0.02): 1})
     new.route = route("m~", "m", 60, "t2")
     canaries.set(models)
     assert canaries.told()["m"] == wire.Comparison("t2", wire.Measured(), wire.Measured())

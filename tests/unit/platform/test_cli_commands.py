@@ -162,7 +162,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         (["get", "--nope"], "No such option", "platform get --help"),
         (["get", "pods"], "unknown list 'pods'", "one of models"),
         (["describe", "quickstart"], "does not name an object", "model/quickstart"),
-        (["delete", "pod/x"], "unknown kind 'pod'", "gateway, model"),
+        (["delete", "pod/x"], "unknown kind 'pod'", "gateway, gitsource, model"),
         (["apply", "--timeout", "30", "x.yaml"], "is not a duration", "'30s'"),
         (["apply"], "no manifest given", "manifests/quickstart.yaml"),
         (["events", "-w", "-o", "yaml"], "YAML has no form for", "-o json"),

@@ -42,7 +42,7 @@ async def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     await fleet.apply(wire.RoutingTable(version=1, models=()))
     config = RouterConfig(control_socket="", snapshot_file=str(tmp_path / "table.json"))
     tracing = Tracing.set_up(signals.SERVICE_ROUTER)
-    _, executor, _ = build(fleet, config, tracing, Metering())
+    executor = build(fleet, config, tracing, Metering()).executor
     yield executor
     await executor.close()
     await fleet.close()

@@ -41,6 +41,16 @@ def test_deaths_in_the_crowd_condemn_nobody_until_one_on_trial() -> None:
     assert suspects.is_condemned(b"b")
 
 
+def test_where_it_has_died_is_known_for_as_long_as_it_is_suspected() -> None:
+    suspects = Suspects(Clock())
+    assert not suspects.died_at(b"a")
+    for replica in ("r1", "r1", "r2"):
+        suspects.blame(b"a", replica, tried=False, replica=replica)
+    assert set(suspects.died_at(b"a")) == {"r1", "r2"}
+    suspects.clear(b"a")
+    assert not suspects.died_at(b"a")
+
+
 def test_whoever_brings_a_token_is_cleared() -> None:
     suspects = Suspects(Clock())
     suspects.blame(b"a", 1, tried=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.router.shares import Turns, may_enter, most_at_engines
+from quire.router.shares import Turns, may_enter, most_at_engines, part
 
 
 @given(st.integers(9, 600), st.integers(1, 8))
@@ -56,6 +56,33 @@ async def test_one_that_floods_does_not_stand_before_others() -> None:
     for _ in range(2):
         turns.end("b", slots)
     assert sum(wait.done() for wait in waits) == 3, "and has all again"
+
+
+@given(st.integers(1, 256), st.integers(1, 20))
+def test_the_parts_of_all_are_no_more_than_there_is_and_another_may_always_come(slots: int, tenants: int) -> None:
+    mine = part(slots, tenants)
+    assert mine >= 1
+    assert mine * max(tenants, 2) <= max(slots, tenants, 2)
+    assert (mine + 1) * max(tenants, 2) > slots
+
+
+async def test_seats_beyond_ones_part_are_lent_and_own_ones_are_taken_first() -> None:
+    turns, slots = Turns(), 4
+    assert all(turns.take("a", slots) for _ in range(4))
+    assert [turns.lend("a", slots) for _ in range(4)] == [False, False, True, True]
+    turns.end("a", slots, own=True)
+    assert turns.take("a", slots)
+    assert not turns.lend("a", slots), "who has less than his part gets his own"
+    assert turns.take("b", slots)
+    assert not turns.lend("b", slots)
+    turns.end("a", slots)
+    assert turns.take("b", slots)
+    assert turns.take("b", slots)
+    assert [turns.lend("b", slots) for _ in range(2)] == [False, True]
+    for owner, own in (("a", True), ("a", True), ("a", False), ("b", True), ("b", True), ("b", False)):
+        turns.end(owner, slots, own=own)
+    assert not turns._there
+    assert not turns._own
 
 
 async def test_who_leaves_takes_no_turn_from_others() -> None:

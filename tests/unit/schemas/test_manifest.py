@@ -574,12 +574,52 @@ def test_every_error_that_pydantic_can_find_in_a_manifest_has_words_of_ours() ->
     assert found == set(ERROR_WORDS)
 
 
-def test_kinds_of_later_versions_are_refused_and_still_checked() -> None:
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFhC"
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        *((f"url: '{url}'", "spec.url") for url in (
+            "file:///srv/r.git", "/srv/r.git", "git@example.org:r.git", "ssh://example.org/r.git", "ext::sh -c x",
+            "http://example.org/r.git", "https://u:p@example.org/r.git", "https://example.org/r.git?x", "https://",
+            "git://127.0.0.1/r.git", "https://example.org/r git", "https://example.org:0/r.git", "-u https://x",
+        )),
+        ("url: 'https://x.org/r', ref: {branch: a, tag: b}", "spec.ref"),
+        ("url: 'https://x.org/r', ref: {branch: --upload-pack=x}", "spec.ref.branch"),
+        ("url: 'https://x.org/r', ref: {branch: 'a..b'}", "spec.ref.branch"),
+        ("url: 'https://x.org/r', ref: {tag: 'v*'}", "spec.ref.tag"),
+        ("url: 'https://x.org/r', ref: {commit: abc}", "spec.ref.commit"),
+        ("url: 'https://x.org/r', ref: {semver: '>1'}", "spec.ref.semver"),
+        ("url: 'https://x.org/r', path: ../a", "spec.path"),
+        ("url: 'https://x.org/r', path: /a", "spec.path"),
+        ("url: 'https://x.org/r', interval: 500ms", "spec.interval"),
+        ("url: 'https://x.org/r', verify: {signedBy: [0xABCD]}", "spec.verify.signedBy[0]"),
+        ("url: 'https://x.org/r', sync: {retryInterval: 0s}", "spec.sync.retryInterval"),
+        *((f"url: 'https://x.org/r', sync: {{windows: [{{kind: Deny, {text}}}]}}", f"spec.sync.windows[0].{name}")
+          for text, name in (
+            ("schedule: '0 18 * *', duration: 1h", "schedule"),
+            ("schedule: '0 24 * * *', duration: 1h", "schedule"),
+            ("schedule: '0 18 * * 5', duration: 8d", "duration"),
+            ("schedule: '0 18 * * 5', duration: 1h, timeZone: Mars/Base", "timeZone"),
+        )),
+    ],
+)  # fmt: skip
+def test_a_git_source_that_leads_nowhere_is_refused_where_it_is_written(spec: str, path: str) -> None:
     head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
-    text = f"{head}spec: {{url: 'https://example.org/x.git', interval: 1x, pth: {{}}}}\n"
-    found = problems(text)
-    assert [(p.line, p.path) for p in found] == [(2, "kind"), (4, "spec.interval"), (4, "spec.pth")]
-    assert "not honoured by this version" in found[0].message
+    assert [p.path for p in problems(f"{head}spec: {{{spec}}}")] == [path]
+
+
+def test_a_git_source_may_have_all_of_it() -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
+    for spec in (
+        "url: 'https://example.org/a/b.git'",
+        "url: 'http://127.0.0.1:8080/b', ref: {branch: release/1.2}, path: ./clusters/prod, interval: 5s",
+        f"url: 'http://localhost/b', ref: {{tag: v1.2}}, verify: {{signedBy: ['{KEY}', '{KEY} me@home']}}",
+        f"url: 'http://[::1]/b', ref: {{commit: {'0a' * 20}}}, auth: {{secretRef: token}}",
+        "url: 'https://x.org/r', sync: {windows: [{kind: Allow, schedule: '*/5 1-5,9 * * 1-5', duration: 8h}]}",
+    ):
+        assert load([("g", f"{head}spec: {{{spec}}}")]).problems == []
 
 
 def test_an_address_that_others_reach_is_to_be_encrypted() -> None:

@@ -1,1 +1,1 @@
-"""The router's HTTP endpoints, one file per family; `exchange.py` carries one request for text through."""
+"""The router's HTTP endpoints, one file per family; each brings its formats to `exchange`."""

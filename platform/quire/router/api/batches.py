@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from litestar import Request, get, post
@@ -12,12 +12,11 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import InvalidRequest
 from quire.router.access import OF_LINES, visit_of
-from quire.router.api.exchange import ClientGone, read_body, send_json
 from quire.router.api.query import cursor, whole
 from quire.router.api.reply import Reply, named, owner_of
 from quire.router.batches import PREFIX, Batch, Batches
-from quire.router.executor import Executor
 from quire.router.fleet import Fleet
+from quire.router.reception import ClientGone, read_body, send_json
 from quire_schemas import wire
 from quire_schemas.openai.batches import (
     BATCHES_LISTED,
@@ -38,9 +37,13 @@ _SHOWN: Final = (
 class Create:
     """Answers `POST /v1/batches`. Call it as an ASGI application."""
 
-    def __init__(self, batches: Batches, executor: Executor, settings: wire.HttpSettings) -> None:
+    def __init__(
+        self, batches: Batches, paths: Collection[str], wake: Callable[[], None], settings: wire.HttpSettings
+    ) -> None:
+        """`paths` are those that lines may be for; `wake` tells whoever works off batches."""
         self._batches = batches
-        self._executor = executor
+        self._paths = paths
+        self._wake = wake
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,12 +55,12 @@ class Create:
         except ClientGone:
             return
         caller = visit_of(scope).known
-        if asked.endpoint not in self._executor.formats:
-            paths = ", ".join(sorted(self._executor.formats))
+        if asked.endpoint not in self._paths:
+            paths = ", ".join(sorted(self._paths))
             raise InvalidRequest(f"'endpoint' must be one of: {paths}.", param="endpoint")
         caller.check_operation(OF_LINES[asked.endpoint])
         made = await self._batches.create(asked, caller.owner, caller.key)
-        self._executor.wake()
+        self._wake()
         await send_json(send, shown(made))
 
 
@@ -106,18 +109,20 @@ async def one(batches: Batches, owner: str, batch_id: str) -> bytes:
     return shown(await batches.get(batch_id, owner))
 
 
-async def cancelled(batches: Batches, executor: Executor, owner: str, batch_id: str) -> bytes:
+async def cancelled(batches: Batches, wake: Callable[[], None], owner: str, batch_id: str) -> bytes:
     batch = await batches.cancel(batch_id, owner)
-    executor.wake()
+    wake()
     return shown(batch)
 
 
-def routes(batches: Batches, executor: Executor, fleet: Fleet) -> list[HTTPRouteHandler]:
+def routes(
+    batches: Batches, paths: Collection[str], wake: Callable[[], None], fleet: Fleet
+) -> list[HTTPRouteHandler]:
     """What `/v1/batches` answers."""
 
     @post("/v1/batches", operation="batches")
     async def create_batch() -> ASGIApp:
-        return Create(batches, executor, fleet.table.http)
+        return Create(batches, paths, wake, fleet.table.http)
 
     @get("/v1/batches", operation="batches")
     async def list_batches(request: Request[Any, Any, Any]) -> ASGIApp:
@@ -129,6 +134,6 @@ def routes(batches: Batches, executor: Executor, fleet: Fleet) -> list[HTTPRoute
 
     @post("/v1/batches/{batch_id:str}/cancel", operation="batches")
     async def cancel_batch(request: Request[Any, Any, Any]) -> ASGIApp:
-        return Reply(200, await cancelled(batches, executor, owner_of(request), named(request, "batch_id")))
+        return Reply(200, await cancelled(batches, wake, owner_of(request), named(request, "batch_id")))
 
     return [create_batch, list_batches, get_batch, cancel_batch]

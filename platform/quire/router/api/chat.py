@@ -15,11 +15,11 @@ import msgspec
 from quire.errors import Api
 from quire.router.access import Caller
 from quire.router.api.events import COMMENT, Envelope, closed, ending
-from quire.router.api.exchange import NO_NAMES
 from quire.router.api.logprobs import Writer
 from quire.router.api.said import Said
 from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
+from quire.router.formats import NO_NAMES
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan

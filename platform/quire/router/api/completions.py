@@ -18,9 +18,9 @@ from quire.errors import Api
 from quire.router.access import Caller
 from quire.router.api import logprobs
 from quire.router.api.events import COMMENT, Envelope, closed, ending
-from quire.router.api.exchange import NO_NAMES
 from quire.router.api.timing import Timing
 from quire.router.fleet import ServedModel
+from quire.router.formats import NO_NAMES
 from quire.router.gateway import Gateway
 from quire.router.job import Job, TokenScore, Update
 from quire.router.spans import RequestSpan

@@ -14,8 +14,8 @@ import msgspec
 
 from quire.errors import Api, InternalError, InvalidRequest
 from quire.router.access import Caller
-from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
+from quire.router.formats import NO_NAMES
 from quire.router.gateway import Gateway
 from quire.router.job import AT_ONCE, Job, Update
 from quire.router.spans import RequestSpan

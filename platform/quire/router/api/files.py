@@ -19,11 +19,11 @@ from pydantic import ValidationError
 
 from quire.errors import ApiError, BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from quire.router.access import visit_of
-from quire.router.api.exchange import ClientGone, send_json
 from quire.router.api.query import cursor, descends, whole
 from quire.router.api.reply import Reply, named, owner_of
 from quire.router.files import PREFIX, Files, StoredFile
 from quire.router.fleet import Fleet
+from quire.router.reception import ClientGone, send_json
 from quire.router.store import Incoming, refusal
 from quire_schemas.openai.body import explained
 from quire_schemas.openai.files import (

@@ -20,11 +20,11 @@ from pydantic_core import from_json
 from quire.errors import Api, HttpError
 from quire.router import conversation
 from quire.router.access import Caller
-from quire.router.api.exchange import Reception, send_json
 from quire.router.api.said import Said
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
+from quire.router.reception import Reception, send_json
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.anthropic import (

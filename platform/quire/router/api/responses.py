@@ -27,14 +27,15 @@ from quire.errors import Api, ApiError, HttpError, InvalidRequest
 from quire.router import conversation
 from quire.router.access import Caller
 from quire.router.api.events import COMMENT
-from quire.router.api.exchange import Exchange, Reception, send_json
 from quire.router.api.logprobs import Writer
 from quire.router.api.query import descends, whole
 from quire.router.api.reply import Reply, named, owner_of
-from quire.router.background import Background
+from quire.router.background import Later
+from quire.router.exchange import Exchange
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
+from quire.router.reception import Reception, send_json
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
@@ -397,9 +398,7 @@ class ResponsesStream:
 class Responding(Exchange[ResponsesRequest]):
     """Answers one request of `POST /v1/responses`: at once, where it asks for that."""
 
-    def __init__(
-        self, gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
-    ) -> None:
+    def __init__(self, gateway: Gateway, spans: RequestSpans, responses: Responses, background: Later) -> None:
         super().__init__(gateway, spans, ResponsesFormat(gateway, responses))
         self._responses = responses
         self._later = background
@@ -412,7 +411,7 @@ class Responding(Exchange[ResponsesRequest]):
         asked = Asked(request.model, (), body)  # its headers are not kept
         served = self._gateway.fleet.resolve(asked, self._caller)
         self._serves(served, request.model, span)
-        self._later.check_room()
+        await self._later.check_room()
         self._responses.store.check_room()
         caller = self._caller
         # what is wrong with it is said now
@@ -498,7 +497,7 @@ def _listed(response_id: str, at: int, item: Item, taken: Collection[str]) -> di
 
 
 def routes(
-    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Background
+    gateway: Gateway, spans: RequestSpans, responses: Responses, background: Later
 ) -> list[HTTPRouteHandler]:
     """What `/v1/responses` answers."""
 

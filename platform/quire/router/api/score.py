@@ -15,8 +15,8 @@ import msgspec
 from quire.errors import Api, InvalidRequest
 from quire.router.access import Caller
 from quire.router.api.embeddings import vectors
-from quire.router.api.exchange import NO_NAMES
 from quire.router.fleet import ServedModel
+from quire.router.formats import NO_NAMES
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan

@@ -14,9 +14,9 @@ from litestar.types import Send
 
 from quire.errors import InvalidRequest
 from quire.router import conversation
-from quire.router.api.exchange import Reception, send_json
 from quire.router.fleet import ServedModel
 from quire.router.gateway import Gateway
+from quire.router.reception import Reception, send_json
 from quire.router.spans import RequestSpan, RequestSpans
 from quire_schemas.openai.tokens import (
     Detokenized,

@@ -1,0 +1,156 @@
+"""Overlays: what `kustomize build` makes of a folder of a repository.
+
+The command needs files, so those of the commit that it may read (YAML and JSON) are written into a folder that
+lives as long as the build: by us, as plain files, under names that lead nowhere else. It runs with nothing of our
+environment: no other command in its PATH, no home, and a proxy that is not there in place of the network; what of
+a kustomization names an address is refused before. Time and output are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from quire_operators.git import Limits, Refused, Repository
+from quire_operators.status import Reason
+from quire_schemas.yaml_tree import MAX_BYTES, Node, compose
+
+NAMES = ("kustomization.yaml", "kustomization.yml", "Kustomization")
+SUFFIXES = (b".yaml", b".yml", b".json", b"/Kustomization")
+PLUGINS = (
+    "generators",
+    "transformers",
+    "validators",
+    "helmCharts",
+    "helmChartInflationGenerator",
+    "openapi",
+    "crds",
+)
+"""Fields of a kustomization whose files could name an address in ways of their own."""
+NOWHERE = "http://127.0.0.1:9"
+WORDS = 600
+
+
+def is_overlay(paths: list[bytes]) -> bool:
+    """Whether a folder with these files is one for kustomize."""
+    return any(name.encode() in paths for name in NAMES)
+
+
+async def build(
+    repository: Repository, commit: str, path: str, scratch: Path, environ: Mapping[str, str], limits: Limits
+) -> bytes:
+    """The documents that the folder of the commit stands for. `scratch` is a folder to build in. Raises
+    `GitError`."""
+    command = shutil.which("kustomize", path=environ.get("PATH", os.defpath))
+    if command is None:
+        text = f"{path} has a kustomization, and there is no kustomize command in the control plane's PATH"
+        hint = "install it there, or apply what it makes: kustomize build FOLDER | platform apply -f -"
+        raise Refused(Reason.KUSTOMIZE_FAILED, text, hint)
+    entries = [
+        entry
+        for entry in await repository.tree(commit, ".")
+        if entry.is_file and entry.size <= MAX_BYTES and (b"/" + entry.path).endswith(SUFFIXES)
+    ]
+    contents = await repository.blobs(entries)
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as name:
+        root = Path(name)
+        (root / "home").mkdir()
+        tree = root / "tree"
+        for entry, content in zip(entries, contents, strict=True):
+            parts = entry.path.split(b"/")
+            if any(part in (b"", b".", b"..", b".git") for part in parts):
+                raise _failed(f"{entry.path!r} is no path of a file", "remove it from the repository")
+            if parts[-1].decode(errors="replace") in NAMES:
+                _refuse_addresses(os.fsdecode(entry.path), content)
+            file = tree / os.fsdecode(entry.path)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("xb") as opened:
+                    opened.write(content)
+            except OSError as error:
+                raise _failed(f"{entry.path!r}: {error.strerror}", "is it in the repository twice?") from error
+        return await _run(command, tree / path, root / "home", limits)
+
+
+def _refuse_addresses(name: str, content: bytes) -> None:
+    """Nothing of it may lead to the network: kustomize would ask a server of this machine past any proxy."""
+    nodes, flaws = compose(content.decode(errors="replace"))
+    if flaws:
+        raise _failed(f"{name}:{flaws[0].line}:{flaws[0].column}: {flaws[0].message}", flaws[0].hint)
+    for key in (key.text for node in nodes for key, _ in node.entries if key.text in PLUGINS):
+        raise _failed(
+            f"{name} has {key}, which run or load what a build here does not", "resources and patches will do"
+        )
+    for text in (text for node in nodes for text in _texts(node)):
+        if "://" in text or text.startswith(("git@", "github.com/", "git::")):
+            raise _failed(f"{name} names {text[:120]!r}", "a build sees the repository alone: have a copy in it")
+
+
+def _texts(node: Node) -> Iterator[str]:
+    if node.kind == "scalar":
+        yield node.text
+    for item in node.items:
+        yield from _texts(item)
+    for key, value in node.entries:
+        yield from _texts(key)
+        yield from _texts(value)
+
+
+async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
+    closed = {
+        "PATH": str(home),
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "LC_ALL": "C.UTF-8",
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE),
+    }
+    process = await asyncio.create_subprocess_exec(
+        command, "build", str(folder),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=closed,
+        cwd=home,
+        start_new_session=True,
+        limit=limits.content_bytes,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(limits.seconds):
+            out, said = await asyncio.gather(_read(process.stdout, MAX_BYTES), _read(process.stderr, 4096))
+            code = await process.wait()
+    except TimeoutError as error:
+        raise _failed(
+            f"it took longer than {limits.seconds:g} s", "kustomize build FOLDER in a checkout"
+        ) from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    if code != 0:
+        words = " ".join(said.decode(errors="replace").replace(str(folder.parent), "").split())
+        raise _failed(
+            words[:WORDS] or f"it ended with {code}", "kustomize build FOLDER in a checkout shows the same"
+        )
+    if len(out) > MAX_BYTES:
+        raise _failed("what it makes is larger than 1 MiB", "make two sources of it")
+    return out
+
+
+async def _read(pipe: asyncio.StreamReader | None, most: int) -> bytes:
+    """What comes, a byte more than `most` at most; the rest is dropped."""
+    found = bytearray()
+    while pipe is not None and (part := await pipe.read(65536)):
+        found += part[: most + 1 - len(found)]
+    return bytes(found)
+
+
+def _failed(message: str, hint: str) -> Refused:
+    return Refused(Reason.KUSTOMIZE_FAILED, f"kustomize: {message}", hint)

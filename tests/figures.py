@@ -1,0 +1,23 @@
+"""What survival tests measured, as rows in the file that QUIRE_FIGURES names; nowhere if it names none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import backend, provenance, write
+
+
+def record(*rows: dict[str, Any]) -> None:
+    """Append rows, each with its `system` and what was measured of it."""
+    if path := os.environ.get("QUIRE_FIGURES"):
+        common = {**provenance(backend(1)), "benchmark": "survival"}
+        write(Path(path), [{**common, **row} for row in rows])
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The value that so large a part of them is at most, counted upwards: of few values rather one too high."""
+    ordered = sorted(values)
+    return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
