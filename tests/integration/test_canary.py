@@ -7,11 +7,12 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.integration.plane import Plane, model
+from tests.integration.plane import GATEWAY, Plane, model
 from tests.integration.test_rollouts import decide, pids, reasons, states, wait_settled
 from tests.waiting import eventually
 
@@ -145,6 +146,26 @@ def test_a_canary_stands_where_it_stood_after_a_restart_and_goes_on_or_away_as_a
         assert states(back)[third] == "RolledBack"
         assert failure(plane, name, third) == "aborted by ada: second thoughts"
     plane.delete(name)
+
+
+@pytest.mark.nightly
+def test_the_share_and_the_counts_are_those_of_all_processes_of_a_router(tmp_path: Path) -> None:
+    plane, name = Plane(tmp_path), "several"
+    plane.start()
+    try:
+        plane.apply(GATEWAY.replace("port: 0", "port: 0, workers: 3"))
+        plane.apply(canary(name))
+        plane.wait_served(name)
+        with Oracles(plane.base_url, name, 6) as oracles:
+            second = plane.apply(canary(name, ROUND=2))["model/several"]["revision"]
+            plane.wait_served(name)
+            plane.apply(canary(name, FIRST=0.3))
+            wait_settled(plane, name, "RolledBack", second)
+        assert oracles.asked > 50
+        workers = plane.client.get("/v1/objects/gateway/default")["status"]["workers"]
+        assert workers["serving"] == 3, workers
+    finally:
+        plane.end()
 
 
 @pytest.mark.nightly
