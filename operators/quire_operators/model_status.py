@@ -82,6 +82,18 @@ class Tried:
         stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
         return canaries.decide(self.canary.policy, self.canary.stage, stable, new, now)
 
+    def turns_at(self) -> tuple[float, ...]:
+        """When the time of its step is over, and when it has waited for requests for too long after that."""
+        if self.canary.stage is None:
+            return ()
+        over = self.canary.stage.since + self.canary.policy.steps[self.canary.step].hold
+        return over, over + parse_duration(self.alone.stored.resolved["rollout"]["progressDeadline"])
+
+    def is_inconclusive(self, now: float) -> bool:
+        """Whether it has waited for requests for the progress deadline, and does not go on without them."""
+        decision = self.decision(now)
+        return isinstance(decision, canaries.Stay) and decision.inconclusive and now >= self.turns_at()[1]
+
     def text(self, now: float) -> str:
         """Where it stands, in a sentence."""
         policy, step, n = self.canary.policy, self.canary.step, self.canary.revision.n
@@ -95,7 +107,7 @@ class Tried:
         decision = self.decision(now)
         if isinstance(decision, canaries.Stay) and decision.inconclusive:
             return text + "; its time is over, and it waits for requests"
-        left = self.canary.stage.since + policy.steps[step].hold - now
+        left = self.turns_at()[0] - now
         return text + (f", {format_duration(max(round(left), 1))} left" if left > 0 else "")
 
     @property
@@ -243,7 +255,10 @@ class ModelStatus:
             grave = (fact.type == "Stalled" and fact.status) or fact.reason is Reason.REFERENCE_KERNELS
             if grave and not _was(before, fact):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
-        return None if (settled and view.tried is None) or now >= deadline else deadline
+        if view.tried is not None:
+            ahead = [at for at in (deadline, *view.tried.turns_at()) if at > now]
+            return min(ahead, default=None)
+        return None if settled or now >= deadline else deadline
 
     def is_late(self, wanted: Effective) -> bool:
         """Whether the last status tells of a rollout of this very revision that has made no progress for too
@@ -484,10 +499,8 @@ class ModelStatus:
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
             return failure
-        if view.tried is not None:
-            decision = view.tried.decision(self._clock())
-            if isinstance(decision, canaries.Stay) and decision.inconclusive:
-                return Fact("Stalled", True, Reason.INCONCLUSIVE, view.tried.text(self._clock()))
+        if view.tried is not None and view.tried.is_inconclusive(now := self._clock()):
+            return Fact("Stalled", True, Reason.INCONCLUSIVE, view.tried.text(now))
         if late and not settled:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]
             return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")

@@ -484,9 +484,9 @@ class ModelReconciler:
                 number = decision.stage.step
                 self._go_on(stored, tried, decision.stage, f"step {number + 1} of {steps}: {policy.says(number)}")
             case canaries.Promote() if not held:
-                self.promote(stored, tried, "all steps are done")
+                self._promote(stored, tried, "all steps are done")
 
-    def promote(self, stored: StoredObject, tried: Canary, because: str) -> None:
+    def _promote(self, stored: StoredObject, tried: Canary, because: str) -> None:
         """Have a canary take over."""
         stage = canaries.Stage(canaries.PROMOTED, self._clock())
         self._store.set_override(stored.uid, stage.kept(tried.revision.template_hash, stage.since))

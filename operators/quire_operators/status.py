@@ -314,8 +314,8 @@ ADVICE: dict[Reason, Advice] = {
         ),
     ),
     Reason.INCONCLUSIVE: Advice(
-        "The time of a canary's step is over, and it has had fewer requests than analysis.minRequests: it cannot "
-        "be judged. It serves its share on, and goes on when they have come.",
+        "The time of a canary's step is over for rollout.progressDeadline, and it has had fewer requests than "
+        "analysis.minRequests: it cannot be judged. It serves its share on, and goes on when they have come.",
         (
             "lower spec.rollout.canary.analysis.minRequests, or declare onInconclusive: Promote or Rollback",
             "platform rollout promote {key}   has it take over without them",
