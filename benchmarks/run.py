@@ -4,7 +4,7 @@
     cpu          ours against llama.cpp, oneDNN and transformers, and all of them against this machine
     kernels      a step with the native kernels and with the reference ones
     start-up     commands and imports in fresh processes
-    tracing      routers with and without traces before one engine
+    tracing      routers that tell a collector nothing, traces, metrics too, and one that is dead
     scheduling   the host's part of a step
     host         everything in a step but the device, here and in another checkout
     router       what a router adds to requests, and how many it can take

@@ -1,6 +1,11 @@
-"""What traces cost: the same streams through a router without them, twice, and through one that exports them.
+"""What telling a collector costs: the same streams through routers that tell one less or more, taken in turns.
 
-All routers stand before one engine and are taken in turns.
+    off, off-again    nothing leaves the router: their ratio is the noise
+    on                traces
+    metrics           traces, and OTLP metrics every five seconds
+    dead              both, to a collector that nobody has started
+
+All stand before one engine.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import contextlib
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +27,8 @@ from benchmarks.rows import RESULTS, backend, provenance, write
 from benchmarks.workload import SCENARIOS
 from quire import builtin
 from quire_schemas.checkpoint import read_profile
+
+NOBODY = "http://127.0.0.1:9"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
         url = stack.enter_context(service.collector(folder))
         endpoint, _ = stack.enter_context(service.engine(folder, spec))
         settings: list[tuple[str, dict[str, str]]] = [
-            ("off", {}), ("off-again", {}), ("on", {"OTEL_EXPORTER_OTLP_ENDPOINT": url}),
+            ("off", {}), ("off-again", {}), ("on", told(url)), ("metrics", told(url, "otlp")),
+            ("dead", told(NOBODY, "otlp")),
         ]  # fmt: skip
         routers = [stack.enter_context(service.router(folder, name, more)) for name, more in settings]
         for router in routers:
@@ -57,20 +66,42 @@ def run(args: argparse.Namespace) -> None:
             {router.name: partial(streams, router) for router in routers}, args.rounds, milliseconds
         )
         time.sleep(6)  # the exporter's own rhythm is five seconds
-        counts = asyncio.run(routers[-1].counts())
+        counted = {router.name: asyncio.run(router.counts()) for router in routers}
 
     requests = len(jobs) * (args.rounds + 1)
-    exported = counts["quire_spans_exported_total"]
-    dropped = sum(value for name, value in counts.items() if name.startswith("quire_spans_dropped_total"))
-    if dropped or exported < 5 * requests:
-        raise RuntimeError(f"{requests} requests gave {exported:.0f} spans, {dropped:.0f} of them dropped")
-    compared = Against.of(seconds["on"], seconds["off"], seconds["off-again"])
-    row = provenance(backend(args.threads)) | {
-        "benchmark": "tracing", "model": "tiny", "scenario": scenario.name, "seed": scenario.seed,
-        "requests": len(jobs), "output_tokens": tokens, "concurrency": args.concurrency, "threads": args.threads,
-        "rounds": args.rounds, "spans": int(exported),
-        "tokens_per_s_off": round(tokens / statistics.median(seconds["off"]), 1),
-        **compared.row("on"),
-    }  # fmt: skip
-    print(f"seconds with traces to seconds without: {compared}")
-    write(args.out, [row])
+    for name in ("on", "metrics"):
+        exported, dropped = spans(counted[name])
+        if dropped or exported < 5 * requests:
+            raise RuntimeError(f"{name}: {requests} requests gave {exported:.0f} spans, {dropped:.0f} dropped")
+    if spans(counted["dead"])[0]:
+        raise RuntimeError("somebody took spans where nobody should be")
+    rows = []
+    for name in ("on", "metrics", "dead"):
+        compared = Against.of(seconds[name], seconds["off"], seconds["off-again"])
+        rows.append(
+            provenance(backend(args.threads)) | {
+                "benchmark": "tracing", "told": name, "model": "tiny", "scenario": scenario.name,
+                "seed": scenario.seed, "requests": len(jobs), "output_tokens": tokens,
+                "concurrency": args.concurrency, "threads": args.threads, "rounds": args.rounds,
+                "spans": int(spans(counted[name])[0]),
+                "tokens_per_s_off": round(tokens / statistics.median(seconds["off"]), 1),
+                **compared.row("on"),
+            }
+        )  # fmt: skip
+        print(f"{name}: seconds to those of a router that tells nothing: {compared}")
+    write(args.out, rows)
+
+
+def told(url: str, metrics: str = "none") -> dict[str, str]:
+    """The environment of a router that tells a collector."""
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+        "OTEL_METRICS_EXPORTER": metrics,
+        "OTEL_METRIC_EXPORT_INTERVAL": "5000",
+    }
+
+
+def spans(counts: Mapping[str, float]) -> tuple[float, float]:
+    """Spans that a router got rid of, and those that it lost."""
+    lost = sum(value for name, value in counts.items() if name.startswith("quire_spans_dropped_total"))
+    return counts["quire_spans_exported_total"], lost

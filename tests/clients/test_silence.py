@@ -29,6 +29,7 @@ from quire.router import exchange
 from quire.router.app import build
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
+from quire.router.http import Protocol
 from quire.tracing import Tracing
 from quire_schemas import signals, wire
 
@@ -68,7 +69,7 @@ async def _serve(
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
     head = build(fleet, config, tracing, Metering())
-    server.append(uvicorn.Server(uvicorn.Config(head.asgi, lifespan="off", log_config=None)))
+    server.append(uvicorn.Server(uvicorn.Config(head.asgi, http=Protocol, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])
     finally:

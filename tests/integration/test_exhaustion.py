@@ -203,6 +203,7 @@ async def test_r32_work_is_refused_before_the_memory_is_gone_and_taken_again_aft
     assert "MemoryError" not in log
 
 
+@pytest.mark.nightly
 async def test_r32_a_text_that_would_take_more_than_there_is_is_refused_before_it_does(own_world: World) -> None:
     world = own_world
     engine = await world.engine()

@@ -167,6 +167,7 @@ def test_settings_that_cannot_be_are_refused_where_they_stand(plane: Plane, fiel
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.nightly
 def test_several_workers_come_and_go_without_a_stream_and_their_head_is_killed_without_a_refusal(
     plane: Plane, served: str
 ) -> None:

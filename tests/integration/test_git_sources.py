@@ -308,6 +308,7 @@ async def test_two_sources_never_share_an_object(desk: Desk, remote: Remote, tmp
         other.close()
 
 
+@pytest.mark.nightly
 async def test_a_remote_that_is_away_for_an_hour(desk: Desk, remote: Remote) -> None:
     first = await begun(desk, remote, HEAL, a=route("a"))
     remote.write(a=route("a", "new"))
@@ -379,6 +380,7 @@ async def test_a_suspended_source_does_nothing_until_it_is_resumed(desk: Desk, r
     assert desk.condition("Ready") == ("False", "Suspended")
 
 
+@pytest.mark.nightly
 async def test_a_window_lets_a_commit_wait_and_guards_the_last_one(desk: Desk, remote: Remote) -> None:
     windows = "windows: [{kind: Deny, schedule: '0 0 * * *', duration: 6h}]"
     desk.wall = 1_800_057_600 + 7 * 3600.0  # 07:00 in UTC
@@ -400,6 +402,7 @@ async def test_a_window_lets_a_commit_wait_and_guards_the_last_one(desk: Desk, r
     assert desk.status()["lastAppliedRevision"] == second
 
 
+@pytest.mark.nightly
 async def test_a_failed_commit_is_tried_again_and_a_newer_one_at_once(desk: Desk, remote: Remote) -> None:
     await begun(desk, remote, a=route("a"))
     await desk.apply(route("mine", "wanted"))
@@ -570,6 +573,7 @@ async def test_a_hundred_thousand_files_are_too_many(desk: Desk, remote: Remote)
     assert desk.names() == ["a"]
 
 
+@pytest.mark.nightly
 async def test_repositories_beyond_the_bounds_are_named(desk: Desk, remote: Remote) -> None:
     desk.limits = Limits(pack_bytes=1 << 20, files=50)
     desk.begin()
@@ -611,6 +615,7 @@ async def test_what_is_not_there_is_named(desk: Desk, remote: Remote) -> None:
         assert desk.condition("Ready") == ("True", "Synced"), desk.message()
 
 
+@pytest.mark.nightly
 async def test_a_redirect_is_not_followed(desk: Desk, remote: Remote, tmp_path: Path) -> None:
     other = Remote(tmp_path / "other")
     try:
@@ -626,6 +631,7 @@ async def test_a_redirect_is_not_followed(desk: Desk, remote: Remote, tmp_path: 
         other.close()
 
 
+@pytest.mark.nightly
 async def test_a_server_without_an_end_is_left_in_time(desk: Desk, remote: Remote, tmp_path: Path) -> None:
     del tmp_path
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -139,6 +139,7 @@ async def test_r22_ten_times_what_can_be_done_costs_nobody_who_is_served(overloa
         assert grown <= 4 * 2**20
 
 
+@pytest.mark.nightly
 async def test_r23_a_storm_of_retries_makes_a_dead_replica_no_worse(world: World, others: Crowd) -> None:
     """Of two replicas one dies; both are needed for what is asked. Nobody waits before he asks again."""
     stays, dies = [await world.engine(name, pace=0.02, max_num_seqs=6) for name in ("stays", "dies")]

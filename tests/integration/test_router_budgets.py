@@ -89,6 +89,7 @@ async def test_a_spent_budget_is_what_the_official_clients_know_as_a_quota(world
         assert (await client.chat.completions.create(**TALK)).choices
 
 
+@pytest.mark.nightly
 async def test_a_router_that_was_killed_knows_what_was_spent(own_world: World) -> None:
     """All but what came in the last seconds."""
     world = own_world

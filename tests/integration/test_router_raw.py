@@ -20,7 +20,8 @@ from tests.integration.router_world import CHAT, World
 from tests.integration.test_router_access import TEAM, headed, limited, serve
 
 from quire.controlplane import app as controlplane
-from quire.router.guard import MAX_HEADER_BYTES, MAX_HEADERS
+from quire.router.guard import MAX_HEADERS
+from quire.router.http import MAX_HEADER_BYTES
 from quire_schemas import wire
 
 HIDDEN = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"

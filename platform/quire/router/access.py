@@ -129,11 +129,13 @@ def visit_of(scope: Mapping[str, Any]) -> Visit:
     return found
 
 
-def authorize(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+async def authorize(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """The application's guard: whether a request may have the route that it matched. Raises `Unauthenticated` and
     `PermissionDenied`. A handler without an operation is for nobody.
+
+    It is a coroutine though it awaits nothing: the framework takes what is none to a thread, for each request.
     """
-    visit, operation = visit_of(connection.scope), str(handler.opt.get("operation", ""))
+    visit, operation = visit_of(connection.scope), _operation(handler)
     if operation == PUBLIC or (operation == METRICS and visit.local and visit.caller is None):
         return
     try:
@@ -141,6 +143,19 @@ def authorize(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRoute
     except (Unauthenticated, PermissionDenied):
         visit.unread = True
         raise
+
+
+def may_have(visit: Visit, handler: BaseRouteHandler) -> bool:
+    """Whether somebody who is known may have a route."""
+    try:
+        visit.known.check_operation(_operation(handler))
+    except (Unauthenticated, PermissionDenied):
+        return False
+    return True
+
+
+def _operation(handler: BaseRouteHandler) -> str:
+    return str(handler.opt.get("operation", ""))
 
 
 @dataclass(slots=True)

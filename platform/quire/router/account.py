@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ from typing import Any, Final
 from quire_schemas.wire import AccessLogged
 
 log = logging.getLogger("quire.access")
+
+
+def new_request_id() -> bytes:
+    """An id for a request that has brought none."""
+    return b"req_" + secrets.token_hex(16).encode()
+
 
 PROBES: Final = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 """Routes that machines ask all day, and whose answer, whatever it is, is no failure: they are not logged."""

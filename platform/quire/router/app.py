@@ -13,12 +13,12 @@ from litestar import Litestar, Request, Response, get, post, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
 from quire.metering import Metering
 from quire.router import openapi
-from quire.router.access import ANY, NO_KEY, authorize, visit_of
+from quire.router.access import ANY, NO_KEY, authorize, may_have, visit_of
 from quire.router.account import AccessLog
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
@@ -112,8 +112,9 @@ def build(
     async def own_series() -> bytes:
         return await asyncio.to_thread(fleet.metrics.render)  # many models are many lines
 
+    inference = _inference(gateway, spans, batched)
     routes = [
-        *_inference(gateway, spans, batched),
+        *inference,
         *responses.routes(gateway, spans, answered, background),
         *models.routes(fleet),
         *files.routes(kept, fleet),
@@ -121,7 +122,7 @@ def build(
         *health.routes(fleet, look),
         *_told(scrape or own_series),
     ]
-    guard = _guarded(routes, fleet, config, desk)
+    guard = _guarded(routes, inference, fleet, config, desk)
     return Head(guard, store, desk, executor, usage, background, look)
 
 
@@ -138,8 +139,9 @@ def build_worker(
     async def scrape() -> bytes:
         return (await head.page("/metrics"))[1]
 
+    inference = _inference(gateway, spans, batched)
     routes = [
-        *_inference(gateway, spans, batched),
+        *inference,
         *responses.routes(gateway, spans, answered, head.later(answered)),
         *models.routes(fleet),
         *files.routes(kept, fleet),
@@ -147,7 +149,7 @@ def build_worker(
         *health.routes(fleet, lambda: head.page("/health")),
         *_told(scrape),
     ]
-    return Application(_guarded(routes, fleet, config, head.desk), store)
+    return Application(_guarded(routes, inference, fleet, config, head.desk), store)
 
 
 def _batched(gateway: Gateway, answered: Responses) -> dict[str, Format[Any]]:
@@ -160,8 +162,15 @@ def _batched(gateway: Gateway, answered: Responses) -> dict[str, Format[Any]]:
     }
 
 
-def _guarded(routes: Sequence[HTTPRouteHandler], fleet: Fleet, config: RouterConfig, desk: Desk) -> ASGIApp:
-    app = Litestar(
+def _guarded(
+    routes: Sequence[HTTPRouteHandler],
+    inference: Sequence[HTTPRouteHandler],
+    fleet: Fleet,
+    config: RouterConfig,
+    desk: Desk,
+) -> ASGIApp:
+    """The application of `routes`, of which those of `inference` have a short road."""
+    app: ASGIApp = Litestar(
         route_handlers=[*_options(routes), *routes],
         exception_handlers={Exception: answer},
         guards=[authorize],
@@ -171,7 +180,28 @@ def _guarded(routes: Sequence[HTTPRouteHandler], fleet: Fleet, config: RouterCon
         debug=False,
     )
     access_log = AccessLog(lambda: fleet.table.http.access_log)
+    app = _straight(app, inference)
     return Guard(app, config.allowed_hosts, fleet.access, access_log, desk.limits, lambda: fleet.table.http)
+
+
+def _straight(app: ASGIApp, handlers: Sequence[HTTPRouteHandler]) -> ASGIApp:
+    """`app`, but for requests that need nothing of what a framework does before a handler: a POST to the very path
+    of one of `handlers`, with nothing behind a question mark, by somebody who may have that route.
+
+    What a framework does is as much work as all of a short request. Refusals of any kind are `app`'s.
+    """
+    by_path = {path: handler for handler in handlers for path in handler.paths}
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        handler = by_path.get(scope["path"]) if scope.get("method") == "POST" else None
+        if handler is None or scope["query_string"] or not may_have(visit_of(scope), handler):
+            await app(scope, receive, send)
+            return
+        scope["path_template"] = scope["path"]
+        answers: ASGIApp = await handler.fn()
+        await answers(scope, receive, send)
+
+    return serve
 
 
 def _query_checked(fleet: Fleet) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:

@@ -189,7 +189,7 @@ class Background:
             return True
         visit = self._access.inside(started.owner, started.key, OF_LINES[PATH])
         client = InsideClient(PATH, started.request, work.gone, visit)
-        await self._exchange(response_id)(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+        await client.ask(self._exchange(response_id))
         if client.status in (None, 200):
             return True  # it is kept, or was left
         told = msgspec.json.decode(bytes(client.body), type=_Refusal).error

@@ -36,7 +36,7 @@ MAX_REMEMBERED: Final = 65_536
 """Blocks that are remembered of one replica at most, a million tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each request makes one of each replica
 class Candidate:
     """One replica at one moment. `ready`: connected, serving, making progress."""
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import time
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -153,12 +152,13 @@ class Exchange(Reception, Generic[R]):
         terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
         async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):
-            made = await self._format.job(request, served, size, arrived_at, span, self._caller)
-            job = dataclasses.replace(self._own(made), terms=terms, begun_at=begun_at)
+            job = self._own(await self._format.job(request, served, size, arrived_at, span, self._caller))
+            job.terms, job.begun_at = terms, begun_at
             await self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
             run = Run(self._gateway.fleet, self._gateway.desk, job, self._received_at)
             self._runs.append(run)
-            span.set(_request_attributes(run.job))
+            if span.is_recorded:
+                span.set(_request_attributes(run.job))
             metrics = self._gateway.fleet.metrics.model(served.name)
             metrics.in_flight.inc()
             self._refused = False
@@ -178,7 +178,8 @@ class Exchange(Reception, Generic[R]):
                     self._gateway.desk.compare(served, run.fared(end))
                 metrics.in_flight.dec()
                 self._ticket.used += run.prompt_tokens + run.completion_tokens
-                span.set(_answer_attributes(run))
+                if span.is_recorded:
+                    span.set(_answer_attributes(run))
                 self._tell(run)
             span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
@@ -202,7 +203,7 @@ class Exchange(Reception, Generic[R]):
             self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
-        """The job as its caller's: with his rank where there are ranks, and in a cache that is his alone.
+        """The job made its caller's: with his rank where there are ranks, and in a cache that is his alone.
 
         Raises `InvalidRequest` for one that would go before others of his policy's rank.
         """
@@ -211,14 +212,11 @@ class Exchange(Reception, Generic[R]):
                 "'priority' is below 0: a request may go behind others of its policy's rank, not before them.",
                 param="priority",
             )
-        ranked = job.model.route.policy == "priority"
-        return dataclasses.replace(
-            job,
-            caller=self._caller,
-            background=self._background,
-            priority=self._caller.rank(job.priority) if ranked else job.priority,
-            cache_salt=self._caller.salted(job.cache_salt),
-        )
+        if job.model.route.policy == "priority":
+            job.priority = self._caller.rank(job.priority)
+        job.caller, job.background = self._caller, self._background
+        job.cache_salt = self._caller.salted(job.cache_salt)
+        return job
 
     async def _send_whole(self, request: R, run: Run, send: Send) -> list[str]:
         updates: list[Update] = []
@@ -233,6 +231,7 @@ class Exchange(Reception, Generic[R]):
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
+        large = run.job.is_large
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
@@ -240,7 +239,10 @@ class Exchange(Reception, Generic[R]):
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._stream = form
                     pings.begin()
-                made = await run.job.written(functools.partial(form.events, batch, usage))
+                if large:
+                    made = await run.job.written(functools.partial(form.events, batch, usage))
+                else:
+                    made = form.events(batch, usage)
                 if made:  # of what is not shown there is nothing to tell
                     await send({"type": "http.response.body", "body": made, "more_body": True})
                     pings.sent_at = time.monotonic()

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -121,7 +121,7 @@ class Gateway:
         rendered, prompt, script = await self.aside(ids, size)
         _tokenized(span, began, len(prompt))
         read = _Read(tokenizer, (prompt,), ("messages",), script=script, rendered=rendered)
-        return self._job(request, served, read, f"chatcmpl-{uuid.uuid4().hex}", arrived_at, span)
+        return self._job(request, served, read, f"chatcmpl-{secrets.token_hex(16)}", arrived_at, span)
 
     async def completion(
         self,
@@ -168,7 +168,7 @@ class Gateway:
             await asyncio.to_thread(lambda: tokenizer.keys)  # made once, and not on the event loop
         fields = tuple(field for field, _ in _named(request.prompt, "prompt"))
         prepared = _Read(tokenizer, prompts, fields, echoes, script)
-        return self._job(request, served, prepared, f"cmpl-{uuid.uuid4().hex}", arrived_at, span)
+        return self._job(request, served, prepared, f"cmpl-{secrets.token_hex(16)}", arrived_at, span)
 
     async def embedding(
         self,
@@ -197,7 +197,7 @@ class Gateway:
         job = await self._pooled(request, named, served, size, arrived_at, span)
         count = len(queries)
         pairs = tuple((place if count > 1 else 0, count + place) for place in range(len(documents)))
-        return replace(job, id=f"score-{uuid.uuid4().hex}", operation="score", pairs=pairs)
+        return replace(job, id=f"score-{secrets.token_hex(16)}", operation="score", pairs=pairs)
 
     async def _pooled(
         self,
@@ -240,7 +240,7 @@ class Gateway:
         prompts = await self.aside(lambda: tuple(read(given, field) for field, given in named), size)
         _tokenized(span, began, sum(map(len, prompts)))
         return Job(
-            id=f"embd-{uuid.uuid4().hex}",
+            id=f"embd-{secrets.token_hex(16)}",
             asked_model=request.model,
             model=served,
             tokenizer=tokenizer,
@@ -407,6 +407,8 @@ def _check_entries(
     request: SamplingFields, sampling: wire.Sampling, prompts: Sequence[list[int]], vocabulary: int
 ) -> None:
     """Raises when more log-probabilities are asked for than an answer may have."""
+    if sampling.logprobs is None and sampling.prompt_logprobs is None:
+        return
     later = sampling if request.stream else msgspec.structs.replace(sampling, prompt_logprobs=None)
     entries = sum(
         sampling.logprob_entries(len(prompt), vocabulary)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any
+from typing import Any, cast
 
-from litestar.types import Message
+from litestar.types import ASGIApp, Message, Scope
 
 from quire.router.access import VISIT, Visit
+from quire.router.http import GONE
 
 
 class InsideClient:
@@ -35,7 +36,16 @@ class InsideClient:
         self._gone = gone
         self._has_sent = False
 
-    async def receive(self) -> dict[str, Any]:
+    async def ask(self, app: ASGIApp) -> None:
+        """Send it to what answers it, and wait for that."""
+        leaves = asyncio.ensure_future(self._gone.wait())
+        self.scope[GONE] = leaves
+        try:
+            await app(cast(Scope, self.scope), self.receive, self.send)
+        finally:
+            leaves.cancel()
+
+    async def receive(self) -> Any:
         if not self._has_sent:
             self._has_sent = True
             return {"type": "http.request", "body": self._sent, "more_body": False}

@@ -47,9 +47,9 @@ class Shown:
     """Where the time of the request went."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """One request, ready for engines."""
+    """One request, ready for engines. It is made its caller's before a run has it; nothing changes it then."""
 
     id: str
     asked_model: str
@@ -203,7 +203,7 @@ class Times:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each piece of a stream, and that takes three times as long
 class Update:
     """What one choice gained since its last update. The last has a finish reason: `stop`, `tool_calls` (as `stop`,
     and there were calls), `length`, `repetition`.
@@ -235,6 +235,7 @@ class Choice:
     __slots__ = (
         "_arguments",
         "_called",
+        "_marks",
         "_out",
         "_reader",
         "_thinking",
@@ -319,6 +320,7 @@ class Choice:
         self._out = 0  # characters given out
         markup = self.job.markup
         self._reader = markup.reader() if markup is not None else Plain()
+        self._marks = markup.thought_ids if markup is not None else None
         self._thinking = markup is not None and markup.opened
         self._called = False
         self._arguments: list[str] = []
@@ -343,20 +345,23 @@ class Choice:
                     self._raise_if_failed(delta)
                     finish = "length"
                 continue
+            text = self.text
             for position, token in enumerate(delta.token_ids):
                 self.generated += 1
                 self.ids.append(token)
                 if self.written is not None:
                     self.written.append(token)
-                offset = self.text.made
-                pieces.append(self.text.push(token))
-                if pieces[-1] and self._understand(parts, self._reader.push(pieces[-1])):
-                    finish = "tool_calls"
+                offset = text.made
+                piece = text.push(token)
+                if piece:
+                    pieces.append(piece)
+                    if self._understand(parts, self._reader.push(piece)):
+                        finish = "tool_calls"
                 self._count_thought(token)
                 if position < len(scores):
-                    until = max(self.text.made, offset + 1)
+                    until = max(text.made, offset + 1)
                     self.scores.append(TokenScore(offset, until, scores[position]))
-                if self.text.hit is not None or finish is not None:
+                if finish is not None or text.hit is not None:
                     break
             if finish is not None:
                 break
@@ -377,8 +382,8 @@ class Choice:
                 self._understand(parts, self._reader.push(pieces[-1]))
                 stop = self._named(delta.stop_token_id)
                 finish = "stop" if self.text.hit is not None else delta.finish_reason
-        text = "".join(pieces)
-        self._out += len(text)
+        made = "".join(pieces)
+        self._out += len(made)
         if finish in ("stop", "length", "repetition"):
             last, markup = self._reader.finish(), self.job.markup
             if finish == "length" and markup is not None and not markup.verbatim:
@@ -386,20 +391,20 @@ class Choice:
             self._understand(parts, last)
         if finish == "stop" and self._called and not (self.text.hit is not None and self._is_cut()):
             finish = "tool_calls"
-        ready = tuple(self._ready_scores(ended=finish is not None))
-        if not (text or ready or finish):
+        ready = tuple(self._ready_scores(ended=finish is not None)) if self.scores else ()
+        if not (made or ready or finish):
             return None
         ids, self.ids = tuple(self.ids), []
         prompt_scores, self.prompt_scores = tuple(self.prompt_scores), []
         if self.text.hit is not None:
             stop = self.text.hit
         return Update(
-            self.index, text, ready, finish, ids, tuple(parts), prompt_scores, embedding, stop_reason=stop
+            self.index, made, ready, finish, ids, tuple(parts), prompt_scores, embedding, stop_reason=stop
         )
 
     def _count_thought(self, token: int) -> None:
         """Count the tokens between the marks of a thought, by their ids where they are tokens."""
-        marks = self.job.markup.thought_ids if self.job.markup is not None else None
+        marks = self._marks
         if marks is None:
             self.reasoning_tokens += self._thinking
         elif token in marks:
@@ -419,10 +424,10 @@ class Choice:
         """Add to `parts` what was read; whether the answer is to end here, as it has the one call that it may."""
         for part in read:
             match part:
-                case Reasoning():
-                    self._thinking = True
                 case Content():
                     self._thinking = False
+                case Reasoning():
+                    self._thinking = True
                 case CallBegins():
                     self._thinking = False
                     if self._called and self.job.markup is not None and self.job.markup.one_call:

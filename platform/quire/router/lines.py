@@ -298,11 +298,7 @@ class Lines:
         visit = self._fleet.access.inside(batch.owner, batch.owner_key, OF_LINES[batch.endpoint])
         client = InsideClient(batch.endpoint, body, work.gone, visit)
         form = self._formats[batch.endpoint]
-        await Exchange(self._gateway, self._spans, form, background=True)(
-            client.scope,  # type: ignore[arg-type]
-            client.receive,  # type: ignore[arg-type]
-            client.send,
-        )
+        await client.ask(Exchange(self._gateway, self._spans, form, background=True))
         if client.status is None:
             return Again()  # it left
         if (later := again(work, line, client)) is not None:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from litestar.types import Receive, Scope, Send
 
@@ -37,6 +37,7 @@ from quire.router.desk import nobodys
 from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
+from quire.router.http import GONE
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
@@ -113,7 +114,7 @@ class Reception:
                 self._gateway.fleet.memory.check()  # again: many may have been let in at once
             self._received_at = time.monotonic()
             async with self._gateway.desk.entered(self._caller.tenant, self._caller.key) as self._ticket:
-                finish = await _while_connected(receive, self._answer(body, arrived_at, span, send))
+                finish = await _while_connected(scope, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
         except ClientGone:
             finish, failure, status = "abort", "client_gone", 0
@@ -226,25 +227,26 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: Htt
     return b"".join(parts)
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, str]) -> str:
+async def _while_connected(scope: Scope, work: Coroutine[Any, Any, str]) -> str:
     """The result of `work`; cancelled, and `ClientGone` raised, when the client leaves before."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
+    task, left, gone = asyncio.current_task(), cast(Mapping[str, asyncio.Future[Any]], scope)[GONE], False
+    if task is None:
+        raise RuntimeError("there is no task to cancel")
+
+    def leave(_: asyncio.Future[Any]) -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    left.add_done_callback(leave)
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():  # else it is the server's shutdown, whoever has left besides
+            raise ClientGone from None
+        raise
     finally:
-        for each in (task, watch):
-            if not each.done():
-                each.cancel()
-        await asyncio.wait({task, watch})
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+        left.remove_done_callback(leave)
 
 
 __all__ = ["ClientGone", "Reception", "read_body", "send_json"]

@@ -250,7 +250,8 @@ class Run:
         if sequence.deltas:
             self._heard_at = min(self._heard_at, sequence.heard_at)
         deltas = sequence.take()
-        if sequence.lost or any(delta.error_code in ENGINE_GONE for delta in deltas):
+        errors = {delta.error_code for delta in deltas if delta.error_code is not None}
+        if sequence.lost or errors & ENGINE_GONE:
             # Leaving the table excuses nobody: a replica that hangs is taken out of it before it is killed.
             if not (sequence.begun or sequence.client.endpoint.draining or _was_asked_to_end(deltas)):
                 self._claims[choice.index].blame(self._fingerprint(choice))
@@ -266,7 +267,7 @@ class Run:
             return None
         if not deltas:
             return None
-        if any(delta.error_code == "numerical_error" for delta in deltas):
+        if "numerical_error" in errors:
             self._metrics.corrupted.inc()
         before = choice.generated
         update = choice.read(deltas)
@@ -550,6 +551,8 @@ class Run:
 
     def _trace(self, choice: Choice, sequence: engine_client.Sequence, *, lost: bool) -> None:
         """Note where the time of the attempt that ends now went."""
+        if not self.job.span.is_recorded:
+            return
         where = {signals.QUIRE_REPLICA: sequence.client.endpoint.replica_id, **self._which(choice)}
         if choice.attempts > 1:
             where[signals.QUIRE_ATTEMPT] = choice.attempts

@@ -28,7 +28,7 @@ from quire.doors import Door, farewell, keep_quiet
 from quire.errors import ServiceUnavailable, describe
 from quire.router.config import LISTEN_FD, RouterConfig
 from quire.router.fleet import Fleet
-from quire.router.guard import MAX_HEADER_BYTES, Protocol
+from quire.router.http import Protocol
 from quire.router.memory import Memory
 from quire.router.tls import Certificate
 
@@ -41,6 +41,8 @@ LEAVE_SECONDS = 0.002
 """That a connection is left to another worker; then whoever comes first takes it."""
 FULL_SECONDS = 1.0
 """That no connection is taken when there are too many open files."""
+GARBAGE = 10_000
+"""Objects that are made, and not gone, between two looks for cycles: a request makes hundreds."""
 MAX_WORKERS = 64
 _CROWDED = "The server has as many connections as it can hold."
 LAST_WORDS = 1.0
@@ -259,11 +261,11 @@ def options(application: ASGIApp, fleet: Fleet, certificate: Certificate | None)
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         backlog=BACKLOG,
     )
     made.load()
     gc.freeze()  # what is there now stays: looking through it would stop all streams for some tens of milliseconds
+    gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
     gc.enable()
     made.ssl = None if certificate is None else certificate.context
     return made

@@ -117,6 +117,11 @@ class RequestSpan:
         return cls(None, None, None, (0, 0.0))
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether anything that is noted here is kept."""
+        return self._span is not None
+
+    @property
     def trace_id(self) -> str:
         """Of the trace that it is in; empty where there is none."""
         return self.traceparent[3:35] if self.traceparent is not None else ""

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final, Protocol
 
 import sqlalchemy as sa
@@ -226,7 +227,13 @@ def _fold(db: sa.Connection, before: str) -> None:
 
 
 def _hour(at: float) -> str:
-    return time.strftime("%Y-%m-%dT%H", time.gmtime(at))
+    return _written(int(at // HOUR))
+
+
+@lru_cache(maxsize=8)
+def _written(hour: int) -> str:
+    """As a row has an hour that is counted from 1970."""
+    return time.strftime("%Y-%m-%dT%H", time.gmtime(hour * HOUR))
 
 
 def _number(at: str) -> int:

@@ -16,7 +16,7 @@ from quire.text.tokenizer import Tokenizer
 class AnswerText:
     """`push` each token, then `finish`; once `hit` is set, nothing more comes out."""
 
-    __slots__ = ("_include_stop", "_min_tokens", "_stops", "_text", "_tokens", "made")
+    __slots__ = ("_has_stops", "_include_stop", "_min_tokens", "_stops", "_text", "_tokens", "made")
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class AnswerText:
     ) -> None:
         self._text = Detokenizer(tokenizer, skip_special_tokens, visible)
         self._stops = StopStrings(stops, include_stop)
+        self._has_stops = bool(stops)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._tokens = 0
@@ -44,7 +45,7 @@ class AnswerText:
     def push(self, token: int) -> str:
         """The text that `token` lets out."""
         self._tokens += 1
-        return self._through_stops(self._text.push((token,)))
+        return self._through_stops(self._text.push_one(token))
 
     def finish(self, stop_token_id: int | None = None) -> str:
         """The rest of the text, when the answer ended, by `stop_token_id` or because it may have no more tokens.
@@ -61,6 +62,6 @@ class AnswerText:
 
     def _through_stops(self, piece: str) -> str:
         self.made += len(piece)
-        if self._tokens <= self._min_tokens:
-            return piece  # too early for a stop string to count
+        if not self._has_stops or self._tokens <= self._min_tokens:
+            return piece  # there is none, or it is too early for one to count
         return self._stops.push(piece)[0]

@@ -36,25 +36,24 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` make certain; never part of a character."""
+        return "".join([self.push_one(index) for index in ids])
+
+    def push_one(self, index: int) -> str:
+        """The same for one id."""
+        if index in self._hidden:
+            return ""
         if self._bytes is not None:
-            return self._bytes.decode(b"".join(self._visible_bytes(index) for index in ids))
-        out: list[str] = []
-        for index in ids:
-            if index in self._hidden or not self.tokenizer.knows(index):
-                continue  # the decoding of the whole leaves these out before it looks at neighbours
-            self._window.append(index)
-            if index not in self.tokenizer.byte_tokens:
-                out.append(self._advance())
-        return "".join(out)
+            return self._bytes.decode(self.tokenizer.token_bytes(index))
+        if not self.tokenizer.knows(index):
+            return ""  # the decoding of the whole leaves these out before it looks at neighbours
+        self._window.append(index)
+        return "" if index in self.tokenizer.byte_tokens else self._advance()
 
     def finish(self) -> str:
         """What was kept back. An unfinished character becomes U+FFFD, as in the decoding of the whole."""
         if self._bytes is not None:
             return self._bytes.decode(b"", final=True)
         return self._advance()
-
-    def _visible_bytes(self, index: int) -> bytes:
-        return b"" if index in self._hidden else self.tokenizer.token_bytes(index)
 
     def _advance(self) -> str:
         before = self._text(self._window[: self._done])

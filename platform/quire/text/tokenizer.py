@@ -78,10 +78,12 @@ class Tokenizer:
         self.advised = advised
         self._texts: dict[int, str] = {}
         """Of tokens that were asked for one by one."""
+        self._bytes: dict[int, bytes] = {}
+        """Of those whose bytes were: an answer asks for those of each of its tokens."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder().items()
+        self._specials = {token.content: index for index, token in added if token.special}
+        self.special_ids = frozenset(index for index, token in added if token.special)
         whole = backend.to_str()
         described = [whole, self.special_tokens, template.source if template is not None else None]
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -192,9 +194,15 @@ class Tokenizer:
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes a token stands for inside a text; empty for an id outside the vocabulary."""
-        token = self._backend.id_to_token(index)
-        if token is None:
-            return b""
+        found = self._bytes.get(index)
+        if found is None:
+            token = self._backend.id_to_token(index)
+            if token is None:
+                return b""
+            found = self._bytes[index] = self._made_bytes(index, token)
+        return found
+
+    def _made_bytes(self, index: int, token: str) -> bytes:
         if self.byte_level:
             values = [_BYTE_OF.get(char) for char in token]
             known = [value for value in values if value is not None]
@@ -220,8 +228,7 @@ class Tokenizer:
 
     def special_among(self, texts: Collection[str]) -> frozenset[int]:
         """The special tokens that are one of `texts`."""
-        added = self._backend.get_added_tokens_decoder().items()
-        return frozenset(index for index, token in added if token.special and token.content in texts)
+        return frozenset(self._specials[text] for text in texts if text in self._specials)
 
     @cached_property
     def thinking(self) -> tuple[int, int] | None:

@@ -1,14 +1,15 @@
 """`POST /v1/chat/completions`: how a conversation is read, and how its answer is written.
 
-A stream's events per choice: one with the role alone, events with content, reasoning or a call each, one with the
-finish reason alone. `quire_schemas.openai.chat.ChatChunk` is their shape, and a test holds them to it. Of a call
-the first event has the id and the name, the others what its arguments gain.
+An answer has the shape of `quire_schemas.openai.chat.ChatCompletion`, and is written without it. A stream has, per
+choice, an event with the role alone, events with content, reasoning or a call each, and one with the finish reason
+alone, in the shape of `ChatChunk`. Tests hold both to that. Of a call the first event has the id and the name; the
+others what its arguments gain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import msgspec
 
@@ -25,15 +26,7 @@ from quire.router.job import Job, Update
 from quire.router.spans import RequestSpan
 from quire.text.dialects.parts import CallArguments, CallBegins, Content, Part, Reasoning, joined
 from quire_schemas.openai.answer import Usage
-from quire_schemas.openai.chat import (
-    ChatChoice,
-    ChatCompletion,
-    ChatFinishReason,
-    ChatRequest,
-    ChoiceMessage,
-    read_chat,
-)
-from quire_schemas.openai.tools import AnsweredCall, CalledFunction
+from quire_schemas.openai.chat import ChatRequest, read_chat
 
 _json = msgspec.json.Encoder()
 
@@ -71,51 +64,59 @@ class ChatFormat:
     def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         writer = Writer(job)
         by_choice = [[update for update in updates if update.index == index] for index in range(job.n)]
-        answer = ChatCompletion(
-            id=job.id,
-            object="chat.completion",
-            created=job.created,
-            model=job.asked_model,
-            system_fingerprint=job.fingerprint,
-            choices=[_choice(job, index, mine) for index, mine in enumerate(by_choice)],
-            usage=usage,
-            prompt_token_ids=job.prompts[0] if job.shown.token_ids else None,
-            prompt_text=_prompt_text(job) if job.shown.prompt_text else None,
-            metrics=Timing(job).whole(updates),
-        ).model_dump()
-        for choice, mine in zip(answer["choices"], by_choice, strict=True):
-            choice["logprobs"] = msgspec.Raw(writer.chat([score for update in mine for score in update.scores]))
+        answer: dict[str, Any] = {
+            "id": job.id,
+            "object": "chat.completion",
+            "created": job.created,
+            "model": job.asked_model,
+            "system_fingerprint": job.fingerprint,
+            "choices": [_choice(job, index, mine, writer) for index, mine in enumerate(by_choice)],
+            "usage": usage.model_dump(),
+        }
         of_prompt = writer.prompt([entry for update in updates for entry in update.prompt_scores])
         if of_prompt is not None:
             answer["prompt_logprobs"] = msgspec.Raw(of_prompt)
+        if job.shown.token_ids:
+            answer["prompt_token_ids"] = job.prompts[0]
+        if job.shown.prompt_text:
+            answer["prompt_text"] = _prompt_text(job)
+        if (metrics := Timing(job).whole(updates)) is not None:
+            answer["metrics"] = metrics.model_dump()
         return _json.encode(answer)
 
     def stream(self, job: Job, request: ChatRequest) -> ChatStream:
         return ChatStream(job, request)
 
 
-def _choice(job: Job, index: int, mine: Sequence[Update]) -> ChatChoice:
-    """A choice but for its log-probabilities."""
+def _choice(job: Job, index: int, mine: Sequence[Update], writer: Writer) -> dict[str, Any]:
+    """A `ChatChoice`."""
     said = Said.of(part for update in mine for part in update.parts)
-    thought = said.reasoning or None if job.shown.reasoning else None
-    calls = [
-        AnsweredCall(id=job.new_call_id(), function=CalledFunction(name=call.name, arguments=call.arguments))
-        for call in said.calls
-    ]
-    return ChatChoice(
-        index=index,
-        message=ChoiceMessage(
-            role="assistant",
-            content=said.content if said.content or not calls else None,
-            tool_calls=calls or None,
-            reasoning=thought,
-            reasoning_content=thought,
-        ),
-        logprobs=None,
-        finish_reason=cast(ChatFinishReason, mine[-1].finish_reason),
-        stop_reason=mine[-1].stop_reason,
-        token_ids=[token for update in mine for token in update.token_ids] if job.shown.token_ids else None,
-    )
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": said.content if said.content or not said.calls else None,
+        "refusal": None,
+    }
+    if said.calls:
+        message["tool_calls"] = [
+            {
+                "id": job.new_call_id(),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in said.calls
+        ]
+    if said.reasoning and job.shown.reasoning:
+        message["reasoning"] = message["reasoning_content"] = said.reasoning
+    choice = {
+        "index": index,
+        "message": message,
+        "logprobs": msgspec.Raw(writer.chat([score for update in mine for score in update.scores])),
+        "finish_reason": mine[-1].finish_reason,
+        "stop_reason": mine[-1].stop_reason,
+    }
+    if job.shown.token_ids:
+        choice["token_ids"] = [token for update in mine for token in update.token_ids]
+    return choice
 
 
 def _prompt_text(job: Job) -> str:
@@ -137,13 +138,31 @@ class ChatStream:
         self._writer = Writer(job)
         self._first = True
         self._timing = Timing(job)
+        shown = job.shown
+        self._is_plain = shown.logprobs is None and not (shown.token_ids or self._envelope.wants_running_usage)
+        """Nothing stands beside a piece of content that is another each time."""
+        self._ends: dict[int, tuple[bytes, bytes]] = {}
+        """What stands around it, by choice, once there was an event of that."""
 
     def events(self, updates: Sequence[Update], usage: Callable[[], Usage]) -> bytes:
-        return b"".join(
+        return b"".join([self._plain(update) or self._any(update, usage) for update in updates])
+
+    def _plain(self, update: Update) -> bytes:
+        """The event of an update that is a piece of content alone, as nearly all are; empty for another."""
+        if not self._is_plain or update.finish_reason is not None or len(update.parts) != 1:
+            return b""
+        ends, [part] = self._ends.get(update.index), update.parts
+        return ends[0] + _json.encode(part.text) + ends[1] if ends is not None and type(part) is Content else b""
+
+    def _any(self, update: Update, usage: Callable[[], Usage]) -> bytes:
+        made = b"".join(
             self._envelope.event(choice, usage, self._once() + last)
-            for update in updates
             for choice, last in closed(self._choices(update), self._timing.take(update))
         )
+        if self._is_plain and update.index not in self._ends and not self._first:
+            before, _, behind = self._envelope.event(_chunk(update.index, _content("")), usage).rpartition(b'""')
+            self._ends[update.index] = before, behind
+        return made
 
     def _once(self) -> bytes:
         """What the first event alone has."""
@@ -162,7 +181,7 @@ class ChatStream:
         shown = [delta for delta in deltas if delta is not None]
         ids = update.token_ids if self._job.shown.token_ids else ()
         if not shown and (update.scores or ids):
-            shown = [b'{"content":""}']  # what belongs to tokens goes out with them, though they have no text yet
+            shown = [_content("")]  # what belongs to tokens goes out with them, though they have no text yet
         scores = self._writer.chat(update.scores)
         for place, delta in enumerate(shown):
             yield _chunk(update.index, delta, scores, ids=ids) if place == 0 else _chunk(update.index, delta)
@@ -172,7 +191,7 @@ class ChatStream:
     def _delta(self, part: Part) -> bytes | None:
         match part:
             case Content(text=text):
-                return b'{"content":' + _json.encode(text) + b"}"
+                return _content(text)
             case Reasoning(text=text):
                 thought = _json.encode(text)
                 both = b'{"reasoning":' + thought + b',"reasoning_content":' + thought + b"}"
@@ -184,6 +203,10 @@ class ChatStream:
             case CallArguments(index=index, text=text):
                 more = {"index": index, "function": {"arguments": text}}
                 return b'{"tool_calls":[' + _json.encode(more) + b"]}"
+
+
+def _content(text: str) -> bytes:
+    return b'{"content":' + _json.encode(text) + b"}"
 
 
 def _chunk(

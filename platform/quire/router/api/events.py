@@ -35,7 +35,7 @@ class Envelope:
         }
         self._head = b"data: " + _json.encode(head)[:-1] + b',"choices":['
         self._wants_usage = bool(wanted and wanted.include_usage)
-        self._wants_running_usage = bool(wanted and wanted.continuous_usage_stats)
+        self.wants_running_usage = bool(wanted and wanted.continuous_usage_stats)
         self._tail = b',"usage":null}\n\n' if self._wants_usage else b"}\n\n"
 
     def opens(self, index: int) -> bool:
@@ -50,7 +50,7 @@ class Envelope:
 
         `more` are further fields, each behind a comma.
         """
-        return self._head + choice + b"]" + more + (_with(usage()) if self._wants_running_usage else self._tail)
+        return self._head + choice + b"]" + more + (_with(usage()) if self.wants_running_usage else self._tail)
 
     async def end(self, usage: Usage) -> bytes:
         """The end of the stream: for those who asked for it, an event without choices that has the whole usage."""
@@ -68,8 +68,11 @@ def ending(update: Update) -> bytes:
 
 def closed(choices: Iterable[bytes], metrics: RequestMetrics | None) -> Iterator[tuple[bytes, bytes]]:
     """Each choice with the further fields of its event: the last one has the metrics, if there are any."""
+    if metrics is None:
+        yield from ((choice, b"") for choice in choices)
+        return
     every = list(choices)
-    told = b"" if metrics is None else b',"metrics":' + metrics.model_dump_json().encode()
+    told = b',"metrics":' + metrics.model_dump_json().encode()
     for place, choice in enumerate(every):
         yield choice, told if place == len(every) - 1 else b""
 

@@ -79,6 +79,9 @@ class Plain:
 
 def joined(parts: Iterable[Part]) -> list[Part]:
     """The parts with neighbours of one kind made one: the same for every way to cut a text."""
+    parts = list(parts)
+    if len(parts) < 2:
+        return parts
     runs: list[tuple[Part, list[str]]] = []
     for part in parts:
         if isinstance(part, CallBegins):

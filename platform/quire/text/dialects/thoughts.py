@@ -59,6 +59,7 @@ class Thoughts(ReasoningDialect):
         self.opening, self.closing, self.begins_open = opening, closing, begins_open
         self.always = begins_open
         self.marks = (opening, closing)
+        self.end = Marks(closing)
 
     def opens(self, prompt: str) -> bool:
         return prompt.rstrip().endswith(self.opening)
@@ -125,14 +126,13 @@ class ThoughtReader:
 
 def _thoughts(thoughts: Thoughts, opened: bool, tape: Tape, sink: Sink) -> Waits[str]:
     """Reads all thoughts. Gives white space that turned out to be content, where there was no thought."""
-    closing = Marks(thoughts.closing)
     before = "" if opened else (yield from space(tape))
     while opened or (yield from accept(tape, thoughts.opening)):
         if opened:
             yield from space(tape)
             yield from accept(tape, thoughts.opening)  # opened by the prompt, and by the model once more
         opened, before = False, ""
-        if not (yield from until(tape, closing, sink.thought)):
+        if not (yield from until(tape, thoughts.end, sink.thought)):
             return ""
         sink.thought_ends()
         yield from space(tape)
