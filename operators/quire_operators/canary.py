@@ -70,9 +70,9 @@ class Stage:
     looked_at: int = 0
 
     @classmethod
-    def of(cls, override: Override) -> Stage:
-        """Of the decision that keeps it."""
-        return cls(**override.stage or {"step": 0, "since": override.at})
+    def of(cls, override: Override) -> Stage | None:
+        """Of the decision that keeps it; None if it has not begun."""
+        return cls(**override.stage) if override.stage is not None else None
 
     def kept(self, template_hash: str, at: float) -> Override:
         """The decision that keeps it. `at` is when the step began, so that a look makes no other aim of it."""
@@ -108,6 +108,12 @@ class Fail:
 
 
 Decision = Stay | Next | Promote | Fail
+
+
+def is_promoted(override: Override) -> bool:
+    """Whether the canary of this decision has taken over."""
+    stage = Stage.of(override)
+    return stage is not None and stage.step >= PROMOTED
 
 
 def policy_of(spec: Mapping[str, Any]) -> Policy | None:

@@ -31,6 +31,8 @@ class Canary:
     policy: canary.Policy
     stage: canary.Stage | None
     """None until a replica of it serves."""
+    is_noted: bool
+    """It is on record, so that its replicas are known for what they are, however it ends."""
 
     @property
     def step(self) -> int:
@@ -56,6 +58,15 @@ class Effective:
     standby: bool
     """It is there when it is asked for, and not in memory now."""
     canary: Canary | None = None
+
+    @property
+    def set_aside(self) -> str:
+        """The template of a canary that is over and did not take over: what still runs of it gets no requests."""
+        kept = self.overrides.get(Kind.CANARY)
+        if kept is None or kept.template_hash == self.revision.template_hash:
+            return ""
+        goes_on = self.canary is not None and self.canary.revision.template_hash == kept.template_hash
+        return "" if goes_on or canary.is_promoted(kept) else kept.template_hash
 
     @property
     def is_newest(self) -> bool:
@@ -108,12 +119,14 @@ def _canary(stored: StoredObject, newest: Revision, stable: Revision | None, cur
     given_up = quarantine is not None and quarantine.template_hash == newest.template_hash
     if given_up or Kind.PIN in current:
         return None
-    stage = canary.Stage.of(kept) if kept is not None and kept.template_hash == newest.template_hash else None
-    if stage is None and Kind.HOLD in current:
+    if kept is not None and kept.template_hash != newest.template_hash:
+        kept = None
+    if kept is None and Kind.HOLD in current:
         return None
+    stage = canary.Stage.of(kept) if kept is not None else None
     if stage is not None and stage.step >= len(policy.steps):
         return None
-    return Canary(newest, policy, stage)
+    return Canary(newest, policy, stage, is_noted=kept is not None)
 
 
 def as_canary(wanted: Effective, tried: Canary) -> Effective:

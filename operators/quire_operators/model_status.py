@@ -229,7 +229,11 @@ class ModelStatus:
                 "held": desired.held,
                 **({"canary": view.tried.document(now)} if view.tried is not None else {}),
             },
-            "overrides": [self._override(each) for each in view.wanted.overrides.values()],
+            "overrides": [
+                self._override(each)
+                for each in view.wanted.overrides.values()
+                if each.kind is not Kind.CANARY  # it is shown as where the rollout stands
+            ],
             "replicas": {
                 "desired": want,
                 "live": sum(not seen.process.gone for _, seen in pairs),

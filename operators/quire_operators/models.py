@@ -445,8 +445,10 @@ class ModelReconciler:
         kept, stable = wanted.overrides.get(Kind.CANARY), wanted.stable
         if kept is None:
             return
-        rolled_out = stable is not None and stable.template_hash == kept.template_hash
-        if rolled_out or kept.template_hash != wanted.newest.template_hash:
+        template = kept.template_hash
+        over = (stable is not None and stable.template_hash == template) or template != wanted.newest.template_hash
+        rows = self._store.replicas(wanted.stored.key.name)
+        if over and not (wanted.set_aside and any(row.template_hash == template for row in rows)):
             self._store.end_overrides(wanted.stored.uid, (Kind.CANARY,))
 
     def _follow_canary(self, wanted: Effective, tried: Canary) -> None:
@@ -516,11 +518,13 @@ class ModelReconciler:
             self._downloads.forget(key)
             return await self._sweep(key)
         view = self._observe(stored)
+        if view.tried is not None and self._note_canary(view, view.tried.canary):
+            return 0.0
         acting = self._acting(view)
         planned = rollout.plan(acting.desired, acting.world, self._clock())
         self._note_room(acting, planned)
         passes = [(acting, planned)]
-        if view.tried is not None and view.fetching is None:
+        if view.tried is not None and view.tried.canary.is_noted and view.fetching is None:
             passes.append((view.tried.alone, self._plan_beside(view.tried.alone, planned)))
         for each, _ in passes:
             self._hot_hashes[key.name, each.desired.template_hash] = each.desired.hot_hash
@@ -569,6 +573,17 @@ class ModelReconciler:
         room_at = now + ROOM_POLL if no_room and acting.placement.device == "cuda" else None
         turn_at = now + TURN_POLL if waits else None
         return due_in((requeue_at, deadline, retry_at, room_at, turn_at, *ends), now)
+
+    def _note_canary(self, view: View, tried: Canary) -> bool:
+        """Put a canary on record before any of it runs, once what is left of another one has been sent away; says
+        whether it was written now."""
+        aside = view.wanted.set_aside
+        left = any(row.template_hash == aside and row.goal is Goal.RUN for row, _ in view.world.replicas)
+        if tried.is_noted or left:
+            return False
+        noted = Override(Kind.CANARY, "platform", self._clock(), template_hash=tried.revision.template_hash)
+        self._store.set_override(view.stored.uid, noted)
+        return True
 
     def _plan_beside(self, view: View, planned: rollout.RolloutPlan) -> rollout.RolloutPlan:
         """The plan of a canary, in the room that the plan of the stable revision leaves."""
@@ -708,7 +723,6 @@ class ModelReconciler:
             template_hash=step.template_hash,
         )
         self._store.set_override(stored.uid, quarantine, failed=(step.revision, why))
-        self._store.end_overrides(stored.uid, (Kind.CANARY,))
         text = f"revision {step.revision} → {step.to}: {why}"
         self._store.add_event(stored.key, "Warning", "RolledBack", text)
         self._changed(ROUTES)
@@ -830,7 +844,14 @@ class ModelReconciler:
             stored = wanted.stored
             rows = self._store.replicas(stored.key.name)
             tried, mine = wanted.canary, own_rows(wanted, rows)
-            pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in mine)
+            pairs = tuple(
+                (
+                    # what is left of a canary that was given up is on its way out before a pass has said so
+                    replace(row, goal=Goal.DRAIN) if row.template_hash == wanted.set_aside else row,
+                    seen_of(row, self._fleet.observed(row.id)),
+                )
+                for row in mine
+            )
             placements = {
                 r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
             }

@@ -65,7 +65,7 @@ class Override:
     template_hash: str = ""
     """Of a quarantine and a canary."""
     stage: dict[str, Any] | None = None
-    """Of a canary: `canary.Stage`."""
+    """Of a canary that has begun: `canary.Stage`."""
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kind": self.kind.value}

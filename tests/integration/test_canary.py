@@ -157,14 +157,18 @@ def test_the_share_and_the_counts_are_those_of_all_processes_of_a_router(tmp_pat
         plane.apply(GATEWAY.replace("port: 0", "port: 0, workers: 3"))
         plane.apply(canary(name))
         plane.wait_served(name)
+
+        def serving() -> bool:
+            gateway = plane.client.get("/v1/objects/gateway/default")
+            return bool(gateway["status"]["workers"]["serving"] == 3)
+
+        eventually(serving, "all processes of the router take requests")
         with Oracles(plane.base_url, name, 6) as oracles:
             second = plane.apply(canary(name, ROUND=2))["model/several"]["revision"]
             plane.wait_served(name)
             plane.apply(canary(name, FIRST=0.3))
             wait_settled(plane, name, "RolledBack", second)
         assert oracles.asked > 50
-        workers = plane.client.get("/v1/objects/gateway/default")["status"]["workers"]
-        assert workers["serving"] == 3, workers
     finally:
         plane.end()
 

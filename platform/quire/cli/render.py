@@ -320,7 +320,6 @@ def overrides(view: View) -> list[str]:
             "quarantine": f"revision {item.get('revision')} given up",
             "restart": "restarted",
             "resident": "in memory",
-            "canary": "a canary's step began",
             "suspend": "suspended",
         }[item["kind"]]
         until = f" until {item['until']}" if item.get("until") else ""

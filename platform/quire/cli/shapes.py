@@ -98,9 +98,7 @@ class Counts(TypedDict):
 class Decision(TypedDict):
     """What was decided beside the manifest."""
 
-    kind: Literal[
-        "scale", "autoscale", "pause", "hold", "pin", "quarantine", "restart", "resident", "canary", "suspend"
-    ]
+    kind: Literal["scale", "autoscale", "pause", "hold", "pin", "quarantine", "restart", "resident", "suspend"]
     by: str
     reason: str
     since: Time

@@ -169,7 +169,6 @@ class Steering:
         )
         failure = f"aborted by {by}" + (f": {why}" if why else "")
         self._plane.store.set_override(wanted.stored.uid, override, failed=(n, failure))
-        self._end(wanted, Kind.CANARY)
         return (
             "CanaryAborted",
             f"revision {n} is given up until the manifest changes; {wanted.revision.n} serves on",
@@ -183,11 +182,15 @@ class Steering:
             raise ApiError(409, "conflict", text, f"platform rollout abort {key} gives the canary up", exit_code=5)
         to = self._earlier(wanted, body.get("revision"))
         if to.n == wanted.newest.n:
-            self._end(wanted, Kind.PIN, Kind.QUARANTINE)
+            self._end_what_keeps_away(wanted)
             return "Unpinned", f"revision {to.n} serves, as the manifest says"
         self._set(wanted, Kind.PIN, body, revision=to.n)
-        self._end(wanted, Kind.CANARY)
         return "Pinned", f"pinned to revision {to.n} until the manifest changes, which it was not"
+
+    def _end_what_keeps_away(self, wanted: Effective) -> None:
+        """Let the newest revision be what is to serve; as a canary from its first step, unless it is one now."""
+        again = (Kind.CANARY,) if wanted.canary is None else ()
+        self._end(wanted, Kind.PIN, Kind.QUARANTINE, *again)
 
     def _earlier(self, wanted: Effective, named: object) -> Revision:
         """The revision to go back to: the one that was named, else the last that was rolled out before."""
@@ -209,10 +212,11 @@ class Steering:
 
     def _retry(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         """Try what failed again: the revision that was given up, replicas that failed or wait, files."""
-        if not wanted.is_newest:
+        kept_away = not wanted.is_newest and wanted.canary is None
+        if kept_away:
             self._refuse_while_held(wanted)
-        self._end(wanted, Kind.PIN, Kind.QUARANTINE)
-        if not wanted.is_newest:
+        self._end_what_keeps_away(wanted)
+        if kept_away:
             return "Retried", f"revision {wanted.newest.n} is rolled out once more"
         again = 0
         for row in self._plane.store.replicas(wanted.stored.key.name):

@@ -222,9 +222,26 @@ def test_a_pause_of_rollouts_keeps_a_canary_from_beginning_and_one_that_has_begu
     begun = wanted(hold, at_step(1), **CANARY)
     assert begun.canary is not None
     assert (begun.canary.step, begun.revision) == (1, TWO)
+    noted = wanted(hold, override(Kind.CANARY, template_hash="t3"), **CANARY)
+    assert noted.canary is not None
+    assert (noted.canary.stage, noted.canary.is_noted) == (None, True), "it waits for its first replica"
     another = wanted(replace(at_step(1), template_hash="t9"), **CANARY)
     assert another.canary is not None
     assert another.canary.stage is None, "a stage of another template says nothing of this one"
+
+
+def test_what_is_left_of_a_canary_that_did_not_take_over_is_set_aside() -> None:
+    noted = override(Kind.CANARY, template_hash="t3")
+    given_up = override(Kind.QUARANTINE, revision=3, template_hash="t3")
+    for kept in (noted, at_step(1)):
+        assert wanted(kept, **CANARY).set_aside == "", "it goes on"
+        assert wanted(kept, given_up, **CANARY).set_aside == "t3"
+        assert wanted(kept, override(Kind.PIN, revision=1), **CANARY).set_aside == "t3"
+        another = wanted(replace(kept, template_hash="t9"), **CANARY)
+        assert (another.set_aside, another.canary is not None) == ("t9", True), "another template is tried now"
+        assert wanted(kept).set_aside == "", "by another strategy it is what is to serve"
+    assert wanted(at_step(PROMOTED), given_up, **CANARY).set_aside == "", "it had taken over before it failed"
+    assert wanted(**CANARY).set_aside == ""
 
 
 def test_a_model_that_has_no_replica_has_none_of_its_canary() -> None:
