@@ -19,8 +19,6 @@ from typing import Any, Literal
 import msgspec
 
 from quire_operators import autoscaling, residency, rollout
-from quire_operators import canary as canaries
-from quire_operators.analysis import Measured
 from quire_operators.cache import Need
 from quire_operators.database import Conflict
 from quire_operators.desired import (
@@ -52,6 +50,7 @@ from quire_operators.routes import Routable, Routes, Text
 from quire_operators.secrets import without_tokens
 from quire_operators.store import Store
 from quire_operators.tracing import acted
+from quire_operators.trials import Trials
 from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
@@ -61,9 +60,6 @@ from quire_schemas.update import hot_hash
 
 log = logging.getLogger(__name__)
 
-CANARY_FAILED = "CanaryFailed"
-CANARY_POLL = 0.5
-"""Seconds between two looks at what canaries do."""
 DEMAND_POLL = 0.2
 """Seconds between two looks at whether somebody asks for a model that is not in memory."""
 LOAD_POLL = 1.0
@@ -121,9 +117,8 @@ class ModelReconciler:
         """Those of them for which nobody can make room."""
         self._loads: dict[str, autoscaling.Memory] = {}
         """By model: what its load called for."""
-        self._compared: dict[str, wire.Comparison] = {}
-        """By model with a canary: what the router has counted of it and of the stable revision."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
+        self.trials = Trials(store, routes, self.effective, self._serving, self._roll_back, self._told, clock)
         self._ledger = Ledger(store, fleet, detect)
         self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
@@ -248,10 +243,7 @@ class ModelReconciler:
         name = view.stored.key.name
         unusable = self._routes.unusable(canary_name(name))
         alone = View(wanted, placement, desired_of(wanted), world, view.fetching, unusable)
-        compared = self._compared.get(name)
-        if compared is not None and compared.template_hash != tried.revision.template_hash:
-            compared = None
-        return Tried(alone, tried, compared)
+        return Tried(alone, tried, self.trials.compared(name, tried))
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -421,94 +413,6 @@ class ModelReconciler:
             self._changed(ROUTES)
         return decision.replicas == 0
 
-    # ── canaries ──────────────────────────────────────────────────────────────────────────────────────────
-
-    def settle_canaries(self) -> float | None:
-        """Have each canary go a step on, take over, or be given up, by what the router has counted. Seconds until
-        another look; None when there is no canary."""
-        there = False
-        for stored in self._store.objects("model"):
-            if canaries.policy_of(stored.resolved) is None:
-                continue
-            wanted = self.effective(stored)
-            if wanted.canary is None:
-                self._compared.pop(stored.key.name, None)
-                self._end_canary(wanted)
-                continue
-            there = True
-            if wanted.full:
-                self._follow_canary(wanted, wanted.canary)
-        return CANARY_POLL if there else None
-
-    def _end_canary(self, wanted: Effective) -> None:
-        """Forget where a canary stood that is over: the same template may come once more, as a new one."""
-        kept, stable = wanted.overrides.get(Kind.CANARY), wanted.stable
-        if kept is None:
-            return
-        template = kept.template_hash
-        over = (stable is not None and stable.template_hash == template) or template != wanted.newest.template_hash
-        rows = self._store.replicas(wanted.stored.key.name)
-        if over and not (wanted.set_aside and any(row.template_hash == template for row in rows)):
-            self._store.end_overrides(wanted.stored.uid, (Kind.CANARY,))
-
-    def _follow_canary(self, wanted: Effective, tried: Canary) -> None:
-        """One look at one canary."""
-        stored, policy, now = wanted.stored, tried.policy, self._clock()
-        name, steps = stored.key.name, len(policy.steps)
-        held = Kind.HOLD in wanted.overrides
-        if tried.stage is None:
-            if not held and self._serving(name, tried):
-                self._go_on(stored, tried, canaries.Stage(0, now), f"step 1 of {steps}: {policy.says(0)}")
-            return
-        told = self._routes.comparison(name)
-        if told is None or told.template_hash != tried.revision.template_hash:
-            return  # the router has not begun to count yet, or does not answer
-        if self._compared.get(name) != told:
-            self._compared[name] = told
-            self._changed(stored.key)
-        decision = canaries.decide(policy, tried.stage, Measured.of(told.stable), Measured.of(told.new), now)
-        match decision:
-            case canaries.Fail():
-                step = rollout.RollBack(
-                    tried.revision.n,
-                    tried.revision.template_hash,
-                    wanted.revision.n,
-                    CANARY_FAILED,
-                    decision.because,
-                )
-                self._roll_back(stored, step)
-                self._store.add_event(stored.key, "Warning", CANARY_FAILED, decision.because)
-                self._changed(stored.key)
-            case canaries.Stay() if decision.stage != tried.stage:
-                kept = decision.stage.kept(tried.revision.template_hash, decision.stage.since)
-                self._store.set_override(stored.uid, kept)
-            case canaries.Next() if not held:
-                number = decision.stage.step
-                self._go_on(stored, tried, decision.stage, f"step {number + 1} of {steps}: {policy.says(number)}")
-            case canaries.Promote() if not held:
-                self._promote(stored, tried, "all steps are done")
-
-    def _promote(self, stored: StoredObject, tried: Canary, because: str) -> None:
-        """Have a canary take over."""
-        stage = canaries.Stage(canaries.PROMOTED, self._clock())
-        self._store.set_override(stored.uid, stage.kept(tried.revision.template_hash, stage.since))
-        text = f"revision {tried.revision.n} takes over: {because}"
-        self._store.add_event(stored.key, "Normal", "CanaryPromoted", text)
-        self._changed(stored.key)
-        self._changed(ROUTES)
-
-    def _go_on(self, stored: StoredObject, tried: Canary, stage: canaries.Stage, text: str) -> None:
-        self._store.set_override(stored.uid, stage.kept(tried.revision.template_hash, stage.since))
-        self._store.add_event(stored.key, "Normal", "CanaryStep", f"revision {tried.revision.n}: {text}")
-        self._changed(stored.key)
-        self._changed(ROUTES)
-
-    def _serving(self, model: str, tried: Canary) -> int:
-        """Replicas of a canary that serve."""
-        template = tried.revision.template_hash
-        rows = [row for row in self._store.replicas(model) if row.template_hash == template]
-        return sum(row.ready_since is not None and self.seen(row).routed for row in rows)
-
     # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def reconcile(self, key: Key) -> float | None:
@@ -518,7 +422,7 @@ class ModelReconciler:
             self._downloads.forget(key)
             return await self._sweep(key)
         view = self._observe(stored)
-        if view.tried is not None and self._note_canary(view, view.tried.canary):
+        if view.tried is not None and self.trials.note(view.wanted, view.tried.canary):
             return 0.0
         acting = self._acting(view)
         planned = rollout.plan(acting.desired, acting.world, self._clock())
@@ -573,17 +477,6 @@ class ModelReconciler:
         room_at = now + ROOM_POLL if no_room and acting.placement.device == "cuda" else None
         turn_at = now + TURN_POLL if waits else None
         return due_in((requeue_at, deadline, retry_at, room_at, turn_at, *ends), now)
-
-    def _note_canary(self, view: View, tried: Canary) -> bool:
-        """Put a canary on record before any of it runs, once what is left of another one has been sent away; says
-        whether it was written now."""
-        aside = view.wanted.set_aside
-        left = any(row.template_hash == aside and row.goal is Goal.RUN for row, _ in view.world.replicas)
-        if tried.is_noted or left:
-            return False
-        noted = Override(Kind.CANARY, "platform", self._clock(), template_hash=tried.revision.template_hash)
-        self._store.set_override(view.stored.uid, noted)
-        return True
 
     def _plan_beside(self, view: View, planned: rollout.RolloutPlan) -> rollout.RolloutPlan:
         """The plan of a canary, in the room that the plan of the stable revision leaves."""
@@ -726,6 +619,16 @@ class ModelReconciler:
         text = f"revision {step.revision} → {step.to}: {why}"
         self._store.add_event(stored.key, "Warning", "RolledBack", text)
         self._changed(ROUTES)
+
+    def _told(self, key: Key) -> None:
+        """Something was decided about a model that its replicas and the router are to follow."""
+        self._changed(key)
+        self._changed(ROUTES)
+
+    def _serving(self, model: str, template_hash: str) -> int:
+        """Replicas of a template that serve."""
+        rows = [row for row in self._store.replicas(model) if row.template_hash == template_hash]
+        return sum(row.ready_since is not None and self.seen(row).routed for row in rows)
 
     def _remove_stale_logs(self, stored: StoredObject) -> None:
         """Keep the logs of replicas whose revision is on record; all of them would pile up with every rollout."""
@@ -878,7 +781,7 @@ class ModelReconciler:
         if tried.stage is None:
             return 0
         full = max(wanted.stored.resolved["replicas"], 1)
-        serving = self._serving(wanted.stored.key.name, tried)
+        serving = self._serving(wanted.stored.key.name, tried.revision.template_hash)
         weight = tried.policy.steps[tried.step].weight
         return min(weight, int(100 * serving // full))
 
