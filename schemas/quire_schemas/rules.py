@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -460,6 +461,23 @@ def _canary(facts: Facts) -> Iterator[Finding]:
             "remove it, or the strategy",
             True,
         )
+    if facts["spec.rollout.strategy"] != "Canary":
+        return
+    declared = facts["spec.rollout.canary"]
+    steps = declared["steps"] if declared is not None else ()
+    if not steps:
+        yield Finding(
+            ("spec", "rollout", "canary") if declared is not None else ("spec", "rollout", "strategy"),
+            "strategy Canary needs steps, and none are declared",
+            "declare rollout.canary.steps: [{weight: 10, hold: 5m}, {weight: 50, hold: 5m}]",
+        )
+    for place, (before, after) in enumerate(itertools.pairwise(step["weight"] for step in steps), 1):
+        if after <= before:
+            yield Finding(
+                ("spec", "rollout", "canary", "steps", place, "weight"),
+                f"{after} comes after {before}: each step gives the new revision more",
+                "write the steps with rising weights",
+            )
 
 
 def _parsers(facts: Facts) -> Iterator[Finding]:
@@ -591,7 +609,10 @@ def _keys(facts: Facts) -> Iterator[Finding]:
         elif source is not None and source.get("file") is not None and not source["file"].startswith("/"):
             hint = "begin it with /"
             yield Finding((*path, index, "valueFrom", "file"), "is not an absolute path", hint)
-    yield from _repeated([each for key in keys if (each := key.get("hash")) is not None], path, "the hash")
+    hashes = [key.get("hash") for key in keys]
+    for index, value in enumerate(hashes):
+        if value is not None and value in hashes[:index]:
+            yield Finding((*path, index), f"the hash {value!r} stands here twice", "remove one of them")
 
 
 def _limits(facts: Facts) -> Iterator[Finding]:
