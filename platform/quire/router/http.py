@@ -30,6 +30,7 @@ from litestar.types import ASGIApp, Message, Scope
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from quire.doors import farewell
 from quire.errors import InvalidRequest, describe
 from quire.router.account import new_request_id
 from quire_schemas.wire import HttpSettings
@@ -353,9 +354,8 @@ class Protocol(asyncio.Protocol):
             known = describe(
                 InvalidRequest("The request is not proper HTTP/1.1, or its headers are above 16 KiB.")
             )
-            more = ((b"x-request-id", new_request_id()), (b"connection", b"close"))
-            lines = [b"%b: %b\r\n" % header for header in (*self.server.default_headers, *known.headers, *more)]
-            self.transport.write(b"".join([_STATUS[known.status], *lines, b"\r\n", known.body]))
+            headers = (*self.server.default_headers, *known.headers, (b"x-request-id", new_request_id()))
+            self.transport.write(farewell(known.status, headers, known.body))
         if self._cycle is not None:
             self._cycle.leave()
         self.shut()
