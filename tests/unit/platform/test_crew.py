@@ -15,6 +15,7 @@ import pytest
 from quire.router.crew import Crew
 from quire.router.fleet import Fleet
 from quire.router.server import Board
+from quire_schemas import signals
 
 SCRIPT = """
 import asyncio, socket, sys
@@ -35,6 +36,27 @@ async def main():
 
 asyncio.run(main())
 """
+
+LAST_WORDS = """
+import asyncio, socket, sys
+from quire.router.line import Line
+from quire_schemas import wire, workers
+
+async def main():
+    line = await Line.over(
+        socket.socket(fileno=int(sys.argv[1])), workers.FromWorkerFrame, workers.FromHeadFrame
+    )
+    counts = workers.Counts({}, refused=3)
+    for each in (workers.Serving(), counts, workers.BeginResponse("counted", 1)):
+        line.tell(each)
+    async for message in line.heard():
+        if isinstance(message, workers.GetCounts):
+            answer = workers.FromWorkerFrame([workers.CountsFor(message.number, counts)])
+            line._writer.write(wire.frame(answer) + wire.frame(wire.GetStats()))
+
+asyncio.run(main())
+"""
+"""It answers with its counts, and in the same breath with what ends it."""
 
 
 class Desk:
@@ -88,6 +110,30 @@ async def test_a_worker_of_another_version_is_told_of(caplog: pytest.LogCaptureF
             async with asyncio.timeout(10):
                 while not any("replace the gateway" in each.getMessage() for each in caplog.records):
                     await asyncio.sleep(0.01)
+        finally:
+            crew.finish(1.0)
+            await crew.close()
+            await fleet.close()
+
+
+async def test_what_a_worker_counts_that_ends_meanwhile_is_counted_once() -> None:
+    fleet, desk = Fleet(None), Desk()
+    fleet.metrics.watch_room(lambda: 0, lambda: 0.0)
+    head: Any = SimpleNamespace(desk=None, background=desk)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        crew = Crew(
+            1,
+            lambda _, line, __: [sys.executable, "-c", LAST_WORDS, str(line)],
+            listening,
+            Board.new(),
+            fleet,
+            head,
+        )
+        crew.start()
+        try:
+            await asyncio.wait_for(desk.told.get(), 10)
+            told = (await crew.scrape()).decode()
+            assert f"{signals.CONNECTIONS_REFUSED}_total 3.0" in told
         finally:
             crew.finish(1.0)
             await crew.close()
