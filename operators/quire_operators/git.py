@@ -45,7 +45,8 @@ HANDED_DOWN = (
     "PATH", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY",
     "all_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "GIT_SSL_CAPATH",
 )  # fmt: skip
-"""Variables of ours that git and what it starts may have: the way to the network, and whom to trust there."""
+"""Variables of ours that git and what it starts may have: the way to the network, and whom to trust there. A proxy
+is for https alone: what goes by http is for this machine, and any other would read it."""
 SETTINGS = (
     "core.hooksPath=/dev/null",
     "core.fsmonitor=false",
@@ -201,6 +202,8 @@ class Repository:
         if packs.is_dir() and sum(path.suffix == ".pack" for path in packs.iterdir()) >= PACKS:
             self.discard()
             await self._make()
+        for lock in self._folder.rglob("*.lock"):  # of one that was killed: nobody else uses the clone
+            lock.unlink(missing_ok=True)
         try:
             await self._remote(
                 "fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head",
@@ -297,6 +300,7 @@ class Repository:
             line = said.find(b"\n", at)
             head = said[at:line].split()
             if line < 0 or len(head) != 3 or head[1] != b"blob" or int(head[2]) != entry.size:
+                self.discard()
                 text = f"{os.fsdecode(entry.path)!r} cannot be read from the clone"
                 raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is fetched again")
             contents.append(said[line + 1 : line + 1 + entry.size])
@@ -325,13 +329,14 @@ class Repository:
         return out
 
     async def _local(self, *arguments: str, given: bytes = b"", most: int = MIB) -> bytes:
-        """A command on the clone alone: its output."""
+        """A command on the clone alone: its output. A clone in which one fails is begun anew."""
         code, out, said = await self._run(*arguments, given=given, most=most)
         if code != 0:
+            self.discard()
             raise Refused(
                 Reason.REPOSITORY_UNREADABLE,
                 f"git {arguments[0]} failed: {_line(said.decode(errors='replace'))}",
-                "is the repository damaged? git fsck there says so",
+                "it is fetched anew at the next try; if that fails as well, git fsck in the repository says why",
             )
         return out
 
@@ -356,6 +361,9 @@ class Repository:
                 start_new_session=True,
             )  # fmt: skip
         except FileNotFoundError as error:
+            if not self._folder.is_dir():
+                text = f"the clone {self._folder} is gone"
+                raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is fetched again") from error
             hint = "install git 2.34 or later on this machine, and platform daemon restart"
             raise Unreachable(Reason.GIT_MISSING, "there is no git command in PATH", hint) from error
         with contextlib.suppress(ProcessLookupError):  # it ended already
@@ -378,7 +386,12 @@ class Repository:
         return code, out, said
 
     def _environment(self, *, with_credential: bool) -> dict[str, str]:
-        kept = {name: self._environ[name] for name in HANDED_DOWN if name in self._environ}
+        scheme = urlsplit(self._url).scheme
+        kept = {
+            name: self._environ[name]
+            for name in HANDED_DOWN
+            if name in self._environ and (scheme != "http" or "proxy" not in name.lower())
+        }
         closed = {
             "GIT_DIR": str(self._folder),
             "GIT_CONFIG_NOSYSTEM": "1",
@@ -387,7 +400,7 @@ class Repository:
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_OPTIONAL_LOCKS": "0",
             "GIT_PROTOCOL_FROM_USER": "0",
-            "GIT_ALLOW_PROTOCOL": urlsplit(self._url).scheme,
+            "GIT_ALLOW_PROTOCOL": scheme,
             "HOME": os.devnull,
             "LC_ALL": "C",
         }
