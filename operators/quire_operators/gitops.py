@@ -266,7 +266,6 @@ class SourceReconciler:
 
     def _let_go(self, stored: StoredObject) -> None:
         """A source that is deleted leaves its objects as they are."""
-        self._store.inventory.release(stored.uid)
         self._looks.pop(stored.uid, None)
         shutil.rmtree(self._folder / stored.uid, ignore_errors=True)
         self._store.add_event(

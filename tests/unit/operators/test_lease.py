@@ -25,7 +25,7 @@ from quire_operators.postgres import STANDS_STILL, database_url, shown
 from quire_operators.records import Change
 from quire_operators.sqlite import StoreUnavailable, UnusableStore
 from quire_operators.store import Store
-from quire_operators.tables import META
+from quire_operators.tables import META, METADATA, TEXT, WORDS
 from quire_operators.whereabouts import find, settle
 from quire_schemas.resource import Key
 
@@ -33,8 +33,11 @@ KEY = Key("model", "m")
 HERE = Home("here", "/state", "machine")
 
 
-def election(place: Path | sa.URL, home: Home = HERE) -> Election:
-    return Election(place, "a test", lambda: home)
+NOWHERE = Path("/nowhere")
+
+
+def election(place: Path | sa.URL, home: Home = HERE, acted: Path = NOWHERE) -> Election:
+    return Election(place, "a test", lambda: home, acted)
 
 
 def apply(store: Store, name: str = "m") -> None:
@@ -244,6 +247,19 @@ def test_what_was_read_is_read_anew_when_somebody_else_has_written(url: sa.URL) 
         by_hand(url, "UPDATE objects SET generation = 9")
         eventually(lambda: [each.generation for each in store.objects()] == [9, 9], "it heard of it", 5)
         assert store.others_version > before
+        assert store.inventory.all() == {}
+        by_hand(url, "INSERT INTO managed VALUES ('model', 'm', 'uid', 'prod', '3f1c', 'a.yaml', 'h')")
+        eventually(lambda: KEY in store.inventory.all(), "it heard of that, too", 5)
+
+
+def test_every_text_is_compared_by_its_bytes() -> None:
+    texts = [column for table in METADATA.sorted_tables for column in table.columns if _is_text(column)]
+    assert len(texts) > 30
+    assert [column for column in texts if column.type is not TEXT and column.type is not WORDS] == []
+
+
+def _is_text(column: sa.Column[object]) -> bool:
+    return isinstance(column.type, sa.String | sa.types.TypeDecorator)
 
 
 def test_a_server_that_was_away_is_used_again(postgres: Postgres) -> None:
@@ -306,6 +322,16 @@ def test_numbers_of_those_who_led_are_never_taken_back(tmp_path: Path) -> None:
     enter(folder, 12)
     enter(folder, 4)
     assert highest_first(folder)[0] == 12
+
+
+def test_a_store_that_is_new_here_counts_on_from_whoever_led_here(tmp_path: Path) -> None:
+    folder = tmp_path / "epochs"
+    enter(folder, 40)
+    with closing(election(tmp_path / "new.db", acted=folder)) as first:
+        assert taken(first, locked=True).epoch == 41
+        assert taken(first, locked=True).epoch == 42
+        enter(folder, 50)  # another store was led from meanwhile, and this one is come back to
+        assert taken(first, locked=True).epoch == 51
 
 
 @pytest.mark.parametrize(
