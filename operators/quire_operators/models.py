@@ -46,6 +46,7 @@ from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.secrets import without_tokens
+from quire_operators.sqlite import StoreError
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_operators.turns import Neighbour, Turns
@@ -350,7 +351,12 @@ class ModelReconciler:
             del self._loads[gone]
         asleep = False
         for stored, policy in followed.values():
-            asleep |= self._follow_load(stored, policy)
+            try:
+                asleep |= self._follow_load(stored, policy)
+            except StoreError:
+                raise
+            except Exception:  # one model's trouble is not the others', nor the routing table's
+                log.exception("%s: its load is not followed", stored.key)
         return (DEMAND_POLL if asleep else LOAD_POLL) if followed else None
 
     def _follow_load(self, stored: StoredObject, policy: autoscaling.Policy) -> bool:
