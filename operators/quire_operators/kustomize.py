@@ -33,6 +33,8 @@ PLUGINS = (
     "crds",
 )
 """Fields of a kustomization whose files could name an address in ways of their own."""
+INERT = ("patch", "literals", "commonLabels", "commonAnnotations", "labels", "images")
+"""Fields of a kustomization whose text is taken as it stands: an address in it is never asked."""
 NOWHERE = "http://127.0.0.1:9"
 WORDS = 600
 
@@ -68,7 +70,7 @@ async def build(
             if any(part in (b"", b".", b"..", b".git") for part in parts):
                 raise _failed(f"{entry.path!r} is no path of a file", "remove it from the repository")
             if parts[-1].decode(errors="replace") in NAMES:
-                _refuse_addresses(os.fsdecode(entry.path), content)
+                refuse_addresses(os.fsdecode(entry.path), content)
             file = tree / os.fsdecode(entry.path)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +81,9 @@ async def build(
         return await _run(command, tree / path, root / "home", limits)
 
 
-def _refuse_addresses(name: str, content: bytes) -> None:
-    """Nothing of it may lead to the network: kustomize would ask a server of this machine past any proxy."""
+def refuse_addresses(name: str, content: bytes) -> None:
+    """Nothing of a kustomization may lead to the network: kustomize would ask a server of this machine past any
+    proxy. Raises `Refused`."""
     nodes, flaws = compose(content.decode(errors="replace"))
     if flaws:
         raise _failed(f"{name}:{flaws[0].line}:{flaws[0].column}: {flaws[0].message}", flaws[0].hint)
@@ -94,13 +97,15 @@ def _refuse_addresses(name: str, content: bytes) -> None:
 
 
 def _texts(node: Node) -> Iterator[str]:
+    """All texts that kustomize could load from."""
     if node.kind == "scalar":
         yield node.text
     for item in node.items:
         yield from _texts(item)
     for key, value in node.entries:
         yield from _texts(key)
-        yield from _texts(value)
+        if key.text not in INERT:
+            yield from _texts(value)
 
 
 async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
