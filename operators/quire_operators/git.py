@@ -82,7 +82,7 @@ class Limits:
     """Below the folder that is followed."""
     listing_bytes: int = 4 * MIB
     """Of the names of those files."""
-    content_bytes: int = 16 * MIB
+    content_bytes: int = 4 * MIB
     """Of all manifests together."""
 
 
