@@ -364,6 +364,8 @@ class ModelReconciler:
         name, now = stored.key.name, self._clock()
         memory = self._loads.setdefault(name, autoscaling.Memory())
         use, wanted = self._routes.use(name), self.effective(stored)
+        if self._routes.status is not None:
+            memory.hear_from(self._routes.status.pid)
         decided_otherwise = Kind.SCALE in wanted.overrides or Kind.PAUSE in wanted.overrides
         if use is None or decided_otherwise:
             memory.forget()
