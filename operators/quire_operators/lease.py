@@ -5,7 +5,8 @@ row of `leases`. Its `epoch` grows by one whenever another takes it, and `expire
 clock alone: nobody's own clock is compared with anybody else's.
 
     taken      when it has expired; or at once by whoever holds the lock of the state directory (`daemon.lock`),
-               which the kernel takes from a process that ends, if the last holder had it: then that one is gone
+               which the kernel takes from a process that ends, if the last holder had it under the same kernel (by
+               its boot id): then that one is gone. A copy of a state directory elsewhere has a lock of its own
     renewed    every `RENEW_SECONDS`, for `LEASE_SECONDS` from then; the epoch stays
     given up   at a clean end: it has expired
 
@@ -40,6 +41,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from quire_operators.clock import boot_id
 from quire_operators.database import Deposed, Location, location, refuse_newer
 from quire_operators.sqlite import UnusableStore
 from quire_operators.tables import LEASES, META
@@ -185,7 +187,7 @@ class Election:
         return max([epoch, *highest_first(self._acted)]) + 1
 
     def _is_free(self, db: sa.Connection, row: Any, *, locked: bool) -> bool:
-        if locked and (row.locked or row.expires is None):
+        if locked and (row.expires is None or (row.locked and row.boot == boot_id())):
             return True
         return row.expires is not None and row.expires < db.scalar(sa.select(self._clock()))
 
@@ -230,7 +232,7 @@ class Election:
 
     def _values(self, *, locked: bool) -> dict[str, Any]:
         expires = self._clock() + LEASE_SECONDS if self._expires else None
-        return {"holder": self._holder, "locked": locked, "expires": expires}
+        return {"holder": self._holder, "boot": boot_id(), "locked": locked, "expires": expires}
 
 
 # ── epochs of a machine ───────────────────────────────────────────────────────────────────────────────────

@@ -144,6 +144,7 @@ LEASES = sa.Table(
     METADATA,
     sa.Column("name", TEXT, primary_key=True),
     sa.Column("holder", TEXT, nullable=False),
+    sa.Column("boot", TEXT, nullable=False),
     sa.Column("epoch", NUMBER, nullable=False),
     sa.Column("locked", sa.Boolean, nullable=False),
     sa.Column("expires", sa.Float),

@@ -100,6 +100,17 @@ def test_who_has_the_lock_that_the_last_one_had_need_not_wait(two: tuple[Electio
     assert taken(second, locked=True).epoch == 2
 
 
+def test_the_lock_of_another_kernel_says_nothing(
+    two: tuple[Election, Election], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two
+    taken(first, locked=True)
+    with monkeypatch.context() as elsewhere:  # a copy of the state directory, with a lock of its own
+        elsewhere.setattr(module, "boot_id", lambda: "another")
+        assert second.take(locked=True) is None
+    assert taken(second, locked=True).epoch == 2
+
+
 def test_one_that_gives_up_leaves_it_at_once(two: tuple[Election, Election]) -> None:
     first, second = two
     first.give_up(taken(first))
@@ -359,6 +370,14 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_password() -> None
     with pytest.raises(StoreUnavailable, match=r"postgresql://127\.0\.0\.1:1/d cannot be used now") as refused:
         Store(database_url("postgresql://u:secret@127.0.0.1:1/d"))
     assert "secret" not in refused.value.message + refused.value.hint
+
+
+def test_a_server_that_has_no_second_connection_is_named(url: sa.URL) -> None:
+    by_hand(url, f"CREATE ROLE {url.database}_one LOGIN CONNECTION LIMIT 1")
+    by_hand(url, f"ALTER DATABASE {url.database} OWNER TO {url.database}_one")
+    with pytest.raises(StoreUnavailable, match="too many connections for role") as refused:
+        Store(url.set(username=f"{url.database}_one"))
+    assert refused.value.hint
 
 
 def test_a_state_directory_keeps_to_its_database(tmp_path: Path, url: sa.URL) -> None:
