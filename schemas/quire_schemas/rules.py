@@ -599,7 +599,10 @@ def _keys(facts: Facts) -> Iterator[Finding]:
         elif source is not None and source.get("file") is not None and not source["file"].startswith("/"):
             hint = "begin it with /"
             yield Finding((*path, index, "valueFrom", "file"), "is not an absolute path", hint)
-    yield from _repeated([each for key in keys if (each := key.get("hash")) is not None], path, "the hash")
+    hashes = [key.get("hash") for key in keys]
+    for index, value in enumerate(hashes):
+        if value is not None and value in hashes[:index]:
+            yield Finding((*path, index), f"the hash {value!r} stands here twice", "remove one of them")
 
 
 def _limits(facts: Facts) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "rollouts.md").read_text()
 def alike(line: str) -> str:
     """A line without what differs from run to run: ages, hashes, and the width of their columns."""
     line = re.sub(r"\b[0-9a-f]{12}\b", "HASH", line)
-    line = re.sub(r"\b\d+[smh]\b", "AGE", line)
+    line = re.sub(r"\b\d+[smh](\d+[sm])?\b", "AGE", line)
     return re.sub(r" {2,}", "  ", line).rstrip()
 
 

@@ -127,7 +127,7 @@ def plain(text: str, platform: Platform) -> str:
     text = re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", text)
     text = re.sub(r"\(pid \d+", "(pid PID", text)
     text = re.sub(r"(?<=Ready  )\d+", "PID", re.sub(r" {2,}", "  ", text))
-    text = re.sub(r"\b\d+(s|m|h|d)(\d\d(s|m))?(?=\s|$)", "AGE", text)
+    text = re.sub(r"\b\d+(s|m|h|d)(\d+(s|m))?(?=\s|$)", "AGE", text)
     text = re.sub(r"about \S+ each", "about AGE each", text)
     text = re.sub(r"[\d.]+ GiB \((90%|free) of [\d.]+ GiB", "SIZE (SHARE of SIZE", text)
     text = re.sub(rf"\bby {re.escape(getpass.getuser())}\b", "by USER", text)

@@ -11,7 +11,7 @@ from tests.integration.router_world import CHAT, World, eventually
 
 from quire_schemas import signals, wire
 
-RULES = wire.BreakerRules(failures=3, pause=0.4, longest=0.8)
+RULES = wire.BreakerRules(failures=3, pause=1.5, longest=2.0)
 PATIENT = wire.BreakerRules(failures=3, pause=60.0, longest=60.0)
 
 

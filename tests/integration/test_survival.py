@@ -264,7 +264,8 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
             seconds=bound(1),
         )
     assert sorted(plane.state.runtime.rglob("*")) == files
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    ours = {path for path in Path("/dev/shm").iterdir() if not path.name.startswith("PostgreSQL.")}
+    assert ours <= shared, "a server that other tests use has its own"
     eventually(lambda: own.num_fds() <= descriptors, f"descriptors: {own.num_fds()}, not {descriptors}")
     assert own.children() == children
     plane.delete("often")

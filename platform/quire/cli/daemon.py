@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,7 +39,8 @@ def down(grace: float) -> int:
     Engines, router and control plane end. What was applied is kept, and stays stopped until platform up or
     platform apply."""
     client = connect(start=False)
-    if not client.is_running():
+    ping = _answer(client)
+    if ping is None:
         if not _living(client.state):
             if client.state.root.is_dir():
                 try:
@@ -54,7 +56,7 @@ def down(grace: float) -> int:
         # Engines and router outlive the control plane on purpose. A new one finds them again and stops them.
         notice("the control plane is gone, but its processes are not: starting it to stop them")
         client = connect(wakes=True)
-    ping = client.get("/v1/ping")
+        ping = client.get("/v1/ping")
     for view in [] if ping.get("down") else client.get("/v1/objects", kind="model")["items"]:
         live = view["status"].get("replicas", {}).get("live", 0)
         print(f"{render.key_of(view)}  {render.count(live, 'replica')} stopping")
@@ -74,6 +76,16 @@ def down(grace: float) -> int:
     _remove_sockets(client.state)
     print(spelled("down. What was applied is kept: platform up starts it again, and so does platform apply"))
     return ExitCode.OK
+
+
+def _answer(client: Client) -> dict[str, Any] | None:
+    """What the control plane says of itself; None if there is none, or it ends while it is asked."""
+    try:
+        return dict(client.get("/v1/ping"))
+    except Unreachable:
+        if client.is_running():
+            raise
+        return None
 
 
 def _living(state: StateDir) -> list[Path]:

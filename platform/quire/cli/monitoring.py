@@ -21,9 +21,14 @@ def monitoring(name: str | None, folder: Path | None) -> int:
     Dashboards are imported into Grafana as they are; alerts.yaml is a rule file of Prometheus, and prometheus.yaml
     a configuration that scrapes the router and loads it.
     """
+    from urllib.parse import urlsplit
+
+    from quire.cli.session import connect
     from quire.monitoring import files
 
-    made = files()
+    client = connect(start=False)
+    base = (client.get("/v1/ping").get("router") or {}).get("baseUrl") if client.is_running() else None
+    made = files(urlsplit(base).netloc) if base else files()
     if name is not None and folder is not None:
         raise CommandFailed("NAME and --to exclude each other", "leave one out", ExitCode.USAGE)
     if name is not None and name not in made:

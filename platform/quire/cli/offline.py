@@ -79,6 +79,9 @@ def explain(topic: str) -> int:
         for line in explain_reason(topic.partition("/")[2]):
             print(line)
         return ExitCode.OK
+    if _is_reason(topic):
+        print("\n".join(explain_reason(topic)))
+        return ExitCode.OK
     if "/" in topic:
         from quire.cli import effective
         from quire.cli.session import connect, object_path
@@ -92,6 +95,13 @@ def explain(topic: str) -> int:
     except fields.UnknownField as error:
         raise CommandFailed(str(error), error.hint, ExitCode.NOT_FOUND) from error
     return ExitCode.OK
+
+
+def _is_reason(topic: str) -> bool:
+    """Whether a topic is a word that conditions and events have; no kind of object is written like one."""
+    from quire_operators.status import Reason
+
+    return topic in {reason.value for reason in Reason}
 
 
 def explain_reason(word: str) -> list[str]:

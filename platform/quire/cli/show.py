@@ -63,7 +63,8 @@ def get(what: str, output: str, watch: bool) -> int:
         render.dump(answer, output, kind)
         return ExitCode.OK
     if not views:
-        print("nothing here yet: platform apply manifests/quickstart.yaml", file=sys.stderr)
+        models = LISTS.get(what, ("",))[0] == "model"
+        print(f"nothing here yet{': platform apply manifests/quickstart.yaml' * models}", file=sys.stderr)
         return ExitCode.OK
     for line in formatter(views, time.time()):
         print(line)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from quire.monitoring import alerts, dashboards
 
 
-def files() -> dict[str, str]:
-    """The content of every file, by its name."""
+def files(target: str = alerts.TARGET) -> dict[str, str]:
+    """The content of every file, by its name; `target` is the host and port that is scraped."""
     made = {f"{board.uid}.json": dashboards.as_json(board) for board in dashboards.BOARDS}
-    return {**made, "alerts.yaml": alerts.as_yaml(), "prometheus.yaml": alerts.scrape()}
+    return {**made, "alerts.yaml": alerts.as_yaml(), "prometheus.yaml": alerts.scrape(target)}
 
 
 __all__ = ["files"]

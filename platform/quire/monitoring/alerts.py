@@ -192,7 +192,11 @@ def as_yaml() -> str:
     return str(yaml.safe_dump({"groups": [{"name": "quire", "rules": rules}]}, sort_keys=False, width=110))
 
 
-def scrape(target: str = "127.0.0.1:8000", interval: str = "15s") -> str:
+TARGET = "127.0.0.1:8000"
+"""Where a gateway listens unless its manifest says otherwise."""
+
+
+def scrape(target: str = TARGET, interval: str = "15s") -> str:
     """A configuration of Prometheus that knows one router and loads the rules beside it."""
     job = {"job_name": JOB, "static_configs": [{"targets": [target]}]}
     settings = {"scrape_interval": interval, "evaluation_interval": interval}

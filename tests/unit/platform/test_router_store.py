@@ -320,7 +320,8 @@ async def test_what_was_kept_before_there_were_tenants_is_nobodys_and_stays(tmp_
     with closing(sqlite3.connect(first.folder / "router.db")) as db:  # as a version without tenants has left it
         for table, column in (("files", "owner"), ("batches", "owner"), ("batches", "owner_key")):
             db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        db.execute("DROP TABLE responses")
+        for later in ("responses", "usage"):
+            db.execute(f"DROP TABLE IF EXISTS {later}")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'schemaVersion'")
         db.commit()
     second = Store(tmp_path / "router")
