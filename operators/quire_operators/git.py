@@ -21,19 +21,16 @@ Exceptions:
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import os
 import re
-import resource
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from quire_operators.bounded import Bounds, TooLong, TooMuch, run
 from quire_operators.status import Reason
 
 MIB = 1 << 20
@@ -350,40 +347,22 @@ class Repository:
     ) -> tuple[int, bytes, bytes]:
         """Run git to its end: exit code, output, and the beginning of what it said on stderr."""
         options = [part for each in (*SETTINGS, *settings) for part in ("-c", each)]
+        bounds = Bounds(self._limits.seconds, most, self._limits.pack_bytes)
+        argv = ["git", "--no-replace-objects", *options, *arguments]
         try:
-            process = await asyncio.create_subprocess_exec(
-                "git", "--no-replace-objects", *options, *arguments,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=self._environment(with_credential=secret),
-                cwd=self._folder,
-                start_new_session=True,
-            )  # fmt: skip
+            return await run(argv, self._environment(with_credential=secret), self._folder, bounds, given)
         except FileNotFoundError as error:
             if not self._folder.is_dir():
                 text = f"the clone {self._folder} is gone"
                 raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is fetched again") from error
             hint = "install git 2.34 or later on this machine, and platform daemon restart"
             raise Unreachable(Reason.GIT_MISSING, "there is no git command in PATH", hint) from error
-        with contextlib.suppress(ProcessLookupError):  # it ended already
-            limit = self._limits.pack_bytes
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                _, out, said = await asyncio.gather(
-                    _write(process, given), _read(process.stdout, most, strict=True), _read(process.stderr, 4096)
-                )
-                code = await process.wait()
-        except TimeoutError as error:
+        except TooLong as error:
             text = f"git {arguments[0]} took longer than {self._limits.seconds:g} s"
             raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is tried again") from error
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-        return code, out, said
+        except TooMuch as error:
+            text = f"git's answer is larger than {most // MIB} MiB"
+            raise Refused(Reason.TOO_LARGE, text, "follow less of it") from error
 
     def _environment(self, *, with_credential: bool) -> dict[str, str]:
         scheme = urlsplit(self._url).scheme
@@ -440,26 +419,6 @@ class Repository:
             )
         hint = "check the network and spec.url; what was applied goes on as it is"
         return Unreachable(Reason.REMOTE_UNREACHABLE, line or f"git ended with {code}", hint)
-
-
-async def _write(process: asyncio.subprocess.Process, given: bytes) -> None:
-    pipe = process.stdin
-    if pipe is None:
-        return
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its exit code says why it left
-        pipe.write(given)
-        await pipe.drain()
-        pipe.close()
-
-
-async def _read(pipe: asyncio.StreamReader | None, most: int, *, strict: bool = False) -> bytes:
-    """What comes, up to `most` bytes; the rest is dropped, or with `strict` a `Refused`."""
-    found = bytearray()
-    while pipe is not None and (part := await pipe.read(65536)):
-        if strict and len(found) + len(part) > most:
-            raise Refused(Reason.TOO_LARGE, f"git's answer is larger than {most // MIB} MiB", "follow less of it")
-        found += part[: most - len(found)]
-    return bytes(found)
 
 
 def _entry(line: bytes) -> Entry:

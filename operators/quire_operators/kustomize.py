@@ -8,15 +8,13 @@ a kustomization names an address is refused before. Time and output are bounded.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quire_operators.bounded import Bounds, TooLong, TooMuch, run
 from quire_operators.git import Limits, Refused, Repository
 from quire_operators.status import Reason
 from quire_schemas.yaml_tree import MAX_BYTES, Node, compose
@@ -116,45 +114,21 @@ async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
         "LC_ALL": "C.UTF-8",
         **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE),
     }
-    process = await asyncio.create_subprocess_exec(
-        command, "build", str(folder),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=closed,
-        cwd=home,
-        start_new_session=True,
-        limit=limits.content_bytes,
-    )  # fmt: skip
+    bounds = Bounds(limits.seconds, MAX_BYTES)
     try:
-        async with asyncio.timeout(limits.seconds):
-            out, said = await asyncio.gather(_read(process.stdout, MAX_BYTES), _read(process.stderr, 4096))
-            code = await process.wait()
-    except TimeoutError as error:
+        code, out, said = await run([command, "build", str(folder)], closed, home, bounds)
+    except TooLong as error:
         raise _failed(
             f"it took longer than {limits.seconds:g} s", "kustomize build FOLDER in a checkout"
         ) from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    except TooMuch as error:
+        raise _failed("what it makes is larger than 1 MiB", "make two sources of it") from error
     if code != 0:
         words = " ".join(said.decode(errors="replace").replace(str(folder.parent), "").split())
         raise _failed(
             words[:WORDS] or f"it ended with {code}", "kustomize build FOLDER in a checkout shows the same"
         )
-    if len(out) > MAX_BYTES:
-        raise _failed("what it makes is larger than 1 MiB", "make two sources of it")
     return out
-
-
-async def _read(pipe: asyncio.StreamReader | None, most: int) -> bytes:
-    """What comes, a byte more than `most` at most; the rest is dropped."""
-    found = bytearray()
-    while pipe is not None and (part := await pipe.read(65536)):
-        found += part[: most + 1 - len(found)]
-    return bytes(found)
 
 
 def _failed(message: str, hint: str) -> Refused:
