@@ -250,6 +250,7 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
     running, stopped = model("often", "  replicas: 1\n"), model("often", "  replicas: 0\n")
     plane.apply(stopped)
     plane.wait_stopped("often")
+    eventually((plane.state.runtime / "router.sock").exists, "the router has its sockets")
     files, descriptors, children = sorted(plane.state.runtime.rglob("*")), own.num_fds(), own.children()
     shared = set(Path("/dev/shm").iterdir())
     for _ in range(times(10, 100)):
