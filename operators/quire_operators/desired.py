@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quire_operators import autoscaling, rollout
+from quire_operators import autoscaling, canary, rollout
 from quire_operators.overrides import Kind, Override, Overrides, in_force
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
@@ -21,6 +21,23 @@ from quire_schemas.update import hot_hash, under_template
 
 CRASHES_BEFORE_ROLLBACK = 3
 """Of one replica of a new revision, where `restartPolicy.maxRestartsBeforeRollback` is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A new revision that is tried beside the one that is to serve."""
+
+    revision: Revision
+    policy: canary.Policy
+    stage: canary.Stage | None
+    """None until a replica of it serves."""
+    is_noted: bool
+    """It is on record, so that its replicas are known for what they are, however it ends."""
+
+    @property
+    def step(self) -> int:
+        """From 0."""
+        return 0 if self.stage is None else self.stage.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +57,16 @@ class Effective:
     """Replicas that it has while it is in memory."""
     standby: bool
     """It is there when it is asked for, and not in memory now."""
+    canary: Canary | None = None
+
+    @property
+    def set_aside(self) -> str:
+        """The template of a canary that is over and did not take over: what still runs of it gets no requests."""
+        kept = self.overrides.get(Kind.CANARY)
+        if kept is None or kept.template_hash == self.revision.template_hash:
+            return ""
+        goes_on = self.canary is not None and self.canary.revision.template_hash == kept.template_hash
+        return "" if goes_on or canary.is_promoted(kept) else kept.template_hash
 
     @property
     def is_newest(self) -> bool:
@@ -58,6 +85,9 @@ def effective(
         revision = next((each for each in revisions if each.n == kept.revision), newest)
     elif quarantine is not None and quarantine.template_hash == newest.template_hash:
         revision = last_stable(revisions, newest.template_hash) or newest
+    tried = _canary(stored, newest, last_stable(revisions), current)
+    if tried is not None:
+        revision = last_stable(revisions) or newest
     spec = stored.resolved
     if revision.n != newest.n:
         spec = under_template(revision.resolved, spec, Placement.from_dict(revision.placement).limits())
@@ -75,6 +105,42 @@ def effective(
         fallback=last_stable(revisions, revision.template_hash),
         full=full,
         standby=standby,
+        canary=tried,
+    )
+
+
+def _canary(stored: StoredObject, newest: Revision, stable: Revision | None, current: Overrides) -> Canary | None:
+    """The newest revision as a canary, where it is one: another one is stable, and neither a person nor a failure
+    has decided otherwise. A pause of rollouts keeps one from beginning, and one that has begun where it is."""
+    policy = canary.policy_of(stored.resolved)
+    if policy is None or stable is None or stable.template_hash == newest.template_hash or stored.deletion_time:
+        return None
+    quarantine, kept = current.get(Kind.QUARANTINE), current.get(Kind.CANARY)
+    given_up = quarantine is not None and quarantine.template_hash == newest.template_hash
+    if given_up or Kind.PIN in current:
+        return None
+    if kept is not None and kept.template_hash != newest.template_hash:
+        kept = None
+    if kept is None and Kind.HOLD in current:
+        return None
+    stage = canary.Stage.of(kept) if kept is not None else None
+    if stage is not None and stage.step >= len(policy.steps):
+        return None
+    return Canary(newest, policy, stage, is_noted=kept is not None)
+
+
+def as_canary(wanted: Effective, tried: Canary) -> Effective:
+    """What is to run of the new revision alone: as many replicas as its step needs, the stable one behind it."""
+    stored, full = wanted.stored, wanted.stored.resolved["replicas"]
+    replicas = tried.policy.replicas(tried.step, full) if full else 0
+    spec = {**tried.revision.resolved, "replicas": replicas}
+    return replace(
+        wanted,
+        stored=replace(stored, resolved=spec),
+        revision=tried.revision,
+        fallback=wanted.revision,
+        full=replicas,
+        canary=None,
     )
 
 
@@ -150,7 +216,8 @@ def rollout_options(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The knobs of a rollout in the planner's units."""
     ways = spec["rollout"]
     return {
-        "strategy": rollout.Strategy(ways["strategy"]),
+        # what a canary leaves to do when it is promoted is done as by default
+        "strategy": rollout.Strategy("Auto" if ways["strategy"] == "Canary" else ways["strategy"]),
         "max_surge": ways["maxSurge"],
         "max_unavailable": ways["maxUnavailable"],
         "min_ready": parse_duration(ways["minReadyDuration"]),

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quire_operators import canary as canaries
 from quire_operators import rollout, status
+from quire_operators.analysis import Measured
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
-from quire_operators.desired import Effective, is_on_demand
+from quire_operators.desired import Canary, Effective, is_on_demand
 from quire_operators.devices import Inventory, gpus_text, held
 from quire_operators.downloads import Progress
 from quire_operators.fleet.local import LocalFleet
@@ -25,6 +27,7 @@ from quire_operators.records import Revision, StoredObject
 from quire_operators.rollout import Cause, Desired, Goal, Process, Row, Seen, World
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
+from quire_schemas import wire
 from quire_schemas.quantities import format_bytes, format_duration, parse_duration, parse_percent
 
 
@@ -45,6 +48,8 @@ class View:
     """It is asked for, and there is no room for it that anybody can make."""
     yields: bool = False
     """A model that is there on demand may leave for it."""
+    tried: Tried | None = None
+    """The canary beside it."""
 
     @property
     def stored(self) -> StoredObject:
@@ -58,6 +63,85 @@ class View:
 
     def is_current(self, row: Row) -> bool:
         return rollout.is_current(self.desired, row)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A canary as one pass sees it."""
+
+    alone: View
+    """Its replicas, as if there were no others."""
+    canary: Canary
+    compared: wire.Comparison | None
+    """What was counted of it and of the stable revision; None before there is anything."""
+
+    def decision(self, now: float) -> canaries.Decision | None:
+        """What its numbers say; None before it has begun."""
+        if self.canary.stage is None or self.compared is None:
+            return None
+        stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
+        return canaries.decide(self.canary.policy, self.canary.stage, stable, new, now)
+
+    def turns_at(self) -> tuple[float, ...]:
+        """When the time of its step is over, and when it has waited for requests for too long after that."""
+        if self.canary.stage is None:
+            return ()
+        over = self.canary.stage.since + self.canary.policy.steps[self.canary.step].hold
+        return over, over + parse_duration(self.alone.stored.resolved["rollout"]["progressDeadline"])
+
+    def is_inconclusive(self, now: float) -> bool:
+        """Whether it has waited for requests for the progress deadline, and does not go on without them."""
+        decision = self.decision(now)
+        return isinstance(decision, canaries.Stay) and decision.inconclusive and now >= self.turns_at()[1]
+
+    def text(self, now: float) -> str:
+        """Where it stands, in a sentence."""
+        policy, step, n = self.canary.policy, self.canary.step, self.canary.revision.n
+        if self.canary.stage is None:
+            return f"revision {n} is a canary; its first replica is on its way"
+        seen = max(self.seen, 0)
+        weight = policy.steps[step].weight
+        text = f"revision {n} at step {step + 1} of {len(policy.steps)}: {weight} % of the requests"
+        if weight:
+            text += f", {seen} of {policy.min_requests} seen"
+        decision = self.decision(now)
+        if isinstance(decision, canaries.Stay) and decision.inconclusive:
+            return text + "; its time is over, and it waits for requests"
+        left = self.turns_at()[0] - now
+        return text + (f", {format_duration(max(round(left), 1))} left" if left > 0 else "")
+
+    @property
+    def seen(self) -> int:
+        """Requests of this step."""
+        before = self.canary.stage.before if self.canary.stage is not None else 0
+        return self.compared.new.requests - before if self.compared is not None else 0
+
+    def document(self, now: float) -> dict[str, Any]:
+        """As the status shows it."""
+        policy, stage = self.canary.policy, self.canary.stage
+        shown: dict[str, Any] = {
+            "revision": self.canary.revision.n,
+            "step": self.canary.step + 1 if stage is not None else 0,
+            "steps": [{"weight": step.weight, "hold": format_duration(step.hold)} for step in policy.steps],
+            "requests": max(self.seen, 0),
+            "minRequests": policy.min_requests,
+            "gates": [],
+        }
+        if self.compared is not None:
+            stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
+            shown["total"] = {"stable": stable.requests, "new": new.requests}
+            shown["gates"] = [
+                {
+                    "name": gate.name,
+                    "stable": gate.stable,
+                    "new": gate.new,
+                    "limit": gate.limit,
+                    "relative": gate.relative,
+                    "beyond": gate.beyond,
+                }
+                for gate in canaries.gates(policy, stable, new)
+            ]
+        return shown
 
 
 class ModelStatus:
@@ -93,8 +177,9 @@ class ModelStatus:
         available = [row for row, seen in pairs if rollout.is_available(desired, row, seen, now)]
         updated = [row for row in available if view.is_current(row)]
         settled = rollout.is_settled(desired, view.world, now)
-        reports = {row.id: report_of(row, self._fleet.observed(row.id)) for row, _ in pairs}
-        replicas = [self._replica(row, seen, reports[row.id], waits.get(row.id)) for row, seen in pairs]
+        shown_pairs = (*pairs, *view.tried.alone.world.replicas) if view.tried is not None else pairs
+        reports = {row.id: report_of(row, self._fleet.observed(row.id)) for row, _ in shown_pairs}
+        replicas = [self._replica(row, seen, reports[row.id], waits.get(row.id)) for row, seen in shown_pairs]
         signature: list[Any] = [
             [r["id"], r["incarnation"], r["state"], reports[r["id"]].bytes_done] for r in replicas
         ]
@@ -139,11 +224,16 @@ class ModelStatus:
             "stableRevision": view.wanted.stable.n if view.wanted.stable is not None else None,
             "rollout": {
                 "revision": view.revision.n,
-                "settled": settled,
-                "strategy": desired.strategy.value,
+                "settled": settled and view.tried is None,
+                "strategy": stored.resolved["rollout"]["strategy"],
                 "held": desired.held,
+                **({"canary": view.tried.document(now)} if view.tried is not None else {}),
             },
-            "overrides": [self._override(each) for each in view.wanted.overrides.values()],
+            "overrides": [
+                self._override(each)
+                for each in view.wanted.overrides.values()
+                if each.kind is not Kind.CANARY  # it is shown as where the rollout stands
+            ],
             "replicas": {
                 "desired": want,
                 "live": sum(not seen.process.gone for _, seen in pairs),
@@ -169,6 +259,9 @@ class ModelStatus:
             grave = (fact.type == "Stalled" and fact.status) or fact.reason is Reason.REFERENCE_KERNELS
             if grave and not _was(before, fact):
                 self._store.add_event(stored.key, "Warning", fact.reason.value, fact.message)
+        if view.tried is not None:
+            ahead = [at for at in (deadline, *view.tried.turns_at()) if at > now]
+            return min(ahead, default=None)
         return None if settled or now >= deadline else deadline
 
     def is_late(self, wanted: Effective) -> bool:
@@ -258,7 +351,7 @@ class ModelStatus:
             ),
             self._ready_fact(view, waits, available, want),
         ]
-        if settled and hot_pending:
+        if settled and hot_pending and view.tried is None:
             facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
         else:
             facts.append(self._rolled_out_fact(view, settled))
@@ -275,11 +368,16 @@ class ModelStatus:
             text = f"{how}: pinned by {pin.by}; revision {wanted.newest.n} is what the manifest says"
             return Fact("RolledOut", False, Reason.PINNED, text)
         hold = wanted.overrides.get(Kind.HOLD)
+        if hold is not None and view.tried is not None:
+            text = f"rollouts paused by {hold.by}" + _because(hold)
+            return Fact("RolledOut", False, Reason.HELD, f"{view.tried.text(self._clock())}; {text}")
         if hold is not None and not (settled and wanted.is_newest):
             return Fact("RolledOut", False, Reason.HELD, f"{how}: rollouts paused by {hold.by}" + _because(hold))
         if not wanted.is_newest and quarantine is not None:
             text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
             return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
+        if view.tried is not None:
+            return Fact("RolledOut", False, Reason.CANARY, view.tried.text(self._clock()))
         if settled:
             return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
         return Fact("RolledOut", False, Reason.PROGRESS_MADE)
@@ -405,6 +503,8 @@ class ModelStatus:
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
             return failure
+        if view.tried is not None and view.tried.is_inconclusive(now := self._clock()):
+            return Fact("Stalled", True, Reason.INCONCLUSIVE, view.tried.text(now))
         if late and not settled:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]
             return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")

@@ -22,7 +22,9 @@ from quire_operators import autoscaling, residency, rollout
 from quire_operators.cache import Need
 from quire_operators.database import Conflict
 from quire_operators.desired import (
+    Canary,
     Effective,
+    as_canary,
     breaker_rules,
     comes_and_goes,
     desired_of,
@@ -37,7 +39,7 @@ from quire_operators.fleet.heartbeat import Heartbeats
 from quire_operators.fleet.local import LocalFleet, StartFailed, Unit
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.ledger import Ledger, Waiter
-from quire_operators.model_status import ModelStatus, View
+from quire_operators.model_status import ModelStatus, Tried, View
 from quire_operators.observed import report_of, seen_of
 from quire_operators.overrides import Kind, Override, in_force
 from quire_operators.paths import StateDir
@@ -49,6 +51,7 @@ from quire_operators.secrets import without_tokens
 from quire_operators.sqlite import StoreError
 from quire_operators.store import Store
 from quire_operators.tracing import acted
+from quire_operators.trials import Trials
 from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
@@ -105,8 +108,8 @@ class ModelReconciler:
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._orphans_since: dict[tuple[str, int, str], float] = {}
         self._not_started: dict[str, rollout.Exit] = {}
-        self._hot_hashes: dict[str, str] = {}
-        """By model: the hot settings that its engines were last meant to run."""
+        self._hot_hashes: dict[tuple[str, str], str] = {}
+        """By model and template: the hot settings that its engines were last meant to run."""
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of an engine that has a row: how far it last said it was, and when that was new."""
         self._asked: dict[str, float] = {}
@@ -116,6 +119,7 @@ class ModelReconciler:
         self._loads: dict[str, autoscaling.Memory] = {}
         """By model: what its load called for."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
+        self.trials = Trials(store, routes, self.effective, self._serving, self._roll_back, self._told, clock)
         self._ledger = Ledger(store, fleet, detect)
         self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
@@ -163,19 +167,23 @@ class ModelReconciler:
         return self._observe_as(wanted, self._fetching(wanted))
 
     def _fetching(self, wanted: Effective) -> Progress | None:
-        """Have the files of the revision that is to serve fetched; how far that is."""
-        stored, revision = wanted.stored, wanted.revision
+        """Have the files of the revision that is to serve fetched, and of its canary; how far that is."""
+        stored, revisions = wanted.stored, [wanted.revision]
         if stored.deletion_time is not None or wanted.full == 0:
             self._downloads.forget(stored.key)
             return None
-        needs = needs_of(revision.resolved, Placement.from_dict(revision.placement))
+        if wanted.canary is not None:
+            revisions.append(wanted.canary.revision)
+        needs = [
+            need for each in revisions for need in needs_of(each.resolved, Placement.from_dict(each.placement))
+        ]
         return self._downloads.demand(stored.key, stored.generation, needs, stored.resolved.get("sourceAuth"))
 
     def _acting(self, view: View) -> View:
         """The view to plan by. While the files of the revision that is to serve are on their way, what runs is
         kept as it is, by the intent that it was started for: a rollout begins when there is something to roll
         out."""
-        if view.fetching is None:
+        if view.fetching is None or view.tried is not None:
             return view
         running = {row.revision for row, _ in view.world.replicas}
         quarantine = view.wanted.overrides.get(Kind.QUARANTINE)
@@ -201,19 +209,42 @@ class ModelReconciler:
                 row = self._note_ready(stored, row)
             pairs.append((row, seen))
         ready = [row for row, seen in pairs if seen.process is Process.READY]
+        tried = wanted.canary
+        own = [pair for pair in pairs if tried is None or pair[0].template_hash != tried.revision.template_hash]
+        orphans = self._orphans(stored.key.name)
         self._heartbeats.keep(stored.key.name, {(row.id, row.incarnation): self.socket_of(row) for row in ready})
         world = World(
-            replicas=tuple(pairs),
-            room=len(self._ledger.places(wanted, placement, len(pairs))),
+            replicas=tuple(own),
+            room=len(self._ledger.places(wanted, placement, len(own))),
             router=self._routes.knowledge(),
-            orphans=tuple(self._orphans(stored.key.name)),
+            orphans=tuple(orphans),
             jitter=self._rng.uniform(-1, 1),
             late=fetching is None and self._status.is_late(wanted),
         )
         unusable = self._routes.unusable(stored.key.name)
         short = stored.key.name in self._short
         yields = not short and stored.key.name in self._asked and bool(self._guests())
-        return View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
+        view = View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
+        if tried is None:
+            return view
+        beside = [pair for pair in pairs if pair[0].template_hash == tried.revision.template_hash]
+        return replace(view, tried=self._try(view, tried, beside))
+
+    def _try(self, view: View, tried: Canary, pairs: Sequence[tuple[Row, Seen]]) -> Tried:
+        """A canary with all that is known of it: a population of its own, beside the one that `view` shows."""
+        wanted, placement = as_canary(view.wanted, tried), Placement.from_dict(tried.revision.placement)
+        world = replace(
+            view.world,
+            replicas=tuple(pairs),
+            room=len(self._ledger.places(wanted, placement, len(pairs))),
+            orphans=(),
+            # one that serves has arrived: it is given up for what it does, or for ending too often
+            late=tried.stage is None and view.fetching is None and self._status.is_late(view.wanted),
+        )
+        name = view.stored.key.name
+        unusable = self._routes.unusable(canary_name(name))
+        alone = View(wanted, placement, desired_of(wanted), world, view.fetching, unusable)
+        return Tried(alone, tried, self.trials.compared(name, tried))
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -239,9 +270,9 @@ class ModelReconciler:
     def awaits_router(self) -> bool:
         """Whether something is under way that the router's next answers will show."""
         for stored in self._store.objects("model"):
-            wanted = self._hot_hashes.get(stored.key.name)
             for row in self._store.replicas(stored.key.name):
                 seen = self.seen(row)
+                wanted = self._hot_hashes.get((row.model, row.template_hash))
                 waits = seen.process is Process.READY and not seen.routed
                 behind = seen.connected and wanted is not None and seen.hot_hash != wanted
                 if row.goal is Goal.DRAIN or waits or behind or seen.process is Process.STARTING:
@@ -289,7 +320,7 @@ class ModelReconciler:
         stored, name = wanted.stored, wanted.stored.key.name
         placement = Placement.from_dict(wanted.revision.placement)
         rows = self._store.replicas(name)
-        runs = [row for row in rows if row.goal is Goal.RUN]
+        runs = [row for row in own_rows(wanted, rows) if row.goal is Goal.RUN]
         use = self._routes.use(name) or wire.ModelUse(0)
         on_demand, deleting = is_on_demand(stored.resolved), stored.deletion_time is not None
         missing = 0 if deleting else max(wanted.full - len(runs), 0)
@@ -372,7 +403,7 @@ class ModelReconciler:
             return False
         followed = wanted.overrides.get(Kind.AUTOSCALE)
         current = followed.replicas if followed is not None else None
-        rows = [row for row in self._store.replicas(name) if row.goal is Goal.RUN]
+        rows = [row for row in own_rows(wanted, self._store.replicas(name)) if row.goal is Goal.RUN]
         served = [row.ready_since for row in rows if row.ready_since is not None]
         # at most since the first of them serves, and the router can be asked: who comes up is waited for
         since = now - max(min(served, default=now), now if memory.began is None else memory.began)
@@ -399,22 +430,28 @@ class ModelReconciler:
             self._downloads.forget(key)
             return await self._sweep(key)
         view = self._observe(stored)
+        if view.tried is not None and self.trials.note(view.wanted, view.tried.canary):
+            return 0.0
         acting = self._acting(view)
-        self._hot_hashes[key.name] = acting.desired.hot_hash
         planned = rollout.plan(acting.desired, acting.world, self._clock())
         self._note_room(acting, planned)
+        passes = [(acting, planned)]
+        if view.tried is not None and view.tried.canary.is_noted and view.fetching is None:
+            passes.append((view.tried.alone, self._plan_beside(view.tried.alone, planned)))
+        for each, _ in passes:
+            self._hot_hashes[key.name, each.desired.template_hash] = each.desired.hot_hash
         steps: list[rollout.Step] = []
         waits: dict[str, str] = {}
         try:
-            for step in planned.steps:
+            for each, step in [(each, step) for each, its in passes for step in its.steps]:
                 self._check_unchanged(view)
                 if self._lacks_files(view, acting, step):
                     continue
-                if isinstance(step, rollout.Launch) and (why := self._bar(acting, step)) is not None:
+                if isinstance(step, rollout.Launch) and (why := self._bar(each, step)) is not None:
                     waits[step.replica] = why
                     continue
                 steps.append(step)
-                await self._execute(acting, step)
+                await self._execute(each, step)
         except Conflict as conflict:
             log.info("%s: %s", key, conflict.message)  # an apply came in between: the next pass sees it
             return 0.0
@@ -423,28 +460,37 @@ class ModelReconciler:
         if stored is None:
             return 0.0
         view = self._observe(stored)
+        no_room = planned.no_room or any(its.no_room and not each.world.replicas for each, its in passes)
         if stored.deletion_time is not None and not view.world.replicas and not view.world.orphans:
             self._store.add_event(key, "Normal", "Deleted", "nothing of it runs any more")
             self._store.remove(key)
             self._heartbeats.keep(key.name, {})
-            self._hot_hashes.pop(key.name, None)
+            for known in [known for known in self._hot_hashes if known[0] == key.name]:
+                del self._hot_hashes[known]
             self._neighbours_may_move()
             return None
         if self._is_newly_stable(view):
             self._store.mark_stable(stored.uid, view.revision.n)
             view = self._observe(stored)
-        deadline = self._status.write(view, no_room=planned.no_room, waits=waits)
+        deadline = self._status.write(view, no_room=no_room, waits=waits)
         if lasting:
             return 0.0
-        now, requeue_at = self._clock(), planned.requeue_at
-        if len(steps) < len(planned.steps) and requeue_at is not None and requeue_at <= now:
+        now = self._clock()
+        requeue_at = min((at for _, its in passes if (at := its.requeue_at) is not None), default=None)
+        if len(steps) < sum(len(its.steps) for _, its in passes) and requeue_at is not None and requeue_at <= now:
             requeue_at = None  # what waits for files is due when they are there, of which the download tells
         retry_at = view.fetching.retry_at if view.fetching is not None else None
         ends = [override.until for override in view.wanted.overrides.values()]
         # others than Quire's own may leave a GPU, and do not tell
-        room_at = now + ROOM_POLL if planned.no_room and acting.placement.device == "cuda" else None
+        room_at = now + ROOM_POLL if no_room and acting.placement.device == "cuda" else None
         turn_at = now + TURN_POLL if waits else None
         return due_in((requeue_at, deadline, retry_at, room_at, turn_at, *ends), now)
+
+    def _plan_beside(self, view: View, planned: rollout.RolloutPlan) -> rollout.RolloutPlan:
+        """The plan of a canary, in the room that the plan of the stable revision leaves."""
+        taken = sum(isinstance(step, rollout.Create) for step in planned.steps)
+        world = replace(view.world, room=max(view.world.room - taken, 0))
+        return rollout.plan(view.desired, world, self._clock())
 
     def _is_newly_stable(self, view: View) -> bool:
         """Whether a revision has come to be all that serves: another one's failure will lead back to it."""
@@ -496,8 +542,8 @@ class ModelReconciler:
 
     def _lacks_files(self, view: View, acting: View, step: rollout.Step) -> bool:
         """Whether a step would start an engine of the current revision before its files are there."""
-        if view.fetching is None:
-            return False
+        if view.fetching is None or view.tried is not None:
+            return False  # of a canary nothing is planned meanwhile
         if isinstance(step, rollout.Create):
             return acting.revision.n == view.revision.n
         return isinstance(step, rollout.Launch) and self._row(step.replica).revision == view.revision.n
@@ -544,7 +590,7 @@ class ModelReconciler:
             case rollout.StopOrphan():
                 await self._stop_orphan(step.replica, step.nonce)
             case rollout.RollBack():
-                self._roll_back(view, step)
+                self._roll_back(view.stored, step)
             case rollout.PushLimits():
                 await self._routes.set_limits(
                     step.replicas, limits_of(view.stored.resolved, view.placement.device, step.hot_hash)
@@ -567,7 +613,7 @@ class ModelReconciler:
                 self._move(step)
                 self._store.add_event(key, "Normal", "Undrained", f"{step.replica} is needed after all")
 
-    def _roll_back(self, view: View, step: rollout.RollBack) -> None:
+    def _roll_back(self, stored: StoredObject, step: rollout.RollBack) -> None:
         why = f"{step.reason}: {step.message}"
         quarantine = Override(
             Kind.QUARANTINE,
@@ -577,10 +623,20 @@ class ModelReconciler:
             revision=step.revision,
             template_hash=step.template_hash,
         )
-        self._store.set_override(view.stored.uid, quarantine, failed=(step.revision, why))
+        self._store.set_override(stored.uid, quarantine, failed=(step.revision, why))
         text = f"revision {step.revision} → {step.to}: {why}"
-        self._store.add_event(view.stored.key, "Warning", "RolledBack", text)
+        self._store.add_event(stored.key, "Warning", "RolledBack", text)
         self._changed(ROUTES)
+
+    def _told(self, key: Key) -> None:
+        """Something was decided about a model that its replicas and the router are to follow."""
+        self._changed(key)
+        self._changed(ROUTES)
+
+    def _serving(self, model: str, template_hash: str) -> int:
+        """Replicas of a template that serve."""
+        rows = [row for row in self._store.replicas(model) if row.template_hash == template_hash]
+        return sum(row.ready_since is not None and self.seen(row).routed for row in rows)
 
     def _remove_stale_logs(self, stored: StoredObject) -> None:
         """Keep the logs of replicas whose revision is on record; all of them would pile up with every rollout."""
@@ -698,7 +754,15 @@ class ModelReconciler:
             wanted = self.effective(stored)
             stored = wanted.stored
             rows = self._store.replicas(stored.key.name)
-            pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in rows)
+            tried, mine = wanted.canary, own_rows(wanted, rows)
+            pairs = tuple(
+                (
+                    # what is left of a canary that was given up is on its way out before a pass has said so
+                    replace(row, goal=Goal.DRAIN) if row.template_hash == wanted.set_aside else row,
+                    seen_of(row, self._fleet.observed(row.id)),
+                )
+                for row in mine
+            )
             placements = {
                 r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
             }
@@ -707,9 +771,27 @@ class ModelReconciler:
                 for row in rows
                 if (placed := placements.get(row.template_hash)) is not None
             }
-            route = self._route(wanted, placements, pairs)
-            found.append(Routable(route, pairs, {row.id: self.socket_of(row) for row in rows}, texts))
+            sockets = {row.id: self.socket_of(row) for row in rows}
+            found.append(Routable(self._route(wanted, placements, pairs), pairs, sockets, texts))
+            if tried is not None:
+                new = [row for row in rows if row not in mine]
+                pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in new)
+                route = self._route(as_canary(wanted, tried), placements, pairs)
+                share = self._share(wanted, tried)
+                route = msgspec.structs.replace(
+                    route, model=canary_name(route.model), names=(), canary_of=route.model, percent=share
+                )
+                found.append(Routable(route, pairs, sockets, texts))
         return found
+
+    def _share(self, wanted: Effective, tried: Canary) -> int:
+        """Percent of the requests that a canary has: its step's, and no more than its part of the replicas."""
+        if tried.stage is None:
+            return 0
+        full = max(wanted.stored.resolved["replicas"], 1)
+        serving = self._serving(wanted.stored.key.name, tried.revision.template_hash)
+        weight = tried.policy.steps[tried.step].weight
+        return min(weight, int(100 * serving // full))
 
     def _route(
         self,
@@ -807,6 +889,18 @@ def needs_of(resolved: Mapping[str, Any], placement: Placement) -> tuple[Need, .
         commit = Path(placement.tokenizer_dir).name
         found.append(Need(tokenizer.removeprefix("hf://"), commit, "tokenizer"))
     return tuple(found)
+
+
+def canary_name(model: str) -> str:
+    """The name of a model's canary in the routing table."""
+    return model + wire.CANARY_MARK
+
+
+def own_rows(wanted: Effective, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows of a model without those of its canary."""
+    if wanted.canary is None:
+        return rows
+    return [row for row in rows if row.template_hash != wanted.canary.revision.template_hash]
 
 
 ROUTES = Key("routes", "router")

@@ -10,6 +10,8 @@ is applied every minute does not fight whoever is on call.
     pin          an earlier revision serves (`platform rollout undo`); until the intent changes, or it is undone
     quarantine   a template that failed is not started again; until the intent changes, or it is retried
     restart      replicas that are older than it are replaced, one after the other
+    canary       how far a new revision has come that serves a share of the requests (`canary`); until the intent
+                 has another template
     resident     a model that is there on demand is in memory; until another one needs the room (`residency`)
     suspend      a git source applies nothing; until it is resumed, whatever its manifest says
 
@@ -35,6 +37,7 @@ class Kind(enum.StrEnum):
     QUARANTINE = "quarantine"
     RESTART = "restart"
     RESIDENT = "resident"
+    CANARY = "canary"
     SUSPEND = "suspend"
 
 
@@ -60,7 +63,9 @@ class Override:
     revision: int | None = None
     """Of a pin and of a hold the one that serves, of a quarantine the one that failed."""
     template_hash: str = ""
-    """Of a quarantine."""
+    """Of a quarantine and a canary."""
+    stage: dict[str, Any] | None = None
+    """Of a canary that has begun: `canary.Stage`."""
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kind": self.kind.value}

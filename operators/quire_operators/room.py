@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_operators import rollout
-from quire_operators.desired import Effective, declared_replicas, desired_of, is_on_demand, priority_of
+from quire_operators.desired import (
+    Canary,
+    Effective,
+    declared_replicas,
+    desired_of,
+    is_on_demand,
+    priority_of,
+)
 from quire_operators.devices import Inventory, device_names, free_places, held
 from quire_operators.overrides import Kind
 from quire_operators.placement import Placement
@@ -103,6 +110,8 @@ def rollout_text(
     review.replaces = min(stale, want)
     if Kind.PAUSE in wanted.overrides:
         return "none: it is paused"
+    if wanted.canary is not None:
+        return _canary_text(review, wanted, wanted.canary, rows, inventory, kept)
     if desired.held and (stale or not wanted.is_newest):
         return "none before its rollouts are resumed"
     if own and not stale:
@@ -130,6 +139,44 @@ def rollout_text(
     if each is not None:
         text += f"\n{_count(want, 'replica')}, about {format_duration(each)} each"
     return text + f"; {budget.floor} of {want} serve meanwhile"
+
+
+def _canary_text(
+    review: Review,
+    wanted: Effective,
+    tried: Canary,
+    rows: Sequence[rollout.Row],
+    inventory: Inventory,
+    kept: Callable[[Mapping[str, int]], Mapping[str, int]],
+) -> str:
+    """How a canary would go; it is refused where one replica more could never fit."""
+    spec, placement = wanted.stored.resolved, Placement.from_dict(tried.revision.placement)
+    want, most = spec["replicas"], most_replicas(spec, placement, inventory)
+    if wanted.standby or not want:
+        return "a canary with the first replica"
+    review.replaces = want
+    if most < want + 1:
+        review.refuse(
+            Refusal(
+                "spec.rollout.strategy",
+                "InsufficientMemory" if placement.device == "cpu" else "InsufficientDevices",
+                f"a canary needs room for one replica beside the {want} that serve; {most} fit on this machine",
+                "lower spec.replicas, or declare strategy: Auto",
+            )
+        )
+        return ""
+    template = tried.revision.template_hash
+    there = [row for row in rows if row.template_hash == template and row.model == review.key.name]
+    share, device_ids = parse_percent(spec["engine"]["memory"]), spec["placement"]["deviceIds"]
+    if not there and not free_places(
+        inventory, kept(held(rows)), placement.device, placement.memory, share, device_ids
+    ):
+        review.warnings.append("nothing has room for a replica of the canary now; it begins when there is room")
+    steps = ", ".join(
+        f"{step.weight} %" + (f" for {format_duration(step.hold)}" if step.hold else "")
+        for step in tried.policy.steps
+    )
+    return f"Canary beside {_count(want, 'replica')}: {steps} of the requests, then it replaces them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,12 @@ class Routes:
             return None
         return self._status.uses.get(model)
 
+    def comparison(self, model: str) -> wire.Comparison | None:
+        """What was counted of a model and its canary; None when that is not known, or there is none."""
+        if self.knowledge() is not Router.KNOWN or self._status is None:
+            return None
+        return self._status.canaries.get(model)
+
     @property
     def budgets(self) -> Sequence[wire.BudgetStanding]:
         """Those that were spent, or nearly, when the router told of itself last."""
@@ -286,7 +292,11 @@ class Routes:
         self._endpoints = {(endpoint.replica_id, endpoint.incarnation): endpoint for endpoint in endpoints}
         for route in table.models if table is not None else ():
             for endpoint in route.replicas:
-                self._tell_breaker(Key("model", route.model), (endpoint.replica_id, endpoint.incarnation), before)
+                self._tell_breaker(
+                    Key("model", route.canary_of or route.model),
+                    (endpoint.replica_id, endpoint.incarnation),
+                    before,
+                )
         return status
 
     def _tell_breaker(

@@ -48,6 +48,7 @@ class Reason(enum.StrEnum):
     HELD = "RolloutPaused"
     PINNED = "Pinned"
     ROLLED_BACK = "RolledBack"
+    CANARY = "CanaryProgressing"
     ROUTER_NOT_READY = "RouterNotReady"
     WORKERS_STARTING = "WorkersStarting"
     BACKEND_NOT_FOUND = "BackendNotFound"
@@ -72,6 +73,7 @@ class Reason(enum.StrEnum):
     MISSING_FILE = "MissingFile"
     MODEL_UNUSABLE = "ModelUnusable"
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
+    INCONCLUSIVE = "AnalysisInconclusive"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
     EXPIRED = "Expired"
@@ -300,6 +302,24 @@ ADVICE: dict[Reason, Advice] = {
             "platform logs {key}   what the failed engine said last",
             "correct the manifest and apply it: a new intent is tried",
             "platform rollout retry {key}   tries the same revision again, if the cause was outside it",
+        ),
+    ),
+    Reason.CANARY: Advice(
+        "A new revision serves a share of the requests beside the stable one, which keeps all its replicas. It "
+        "goes on by itself, takes over after the last step, and is given up when it does worse.",
+        (
+            "platform rollout status {key}   its numbers beside those of the stable revision",
+            "platform rollout promote {key}   has it take over now",
+            "platform rollout abort {key}   gives it up",
+        ),
+    ),
+    Reason.INCONCLUSIVE: Advice(
+        "The time of a canary's step is over for rollout.progressDeadline, and it has had fewer requests than "
+        "analysis.minRequests: it cannot be judged. It serves its share on, and goes on when they have come.",
+        (
+            "lower spec.rollout.canary.analysis.minRequests, or declare onInconclusive: Promote or Rollback",
+            "platform rollout promote {key}   has it take over without them",
+            "platform rollout abort {key}   gives it up",
         ),
     ),
     Reason.ROUTER_NOT_READY: Advice(

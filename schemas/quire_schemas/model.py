@@ -31,7 +31,8 @@ _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
 _NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
-_NO_CANARY = "there are no canary rollouts yet"
+_NO_DRIFT = "answers of two revisions are not compared yet"
+_NO_SMOKE = "no prompts are asked before real requests yet"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
@@ -538,44 +539,53 @@ class Autoscaling(Strict):
 class CanaryStep(Strict):
     """One stage of a canary."""
 
-    weight: int = declared(
-        "Percent of requests that go to the new revision.", update="hot", refused=_NO_CANARY, ge=0, le=100
+    weight: int = declared("Percent of requests that go to the new revision.", update="hot", ge=0, le=100)
+    hold: Duration | None = declared(
+        "Time before the next step. Left out: none, the requests decide.", None, update="hot"
     )
-    hold: Duration | None = declared("Time before the next step.", None, update="hot", refused=_NO_CANARY)
 
 
 class SmokePrompt(Strict):
     """A prompt whose answer is known."""
 
-    prompt: str = declared("What is asked.", update="hot", refused=_NO_CANARY)
-    expect_contains: str = declared("What the answer must contain.", update="hot", refused=_NO_CANARY)
-    max_tokens: int = declared("Longest answer in tokens.", 16, update="hot", refused=_NO_CANARY, ge=1, le=4096)
+    prompt: str = declared("What is asked.", update="hot", refused=_NO_SMOKE)
+    expect_contains: str = declared("What the answer must contain.", update="hot", refused=_NO_SMOKE)
+    max_tokens: int = declared("Longest answer in tokens.", 16, update="hot", refused=_NO_SMOKE, ge=1, le=4096)
 
 
 class CanaryAnalysis(Strict):
     """What the new revision must keep to."""
 
     min_requests: int = declared(
-        "Requests before a judgement.", 200, update="hot", refused=_NO_CANARY, ge=1, le=1_000_000_000
+        "Requests of the new revision that a step needs before the next one begins.",
+        200,
+        update="hot",
+        ge=1,
+        le=1_000_000_000,
     )
-    max_error_rate: Percent = declared("Share of failed requests.", "1%", update="hot", refused=_NO_CANARY)
+    max_error_rate: Percent = declared(
+        "Share of the new revision's requests that may fail; and how much larger its share of answers that are "
+        "empty or cut may be than the stable one's.",
+        "1%",
+        update="hot",
+    )
     max_ttft_p95_increase: Percent = declared(
-        "How much slower the first token may be.", "20%", update="hot", refused=_NO_CANARY
+        "How much longer the 95th percentile of the time to the first token may be.", "20%", update="hot"
     )
     max_itl_p95_increase: Percent = declared(
-        "How much slower later tokens may be.", "20%", update="hot", refused=_NO_CANARY
+        "How much longer the 95th percentile of the time between tokens may be.", "20%", update="hot"
     )
     max_drift: Percent | None = declared(
         "How far answers to the smoke prompts may differ from those of the stable revision.",
         None,
         update="hot",
-        refused=_NO_CANARY,
+        refused=_NO_DRIFT,
     )
     on_inconclusive: Literal["Hold", "Rollback", "Promote"] = declared(
-        "What happens when there were too few requests.", "Hold", update="hot", refused=_NO_CANARY
+        "What happens when a step's time is over and its requests were too few.", "Hold", update="hot"
     )
     smoke_prompts: Annotated[tuple[SmokePrompt, ...], Field(strict=False)] = declared(
-        "Prompts asked before real requests.", (), update="hot", refused=_NO_CANARY
+        "Prompts asked before real requests.", (), update="hot", refused=_NO_SMOKE
     )
 
 
@@ -583,9 +593,11 @@ class Canary(Strict):
     """A new revision that takes over step by step."""
 
     steps: Annotated[tuple[CanaryStep, ...], Field(strict=False)] = declared(
-        "The stages.", (), update="hot", refused=_NO_CANARY
+        "The stages, with rising weights. After the last one the new revision replaces the old one.",
+        (),
+        update="hot",
     )
-    analysis: CanaryAnalysis = section(CanaryAnalysis, "What the new revision must keep to.", refused=_NO_CANARY)
+    analysis: CanaryAnalysis = section(CanaryAnalysis, "What the new revision must keep to.")
 
 
 class Rollout(Strict):
@@ -593,11 +605,11 @@ class Rollout(Strict):
 
     strategy: Literal["Auto", "RollingUpdate", "Recreate", "Canary"] = declared(
         "'Auto' starts new replicas first while devices are free and stops old ones first when they are not; "
-        "'RollingUpdate' keeps to maxSurge and maxUnavailable strictly; 'Recreate' stops all, then starts.",
+        "'RollingUpdate' keeps to maxSurge and maxUnavailable strictly; 'Recreate' stops all, then starts; "
+        "'Canary' has the new revision serve a share of the requests beside the old one, step by step, and then "
+        "replaces as 'Auto' does.",
         "Auto",
         update="hot",
-        refused=_NO_CANARY,
-        honours=("Auto", "RollingUpdate", "Recreate"),
     )
     max_surge: int = declared(
         "Replicas above the declared number during a rollout.", 1, update="hot", ge=0, le=1000
@@ -622,9 +634,7 @@ class Rollout(Strict):
         True,
         update="hot",
     )
-    canary: Canary | None = section(
-        Canary, "Steps and judgement of strategy Canary.", refused=_NO_CANARY, optional=True
-    )
+    canary: Canary | None = section(Canary, "Steps and judgement of strategy Canary.", optional=True)
 
 
 class StartupProbe(Strict):

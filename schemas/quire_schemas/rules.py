@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -468,6 +469,23 @@ def _canary(facts: Facts) -> Iterator[Finding]:
             "remove it, or the strategy",
             True,
         )
+    if facts["spec.rollout.strategy"] != "Canary":
+        return
+    declared = facts["spec.rollout.canary"]
+    steps = declared["steps"] if declared is not None else ()
+    if not steps:
+        yield Finding(
+            ("spec", "rollout", "canary") if declared is not None else ("spec", "rollout", "strategy"),
+            "strategy Canary needs steps, and none are declared",
+            "declare rollout.canary.steps: [{weight: 10, hold: 5m}, {weight: 50, hold: 5m}]",
+        )
+    for place, (before, after) in enumerate(itertools.pairwise(step["weight"] for step in steps), 1):
+        if after <= before:
+            yield Finding(
+                ("spec", "rollout", "canary", "steps", place, "weight"),
+                f"{after} comes after {before}: each step gives the new revision more",
+                "write the steps with rising weights",
+            )
 
 
 def _parsers(facts: Facts) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ Exceptions:
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import struct
@@ -532,6 +533,10 @@ class ModelRoute(msgspec.Struct, frozen=True):
     prices: Prices | None = None
     """None: requests cost nothing."""
     breaker: BreakerRules = BreakerRules()
+    canary_of: str = ""
+    """Of a new revision that has a share of a model's requests, that model. Nobody asks for it by a name."""
+    percent: int = 0
+    """That share."""
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -752,6 +757,40 @@ class ModelUse(msgspec.Struct, frozen=True):
     """Mean share of cache blocks in use, of those replicas."""
 
 
+CANARY_MARK: Final = "~"
+"""What the name of a canary's entry ends with: no name of a manifest has it."""
+TIME_BUCKET: Final = math.log(1.01)
+"""Times are told apart by one percent."""
+
+
+def time_bucket(seconds: float) -> int:
+    """The bucket of a time: its logarithm in steps of one percent."""
+    return math.floor(math.log(max(seconds, 1e-6)) / TIME_BUCKET)
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What one revision of a model did, of requests that somebody waited for."""
+
+    requests: int = 0
+    """Those that had a whole answer, or failed by no fault of the client."""
+    failed: int = 0
+    answers: int = 0
+    void: int = 0
+    """Of the answers those without text, or cut by the length that the model has."""
+    first_token: dict[int, int] = {}
+    """How many times to the first token lie in which `time_bucket`; below: mean times between tokens."""
+    between_tokens: dict[int, int] = {}
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """What a model's stable revision and its canary did since that has been in the table."""
+
+    template_hash: str
+    """Of the canary."""
+    stable: Measured
+    new: Measured
+
+
 class WorkerStatus(msgspec.Struct, frozen=True):
     """One process of the router that takes requests, and how many it was given."""
 
@@ -778,6 +817,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     """Of each model whose replicas come and go by it."""
     budgets: list[BudgetStanding] = []
     """Those that are spent, or nearly, a hundred at most."""
+    canaries: dict[str, Comparison] = {}
+    """By model."""
     workers: tuple[WorkerStatus, ...] = ()
     """The head, whose pid is the router's, and behind it the others. All of them have the table, and are connected
     to the replicas that are called so. None from a router of a version that has one process."""

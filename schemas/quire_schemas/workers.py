@@ -75,6 +75,13 @@ class TakeTurn(_Message):
     weighed: bool
 
 
+class TryCanary(_Message):
+    """Whether a request for a model is its canary's. Answer: `Told`."""
+
+    number: int
+    model: str
+
+
 class Admit(_Message):
     """Hold places in a model's queue. Answer: `Done`."""
 
@@ -154,7 +161,10 @@ class GetPage(_Message):
     path: str
 
 
-Question = Enter | Reserve | TellLimits | TakeTurn | Admit | Find | IsQueued | HasOther | CheckBackground | GetPage
+Question = (
+    Enter | Reserve | TellLimits | TakeTurn | TryCanary | Admit | Find | IsQueued | HasOther | CheckBackground
+    | GetPage
+)  # fmt: skip
 
 
 # ── worker -> head: what happened ─────────────────────────────────────────────────────────────────────────────
@@ -234,6 +244,22 @@ class Used(_Message):
     spent: Spent
 
 
+class Fared(msgspec.Struct, array_like=True):
+    """How a request fared at one revision. `void`: its answer has no text, or was cut; times are seconds."""
+
+    end: Literal["whole", "failed", "left"]
+    void: bool = False
+    first_token: float | None = None
+    between_tokens: float | None = None
+
+
+class Compare(_Message):
+    """How a request fared that an entry of the table had, where it is compared with another one."""
+
+    model: str
+    fared: Fared
+
+
 class Wake(_Message):
     """A batch was made or cancelled."""
 
@@ -275,7 +301,7 @@ class CountsFor(_Message):
 
 ToHead = (
     Question
-    | Serving | TableTaken | Links | Leave | GiveBack | Begun | Blame | Settle | End | Progress | Used
+    | Serving | TableTaken | Links | Leave | GiveBack | Begun | Blame | Settle | End | Progress | Used | Compare
     | Wake | BeginResponse | LeaveResponse | Counts | CountsFor
 )  # fmt: skip
 

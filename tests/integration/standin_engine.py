@@ -5,6 +5,8 @@ that a manifest sets in `spec.env`:
 
     STANDIN_LOAD       seconds until it is ready (0)
     STANDIN_STEP       seconds between two tokens (0.01)
+    STANDIN_FIRST      seconds until the first token, besides (0)
+    STANDIN_FAIL       if not 0: of so many requests one fails before its first token
     STANDIN_EXIT       exit status that it ends with instead of becoming ready
     STANDIN_REASON     reason of the `failed` event before that (StandinRefuses); "none": no event
     STANDIN_SIGNAL     number of the signal that it sends itself instead of becoming ready
@@ -41,6 +43,7 @@ class Engine:
         self.hot_hash = spec.hot_hash
         self.running: dict[str, asyncio.Task[None]] = {}
         self.steps = 0
+        self.asked = 0
         self.ended = asyncio.Event()
 
     def say(self, event: wire.EngineEvent) -> None:
@@ -149,6 +152,14 @@ class Engine:
     async def generate(self, request: wire.Generate, writer: asyncio.StreamWriter) -> None:
         pause = float(os.environ.get("STANDIN_STEP", "0.01"))
         count = request.sampling.max_tokens
+        await asyncio.sleep(float(os.environ.get("STANDIN_FIRST", "0")))
+        self.asked += 1
+        often = int(os.environ.get("STANDIN_FAIL", "0"))
+        if often and self.asked % often == 0:
+            failed = wire.Delta(request.id, finish_reason="error", error_code="internal_error", error="told to")
+            writer.write(wire.frame(wire.Deltas(self.steps, [failed])))
+            self.running.pop(request.id, None)
+            return
         for number in range(count):
             await asyncio.sleep(pause)
             self.steps += 1

@@ -286,7 +286,25 @@ def rollout(view: View) -> list[str]:
     rolled = condition(view, "RolledOut")
     if rolled is not None and rolled["status"] != "True" and rolled["message"]:
         lines.append(f"  {rolled['reason']}: {rolled['message']}")
+    if (canary := going.get("canary")) is not None:
+        lines += [f"  {line}" for line in gates(canary)]
     return lines + [f"  {line}" for line in overrides(view)]
+
+
+def gates(canary: Mapping[str, Any]) -> list[str]:
+    """How a canary does beside the stable revision: a table, empty before it has begun."""
+    rows = []
+    for gate in canary["gates"]:
+        values = [_gate_value(gate, gate[which]) for which in ("stable", "new")]
+        limit = f"+{gate['limit']:.0%}" if gate["relative"] else f"{gate['limit']:.1%}"
+        rows.append((gate["name"], *values, limit, "beyond" if gate["beyond"] else "within"))
+    return table(("GATE", "STABLE", "CANARY", "LIMIT", "STATE"), rows) if rows else []
+
+
+def _gate_value(gate: Mapping[str, Any], value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.0f} ms" if gate["relative"] else f"{value:.1%}"
 
 
 def overrides(view: View) -> list[str]:

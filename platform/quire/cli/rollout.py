@@ -59,6 +59,24 @@ def history(reference: str, output: str) -> int:
 
 @rollout.command()
 @click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
+@reason
+@waiting
+def promote(reference: str, reason: str, waits: bool, timeout: float) -> int:
+    """Have a canary take over now, whatever its steps say."""
+    return decide(reference, "promote", {"reason": reason}, timeout if waits else None, succeeded)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
+@reason
+@waiting
+def abort(reference: str, reason: str, waits: bool, timeout: float) -> int:
+    """Give a canary up, until the manifest changes or it is retried. The revision beside it serves on."""
+    return decide(reference, "abort", {"reason": reason}, timeout if waits else None)
+
+
+@rollout.command()
+@click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
 @click.option(
     "--to-revision", type=int, metavar="N", help="Which one; left out: the last that was rolled out before."
 )

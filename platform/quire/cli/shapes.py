@@ -36,13 +36,53 @@ class Endpoints(TypedDict):
     unavailable: NotRequired[Annotated[str, "Why nothing answers there now."]]
 
 
+class Gate(TypedDict):
+    """A comparison of a canary with the stable revision."""
+
+    name: str
+    stable: Annotated[float | None, "A share, or seconds."]
+    new: float | None
+    limit: Annotated[
+        float, "The most that `new` may be; where `relative`, the share that it may be above `stable`."
+    ]
+    relative: bool
+    beyond: Annotated[bool, "It is above the limit; it may be so by chance."]
+
+
+class CanaryStep(TypedDict):
+    """A declared step."""
+
+    weight: Annotated[int, "Percent of the requests."]
+    hold: str
+
+
+class Answered(TypedDict):
+    """Requests that were compared."""
+
+    stable: int
+    new: int
+
+
+class GoingCanary(TypedDict):
+    """A canary."""
+
+    revision: int
+    step: Annotated[int, "From 1; 0 before a replica of it serves."]
+    steps: list[CanaryStep]
+    requests: Annotated[int, "Of this step."]
+    minRequests: int
+    total: NotRequired[Answered]
+    gates: list[Gate]
+
+
 class Going(TypedDict):
     """A model's rollout."""
 
     revision: Annotated[int, "The one that is to serve."]
     settled: Annotated[bool, "Nothing is left to do."]
-    strategy: Literal["Auto", "RollingUpdate", "Recreate"]
+    strategy: Literal["Auto", "RollingUpdate", "Recreate", "Canary"]
     held: Annotated[bool, "Rollouts are paused."]
+    canary: NotRequired[Annotated[GoingCanary, "While a new revision is one."]]
 
 
 class Counts(TypedDict):
@@ -58,7 +98,7 @@ class Counts(TypedDict):
 class Decision(TypedDict):
     """What was decided beside the manifest."""
 
-    kind: Literal["scale", "pause", "hold", "pin", "quarantine", "restart", "resident", "suspend"]
+    kind: Literal["scale", "autoscale", "pause", "hold", "pin", "quarantine", "restart", "resident", "suspend"]
     by: str
     reason: str
     since: Time
@@ -210,7 +250,7 @@ class Revision(TypedDict):
 
     revision: int
     templateHash: str
-    state: Literal["Current", "Pinned", "Stable", "RolledBack", "Leaving", "Old", "NeverRolledOut"]
+    state: Literal["Current", "Pinned", "Stable", "Canary", "RolledBack", "Leaving", "Old", "NeverRolledOut"]
     cause: str
     createdAt: Time
     stableAt: Annotated[Time | None, "When it was first rolled out as a whole."]

@@ -407,7 +407,8 @@ class ControlPlane:
         if not took or self.routes.low_budgets() != told:  # what is told of them may be otherwise now
             for policy in self.policies.names():
                 self._controller.add(policy)
-        looks = [look for look in (self.models.settle_residency(), self.models.settle_scaling()) if look]
+        settled = (self.models.settle_residency(), self.models.settle_scaling(), self.models.trials.settle())
+        looks = [look for look in settled if look]
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
         return BUSY_POLL if busy else min(looks, default=IDLE_POLL)
 

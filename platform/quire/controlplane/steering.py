@@ -13,7 +13,8 @@ from typing import Any
 from quire.controlplane.errors import ApiError, not_found
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
-from quire_operators.desired import Effective, last_stable
+from quire_operators.canary import PROMOTED, Stage
+from quire_operators.desired import Canary, Effective, last_stable
 from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
@@ -40,6 +41,8 @@ class Steering:
             "resume": self._resume,
             "rollout-pause": self._hold,
             "rollout-resume": self._release,
+            "promote": self._promote,
+            "abort": self._abort,
             "undo": self._undo,
             "retry": self._retry,
             "restart": self._restart,
@@ -134,14 +137,60 @@ class Steering:
         self._end(wanted, Kind.HOLD)
         return "RolloutResumed", "rollouts go on" if Kind.HOLD in wanted.overrides else "they were not paused"
 
+    def _canary(self, wanted: Effective) -> Canary:
+        """The canary that is on. Raises `ApiError` where there is none."""
+        if wanted.canary is None:
+            key = wanted.stored.key
+            text = f"{key} has no canary now"
+            raise ApiError(409, "conflict", text, f"platform rollout status {key} shows what goes on", exit_code=5)
+        return wanted.canary
+
+    def _promote(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._refuse_while_held(wanted)
+        tried = self._canary(wanted)
+        if tried.stage is None:
+            key = wanted.stored.key
+            text = f"no replica of revision {tried.revision.n} serves yet"
+            raise ApiError(
+                409, "conflict", text, f"platform rollout status {key} shows what it waits for", exit_code=5
+            )
+        at = self._plane.store.clock()
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
+        kept = Stage(PROMOTED, at).kept(tried.revision.template_hash, at)
+        self._plane.store.set_override(wanted.stored.uid, replace(kept, by=by, reason=why))
+        return "CanaryPromoted", f"revision {tried.revision.n} takes over, before its steps are done"
+
+    def _abort(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
+        tried = self._canary(wanted)
+        n, template = tried.revision.n, tried.revision.template_hash
+        by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
+        override = Override(
+            Kind.QUARANTINE, by, self._plane.store.clock(), why, revision=n, template_hash=template
+        )
+        failure = f"aborted by {by}" + (f": {why}" if why else "")
+        self._plane.store.set_override(wanted.stored.uid, override, failed=(n, failure))
+        return (
+            "CanaryAborted",
+            f"revision {n} is given up until the manifest changes; {wanted.revision.n} serves on",
+        )
+
     def _undo(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         self._refuse_while_held(wanted)
+        if wanted.canary is not None and body.get("revision") is None:
+            key = wanted.stored.key
+            text = f"revision {wanted.canary.revision.n} of {key} is a canary, and another one serves already"
+            raise ApiError(409, "conflict", text, f"platform rollout abort {key} gives the canary up", exit_code=5)
         to = self._earlier(wanted, body.get("revision"))
         if to.n == wanted.newest.n:
-            self._end(wanted, Kind.PIN, Kind.QUARANTINE)
+            self._end_what_keeps_away(wanted)
             return "Unpinned", f"revision {to.n} serves, as the manifest says"
         self._set(wanted, Kind.PIN, body, revision=to.n)
         return "Pinned", f"pinned to revision {to.n} until the manifest changes, which it was not"
+
+    def _end_what_keeps_away(self, wanted: Effective) -> None:
+        """Let the newest revision be what is to serve; as a canary from its first step, unless it is one now."""
+        again = (Kind.CANARY,) if wanted.canary is None else ()
+        self._end(wanted, Kind.PIN, Kind.QUARANTINE, *again)
 
     def _earlier(self, wanted: Effective, named: object) -> Revision:
         """The revision to go back to: the one that was named, else the last that was rolled out before."""
@@ -163,10 +212,11 @@ class Steering:
 
     def _retry(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         """Try what failed again: the revision that was given up, replicas that failed or wait, files."""
-        if not wanted.is_newest:
+        kept_away = not wanted.is_newest and wanted.canary is None
+        if kept_away:
             self._refuse_while_held(wanted)
-        self._end(wanted, Kind.PIN, Kind.QUARANTINE)
-        if not wanted.is_newest:
+        self._end_what_keeps_away(wanted)
+        if kept_away:
             return "Retried", f"revision {wanted.newest.n} is rolled out once more"
         again = 0
         for row in self._plane.store.replicas(wanted.stored.key.name):

@@ -155,6 +155,8 @@ class Views:
                 return "Current"
             if revision.n == wanted.revision.n:
                 return "Pinned" if Kind.PIN in wanted.overrides else "Stable"
+            if wanted.canary is not None and revision.n == wanted.canary.revision.n:
+                return "Canary"
             if revision.failure is not None:
                 return "RolledBack"
             if revision.n == wanted.newest.n:

@@ -363,6 +363,10 @@ class Crew:
             case workers.TakeTurn(number, route, weighed):
                 turn = self._fleet.traffic.take(route, weighed=weighed)
                 member.line.tell(workers.Turn(number, turn is not None, *(turn or ())))
+            case workers.TryCanary(number, model):
+                served = self._fleet.by_model.get(model)
+                turn_of = served if served is None else self._fleet.canaries.turn(served)
+                member.line.tell(workers.Told(number, turn_of is not served))
             case workers.IsQueued(number, seat):
                 foreign = seated.foreign if (seated := member.seats.get(seat)) is not None else None
                 member.line.tell(workers.Told(number, foreign is not None and foreign.client.queued(foreign)))
@@ -383,6 +387,8 @@ class Crew:
                     self._give_back(places)
             case workers.Used(policy, key, model, spent):
                 self._head.usage.add(Who(policy, key, model), _amount(spent))
+            case workers.Compare(model, fared):
+                self._fleet.canaries.note(model, fared)
             case workers.Wake():
                 self._head.executor.wake()
             case workers.BeginResponse(response, size):

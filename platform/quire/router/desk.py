@@ -31,7 +31,7 @@ from quire.router.placing import News, Seat
 from quire.router.shares import may_enter
 from quire.router.traffic import Asked, Way
 from quire_schemas import wire
-from quire_schemas.workers import Wanted
+from quire_schemas.workers import Fared, Wanted
 
 MAX_COPIES: Final = 64
 """On their way at a time, of all routes."""
@@ -83,6 +83,12 @@ class Desk(Protocol):
 
     def way(self, asked: Asked, caller: Caller) -> Awaitable[Way]:
         """Where a caller's request goes. Raises `PermissionDenied` and `ModelNotFound`."""
+
+    def turn(self, served: ServedModel) -> Awaitable[ServedModel]:
+        """Who has a request for this model: itself, or its canary."""
+
+    def compare(self, served: ServedModel, fared: Fared) -> None:
+        """Count how a request fared at it, where it is compared with another revision."""
 
     def admitted(
         self, served: ServedModel, sequences: int, owner: str, *, background: bool = False, copy: bool = False
@@ -141,6 +147,12 @@ class OwnDesk:
 
     async def way(self, asked: Asked, caller: Caller) -> Way:
         return self._fleet.way(asked, caller)
+
+    async def turn(self, served: ServedModel) -> ServedModel:
+        return self._fleet.canaries.turn(served)
+
+    def compare(self, served: ServedModel, fared: Fared) -> None:
+        self._fleet.canaries.note(served.route.model, fared)
 
     @contextlib.asynccontextmanager
     async def admitted(

@@ -146,12 +146,13 @@ class EngineClient:
         leads: bool = True,
     ) -> None:
         """`changed` is called when it is connected or no longer, and when its breaker opens or closes; `ejected`
-        when it stops being ready by itself. `breakers` are those of its model. One that does not lead asks for
+        when it stops being ready by itself. One that does not lead asks for
         what the engine tells all only where nobody else has asked."""
         self._leads = leads
         self._told_at = 0.0
         self.endpoint = endpoint
-        self._breakers = breakers or Breakers()
+        self.breakers = breakers or Breakers()
+        """Those of its model."""
         self.stall_seconds = math.inf
         """The route's; set with the endpoint, as are the next two."""
         self.max_queue_length = 0
@@ -215,7 +216,7 @@ class EngineClient:
     def ready(self) -> bool:
         """Whether a new sequence may be given to it."""
         able = self.connected and not self.retired and self.serving and not self.stalled
-        return able and self._breakers.takes(self.endpoint.replica_id, time.monotonic())
+        return able and self.breakers.takes(self.endpoint.replica_id, time.monotonic())
 
     @property
     def serving(self) -> bool:
@@ -262,7 +263,7 @@ class EngineClient:
     @property
     def breaker(self) -> wire.BreakerState:
         """Whether its failures keep requests from it."""
-        return self._breakers.of(self.endpoint.replica_id).state(time.monotonic())
+        return self.breakers.of(self.endpoint.replica_id).state(time.monotonic())
 
     def queued(self, sequence: Sequence) -> bool:
         """Whether the sequence still waits in the engine's queue, as far as can be told from here.
@@ -319,7 +320,7 @@ class EngineClient:
         """Count a sequence that another worker gives to the engine now."""
         sequence = Foreign(self, name, wanted, background=background)
         self._sequences[name] = sequence
-        sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
+        sequence.trial = self.breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self.prefixes.add(wanted.chain)
         self.served += 1
@@ -346,7 +347,7 @@ class EngineClient:
         if self._writer is None or self.retired:
             raise NotConnected(self.endpoint.replica_id)
         sequence = self._sequences[request.id] = Sequence(self, request, bell, cached)
-        sequence.trial = self._breakers.begin(self.endpoint.replica_id, time.monotonic())
+        sequence.trial = self.breakers.begin(self.endpoint.replica_id, time.monotonic())
         self._burden(sequence).add(sequence.prompt_tokens, sequence.max_tokens, sequence.width)
         self._writer.write(wire.frame(request))
         return sequence
@@ -374,7 +375,7 @@ class EngineClient:
         for sequence in sequences:
             sequence.trial = False
         name = self.endpoint.replica_id
-        changed = self._breakers.end(name, time.monotonic(), ok, trial=trial)
+        changed = self.breakers.end(name, time.monotonic(), ok, trial=trial)
         if changed == "opened":
             log.warning("replica %s: fails, and gets no requests for a while", name)
             self._ejected("tripped")
@@ -443,7 +444,7 @@ class EngineClient:
             self._writer = writer
             self.connection += 1
             if self.connection == 1:
-                self._breakers.of(self.endpoint.replica_id).renew(time.monotonic())
+                self.breakers.of(self.endpoint.replica_id).renew(time.monotonic())
             self.stats = self.proved_at = None
             self._progress_at = time.monotonic()
             asking = asyncio.create_task(self._ask(writer, lease / _ASKED_A_LEASE))

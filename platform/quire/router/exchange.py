@@ -20,11 +20,24 @@ import asyncio
 import contextlib
 import functools
 import time
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from litestar.types import Send
 
-from quire.errors import ApiError, InvalidRequest, failure_of
+from quire.errors import (
+    ApiError,
+    EngineDied,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    OutOfTime,
+    QueueFull,
+    RequestQuarantined,
+    ServiceUnavailable,
+    TimedOut,
+    failure_of,
+)
 from quire.router.budgets import Amount, most
 from quire.router.fleet import ServedModel
 from quire.router.formats import Format
@@ -37,6 +50,7 @@ from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked, Way
 from quire.router.usage import Who
 from quire.text import TextError
+from quire.text.errors import BadTemplate, TemplateFailed
 from quire_schemas import signals
 from quire_schemas.openai.answer import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire_schemas.openai.request import ModelRequest
@@ -84,9 +98,9 @@ class Exchange(Reception, Generic[R]):
                 begun_at = time.monotonic() if tried else arrived_at
                 try:
                     served = fleet.at(way, model)
-                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.route.model)
+                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.name)
                     times = (arrived_at, begun_at)
-                    return await self._serve_by(served, way, request, len(body), times, span, send)
+                    return await self._serve_by_turn(served, way, request, len(body), times, span, send)
                 except (ApiError, TextError) as error:
                     first = first or error
                     tried.append(model or "")
@@ -98,6 +112,28 @@ class Exchange(Reception, Generic[R]):
                     span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
         finally:
             self._note()
+
+    async def _serve_by_turn(
+        self,
+        served: ServedModel,
+        way: Way,
+        request: R,
+        size: int,
+        times: tuple[float, float],
+        span: RequestSpan,
+        send: Send,
+    ) -> str:
+        """Have it answered by this model, or by its canary if it is its turn. Where that fails, and nothing of it
+        has gone out, the model has it after all."""
+        turn = await self._gateway.desk.turn(served)
+        if turn is not served:
+            try:
+                return await self._serve_by(turn, way, request, size, times, span, send)
+            except (ApiError, TextError) as error:
+                if self._stream is not None or not _is_of_revision(error):
+                    raise
+                span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: served.name})
+        return await self._serve_by(served, way, request, size, times, span, send)
 
     async def _serve_by(
         self,
@@ -123,15 +159,23 @@ class Exchange(Reception, Generic[R]):
             self._runs.append(run)
             if span.is_recorded:
                 span.set(_request_attributes(run.job))
-            metrics = self._gateway.fleet.metrics.model(served.route.model)
+            metrics = self._gateway.fleet.metrics.model(served.name)
             metrics.in_flight.inc()
             self._refused = False
+            end: Literal["whole", "failed", "left"] = "left"
             try:
                 if job.stream:
                     reasons = await self._send_stream(request, run, send)
                 else:
                     reasons = await self._send_whole(request, run, send)
+                end = "whole"
+            except (ApiError, TextError) as error:
+                if self._stream is not None or _is_of_revision(error):
+                    end = "failed"
+                raise
             finally:
+                if self._gateway.fleet.canaries.compares(served) and not self._background:
+                    self._gateway.desk.compare(served, run.fared(end))
                 metrics.in_flight.dec()
                 self._ticket.used += run.prompt_tokens + run.completion_tokens
                 if span.is_recorded:
@@ -155,7 +199,7 @@ class Exchange(Reception, Generic[R]):
             requests = int(run is self._runs[-1])
             used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
             route = run.job.model.route
-            who = Who(self._caller.owner, self._caller.key, route.model)
+            who = Who(self._caller.owner, self._caller.key, run.job.model.name)
             self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
@@ -244,7 +288,27 @@ class _Pings:
 
 def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
     """Which Model the answer is from: the body repeats the name that was asked for."""
-    return [(b"x-quire-model", run.job.model.route.model.encode())]
+    return [(b"x-quire-model", run.job.model.name.encode())]
+
+
+def _is_of_revision(error: ApiError | TextError) -> bool:
+    """Whether a request might fare better at another revision of the model: it, not the request, is at
+    fault, or it has left."""
+    lasting = (RequestQuarantined, OutOfTime)
+    return isinstance(error, _OF_REVISION) and not isinstance(error, lasting)
+
+
+_OF_REVISION: Final = (
+    EngineUnavailable,
+    EngineDied,
+    InternalError,
+    ModelNotFound,
+    QueueFull,
+    ServiceUnavailable,
+    TimedOut,
+    BadTemplate,
+    TemplateFailed,
+)
 
 
 def usage_of(run: Run) -> Usage:

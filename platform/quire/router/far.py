@@ -188,6 +188,18 @@ class FarDesk:
             return self._fleet.way(asked, caller)
         return traffic.going(route, asked, user, told.model, copied=told.copied)
 
+    async def turn(self, served: ServedModel) -> ServedModel:
+        """The turns are the head's, where there is a canary."""
+        canary = self._fleet.canaries.beside(served)
+        if canary is None:
+            return served
+        told = await self._head.ask(workers.TryCanary(self._head.number(), served.route.model))
+        return canary if isinstance(told, workers.Told) and told.yes else served
+
+    def compare(self, served: ServedModel, fared: workers.Fared) -> None:
+        if self._fleet.canaries.compares(served):
+            self._head.tell(workers.Compare(served.route.model, fared))
+
     @contextlib.asynccontextmanager
     async def admitted(
         self, served: ServedModel, sequences: int, owner: str, *, background: bool = False, copy: bool = False

@@ -27,6 +27,7 @@ import msgspec
 from quire.errors import InvalidRequest, ModelNotFound, ModelStopped, ServiceUnavailable
 from quire.router.access import Access, Caller
 from quire.router.breaker import Breakers
+from quire.router.canaries import Canaries
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
 from quire.router.memory import Memory
 from quire.router.metrics import Metrics, ReplicaSample, Standing
@@ -77,6 +78,17 @@ class ServedModel:
     """Which replicas get no requests because they fail them."""
     settled: Pulse = field(default_factory=Pulse)
     """A further attempt or a trial has brought its token, or ended."""
+
+    @property
+    def name(self) -> str:
+        """The Model's, of a canary, too."""
+        return self.route.canary_of or self.route.model
+
+    @property
+    def has_place(self) -> bool:
+        """Whether one more request would be taken by a replica, at once or from the queue."""
+        waited_for = self.in_flight - self.background
+        return self.ready and waited_for < self.slots + self.route.max_queue_length
 
     @property
     def usable(self) -> Tokenizer:
@@ -148,6 +160,7 @@ class Fleet:
         self.by_model: dict[str, ServedModel] = {}
         """By the name of the Model."""
         self.traffic = Traffic()
+        self.canaries = Canaries()
         self.copies: set[asyncio.Task[None]] = set()
         """Copies of requests on their way, which nobody waits for."""
         self.metrics = Metrics(self.samples, self.standings)
@@ -217,10 +230,12 @@ class Fleet:
                 client = self._clients.get(key) or EngineClient(
                     endpoint,
                     self._pulse.fire,
-                    self._ejected(route.model),
+                    self._ejected(served.name),
                     served.breakers if self._leads else None,  # the head decides who gets none
                     leads=self._leads,
                 )
+                if self._leads:
+                    client.breakers = served.breakers  # a canary's replica comes to be one of its model
                 client.endpoint, client.stall_seconds = endpoint, route.stall_seconds
                 client.max_queue_length, client.policy = route.max_queue_length, route.policy
                 clients[key] = client
@@ -237,9 +252,10 @@ class Fleet:
                 self._leaving.append(client)
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
         self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
+        self.canaries.set(by_model)
         self._tokenizers = dict(tokenizers.values())
         self.access.act_by(table.access, table.budgets)
-        self.metrics.set_models(route.model for route in table.models)
+        self.metrics.set_models(route.model for route in table.models if not route.canary_of)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
 
@@ -356,11 +372,21 @@ class Fleet:
             replicas=[*loads, *self._unconnected()],
             unusable=self.unusable,
             uses={
-                served.route.model: served.use(time.monotonic())
+                served.route.model: self._use(served, time.monotonic())
                 for served in self.by_model.values()
-                if served.route.on_demand
+                if served.route.on_demand and not served.route.canary_of
             },
+            canaries=self.canaries.told(),
         )
+
+    def _use(self, served: ServedModel, now: float) -> wire.ModelUse:
+        """How a model is used, its canary included: what that does its own replicas may have to do soon."""
+        use, canary = served.use(now), self.canaries.beside(served)
+        if canary is None:
+            return use
+        more = canary.use(now)
+        idle = min((each for each in (use.idle, more.idle) if each is not None), default=None)
+        return msgspec.structs.replace(use, in_flight=use.in_flight + more.in_flight, idle=idle)
 
     def _unconnected(self) -> Iterator[wire.ReplicaLoad]:
         """Replicas of models that cannot be served."""
@@ -377,6 +403,8 @@ class Fleet:
     def standings(self) -> Iterator[Standing]:
         """What a scrape shows of the models as they stand."""
         for served in self.by_model.values():
+            if served.route.canary_of:
+                continue  # what is wanted is the model's number; its replicas are shown by themselves
             ready = sum(client.ready for client in served.clients)
             yield Standing(served.route.model, served.route.wanted, ready, served.route.restarts)
 
@@ -386,7 +414,7 @@ class Fleet:
             for client in served.clients:
                 up, connected = client.connected and not client.stalled, client.connected
                 yield ReplicaSample(
-                    served.route.model,
+                    served.name,
                     client.endpoint.replica_id,
                     up,
                     client.stats if connected else None,

@@ -211,6 +211,8 @@ class Seat:
         if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{wanted.asked_model}' was taken down.", param="model")
         served.check_wanted()
+        if served.route.canary_of and wanted.begun_with is None and not served.ready:
+            raise EngineUnavailable("The new revision has no replica that is ready.", retry_after=1.0)
         serving = served.tokenizer
         if isinstance(serving, TextError) or serving.fingerprint != wanted.tokenizer:
             raise EngineUnavailable("The model was changed while the request waited.", retry_after=1.0)
@@ -232,7 +234,7 @@ class Seat:
         served = self._served
         if not self._retrying and may_retry(served.retrying, served.in_flight):
             news("retrying")
-            self._fleet.metrics.model(served.route.model).retries.inc()
+            self._fleet.metrics.model(served.name).retries.inc()
             self._retrying = True
             served.retrying += 1
         return self._retrying

@@ -158,7 +158,7 @@ class Reception:
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
         """Note which model the request is for, and the name that it has for it."""
-        self._model = self._account.model = served.route.model
+        self._model = self._account.model = served.name
         self._account.asked = asked
         span.name(self._operation, asked)
         span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})

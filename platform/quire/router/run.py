@@ -31,7 +31,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from quire.errors import (
     EngineDied,
@@ -49,7 +49,7 @@ from quire.router.job import Choice, Job, Update
 from quire.router.placing import RECHECK_SECONDS, News, gave_up, waited
 from quire.router.spans import SequenceTimes
 from quire_schemas import signals, wire
-from quire_schemas.workers import Wanted
+from quire_schemas.workers import Fared, Wanted
 
 log = logging.getLogger("quire.router")
 
@@ -76,7 +76,7 @@ class Run:
         """The one that was given a sequence last."""
         self._received_at = math.inf if job.background else received_at
         """Infinite once what the router added to the request is counted."""
-        self._metrics = fleet.metrics.model(job.model.route.model)
+        self._metrics = fleet.metrics.model(job.model.name)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
         self._claims: dict[int, Claim] = {}
         """By the index of the choice; of those that are begun and have not ended."""
@@ -105,6 +105,27 @@ class Run:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.generated for choice in self._choices)
+
+    def fared(self, end: Literal["whole", "failed", "left"]) -> Fared:
+        """How it went, to be compared with what another revision does: its time to the first token since its model
+        had it, and the mean one between the tokens of its first answer."""
+        job, first, times = self.job, self._choices[0], self._choices[0].times
+        begun = job.arrived_at if job.begun_at is None else job.begun_at
+        between = None
+        if times is not None and first.generated > 1:
+            between = (times.last_at - times.first_at) / (first.generated - 1)
+        until_first = None if self.first_token_at is None else self.first_token_at - begun
+        return Fared(end, self._is_void(), until_first, between)
+
+    def _is_void(self) -> bool:
+        """Whether an answer of it has no text, or was cut by the length that the model has."""
+        job, route = self.job, self.job.model.route
+        if job.pooling is not None or job.beam is not None or job.prompt_alone:
+            return False
+        longest = min(route.max_model_len, route.kv_tokens)
+        return any(
+            not choice.text.made or len(choice.prompt) + choice.generated >= longest for choice in self._choices
+        )
 
     @property
     def prompt_tokens(self) -> int:

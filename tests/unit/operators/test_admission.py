@@ -330,3 +330,40 @@ def test_a_scripted_model_has_the_blocks_that_the_model_would_have(admission: Ad
     (auto,) = review(admission, "engine: {runner: scripted}")
     assert auto.placement is not None
     assert auto.placement.max_model_len == auto.placement.kv_tokens // 64
+
+
+STEPS = "rollout: {strategy: Canary, canary: {steps: [{weight: 10, hold: 5m}, {weight: 50}]}}"
+
+
+def test_a_canary_is_told_with_its_steps_and_refused_where_one_replica_more_never_fits(
+    store: Store, admission: Admission
+) -> None:
+    def sized(replicas: int, length: int) -> str:
+        return f"engine: {{maxModelLen: {length}, kvCache: {{size: 4Gi}}}}, replicas: {replicas}, {STEPS}"
+
+    (first,) = review(admission, sized(2, 256))
+    assert first.rollout == "2 replicas to start", "nothing is stable yet"
+    apply(store, admission, sized(2, 256))
+    (stored,) = store.objects("model")
+    store.mark_stable(stored.uid, 1)
+    for index in range(2):
+        template = store.revisions(stored.uid)[0].template_hash
+        row = Row(f"m0-r1-{index}", "m0", index, 1, template, Goal.RUN, 0.0, memory=first_memory(first))
+        store.create_replica(row)
+    (found,) = review(admission, sized(2, 512))
+    assert found.refusal is None
+    assert found.rollout == "Canary beside 2 replicas: 10 % for 5m00s, 50 % of the requests, then it replaces them"
+    assert found.replaces == 2
+    assert found.warnings == []
+    store.create_replica(Row("r", "big", 0, 1, "t", Goal.RUN, 0.0, memory=6 * GIB, device="cpu"))
+    (later,) = review(admission, sized(2, 512))
+    assert any("it begins when there is room" in warning for warning in later.warnings)
+    (refused,) = review(admission, sized(3, 512))
+    assert refused.refusal is not None
+    assert refused.refusal.path == "spec.rollout.strategy"
+    assert "beside the 3 that serve; 3 fit on this machine" in refused.refusal.message
+
+
+def first_memory(found: Review) -> int:
+    assert found.placement is not None
+    return found.placement.memory

@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire_operators.desired import CRASHES_BEFORE_ROLLBACK, Effective, desired_of, effective
+from quire_operators.canary import PROMOTED, Stage
+from quire_operators.desired import CRASHES_BEFORE_ROLLBACK, Effective, as_canary, desired_of, effective
 from quire_operators.overrides import Kind, Override, ended_by_intent
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
@@ -177,3 +178,73 @@ def test_decisions_survive_the_store() -> None:
     for each in (override(Kind.PIN, revision=1, reason="slow"), override(Kind.PAUSE, until=3.0)):
         assert Override.from_dict(each.as_dict()) == each
         assert set(each.as_dict()) == set(asdict(each))
+
+
+CANARY: dict[str, Any] = {"rollout": {"strategy": "Canary", "canary": {"steps": [{"weight": 10}, {"weight": 60}]}}}
+
+
+def at_step(step: int) -> Override:
+    return Stage(step, 50.0).kept("t3", 50.0)
+
+
+def test_a_canary_leaves_the_stable_revision_to_serve_and_has_its_own_number_beside_it() -> None:
+    found = wanted(replicas=3, **CANARY)
+    assert (found.revision, found.is_newest, found.full) == (TWO, False, 3)
+    assert desired_of(found).fallback is None
+    assert found.canary is not None
+    assert (found.canary.revision, found.canary.stage) == (THREE, None)
+    alone = desired_of(as_canary(found, found.canary))
+    assert (alone.template_hash, alone.replicas, alone.fallback, alone.proven) == ("t3", 1, 2, False)
+    later = wanted(at_step(1), replicas=3, **CANARY)
+    assert later.canary is not None
+    assert desired_of(as_canary(later, later.canary)).replicas == 2
+
+
+def test_there_is_no_canary_where_it_is_over_or_nothing_is_to_be_tried() -> None:
+    done = wanted(at_step(PROMOTED), **CANARY)
+    assert (done.canary, done.revision, done.fallback) == (None, THREE, TWO), "it takes over"
+    given_up = wanted(override(Kind.QUARANTINE, revision=3, template_hash="t3"), at_step(0), **CANARY)
+    assert (given_up.canary, given_up.revision) == (None, TWO)
+    pinned = wanted(override(Kind.PIN, revision=1), at_step(0), **CANARY)
+    assert (pinned.canary, pinned.revision) == (None, ONE)
+    assert wanted().canary is None, "another strategy"
+    first = effective(stored(3, **CANARY), (THREE,), (), 100.0)
+    assert (first.canary, first.revision) == (None, THREE), "nothing is stable yet"
+    same = effective(stored(3, **CANARY), (THREE, replace(TWO, template_hash="t3"), ONE), (), 100.0)
+    assert same.canary is None, "what is stable is of this template"
+    deleted = effective(replace(stored(3, **CANARY), deletion_time=1.0), (THREE, TWO), (), 100.0)
+    assert deleted.canary is None
+
+
+def test_a_pause_of_rollouts_keeps_a_canary_from_beginning_and_one_that_has_begun_where_it_is() -> None:
+    hold = override(Kind.HOLD, revision=2)
+    assert wanted(hold, **CANARY).canary is None
+    begun = wanted(hold, at_step(1), **CANARY)
+    assert begun.canary is not None
+    assert (begun.canary.step, begun.revision) == (1, TWO)
+    noted = wanted(hold, override(Kind.CANARY, template_hash="t3"), **CANARY)
+    assert noted.canary is not None
+    assert (noted.canary.stage, noted.canary.is_noted) == (None, True), "it waits for its first replica"
+    another = wanted(replace(at_step(1), template_hash="t9"), **CANARY)
+    assert another.canary is not None
+    assert another.canary.stage is None, "a stage of another template says nothing of this one"
+
+
+def test_what_is_left_of_a_canary_that_did_not_take_over_is_set_aside() -> None:
+    noted = override(Kind.CANARY, template_hash="t3")
+    given_up = override(Kind.QUARANTINE, revision=3, template_hash="t3")
+    for kept in (noted, at_step(1)):
+        assert wanted(kept, **CANARY).set_aside == "", "it goes on"
+        assert wanted(kept, given_up, **CANARY).set_aside == "t3"
+        assert wanted(kept, override(Kind.PIN, revision=1), **CANARY).set_aside == "t3"
+        another = wanted(replace(kept, template_hash="t9"), **CANARY)
+        assert (another.set_aside, another.canary is not None) == ("t9", True), "another template is tried now"
+        assert wanted(kept).set_aside == "", "by another strategy it is what is to serve"
+    assert wanted(at_step(PROMOTED), given_up, **CANARY).set_aside == "", "it had taken over before it failed"
+    assert wanted(**CANARY).set_aside == ""
+
+
+def test_a_model_that_has_no_replica_has_none_of_its_canary() -> None:
+    found = wanted(override(Kind.PAUSE), **CANARY)
+    assert found.canary is not None
+    assert desired_of(as_canary(found, found.canary)).replicas == 0

@@ -479,3 +479,28 @@ def test_events_that_come_one_by_one_stand_in_columns() -> None:
     assert lines[0].index("model/m") == lines[1].index("model/m")
     assert {line.index("generation 1") for line in lines} == {lines[0].index("generation 1")}
     assert "x3" in lines[1]
+
+
+def test_a_rollout_shows_the_gates_of_its_canary() -> None:
+    gates = [
+        {"name": "errors", "stable": 0.001, "new": 0.0, "limit": 0.01, "relative": False, "beyond": False},
+        {"name": "first token p95", "stable": 0.31, "new": 0.41, "limit": 0.2, "relative": True, "beyond": True},
+        {
+            "name": "between tokens p95",
+            "stable": 0.02,
+            "new": None,
+            "limit": 0.2,
+            "relative": True,
+            "beyond": False,
+        },
+    ]
+    canary = {"revision": 2, "step": 1, "steps": [], "requests": 41, "minRequests": 200, "gates": gates}
+    view = model(status={"summary": "Serving", "rollout": {"revision": 1, "canary": canary}, "conditions": []})
+    assert render.rollout(view)[-4:] == [
+        "  GATE                STABLE  CANARY  LIMIT  STATE",
+        "  errors              0.1%    0.0%    1.0%   within",
+        "  first token p95     310 ms  410 ms  +20%   beyond",
+        "  between tokens p95  20 ms   -       +20%   within",
+    ]
+    canary["gates"] = []
+    assert not any("GATE" in line for line in render.rollout(view)), "nothing was counted yet"

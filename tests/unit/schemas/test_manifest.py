@@ -333,7 +333,7 @@ def test_only_a_hub_needs_a_token() -> None:
         "resources: {accelerator: {type: nvidia-h100}}",
         "resources: {accelerator: {countPerReplica: 2}}",
         "placement: {backend: ray}",
-        "rollout: {strategy: Canary}",
+        "rollout: {strategy: Canary, canary: {steps: [{weight: 5}], analysis: {maxDrift: 5%}}}",
         "probes: {readiness: {period: 1s}}",
         "probes: {liveness: {period: 5s}}",
         "env: [{name: A, valueFrom: {secretRef: t}}]",
@@ -902,3 +902,22 @@ def test_a_name_or_revision_of_digits_is_text() -> None:
         "spec: {source: 'hf://a/b', revision: 1234567, servedModelNames: [70]}\n"
     )
     assert not load([("m.yaml", text)]).problems
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "said"),
+    [
+        ("rollout: {strategy: Canary}", "spec.rollout.strategy", "needs steps"),
+        ("rollout: {strategy: Canary, canary: {steps: []}}", "spec.rollout.canary", "needs steps"),
+        (
+            "rollout: {strategy: Canary, canary: {steps: [{weight: 30}, {weight: 30, hold: 1m}]}}",
+            "spec.rollout.canary.steps[1].weight",
+            "30 comes after 30",
+        ),
+        ("rollout: {canary: {steps: [{weight: 30}]}}", "spec.rollout.canary", "has no effect"),
+    ],
+)
+def test_a_canary_has_steps_that_rise(body: str, path: str, said: str) -> None:
+    problem = only(body)
+    assert problem.path == path
+    assert said in problem.message

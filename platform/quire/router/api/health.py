@@ -41,6 +41,8 @@ async def health(fleet: Fleet, prover: Prover) -> tuple[int, bytes]:
     await prover.look([client for served in every for client in served.clients])
     models = {}
     for served in every:
+        if served.route.canary_of:
+            continue  # nobody depends on it: the model's own replicas have its requests, too
         clients = served.clients
         models[served.route.model] = ModelHealth(
             replicas=len(served.route.replicas),
