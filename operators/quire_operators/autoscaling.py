@@ -76,6 +76,8 @@ class Memory:
     called_for: deque[tuple[float, int]] = field(default_factory=deque)
     began: float | None = None
     """Since when the router has told of the model without a gap."""
+    teller: int | None = None
+    """The router's process."""
 
     def note(self, now: float, replicas: int, kept: float) -> None:
         if self.began is None:
@@ -84,6 +86,12 @@ class Memory:
             self.called_for.append((now, replicas))
         while len(self.called_for) > 1 and self.called_for[1][0] <= now - kept:
             self.called_for.popleft()
+
+    def hear_from(self, teller: int) -> None:
+        """Another router than before knows of nothing that was before it: all begins anew."""
+        if teller != self.teller:
+            self.teller = teller
+            self.forget()
 
     def forget(self) -> None:
         self.called_for.clear()

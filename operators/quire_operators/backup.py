@@ -13,7 +13,8 @@ Exceptions, besides those of `database`:
 
     StoreError
     ├── BadBackup           a file that is none, is damaged, or is of another version
-    └── NotEmpty            what would be restored over has objects
+    ├── NotEmpty            what would be restored over has objects
+    └── NothingStored       there is nothing yet that could be kept (an `UnusableStore`)
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class NotEmpty(StoreError):
     """There is something that a restore would overwrite."""
 
 
+class NothingStored(UnusableStore):
+    """No control plane ever wrote there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backup:
     """The content of a file: where it came from, and every row as a line."""
@@ -76,6 +81,8 @@ def take(place: Path | sa.URL, version: str) -> Backup:
     """The content of a store as it is now, also while a control plane writes. Raises `StoreError`."""
     with _snapshot(place) as (db, name):
         found = db.scalar(sa.select(META.c.value).where(META.c.key == "schemaVersion"))
+        if found is None:
+            raise NothingStored(f"nothing was ever stored in {name}", "platform apply makes a store of it")
         if found != str(SCHEMA_VERSION):
             raise UnusableStore(
                 f"{name} is of schema {found}, and this version of schema {SCHEMA_VERSION}",

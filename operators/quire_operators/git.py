@@ -21,19 +21,16 @@ Exceptions:
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import os
 import re
-import resource
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from quire_operators.bounded import Bounds, TooLong, TooMuch, run
 from quire_operators.status import Reason
 
 MIB = 1 << 20
@@ -45,7 +42,8 @@ HANDED_DOWN = (
     "PATH", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY",
     "all_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "GIT_SSL_CAPATH",
 )  # fmt: skip
-"""Variables of ours that git and what it starts may have: the way to the network, and whom to trust there."""
+"""Variables of ours that git and what it starts may have: the way to the network, and whom to trust there. A proxy
+is for https alone: what goes by http is for this machine, and any other would read it."""
 SETTINGS = (
     "core.hooksPath=/dev/null",
     "core.fsmonitor=false",
@@ -81,7 +79,7 @@ class Limits:
     """Below the folder that is followed."""
     listing_bytes: int = 4 * MIB
     """Of the names of those files."""
-    content_bytes: int = 16 * MIB
+    content_bytes: int = 4 * MIB
     """Of all manifests together."""
 
 
@@ -201,6 +199,8 @@ class Repository:
         if packs.is_dir() and sum(path.suffix == ".pack" for path in packs.iterdir()) >= PACKS:
             self.discard()
             await self._make()
+        for lock in self._folder.rglob("*.lock"):  # of one that was killed: nobody else uses the clone
+            lock.unlink(missing_ok=True)
         try:
             await self._remote(
                 "fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head",
@@ -297,6 +297,7 @@ class Repository:
             line = said.find(b"\n", at)
             head = said[at:line].split()
             if line < 0 or len(head) != 3 or head[1] != b"blob" or int(head[2]) != entry.size:
+                self.discard()
                 text = f"{os.fsdecode(entry.path)!r} cannot be read from the clone"
                 raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is fetched again")
             contents.append(said[line + 1 : line + 1 + entry.size])
@@ -325,13 +326,14 @@ class Repository:
         return out
 
     async def _local(self, *arguments: str, given: bytes = b"", most: int = MIB) -> bytes:
-        """A command on the clone alone: its output."""
+        """A command on the clone alone: its output. A clone in which one fails is begun anew."""
         code, out, said = await self._run(*arguments, given=given, most=most)
         if code != 0:
+            self.discard()
             raise Refused(
                 Reason.REPOSITORY_UNREADABLE,
                 f"git {arguments[0]} failed: {_line(said.decode(errors='replace'))}",
-                "is the repository damaged? git fsck there says so",
+                "it is fetched anew at the next try; if that fails as well, git fsck in the repository says why",
             )
         return out
 
@@ -345,40 +347,30 @@ class Repository:
     ) -> tuple[int, bytes, bytes]:
         """Run git to its end: exit code, output, and the beginning of what it said on stderr."""
         options = [part for each in (*SETTINGS, *settings) for part in ("-c", each)]
+        bounds = Bounds(self._limits.seconds, most, self._limits.pack_bytes)
+        argv = ["git", "--no-replace-objects", *options, *arguments]
         try:
-            process = await asyncio.create_subprocess_exec(
-                "git", "--no-replace-objects", *options, *arguments,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=self._environment(with_credential=secret),
-                cwd=self._folder,
-                start_new_session=True,
-            )  # fmt: skip
+            return await run(argv, self._environment(with_credential=secret), self._folder, bounds, given)
         except FileNotFoundError as error:
+            if not self._folder.is_dir():
+                text = f"the clone {self._folder} is gone"
+                raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is fetched again") from error
             hint = "install git 2.34 or later on this machine, and platform daemon restart"
             raise Unreachable(Reason.GIT_MISSING, "there is no git command in PATH", hint) from error
-        with contextlib.suppress(ProcessLookupError):  # it ended already
-            limit = self._limits.pack_bytes
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                _, out, said = await asyncio.gather(
-                    _write(process, given), _read(process.stdout, most, strict=True), _read(process.stderr, 4096)
-                )
-                code = await process.wait()
-        except TimeoutError as error:
+        except TooLong as error:
             text = f"git {arguments[0]} took longer than {self._limits.seconds:g} s"
             raise Unreachable(Reason.REMOTE_UNREACHABLE, text, "it is tried again") from error
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-        return code, out, said
+        except TooMuch as error:
+            text = f"git's answer is larger than {most // MIB} MiB"
+            raise Refused(Reason.TOO_LARGE, text, "follow less of it") from error
 
     def _environment(self, *, with_credential: bool) -> dict[str, str]:
-        kept = {name: self._environ[name] for name in HANDED_DOWN if name in self._environ}
+        scheme = urlsplit(self._url).scheme
+        kept = {
+            name: self._environ[name]
+            for name in HANDED_DOWN
+            if name in self._environ and (scheme != "http" or "proxy" not in name.lower())
+        }
         closed = {
             "GIT_DIR": str(self._folder),
             "GIT_CONFIG_NOSYSTEM": "1",
@@ -387,7 +379,7 @@ class Repository:
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_OPTIONAL_LOCKS": "0",
             "GIT_PROTOCOL_FROM_USER": "0",
-            "GIT_ALLOW_PROTOCOL": urlsplit(self._url).scheme,
+            "GIT_ALLOW_PROTOCOL": scheme,
             "HOME": os.devnull,
             "LC_ALL": "C",
         }
@@ -427,26 +419,6 @@ class Repository:
             )
         hint = "check the network and spec.url; what was applied goes on as it is"
         return Unreachable(Reason.REMOTE_UNREACHABLE, line or f"git ended with {code}", hint)
-
-
-async def _write(process: asyncio.subprocess.Process, given: bytes) -> None:
-    pipe = process.stdin
-    if pipe is None:
-        return
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its exit code says why it left
-        pipe.write(given)
-        await pipe.drain()
-        pipe.close()
-
-
-async def _read(pipe: asyncio.StreamReader | None, most: int, *, strict: bool = False) -> bytes:
-    """What comes, up to `most` bytes; the rest is dropped, or with `strict` a `Refused`."""
-    found = bytearray()
-    while pipe is not None and (part := await pipe.read(65536)):
-        if strict and len(found) + len(part) > most:
-            raise Refused(Reason.TOO_LARGE, f"git's answer is larger than {most // MIB} MiB", "follow less of it")
-        found += part[: most - len(found)]
-    return bytes(found)
 
 
 def _entry(line: bytes) -> Entry:

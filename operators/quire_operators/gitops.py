@@ -16,12 +16,13 @@ applied commit is still guarded: what a hand changed is written back from the cl
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +42,10 @@ from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import manifest
 from quire_schemas.manifest import MANIFEST_SUFFIXES, Located, Problem, intent_hash
+from quire_schemas.model import Model
 from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import Key
+from quire_schemas.rules import ENGINE_VARIABLES
 from quire_schemas.windows import closed_by
 from quire_schemas.yaml_tree import MAX_BYTES
 
@@ -266,7 +269,6 @@ class SourceReconciler:
 
     def _let_go(self, stored: StoredObject) -> None:
         """A source that is deleted leaves its objects as they are."""
-        self._store.inventory.release(stored.uid)
         self._looks.pop(stored.uid, None)
         shutil.rmtree(self._folder / stored.uid, ignore_errors=True)
         self._store.add_event(
@@ -380,20 +382,24 @@ class SourceReconciler:
             )
         if plan.conflicts:
             raise _rejected([_conflict(checkout, key, owner) for key, owner in plan.conflicts.items()])
-        if plan.wait:
-            return plan
         author = Author(stored.key, checkout.commit)
         results: tuple[Applied, ...] = ()
-        if plan.write or plan.adopt or plan.note or is_new:
+        if plan.write or plan.adopt or plan.note or (is_new and not plan.wait):
             rows = [checkout.row(key, stored) for key in (*plan.write, *plan.adopt, *plan.note)]
-            results = await self.hands.put(checkout.resources, plan.write, plan.delete, rows, author)
+            resources = [each for each in checkout.resources if each.key not in plan.wait]
+            try:
+                results = await self.hands.put(resources, plan.write, plan.delete, rows, author)
+            except Rejected:
+                if plan.wait:  # it may be for want of what is waited for, or because of what is there still
+                    return plan
+                raise
         for key in plan.delete:
             self.hands.take(key, author)
         if gone := (*plan.delete, *plan.forget):
             self._store.inventory.drop(gone)
         if only_heal and not plan.healed:
             return plan
-        if is_new or not plan.is_empty:
+        if (is_new and not plan.wait) or plan.moves:
             self._note_success(stored, memory, checkout, plan, results, is_new=is_new)
         return plan if plan.is_empty else self._decide(stored, checkout, whole, heal=False)
 
@@ -440,9 +446,12 @@ class SourceReconciler:
         if kustomize.is_overlay([entry.path for entry in entries]):
             limits, scratch = self._limits or Limits(), self._folder / stored.uid / "builds"
             built = await kustomize.build(repository, target, path, scratch, self._environ, limits)
-            return _checked(about, path, signer, [(f"{path}/kustomization.yaml (built)", built)], [])
-        texts, problems = await read(repository, entries, path)
-        return _checked(about, path, signer, texts, problems)
+            texts = [(f"{path}/kustomization.yaml (built)", built)]
+            problems: list[Problem] = []
+        else:
+            texts, problems = await read(repository, entries, path)
+        # seconds for a MiB: the loop has a lease to keep meanwhile
+        return await asyncio.to_thread(_checked, about, path, signer, texts, problems)
 
     # ── what is remembered and told ───────────────────────────────────────────────────────────────────────
 
@@ -460,9 +469,10 @@ class SourceReconciler:
         changed += [f"{key} adopted" for key in plan.adopt]
         changed += [f"{key} deleted" for key in plan.delete]
         result = "Healed" if plan.healed and not is_new else "Applied"
-        message = plan.blocked or ""
+        message = plan.blocked or _awaited(plan)
         entry = self._entry(checkout.commit, result, message, changed)
-        self._remember(stored, memory, entry, applied=checkout.commit.id, path=checkout.path)
+        whole = {} if plan.wait else {"applied": checkout.commit.id, "path": checkout.path}
+        self._remember(stored, memory, entry, **whole)
         told = f"commit {checkout.commit.id[:12]} ({checkout.commit.subject}): {', '.join(changed) or 'no change'}"
         self._store.add_event(stored.key, "Normal", "Healed" if result == "Healed" else "Synced", told)
         if plan.blocked is not None:
@@ -611,8 +621,7 @@ class SourceReconciler:
         elif look.failure is not None and applied is None:
             ready = Fact("Ready", False, look.failure.reason, look.failure.message)
         elif plan is not None and plan.wait:
-            text = f"{', '.join(map(str, plan.wait))}: deleted, and not gone yet"
-            ready = Fact("Ready", False, Reason.NOT_SYNCED, text)
+            ready = Fact("Ready", False, Reason.NOT_SYNCED, _awaited(plan))
         elif applied is None:
             ready = Fact("Ready", False, Reason.NOT_SYNCED, "no commit is applied yet")
         else:
@@ -706,8 +715,23 @@ def _checked(
         for each in loaded.resources
         if each.key.kind == KIND
     ]
+    problems += [problem for each in loaded.resources for problem in _files_named(each)]
     declared = (Declared(each.key, each.file, intent_hash(each.resource)) for each in loaded.resources)
     return Checkout(about, path, signer, tuple(loaded.resources), tuple(declared), tuple(problems))
+
+
+def _files_named(located: Located) -> Iterator[Problem]:
+    """Fields that would show, or write over, a file of this machine for whoever may push."""
+    if not isinstance(located.resource, Model):
+        return
+    spec = located.resource.spec
+    text = "a manifest of a repository names no file of this machine"
+    if spec.tokenizer.chat_template_file is not None:
+        hint = "have the template in the model's folder, or in that of spec.tokenizer.source; or apply it by hand"
+        yield located.problem("spec.tokenizer.chatTemplateFile", text, hint)
+    for index, variable in enumerate(spec.env):
+        if variable.name in ENGINE_VARIABLES:
+            yield located.problem(f"spec.env[{index}].value", text, "remove it, or apply the model by hand")
 
 
 def _judge(entry: Entry) -> tuple[Problem | None, bool]:
@@ -725,6 +749,10 @@ def _judge(entry: Entry) -> tuple[Problem | None, bool]:
     if is_manifest and (shown != name or b"\\" in entry.path or "\\x" in name):
         return Problem(shown, 1, 1, "", "the file's name is not printable UTF-8", "rename it"), False
     return None, is_manifest and entry.is_file
+
+
+def _awaited(plan: SyncPlan) -> str:
+    return f"{', '.join(map(str, plan.wait))}: deleted, and not gone yet" if plan.wait else ""
 
 
 def _rejected(problems: Sequence[Problem]) -> Rejected:

@@ -6,7 +6,8 @@
     syncs     a source's uid -> what it remembers from pass to pass, one JSON document
 
 A row of `managed` is written in the transaction that writes the object. It goes when the object is no longer
-declared and is being deleted, so that a crash between the two leaves nothing that nobody deletes.
+declared and is being deleted, so that a crash between the two leaves nothing that nobody deletes. All rows of a
+source go with it, in the transaction that removes it (`Store.remove`).
 """
 
 from __future__ import annotations
@@ -90,12 +91,6 @@ class Inventory:
         with self._database.transaction(("managed", None)) as db:
             for key in keys:
                 db.execute(_of(key))
-
-    def release(self, uid: str) -> None:
-        """A source is gone: its objects stay, and are nobody's."""
-        with self._database.transaction(("managed", None), ("syncs", uid)) as db:
-            db.execute(sa.delete(MANAGED).where(MANAGED.c.source == uid))
-            db.execute(sa.delete(SYNCS).where(SYNCS.c.uid == uid))
 
     def memory(self, uid: str) -> dict[str, Any]:
         """What the source remembers; empty at first."""

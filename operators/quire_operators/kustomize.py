@@ -8,15 +8,13 @@ a kustomization names an address is refused before. Time and output are bounded.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quire_operators.bounded import Bounds, TooLong, TooMuch, run
 from quire_operators.git import Limits, Refused, Repository
 from quire_operators.status import Reason
 from quire_schemas.yaml_tree import MAX_BYTES, Node, compose
@@ -33,6 +31,8 @@ PLUGINS = (
     "crds",
 )
 """Fields of a kustomization whose files could name an address in ways of their own."""
+INERT = ("patch", "literals", "commonLabels", "commonAnnotations", "labels", "images")
+"""Fields of a kustomization whose text is taken as it stands: an address in it is never asked."""
 NOWHERE = "http://127.0.0.1:9"
 WORDS = 600
 
@@ -68,7 +68,7 @@ async def build(
             if any(part in (b"", b".", b"..", b".git") for part in parts):
                 raise _failed(f"{entry.path!r} is no path of a file", "remove it from the repository")
             if parts[-1].decode(errors="replace") in NAMES:
-                _refuse_addresses(os.fsdecode(entry.path), content)
+                refuse_addresses(os.fsdecode(entry.path), content)
             file = tree / os.fsdecode(entry.path)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,9 @@ async def build(
         return await _run(command, tree / path, root / "home", limits)
 
 
-def _refuse_addresses(name: str, content: bytes) -> None:
-    """Nothing of it may lead to the network: kustomize would ask a server of this machine past any proxy."""
+def refuse_addresses(name: str, content: bytes) -> None:
+    """Nothing of a kustomization may lead to the network: kustomize would ask a server of this machine past any
+    proxy. Raises `Refused`."""
     nodes, flaws = compose(content.decode(errors="replace"))
     if flaws:
         raise _failed(f"{name}:{flaws[0].line}:{flaws[0].column}: {flaws[0].message}", flaws[0].hint)
@@ -94,13 +95,15 @@ def _refuse_addresses(name: str, content: bytes) -> None:
 
 
 def _texts(node: Node) -> Iterator[str]:
+    """All texts that kustomize could load from."""
     if node.kind == "scalar":
         yield node.text
     for item in node.items:
         yield from _texts(item)
     for key, value in node.entries:
         yield from _texts(key)
-        yield from _texts(value)
+        if key.text not in INERT:
+            yield from _texts(value)
 
 
 async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
@@ -111,45 +114,21 @@ async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
         "LC_ALL": "C.UTF-8",
         **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE),
     }
-    process = await asyncio.create_subprocess_exec(
-        command, "build", str(folder),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=closed,
-        cwd=home,
-        start_new_session=True,
-        limit=limits.content_bytes,
-    )  # fmt: skip
+    bounds = Bounds(limits.seconds, MAX_BYTES)
     try:
-        async with asyncio.timeout(limits.seconds):
-            out, said = await asyncio.gather(_read(process.stdout, MAX_BYTES), _read(process.stderr, 4096))
-            code = await process.wait()
-    except TimeoutError as error:
+        code, out, said = await run([command, "build", str(folder)], closed, home, bounds)
+    except TooLong as error:
         raise _failed(
             f"it took longer than {limits.seconds:g} s", "kustomize build FOLDER in a checkout"
         ) from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    except TooMuch as error:
+        raise _failed("what it makes is larger than 1 MiB", "make two sources of it") from error
     if code != 0:
         words = " ".join(said.decode(errors="replace").replace(str(folder.parent), "").split())
         raise _failed(
             words[:WORDS] or f"it ended with {code}", "kustomize build FOLDER in a checkout shows the same"
         )
-    if len(out) > MAX_BYTES:
-        raise _failed("what it makes is larger than 1 MiB", "make two sources of it")
     return out
-
-
-async def _read(pipe: asyncio.StreamReader | None, most: int) -> bytes:
-    """What comes, a byte more than `most` at most; the rest is dropped."""
-    found = bytearray()
-    while pipe is not None and (part := await pipe.read(65536)):
-        found += part[: most + 1 - len(found)]
-    return bytes(found)
 
 
 def _failed(message: str, hint: str) -> Refused:

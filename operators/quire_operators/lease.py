@@ -5,9 +5,13 @@ row of `leases`. Its `epoch` grows by one whenever another takes it, and `expire
 clock alone: nobody's own clock is compared with anybody else's.
 
     taken      when it has expired; or at once by whoever holds the lock of the state directory (`daemon.lock`),
-               which the kernel takes from a process that ends, if the last holder had it: then that one is gone
+               which the kernel takes from a process that ends, if the last holder had it under the same kernel (by
+               its boot id): then that one is gone. A copy of a state directory elsewhere has a lock of its own
     renewed    every `RENEW_SECONDS`, for `LEASE_SECONDS` from then; the epoch stays
     given up   at a clean end: it has expired
+
+A new epoch is above that of the row and above every one that acted on this machine: a state directory that moves
+to another database, or back, goes on counting where its processes are.
 
 On SQLite the lock alone decides: a lease there never expires, since only one process has the file. The row is the
 same, so that there too every process that was started knows by which epoch.
@@ -37,6 +41,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from quire_operators.clock import boot_id
 from quire_operators.database import Deposed, Location, location, refuse_newer
 from quire_operators.sqlite import UnusableStore
 from quire_operators.tables import LEASES, META
@@ -47,6 +52,8 @@ LEASE_SECONDS = 10.0
 RENEW_SECONDS = 2.0
 MARGIN_SECONDS = 1.0
 NAME = "controlplane"
+EPOCHS = "epochs"
+"""Name of the folder, beside the sockets, with the numbers of those that led on this machine."""
 HOME = "home"
 
 
@@ -103,11 +110,13 @@ class Home:
 
 
 class Election:
-    """Takes, renews and gives up the lease, by a connection of its own. `holder` is for people."""
+    """Takes, renews and gives up the lease, by a connection of its own. `holder` is for people, `acted` the folder
+    of the epochs that acted on this machine."""
 
-    def __init__(self, place: Path | sa.URL, holder: str, home: Callable[[], Home]) -> None:
+    def __init__(self, place: Path | sa.URL, holder: str, home: Callable[[], Home], acted: Path) -> None:
         self._holder = holder
         self._home = home
+        self._acted = acted
         self._location: Location = location(place)
         self._expires = not isinstance(place, Path)
         self._engine = self._location.engine()
@@ -145,10 +154,10 @@ class Election:
                 self._claim(db)
             row = db.execute(self._row().with_for_update()).first()
             if row is None:
-                epoch = 1
+                epoch = self._above(0)
                 db.execute(sa.insert(LEASES).values(name=NAME, epoch=epoch, **self._values(locked=locked)))
             elif self._is_free(db, row, locked=locked):
-                epoch = row.epoch + 1
+                epoch = self._above(row.epoch)
                 db.execute(self._update().values(epoch=epoch, **self._values(locked=locked)))
             else:
                 return None
@@ -174,8 +183,11 @@ class Election:
             with self._transaction() as db:
                 db.execute(self._update(lease).values(expires=self._clock() - 1.0))
 
+    def _above(self, epoch: int) -> int:
+        return max([epoch, *highest_first(self._acted)]) + 1
+
     def _is_free(self, db: sa.Connection, row: Any, *, locked: bool) -> bool:
-        if locked and (row.locked or row.expires is None):
+        if locked and (row.expires is None or (row.locked and row.boot == boot_id())):
             return True
         return row.expires is not None and row.expires < db.scalar(sa.select(self._clock()))
 
@@ -220,7 +232,7 @@ class Election:
 
     def _values(self, *, locked: bool) -> dict[str, Any]:
         expires = self._clock() + LEASE_SECONDS if self._expires else None
-        return {"holder": self._holder, "locked": locked, "expires": expires}
+        return {"holder": self._holder, "boot": boot_id(), "locked": locked, "expires": expires}
 
 
 # ── epochs of a machine ───────────────────────────────────────────────────────────────────────────────────

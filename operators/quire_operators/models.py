@@ -48,6 +48,7 @@ from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routes import Routable, Routes, Text
 from quire_operators.secrets import without_tokens
+from quire_operators.sqlite import StoreError
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_operators.trials import Trials
@@ -381,7 +382,12 @@ class ModelReconciler:
             del self._loads[gone]
         asleep = False
         for stored, policy in followed.values():
-            asleep |= self._follow_load(stored, policy)
+            try:
+                asleep |= self._follow_load(stored, policy)
+            except StoreError:
+                raise
+            except Exception:  # one model's trouble is not the others', nor the routing table's
+                log.exception("%s: its load is not followed", stored.key)
         return (DEMAND_POLL if asleep else LOAD_POLL) if followed else None
 
     def _follow_load(self, stored: StoredObject, policy: autoscaling.Policy) -> bool:
@@ -389,6 +395,8 @@ class ModelReconciler:
         name, now = stored.key.name, self._clock()
         memory = self._loads.setdefault(name, autoscaling.Memory())
         use, wanted = self._routes.use(name), self.effective(stored)
+        if self._routes.status is not None:
+            memory.hear_from(self._routes.status.pid)
         decided_otherwise = Kind.SCALE in wanted.overrides or Kind.PAUSE in wanted.overrides
         if use is None or decided_otherwise:
             memory.forget()

@@ -30,6 +30,8 @@ OLDEST = 140000
 CONNECT_SECONDS = 3
 STANDS_STILL = 3.0
 WAITS = 5.0
+CONNECTION: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": round(WAITS * 1000)}
+"""Of both connections: how long a server that is not there is waited for."""
 OPENING = 0x71756972
 """Key of the advisory lock that has openings of one database follow each other."""
 DRIVERS = ("postgresql", "postgresql+psycopg")
@@ -109,9 +111,8 @@ class Server:
             pool_pre_ping=True,
             hide_parameters=True,
             connect_args={
-                "connect_timeout": CONNECT_SECONDS,
+                **CONNECTION,
                 "application_name": "quire",
-                "tcp_user_timeout": round(WAITS * 1000),
                 "options": (
                     f"-c synchronous_commit=on -c statement_timeout={WAITS * 1000:.0f} "
                     f"-c lock_timeout={WAITS * 1000:.0f} "
@@ -130,10 +131,14 @@ class Server:
 
     def refusal(self, error: sa.exc.DBAPIError) -> StoreUnavailable:
         """What an error means for whoever wanted something written."""
-        state = getattr(error.orig, "sqlstate", None)
+        return self._unavailable(error.orig)
+
+    def _unavailable(self, error: BaseException | None) -> StoreUnavailable:
+        """What one of the driver means."""
+        state = getattr(error, "sqlstate", None)
         full = state is not None and state.startswith("53")
         passing = state is None or state.startswith(_PASSING)
-        said = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+        said = str(error).strip().splitlines() or [type(error).__name__]
         return StoreUnavailable(
             f"the database {self} cannot be used now: {said[0]}. Nothing was stored; what runs goes on",
             "make room where PostgreSQL keeps its data, then try again"
@@ -166,7 +171,9 @@ class Server:
             )
 
     def hear_of_writes(self, db: sa.Connection) -> None:
-        """Be able to say from now on whether somebody else has written."""
+        """Be able to say from now on whether somebody else has written. Raises `StoreUnavailable`."""
+        import psycopg
+
         db.exec_driver_sql(
             f"CREATE OR REPLACE FUNCTION {CHANNEL}() RETURNS trigger LANGUAGE plpgsql AS "
             f"$$ BEGIN PERFORM pg_notify('{CHANNEL}', TG_TABLE_NAME); RETURN NULL; END $$"
@@ -176,16 +183,17 @@ class Server:
                 f"CREATE OR REPLACE TRIGGER {CHANNEL} AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE "
                 f"ON {table.name} FOR EACH STATEMENT EXECUTE FUNCTION {CHANNEL}()"
             )
-        self._listen()
+        try:
+            self._listen()
+        except psycopg.Error as error:
+            raise self._unavailable(error) from error
 
     def _listen(self) -> None:
         import psycopg
 
         self._hang_up()
         address = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
-        ears = psycopg.connect(
-            address, autocommit=True, connect_timeout=CONNECT_SECONDS, application_name="quire: listens"
-        )
+        ears = psycopg.connect(address, autocommit=True, application_name="quire: listens", **CONNECTION)
         ears.execute(f"LISTEN {CHANNEL}")
         self._ears = ears
         self._poll.register(ears.fileno(), select.POLLIN)

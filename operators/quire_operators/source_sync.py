@@ -71,11 +71,14 @@ class SyncPlan:
     """Objects that another source has, and which."""
 
     @property
+    def moves(self) -> bool:
+        """Whether there is something to do now."""
+        return bool(self.write or self.adopt or self.note or self.delete or self.forget)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do; what is left or kept is nothing to do."""
-        return not (
-            self.write or self.adopt or self.note or self.delete or self.forget or self.wait or self.conflicts
-        )
+        return not (self.moves or self.wait or self.conflicts)
 
 
 def rank(key: Key) -> tuple[int, Key]:

@@ -174,7 +174,7 @@ ADVICE: dict[Reason, Advice] = {
         "What was fetched cannot be read as a repository.", ("git fsck in the repository itself says more",)
     ),
     Reason.TOO_LARGE: Advice(
-        "The repository is beyond a bound: 256 MiB for a commit, below spec.path 10,000 files and 16 MiB of "
+        "The repository is beyond a bound: 256 MiB for a commit, below spec.path 10,000 files and 4 MiB of "
         "manifests.",
         ("keep manifests in a repository, or a folder, of their own",),
     ),

@@ -30,6 +30,7 @@ from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_operators.tables import (
     EVENTS,
     INCARNATIONS,
+    MANAGED,
     META,
     OBJECTS,
     ORIGINS,
@@ -37,6 +38,7 @@ from quire_operators.tables import (
     REPLICAS,
     REVISIONS,
     STATUS,
+    SYNCS,
 )
 from quire_schemas.resource import Key
 
@@ -254,15 +256,16 @@ class Store:
             return new
 
     def remove(self, key: Key) -> None:
-        """Forget a deleted object with its revisions and status; its events stay."""
-        with self._database.transaction(
-            *((table, None) for table in ("objects", "revisions", "status", "overrides"))
-        ) as db:
+        """Forget a deleted object with its revisions and status; its events stay. What a git source managed stays,
+        and is nobody's."""
+        kept = ("objects", "revisions", "status", "overrides", "managed", "syncs")
+        with self._database.transaction(*((table, None) for table in kept)) as db:
             old = self._get(db, key)
             if old is None:
                 return
-            for table in (OBJECTS, REVISIONS, STATUS, ORIGINS, OVERRIDES):
+            for table in (OBJECTS, REVISIONS, STATUS, ORIGINS, OVERRIDES, SYNCS):
                 db.execute(sa.delete(table).where(table.c.uid == old.uid))
+            db.execute(sa.delete(MANAGED).where(MANAGED.c.source == old.uid))
 
     def origin(self, key: Key) -> Origin | None:
         """What made the object's generation; None when there is no such object."""

@@ -144,26 +144,27 @@ LEASES = sa.Table(
     METADATA,
     sa.Column("name", TEXT, primary_key=True),
     sa.Column("holder", TEXT, nullable=False),
+    sa.Column("boot", TEXT, nullable=False),
     sa.Column("epoch", NUMBER, nullable=False),
     sa.Column("locked", sa.Boolean, nullable=False),
     sa.Column("expires", sa.Float),
 )
-CACHED = (OBJECTS, REVISIONS, OVERRIDES, REPLICAS, STATUS)
-"""What `database` keeps of what it read: it has to hear when somebody else writes there."""
 MANAGED = sa.Table(
     "managed",
     METADATA,
-    sa.Column("kind", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("source", sa.Text, nullable=False),
-    sa.Column("source_name", sa.Text, nullable=False),
-    sa.Column("commit_id", sa.Text, nullable=False),
-    sa.Column("file", sa.Text, nullable=False),
-    sa.Column("intent_hash", sa.Text, nullable=False),
+    sa.Column("kind", TEXT, primary_key=True),
+    sa.Column("name", TEXT, primary_key=True),
+    sa.Column("source", TEXT, nullable=False),
+    sa.Column("source_name", TEXT, nullable=False),
+    sa.Column("commit_id", TEXT, nullable=False),
+    sa.Column("file", TEXT, nullable=False),
+    sa.Column("intent_hash", TEXT, nullable=False),
 )
 SYNCS = sa.Table(
-    "syncs", METADATA, sa.Column("uid", sa.Text, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
+    "syncs", METADATA, sa.Column("uid", TEXT, primary_key=True), sa.Column("json", sa.JSON, nullable=False)
 )
+CACHED = (OBJECTS, REVISIONS, OVERRIDES, REPLICAS, STATUS, MANAGED, SYNCS)
+"""What `database` keeps of what it read: it has to hear when somebody else writes there."""
 UPGRADES = {
     1: (
         "ALTER TABLE replicas ADD COLUMN last_exit JSON",

@@ -65,10 +65,11 @@ PASSED_ON = frozenset({
 # fmt: on
 """What a started control plane inherits. HF_TOKEN is what users of the hub expect to be enough; it stays in the
 control plane's own process, and is not passed on to engines, to the router, or to any file."""
-PASSED_ON_PREFIXES = ("LC_", "QUIRE_", "XDG_", "NVIDIA_", "NCCL_", "OTEL_")
-KEPT_BACK = re.compile(r"OTEL_EXPORTER_OTLP\w*_(HEADERS|CERTIFICATE|CLIENT_KEY)")
+PASSED_ON_PREFIXES = ("LC_", "QUIRE_", "XDG_", "NVIDIA_", "NCCL_", "OTEL_", "PG")
+KEPT_BACK = re.compile(r"OTEL_EXPORTER_OTLP\w*_(HEADERS|CERTIFICATE|CLIENT_KEY)|PGPASSWORD")
 """Of the settings for traces, those that hold or name secrets stay behind as every other secret does. An exporter
-that needs them is a collector's task: let the router send to one on this machine."""
+that needs them is a collector's task: let the router send to one on this machine. The password of PostgreSQL, too:
+a file that holds it will do."""
 
 
 class ClientError(Exception):

@@ -268,6 +268,14 @@ def _autoscaling_range(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _autoscaling_target(facts: Facts) -> Iterator[Finding]:
+    if not facts.declares("spec.autoscaling.target.kvCacheUsage"):
+        return
+    if not parse_percent(facts["spec.autoscaling.target.kvCacheUsage"]):
+        path = ("spec", "autoscaling", "target", "kvCacheUsage")
+        yield Finding(path, "0% would call for replicas without end", "for example 80%")
+
+
 def _token_budget(facts: Facts) -> Iterator[Finding]:
     seqs, tokens = facts["spec.batching.maxNumSeqs"], facts["spec.batching.maxNumBatchedTokens"]
     if tokens < seqs:
@@ -758,6 +766,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _source_auth,
         _replicas,
         _autoscaling_range,
+        _autoscaling_target,
         _token_budget,
         _whole_prompts,
         _parts_of_prompts,

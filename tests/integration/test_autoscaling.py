@@ -6,10 +6,18 @@ A control plane process, the real router, and the stand-in for engines.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
+
+from quire.controlplane.plane import ControlPlane
+from quire_operators.paths import StateDir
+from quire_operators.records import Change
+from quire_schemas import manifest
+from quire_schemas.resource import Key
 
 SPEC = """\
   autoscaling:
@@ -27,6 +35,24 @@ def counts(plane: Plane, name: str = "m") -> dict[str, int]:
 
 def events(plane: Plane, name: str = "m") -> list[dict[str, Any]]:
     return list(plane.client.get("/v1/events", **{"for": f"model/{name}"})["items"])
+
+
+def test_a_model_whose_load_cannot_be_followed_keeps_no_other_from_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateDir(tmp_path / "state")
+    state.create()
+    own = ControlPlane(state, {})
+    loaded = manifest.load([("m.yaml", model("m", SPEC))])
+    spec = loaded.resources[0].resource.model_dump(mode="json", by_alias=True)["spec"]
+    # no revision is on record, as nothing that was admitted could be
+    own.store.apply([Change(Key("model", name), {}, "h", spec, None) for name in "ab"])
+    assert own.models.settle_scaling() is not None
+    assert [name for name in ("model/a", "model/b") if f"{name}: its load is not followed" in caplog.text] == [
+        "model/a",
+        "model/b",
+    ]
+    own.store.close()
 
 
 def test_replicas_follow_the_load_to_none_and_back(plane: Plane) -> None:

@@ -457,6 +457,56 @@ async def test_what_is_declared_and_still_going_is_waited_for(desk: Desk, remote
     assert desk.status()["lastAppliedRevision"] == back
 
 
+async def test_what_is_waited_for_holds_up_nothing_else(desk: Desk, remote: Remote) -> None:
+    first = await begun(desk, remote, PRUNE, a=route("a"), b=route("b"), d=route("d"))
+    desk.plane.store.mark_deleting(Key("route", "a"))
+    (remote.work / "d.yaml").unlink()
+    remote.write(a=route("a", "new"), b=route("b", "newer"), c=route("c"))
+    commit = remote.push("goes on")
+    again = await desk.step(2)
+    assert again is not None
+    assert again <= 1
+    assert desk.names() == ["b", "c"]
+    changed = desk.plane.store.get(Key("route", "b"))
+    assert changed is not None
+    assert changed.intent["spec"]["match"]["modelNames"] == ["newer"]
+    assert desk.message() == "route/a: deleted, and not gone yet"
+    assert desk.status()["lastAppliedRevision"] == first
+    await desk.step(again)
+    assert [each["commit"] for each in desk.status()["history"]] == [commit, first], "waiting is no news"
+    desk.gone("a", "d")
+    await desk.step(again)
+    assert desk.names() == ["a", "b", "c"]
+    assert desk.status()["lastAppliedRevision"] == commit
+    assert desk.condition("Ready") == ("True", "Synced")
+    assert desk.status()["history"][0]["changed"] == ["route/a created"]
+
+
+async def test_a_repository_names_no_file_of_this_machine(desk: Desk, remote: Remote, tmp_path: Path) -> None:
+    first = await begun(desk, remote, a=route("a"))
+    private = tmp_path / "private"
+    private.write_text("a secret")
+    for line, place in (
+        (f"tokenizer: {{chatTemplateFile: {private}}}", "m.yaml:6:33: spec.tokenizer.chatTemplateFile"),
+        (f"env: [{{name: QUIRE_SCHEDULE_TRACE, value: {private}}}]", "m.yaml:6:45: spec.env[0].value"),
+    ):
+        remote.write(m=f"{MODEL}  {line}\n")
+        remote.push()
+        await desk.sync()
+        assert desk.condition("Ready") == ("False", "ValidationFailed")
+        assert desk.message() == f"{place}: a manifest of a repository names no file of this machine"
+        assert desk.status()["lastAppliedRevision"] == first
+
+
+MODEL = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {name: m}
+spec:
+  source: builtin://tiny
+"""
+
+
 async def test_only_signed_commits_are_applied(desk: Desk, remote: Remote, tmp_path: Path) -> None:
     keys = []
     for name in ("ada", "eve"):

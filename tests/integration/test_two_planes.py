@@ -46,6 +46,7 @@ class Planes(ForkedPlane):
         self.url = postgres.database()
         # the server asks for none, and it must get nowhere all the same
         self.env["QUIRE_DATABASE"] = self.url.set(password=SECRET).render_as_string(hide_password=False)
+        self.env["PGPASSWORD"] = SECRET
         self.all: list[Forked] = []
 
     def add(self) -> Forked:
@@ -205,6 +206,19 @@ def paused(planes: Planes, leader: Forked) -> None:
     os.kill(leader.pid, signal.SIGSTOP)
     if EFFORT == 1:
         planes.ask("UPDATE leases SET expires = expires - 3600")
+
+
+@pytest.mark.nightly
+def test_a_leader_that_cannot_keep_its_lease_says_why_it_ends(planes: Planes) -> None:
+    leader = planes.leader()
+    planes.ask("ALTER TABLE leases RENAME COLUMN holder TO odd")
+    try:
+        assert leader.wait(20) == 1
+    finally:
+        planes.ask("ALTER TABLE leases RENAME COLUMN odd TO holder")
+    assert "the lease cannot be renewed" in planes.log()
+    planes.add()
+    planes.leader(other_than=leader.pid)
 
 
 def asked(planes: Planes, name: str) -> http.client.HTTPConnection:

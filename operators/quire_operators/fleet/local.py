@@ -42,12 +42,11 @@ from pathlib import Path
 from typing import Any
 
 from quire_operators.database import Leading
-from quire_operators.lease import enter
+from quire_operators.lease import EPOCHS, enter
 from quire_operators.paths import private_dir
 
 log = logging.getLogger(__name__)
 
-EPOCHS = "epochs"
 """The folder of the numbers of those who led here, beside those of units."""
 SHIM = Path(__file__).with_name("shim.py")
 START_SECONDS = 20.0

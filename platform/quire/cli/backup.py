@@ -103,7 +103,10 @@ def _put_aside(state: StateDir, place: Path | sa.URL) -> None:
     """A backup of what is there now, beside the store."""
     from quire_operators import backup as portable
 
-    taken = portable.take(place, version("quire"))
+    try:
+        taken = portable.take(place, version("quire"))
+    except portable.NothingStored:
+        return
     if not taken.lines:
         return
     stamp = taken.taken_at.replace(":", "").replace("+0000", "Z")

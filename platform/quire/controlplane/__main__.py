@@ -50,6 +50,15 @@ LOG_KEEP = 3
 BACKLOG = 128
 
 
+class NotKept(Exception):
+    """The lease cannot be kept, and nobody else is known to have it: what runs goes on, and nobody looks after
+    it."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the lease cannot be renewed: {getattr(cause, 'message', None) or repr(cause)}")
+        self.hint = getattr(cause, "hint", "") or "its log in the state directory has more"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m quire.controlplane", description=__doc__)
     parser.add_argument("--state-dir", type=Path, required=True)
@@ -91,6 +100,9 @@ def main() -> int:
         return asyncio.run(_run(state, seat, lease, arguments.ready_fd, tracing, standby=arguments.standby))
     except (StateDirError, StoreError) as error:  # its sentence says it all, to the one who waits and in the log
         return _fail(arguments.ready_fd, error)
+    except NotKept as error:
+        log.error("%s", error, exc_info=error.__cause__)
+        return _fail(None, error)
     except OSError as error:
         log.exception("cannot run")
         return _fail(arguments.ready_fd, error)
@@ -169,7 +181,7 @@ async def _run(
 async def _lead(
     state: StateDir, seat: Seat, lease: Lease, ready_fd: int | None, tracing: Tracing, ended: asyncio.Event
 ) -> bool:
-    """Be the control plane; False when another one is by now, True at any other end."""
+    """Be the control plane; False when another one is by now, True at any other end. Raises `NotKept`."""
     seat.settle()
     lost = asyncio.Event()
     lease.on_lost = lost.set
@@ -203,6 +215,7 @@ async def _lead(
             os.close(ready_fd)
         waits = [asyncio.create_task(event.wait()) for event in (ended, plane.finished, lost)]
         await asyncio.wait([*waits, serving, keeping], return_when=asyncio.FIRST_COMPLETED)
+        failure = keeping.exception() if keeping.done() else None
         for task in waits:
             task.cancel()
         await plane.stop_working()  # first, or what ends by the same signal would be replaced
@@ -213,6 +226,8 @@ async def _lead(
         with contextlib.suppress(FileNotFoundError):  # `down` removed the folder already
             if os.stat(state.admin_socket).st_ino == own_socket:
                 os.unlink(state.admin_socket)
+        if failure is not None:
+            raise NotKept(failure) from failure
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)

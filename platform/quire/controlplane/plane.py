@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,8 +75,9 @@ STOP_SECONDS = 10.0
 """How long a shim may take to hear of a stop, and then to end after the grace."""
 CONTROL_PLANE = Key("controlplane", "default")
 """What events of the control plane itself are told of; no object."""
-KEPT_BACK = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", VARIABLE)
-"""Variables of the environment that hold secrets which are the control plane's alone."""
+KEPT_BACK = re.compile(rf"HF_TOKEN|HUGGING_FACE_HUB_TOKEN|{VARIABLE}|PG[A-Z]+")
+"""Variables of the environment that are the control plane's alone: secrets, and all by which it comes to its
+database."""
 
 
 class ControlPlane:
@@ -114,7 +116,7 @@ class ControlPlane:
         clock = self.store.clock
         self.fleet = LocalFleet(roots, self.store.install_id, self._process_changed, clock, lease)
         # Engines and router read local files only, and have no use for the hub's token or the database's password.
-        child_env = {name: value for name, value in environ.items() if name not in KEPT_BACK}
+        child_env = {name: value for name, value in environ.items() if not KEPT_BACK.fullmatch(name)}
         child_env["HF_HUB_OFFLINE"] = "1"
         command = router or router_command(state)
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)

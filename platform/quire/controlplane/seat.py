@@ -3,7 +3,8 @@
 `daemon.lock` is the kernel's: it comes free the moment its holder ends, however it ends, and stays with one that
 is only paused. The lease is the database's: it comes free when its holder has not been heard of for a while.
 Whoever has the lock takes the lease at once if the last leader had the lock; otherwise it waits until the lease
-has expired. On SQLite there is no second way: one that is paused keeps the lock, and with it the file.
+has expired. On SQLite there is no second way: one that is paused keeps the lock, and with it the file. Nor is
+there one into a database that this state directory does not keep to yet.
 
 A leader that took over from one that is paused has the lease alone, and takes the lock when it comes free.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from quire_operators import whereabouts
-from quire_operators.lease import RENEW_SECONDS, Election, Lease
+from quire_operators.lease import EPOCHS, RENEW_SECONDS, Election, Lease
 from quire_operators.paths import StateDir
 from quire_operators.sqlite import StoreError, StoreUnavailable
 
@@ -65,11 +66,12 @@ class Seat:
         locked = self.lock()
         if self.place is None:
             self.place = whereabouts.find(self._state, self._environ, moving=self._moving)
-        if not locked and isinstance(self.place, Path):
-            return None
+        if not locked and (isinstance(self.place, Path) or not self._state.database.exists()):
+            return None  # whoever has the lock leads from the file, or is about to settle in the database
         if self._election is None:
             holder = f"process {os.getpid()} on {socket.gethostname()}"
-            self._election = Election(self.place, holder, lambda: whereabouts.home(self._state))
+            acted = self._state.runtime / EPOCHS
+            self._election = Election(self.place, holder, lambda: whereabouts.home(self._state), acted)
         lease = self._election.take(locked=locked)
         if lease is None:
             self.unlock()  # it is for whoever leads

@@ -175,6 +175,17 @@ def test_it_is_always_within_the_range(
     assert len(model.memory.called_for) <= max(policy.down_delay, 1) + 2, "what is remembered is bounded"
 
 
+def test_a_new_router_has_seen_nobody_ask_and_that_says_nothing() -> None:
+    memory = Memory()
+    memory.hear_from(1)
+    memory.note(100.0, 2, 60.0)
+    memory.hear_from(1)
+    assert memory.knows(100.0)
+    memory.hear_from(2)
+    assert not memory.knows(1000.0)
+    assert memory.since(0.0) == []
+
+
 def test_the_manifest_in_numbers() -> None:
     def of(autoscaling: str) -> Policy:
         text = (

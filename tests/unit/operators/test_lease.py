@@ -25,7 +25,7 @@ from quire_operators.postgres import STANDS_STILL, database_url, shown
 from quire_operators.records import Change
 from quire_operators.sqlite import StoreUnavailable, UnusableStore
 from quire_operators.store import Store
-from quire_operators.tables import META
+from quire_operators.tables import META, METADATA, TEXT, WORDS
 from quire_operators.whereabouts import find, settle
 from quire_schemas.resource import Key
 
@@ -33,8 +33,11 @@ KEY = Key("model", "m")
 HERE = Home("here", "/state", "machine")
 
 
-def election(place: Path | sa.URL, home: Home = HERE) -> Election:
-    return Election(place, "a test", lambda: home)
+NOWHERE = Path("/nowhere")
+
+
+def election(place: Path | sa.URL, home: Home = HERE, acted: Path = NOWHERE) -> Election:
+    return Election(place, "a test", lambda: home, acted)
 
 
 def apply(store: Store, name: str = "m") -> None:
@@ -94,6 +97,17 @@ def test_who_has_the_lock_that_the_last_one_had_need_not_wait(two: tuple[Electio
     first, second = two
     taken(first, locked=True)
     assert second.take(locked=False) is None
+    assert taken(second, locked=True).epoch == 2
+
+
+def test_the_lock_of_another_kernel_says_nothing(
+    two: tuple[Election, Election], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two
+    taken(first, locked=True)
+    with monkeypatch.context() as elsewhere:  # a copy of the state directory, with a lock of its own
+        elsewhere.setattr(module, "boot_id", lambda: "another")
+        assert second.take(locked=True) is None
     assert taken(second, locked=True).epoch == 2
 
 
@@ -244,6 +258,19 @@ def test_what_was_read_is_read_anew_when_somebody_else_has_written(url: sa.URL) 
         by_hand(url, "UPDATE objects SET generation = 9")
         eventually(lambda: [each.generation for each in store.objects()] == [9, 9], "it heard of it", 5)
         assert store.others_version > before
+        assert store.inventory.all() == {}
+        by_hand(url, "INSERT INTO managed VALUES ('model', 'm', 'uid', 'prod', '3f1c', 'a.yaml', 'h')")
+        eventually(lambda: KEY in store.inventory.all(), "it heard of that, too", 5)
+
+
+def test_every_text_is_compared_by_its_bytes() -> None:
+    texts = [column for table in METADATA.sorted_tables for column in table.columns if _is_text(column)]
+    assert len(texts) > 30
+    assert [column for column in texts if column.type is not TEXT and column.type is not WORDS] == []
+
+
+def _is_text(column: sa.Column[object]) -> bool:
+    return isinstance(column.type, sa.String | sa.types.TypeDecorator)
 
 
 def test_a_server_that_was_away_is_used_again(postgres: Postgres) -> None:
@@ -308,6 +335,16 @@ def test_numbers_of_those_who_led_are_never_taken_back(tmp_path: Path) -> None:
     assert highest_first(folder)[0] == 12
 
 
+def test_a_store_that_is_new_here_counts_on_from_whoever_led_here(tmp_path: Path) -> None:
+    folder = tmp_path / "epochs"
+    enter(folder, 40)
+    with closing(election(tmp_path / "new.db", acted=folder)) as first:
+        assert taken(first, locked=True).epoch == 41
+        assert taken(first, locked=True).epoch == 42
+        enter(folder, 50)  # another store was led from meanwhile, and this one is come back to
+        assert taken(first, locked=True).epoch == 51
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -333,6 +370,14 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_password() -> None
     with pytest.raises(StoreUnavailable, match=r"postgresql://127\.0\.0\.1:1/d cannot be used now") as refused:
         Store(database_url("postgresql://u:secret@127.0.0.1:1/d"))
     assert "secret" not in refused.value.message + refused.value.hint
+
+
+def test_a_server_that_has_no_second_connection_is_named(url: sa.URL) -> None:
+    by_hand(url, f"CREATE ROLE {url.database}_one LOGIN CONNECTION LIMIT 1")
+    by_hand(url, f"ALTER DATABASE {url.database} OWNER TO {url.database}_one")
+    with pytest.raises(StoreUnavailable, match="too many connections for role") as refused:
+        Store(url.set(username=f"{url.database}_one"))
+    assert refused.value.hint
 
 
 def test_a_state_directory_keeps_to_its_database(tmp_path: Path, url: sa.URL) -> None:

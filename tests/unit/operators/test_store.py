@@ -14,6 +14,7 @@ import pytest
 
 from quire_operators.clock import on_the_wall
 from quire_operators.database import Conflict, NotFound
+from quire_operators.inventory import Managed
 from quire_operators.records import Change, NewRevision
 from quire_operators.rollout import Cause, Exit, Goal, Row
 from quire_operators.sqlite import StoreUnavailable, UnusableStore
@@ -134,6 +135,20 @@ def test_a_deletion_keeps_the_object_until_it_is_removed(store: Store) -> None:
     assert store.get(KEY) is None
     with pytest.raises(NotFound):
         store.mark_deleting(KEY)
+
+
+def test_what_a_source_remembers_and_manages_goes_with_it(store: Store) -> None:
+    source = Key("gitsource", "prod")
+    store.apply([replace(change(template=None), key=source), change()])
+    stored = store.get(source)
+    assert stored is not None
+    store.inventory.keep([Managed(KEY, stored.uid, "prod", "3f1c", "a.yaml", "h")])
+    store.inventory.remember(stored.uid, {"applied": "3f1c"})
+    assert store.inventory.manager(KEY) is not None
+    store.remove(source)
+    assert store.inventory.manager(KEY) is None
+    assert store.inventory.memory(stored.uid) == {}
+    assert store.get(KEY) is not None
 
 
 def test_revisions_beyond_the_limit_are_forgotten(store: Store) -> None:

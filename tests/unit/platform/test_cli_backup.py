@@ -70,6 +70,10 @@ def test_a_restore_is_refused_while_a_control_plane_runs_and_over_what_is_there(
     (aside,) = state.root.glob("before-restore-*.backup")
     assert backup.read(aside).lines == before
     assert backup.take(state.store, "1").lines == before
+    state.store.unlink()
+    assert main(["restore", str(file), "--replace"]) == 0, "where nothing is, nothing is put aside"
+    assert backup.take(state.store, "1").lines == before
+    assert [each.name for each in state.root.glob("before-restore-*")] == [aside.name]
 
 
 def test_a_store_moves_to_a_database_and_the_state_directory_keeps_to_it(
@@ -86,6 +90,11 @@ def test_a_store_moves_to_a_database_and_the_state_directory_keeps_to_it(
     assert main(["restore", str(file)]) == 5
     assert not state.database.exists(), "what failed binds nobody"
     monkeypatch.setenv("QUIRE_DATABASE", url.render_as_string(hide_password=False))
+    with open(state.daemon_lock, "wb") as lock:  # a control plane leads from the file
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["restore", str(file)]) == 5
+        assert "a control plane runs on" in capfd.readouterr().err
+    assert not state.database.exists()
     assert main(["restore", str(file)]) == 0
     assert backup.take(url, "1").lines == backup.read(file).lines
     assert main(["backup", str(tmp_path / "again")]) == 0

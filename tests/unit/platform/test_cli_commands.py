@@ -31,6 +31,7 @@ from tests.unit.platform.api_views import condition, model
 from quire.cli import main, reference, session, top
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
+from quire.client import clean_environment
 from quire.series import read
 from quire_operators.paths import StateDir
 from quire_schemas.manifest import load
@@ -145,6 +146,11 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
 
 
 # ── the command line itself ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_started_control_plane_comes_to_its_database_as_the_shell_would() -> None:
+    given = {"PGHOST": "db", "PGPASSFILE": "/f", "PGSSLROOTCERT": "/c", "PGPASSWORD": "p", "GREETING": "x"}
+    assert clean_environment(given) == {"PGHOST": "db", "PGPASSFILE": "/f", "PGSSLROOTCERT": "/c"}
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

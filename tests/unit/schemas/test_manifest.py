@@ -402,6 +402,13 @@ def test_bounds_themselves_are_inside() -> None:
     one(spec("replicas: 0\nengine: {memory: 100%}"))
 
 
+@pytest.mark.parametrize("share", ["0%", "0.0%"])
+def test_a_share_of_nothing_is_no_target(share: str) -> None:
+    problem = only(f"autoscaling: {{maxReplicas: 2, target: {{kvCacheUsage: {share}}}}}")
+    assert problem.path == "spec.autoscaling.target.kvCacheUsage"
+    assert "0% would call for replicas without end" in problem.message
+
+
 def test_a_typo_does_not_hide_contradictions() -> None:
     found = problems(spec("engin: {}\nreplicas: 1\nautoscaling: {maxReplicas: 1}\nbatching: {maxNumSeqs: 600}"))
     assert [(p.line, p.path) for p in found] == [

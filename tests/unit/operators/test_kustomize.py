@@ -1,0 +1,39 @@
+"""Which kustomizations could lead to the network."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire_operators.git import Refused
+from quire_operators.kustomize import refuse_addresses
+
+INLINE = """\
+resources: [base.yaml]
+commonAnnotations: {docs: 'https://example.org/runbook'}
+configMapGenerator: [{name: c, literals: ['url=http://127.0.0.1:1']}]
+patches:
+- target: {kind: Model}
+  patch: |-
+    - {op: replace, path: /spec/source, value: 'hf://a/b'}
+"""
+
+
+def test_an_address_in_the_text_of_a_patch_is_no_place_to_load_from() -> None:
+    refuse_addresses("kustomization.yaml", INLINE.encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "resources: ['https://example.org/x']",
+        "components: [github.com/a/b]",
+        "bases: ['git::x']",
+        "patches: [{path: 'http://127.0.0.1:1/x.yaml', patch: ''}]",
+        "patchesStrategicMerge: ['http://127.0.0.1:1/x.yaml']",
+        "configMapGenerator: [{name: c, files: ['http://127.0.0.1:1/x']}]",
+        "replacements: [{path: 'http://127.0.0.1:1/x'}]",
+    ],
+)
+def test_an_address_anywhere_else_is_refused(text: str) -> None:
+    with pytest.raises(Refused, match="names"):
+        refuse_addresses("kustomization.yaml", text.encode())
