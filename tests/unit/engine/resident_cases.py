@@ -300,7 +300,8 @@ def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("fails", [False, True])
 def test_more_seats_than_the_table_was_made_for(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +400,7 @@ def test_columns_say_what_items_say() -> None:
     assert seen > 100
 
 
+@pytest.mark.nightly
 def test_a_recording_begins_with_rows_that_nobody_had(tmp_path: Path) -> None:
     build("llama", tmp_path)
     asked: dict[str, Any] = {"temperature": 0.9, "seed": 11, "ignore_eos": True}
