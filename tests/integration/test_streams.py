@@ -240,9 +240,9 @@ async def test_a_request_that_kills_engines_takes_each_of_two_down_once(house: H
         answer = await http.post("/v1/completions", json=poison)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
         assert answer.headers["x-should-retry"] == "false"
-        assert not any(replica.engine_lives() for replica in house.replicas)
         for replica in house.replicas:
             assert replica.exit_record()["exit"]["signal"] == signal.SIGKILL
+        assert not any(replica.engine_lives() for replica in house.replicas)
         house.replicas[0].start()  # a replacement, which must not be the third to die
         await eventually(lambda: house.world.is_ready(1), 90)
         for seed in range(3):

@@ -48,6 +48,7 @@ _CLOSES: Final = re.compile(rb"(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")
 _MUCH: Final = 64 * 1024
 """Of a body that nobody has asked for yet; reading pauses."""
 _GOODBYE_SECONDS: Final = 1.0
+_LINGER_SECONDS: Final = 1.0
 _NO_BODY: Final = frozenset({204, 304})
 _STATUS: Final = {each.value: b"HTTP/1.1 %d %b\r\n" % (each.value, each.phrase.encode()) for each in HTTPStatus}
 
@@ -277,7 +278,10 @@ class Protocol(asyncio.Protocol):
         """The answer is complete."""
         self.server.total_requests += 1
         self._cycle = None
-        if not (cycle.keeps and cycle.is_whole):
+        if not cycle.is_whole and not self.transport.is_closing():
+            self._linger()
+            return
+        if not cycle.keeps:
             self.shut()
             return
         if not self.transport.is_closing():
@@ -318,6 +322,15 @@ class Protocol(asyncio.Protocol):
     def _cut(self, why: str) -> None:
         log.info("a client %s, and is cut off", why)
         self.transport.abort()
+
+    def _linger(self) -> None:
+        """Read on for a while without looking: who is cut off while he sends may never see his answer."""
+        self._ends = True
+        self._wait()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()
+        self.loop.call_later(_LINGER_SECONDS, self.shut)
 
     def shut(self) -> None:
         """Close once what is written is out, for which the client has as long as for reading on."""
