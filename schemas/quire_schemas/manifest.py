@@ -427,9 +427,9 @@ class _Reader:
                 self._document.report(child, "has no value", "give it one, or remove it")
             read = None if value.is_null else self._value(value, item, child)
             values.append(read)
-        # What follows a bad item is read for its own problems; what comes back ends before it, because
-        # positions go by index.
-        return values[: values.index(None)] if None in values else values
+        # None stands for a bad item, which Pydantic then refuses once more where it was refused already:
+        # what follows keeps its place, and is judged in the same run.
+        return values
 
     def _unknown_hint(self, name: str, path: Path, fields: Mapping[str, SchemaField]) -> str:
         if len(self._document.problems) >= MAX_PROBLEMS:

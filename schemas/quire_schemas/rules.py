@@ -74,6 +74,27 @@ class Facts:
             section = field.shape.section
         return default if value is None else value
 
+    def entries(self, path: str, *fields: str) -> list[tuple[int, Any]]:
+        """Entries of the list at a dotted path, with their places: those in which nothing is bad, or none of
+        `fields`. So a rule about each entry, or about two of them, holds whatever is wrong with a third.
+        """
+        parts = tuple(path.split("."))
+        if any(parts[: len(bad)] == bad for bad in self._bad):
+            raise Unknown(path)
+        value: Any = self.tree
+        for part in parts:
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, list):
+            return list(enumerate(self[path] or ()))
+        found = []
+        for index, entry in enumerate(value):
+            at: Path = (*parts, index)
+            asked = [(*at, name) for name in fields] or [at]
+            inside = any(bad[: len(each)] == each for bad in self._bad for each in asked)
+            if at not in self._bad and not inside:
+                found.append((index, entry))
+        return found
+
     def declares(self, path: str) -> bool:
         """Whether the document itself has the field."""
         value: Any = self.tree
@@ -350,13 +371,12 @@ def _deadlines(facts: Facts) -> Iterator[Finding]:
 
 
 def _served_names(facts: Facts) -> Iterator[Finding]:
-    yield from _repeated(facts["spec.servedModelNames"], ("spec", "servedModelNames"), "name")
+    yield from _repeated(facts, "spec.servedModelNames", "name")
 
 
 def _device_ids(facts: Facts) -> Iterator[Finding]:
-    ids = facts["spec.placement.deviceIds"]
-    yield from _repeated(ids, ("spec", "placement", "deviceIds"), "device")
-    if ids and facts["spec.engine.device"] == "cpu":
+    yield from _repeated(facts, "spec.placement.deviceIds", "device")
+    if facts.entries("spec.placement.deviceIds") and facts["spec.engine.device"] == "cpu":
         yield Finding(
             ("spec", "placement", "deviceIds"),
             "names GPUs, but engine.device is cpu",
@@ -396,8 +416,7 @@ def _scripted(facts: Facts) -> Iterator[Finding]:
 
 
 def _environment(facts: Facts) -> Iterator[Finding]:
-    entries = facts["spec.env"]
-    for index, entry in enumerate(entries):
+    for index, entry in facts.entries("spec.env"):
         path: Path = ("spec", "env", index)
         if "value" in entry and "valueFrom" in entry:
             yield Finding(path, "value and valueFrom exclude each other", "declare only one of them")
@@ -412,7 +431,7 @@ def _environment(facts: Facts) -> Iterator[Finding]:
                 "names that begin with QUIRE_ are set by the platform",
                 f"choose another name; only {', '.join(ENGINE_VARIABLES)} may be given",
             )
-    yield from _repeated([e["name"] for e in entries], ("spec", "env"), "variable")
+    yield from _repeated(facts, "spec.env", "variable", "name")
 
 
 def _quantization(facts: Facts) -> Iterator[Finding]:
@@ -501,11 +520,18 @@ def _parsers(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _repeated(values: list[Any], path: Path, noun: str) -> Iterator[Finding]:
+def _repeated(facts: Facts, path: str, noun: str, field: str | None = None) -> Iterator[Finding]:
+    """Entries of a list, or their `field`, that stand there a second time."""
+    named = facts.entries(path) if field is None else facts.entries(path, field)
+    yield from _again([(index, entry if field is None else entry[field]) for index, entry in named], path, noun)
+
+
+def _again(values: list[tuple[int, Any]], path: str, noun: str) -> Iterator[Finding]:
     seen: set[Any] = set()
-    for index, value in enumerate(values):
+    for index, value in values:
         if value in seen:
-            yield Finding((*path, index), f"{noun} {value!r} stands here twice", "remove one of them")
+            at: Path = (*path.split("."), index)
+            yield Finding(at, f"{noun} {value!r} stands here twice", "remove one of them")
         seen.add(value)
 
 
@@ -538,26 +564,38 @@ def _bind(facts: Facts) -> Iterator[Finding]:
 
 
 def _route_lists(facts: Facts) -> Iterator[Finding]:
-    yield from _repeated(facts["spec.match.modelNames"], ("spec", "match", "modelNames"), "the name")
-    for index, fallback in enumerate(facts["spec.fallbacks"]):
-        yield from _repeated(fallback["when"], ("spec", "fallbacks", index, "when"), "the failure")
-    yield from _repeated(facts["spec.retries.when"], ("spec", "retries", "when"), "the failure")
+    yield from _repeated(facts, "spec.match.modelNames", "the name")
+    yield from _repeated(facts, "spec.retries.when", "the failure")
+
+
+def _route_fallbacks(facts: Facts) -> Iterator[Finding]:
+    for index, fallback in facts.entries("spec.fallbacks", "when"):
+        seen: set[str] = set()
+        for place, failure in enumerate(fallback["when"]):
+            if failure in seen:
+                at: Path = ("spec", "fallbacks", index, "when", place)
+                yield Finding(at, f"the failure {failure!r} stands here twice", "remove one of them")
+            seen.add(failure)
 
 
 def _route_headers(facts: Facts) -> Iterator[Finding]:
-    names = [header["name"].lower() for header in facts["spec.match.headers"]]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    seen: set[str] = set()
+    for index, header in facts.entries("spec.match.headers", "name"):
+        name = header["name"].lower()
+        if name in seen:
             path: Path = ("spec", "match", "headers", index, "name")
             yield Finding(path, f"header {name!r} stands here twice", "a header has one value: remove one of them")
+        seen.add(name)
 
 
 def _route_backends(facts: Facts) -> Iterator[Finding]:
-    models = [backend["model"] for backend in facts["spec.backends"]]
-    for index, model in enumerate(models):
-        if model in models[:index]:
+    seen: set[str] = set()
+    for index, backend in facts.entries("spec.backends", "model"):
+        model = backend["model"]
+        if model in seen:
             path: Path = ("spec", "backends", index, "model")
             yield Finding(path, f"model {model!r} stands here twice", "give it once, with the sum of the weights")
+        seen.add(model)
 
 
 def _route_timeouts(facts: Facts) -> Iterator[Finding]:
@@ -603,10 +641,10 @@ def _prices(facts: Facts) -> Iterator[Finding]:
 
 
 def _keys(facts: Facts) -> Iterator[Finding]:
-    keys = facts["spec.keys"]
     path: Path = ("spec", "keys")
-    yield from _repeated([key["name"] for key in keys], path, "the name")
-    for index, key in enumerate(keys):
+    keys = facts.entries("spec.keys", "hash", "valueFrom")  # before names that stand there twice count as bad
+    yield from _repeated(facts, "spec.keys", "the name", "name")
+    for index, key in keys:
         source, digest = key.get("valueFrom"), key.get("hash")
         if (source is None) == (digest is None):
             hint = "keep valueFrom or hash"
@@ -617,14 +655,12 @@ def _keys(facts: Facts) -> Iterator[Finding]:
         elif source is not None and source.get("file") is not None and not source["file"].startswith("/"):
             hint = "begin it with /"
             yield Finding((*path, index, "valueFrom", "file"), "is not an absolute path", hint)
-    hashes = [key.get("hash") for key in keys]
-    for index, value in enumerate(hashes):
-        if value is not None and value in hashes[:index]:
-            yield Finding((*path, index), f"the hash {value!r} stands here twice", "remove one of them")
+    hashed = [(index, key["hash"]) for index, key in facts.entries("spec.keys", "hash") if key.get("hash")]
+    yield from _again(hashed, "spec.keys", "the hash")
 
 
 def _limits(facts: Facts) -> Iterator[Finding]:
-    for index, limit in enumerate(facts["spec.limits"]):
+    for index, limit in facts.entries("spec.limits"):
         path: Path = ("spec", "limits", index)
         bounds = [name for name in ("requests", "tokens", "concurrency") if limit.get(name) is not None]
         if len(bounds) != 1:
@@ -713,7 +749,7 @@ def _git_sync(facts: Facts) -> Iterator[Finding]:
 
 
 def _git_windows(facts: Facts) -> Iterator[Finding]:
-    for index, window in enumerate(facts["spec.sync.windows"]):
+    for index, window in facts.entries("spec.sync.windows"):
         path: Path = ("spec", "sync", "windows", index)
         for name, check_ in (("schedule", Schedule.parse), ("timeZone", zone)):
             try:
@@ -725,16 +761,16 @@ def _git_windows(facts: Facts) -> Iterator[Finding]:
 
 
 def _git_signers(facts: Facts) -> Iterator[Finding]:
-    for index, key in enumerate(facts["spec.verify.signedBy"]):
+    for index, key in facts.entries("spec.verify.signedBy"):
         if not _SSH_KEY.fullmatch(" ".join(key.split()[:2])) or "\n" in key:
             hint = "a line as in id_ed25519.pub, with or without the comment at its end"
             yield Finding(("spec", "verify", "signedBy", index), "is not a public key of ssh", hint)
 
 
 def _budgets(facts: Facts) -> Iterator[Finding]:
-    budgets = facts["spec.budgets"]
-    yield from _repeated([budget["name"] for budget in budgets], ("spec", "budgets"), "the name")
-    for index, budget in enumerate(budgets):
+    budgets = facts.entries("spec.budgets")
+    yield from _repeated(facts, "spec.budgets", "the name", "name")
+    for index, budget in budgets:
         path: Path = ("spec", "budgets", index)
         tokens, cost = budget.get("tokens"), budget.get("cost")
         counts, cached = budget.get("counts", "total"), budget.get("cached", "full")
@@ -786,7 +822,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _breaker,
     ),
     "Gateway": (_gateway_name, _bind),
-    "Route": (_route_lists, _route_headers, _route_backends, _route_timeouts),
+    "Route": (_route_lists, _route_fallbacks, _route_headers, _route_backends, _route_timeouts),
     "AccessPolicy": (_keys, _limits, _budgets),
     "GitSource": (_git_url, _git_ref, _git_path, _git_sync, _git_windows, _git_signers),
 }
@@ -807,23 +843,15 @@ def claims(facts: Facts) -> list[tuple[str, Path]]:
         name = facts["metadata.name"]
         claimed.append((f"{kind.lower()}/{name}", ("metadata", "name")))
         if kind == "Model":
-            served = facts["spec.servedModelNames"]
-            if served:
-                claimed += [
-                    (f"served model name {n!r}", ("spec", "servedModelNames", i))
-                    for i, n in enumerate(served)
-                    if n not in served[:i]
-                ]
+            served = facts.entries("spec.servedModelNames")
+            if served or facts["spec.servedModelNames"]:
+                claimed += [(f"served model name {n!r}", ("spec", "servedModelNames", i)) for i, n in served]
             else:
                 claimed.append((f"served model name {name!r}", ("metadata", "name")))
         if kind == "Route":
             told = headers_text(facts["spec.match.headers"])
-            names = facts["spec.match.modelNames"]
-            claimed += [
-                (f"served model name {n!r}{told}", ("spec", "match", "modelNames", i))
-                for i, n in enumerate(names)
-                if n not in names[:i]
-            ]
+            names = facts.entries("spec.match.modelNames")
+            claimed += [(f"served model name {n!r}{told}", ("spec", "match", "modelNames", i)) for i, n in names]
     except Unknown:
         return claimed
     return claimed

@@ -921,3 +921,54 @@ def test_a_canary_has_steps_that_rise(body: str, path: str, said: str) -> None:
     problem = only(body)
     assert problem.path == path
     assert said in problem.message
+
+
+def test_what_is_wrong_in_lists_comes_in_one_run() -> None:
+    """A bad entry hides neither those behind it nor what two others have in common."""
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\nspec:\n"
+        "  match: {modelNames: [a, {x: 1}, ' ', a], headers: [5, {name: x}, {name: X, exact: y}]}\n"
+        "  backends: [b, {model: m}, {model: m, weight: -1}, {model: N}]\n"
+        "  fallbacks: [{model: c}, {model: D, when: [Timeout, Timeout]}]\n"
+    )
+    assert {p.path for p in load([("m.yaml", text)]).problems} == {
+        "spec.match.modelNames[1]",
+        "spec.match.modelNames[2]",
+        "spec.match.modelNames[3]",
+        "spec.match.headers[0]",
+        "spec.match.headers[1].exact",
+        "spec.match.headers[2].name",
+        "spec.backends[0]",
+        "spec.backends[2].model",
+        "spec.backends[2].weight",
+        "spec.backends[3].model",
+        "spec.fallbacks[0].when",
+        "spec.fallbacks[1].model",
+        "spec.fallbacks[1].when[1]",
+    }
+    text = (
+        "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: p}\nspec:\n"
+        f"  keys: [7, {{name: A, hash: 'sha256:{'0' * 64}'}}, {{name: b, hash: 'sha256:{'0' * 64}'}},\n"
+        "    {name: c}]\n"
+        "  budgets: [x, {name: m, tokens: 1, cost: '1', per: day}, {name: m, per: day}]\n"
+        "  limits: [{requests: y}, {tokens: 1}]\n"
+    )
+    assert {p.path for p in load([("m.yaml", text)]).problems} == {
+        "spec.keys[0]",
+        "spec.keys[1].name",
+        "spec.keys[2]",
+        "spec.keys[3]",
+        "spec.budgets[0]",
+        "spec.budgets[1]",
+        "spec.budgets[2]",
+        "spec.limits[0].requests",
+        "spec.limits[1]",
+    }
+
+
+def test_a_name_is_claimed_beside_one_that_is_bad() -> None:
+    head = "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: %s}\n"
+    one = head % "m" + "spec: {source: 'builtin://tiny', servedModelNames: [' ', shared]}\n"
+    other = head % "n" + "spec: {source: 'builtin://tiny', servedModelNames: [shared]}\n"
+    found = [p.path for p in load([("m.yaml", f"{one}---\n{other}")]).problems]
+    assert found == ["spec.servedModelNames[0]", "spec.servedModelNames[0]"]
