@@ -27,7 +27,7 @@ from tests.integration.wire_engine import TEMPLATE_HASH
 
 from quire import builtin
 from quire_operators.exam import DRIFTED, SMOKE_FAILED, Failed, Paper, Passed, Waits, judge
-from quire_schemas import wire
+from quire_schemas import signals, wire
 
 HELLO = wire.Question("Hello! Who are you?", 24, "I am the small model that ships with Quire")
 NEW = "fedcba9876543210"
@@ -103,10 +103,9 @@ async def verdict(world: World, paper: Paper) -> Passed | Failed:
     return await eventually(look, 60)
 
 
-async def requests_of(world: World) -> float:
-    """Of clients, that the router has counted."""
-    metrics = await world.metrics()
-    return sum(value for name, value in metrics.items() if name.startswith("vllm:request_success_total"))
+async def generated(world: World) -> float:
+    """Tokens of clients' answers that the router has counted."""
+    return (await world.metrics())[f'{signals.GENERATION_TOKENS}_total{{model="tiny"}}']
 
 
 async def test_the_same_weights_pass_and_another_template_is_stopped(
@@ -138,9 +137,6 @@ async def test_the_same_weights_pass_and_another_template_is_stopped(
     assert isinstance(failed, Failed)
     assert failed.reason == SMOKE_FAILED
     assert "without 'I am the small model" in failed.text
-    await put(world, stable, same, paper.exam, chat_template_file=str(wrong), template_hash="another")
-    status = await world.control(wire.GetRouterStatus())
-    assert status.canaries["tiny"].template_hash == "another"
 
 
 async def test_another_template_drifts(
@@ -150,10 +146,16 @@ async def test_another_template_drifts(
     wrong.write_text("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}")
     paper = Paper((), 0.2)
     await put(world, stable, same, paper.exam, chat_template_file=str(wrong))
+    before = await generated(world)
     failed = await verdict(world, paper)
     assert isinstance(failed, Failed)
     assert failed.reason == DRIFTED
-    assert await requests_of(world) == 0, "questions are nobody's requests"
+    assert await generated(world) == before, "questions are nobody's requests"
+    async with world.client() as client:
+        await client.completions.create(
+            model="tiny", prompt="Hello", max_tokens=3, extra_body={"ignore_eos": True}
+        )
+    assert await generated(world) == before + 3
 
 
 @pytest.mark.nightly
