@@ -1,5 +1,7 @@
 """How a new revision takes over step by step: what to do now, from where its canary stands and what was measured.
 
+    exam (`exam`) passed, if there is one
+        ▼
     step by step: weight of the requests ──▶ hold elapsed and minRequests seen ──▶ the next step ──▶ … ──▶ Promote
                         │                          │ elapsed, and too few
                         │ worse at a gate          └──▶ onInconclusive: Hold waits, Rollback fails, Promote goes on
@@ -18,10 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from quire_operators.analysis import Gate, Limits, Measured, judge, next_look
+from quire_operators.exam import Paper
 from quire_operators.overrides import Kind, Override
 from quire_schemas.quantities import format_duration, parse_duration, parse_percent
 
@@ -42,6 +45,8 @@ class Policy:
     min_requests: int
     limits: Limits
     on_inconclusive: Literal["Hold", "Rollback", "Promote"]
+    paper: Paper | None = None
+    """What it is asked before its first step."""
 
     def says(self, step: int) -> str:
         """A step in words."""
@@ -62,12 +67,13 @@ PROMOTED = 1_000_000
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Where a canary stands: which step (`PROMOTED`: beyond the last), since when, how many requests of the new
-    revision came before, and at how many it was looked at last."""
+    revision came before, and at how many it was looked at last; and how it passed its exam, in words."""
 
     step: int
     since: float
     before: int = 0
     looked_at: int = 0
+    examined: str = ""
 
     @classmethod
     def of(cls, override: Override) -> Stage | None:
@@ -135,6 +141,7 @@ def policy_of(spec: Mapping[str, Any]) -> Policy | None:
             parse_percent(analysis["maxItlP95Increase"]),
         ),
         analysis["onInconclusive"],
+        Paper.of(analysis),
     )
 
 
@@ -143,11 +150,11 @@ def decide(policy: Policy, stage: Stage, stable: Measured, new: Measured, now: f
     if stage.step >= len(policy.steps):
         return Promote()
     if new.requests < max(stage.before, stage.looked_at):  # the router has begun to count anew
-        stage = Stage(stage.step, stage.since)
+        stage = replace(stage, before=0, looked_at=0)
     if new.requests >= next_look(stage.looked_at):
         if worse := [gate for gate in judge(stable, new, policy.limits) if gate.worse]:
             return Fail(", ".join(map(text_of, worse)))
-        stage = Stage(stage.step, stage.since, stage.before, new.requests)
+        stage = replace(stage, looked_at=new.requests)
     step = policy.steps[stage.step]
     ends_at = stage.since + step.hold
     if now < ends_at:
@@ -160,7 +167,7 @@ def decide(policy: Policy, stage: Stage, stable: Measured, new: Measured, now: f
             return Fail(f"{seen} requests in step {stage.step + 1}, {policy.min_requests} are asked for")
     if stage.step + 1 == len(policy.steps):
         return Promote()
-    return Next(Stage(stage.step + 1, now, new.requests, stage.looked_at))
+    return Next(replace(stage, step=stage.step + 1, since=now, before=new.requests))
 
 
 def text_of(gate: Gate) -> str:

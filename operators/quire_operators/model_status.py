@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_operators import canary as canaries
-from quire_operators import rollout, status
+from quire_operators import exam, rollout, status
 from quire_operators.analysis import Measured
 from quire_operators.cache import HubCache
 from quire_operators.clock import on_the_wall
@@ -82,6 +82,15 @@ class Tried:
         stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
         return canaries.decide(self.canary.policy, self.canary.stage, stable, new, now)
 
+    @property
+    def verdict(self) -> exam.Verdict | None:
+        """That of its exam, while this is on: from when a replica of it serves until its first step."""
+        paper, replicas = self.canary.policy.paper, self.alone.world.replicas
+        serves = any(seen.routed and row.ready_since is not None for row, seen in replicas)
+        if paper is None or self.canary.stage is not None or not serves:
+            return None
+        return exam.judge(paper, self.compared.examined if self.compared is not None else None)
+
     def turns_at(self) -> tuple[float, ...]:
         """When the time of its step is over, and when it has waited for requests for too long after that."""
         if self.canary.stage is None:
@@ -97,6 +106,8 @@ class Tried:
     def text(self, now: float) -> str:
         """Where it stands, in a sentence."""
         policy, step, n = self.canary.policy, self.canary.step, self.canary.revision.n
+        if (verdict := self.verdict) is not None:
+            return f"revision {n} is a canary: {verdict.text}"
         if self.canary.stage is None:
             return f"revision {n} is a canary; its first replica is on its way"
         seen = max(self.seen, 0)
@@ -127,6 +138,10 @@ class Tried:
             "minRequests": policy.min_requests,
             "gates": [],
         }
+        if (verdict := self.verdict) is not None:
+            shown["exam"] = {"state": type(verdict).__name__, "text": verdict.text}
+        elif stage is not None and stage.examined:
+            shown["exam"] = {"state": exam.Passed.__name__, "text": stage.examined}
         if self.compared is not None:
             stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
             shown["total"] = {"stable": stable.requests, "new": new.requests}
@@ -190,7 +205,9 @@ class ModelStatus:
         since = before["progressAt"] if signature == before.get("signature") else now
         deadline = self._deadline(since, stored)
         late = not settled and now >= deadline and rollout.lags(desired, view.world, now)
-        facts = self._facts(view, no_room, waits, len(available), settled, late=late)
+        waiting = view.tried is not None and isinstance(view.tried.verdict, exam.Waits)
+        unasked = waiting and not desired.held and now >= deadline
+        facts = self._facts(view, no_room, waits, len(available), settled, late=late, unasked=unasked)
         facts += _accelerated(reports.values()) + _deterministic(reports.values())
         wall = on_the_wall(now, self._clock)
         shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
@@ -332,7 +349,15 @@ class ModelStatus:
         }
 
     def _facts(
-        self, view: View, no_room: bool, waits: Mapping[str, str], available: int, settled: bool, *, late: bool
+        self,
+        view: View,
+        no_room: bool,
+        waits: Mapping[str, str],
+        available: int,
+        settled: bool,
+        *,
+        late: bool,
+        unasked: bool,
     ) -> list[Fact]:
         desired, world = view.desired, view.world
         want = 0 if desired.deleting else desired.replicas
@@ -355,7 +380,7 @@ class ModelStatus:
             facts.append(Fact("RolledOut", False, Reason.HOT_UPDATE_PENDING, "an engine runs older settings"))
         else:
             facts.append(self._rolled_out_fact(view, settled))
-        facts.append(self._stalled_fact(view, lacking, available, settled, late=late))
+        facts.append(self._stalled_fact(view, lacking, available, settled, late=late, unasked=unasked))
         return facts
 
     def _rolled_out_fact(self, view: View, settled: bool) -> Fact:
@@ -473,7 +498,7 @@ class ModelStatus:
         )
 
     def _stalled_fact(
-        self, view: View, lacking: Fact | None, available: int, settled: bool, *, late: bool
+        self, view: View, lacking: Fact | None, available: int, settled: bool, *, late: bool, unasked: bool
     ) -> Fact:
         desired = view.desired
         current = [(row, seen) for row, seen in view.world.replicas if view.is_current(row)]
@@ -503,7 +528,7 @@ class ModelStatus:
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
             return failure
-        if view.tried is not None and view.tried.is_inconclusive(now := self._clock()):
+        if view.tried is not None and (view.tried.is_inconclusive(now := self._clock()) or unasked):
             return Fact("Stalled", True, Reason.INCONCLUSIVE, view.tried.text(now))
         if late and not settled:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]

@@ -777,9 +777,14 @@ class ModelReconciler:
                 new = [row for row in rows if row not in mine]
                 pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in new)
                 route = self._route(as_canary(wanted, tried), placements, pairs)
-                share = self._share(wanted, tried)
+                share, paper = self._share(wanted, tried), tried.policy.paper
                 route = msgspec.structs.replace(
-                    route, model=canary_name(route.model), names=(), canary_of=route.model, percent=share
+                    route,
+                    model=canary_name(route.model),
+                    names=(),
+                    canary_of=route.model,
+                    percent=share,
+                    exam=paper.exam if paper is not None and tried.stage is None else None,
                 )
                 found.append(Routable(route, pairs, sockets, texts))
         return found

@@ -315,9 +315,11 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.INCONCLUSIVE: Advice(
         "The time of a canary's step is over for rollout.progressDeadline, and it has had fewer requests than "
-        "analysis.minRequests: it cannot be judged. It serves its share on, and goes on when they have come.",
+        "analysis.minRequests: it cannot be judged. It serves its share on, and goes on when they have come. Or "
+        "its exam could not be held in that time: then it has no request yet, and begins when it has passed.",
         (
             "lower spec.rollout.canary.analysis.minRequests, or declare onInconclusive: Promote or Rollback",
+            "platform rollout status {key}   for what an exam waits",
             "platform rollout promote {key}   has it take over without them",
             "platform rollout abort {key}   gives it up",
         ),

@@ -1,5 +1,5 @@
-"""Leads canaries on: puts each on record, looks at what the router has counted, and has it go a step further, take
-over or be given up (`canary.decide`).
+"""Leads canaries on: puts each on record, has it examined (`exam.judge`), looks at what the router has counted,
+and has it go a step further, take over or be given up (`canary.decide`).
 
 A canary is on record before any of it runs, and stays so until nothing of it does, so that its replicas are known
 for what they are however it ends (`Effective.set_aside`).
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from quire_operators import canary, rollout
+from quire_operators import canary, exam, rollout
 from quire_operators.analysis import Measured, next_look
 from quire_operators.desired import Canary, Effective
 from quire_operators.overrides import Kind, Override
@@ -100,7 +100,7 @@ class Trials:
         held = Kind.HOLD in wanted.overrides
         if stage is None:
             if not held and self._serving(name, template):
-                self._begin(stored, tried, canary.Stage(0, now))
+                self._examine(wanted, tried)
             return
         told = self._routes.comparison(name)
         if told is None or told.template_hash != template:
@@ -109,10 +109,7 @@ class Trials:
         self._compared[name] = told
         match canary.decide(policy, stage, Measured.of(told.stable), Measured.of(told.new), now):
             case canary.Fail(because):
-                failed = rollout.RollBack(tried.revision.n, template, wanted.revision.n, FAILED, because)
-                self._roll_back(stored, failed)
-                self._store.add_event(stored.key, "Warning", FAILED, because)
-                self._changed(stored.key)
+                self._give_up(wanted, tried, FAILED, because)
             case canary.Stay(after):
                 self._keep(stored, tried, after)
             case canary.Next() | canary.Promote() if held:
@@ -127,6 +124,34 @@ class Trials:
                 self._changed(stored.key)
         if news:
             self._changed(stored.key)
+
+    def _examine(self, wanted: Effective, tried: Canary) -> None:
+        """Begin the first step of a canary that serves, once it has passed its exam."""
+        stored, paper, told = wanted.stored, tried.policy.paper, self._routes.comparison(wanted.stored.key.name)
+        first = canary.Stage(0, self._clock())
+        if paper is None:
+            self._begin(stored, tried, first)
+            return
+        if told is None or told.template_hash != tried.revision.template_hash:
+            return
+        news = self._compared.get(stored.key.name) != told
+        self._compared[stored.key.name] = told
+        match exam.judge(paper, told.examined):
+            case exam.Passed(text):
+                self._store.add_event(
+                    stored.key, "Normal", "CanaryExamined", f"revision {tried.revision.n}: {text}"
+                )
+                self._begin(stored, tried, replace(first, examined=text))
+            case exam.Failed(reason, because):
+                self._give_up(wanted, tried, reason, because)
+            case exam.Waits() if news:
+                self._changed(stored.key)
+
+    def _give_up(self, wanted: Effective, tried: Canary, reason: str, because: str) -> None:
+        stored, new = wanted.stored, tried.revision
+        self._roll_back(stored, rollout.RollBack(new.n, new.template_hash, wanted.revision.n, reason, because))
+        self._store.add_event(stored.key, "Warning", reason, because)
+        self._changed(stored.key)
 
     def _keep(self, stored: StoredObject, tried: Canary, stage: canary.Stage) -> None:
         if stage != tried.stage:

@@ -31,8 +31,6 @@ _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
 _NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
-_NO_DRIFT = "answers of two revisions are not compared yet"
-_NO_SMOKE = "no prompts are asked before real requests yet"
 _NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
@@ -548,9 +546,19 @@ class CanaryStep(Strict):
 class SmokePrompt(Strict):
     """A prompt whose answer is known."""
 
-    prompt: str = declared("What is asked.", update="hot", refused=_NO_SMOKE)
-    expect_contains: str = declared("What the answer must contain.", update="hot", refused=_NO_SMOKE)
-    max_tokens: int = declared("Longest answer in tokens.", 16, update="hot", refused=_NO_SMOKE, ge=1, le=4096)
+    prompt: str = declared(
+        "What is asked, as a user's message; of a model without chat template, as the text that it goes on with.",
+        update="hot",
+        min_length=1,
+        max_length=100_000,
+    )
+    expect_contains: str = declared(
+        "What the answer must contain, letter by letter; the model's thoughts are part of it.",
+        update="hot",
+        min_length=1,
+        max_length=10_000,
+    )
+    max_tokens: int = declared("Longest answer in tokens.", 16, update="hot", ge=1, le=4096)
 
 
 class CanaryAnalysis(Strict):
@@ -576,16 +584,20 @@ class CanaryAnalysis(Strict):
         "How much longer the 95th percentile of the time between tokens may be.", "20%", update="hot"
     )
     max_drift: Percent | None = declared(
-        "How far answers to the smoke prompts may differ from those of the stable revision.",
+        "How far the new revision may be from the stable one before it has any request, as a share of tokens: of "
+        "those that it would write otherwise along the stable one's answers to the smoke prompts (to some of "
+        "Quire's own where there are none), and of the divergence that belongs to it. Left out: not compared.",
         None,
         update="hot",
-        refused=_NO_DRIFT,
     )
     on_inconclusive: Literal["Hold", "Rollback", "Promote"] = declared(
         "What happens when a step's time is over and its requests were too few.", "Hold", update="hot"
     )
-    smoke_prompts: Annotated[tuple[SmokePrompt, ...], Field(strict=False)] = declared(
-        "Prompts asked before real requests.", (), update="hot", refused=_NO_SMOKE
+    smoke_prompts: Annotated[tuple[SmokePrompt, ...], Field(strict=False, max_length=100)] = declared(
+        "Prompts that the new revision is asked, greedily, before it has any request. It is given up where an "
+        "answer lacks what it must contain.",
+        (),
+        update="hot",
     )
 
 

@@ -487,6 +487,24 @@ class BreakerRules(msgspec.Struct, frozen=True):
 BreakerState = Literal["closed", "open", "trying"]
 
 
+class Question(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What somebody might ask, as the one message of a conversation; of a model without template as its text."""
+
+    prompt: str
+    max_tokens: int
+    expects: str = ""
+    """What the answer must contain."""
+
+
+class Exam(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a canary is asked before it has any request."""
+
+    smoke: tuple[Question, ...] = ()
+    """Its own answers count."""
+    drift: tuple[Question, ...] = ()
+    """What it makes of the stable revision's answers."""
+
+
 class ModelRoute(msgspec.Struct, frozen=True):
     """All the router needs to serve one model by its names."""
 
@@ -537,6 +555,8 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """Of a new revision that has a share of a model's requests, that model. Nobody asks for it by a name."""
     percent: int = 0
     """That share."""
+    exam: Exam | None = None
+    """What it is asked now, while it has none of them."""
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -782,6 +802,39 @@ class Measured(msgspec.Struct, frozen=True):
     between_tokens: dict[int, int] = {}
 
 
+class Answered(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a canary said to a question."""
+
+    text: str = ""
+    """The beginning of it."""
+    as_expected: bool = False
+    problem: str = ""
+    """Why there is none."""
+
+
+class Drifted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far a canary is from the stable revision along that one's answer to a question."""
+
+    tokens: int = 0
+    """Of the answer, with the one that ended it; none where a context has no room for the question."""
+    agreed: int = 0
+    """Those at which both would have written the same."""
+    kl: float = 0.0
+    """The sum of KL(stable || new) at each of them, in nats; a lower bound."""
+    problem: str = ""
+    """Why the two cannot be compared."""
+
+
+class Examined(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far an exam is: an answer for each question that was put."""
+
+    exam: Exam
+    smoke: tuple[Answered, ...] = ()
+    drift: tuple[Drifted, ...] = ()
+    waits: str = ""
+    """What it waits for."""
+
+
 class Comparison(msgspec.Struct, frozen=True):
     """What a model's stable revision and its canary did since that has been in the table."""
 
@@ -789,6 +842,8 @@ class Comparison(msgspec.Struct, frozen=True):
     """Of the canary."""
     stable: Measured
     new: Measured
+    examined: Examined | None = None
+    """None where it is asked nothing, and of a router whose version asks nothing."""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):

@@ -88,6 +88,12 @@ def failure(plane: Plane, name: str, revision: int) -> str:
     return str(next(item["failure"] for item in plane.view(name)["revisions"] if item["revision"] == revision))
 
 
+def given_up(plane: Plane, name: str, revision: int) -> str:
+    """Why a revision was given up, once it is."""
+    told = eventually(lambda: (why := failure(plane, name, revision)) != "None" and why, f"{revision} is given up")
+    return str(told)
+
+
 def test_a_canary_that_does_as_well_takes_over_and_one_that_fails_is_given_up(plane: Plane) -> None:
     name = "steps"
     plane.apply(canary(name))
@@ -203,4 +209,52 @@ def test_five_canaries_take_over_and_five_are_given_up_under_eight_clients(plane
     told = reasons(plane, name)
     assert (told.count("CanaryPromoted"), told.count("RolledBack"), told.count("CanaryFailed")) == (5, 5, 4)
     assert oracles.asked > 1000
+    plane.delete(name)
+
+
+def examined(name: str, analysis: str, **env: Any) -> str:
+    steps = "steps: [{weight: 50, hold: 200ms}]"
+    ways = f"strategy: Canary, canary: {{{steps}, analysis: {{minRequests: 1, {analysis}}}}}"
+    return model(name, f"  rollout: {{progressDeadline: 4s, {ways}}}\n", **env)
+
+
+def smoke(expected: str) -> str:
+    """The stand-in answers `bcde`, whatever it is asked."""
+    return f"smokePrompts: [{{prompt: Say it, expectContains: {expected}, maxTokens: 4}}]"
+
+
+def test_a_canary_that_answers_a_smoke_prompt_otherwise_never_has_a_request(plane: Plane) -> None:
+    name = "smoked"
+    plane.apply(examined(name, smoke("bcde")))
+    first = plane.wait_served(name)["status"]["servedRevision"]
+    with Oracles(plane.base_url, name, 2):
+        failed = plane.apply(examined(name, smoke("bcdf"), ROUND=2))["model/smoked"]["revision"]
+        wait_settled(plane, name, "RolledBack", first)
+        assert failure(plane, name, failed) == "SmokePromptFailed: 'Say it' was answered 'bcde', without 'bcdf'"
+        assert "CanaryStep" not in reasons(plane, name)
+        plane.apply(examined(name, smoke("bcde"), ROUND=3))
+        plane.wait_served(name)
+        told = reasons(plane, name)
+        assert told.count("CanaryExamined") == told.count("CanaryPromoted") == 1
+        dull = plane.apply(examined(name, "maxDrift: 100%", ROUND=4))["model/smoked"]["revision"]
+        assert "did not tell how likely the tokens are" in given_up(plane, name, dull)
+    plane.delete(name)
+
+
+@pytest.mark.nightly
+def test_a_canary_whose_exam_cannot_be_held_waits_without_requests_and_says_so(plane: Plane) -> None:
+    name = "unasked"
+    plane.apply(examined(name, smoke("bcde")))
+    plane.wait_served(name)
+    plane.apply(examined(name, smoke("bcde"), ROUND=2, STEP=3600))  # it answers, some day
+    said = plane.wait_stalled(name)
+    assert said["reason"] == "AnalysisInconclusive"
+    assert "asked 0 of 1 questions before it has any request" in said["message"]
+    assert going(plane, name)["exam"]["state"] == "Waits"
+    assert going(plane, name)["step"] == 0
+    with pytest.raises(Refused, match="has not passed its exam"):
+        decide(plane, name, "promote")
+    assert plane.complete(name).status_code == 200
+    plane.apply(examined(name, "", ROUND=2, STEP=3600))  # hot: without them it begins
+    eventually(lambda: going(plane, name).get("step") == 1, "it begins")
     plane.delete(name)

@@ -63,6 +63,13 @@ class Answered(TypedDict):
     new: int
 
 
+class Exam(TypedDict):
+    """What a canary is asked before it has any request."""
+
+    state: Literal["Waits", "Passed", "Failed"]
+    text: str
+
+
 class GoingCanary(TypedDict):
     """A canary."""
 
@@ -72,6 +79,7 @@ class GoingCanary(TypedDict):
     requests: Annotated[int, "Of this step."]
     minRequests: int
     total: NotRequired[Answered]
+    exam: NotRequired[Annotated[Exam, "Where smokePrompts or maxDrift are declared, once a replica serves."]]
     gates: list[Gate]
 
 

@@ -150,7 +150,7 @@ class Steering:
         tried = self._canary(wanted)
         if tried.stage is None:
             key = wanted.stored.key
-            text = f"no replica of revision {tried.revision.n} serves yet"
+            text = f"revision {tried.revision.n} has not begun: it does not serve yet, or has not passed its exam"
             raise ApiError(
                 409, "conflict", text, f"platform rollout status {key} shows what it waits for", exit_code=5
             )

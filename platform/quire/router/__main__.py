@@ -110,6 +110,7 @@ async def serve(
     await control.open()
     log.info("router on %s, control on %s", url, config.control_socket)
     head.executor.start()
+    head.examiner.start()
     crew.start()
     try:
         await until_told(server, listening, certificate, fleet.memory)
@@ -117,6 +118,7 @@ async def serve(
         await crew.close()
         await control.close()
         await head.executor.close()
+        await head.examiner.close()
         await fleet.close()
         deaf()
 

@@ -32,6 +32,7 @@ from quire.router.background import Background
 from quire.router.batches import Batches
 from quire.router.config import RouterConfig
 from quire.router.desk import Desk, OwnDesk
+from quire.router.exams import Examiner
 from quire.router.exchange import Exchange
 from quire.router.executor import Executor
 from quire.router.far import FarHead
@@ -69,6 +70,7 @@ class Head(Application):
     executor: Executor
     usage: Usage
     background: Background
+    examiner: Examiner
     look: Callable[[], Awaitable[tuple[int, bytes]]]
     """What `/health` answers."""
 
@@ -122,7 +124,7 @@ def build(
         *_told(scrape or own_series),
     ]
     guard = _guarded(routes, inference, fleet, config, desk)
-    return Head(guard, store, desk, executor, usage, background, look)
+    return Head(guard, store, desk, executor, usage, background, Examiner(fleet), look)
 
 
 def build_worker(

@@ -4,6 +4,8 @@ A canary is an entry of the table of its own, under a name that nobody can ask f
 share of the model's requests is exact (`traffic.Shares`), of those that come while it has a replica that is ready
 and a place for them; all others are the stable one's. What a request came to is counted for whichever had it, from
 the same moment on (`Tally`), so that the two can be compared. Both are the head's to do, for all workers (`desk`).
+
+What it is asked before it has any share is put to it by `exams`; how far that is stands here (`Sitting`).
 """
 
 from __future__ import annotations
@@ -49,6 +51,35 @@ class Tally:
         )
 
 
+@dataclass(slots=True, eq=False)
+class Sitting:
+    """One exam of a canary of `stable`: what is to be asked, and what came of it so far."""
+
+    exam: wire.Exam
+    stable: ServedModel
+    new: ServedModel
+    smoke: list[wire.Answered] = field(default_factory=list)
+    drift: list[wire.Drifted] = field(default_factory=list)
+    waits: str = ""
+
+    @property
+    def question_is_smoke(self) -> bool:
+        """Whether the next question is one of those whose answers count."""
+        return len(self.smoke) < len(self.exam.smoke)
+
+    @property
+    def question(self) -> wire.Question:
+        """The next one."""
+        return self.exam.smoke[len(self.smoke)] if self.question_is_smoke else self.exam.drift[len(self.drift)]
+
+    @property
+    def is_over(self) -> bool:
+        return not self.question_is_smoke and len(self.drift) == len(self.exam.drift)
+
+    def told(self) -> wire.Examined:
+        return wire.Examined(self.exam, tuple(self.smoke), tuple(self.drift), self.waits)
+
+
 @dataclass(slots=True)
 class _Canary:
     """One model's."""
@@ -59,6 +90,18 @@ class _Canary:
     shares: Shares
     of_stable: Tally = field(default_factory=Tally)
     of_new: Tally = field(default_factory=Tally)
+    compared_with: str = ""
+    """The template of the stable revision."""
+    sitting: Sitting | None = None
+
+    def sit(self) -> None:
+        """Have the exam that the table has now; the one that is on goes on."""
+        exam, stable = self.new.route.exam, self.stable.route.template_hash
+        is_on = self.sitting is not None and (self.sitting.exam, self.compared_with) == (exam, stable)
+        if exam is None:
+            self.sitting = None
+        elif not is_on:
+            self.sitting, self.compared_with = Sitting(exam, self.stable, self.new), stable
 
 
 class Canaries:
@@ -82,6 +125,7 @@ class Canaries:
             if known.shares.weights != weights:
                 known.shares = Shares(weights)
             known.stable, known.new = stable, new
+            known.sit()
             found[route.canary_of] = known
         self._of = found
 
@@ -109,9 +153,18 @@ class Canaries:
             elif canary.stable.route.model == model:
                 canary.of_stable.add(fared)
 
+    def sittings(self) -> list[Sitting]:
+        """The exams that are in the table."""
+        return [canary.sitting for canary in self._of.values() if canary.sitting is not None]
+
     def told(self) -> dict[str, wire.Comparison]:
-        """What was counted, by model."""
+        """What was counted, and what was asked, by model."""
         return {
-            model: wire.Comparison(canary.template_hash, canary.of_stable.told(), canary.of_new.told())
+            model: wire.Comparison(
+                canary.template_hash,
+                canary.of_stable.told(),
+                canary.of_new.told(),
+                canary.sitting.told() if canary.sitting is not None else None,
+            )
             for model, canary in self._of.items()
         }

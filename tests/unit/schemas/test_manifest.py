@@ -333,7 +333,6 @@ def test_only_a_hub_needs_a_token() -> None:
         "resources: {accelerator: {type: nvidia-h100}}",
         "resources: {accelerator: {countPerReplica: 2}}",
         "placement: {backend: ray}",
-        "rollout: {strategy: Canary, canary: {steps: [{weight: 5}], analysis: {maxDrift: 5%}}}",
         "probes: {readiness: {period: 1s}}",
         "probes: {liveness: {period: 5s}}",
         "env: [{name: A, valueFrom: {secretRef: t}}]",
