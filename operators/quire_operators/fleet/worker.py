@@ -54,7 +54,10 @@ async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> Asyn
                 process.kill()
         process.stdin.close()
         # to the ends of its pipes: without having seen those, asyncio keeps a process that is gone
-        await asyncio.gather(process.wait(), process.stdout.read(), errors, return_exceptions=True)
+        try:
+            await asyncio.gather(process.wait(), process.stdout.read(), errors, return_exceptions=True)
+        finally:  # who is cancelled once more, while it ends, leaves no pipes open
+            process._transport.close()  # type: ignore[attr-defined]
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:
