@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from quire_operators import child
 
 SAID_BYTES = 4096
 """Of what it says on stderr, kept from its beginning."""
@@ -49,33 +49,21 @@ async def run(
 ) -> tuple[int, bytes, bytes]:
     """Exit code, output, and the beginning of what it said on stderr. `given` is its input. Raises `Exceeded`,
     `OSError`."""
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.PIPE if given else asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=env,
-        cwd=cwd,
-        start_new_session=True,
-    )
-    try:
+    stdin = asyncio.subprocess.PIPE if given else asyncio.subprocess.DEVNULL
+    async with child.running(argv, env, cwd=cwd, stdin=stdin) as process:
         if bounds.file_bytes is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended already
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (bounds.file_bytes, bounds.file_bytes))
-        async with asyncio.timeout(bounds.seconds):
-            _, out, said = await asyncio.gather(
-                _write(process.stdin, given),
-                _read(process.stdout, bounds.out_bytes, strict=True),
-                _read(process.stderr, SAID_BYTES),
-            )
-            code = await process.wait()
-    except TimeoutError as error:
-        raise TooLong(f"{argv[0]} took longer than {bounds.seconds:g} s") from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        try:
+            async with asyncio.timeout(bounds.seconds):
+                _, out, said = await asyncio.gather(
+                    _write(process.stdin, given),
+                    _read(process.stdout, bounds.out_bytes, strict=True),
+                    _read(process.stderr, SAID_BYTES),
+                )
+                code = await process.wait()
+        except TimeoutError as error:
+            raise TooLong(f"{argv[0]} took longer than {bounds.seconds:g} s") from error
     return code, out, said
 
 

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from quire_operators import child
+
 MAX_LINE = 1024 * 1024
 TAIL = 2000
 
@@ -24,19 +26,10 @@ async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> Asyn
     Raises OSError when it cannot be started, `WorkerEnded` when it ended with another status than 0 or said a line
     that is too long.
     """
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=dict(env),
-        limit=MAX_LINE,
-        start_new_session=True,
-    )
-    if process.stdin is None or process.stdout is None or process.stderr is None:
-        raise OSError("a worker without pipes")
-    errors = asyncio.create_task(_tail(process.stderr))
-    try:
+    async with child.running(argv, env, limit=MAX_LINE) as process:
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise OSError("a worker without pipes")
+        errors = asyncio.create_task(_tail(process.stderr))
         with contextlib.suppress(ConnectionError):  # it ended at once: its status says why
             process.stdin.write(job + b"\n")
             await process.stdin.drain()
@@ -48,16 +41,6 @@ async def lines(argv: Sequence[str], env: Mapping[str, str], job: bytes) -> Asyn
         code = await process.wait()
         if code != 0:
             raise WorkerEnded(f"ended with status {code}: {(await errors)[-TAIL:].strip()}")
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        process.stdin.close()
-        # to the ends of its pipes: without having seen those, asyncio keeps a process that is gone
-        try:
-            await asyncio.gather(process.wait(), process.stdout.read(), errors, return_exceptions=True)
-        finally:  # who is cancelled once more, while it ends, leaves no pipes open
-            process._transport.close()  # type: ignore[attr-defined]
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:
