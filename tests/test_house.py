@@ -74,6 +74,17 @@ def test_a_router_starts_without_the_shapes_of_manifests() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_control_plane_starts_without_what_only_some_stores_and_models_need() -> None:
+    """Every command may start one, and waits for it."""
+    code = (
+        "import sys, quire.controlplane.__main__;"
+        "bad = {'quire.text', 'jinja2', 'tokenizers', 'sqlalchemy.dialects.postgresql'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 def test_engine_logic_runs_without_torch() -> None:
     code = (
         "import sys, quire_engine.scheduler, quire_engine.blocks, quire_engine.step;"

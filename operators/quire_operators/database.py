@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from quire_operators.clock import SteadyClock, boot_id, new_base
 from quire_operators.postgres import Server
@@ -252,6 +251,9 @@ def refuse_newer(db: sa.Connection, place: object) -> int | None:
 
 def upsert(db: sa.Connection, table: sa.Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Write a row under its primary key, in place of one that has it."""
-    make = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
-    statement = make(table).values(**key, **values)
+    if db.dialect.name == "postgresql":  # neither store loads what the other needs
+        from sqlalchemy.dialects.postgresql import insert
+    else:
+        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
+    statement = insert(table).values(**key, **values)
     db.execute(statement.on_conflict_do_update(index_elements=list(key), set_=dict(values)))

@@ -14,7 +14,6 @@ import msgspec
 
 from quire.router.config import RouterConfig
 from quire.router.tls import TlsFiles
-from quire.text import Tokenizer
 from quire.tracing import Declared
 from quire_operators import devices
 from quire_operators.devices import Inventory
@@ -67,6 +66,8 @@ def text_facts(folder: Path, template: Path | None) -> TextFacts | str:
     """What findings need to know of the tokenizer in `folder` with this template; why the router could not load
     it, if it could not.
     """
+    from quire.text import Tokenizer  # with its templates it is a tenth of the start, and only models need it
+
     loaded = Tokenizer.attempt(folder, template)
     if isinstance(loaded, Tokenizer):
         advised = {name: value for name, value in asdict(loaded.advised).items() if value is not None}
