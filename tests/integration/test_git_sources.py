@@ -308,6 +308,69 @@ async def test_two_sources_never_share_an_object(desk: Desk, remote: Remote, tmp
         other.close()
 
 
+DELETE = ", sync: {prune: true}, deletionPolicy: Delete"
+
+
+async def test_a_source_that_deletes_takes_its_objects_along_and_goes_last(desk: Desk, remote: Remote) -> None:
+    await desk.apply(route("mine"))
+    await begun(desk, remote, DELETE, a=route("a"), b=route("b"), c=route("c"))
+    await desk.apply(route("b", "by-hand"), takeOwnership=True)
+    with pytest.raises(ApiError) as caught:
+        desk.intents.delete(PROD)
+    said = caught.value.body["error"]
+    assert (said["code"], said["exitCode"]) == ("prune_blocked", 5)
+    assert said["message"] == (
+        "gitsource/prod has spec.deletionPolicy: Delete: 2 of its 3 objects would be deleted with it, and "
+        "spec.sync.maxPrune lets 50% be deleted at once: route/c, route/a"
+    )
+    assert "--prune" in said["hint"]
+    await desk.step()
+    assert desk.names() == ["a", "b", "c", "mine"], "nothing was begun"
+    assert desk.condition("Ready") == ("True", "Synced")
+
+    answer = desk.intents.delete(PROD, prune=True)
+    assert answer["objects"] == {
+        "deleted": ["route/c", "route/a"], "stay": {"route/b": "it was changed by hand"},
+    }  # fmt: skip
+    again = await desk.step()
+    assert again is not None
+    assert again <= 1
+    assert desk.names() == ["b", "mine"]
+    assert desk.view()["deleting"]
+    assert desk.status()["summary"] == "Deleting: route/c, route/a: being deleted"
+    assert desk.condition("Ready") == ("False", "Deleting")
+    exact(shapes.Object, {**desk.view(), "apiVersion": "quire.dev/v1alpha1"})
+    desk.intents.delete(Key("route", "b"))  # it is nobody's by now
+    desk.gone("b", "c")
+    desk.begin()  # the control plane was killed
+    assert await desk.step(again) is not None
+    assert desk.status()["summary"] == "Deleting: route/a: being deleted"
+    desk.gone("a")
+    await desk.apply(route("a"))  # somebody else's of the same name, and the same manifest
+    assert await desk.step(again) is None
+    assert desk.plane.store.get(PROD) is None
+    assert desk.names() == ["a", "mine"]
+    assert not list(desk.plane.state.git.iterdir())
+    assert [each.message for each in desk.plane.store.events(PROD) if each.reason == "Orphaned"] == [
+        "these stay, and are nobody's: route/b: it was changed by hand"
+    ]
+
+
+async def test_the_objects_of_a_source_stay_unless_it_says_otherwise(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, ", sync: {maxPrune: 100%}", a=route("a"))
+    assert desk.intents.delete(PROD)["objects"] == {
+        "deleted": [], "stay": {"route/a": "spec.deletionPolicy is Orphan"},
+    }  # fmt: skip
+    assert await desk.step() is None
+    assert desk.names() == ["a"]
+    await desk.apply(route("a", "anybody-s"))
+    await desk.apply(source(remote, more=", sync: {maxPrune: 100%}, deletionPolicy: Delete"))
+    await desk.step()
+    desk.intents.delete(PROD)  # 100%: nothing more is to be said
+    await desk.step()
+    assert desk.names() == []
+
+
 @pytest.mark.nightly
 async def test_a_remote_that_is_away_for_an_hour(desk: Desk, remote: Remote) -> None:
     first = await begun(desk, remote, HEAL, a=route("a"))
