@@ -403,7 +403,7 @@ def test_nor_does_any_order_with_sources_that_are_deleted() -> None:
 
 
 def departures() -> None:
-    """The ends of a source with four objects, of which a hand took one: killed after each of its writes, or not."""
+    """The ends of a source with four objects, of which a hand took one: killed after each write, or not."""
     for policy, kill_in in (("Orphan", None), *(("Delete", each) for each in (None, 0, 1, 2))):
         world = Prunes()
         try:
