@@ -63,8 +63,8 @@ def test_a_source_by_the_command_line(platform: Platform, tmp_path: Path) -> Non
         answer = json.loads(platform.run("source", "history", "prod", "-o", "json").stdout)
         assert answer["items"][1]["commit"] == bad
 
-        said = platform.run("delete", "gitsource/prod").stdout.splitlines()
-        assert said[1:3] == [f"route/{name}  stays: spec.deletionPolicy is Orphan" for name in "ba"]
+        lines = platform.run("delete", "gitsource/prod").stdout.splitlines()
+        assert lines[1:3] == [f"route/{name}  stays: spec.deletionPolicy is Orphan" for name in "ba"]
         assert platform.run("get", "routes", "-o", "name").stdout.split() == ["route/a", "route/b"]
         platform.run("apply", mine, "--no-wait")  # nobody's now
         platform.run("source", "sync", "none", code=8)

@@ -404,7 +404,8 @@ async def test_a_source_that_deletes_takes_its_objects_along_and_goes_last(desk:
     assert await desk.step(again) is not None
     assert desk.status()["summary"] == "Deleting: route/a: being deleted"
     desk.gone("a")
-    await desk.apply(route("a"))  # somebody else's of the same name, and the same manifest
+    await desk.apply(route("a"), route("c"))  # somebody else's of the same names, and the same manifests
+    desk.intents.delete(Key("route", "c"))  # and nothing that the source waits for
     assert await desk.step(again) is None
     assert desk.plane.store.get(PROD) is None
     assert desk.names() == ["a", "mine"]

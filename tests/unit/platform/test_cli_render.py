@@ -431,7 +431,7 @@ class Answers(Client):
     def __init__(self, view: dict[str, Any]) -> None:
         self.view = view
 
-    def get(self, path: str, **query: str | int | None) -> Any:
+    def get(self, path: str, **query: str | float | None) -> Any:
         return self.view
 
 
