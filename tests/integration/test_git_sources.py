@@ -430,6 +430,17 @@ async def test_the_objects_of_a_source_stay_unless_it_says_otherwise(desk: Desk,
     assert desk.names() == []
 
 
+async def test_a_source_that_is_deleted_while_the_platform_is_down_is_gone_at_once(
+    desk: Desk, remote: Remote
+) -> None:
+    await begun(desk, remote, DELETE, a=route("a"), b=route("b"))
+    await desk.apply(route("b", "by-hand"), takeOwnership=True)
+    desk.plane.is_down = True  # as after `platform down`
+    desk.intents.delete(PROD, prune=True)
+    assert [str(each.key) for each in desk.plane.store.objects()] == ["route/b"]
+    assert not list(desk.plane.state.git.iterdir())
+
+
 @pytest.mark.nightly
 async def test_a_remote_that_is_away_for_an_hour(desk: Desk, remote: Remote) -> None:
     first = await begun(desk, remote, HEAL, a=route("a"))
