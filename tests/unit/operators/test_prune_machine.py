@@ -399,7 +399,7 @@ def test_no_order_of_commits_hands_and_crashes_deletes_what_it_may_not() -> None
 
 @pytest.mark.nightly
 def test_nor_does_any_order_with_sources_that_are_deleted() -> None:
-    run_state_machine_as_test(WithDepartures, settings=QUICK)
+    run_state_machine_as_test(WithDepartures, settings=settings(QUICK, max_examples=times(15, 200)))
 
 
 def departures() -> None:
