@@ -12,6 +12,7 @@
     balancer     the choice of replicas against others, in virtual time
     autoscaling  replicas that follow the load against fixed numbers of them, in virtual time
     control-plane  many models: a resync, one change, what get asks
+    git          from a commit to its being served, by poll and by notification
     ahead        a full batch with and without asynchronous scheduling
     prefix       what the prefix cache saves and costs; blocks that n choices share
     structured   what a JSON Schema costs each step; hostile grammars beside streams

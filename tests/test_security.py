@@ -59,6 +59,14 @@ def test_every_file_and_every_test_of_a_row_is_there(number: str, where: str, te
         assert not re.search(r"mark\.skip\b", marks), name
 
 
+def test_every_test_that_the_page_on_git_names_is_there() -> None:
+    shown = (ROOT / "docs" / "gitops.md").read_text().partition("## What shows it")[2]
+    named = re.findall(r"^\| .+ \| `(.+)::(.+)` \|$", shown, re.MULTILINE)
+    assert len(named) == shown.count("\n| ") - 1, "each row but the head names one"
+    for file, function in named:
+        assert function in functions(ROOT / "tests" / file), f"{file}::{function}"
+
+
 def test_the_page_is_found_from_the_readme() -> None:
     assert "docs/security.md" in (ROOT / "README.md").read_text()
 

@@ -12,6 +12,9 @@ commit that was read last.
 A commit that could not be applied is tried again after `retryInterval`: what was wrong may be the machine, not the
 commit. A remote that does not answer is asked again after it, doubling up to `LONGEST_PAUSE`. Meanwhile the
 applied commit is still guarded: what a hand changed is written back from the clone where `selfHeal` says so.
+
+A source that is deleted is there until what its `deletionPolicy` deletes with it is gone. Which objects these are,
+by their uids, is kept before the first of them is deleted: a crash anywhere leaves a source that goes on with it.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from quire_operators.inventory import Managed
 from quire_operators.overrides import Kind, Override
 from quire_operators.records import Applied, StoredObject
 from quire_operators.secrets import SecretNotFound, Secrets
-from quire_operators.source_sync import Declared, Present, SyncPlan, decide
+from quire_operators.source_sync import Declared, Departure, Present, SyncPlan, decide, depart
 from quire_operators.sqlite import StoreError
 from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
@@ -249,8 +252,7 @@ class SourceReconciler:
         if stored is None:
             return None
         if stored.deletion_time is not None:
-            self._let_go(stored)
-            return None
+            return self.let_go(stored)
         look = self._look_of(stored)
         memory = self._store.inventory.memory(stored.uid)
         plan, trouble, pending = None, None, None
@@ -267,15 +269,67 @@ class SourceReconciler:
         self._report(stored, look, memory, plan, trouble, pending)
         return self._again(stored, look, memory, plan, trouble)
 
-    def _let_go(self, stored: StoredObject) -> None:
-        """A source that is deleted leaves its objects as they are."""
+    def departure(self, stored: StoredObject) -> Departure:
+        """What becomes of its objects when it is deleted now."""
+        return depart(stored.uid, self._store.inventory.all(), self._present(), stored.resolved)
+
+    def let_go(self, stored: StoredObject) -> float | None:
+        """One pass over a source that is being deleted: its objects first, or not at all, then the source. Seconds
+        until it wants to run again, None once it is gone."""
+        departing = self.departure(stored)
+        memory = self._store.inventory.memory(stored.uid)
+        leaving: dict[str, str] = dict(memory.get("leaving", {}))
+        for key in (*departing.take, *departing.going):
+            if (there := self._store.get(key)) is not None:
+                leaving[str(key)] = there.uid
+        self._store.inventory.remember(stored.uid, {**memory, "leaving": leaving})
+        author = Author(stored.key, Commit(memory.get("applied") or "", "", "the source is deleted", 0))
+        refused: dict[Key, str] = {}
+        for key in departing.take:
+            try:
+                self.hands.take(key, author)
+            except Rejected as error:
+                refused[key] = error.message
+        mine = [key for key, row in self._store.inventory.all().items() if row.source == stored.uid]
+        if departing.stay:
+            told = ", ".join(f"{key}: {why}" for key, why in departing.stay.items())
+            self._store.add_event(stored.key, "Normal", "Orphaned", f"these stay, and are nobody's: {told}")
+        self._store.inventory.drop([key for key in mine if key not in refused])
+        there_now = {str(each.key): each for each in self._store.objects()}
+        waits = [
+            name
+            for name, uid in leaving.items()
+            if name in there_now and there_now[name].uid == uid and there_now[name].deletion_time is not None
+        ]
+        if waits or refused:
+            self._report_leaving(stored, waits, refused)
+            return SOON if waits else parse_duration(stored.resolved["sync"]["retryInterval"])
         self._looks.pop(stored.uid, None)
         shutil.rmtree(self._folder / stored.uid, ignore_errors=True)
-        self._store.add_event(
-            stored.key, "Normal", "Deleted", "its objects stay, and nothing follows the repository"
-        )
+        told = f"with it {', '.join(leaving)}" if leaving else "no object was deleted with it"
+        self._store.add_event(stored.key, "Normal", "Deleted", f"{told}; nothing follows the repository")
         self._store.remove(stored.key)
         acted("the source is gone")
+        return None
+
+    def _report_leaving(self, stored: StoredObject, waits: Sequence[str], refused: Mapping[Key, str]) -> None:
+        """Tell what a source that is being deleted waits for."""
+        before = self._store.status(stored.uid)
+        told = [f"{', '.join(waits)}: being deleted"] if waits else []
+        told += [f"{key}: {why}" for key, why in refused.items()]
+        facts = [Fact("Ready", False, Reason.DELETING, "; ".join(told))]
+        wall = on_the_wall(self._clock(), self._clock)
+        shown = status.conditions(facts, before.get("conditions", ()), stored.generation, wall)
+        self._store.put_status(
+            stored.uid,
+            {
+                **before,
+                "observedGeneration": stored.generation,
+                "summary": f"Deleting: {'; '.join(told)}",
+                "conditions": shown,
+                "remedies": status.remedies(str(stored.key), shown),
+            },
+        )
 
     def _look_of(self, stored: StoredObject) -> _Look:
         look = self._looks.get(stored.uid)
@@ -417,13 +471,13 @@ class SourceReconciler:
         return known[of]
 
     def _decide(self, stored: StoredObject, checkout: Checkout, whole: int, *, heal: bool) -> SyncPlan:
-        present = {
+        managed, sync = self._store.inventory.all(), stored.resolved["sync"]
+        return decide(stored.uid, checkout.declared, managed, self._present(), sync, heal=heal, whole=whole)
+
+    def _present(self) -> dict[Key, Present]:
+        return {
             each.key: Present(each.intent_hash, each.deletion_time is not None) for each in self._store.objects()
         }
-        managed = self._store.inventory.all()
-        return decide(
-            stored.uid, checkout.declared, managed, present, stored.resolved["sync"], heal=heal, whole=whole
-        )
 
     # ── reading a commit ──────────────────────────────────────────────────────────────────────────────────
 
@@ -567,7 +621,10 @@ class SourceReconciler:
         mine = [row for row in self._store.inventory.all().values() if row.source == stored.uid]
         ready = next(fact for fact in facts if fact.type == "Ready")
         applied = memory.get("applied")
-        summary = f"Synced {applied[:7]}" if ready.status and applied else ready.reason.value
+        summary = f"{ready.reason.value}: {ready.message}".removesuffix(": ")
+        if ready.status and applied:  # and what is not as wished all the same
+            wrong = [fact.reason.value for fact in facts if fact.status is (fact.type in status.BAD_WHEN_TRUE)]
+            summary = "; ".join([f"Synced {applied[:7]}", *wrong])
         document = {
             "observedGeneration": stored.generation,
             "summary": summary,

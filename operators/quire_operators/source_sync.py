@@ -11,6 +11,8 @@ Three hashes of one object decide: of the document in git, of what this source a
 The inventory is the source's own: an object that another source has is a conflict, and one that nobody has is
 never deleted. Nothing is read from a program counter: after a crash between any two writes the same decision goes
 on.
+
+What becomes of the objects when the source itself is deleted is decided here, too (`depart`).
 """
 
 from __future__ import annotations
@@ -81,6 +83,47 @@ class SyncPlan:
         return not (self.moves or self.wait or self.conflicts)
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """What becomes of the objects of a source that is deleted."""
+
+    take: tuple[Key, ...] = ()
+    """Objects to delete, in order."""
+    going: tuple[Key, ...] = ()
+    """Objects that are being deleted already."""
+    stay: Mapping[Key, str] = field(default_factory=dict)
+    """Objects that are nobody's from then on, and why they stay."""
+    blocked: str | None = None
+    """Why nobody deletes so many without saying so; None within the cap."""
+
+
+def depart(
+    source: str, managed: Mapping[Key, Managed], stored: Mapping[Key, Present], spec: Mapping[str, Any]
+) -> Departure:
+    """What becomes of the objects of a source, by its uid and its resolved spec. One that a hand changed stays:
+    somebody took it, and no repository says any more what it should be. A source without the field is of a version
+    that had none, and orphans."""
+    mine = {key: own for key, own in managed.items() if own.source == source}
+    there = {key: stored[key] for key in sorted(mine, key=rank, reverse=True) if key in stored}
+    going = tuple(key for key, each in there.items() if each.deleting)
+    alive = {key: each for key, each in there.items() if not each.deleting}
+    if spec.get("deletionPolicy", "Orphan") == "Orphan":
+        return Departure(stay=dict.fromkeys(alive, "spec.deletionPolicy is Orphan"))
+    take = tuple(key for key, each in alive.items() if each.intent_hash == mine[key].intent_hash)
+    blocked = None
+    if _above_cap(len(take), len(mine), spec["sync"]):
+        blocked = (
+            f"{len(take)} of its {len(mine)} objects would be deleted with it, and spec.sync.maxPrune lets "
+            f"{spec['sync']['maxPrune']} be deleted at once"
+        )
+    return Departure(take, going, {key: "it was changed by hand" for key in alive if key not in take}, blocked)
+
+
+def _above_cap(number: int, whole: int, sync: Mapping[str, Any]) -> bool:
+    """Whether so many of `whole` objects are more than may be deleted at once."""
+    return number > round(parse_percent(sync["maxPrune"]) * whole, 6)
+
+
 def rank(key: Key) -> tuple[int, Key]:
     """The order in which objects are written."""
     return (ORDER.index(key.kind) if key.kind in ORDER else len(ORDER), key)
@@ -126,7 +169,7 @@ def decide(
     alive = [key for key in left if (there := stored.get(key)) is not None and not there.deleting]
     alive.sort(key=rank, reverse=True)
     blocked = None
-    if sync["prune"] and len(alive) > round(parse_percent(sync["maxPrune"]) * whole, 6):
+    if sync["prune"] and _above_cap(len(alive), whole, sync):
         blocked = (
             f"{len(alive)} of {whole} objects left the repository, and spec.sync.maxPrune lets "
             f"{sync['maxPrune']} be "

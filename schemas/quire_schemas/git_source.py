@@ -107,6 +107,13 @@ class GitSourceSpec(Strict):
     sync: Sync = section(Sync, "How commits are applied.")
     verify: Verify = section(Verify, "Which commits are trusted.")
     suspend: bool = declared("Apply nothing for now.", False, update="hot")
+    deletion_policy: Literal["Orphan", "Delete"] = declared(
+        "What becomes of the source's objects when it is deleted: they stay as they are and are nobody's, or they "
+        "are "
+        "deleted with it.",
+        "Orphan",
+        update="hot",
+    )
 
 
 class GitSource(Resource):

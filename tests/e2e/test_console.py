@@ -27,6 +27,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from tests.clients.node import installed
 from tests.e2e.test_cli import ask
+from tests.integration.git_remote import Remote
+from tests.integration.test_gitops import route, source
 from tests.waiting import eventually
 
 from quire.client import Client
@@ -61,6 +63,15 @@ new PerformanceObserver((list) => {
   for (const shift of list.getEntries()) if (!shift.hadRecentInput)
     window.shifts.push([shift.value, ...shift.sources.map((source) => source.node?.outerHTML?.slice(0, 80))]);
 }).observe({ type: "layout-shift", buffered: false });
+"""
+
+
+FOCUS = "[...document.querySelectorAll('main a')].find((link) => link.textContent === arguments[0]).focus()"
+WIDER = """\
+if (document.documentElement.scrollWidth <= innerWidth) return [];
+const all = [...document.querySelectorAll("main *")];
+const out = all.filter((each) => each.getBoundingClientRect().right > innerWidth);
+return out.map((each) => `${each.tagName}.${each.className}: ${each.textContent.slice(0, 60)}`);
 """
 
 
@@ -432,6 +443,53 @@ def test_each_view_in_light_and_dark_and_where_it_is_narrow(
         page.wait("Live", "#link-state")
         assert page.script("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 20, 22)"
         assert page.complaints() == []
+
+
+def test_a_git_source_shows_its_commits_and_why_one_is_refused(
+    served: Platform, link: str, tmp_path: Path
+) -> None:
+    remote = Remote(tmp_path / "remote")
+    try:
+        remote.write(deep__r=route("r"))
+        first = remote.push(f"first {MARKUP}")
+        served.run("apply", served.write("source.yaml", source(remote)))
+        remote.write(deep__r="apiVersion: quire.dev/v1alpha1\nkind: Rout\n")
+        remote.push("a typo")
+        served.run("source", "sync", "prod", code=6)
+        for width, scheme in ((1280, "light"), (1280, "dark"), (360, "light")):
+            with browser(width=width, scheme=scheme) as page:
+                page.go(link)
+                page.wait("Serving", "main")
+                page.go("#/gateway")
+                page.wait("gitsource/prod", "main")
+                page.script(FOCUS, "gitsource/prod")
+                page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+                page.wait("Commits", "main")
+                assert page.text("h1") == "prod"
+                for word in (
+                    first, "deep/r.yaml:2:7", "'Rout' is not a kind of resource", "did you mean 'Route'?",
+                    "Refused", "a typo", MARKUP, "route/r created", "branch main", "its objects stay", "Drifted",
+                ):  # fmt: skip
+                    page.wait(word, "main")
+                assert page.script(WIDER) == [], f"{scheme} {width}"
+                page.look(f"source-{scheme}-{width}")
+                assert page.script("return document.title") == "prod · Quire"
+                page.go("#/sources/none")
+                page.wait("There is no such source", "main")
+                assert page.complaints() == []
+        (remote.work / "deep/r.yaml").write_text(route("r", "mended"))
+        with browser() as page:
+            page.go(link)
+            page.wait("Serving", "main")
+            page.go("#/sources/prod")
+            page.wait("Why the newest commit", "main")
+            mended = remote.push("mended")
+            page.wait(mended, "main")
+            eventually(lambda: "Why the newest commit" not in page.text("main"), "the problem is gone")
+    finally:
+        served.run("delete", "gitsource/prod")
+        served.run("delete", "route/r")
+        remote.close()
 
 
 def test_it_tells_of_a_control_plane_that_is_gone_and_goes_on_with_the_next_ones_link(

@@ -63,10 +63,28 @@ def test_a_source_by_the_command_line(platform: Platform, tmp_path: Path) -> Non
         answer = json.loads(platform.run("source", "history", "prod", "-o", "json").stdout)
         assert answer["items"][1]["commit"] == bad
 
-        platform.run("delete", "gitsource/prod")
+        lines = platform.run("delete", "gitsource/prod").stdout.splitlines()
+        assert lines[1:3] == [f"route/{name}  stays: spec.deletionPolicy is Orphan" for name in "ba"]
         assert platform.run("get", "routes", "-o", "name").stdout.split() == ["route/a", "route/b"]
         platform.run("apply", mine, "--no-wait")  # nobody's now
         platform.run("source", "sync", "none", code=8)
+
+        owns = platform.write("owns.yaml", source(remote, more=", deletionPolicy: Delete").replace("1s", "1h"))
+        platform.run("apply", owns)
+        remote.answers = False
+        said = platform.run("source", "sync", "prod", "--timeout", "3s", code=4).stderr
+        assert said.count("gitsource/prod  RemoteUnreachable (") == 1, "while it waits, and once"
+        assert "not ready after 3 s: RemoteUnreachable (" in said
+        assert "; RemoteUnreachable" in platform.run("get", "gitsources").stdout
+        said = platform.run("delete", "gitsource/prod", code=5).stderr
+        assert "2 of its 2 objects would be deleted with it" in said
+        assert (
+            "delete gitsource/prod --prune deletes them, too; with spec.deletionPolicy: Orphan they stay" in said
+        )
+        assert platform.run("get", "routes", "-o", "name").stdout.split() == ["route/a", "route/b"]
+        said = platform.run("delete", "gitsource/prod", "--prune").stdout
+        assert "route/a  deleting, with gitsource/prod" in said
+        assert platform.run("get", "routes", "-o", "name").stdout.split() == []
         platform.run("source", "wait", "prod", "--commit", "xyz", code=2)
     finally:
         remote.close()

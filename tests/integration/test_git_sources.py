@@ -21,6 +21,7 @@ from tests.integration.git_remote import ENVIRONMENT, Remote, git
 from tests.integration.test_gitops import route, source
 from typing_extensions import is_typeddict
 
+from quire import builtin
 from quire.cli import shapes
 from quire.controlplane.errors import ApiError
 from quire.controlplane.following import Following
@@ -29,6 +30,7 @@ from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
 from quire_operators.git import Limits
 from quire_operators.gitops import SourceReconciler
+from quire_operators.overrides import Kind, Override
 from quire_operators.paths import StateDir
 from quire_schemas.resource import Key
 
@@ -130,7 +132,7 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     state = StateDir(tmp_path / "state")
     state.create()
-    plane = ControlPlane(state, {})
+    plane = ControlPlane(state, {"tiny": builtin.path("tiny")})
     views = Views(plane)
     yield Desk(plane, Intents(plane, views), Following(plane, views), views, Clock())
     plane.store.close()
@@ -306,6 +308,137 @@ async def test_two_sources_never_share_an_object(desk: Desk, remote: Remote, tmp
         assert desk.names() == ["a", "b"]
     finally:
         other.close()
+
+
+async def test_a_commit_waits_for_the_health_of_no_other(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, a=route("a"))
+    assert desk.condition("AppliedHealthy") == ("False", "Unhealthy")
+    assert desk.status()["summary"].endswith("; Unhealthy"), "a list of sources shows it"
+    remote.write(a=route("a", "mended"))
+    second = remote.push("the mend")
+    await desk.step(2)
+    assert desk.status()["lastAppliedRevision"] == second
+    assert desk.condition("AppliedHealthy") == ("False", "Unhealthy")
+
+
+async def test_what_is_scaled_paused_or_undone_is_no_change_by_hand(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, HEAL, m=MODEL)
+    stored = desk.plane.store.get(Key("model", "m"))
+    assert stored is not None
+    for kind in (Kind.SCALE, Kind.AUTOSCALE, Kind.PAUSE, Kind.HOLD, Kind.PIN):
+        desk.plane.store.set_override(stored.uid, Override(kind, "ada", desk.clock.now, "", replicas=3))
+    kept = desk.plane.store.overrides(stored.uid)
+    remote.write(r=route("r"))
+    remote.push("about something else")
+    await desk.step(2)
+    await desk.sync()
+    assert desk.names() == ["r"]
+    assert desk.condition("Drifted") == ("False", "InStep")
+    assert desk.plane.store.overrides(stored.uid) == kept
+    assert desk.plane.store.get(Key("model", "m")) == stored
+    assert [entry["result"] for entry in desk.status()["history"]] == ["Applied", "Applied"]
+
+
+@pytest.mark.nightly
+async def test_ten_commits_are_remembered(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, a=route("a"))
+    for number in range(11):
+        remote.write(a=route("a", f"name-{number}"))
+        newest = remote.push(f"number {number}")
+        await desk.step(2)
+    subjects = [entry["subject"] for entry in desk.status()["history"]]
+    assert subjects == [f"number {number}" for number in range(10, 0, -1)]
+    assert desk.status()["lastAppliedRevision"] == newest
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("prune", "heal"), [(False, True), (True, False)])
+async def test_pruning_and_healing_are_apart(desk: Desk, remote: Remote, prune: bool, heal: bool) -> None:
+    flags = f", sync: {{prune: {str(prune).lower()}, selfHeal: {str(heal).lower()}}}"
+    await begun(desk, remote, flags, a=route("a"), b=route("b"), c=route("c"))
+    await desk.apply(route("b", "by-hand"), takeOwnership=True)
+    (remote.work / "a.yaml").unlink()
+    remote.push("without a")
+    await desk.step(2)
+    assert desk.names() == (["b", "c"] if prune else ["a", "b", "c"])
+    stored = desk.plane.store.get(Key("route", "b"))
+    assert stored is not None
+    assert stored.resolved["match"]["modelNames"] == ["b-name" if heal else "by-hand"]
+
+
+DELETE = ", sync: {prune: true}, deletionPolicy: Delete"
+
+
+async def test_a_source_that_deletes_takes_its_objects_along_and_goes_last(desk: Desk, remote: Remote) -> None:
+    await desk.apply(route("mine"))
+    await begun(desk, remote, DELETE, a=route("a"), b=route("b"), c=route("c"))
+    await desk.apply(route("b", "by-hand"), takeOwnership=True)
+    with pytest.raises(ApiError) as caught:
+        desk.intents.delete(PROD)
+    said = caught.value.body["error"]
+    assert (said["code"], said["exitCode"]) == ("prune_blocked", 5)
+    assert said["message"] == (
+        "gitsource/prod has spec.deletionPolicy: Delete: 2 of its 3 objects would be deleted with it, and "
+        "spec.sync.maxPrune lets 50% be deleted at once: route/c, route/a"
+    )
+    assert "--prune" in said["hint"]
+    await desk.step()
+    assert desk.names() == ["a", "b", "c", "mine"], "nothing was begun"
+    assert desk.condition("Ready") == ("True", "Synced")
+
+    answer = desk.intents.delete(PROD, prune=True)
+    assert answer["objects"] == {
+        "deleted": ["route/c", "route/a"], "stay": {"route/b": "it was changed by hand"},
+    }  # fmt: skip
+    again = await desk.step()
+    assert again is not None
+    assert again <= 1
+    assert desk.names() == ["b", "mine"]
+    assert desk.view()["deleting"]
+    assert desk.status()["summary"] == "Deleting: route/c, route/a: being deleted"
+    assert desk.condition("Ready") == ("False", "Deleting")
+    exact(shapes.Object, {**desk.view(), "apiVersion": "quire.dev/v1alpha1"})
+    desk.intents.delete(Key("route", "b"))  # it is nobody's by now
+    desk.gone("b", "c")
+    desk.begin()  # the control plane was killed
+    assert await desk.step(again) is not None
+    assert desk.status()["summary"] == "Deleting: route/a: being deleted"
+    desk.gone("a")
+    await desk.apply(route("a"), route("c"))  # somebody else's of the same names, and the same manifests
+    desk.intents.delete(Key("route", "c"))  # and nothing that the source waits for
+    assert await desk.step(again) is None
+    assert desk.plane.store.get(PROD) is None
+    assert desk.names() == ["a", "mine"]
+    assert not list(desk.plane.state.git.iterdir())
+    assert [each.message for each in desk.plane.store.events(PROD) if each.reason == "Orphaned"] == [
+        "these stay, and are nobody's: route/b: it was changed by hand"
+    ]
+
+
+async def test_the_objects_of_a_source_stay_unless_it_says_otherwise(desk: Desk, remote: Remote) -> None:
+    await begun(desk, remote, ", sync: {maxPrune: 100%}", a=route("a"))
+    assert desk.intents.delete(PROD)["objects"] == {
+        "deleted": [], "stay": {"route/a": "spec.deletionPolicy is Orphan"},
+    }  # fmt: skip
+    assert await desk.step() is None
+    assert desk.names() == ["a"]
+    await desk.apply(route("a", "anybody-s"))
+    await desk.apply(source(remote, more=", sync: {maxPrune: 100%}, deletionPolicy: Delete"))
+    await desk.step()
+    desk.intents.delete(PROD)  # 100%: nothing more is to be said
+    await desk.step()
+    assert desk.names() == []
+
+
+async def test_a_source_that_is_deleted_while_the_platform_is_down_is_gone_at_once(
+    desk: Desk, remote: Remote
+) -> None:
+    await begun(desk, remote, DELETE, a=route("a"), b=route("b"))
+    await desk.apply(route("b", "by-hand"), takeOwnership=True)
+    desk.plane.is_down = True  # as after `platform down`
+    desk.intents.delete(PROD, prune=True)
+    assert [str(each.key) for each in desk.plane.store.objects()] == ["route/b"]
+    assert not list(desk.plane.state.git.iterdir())
 
 
 @pytest.mark.nightly

@@ -330,13 +330,20 @@ def conclude(results: Mapping[str, Result], timeout: float) -> ExitCode:
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
 @take_ownership
-def delete(references: tuple[str, ...], waits: bool, timeout: float, take_ownership: bool) -> int:
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="With a git source of deletionPolicy: Delete also more objects than its sync.maxPrune.",
+)
+def delete(references: tuple[str, ...], waits: bool, timeout: float, take_ownership: bool, prune: bool) -> int:
     """Stop serving objects.
 
-    Running requests finish first, within drainTimeout."""
+    Running requests finish first, within drainTimeout. The objects of a git source stay, unless its
+    deletionPolicy is Delete: then they are deleted with it."""
     named = [object_path(reference) for reference in references]
     client = connect(wakes=True)
-    query = "?takeOwnership=true" if take_ownership else ""
+    given = {"takeOwnership": take_ownership, "prune": prune}
+    query = "".join(f"{'&' if n else '?'}{name}=true" for n, name in enumerate(k for k in given if given[k]))
     return _traced(client, "delete", lambda: _delete(client, named, query, waits=waits, timeout=timeout))
 
 
@@ -345,8 +352,13 @@ def _delete(client: Client, named: list[tuple[str, str]], query: str, *, waits: 
         for _, path in named:
             client.get(path)  # a name that does not exist is found before anything is deleted
         for key, path in named:
-            client.delete(f"{path}{query}")
+            answer = client.delete(f"{path}{query}")
             print(f"{key}  deleting", flush=True)
+            departing = answer.get("objects") or {"deleted": (), "stay": {}}
+            for other in departing["deleted"]:
+                print(f"{other}  deleting, with {key}", flush=True)
+            for other, why in departing["stay"].items():
+                print(f"{other}  stays: {why}", flush=True)
     if not waits:
         return ExitCode.OK
     with interruptible("detached: the deletion continues. Follow with: platform get"):

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from quire.cli import render
@@ -128,7 +129,8 @@ WIDE = 10_000
 
 
 class Display:
-    """Shows views as they change: `show` takes all of them, in the same order each time; `finish` ends it."""
+    """Shows views as they change: `show` takes all of them, in the same order each time, and by key what each is
+    waited for where that is not what its summary says; `finish` ends it."""
 
     def __init__(self, write: Callable[[str], object], *, redraw: bool, width: int) -> None:
         self._write = write
@@ -144,11 +146,11 @@ class Display:
         # One column is left free: a full line would wrap and break the count of lines.
         return cls(sys.stderr.write, redraw=sys.stderr.isatty(), width=shutil.get_terminal_size().columns - 1)
 
-    def show(self, views: Sequence[View]) -> None:
+    def show(self, views: Sequence[View], waits: Mapping[str, str] = MappingProxyType({})) -> None:
         if self._redraw:
-            self._draw([render.progress_line(view, self._width) for view in views])
+            self._draw([render.progress_line(view, self._width, waits.get(render.key_of(view))) for view in views])
         else:
-            self._append(views)
+            self._append(views, waits)
         sys.stderr.flush()
 
     def finish(self, views: Sequence[View]) -> None:
@@ -167,7 +169,7 @@ class Display:
             self._write(f"\x1b[2K{line}\n")
         self._drawn = lines
 
-    def _append(self, views: Sequence[View]) -> None:
+    def _append(self, views: Sequence[View], waits: Mapping[str, str]) -> None:
         for view in views:
             key = render.key_of(view)
             seen = self._seen.setdefault(key, set())
@@ -180,7 +182,7 @@ class Display:
                 elif not stage.done and stage.tenths > self._tenths.get(f"{key} {stage.name}", 0):
                     self._tenths[f"{key} {stage.name}"] = stage.tenths
                     self._write(f"{render.label(view)}  {stage.text()}\n")
-            summary = view["status"].get("summary", "")
+            summary = waits.get(key) or view["status"].get("summary", "")
             if summary and summary != self._summaries.get(key):
                 self._summaries[key] = summary
                 self._write(f"{render.label(view)}  {summary}\n")
@@ -195,6 +197,12 @@ def fetch(client: Client, path: str) -> View | None:
             return None
         raise
     return view if view["generation"] else None
+
+
+def _unsaid(result: Result) -> str:
+    """What an object is waited for, where its summary does not say it."""
+    verdict, why, view = result
+    return "" if view is None or verdict is not Verdict.WAITING or why == view["status"].get("summary") else why
 
 
 def wait(
@@ -228,5 +236,5 @@ def wait(
         if clock() >= deadline or all(results[key][0] is not Verdict.WAITING for key in targets):
             display.finish(shown)
             return results
-        display.show(shown)
+        display.show(shown, {key: why for key in moving if (why := _unsaid(results[key]))})
         sleep(POLL_SECONDS)

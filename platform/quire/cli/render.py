@@ -767,8 +767,9 @@ def is_starting_again(view: View) -> bool:
     return bool(steps) and all(stage.done for stage in steps) and not is_true(view, "Ready")
 
 
-def progress_line(view: View, width: int) -> str:
-    """One object's progress on one line of at most `width` characters, for a terminal that redraws.
+def progress_line(view: View, width: int, waits: str | None = None) -> str:
+    """One object's progress on one line of at most `width` characters, for a terminal that redraws. `waits`: what
+    it is waited for, where that is not what its summary says.
 
     Too narrow a line loses the earliest steps first: what is at work is at its end.
     """
@@ -777,8 +778,9 @@ def progress_line(view: View, width: int) -> str:
     settled = is_true(view, "Ready")
     done = [f"✔ {stage.text()}" for stage in steps if stage.done and not is_starting_again(view)]
     tail = [f"… {working.text()}"] if working else []
-    if not settled and view["status"].get("summary"):
-        tail.append(f"({view['status']['summary']})" if tail else f"… {view['status']['summary']}")
+    summary = waits or view["status"].get("summary")
+    if summary and (waits or not settled):
+        tail.append(f"({summary})" if tail else f"… {summary}")
     elif not steps:
         tail.append(f"✔ {view['status'].get('summary', '')}")
     line = "  ".join([label(view), *done, *tail])

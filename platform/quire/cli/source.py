@@ -52,21 +52,22 @@ def judge_commit(commit: str | None, after: float, healthy: bool, view: View | N
     status = view["status"]
     ready, applied = render.condition(view, "Ready"), status.get("lastAppliedRevision") or ""
     if ready is None or ready["observedGeneration"] < view["generation"] or (status.get("looked") or 0.0) < after:
-        return Verdict.WAITING, "it was not looked at yet"
+        return Verdict.WAITING, "the repository is being asked"
     if ready["reason"] == "Suspended":
         return Verdict.SUPERSEDED, "it is suspended"
     refused = status.get("lastAttemptedRevision") or ""
+    fetched = render.condition(view, "Fetched") or {"status": "True"}
+    away = f"{fetched['reason']} ({fetched['message']})" if fetched["status"] == "False" else ""
     if commit is not None and not applied.startswith(commit):
         if ready["status"] != "True" and refused.startswith(commit):
             return Verdict.STALLED, f"{ready['reason']} ({ready['message']})"
-        return Verdict.WAITING, f"{applied[:SHORTEST] or 'no commit'} is applied"
+        return Verdict.WAITING, f"{applied[:SHORTEST] or 'no commit'} is applied" + (away and f"; {away}")
     if commit is None and ready["status"] != "True":
         if render.is_true(view, "Stalled"):
             return Verdict.STALLED, f"{ready['reason']} ({ready['message']})"
         return Verdict.WAITING, str(ready["message"])
-    fetched = render.condition(view, "Fetched") or {"status": "True"}
     if commit is None and fetched["status"] != "True":
-        return Verdict.WAITING, f"{fetched['reason']} ({fetched['message']})"
+        return Verdict.WAITING, away or "the repository is being asked"
     if healthy and not render.is_true(view, "AppliedHealthy"):
         health = render.condition(view, "AppliedHealthy") or {"message": ""}
         return Verdict.WAITING, health["message"]

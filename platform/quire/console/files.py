@@ -9,8 +9,8 @@ _HERE: Final = Path(__file__).parent / "page"
 _HTML, _CSS, _SVG = "text/html; charset=utf-8", "text/css; charset=utf-8", "image/svg+xml"
 _SCRIPT = "text/javascript; charset=utf-8"
 _SCRIPTS: Final = (
-    "app", "charts", "dom", "events", "gateway", "link", "model", "overview", "parts", "playground", "theme",
-    "words",
+    "app", "charts", "dom", "events", "gateway", "link", "model", "overview", "parts", "playground", "source",
+    "theme", "words",
 )  # fmt: skip
 FILES: Final = {
     "/": ("index.html", _HTML),

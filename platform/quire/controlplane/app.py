@@ -101,8 +101,8 @@ async def read_object(state: State, kind: str, name: str) -> dict[str, Any]:
 @delete("/v1/objects/{kind:str}/{name:str}", status_code=202)
 async def delete_object(request: Request[Any, Any, Any], state: State, kind: str, name: str) -> dict[str, Any]:
     with traced(_plane(state).tracer, request, "/v1/objects/{kind}/{name}") as traceparent:
-        take = request.query_params.get("takeOwnership") == "true"
-        return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent, take=take)
+        take, prune = (request.query_params.get(name) == "true" for name in ("takeOwnership", "prune"))
+        return _intents(state).delete(parse_key(f"{kind}/{name}"), traceparent, take=take, prune=prune)
 
 
 @post("/v1/objects/{kind:str}/{name:str}/{verb:str}", status_code=200)

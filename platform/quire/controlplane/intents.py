@@ -23,6 +23,7 @@ from quire_operators.devices import InventoryError
 from quire_operators.fleet.local import Life
 from quire_operators.gateway import KEY as GATEWAY
 from quire_operators.gateway import resolved_spec
+from quire_operators.gitops import KIND as SOURCE
 from quire_operators.gitops import Author, Rejected
 from quire_operators.inventory import Managed
 from quire_operators.models import ROUTES
@@ -298,22 +299,45 @@ class Intents:
             ]
         }
 
-    def delete(self, key: Key, traceparent: str | None = None, *, take: bool = False) -> dict[str, Any]:
+    def delete(
+        self, key: Key, traceparent: str | None = None, *, take: bool = False, prune: bool = False
+    ) -> dict[str, Any]:
         """Begin a deletion; the object stays until nothing of it runs. `take`: also of one that a git source
-        has."""
+        has. `prune`: of a source that deletes its objects with it, also of more of them than its cap."""
         self._plane.refuse_while_going_down()
         if not take and not self._plane.sources.has_left(key):
             self._refuse_managed([key])
+        departing = self._departure(key, prune=prune)
         view = self._delete(key, traceparent)
         self._plane.wake_sources()
-        return view
+        return {**view, "objects": departing} if departing is not None else view
+
+    def _departure(self, key: Key, *, prune: bool) -> dict[str, Any] | None:
+        """What becomes of the objects of a source that is about to be deleted; None of anything else. Raises
+        `ApiError` where it would be half done, or more than anybody said."""
+        stored = self._plane.store.get(key) if key.kind == SOURCE else None
+        if stored is None:
+            return None
+        departing = self._plane.sources.departure(stored)
+        names = ", ".join(map(str, departing.take))
+        if stored.deletion_time is None and departing.blocked is not None and not prune:
+            raise ApiError(
+                409,
+                "prune_blocked",
+                f"{key} has spec.deletionPolicy: Delete: {departing.blocked}: {names}",
+                f"platform delete {key} --prune deletes them, too; with spec.deletionPolicy: Orphan they stay",
+                exit_code=5,
+            )
+        if GATEWAY in departing.take:
+            self._refuse_without_way_back()
+        return {
+            "deleted": [str(each) for each in (*departing.take, *departing.going)],
+            "stay": {str(each): why for each, why in departing.stay.items()},
+        }
 
     def _delete(self, key: Key, traceparent: str | None = None, author: Author | None = None) -> dict[str, Any]:
-        if key == GATEWAY and (problem := self._no_way_back()) is not None:
-            raise address_in_use(
-                f"without it the router would move to its default address, where it cannot listen: {problem}",
-                "keep it, or stop the program that holds the address first; nothing was changed",
-            )
+        if key == GATEWAY:
+            self._refuse_without_way_back()
         try:
             stored = self._plane.store.mark_deleting(key, traceparent)
         except NotFound as error:
@@ -325,11 +349,22 @@ class Intents:
             self._plane.note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():
                 self._plane.store.delete_replica(row)
-            self._plane.store.remove(key)
+            if key.kind == SOURCE:
+                self._plane.sources.let_go(stored)
+            else:
+                self._plane.store.remove(key)
         self._plane.wake(key)
         self._plane.wake(ROUTES)
         self._plane.wake_routes()
         return view
+
+    def _refuse_without_way_back(self) -> None:
+        """Refuse to delete the gateway where the router could not go on without it."""
+        if (problem := self._no_way_back()) is not None:
+            raise address_in_use(
+                f"without it the router would move to its default address, where it cannot listen: {problem}",
+                "keep it, or stop the program that holds the address first; nothing was changed",
+            )
 
     def _no_way_back(self) -> str | None:
         """Why the router could not listen where it does without a manifest; None when it could, or need not."""

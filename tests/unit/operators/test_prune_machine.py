@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from quire_operators.gitops import Author, SourceReconciler
 from quire_operators.inventory import Managed
 from quire_operators.records import Applied, Change
 from quire_operators.secrets import Secrets
-from quire_operators.source_sync import SyncPlan
+from quire_operators.source_sync import Departure, SyncPlan
 from quire_operators.status import Reason
 from quire_operators.store import Store
 from quire_schemas.git_source import GitSource
@@ -139,18 +140,19 @@ def change(store: Store, located: Located) -> Change:
     return Change(located.key, located.intent, intent_hash(located.resource), {}, expected)
 
 
-def source(name: str, cap: str, prune: bool, heal: bool) -> Change:
+def source(name: str, cap: str, prune: bool, heal: bool, policy: str) -> Change:
     resource = GitSource.model_validate(
         {
             "apiVersion": "quire.dev/v1alpha1", "kind": "GitSource", "metadata": {"name": name},
             "spec": {
                 "url": f"https://git.example/{name}", "path": "m", "ref": {"branch": "main"},
                 "sync": {"prune": prune, "maxPrune": cap, "selfHeal": heal, "allowEmpty": True},
+                "deletionPolicy": policy,
             },
         }
     )  # fmt: skip
     resolved = resource.spec.model_dump(mode="json", by_alias=True)
-    return Change(Key("gitsource", name), {}, f"{cap} {prune} {heal}", resolved, None)
+    return Change(Key("gitsource", name), {}, f"{cap} {prune} {heal} {policy}", resolved, None)
 
 
 class Prunes(RuleBasedStateMachine):
@@ -200,6 +202,14 @@ class Prunes(RuleBasedStateMachine):
 
     def note_deletion(self, key: Key, author: Author) -> None:
         name = author.source.name
+        own, there = self.store.get(author.source), self.store.get(key)
+        assert own is not None
+        assert there is not None
+        if own.deletion_time is not None:  # it goes, and takes its objects along
+            assert own.resolved["deletionPolicy"] == "Delete", "I12: they were to stay"
+            assert key in self.theirs[name], f"I12: {key} is not an object of {author.source}"
+            assert not there.intent_hash.startswith("by hand"), "I12: somebody took it"
+            return
         assert self.prunes[name], "I12: it was not to delete anything"
         assert key in self.theirs[name], f"I12: {key} is not an object of {author.source}"
         assert key.name not in dict(REMOTES.contents[author.commit.id]), "I12: the commit has it"
@@ -228,8 +238,8 @@ class Prunes(RuleBasedStateMachine):
             REMOTES.push(f"https://git.example/{name}", tuple((each, 1) for each in SOURCES[name][:4]))
         self.look("one")
 
-    def declare(self, name: str, cap: str, *, prune: bool, heal: bool) -> None:
-        made = source(name, cap, prune, heal)
+    def declare(self, name: str, cap: str, *, prune: bool, heal: bool, policy: str = "Orphan") -> None:
+        made = source(name, cap, prune, heal, policy)
         old = self.store.get(made.key)
         expected = old.resource_version if old is not None else None
         self.store.apply([Change(made.key, {}, made.intent_hash, made.resolved, expected)])
@@ -284,6 +294,34 @@ class Prunes(RuleBasedStateMachine):
     def a_look(self, name: str, kill_in: int | None) -> None:
         self.look(name, kill_in)
 
+    def a_source_is_deleted(self, name: str, policy: str, hand: str, kill_in: int | None) -> None:
+        """It goes as a whole, whatever ends it in between, but for what a hand took."""
+        key = Key("gitsource", name)
+        self.declare(name, self.caps[name], prune=self.prunes[name], heal=False, policy=policy)
+        if hand:
+            self.a_hand_changes_something("ae"[name == "two"], hand)
+        self.note_what_they_have()
+        before, had = {each.key: each for each in self.store.objects("model")}, self.theirs[name]
+        self.store.mark_deleting(key)
+        self.look(name, kill_in)
+        self.look(name)
+        assert not self.theirs[name], "I12: it has objects still"
+        self.what_is_deleted_is_gone()
+        self.look(name)
+        assert self.store.get(key) is None, "I12: it stays for nothing"
+        for each, old in before.items():
+            there = self.store.get(each)
+            if old.deletion_time is not None:
+                continue
+            if policy == "Delete" and each in had and not old.intent_hash.startswith("by hand"):
+                assert there is None, "I12: half of it is left"
+            else:
+                assert there == old, "I12: it was to stay"
+        self.declare(name, self.caps[name], prune=self.prunes[name], heal=False)
+        self.at.pop(name, None)
+        self.ever[name] = set()
+        self.look(name)
+
     def look(self, name: str, kill_in: int | None = None) -> None:
         """A pass over one source, killed after so many of its writes."""
         url = f"https://git.example/{name}"
@@ -326,6 +364,19 @@ class Prunes(RuleBasedStateMachine):
         REMOTES.away ^= {f"https://git.example/{name}"}
 
 
+class WithDepartures(Prunes):
+    """The same with sources that are deleted, and declared again."""
+
+    @rule(
+        name=st.sampled_from(list(SOURCES)),
+        policy=st.sampled_from(["Delete", "Delete", "Orphan"]),
+        hand=st.sampled_from(["", "apply", "delete"]),
+        kill_in=st.sampled_from([None, 0, 1, 2, 3]),
+    )
+    def a_source_goes(self, name: str, policy: str, hand: str, kill_in: int | None) -> None:
+        self.a_source_is_deleted(name, policy, hand, kill_in)
+
+
 QUICK = settings(
     max_examples=times(15, 1_000),
     stateful_step_count=15,
@@ -344,6 +395,26 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_order_of_commits_hands_and_crashes_deletes_what_it_may_not() -> None:
     run_state_machine_as_test(Prunes, settings=QUICK)
+
+
+@pytest.mark.nightly
+def test_nor_does_any_order_with_sources_that_are_deleted() -> None:
+    run_state_machine_as_test(WithDepartures, settings=settings(QUICK, max_examples=times(15, 200)))
+
+
+def departures() -> None:
+    """The ends of a source with four objects, of which a hand took one: killed after each write, or not."""
+    for policy, kill_in in (("Orphan", None), *(("Delete", each) for each in (None, 0, 1, 2))):
+        world = Prunes()
+        try:
+            world.start("50%")
+            world.a_source_is_deleted("one", policy, "apply", kill_in)
+        finally:
+            world.teardown()
+
+
+def test_a_source_goes_with_all_that_it_is_to_take_whatever_ends_it_in_between() -> None:
+    departures()
 
 
 # ── mutants ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -408,6 +479,47 @@ def delete_though_it_is_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     otherwise(monkeypatch, decide)
 
 
+def delete_though_they_are_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def depart(source: str, managed: Any, stored: Any, spec: Any) -> Departure:
+        return source_sync.depart(source, managed, stored, {**spec, "deletionPolicy": "Delete"})
+
+    monkeypatch.setattr(gitops, "depart", depart)
+
+
+def take_along_what_a_hand_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def depart(source: str, managed: Any, stored: Any, spec: Any) -> Departure:
+        found = source_sync.depart(source, managed, stored, spec)
+        return found if spec["deletionPolicy"] == "Orphan" else replace(found, take=(*found.take, *found.stay))
+
+    monkeypatch.setattr(gitops, "depart", depart)
+
+
+def let_them_go_before_they_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in between leaves objects that nobody deletes."""
+    let_go = SourceReconciler.let_go
+
+    def first(self: SourceReconciler, stored: Any) -> float | None:
+        departing = self.departure(stored)
+        self._store.inventory.drop(departing.take)
+        monkeypatch.setattr(self, "departure", lambda stored: departing)
+        return let_go(self, stored)
+
+    monkeypatch.setattr(SourceReconciler, "let_go", first)
+
+
+def go_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is gone though a crash left half of its objects."""
+    let_go = SourceReconciler.let_go
+
+    def hasty(self: SourceReconciler, stored: Any) -> float | None:
+        if self._store.inventory.memory(stored.uid).get("leaving"):
+            self._store.remove(stored.key)
+            return None
+        return let_go(self, stored)
+
+    monkeypatch.setattr(SourceReconciler, "let_go", hasty)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -425,3 +537,20 @@ def test_the_machine_catches_mutants(
     mutate(monkeypatch)
     with pytest.raises(AssertionError, match="I12"):
         run_state_machine_as_test(Prunes, settings=UNTIL_CAUGHT)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        delete_though_they_are_to_stay,
+        take_along_what_a_hand_changed,
+        let_them_go_before_they_are_deleted,
+        go_without_waiting,
+    ],
+)
+def test_the_ends_of_a_source_catch_mutants(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match="I12"):
+        departures()

@@ -782,6 +782,24 @@ def test_delete_waits_until_the_object_is_gone(server: AdminServer, capsys: pyte
     assert err == "model/quickstart  Draining: 2 requests\n"
 
 
+def test_delete_says_what_goes_along_with_a_source_and_what_stays(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "/v1/objects/gitsource/prod"
+    departing = {"deleted": ["route/r", "model/m"], "stay": {"route/a": "it was changed by hand"}}
+    view = model(kind="gitsource", name="prod", status={})
+    server.script[f"DELETE {path}"] = [(202, {**view, "objects": departing})]
+    server.script[f"GET {path}"] = [(200, view), (404, {"error": {"code": "not_found"}})]
+    assert main(["delete", "gitsource/prod", "--prune", "--take-ownership"]) == ExitCode.OK
+    assert ("DELETE", f"{path}?takeOwnership=true&prune=true", None) in server.asked
+    assert said(capsys)[0] == (
+        "gitsource/prod  deleting\n"
+        "route/r  deleting, with gitsource/prod\n"
+        "model/m  deleting, with gitsource/prod\n"
+        "route/a  stays: it was changed by hand\ngitsource/prod  deleted\n"
+    )
+
+
 # ── down, version, and no control plane ───────────────────────────────────────────────────────────────────
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 from tests.unit.platform.api_views import NOW, condition, model
 
 from quire.cli import render
-from quire.cli.progress import Display, Verdict, judge, rolled_out, settled, succeeded
-from quire.client import clean_environment
+from quire.cli.progress import Display, Verdict, judge, rolled_out, settled, succeeded, wait
+from quire.cli.source import judge_commit
+from quire.client import Client, clean_environment
 
 
 @pytest.mark.parametrize(
@@ -381,6 +383,62 @@ def test_a_terminal_redraws_what_changed_and_a_pipe_appends() -> None:
     pipe.finish(served)
     assert written == shown, "nothing is said twice"
     assert not any("\x1b" in line for line in written)
+
+
+def gitsource(summary: str = "Synced a1b2c3d", **status: Any) -> dict[str, Any]:
+    found = {
+        "summary": summary, "ref": "branch main", "looked": 5.0, "lastAppliedRevision": "a1b2c3d4e5f6a7b8",
+        "lastAttemptedRevision": "a1b2c3d4e5f6a7b8", "objects": [{}, {}],
+        "conditions": [condition("Ready", "True", "Synced"), condition("Fetched", "True", "Verified")],
+    }  # fmt: skip
+    return model(kind="gitsource", name="prod", resolved={"suspend": False}, status={**found, **status})
+
+
+AWAY = condition("Fetched", "False", "RemoteUnreachable", "the connection was refused")
+
+
+def test_who_waits_for_a_source_reads_for_what() -> None:
+    away = gitsource(conditions=[condition("Ready", "True", "Synced"), AWAY])
+    for commit, view, wanted in (
+        (None, gitsource(), (Verdict.DONE, "")),
+        (None, away, (Verdict.WAITING, "RemoteUnreachable (the connection was refused)")),
+        ("bbbbbbb", away, (Verdict.WAITING, "a1b2c3d is applied; RemoteUnreachable (the connection was refused)")),
+        ("bbbbbbb", gitsource(), (Verdict.WAITING, "a1b2c3d is applied")),
+        ("a1b2c3d", away, (Verdict.DONE, "")),
+        (None, gitsource(looked=0.5), (Verdict.WAITING, "the repository is being asked")),
+    ):
+        assert judge_commit(commit, 1.0, False, view) == wanted
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_what_a_wait_is_for_is_shown_while_it_lasts(redraw: bool) -> None:
+    away = gitsource("Synced a1b2c3d; RemoteUnreachable", conditions=[condition("Ready", "True", "Synced"), AWAY])
+    written: list[str] = []
+    now = iter(range(100))
+    results = wait(
+        Answers(away), {"gitsource/prod": partial(judge_commit, None, 1.0, False)}, timeout=5,
+        display=Display(written.append, redraw=redraw, width=100), clock=lambda: next(now), sleep=lambda _: None,
+    )  # fmt: skip
+    assert results["gitsource/prod"][0] is Verdict.WAITING
+    shown = [line for line in written if "RemoteUnreachable (the connection was refused)" in line]
+    assert len(shown) == 1, "it is said once"
+    assert "Synced a1b2c3d; RemoteUnreachable" in written[-1]
+
+
+class Answers(Client):
+    """A control plane that has one answer."""
+
+    def __init__(self, view: dict[str, Any]) -> None:
+        self.view = view
+
+    def get(self, path: str, **query: str | float | None) -> Any:
+        return self.view
+
+
+def test_a_list_of_sources_shows_what_is_not_as_wished() -> None:
+    away = gitsource("Synced a1b2c3d; RemoteUnreachable, PruneBlocked")
+    assert render.sources([away], NOW)[1].split()[:3] == ["prod", "True", "branch"]
+    assert "Synced a1b2c3d; RemoteUnreachable, PruneBlocked" in render.sources([away], NOW)[1]
 
 
 def test_a_started_control_plane_inherits_no_secret_but_the_hubs_and_no_python_setting() -> None:

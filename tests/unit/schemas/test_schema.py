@@ -76,6 +76,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         },
         "verify": {"signedBy": []},
         "suspend": False,
+        "deletionPolicy": "Delete",
     },
     "Gateway": {"bind": "127.0.0.1", "port": 8080},
 }

@@ -7,10 +7,12 @@ import { follow, lookNow, models, takeToken, world } from "./link.js";
 import { model } from "./model.js";
 import { overview } from "./overview.js";
 import { playground } from "./playground.js";
+import { source } from "./source.js";
 import { clock } from "./words.js";
 
-const VIEWS = { "": overview, models: model, events, gateway, playground };
-const NAMES = { "": "overview", models: "overview" };
+const VIEWS = { "": overview, models: model, events, gateway, playground, sources: source };
+const NAMES = { "": "overview", models: "overview", sources: "gateway" };
+const OF_ONE = ["models", "sources"];
 const main = document.getElementById("main");
 const notice = document.getElementById("notice");
 const stateText = document.getElementById("link-text");
@@ -32,7 +34,7 @@ function place() {
   const [, name = "", argument] = /^#\/([a-z]*)(?:\/(.+))?$/.exec(location.hash) ?? [];
   let given;
   try { given = argument === undefined ? undefined : decodeURIComponent(argument); } catch { given = undefined; }
-  return { name: name in VIEWS && (name !== "models" || given) ? name : "", given };
+  return { name: name in VIEWS && (!OF_ONE.includes(name) || given) ? name : "", given };
 }
 
 function route(moved) {

@@ -2,7 +2,7 @@
 
 import { cell, el, mark, say, show, sync, table } from "./dom.js";
 import { world } from "./link.js";
-import { chip, conditions, eventList, facts, section, standing, time } from "./parts.js";
+import { chip, conditions, eventList, facts, section, standing, summary, time } from "./parts.js";
 
 const LISTED = ["model", "gateway"];
 
@@ -48,13 +48,14 @@ export function gateway() {
     const rest = world.objects.filter((object) => !LISTED.includes(object.kind));
     show(beside, rest.length > 0);
     sync(body, rest, (object) => `${object.kind}/${object.name}`, () => {
-      const name = el("span", { class: "name" });
+      const name = el("a", { class: "name" });
       const chipped = chip();
       const message = el("span", { class: "message" });
       const row = el("tr", {}, cell("Object", "grow", name), cell("State", "", chipped), cell("Message", "grow", message));
       row.update = (object) => {
         say(name, `${object.kind}/${object.name}`);
-        chipped.tell(standing(object), object.status.summary ?? "New");
+        mark(name, "href", object.kind === "gitsource" ? `#/sources/${encodeURIComponent(object.name)}` : null);
+        chipped.tell(standing(object), summary(object));
         say(message, object.status.conditions?.find((each) => each.type === "Ready")?.message ?? "");
       };
       return row;

@@ -15,6 +15,12 @@ export function standing(object) {
   return "going";
 }
 
+// Where it stands, in a word or two: what a source says behind it is in its conditions.
+export function summary(object) {
+  const words = object.status.summary ?? "New";
+  return object.kind === "gitsource" ? words.split(": ")[0] : words;
+}
+
 const SHAPES = {
   good: "M5 1a4 4 0 1 0 .01 0z", going: "M5 1.700a3.300 3.300 0 1 0 .01 0M5 1.700v3.300h3",
   bad: "M5 .8L9.600 9H.4z", idle: "M5 1.700a3.300 3.300 0 1 0 .01 0z", plain: "",
@@ -49,6 +55,8 @@ export function section(title, ...children) {
   return el("section", { class: "card" }, el("h2", {}, title), children);
 }
 
+const BAD_WHEN_TRUE = ["Stalled", "Drifted"];
+
 // What one type of condition says; those that are so and mean nothing bad are quiet.
 export function conditions() {
   const { node, body } = table("Conditions", [["Condition"], ["Status"], ["Reason and message", "grow"], ["Since"]], "stacks");
@@ -60,7 +68,7 @@ export function conditions() {
     const since = time();
     const row = el("tr", {}, cell("Condition", "", type), cell("Status", "", state), cell("Reason", "grow", reason, " ", message), cell("Since", "quiet", since));
     row.update = (each) => {
-      const wanted = each.type === "Stalled" ? "False" : "True";
+      const wanted = BAD_WHEN_TRUE.includes(each.type) ? "False" : "True";
       say(type, each.type);
       state.tell(each.status === wanted ? "good" : each.type === "Stalled" && each.status === "True" ? "bad" : "going", each.status);
       say(reason, each.reason); say(message, each.message);
@@ -91,7 +99,7 @@ export function eventList({ object = true } = {}) {
         mark(row, "data-type", event.type);
         const [type, name] = event.object.split("/", 2);
         say(whose, event.object);
-        mark(whose, "href", type === "model" ? `#/models/${encodeURIComponent(name)}` : type === "gateway" ? "#/gateway" : null);
+        mark(whose, "href", type === "model" ? `#/models/${encodeURIComponent(name)}` : type === "gitsource" ? `#/sources/${encodeURIComponent(name)}` : type === "gateway" ? "#/gateway" : null);
         say(message, event.message);
         say(often, event.count > 1 ? `${event.count} times` : "");
       };
