@@ -63,9 +63,9 @@ def _declared(telemetry: Mapping[str, Any]) -> Declared:
     return Declared(telemetry["otlpEndpoint"], telemetry["sampling"], telemetry["metrics"])
 
 
-def text_facts(folder: Path, template: Path | None) -> TextFacts | str:
-    """What findings need to know of the tokenizer in `folder` with this template; why the router could not load
-    it, if it could not.
+def text_facts(folder: Path, template: str | None) -> TextFacts | str:
+    """What findings need to know of the tokenizer in `folder` with this chat template; why the router could not
+    load it, if it could not.
     """
     loaded = Tokenizer.attempt(folder, template)
     if isinstance(loaded, Tokenizer):

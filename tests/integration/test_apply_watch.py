@@ -1,0 +1,211 @@
+"""`platform apply --watch`: files are edited while the command runs, against a real control plane and router."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.integration.plane import Plane, model
+from tests.waiting import eventually
+
+COMMAND = Path(sys.executable).parent / "platform"
+IDLE = r"^watching .*; Ctrl-C"
+
+
+def queue(length: int) -> str:
+    """Lines of a manifest whose change needs no new engine."""
+    return f"  batching: {{maxQueueLength: {length}}}\n"
+
+
+class Watching:
+    """The command, and all it has said so far, stdout and stderr in one."""
+
+    def __init__(self, plane: Plane, *args: str | Path) -> None:
+        self.process = subprocess.Popen(
+            [COMMAND, "apply", "--watch", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "QUIRE_STATE_DIR": str(plane.state.root), "PYTHONUNBUFFERED": "1"},
+        )
+        self.lines: list[str] = []
+        self._heard = 0
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def until(self, *patterns: str, seconds: float = 20) -> list[str]:
+        """What it says up to a line for each pattern, in this order, from where the last call ended."""
+        begun = self._heard
+        for pattern in patterns:
+
+            def found(wanted: str = pattern) -> bool:
+                while self._heard < len(self.lines):
+                    self._heard += 1
+                    if re.search(wanted, self.lines[self._heard - 1]):
+                        return True
+                return False
+
+            eventually(found, f"it says {pattern}", seconds, logs=lambda: "\n".join(self.lines))
+        return self.lines[begun : self._heard]
+
+    def is_quiet(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return self._heard == len(self.lines)
+
+    def interrupt(self) -> str:
+        """Ctrl-C; what it says at last. It exits with 130."""
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(10) == 130, "\n".join(self.lines)
+        self._reader.join(10)
+        assert not [line for line in self.lines if "Traceback" in line], "\n".join(self.lines)
+        return self.lines[-1]
+
+
+@contextmanager
+def watching(plane: Plane, *args: str | Path) -> Iterator[Watching]:
+    own = Watching(plane, *args)
+    try:
+        yield own
+    finally:
+        if own.process.poll() is None:
+            own.process.kill()
+        own.process.wait()
+        own._reader.join()
+        assert own.process.stdout is not None
+        own.process.stdout.close()
+
+
+def replace(path: Path, text: str) -> None:
+    """Save as an editor does that cannot lose a file."""
+    beside = path.with_name(f".{path.name}.swp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def test_whatever_is_saved_is_applied_once_and_what_is_bad_loses_nothing(plane: Plane, tmp_path: Path) -> None:
+    path, template = tmp_path / "edited.yaml", tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+
+    def text(more: str) -> str:
+        return model("edited", f"  tokenizer: {{chatTemplateFile: {template}}}\n{more}")
+
+    def stands() -> tuple[int, int]:
+        view = plane.view("edited")
+        return view["generation"], len(view["revisions"])
+
+    path.write_text(text(queue(1)))
+    with watching(plane, path) as seen:
+        seen.until(r"^model/edited  created \(revision 1\)$", "^Base URL", IDLE)
+
+        path.write_text(text("  batching: {maxQueueLenth: 2}\n"))
+        said = seen.until("^changed: .*edited.yaml$", "^1 error$")
+        assert any(re.match(rf"{path}:\d+:\d+: error: spec.batching.maxQueueLenth: ", line) for line in said), said
+        assert any(line.startswith("    hint: did you mean") for line in said)
+        assert stands() == (1, 1)
+
+        for length in range(300, 330):  # a program that saves on each key
+            path.write_text(text(queue(length)))
+            time.sleep(0.01)
+        said = seen.until("^model/edited  updated", IDLE)
+        assert len([line for line in said if line.startswith("changed")]) == 1, said
+        assert stands() == (2, 1)
+
+        replace(path, text(queue(2)))
+        seen.until("^changed: .*edited.yaml$", "^model/edited  updated", IDLE)
+        replace(path, text(queue(2)))  # the name stands for another file by now; it holds the same
+        path.touch()
+        whole = text(queue(3))
+        with path.open("w") as file:  # seen half-written it would be a mistake
+            file.write(whole[:40])
+            file.flush()
+            time.sleep(0.05)
+            file.write(whole[40:])
+        said = seen.until("^model/edited  updated", IDLE)
+        assert not [line for line in said if "error" in line], said
+        assert stands() == (4, 1)
+
+        template.write_text("Answer: {{ messages[0].content }}")
+        seen.until(rf"^changed: {template}$", r"^model/edited  updated \(revision 2\)$", IDLE)
+        template.unlink()
+        said = seen.until(rf"^changed: {template}$", "is not a file")
+        template.write_text("Answer: {{ messages[0].content }}")
+        seen.until("^model/edited  unchanged$", IDLE)
+
+        path.unlink()
+        seen.until("^gone: .*edited.yaml$", "^model/edited  was in .*, which is gone: it stays as it is", IDLE)
+        assert plane.complete("edited").status_code == 200
+        path.write_text(whole)
+        seen.until("^model/edited  unchanged$", IDLE)
+        assert stands() == (5, 2)
+        assert seen.is_quiet(0.3)
+        assert seen.interrupt() == "^C no longer watching; what was applied goes on"
+    assert plane.complete("edited").status_code == 200
+    plane.delete("edited")
+
+
+def test_an_edit_takes_the_place_of_a_rollout_and_a_bad_one_does_not(plane: Plane, tmp_path: Path) -> None:
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    path = folder / "slow.yaml"
+    path.write_text(model("slow", LOAD=60))
+    with watching(plane, folder) as seen:
+        seen.until("^model/slow  created", "^slow  .*starting|^slow  Starting|^slow  .*device")
+        path.write_text("kind: [")
+        seen.until("^changed", r"slow.yaml:1:\d+: error: ", "^[12] errors?$")
+        path.write_text(model("slow", LOAD=59))
+        seen.until("^changed", "^model/slow  generation 1 is followed no further: generation 2 is in its place$")
+        below = folder / "more" / "other.yaml"
+        below.parent.mkdir()
+        below.write_text(model("other"))
+        (folder / ".hidden").mkdir()
+        (folder / ".hidden" / "no.yaml").write_text(model("no"))
+        seen.until("^changed: .*other.yaml$", "^model/other  created", "^model/slow  unchanged")
+        path.write_text(model("slow"))
+        said = seen.until("^changed: .*slow.yaml$", "generation 2 is followed no further", IDLE)
+        assert not [line for line in said if line.startswith("error")], said
+        assert plane.view("slow")["generation"] == 3
+        assert plane.view("slow")["status"]["replicas"]["ready"] == 1
+        assert not plane.exists("no")
+
+        below.unlink()
+        seen.until("^model/other  was in .*other.yaml, which is gone", "^model/slow  unchanged|^watching")
+        path.write_text(model("slow", LOAD=60))
+        seen.until("^model/slow  updated", "^slow  ")
+        assert re.fullmatch(
+            r"\^C detached: the rollout continues. Follow with: (\S*/)?platform wait model/slow", seen.interrupt()
+        )
+    assert plane.exists("other")
+    plane.delete("slow")
+    plane.delete("other")
+
+
+def test_a_control_plane_that_goes_away_is_named_and_followed_again(plane: Plane, tmp_path: Path) -> None:
+    path = tmp_path / "stays.yaml"
+    path.write_text(model("stays", LOAD=1))
+    with watching(plane, path) as seen:
+        seen.until("^model/stays  created", "^stays  ")
+        plane.client.post("/v1/down", {"grace": 0.2})
+        assert plane.process is not None
+        plane.process.wait(20)
+        seen.until("^error: the platform is down", "^hint: platform up|^hint: .* up starts", "^it is asked again")
+        plane.start()
+        plane.client.post("/v1/up", {})
+        said = seen.until("^control plane  answers again$", IDLE)
+        assert not [line for line in said if line.startswith("error")], said
+        assert plane.complete("stays").status_code == 200
+        seen.interrupt()
+    plane.delete("stays")
