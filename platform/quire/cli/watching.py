@@ -46,7 +46,7 @@ QUIET = 2
 """So many times `POLL_SECONDS` without a change, and files are read: until then somebody may still be writing."""
 LONGEST_SECONDS = 1.5
 """They are read after this, however busy their folder is."""
-RETRY_SECONDS = 0.5
+RETRY_SECONDS = 0.3
 """Between two questions to a control plane that does not answer."""
 NAMED = 4
 """Files of an edition that a line names."""
@@ -232,6 +232,8 @@ class Watch:
         """What is followed now, until `_deadline`."""
         self._generations: dict[str, int] = {}
         self._changes = False
+        self._told: set[str] = set()
+        """Objects of which it was said where requests go."""
         self._deadline = 0.0
         self._display = Display.on_stderr()
         self._said = ""
@@ -308,8 +310,9 @@ class Watch:
                 try:
                     if self._targets:
                         self._follow()
-                    names = [*self._files.paths, *dict(self._seen.templates)]
-                    notice(f"watching {_listed(names)}; Ctrl-C ends that, and what was applied goes on")
+                    notice(
+                        f"watching {_listed(self._files.paths)}; Ctrl-C ends that, and what was applied goes on"
+                    )
                     while True:
                         self._pause(POLL_SECONDS)
                 except Edited as found:
@@ -332,7 +335,9 @@ class Watch:
             left = max(self._deadline - time.monotonic(), 0.0)
             results = wait(client, self._targets, timeout=left, display=self._display, sleep=self._pause)
         self._targets = {}
-        finish(results, self._timeout, changed=self._changes)
+        told = self._told.issuperset(results)
+        if finish(results, self._timeout, changed=self._changes and not told) == ExitCode.OK:
+            self._told.update(results)
 
     def _pause(self, _: float) -> None:
         """Sleep for `POLL_SECONDS`, and raise `Edited` if the files hold something else than before."""
