@@ -157,14 +157,14 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
     path.write_text(model("slow", LOAD=60))
     with watching(plane, tmp_path) as seen:
         seen.until("^model/slow  created", "^slow  ")
-        path.write_text("kind: [")
-        seen.until("^changed", r"slow.yaml:1:\d+: error: ", "^[12] errors?$")
         below.parent.mkdir()
-        below.write_text(model("other"))
+        below.write_text("kind: [")
         (tmp_path / ".hidden").mkdir()
         (tmp_path / ".hidden" / "no.yaml").write_text(model("no"))
-        path.write_text(model("slow", LOAD=60))
-        seen.until("^changed: .*other.yaml", "^model/other  created", "^model/slow  unchanged")
+        seen.until("^changed: ", r"other.yaml:1:\d+: error: ", "^[12] errors?$")
+        below.write_text(model("other"))
+        said = seen.until("^changed: .*other.yaml", "^model/other  created", "^model/slow  unchanged")
+        assert not [line for line in said if re.search(IDLE, line)], "it stopped following for a bad edit"
         path.write_text(model("slow"))
         said = seen.until(
             "^changed: .*slow.yaml$",
