@@ -247,7 +247,7 @@ class Admission:
             return "create"
         if old.intent_hash != intent_hash(located.resource):
             return "update"
-        if not isinstance(located.resource, Model):
+        if not isinstance(located.resource, Model) or old.resolved["tokenizer"]["chatTemplateFile"] is None:
             return "unchanged"
         try:
             return "update" if _template_change(old.resolved, self._current(old)) else "unchanged"
