@@ -79,9 +79,9 @@ class Edition:
 
     def changed_from(self, before: Edition) -> list[str]:
         """The files in which this one differs."""
-        texts, digests = dict(before.files), dict(before.templates)
+        texts, templates = dict(before.files), dict(before.templates)
         files = [name for name, text in self.files if texts.get(name) != text]
-        return files + [name for name, digest in self.templates if digests.get(name, digest) != digest]
+        return files + [name for name, held in self.templates if templates.get(name, held) != held]
 
 
 def look(paths: Sequence[str]) -> Edition:
