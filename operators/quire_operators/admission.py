@@ -5,9 +5,11 @@ one is needed, the differences, the arithmetic of the fit, how the change would 
 `changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers is the
 only I/O. What a review is and how it is shown: `review.py`. What fits on the machine now: `room.py`.
 
-When does a model need a new revision? When the hash over its rolling fields changed, or a hot value lies above
-what its engines allocated for. A revision of the kept history that the spec fits is taken up again with the
-figures that were frozen in it: a revert in the middle of a rollout finds its old replicas still current.
+When does a model need a new revision? When the hash over its rolling fields changed, when the file of its chat
+template holds something else, or when a hot value lies above what its engines allocated for. A revision keeps the
+text of its template: going back to it goes back to that text. A revision of the kept history that the spec fits is
+taken up again with the figures that were frozen in it: a revert in the middle of a rollout finds its old replicas
+still current.
 """
 
 from __future__ import annotations
@@ -82,15 +84,22 @@ class Ask:
         return (self.repository, self.revision, self.part) == (error.repository, error.revision, error.part)
 
 
-def effective_template(template: str, max_num_seqs: int, max_num_batched_tokens: int) -> str:
-    """The identity of an engine: its rolling fields and the bounds it allocates for."""
-    return hashlib.sha256(f"{template}/{max_num_seqs}/{max_num_batched_tokens}".encode()).hexdigest()
+def effective_template(placement: Placement) -> str:
+    """The identity of an engine: its rolling fields, the bounds it allocates for, and the text of a chat template
+    that is a file of its own."""
+    parts = [placement.template, str(placement.max_num_seqs), str(placement.max_num_batched_tokens)]
+    if placement.chat_template is not None:
+        parts.append(placement.chat_template)
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-ReadText = Callable[[Path, Path | None], TextFacts | str]
-"""Given a tokenizer's folder and a chat template's file or None: what is known of them, or why the router could
-not load them.
+ReadText = Callable[[Path, str | None], TextFacts | str]
+"""Given a tokenizer's folder and a chat template or None: what is known of them, or why the router could not load
+them.
 """
+MAX_TEMPLATE_BYTES = 1 << 20
+"""Of a chat template: revisions keep it, and each routing table has it."""
+TEMPLATE_FIELD = "spec.tokenizer.chatTemplateFile"
 
 
 class Admission:
@@ -171,7 +180,7 @@ class Admission:
             old = self._store.get(located.key)
             if not isinstance(located.resource, Model):
                 continue
-            if old is not None and old.intent_hash == intent_hash(located.resource):
+            if self._action(located, old) == "unchanged":
                 continue
             spec = resolve_defaults(located.resource)
             for look in (
@@ -210,7 +219,7 @@ class Admission:
         found = []
         for located in resources:
             old = self._store.get(located.key)
-            review = Review(located, old, _action(located, old))
+            review = Review(located, old, self._action(located, old))
             found.append(review)
             if old is None or review.action == "unchanged":
                 continue
@@ -218,18 +227,38 @@ class Admission:
                 spec = resolve_defaults(located.resource)
                 if _names_same_source(old, spec):
                     spec["revision"] = old.resolved["revision"]
-                current = next((r for r in self._store.revisions(old.uid) if r.n == old.revision), None)
+                current = self._current(old)
                 review.changes = tuple(
                     change
                     for change in _changes(located, old, spec, current)
                     if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
-                )
+                ) + _template_change(spec, current)
             else:
                 spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
                 review.changes = _changes(located, old, spec)
         return found
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _action(self, located: Located, old: StoredObject | None) -> str:
+        """What applying would be. The same manifest is an update where the template's file that it names holds
+        something else than the revision was made with; what cannot be read is for the review to refuse."""
+        if old is None:
+            return "create"
+        if old.intent_hash != intent_hash(located.resource):
+            return "update"
+        if not isinstance(located.resource, Model) or old.resolved["tokenizer"]["chatTemplateFile"] is None:
+            return "unchanged"
+        try:
+            return "update" if _template_change(old.resolved, self._current(old)) else "unchanged"
+        except SourceError:
+            return "unchanged"
+
+    def _current(self, old: StoredObject | None) -> Revision | None:
+        """The revision that an object's last intent led to."""
+        if old is None:
+            return None
+        return next((r for r in self._store.revisions(old.uid) if r.n == old.revision), None)
 
     def _review(
         self,
@@ -240,7 +269,7 @@ class Admission:
         cause: str,
     ) -> Review:
         old = self._store.get(located.key)
-        review = Review(located, old, _action(located, old), cause=cause)
+        review = Review(located, old, self._action(located, old), cause=cause)
         if old is not None and old.deletion_time is not None:
             review.refuse(Refusal("", "Deleting", f"{located.key} is being deleted", "wait until it is gone"))
             return review
@@ -288,7 +317,8 @@ class Admission:
         spec = resolve_defaults(model)
         name = review.key.name
         history = self._store.revisions(old.uid) if old is not None else ()
-        current = next((r for r in history if old is not None and r.n == old.revision), None)
+        current = self._current(old)
+        chat_template = read_template(spec)
         if review.action == "unchanged" and old is not None and current is not None:
             # What is stored stays exactly as it was frozen; only the machine is looked at again.
             review.resolved = old.resolved
@@ -298,9 +328,9 @@ class Admission:
         if folder is not None and folder.commit is not None:
             spec["revision"] = folder.commit
         review.resolved = spec
-        known = self._known_revision(spec, current, history)
+        known = self._known_revision(spec, chat_template, current, history)
         if old is not None:
-            review.changes = _changes(review.located, old, spec, current)
+            review.changes = _changes(review.located, old, spec, current) + _template_change(spec, current)
             self._refuse_immutable(review)
         if known is not None:
             review.placement = Placement.from_dict(known.placement)
@@ -308,13 +338,11 @@ class Admission:
                 review.revision = self._new(review, known.template_hash, review.placement, known.defaults_version)
                 review.notes.append(f"takes up revision {known.n} again, with what was resolved then")
         else:
-            placed = self._place(review, name, spec, folder, inventory, configs)
+            placed = self._place(review, name, spec, folder, inventory, configs, chat_template)
             review.placement, review.fit = placed.placement, placed.fit
             review.notes += placed.notes
-            effective = effective_template(
-                placed.placement.template, placed.placement.max_num_seqs, placed.placement.max_num_batched_tokens
-            )
-            review.revision = self._new(review, effective, placed.placement, DEFAULTS_VERSION)
+            identity = effective_template(placed.placement)
+            review.revision = self._new(review, identity, placed.placement, DEFAULTS_VERSION)
         wanted = self._foreseen(review, spec, history)
 
         def kept(taken: Mapping[str, int]) -> Mapping[str, int]:
@@ -413,13 +441,16 @@ class Admission:
 
     @staticmethod
     def _known_revision(
-        spec: Mapping[str, Any], current: Revision | None, history: Sequence[Revision]
+        spec: Mapping[str, Any], chat_template: str | None, current: Revision | None, history: Sequence[Revision]
     ) -> Revision | None:
-        """A revision whose engines can serve `spec` as they are: the current one if it can, else the newest."""
+        """A revision that can serve `spec` with this chat template as it is: the current one if it can, else the
+        newest."""
         wanted = template_hash(spec)
         for revision in [*([current] if current is not None else []), *history]:
             placement = Placement.from_dict(revision.placement)
-            if placement.template == wanted and not beyond_limits(spec, placement.limits()):
+            if placement.template != wanted or beyond_limits(spec, placement.limits()):
+                continue
+            if placement.chat_template in (None, chat_template):
                 return revision
         return None
 
@@ -444,16 +475,25 @@ class Admission:
         folder: Folder | None,
         inventory: Inventory,
         configs: Mapping[str, Mapping[str, Any]],
+        chat_template: str | None,
     ) -> Placed:
         profile, model_dir = self._profile(name, spec, folder, configs)
-        tokenizer_dir, facts = self._tokenizer(review, spec, model_dir, standing_in=folder is None)
+        tokenizer_dir, facts = self._tokenizer(review, spec, model_dir, chat_template, standing_in=folder is None)
         if folder is not None and folder.missing:
             self._note_download(review, folder)
         rows = self._store.replicas()
         own = held(row for row in rows if row.model == name)
         commit = folder.commit if folder is not None else None
         placed = place(
-            spec, profile, (model_dir, tokenizer_dir), commit, inventory, own, held(rows), template_hash(spec)
+            spec,
+            profile,
+            (model_dir, tokenizer_dir),
+            commit,
+            inventory,
+            own,
+            held(rows),
+            template_hash(spec),
+            chat_template,
         )
         review.findings += findings.of_positions(profile, placed.placement.max_model_len)
         review.findings += findings.of_text(profile, facts) if facts is not None else []
@@ -488,23 +528,19 @@ class Admission:
         )
 
     def _tokenizer(
-        self, review: Review, spec: Mapping[str, Any], model_dir: str, *, standing_in: bool
+        self,
+        review: Review,
+        spec: Mapping[str, Any],
+        model_dir: str,
+        chat_template: str | None,
+        *,
+        standing_in: bool,
     ) -> tuple[str, TextFacts | None]:
         """The tokenizer's folder and what is known of it; its files are checked here, where a person is there to
         read the answer.
         """
         source = spec["tokenizer"]["source"]
-        template = spec["tokenizer"]["chatTemplateFile"]
         field = "spec.tokenizer.source" if source is not None else "spec.source"
-        if template is not None and not Path(template).is_file():
-            review.refuse(
-                Refusal(
-                    "spec.tokenizer.chatTemplateFile",
-                    "NotFound",
-                    f"{template} is not a file",
-                    "give the absolute path of a Jinja template",
-                ),
-            )
         if source is None and standing_in:
             review.notes.append("planned from a configuration; the checkpoint itself was not looked at")
             return "", None
@@ -515,7 +551,7 @@ class Admission:
             review.refuse(Refusal(field, "NotFound", f"{folder} has no tokenizer.json", hint))
         if review.refusal is not None:
             return folder, None
-        facts = self._read_text(Path(folder), None if template is None else Path(template))
+        facts = self._read_text(Path(folder), chat_template)
         if isinstance(facts, TextFacts):
             return folder, facts
         hint = (
@@ -606,10 +642,40 @@ def _claimed_at(review: Review, index: int) -> str:
     return f"spec.servedModelNames[{index}]" if declared else "metadata.name"
 
 
-def _action(located: Located, old: StoredObject | None) -> str:
-    if old is None:
-        return "create"
-    return "unchanged" if old.intent_hash == intent_hash(located.resource) else "update"
+def read_template(spec: Mapping[str, Any]) -> str | None:
+    """What the file of a resolved spec's chat template holds; None where it names none. Raises `SourceError`."""
+    declared = spec["tokenizer"]["chatTemplateFile"]
+    if declared is None:
+        return None
+    path, hint = Path(declared), "give the absolute path of a Jinja template"
+    if not path.is_file():  # a pipe would not end
+        raise SourceError("NotFound", f"{path} is not a file", hint, TEMPLATE_FIELD)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(content) > MAX_TEMPLATE_BYTES:
+            raise SourceError("InvalidReference", f"{path} is larger than 1 MiB", hint, TEMPLATE_FIELD)
+        return content.decode()
+    except OSError as error:
+        text = f"{path} cannot be read: {error.strerror or error}"
+        raise SourceError("InvalidReference", text, hint, TEMPLATE_FIELD) from error
+    except UnicodeDecodeError as error:
+        raise SourceError("InvalidReference", f"{path} is not UTF-8", hint, TEMPLATE_FIELD) from error
+
+
+def _template_change(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
+    """What differs where a template's file has the name that it had, and holds something else."""
+    if current is None:
+        return ()
+    placement = Placement.from_dict(current.placement)
+    before, file = placement.chat_template, spec["tokenizer"]["chatTemplateFile"]
+    if before is None or placement.chat_template_file != file:
+        return ()
+    now = read_template(spec)
+    if now is None or now == before:
+        return ()
+    old, new = (f"{file} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})" for text in (before, now))
+    return (FieldChange(TEMPLATE_FIELD, old, new, UpdateClass.ROLLING),)
 
 
 def _names_same_source(old: StoredObject, spec: Mapping[str, Any]) -> bool:

@@ -767,7 +767,12 @@ class ModelReconciler:
                 r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
             }
             texts = {
-                row.id: Text(placed.tokenizer_dir, placed.chat_template_file, placed.runner == "scripted")
+                row.id: Text(
+                    placed.tokenizer_dir,
+                    placed.chat_template_file,
+                    placed.runner == "scripted",
+                    placed.chat_template,
+                )
                 for row in rows
                 if (placed := placements.get(row.template_hash)) is not None
             }
@@ -818,6 +823,7 @@ class ModelReconciler:
             template_hash=revision.template_hash,
             tokenizer_dir=placement.tokenizer_dir,
             chat_template_file=placement.chat_template_file,
+            chat_template=placement.chat_template,
             max_model_len=min(p.max_model_len for p in narrow),
             kv_tokens=min(p.kv_tokens for p in narrow),
             max_queue_length=batching["maxQueueLength"],

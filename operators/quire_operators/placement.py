@@ -110,6 +110,9 @@ class Placement:
     quantization: wire.Quantization | None = None
     async_scheduling: bool = False
     enforce_eager: bool = False
+    chat_template: str | None = None
+    """What `chat_template_file` held when this was made. None: there is no such file, or it was made by a version
+    that did not keep it."""
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
@@ -220,11 +223,13 @@ def place(
     own: Mapping[str, int],
     everyone: Mapping[str, int],
     template: str,
+    chat_template: str | None = None,
 ) -> Placed:
     """Resolve every `auto` of one spec. Raises `PlacementError`.
 
-    `folders` are those of the model and of the tokenizer. `own` and `everyone` are bytes held on each device by
-    this model's replicas (which its rollout replaces) and by all of Quire's.
+    `folders` are those of the model and of the tokenizer, `chat_template` is what the declared file holds. `own`
+    and `everyone` are bytes held on each device by this model's replicas (which its rollout replaces) and by all
+    of Quire's.
     """
     engine = resolved["engine"]
     device_ids = resolved["placement"]["deviceIds"]
@@ -338,6 +343,7 @@ def place(
             quantization=request.quantization,
             async_scheduling=runs_ahead(resolved["batching"]["asyncScheduling"], kind),
             enforce_eager=engine["enforceEager"],
+            chat_template=chat_template,
         ),
         report,
         fits_now,

@@ -44,10 +44,11 @@ class Text:
     tokenizer_dir: str
     chat_template_file: str | None
     scripted: bool = False
+    chat_template: str | None = None
 
     @classmethod
     def of(cls, route: wire.ModelRoute) -> Text:
-        return cls(route.tokenizer_dir, route.chat_template_file, route.scripted)
+        return cls(route.tokenizer_dir, route.chat_template_file, route.scripted, route.chat_template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
                 model.route,
                 tokenizer_dir=text.tokenizer_dir,
                 chat_template_file=text.chat_template_file,
+                chat_template=text.chat_template,
                 scripted=text.scripted,
                 replicas=endpoints,
             )

@@ -116,7 +116,8 @@ class Store:
     def apply(
         self, changes: Sequence[Change], traceparent: str | None = None, managed: Sequence[Managed] = ()
     ) -> tuple[Applied, ...]:
-        """Write all of them or none. An object whose intent hash is the stored one is not written at all.
+        """Write all of them or none. An object whose intent hash is the stored one is not written at all, unless
+        its revision is another one: what it refers to may have changed.
 
         `traceparent` is remembered as the origin of what is written, `managed` with it as whose it is.
 
@@ -134,11 +135,20 @@ class Store:
             self.inventory.write(db, managed)
             return tuple(self._apply(db, change, now, traceparent) for change in changes)
 
+    @staticmethod
+    def _is_same(db: sa.Connection, old: StoredObject, change: Change) -> bool:
+        if old.intent_hash != change.intent_hash or change.revision is None:
+            return old.intent_hash == change.intent_hash
+        asked = sa.select(REVISIONS.c.template_hash).where(
+            REVISIONS.c.uid == old.uid, REVISIONS.c.n == old.revision
+        )
+        return db.execute(asked).scalar() == change.revision.template_hash
+
     def _apply(self, db: sa.Connection, change: Change, now: float, traceparent: str | None) -> Applied:
         old = self._get(db, change.key)
         if (old.resource_version if old else None) != change.expected:
             raise Conflict(f"{change.key} was changed by somebody else meanwhile", "apply again")
-        if old is not None and old.intent_hash == change.intent_hash and old.deletion_time is None:
+        if old is not None and old.deletion_time is None and self._is_same(db, old, change):
             return Applied(change.key, "unchanged", old.generation, old.revision)
         if old is not None and old.deletion_time is not None:
             raise Conflict(f"{change.key} is being deleted", "wait until it is gone, then apply again")

@@ -115,7 +115,8 @@ class Tokenizer(Strict):
         update="rolling",
     )
     chat_template_file: str | None = declared(
-        "Absolute path of a Jinja file that replaces the chat template of the tokenizer. It runs in a sandbox.",
+        "Absolute path of a Jinja file that replaces the chat template of the tokenizer. It runs in a sandbox. "
+        "What it holds when it is applied stays with the revision; applied with another text, it is another one.",
         None,
         update="rolling",
         min_length=1,

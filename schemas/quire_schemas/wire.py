@@ -574,6 +574,9 @@ class ModelRoute(msgspec.Struct, frozen=True):
     """That share."""
     exam: Exam | None = None
     """What it is asked now, while it has none of them."""
+    chat_template: str | None = None
+    """What `chat_template_file` held when the revision was made. None: there is no such file, or a version that
+    did not keep it made the revision."""
 
 
 class Backend(msgspec.Struct, frozen=True):

@@ -7,8 +7,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
@@ -306,3 +308,37 @@ def test_decisions_are_for_models_that_exist_and_by_verbs_that_there_are(plane: 
         with pytest.raises(Refused, match=text):
             decide(plane, "odd", verb, **body)
     plane.delete("odd")
+
+
+def test_a_revision_keeps_its_chat_template_whatever_the_file_holds_later(plane: Plane, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}")
+    manifest = model("spoken", f"  tokenizer: {{chatTemplateFile: {file}}}\n")
+    alias = (
+        "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: alias}\n"
+        "spec: {match: {modelNames: [alias]}, backends: [{model: spoken, weight: 1}]}\n"
+    )
+
+    def asked(name: str) -> int:
+        body = {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        answer = httpx.post(f"{plane.base_url}/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    plane.apply(manifest)
+    plane.wait_served("spoken")
+    short = asked("spoken")
+    file.write_text("Answer like a king: {{ messages[0].content }}")
+    plane.apply(alias)  # the router hears of something else
+    eventually(lambda: "alias" in httpx.get(f"{plane.base_url}/models").text, "the router has it")
+    assert asked("alias") == short
+
+    assert plane.apply(manifest)["model/spoken"]["result"] == "updated"
+    plane.wait_served("spoken")
+    assert asked("spoken") > short
+    file.unlink()
+    decide(plane, "spoken", "undo", revision=1)
+    wait_settled(plane, "spoken", "Pinned", 1)
+    assert asked("spoken") == short
+    plane.client.delete("/v1/objects/route/alias")
+    plane.delete("spoken")

@@ -223,6 +223,12 @@ def diff(paths: tuple[str, ...], filenames: tuple[str, ...], output: str) -> int
 @click.option(
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
+@click.option(
+    "--watch",
+    "watches",
+    is_flag=True,
+    help="Apply again whenever the files change, until Ctrl-C. Deletes nothing.",
+)
 @take_ownership
 def apply(
     paths: tuple[str, ...],
@@ -230,9 +236,16 @@ def apply(
     kept: Path | None,
     waits: bool,
     timeout: float,
+    watches: bool,
     take_ownership: bool,
 ) -> int:
     """Make what runs match the manifests. Files, folders, or - for stdin. Applying the same again does nothing."""
+    if watches:
+        if kept is not None:
+            usage_error("a plan that was kept is of one moment: --watch has no files to follow", "leave one out")
+        from quire.cli.watching import watch
+
+        watch([*paths, *filenames], waits=waits, timeout=timeout, take_ownership=take_ownership)
     if kept is None:
         files, _ = read(paths, filenames)
         request: dict[str, Any] = {"files": files}
@@ -260,30 +273,59 @@ def _traced(client: Client, command: str, work: Callable[[], int]) -> int:
 
 
 def _apply(client: Client, request: Mapping[str, Any], *, waits: bool, timeout: float) -> int:
+    return follow(client, _hand_over(client, request), waits=waits, timeout=timeout)
+
+
+def hand_over(client: Client, request: Mapping[str, Any]) -> View:
+    """Submit the files, and no more: what became of each object."""
+    answers: list[View] = []
+
+    def work() -> int:
+        answers.append(_hand_over(client, request))
+        return ExitCode.OK
+
+    _traced(client, "apply", work)
+    return answers[0]
+
+
+def _hand_over(client: Client, request: Mapping[str, Any]) -> View:
     with interruptible(
         "interrupted while the manifests were handed over: they were taken as a whole or not at all. "
         "See which: platform get. Applying them again does no harm"
     ):
-        answer = client.post("/v1/apply", request)
-    return follow(client, answer, waits=waits, timeout=timeout)
+        answer: View = client.post("/v1/apply", request)
+    return answer
 
 
 def follow(client: Client, answer: View, *, waits: bool, timeout: float) -> int:
     """Print what became of each object of an answer, and wait until all are served. Returns the exit code."""
-    changed = False
-    targets = {}
+    targets = announce(answer)
+    if not waits:
+        return ExitCode.OK
+    return finish(attend(client, targets, timeout), timeout, changed=changes(answer))
+
+
+def changes(answer: View) -> bool:
+    """Whether any object of an answer is otherwise than before."""
+    return any(item["result"] != "unchanged" for item in answer["results"])
+
+
+def announce(answer: View) -> dict[str, Judge]:
+    """Print what became of each object of an answer; how to tell when each is served."""
+    targets: dict[str, Judge] = {}
     for item in answer["results"]:
-        changed |= item["result"] != "unchanged"
         revision = f" (revision {item['revision']})" if item["result"] != "unchanged" and item["revision"] else ""
         print(f"{item['key']}  {item['result']}{revision}", flush=True)
         targets[item["key"]] = partial(judge, generation=item["generation"])
-    if not waits:
-        return ExitCode.OK
-    results = attend(client, targets, timeout)
+    return targets
+
+
+def finish(results: Mapping[str, Result], timeout: float, *, changed: bool) -> ExitCode:
+    """Report what did not come about, or where requests go if anything `changed`. Returns the exit code."""
     code = conclude(results, timeout)
     if changed and code == ExitCode.OK:
         for line in render.endpoint_lines([view for _, _, view in results.values() if view is not None]):
-            print(line)
+            print(line, flush=True)
     return code
 
 

@@ -160,6 +160,10 @@ class Display:
             self._draw([render.progress_line(view, WIDE) for view in views])
             sys.stderr.flush()
 
+    def release(self) -> None:
+        """Something else is written now: what was drawn stays as it is, and what comes is drawn below."""
+        self._drawn = []
+
     def _draw(self, lines: list[str]) -> None:
         if lines == self._drawn:
             return

@@ -62,9 +62,9 @@ def _declared(telemetry: Mapping[str, Any]) -> Declared:
     return Declared(telemetry["otlpEndpoint"], telemetry["sampling"], telemetry["metrics"])
 
 
-def text_facts(folder: Path, template: Path | None) -> TextFacts | str:
-    """What findings need to know of the tokenizer in `folder` with this template; why the router could not load
-    it, if it could not.
+def text_facts(folder: Path, template: str | None) -> TextFacts | str:
+    """What findings need to know of the tokenizer in `folder` with this chat template; why the router could not
+    load it, if it could not.
     """
     from quire.text import Tokenizer  # with its templates it is a tenth of the start, and only models need it
 

@@ -260,10 +260,12 @@ class Fleet:
         self._pulse.fire()
 
     async def _tokenizer(self, route: wire.ModelRoute) -> tuple[tuple[object, ...], Tokenizer | TextError]:
-        """The route's tokenizer, and the key it is remembered by: its files and when they last changed."""
+        """The route's tokenizer, and the key it is remembered by: its template, and when its files changed."""
         folder = Path(route.tokenizer_dir)
-        chosen = Path(route.chat_template_file) if route.chat_template_file is not None else None
-        files = [*(folder / name for name in _FILES), *([chosen] if chosen is not None else [])]
+        chosen: str | Path | None = route.chat_template
+        if chosen is None and route.chat_template_file is not None:
+            chosen = Path(route.chat_template_file)
+        files = [*(folder / name for name in _FILES), *([chosen] if isinstance(chosen, Path) else [])]
         key = (folder, chosen, *(_changed_at(path) for path in files))
         known = self._tokenizers.get(key)
         if known is not None:

@@ -97,8 +97,8 @@ class Tokenizer:
         """Each token is a fixed run of bytes: decoding is joining them."""
 
     @classmethod
-    def load(cls, folder: Path, chat_template_file: Path | None = None) -> Tokenizer:
-        """Read `folder`; `chat_template_file` takes the place of the checkpoint's own template.
+    def load(cls, folder: Path, chat_template: str | Path | None = None) -> Tokenizer:
+        """Read `folder`; `chat_template`, a text or its file, takes the place of the checkpoint's own template.
 
         Raises `BadTokenizer` and `BadTemplate`. A checkpoint without a chat template is fine until one is needed.
         """
@@ -111,15 +111,18 @@ class Tokenizer:
             raise BadTokenizer("the checkpoint's tokenizer.json cannot be read") from error
         config = _json_object(folder / "tokenizer_config.json")
         special = _special_tokens({**_json_object(folder / "special_tokens_map.json"), **config})
-        source = _template_source(folder, config, chat_template_file)
+        if isinstance(chat_template, str):
+            source: str | None = chat_template
+        else:
+            source = _template_source(folder, config, chat_template)
         template = ChatTemplate(source, special) if source is not None else None
         return cls(backend, special, template, _advised(_json_object(folder / "generation_config.json")))
 
     @classmethod
-    def attempt(cls, folder: Path, chat_template_file: Path | None = None) -> Tokenizer | TextError:
+    def attempt(cls, folder: Path, chat_template: str | Path | None = None) -> Tokenizer | TextError:
         """What `load` gives, or why there is none: a checkpoint's files are never a reason to stop."""
         try:
-            return cls.load(folder, chat_template_file)
+            return cls.load(folder, chat_template)
         except TextError as error:
             return error
         except BaseException as error:  # noqa: BLE001 - a panic of the tokenizers library is no `Exception`

@@ -367,3 +367,84 @@ def test_a_canary_is_told_with_its_steps_and_refused_where_one_replica_more_neve
 def first_memory(found: Review) -> int:
     assert found.placement is not None
     return found.placement.memory
+
+
+def templated(admission: Admission, file: Path) -> Review:
+    (found,) = review(admission, f"tokenizer: {{chatTemplateFile: '{file}'}}")
+    return found
+
+
+def put(store: Store, admission: Admission, found: Review) -> str:
+    assert found.refusal is None, found.refusal
+    (applied,) = store.apply(admission.changes([found]))
+    return f"{applied.result} {applied.generation} {applied.revision}"
+
+
+def test_another_text_in_the_file_of_a_chat_template_is_another_revision(
+    store: Store, admission: Admission, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}")
+    assert put(store, admission, templated(admission, file)) == "created 1 1"
+    again = templated(admission, file)
+    assert again.action == "unchanged"
+    assert put(store, admission, again) == "unchanged 1 1"
+    key = Key("model", "m0")
+    old = store.get(key)
+    assert old is not None
+    store.set_override(old.uid, Override(Kind.QUARANTINE, "platform", 0.0, revision=1))
+
+    file.write_text("Answer: {{ messages[0].content }}")
+    found = templated(admission, file)
+    (change,) = found.changes
+    assert found.action == "update"
+    assert (change.path, change.update) == ("spec.tokenizer.chatTemplateFile", UpdateClass.ROLLING)
+    assert change.old != change.new
+    assert found.placement is not None
+    assert found.placement.chat_template == "Answer: {{ messages[0].content }}"
+    (differs,) = admission.differences([found.located])
+    assert [each.path for each in differs.changes] == ["spec.tokenizer.chatTemplateFile"]
+    assert put(store, admission, found) == "updated 2 2"
+    assert not store.overrides(old.uid), "what was given up is tried with the other template"
+    assert put(store, admission, templated(admission, file)) == "unchanged 2 2"
+
+    file.write_text("{{ messages[0].content }}")
+    found = templated(admission, file)
+    assert "takes up revision 1 again, with what was resolved then" in found.notes
+    assert put(store, admission, found) == "updated 3 3"
+    first, *_, last = sorted(store.revisions(old.uid), key=lambda each: each.n)
+    assert first.template_hash == last.template_hash
+    assert first.placement == last.placement
+
+
+def test_a_revision_that_did_not_keep_its_template_stays_with_the_file(
+    store: Store, admission: Admission, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}")
+    found = templated(admission, file)
+    assert found.revision is not None
+    placement = {name: value for name, value in found.revision.placement.items() if name != "chat_template"}
+    found.revision = replace(found.revision, placement=placement)
+    assert put(store, admission, found) == "created 1 1"
+    file.write_text("Answer: {{ messages[0].content }}")
+    assert put(store, admission, templated(admission, file)) == "unchanged 1 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "is not a file"), (b"\xff", "is not UTF-8"), (b"a" * (1 << 20 | 1), "is larger than 1 MiB")],
+)
+def test_a_file_that_is_no_chat_template_is_refused_though_the_manifest_is_the_same(
+    store: Store, admission: Admission, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}")
+    put(store, admission, templated(admission, file))
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    found = templated(admission, file)
+    assert found.refusal is not None
+    assert found.refusal.path == "spec.tokenizer.chatTemplateFile"
+    assert said in found.refusal.message
