@@ -70,6 +70,17 @@ class Paper:
             return None
         return cls(smoke, None if declared is None else parse_percent(declared))
 
+    def says(self, stable: int) -> str:
+        """What it asks, for a plan; `stable` is the revision that it is compared with."""
+        parts = []
+        if self.smoke:
+            parts.append(f"{_count(len(self.smoke), 'smoke prompt')} answered as expected")
+        if self.max_drift is not None:
+            which = "the smoke prompts" if self.smoke else f"{len(PROMPTS)} prompts of Quire's own"
+            most = f"{self.max_drift:.1%} of tokens and {most_divergence(self.max_drift):.4f} nats a token"
+            parts.append(f"drift from revision {stable}'s answers to {which} of at most {most}")
+        return "; ".join(parts)
+
     @property
     def exam(self) -> wire.Exam:
         """The questions."""
@@ -88,10 +99,14 @@ class Waits:
     asked: int
     questions: int
     on: str = ""
+    so_far: str = ""
+    """The drift over what was compared, in words."""
 
     @property
     def text(self) -> str:
         told = f"asked {self.asked} of {self.questions} questions before it has any request"
+        if self.so_far:
+            told += f"; so far {self.so_far}"
         return f"{told}; waits: {self.on}" if self.on else told
 
 
@@ -133,12 +148,12 @@ def judge(paper: Paper, told: wire.Examined | None) -> Verdict:
         if drifted.problem:
             text = f"answers to {_quoted(question.prompt)} cannot be compared: {drifted.problem}"
             return Failed(DRIFTED, text)
-    asked = len(told.smoke) + len(told.drift)
+    asked, drift = len(told.smoke) + len(told.drift), Drift.of(told.drift)
     if asked < questions:
-        return Waits(asked, questions, told.waits)
-    words = [f"{len(exam.smoke)} smoke prompts answered as expected"] if exam.smoke else []
+        so_far = drift.text(paper.max_drift) if drift.tokens and paper.max_drift is not None else ""
+        return Waits(asked, questions, told.waits, so_far)
+    words = [f"{_count(len(exam.smoke), 'smoke prompt')} answered as expected"] if exam.smoke else []
     if paper.max_drift is not None:
-        drift = Drift.of(told.drift)
         if not drift.tokens:
             return Failed(DRIFTED, "none of the prompts fits into the context, so nothing was compared")
         if drift.beyond(paper.max_drift):
@@ -179,6 +194,10 @@ class Drift:
 def most_divergence(limit: float) -> float:
     """Nats a token that belong to a share of tokens."""
     return max(2 * limit**2, NOISE)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _quoted(text: str) -> str:

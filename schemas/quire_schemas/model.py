@@ -642,7 +642,8 @@ class Rollout(Strict):
         "Go back to the last revision that was rolled out as a whole when a new one fails: its engine refuses "
         "its configuration, crashes too often (restartPolicy.maxRestartsBeforeRollback), or it makes no progress "
         "for progressDeadline. What failed is not started again until the manifest changes or "
-        "`platform rollout retry`.",
+        "`platform rollout retry`. Where this is false, a canary that fails is kept without requests until a "
+        "person promotes or aborts it.",
         True,
         update="hot",
     )

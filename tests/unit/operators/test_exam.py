@@ -74,6 +74,23 @@ def test_each_smoke_prompt_is_answered_as_expected_or_it_fails_in_words() -> Non
     assert silent == Failed(SMOKE_FAILED, "'Capital of France?' was not answered: its engine says numerical_error")
 
 
+def test_a_plan_says_what_is_asked_and_a_status_how_far_it_is() -> None:
+    assert Paper(SMOKE, None).says(3) == "2 smoke prompts answered as expected"
+    bound = "5.0% of tokens and 0.0050 nats a token"
+    own = f"drift from revision 3's answers to {len(PROMPTS)} prompts of Quire's own of at most {bound}"
+    assert Paper((), 0.05).says(3) == own
+    both = Paper(SMOKE[:1], 0.05)
+    one = "1 smoke prompt answered as expected"
+    assert both.says(3) == f"{one}; drift from revision 3's answers to the smoke prompts of at most {bound}"
+    two = Paper(SMOKE, 0.05)
+    half = examined(two, *WELL, drift=(wire.Drifted(20, 19, 0.2),), waits="old is not connected")
+    assert half.text == (
+        "asked 3 of 4 questions before it has any request; so far 5.0% of 20 tokens would be others, 5.0% at "
+        "most; divergence 0.0100 nats a token, 0.0050 at most; waits: old is not connected"
+    )
+    assert isinstance(half, Waits), "a drift beyond the bound may still come within it"
+
+
 def test_what_the_router_tells_of_another_exam_is_no_verdict() -> None:
     before = Paper(SMOKE[:1], None)
     assert judge(Paper(SMOKE, None), wire.Examined(before.exam, WELL[:1])) == Waits(0, 2)
