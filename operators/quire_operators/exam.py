@@ -5,7 +5,8 @@ verdict.
 
 - Each *smoke prompt* must be answered by what its manifest expects to be in the answer.
 - *Drift*, where `maxDrift` bounds it by a share d, is looked at along the stable revision's greedy answers to the
-  smoke prompts, to `PROMPTS` where there are none. Of all their tokens taken together
+  smoke prompts (one that expects nothing is asked for this alone), to `PROMPTS` where there are none. Of all their
+  tokens taken together
 
       the share at which the canary would have written another one is at most d, and
       the mean of KL(stable || canary) is at most 2 d^2, or NOISE where that is more.
@@ -57,18 +58,20 @@ class Paper:
 
     smoke: tuple[wire.Question, ...]
     max_drift: float | None
+    unknown: tuple[wire.Question, ...] = ()
+    """Prompts that expect nothing: drift is looked at along their answers, too."""
 
     @classmethod
     def of(cls, analysis: Mapping[str, Any]) -> Paper | None:
         """That of `rollout.canary.analysis`; None where nothing is to be asked."""
-        smoke = tuple(
-            wire.Question(each["prompt"], each["maxTokens"], each["expectContains"])
+        given = [
+            wire.Question(each["prompt"], each["maxTokens"], each["expectContains"] or "")
             for each in analysis.get("smokePrompts") or ()
-        )
-        declared = analysis.get("maxDrift")
-        if not smoke and declared is None:
-            return None
-        return cls(smoke, None if declared is None else parse_percent(declared))
+        ]
+        smoke, declared = tuple(each for each in given if each.expects), analysis.get("maxDrift")
+        if declared is None:
+            return cls(smoke, None) if smoke else None
+        return cls(smoke, parse_percent(declared), tuple(each for each in given if not each.expects))
 
     def says(self, stable: int) -> str:
         """What it asks, for a plan; `stable` is the revision that it is compared with."""
@@ -76,7 +79,8 @@ class Paper:
         if self.smoke:
             parts.append(f"{_count(len(self.smoke), 'smoke prompt')} answered as expected")
         if self.max_drift is not None:
-            which = "the smoke prompts" if self.smoke else f"{len(PROMPTS)} prompts of Quire's own"
+            given = len(self.smoke) + len(self.unknown)
+            which = _count(given, "given prompt") if given else f"{len(PROMPTS)} prompts of Quire's own"
             most = f"{self.max_drift:.1%} of tokens and {most_divergence(self.max_drift):.4f} nats a token"
             parts.append(f"drift from revision {stable}'s answers to {which} of at most {most}")
         return "; ".join(parts)
@@ -86,7 +90,8 @@ class Paper:
         """The questions."""
         if self.max_drift is None:
             return wire.Exam(self.smoke)
-        asked = [(each.prompt, each.max_tokens) for each in self.smoke] or [(each, 0) for each in PROMPTS]
+        given = [(each.prompt, each.max_tokens) for each in (*self.smoke, *self.unknown)]
+        asked = given or [(each, 0) for each in PROMPTS]
         return wire.Exam(
             self.smoke, tuple(wire.Question(prompt, max(most, LEAST_TOKENS)) for prompt, most in asked)
         )

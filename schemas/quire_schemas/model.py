@@ -552,8 +552,10 @@ class SmokePrompt(Strict):
         min_length=1,
         max_length=100_000,
     )
-    expect_contains: str = declared(
-        "What the answer must contain, letter by letter; the model's thoughts are part of it.",
+    expect_contains: str | None = declared(
+        "What the answer must contain, letter by letter; the model's thoughts are part of it. Left out: it is "
+        "asked for maxDrift alone.",
+        None,
         update="hot",
         min_length=1,
         max_length=10_000,

@@ -53,6 +53,12 @@ def test_what_a_manifest_asks() -> None:
     both = paper_of({"smokePrompts": prompts, "maxDrift": "5%"})
     assert both == Paper((asked,), 0.05)
     assert both.exam == wire.Exam((asked,), (wire.Question("2+2=", 32),)), "a few tokens are little to go by"
+    mixed = paper_of({"smokePrompts": [{"prompt": "Hello", "maxTokens": 50}, *prompts], "maxDrift": "5%"})
+    assert mixed == Paper((asked,), 0.05, (wire.Question("Hello", 50),))
+    assert mixed.exam == wire.Exam((asked,), (wire.Question("2+2=", 32), wire.Question("Hello", 50)))
+    unknown = paper_of({"smokePrompts": [{"prompt": "Hello"}], "maxDrift": "5%"})
+    assert unknown is not None
+    assert unknown.exam == wire.Exam((), (wire.Question("Hello", 32),)), "none of Quire's own beside given ones"
     alone = paper_of({"maxDrift": "0%"})
     assert alone == Paper((), 0.0)
     assert [each.prompt for each in alone.exam.drift] == list(PROMPTS)
@@ -81,7 +87,7 @@ def test_a_plan_says_what_is_asked_and_a_status_how_far_it_is() -> None:
     assert Paper((), 0.05).says(3) == own
     both = Paper(SMOKE[:1], 0.05)
     one = "1 smoke prompt answered as expected"
-    assert both.says(3) == f"{one}; drift from revision 3's answers to the smoke prompts of at most {bound}"
+    assert both.says(3) == f"{one}; drift from revision 3's answers to 1 given prompt of at most {bound}"
     two = Paper(SMOKE, 0.05)
     half = examined(two, *WELL, drift=(wire.Drifted(20, 19, 0.2),), waits="old is not connected")
     assert half.text == (
