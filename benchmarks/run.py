@@ -8,6 +8,7 @@
     scheduling   the host's part of a step
     host         everything in a step but the device, here and in another checkout
     router       what a router adds to requests, and how many it can take
+    servers      what HTTP servers take around an application that does nothing
     balancer     the choice of replicas against others, in virtual time
     autoscaling  replicas that follow the load against fixed numbers of them, in virtual time
     control-plane  many models: a resync, one change, what get asks

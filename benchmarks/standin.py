@@ -168,6 +168,11 @@ class Running:
     peer: Any
     stream: bool = True
     sent: int = 0
+    patience: float = 0.0
+    waiting: tuple[int, ...] = ()
+    told: int = 0
+    told_at: float = 0.0
+    """Of its tokens, as the engine tells of them: as a real one does (`wire.Generate.patience`)."""
 
 
 class Engine:
@@ -263,8 +268,13 @@ class WireEngine(Engine):
     def write(self, gained: list[tuple[Running, tuple[int, ...]]]) -> None:
         now = time.monotonic()
         frames: dict[_WirePeer, list[wire.Delta]] = {}
-        for each, tokens in gained:
-            first, last = each.sent == len(tokens), each.sent >= each.answer
+        for each, drawn in gained:
+            first, last = each.told == 0, each.sent >= each.answer
+            if not (first or last) and now < each.told_at + each.patience:
+                each.waiting += drawn
+                continue
+            tokens, each.waiting = each.waiting + drawn, ()
+            each.told, each.told_at = each.sent, now
             timings = wire.Timings(now, now, now, now if last else None) if first or last else None
             delta = wire.Delta(each.id, tokens, finish_reason="length" if last else None, timings=timings)
             frames.setdefault(each.peer, []).append(delta)
@@ -308,7 +318,9 @@ class _WirePeer(asyncio.Protocol):
         match message:
             case wire.Generate():
                 number = message.sampling.seed or 0
-                engine.add(Running(message.id, number, message.sampling.max_tokens, self))
+                engine.add(
+                    Running(message.id, number, message.sampling.max_tokens, self, patience=message.patience)
+                )
             case wire.Abort():
                 engine.running.pop(message.id, None)
             case wire.Hello():

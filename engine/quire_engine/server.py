@@ -51,6 +51,7 @@ from quire_schemas.wire import (
     WireError,
     frame,
     is_same_user,
+    joined,
 )
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class Connection:
             transport.abort()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Route:
     """Where the deltas of one of our numbers go."""
 
@@ -133,6 +134,21 @@ class _Route:
     request_id: str
     trace: str | None
     """The client's traceparent, shown in the log with a request that fails."""
+    patience: float
+    """Seconds that news behind the first token may wait."""
+    waiting: list[Delta] = field(default_factory=list)
+    told_at: float | None = None
+    """When it was told of tokens last."""
+
+    def tell(self, delta: Delta, now: float) -> Delta | None:
+        """What is to be told now that there is this; None when it can wait for what follows."""
+        self.waiting.append(delta)
+        if delta.finish_reason is None and self.told_at is not None and now < self.told_at + self.patience:
+            return None
+        if delta.token_ids:
+            self.told_at = now
+        told, self.waiting = self.waiting, []
+        return joined(told)
 
 
 class Server:
@@ -285,9 +301,11 @@ class Server:
         """One frame for each connection that gets anything; deltas of requests that left are dropped."""
         self._step = output.step
         shares: dict[Connection, list[Delta]] = {}
-        for delta in output.deltas:
-            route = self._routes.get(delta.id)
-            if route is None:
+        now = self._loop.time()
+        for each in output.deltas:
+            route = self._routes.get(each.id)
+            delta = route.tell(each, now) if route is not None else None
+            if route is None or delta is None:
                 continue
             if delta.finish_reason is not None:
                 del self._routes[delta.id], route.connection.live[route.request_id]
@@ -374,7 +392,7 @@ class Server:
             raise WireError(f"two live requests with the id {message.id!r}")
         number = f"r{next(self._numbers)}"
         connection.live[message.id] = number
-        self._routes[number] = _Route(connection, message.id, message.trace)
+        self._routes[number] = _Route(connection, message.id, message.trace, message.patience)
         message.id = number
         self._driver.add(message, time.monotonic())
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -32,9 +33,9 @@ NETWORK_FILESYSTEMS = frozenset(
     }
 )
 MOUNTS = Path("/proc/self/mounts")
-
-
 PROCESSORS = Path("/sys/devices/system/cpu")
+_MOST_BYTES = 64 * 1024
+"""Of one of the kernel's files, more than any of those that are read here has."""
 
 
 def physical_cores(processors: Collection[int], root: Path = PROCESSORS) -> int:
@@ -115,23 +116,38 @@ class ControlGroups:
                 found.append(int(limit) - int(used) + kept)
         return min(found, default=None)
 
-    def _folders(self, controller: str) -> Iterator[Path]:
-        """The group's folder and its ancestors' up to the mount; version 2 has no controller in its name."""
-        for line in self.membership.splitlines():
-            _, controllers, own = line.split(":", 2)
-            if controller not in controllers.split(","):
-                continue
-            base = self.root / controller if controller else self.root
-            folder = base / own.strip("/")
-            # Inside a container the path may be that of the host, and the mount already be the group itself.
-            yield from [each for each in (folder, *folder.parents) if each.is_relative_to(base)]
+    def _folders(self, controller: str) -> tuple[Path, ...]:
+        return _folders(self.root, self.membership, controller)
+
+
+@lru_cache(maxsize=16)
+def _folders(root: Path, membership: str, controller: str) -> tuple[Path, ...]:
+    """The group's folder and its ancestors' up to the mount; version 2 has no controller in its name."""
+    found: list[Path] = []
+    for line in membership.splitlines():
+        _, controllers, own = line.split(":", 2)
+        if controller not in controllers.split(","):
+            continue
+        base = root / controller if controller else root
+        folder = base / own.strip("/")
+        # Inside a container the path may be that of the host, and the mount already be the group itself.
+        found += [each for each in (folder, *folder.parents) if each.is_relative_to(base)]
+    return tuple(found)
 
 
 def _text(path: Path) -> str:
+    """What a small file has. The memory of a group is looked at ten times a second: a file object would take
+    several times as long."""
     try:
-        return path.read_text().strip()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return os.read(descriptor, _MOST_BYTES).decode(errors="replace").strip()
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
 
 
 # ── file systems ──────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
@@ -305,6 +306,9 @@ class Generate(msgspec.Struct, tag=True):
     written: tuple[int, ...] = ()
     """Tokens of the answer that another engine has drawn: it goes on behind them. `sampling` is still that of the
     whole answer. Only for engines that say `Welcome.goes_on`."""
+    patience: float = 0.0
+    """Seconds that what is drawn behind the first token may wait, to be told together with what follows. What ends
+    the sequence is told at once, with all that has waited."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -387,6 +391,19 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """Of a beam search that has ended: the texts found, the best first."""
     embedding: bytes | None = None
     """The vector that `Generate.pooling` asked for, little-endian float32; `finish_reason` is stop."""
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """What several deltas of one sequence say, as one; only the last may be its end."""
+    *before, last = deltas
+    if not before:
+        return last
+    scores = [each for delta in deltas for each in delta.logprobs or ()]
+    of_prompt = [each for delta in deltas for each in delta.prompt_logprobs or ()]
+    last.token_ids = tuple([token for delta in deltas for token in delta.token_ids])
+    last.logprobs, last.prompt_logprobs = scores or None, of_prompt or None
+    last.timings = next((delta.timings for delta in reversed(deltas) if delta.timings is not None), None)
+    return last
 
 
 class Deltas(msgspec.Struct, tag=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Any
 
 import httpx
 import openai
@@ -297,3 +298,21 @@ async def test_a_client_that_leaves_while_held_is_forgotten(world: World) -> Non
     await eventually(lambda: world.holds(1))
     writer.close()
     await eventually(lambda: world.holds(0))
+
+
+async def test_an_engine_may_wait_with_what_nobody_reads_yet(world: World) -> None:
+    """Tokens of an answer that is sent whole may come together; not where each may be its last, or is sent on."""
+    engine = await world.engine()
+    await world.table(world.route(engine.endpoint()))
+    asked: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"n": 2}, True),
+        ({"stop": ["zebra"]}, False),
+        ({"stream": True}, False),
+    ]
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        for more, waits in asked:
+            before = len(engine.generates)
+            answer = await http.post("/v1/chat/completions", json={**CHAT, **more})
+            assert answer.status_code == 200, answer.text
+            assert {each.patience > 0 for each in engine.generates[before:]} == {waits}, more

@@ -440,6 +440,13 @@ class Choice:
         return False
 
     @property
+    def may_end_early(self) -> bool:
+        """Whether each piece may be the last, as this router sees where the answer ends, or is waited for by the
+        client: then the engine may keep nothing back."""
+        markup = self.job.markup
+        return self.job.stream or bool(self.job.stops) or (markup is not None and markup.one_call)
+
+    @property
     def sampling_left(self) -> wire.Sampling:
         """What is asked of the engine that has it next: log-probabilities of the prompt come once."""
         if self.sent and self.sampling.prompt_logprobs is not None:

@@ -55,6 +55,9 @@ log = logging.getLogger("quire.router")
 
 ENGINE_GONE: Final = frozenset({"engine_shutdown", "engine_died"})
 """Error codes of sequences that end because their engine does."""
+PATIENCE: Final = 0.25
+"""Seconds that tokens of an answer that is sent whole may wait at the engine for others: each piece wakes a run.
+Loads, time-outs and what was used when a client leaves are known to within so much."""
 _DIED: Final = "The engine died while it was writing this answer."
 
 
@@ -485,6 +488,7 @@ class Run:
             beam=self.job.beam,
             trace=self.job.span.traceparent,
             pooling=self.job.pooling,
+            patience=0.0 if choice.may_end_early else PATIENCE,
         )
         try:
             choice.sequence = client.start(request, self._bell, self._chain(choice))

@@ -426,6 +426,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if obj in _INSTRUMENTS:  # ours, and called at every turn of a loop
+            return obj(*args)
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         if isinstance(owner, str):
             name = getattr(obj, "__name__", "")
@@ -467,12 +469,15 @@ def _pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     return 1 + (text.count(separator) if isinstance(separator, str) else len(text) // 2)
 
 
+_INSTRUMENTS: Final = frozenset({_tick, _concat, _slice})
 _environment = _Environment()
 
 
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
-    return _environment.from_string(source)
+    template = _environment.from_string(source)
+    template.globals = dict(template.globals)  # each rendering copies it, which takes long from a chain of maps
+    return template
 
 
 @lru_cache(maxsize=64)

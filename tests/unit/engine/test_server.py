@@ -90,6 +90,59 @@ async def test_one_frame_a_step_carries_what_all_requests_of_a_connection_got(fo
         client.close()
 
 
+async def test_what_may_wait_is_told_with_the_end_and_is_the_same(folder: Path) -> None:
+    spec = spec_in(folder)
+    scored = Sampling(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("now", [5, 6, 7], scored), Generate("later", [5, 6, 7], scored, patience=60.0))
+        heard = await client.hear("now", "later")
+        assert len(heard["now"]) >= 12, "as each comes"
+        first, *rest = [delta for delta in heard["later"] if delta.token_ids]
+        assert len(first.token_ids) == 1, "the first token waits for nothing"
+        assert first.timings is not None
+        (last,) = rest
+        assert (last.finish_reason, len(last.token_ids)) == ("length", 11)
+        assert last.timings is not None
+        assert last.timings.finished_at is not None
+        for field in ("token_ids", "logprobs", "prompt_logprobs"):
+            now, later = (
+                [each for delta in heard[name] for each in getattr(delta, field) or ()]
+                for name in ("now", "later")
+            )
+            assert now == later, field
+            assert later
+        client.close()
+
+
+async def test_what_waits_is_told_when_its_time_is_over(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("a", [5, 6], LONG, patience=0.05))
+        arrived: list[tuple[float, int]] = []
+        while not arrived or sum(count for _, count in arrived) < LONG.max_tokens:
+            for delta in (await client.next(Deltas)).items:
+                arrived.append((time.monotonic(), len(delta.token_ids)))
+        took = arrived[-1][0] - arrived[0][0]
+        assert len(arrived) <= 2 + took / 0.05 + 1, "not before, but for the first token and the end"
+        if took > 0.5:  # a step is much shorter than what waits
+            assert len(arrived) >= 4
+        client.close()
+
+
+async def test_an_end_without_tokens_brings_what_has_waited(folder: Path) -> None:
+    spec = spec_in(folder)
+    async with serving(spec):
+        client = await greeted(spec)
+        client.send(Generate("a", [5, 6], LONG, patience=60.0, timeout=0.2))
+        heard = (await client.hear("a"))["a"]
+        assert len(heard) == 2
+        assert (heard[-1].finish_reason, heard[-1].error_code) == ("error", "timeout")
+        assert len(heard[-1].token_ids) > 0
+        client.close()
+
+
 async def test_two_connections_may_use_the_same_ids(folder: Path) -> None:
     spec = spec_in(folder)
     async with serving(spec):
