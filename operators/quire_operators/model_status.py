@@ -116,7 +116,7 @@ class Tried:
         if self.failed:
             return f"revision {n} has no requests, and is kept as autoRollback is false: {self.failed}"
         if (verdict := self.verdict) is not None:
-            return f"revision {n} is a canary: {verdict.text}"
+            return f"revision {n} is a canary beside revision {self.against}: {verdict.text}"
         if self.canary.stage is None:
             return f"revision {n} is a canary; its first replica is on its way"
         seen = max(self.seen, 0)
@@ -417,7 +417,8 @@ class ModelStatus:
             text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
             return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
         if view.tried is not None:
-            return Fact("RolledOut", False, Reason.CANARY, view.tried.text(self._clock()))
+            reason = Reason.CANARY_FAILED if view.tried.failed else Reason.CANARY
+            return Fact("RolledOut", False, reason, view.tried.text(self._clock()))
         if settled:
             return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
         return Fact("RolledOut", False, Reason.PROGRESS_MADE)

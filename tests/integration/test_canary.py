@@ -255,6 +255,7 @@ def test_a_person_may_have_a_canary_take_over_that_has_not_passed_or_has_failed_
         failed = "SmokePromptFailed: 'Say it' was answered 'bcde', without 'bcdf'"
         assert going(plane, name)["failure"] == failed
         assert failed in plane.condition(name, "RolledOut")["message"]
+        assert plane.condition(name, "RolledOut")["reason"] == "CanaryFailed"
         view = plane.view(name)
         assert states(view)[second] == "Canary", "it is there to be looked at"
         assert len(pids(view)) == 2
