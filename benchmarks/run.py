@@ -17,6 +17,7 @@
     prefix       what the prefix cache saves and costs; blocks that n choices share
     structured   what a JSON Schema costs each step; hostile grammars beside streams
     quality      bits per byte of a text in each arithmetic
+    drift        what a canary's exam says of changes whose size is known
 
 A scenario is the module of that name: `arguments` and `run`. Rows go to `results/`, a table to stdout.
 """

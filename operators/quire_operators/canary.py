@@ -7,6 +7,9 @@
                         │ worse at a gate          └──▶ onInconclusive: Hold waits, Rollback fails, Promote goes on
                         └──▶ Fail
 
+Who fails, here or in the exam, is rolled back. Where `autoRollback` is false it stays, without requests, and what
+becomes of it is a person's decision.
+
 The stable revision keeps all its replicas until the canary is promoted; what follows is a rolling update. A step
 of weight 0 has replicas that nobody's request goes to, and waits for its time alone. Measured is from the
 beginning of the canary, of both revisions alike; a step counts the new one's requests from where it began. A
@@ -47,6 +50,8 @@ class Policy:
     on_inconclusive: Literal["Hold", "Rollback", "Promote"]
     paper: Paper | None = None
     """What it is asked before its first step."""
+    gives_up: bool = True
+    """One that fails is rolled back. Otherwise it stays, without requests, until a person decides."""
 
     def says(self, step: int) -> str:
         """A step in words."""
@@ -74,6 +79,8 @@ class Stage:
     before: int = 0
     looked_at: int = 0
     examined: str = ""
+    failed: str = ""
+    """Why it has failed, where it is kept nevertheless (`Policy.gives_up`): `REASON: sentence`."""
 
     @classmethod
     def of(cls, override: Override) -> Stage | None:
@@ -142,6 +149,7 @@ def policy_of(spec: Mapping[str, Any]) -> Policy | None:
         ),
         analysis["onInconclusive"],
         Paper.of(analysis),
+        ways["autoRollback"],
     )
 
 
@@ -149,6 +157,8 @@ def decide(policy: Policy, stage: Stage, stable: Measured, new: Measured, now: f
     """What to do now. A stage beyond the last step, of a manifest that has fewer of them by now, is promoted."""
     if stage.step >= len(policy.steps):
         return Promote()
+    if stage.failed:
+        return Stay(stage, False, None)
     if new.requests < max(stage.before, stage.looked_at):  # the router has begun to count anew
         stage = replace(stage, before=0, looked_at=0)
     if new.requests >= next_look(stage.looked_at):

@@ -5,7 +5,8 @@ verdict.
 
 - Each *smoke prompt* must be answered by what its manifest expects to be in the answer.
 - *Drift*, where `maxDrift` bounds it by a share d, is looked at along the stable revision's greedy answers to the
-  smoke prompts, to `PROMPTS` where there are none. Of all their tokens taken together
+  smoke prompts (one that expects nothing is asked for this alone), to `PROMPTS` where there are none. Of all their
+  tokens taken together
 
       the share at which the canary would have written another one is at most d, and
       the mean of KL(stable || canary) is at most 2 d^2, or NOISE where that is more.
@@ -57,25 +58,40 @@ class Paper:
 
     smoke: tuple[wire.Question, ...]
     max_drift: float | None
+    unknown: tuple[wire.Question, ...] = ()
+    """Prompts that expect nothing: drift is looked at along their answers, too."""
 
     @classmethod
     def of(cls, analysis: Mapping[str, Any]) -> Paper | None:
         """That of `rollout.canary.analysis`; None where nothing is to be asked."""
-        smoke = tuple(
-            wire.Question(each["prompt"], each["maxTokens"], each["expectContains"])
+        given = [
+            wire.Question(each["prompt"], each["maxTokens"], each["expectContains"] or "")
             for each in analysis.get("smokePrompts") or ()
-        )
-        declared = analysis.get("maxDrift")
-        if not smoke and declared is None:
-            return None
-        return cls(smoke, None if declared is None else parse_percent(declared))
+        ]
+        smoke, declared = tuple(each for each in given if each.expects), analysis.get("maxDrift")
+        if declared is None:
+            return cls(smoke, None) if smoke else None
+        return cls(smoke, parse_percent(declared), tuple(each for each in given if not each.expects))
+
+    def says(self, stable: int) -> str:
+        """What it asks, for a plan; `stable` is the revision that it is compared with."""
+        parts = []
+        if self.smoke:
+            parts.append(f"{_count(len(self.smoke), 'smoke prompt')} answered as expected")
+        if self.max_drift is not None:
+            given = len(self.smoke) + len(self.unknown)
+            which = _count(given, "given prompt") if given else f"{len(PROMPTS)} prompts of Quire's own"
+            most = f"{self.max_drift:.1%} of tokens and {most_divergence(self.max_drift):.4f} nats a token"
+            parts.append(f"drift from revision {stable}'s answers to {which} of at most {most}")
+        return "; ".join(parts)
 
     @property
     def exam(self) -> wire.Exam:
         """The questions."""
         if self.max_drift is None:
             return wire.Exam(self.smoke)
-        asked = [(each.prompt, each.max_tokens) for each in self.smoke] or [(each, 0) for each in PROMPTS]
+        given = [(each.prompt, each.max_tokens) for each in (*self.smoke, *self.unknown)]
+        asked = given or [(each, 0) for each in PROMPTS]
         return wire.Exam(
             self.smoke, tuple(wire.Question(prompt, max(most, LEAST_TOKENS)) for prompt, most in asked)
         )
@@ -88,10 +104,14 @@ class Waits:
     asked: int
     questions: int
     on: str = ""
+    so_far: str = ""
+    """The drift over what was compared, in words."""
 
     @property
     def text(self) -> str:
         told = f"asked {self.asked} of {self.questions} questions before it has any request"
+        if self.so_far:
+            told += f"; so far {self.so_far}"
         return f"{told}; waits: {self.on}" if self.on else told
 
 
@@ -133,12 +153,12 @@ def judge(paper: Paper, told: wire.Examined | None) -> Verdict:
         if drifted.problem:
             text = f"answers to {_quoted(question.prompt)} cannot be compared: {drifted.problem}"
             return Failed(DRIFTED, text)
-    asked = len(told.smoke) + len(told.drift)
+    asked, drift = len(told.smoke) + len(told.drift), Drift.of(told.drift)
     if asked < questions:
-        return Waits(asked, questions, told.waits)
-    words = [f"{len(exam.smoke)} smoke prompts answered as expected"] if exam.smoke else []
+        so_far = drift.text(paper.max_drift) if drift.tokens and paper.max_drift is not None else ""
+        return Waits(asked, questions, told.waits, so_far)
+    words = [f"{_count(len(exam.smoke), 'smoke prompt')} answered as expected"] if exam.smoke else []
     if paper.max_drift is not None:
-        drift = Drift.of(told.drift)
         if not drift.tokens:
             return Failed(DRIFTED, "none of the prompts fits into the context, so nothing was compared")
         if drift.beyond(paper.max_drift):
@@ -179,6 +199,10 @@ class Drift:
 def most_divergence(limit: float) -> float:
     """Nats a token that belong to a share of tokens."""
     return max(2 * limit**2, NOISE)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _quoted(text: str) -> str:

@@ -72,6 +72,8 @@ class Tried:
     alone: View
     """Its replicas, as if there were no others."""
     canary: Canary
+    against: int
+    """The stable revision."""
     compared: wire.Comparison | None
     """What was counted of it and of the stable revision; None before there is anything."""
 
@@ -91,6 +93,11 @@ class Tried:
             return None
         return exam.judge(paper, self.compared.examined if self.compared is not None else None)
 
+    @property
+    def failed(self) -> str:
+        """Why it has failed, where it is kept nevertheless."""
+        return self.canary.stage.failed if self.canary.stage is not None else ""
+
     def turns_at(self) -> tuple[float, ...]:
         """When the time of its step is over, and when it has waited for requests for too long after that."""
         if self.canary.stage is None:
@@ -106,8 +113,10 @@ class Tried:
     def text(self, now: float) -> str:
         """Where it stands, in a sentence."""
         policy, step, n = self.canary.policy, self.canary.step, self.canary.revision.n
+        if self.failed:
+            return f"revision {n} has no requests, and is kept as autoRollback is false: {self.failed}"
         if (verdict := self.verdict) is not None:
-            return f"revision {n} is a canary: {verdict.text}"
+            return f"revision {n} is a canary beside revision {self.against}: {verdict.text}"
         if self.canary.stage is None:
             return f"revision {n} is a canary; its first replica is on its way"
         seen = max(self.seen, 0)
@@ -138,10 +147,16 @@ class Tried:
             "minRequests": policy.min_requests,
             "gates": [],
         }
+        if stage is not None and stage.failed:
+            shown["failure"] = stage.failed
         if (verdict := self.verdict) is not None:
             shown["exam"] = {"state": type(verdict).__name__, "text": verdict.text}
+            if isinstance(verdict, exam.Waits):
+                shown["exam"] |= {"asked": verdict.asked, "questions": verdict.questions}
         elif stage is not None and stage.examined:
             shown["exam"] = {"state": exam.Passed.__name__, "text": stage.examined}
+        if "exam" in shown:
+            shown["exam"]["against"] = self.against
         if self.compared is not None:
             stable, new = Measured.of(self.compared.stable), Measured.of(self.compared.new)
             shown["total"] = {"stable": stable.requests, "new": new.requests}
@@ -402,7 +417,8 @@ class ModelStatus:
             text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
             return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
         if view.tried is not None:
-            return Fact("RolledOut", False, Reason.CANARY, view.tried.text(self._clock()))
+            reason = Reason.CANARY_FAILED if view.tried.failed else Reason.CANARY
+            return Fact("RolledOut", False, reason, view.tried.text(self._clock()))
         if settled:
             return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
         return Fact("RolledOut", False, Reason.PROGRESS_MADE)
@@ -528,12 +544,26 @@ class ModelStatus:
         failure = self._gateway.failure()
         if failure is not None and not desired.deleting and available == 0:
             return failure
+        if view.tried is not None and (failed := self._failed_canary(view.tried)) is not None:
+            return failed
         if view.tried is not None and (view.tried.is_inconclusive(now := self._clock()) or unasked):
             return Fact("Stalled", True, Reason.INCONCLUSIVE, view.tried.text(now))
         if late and not settled:
             deadline = view.stored.resolved["rollout"]["progressDeadline"]
             return Fact("Stalled", True, Reason.PROGRESS_DEADLINE, f"no progress for {deadline}")
         return Fact("Stalled", False, Reason.PROGRESS_MADE)
+
+    def _failed_canary(self, tried: Tried) -> Fact | None:
+        """Why a canary that failed is stuck, where it is not given up."""
+        if tried.canary.policy.gives_up:
+            return None
+        if tried.failed:
+            return Fact("Stalled", True, Reason.CANARY_FAILED, tried.text(self._clock()))
+        failure = rollout.failure(tried.alone.desired, tried.alone.world, self._clock())
+        if failure is None:
+            return None
+        reason, text = failure
+        return Fact("Stalled", True, Reason.CANARY_FAILED, f"revision {tried.canary.revision.n}: {reason}: {text}")
 
     def _something_leaves(self) -> bool:
         """Whether room is about to be made."""

@@ -119,7 +119,7 @@ class ModelReconciler:
         self._loads: dict[str, autoscaling.Memory] = {}
         """By model: what its load called for."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
-        self.trials = Trials(store, routes, self.effective, self._serving, self._roll_back, self._told, clock)
+        self.trials = Trials(store, routes, self.effective, self.serving, self._roll_back, self._told, clock)
         self._ledger = Ledger(store, fleet, detect)
         self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
@@ -244,7 +244,7 @@ class ModelReconciler:
         name = view.stored.key.name
         unusable = self._routes.unusable(canary_name(name))
         alone = View(wanted, placement, desired_of(wanted), world, view.fetching, unusable)
-        return Tried(alone, tried, self.trials.compared(name, tried))
+        return Tried(alone, tried, view.revision.n, self.trials.compared(name, tried))
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()
@@ -633,7 +633,7 @@ class ModelReconciler:
         self._changed(key)
         self._changed(ROUTES)
 
-    def _serving(self, model: str, template_hash: str) -> int:
+    def serving(self, model: str, template_hash: str) -> int:
         """Replicas of a template that serve."""
         rows = [row for row in self._store.replicas(model) if row.template_hash == template_hash]
         return sum(row.ready_since is not None and self.seen(row).routed for row in rows)
@@ -796,10 +796,10 @@ class ModelReconciler:
 
     def _share(self, wanted: Effective, tried: Canary) -> int:
         """Percent of the requests that a canary has: its step's, and no more than its part of the replicas."""
-        if tried.stage is None:
+        if tried.stage is None or tried.stage.failed:
             return 0
         full = max(wanted.stored.resolved["replicas"], 1)
-        serving = self._serving(wanted.stored.key.name, tried.revision.template_hash)
+        serving = self.serving(wanted.stored.key.name, tried.revision.template_hash)
         weight = tried.policy.steps[tried.step].weight
         return min(weight, int(100 * serving // full))
 

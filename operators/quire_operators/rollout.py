@@ -439,6 +439,11 @@ def plan(desired: Desired, world: World, now: float) -> RolloutPlan:
     return _Planner(desired, world, now).run()
 
 
+def failure(desired: Desired, world: World, now: float) -> tuple[str, str] | None:
+    """Why the revision is not worth another try, whether or not it is given up: a reason and a sentence."""
+    return _Planner(desired, world, now).failure()
+
+
 class _Planner:
     """One pass. The lists shrink and grow as steps are decided, so that later steps see earlier ones."""
 

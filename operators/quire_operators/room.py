@@ -176,7 +176,12 @@ def _canary_text(
         f"{step.weight} %" + (f" for {format_duration(step.hold)}" if step.hold else "")
         for step in tried.policy.steps
     )
-    return f"Canary beside {_count(want, 'replica')}: {steps} of the requests, then it replaces them"
+    text = f"Canary beside {_count(want, 'replica')}: {steps} of the requests, then it replaces them"
+    if tried.policy.paper is not None and tried.stage is None:
+        text += f"\nbefore any request its exam: {tried.policy.paper.says(wanted.revision.n)}"
+    if not tried.policy.gives_up:
+        text += "\nif it fails it stays, without requests, until you decide: autoRollback is false"
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ class Reason(enum.StrEnum):
     MODEL_UNUSABLE = "ModelUnusable"
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
     INCONCLUSIVE = "AnalysisInconclusive"
+    CANARY_FAILED = "CanaryFailed"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
     EXPIRED = "Expired"
@@ -320,8 +321,17 @@ ADVICE: dict[Reason, Advice] = {
         (
             "lower spec.rollout.canary.analysis.minRequests, or declare onInconclusive: Promote or Rollback",
             "platform rollout status {key}   for what an exam waits",
-            "platform rollout promote {key}   has it take over without them",
+            "platform rollout promote {key}   has it take over without them; --skip-exam without an exam, too",
             "platform rollout abort {key}   gives it up",
+        ),
+    ),
+    Reason.CANARY_FAILED: Advice(
+        "A new revision failed as a canary: in its exam, at a gate, or its engine did. As rollout.autoRollback is "
+        "false it is kept to be looked at, and has no requests; the stable revision serves.",
+        (
+            "platform rollout status {key}   why, and its numbers",
+            "platform rollout abort {key}   gives it up; then rollout retry tries it once more",
+            "platform rollout promote {key}   has it take over all the same",
         ),
     ),
     Reason.ROUTER_NOT_READY: Advice(

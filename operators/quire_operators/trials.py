@@ -102,6 +102,9 @@ class Trials:
             if not held and self._serving(name, template):
                 self._examine(wanted, tried)
             return
+        if stage.failed and policy.gives_up:  # by now
+            self._give_up(wanted, tried, *stage.failed.split(": ", 1))
+            return
         told = self._routes.comparison(name)
         if told is None or told.template_hash != template:
             return  # the router has not begun to count yet, or does not answer
@@ -148,7 +151,16 @@ class Trials:
                 self._changed(stored.key)
 
     def _give_up(self, wanted: Effective, tried: Canary, reason: str, because: str) -> None:
+        """It has failed: it is rolled back, or stays without requests where it is not to be."""
         stored, new = wanted.stored, tried.revision
+        if not tried.policy.gives_up:
+            stage = tried.stage or canary.Stage(0, self._clock())
+            self._keep(stored, tried, replace(stage, failed=f"{reason}: {because}"))
+            self._store.add_event(
+                stored.key, "Warning", reason, f"revision {new.n} has no requests now: {because}"
+            )
+            self._changed(stored.key)
+            return
         self._roll_back(stored, rollout.RollBack(new.n, new.template_hash, wanted.revision.n, reason, because))
         self._store.add_event(stored.key, "Warning", reason, because)
         self._changed(stored.key)

@@ -553,8 +553,10 @@ class SmokePrompt(Strict):
         min_length=1,
         max_length=100_000,
     )
-    expect_contains: str = declared(
-        "What the answer must contain, letter by letter; the model's thoughts are part of it.",
+    expect_contains: str | None = declared(
+        "What the answer must contain, letter by letter; the model's thoughts are part of it. Left out: it is "
+        "asked for maxDrift alone.",
+        None,
         update="hot",
         min_length=1,
         max_length=10_000,
@@ -643,7 +645,8 @@ class Rollout(Strict):
         "Go back to the last revision that was rolled out as a whole when a new one fails: its engine refuses "
         "its configuration, crashes too often (restartPolicy.maxRestartsBeforeRollback), or it makes no progress "
         "for progressDeadline. What failed is not started again until the manifest changes or "
-        "`platform rollout retry`.",
+        "`platform rollout retry`. Where this is false, a canary that fails is kept without requests until a "
+        "person promotes or aborts it.",
         True,
         update="hot",
     )

@@ -505,6 +505,16 @@ def _canary(facts: Facts) -> Iterator[Finding]:
                 f"{after} comes after {before}: each step gives the new revision more",
                 "write the steps with rising weights",
             )
+    analysis = (declared or {}).get("analysis") or {}
+    if analysis.get("maxDrift") is not None:
+        return
+    for place, asked in enumerate(analysis.get("smokePrompts") or ()):
+        if asked.get("expectContains") is None:
+            yield Finding(
+                ("spec", "rollout", "canary", "analysis", "smokePrompts", place),
+                "asks for nothing: without expectContains it counts for maxDrift alone, which is not declared",
+                "add expectContains, or declare rollout.canary.analysis.maxDrift",
+            )
 
 
 def _parsers(facts: Facts) -> Iterator[Finding]:

@@ -241,6 +241,80 @@ def test_a_canary_that_answers_a_smoke_prompt_otherwise_never_has_a_request(plan
     plane.delete(name)
 
 
+def test_a_person_may_have_a_canary_take_over_that_has_not_passed_or_has_failed_and_is_kept(plane: Plane) -> None:
+    name = "kept"
+
+    def kept(analysis: str, **env: Any) -> str:
+        return examined(name, analysis, **env).replace("rollout: {", "rollout: {autoRollback: false, ")
+
+    plane.apply(kept(smoke("bcde")))
+    first = plane.wait_served(name)["status"]["servedRevision"]
+    with Oracles(plane.base_url, name, 2) as oracles:
+        second = plane.apply(kept(smoke("bcdf"), ROUND=2))["model/kept"]["revision"]
+        assert plane.wait_stalled(name)["reason"] == "CanaryFailed"
+        failed = "SmokePromptFailed: 'Say it' was answered 'bcde', without 'bcdf'"
+        assert going(plane, name)["failure"] == failed
+        assert failed in plane.condition(name, "RolledOut")["message"]
+        assert plane.condition(name, "RolledOut")["reason"] == "CanaryFailed"
+        view = plane.view(name)
+        assert states(view)[second] == "Canary", "it is there to be looked at"
+        assert len(pids(view)) == 2
+        before = oracles.asked
+        eventually(lambda: oracles.asked > before + 20, "requests go on")
+        assert going(plane, name)["total"]["new"] == 0, "none of them is its"
+        assert plane.condition(name, "Ready")["status"] == "True"
+        with pytest.raises(Refused, match="has failed as a canary, and is kept"):
+            decide(plane, name, "retry")
+        said = decide(plane, name, "promote")
+        assert said == f"revision {second} takes over, before its steps are done, although it failed: {failed}"
+        assert states(plane.wait_served(name))[first] != "Current"
+
+    third = plane.apply(kept(smoke("bcdf"), ROUND=3))["model/kept"]["revision"]
+    plane.wait_stalled(name)
+    plane.apply(kept(smoke("bcdf"), ROUND=3).replace("autoRollback: false", "autoRollback: true"))
+    assert given_up(plane, name, third) == failed, "the field is hot: now it is given up"
+
+    plane.apply(kept(smoke("bcde"), ROUND=4, EXIT=78))
+    assert "ConfigRejected" in plane.wait_stalled(name)["message"], "an engine that cannot start is a failure, too"
+    late = plane.apply(kept(smoke("bcde"), ROUND=5, LOAD=0.5, STEP=3600))["model/kept"]["revision"]
+    with pytest.raises(Refused, match="does not serve yet"):
+        decide(plane, name, "promote", skipExam=True)
+    eventually(lambda: going(plane, name).get("exam"), "it is examined")
+    with pytest.raises(Refused, match="has not passed its exam"):
+        decide(plane, name, "promote")
+    with pytest.raises(Refused, match="skipExam is true or false"):
+        decide(plane, name, "promote", skipExam="yes")
+    said = decide(plane, name, "promote", skipExam=True)
+    assert said == f"revision {late} takes over, before its steps are done, and without having passed its exam"
+    assert states(plane.wait_served(name))[late] == "Current"
+    plane.delete(name)
+
+
+@pytest.mark.nightly
+def test_a_canary_that_does_worse_and_is_kept_has_no_requests(plane: Plane) -> None:
+    name = "worse"
+
+    def kept(**env: Any) -> str:
+        return canary(name, **env).replace("rollout: {", "rollout: {autoRollback: false, ")
+
+    plane.apply(kept())
+    first = plane.wait_served(name)["status"]["servedRevision"]
+    with Oracles(plane.base_url, name, 4) as oracles:
+        plane.apply(kept(ROUND=2, FAIL=2))
+        assert plane.wait_stalled(name)["reason"] == "CanaryFailed"
+        assert going(plane, name)["failure"].startswith("CanaryFailed: errors ")
+        before = oracles.asked
+        had = going(plane, name)["total"]["new"]
+        eventually(lambda: oracles.asked > before + 200, "requests go on")
+        assert going(plane, name)["total"]["new"] - had <= 4, "those that were under way"
+        decide(plane, name, "abort")
+        wait_settled(plane, name, "RolledBack", first)
+        decide(plane, name, "retry")
+        eventually(lambda: going(plane, name).get("step") == 1, "it is tried from the beginning")
+        eventually(lambda: going(plane, name).get("failure"), "and fails again")
+    plane.delete(name)
+
+
 @pytest.mark.nightly
 def test_a_canary_whose_exam_cannot_be_held_waits_without_requests_and_says_so(plane: Plane) -> None:
     name = "unasked"

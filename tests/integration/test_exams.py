@@ -22,6 +22,7 @@ from tests.integration.engine_process import engine_running
 from tests.integration.plane import GATEWAY, Plane
 from tests.integration.router_world import World, eventually
 from tests.integration.test_canary import given_up
+from tests.integration.test_exam_standins import NEW, endpoint, examined, verdict
 from tests.integration.test_rollouts import reasons, wait_settled
 from tests.integration.wire_engine import TEMPLATE_HASH
 
@@ -30,8 +31,6 @@ from quire_operators.exam import DRIFTED, SMOKE_FAILED, Failed, Paper, Passed, W
 from quire_schemas import signals, wire
 
 HELLO = wire.Question("Hello! Who are you?", 24, "I am the small model that ships with Quire")
-NEW = "fedcba9876543210"
-"""The canary's template."""
 
 
 def copy_of_tiny(folder: Path, change: Callable[[Path], None]) -> str:
@@ -70,10 +69,6 @@ def same() -> Iterator[wire.EngineSpec]:
         yield spec
 
 
-def endpoint(spec: wire.EngineSpec, template: str) -> wire.ReplicaEndpoint:
-    return wire.ReplicaEndpoint(spec.replica_id, spec.incarnation, spec.socket, template_hash=template)
-
-
 async def put(
     world: World, old: wire.EngineSpec | None, new: wire.EngineSpec, exam: wire.Exam, **change: Any
 ) -> None:
@@ -86,21 +81,6 @@ async def put(
         world.route(*replicas, tokenizer_dir=tiny, **wide),
         world.route(endpoint(new, NEW), **{"tokenizer_dir": new.model_dir, **canary, **change}),
     )
-
-
-async def examined(world: World) -> wire.Examined:
-    status = await world.control(wire.GetRouterStatus())
-    found = status.canaries["tiny"].examined
-    assert found is not None
-    return found
-
-
-async def verdict(world: World, paper: Paper) -> Passed | Failed:
-    async def look() -> Passed | Failed | None:
-        found = judge(paper, await examined(world))
-        return None if isinstance(found, Waits) else found
-
-    return await eventually(look, 60)
 
 
 async def generated(world: World) -> float:

@@ -79,6 +79,8 @@ class WireEngine:
     """Knows answers that another engine has begun."""
     looked_up: int = 0
     """Tokens that it says each step has found in its prefix cache."""
+    leans: Callable[[int], bool] = lambda _: False
+    """At which places of a prompt it says to hold another token for likelier than the one that stands there."""
     fail_with: str | None = None
     """Error code to end each request with, after its first token."""
     generates: list[wire.Generate] = field(default_factory=list)
@@ -252,7 +254,10 @@ class WireEngine:
         if sampling.logprobs is not None:
             delta.logprobs = scores(ids, sampling.logprobs)
         if sampling.prompt_logprobs is not None and delta.timings is not None:
-            delta.prompt_logprobs = scores(run.request.token_ids[1:], sampling.prompt_logprobs)
+            told = scores(run.request.token_ids[1:], sampling.prompt_logprobs)
+            delta.prompt_logprobs = [
+                _leaning(each) if self.leans(place) else each for place, each in enumerate(told, 1)
+            ]
         if self.fail_with is not None:
             delta.finish_reason, delta.error_code, delta.error = "error", self.fail_with, WHY
         elif run.sent >= run.request.sampling.max_tokens:
@@ -270,3 +275,9 @@ class WireEngine:
             if delta.finish_reason is not None:
                 delta.beams = [wire.BeamResult(run.answer, -1.0, "length", None)] * run.request.beam.width
         return delta
+
+
+def _leaning(scores: wire.TokenLogprobs) -> wire.TokenLogprobs:
+    """The same with the likeliest two tokens changed for each other."""
+    (first, likely), (second, less), *others = scores.top
+    return wire.TokenLogprobs(scores.token_id, less, ((second, likely), (first, less), *others), 2, scores.named)

@@ -287,8 +287,9 @@ def rollout(view: View) -> list[str]:
     if rolled is not None and rolled["status"] != "True" and rolled["message"]:
         lines.append(f"  {rolled['reason']}: {rolled['message']}")
     if (canary := going.get("canary")) is not None:
-        if "exam" in canary and canary["exam"]["state"] == "Passed":
-            lines.append(f"  exam: {canary['exam']['text']}")
+        exam = canary.get("exam")
+        if exam is not None and not (rolled is not None and exam["text"] in rolled["message"]):
+            lines.append(f"  exam against revision {exam.get('against', '-')}: {exam['text']}")
         lines += [f"  {line}" for line in gates(canary)]
     return lines + [f"  {line}" for line in overrides(view)]
 

@@ -59,11 +59,15 @@ def history(reference: str, output: str) -> int:
 
 @rollout.command()
 @click.argument("reference", metavar="model/NAME", shell_complete=complete_objects)
+@click.option("--skip-exam", is_flag=True, help="Even if it has not passed its exam.")
 @reason
 @waiting
-def promote(reference: str, reason: str, waits: bool, timeout: float) -> int:
-    """Have a canary take over now, whatever its steps say."""
-    return decide(reference, "promote", {"reason": reason}, timeout if waits else None, succeeded)
+def promote(reference: str, skip_exam: bool, reason: str, waits: bool, timeout: float) -> int:
+    """Have a canary take over now, whatever its steps say.
+
+    One that has not passed its exam yet takes over with --skip-exam alone."""
+    body = {"reason": reason, **({"skipExam": True} if skip_exam else {})}
+    return decide(reference, "promote", body, timeout if waits else None, succeeded)
 
 
 @rollout.command()

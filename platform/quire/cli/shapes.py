@@ -67,7 +67,10 @@ class Exam(TypedDict):
     """What a canary is asked before it has any request."""
 
     state: Literal["Waits", "Passed", "Failed"]
-    text: str
+    text: Annotated[str, "What came of it so far, and what it waits for."]
+    against: Annotated[int, "The revision that it is compared with."]
+    asked: NotRequired[Annotated[int, "While it waits: questions that were put."]]
+    questions: NotRequired[int]
 
 
 class GoingCanary(TypedDict):
@@ -80,6 +83,7 @@ class GoingCanary(TypedDict):
     minRequests: int
     total: NotRequired[Answered]
     exam: NotRequired[Annotated[Exam, "Where smokePrompts or maxDrift are declared, once a replica serves."]]
+    failure: NotRequired[Annotated[str, "Why it has failed, and is kept as `rollout.autoRollback` is false."]]
     gates: list[Gate]
 
 

@@ -147,18 +147,33 @@ class Steering:
 
     def _promote(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         self._refuse_while_held(wanted)
-        tried = self._canary(wanted)
+        tried, skips = self._canary(wanted), body.get("skipExam", False)
+        if not isinstance(skips, bool):
+            raise ApiError(400, "bad_request", "skipExam is true or false", exit_code=2)
         if tried.stage is None:
-            key = wanted.stored.key
-            text = f"revision {tried.revision.n} has not begun: it does not serve yet, or has not passed its exam"
-            raise ApiError(
-                409, "conflict", text, f"platform rollout status {key} shows what it waits for", exit_code=5
-            )
+            self._check_may_take_over(wanted, tried, skips=skips)
         at = self._plane.store.clock()
         by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         kept = Stage(PROMOTED, at).kept(tried.revision.template_hash, at)
         self._plane.store.set_override(wanted.stored.uid, replace(kept, by=by, reason=why))
-        return "CanaryPromoted", f"revision {tried.revision.n} takes over, before its steps are done"
+        text = f"revision {tried.revision.n} takes over, before its steps are done"
+        if tried.stage is not None and tried.stage.failed:
+            text += f", although it failed: {tried.stage.failed}"
+        if tried.stage is None and tried.policy.paper is not None:
+            text += ", and without having passed its exam"
+        return "CanaryPromoted", text
+
+    def _check_may_take_over(self, wanted: Effective, tried: Canary, *, skips: bool) -> None:
+        """Of a canary before its first step. Raises `ApiError`."""
+        key, n = wanted.stored.key, tried.revision.n
+        if not self._plane.models.serving(key.name, tried.revision.template_hash):
+            text = f"revision {n} does not serve yet"
+            hint = f"platform rollout status {key} shows what it waits for"
+            raise ApiError(409, "conflict", text, hint, exit_code=5)
+        if tried.policy.paper is not None and not skips:
+            text = f"revision {n} has not passed its exam"
+            hint = f"platform rollout status {key} shows how it goes; rollout promote --skip-exam does without"
+            raise ApiError(409, "conflict", text, hint, exit_code=5)
 
     def _abort(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         tried = self._canary(wanted)
@@ -212,7 +227,12 @@ class Steering:
 
     def _retry(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         """Try what failed again: the revision that was given up, replicas that failed or wait, files."""
-        kept_away = not wanted.is_newest and wanted.canary is None
+        tried = wanted.canary
+        if tried is not None and tried.stage is not None and tried.stage.failed:
+            text, key = f"revision {tried.revision.n} has failed as a canary, and is kept", wanted.stored.key
+            hint = f"platform rollout abort {key}, then platform rollout retry {key} tries it from the beginning"
+            raise ApiError(409, "conflict", text, hint, exit_code=5)
+        kept_away = not wanted.is_newest and tried is None
         if kept_away:
             self._refuse_while_held(wanted)
         self._end_what_keeps_away(wanted)

@@ -11,7 +11,14 @@ revision's own template, made into ids by its own tokenizer, and answered greedi
 
 Both read the answer the same way, as a prompt, so that equals differ by no more than rounding. What a revision
 cannot do is the result of its question; what it cannot do now (no replica is ready, one ends) is waited for, and
-told. An engine that ends under a question is asked once more, and then no other one.
+told. An engine that ends under a question is asked once more, and then no other one. The canary has no requests
+yet: that it does not answer in time is its failure. The stable revision has all of them, so it is asked again.
+
+    _Failed           the result of the question
+      _NoRoom         it does not fit
+      _Late           it was not answered in time
+    _NotNow           it is asked again
+      _Lost           the engine ended under it
 """
 
 from __future__ import annotations
@@ -20,7 +27,8 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from typing import Final
+from collections.abc import Awaitable
+from typing import Final, TypeVar
 
 from quire.router import drift
 from quire.router.canaries import Sitting
@@ -56,6 +64,13 @@ class _Failed(Exception):
 
 class _NoRoom(_Failed):
     """The question does not fit."""
+
+
+class _Late(_Failed):
+    """There was no answer in its time."""
+
+
+T = TypeVar("T")
 
 
 class Examiner:
@@ -156,19 +171,29 @@ async def _drift(stable: ServedModel, new: ServedModel, question: wire.Question)
         _check_room(served, len(ids) + question.max_tokens + 1)
         if (len(ids) + question.max_tokens) * (drift.TOP + 1) > wire.MAX_LOGPROB_ENTRIES:
             raise _NoRoom("the prompt is too long to be compared")
-    answer, _, _ = await _run(mine, old_ids, _greedy(stable, question))
+    answer, _, _ = await _of_stable(_run(mine, old_ids, _greedy(stable, question)))
     if not answer:
         raise _NotNow("the stable revision gave no answer")
     _check_same(stable.usable, new.usable, answer)
     if max(answer) >= new.vocab_size:
         raise _Failed(f"its vocabulary has {new.vocab_size} tokens, and the stable revision answers with others")
-    old_scores = await _scores(mine, stable, question, old_ids, answer)
+    old_scores = await _of_stable(_scores(mine, stable, question, old_ids, answer))
     new_scores = await _scores(its, new, question, new_ids, answer)
     _check_same(
         stable.usable, new.usable, [token for each in (*old_scores, *new_scores) for token in drift.told(each)]
     )
     agreed, kl = drift.compare(old_scores, new_scores)
     return wire.Drifted(len(answer), agreed, kl)
+
+
+async def _of_stable(asked: Awaitable[T]) -> T:
+    """What the stable revision tells; that it is late says nothing of the canary. Raises `_NotNow`, `_Failed`."""
+    try:
+        return await asked
+    except _Late as late:
+        raise _NotNow(f"the stable revision is busy: {late}") from None
+    except _Failed as why:
+        raise _Failed(f"of the stable revision, {why}") from None
 
 
 async def _scores(
@@ -250,6 +275,8 @@ async def _run(
                         raise _Lost(f"{name} ended while it was asked")
                     if delta.finish_reason == "error" and delta.error_code == "queue_full":
                         raise _NotNow(f"{name} has no room for a question")
+                    if delta.finish_reason == "error" and delta.error_code == "timeout":
+                        raise TimeoutError  # the engine's clock was first
                     if delta.finish_reason == "error":
                         raise _Failed(f"its engine says {delta.error_code}")
                     if delta.finish_reason is not None:
@@ -264,6 +291,6 @@ async def _run(
                 await bell.wait()
                 bell.clear()
     except TimeoutError:
-        raise _Failed(f"there is no answer within {patience:g} seconds") from None
+        raise _Late(f"there is no answer within {patience:g} seconds") from None
     finally:
         sequence.abort()

@@ -355,6 +355,14 @@ def test_a_canary_is_told_with_its_steps_and_refused_where_one_replica_more_neve
     assert found.rollout == "Canary beside 2 replicas: 10 % for 5m00s, 50 % of the requests, then it replaces them"
     assert found.replaces == 2
     assert found.warnings == []
+    asked = STEPS.replace("}}", ", analysis: {maxDrift: 5%}}, autoRollback: false}")
+    (with_exam,) = review(admission, sized(2, 512).replace(STEPS, asked))
+    first_line, exam, stays = with_exam.rollout.splitlines()
+    assert first_line == found.rollout
+    assert exam.startswith(
+        "before any request its exam: drift from revision 1's answers to 8 prompts of Quire's own"
+    )
+    assert stays == "if it fails it stays, without requests, until you decide: autoRollback is false"
     store.create_replica(Row("r", "big", 0, 1, "t", Goal.RUN, 0.0, memory=6 * GIB, device="cpu"))
     (later,) = review(admission, sized(2, 512))
     assert any("it begins when there is room" in warning for warning in later.warnings)

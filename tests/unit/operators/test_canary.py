@@ -64,6 +64,12 @@ def test_nobody_is_looked_at_twice_at_one_count() -> None:
     assert isinstance(at(stage, 5.0, measured(60, failed=31)), Fail)
 
 
+def test_one_that_has_failed_and_is_kept_goes_nowhere_by_itself() -> None:
+    failed = Stage(0, 0.0, failed="CanaryFailed: errors")
+    assert at(failed, 900.0, measured(5000)) == Stay(failed, False, None), "though it does well by now"
+    assert at(failed, 900.0, measured(5000, failed=900)) == Stay(failed, False, None)
+
+
 def test_a_step_of_weight_0_waits_for_its_time_alone_and_fewer_steps_promote() -> None:
     dark = replace(POLICY, steps=(Step(0, 60.0), Step(100, 0.0)))
     assert isinstance(at(Stage(0, 0.0), 59.0, measured(0), dark), Stay)
@@ -86,4 +92,6 @@ def test_the_manifest_in_numbers() -> None:
 
     canary = {"steps": [{"weight": 5, "hold": "5m"}, {"weight": 25, "hold": "10m"}, {"weight": 100}]}
     assert policy_of(spec({"strategy": "Canary", "canary": canary})) == POLICY
+    kept = policy_of(spec({"strategy": "Canary", "canary": canary, "autoRollback": False}))
+    assert kept == replace(POLICY, gives_up=False)
     assert policy_of(spec({})) is None

@@ -53,6 +53,12 @@ def test_what_a_manifest_asks() -> None:
     both = paper_of({"smokePrompts": prompts, "maxDrift": "5%"})
     assert both == Paper((asked,), 0.05)
     assert both.exam == wire.Exam((asked,), (wire.Question("2+2=", 32),)), "a few tokens are little to go by"
+    mixed = paper_of({"smokePrompts": [{"prompt": "Hello", "maxTokens": 50}, *prompts], "maxDrift": "5%"})
+    assert mixed == Paper((asked,), 0.05, (wire.Question("Hello", 50),))
+    assert mixed.exam == wire.Exam((asked,), (wire.Question("2+2=", 32), wire.Question("Hello", 50)))
+    unknown = paper_of({"smokePrompts": [{"prompt": "Hello"}], "maxDrift": "5%"})
+    assert unknown is not None
+    assert unknown.exam == wire.Exam((), (wire.Question("Hello", 32),)), "none of Quire's own beside given ones"
     alone = paper_of({"maxDrift": "0%"})
     assert alone == Paper((), 0.0)
     assert [each.prompt for each in alone.exam.drift] == list(PROMPTS)
@@ -72,6 +78,23 @@ def test_each_smoke_prompt_is_answered_as_expected_or_it_fails_in_words() -> Non
     assert len(wrong.text) < 120, "it is short"
     silent = examined(paper, WELL[0], wire.Answered(problem="its engine says numerical_error"))
     assert silent == Failed(SMOKE_FAILED, "'Capital of France?' was not answered: its engine says numerical_error")
+
+
+def test_a_plan_says_what_is_asked_and_a_status_how_far_it_is() -> None:
+    assert Paper(SMOKE, None).says(3) == "2 smoke prompts answered as expected"
+    bound = "5.0% of tokens and 0.0050 nats a token"
+    own = f"drift from revision 3's answers to {len(PROMPTS)} prompts of Quire's own of at most {bound}"
+    assert Paper((), 0.05).says(3) == own
+    both = Paper(SMOKE[:1], 0.05)
+    one = "1 smoke prompt answered as expected"
+    assert both.says(3) == f"{one}; drift from revision 3's answers to 1 given prompt of at most {bound}"
+    two = Paper(SMOKE, 0.05)
+    half = examined(two, *WELL, drift=(wire.Drifted(20, 19, 0.2),), waits="old is not connected")
+    assert half.text == (
+        "asked 3 of 4 questions before it has any request; so far 5.0% of 20 tokens would be others, 5.0% at "
+        "most; divergence 0.0100 nats a token, 0.0050 at most; waits: old is not connected"
+    )
+    assert isinstance(half, Waits), "a drift beyond the bound may still come within it"
 
 
 def test_what_the_router_tells_of_another_exam_is_no_verdict() -> None:

@@ -562,3 +562,9 @@ def test_a_rollout_shows_the_gates_of_its_canary() -> None:
     ]
     canary["gates"] = []
     assert not any("GATE" in line for line in render.rollout(view)), "nothing was counted yet"
+    canary["exam"] = {"state": "Waits", "text": "asked 3 of 9 questions", "against": 1, "asked": 3, "questions": 9}
+    assert render.rollout(view)[-1] == "  exam against revision 1: asked 3 of 9 questions"
+    told = {"type": "RolledOut", "status": "False", "reason": "CanaryProgressing"}
+    view["status"]["conditions"] = [{**told, "message": "beside revision 1: asked 3 of 9 questions"}]
+    shown = render.rollout(view)
+    assert sum("asked 3 of 9 questions" in line for line in shown) == 1, "not twice"

@@ -914,12 +914,26 @@ def test_a_name_or_revision_of_digits_is_text() -> None:
             "30 comes after 30",
         ),
         ("rollout: {canary: {steps: [{weight: 30}]}}", "spec.rollout.canary", "has no effect"),
+        (
+            "rollout: {strategy: Canary, canary: {steps: [{weight: 30}], analysis: {smokePrompts: "
+            "[{prompt: a, expectContains: b}, {prompt: c}]}}}",
+            "spec.rollout.canary.analysis.smokePrompts[1]",
+            "asks for nothing",
+        ),
     ],
 )
-def test_a_canary_has_steps_that_rise(body: str, path: str, said: str) -> None:
+def test_a_canary_has_steps_that_rise_and_prompts_that_count(body: str, path: str, said: str) -> None:
     problem = only(body)
     assert problem.path == path
     assert said in problem.message
+
+
+def test_a_prompt_that_expects_nothing_is_asked_for_drift() -> None:
+    analysis = "{maxDrift: 5%, smokePrompts: [{prompt: c}]}"
+    canary = f"{{steps: [{{weight: 30}}], analysis: {analysis}}}"
+    asked = one(spec(f"rollout: {{strategy: Canary, canary: {canary}}}")).spec.rollout.canary
+    assert asked is not None
+    assert asked.analysis.smoke_prompts[0].expect_contains is None
 
 
 def test_what_is_wrong_in_lists_comes_in_one_run() -> None:
