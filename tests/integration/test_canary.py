@@ -274,8 +274,6 @@ def test_a_person_may_have_a_canary_take_over_that_has_not_passed_or_has_failed_
     plane.apply(kept(smoke("bcdf"), ROUND=3).replace("autoRollback: false", "autoRollback: true"))
     assert given_up(plane, name, third) == failed, "the field is hot: now it is given up"
 
-    plane.apply(kept(smoke("bcde"), ROUND=4, EXIT=78))
-    assert "ConfigRejected" in plane.wait_stalled(name)["message"], "an engine that cannot start is a failure, too"
     late = plane.apply(kept(smoke("bcde"), ROUND=5, LOAD=0.5, STEP=3600))["model/kept"]["revision"]
     with pytest.raises(Refused, match="does not serve yet"):
         decide(plane, name, "promote", skipExam=True)
@@ -312,6 +310,12 @@ def test_a_canary_that_does_worse_and_is_kept_has_no_requests(plane: Plane) -> N
         decide(plane, name, "retry")
         eventually(lambda: going(plane, name).get("step") == 1, "it is tried from the beginning")
         eventually(lambda: going(plane, name).get("failure"), "and fails again")
+
+    broken = plane.apply(kept(ROUND=3, EXIT=78))["model/worse"]["revision"]
+    assert "ConfigRejected" in plane.wait_stalled(name)["message"], "an engine that cannot start is a failure, too"
+    assert plane.complete(name).status_code == 200
+    plane.apply(canary(name, ROUND=3, EXIT=78))
+    assert given_up(plane, name, broken).startswith("ConfigRejected"), "the field is hot"
     plane.delete(name)
 
 
