@@ -602,20 +602,22 @@ class _Planner:
             if seen.process.gone and (row.goal is Goal.DRAIN or stale_failure):
                 self.steps.append(Forget(row.id))
                 del self.rows[row.id]
-            elif row.goal is Goal.DRAIN and row.stop_sent is None:
+            elif row.goal is Goal.DRAIN:
                 deadline = now_or(row.drain_since, self.now) + self.desired.drain_timeout
                 idle = seen.in_flight == 0
-                if self.can_finish and seen.released and (idle or self.now >= deadline):
+                unused = seen.released and (idle or self.now >= deadline)
+                if row.stop_sent is not None:
+                    # a router that was down when it was first stopped may have come back with a table of before:
+                    # what it has sent there since is not cut off
+                    again = row.stop_sent + STOP_AGAIN_SECONDS
+                    self.wake.append(again)
+                    if self.now >= again and (unused or row.reason not in ("Drained", "DrainTimeout")):
+                        self.do(Stop(row.id, row.incarnation, row.reason))
+                elif self.can_finish and unused:
                     self.do(Stop(row.id, row.incarnation, "Drained" if idle else "DrainTimeout"))
                     self.wake.append(self.now + STOP_AGAIN_SECONDS)
                 else:
                     self.wake.append(deadline)
-            elif row.goal is Goal.DRAIN and row.stop_sent is not None:
-                self.wake.append(row.stop_sent + STOP_AGAIN_SECONDS)
-                # a router that was down when it was first stopped may have come back with a table of before
-                unused = seen.released or row.reason not in ("Drained", "DrainTimeout")
-                if unused and self.now >= row.stop_sent + STOP_AGAIN_SECONDS:
-                    self.do(Stop(row.id, row.incarnation, row.reason))
 
     def take_back_drains(self) -> None:
         def candidates(current: bool) -> list[Row]:

@@ -74,7 +74,7 @@ def test_a_small_run_gives_a_row_of_each_case_and_system(tmp_path: Path) -> None
         "--rounds",
         "1",
         "--rate",
-        "20",
+        "200",
         "--clients",
         "4",
         "--engines",

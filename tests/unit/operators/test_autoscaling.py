@@ -105,9 +105,10 @@ def test_up_waits_until_the_load_was_high_all_the_time_and_down_until_it_was_low
 
 
 @settings(max_examples=examples(15))
-@given(st.randoms(use_true_random=False), st.integers(1, 9), st.integers(0, 1))
-def test_noise_that_is_shorter_than_the_delays_does_not_flap(rng: random.Random, high: int, delayed: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(0, 1))
+def test_noise_that_is_shorter_than_the_delays_does_not_flap(seed: int, high: int, delayed: int) -> None:
     """Whatever jumps about within some seconds ends in one number, and no number is come back to."""
+    rng = random.Random(seed)  # one that is drawn by Hypothesis may say the same for minutes: that is no noise
     model = Scaled(replace(POLICY, up_delay=30.0 * delayed))
     for _ in range(1000):
         model.look(Load(rng.randint(0, 8 * high), ready=model.replicas))

@@ -423,3 +423,25 @@ def test_the_machine_of_several_models_catches_mutants(
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Neighbours, settings=UNTIL_CAUGHT)
+
+
+def test_what_a_router_that_came_back_sent_to_a_replica_of_before_is_not_cut_off() -> None:
+    """It was stopped while the router was down; the control plane died before the process had heard."""
+    world = settled(1, replicas=1, max_surge=0)
+    world.router = Router.DOWN
+    world.intend(replicas=0)
+    world.reconcile(1)
+    world.reconcile(1, cut_off=True)
+    (row,) = world.rows.values()
+    (running,) = world.processes.values()
+    assert row.stop_sent is not None
+    world.router, running.in_flight = Router.KNOWN, 1  # by the table that it had
+    world.sync()
+    for _ in range(3):
+        world.tick(5.0)
+        world.reconcile()
+    assert world.processes, "it is written to"
+    running.in_flight = 0
+    world.tick(5.0)
+    world.reconcile()
+    assert not world.processes
