@@ -38,7 +38,8 @@ def scripted_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wire.Eng
     """A scripted engine with the built-in tokenizer: it says what it is told to."""
     checkpoint = str(without_weights(tmp_path_factory.mktemp("checkpoint")))
     spec = {"model_dir": checkpoint, "runner": "scripted", "step_time": 0.001, "max_model_len": 1024}
-    with engine_running(replica_id="scripted", **spec) as running:
+    # between two modules that use it there may be minutes without a word to it
+    with engine_running(replica_id="scripted", adoption_window=3600.0, **spec) as running:
         yield running
 
 
