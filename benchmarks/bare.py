@@ -84,7 +84,10 @@ def _uvicorn(listening: socket.socket, name: str, loop: str) -> None:
 
 def main() -> None:
     name, loop = sys.argv[1:]
-    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    # asyncio sends small writes at once (TCP_NODELAY) only on sockets that say which protocol they are of
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(1024)
     listening.setblocking(False)
     os.write(1, b"%d\n" % listening.getsockname()[1])
     if name == "granian":

@@ -238,7 +238,8 @@ def listening_socket(config: RouterConfig) -> socket.socket:
         taken.set_inheritable(False)
         return taken
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    own = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small writes at once only on sockets that say which protocol they are of
+    own = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     own.bind((config.host, config.port))
     own.listen(BACKLOG)
