@@ -261,10 +261,11 @@ class Server:
     async def _part(self, code: str) -> None:
         """End every live request with an error, let readers take it, close."""
         ended: dict[Connection, list[Delta]] = {}
+        now = self._loop.time()
         for route in self._routes.values():
-            ended.setdefault(route.connection, []).append(
-                Delta(route.request_id, finish_reason="error", error_code=code, error="the engine has stopped")
-            )
+            end = Delta(route.request_id, finish_reason="error", error_code=code, error="the engine has stopped")
+            if (told := route.tell(end, now)) is not None:
+                ended.setdefault(route.connection, []).append(told)
         self._routes.clear()
         for connection, deltas in ended.items():
             connection.send(Deltas(self._step, deltas))

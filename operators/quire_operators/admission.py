@@ -14,6 +14,7 @@ still current.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -232,7 +233,9 @@ class Admission:
                     change
                     for change in _changes(located, old, spec, current)
                     if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
-                ) + _template_change(spec, current)
+                )
+                with contextlib.suppress(SourceError):  # what cannot be read is for apply and plan to refuse
+                    review.changes += _template_change(spec, current)
             else:
                 spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
                 review.changes = _changes(located, old, spec)
@@ -450,7 +453,10 @@ class Admission:
             placement = Placement.from_dict(revision.placement)
             if placement.template != wanted or beyond_limits(spec, placement.limits()):
                 continue
-            if placement.chat_template in (None, chat_template):
+            # one of a version that kept no template stays what it is, and is not come back to
+            if placement.chat_template == chat_template or (
+                placement.chat_template is None and revision is current
+            ):
                 return revision
         return None
 
@@ -655,6 +661,8 @@ def read_template(spec: Mapping[str, Any]) -> str | None:
             content = file.read(MAX_TEMPLATE_BYTES + 1)
         if len(content) > MAX_TEMPLATE_BYTES:
             raise SourceError("InvalidReference", f"{path} is larger than 1 MiB", hint, TEMPLATE_FIELD)
+        if b"\0" in content:
+            raise SourceError("InvalidReference", f"{path} has a zero byte", hint, TEMPLATE_FIELD)
         return content.decode()
     except OSError as error:
         text = f"{path} cannot be read: {error.strerror or error}"

@@ -154,11 +154,12 @@ def policy_of(spec: Mapping[str, Any]) -> Policy | None:
 
 
 def decide(policy: Policy, stage: Stage, stable: Measured, new: Measured, now: float) -> Decision:
-    """What to do now. A stage beyond the last step, of a manifest that has fewer of them by now, is promoted."""
-    if stage.step >= len(policy.steps):
-        return Promote()
+    """What to do now. A stage beyond the last step, of a manifest that has fewer of them by now, is promoted, but
+    not one that has failed."""
     if stage.failed:
         return Stay(stage, False, None)
+    if stage.step >= len(policy.steps):
+        return Promote()
     if new.requests < max(stage.before, stage.looked_at):  # the router has begun to count anew
         stage = replace(stage, before=0, looked_at=0)
     if new.requests >= next_look(stage.looked_at):

@@ -610,7 +610,7 @@ class _Planner:
                     # a router that was down when it was first stopped may have come back with a table of before:
                     # what it has sent there since is not cut off
                     again = row.stop_sent + STOP_AGAIN_SECONDS
-                    self.wake.append(again)
+                    self.wake += (again, deadline)
                     if self.now >= again and (unused or row.reason not in ("Drained", "DrainTimeout")):
                         self.do(Stop(row.id, row.incarnation, row.reason))
                 elif self.can_finish and unused:

@@ -132,12 +132,23 @@ def _there(folder: Path) -> Path:
     return next((each for each in (folder, *folder.parents) if each.is_dir()), Path("/"))
 
 
+def _known_by(paths: frozenset[str]) -> frozenset[tuple[str, int, int]]:
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            status = os.stat(path)
+            found.append((path, status.st_dev, status.st_ino))
+    return frozenset(found)
+
+
 class Files:
     """Paths that were given to apply, and what the system tells of them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = tuple(paths)
-        self._folders: frozenset[str] = frozenset()
+        self._folders: frozenset[tuple[str, int, int]] = frozenset()
+        """Those that are listened to. The system knows them by their numbers: another folder of the same name is
+        another one."""
         self._hints: Generator[set[tuple[Any, str]], None, None] | None = None
 
     def read(self) -> Edition:
@@ -146,7 +157,7 @@ class Files:
         while True:
             edition = look(self.paths)
             wanted = folders(self.paths, edition)
-            if wanted == self._folders:
+            if _known_by(wanted) == self._folders:
                 return edition
             with suppress(FileNotFoundError):  # one that has just gone: the next look knows
                 self._listen(wanted)
@@ -167,6 +178,7 @@ class Files:
         if self._hints is not None:
             self._hints.close()
         self._hints, self._folders = None, frozenset()
+        known = _known_by(wanted)  # before it listens: whatever is put there since is another one
         hints = watchfiles.watch(
             *sorted(wanted),
             watch_filter=None,
@@ -187,7 +199,7 @@ class Files:
                 "name fewer folders, raise fs.inotify.max_user_watches, or set WATCHFILES_FORCE_POLLING=1",
                 ExitCode.UNEXPECTED,
             ) from error
-        self._hints, self._folders = hints, wanted
+        self._hints, self._folders = hints, known
 
 
 def refuse(paths: Sequence[str]) -> None:

@@ -443,11 +443,14 @@ async def test_the_end_of_the_engine_ends_every_stream_with_an_error(folder: Pat
     async with serving(spec):
         client = await greeted(spec)
         client.send(Generate("a", [5, 6], LONG), Generate("b", [7], LONG))
-        await client.next(Deltas)
+        client.send(Generate("c", [5, 6], LONG, patience=60.0))
+        for _ in range(5):
+            await client.next(Deltas)
         os.kill(os.getpid(), signal.SIGTERM)
-        heard = await client.hear("a", "b")
-        for name in "ab":
+        heard = await client.hear("a", "b", "c")
+        for name in "abc":
             assert (heard[name][-1].finish_reason, heard[name][-1].error_code) == ("error", "engine_shutdown")
+        assert heard["c"][-1].token_ids, "what has waited is told with the end"
         assert await client.is_cut()
         client.close()
         # the second signal, from the fixture, must find a process that is already ending

@@ -437,11 +437,19 @@ def test_a_revision_that_did_not_keep_its_template_stays_with_the_file(
     assert put(store, admission, found) == "created 1 1"
     file.write_text("Answer: {{ messages[0].content }}")
     assert put(store, admission, templated(admission, file)) == "unchanged 1 1"
+    (other,) = review(admission, "engine: {dtype: float32}")
+    assert put(store, admission, other).endswith(" 2")
+    assert put(store, admission, templated(admission, file)).endswith(" 3"), "with the text that it has by now"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is not a file"), (b"\xff", "is not UTF-8"), (b"a" * (1 << 20 | 1), "is larger than 1 MiB")],
+    [
+        (None, "is not a file"),
+        (b"\xff", "is not UTF-8"),
+        (b"a" * (1 << 20 | 1), "is larger than 1 MiB"),
+        (b"a\0", "zero byte"),
+    ],
 )
 def test_a_file_that_is_no_chat_template_is_refused_though_the_manifest_is_the_same(
     store: Store, admission: Admission, tmp_path: Path, content: bytes | None, said: str
@@ -453,6 +461,7 @@ def test_a_file_that_is_no_chat_template_is_refused_though_the_manifest_is_the_s
     if content is not None:
         file.write_bytes(content)
     found = templated(admission, file)
+    assert [each.action for each in admission.differences([found.located])] == ["unchanged"], "it writes nothing"
     assert found.refusal is not None
     assert found.refusal.path == "spec.tokenizer.chatTemplateFile"
     assert said in found.refusal.message

@@ -68,6 +68,8 @@ def test_one_that_has_failed_and_is_kept_goes_nowhere_by_itself() -> None:
     failed = Stage(0, 0.0, failed="CanaryFailed: errors")
     assert at(failed, 900.0, measured(5000)) == Stay(failed, False, None), "though it does well by now"
     assert at(failed, 900.0, measured(5000, failed=900)) == Stay(failed, False, None)
+    late = replace(failed, step=7)
+    assert at(late, 900.0, measured(5000)) == Stay(late, False, None), "though the manifest has fewer steps by now"
 
 
 def test_a_step_of_weight_0_waits_for_its_time_alone_and_fewer_steps_promote() -> None:

@@ -441,6 +441,9 @@ def test_what_a_router_that_came_back_sent_to_a_replica_of_before_is_not_cut_off
         world.tick(5.0)
         world.reconcile()
     assert world.processes, "it is written to"
+    deadline = (row.drain_since or 0.0) + world.desired.drain_timeout
+    planned = rollout.plan(world.desired, world.world(), world.now)
+    assert planned.requeue_at == deadline, "then it has written long enough"
     running.in_flight = 0
     world.tick(5.0)
     world.reconcile()

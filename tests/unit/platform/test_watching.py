@@ -77,6 +77,22 @@ def test_what_happens_behind_a_link_is_heard(tmp_path: Path) -> None:
     assert set(files.read().objects()) == {"model/o"}
 
 
+def test_a_folder_that_is_put_in_the_place_of_another_is_heard(tmp_path: Path) -> None:
+    given = tmp_path / "manifests"
+    given.mkdir()
+    (given / "m.yaml").write_text(MODEL % "m")
+    files = Files([str(given)])
+    files.read()
+    given.rename(tmp_path / "old")
+    given.mkdir()
+    (given / "o.yaml").write_text(MODEL % "o")
+    assert hears(files)
+    assert set(files.read().objects()) == {"model/o"}
+    (given / "p.yaml").write_text(MODEL % "p")
+    assert hears(files)
+    assert set(files.read().objects()) == {"model/o", "model/p"}
+
+
 @pytest.mark.nightly
 def test_files_that_never_rest_are_read_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
