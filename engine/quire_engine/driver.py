@@ -171,6 +171,8 @@ class Driver:
 
     def stop(self, patience: float) -> bool:
         """End the thread after the step it is in. False if that takes longer than `patience` seconds."""
+        if self._thread.ident is None:  # an engine that could not be made is ended, too
+            return True
         self._inbox.put(_Stop())
         self._thread.join(patience)
         return not self._thread.is_alive()

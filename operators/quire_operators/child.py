@@ -91,6 +91,6 @@ async def _kill_and_close(process: Process) -> None:
         pipe = process.stdin.transport
         if pipe.get_write_buffer_size() or not pipe.is_closing():
             pipe.abort()  # a close would wait until all is written
-    process._transport.close()  # type: ignore[attr-defined]
+    process._transport.close()  # type: ignore[attr-defined]  # asyncio lets nobody else close what it reads
     await process.wait()
     await asyncio.sleep(0)  # the pipes are let go of in the loop's next turn

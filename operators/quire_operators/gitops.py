@@ -306,7 +306,9 @@ class SourceReconciler:
             return SOON if waits else parse_duration(stored.resolved["sync"]["retryInterval"])
         self._looks.pop(stored.uid, None)
         shutil.rmtree(self._folder / stored.uid, ignore_errors=True)
-        told = f"with it {', '.join(leaving)}" if leaving else "no object was deleted with it"
+        # one that is there all the same was to be deleted before a crash, and was made another's meanwhile
+        gone = [name for name, uid in leaving.items() if name not in there_now or there_now[name].uid != uid]
+        told = f"with it {', '.join(gone)}" if gone else "no object was deleted with it"
         self._store.add_event(stored.key, "Normal", "Deleted", f"{told}; nothing follows the repository")
         self._store.remove(stored.key)
         acted("the source is gone")

@@ -244,7 +244,9 @@ class ModelReconciler:
         name = view.stored.key.name
         unusable = self._routes.unusable(canary_name(name))
         alone = View(wanted, placement, desired_of(wanted), world, view.fetching, unusable)
-        return Tried(alone, tried, view.revision.n, self.trials.compared(name, tried))
+        return Tried(
+            alone=alone, canary=tried, against=view.revision.n, compared=self.trials.compared(name, tried)
+        )
 
     def _note_ready(self, stored: StoredObject, row: Row) -> Row:
         now = self._clock()

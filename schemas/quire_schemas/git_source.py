@@ -109,8 +109,7 @@ class GitSourceSpec(Strict):
     suspend: bool = declared("Apply nothing for now.", False, update="hot")
     deletion_policy: Literal["Orphan", "Delete"] = declared(
         "What becomes of the source's objects when it is deleted: they stay as they are and are nobody's, or they "
-        "are "
-        "deleted with it.",
+        "are deleted with it.",
         "Orphan",
         update="hot",
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.integration.plane import Plane, model
+from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
 
 COMMAND = Path(sys.executable).parent / "platform"
@@ -221,3 +221,20 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
         assert re.fullmatch(
             r"\^C detached: the rollout continues. Follow with: (\S*/)?platform wait model/slow", seen.interrupt()
         )
+
+
+def test_what_cannot_be_applied_yet_is_applied_when_it_can(plane: Plane, tmp_path: Path) -> None:
+    path = tmp_path / "again.yaml"
+    path.write_text(model("again", STEP=0.02))
+    with watching(plane, path) as seen:
+        seen.until("^model/again  created", IDLE)
+        stream = Stream(plane.base_url, "again", tokens=150)
+        stream.wait_running()
+        plane.client.delete("/v1/objects/model/again")
+        path.write_text(model("again", queue(7), STEP=0.02))
+        said = seen.until("^changed: ", "^error: .* is being deleted", "^hint: wait until it is gone", "asked again")
+        assert plane.view("again")["metadata"].get("deletionTimestamp"), said
+        said = seen.until("^control plane  answers again$", r"^model/again  created \(revision 1\)$", IDLE)
+        assert not [line for line in said if line.startswith("error")], said
+        stream.finish()
+    assert plane.view("again")["generation"] == 1

@@ -48,6 +48,8 @@ LONGEST_SECONDS = 1.5
 """They are read after this, however busy their folder is."""
 RETRY_SECONDS = 0.3
 """Between two questions to a control plane that does not answer."""
+LONGEST_RETRY_SECONDS = 5.0
+"""Between two to one that answers that it cannot now: each pause is twice the last one, up to this."""
 NAMED = 4
 """Files of an edition that a line names."""
 
@@ -250,6 +252,8 @@ class Watch:
         self._display = Display.on_stderr()
         self._said = ""
         """The last that was said of a control plane that does not answer; empty while it does."""
+        self._pauses = _pauses()
+        """Before each further try of an edition that was not taken."""
 
     def run(self) -> NoReturn:
         """Until Ctrl-C, which is `Interrupted`, or `CommandFailed`."""
@@ -262,7 +266,7 @@ class Watch:
     # ── an edition ────────────────────────────────────────────────────────────────────────────────────────
 
     def _deal(self, edition: Edition) -> bool:
-        """Apply an edition, or say why it cannot be. False where nobody answered: it is to be tried again."""
+        """Apply an edition, or say why it cannot be. False where that may change: it is to be tried again."""
         if edition.problems:
             report_client(InvalidManifest([problem.as_dict() for problem in edition.problems]))
             return True
@@ -314,7 +318,7 @@ class Watch:
         with interruptible("no longer watching; what was applied goes on"):
             if not taken:
                 try:
-                    self._sleep(RETRY_SECONDS)
+                    self._sleep(next(self._pauses))
                 except Edited as found:
                     return found.edition
                 return edition
@@ -374,7 +378,9 @@ class Watch:
     # ── a control plane that comes and goes ───────────────────────────────────────────────────────────────
 
     def _miss(self, error: ClientError) -> None:
-        """Say, once, that nobody answers."""
+        """Say, once, that nobody answers, or why it cannot be now."""
+        if not isinstance(error, Refused):  # a look at a socket costs nobody anything
+            self._pauses = _pauses()
         if error.message != self._said:
             self._said = error.message
             self._display.release()
@@ -382,14 +388,23 @@ class Watch:
             notice("it is asked again until it answers, and the files are watched meanwhile")
 
     def _hear(self) -> None:
+        self._pauses = _pauses()
         if self._said:
             self._said = ""
             notice("control plane  answers again")
 
 
+def _pauses() -> Iterator[float]:
+    seconds = RETRY_SECONDS
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
+
+
 def _may_pass(error: ClientError) -> bool:
-    """Whether asking again may be answered: of what was refused with a reason, only an edit may."""
-    return not isinstance(error, Refused) or error.status >= 500
+    """Whether asking again may be answered otherwise. Of what was refused with a reason only an edit may be, but
+    for an object that somebody else has just changed, or that is being deleted."""
+    return not isinstance(error, Refused) or error.status >= 500 or error.code == "conflict"
 
 
 def _listed(names: Sequence[str]) -> str:
