@@ -232,7 +232,9 @@ def test_what_cannot_be_applied_yet_is_applied_when_it_can(plane: Plane, tmp_pat
         stream.wait_running()
         plane.client.delete("/v1/objects/model/again")
         path.write_text(model("again", queue(7), STEP=0.02))
-        said = seen.until("^changed: ", "^error: .* is being deleted", "^hint: wait until it is gone", "asked again")
+        said = seen.until(
+            "^changed: ", "^error: .* is being deleted", "^hint: wait until it is gone", "asked again"
+        )
         assert plane.view("again")["metadata"].get("deletionTimestamp"), said
         said = seen.until("^control plane  answers again$", r"^model/again  created \(revision 1\)$", IDLE)
         assert not [line for line in said if line.startswith("error")], said
