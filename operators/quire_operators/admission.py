@@ -2,8 +2,9 @@
 
 `review` takes the parsed resources and answers with one `Review` each: the resolved spec, the revision if a new
 one is needed, the differences, the arithmetic of the fit, how the change would roll out, or why it is refused.
-`changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers is the
-only I/O. What a review is and how it is shown: `review.py`. What fits on the machine now: `room.py`.
+`changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers and chat
+templates (`chat_template.py`) is the only I/O. What a review is and how it is shown: `review.py`. What fits on the
+machine now: `room.py`. What objects are to one another: `company.py`.
 
 When does a model need a new revision? When the hash over its rolling fields changed, when the file of its chat
 template holds something else, or when a hot value lies above what its engines allocated for. A revision keeps the
@@ -22,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quire_operators import room
+from quire_operators import chat_template as template_file
+from quire_operators import company, room
 from quire_operators.access import known_key
 from quire_operators.cache import SPARE
 from quire_operators.desired import Effective, effective, is_on_demand
@@ -38,7 +40,6 @@ from quire_operators.secrets import NO_SECRETS, Secrets
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
-from quire_operators.traffic import claims, named_models, owners
 from quire_schemas import findings
 from quire_schemas.access import AccessPolicy
 from quire_schemas.checkpoint import (
@@ -52,13 +53,11 @@ from quire_schemas.checkpoint import (
     read_profile,
 )
 from quire_schemas.findings import TextFacts
-from quire_schemas.gateway import Gateway, is_loopback
 from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes
 from quire_schemas.resource import Key
-from quire_schemas.route import Route
 from quire_schemas.update import (
     FieldChange,
     UpdateClass,
@@ -98,9 +97,6 @@ ReadText = Callable[[Path, str | None], TextFacts | str]
 """Given a tokenizer's folder and a chat template or None: what is known of them, or why the router could not load
 them.
 """
-MAX_TEMPLATE_BYTES = 1 << 20
-"""Of a chat template: revisions keep it, and each routing table has it."""
-TEMPLATE_FIELD = "spec.tokenizer.chatTemplateFile"
 
 
 class Admission:
@@ -142,10 +138,7 @@ class Admission:
         reviews = [self._review(located, inventory, configs or {}, unfound or {}, cause) for located in resources]
         if here:
             self._check_disk(reviews)
-        self._refuse_name_conflicts(reviews, leaving)
-        self._refuse_taken_keys(reviews, leaving)
-        self._refuse_open_doors(reviews, leaving)
-        self._warn_of_dead_ends(reviews)
+        company.look(self._store, reviews, leaving)
         return reviews
 
     def together(self, reviews: Sequence[Review], inventory: Inventory | None = None) -> dict[str, Any]:
@@ -235,7 +228,7 @@ class Admission:
                     if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
                 )
                 with contextlib.suppress(SourceError):  # what cannot be read is for apply and plan to refuse
-                    review.changes += _template_change(spec, current)
+                    review.changes += template_file.change(spec, current)
             else:
                 spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
                 review.changes = _changes(located, old, spec)
@@ -253,7 +246,7 @@ class Admission:
         if not isinstance(located.resource, Model) or old.resolved["tokenizer"]["chatTemplateFile"] is None:
             return "unchanged"
         try:
-            return "update" if _template_change(old.resolved, self._current(old)) else "unchanged"
+            return "update" if template_file.change(old.resolved, self._current(old)) else "unchanged"
         except SourceError:
             return "unchanged"
 
@@ -321,7 +314,7 @@ class Admission:
         name = review.key.name
         history = self._store.revisions(old.uid) if old is not None else ()
         current = self._current(old)
-        chat_template = read_template(spec)
+        chat_template = template_file.read(spec)
         if review.action == "unchanged" and old is not None and current is not None:
             # What is stored stays exactly as it was frozen; only the machine is looked at again.
             review.resolved = old.resolved
@@ -333,7 +326,7 @@ class Admission:
         review.resolved = spec
         known = self._known_revision(spec, chat_template, current, history)
         if old is not None:
-            review.changes = _changes(review.located, old, spec, current) + _template_change(spec, current)
+            review.changes = _changes(review.located, old, spec, current) + template_file.change(spec, current)
             self._refuse_immutable(review)
         if known is not None:
             review.placement = Placement.from_dict(known.placement)
@@ -579,111 +572,6 @@ class Admission:
                 hint = "platform cache prune, or set HF_HUB_CACHE to a folder on a larger disk and platform down"
                 review.refuse(Refusal("spec.source", "DiskFull", text, hint))
             free -= review.download
-
-    def _refuse_name_conflicts(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """No two objects may claim one model name with the same headers, whether stored or in this very set."""
-        in_set = {review.key for review in reviews} | set(leaving)
-        taken = owners(stored for stored in self._store.objects() if stored.key not in in_set)
-        for review in reviews:
-            mine = claims(review.key.kind, review.resolved) if review.resolved else ()
-            for index, claim in enumerate(mine):
-                owner = taken.setdefault(claim, review.key)
-                if owner != review.key and review.refusal is None:
-                    review.refuse(
-                        Refusal(
-                            _claimed_at(review, index),
-                            "NameConflict",
-                            f"the model name {claim.name!r} is already served by {owner}"
-                            + (" with the same headers" if claim.headers else ""),
-                            f"choose another name, or delete {owner} first",
-                        ),
-                    )
-
-    def _refuse_taken_keys(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """A key is that of one policy alone."""
-        in_set = {review.key for review in reviews} | set(leaving)
-        owners: dict[str, Key] = {}
-        for stored in self._store.objects("accesspolicy"):
-            if stored.key not in in_set and stored.deletion_time is None:
-                owners.update({key["hash"]: stored.key for key in stored.resolved["keys"] if key["hash"]})
-        for review in reviews:
-            for index, key in enumerate(review.resolved.get("keys", ())):
-                owner = owners.setdefault(key["hash"], review.key) if key["hash"] else review.key
-                if owner != review.key and review.refusal is None:
-                    path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {owner} first"
-                    review.refuse(Refusal(path, "KeyTaken", f"the key is one of {owner}", hint))
-
-    def _refuse_open_doors(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """An address that others can reach is for routers that somebody has a key to."""
-        own = next((each for each in reviews if isinstance(each.located.resource, Gateway)), None)
-        if own is None or own.refusal is not None or is_loopback(own.resolved["bind"]):
-            return
-        declared = any(isinstance(each.located.resource, AccessPolicy) for each in reviews)
-        policies = self._store.objects("accesspolicy")
-        if not declared and all(each.deletion_time or each.key in leaving for each in policies):
-            text = (
-                f"other machines can reach {own.resolved['bind']}, and there is no AccessPolicy: nobody has a key"
-            )
-            hint = "apply one with it, or before; platform key create NAME makes a key for it"
-            own.refuse(Refusal("spec.bind", "NoAccessPolicy", text, hint))
-
-    def _warn_of_dead_ends(self, reviews: Sequence[Review]) -> None:
-        """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
-        there = {stored.key for stored in self._store.objects("model") if stored.deletion_time is None}
-        there |= {review.key for review in reviews}
-        for review in reviews:
-            if isinstance(review.located.resource, Route) and review.refusal is None:
-                if not any(each["weight"] for each in review.resolved["backends"]):
-                    review.warnings.append("spec.backends: all weights are 0, so no request goes to any")
-                for name, path in named_models(review.resolved):
-                    if Key("model", name) not in there:
-                        review.warnings.append(f"{path}: there is no model/{name} yet")
-
-
-def _claimed_at(review: Review, index: int) -> str:
-    """The field with the name that an object claims as one of several."""
-    if review.key.kind == "route":
-        return f"spec.match.modelNames[{index}]"
-    declared = review.located.intent.get("spec", {}).get("servedModelNames")
-    return f"spec.servedModelNames[{index}]" if declared else "metadata.name"
-
-
-def read_template(spec: Mapping[str, Any]) -> str | None:
-    """What the file of a resolved spec's chat template holds; None where it names none. Raises `SourceError`."""
-    declared = spec["tokenizer"]["chatTemplateFile"]
-    if declared is None:
-        return None
-    path, hint = Path(declared), "give the absolute path of a Jinja template"
-    if not path.is_file():  # a pipe would not end
-        raise SourceError("NotFound", f"{path} is not a file", hint, TEMPLATE_FIELD)
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEMPLATE_BYTES + 1)
-        if len(content) > MAX_TEMPLATE_BYTES:
-            raise SourceError("InvalidReference", f"{path} is larger than 1 MiB", hint, TEMPLATE_FIELD)
-        if b"\0" in content:
-            raise SourceError("InvalidReference", f"{path} has a zero byte", hint, TEMPLATE_FIELD)
-        return content.decode()
-    except OSError as error:
-        text = f"{path} cannot be read: {error.strerror or error}"
-        raise SourceError("InvalidReference", text, hint, TEMPLATE_FIELD) from error
-    except UnicodeDecodeError as error:
-        raise SourceError("InvalidReference", f"{path} is not UTF-8", hint, TEMPLATE_FIELD) from error
-
-
-def _template_change(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
-    """What differs where a template's file has the name that it had, and holds something else."""
-    if current is None:
-        return ()
-    placement = Placement.from_dict(current.placement)
-    before, file = placement.chat_template, spec["tokenizer"]["chatTemplateFile"]
-    if before is None or placement.chat_template_file != file:
-        return ()
-    now = read_template(spec)
-    if now is None or now == before:
-        return ()
-    old, new = (f"{file} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})" for text in (before, now))
-    return (FieldChange(TEMPLATE_FIELD, old, new, UpdateClass.ROLLING),)
 
 
 def _names_same_source(old: StoredObject, spec: Mapping[str, Any]) -> bool:
