@@ -23,6 +23,7 @@ from quire import builtin
 from quire.router.desk import OwnDesk
 from quire.router.fleet import Fleet
 from quire_schemas import signals, wire
+from quire_schemas.keys import Digest, new_key
 from quire_schemas.openai.answer import ErrorBody, Usage
 from quire_schemas.workers import Wanted
 
@@ -246,6 +247,45 @@ async def test_a_real_engine_computes_a_shared_beginning_once(world: World, real
     await eventually(counted)
     await late(world, {**CHAT, "max_tokens": 400, "ignore_eos": True}, 0.3)
     await eventually(real.is_empty)
+    await nothing_tells_whether_another_tenant_has_asked(world, endpoint)
+
+
+async def nothing_tells_whether_another_tenant_has_asked(world: World, endpoint: wire.ReplicaEndpoint) -> None:
+    """T19: neither what the engine says that it had cached, nor how long it takes."""
+    keys = {"red": new_key(), "blue": new_key()}
+    digests = {name: Digest.of(key) for name, key in keys.items()}
+    tenants = tuple(
+        wire.Tenant(name, (wire.AccessKey("k", digest.sha256, digest.id),)) for name, digest in digests.items()
+    )
+    tokenizer = str(builtin.path("tiny"))
+    await world.table(world.route(endpoint, tokenizer_dir=tokenizer, prefix_caching=True), access=tenants)
+    drawn, sooner, rounds = random.Random(5), 0, times(2, 40)
+    async with http_of(world) as http:
+
+        async def ask(who: str, prompt: list[int], **more: Any) -> tuple[int, float]:
+            headers, began = {"Authorization": f"Bearer {keys[who]}"}, time.monotonic()
+            body = {**COMPLETION, "prompt": prompt, "max_tokens": 1, **more}
+            answer = await http.post("/v1/completions", json=body, headers=headers)
+            took = time.monotonic() - began
+            assert answer.status_code == 200, answer.text
+            usage = Usage.model_validate(answer.json()["usage"])
+            assert usage.prompt_tokens_details is not None
+            return usage.prompt_tokens_details.cached_tokens, took
+
+        for number in range(rounds):
+            asked, fresh = ([drawn.randrange(100, 2000) for _ in range(161)] for _ in range(2))
+            salt = {"cache_salt": "s"} if number % 2 else {}
+            assert (await ask("red", asked, **salt))[0] == 0
+            assert (await ask("red", asked, **salt))[0] == 160, "he finds his own"
+            took = {}
+            for which in drawn.sample((0, 1), 2):
+                cached, took[which] = await ask("blue", (asked, fresh)[which], **salt)
+                assert cached == 0
+            sooner += took[0] < took[1]
+    if EFFORT > 1:
+        assert abs(2 * sooner - rounds) < 4 * rounds**0.5, (
+            f"{sooner} of {rounds} times what red has asked was sooner"
+        )
 
 
 # ── priorities ────────────────────────────────────────────────────────────────────────────────────────────
