@@ -58,6 +58,8 @@ signal.signal(signal.SIGUSR2, _look)
 """A `sitecustomize` that tells at SIGUSR2 what a process is made of."""
 
 CHATTER = "The quire is bound, the page is turned, the block is full and the lamp has burned. "
+CROWD = 64
+"""Of scrapes at once, each of which takes a thread: more than a pool has."""
 IN_PARTS = ("chat", "completion", "messages")
 """Kinds of requests that may be left in the middle."""
 
@@ -89,6 +91,10 @@ class Traffic:
             for _ in range(3):
                 await asyncio.gather(*(kind(self, http) for kind in KINDS))
             await self._batch(http)
+            # a pool gets a thread whenever all it has are at work: now, and not in some busy second an hour later
+            url = self.base_url.removesuffix("/v1") + "/metrics"
+            for answer in await asyncio.gather(*(http.get(url) for _ in range(CROWD))):
+                answer.raise_for_status()
 
     def _http(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.base_url, timeout=60)
