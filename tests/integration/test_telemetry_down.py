@@ -123,10 +123,12 @@ async def side(name: str, url: str) -> AsyncIterator[Side]:
     with tempfile.TemporaryDirectory(prefix="qr") as folder:
         world = make_world(Path(folder), environment)
         engine = await world.engine()
-        await world.serve(engine)
-        yield Side(name, world)
-        await engine.stop()
-        end_world(world)
+        try:
+            await world.serve(engine)
+            yield Side(name, world)
+        finally:
+            await engine.stop()
+            end_world(world)
         log = (world.folder / "router.log").read_text()
         assert "Traceback" not in log
         assert log.count("exported") < 10, "the log says it once, and not again and again"
