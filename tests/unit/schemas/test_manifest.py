@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import effort
 from tests.effort import examples
 
 from quire_schemas.fields import fields_of
@@ -472,8 +473,8 @@ def test_a_bomb_of_aliases_is_counted_and_not_expanded() -> None:
     started = time.perf_counter()
     [problem] = problems("\n".join(lines))
     assert "100,000 values" in problem.message
+    assert time.perf_counter() - started < min(effort.bound(0.05), 1)
     assert problem.line == 6
-    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("hostile", ["[" * 1_000_000, "{a: " * 250_000, "[],\n" * 200_000, "? " * 500_000])
