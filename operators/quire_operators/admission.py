@@ -553,6 +553,12 @@ class Admission:
         facts = self._read_text(Path(folder), chat_template)
         if isinstance(facts, TextFacts):
             return folder, facts
+        if chat_template is not None and isinstance(self._read_text(Path(folder), None), TextFacts):
+            text = f"{spec['tokenizer']['chatTemplateFile']}: {facts}"
+            review.refuse(
+                Refusal(template_file.FIELD, "ModelUnusable", text, "mend the template, or leave it out")
+            )
+            return folder, None
         hint = (
             "download the files again; or name a folder with a tokenizer in spec.tokenizer.source, "
             "or another template in spec.tokenizer.chatTemplateFile"

@@ -8,11 +8,11 @@ percent (`Times`). Each *gate* compares one of these. A revision is worse at a g
     and that is no chance           (a revision just like the stable one would look so less often than is stated)
 
 The second is Fisher's exact test: of all requests that failed, or of the slowest of both together, how many are
-the new one's, if whose they are was drawn by lot. The slowest are the slowest twentieth, which is what the limit is
-about, and the slower half, which tells by far fewer requests that all of them take longer. It is asked at moments
-that were fixed before: after 10 requests, then whenever there are a quarter more. Look k may err in 6/(pi k)^2 of
-`ALPHA`, shared by the gates; these sum up to `ALPHA`, so a revision that is no worse is given up in at most that
-share of its canaries, however long they take and however often it is looked at.
+the new one's, if whose they are was drawn by lot. The slowest are the slowest twentieth, which the limit is
+about, and the slower half, which tells by far fewer requests that all of them take longer. It is asked at
+moments that were fixed before: after 10 requests, then whenever there are a quarter more. Look k may err in
+6/(pi k)^2 of `ALPHA`, shared by the gates; these sum up to `ALPHA`, so a revision that is no worse is given up
+in at most that share of its canaries, however long they take and however often it is looked at.
 
 Not being proven worse is no proof of being as good: that is what `minRequests` and the steps are for.
 """

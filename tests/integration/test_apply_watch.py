@@ -218,6 +218,11 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
         below.unlink()
         seen.until("^model/slow  updated", "^model/other  was in .*other.yaml, which is gone", "^slow  ")
         assert plane.exists("other")
+        saved = path.read_text()
+        path.unlink()
+        seen.until("^there is no manifest now: ", "^model/slow  was in .*slow.yaml, which is gone: it stays")
+        path.write_text(saved)
+        seen.until("^model/slow  unchanged$")
         plane.client.post("/v1/down", {"grace": 0.2})
         assert plane.process is not None
         plane.process.wait(20)

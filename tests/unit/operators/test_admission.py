@@ -442,6 +442,18 @@ def test_a_revision_that_did_not_keep_its_template_stays_with_the_file(
     assert put(store, admission, templated(admission, file)).endswith(" 3"), "with the text that it has by now"
 
 
+def test_a_template_that_cannot_be_read_is_told_of_where_it_is_named(
+    store: Store, admission: Admission, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% if %}")
+    refusal = templated(admission, file).refusal
+    assert refusal is not None
+    assert (refusal.path, refusal.reason) == ("spec.tokenizer.chatTemplateFile", "ModelUnusable")
+    assert str(file) in refusal.message
+    assert refusal.hint == "mend the template, or leave it out"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
