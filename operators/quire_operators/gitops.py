@@ -44,6 +44,7 @@ from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import manifest
+from quire_schemas.access import AccessPolicy
 from quire_schemas.manifest import MANIFEST_SUFFIXES, Located, Problem, intent_hash
 from quire_schemas.model import Model
 from quire_schemas.quantities import parse_duration
@@ -781,10 +782,15 @@ def _checked(
 
 def _files_named(located: Located) -> Iterator[Problem]:
     """Fields that would show, or write over, a file of this machine for whoever may push."""
+    text = "a manifest of a repository names no file of this machine"
+    if isinstance(located.resource, AccessPolicy):
+        for index, key in enumerate(located.resource.spec.keys):
+            if key.value_from is not None and key.value_from.file is not None:
+                hint = "have its hash there (platform key create), or a secret's name: platform secret set"
+                yield located.problem(f"spec.keys[{index}].valueFrom.file", text, hint)
     if not isinstance(located.resource, Model):
         return
     spec = located.resource.spec
-    text = "a manifest of a repository names no file of this machine"
     if spec.tokenizer.chat_template_file is not None:
         hint = "have the template in the model's folder, or in that of spec.tokenizer.source; or apply it by hand"
         yield located.problem("spec.tokenizer.chatTemplateFile", text, hint)

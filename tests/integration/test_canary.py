@@ -143,8 +143,9 @@ def test_a_canary_stands_where_it_stood_after_a_restart_and_goes_on_or_away_as_a
         with pytest.raises(Refused, match="paused"):
             decide(plane, name, "promote")
         decide(plane, name, "rollout-resume")
-        with pytest.raises(Refused, match="is a canary"):
-            decide(plane, name, "undo")
+        for which in ({}, {"revision": second}):
+            with pytest.raises(Refused, match="is a canary"):
+                decide(plane, name, "undo", **which)
         decide(plane, name, "promote", reason="it looks well")
         assert pids(plane.wait_served(name)) == [canary_pid]
 

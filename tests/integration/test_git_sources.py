@@ -631,8 +631,20 @@ async def test_a_repository_names_no_file_of_this_machine(desk: Desk, remote: Re
         assert desk.condition("Ready") == ("False", "ValidationFailed")
         assert desk.message() == f"{place}: a manifest of a repository names no file of this machine"
         assert desk.status()["lastAppliedRevision"] == first
+    remote.write(m=POLICY.format(file=private))
+    remote.push()
+    await desk.sync()
+    place = "m.yaml:5:38: spec.keys[0].valueFrom.file"
+    assert desk.message() == f"{place}: a manifest of a repository names no file of this machine"
 
 
+POLICY = """\
+apiVersion: quire.dev/v1alpha1
+kind: AccessPolicy
+metadata: {{name: m}}
+spec:
+  keys: [{{name: k, valueFrom: {{file: {file}}}}}]
+"""
 MODEL = """\
 apiVersion: quire.dev/v1alpha1
 kind: Model

@@ -34,10 +34,17 @@ def monitoring(name: str | None, folder: Path | None) -> int:
     if name is not None and name not in made:
         raise CommandFailed(f"there is no file '{name}'", f"one of {', '.join(made)}", ExitCode.USAGE)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for each, text in made.items():
-            (folder / each).write_text(text)
-            notice(f"wrote {folder / each}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for each, text in made.items():
+                (folder / each).write_text(text)
+                notice(f"wrote {folder / each}")
+        except OSError as error:
+            raise CommandFailed(
+                f"{error.filename or folder} cannot be written: {error.strerror or error}",
+                "name a folder that you may write to",
+                ExitCode.UNEXPECTED,
+            ) from error
     elif name is not None:
         print(made[name], end="")
     else:

@@ -200,7 +200,7 @@ class Steering:
 
     def _undo(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:
         self._refuse_while_held(wanted)
-        if wanted.canary is not None and body.get("revision") is None:
+        if wanted.canary is not None and body.get("revision") in (None, wanted.canary.revision.n):
             key = wanted.stored.key
             text = f"revision {wanted.canary.revision.n} of {key} is a canary, and another one serves already"
             raise ApiError(409, "conflict", text, f"platform rollout abort {key} gives the canary up", exit_code=5)

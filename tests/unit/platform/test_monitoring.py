@@ -112,6 +112,9 @@ def test_the_command_lists_prints_and_writes_them(capsys: pytest.CaptureFixture[
     assert main(["monitoring", "--to", str(tmp_path / "new")]) == ExitCode.OK
     assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == made
     capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert main(["monitoring", "--to", str(tmp_path / "file" / "below")]) == ExitCode.UNEXPECTED
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
     for wrong in (["nothing.json"], ["alerts.yaml", "--to", str(tmp_path)]):
         assert main(["monitoring", *wrong]) == ExitCode.USAGE
         assert "hint:" in capsys.readouterr().err
