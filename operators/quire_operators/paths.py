@@ -21,6 +21,7 @@ Exceptions:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -51,11 +52,21 @@ class StateDir:
 
     @classmethod
     def default(cls, environ: Mapping[str, str] = os.environ) -> StateDir:
-        """`$QUIRE_STATE_DIR`, else `~/.local/state/quire` (or the same below `$XDG_STATE_HOME`)."""
+        """`$QUIRE_STATE_DIR`, else `~/.local/state/quire` (or the same below `$XDG_STATE_HOME`). Raises
+        `StateDirError` where that can be no path of this system."""
         if given := environ.get("QUIRE_STATE_DIR"):
-            return cls(Path(given).expanduser())
-        base = environ.get("XDG_STATE_HOME")
-        return cls((Path(base) if base else Path.home() / ".local" / "state") / "quire")
+            root = Path(given).expanduser()
+        else:
+            base = environ.get("XDG_STATE_HOME")
+            root = (Path(base) if base else Path.home() / ".local" / "state") / "quire"
+        try:
+            root.is_dir()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise StateDirError(
+                    f"{root} can be no folder: {error.strerror}", "QUIRE_STATE_DIR chooses another one"
+                ) from error
+        return cls(root)
 
     @property
     def store(self) -> Path:

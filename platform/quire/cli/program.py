@@ -20,6 +20,7 @@ import click
 
 from quire.cli.outcome import CommandFailed, ExitCode, Interrupted, ReaderLeft, report, spelled
 from quire.client import ClientError, InvalidManifest
+from quire_operators.paths import StateDirError
 
 COMMANDS = {
     "quickstart": "quickstart",
@@ -138,7 +139,7 @@ def run(args: Sequence[str] | None = None) -> int:
     except ClientError as error:
         report_client(error)
         return error.exit_code
-    except CommandFailed as error:
+    except (CommandFailed, StateDirError) as error:
         report(error.message, error.hint)
         return error.exit_code
     except UnicodeEncodeError as error:
