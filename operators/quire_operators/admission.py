@@ -6,10 +6,10 @@ one is needed, the differences, the arithmetic of the fit, how the change would 
 only I/O. What a review is and how it is shown: `review.py`. What fits on the machine now: `room.py`.
 
 When does a model need a new revision? When the hash over its rolling fields changed, when the file of its chat
-template holds something else, or when a hot value lies above what its engines allocated for. A revision keeps the
-text of its template: going back to it goes back to that text. A revision of the kept history that the spec fits is
-taken up again with the figures that were frozen in it: a revert in the middle of a rollout finds its old replicas
-still current.
+template or the folder of an adapter holds something else, or when a hot value lies above what its engines
+allocated for. A revision keeps the text of its template: going back to it goes back to that text. A revision of
+the kept history that the spec fits is taken up again with the figures that were frozen in it: a revert in the
+middle of a rollout finds its old replicas still current.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
 from quire_operators.traffic import claims, named_models, owners
-from quire_schemas import findings
+from quire_schemas import findings, wire
 from quire_schemas.access import AccessPolicy
+from quire_schemas.adapters import AdapterProfile, digest_of, read_adapter
 from quire_schemas.checkpoint import (
     CheckpointError,
     ModelProfile,
@@ -86,11 +87,12 @@ class Ask:
 
 
 def effective_template(placement: Placement) -> str:
-    """The identity of an engine: its rolling fields, the bounds it allocates for, and the text of a chat template
-    that is a file of its own."""
+    """The identity of an engine: its rolling fields, the bounds it allocates for, the text of a chat template that
+    is a file of its own, and the contents of adapters."""
     parts = [placement.template, str(placement.max_num_seqs), str(placement.max_num_batched_tokens)]
     if placement.chat_template is not None:
         parts.append(placement.chat_template)
+    parts += [f"{each.name}={each.digest}" for each in placement.adapters]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
@@ -235,7 +237,7 @@ class Admission:
                     if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
                 )
                 with contextlib.suppress(SourceError):  # what cannot be read is for apply and plan to refuse
-                    review.changes += _template_change(spec, current)
+                    review.changes += _content_changes(spec, current)
             else:
                 spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
                 review.changes = _changes(located, old, spec)
@@ -244,16 +246,17 @@ class Admission:
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _action(self, located: Located, old: StoredObject | None) -> str:
-        """What applying would be. The same manifest is an update where the template's file that it names holds
-        something else than the revision was made with; what cannot be read is for the review to refuse."""
+        """What applying would be. The same manifest is an update where the template's file or an adapter's folder
+        that it names holds something else than the revision was made with; what cannot be read is for the review
+        to refuse."""
         if old is None:
             return "create"
         if old.intent_hash != intent_hash(located.resource):
             return "update"
-        if not isinstance(located.resource, Model) or old.resolved["tokenizer"]["chatTemplateFile"] is None:
+        if not isinstance(located.resource, Model):
             return "unchanged"
         try:
-            return "update" if _template_change(old.resolved, self._current(old)) else "unchanged"
+            return "update" if _content_changes(old.resolved, self._current(old)) else "unchanged"
         except SourceError:
             return "unchanged"
 
@@ -331,9 +334,10 @@ class Admission:
         if folder is not None and folder.commit is not None:
             spec["revision"] = folder.commit
         review.resolved = spec
-        known = self._known_revision(spec, chat_template, current, history)
+        adapters = read_digests(spec)
+        known = self._known_revision(spec, chat_template, adapters, current, history)
         if old is not None:
-            review.changes = _changes(review.located, old, spec, current) + _template_change(spec, current)
+            review.changes = _changes(review.located, old, spec, current) + _content_changes(spec, current)
             self._refuse_immutable(review)
         if known is not None:
             review.placement = Placement.from_dict(known.placement)
@@ -341,7 +345,7 @@ class Admission:
                 review.revision = self._new(review, known.template_hash, review.placement, known.defaults_version)
                 review.notes.append(f"takes up revision {known.n} again, with what was resolved then")
         else:
-            placed = self._place(review, name, spec, folder, inventory, configs, chat_template)
+            placed = self._place(review, name, spec, folder, inventory, configs, chat_template, adapters)
             review.placement, review.fit = placed.placement, placed.fit
             review.notes += placed.notes
             identity = effective_template(placed.placement)
@@ -444,14 +448,20 @@ class Admission:
 
     @staticmethod
     def _known_revision(
-        spec: Mapping[str, Any], chat_template: str | None, current: Revision | None, history: Sequence[Revision]
+        spec: Mapping[str, Any],
+        chat_template: str | None,
+        adapters: tuple[wire.Adapter, ...],
+        current: Revision | None,
+        history: Sequence[Revision],
     ) -> Revision | None:
-        """A revision that can serve `spec` with this chat template as it is: the current one if it can, else the
-        newest."""
+        """A revision that can serve `spec` with this chat template and these adapters as it is: the current one if
+        it can, else the newest."""
         wanted = template_hash(spec)
         for revision in [*([current] if current is not None else []), *history]:
             placement = Placement.from_dict(revision.placement)
             if placement.template != wanted or beyond_limits(spec, placement.limits()):
+                continue
+            if placement.adapters != adapters:
                 continue
             # one of a version that kept no template stays what it is, and is not come back to
             if placement.chat_template == chat_template or (
@@ -482,6 +492,7 @@ class Admission:
         inventory: Inventory,
         configs: Mapping[str, Mapping[str, Any]],
         chat_template: str | None,
+        adapters: tuple[wire.Adapter, ...],
     ) -> Placed:
         profile, model_dir = self._profile(name, spec, folder, configs)
         tokenizer_dir, facts = self._tokenizer(review, spec, model_dir, chat_template, standing_in=folder is None)
@@ -500,6 +511,7 @@ class Admission:
             held(rows),
             template_hash(spec),
             chat_template,
+            _profiles(spec, adapters, profile),
         )
         review.findings += findings.of_positions(profile, placed.placement.max_model_len)
         review.findings += findings.of_text(profile, facts) if facts is not None else []
@@ -631,6 +643,11 @@ class Admission:
         """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
         there = {stored.key for stored in self._store.objects("model") if stored.deletion_time is None}
         there |= {review.key for review in reviews}
+        specs = {stored.key: stored.resolved for stored in self._store.objects("model")}
+        specs |= {review.key: review.resolved for review in reviews if review.key.kind == "model"}
+        has = {
+            key.name: {each["name"] for each in _declared_adapters(spec)} for key, spec in specs.items() if spec
+        }
         for review in reviews:
             if isinstance(review.located.resource, Route) and review.refusal is None:
                 if not any(each["weight"] for each in review.resolved["backends"]):
@@ -638,12 +655,20 @@ class Admission:
                 for name, path in named_models(review.resolved):
                     if Key("model", name) not in there:
                         review.warnings.append(f"{path}: there is no model/{name} yet")
+                for index, backend in enumerate(review.resolved["backends"]):
+                    named = backend.get("adapter")
+                    if named is not None and backend["model"] in has and named not in has[backend["model"]]:
+                        path = f"spec.backends[{index}].adapter"
+                        review.warnings.append(f"{path}: model/{backend['model']} has no adapter {named!r} yet")
 
 
 def _claimed_at(review: Review, index: int) -> str:
     """The field with the name that an object claims as one of several."""
     if review.key.kind == "route":
         return f"spec.match.modelNames[{index}]"
+    names = review.resolved["servedModelNames"]
+    if index >= len(names):
+        return f"spec.lora.adapters[{(index - len(names)) // len(names)}].name"
     declared = review.located.intent.get("spec", {}).get("servedModelNames")
     return f"spec.servedModelNames[{index}]" if declared else "metadata.name"
 
@@ -669,6 +694,54 @@ def read_template(spec: Mapping[str, Any]) -> str | None:
         raise SourceError("InvalidReference", text, hint, TEMPLATE_FIELD) from error
     except UnicodeDecodeError as error:
         raise SourceError("InvalidReference", f"{path} is not UTF-8", hint, TEMPLATE_FIELD) from error
+
+
+def read_digests(spec: Mapping[str, Any]) -> tuple[wire.Adapter, ...]:
+    """The adapters of a resolved spec as they are now. Raises `SourceError`."""
+    found = []
+    for index, each in enumerate(_declared_adapters(spec)):
+        folder = Path(each["source"].removeprefix("file://"))
+        try:
+            found.append(wire.Adapter(each["name"], str(folder), digest_of(folder)))
+        except CheckpointError as error:
+            path = f"spec.lora.adapters[{index}].source"
+            raise SourceError("NotFound", error.message, error.hint, path) from error
+    return tuple(found)
+
+
+def _profiles(
+    spec: Mapping[str, Any], adapters: Sequence[wire.Adapter], base: ModelProfile
+) -> list[tuple[wire.Adapter, AdapterProfile]]:
+    """What is in their folders, checked against their base. Raises `SourceError`."""
+    found = []
+    for index, each in enumerate(adapters):
+        try:
+            found.append((each, read_adapter(Path(each.folder), base, spec["lora"]["maxRank"])))
+        except CheckpointError as error:
+            path = f"spec.lora.adapters[{index}].source"
+            reason = "ConfigRejected" if isinstance(error, UnsupportedFeature) else "InvalidReference"
+            raise SourceError(reason, error.message, error.hint, path) from error
+    return found
+
+
+def _declared_adapters(spec: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    declared = spec.get("lora")
+    return declared["adapters"] if declared is not None else ()
+
+
+def _content_changes(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
+    """What differs where files and folders have the names that they had, and hold something else."""
+    if current is None:
+        return ()
+    before = {each.name: each for each in Placement.from_dict(current.placement).adapters}
+    changes = _template_change(spec, current)
+    for each in read_digests(spec):
+        known = before.get(each.name)
+        if known is not None and known.folder == each.folder and known.digest != each.digest:
+            old, new = (f"file://{one.folder} (sha256 {one.digest[:12]})" for one in (known, each))
+            path = f"spec.lora.adapters[{each.name}].source"
+            changes += (FieldChange(path, old, new, UpdateClass.ROLLING),)
+    return changes
 
 
 def _template_change(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
