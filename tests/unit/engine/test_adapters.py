@@ -21,6 +21,8 @@ from quire_schemas.wire import Adapter, Delta, Generate, Pooling, Quantization, 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
+PLAIN = msgspec.structs.replace(GREEDY, logprobs=None)
+"""What most requests are: plans have their own way with them."""
 PROMPT = [11 + 7 * at % 900 for at in range(40)]
 PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.0.self_attn.q_proj": 6, "up_proj": 3}, "use_rslora": True}
 """Ranks of its own for some projections, an odd one among them, and the other rule of scaling."""
@@ -88,6 +90,10 @@ def test_an_adapter_says_what_the_merged_checkpoint_says(
         for token, logprob in score.top:
             assert logprob == pytest.approx(float(expected[token]), abs=2e-4)
     assert tokens != told(run(engine, ask("y"))["y"])[0]
+    plain = Generate("x", list(PROMPT), PLAIN, adapter=name)
+    heard = run(engine, plain, Generate("y", list(PROMPT), PLAIN))
+    assert told(heard["x"])[0] == tokens
+    assert told(heard["y"])[0] != tokens
 
 
 @pytest.mark.parametrize(
