@@ -22,7 +22,7 @@ from quire_schemas.wire import Adapter, Delta, Generate, Pooling, Quantization, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PLAIN = msgspec.structs.replace(GREEDY, logprobs=None)
-"""What most requests are: plans have their own way with them."""
+"""What most requests are."""
 PROMPT = [11 + 7 * at % 900 for at in range(40)]
 PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.0.self_attn.q_proj": 6, "up_proj": 3}, "use_rslora": True}
 """Ranks of its own for some projections, an odd one among them, and the other rule of scaling."""
@@ -90,10 +90,6 @@ def test_an_adapter_says_what_the_merged_checkpoint_says(
         for token, logprob in score.top:
             assert logprob == pytest.approx(float(expected[token]), abs=2e-4)
     assert tokens != told(run(engine, ask("y"))["y"])[0]
-    plain = Generate("x", list(PROMPT), PLAIN, adapter=name)
-    heard = run(engine, plain, Generate("y", list(PROMPT), PLAIN))
-    assert told(heard["x"])[0] == tokens
-    assert told(heard["y"])[0] != tokens
 
 
 @pytest.mark.parametrize(
@@ -110,6 +106,16 @@ def test_who_shares_steps_says_what_each_says_alone(folders: dict[str, Path], fi
         fresh = adapted(folders, prefix_caching=False)
         alone = told(run(fresh, ask("alone", name, prompts[str(number)]))["alone"])
         assert mixed[str(number)] == alone, name
+
+
+def test_in_a_large_batch_each_says_what_it_says_alone(engine: Engine, folders: dict[str, Path]) -> None:
+    """So many that plain requests are planned as one, and those with adapters beside them."""
+    alone = {name: told(run(engine, ask("x", name))["x"])[0] for name in ("", "a", "b")}
+    large = adapted(folders, max_num_seqs=64, num_blocks=512)
+    names = {f"{n}": ("", "a", "", "b", "", "")[n % 6] for n in range(48)}
+    heard = run(large, *(Generate(n, list(PROMPT), PLAIN, adapter=name) for n, name in names.items()))
+    for number, name in names.items():
+        assert told(heard[number])[0] == alone[name], (number, name)
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization("int8", "fp32"), Quantization("int4", "fp32", 32)])
