@@ -31,15 +31,24 @@ class _Part:
     """Tokens of a sequence that a step computes, behind `start` others. `tables`: its blocks in each group."""
 
     token_ids: list[int]
-    start: int
     tables: list[list[int]]
+    start: int = 0
+    adapter: int = 0
 
 
-def attest(model: DecoderModel, kv: KVCache, *, block_size: int, backend: str) -> None:
-    """Raises `NotInvariant` unless all ways agree. The cache must be idle; what is written to it means nothing.
+def attest(model: DecoderModel, kv: KVCache, *, block_size: int, backend: str, adapters: int = 0) -> None:
+    """Raises `NotInvariant` unless all ways agree, without an adapter and with each of so many. The cache must be
+    idle; what is written to it means nothing.
 
     `backend` is for the message.
     """
+    for adapter in range(adapters + 1):
+        _attest(model, kv, block_size=block_size, backend=backend, adapter=adapter, adapters=adapters)
+
+
+def _attest(
+    model: DecoderModel, kv: KVCache, *, block_size: int, backend: str, adapter: int, adapters: int
+) -> None:
     num_blocks = kv.tensors[0].shape[1]
     length = min(TOKENS, num_blocks // len(kv.groups) // (1 + len(_COMPANY)) * block_size)
     if length < 2:
@@ -52,13 +61,15 @@ def attest(model: DecoderModel, kv: KVCache, *, block_size: int, backend: str) -
         return ids, [[next(blocks) for _ in range(-(-count // block_size))] for _ in kv.groups]
 
     ids, tables = sequence(length)
-    others = [_Part(other, 0, where) for other, where in (sequence(min(count, length)) for count in _COMPANY)]
+    others = [
+        _Part(*sequence(min(count, length)), adapter=at % (adapters + 1)) for at, count in enumerate(_COMPANY)
+    ]
 
     def rows(*cuts: int, beside: Sequence[_Part] = ()) -> Tensor:
         """States of all its tokens [R, W], computed in steps that end at `cuts`, others before and after it."""
         found: list[Tensor] = []
         for start, end in zip((0, *cuts), cuts, strict=False):
-            part = _Part(ids[start:end], start, tables)
+            part = _Part(ids[start:end], tables, start, adapter)
             before, after = beside[:1], beside[1:]
             states = _states(model, kv, [*before, part, *after], block_size)
             first = sum(len(other.token_ids) for other in before)
@@ -90,4 +101,4 @@ def _states(model: DecoderModel, kv: KVCache, parts: Sequence[_Part], block_size
         for group in range(len(kv.groups))
     ]
     token_ids = torch.tensor([token for part in parts for token in part.token_ids])
-    return model.forward(token_ids, batches, kv)
+    return model.forward(token_ids, batches, kv, [part.adapter for part in parts])

@@ -78,6 +78,11 @@ def check_spec(spec: EngineSpec) -> None:
         raise InvalidSpec(f"step_time is {spec.step_time}; only the scripted runner takes one, in seconds")
     if spec.batch_invariant and spec.device != "cpu":
         raise InvalidSpec(f"batch_invariant is kept on a CPU alone; device is {spec.device}")
+    if spec.adapters and (spec.device != "cpu" or spec.runner == "scripted"):
+        raise InvalidSpec(f"adapters are for models on a CPU; device is {spec.device}, runner {spec.runner}")
+    names = [adapter.name for adapter in spec.adapters]
+    if len(set(names)) != len(names):
+        raise InvalidSpec(f"two adapters have one name: {', '.join(names)}")
     if spec.quantization is not None:
         _check_quantization(spec, spec.quantization)
     BatchLimits.of(spec)

@@ -17,7 +17,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from quire_engine.adapters import NONE, Loaded, read_adapters
 from quire_engine.ahead import Ahead, Background
 from quire_engine.attest import attest
 from quire_engine.beam import Searches
@@ -99,9 +100,12 @@ class Engine:
         backend_lacking: str = "",
         background: Callable[[Callable[[StepPlan], StepResult]], Background] = Ahead,
         clock: Callable[[], float] = time.monotonic,
+        adapters: Sequence[Loaded] = (),
     ) -> None:
         self.spec = spec
         self.profile = profile
+        self.adapters = tuple(adapters)
+        self._adapters = {adapter.name: number for number, adapter in enumerate(adapters, NONE + 1)}
         self.runner = runner
         self.backend = backend
         """Whose kernels compute; empty for a script."""
@@ -138,7 +142,8 @@ class Engine:
             raise InvalidSpec(problem)
         if problem := kv_misfit(profile, spec.kv_dtype):
             raise InvalidSpec(problem)
-        plan = MemoryPlan.of(spec, profile)
+        adapters = read_adapters(spec.adapters, profile)
+        plan = MemoryPlan.of(spec, profile, adapters=[adapter.profile for adapter in adapters])
         kernels, lacking = best_kernels(spec.device, spec.threads)
         if lacking and spec.device == "cuda":
             # the plan counts what they take; the reference kernels take several times that
@@ -157,6 +162,7 @@ class Engine:
                 kernels=kernels,
                 on_progress=on_progress,
                 quantization=spec.quantization,
+                adapters=[adapter.profile for adapter in adapters],
             )
         with plan.explained("the cache was allocated"):
             kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype], device)
@@ -164,8 +170,8 @@ class Engine:
         if spec.batch_invariant:
             if lacking:
                 raise NotInvariant(f"the kernels that keep to it cannot be used: {lacking}")
-            attest(model, kv, block_size=spec.block_size, backend=kernels.name)
-        return cls.assemble(spec, profile, model, kv, backend_lacking=lacking)
+            attest(model, kv, block_size=spec.block_size, backend=kernels.name, adapters=len(adapters))
+        return cls.assemble(spec, profile, model, kv, backend_lacking=lacking, adapters=adapters)
 
     @classmethod
     def assemble(
@@ -176,6 +182,7 @@ class Engine:
         kv: KVCache,
         *,
         backend_lacking: str = "",
+        adapters: Sequence[Loaded] = (),
     ) -> Engine:
         """An engine of a loaded model and its cache, with the runner that fits the model's kernels."""
         device = kv.tensors[0].device
@@ -189,7 +196,7 @@ class Engine:
         )
         backend = model.kernels.name
         if backend != "triton":
-            return cls(spec, profile, runner, backend=backend, backend_lacking=backend_lacking)
+            return cls(spec, profile, runner, backend=backend, backend_lacking=backend_lacking, adapters=adapters)
         # here and not above: nothing else needs Triton, which takes a second to import
         from quire_engine.resident.draws import draw_rows
         from quire_engine.resident.pipeline import Pipeline
@@ -252,6 +259,7 @@ class Engine:
             raise RequestRefused("invalid_grammar", "this model's runner is scripted and says what it says")
         if self.spec.runner == "scripted" and message.sampling.script is None:
             message.sampling = msgspec.structs.replace(message.sampling, script=tuple(message.token_ids))
+        adapter, kin = self._adapter(message.adapter)
         sampling, seed = message.sampling, message.sampling.seed
         if sampling.structured is not None and grammar is None:
             grammar = self.grammars.compile(sampling.structured)
@@ -263,13 +271,14 @@ class Engine:
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             received_at=self._clock() if received_at is None else received_at,
             grammar=grammar,
+            adapter=adapter,
         )
         if pooling is not None and pooling.kind == "mean":
             pass  # it needs the states of every token: none may be found in the cache
         elif self.spec.prefix_caching:
-            request.share_with("all", message.cache_salt)
+            request.share_with("all", message.cache_salt, *kin)
         elif message.family is not None or message.beam is not None:
-            request.share_with("family", message.family or message.id)
+            request.share_with("family", message.family or message.id, *kin)
         self._scheduler.add(request)
         if message.beam is not None:
             self._searches.begin(request, message.beam, sampling)
@@ -277,6 +286,16 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request without a delta; its blocks are free on return. False if it is not live."""
         return self._searches.abort(request_id, self._scheduler) or self._scheduler.abort(request_id)
+
+    def _adapter(self, name: str) -> tuple[int, tuple[str, ...]]:
+        """The number of an adapter, and what keys and values depend on by it: its name and its contents."""
+        if not name:
+            return NONE, ()
+        number = self._adapters.get(name)
+        if number is None:
+            there = ", ".join(self._adapters) or "none"
+            raise RequestRefused("model_not_found", f"there is no adapter '{name}' here; those that are: {there}")
+        return number, (name, self.spec.adapters[number - 1].digest)
 
     def _check(self, message: Generate) -> None:
         """What would break the step for everybody is refused here."""
@@ -411,7 +430,7 @@ class Engine:
         """Make ready for all steps and generate one token, which is forgotten: the first request of a user pays no
         first-time cost.
         """
-        with MemoryPlan.of(self.spec, self.profile).explained("the first steps ran"):
+        with self._plan().explained("the first steps ran"):
             self.runner.warm_up(_WARM_UP_SECONDS)
         self.add(Generate(_WARM_UP, [0], Sampling(max_tokens=1, temperature=0.0)))
         while self.has_work:
@@ -430,10 +449,13 @@ class Engine:
     def set_limits(self, limits: Limits) -> None:
         """Apply hot knobs from the next step on. Raises `StartError`, and changes nothing, if they cannot hold."""
         changed = BatchLimits.of(limits)
-        MemoryPlan.of(self.spec, self.profile, changed)
+        self._plan(changed)
         self._scheduler.set_limits(changed)
         self.runner.set_seats(changed.max_num_seqs)
         self.hot_hash = limits.hot_hash
+
+    def _plan(self, limits: BatchLimits | None = None) -> MemoryPlan:
+        return MemoryPlan.of(self.spec, self.profile, limits, [adapter.profile for adapter in self.adapters])
 
     @property
     def limits(self) -> BatchLimits:

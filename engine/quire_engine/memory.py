@@ -12,7 +12,7 @@ that are an engine and nothing else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,11 @@ import torch
 from quire_engine.config import BatchLimits
 from quire_engine.errors import MemoryMismatch, OutOfMemory, is_out_of_memory
 from quire_engine.models import DecoderModel, KVCache
+from quire_schemas.adapters import AdapterProfile
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.gpu_sizing import CONTEXT
 from quire_schemas.quantities import format_bytes
-from quire_schemas.sizing import activation_bytes, kv_block_bytes, weight_bytes
+from quire_schemas.sizing import activation_bytes, adapter_step_bytes, kv_block_bytes, weight_bytes
 from quire_schemas.wire import EngineSpec
 
 
@@ -39,13 +40,21 @@ class MemoryPlan:
     cache: str
 
     @classmethod
-    def of(cls, spec: EngineSpec, profile: ModelProfile, limits: BatchLimits | None = None) -> MemoryPlan:
-        """The arithmetic of `spec`, with other `limits` if given. Raises `MemoryMismatch` above the limit."""
+    def of(
+        cls,
+        spec: EngineSpec,
+        profile: ModelProfile,
+        limits: BatchLimits | None = None,
+        adapters: Sequence[AdapterProfile] = (),
+    ) -> MemoryPlan:
+        """The arithmetic of `spec`, with other `limits` if given; weights are those of the adapters, too. Raises
+        `MemoryMismatch` above the limit."""
         cache = f"{spec.num_blocks} blocks of {spec.block_size} tokens"
         if spec.runner == "scripted":
             return cls(spec.device, 0, 0, 0, spec.memory_limit, cache)
         limits = limits or BatchLimits.of(spec)
         weights = weight_bytes(profile, spec.dtype, spec.quantization)
+        weights += sum(adapter.bytes(spec.dtype) for adapter in adapters)
         kv = spec.num_blocks * kv_block_bytes(profile, spec.kv_dtype, spec.block_size)
         activations = activation_bytes(
             profile,
@@ -57,7 +66,7 @@ class MemoryPlan:
             quantization=spec.quantization,
             block_size=spec.block_size,
             enforce_eager=spec.enforce_eager,
-        )
+        ) + adapter_step_bytes(profile, spec.dtype, limits.max_num_batched_tokens, adapters)
         total = weights + kv + activations
         if total > spec.memory_limit:
             raise MemoryMismatch(

@@ -69,6 +69,8 @@ class Request:
     """When it ends with `timeout` if it has not ended before, by the scheduler's clock."""
     root: bytes | None = None
     """First link of its blocks' hashes; None when nobody may share them."""
+    adapter: int = 0
+    """The number of its adapter; 0: it has none."""
     pool: Pool | None = None
     """Where its final states go if it draws nothing and ends with its prompt."""
 
@@ -104,7 +106,7 @@ class Request:
     seal_at: int = NEVER
     """Computed tokens at which the next block can be found; `NEVER` without a root."""
     is_plain: bool = field(init=False)
-    """It draws, and nothing but its draw goes with its last token."""
+    """It draws, and nothing but its draw goes with its last token: no adapter either."""
     repetition: Repetition | None = field(init=False)
     num_unscored: int = field(init=False)
     """Tokens of its prompt whose log-probabilities are wanted and have not been given out."""
@@ -125,8 +127,10 @@ class Request:
         seed: int,
         received_at: float,
         grammar: Grammar | None = None,
+        adapter: int = 0,
     ) -> Request:
-        """The request that `message` asks for. Its list of ids is taken over, not copied.
+        """The request that `message` asks for, `adapter` the number of the one that it names. Its list of ids is
+        taken over, not copied.
 
         One that another engine has begun is as one that was preempted: all that is known is computed anew.
         """
@@ -156,11 +160,12 @@ class Request:
             width=0 if message.beam is None else message.beam.width,
             deadline=None if message.timeout is None else received_at + message.timeout,
             pool=None if message.pooling is None else Pool(message.pooling, num_prompt),
+            adapter=adapter,
         )
 
     def __post_init__(self) -> None:
         self.held = self.width > 0
-        self.is_plain = self.pool is None and not self.draw.needs_history
+        self.is_plain = self.pool is None and not self.draw.needs_history and not self.adapter
         self.repetition = self.draw.sampling.repetition
         self.num_unscored = 0 if self.draw.sampling.prompt_logprobs is None else self.num_prompt - 1
 

@@ -103,7 +103,7 @@ class ModelRunner:
         ]
         flat = [token for item in items for token in item.token_ids]
         token_ids_T = integers(flat, torch.int64).to(self.device)
-        states_RW = self.model.forward(token_ids_T, batches, self.kv)
+        states_RW = self.model.forward(token_ids_T, batches, self.kv, [item.adapter for item in items])
         pooled: dict[str, bytes] = {}
         failures: dict[str, tuple[str, str]] = {}
         scores: dict[str, list[TokenLogprobs]] = {}

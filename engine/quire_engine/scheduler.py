@@ -424,7 +424,7 @@ class Scheduler:
             if item is not None and item.targets:
                 delta.prompt_logprobs = _new_scores(request, item, result) or None
             request.first_token_at = now
-            request.is_steady = request.repetition is None
+            request.is_steady = request.repetition is None and not request.adapter
             self.counters.prompt_tokens += request.num_prompt
             delta.timings = request.timings()
         if delta.finish_reason is not None:
@@ -689,17 +689,45 @@ class Scheduler:
             tokens = tuple(token_ids[start:end])
         if request.pool is not None:
             rows = request.pool.rows(start, end)
-            return Scheduled(request.id, request.ticket, tokens, start, end, tables, pooled=rows)
+            return Scheduled(
+                request.id, request.ticket, tokens, start, end, tables, pooled=rows, adapter=request.adapter
+            )
         targets: tuple[int, ...] = ()
         if request.num_unscored:
             targets = tuple(token_ids[start + 1 : min(end + 1, request.num_prompt)])
         scoring = request.draw.sampling if targets else None
         if end < known or request.told:
-            return Scheduled(request.id, request.ticket, tokens, start, end, tables, None, (), targets, scoring)
+            return Scheduled(
+                request.id,
+                request.ticket,
+                tokens,
+                start,
+                end,
+                tables,
+                None,
+                (),
+                targets,
+                scoring,
+                0,
+                request.adapter,
+            )
         draw = request.draw
         request.num_drawing = drawing + 1
         history = draw.history(token_ids, pending=bool(drawing)) if draw.needs_history else ()
-        return Scheduled(request.id, request.ticket, tokens, start, end, tables, draw, history, targets, scoring)
+        return Scheduled(
+            request.id,
+            request.ticket,
+            tokens,
+            start,
+            end,
+            tables,
+            draw,
+            history,
+            targets,
+            scoring,
+            0,
+            request.adapter,
+        )
 
     @staticmethod
     def _freeze(request: Request) -> tuple[tuple[int, ...], ...]:

@@ -119,6 +119,8 @@ class Scheduled(msgspec.Struct, frozen=True, gc=False):
     scoring: Sampling | None = None
     pooled: int = 0
     """Of so many of the last of these tokens the final states are wanted, summed."""
+    adapter: int = 0
+    """Which one is added to the model's products; 0: none."""
 
     @property
     def num_rows(self) -> int:
@@ -281,6 +283,7 @@ def resolve(plan: StepPlan, drawn: Mapping[str, int]) -> StepPlan:
                     item.tables,
                     item.draw,
                     history,
+                    adapter=item.adapter,
                 )
             )
     return StepPlan(plan.step, tuple(items), plan.preempted, plan.copies)

@@ -84,6 +84,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
     written: int = 0
     """Of its tokens the last ones, which another engine drew."""
     lent: bool = False
+    adapter: int = 0
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -102,6 +103,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             request.background,
             request.num_output,
             request.lent,
+            request.adapter,
         )
 
     def restored(self) -> Request:
@@ -122,6 +124,7 @@ class Added(msgspec.Struct, tag=True, omit_defaults=True):
             root=self.root,
             width=self.width,
             pool=None if self.pooling is None else Pool(self.pooling, num_prompt),
+            adapter=self.adapter,
         )
 
 

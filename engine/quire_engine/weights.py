@@ -40,6 +40,9 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor as a parameter of its own."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+
     def stack(self, names: Sequence[str]) -> Tensor:
         """Tensors that agree in all but the first dimension, one after the other along it."""
 

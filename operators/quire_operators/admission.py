@@ -7,10 +7,10 @@ templates (`chat_template.py`) is the only I/O. What a review is and how it is s
 machine now: `room.py`. What objects are to one another: `company.py`.
 
 When does a model need a new revision? When the hash over its rolling fields changed, when the file of its chat
-template holds something else, or when a hot value lies above what its engines allocated for. A revision keeps the
-text of its template: going back to it goes back to that text. A revision of the kept history that the spec fits is
-taken up again with the figures that were frozen in it: a revert in the middle of a rollout finds its old replicas
-still current.
+template or the folder of an adapter holds something else, or when a hot value lies above what its engines
+allocated for. A revision keeps the text of its template: going back to it goes back to that text. A revision of
+the kept history that the spec fits is taken up again with the figures that were frozen in it: a revert in the
+middle of a rollout finds its old replicas still current.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quire_operators import adapters as adapter_folders
 from quire_operators import chat_template as template_file
 from quire_operators import company, room
 from quire_operators.access import known_key
@@ -40,7 +41,7 @@ from quire_operators.secrets import NO_SECRETS, Secrets
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
-from quire_schemas import findings
+from quire_schemas import findings, wire
 from quire_schemas.access import AccessPolicy
 from quire_schemas.checkpoint import (
     CheckpointError,
@@ -85,11 +86,12 @@ class Ask:
 
 
 def effective_template(placement: Placement) -> str:
-    """The identity of an engine: its rolling fields, the bounds it allocates for, and the text of a chat template
-    that is a file of its own."""
+    """The identity of an engine: its rolling fields, the bounds it allocates for, the text of a chat template that
+    is a file of its own, and the contents of adapters."""
     parts = [placement.template, str(placement.max_num_seqs), str(placement.max_num_batched_tokens)]
     if placement.chat_template is not None:
         parts.append(placement.chat_template)
+    parts += [f"{each.name}={each.digest}" for each in placement.adapters]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
@@ -228,7 +230,7 @@ class Admission:
                     if (change.path, change.new) != ("spec.revision", None)  # of another source, and not looked up
                 )
                 with contextlib.suppress(SourceError):  # what cannot be read is for apply and plan to refuse
-                    review.changes += template_file.change(spec, current)
+                    review.changes += _content_changes(spec, current)
             else:
                 spec = located.resource.model_dump(mode="json", by_alias=True)["spec"]
                 review.changes = _changes(located, old, spec)
@@ -237,16 +239,17 @@ class Admission:
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _action(self, located: Located, old: StoredObject | None) -> str:
-        """What applying would be. The same manifest is an update where the template's file that it names holds
-        something else than the revision was made with; what cannot be read is for the review to refuse."""
+        """What applying would be. The same manifest is an update where the template's file or an adapter's folder
+        that it names holds something else than the revision was made with; what cannot be read is for the review
+        to refuse."""
         if old is None:
             return "create"
         if old.intent_hash != intent_hash(located.resource):
             return "update"
-        if not isinstance(located.resource, Model) or old.resolved["tokenizer"]["chatTemplateFile"] is None:
+        if not isinstance(located.resource, Model):
             return "unchanged"
         try:
-            return "update" if template_file.change(old.resolved, self._current(old)) else "unchanged"
+            return "update" if _content_changes(old.resolved, self._current(old)) else "unchanged"
         except SourceError:
             return "unchanged"
 
@@ -324,9 +327,10 @@ class Admission:
         if folder is not None and folder.commit is not None:
             spec["revision"] = folder.commit
         review.resolved = spec
-        known = self._known_revision(spec, chat_template, current, history)
+        adapters = adapter_folders.read(spec)
+        known = self._known_revision(spec, chat_template, adapters, current, history)
         if old is not None:
-            review.changes = _changes(review.located, old, spec, current) + template_file.change(spec, current)
+            review.changes = _changes(review.located, old, spec, current) + _content_changes(spec, current)
             self._refuse_immutable(review)
         if known is not None:
             review.placement = Placement.from_dict(known.placement)
@@ -334,7 +338,7 @@ class Admission:
                 review.revision = self._new(review, known.template_hash, review.placement, known.defaults_version)
                 review.notes.append(f"takes up revision {known.n} again, with what was resolved then")
         else:
-            placed = self._place(review, name, spec, folder, inventory, configs, chat_template)
+            placed = self._place(review, name, spec, folder, inventory, configs, chat_template, adapters)
             review.placement, review.fit = placed.placement, placed.fit
             review.notes += placed.notes
             identity = effective_template(placed.placement)
@@ -437,14 +441,20 @@ class Admission:
 
     @staticmethod
     def _known_revision(
-        spec: Mapping[str, Any], chat_template: str | None, current: Revision | None, history: Sequence[Revision]
+        spec: Mapping[str, Any],
+        chat_template: str | None,
+        adapters: tuple[wire.Adapter, ...],
+        current: Revision | None,
+        history: Sequence[Revision],
     ) -> Revision | None:
-        """A revision that can serve `spec` with this chat template as it is: the current one if it can, else the
-        newest."""
+        """A revision that can serve `spec` with this chat template and these adapters as it is: the current one if
+        it can, else the newest."""
         wanted = template_hash(spec)
         for revision in [*([current] if current is not None else []), *history]:
             placement = Placement.from_dict(revision.placement)
             if placement.template != wanted or beyond_limits(spec, placement.limits()):
+                continue
+            if placement.adapters != adapters:
                 continue
             # one of a version that kept no template stays what it is, and is not come back to
             if placement.chat_template == chat_template or (
@@ -475,6 +485,7 @@ class Admission:
         inventory: Inventory,
         configs: Mapping[str, Mapping[str, Any]],
         chat_template: str | None,
+        adapters: tuple[wire.Adapter, ...],
     ) -> Placed:
         profile, model_dir = self._profile(name, spec, folder, configs)
         tokenizer_dir, facts = self._tokenizer(review, spec, model_dir, chat_template, standing_in=folder is None)
@@ -493,6 +504,7 @@ class Admission:
             held(rows),
             template_hash(spec),
             chat_template,
+            adapter_folders.profiles(spec, adapters, profile),
         )
         review.findings += findings.of_positions(profile, placed.placement.max_model_len)
         review.findings += findings.of_text(profile, facts) if facts is not None else []
@@ -595,6 +607,11 @@ def _changes(
         return diff_other(type(located.resource), old.resolved, spec) + diff_metadata(*metadata)
     limits = Placement.from_dict(current.placement).limits() if current is not None else None
     return diff(old.resolved, spec, limits) + diff_metadata(*metadata)
+
+
+def _content_changes(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
+    """What differs in files and folders that have the names that they had. Raises `SourceError`."""
+    return template_file.change(spec, current) + adapter_folders.changes(spec, current)
 
 
 def _decision_notes(key: Key, decided: Overrides, ended: Sequence[Kind]) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quire_operators import adapters
 from quire_operators.review import Refusal, Review
 from quire_operators.store import Store
 from quire_operators.traffic import claims, named_models, owners
@@ -76,6 +77,9 @@ def _warn_of_dead_ends(store: Store, reviews: Sequence[Review]) -> None:
     """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
     there = {stored.key for stored in store.objects("model") if stored.deletion_time is None}
     there |= {review.key for review in reviews}
+    specs = {stored.key: stored.resolved for stored in store.objects("model")}
+    specs |= {review.key: review.resolved for review in reviews if review.key.kind == "model" and review.resolved}
+    has = {key.name: {each["name"] for each in adapters.declared(spec)} for key, spec in specs.items()}
     for review in reviews:
         if isinstance(review.located.resource, Route) and review.refusal is None:
             if not any(each["weight"] for each in review.resolved["backends"]):
@@ -83,11 +87,19 @@ def _warn_of_dead_ends(store: Store, reviews: Sequence[Review]) -> None:
             for name, path in named_models(review.resolved):
                 if Key("model", name) not in there:
                     review.warnings.append(f"{path}: there is no model/{name} yet")
+            for index, backend in enumerate(review.resolved["backends"]):
+                model, adapter = backend["model"], backend.get("adapter")
+                if adapter is not None and adapter not in has.get(model, (adapter,)):
+                    text = f"spec.backends[{index}].adapter: model/{model} has no adapter {adapter!r} yet"
+                    review.warnings.append(text)
 
 
 def _claimed_at(review: Review, index: int) -> str:
     """The field with the name that an object claims as one of several."""
     if review.key.kind == "route":
         return f"spec.match.modelNames[{index}]"
+    names = review.resolved["servedModelNames"]
+    if index >= len(names):
+        return f"spec.lora.adapters[{(index - len(names)) // len(names)}].name"
     declared = review.located.intent.get("spec", {}).get("servedModelNames")
     return f"spec.servedModelNames[{index}]" if declared else "metadata.name"

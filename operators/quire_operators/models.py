@@ -779,7 +779,12 @@ class ModelReconciler:
                 if (placed := placements.get(row.template_hash)) is not None
             }
             sockets = {row.id: self.socket_of(row) for row in rows}
-            found.append(Routable(self._route(wanted, placements, pairs), pairs, sockets, texts))
+            adapters = {
+                row.id: tuple(each.name for each in placed.adapters)
+                for row in rows
+                if (placed := placements.get(row.template_hash)) is not None
+            }
+            found.append(Routable(self._route(wanted, placements, pairs), pairs, sockets, texts, adapters))
             if tried is not None:
                 new = [row for row in rows if row not in mine]
                 pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in new)
@@ -793,7 +798,7 @@ class ModelReconciler:
                     percent=share,
                     exam=paper.exam if paper is not None and tried.stage is None else None,
                 )
-                found.append(Routable(route, pairs, sockets, texts))
+                found.append(Routable(route, pairs, sockets, texts, adapters))
         return found
 
     def _share(self, wanted: Effective, tried: Canary) -> int:
@@ -847,6 +852,12 @@ class ModelReconciler:
             max_migrations=stored.resolved.get("maxMigrations", 0),
             breaker=breaker_rules(stored.resolved),
             prices=_prices(stored.resolved.get("prices")),
+            adapters=tuple(
+                wire.AdapterRoute(
+                    each.name, tuple(f"{name}:{each.name}" for name in stored.resolved["servedModelNames"])
+                )
+                for each in placement.adapters
+            ),
         )
 
     def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:

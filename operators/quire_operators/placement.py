@@ -11,6 +11,7 @@ Exceptions:
     ├── NoDevice           the kind of device that is asked for is not there
     ├── NoSuchBound        a bound was declared that nothing would keep on this device
     ├── NoSuchPromise      the same numbers in any company were asked for where no kernels keep to it
+    ├── NoSuchAdapters     adapters were declared for a device whose products nothing is added to
     ├── NoSuchNumbers      a quantization or a cache that the checkpoint, the dtype or the device cannot have
     ├── TooLong            more context is asked for than the checkpoint has positions
     └── TooLarge           weights, activations and cache do not fit; `fit` is the report with counter-offers
@@ -26,6 +27,7 @@ import msgspec
 
 from quire_operators.devices import Inventory
 from quire_schemas import wire
+from quire_schemas.adapters import AdapterProfile
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.model import prefill_share, runs_ahead
 from quire_schemas.quantities import format_bytes, parse_duration, parse_percent, parse_quantity
@@ -62,6 +64,10 @@ class NoSuchBound(PlacementError):
 
 class NoSuchPromise(PlacementError):
     """Batch-invariant numbers on a kind of device whose kernels do not give them."""
+
+
+class NoSuchAdapters(PlacementError):
+    """Adapters on a kind of device whose products nothing is added to."""
 
 
 class NoSuchNumbers(PlacementError):
@@ -113,20 +119,23 @@ class Placement:
     chat_template: str | None = None
     """What `chat_template_file` held when this was made. None: there is no such file, or it was made by a version
     that did not keep it."""
+    adapters: tuple[wire.Adapter, ...] = ()
 
     def limits(self) -> EngineLimits:
         """The bounds below which hot values may move."""
         return EngineLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "quantization": msgspec.to_builtins(self.quantization)}
+        structs = {name: msgspec.to_builtins(getattr(self, name)) for name in ("quantization", "adapters")}
+        return {**asdict(self), **structs}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Placement:
         # what was stored before layers had groups has one
         fields = {"kv_tokens": document["num_blocks"] * document["block_size"], **document}
         quantization = msgspec.convert(fields.get("quantization"), wire.Quantization | None)
-        return cls(**fields | {"quantization": quantization})
+        adapters = msgspec.convert(fields.get("adapters", ()), tuple[wire.Adapter, ...])
+        return cls(**fields | {"quantization": quantization, "adapters": adapters})
 
     def resolved(self, declared: Mapping[str, Any]) -> dict[str, Any]:
         """What `auto` became, for `status.resolved`; hot values are those of the resolved spec `declared`."""
@@ -151,6 +160,8 @@ class Placement:
             shown["quantization"] = str(self.quantization)
         if self.commit is not None:
             shown["commit"] = self.commit
+        if self.adapters:
+            shown["adapters"] = {each.name: each.digest for each in self.adapters}
         return shown
 
     def engine_spec(
@@ -201,6 +212,7 @@ class Placement:
             runner=self.runner,
             step_time=self.step_time,
             quantization=self.quantization,
+            adapters=self.adapters,
         )
 
 
@@ -224,10 +236,12 @@ def place(
     everyone: Mapping[str, int],
     template: str,
     chat_template: str | None = None,
+    adapters: Sequence[tuple[wire.Adapter, AdapterProfile]] = (),
 ) -> Placed:
     """Resolve every `auto` of one spec. Raises `PlacementError`.
 
-    `folders` are those of the model and of the tokenizer, `chat_template` is what the declared file holds. `own`
+    `folders` are those of the model and of the tokenizer, `chat_template` is what the declared file holds,
+    `adapters` what the declared folders do. `own`
     and `everyone` are bytes held on each device by this model's replicas (which its rollout replaces) and by all
     of Quire's.
     """
@@ -252,6 +266,13 @@ def place(
             "declare spec.engine.device: cpu, or determinism: none",
             path="spec.determinism",
         )
+    if adapters and kind == "cuda":
+        raise NoSuchAdapters(
+            "ConfigRejected",
+            "adapters are added on CPUs alone, and this model runs on a GPU",
+            "declare spec.engine.device: cpu, or serve a checkpoint that the adapter is merged into",
+            path="spec.lora.adapters",
+        )
     name = "cpu" if kind == "cpu" else _gpu(inventory, device_ids, own)
     total = inventory.usable(name)
     free = inventory.available if kind == "cpu" else _available(inventory, name)
@@ -275,6 +296,7 @@ def place(
         runner=runner,
         quantization=_quantization(resolved["quantization"], profile, dtype, kind),
         enforce_eager=engine["enforceEager"],
+        adapters=tuple(profile for _, profile in adapters),
     )
     if problem := kv_misfit(profile, request.kv_dtype):
         raise NoSuchNumbers(
@@ -344,6 +366,7 @@ def place(
             async_scheduling=runs_ahead(resolved["batching"]["asyncScheduling"], kind),
             enforce_eager=engine["enforceEager"],
             chat_template=chat_template,
+            adapters=tuple(adapter for adapter, _ in adapters),
         ),
         report,
         fits_now,

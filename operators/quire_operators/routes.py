@@ -63,6 +63,8 @@ class Routable:
     replicas: tuple[tuple[Row, Seen], ...]
     sockets: dict[str, str]
     texts: Mapping[str, Text] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By replica id, the names of those that it has."""
 
     def text_of(self, row: Row) -> Text:
         return self.texts.get(row.id, Text.of(self.route))
@@ -105,6 +107,7 @@ def build(models: Sequence[Routable]) -> tuple[wire.ModelRoute, ...]:
                 draining=row.goal is Goal.DRAIN,
                 standby=model.text_of(row) != text,
                 template_hash=row.template_hash,
+                adapters=model.adapters.get(row.id, ()),
             )
             for row, seen in model.replicas
             if _may_serve(row, seen) and row.id in model.sockets

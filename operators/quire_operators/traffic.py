@@ -47,7 +47,9 @@ class Claim:
 def claims(kind: str, spec: Mapping[str, Any]) -> tuple[Claim, ...]:
     """What an object with this resolved spec claims, in the order of its manifest."""
     if kind == "model":
-        return tuple(Claim(name) for name in spec["servedModelNames"])
+        names = spec["servedModelNames"]
+        own = [f"{name}{wire.ADAPTER_MARK}{each['name']}" for each in adapters.declared(spec) for name in names]
+        return tuple(map(Claim, [*names, *own]))
     if kind == KIND:
         headers = _headers(spec)
         return tuple(Claim(name, headers) for name in spec["match"]["modelNames"])
@@ -67,11 +69,18 @@ def owners(objects: Iterable[StoredObject]) -> dict[Claim, Key]:
 def named(models: Sequence[wire.ModelRoute], owned: Mapping[Claim, Key]) -> tuple[wire.ModelRoute, ...]:
     """The models with the names that are theirs."""
 
-    def kept(model: wire.ModelRoute) -> tuple[str, ...]:
+    def kept(model: wire.ModelRoute, names: Sequence[str]) -> tuple[str, ...]:
         mine = Key("model", model.model)
-        return tuple(name for name in model.names if owned.get(Claim(name), mine) == mine)
+        return tuple(name for name in names if owned.get(Claim(name), mine) == mine)
 
-    return tuple(msgspec.structs.replace(model, names=kept(model)) for model in models)
+    return tuple(
+        msgspec.structs.replace(
+            model,
+            names=kept(model, model.names),
+            adapters=tuple(wire.AdapterRoute(each.name, kept(model, each.names)) for each in model.adapters),
+        )
+        for model in models
+    )
 
 
 def table(objects: Iterable[StoredObject], owned: Mapping[Claim, Key]) -> tuple[wire.TrafficRoute, ...]:
@@ -98,7 +107,7 @@ def _route(stored: StoredObject, owned: Mapping[Claim, Key]) -> wire.TrafficRout
         route=stored.key.name,
         names=tuple(claim.name for claim in claims(KIND, spec) if owned.get(claim) == stored.key),
         created=int(stored.created_at),
-        backends=tuple(wire.Backend(each["model"], each["weight"]) for each in spec["backends"]),
+        backends=tuple(wire.Backend(_target(each), each["weight"]) for each in spec["backends"]),
         headers=_headers(spec),
         sticky=f"{sticky}:{header.lower()}" if header else sticky,
         fallbacks=tuple(wire.Fallback(each["model"], tuple(each["when"])) for each in spec["fallbacks"]),
@@ -108,6 +117,11 @@ def _route(stored: StoredObject, owned: Mapping[Claim, Key]) -> wire.TrafficRout
         retried=tuple(retries["when"]),
         mirror=wire.Mirror(mirror["model"], mirror["percent"]) if mirror is not None else None,
     )
+
+
+def _target(backend: Mapping[str, Any]) -> str:
+    adapter = backend.get("adapter")
+    return backend["model"] if adapter is None else f"{backend['model']}{wire.ADAPTER_MARK}{adapter}"
 
 
 def named_models(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -144,7 +158,9 @@ def facts(view: View) -> list[Fact]:
     spec = view.stored.resolved
     missing = [name for name, _ in named_models(spec) if name not in view.models]
     gone = ", ".join(f"model/{name}" for name in dict.fromkeys(missing))
-    backends = {each["model"]: each["weight"] for each in spec["backends"]}
+    backends: dict[str, int] = {}
+    for each in spec["backends"]:  # a model may be there with several of its adapters
+        backends[each["model"]] = backends.get(each["model"], 0) + each["weight"]
     there = {name: weight for name, weight in backends.items() if name in view.models}
     found = (
         Fact("BackendsFound", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")

@@ -403,7 +403,7 @@ def _config_error(key: str, problem: str, file: str = "config.json") -> InvalidC
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     hint = "download the file again; it may be damaged"
     try:
@@ -613,10 +613,10 @@ def names_dtype(config: Mapping[str, Any]) -> bool:
 
 def read_config(model_dir: Path) -> ModelProfile:
     """The profile by config.json and generation_config.json alone: for a folder whose weights are to come."""
-    profile = profile_from_config(_read_json(model_dir / "config.json"))
+    profile = profile_from_config(read_json(model_dir / "config.json"))
     eos = profile.eos_token_ids
     if (model_dir / "generation_config.json").is_file():
-        value = _read_json(model_dir / "generation_config.json").get("eos_token_id")
+        value = read_json(model_dir / "generation_config.json").get("eos_token_id")
         if isinstance(value, int) or (isinstance(value, list) and all(isinstance(item, int) for item in value)):
             eos = _token_ids(value)
         elif value is not None:
@@ -738,7 +738,7 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> name of the shard beside the index that holds it. Raises `MissingFile` or `InvalidConfig`."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _config_error("weight_map", "is missing or no object", path.name)
     for name, file in weight_map.items():

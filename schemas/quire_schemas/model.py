@@ -31,7 +31,6 @@ _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
 _NO_FORMAT = "the engine makes int8 or int4 of a checkpoint in a float type, and reads no other"
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
-_NO_ADAPTERS = "there are no LoRA adapters yet"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
 _STALL_CHECK = "progress is watched all the time, not probed now and then; liveness.timeout bounds its absence"
@@ -79,6 +78,7 @@ AutoFlag = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_flag)]
 AutoQuantity = Annotated[Literal["auto"] | Quantity, BeforeValidator(_auto_or_quantity)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 ServedName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 
@@ -392,21 +392,29 @@ class Speculative(Strict):
 class Adapter(Strict):
     """One LoRA adapter."""
 
-    name: ServedName = declared("Model name that requests ask for.", update="hot", refused=_NO_ADAPTERS)
-    source: Source = declared("Where it comes from, like spec.source.", update="hot", refused=_NO_ADAPTERS)
+    name: AdapterName = declared(
+        "Requests ask for it by a name of the model, a colon, and this name: llama:sql.", update="rolling"
+    )
+    source: Source = declared(
+        "The folder that PEFT's save_pretrained wrote, as file:///absolute/path. What is in it is part of the "
+        "revision: where that changes, applying the same manifest is an update.",
+        update="rolling",
+    )
 
 
 class Lora(Strict):
     """Low-rank adapters on top of the model."""
 
-    max_rank: int = declared(
-        "Largest rank that fits the buffers.", 64, update="rolling", refused=_NO_ADAPTERS, ge=1, le=1024
-    )
+    max_rank: int = declared("No adapter of a larger rank is taken.", 64, update="rolling", ge=1, le=1024)
     max_loaded: int = declared(
-        "Adapters in device memory at a time.", 8, update="rolling", refused=_NO_ADAPTERS, ge=1, le=1024
+        "Adapters in memory at a time. All that are declared are, so no more may be declared.",
+        8,
+        update="rolling",
+        ge=1,
+        le=1024,
     )
-    adapters: Annotated[tuple[Adapter, ...], Field(strict=False)] = declared(
-        "The adapters, by name.", (), update="hot", refused=_NO_ADAPTERS
+    adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=1024)] = declared(
+        "The adapters, by name.", (), update="rolling"
     )
 
 
@@ -824,9 +832,7 @@ class ModelSpec(Strict):
         refused=_NO_SPECULATION,
         optional=True,
     )
-    lora: Lora | None = section(
-        Lora, "Low-rank adapters on top of the model.", refused=_NO_ADAPTERS, optional=True
-    )
+    lora: Lora | None = section(Lora, "Low-rank adapters on top of the model. On CPUs alone.", optional=True)
     parsers: Parsers | None = section(
         Parsers, "How tool calls and reasoning are read out of the text.", optional=True
     )

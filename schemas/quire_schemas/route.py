@@ -47,7 +47,9 @@ class Backend(Strict):
         "Name of a Model. While there is none of that name, its share goes to the others.", update="hot"
     )
     adapter: str | None = declared(
-        "Name of one of its adapters.", None, update="hot", refused="models have no adapters yet"
+        "Name of one of its adapters. While it has none of that name, the share goes to the others.",
+        None,
+        update="hot",
     )
     weight: int = declared(
         "Share relative to the sum of all weights, not a percentage; 0: none.",

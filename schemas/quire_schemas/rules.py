@@ -415,6 +415,41 @@ def _scripted(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _adapters(facts: Facts) -> Iterator[Finding]:
+    yield from _repeated(facts, "spec.lora.adapters", "the adapter", "name")
+    declared = facts.entries("spec.lora.adapters")
+    for index, adapter in declared:
+        path: Path = ("spec", "lora", "adapters", index, "source")
+        source = adapter["source"]
+        if (found := source_finding(source, path)) is not None:
+            yield found
+        elif not source.startswith("file://"):
+            yield Finding(
+                path,
+                f"{REFUSED}: adapters are read from folders alone",
+                "download it, for example with hf download, and declare file:///absolute/path",
+            )
+    if not declared:
+        return
+    most = facts["spec.lora.maxLoaded"]
+    if len(declared) > most:
+        yield Finding(
+            ("spec", "lora", "adapters"),
+            f"{REFUSED}: adapters that come and go; {len(declared)} are declared, and lora.maxLoaded is {most}",
+            f"declare maxLoaded: {len(declared)}",
+        )
+    if facts["spec.engine.runner"] == "scripted":
+        yield Finding(
+            ("spec", "lora", "adapters"), "the scripted runner has no weights to add to", "remove them", True
+        )
+    elif facts["spec.engine.device"] == "cuda":
+        yield Finding(
+            ("spec", "lora", "adapters"),
+            f"{REFUSED}: adapters on a GPU",
+            "declare engine.device cpu, or serve a checkpoint that the adapter is merged into",
+        )
+
+
 def _environment(facts: Facts) -> Iterator[Finding]:
     for index, entry in facts.entries("spec.env"):
         path: Path = ("spec", "env", index)
@@ -599,13 +634,14 @@ def _route_headers(facts: Facts) -> Iterator[Finding]:
 
 
 def _route_backends(facts: Facts) -> Iterator[Finding]:
-    seen: set[str] = set()
-    for index, backend in facts.entries("spec.backends", "model"):
-        model = backend["model"]
-        if model in seen:
+    seen: set[tuple[str, str | None]] = set()
+    for index, backend in facts.entries("spec.backends", "model", "adapter"):
+        model, adapter = backend["model"], backend.get("adapter")
+        if (model, adapter) in seen:
             path: Path = ("spec", "backends", index, "model")
-            yield Finding(path, f"model {model!r} stands here twice", "give it once, with the sum of the weights")
-        seen.add(model)
+            named = f"model {model!r}" + (f" with adapter {adapter!r}" if adapter is not None else "")
+            yield Finding(path, f"{named} stands here twice", "give it once, with the sum of the weights")
+        seen.add((model, adapter))
 
 
 def _route_timeouts(facts: Facts) -> Iterator[Finding]:
@@ -823,6 +859,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _served_names,
         _device_ids,
         _scripted,
+        _adapters,
         _environment,
         _quantization,
         _determinism,
@@ -857,7 +894,13 @@ def claims(facts: Facts) -> list[tuple[str, Path]]:
             if served or facts["spec.servedModelNames"]:
                 claimed += [(f"served model name {n!r}", ("spec", "servedModelNames", i)) for i, n in served]
             else:
+                served = [(0, name)]
                 claimed.append((f"served model name {name!r}", ("metadata", "name")))
+            claimed += [
+                (f"served model name '{own}:{adapter['name']}'", ("spec", "lora", "adapters", index, "name"))
+                for index, adapter in facts.entries("spec.lora.adapters", "name")
+                for _, own in served
+            ]
         if kind == "Route":
             told = headers_text(facts["spec.match.headers"])
             names = facts.entries("spec.match.modelNames")

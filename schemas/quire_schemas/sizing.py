@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from quire_schemas.adapters import AdapterProfile, even
 from quire_schemas.checkpoint import DTYPE_BYTES, ExpertsProfile, ModelProfile, expected_tensors
 from quire_schemas.gpu_sizing import CONTEXT, SLACK, gpu_parts
 from quire_schemas.quantities import format_bytes
@@ -125,6 +126,7 @@ class SizingRequest:
     """None: weights in `dtype`."""
     enforce_eager: bool = False
     """On a GPU, no step is captured."""
+    adapters: tuple[AdapterProfile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ class FitReport:
     max_model_len: int
     windows: tuple[int | None, ...] = (None,)
     """Of each group of layers."""
+    adapters: int = 0
+    """Bytes of all adapters."""
     notes: tuple[str, ...] = ()
     counter_offers: tuple[CounterOffer, ...] = ()
 
@@ -178,7 +182,7 @@ class FitReport:
     @property
     def room(self) -> int:
         """Bytes that the limit leaves for KV; negative when it leaves none."""
-        return kv_room(self.limit, self.weights, self.activations, self.overhead)
+        return kv_room(self.limit, self.weights + self.adapters, self.activations, self.overhead)
 
     @property
     def concurrency(self) -> float:
@@ -190,7 +194,7 @@ class FitReport:
     @property
     def used(self) -> int:
         """Everything together."""
-        return self.weights + self.activations + self.overhead + self.kv
+        return self.weights + self.adapters + self.activations + self.overhead + self.kv
 
     def _blocks(self) -> str:
         blocks = f"{self.num_blocks:,} blocks of {self.request.block_size}"
@@ -209,11 +213,12 @@ class FitReport:
         numbers = "" if request.quantization is None else f" ({request.quantization})"
         parts = [
             f"weights {format_bytes(self.weights)}{numbers}",
+            *([f"adapters {format_bytes(self.adapters)}"] if request.adapters else []),
             f"activations {format_bytes(self.activations)}",
             f"overhead {format_bytes(self.overhead)}",
         ]
         if not self.fits:
-            taken = self.weights + self.activations + self.overhead
+            taken = self.used - self.kv
             return [
                 f"Memory   {' + '.join(parts)} = {format_bytes(taken)} of {limit}",
                 f"         does not fit: {self.reason}",
@@ -419,6 +424,19 @@ def activation_bytes(
     return max(step, piece * _QUANTIZING_BYTES)
 
 
+def adapter_step_bytes(
+    profile: ModelProfile, dtype: str, max_num_batched_tokens: int, adapters: Sequence[AdapterProfile]
+) -> int:
+    """What a step with adapters holds besides, at most: it is computed beside the buffers of the recorded one, and
+    its rows are gathered, multiplied twice and put back."""
+    if not adapters:
+        return 0
+    e, tokens = DTYPE_BYTES[dtype], max_num_batched_tokens
+    widest = max(profile.hidden_size, profile.q_size, profile.intermediate_size)
+    rank = even(max(adapter.rank for adapter in adapters))
+    return _recorded_bytes(profile, tokens, e) + tokens * (e * (2 * widest + rank) + 4 * (widest + rank) + 16)
+
+
 def _recorded_bytes(profile: ModelProfile, tokens: int, e: int) -> int:
     """The buffers of a recorded step (`quire_kernels/cpu/program.py`): of each width as many as are in use at a
     time, for a multiple of 64 tokens."""
@@ -508,6 +526,7 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
     if request.runner == "scripted":
         return _scripted_at(profile, request, length)
     weights = weight_bytes(profile, request.dtype, request.quantization)
+    adapters = sum(adapter.bytes(request.dtype) for adapter in request.adapters)
     activations = activation_bytes(
         profile,
         request.dtype,
@@ -518,13 +537,13 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         quantization=request.quantization,
         block_size=request.block_size,
         enforce_eager=request.enforce_eager,
-    )
+    ) + adapter_step_bytes(profile, request.dtype, request.max_num_batched_tokens, request.adapters)
     overhead = FOOTPRINT[request.device].overhead
     limit = _limit(request)
     per_token = kv_bytes_per_token(profile, request.kv_dtype)
     block = kv_block_bytes(profile, request.kv_dtype, request.block_size)
     windows = tuple(group.window for group in kv_groups(profile))
-    room = kv_room(limit, weights, activations, overhead)
+    room = kv_room(limit, weights + adapters, activations, overhead)
     per_sequence = blocks_held(windows, length, request.max_num_batched_tokens, request.block_size)
     if request.kv_size is not None:
         budget = request.kv_size
@@ -558,6 +577,7 @@ def _at(profile: ModelProfile, request: SizingRequest, length: int) -> FitReport
         num_blocks=blocks,
         max_model_len=length,
         windows=windows,
+        adapters=adapters,
     )
 
 
@@ -707,7 +727,7 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break
     if request.memory_limit is not None:
-        need = report.weights + report.activations + report.overhead + (request.kv_size or one)
+        need = report.weights + report.adapters + report.activations + report.overhead + (request.kv_size or one)
         limit = -(-need // MIB) * MIB
         if fits(replace(request, memory_limit=limit)):
             yield CounterOffer("spec.resources.memory", f"{limit // MIB}Mi")
@@ -728,7 +748,7 @@ def _larger_device(profile: ModelProfile, report: FitReport) -> CounterOffer:
     """The memory that the request needs as it stands, with room for one sequence of its context."""
     request = report.request
     one = report.blocks_per_sequence * kv_block_bytes(profile, request.kv_dtype, request.block_size)
-    fixed = report.weights + report.activations + report.overhead
+    fixed = report.weights + report.adapters + report.activations + report.overhead
     need = max((fixed + (request.kv_size or one)) / request.memory_share, fixed + (request.kv_size or one))
     if request.kv_size is None and request.device == "cpu":
         need = max(need, 4 * one)  # auto takes a quarter of what is free

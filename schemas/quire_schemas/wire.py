@@ -306,6 +306,9 @@ class Generate(msgspec.Struct, tag=True):
     written: tuple[int, ...] = ()
     """Tokens of the answer that another engine has drawn: it goes on behind them. `sampling` is still that of the
     whole answer. Only for engines that say `Welcome.goes_on`."""
+    adapter: str = ""
+    """Name of one of `EngineSpec.adapters`; empty: the model as it is. Only for engines that are known to have it:
+    an older one would pass over the field."""
     patience: float = 0.0
     """Seconds that what is drawn behind the first token may wait, to be told together with what follows. What ends
     the sequence is told at once, with all that has waited."""
@@ -475,6 +478,8 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     standby: bool = False
     template_hash: str = ""
     """Of what it runs: answers go on only where that is the same."""
+    adapters: tuple[str, ...] = ()
+    """Those that it has."""
 
 
 class Prices(msgspec.Struct, frozen=True):
@@ -577,10 +582,24 @@ class ModelRoute(msgspec.Struct, frozen=True):
     chat_template: str | None = None
     """What `chat_template_file` held when the revision was made. None: there is no such file, or a version that
     did not keep it made the revision."""
+    adapters: tuple[AdapterRoute, ...] = ()
+    """Those that requests may ask for."""
+
+
+ADAPTER_MARK: Final = ":"
+"""Stands between the name of a Model, which has none, and that of one of its adapters."""
+
+
+class AdapterRoute(msgspec.Struct, frozen=True):
+    """An adapter of a model, and the names of its own that requests have for it."""
+
+    name: str
+    names: tuple[str, ...] = ()
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A share of a route's requests. `model` is the name of a Model, here and below."""
+    """A share of a route's requests. `model` is the name of a Model, here and below; here one of its adapters may
+    stand behind `ADAPTER_MARK`."""
 
     model: str
     weight: int
@@ -994,6 +1013,16 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Seconds that a step of the scripted runner takes at least."""
     quantization: Quantization | None = None
     """None: weights in `dtype`."""
+    adapters: tuple[Adapter, ...] = ()
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter that an engine loads beside its model. `digest` is `adapters.digest_of` its folder: the
+    engine refuses to start with anything else."""
+
+    name: str
+    folder: str
+    digest: str
 
 
 class EngineEvent(msgspec.Struct, omit_defaults=True):

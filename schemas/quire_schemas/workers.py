@@ -118,6 +118,8 @@ class Wanted(msgspec.Struct, array_like=True):
     caller: str | None = None
     """Who stays with one replica."""
     chain: tuple[bytes, ...] = ()
+    adapter: str = ""
+    """Only replicas that have it come into question."""
 
 
 class Find(_Message):

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quire_engine.adapters import Company
 from quire_engine.layers.attention import Attention
 from quire_engine.layers.experts import RoutedExperts
 from quire_engine.layers.mlp import GatedMLP
@@ -100,8 +101,10 @@ class DecoderModel:
         head: Product,
         rotary: Rotary,
         kernels: Kernels,
+        company: Company | None = None,
     ) -> None:
         self.profile = profile
+        self._company = company
         self._embedding = embedding
         self._layers = layers
         self._norm = norm
@@ -120,9 +123,10 @@ class DecoderModel:
         device: torch.device,
         kernels: Kernels,
         method: LinearMethod | None = None,
+        company: Company | None = None,
     ) -> DecoderModel:
         """The model of `profile`, its parameters handed out by `weights` on `device`; without a `method` in the
-        dtype that they come in."""
+        dtype that they come in. `company` is that of a method with adapters."""
         method = method or Plain(weights, kernels)
 
         def norm(name: str) -> RMSNorm:
@@ -179,6 +183,7 @@ class DecoderModel:
             head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
             rotary=Rotary(profile.rope_parameters, profile.head_dim, device, kernels),
             kernels=kernels,
+            company=company,
         )
 
     def parameters(self) -> Iterator[Tensor]:
@@ -195,12 +200,18 @@ class DecoderModel:
         """What the parameters hold."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def forward(self, token_ids: Tensor, batches: Sequence[PagedBatch], kv: KVCache) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, batches: Sequence[PagedBatch], kv: KVCache, adapters: Sequence[int] = ()
+    ) -> Tensor:
         """Computes one step: `token_ids` [T] int64 at the places `batches` say, keys and values into `kv`.
 
-        `batches` has the addresses of the same tokens in each group of the cache. Returns the final states of
-        `logits_rows`, normed, [R, W], which hold until the next step.
+        `batches` has the addresses of the same tokens in each group of the cache, `adapters` the number of each
+        sequence's; none given: nobody has one. Returns the final states of `logits_rows`, normed, [R, W], which
+        hold until the next step.
         """
+        if self._company is not None and any(adapters):
+            with self._company.present(adapters, batches[0]):
+                return self._compute(kv, token_ids, batches)
         return self._body_over(kv)(token_ids, batches)
 
     def _body_over(self, kv: KVCache) -> Body:
@@ -230,6 +241,8 @@ class DecoderModel:
             )
             if index == last and not batch.every_row:
                 heads, residual = self.kernels.take(heads, rows), self.kernels.take(residual, rows)
+                if self._company is not None:
+                    self._company.narrow()
             x = layer.mlp_norm.add(layer.attention.out(heads), residual)
             following = self._norm if index == last else self._layers[index + 1].attention_norm
             x = following.add(layer.mlp(x), residual)

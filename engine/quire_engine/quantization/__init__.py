@@ -26,6 +26,9 @@ class LinearMethod(Protocol):
     def linear(self, prefix: str, parts: Sequence[str], *, bias: bool) -> Linear:
         """The projections `prefix`.`part` as one linear whose outputs lie side by side in that order."""
 
+    def outputs(self, name: str) -> int:
+        """Rows of this tensor."""
+
     def product(self, name: str) -> Product:
         """The product with this tensor: the head's, whose rows are the embedding if it is tied."""
 

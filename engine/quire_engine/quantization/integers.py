@@ -44,6 +44,9 @@ class Integers:
         weight = self._stack([f"{prefix}.{part}.weight" for part in parts])
         return Dense(self._product(weight, self.weights.stack(biases, torch.float32) if biases else None))
 
+    def outputs(self, name: str) -> int:
+        return self.weights.shape(name)[0]
+
     def product(self, name: str) -> Product:
         return self._product(self._stack([name]), None)
 

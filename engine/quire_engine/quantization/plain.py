@@ -22,6 +22,9 @@ class Plain:
         added = self.weights.stack([f"{prefix}.{part}.bias" for part in parts]) if bias else None
         return Dense(self.kernels.product(weight, added))
 
+    def outputs(self, name: str) -> int:
+        return self.weights.shape(name)[0]
+
     def product(self, name: str) -> Product:
         return self.kernels.product(self.weights.tensor(name), None)
 

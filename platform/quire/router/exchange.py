@@ -47,7 +47,7 @@ from quire.router.metrics import ROUTED, STEPPED_IN
 from quire.router.reception import Reception, send_json
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans
-from quire.router.traffic import Asked, Way
+from quire.router.traffic import Asked, Way, adapter_of
 from quire.router.usage import Who
 from quire.text import TextError
 from quire.text.errors import BadTemplate, TemplateFailed
@@ -75,6 +75,8 @@ class Exchange(Reception, Generic[R]):
         self._format = form
         self._runs: list[Run] = []
         """One for each model that was tried."""
+        self._adapter = ""
+        """Of the one that is tried now."""
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         ignore_unknown = self._settings.ignore_unknown
@@ -97,8 +99,8 @@ class Exchange(Reception, Generic[R]):
             while True:
                 begun_at = time.monotonic() if tried else arrived_at
                 try:
-                    served = fleet.at(way, model)
-                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.name)
+                    served, self._adapter = fleet.at(way, model), adapter_of(model)
+                    fleet.metrics.count_routed(ROUTED, way.terms.route, served.target(self._adapter))
                     times = (arrived_at, begun_at)
                     return await self._serve_by_turn(served, way, request, len(body), times, span, send)
                 except (ApiError, TextError) as error:
@@ -126,7 +128,7 @@ class Exchange(Reception, Generic[R]):
         """Have it answered by this model, or by its canary if it is its turn. Where that fails, and nothing of it
         has gone out, the model has it after all."""
         turn = await self._gateway.desk.turn(served)
-        if turn is not served:
+        if turn is not served and turn.has_adapter(self._adapter):
             try:
                 return await self._serve_by(turn, way, request, size, times, span, send)
             except (ApiError, TextError) as error:
@@ -147,19 +149,19 @@ class Exchange(Reception, Generic[R]):
     ) -> str:
         """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
         arrived_at, begun_at = times
-        self._serves(served, request.model, span)
+        self._serves(served, request.model, span, self._adapter)
         span.set({signals.QUIRE_ROUTE: way.terms.route or None})
         terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
         async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):
             job = self._own(await self._format.job(request, served, size, arrived_at, span, self._caller))
-            job.terms, job.begun_at = terms, begun_at
+            job.terms, job.begun_at, job.adapter = terms, begun_at, self._adapter
             await self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
             run = Run(self._gateway.fleet, self._gateway.desk, job, self._received_at)
             self._runs.append(run)
             if span.is_recorded:
                 span.set(_request_attributes(run.job))
-            metrics = self._gateway.fleet.metrics.model(served.name)
+            metrics = self._gateway.fleet.metrics.model(job.target)
             metrics.in_flight.inc()
             self._refused = False
             end: Literal["whole", "failed", "left"] = "left"
@@ -199,7 +201,7 @@ class Exchange(Reception, Generic[R]):
             requests = int(run is self._runs[-1])
             used = Amount(requests, run.prompt_tokens, run.cached_tokens, run.completion_tokens)
             route = run.job.model.route
-            who = Who(self._caller.owner, self._caller.key, run.job.model.name)
+            who = Who(self._caller.owner, self._caller.key, run.job.target)
             self._gateway.usage.add(who, used.priced(route.prices))
 
     def _own(self, job: Job) -> Job:
@@ -287,8 +289,8 @@ class _Pings:
 
 
 def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
-    """Which Model the answer is from: the body repeats the name that was asked for."""
-    return [(b"x-quire-model", run.job.model.name.encode())]
+    """Which Model the answer is from, with its adapter: the body repeats the name that was asked for."""
+    return [(b"x-quire-model", run.job.target.encode())]
 
 
 def _is_of_revision(error: ApiError | TextError) -> bool:

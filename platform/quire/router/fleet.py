@@ -84,6 +84,14 @@ class ServedModel:
         """The Model's, of a canary, too."""
         return self.route.canary_of or self.route.model
 
+    def target(self, adapter: str) -> str:
+        """It, or one of its adapters, as backends of routes, metrics and the ledger name it."""
+        return f"{self.name}{wire.ADAPTER_MARK}{adapter}" if adapter else self.name
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether requests may ask for that one; for none they always may."""
+        return not name or any(each.name == name for each in self.route.adapters)
+
     @property
     def has_place(self) -> bool:
         """Whether one more request would be taken by a replica, at once or from the queue."""
@@ -159,6 +167,8 @@ class Fleet:
         """By every name that a Model has itself."""
         self.by_model: dict[str, ServedModel] = {}
         """By the name of the Model."""
+        self.targets: dict[str, ServedModel] = {}
+        """The same, and by `ServedModel.target` of its adapters."""
         self.traffic = Traffic()
         self.canaries = Canaries()
         self.copies: set[asyncio.Task[None]] = set()
@@ -216,6 +226,8 @@ class Fleet:
         known, by_model = self.by_model, {}
         clients: dict[tuple[str, int, str], EngineClient] = {}
         by_name: dict[str, ServedModel] = {}
+        targets: dict[str, ServedModel] = {}
+        own: dict[str, str] = {}
         for route in table.models:
             tokenizer = tokenizers[route.model][1]
             served = known.get(route.model) or ServedModel(route, tokenizer)
@@ -243,19 +255,27 @@ class Fleet:
             served.route, served.tokenizer, served.clients = route, tokenizer, tuple(mine)
             served.turns.look(served.slots)
             by_model[route.model] = served
-            for name in route.names:
-                if by_name.setdefault(name, served) is not served:
-                    log.error("two models are served as %s; %s keeps the name", name, by_name[name].route.model)
+            named = [(route.model, route.names)]
+            if not route.canary_of:  # a canary's are its model's
+                named += [(served.target(each.name), each.names) for each in route.adapters]
+            for target, names in named:
+                targets[target] = served
+                for name in names:
+                    if by_name.setdefault(name, served) is served:
+                        own.setdefault(name, target)
+                    else:
+                        log.error("two models are served as %s; %s keeps the name", name, own[name])
         for key, client in self._clients.items():
             if key not in clients:
                 client.retire()
                 self._leaving.append(client)
         self._clients, self.models, self.by_model, self.table = clients, by_name, by_model, table
-        self.traffic.set(table.routes, {name: each.route.model for name, each in by_name.items()}, by_model)
+        self.targets = targets
+        self.traffic.set(table.routes, own, targets)
         self.canaries.set(by_model)
         self._tokenizers = dict(tokenizers.values())
         self.access.act_by(table.access, table.budgets)
-        self.metrics.set_models(route.model for route in table.models if not route.canary_of)
+        self.metrics.set_models(name for name, served in targets.items() if not served.route.canary_of)
         self.metrics.set_routes(table.routes)
         self._pulse.fire()
 
@@ -302,17 +322,20 @@ class Fleet:
         way = self.traffic.way(asked, ahead=ahead)
         if way is None:
             shown = "".join(c if c.isprintable() else "?" for c in asked.name[:64])
-            known = ", ".join(self.names(asked.headers, caller)[:8])
-            raise ModelNotFound(
-                f"The model '{shown}' does not exist."
-                + (f" Models here: {known}." if known else " No model is served here yet."),
-                param="model",
-            )
+            names, base = self.names(asked.headers, caller), asked.name.rpartition(wire.ADAPTER_MARK)[0]
+            if base in names:  # it is its adapter that there is not
+                begin = base + wire.ADAPTER_MARK
+                known = ", ".join(name for name in names if name.startswith(begin))
+                told = f" Adapters of '{base}': {known}." if known else f" '{base}' has no adapters."
+            else:
+                known = ", ".join(names[:8])
+                told = f" Models here: {known}." if known else " No model is served here yet."
+            raise ModelNotFound(f"The model '{shown}' does not exist.{told}", param="model")
         return way
 
     def at(self, way: Way, model: str | None) -> ServedModel:
-        """One of the models of a way. Raises `ModelStopped` if it is not there."""
-        served = self.by_model.get(model) if model is not None else None
+        """One of the models of a way, with or without an adapter. Raises `ModelStopped` if it is not there."""
+        served = self.targets.get(model) if model is not None else None
         if served is None:
             raise ModelStopped(f"No model is behind '{way.name}' now.")
         return served
@@ -330,7 +353,11 @@ class Fleet:
     def sole(self, caller: Caller) -> ServedModel:
         """The only model behind the names that the caller may use. Raises `InvalidRequest` where there are others,
         and `ModelNotFound`."""
-        found = {model for name in self.names((), caller) for model in self.traffic.behind_name(name)}
+        found = {
+            self.targets[target].route.model
+            for name in self.names((), caller)
+            for target in self.traffic.behind_name(name)
+        }
         if not found:
             raise ModelNotFound("No model is served here yet.", param="model")
         if len(found) > 1:

@@ -95,9 +95,16 @@ class Job:
     markup: Markup | None = None
     """How thoughts and calls are read out of the answer's text; None: it is content and nothing else."""
     terms: Terms = PLAIN
+    adapter: str = ""
+    """The one of the model's that is asked for."""
     begun_at: float | None = None
     """When it was given to this model, if another one had it before."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def target(self) -> str:
+        """What answers: the model, or it with its adapter."""
+        return self.model.target(self.adapter)
 
     @property
     def drawn(self) -> int:

@@ -215,6 +215,8 @@ class Seat:
         served, suspects = self._served, self._served.suspects
         if self._fleet.by_model.get(served.route.model) is not served:
             raise ModelNotFound(f"The model '{wanted.asked_model}' was taken down.", param="model")
+        if not served.has_adapter(wanted.adapter):
+            raise ModelNotFound(f"The model '{wanted.asked_model}' was taken down.", param="model")
         served.check_wanted()
         if served.route.canary_of and wanted.begun_with is None and not served.ready:
             raise EngineUnavailable("The new revision has no replica that is ready.", retry_after=1.0)
@@ -263,6 +265,7 @@ class Seat:
             for client in self._served.clients
             if client.endpoint.replica_id not in barred
             and (wanted.begun_with is None or client.goes_on(wanted.begun_with))
+            and (not wanted.adapter or wanted.adapter in client.endpoint.adapters)
             and reaches(client)
         }
         chosen = choose(

@@ -156,9 +156,9 @@ class Reception:
         `ModelNotFound` and `ModelStopped`."""
         return self._gateway.fleet.resolve(Asked(name, self._headers, body), self._caller)
 
-    def _serves(self, served: ServedModel, asked: str, span: RequestSpan) -> None:
-        """Note which model the request is for, and the name that it has for it."""
-        self._model = self._account.model = served.name
+    def _serves(self, served: ServedModel, asked: str, span: RequestSpan, adapter: str = "") -> None:
+        """Note which model, with which adapter, the request is for, and the name that it has for it."""
+        self._model = self._account.model = served.target(adapter)
         self._account.asked = asked
         span.name(self._operation, asked)
         span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})

@@ -79,7 +79,7 @@ class Run:
         """The one that was given a sequence last."""
         self._received_at = math.inf if job.background else received_at
         """Infinite once what the router added to the request is counted."""
-        self._metrics = fleet.metrics.model(job.model.name)
+        self._metrics = fleet.metrics.model(job.target)
         self._choices = [Choice(job, index) for index in range(len(job.prompts) * job.drawn)]
         self._claims: dict[int, Claim] = {}
         """By the index of the choice; of those that are begun and have not ended."""
@@ -446,6 +446,7 @@ class Run:
             avoid=tuple(choice.avoid),
             prompt=choice.prompt_index,
             caller=self.job.terms.caller,
+            adapter=self.job.adapter,
             chain=self._chain(choice),
         )
 
@@ -461,15 +462,20 @@ class Run:
             return ()
         chain = self._chains.get(index)
         if chain is None:
-            chain = self._chains[index] = prefix_chain(choice.prompt, self.job.cache_salt)
+            chain = self._chains[index] = prefix_chain(choice.prompt, self._salt)
         return chain
+
+    @property
+    def _salt(self) -> str:
+        """What besides tokens decides where a prompt is cached."""
+        return f"{self.job.cache_salt}\0\0{self.job.adapter}" if self.job.adapter else self.job.cache_salt
 
     def _fingerprint(self, choice: Choice) -> bytes:
         """Made when there is somebody to suspect, and not before."""
         if choice.fingerprint is None:
             route = self.job.model.route
             choice.fingerprint = quarantine.fingerprint(
-                route.model, route.template_hash, choice.prompt, choice.sampling
+                self.job.target, route.template_hash, choice.prompt, choice.sampling
             )
         return choice.fingerprint
 
@@ -487,6 +493,7 @@ class Run:
             lent=claim.is_lent,
             timeout=None if ends_at is None else max(ends_at - choice.sent_at, 0.0),
             cache_salt=self.job.cache_salt,
+            adapter=self.job.adapter,
             family=self.job.id if self.job.drawn > 1 else None,
             beam=self.job.beam,
             trace=self.job.span.traceparent,

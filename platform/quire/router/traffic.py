@@ -67,7 +67,8 @@ PLAIN: Final = Terms()
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Where one request goes. `model` None: there is none that it could go to."""
+    """Where one request goes. `model`, which may be one with an adapter, is None if there is none that it could go
+    to."""
 
     name: str
     model: str | None
@@ -82,6 +83,11 @@ class Way:
             if failure in fallback.when and fallback.model in there and fallback.model not in tried:
                 return fallback.model
         return None
+
+
+def adapter_of(target: str | None) -> str:
+    """The adapter of a model that is named with one; empty without."""
+    return (target or "").partition(wire.ADAPTER_MARK)[2]
 
 
 class Shares:
@@ -190,7 +196,8 @@ class Traffic:
     _turns: dict[str, _Turns] = field(default_factory=dict)
 
     def set(self, routes: Iterable[wire.TrafficRoute], own: Mapping[str, str], there: Collection[str]) -> None:
-        """Act by these routes. `own` gives Models by the names that they have themselves, `there` is all of them.
+        """Act by these routes. `own` gives Models and adapters by the names that they have themselves, `there` is
+        all of them.
 
         Turns go on where nothing of them changed.
         """

@@ -17,6 +17,7 @@ class ModelCard(Answer):
     root: str
     """The resource behind the name: `model/<name>` or `route/<name>`."""
     parent: str | None = None
+    """Of an adapter's name, the name of the model that it is added to."""
     max_model_len: int
 
 

@@ -75,7 +75,7 @@ SAMPLING_REFUSED: Final[dict[str, Refusal]] = {
     "kv_transfer_params": Refusal(f"moving KV between engines {NOT_YET}"),
     "ec_transfer_params": Refusal(f"moving caches between engines {NOT_YET}"),
     "vllm_xargs": Refusal("its entries have no meaning here", ({},)),
-    "lora_path": Refusal(f"adapters {NOT_YET}".replace("is not", "are not")),
+    "lora_path": Refusal("an adapter is asked for by its name: model:adapter in 'model'"),
     "session_params": Refusal(f"it {NOT_YET}"),
     "custom_logit_processor": Refusal("code from a request is never run"),
     "custom_params": Refusal(f"it {NOT_YET}"),

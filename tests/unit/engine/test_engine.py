@@ -182,8 +182,8 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     engine = Engine(spec, shared.profile, shared.runner)
     forward = model_runner(shared).model.forward
 
-    def poisoned(token_ids: Tensor, batches: Any, kv: KVCache) -> Tensor:
-        states = forward(token_ids, batches, kv)
+    def poisoned(token_ids: Tensor, batches: Any, kv: KVCache, adapters: Any) -> Tensor:
+        states = forward(token_ids, batches, kv, adapters)
         for row, index in enumerate(batches[0].logits_rows.tolist()):
             if int(token_ids[index]) == 99:
                 states[row, 7] = float("nan")

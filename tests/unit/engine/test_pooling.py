@@ -214,8 +214,8 @@ def test_states_that_are_not_finite_and_steps_that_fail_end_their_request_alone(
     assert isinstance(runner, ModelRunner)
     forward, execute = runner.model.forward, runner.execute
 
-    def poisoned(token_ids: Any, batches: Any, kv: Any) -> Any:
-        found = forward(token_ids, batches, kv)
+    def poisoned(token_ids: Any, batches: Any, kv: Any, adapters: Any) -> Any:
+        found = forward(token_ids, batches, kv, adapters)
         for row, index in enumerate(batches[0].logits_rows.tolist()):
             if int(token_ids[index]) == 99:
                 found[row, 3] = float("inf")

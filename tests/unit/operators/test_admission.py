@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.adapters import write_adapter
 
 from quire import builtin
 from quire.controlplane.wiring import text_facts
@@ -21,6 +23,8 @@ from quire_operators.rollout import Goal, Row
 from quire_operators.sources import Sources
 from quire_operators.store import Store
 from quire_schemas import manifest
+from quire_schemas.adapters import TARGETS
+from quire_schemas.checkpoint import expected_tensors, read_config
 from quire_schemas.resource import Key
 from quire_schemas.update import UpdateClass
 
@@ -477,3 +481,129 @@ def test_a_file_that_is_no_chat_template_is_refused_though_the_manifest_is_the_s
     assert found.refusal is not None
     assert found.refusal.path == "spec.tokenizer.chatTemplateFile"
     assert said in found.refusal.message
+
+
+def with_adapters(*folders: Path, more: str = "") -> str:
+    entries = ", ".join(f"{{name: {folder.name}, source: 'file://{folder}'}}" for folder in folders)
+    return f"engine: {{maxModelLen: 256, kvCache: {{size: 64Mi}}}}, lora: {{adapters: [{entries}]{more}}}"
+
+
+def test_adapters_are_counted_to_the_byte(admission: Admission, tmp_path: Path) -> None:
+    (plain,) = review(admission, with_adapters())
+    (found,) = review(
+        admission, with_adapters(write_adapter(tmp_path / "a"), write_adapter(tmp_path / "b", rank=3))
+    )
+    assert found.refusal is None, found.refusal
+    assert plain.placement is not None
+    assert found.placement is not None
+    assert [each.name for each in found.placement.adapters] == ["a", "b"]
+    assert found.fit is not None
+    assert plain.fit is not None
+    sizes = [shape[0] + shape[1] for name, shape in expected_tensors(read_config(builtin.path("tiny")))
+             if name.split(".")[-2] in TARGETS]  # fmt: skip
+    assert found.fit.adapters == 2 * (4 + 4) * sum(sizes)
+    assert found.placement.memory > plain.placement.memory + found.fit.adapters
+    assert any("adapters" in line for line in found.fit.lines())
+    assert not any("adapters" in line for line in plain.fit.lines())
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "path", "said"),
+    [
+        ({"use_dora": True}, "", "spec.lora.adapters[1].source", "use_dora: True"),
+        ({"r": 8, "rank": 8}, ", maxRank: 4", "spec.lora.adapters[1].source", "rank 8, above maxRank 4"),
+    ],
+)
+def test_an_adapter_that_is_not_served_is_refused_at_its_place(
+    admission: Admission, tmp_path: Path, config: dict[str, Any], more: str, path: str, said: str
+) -> None:
+    good, bad = write_adapter(tmp_path / "a"), write_adapter(tmp_path / "b", **config)
+    (found,) = review(admission, with_adapters(good, bad, more=more))
+    assert found.refusal is not None
+    assert (found.refusal.path, found.refusal.reason) == (path, "ConfigRejected")
+    assert said in found.refusal.message
+    (found,) = review(admission, with_adapters(good, tmp_path / "nowhere"))
+    assert found.refusal is not None
+    assert (found.refusal.path, found.refusal.reason) == ("spec.lora.adapters[1].source", "NotFound")
+
+
+def test_adapters_on_a_machine_whose_model_goes_to_its_gpu_are_refused(
+    admission: Admission, tmp_path: Path
+) -> None:
+    gpu = Gpu(0, "NVIDIA", 16 * GIB, 16 * GIB)
+    resources = manifest.load([("m.yaml", (
+        "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+        f"spec: {{source: 'builtin://tiny', {with_adapters(write_adapter(tmp_path / 'a'))}}}\n"
+    ))]).resources  # fmt: skip
+    (found,) = admission.review(resources, replace(MACHINE, gpus=(gpu,)))
+    assert found.refusal is not None
+    assert (found.refusal.path, found.refusal.reason) == ("spec.lora.adapters", "ConfigRejected")
+
+
+def test_a_folder_that_holds_something_else_is_a_rolling_update(
+    admission: Admission, store: Store, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "a", 1)
+    spec = with_adapters(folder)
+    (first,) = review(admission, spec)
+    store.apply(admission.changes([first]))
+    (again,) = review(admission, spec)
+    assert (again.action, again.revision) == ("unchanged", None)
+    write_adapter(folder, 2)
+    (changed,) = review(admission, spec)
+    assert changed.action == "update"
+    assert [(c.path, c.update) for c in changed.changes] == [("spec.lora.adapters[a].source", UpdateClass.ROLLING)]
+    assert changed.revision is not None
+    assert first.revision is not None
+    assert changed.revision.template_hash != first.revision.template_hash
+    store.apply(admission.changes([changed]))
+    write_adapter(folder, 1)
+    (back,) = review(admission, spec)
+    assert back.revision is not None
+    assert back.revision.template_hash == first.revision.template_hash
+    (without,) = review(admission, with_adapters())
+    assert [(c.path, c.update) for c in without.changes] == [("spec.lora.adapters[a]", UpdateClass.ROLLING)]
+
+
+def test_the_names_of_adapters_are_claimed_like_others(admission: Admission, tmp_path: Path) -> None:
+    spec = with_adapters(write_adapter(tmp_path / "a"))
+    named = {"m": spec, "n": "servedModelNames: ['m:a']"}
+    documents = [
+        (
+            f"{name}.yaml",
+            f"apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\n"
+            f"spec: {{source: 'builtin://tiny', {rest}}}\n",
+        )
+        for name, rest in named.items()
+    ]
+    (problem,) = manifest.load(documents).problems
+    assert "'m:a'" in problem.message
+    one, other = (admission.review(manifest.load([each]).resources)[0] for each in documents)
+    found = admission.review([other.located, one.located])
+    assert [each.refusal is None for each in found] == [True, False]
+    refusal = found[1].refusal
+    assert refusal is not None
+    assert (refusal.path, refusal.reason) == ("spec.lora.adapters[0].name", "NameConflict")
+
+
+def test_a_route_to_an_adapter_that_there_is_not_is_warned_of(admission: Admission, tmp_path: Path) -> None:
+    spec = with_adapters(write_adapter(tmp_path / "a"))
+    documents = [
+        (
+            "m.yaml",
+            "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+            f"spec: {{source: 'builtin://tiny', {spec}}}\n",
+        ),
+        (
+            "r.yaml",
+            "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\nspec:\n  match: {modelNames: [r]}\n"
+            "  backends: [{model: m}, {model: m, adapter: a, weight: 3}, {model: m, adapter: c}]\n",
+        ),
+    ]
+    loaded = manifest.load(documents)
+    assert not loaded.problems
+    _, route = admission.review(loaded.resources)
+    assert route.warnings == ["spec.backends[2].adapter: model/m has no adapter 'c' yet"]
+    twice = documents[1][1].replace("adapter: c", "adapter: a")
+    (problem,) = manifest.load([documents[0], ("r.yaml", twice)]).problems
+    assert "model 'm' with adapter 'a' stands here twice" in problem.message

@@ -256,7 +256,7 @@ def test_explain_shows_type_default_update_class_and_support() -> None:
     assert "<list of object>" in explain("model.spec.env")
     assert "required" in explain("model.spec.source")
     assert "Support: refused: ranges of versions" in explain("gitsource.spec.ref.semver")
-    assert "Support: refused: models have no adapters yet" in explain("route.spec.backends.adapter")
+    assert "Support: honoured" in explain("route.spec.backends.adapter")
 
 
 @pytest.mark.parametrize("path", ["model.spec.batching", "Model.spec.batching", "MODEL.spec.batching"])

@@ -172,14 +172,14 @@ TABLE = {
     "hot": [
         "servedModelNames", "batching.maxNumSeqs", "batching.maxNumBatchedTokens", "batching.maxPrefillTokens",
         "batching.chunkedPrefill", "batching.policy", "batching.slo", "batching.maxQueueLength",
-        "batching.maxQueueWait", "lora.adapters", "placement.priority",
+        "batching.maxQueueWait", "placement.priority",
         "rollout", "drainTimeout", "maxMigrations", "probes", "restartPolicy", "revisionHistoryLimit", "parsers",
         "prices",
     ],
     "scale": ["replicas", "autoscaling", "residency"],
     "rolling": [
         "source", "revision", "tokenizer", "trustRemoteCode", "engine", "parallelism", "quantization",
-        "batching.prefixCaching", "batching.asyncScheduling", "speculative", "lora.maxRank", "lora.maxLoaded",
+        "batching.prefixCaching", "batching.asyncScheduling", "speculative", "lora",
         "resources", "env", "sourceAuth", "placement.deviceIds", "determinism",
     ],
     "immutable": ["placement.backend"],

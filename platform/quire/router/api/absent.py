@@ -29,7 +29,7 @@ _CLASSIFY: Final = (
 )
 _TRAINING: Final = "Nothing is trained here. A trained checkpoint is served by a manifest"
 _MANIFEST: Final = "What is served, and how, is decided by manifests: platform apply, not the HTTP API"
-_LORA: Final = "Adapters are not offered by this version"
+_LORA: Final = "Adapters are declared in spec.lora of their model's manifest, and asked for as model:adapter"
 _OPENAI_ONLY: Final = "Use POST /v1/chat/completions or POST /v1/completions"
 
 ABSENT: Final[Mapping[str, str]] = {

@@ -21,9 +21,10 @@ from quire.router.access import ANY, Caller, visit_of
 from quire.router.api.query import unknown, whole
 from quire.router.api.reply import Reply, named
 from quire.router.fleet import Fleet
-from quire.router.traffic import Asked
+from quire.router.traffic import Asked, adapter_of
 from quire_schemas.anthropic import MAX_MODELS_LISTED, MODELS_LISTED, ModelInfo, ModelPage
 from quire_schemas.openai.models import ModelCard, ModelList
+from quire_schemas.wire import ADAPTER_MARK
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -44,11 +45,13 @@ def one_model(fleet: Fleet, asked: Asked, caller: Caller) -> ModelCard:
     """
     route, served = fleet.traffic.route_for(asked), [fleet.resolve(asked, caller)]
     if route is not None:
-        served = [fleet.by_model[model] for model in fleet.traffic.behind(route)]
+        served = [fleet.targets[target] for target in fleet.traffic.behind(route)]
+    adapter = adapter_of(fleet.way(asked, caller, ahead=True).model) if route is None else ""
     return ModelCard(
         id=asked.name,
         created=served[0].route.created if route is None else route.created,
         root=f"model/{served[0].route.model}" if route is None else f"route/{route.route}",
+        parent=asked.name.removesuffix(f"{ADAPTER_MARK}{adapter}") if adapter else None,
         max_model_len=min(min(each.route.max_model_len, each.route.kv_tokens) for each in served),
     )
 
