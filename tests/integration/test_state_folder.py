@@ -100,6 +100,13 @@ def test_a_full_file_system_is_said_in_two_lines(tmp_path: Path) -> None:
     assert hint == f"hint: make room where {state} is, then try again"
 
 
+@pytest.mark.parametrize("command", ["get", "down"])
+def test_a_name_that_can_be_none_of_a_folder(tmp_path: Path, command: str) -> None:
+    done = platform(tmp_path / ("x" * 300), command)
+    assert done.returncode == 7, done.stderr
+    assert "x can be no folder: File name too long\nhint: QUIRE_STATE_DIR chooses another one" in done.stderr
+
+
 @pytest.mark.usefixtures("namespaces")
 def test_a_read_only_state_folder(tmp_path: Path) -> None:
     state = tmp_path / "state"

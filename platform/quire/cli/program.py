@@ -139,9 +139,12 @@ def run(args: Sequence[str] | None = None) -> int:
     except ClientError as error:
         report_client(error)
         return error.exit_code
-    except (CommandFailed, StateDirError) as error:
+    except CommandFailed as error:
         report(error.message, error.hint)
         return error.exit_code
+    except StateDirError as error:
+        report(error.message, error.hint)
+        return ExitCode.UNREACHABLE
     except UnicodeEncodeError as error:
         if not isinstance(error.object, str) or error.reason != "surrogates not allowed":
             raise
