@@ -9,9 +9,15 @@ Engines compute nothing and give each request a token a step, all requests of a 
     streams   300 streams at 10,000 chunks a second in all: processor seconds per 1,000 chunks
 
     here      this checkout, twice: `again` is another process of the same, so that their ratio is the noise
+    told      this checkout, telling a collector traces and metrics; `dead`: one that nobody runs (`--telemetry`)
     FOLDER    the router of another checkout, by its folder's name (`--against`, once or more)
     litellm   LiteLLM's proxy before the same engine as an OpenAI server (`make bench-litellm`, `--litellm`)
     direct    that server with nothing before it: what the measuring itself takes
+
+What is added is taken twice. From outside, by the clock of the stand-in (`inward`, `outward`, `added`): with
+sockets, and with all that waits in them while the router is at something else. And inside, by the router's own
+`quire_router_added_seconds`: from a body that was received to its Generate written, and from Deltas that were read
+to their bytes written. `inside` is the sum of the two percentiles.
 """
 
 from __future__ import annotations
@@ -27,10 +33,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -40,9 +47,10 @@ from benchmarks.cpu.ledger import Watch
 from benchmarks.rounds import in_turns
 from benchmarks.rows import NO_KERNELS, RESULTS, ROOT, Row, commit_of, provenance, write
 from benchmarks.standin import Case, Measured, Ready, Setup
+from benchmarks.tracing import NOBODY, told
 from quire import builtin
 from quire.text import Tokenizer
-from quire_schemas import wire
+from quire_schemas import signals, wire
 
 CASES: Final[dict[str, dict[str, Any]]] = {
     "open": {"rate": 500.0, "clients": 256, "pace": 0.01},
@@ -50,9 +58,10 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "closed": {"clients": 32, "pace": 0.0, "whole": True},
     "streams": {"clients": 300, "pace": 0.03, "stream": True, "shortest": 100, "longest": 300, "warm": 3.0},
 }
+ADDED: Final = {"added_p50_ms": 1.0, "added_p99_ms": 5.0, "inside_p50_ms": 1.0, "inside_p99_ms": 5.0}
 BARS: Final[dict[str, dict[str, float]]] = {
-    "open": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
-    "stream": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
+    "open": ADDED,
+    "stream": ADDED,
     "closed": {"requests_per_s": 2000.0},
     "streams": {"cpu_s_per_1000_chunks": 0.08},
 }
@@ -80,6 +89,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--words", type=int, default=40, help="of each prompt")
     parser.add_argument("--against", type=Path, action="append", default=[], help="another checkout")
+    parser.add_argument("--telemetry", action="store_true", help="also routers that tell a collector")
     parser.add_argument("--alone", action="store_true", help="routers only")
     parser.add_argument("--litellm", type=Path, default=ROOT / ".venv-litellm", help="environment that has it")
     parser.add_argument("--out", type=Path, default=RESULTS / "router.jsonl")
@@ -92,6 +102,8 @@ class System:
     name: str
     port: int
     pids: tuple[int, ...]
+    router: service.Router | None = None
+    """If it is one of ours."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -105,6 +117,12 @@ def run(args: argparse.Namespace) -> None:
         standin = stack.enter_context(standin_running(folder, args.engines))
         checkouts = {"here": ROOT, "again": ROOT} | {each.name: each for each in args.against}
         systems = [_router(stack, folder, name, each, its_core, standin) for name, each in checkouts.items()]
+        if args.telemetry:
+            url = stack.enter_context(service.collector(folder))
+            systems += [
+                _router(stack, folder, name, ROOT, its_core, standin, told(where, "otlp"))
+                for name, where in (("told", url), ("dead", NOBODY))
+            ]
         if not args.alone:
             systems += _litellm(stack, folder, args, its_core, standin)
             systems.append(System("direct", standin.http_port, ()))
@@ -139,8 +157,10 @@ def _measured(
             f"{name} by {system.name}", system.port, "tiny", list(system.pids), args.seconds, words=args.words,
             **changes,
         )  # fmt: skip
+        before = _own_counts(system)
         measured = standin.measure(case)
-        return figures(measured) | {key: watch.row()[key] for key in ("steal_s", "spin")}
+        own = inside(before, _own_counts(system))
+        return figures(measured) | own | {key: watch.row()[key] for key in ("steal_s", "spin")}
 
     figure = FIGURE[name]
     taken = in_turns(
@@ -163,20 +183,20 @@ def _measured(
             for each, one in zip(passes, taken["here"], strict=True)
             if figure in each and one.get(figure)
         ]
-        told: Row = {"part": name, "system": system.name, **changes, "count_s": args.seconds}
+        columns: Row = {"part": name, "system": system.name, **changes, "count_s": args.seconds}
         if ratios and system.name != "here":
-            told |= {
+            columns |= {
                 f"{figure}_to_here": round(statistics.median(ratios), 4),
                 f"{figure}_to_here_min": round(min(ratios), 4),
                 f"{figure}_to_here_max": round(max(ratios), 4),
             }
         if system.name in ("here", "again"):
-            told["missed"] = [
+            columns["missed"] = [
                 key
                 for key, bar in BARS[name].items()
                 if row["unasked"] or is_missed(key, row.get(key, math.inf), bar)
             ]
-        yield common | told | row
+        yield common | columns | row
 
 
 def figures(measured: Measured) -> Row:
@@ -201,13 +221,51 @@ def figures(measured: Measured) -> Row:
     return row
 
 
+def _own_counts(system: System) -> Mapping[str, float]:
+    return {} if system.router is None else asyncio.run(system.router.counts())
+
+
+def inside(before: Mapping[str, float], after: Mapping[str, float]) -> Row:
+    """The columns of what a router itself counted between two looks at its series, its warm-up included."""
+    row: Row = {}
+    series = f"{signals.ROUTER_ADDED_TIME}_bucket"
+    for part in ("request", "answer"):
+        mark = f'{signals.LABEL_PART}="{part}"'
+        buckets: dict[float, float] = {}
+        for name, value in after.items():
+            if name.startswith(series) and mark in name:
+                edge = math.inf if 'le="+Inf"' in name else float(name.split('le="')[1].split('"')[0])
+                buckets[edge] = buckets.get(edge, 0.0) + value - before.get(name, 0.0)
+        if buckets.get(math.inf):
+            row |= {f"inside_{part}_p{share}_ms": round(1000 * _quantile(buckets, share), 4) for share in (50, 99)}
+    for share in (50, 99):
+        if all(f"inside_{part}_p{share}_ms" in row for part in ("request", "answer")):
+            row[f"inside_p{share}_ms"] = round(
+                row[f"inside_request_p{share}_ms"] + row[f"inside_answer_p{share}_ms"], 4
+            )
+    return row
+
+
+def _quantile(buckets: Mapping[float, float], percent: int) -> float:
+    """Of a cumulative histogram; within a bucket as if all were spread evenly, as Prometheus does."""
+    edges = sorted(buckets)
+    rank = buckets[edges[-1]] * percent / 100
+    lower, below = 0.0, 0.0
+    for edge in edges:
+        if buckets[edge] >= rank:
+            return lower if math.isinf(edge) else lower + (edge - lower) * (rank - below) / (buckets[edge] - below)
+        lower, below = edge, buckets[edge]
+    raise AssertionError("the last bucket holds all")
+
+
 def is_missed(figure: str, value: float, bar: float) -> bool:
     return value < bar if figure == "requests_per_s" else value > bar
 
 
 def _line(row: Row) -> str:
     shown = [
-        "requests_per_s", "chunks_per_s", "added_p50_ms", "added_p99_ms", "outward_p50_ms", "outward_p99_ms",
+        "requests_per_s", "chunks_per_s", "added_p50_ms", "added_p99_ms", "inside_p50_ms", "inside_p99_ms",
+        "outward_p50_ms", "outward_p99_ms",
         "cpu_share", *SPENT, *(f"{spent}_least" for spent in SPENT), "standin_cpu_share", "late_share", "unasked",
     ]  # fmt: skip
     missed = row.get("missed", [])
@@ -275,9 +333,16 @@ def environment(checkout: Path) -> dict[str, str]:
 
 
 def _router(
-    stack: contextlib.ExitStack, folder: Path, name: str, checkout: Path, core: int, standin: Standin
+    stack: contextlib.ExitStack,
+    folder: Path,
+    name: str,
+    checkout: Path,
+    core: int,
+    standin: Standin,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> System:
-    router = stack.enter_context(service.router(folder, name, environment(checkout)))
+    """One that serves the stand-in's engines, on its core; `more` are variables of its own."""
+    router = stack.enter_context(service.router(folder, name, environment(checkout) | dict(more)))
     pin(router.pid, core)
     endpoints = tuple(
         wire.ReplicaEndpoint(f"standin-{number}", 1, str(path)) for number, path in enumerate(standin.sockets)
@@ -298,7 +363,7 @@ def _router(
         prefix_caching=True,
     )
     asyncio.run(service.connect(folder, name, table))
-    return System(name, router.port, (router.pid,))
+    return System(name, router.port, (router.pid,), router)
 
 
 def pin(pid: int, core: int) -> None:

@@ -21,3 +21,10 @@ def quantile(values: Sequence[float], part: float) -> float:
     """The value that so large a part of them is at most, counted upwards: of few values rather one too high."""
     ordered = sorted(values)
     return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """What a row says of times that were measured; `repeat` is how many."""
+    figure = {f"p{int(100 * part)}_s": quantile(seconds, part) for part in (0.5, 0.9, 0.99)}
+    figure["max_s"] = max(seconds)
+    return {"repeat": len(seconds), **{name: round(value, 4) for name, value in figure.items()}}

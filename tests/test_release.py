@@ -45,6 +45,7 @@ def test_the_locks_are_whole_and_torch_is_apart() -> None:
         assert pin.via, f"nobody needs {pin.name}"
     assert {pin.name for pin in torch} == locks.of_torch([*runtime, *torch])
     assert not {pin.name for pin in runtime} & {"torch", "triton"}
+    assert "litellm" not in names, "a peer of the benchmarks, and nothing that a release runs on"
     assert not [pin.name for pin in (*runtime, *torch) if "+" in pin.version], (
         "a build that the index does not have"
     )

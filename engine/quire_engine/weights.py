@@ -23,6 +23,7 @@ from quire_schemas.checkpoint import (
     WrongTensors,
     check_tensors,
     each_expert,
+    opened,
     read_tensors,
 )
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
@@ -132,7 +133,7 @@ class Weights:
         """
         whole = buffer.shape[0] == info.nbytes
         view = buffer.numpy().data
-        with info.file.open("rb", buffering=0) as file:
+        with opened(info.file) as file:
             file.seek(info.offset)
             done = 0
             while done < info.nbytes:

@@ -2,8 +2,9 @@
 
 `review` takes the parsed resources and answers with one `Review` each: the resolved spec, the revision if a new
 one is needed, the differences, the arithmetic of the fit, how the change would roll out, or why it is refused.
-`changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers is the
-only I/O. What a review is and how it is shown: `review.py`. What fits on the machine now: `room.py`.
+`changes` turns reviews into what the store writes. Neither writes anything; reading checkpoint headers and chat
+templates (`chat_template.py`) is the only I/O. What a review is and how it is shown: `review.py`. What fits on the
+machine now: `room.py`. What objects are to one another: `company.py`.
 
 When does a model need a new revision? When the hash over its rolling fields changed, when the file of its chat
 template or the folder of an adapter holds something else, or when a hot value lies above what its engines
@@ -22,7 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quire_operators import room
+from quire_operators import adapters as adapter_folders
+from quire_operators import chat_template as template_file
+from quire_operators import company, room
 from quire_operators.access import known_key
 from quire_operators.cache import SPARE
 from quire_operators.desired import Effective, effective, is_on_demand
@@ -38,10 +41,8 @@ from quire_operators.secrets import NO_SECRETS, Secrets
 from quire_operators.sources import Located as Folder
 from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
-from quire_operators.traffic import claims, named_models, owners
 from quire_schemas import findings, wire
 from quire_schemas.access import AccessPolicy
-from quire_schemas.adapters import AdapterProfile, digest_of, read_adapter
 from quire_schemas.checkpoint import (
     CheckpointError,
     ModelProfile,
@@ -53,13 +54,11 @@ from quire_schemas.checkpoint import (
     read_profile,
 )
 from quire_schemas.findings import TextFacts
-from quire_schemas.gateway import Gateway, is_loopback
 from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, intent_hash
 from quire_schemas.model import DEFAULTS_VERSION, Model, resolve_defaults
 from quire_schemas.quantities import format_bytes
 from quire_schemas.resource import Key
-from quire_schemas.route import Route
 from quire_schemas.update import (
     FieldChange,
     UpdateClass,
@@ -100,9 +99,6 @@ ReadText = Callable[[Path, str | None], TextFacts | str]
 """Given a tokenizer's folder and a chat template or None: what is known of them, or why the router could not load
 them.
 """
-MAX_TEMPLATE_BYTES = 1 << 20
-"""Of a chat template: revisions keep it, and each routing table has it."""
-TEMPLATE_FIELD = "spec.tokenizer.chatTemplateFile"
 
 
 class Admission:
@@ -144,10 +140,7 @@ class Admission:
         reviews = [self._review(located, inventory, configs or {}, unfound or {}, cause) for located in resources]
         if here:
             self._check_disk(reviews)
-        self._refuse_name_conflicts(reviews, leaving)
-        self._refuse_taken_keys(reviews, leaving)
-        self._refuse_open_doors(reviews, leaving)
-        self._warn_of_dead_ends(reviews)
+        company.look(self._store, reviews, leaving)
         return reviews
 
     def together(self, reviews: Sequence[Review], inventory: Inventory | None = None) -> dict[str, Any]:
@@ -324,7 +317,7 @@ class Admission:
         name = review.key.name
         history = self._store.revisions(old.uid) if old is not None else ()
         current = self._current(old)
-        chat_template = read_template(spec)
+        chat_template = template_file.read(spec)
         if review.action == "unchanged" and old is not None and current is not None:
             # What is stored stays exactly as it was frozen; only the machine is looked at again.
             review.resolved = old.resolved
@@ -334,7 +327,7 @@ class Admission:
         if folder is not None and folder.commit is not None:
             spec["revision"] = folder.commit
         review.resolved = spec
-        adapters = read_digests(spec)
+        adapters = adapter_folders.read(spec)
         known = self._known_revision(spec, chat_template, adapters, current, history)
         if old is not None:
             review.changes = _changes(review.located, old, spec, current) + _content_changes(spec, current)
@@ -511,7 +504,7 @@ class Admission:
             held(rows),
             template_hash(spec),
             chat_template,
-            _profiles(spec, adapters, profile),
+            adapter_folders.profiles(spec, adapters, profile),
         )
         review.findings += findings.of_positions(profile, placed.placement.max_model_len)
         review.findings += findings.of_text(profile, facts) if facts is not None else []
@@ -572,6 +565,12 @@ class Admission:
         facts = self._read_text(Path(folder), chat_template)
         if isinstance(facts, TextFacts):
             return folder, facts
+        if chat_template is not None and isinstance(self._read_text(Path(folder), None), TextFacts):
+            text = f"{spec['tokenizer']['chatTemplateFile']}: {facts}"
+            review.refuse(
+                Refusal(template_file.FIELD, "ModelUnusable", text, "mend the template, or leave it out")
+            )
+            return folder, None
         hint = (
             "download the files again; or name a folder with a tokenizer in spec.tokenizer.source, "
             "or another template in spec.tokenizer.chatTemplateFile"
@@ -592,172 +591,6 @@ class Admission:
                 review.refuse(Refusal("spec.source", "DiskFull", text, hint))
             free -= review.download
 
-    def _refuse_name_conflicts(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """No two objects may claim one model name with the same headers, whether stored or in this very set."""
-        in_set = {review.key for review in reviews} | set(leaving)
-        taken = owners(stored for stored in self._store.objects() if stored.key not in in_set)
-        for review in reviews:
-            mine = claims(review.key.kind, review.resolved) if review.resolved else ()
-            for index, claim in enumerate(mine):
-                owner = taken.setdefault(claim, review.key)
-                if owner != review.key and review.refusal is None:
-                    review.refuse(
-                        Refusal(
-                            _claimed_at(review, index),
-                            "NameConflict",
-                            f"the model name {claim.name!r} is already served by {owner}"
-                            + (" with the same headers" if claim.headers else ""),
-                            f"choose another name, or delete {owner} first",
-                        ),
-                    )
-
-    def _refuse_taken_keys(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """A key is that of one policy alone."""
-        in_set = {review.key for review in reviews} | set(leaving)
-        owners: dict[str, Key] = {}
-        for stored in self._store.objects("accesspolicy"):
-            if stored.key not in in_set and stored.deletion_time is None:
-                owners.update({key["hash"]: stored.key for key in stored.resolved["keys"] if key["hash"]})
-        for review in reviews:
-            for index, key in enumerate(review.resolved.get("keys", ())):
-                owner = owners.setdefault(key["hash"], review.key) if key["hash"] else review.key
-                if owner != review.key and review.refusal is None:
-                    path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {owner} first"
-                    review.refuse(Refusal(path, "KeyTaken", f"the key is one of {owner}", hint))
-
-    def _refuse_open_doors(self, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-        """An address that others can reach is for routers that somebody has a key to."""
-        own = next((each for each in reviews if isinstance(each.located.resource, Gateway)), None)
-        if own is None or own.refusal is not None or is_loopback(own.resolved["bind"]):
-            return
-        declared = any(isinstance(each.located.resource, AccessPolicy) for each in reviews)
-        policies = self._store.objects("accesspolicy")
-        if not declared and all(each.deletion_time or each.key in leaving for each in policies):
-            text = (
-                f"other machines can reach {own.resolved['bind']}, and there is no AccessPolicy: nobody has a key"
-            )
-            hint = "apply one with it, or before; platform key create NAME makes a key for it"
-            own.refuse(Refusal("spec.bind", "NoAccessPolicy", text, hint))
-
-    def _warn_of_dead_ends(self, reviews: Sequence[Review]) -> None:
-        """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
-        there = {stored.key for stored in self._store.objects("model") if stored.deletion_time is None}
-        there |= {review.key for review in reviews}
-        specs = {stored.key: stored.resolved for stored in self._store.objects("model")}
-        specs |= {review.key: review.resolved for review in reviews if review.key.kind == "model"}
-        has = {
-            key.name: {each["name"] for each in _declared_adapters(spec)} for key, spec in specs.items() if spec
-        }
-        for review in reviews:
-            if isinstance(review.located.resource, Route) and review.refusal is None:
-                if not any(each["weight"] for each in review.resolved["backends"]):
-                    review.warnings.append("spec.backends: all weights are 0, so no request goes to any")
-                for name, path in named_models(review.resolved):
-                    if Key("model", name) not in there:
-                        review.warnings.append(f"{path}: there is no model/{name} yet")
-                for index, backend in enumerate(review.resolved["backends"]):
-                    named = backend.get("adapter")
-                    if named is not None and backend["model"] in has and named not in has[backend["model"]]:
-                        path = f"spec.backends[{index}].adapter"
-                        review.warnings.append(f"{path}: model/{backend['model']} has no adapter {named!r} yet")
-
-
-def _claimed_at(review: Review, index: int) -> str:
-    """The field with the name that an object claims as one of several."""
-    if review.key.kind == "route":
-        return f"spec.match.modelNames[{index}]"
-    names = review.resolved["servedModelNames"]
-    if index >= len(names):
-        return f"spec.lora.adapters[{(index - len(names)) // len(names)}].name"
-    declared = review.located.intent.get("spec", {}).get("servedModelNames")
-    return f"spec.servedModelNames[{index}]" if declared else "metadata.name"
-
-
-def read_template(spec: Mapping[str, Any]) -> str | None:
-    """What the file of a resolved spec's chat template holds; None where it names none. Raises `SourceError`."""
-    declared = spec["tokenizer"]["chatTemplateFile"]
-    if declared is None:
-        return None
-    path, hint = Path(declared), "give the absolute path of a Jinja template"
-    if not path.is_file():  # a pipe would not end
-        raise SourceError("NotFound", f"{path} is not a file", hint, TEMPLATE_FIELD)
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEMPLATE_BYTES + 1)
-        if len(content) > MAX_TEMPLATE_BYTES:
-            raise SourceError("InvalidReference", f"{path} is larger than 1 MiB", hint, TEMPLATE_FIELD)
-        if b"\0" in content:
-            raise SourceError("InvalidReference", f"{path} has a zero byte", hint, TEMPLATE_FIELD)
-        return content.decode()
-    except OSError as error:
-        text = f"{path} cannot be read: {error.strerror or error}"
-        raise SourceError("InvalidReference", text, hint, TEMPLATE_FIELD) from error
-    except UnicodeDecodeError as error:
-        raise SourceError("InvalidReference", f"{path} is not UTF-8", hint, TEMPLATE_FIELD) from error
-
-
-def read_digests(spec: Mapping[str, Any]) -> tuple[wire.Adapter, ...]:
-    """The adapters of a resolved spec as they are now. Raises `SourceError`."""
-    found = []
-    for index, each in enumerate(_declared_adapters(spec)):
-        folder = Path(each["source"].removeprefix("file://"))
-        try:
-            found.append(wire.Adapter(each["name"], str(folder), digest_of(folder)))
-        except CheckpointError as error:
-            path = f"spec.lora.adapters[{index}].source"
-            raise SourceError("NotFound", error.message, error.hint, path) from error
-    return tuple(found)
-
-
-def _profiles(
-    spec: Mapping[str, Any], adapters: Sequence[wire.Adapter], base: ModelProfile
-) -> list[tuple[wire.Adapter, AdapterProfile]]:
-    """What is in their folders, checked against their base. Raises `SourceError`."""
-    found = []
-    for index, each in enumerate(adapters):
-        try:
-            found.append((each, read_adapter(Path(each.folder), base, spec["lora"]["maxRank"])))
-        except CheckpointError as error:
-            path = f"spec.lora.adapters[{index}].source"
-            reason = "ConfigRejected" if isinstance(error, UnsupportedFeature) else "InvalidReference"
-            raise SourceError(reason, error.message, error.hint, path) from error
-    return found
-
-
-def _declared_adapters(spec: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    declared = spec.get("lora")
-    return declared["adapters"] if declared is not None else ()
-
-
-def _content_changes(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
-    """What differs where files and folders have the names that they had, and hold something else."""
-    if current is None:
-        return ()
-    before = {each.name: each for each in Placement.from_dict(current.placement).adapters}
-    changes = _template_change(spec, current)
-    for each in read_digests(spec):
-        known = before.get(each.name)
-        if known is not None and known.folder == each.folder and known.digest != each.digest:
-            old, new = (f"file://{one.folder} (sha256 {one.digest[:12]})" for one in (known, each))
-            path = f"spec.lora.adapters[{each.name}].source"
-            changes += (FieldChange(path, old, new, UpdateClass.ROLLING),)
-    return changes
-
-
-def _template_change(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
-    """What differs where a template's file has the name that it had, and holds something else."""
-    if current is None:
-        return ()
-    placement = Placement.from_dict(current.placement)
-    before, file = placement.chat_template, spec["tokenizer"]["chatTemplateFile"]
-    if before is None or placement.chat_template_file != file:
-        return ()
-    now = read_template(spec)
-    if now is None or now == before:
-        return ()
-    old, new = (f"{file} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})" for text in (before, now))
-    return (FieldChange(TEMPLATE_FIELD, old, new, UpdateClass.ROLLING),)
-
 
 def _names_same_source(old: StoredObject, spec: Mapping[str, Any]) -> bool:
     """Whether source and revision are written as before: a branch then stays at the commit that was recorded."""
@@ -774,6 +607,11 @@ def _changes(
         return diff_other(type(located.resource), old.resolved, spec) + diff_metadata(*metadata)
     limits = Placement.from_dict(current.placement).limits() if current is not None else None
     return diff(old.resolved, spec, limits) + diff_metadata(*metadata)
+
+
+def _content_changes(spec: Mapping[str, Any], current: Revision | None) -> tuple[FieldChange, ...]:
+    """What differs in files and folders that have the names that they had. Raises `SourceError`."""
+    return template_file.change(spec, current) + adapter_folders.changes(spec, current)
 
 
 def _decision_notes(key: Key, decided: Overrides, ended: Sequence[Kind]) -> list[str]:

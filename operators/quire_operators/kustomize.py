@@ -1,4 +1,4 @@
-"""Overlays: what `kustomize build` makes of a folder of a repository.
+"""Overlays: what `kustomize build` makes of a folder of a repository, or `kubectl kustomize`, which is the same.
 
 The command needs files, so those of the commit that it may read (YAML and JSON) are written into a folder that
 lives as long as the build: by us, as plain files, under names that lead nowhere else. It runs with nothing of our
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from quire_operators.bounded import Bounds, TooLong, TooMuch, run
@@ -19,6 +19,8 @@ from quire_operators.git import Limits, Refused, Repository
 from quire_operators.status import Reason
 from quire_schemas.yaml_tree import MAX_BYTES, Node, compose
 
+COMMANDS = (("kustomize", "build"), ("kubectl", "kustomize"))
+"""What builds a folder, given its name; the first that there is."""
 NAMES = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 SUFFIXES = (b".yaml", b".yml", b".json", b"/Kustomization")
 PLUGINS = (
@@ -47,9 +49,10 @@ async def build(
 ) -> bytes:
     """The documents that the folder of the commit stands for. `scratch` is a folder to build in. Raises
     `GitError`."""
-    command = shutil.which("kustomize", path=environ.get("PATH", os.defpath))
+    found = ((shutil.which(name, path=environ.get("PATH", os.defpath)), verb) for name, verb in COMMANDS)
+    command = next(([program, verb] for program, verb in found if program is not None), None)
     if command is None:
-        text = f"{path} has a kustomization, and there is no kustomize command in the control plane's PATH"
+        text = f"{path} has a kustomization, and there is no kustomize or kubectl in the control plane's PATH"
         hint = "install it there, or apply what it makes: kustomize build FOLDER | platform apply -f -"
         raise Refused(Reason.KUSTOMIZE_FAILED, text, hint)
     entries = [
@@ -106,7 +109,7 @@ def _texts(node: Node) -> Iterator[str]:
             yield from _texts(value)
 
 
-async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
+async def _run(command: Sequence[str], folder: Path, home: Path, limits: Limits) -> bytes:
     closed = {
         "PATH": str(home),
         "HOME": str(home),
@@ -116,7 +119,7 @@ async def _run(command: str, folder: Path, home: Path, limits: Limits) -> bytes:
     }
     bounds = Bounds(limits.seconds, MAX_BYTES)
     try:
-        code, out, said = await run([command, "build", str(folder)], closed, home, bounds)
+        code, out, said = await run([*command, str(folder)], closed, home, bounds)
     except TooLong as error:
         raise _failed(
             f"it took longer than {limits.seconds:g} s", "kustomize build FOLDER in a checkout"

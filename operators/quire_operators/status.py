@@ -194,9 +194,8 @@ ADVICE: dict[Reason, Advice] = {
         ("sign it: git commit --amend -S, with gpg.format=ssh", "or add the key in spec.verify.signedBy"),
     ),
     Reason.KUSTOMIZE_FAILED: Advice(
-        "spec.path has a kustomization, and it cannot be built: there is no kustomize command in the control "
-        "plane's "
-        "PATH, or it failed. A build sees the repository alone, never the network.",
+        "spec.path has a kustomization, and it cannot be built: there is no kustomize or kubectl in the control "
+        "plane's PATH, or it failed. A build sees the repository alone, never the network.",
         (
             "kustomize build FOLDER   in a checkout shows the same",
             "where there is no kustomize: kustomize build FOLDER | platform apply -f -",

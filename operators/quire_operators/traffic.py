@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from quire_operators import status
+from quire_operators import adapters, status
 from quire_operators.clock import on_the_wall
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.records import StoredObject
@@ -48,10 +48,8 @@ def claims(kind: str, spec: Mapping[str, Any]) -> tuple[Claim, ...]:
     """What an object with this resolved spec claims, in the order of its manifest."""
     if kind == "model":
         names = spec["servedModelNames"]
-        adapters = [
-            f"{name}:{each['name']}" for each in (spec.get("lora") or {}).get("adapters", ()) for name in names
-        ]
-        return tuple(map(Claim, [*names, *adapters]))
+        own = [f"{name}{wire.ADAPTER_MARK}{each['name']}" for each in adapters.declared(spec) for name in names]
+        return tuple(map(Claim, [*names, *own]))
     if kind == KIND:
         headers = _headers(spec)
         return tuple(Claim(name, headers) for name in spec["match"]["modelNames"])

@@ -22,12 +22,16 @@ Exceptions, all with a `hint`:
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -402,9 +406,8 @@ def _config_error(key: str, problem: str, file: str = "config.json") -> InvalidC
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     hint = "download the file again; it may be damaged"
-    _stay_inside(path)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             data = file.read(MAX_JSON + 1)
     except OSError as error:
         raise MissingFile(f"{path}: {error.strerror or error}", "a checkpoint folder must be readable") from error
@@ -419,16 +422,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _stay_inside(path: Path) -> None:
-    """Refuse a link that leads out of the folder of `path`: who publishes a checkpoint shall not choose what else
-    of this machine is read. The snapshots of the Hugging Face cache are links by design, into that same cache."""
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A file of a checkpoint, to be read. Raises `OSError`, also for what is no file, and `OutsideFolder` for a
+    link that leads out of the folder: who publishes a checkpoint shall not choose what else of this machine is
+    read. The snapshots of the Hugging Face cache are links by design, into that same cache.
+
+    Where it leads is asked of what is open, not of the name, which may lead elsewhere a moment later.
+    """
     folder = path.parent.resolve()
     root = folder.parents[2] if folder.parent.name == "snapshots" and len(folder.parents) > 2 else folder
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        raise OutsideFolder(
-            f"{path}: is a link to {path.resolve()}, outside of the checkpoint",
-            "put the file itself, or a hard link to it, into the folder",
-        )
+    # without waiting for the other end of a pipe
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+        if not found.is_relative_to(root):
+            raise OutsideFolder(
+                f"{path}: is a link to {found}, outside of the checkpoint",
+                "put the file itself, or a hard link to it, into the folder",
+            )
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is not a file", str(path))
+        yield file
 
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -632,9 +646,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     def bad(problem: str) -> BadHeader:
         return BadHeader(f"{path}: {problem}", "the file is damaged or was not downloaded in full; fetch it again")
 
-    _stay_inside(path)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             if len(head) < 8:

@@ -23,9 +23,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -685,22 +686,44 @@ def _read(paths: Sequence[FilePath | str]) -> tuple[list[tuple[str, str]], list[
     return texts, problems
 
 
+MAX_ENTRIES = 100_000
+
+
+class TooMany(Exception):
+    """A folder holds more than anybody would keep manifests in."""
+
+
+def manifests_below(folder: FilePath) -> Iterator[FilePath]:
+    """The manifests of a folder and of those below it, but of hidden ones. Raises OSError where one cannot be read
+    and `TooMany` after `MAX_ENTRIES` files and folders."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = 0
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen += len(folders) + len(names)
+        if seen > MAX_ENTRIES:
+            raise TooMany(f"there are more than {MAX_ENTRIES:,} files in it and below")
+        for name in names:
+            path = FilePath(place, name)
+            if not name.startswith(".") and path.suffix in MANIFEST_SUFFIXES and path.is_file():
+                yield path
+
+
 def _files(path: FilePath, problems: list[Problem]) -> list[FilePath]:
     if not path.is_dir():
         return [path]
+    hint = "name the manifests, or a folder that holds only them"
     try:
-        files = sorted(
-            p
-            for p in path.rglob("*")
-            if p.suffix in MANIFEST_SUFFIXES
-            and p.is_file()
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
+        files = sorted(manifests_below(path))
+    except TooMany as error:
+        problems.append(Problem(str(path), 1, 1, "", str(error), hint))
+        return []
     except OSError as error:
         message = f"cannot be read: {error.strerror or error} ({error.filename})"
-        problems.append(
-            Problem(str(path), 1, 1, "", message, "name the manifests, or a folder that holds only them")
-        )
+        problems.append(Problem(str(path), 1, 1, "", message, hint))
         return []
     if not files:
         hint = "manifests end in .yaml or .yml"

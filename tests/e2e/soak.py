@@ -17,6 +17,7 @@ import os
 import random
 import re
 import signal
+import string
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -58,6 +59,10 @@ signal.signal(signal.SIGUSR2, _look)
 """A `sitecustomize` that tells at SIGUSR2 what a process is made of."""
 
 CHATTER = "The quire is bound, the page is turned, the block is full and the lamp has burned. "
+WORDS = 12_000
+"""More than the ten thousand that a tokenizer remembers."""
+CROWD = 64
+"""Of scrapes at once, each of which takes a thread: more than a pool has."""
 IN_PARTS = ("chat", "completion", "messages")
 """Kinds of requests that may be left in the middle."""
 
@@ -89,6 +94,16 @@ class Traffic:
             for _ in range(3):
                 await asyncio.gather(*(kind(self, http) for kind in KINDS))
             await self._batch(http)
+            # a tokenizer remembers words: all that it ever will, now, and not a few with each request for an hour
+            for model in ("steady", "moving"):
+                for _ in range(WORDS // 100):
+                    words = ("".join(self.rng.choices(string.ascii_lowercase, k=9)) for _ in range(100))
+                    body = {"model": model, "prompt": " ".join(words)}
+                    (await http.post("/tokenize", json=body, headers=self._headers())).raise_for_status()
+            # a pool gets a thread whenever all it has are at work: now, and not in some busy second an hour later
+            url = self.base_url.removesuffix("/v1") + "/metrics"
+            for answer in await asyncio.gather(*(http.get(url) for _ in range(CROWD))):
+                answer.raise_for_status()
 
     def _http(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.base_url, timeout=60)

@@ -242,7 +242,9 @@ def test_a_stopped_engine_leaves_the_rotation_within_the_stall_time_and_a_second
 
 
 @pytest.mark.nightly
-def test_r32_an_engine_that_gets_no_memory_harms_no_stream_and_serves_again(world: World) -> None:
+def test_r32_an_engine_that_gets_no_memory_harms_no_stream_and_serves_again(
+    world: World, figures: dict[str, list[float]]
+) -> None:
     """As much address space as it has, and not a page more, until it ends or the time is over. What the kernel
     does to one that has too much is a SIGKILL: the test of a killed engine."""
     for _ in range(times(1, 5)):
@@ -256,7 +258,9 @@ def test_r32_an_engine_that_gets_no_memory_harms_no_stream_and_serves_again(worl
             if engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
                 with contextlib.suppress(ProcessLookupError):
                     resource.prlimit(engine.pid, resource.RLIMIT_AS, limits)
-            first_seen(world.is_ready, "it serves")
+            free = time.monotonic()
+            serves = first_seen(world.is_ready, "it serves")
+            figures.setdefault("engine without memory: serving again", []).append(serves - free)
             clients.wait_streaming()
             clients.last_turn()
         outcomes = world.oracle.check(clients.readings)

@@ -56,18 +56,22 @@ def test_a_source_by_the_command_line(platform: Platform, tmp_path: Path) -> Non
         platform.run("source", "wait", "prod", code=5)
         assert "suspended by" in platform.run("describe", "gitsource/prod").stdout
         platform.run("source", "resume", "gitsource/prod")
-        platform.run("source", "wait", "prod", "--for", "applied")
+        remote.write(deep__b=route("b", "b-later"))
+        later = remote.push("later")
+        told = platform.run("source", "wait", "prod", "--for", "applied").stdout
+        assert told == f"gitsource/prod  {later}\n", "it asks now, not in an hour"
         rows = platform.run("source", "history", "prod").stdout.splitlines()
-        assert [row.split()[2] for row in rows[1:]] == ["Applied", "Refused", "Applied"]
-        assert "route/a updated, route/b created" in rows[1]
+        assert [row.split()[2] for row in rows[1:]] == ["Applied", "Applied", "Refused", "Applied"]
+        assert "route/a updated, route/b created" in rows[2]
         answer = json.loads(platform.run("source", "history", "prod", "-o", "json").stdout)
-        assert answer["items"][1]["commit"] == bad
+        assert answer["items"][2]["commit"] == bad
 
         lines = platform.run("delete", "gitsource/prod").stdout.splitlines()
         assert lines[1:3] == [f"route/{name}  stays: spec.deletionPolicy is Orphan" for name in "ba"]
         assert platform.run("get", "routes", "-o", "name").stdout.split() == ["route/a", "route/b"]
         platform.run("apply", mine, "--no-wait")  # nobody's now
         platform.run("source", "sync", "none", code=8)
+        platform.run("source", "wait", "none", code=8)
 
         owns = platform.write("owns.yaml", source(remote, more=", deletionPolicy: Delete").replace("1s", "1h"))
         platform.run("apply", owns)

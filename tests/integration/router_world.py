@@ -280,5 +280,6 @@ def make_world(folder: Path, environment: dict[str, str] | None = None, workers:
 
 def end_world(world: World) -> None:
     world.process.terminate()
-    assert world.process.wait(10) == 0
+    code = world.process.wait(10)
     world.listening.close()
+    assert code == 0

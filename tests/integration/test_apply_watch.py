@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from tests.integration.plane import Plane, Stream, model
+from tests.integration.plane import Plane, model
 from tests.waiting import eventually
+
+from quire_operators.paths import StateDir
 
 COMMAND = Path(sys.executable).parent / "platform"
 IDLE = r"^watching .*; Ctrl-C"
@@ -28,14 +35,14 @@ def queue(length: int) -> str:
 class Watching:
     """The command, and all it has said so far, stdout and stderr in one."""
 
-    def __init__(self, plane: Plane, *args: str | Path) -> None:
+    def __init__(self, state: Path, *args: str | Path) -> None:
         self.process = subprocess.Popen(
             [COMMAND, "apply", "--watch", *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "QUIRE_STATE_DIR": str(plane.state.root), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "QUIRE_STATE_DIR": str(state), "PYTHONUNBUFFERED": "1"},
         )
         self.lines: list[str] = []
         self._heard = 0
@@ -81,8 +88,8 @@ class Watching:
 
 
 @contextmanager
-def watching(plane: Plane, *args: str | Path) -> Iterator[Watching]:
-    own = Watching(plane, *args)
+def watching(state: Path, *args: str | Path) -> Iterator[Watching]:
+    own = Watching(state, *args)
     try:
         yield own
     finally:
@@ -122,7 +129,7 @@ def test_whatever_is_saved_is_applied_once_and_what_is_bad_loses_nothing(plane: 
         return view["generation"], len(view["revisions"])
 
     path.write_text(text(queue(1)))
-    with watching(plane, path, "--no-wait") as seen:
+    with watching(plane.state.root, path, "--no-wait") as seen:
         seen.until(r"^model/edited  created \(revision 1\)$", IDLE)
 
         path.write_text(text("  batching: {maxQueueLenth: 2}\n"))
@@ -186,7 +193,7 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
 ) -> None:
     path, below = tmp_path / "slow.yaml", tmp_path / "more" / "other.yaml"
     path.write_text(model("slow", LOAD=60))
-    with watching(plane, tmp_path) as seen:
+    with watching(plane.state.root, tmp_path) as seen:
         seen.until("^model/slow  created", "^slow  ")
         below.parent.mkdir()
         below.write_text("kind: [")
@@ -211,6 +218,11 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
         below.unlink()
         seen.until("^model/slow  updated", "^model/other  was in .*other.yaml, which is gone", "^slow  ")
         assert plane.exists("other")
+        saved = path.read_text()
+        path.unlink()
+        seen.until("^there is no manifest now: ", "^model/slow  was in .*slow.yaml, which is gone: it stays")
+        path.write_text(saved)
+        seen.until("^model/slow  unchanged$")
         plane.client.post("/v1/down", {"grace": 0.2})
         assert plane.process is not None
         plane.process.wait(20)
@@ -223,18 +235,64 @@ def test_an_edit_takes_the_place_of_a_rollout_and_neither_a_bad_one_nor_a_down_e
         )
 
 
-def test_what_cannot_be_applied_yet_is_applied_when_it_can(plane: Plane, tmp_path: Path) -> None:
+class Hesitant(ThreadingHTTPServer):
+    """Answers in a control plane's place: with each of `answers` once, and with the last for ever."""
+
+    address_family = socket.AF_UNIX
+
+    def __init__(self, state: StateDir, *answers: tuple[int, dict[str, Any]]) -> None:
+        state.create()
+        self.state = state
+        self.asked: list[float] = []
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                hesitant.asked.append(time.monotonic())
+                self.rfile.read(int(self.headers["content-length"]))
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        hesitant = self
+        super().__init__(str(state.admin_socket), Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+
+
+def test_who_cannot_apply_now_is_asked_again_and_ever_less_often(tmp_path: Path) -> None:
+    def refusal(code: str, message: str) -> dict[str, Any]:
+        return {"error": {"code": code, "message": message, "hint": None, "exitCode": 7}}
+
+    applied = {"key": "model/again", "result": "created", "generation": 1, "revision": 1}
+    answers: list[tuple[int, dict[str, Any]]] = [
+        (507, refusal("store_unavailable", "the disk is full")),
+        (507, refusal("store_unavailable", "the disk is full")),
+        (409, refusal("conflict", "model/again was changed by somebody else meanwhile")),
+        (200, {"results": [applied]}),
+        (409, refusal("managed", "model/again is managed by gitsource/fleet")),
+    ]
     path = tmp_path / "again.yaml"
-    path.write_text(model("again", STEP=0.02))
-    with watching(plane, path) as seen:
-        seen.until("^model/again  created", IDLE)
-        stream = Stream(plane.base_url, "again", tokens=150)
-        stream.wait_running()
-        plane.client.delete("/v1/objects/model/again")
-        path.write_text(model("again", queue(7), STEP=0.02))
-        said = seen.until("^changed: ", "^error: .* is being deleted", "^hint: wait until it is gone", "asked again")
-        assert plane.view("again")["metadata"].get("deletionTimestamp"), said
-        said = seen.until("^control plane  answers again$", r"^model/again  created \(revision 1\)$", IDLE)
-        assert not [line for line in said if line.startswith("error")], said
-        stream.finish()
-    assert plane.view("again")["generation"] == 1
+    path.write_text(model("again"))
+    with Hesitant(StateDir(tmp_path / "state"), *answers) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            with watching(server.state.root, path, "--no-wait") as seen:
+                said = seen.until(
+                    "disk is full", "asked again", "changed by somebody else", "^control plane  answers again$"
+                )
+                seen.until(r"^model/again  created \(revision 1\)$", IDLE)
+                assert len([line for line in said if "disk is full" in line]) == 1, said
+                pauses = [after - before for before, after in pairwise(server.asked)]
+                assert [round(pause / 0.3) for pause in pauses] == [1, 2, 4], pauses
+                path.write_text(model("again", queue(2)))
+                seen.until("managed by gitsource", IDLE)
+                assert seen.is_quiet(1)
+        finally:
+            server.shutdown()
+    assert len(server.asked) == len(answers)

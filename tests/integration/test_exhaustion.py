@@ -16,6 +16,7 @@ import msgspec
 import psutil
 import pytest
 from tests.effort import times
+from tests.figures import record
 from tests.integration.router_world import CHAT, TEXT, World, eventually
 
 from quire.doors import reserve
@@ -200,6 +201,8 @@ async def test_r32_work_is_refused_before_the_memory_is_gone_and_taken_again_aft
         await eventually(taken, 20)
         again = time.monotonic() - began
     print(f"at most {most:.3f} of its memory with {held} requests held; work is taken again after {again:.2f} s")
+    figures = {"most_of_its_memory": round(most, 4), "held": held, "taken_again_s": round(again, 3)}
+    record({"system": "router short of memory", "refused": len(statuses), **figures})
     assert most < 0.95
     log = (world.folder / "router.log").read_text()
     assert "memory: requests are refused" in log

@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import httpx
 import pytest
 from pydantic import ConfigDict, TypeAdapter
 from tests.integration.git_remote import ENVIRONMENT, Remote, git
+from tests.integration.plane import Plane
 from tests.integration.test_gitops import route, source
 from typing_extensions import is_typeddict
 
@@ -911,16 +913,16 @@ async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote
     remote.write(base__base=route("built"), over__kustomization="resources: [../base/base.yaml]\n")
     first = remote.push()
     await desk.apply(source(remote, more=", path: over"))
-    desk.environ = {**os.environ, "QUIRE_SECRET": "x", "PATH": f"{Path(shutil.which('git') or '').parent}"}
+    command = tmp_path / "bin" / "kustomize"
+    command.parent.mkdir()
+    command.with_name("git").symlink_to(shutil.which("git") or "")
+    desk.environ = {**os.environ, "QUIRE_SECRET": "x", "PATH": str(command.parent)}
     desk.begin()
     await desk.step()
     assert desk.condition("Ready") == ("False", "KustomizeFailed")
-    assert "there is no kustomize command" in desk.message()
-    command = tmp_path / "bin" / "kustomize"
-    command.parent.mkdir()
+    assert "there is no kustomize or kubectl" in desk.message()
     command.write_text(STAND_IN)
     command.chmod(0o755)
-    desk.environ["PATH"] += f":{command.parent}"
     desk.begin()
     await desk.step()
     assert desk.status()["lastAppliedRevision"] == first, desk.message()
@@ -943,6 +945,63 @@ async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote
     await desk.sync()
     assert desk.message() == "kustomize: no base"
     assert not list(desk.plane.state.git.rglob("build-*"))
+
+
+BASE = """\
+apiVersion: quire.dev/v1alpha1
+kind: Model
+metadata: {name: tiny}
+spec: {source: 'builtin://tiny', replicas: 0}
+"""
+OVERLAY = """\
+resources: [../base]
+namePrefix: prod-
+patches:
+- target: {kind: Model}
+  patch: |-
+    - {op: add, path: /spec/batching, value: {maxQueueLength: 7}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+async def test_an_overlay_is_what_kustomize_makes_of_it(desk: Desk, remote: Remote, tmp_path: Path) -> None:
+    """By kustomize itself, as kubectl brings it along."""
+    remote.write(base__base=BASE, base__kustomization="resources: [base.yaml]\n", over__kustomization=OVERLAY)
+    commit = remote.push()
+    await desk.apply(source(remote, more=", path: over"))
+    only = tmp_path / "bin"
+    only.mkdir()
+    for name in ("git", "kubectl"):
+        (only / name).symlink_to(shutil.which(name) or "")
+    desk.environ = {**os.environ, "PATH": str(only)}
+    desk.begin()
+    await desk.step()
+    assert desk.status()["lastAppliedRevision"] == commit, desk.message()
+    assert desk.names("model") == ["prod-tiny"]
+    stored = desk.plane.store.get(Key("model", "prod-tiny"))
+    assert stored is not None
+    assert stored.resolved["batching"]["maxQueueLength"] == 7
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_what_kustomize_prints_is_applied_through_a_pipe(plane: Plane, tmp_path: Path) -> None:
+    for name, text in (
+        ("base/base.yaml", BASE), ("base/kustomization.yaml", "resources: [base.yaml]\n"),
+        ("over/kustomization.yaml", OVERLAY),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    built = subprocess.run(["kubectl", "kustomize", tmp_path / "over"], capture_output=True, check=True).stdout
+    said = subprocess.run(
+        [Path(sys.executable).parent / "platform", "apply", "-f", "-"],
+        input=built,
+        capture_output=True,
+        env={**os.environ, "QUIRE_STATE_DIR": str(plane.state.root)},
+        timeout=60,
+    )
+    assert said.returncode == 0, said
+    assert b"model/prod-tiny  created" in said.stdout
+    assert plane.view("prod-tiny")["resolved"]["batching"]["maxQueueLength"] == 7
 
 
 def test_the_environment_of_these_tests_has_no_configuration_of_the_machine() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import httpx
 import openai
 import pytest
 from tests.integration.engine_process import engine_running
-from tests.integration.router_world import ASK, CHAT, TEXT, World, events, eventually
+from tests.integration.router_world import ASK, CHAT, TEXT, World, big, events, eventually
 from tests.unit.platform import tokenizers_for_tests as made
 
 from quire import builtin
@@ -358,3 +360,40 @@ async def test_answers_of_a_real_engine_have_the_structure_that_was_asked_for(
                     await client.chat.completions.create(**plain, stream=streamed, extra_body=body)
                 assert refusal.value.param == param
                 assert words in refusal.value.message
+
+
+async def test_what_a_step_brings_is_one_write(world: World) -> None:
+    """Four choices, three tokens each: one piece of the body, sent at once, has the events of all."""
+    engine = await world.engine(pace=0.02, tokens_per_step=3)
+    await world.serve(engine)
+    before = engine.steps
+    with socket.create_connection(("127.0.0.1", world.port), 10) as link:
+        link.sendall(world.post("/v1/chat/completions", big(stream=True, n=4, max_tokens=60)))
+        answer = await asyncio.to_thread(_whole, link)
+        (segments,) = struct.unpack_from(
+            "I", link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), _DATA_SEGS_IN
+        )
+    steps = engine.steps - before
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head
+    pieces = []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size, 16)
+        pieces.append(rest[:length])
+        body = rest[length + 2 :]
+    assert steps >= 20
+    assert sum(piece.count(b"data: {") for piece in pieces) >= 4 * steps, "an event of each choice in each step"
+    assert len(pieces) <= steps + 2, "and the end, which is [DONE] and the empty piece"
+    assert segments <= len(pieces) + 1, "each goes out by itself, as a whole"
+
+
+_DATA_SEGS_IN = 152
+"""Where struct tcp_info counts the segments that came with data. Sockets of the router do not wait to fill one."""
+
+
+def _whole(link: socket.socket) -> bytes:
+    answer = b""
+    while piece := link.recv(65536):
+        answer += piece
+    return answer

@@ -45,7 +45,7 @@ async def test_a_stream_goes_on_behind_what_was_sent(world: World) -> None:
     first, second = await dying(world, 5, None)
     async with world.client() as client:
         for _ in range(4):  # whichever of them is asked first
-            assert await streamed(client) == {0: TEXT}
+            assert await streamed(client, extra_body={"cache_salt": "mine"}) == {0: TEXT}
     taken_up = [message for message in second.generates if message.written]
     assert taken_up
     for message in taken_up:
@@ -54,6 +54,7 @@ async def test_a_stream_goes_on_behind_what_was_sent(world: World) -> None:
         )
         assert message.token_ids == asked.token_ids
         assert message.sampling == asked.sampling, "that of the whole answer"
+        assert message.cache_salt == asked.cache_salt == "mine", "what it finds cached there is still its own"
         assert list(message.written) == first.script(asked)[: len(message.written)]
         assert len(message.written) >= 5
     assert await migrations(world) - before == len(taken_up)

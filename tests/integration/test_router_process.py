@@ -149,6 +149,19 @@ async def test_garbage_on_the_control_socket_ends_that_connection_alone(world: W
     assert mode == 0o600
 
 
+async def test_a_signal_that_comes_before_it_serves_ends_it_in_order(own_world: World) -> None:
+    world = own_world
+    world.process.kill()
+    world.process.wait()
+    socket = world.folder / "control.sock"
+    socket.unlink()
+    world.restart()
+    while not socket.exists():
+        pass  # without a pause: there are some milliseconds
+    world.process.terminate()
+    assert await asyncio.to_thread(world.process.wait, 10) == 0
+
+
 async def test_sigterm_lets_a_stream_finish(own_world: World) -> None:
     world = own_world
     engine = await world.engine(pace=0.005)

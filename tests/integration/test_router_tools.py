@@ -6,6 +6,7 @@ Exact texts come from the scripted runner; what a grammar forces is shown with t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
 
 from quire import builtin
-from quire_schemas import wire
+from quire.router.metrics import MODES, OUTCOMES
+from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatChunk
 
 ASK: list[Any] = [{"role": "user", "content": "Weather in Paris?"}]
@@ -117,7 +119,12 @@ CLOCK_CALL = {"name": "time", "arguments": "{}"}
     ids=["text", "call", "two calls", "thought, text and call", "thought and text"],
 )
 async def test_calls_and_thoughts_are_told_apart_whole_and_streamed(
-    says: openai.AsyncOpenAI, script: str, content: str | None, reasoning: str | None, calls: list[Any]
+    world: World,
+    says: openai.AsyncOpenAI,
+    script: str,
+    content: str | None,
+    reasoning: str | None,
+    calls: list[Any],
 ) -> None:
     expected = {
         "content": content,
@@ -126,14 +133,32 @@ async def test_calls_and_thoughts_are_told_apart_whole_and_streamed(
         "finish": "tool_calls" if calls else "stop",
     }
     options: dict[str, Any] = {"messages": ASK, "tools": TOOLS, "extra_body": {"script": script}}
+    before = await read_for_calls(world)
     assert await whole(says, **options) == expected
     assert await streamed(says, **options) == expected
+    outcome = "tool_call" if calls else "no_tool_call"
+    assert await read_for_calls(world) - before == Counter({(mode, outcome): 1 for mode in MODES}), "each once"
 
 
-async def test_without_tools_their_markup_is_text(says: openai.AsyncOpenAI) -> None:
+async def read_for_calls(world: World) -> Counter[tuple[str, str]]:
+    """How many answers were, by mode and outcome."""
+    name, found = signals.TOOL_CALL_PARSER_INVOCATIONS, await world.metrics()
+    of = 'mode="{}",model="tiny",operation="chat",outcome="{}"'
+    return Counter(
+        {
+            (mode, outcome): int(found[f"{name}_total{{{of.format(mode, outcome)}}}"])
+            for mode in MODES
+            for outcome in OUTCOMES
+        }
+    )
+
+
+async def test_without_tools_their_markup_is_text(world: World, says: openai.AsyncOpenAI) -> None:
+    before = await read_for_calls(world)
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         answer = await whole(says, messages=ASK, extra_body={"script": PARIS}, **options)
         assert (answer["content"], answer["calls"], answer["finish"]) == (PARIS, [], "stop")
+    assert await read_for_calls(world) == before, "nobody looked for calls"
 
 
 async def test_a_manifest_says_how_the_model_writes(world: World, scripted_spec: wire.EngineSpec) -> None:

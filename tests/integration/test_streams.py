@@ -1,8 +1,8 @@
 """What a stream lives through: engines killed and stopped, shims and routers killed, clients that leave.
 
 Real processes throughout. A stream must be a prefix of its reference, and equal to it when it says that it is
-whole; the references are what the running engines answer when nothing happens. Times are printed (`pytest -s`);
-what is asserted of them leaves room for a busy machine.
+whole; the references are what the running engines answer when nothing happens. Times in CI leave room for a busy
+machine; a night holds them to the figures, and keeps them as rows in the file that QUIRE_FIGURES names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from tests.effort import EFFORT, bound, examples, times
+from tests.figures import record, spread
 from tests.integration.faulty_engine import POISON
 from tests.integration.house import House, Replica
 from tests.integration.router_world import end_world, eventually, make_world
@@ -29,8 +31,10 @@ from tests.oracle import Reading
 from quire_schemas import signals
 
 CLIENTS = 8
-SLACK = 4.0
-"""Seconds that a busy machine may add to what takes one."""
+SLACK = 0.0 if EFFORT > 1 else 4.0
+"""Seconds that a busy machine may add to what takes one; at night there is none."""
+NOTICED = 0.2
+"""Seconds in which bytes that were under way when an engine was killed are with the client."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,8 @@ async def test_clients_that_leave_give_their_blocks_back(house: House) -> None:
         took.append(time.monotonic() - left)
     took.sort()
     print(f"blocks back after {took[len(took) // 2]:.3f} s (median), {took[-1]:.3f} s (longest of {len(took)})")
-    assert took[len(took) // 2] < 0.2 * SLACK
+    record({"system": "client leaves: blocks free", **spread(took)})
+    assert took[len(took) // 2] < 0.2 + 0.15 * SLACK
     assert took[-1] <= bound(0.2)
 
     async def counted() -> bool:
@@ -125,6 +130,9 @@ async def test_engines_outlive_a_router_and_free_what_was_its(house: House) -> N
     back.set()
     assert any(await asyncio.gather(*asking))
     print(f"router killed: blocks free after {freed:.3f} s, another one answers after {listening:.3f} s")
+    record(
+        {"system": "router killed, two engines: blocks free", "answers_s": round(listening, 3), **spread([freed])}
+    )
     assert freed < 2 + SLACK
     await eventually(lambda: house.world.is_ready(2))
     async with house.http() as http:
@@ -144,6 +152,7 @@ async def test_a_stopped_engine_gets_nothing_and_says_what_it_would_have_said(ho
         await eventually(lambda: house.world.is_ready(1), 20)
         out = time.monotonic() - at
         print(f"stopped engine out of rotation after {out:.3f} s with a stall time of {stall} s")
+        record({"system": "engine stopped, one of two: out of rotation", "stall_s": stall, **spread([out])})
         assert out < stall + 1 + SLACK
         for _again in range(5):
             assert await house.world.is_ready(1), "its readiness does not flicker"
@@ -168,8 +177,10 @@ async def _has_streams(replica: Replica) -> bool:
 
 
 @pytest.mark.parametrize("victim", ["engine", "shim"])
-async def test_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house: House, victim: str) -> None:
-    for _ in range(examples(1)):
+async def test_r04_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house: House, victim: str) -> None:
+    ends: list[float] = []
+    asked = lost = 0
+    for _ in range(times(1, 70 if victim == "engine" else 30)):
         await house.open()
         replica = house.rng.choice(house.replicas)
         killed = 0.0
@@ -193,12 +204,16 @@ async def test_of_two_replicas_one_dies_and_only_what_it_had_begun_is_lost(house
             house.verify(one)
             assert one.status == 200
         assert all(one.stream and one.first_at is not None for one in failed), "begun, or not failed"
-        assert all(one.first_at is not None and one.first_at < killed + SLACK for one in failed)
+        assert all(one.first_at is not None and one.first_at < killed + NOTICED + SLACK for one in failed)
         assert {error["code"] for one in failed for error in one.errors} <= {"engine_died"}
         assert len(failed) <= 3, "as many as it computed at once"
         last = max((one.ended_at - killed for one in failed), default=0.0)
         print(f"{victim} killed: {len(failed)} of {len(heard)} got an error event, after {last:.3f} s at most")
         assert last < 1 + SLACK
+        ends += [one.ended_at - killed for one in failed]
+        asked, lost = asked + len(heard), lost + len(failed)
+    row = {"system": f"{victim} killed, one of two: error event", "asked": asked, "lost": lost}
+    record({**row, "kills": times(1, 70 if victim == "engine" else 30), **(spread(ends) if ends else {})})
 
 
 async def test_r04m_streams_of_an_engine_that_is_killed_go_on_and_nobody_notices(house: House) -> None:
@@ -206,7 +221,7 @@ async def test_r04m_streams_of_an_engine_that_is_killed_go_on_and_nobody_notices
     before a stream of its own has begun is no case of that: then another one is.
     """
     house.max_migrations = 3
-    gone_on = 0.0
+    gone_on, asked, kills = 0.0, 0, 0
     try:
         for _ in range(times(20, 100)):
             if gone_on and EFFORT == 1:
@@ -222,6 +237,7 @@ async def test_r04m_streams_of_an_engine_that_is_killed_go_on_and_nobody_notices
                 await eventually(lambda: _more(heard, count + CLIENTS + 4), 60)
 
             heard = await house.under_load(CLIENTS, act)
+            asked, kills = asked + len(heard), kills + 1
             for one in heard:
                 house.verify(one)
                 assert (one.status, one.errors, one.finish_reason) == (200, [], "length")
@@ -231,6 +247,14 @@ async def test_r04m_streams_of_an_engine_that_is_killed_go_on_and_nobody_notices
     finally:
         house.max_migrations = 0
     print(f"{gone_on:.0f} streams went on elsewhere")
+    record(
+        {
+            "system": "engine killed, streams may go on",
+            "kills": kills,
+            "asked": asked,
+            "gone_on": gone_on,
+        }
+    )
     assert gone_on > 0
 
 
@@ -238,12 +262,22 @@ async def _more(heard: list[Reading], count: int) -> bool:
     return len(heard) >= count
 
 
-async def test_a_request_that_kills_engines_takes_each_of_two_down_once(house: House) -> None:
-    poison = {**house.body(0, stream=False), "prompt": [*POISON, 5]}
+async def test_r09_a_request_that_kills_engines_takes_each_of_two_down_once(house: House) -> None:
+    took = []
+    for number in range(times(1, 20)):
+        await house.open()
+        took.append(await _take_down(house, {**house.body(0, stream=False), "prompt": [*POISON, 5 + number]}))
+    record({"system": "request that kills engines: condemned", **spread(took)})
+
+
+async def _take_down(house: House, poison: dict[str, Any]) -> float:
+    """Seconds until it is refused, having taken down both."""
+    began = time.monotonic()
     async with house.http() as http:
         answer = await http.post("/v1/completions", json=poison)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
         assert answer.headers["x-should-retry"] == "false"
+        took = time.monotonic() - began
         for replica in house.replicas:
             assert replica.exit_record()["exit"]["signal"] == signal.SIGKILL
         assert not any(replica.engine_lives() for replica in house.replicas)
@@ -254,6 +288,7 @@ async def test_a_request_that_kills_engines_takes_each_of_two_down_once(house: H
             assert (answer.status_code, answer.json()["error"]["code"]) == (502, "request_quarantined")
         house.verify(await house.ask(http, 1, stream=True))
     assert house.replicas[0].engine_lives()
+    return took
 
 
 async def test_an_engine_to_which_nobody_speaks_leaves_and_says_so(short_folder: Path) -> None:

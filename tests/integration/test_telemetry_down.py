@@ -1,30 +1,35 @@
 """A collector that is gone for long: routers side by side, two that reach theirs and two that do not.
 
-Requests go to each router in turns, so that what the machine does meanwhile falls on all alike. The effect on
-the 99th percentile is told with its interval, from rounds drawn again and again: it fails when even the low end
-shows one. QUIRE_BLACKHOLE_SECONDS sets how long it lasts (3600 for the hour). Five minutes of a night are sixty
-times the exporter's rhythm of five seconds and thirty times its patience of ten: all queues are full for long.
+Requests go to each router in turns, so that what the machine does meanwhile falls on all alike. The effect is told
+with its interval, from rounds drawn again and again: on the 99th percentile of the time, and on the processor time
+of a request, in which others on the machine have less of a part. What is above the bar of one in a hundred, with
+an interval that begins above none, fails. An interval that reaches over the bar is "unresolved" in its row, and no
+more: on a noisy machine that is what the time does. QUIRE_BLACKHOLE_SECONDS sets how long it lasts (3600 for the
+hour). Five minutes of a night are sixty times the exporter's rhythm of five seconds and thirty times its patience
+of ten: all queues are full for long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 import socket
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
-from benchmarks.rows import NO_KERNELS, provenance, write
 from tests.effort import times
+from tests.figures import record
 from tests.integration.otlp_collector import Collector
 from tests.integration.router_world import World, end_world, make_world
 
@@ -37,6 +42,8 @@ AT_ONCE = 4
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Say it"}], "max_tokens": 8}
 GROWTH = 8 << 20
 RESAMPLED = 400
+BAR = 1.01
+"""Times as much as beside a collector that is there."""
 
 
 @dataclass
@@ -46,6 +53,9 @@ class Side:
     name: str
     world: World
     rounds: list[list[float]] = field(default_factory=list)
+    marks: list[float] = field(default_factory=list)
+    """Processor time at the start of each round: up to the next one it is that of its requests, and of what is
+    done with spans meanwhile."""
     first_rss: int = 0
 
     @property
@@ -59,25 +69,51 @@ class Side:
             assert answer.status_code == 200
             return time.monotonic() - began
 
+        self.marks.append(self.processor_time())
         self.rounds.append(list(await asyncio.gather(*(one() for _ in range(AT_ONCE)))))
+
+    def processor_time(self) -> float:
+        """Of all threads of the router, to the nanosecond."""
+        return time.clock_gettime(~self.world.process.pid << 3 | 2)
 
 
 def p99(rounds: Sequence[Sequence[float]]) -> float:
     return statistics.quantiles([each for took in rounds for each in took], n=100)[98]
 
 
-def effect(of: Side, against: Sequence[Side]) -> tuple[float, float, float]:
-    """By which factor the 99th percentile is larger, with the ends of an interval of 95 %."""
-    count = len(of.rounds)
+@dataclass(frozen=True)
+class Effect:
+    """By which factor something is larger, with the ends of an interval of 95 %."""
+
+    factor: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if self.factor > BAR and self.low > 1:
+            return "fails"
+        return "holds" if self.high <= BAR else "unresolved"
+
+
+def effect(of: Side, against: Sequence[Side], figure: Callable[[Side, Sequence[int]], float]) -> Effect:
+    """On a figure of some rounds. Of all sides the same rounds are drawn."""
+    count = len(of.rounds) - 1  # what the last one took of the processor is not known
     drawn = random.Random(1)
-    found = []
-    for _ in range(RESAMPLED):
-        places = [drawn.randrange(count) for _ in range(count)]
-        base = p99([side.rounds[place] for side in against for place in places])
-        found.append(p99([of.rounds[place] for place in places]) / base)
-    found.sort()
-    whole = p99(of.rounds) / p99([took for side in against for took in side.rounds])
-    return whole, found[RESAMPLED // 40], found[-RESAMPLED // 40]
+
+    def factor(places: Sequence[int]) -> float:
+        return figure(of, places) / statistics.fmean(figure(side, places) for side in against)
+
+    found = sorted(factor([drawn.randrange(count) for _ in range(count)]) for _ in range(RESAMPLED))
+    return Effect(factor(range(count)), found[RESAMPLED // 40], found[-RESAMPLED // 40])
+
+
+def slowest(side: Side, places: Sequence[int]) -> float:
+    return p99([side.rounds[place] for place in places])
+
+
+def dearest(side: Side, places: Sequence[int]) -> float:
+    return statistics.fmean(side.marks[place + 1] - side.marks[place] for place in places)
 
 
 @contextlib.asynccontextmanager
@@ -87,10 +123,12 @@ async def side(name: str, url: str) -> AsyncIterator[Side]:
     with tempfile.TemporaryDirectory(prefix="qr") as folder:
         world = make_world(Path(folder), environment)
         engine = await world.engine()
-        await world.serve(engine)
-        yield Side(name, world)
-        await engine.stop()
-        end_world(world)
+        try:
+            await world.serve(engine)
+            yield Side(name, world)
+        finally:
+            await engine.stop()
+            end_world(world)
         log = (world.folder / "router.log").read_text()
         assert "Traceback" not in log
         assert log.count("exported") < 10, "the log says it once, and not again and again"
@@ -119,27 +157,27 @@ async def test_r36_a_collector_that_is_gone_costs_spans_and_no_time() -> None:
             if time.monotonic() - began < SECONDS / 4:  # until then queues and pools fill
                 for each in sides:
                     each.first_rss = each.rss
-        rows = []
+        told: list[tuple[Side, dict[str, Effect]]] = []
         for each in sides:
-            told = await each.world.metrics()
-            full = told[f'{signals.SPANS_DROPPED}_total{{reason="queue_full"}}']
-            failed = told[f'{signals.SPANS_DROPPED}_total{{reason="export_failed"}}']
-            exported = told[f"{signals.SPANS_EXPORTED}_total"]
+            now = await each.world.metrics()
+            full = now[f'{signals.SPANS_DROPPED}_total{{reason="queue_full"}}']
+            failed = now[f'{signals.SPANS_DROPPED}_total{{reason="export_failed"}}']
+            exported = now[f"{signals.SPANS_EXPORTED}_total"]
             grown = each.rss - each.first_rss
             others = [other for other in sides[:2] if other is not each]
-            factor, low, high = effect(each, others)
-            print(
-                f"{each.name}: p99 {1000 * p99(each.rounds):.2f} ms, {factor:.3f} ({low:.3f} to {high:.3f}) times "
-                f"that of those reached; {exported:.0f} spans exported, {full + failed:.0f} lost; grown by {grown}"
-            )
-            rows.append(
-                {
-                    **provenance(NO_KERNELS), "benchmark": "survival", "system": f"collector: {each.name}",
-                    "repeat": AT_ONCE * len(each.rounds), "seconds": SECONDS, "p99_s": round(p99(each.rounds), 5),
-                    "factor": round(factor, 4), "factor_low": round(low, 4), "factor_high": round(high, 4),
-                    "spans_lost": full + failed, "grown_bytes": grown,
-                }
-            )  # fmt: skip
+            effects = {"time": effect(each, others, slowest), "cpu": effect(each, others, dearest)}
+            cpu = 1000 * dearest(each, range(len(each.rounds) - 1)) / AT_ONCE
+            row: dict[str, Any] = {
+                "system": f"collector: {each.name}", "repeat": AT_ONCE * len(each.rounds), "seconds": SECONDS,
+                "p99_s": round(p99(each.rounds), 5), "cpu_ms_per_request": round(cpu, 4),
+                "spans_exported": exported, "spans_lost": full + failed, "grown_bytes": grown,
+            }  # fmt: skip
+            for what, found in effects.items():
+                row |= {f"{what}_{key}": round(value, 4) for key, value in dataclasses.asdict(found).items()}
+                row[f"{what}_verdict"] = found.verdict
+            print(row)
+            record(row)
+            told.append((each, effects))
             spans = AT_ONCE * len(each.rounds)  # and several more below each request
             if each in sides[:2]:
                 assert exported > 0
@@ -147,7 +185,7 @@ async def test_r36_a_collector_that_is_gone_costs_spans_and_no_time() -> None:
             else:
                 assert exported == 0
                 assert full + failed >= spans - QUEUE, "what does not fit is counted"
-                assert low <= 1.01, f"{each.name}: even the low end of the effect is above one in a hundred"
                 assert grown <= max(other.rss - other.first_rss for other in sides[:2]) + GROWTH
-        if path := os.environ.get("QUIRE_FIGURES"):
-            write(Path(path), rows)
+        for each, effects in told[2:]:
+            for what, found in effects.items():
+                assert found.verdict != "fails", f"{each.name}: {what} {found}"

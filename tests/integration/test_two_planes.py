@@ -23,6 +23,7 @@ import httpx
 import psycopg
 import pytest
 from tests.effort import EFFORT, bound, times
+from tests.figures import quantile, record
 from tests.integration.forked import Forked, ForkedPlane
 from tests.integration.plane import GATEWAY, model
 from tests.integration.test_acknowledged import Applier, number_of
@@ -190,14 +191,17 @@ def test_the_leader_is_killed_again_and_again_and_nothing_that_was_acknowledged_
     assert watcher.looks > KILLS
     assert watcher.doubles == 0
     assert max(took) < bound(TAKEOVER_SECONDS) if EFFORT == 1 else max(took) <= TAKEOVER_SECONDS
-    _note(kills=KILLS, acknowledged=sum(a.count for a in appliers), takeovers=took, epoch=epochs[-1])
-
-
-def _note(**figures: Any) -> None:
-    """Figures go to the file that `QUIRE_FIGURES` names."""
-    if name := os.environ.get("QUIRE_FIGURES"):
-        with open(name, "a") as file:
-            file.write(json.dumps({"scenario": "two control planes", **figures}) + "\n")
+    record(
+        {
+            "system": "leader killed: another one leads",
+            "repeat": KILLS,
+            "acknowledged": sum(each.count for each in appliers),
+            "lost": 0,
+            "p50_s": round(quantile(took, 0.5), 2),
+            "max_s": round(max(took), 2),
+            "epoch": epochs[-1],
+        }
+    )
 
 
 def paused(planes: Planes, leader: Forked) -> None:

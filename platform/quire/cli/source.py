@@ -51,10 +51,12 @@ def judge_commit(commit: str | None, after: float, healthy: bool, view: View | N
         return Verdict.GONE, "it is being deleted"
     status = view["status"]
     ready, applied = render.condition(view, "Ready"), status.get("lastAppliedRevision") or ""
-    if ready is None or ready["observedGeneration"] < view["generation"] or (status.get("looked") or 0.0) < after:
+    if ready is None or ready["observedGeneration"] < view["generation"]:
         return Verdict.WAITING, "the repository is being asked"
     if ready["reason"] == "Suspended":
         return Verdict.SUPERSEDED, "it is suspended"
+    if (status.get("looked") or 0.0) < after:
+        return Verdict.WAITING, "the repository is being asked"
     refused = status.get("lastAttemptedRevision") or ""
     fetched = render.condition(view, "Fetched") or {"status": "True"}
     away = f"{fetched['reason']} ({fetched['message']})" if fetched["status"] == "False" else ""
@@ -108,12 +110,14 @@ def sync(name: str, waits: bool, timeout: float) -> int:
     "--timeout", metavar="DURATION", callback=seconds, default="30m", show_default=True, help="How long to wait."
 )
 def wait(name: str, commit: str | None, state: str, timeout: float) -> int:
-    """Wait until a commit is applied and serves, as a pipeline does after a push.
+    """Wait until a commit is applied and serves, as a pipeline does after a push. The repository is asked now.
 
     Ends at once with 6 when the commit is refused, and with 5 when the source is suspended."""
     if commit is not None and (len(commit) < SHORTEST or set(commit) - set("0123456789abcdef")):
         usage_error(f"{commit!r} is not a commit", f"at least {SHORTEST} of its digits: git rev-parse HEAD")
-    return _follow(_named(name)[0], commit, 0.0, state == "healthy", timeout)
+    key, path = _named(name)
+    asked = float(connect().post(f"{path}/look", {"by": me()})["at"])
+    return _follow(key, commit, asked if commit is None else 0.0, state == "healthy", timeout)
 
 
 @source.command()

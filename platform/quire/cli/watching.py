@@ -37,7 +37,7 @@ from quire.cli.program import report_client
 from quire.cli.progress import POLL_SECONDS, Display, Judge, View, fetch, wait
 from quire.cli.session import connect, notice
 from quire.client import ClientError, InvalidManifest, Refused
-from quire_schemas.manifest import Manifest, Problem
+from quire_schemas.manifest import Manifest, Problem, TooMany, manifests_below
 from quire_schemas.model import Model
 
 STEP_MS = 50
@@ -72,7 +72,7 @@ class Edition:
     templates: tuple[tuple[str, str | None], ...] = ()
     """Path and SHA-256 of each file that a manifest names; None for one that cannot be read."""
     gone: tuple[str, ...] = ()
-    """Paths that were given, and are not there."""
+    """Paths that were given, and are not there, or are folders without a manifest."""
     manifest: Manifest = field(default_factory=Manifest, compare=False)
 
     def objects(self) -> dict[str, str]:
@@ -88,7 +88,7 @@ class Edition:
 
 def look(paths: Sequence[str]) -> Edition:
     """What the files hold now."""
-    there = [path for path in paths if os.path.exists(path)]
+    there = [path for path in paths if _holds(path)]
     files, manifest = offline.load(there) if there else ([], Manifest())
     named = dict.fromkeys(
         file
@@ -103,6 +103,16 @@ def look(paths: Sequence[str]) -> Edition:
         tuple(path for path in paths if path not in there),
         manifest,
     )
+
+
+def _holds(path: str) -> bool:
+    """Whether there is something to read: a file, or a folder with a manifest."""
+    if not os.path.isdir(path):
+        return os.path.exists(path)
+    try:
+        return any(True for _ in manifests_below(Path(path)))
+    except (OSError, TooMany):
+        return True  # reading it says why it cannot be
 
 
 def _digest(path: Path) -> str | None:
@@ -271,6 +281,7 @@ class Watch:
             report_client(InvalidManifest([problem.as_dict() for problem in edition.problems]))
             return True
         if not edition.files:
+            notice(f"there is no manifest now: {_listed(edition.gone)}")
             self._name_what_left(edition)
             return True
         body = {"files": [{"name": name, "text": text} for name, text in edition.files], **self._more}

@@ -25,6 +25,7 @@ class Following:
         self._plane = plane
         self._views = views
         self._verbs: dict[str, Callable[[StoredObject, Mapping[str, Any]], tuple[str, str]]] = {
+            "look": self._look,
             "sync": self._sync,
             "suspend": self._suspend,
             "resume": self._resume,
@@ -47,6 +48,10 @@ class Following:
         self._plane.wake(key)
         self._plane.note(key, reason, text)
         return {"key": str(key), "message": text, "at": at, "object": self._views.of(stored)}
+
+    def _look(self, stored: StoredObject, body: Mapping[str, Any]) -> tuple[str, str]:
+        self._plane.sources.hint(stored.key.name)
+        return "LookRequested", "the repository is asked now"
 
     def _sync(self, stored: StoredObject, body: Mapping[str, Any]) -> tuple[str, str]:
         if self._plane.sources.suspended(stored):

@@ -152,6 +152,8 @@ class Steering:
             raise ApiError(400, "bad_request", "skipExam is true or false", exit_code=2)
         if tried.stage is None:
             self._check_may_take_over(wanted, tried, skips=skips)
+        elif tried.stage.failed and not tried.stage.examined:
+            self._check_exam(wanted, tried, skips=skips)
         at = self._plane.store.clock()
         by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
         kept = Stage(PROMOTED, at).kept(tried.revision.template_hash, at)
@@ -170,9 +172,16 @@ class Steering:
             text = f"revision {n} does not serve yet"
             hint = f"platform rollout status {key} shows what it waits for"
             raise ApiError(409, "conflict", text, hint, exit_code=5)
+        self._check_exam(wanted, tried, skips=skips)
+
+    def _check_exam(self, wanted: Effective, tried: Canary, *, skips: bool) -> None:
+        """Of a canary that has not passed one. Raises `ApiError`."""
         if tried.policy.paper is not None and not skips:
-            text = f"revision {n} has not passed its exam"
-            hint = f"platform rollout status {key} shows how it goes; rollout promote --skip-exam does without"
+            text = f"revision {tried.revision.n} has not passed its exam"
+            hint = (
+                f"platform rollout status {wanted.stored.key} shows how it goes; "
+                "rollout promote --skip-exam does without"
+            )
             raise ApiError(409, "conflict", text, hint, exit_code=5)
 
     def _abort(self, wanted: Effective, body: Mapping[str, Any]) -> tuple[str, str]:

@@ -129,6 +129,12 @@ REQUESTS: Final = Board(
                     "percentunit",
                     (Query(f"{_FOUND} / {_COMPUTED}", _legend(signals.LABEL_MODEL)),),
                 ),
+                Panel(
+                    "Answers read for calls",
+                    "short",
+                    _rates(signals.TOOL_CALL_PARSER_INVOCATIONS, signals.LABEL_MODEL, signals.LABEL_OUTCOME),
+                    "In each second, of requests that offered tools: how many called one.",
+                ),
                 Panel("Requests in flight", "short", _each(signals.REQUESTS_IN_FLIGHT, signals.LABEL_MODEL)),
                 Panel(
                     "Held for a replica",

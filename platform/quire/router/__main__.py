@@ -43,6 +43,7 @@ from quire.router.server import (
     Server,
     base_url,
     deaf,
+    heed,
     listening_socket,
     options,
     prepare,
@@ -104,6 +105,7 @@ async def serve(
         crew.finish(grace)
 
     server = Server(options(head.asgi, fleet, certificate), config.shutdown_grace, begins, begins_to_end, board)
+    heed(server)  # before anybody can know that it is there, and end it
     crew.own_requests = lambda: server.requests
     url = base_url(listening, "http" if config.tls is None else "https")
     control = ControlServer(crew, Path(config.control_socket), url, server.finish, head.usage.report)

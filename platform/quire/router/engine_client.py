@@ -49,8 +49,10 @@ Ejection = Literal["disconnected", "stalled", "tripped"]
 """Why a replica that served is not ready any more, if nobody told it to leave."""
 
 
-MOST_KEPT = 64
-"""Deltas that are kept as they came."""
+MOST_KEPT = 16
+"""Deltas that are kept as they came, and packs of such."""
+MUCH = 16 * 1024
+"""Bytes of packs that are not made fewer: they have more in them than tokens."""
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(list[wire.Delta]).decode
 
@@ -120,13 +122,18 @@ class Sequence:
         if len(self.deltas) >= MOST_KEPT:
             self.packed.append(_pack(list(_joined(self.deltas))))
             self.deltas = []
+            if len(self.packed) >= MOST_KEPT and sum(map(len, self.packed)) < MUCH:
+                self.packed = [_pack(list(_joined(self._unpacked())))]
         self.deltas.append(delta)
+
+    def _unpacked(self) -> list[wire.Delta]:
+        return [delta for pack in self.packed for delta in _unpack(pack)]
 
     def take(self) -> list[wire.Delta]:
         """The deltas since the last call."""
         taken, self.deltas = self.deltas, []
         if self.packed:
-            taken = [delta for pack in self.packed for delta in _unpack(pack)] + taken
+            taken = self._unpacked() + taken
             self.packed = []
         return taken
 

@@ -485,6 +485,14 @@ class Choice:
             return 0.0
         return self.last_token_at - self.first_token_at
 
+    @property
+    def outcome(self) -> str | None:
+        """Whether it has called a tool; None where nobody looked for that."""
+        markup = self.job.markup
+        if markup is None or markup.verbatim or not markup.tools:
+            return None
+        return "tool_call" if self._called else "no_tool_call"
+
     def _named(self, stop_token_id: int | None) -> int | None:
         """The id, if it is one of those that the request named for this."""
         return stop_token_id if stop_token_id in self.sampling.stop_token_ids else None
@@ -500,6 +508,7 @@ class Choice:
             ids = (*beam.token_ids, *stop)
             reader = self.job.markup.reader() if self.job.markup is not None else Plain()
             parts = (*reader.push(whole), *reader.finish())
+            self._called = self._called or any(isinstance(part, CallBegins) for part in parts)
             found.append(
                 Update(
                     self.index * self.job.n + place,

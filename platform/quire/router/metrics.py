@@ -27,7 +27,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -59,6 +59,9 @@ REFUSED_FOR_ITSELF: Final = "invalid_request"
 REASONS: Final = tuple(sorted({row.code or REFUSED_FOR_ITSELF for row in TABLE.values()}))
 SOURCES: Final = ("local_compute", "local_cache_hit")
 EJECTIONS: Final = ("disconnected", "stalled", "tripped")
+READ_FOR_CALLS: Final = ("chat", "responses")
+MODES: Final = ("streaming", "non_streaming")
+OUTCOMES: Final = ("tool_call", "no_tool_call")
 COPIES: Final = ("completed", "failed", "dropped")
 ROUTED: Final = "routed"
 STEPPED_IN: Final = "stepped in"
@@ -136,6 +139,7 @@ class ModelMetrics:
     __slots__ = (
         "added_to_answer",
         "added_to_request",
+        "calls",
         "computed_tokens",
         "corrupted",
         "decode_time",
@@ -175,6 +179,9 @@ class ModelMetrics:
         self.retries = Number()
         self.migrations = Number()
         self.corrupted = Number()
+        self.calls: Mapping[tuple[str, str, str], Number] = {
+            key: Number() for key in product(READ_FOR_CALLS, MODES, OUTCOMES)
+        }
         self.ejections: Mapping[str, Number] = {reason: Number() for reason in EJECTIONS}
         self.in_flight = Number()
         self.held = Number()
@@ -444,6 +451,13 @@ _FAMILIES: Final = (
     ),
     _Family(
         signals.CORRUPTED_REQUESTS, "Sequences without finite numbers.", _C, _only(lambda model: model.corrupted)
+    ),
+    _Family(
+        signals.TOOL_CALL_PARSER_INVOCATIONS,
+        "Answers read for calls of tools.",
+        _C,
+        lambda model: model.calls.items(),
+        (signals.LABEL_OPERATION, signals.LABEL_MODE, signals.LABEL_OUTCOME),
     ),
     _Family(
         signals.REPLICA_EJECTIONS,

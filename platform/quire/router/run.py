@@ -326,6 +326,9 @@ class Run:
         """A sequence has come to its end: where its time went."""
         metrics, timings = self._metrics, choice.timings
         metrics.tokens_generated.observe(choice.generated)
+        if (outcome := choice.outcome) is not None:
+            mode = "streaming" if self.job.stream else "non_streaming"
+            metrics.calls[self.job.operation, mode, outcome].inc()
         if timings is None or timings.scheduled_at is None or timings.first_token_at is None:
             return
         metrics.computed_tokens.observe(len(choice.prompt) - timings.cached_tokens)

@@ -289,13 +289,6 @@ async def until_told(
     server: Server, listening: socket.socket, certificate: Certificate | None, memory: Memory
 ) -> None:
     """Serve until the end is begun, by a signal or otherwise, and is over, with an eye on memory."""
-
-    def stop(*_: object) -> None:
-        server.should_exit = True
-
-    # Plain handlers, not the loop's, which end with it: a second SIGTERM must not be a sudden death.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     watch = asyncio.create_task(memory.watch(), name="memory")
     renewal = None if certificate is None else asyncio.create_task(certificate.renew())
     try:
@@ -304,6 +297,17 @@ async def until_told(
         watch.cancel()
         if renewal is not None:
             renewal.cancel()
+
+
+def heed(server: Server) -> None:
+    """Have a signal begin the end of the server, also where it has not begun to serve."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # Plain handlers, not the loop's, which end with it: a second SIGTERM must not be a sudden death.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def deaf() -> None:

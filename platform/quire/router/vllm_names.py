@@ -24,6 +24,8 @@ def translated(families: Iterable[Metric], no_model: str) -> Iterator[Metric]:
             yield _successes(family, no_model)
         elif family.name == signals.PROMPT_TOKENS_BY_SOURCE:
             yield from _cached(family)
+        elif family.name == signals.TOOL_CALL_PARSER_INVOCATIONS:
+            yield _read_for_calls(family)
         elif family.name == signals.NUM_REQUESTS_RUNNING:
             yield from _absent(family)
 
@@ -68,6 +70,18 @@ def _cached(by_source: Metric) -> Iterator[Metric]:
             whole.add_metric(key, sample.value)
             split.add_metric([*key, source], sample.value)
     yield from (whole, split)
+
+
+def _read_for_calls(ours: Metric) -> Metric:
+    """Without an `engine`: an answer is read in the router."""
+    kept = (signals.LABEL_MODE, signals.LABEL_OUTCOME)
+    labels = [signals.VLLM_LABELS[signals.LABEL_MODEL], *kept, signals.VLLM_REQUEST_TYPE]
+    made = CounterMetricFamily(signals.VLLM_TOOL_CALL_PARSER_INVOCATIONS, ours.documentation, labels=labels)
+    for sample in ours.samples:
+        of = sample.labels
+        asked = signals.VLLM_REQUEST_TYPES[of[signals.LABEL_OPERATION]]
+        made.add_metric([of[signals.LABEL_MODEL], *(of[name] for name in kept), asked], sample.value)
+    return made
 
 
 def _absent(running: Metric) -> Iterator[Metric]:

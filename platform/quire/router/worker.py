@@ -21,7 +21,7 @@ from quire.router.config import RouterConfig
 from quire.router.far import FarHead, Wire
 from quire.router.fleet import Fleet
 from quire.router.line import Line
-from quire.router.server import Board, Server, deaf, options, prepare, until_told
+from quire.router.server import Board, Server, deaf, heed, options, prepare, until_told
 from quire.router.tls import Certificate
 from quire.tracing import Tracing
 from quire_operators.fleet import sibling
@@ -128,6 +128,7 @@ async def work(
         begins_to_end,
         board,
     )
+    heed(server)
     try:
         await until_told(server, listening, certificate, fleet.memory)
     finally:

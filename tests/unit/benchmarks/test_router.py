@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from benchmarks.router import BARS, CASES, figures, is_missed, standin_running
+from benchmarks.router import BARS, CASES, figures, inside, is_missed, standin_running
 from benchmarks.standin import Case, Measured, Record, Spread
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,6 +37,22 @@ def test_processor_time_is_told_for_what_it_was_spent_on() -> None:
     assert (row["added_p50_ms"], row["added_p99_ms"], row["unasked"]) == (1.0, 3.0, 3)
     assert [is_missed("requests_per_s", value, 2000) for value in (1999, 2000)] == [True, False]
     assert [is_missed("added_p50_ms", value, 1.0) for value in (1.1, 1.0)] == [True, False]
+
+
+def test_what_a_router_counts_itself_is_what_came_between_two_looks() -> None:
+    def look(request: tuple[int, int, int], answer: tuple[int, int, int]) -> dict[str, float]:
+        return {
+            f'quire_router_added_seconds_bucket{{model="{model}",part="{part}",le="{edge}"}}': float(count)
+            for part, counts in (("request", request), ("answer", answer))
+            for model in "ab"
+            for edge, count in zip(("0.001", "0.002", "+Inf"), counts, strict=True)
+        }
+
+    row = inside(look((10, 10, 10), (0, 0, 0)), look((60, 110, 110), (100, 100, 100)))
+    assert (row["inside_request_p50_ms"], row["inside_answer_p50_ms"], row["inside_p50_ms"]) == (1.0, 0.5, 1.5)
+    assert row["inside_request_p99_ms"] == pytest.approx(1.98)
+    assert inside({}, {}) == {}
+    assert inside(look((0, 0, 0), (0, 0, 0)), look((0, 0, 9), (0, 9, 9)))["inside_p50_ms"] == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonschema
 import llguidance
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -632,6 +633,8 @@ HOSTILE = {
     "a large multiple": schema({"type": "integer", "multipleOf": 1_000_000_007}),
     "a circle": Structured("grammar", "start: A\nA: B\nB: A"),
 }  # fmt: skip
+NEUTRAL = {"regex": "z", "grammar": "\n", "json_schema": " "}
+"""By kind, what makes another one that is as hostile."""
 HARMLESS = {
     "nested stars": Structured("regex", "((a+)+)+b"),
     "optional pairs": Structured("regex", "(a?){60}a{60}"),
@@ -642,11 +645,17 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_constraint_is_refused_within_a_second(tiny: Grammars, name: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(RequestRefused) as refusal:
-        tiny.compile(HOSTILE[name])
-    assert time.monotonic() - began < bound(1.0)
+def test_a_hostile_constraint_is_refused_within_half_a_second(tiny: Grammars, name: str) -> None:
+    """The best of three that are alike: it is tried in a process, beside whatever else the machine does."""
+    hostile, took = HOSTILE[name], [bound(0.5)]
+    for more in range(3):
+        if min(took) >= bound(0.5):
+            another = msgspec.structs.replace(hostile, text=hostile.text + more * NEUTRAL[hostile.kind])
+            began = time.monotonic()
+            with pytest.raises(RequestRefused) as refusal:
+                tiny.compile(another)
+            took.append(time.monotonic() - began)
+    assert min(took) < bound(0.5), took
     assert refusal.value.code == "invalid_grammar"
     assert len(str(refusal.value)) < 400
     began = time.monotonic()

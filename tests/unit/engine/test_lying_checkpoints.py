@@ -11,17 +11,21 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.effort import examples
 
 from quire_engine.weights import Weights
 from quire_schemas.checkpoint import (
     CheckpointError,
+    OutsideFolder,
     expected_tensors,
+    opened,
     profile_from_config,
     read_config,
     read_profile,
@@ -446,3 +450,49 @@ def test_a_file_cut_off_after_it_was_looked_at_is_no_read_past_its_end(tmp_path:
     os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size - 4)
     with pytest.raises(CheckpointError, match=rf"{FILE}: ended inside tensor lm_head\.weight"):
         weights.tensor("lm_head.weight")
+
+
+def test_a_link_that_is_put_in_place_after_the_look_leads_nowhere(tmp_path: Path) -> None:
+    single(tmp_path)
+    weights = Weights(
+        tmp_path,
+        read_config(tmp_path),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        on_progress=lambda *_: None,
+    )
+    move_out(tmp_path, FILE)
+    with pytest.raises(OutsideFolder, match="outside of the checkpoint"):
+        weights.tensor("lm_head.weight")
+
+
+def test_a_name_that_leads_here_and_there_in_turns_is_never_read_from_outside(tmp_path: Path) -> None:
+    """Whoever writes the folder changes a link while it is looked at and opened, as fast as he can."""
+    folder, secret = tmp_path / "checkpoint", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("of this machine")
+    (folder / "own").write_text("of the checkpoint")
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            for target in (folder / "own", secret):
+                (folder / "next").symlink_to(target)
+                os.replace(folder / "next", folder / "config.json")
+
+    (folder / "config.json").symlink_to(folder / "own")
+    changing = threading.Thread(target=change)
+    changing.start()
+    told = {"own": 0, "refused": 0}
+    try:
+        for _ in range(examples(2000)):
+            try:
+                with opened(folder / "config.json") as file:
+                    assert file.read() == b"of the checkpoint"
+                told["own"] += 1
+            except OutsideFolder:
+                told["refused"] += 1
+    finally:
+        ended.set()
+        changing.join()
+    assert min(told.values()) > 0, "he was at it all along"

@@ -446,6 +446,18 @@ def test_a_revision_that_did_not_keep_its_template_stays_with_the_file(
     assert put(store, admission, templated(admission, file)).endswith(" 3"), "with the text that it has by now"
 
 
+def test_a_template_that_cannot_be_read_is_told_of_where_it_is_named(
+    store: Store, admission: Admission, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% if %}")
+    refusal = templated(admission, file).refusal
+    assert refusal is not None
+    assert (refusal.path, refusal.reason) == ("spec.tokenizer.chatTemplateFile", "ModelUnusable")
+    assert str(file) in refusal.message
+    assert refusal.hint == "mend the template, or leave it out"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -572,3 +584,26 @@ def test_the_names_of_adapters_are_claimed_like_others(admission: Admission, tmp
     refusal = found[1].refusal
     assert refusal is not None
     assert (refusal.path, refusal.reason) == ("spec.lora.adapters[0].name", "NameConflict")
+
+
+def test_a_route_to_an_adapter_that_there_is_not_is_warned_of(admission: Admission, tmp_path: Path) -> None:
+    spec = with_adapters(write_adapter(tmp_path / "a"))
+    documents = [
+        (
+            "m.yaml",
+            "apiVersion: quire.dev/v1alpha1\nkind: Model\nmetadata: {name: m}\n"
+            f"spec: {{source: 'builtin://tiny', {spec}}}\n",
+        ),
+        (
+            "r.yaml",
+            "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\nspec:\n  match: {modelNames: [r]}\n"
+            "  backends: [{model: m}, {model: m, adapter: a, weight: 3}, {model: m, adapter: c}]\n",
+        ),
+    ]
+    loaded = manifest.load(documents)
+    assert not loaded.problems
+    _, route = admission.review(loaded.resources)
+    assert route.warnings == ["spec.backends[2].adapter: model/m has no adapter 'c' yet"]
+    twice = documents[1][1].replace("adapter: c", "adapter: a")
+    (problem,) = manifest.load([documents[0], ("r.yaml", twice)]).problems
+    assert "model 'm' with adapter 'a' stands here twice" in problem.message

@@ -51,6 +51,17 @@ def test_nothing_is_lost_or_moved_however_much_waits(steps: list[tuple[list[int]
     assert sequence.take() == []
 
 
+def test_tokens_that_wait_take_little_room() -> None:
+    client: Any = SimpleNamespace(connection=1)
+    sequence = Sequence(client, wire.Generate("a", [1], wire.Sampling(max_tokens=9000)), asyncio.Event(), 0)
+    for token in range(3000):
+        sequence.put(wire.Delta("a", (token,)))
+    assert len(sequence.deltas) <= MOST_KEPT
+    assert len(sequence.packed) <= MOST_KEPT
+    assert sum(map(len, sequence.packed)) < 4 * 3000
+    assert [token for delta in sequence.take() for token in delta.token_ids] == list(range(3000))
+
+
 WANTED = Wanted("q", "tiny", "", 0.0, prompt_tokens=8, max_tokens=8, attempts=0)
 
 

@@ -178,6 +178,7 @@ VLLM: Final[dict[str, tuple[str, set[str]]]] = {
     "vllm:request_success": ("counter", REQUEST | {"finished_reason"}),
     "vllm:admission_rejections": ("counter", REQUEST | {"reason"}),
     "vllm:corrupted_requests": ("counter", REQUEST),
+    "vllm:tool_call_parser_invocations": ("counter", {"model_name", "mode", "outcome", "request_type"}),
     **{
         f"vllm:{name}": ("histogram", REQUEST)
         for name in (
@@ -230,12 +231,16 @@ def test_vllms_numbers_are_ours() -> None:
     numbers.tokens_by_source["local_cache_hit"].inc(16)
     numbers.tokens_by_source["local_compute"].inc(5)
     numbers.inter_token.observe(0.02, 4)
+    numbers.calls["chat", "streaming", "tool_call"].inc(3)
     found = families(metrics)
     of = {"model_name": "m", "engine": "0"}
     success = {s.labels["finished_reason"]: s.value for s in found["vllm:request_success"].samples}
     assert success == {"stop": 2, "length": 1, "repetition": 0, "abort": 0, "error": 0}
     assert value(found, "vllm:prompt_tokens_cached", "_total", **of) == 16
     assert value(found, "vllm:prompt_tokens_by_source", "_total", **of, source="local_compute") == 5
+    calls = {"model_name": "m", "request_type": "chat_completions", "outcome": "tool_call"}
+    for mode, count in (("streaming", 3), ("non_streaming", 0)):
+        assert value(found, "vllm:tool_call_parser_invocations", "_total", **calls, mode=mode) == count
     for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
         assert value(found, name, "_count", **of) == 4
     of = {"model_name": "m", "engine": "m-0"}

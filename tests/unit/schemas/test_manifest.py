@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import effort
 from tests.effort import examples
 
+from quire_schemas import manifest as manifests
 from quire_schemas.fields import fields_of
 from quire_schemas.kinds import KINDS
 from quire_schemas.manifest import (
@@ -474,8 +476,8 @@ def test_a_bomb_of_aliases_is_counted_and_not_expanded() -> None:
     started = time.perf_counter()
     [problem] = problems("\n".join(lines))
     assert "100,000 values" in problem.message
+    assert time.perf_counter() - started < min(effort.bound(0.05), 1)
     assert problem.line == 6
-    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("hostile", ["[" * 1_000_000, "{a: " * 250_000, "[],\n" * 200_000, "? " * 500_000])
@@ -785,6 +787,22 @@ def test_a_stored_intent_that_is_no_longer_valid_is_reported() -> None:
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_of_everything_is_named_soon_and_hidden_ones_are_not_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".git").mkdir()
+    for number in range(9):
+        (tmp_path / ".git" / f"{number}.yaml").write_text("")
+    (tmp_path / "a.yaml").write_text("")
+    monkeypatch.setattr(manifests, "MAX_ENTRIES", 3)
+    assert manifests.load_paths([str(tmp_path)]).problems == []
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("")
+    (problem,) = manifests.load_paths([str(tmp_path)]).problems
+    assert (problem.file, problem.message) == (str(tmp_path), "there are more than 3 files in it and below")
+    assert problem.hint == "name the manifests, or a folder that holds only them"
 
 
 def test_folders_are_read_in_order_and_all_bad_files_are_named(tmp_path: Path) -> None:
