@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from quire_operators import status
+from quire_operators import adapters, status
 from quire_operators.clock import on_the_wall
 from quire_operators.gateway import GatewayReconciler
 from quire_operators.records import StoredObject
