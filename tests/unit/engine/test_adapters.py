@@ -151,7 +151,7 @@ def test_the_same_contents_by_another_name_and_other_contents_by_the_same_have_c
     assert adapted({"a": folders["b"]})._adapter("a")[1] not in roots
 
 
-def test_vectors_and_beams_are_those_of_the_adapter(engine: Engine, merged: dict[str, Path]) -> None:
+def test_vectors_are_those_of_the_adapter(engine: Engine, merged: dict[str, Path]) -> None:
     reference = Engine.load(tiny_spec(model_dir=str(merged["a"])))
 
     def vector(engine: Engine, adapter: str) -> list[float]:
