@@ -785,9 +785,12 @@ def _files_named(located: Located) -> Iterator[Problem]:
     text = "a manifest of a repository names no file of this machine"
     if isinstance(located.resource, AccessPolicy):
         for index, key in enumerate(located.resource.spec.keys):
-            if key.value_from is not None and key.value_from.file is not None:
-                hint = "have its hash there (platform key create), or a secret's name: platform secret set"
-                yield located.problem(f"spec.keys[{index}].valueFrom.file", text, hint)
+            hint = "have its hash there (platform key create), or a secret's name: platform secret set"
+            place, source = f"spec.keys[{index}].valueFrom", key.value_from
+            if source is not None and source.file is not None:
+                yield located.problem(f"{place}.file", text, hint)
+            if source is not None and source.env is not None:
+                yield located.problem(f"{place}.env", text.replace("file", "variable"), hint)
     if not isinstance(located.resource, Model):
         return
     spec = located.resource.spec

@@ -631,11 +631,13 @@ async def test_a_repository_names_no_file_of_this_machine(desk: Desk, remote: Re
         assert desk.condition("Ready") == ("False", "ValidationFailed")
         assert desk.message() == f"{place}: a manifest of a repository names no file of this machine"
         assert desk.status()["lastAppliedRevision"] == first
-    remote.write(m=POLICY.format(file=private))
-    remote.push()
-    await desk.sync()
-    place = "m.yaml:5:38: spec.keys[0].valueFrom.file"
-    assert desk.message() == f"{place}: a manifest of a repository names no file of this machine"
+    for which, value in (("file", private), ("env", "HOME")):
+        remote.write(m=POLICY.format(which=which, value=value))
+        remote.push()
+        await desk.sync()
+        place = f"m.yaml:5:{35 + len(which) - 1}: spec.keys[0].valueFrom.{which}"
+        said = "file" if which == "file" else "variable"
+        assert desk.message() == f"{place}: a manifest of a repository names no {said} of this machine"
 
 
 POLICY = """\
@@ -643,7 +645,7 @@ apiVersion: quire.dev/v1alpha1
 kind: AccessPolicy
 metadata: {{name: m}}
 spec:
-  keys: [{{name: k, valueFrom: {{file: {file}}}}}]
+  keys: [{{name: k, valueFrom: {{{which}: {value}}}}}]
 """
 MODEL = """\
 apiVersion: quire.dev/v1alpha1
