@@ -245,7 +245,7 @@ async def test_a_real_engine_computes_a_shared_beginning_once(world: World, real
         return (queries, hits) == (7 * 161, 5 * 160) and found[f"{signals.PREFIX_CACHE_BLOCKS}{labels}"] >= 20
 
     await eventually(counted)
-    await late(world, {**CHAT, "max_tokens": 400, "ignore_eos": True}, 0.3)
+    await late(world, {**CHAT, "max_tokens": 400, "ignore_eos": True}, 0.1)  # it takes a third of a second
     await eventually(real.is_empty)
     await nothing_tells_whether_another_tenant_has_asked(world, endpoint)
 
