@@ -696,38 +696,16 @@ class Scheduler:
         if request.num_unscored:
             targets = tuple(token_ids[start + 1 : min(end + 1, request.num_prompt)])
         scoring = request.draw.sampling if targets else None
-        if end < known or request.told:
-            return Scheduled(
-                request.id,
-                request.ticket,
-                tokens,
-                start,
-                end,
-                tables,
-                None,
-                (),
-                targets,
-                scoring,
-                0,
-                request.adapter,
-            )
-        draw = request.draw
-        request.num_drawing = drawing + 1
-        history = draw.history(token_ids, pending=bool(drawing)) if draw.needs_history else ()
+        draw = None
+        history: tuple[int, ...] = ()
+        if end >= known and not request.told:
+            draw = request.draw
+            request.num_drawing = drawing + 1
+            history = draw.history(token_ids, pending=bool(drawing)) if draw.needs_history else ()
         return Scheduled(
-            request.id,
-            request.ticket,
-            tokens,
-            start,
-            end,
-            tables,
-            draw,
-            history,
-            targets,
-            scoring,
-            0,
+            request.id, request.ticket, tokens, start, end, tables, draw, history, targets, scoring, 0,
             request.adapter,
-        )
+        )  # fmt: skip
 
     @staticmethod
     def _freeze(request: Request) -> tuple[tuple[int, ...], ...]:
