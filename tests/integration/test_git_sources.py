@@ -961,6 +961,9 @@ async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote
     assert not list(desk.plane.state.git.rglob("build-*"))
 
 
+needs_kubectl = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="runs where there is a kubectl, whose kustomize is 5 or later"
+)
 BASE = """\
 apiVersion: quire.dev/v1alpha1
 kind: Model
@@ -977,7 +980,7 @@ patches:
 """
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@needs_kubectl
 async def test_an_overlay_is_what_kustomize_makes_of_it(desk: Desk, remote: Remote, tmp_path: Path) -> None:
     """By kustomize itself, as kubectl brings it along."""
     remote.write(base__base=BASE, base__kustomization="resources: [base.yaml]\n", over__kustomization=OVERLAY)
@@ -997,7 +1000,7 @@ async def test_an_overlay_is_what_kustomize_makes_of_it(desk: Desk, remote: Remo
     assert stored.resolved["batching"]["maxQueueLength"] == 7
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@needs_kubectl
 def test_what_kustomize_prints_is_applied_through_a_pipe(plane: Plane, tmp_path: Path) -> None:
     for name, text in (
         ("base/base.yaml", BASE), ("base/kustomization.yaml", "resources: [base.yaml]\n"),

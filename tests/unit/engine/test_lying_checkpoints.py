@@ -438,15 +438,15 @@ def test_a_number_that_float16_cannot_hold_is_seen_by_the_engine_alone(tmp_path:
         load(tmp_path, tmp_path, torch.float16)
 
 
+def looked_at(folder: Path) -> Weights:
+    """Weights whose headers were read, and nothing else yet."""
+    profile, cpu = read_config(folder), torch.device("cpu")
+    return Weights(folder, profile, dtype=torch.bfloat16, device=cpu, on_progress=lambda *_: None)
+
+
 def test_a_file_cut_off_after_it_was_looked_at_is_no_read_past_its_end(tmp_path: Path) -> None:
     single(tmp_path)
-    weights = Weights(
-        tmp_path,
-        read_config(tmp_path),
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        on_progress=lambda *_: None,
-    )
+    weights = looked_at(tmp_path)
     os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size - 4)
     with pytest.raises(CheckpointError, match=rf"{FILE}: ended inside tensor lm_head\.weight"):
         weights.tensor("lm_head.weight")
@@ -454,13 +454,7 @@ def test_a_file_cut_off_after_it_was_looked_at_is_no_read_past_its_end(tmp_path:
 
 def test_a_link_that_is_put_in_place_after_the_look_leads_nowhere(tmp_path: Path) -> None:
     single(tmp_path)
-    weights = Weights(
-        tmp_path,
-        read_config(tmp_path),
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        on_progress=lambda *_: None,
-    )
+    weights = looked_at(tmp_path)
     move_out(tmp_path, FILE)
     with pytest.raises(OutsideFolder, match="outside of the checkpoint"):
         weights.tensor("lm_head.weight")
