@@ -6,6 +6,7 @@ On one side the official client and raw sockets, on the other engines that speak
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -276,6 +277,19 @@ def make_world(folder: Path, environment: dict[str, str] | None = None, workers:
     world.wait_until_up()
     world.wait_for_workers(workers)
     return world
+
+
+@contextlib.contextmanager
+def a_world(folder: Path, environment: dict[str, str] | None = None, workers: int = WORKERS) -> Iterator[World]:
+    """`make_world` for a block: ended in order with it, and of a block that failed nothing is left running."""
+    world = make_world(folder, environment, workers)
+    try:
+        yield world
+        end_world(world)
+    finally:
+        world.process.kill()
+        world.process.wait()
+        world.listening.close()
 
 
 def end_world(world: World) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.effort import times
-from tests.integration.router_world import CHAT, TEXT, World, end_world, eventually, make_world
+from tests.integration.router_world import CHAT, TEXT, World, a_world, end_world, eventually, make_world
 from tests.integration.test_router_access import headed, tenant
 from tests.integration.test_router_replicas import POISON, is_poison
 from tests.integration.wire_engine import WireEngine
@@ -354,8 +354,7 @@ async def test_a_burst_of_connections_is_spread(crew: World) -> None:
 
 @pytest.mark.nightly  # two routers that start, and one that ends in order
 async def test_told_to_finish_all_end_what_they_do_and_killed_all_begin_anew() -> None:
-    with tempfile.TemporaryDirectory(prefix="qr") as name:
-        world = make_world(Path(name), workers=COUNT)
+    with tempfile.TemporaryDirectory(prefix="qr") as name, a_world(Path(name), workers=COUNT) as world:
         engine = await world.engine(pace=0.01)
         await world.serve(engine)
         before = await pids(world)
@@ -379,7 +378,6 @@ async def test_told_to_finish_all_end_what_they_do_and_killed_all_begin_anew() -
         async with clients(world) as two:
             assert [(await chat(http)).status_code for http in two] == [200, 200], "by the table on disk"
         await engine.stop()
-        end_world(world)
         log = (world.folder / "router.log").read_text()
         assert "Traceback" not in log, log
 
