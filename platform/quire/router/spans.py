@@ -1,7 +1,7 @@
 """The spans of one request: its own, below the client's, and one for each place where its time went.
 
-Nothing is made before the end: a request notes its phases as times, and `RequestSpan.end` makes spans of them. So
-a request that is not sampled, or not exported because it did not fail, costs a list of tuples.
+No span is made here: a request notes its attributes and its phases, as times, and `RequestSpan.end` hands them on
+(`telling`) to where spans are made of them. A request that is not sampled notes nothing.
 
 **Clocks.** Spans are told in nanoseconds since 1970; everything here is measured in seconds of `time.monotonic()`.
 Each request pairs the two once, when it arrives, and all of its times are counted from that pair: a wall clock
@@ -18,38 +18,39 @@ No span carries text: not of a prompt, not of an answer, not a stop string, and 
 
 from __future__ import annotations
 
+import random
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, Protocol
 
-from quire.metering import Metering
 from quire.router.account import Account
-from quire.tracing import Tracing
+from quire.router.telling import Sampler
 from quire_schemas import signals
+from quire_schemas.telling import Event, Phase, Trace
 from quire_schemas.wire import Timings
 
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span, Tracer
-
 _TRACEPARENT: Final = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII
+    r"(?!ff|00-.{52}.)([0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2}))(?:-.*)?", re.ASCII
 )
+"""Versions to come may have more behind what is known."""
+_MOST_STATE: Final = 8192
+"""Signs of a `tracestate` that is handed on."""
+_SAMPLED: Final = 1
+_RANDOM: Final = 2
+"""Flags of a trace: it is told of; its id was drawn at random."""
 
 
-class _Event(NamedTuple):
-    name: str
-    at: float
-    attributes: Mapping[str, Any]
+class Tells(Protocol):
+    """Where requests that have ended are told of."""
 
+    sampler: Sampler | None
+    errors_only: bool
 
-class _Phase(NamedTuple):
-    name: str
-    start: float
-    end: float
-    attributes: Mapping[str, Any]
-    events: Sequence[_Event]
+    def trace(self, told: Trace) -> None: ...
+
+    def measure(self, account: Account) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,82 +80,61 @@ def engine_offset(timings: Timings, sent_at: float, heard_at: float) -> float:
 
 
 class RequestSpan:
-    """What is noted of one request; empty when nothing is exported."""
+    """What is noted of one request; nothing unless it is told of."""
 
-    __slots__ = (
-        "_errors_only",
-        "_events",
-        "_longest",
-        "_mono",
-        "_phases",
-        "_span",
-        "_tracer",
-        "_wall",
-        "traceparent",
-    )
+    __slots__ = ("_attributes", "_events", "_longest", "_phases", "_tells", "_told", "is_recorded", "traceparent")
 
-    def __init__(
-        self,
-        span: Span | None,
-        tracer: Tracer | None,
-        traceparent: str | None,
-        clocks: tuple[int, float],
-        errors_only: bool = False,
-    ) -> None:
-        self._span = span
-        self._tracer = tracer
-        self._wall, self._mono = clocks
+    def __init__(self, traceparent: str | None, told: Trace | None = None, tells: Tells | None = None) -> None:
+        """`told` is what is known of it from the start, if it is told of."""
         self.traceparent = traceparent
         """For the engine: this span, or what the client sent when there is none."""
-        self._errors_only = errors_only
-        self._phases: list[_Phase] = []
-        self._events: list[_Event] = []
-        self._longest: dict[str, float] = {}
+        self.is_recorded = told is not None
+        """Whether anything that is noted here is kept."""
+        self._told = told
+        self._tells = tells
+        if told is not None:
+            self._attributes, self._events, self._phases = told.attributes, told.events, told.phases
+            self._longest: dict[str, float] = {}
 
     @classmethod
     def unseen(cls) -> RequestSpan:
         """Of a request that nobody is told of."""
-        return cls(None, None, None, (0, 0.0))
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether anything that is noted here is kept."""
-        return self._span is not None
+        return cls(None)
 
     @property
     def trace_id(self) -> str:
         """Of the trace that it is in; empty where there is none."""
         return self.traceparent[3:35] if self.traceparent is not None else ""
 
-    def _ns(self, at: float) -> int:
-        return self._wall + int((at - self._mono) * 1e9)
-
     def name(self, operation: str, model: str) -> None:
         """Call the span by its operation and its model, which must be one that exists: names are few."""
-        if self._span is not None:
-            self._span.update_name(signals.SPAN_REQUEST.format(operation=operation, model=model))
+        if self._told is not None:
+            self._told.name = signals.SPAN_REQUEST.format(operation=operation, model=model)
 
     def set(self, attributes: Mapping[str, Any]) -> None:
         """Attributes of the request; None stands for one that does not apply."""
-        if self._span is not None:
-            self._span.set_attributes({key: value for key, value in attributes.items() if value is not None})
+        if self._told is not None:
+            noted = self._attributes
+            for key, value in attributes.items():
+                if value is not None:
+                    noted[key] = value
 
     def event(self, name: str, at: float, attributes: Mapping[str, Any] | None = None) -> None:
-        if self._span is not None:
-            self._events.append(_Event(name, at, attributes or {}))
+        if self._told is not None:
+            self._events.append(Event(name, at, dict(attributes or ())))
 
     def phase(self, name: str, start: float, end: float, attributes: Mapping[str, Any] | None = None) -> None:
         """A span below the request's."""
-        if self._span is not None:
-            self._phases.append(_Phase(name, start, end, attributes or {}, ()))
+        if self._told is not None:
+            self._phases.append(Phase(name, start, end, dict(attributes or ())))
 
     def sequence(self, times: SequenceTimes, where: Mapping[str, Any]) -> None:
         """The phases of one attempt at one sequence; `where` are attributes of each."""
-        if self._span is None:
+        if self._told is None:
             return
-        timings = times.timings
+        about, timings = dict(where), times.timings
         if timings is None or timings.scheduled_at is None or timings.first_token_at is None:
-            self._phases.append(_Phase(signals.SPAN_ATTEMPT, times.sent_at, times.heard_at, where, ()))
+            self._phases.append(Phase(signals.SPAN_ATTEMPT, times.sent_at, times.heard_at, about))
             return
         offset = engine_offset(timings, times.sent_at, times.heard_at)
 
@@ -164,21 +144,21 @@ class RequestSpan:
         received, scheduled = here(timings.received_at), here(timings.scheduled_at)
         first = here(timings.first_token_at)
         finished = here(timings.finished_at) if timings.finished_at is not None else times.heard_at
-        preempted = [_Event(signals.EVENT_PREEMPTED, here(at), {}) for at in timings.preempted_at]
+        preempted = [Event(signals.EVENT_PREEMPTED, here(at), {}) for at in timings.preempted_at]
         self._phases += (
-            _Phase(signals.SPAN_QUEUE, received, scheduled, where, ()),
-            _Phase(
+            Phase(signals.SPAN_QUEUE, received, scheduled, about),
+            Phase(
                 signals.SPAN_PREFILL,
                 scheduled,
                 first,
-                {**where, signals.QUIRE_TOKENS: times.prompt_tokens},
+                {**about, signals.QUIRE_TOKENS: times.prompt_tokens},
                 [event for event in preempted if event.at < first],
             ),
-            _Phase(
+            Phase(
                 signals.SPAN_DECODE,
                 first,
                 finished,
-                {**where, signals.QUIRE_TOKENS: times.generated},
+                {**about, signals.QUIRE_TOKENS: times.generated},
                 [event for event in preempted if event.at >= first],
             ),
         )
@@ -195,44 +175,26 @@ class RequestSpan:
 
         `failed`: the fault is on this side, which makes the span an error (a client's mistake does not).
         """
-        span, tracer = self._span, self._tracer
-        if span is None or tracer is None or (self._errors_only and not failed):
-            return  # a span that does not end is not exported
-        from opentelemetry.trace import StatusCode, set_span_in_context
-
-        below = set_span_in_context(span)
-        for phase in self._phases:
-            child = tracer.start_span(
-                phase.name, context=below, start_time=self._ns(phase.start), attributes=phase.attributes
-            )
-            for event in phase.events:
-                child.add_event(event.name, event.attributes, self._ns(event.at))
-            child.end(self._ns(phase.end))
-        for event in self._events:
-            span.add_event(event.name, event.attributes, self._ns(event.at))
-        span.set_attributes(self._longest)
+        told, tells = self._told, self._tells
+        if told is None or tells is None or (tells.errors_only and not failed):
+            return
+        self._attributes.update(self._longest)
         if error_code is not None:
-            span.set_attribute(signals.ERROR_TYPE, error_code)
-        if failed:
-            span.set_status(StatusCode.ERROR)
-        span.end(self._ns(at))
+            self._attributes[signals.ERROR_TYPE] = error_code
+        told.ended_at, told.failed = at, failed
+        tells.trace(told)
 
 
 class RequestSpans:
-    """Makes the spans of requests, and has them measured, if that goes anywhere."""
+    """Begins the spans of requests, and has requests measured, if that goes anywhere."""
 
-    def __init__(self, tracing: Tracing, metering: Metering | None = None) -> None:
-        self._metering = metering or Metering()
-        self._tracer = tracing.tracer("quire.router")
-        self._errors_only = tracing.errors_only
-        if self._tracer is not None:
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-            self._context = TraceContextTextMapPropagator()
+    def __init__(self, tells: Tells) -> None:
+        self._tells = tells
+        self._sampler = tells.sampler
 
     def measure(self, account: Account) -> None:
         """A request has ended."""
-        self._metering.tell(account)
+        self._tells.measure(account)
 
     def start(
         self,
@@ -249,11 +211,18 @@ class RequestSpans:
             elif name == b"tracestate":
                 states.append(value.decode("latin-1"))
         parent = parents[0] if len(parents) == 1 else ""
-        clocks = time.time_ns(), time.monotonic()
-        if self._tracer is None:
-            return RequestSpan(None, None, parent if _TRACEPARENT.fullmatch(parent) else None, clocks)
-        from opentelemetry.trace import SpanKind, set_span_in_context
-
+        found = _TRACEPARENT.fullmatch(parent) if parent else None
+        if self._sampler is None:
+            return RequestSpan(found[1] if found is not None else None)
+        if found is None:
+            parent, trace_id, asked, flags = "", f"{random.getrandbits(128) or 1:032x}", None, _RANDOM
+        else:
+            parent, trace_id, theirs = found[1], found[2], int(found[3], 16)
+            asked, flags = bool(theirs & _SAMPLED), theirs & _RANDOM
+        sampled = self._sampler.takes(int(trace_id, 16), asked)
+        own = f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-{flags | (_SAMPLED if sampled else 0):02x}"
+        if not sampled:
+            return RequestSpan(own)
         attributes: dict[str, Any] = {
             signals.GEN_AI_OPERATION: operation,
             signals.GEN_AI_PROVIDER: signals.PROVIDER,
@@ -264,14 +233,9 @@ class RequestSpans:
             attributes[signals.SERVER_ADDRESS] = server[0]
             if server[1] is not None:
                 attributes[signals.SERVER_PORT] = server[1]
-        span = self._tracer.start_span(
-            operation,
-            context=self._context.extract({"traceparent": parent, "tracestate": ",".join(states)}),
-            kind=SpanKind.SERVER,
-            start_time=clocks[0],
-            attributes=attributes,
+        state = ",".join(states) if found is not None else ""
+        state = state if len(state) <= _MOST_STATE else ""
+        wall, now = time.time_ns(), time.monotonic()
+        return RequestSpan(
+            own, Trace(own, parent, state, operation, wall, now, now, attributes, [], [], False), self._tells
         )
-        carrier: dict[str, str] = {}
-        self._context.inject(carrier, context=set_span_in_context(span))
-        recorded = span if span.is_recording() else None
-        return RequestSpan(recorded, self._tracer, carrier.get("traceparent"), clocks, self._errors_only)

@@ -7,26 +7,47 @@ import os
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from quire.metering import Metering
+from quire.router.account import Account
 from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
+from quire.router.telling import Sampler, Teller
+from quire.teller import Writer
 from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Health, Tracing, exporters, shut_down
+from quire_schemas import telling
 from quire_schemas.wire import Timings
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ENDPOINT = "http://localhost:4318"
 
 
+class Here:
+    """Tells of traces within this process, but through the same bytes as a child is told."""
+
+    def __init__(self, sampler: Sampler | None = None, *, errors_only: bool = False) -> None:
+        self.sampler: Sampler | None = sampler or Sampler()
+        self.errors_only = errors_only
+        self.kept = InMemorySpanExporter()
+        self._writer = Writer(Resource({}), [SimpleSpanProcessor(self.kept)])
+
+    def trace(self, told: telling.Trace) -> None:
+        self._writer.write(msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=telling.Trace))
+
+    def measure(self, account: Account) -> None:
+        return
+
+
 def traceparent(*stated: str) -> str | None:
     """What the engine is told when a client sent these and nothing is exported."""
     headers = [(b"traceparent", text.encode()) for text in stated]
-    span = RequestSpans(Tracing()).start("chat", headers, "/v1/chat/completions", None)
+    span = RequestSpans(Teller()).start("chat", headers, "/v1/chat/completions", None)
     span.set({"a": 1})
     span.event("b", 1.0)
     span.end(2.0, None, failed=False)
@@ -82,9 +103,10 @@ def test_a_manifest_goes_before_the_environment() -> None:
     disabled = Tracing.set_up("x", {"OTEL_SDK_DISABLED": "true"}, Declared("http://127.0.0.1:9", "always"))
     assert disabled.tracer("x") is None, "but for the switch that switches everything off"
     for environment in ({}, {"OTEL_TRACES_EXPORTER": "console"}):
-        declared = Tracing.set_up("x", environment, Declared("http://127.0.0.1:9", "errors"))
+        errors = Declared("http://127.0.0.1:9", "errors")
+        declared = Tracing.set_up("x", environment, errors)
         assert declared.tracer("x") is not None
-        assert declared.errors_only
+        assert Teller.of(errors, environment).errors_only
         declared.shutdown()
 
 
@@ -120,8 +142,10 @@ def test_off_imports_nothing_of_opentelemetry() -> None:
         "from quire.router.spans import RequestSpans\n"
         "from quire.metering import Metering\n"
         "from quire.router.account import Account\n"
+        "from quire.router.telling import Teller\n"
         "from quire.tracing import Tracing\n"
-        "spans = RequestSpans(Tracing.set_up('x'), Metering.set_up('x'))\n"
+        "assert Tracing.set_up('x').provider is Metering.set_up('x').provider is None\n"
+        "spans = RequestSpans(Teller.of())\n"
         "spans.start('chat', [], '/', None).end(1.0, None, failed=False)\n"
         "spans.measure(Account())\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
@@ -142,15 +166,21 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
     more: dict[str, str], words: list[str]
 ) -> None:
     code = (
+        "import asyncio, sys\n"
         "from quire.router.spans import RequestSpans\n"
-        "from quire.tracing import Tracing\n"
-        "t = Tracing.set_up('quire-router')\n"
-        f"s = RequestSpans(t).start('chat', [(b'traceparent', b'{TRACE}')], '/v1/chat/completions', None)\n"
-        "assert s.traceparent and s.traceparent[3:35] == '0af7651916cd43dd8448eb211c80319c'\n"
-        f"assert s.traceparent != '{TRACE}'\n"
-        "s.set({'gen_ai.request.model': 'tiny', 'absent': None})\n"
-        "s.end(1e9, 'engine_died', failed=True)\n"
-        "t.shutdown()\n"
+        "from quire.router.telling import Teller\n"
+        "async def main():\n"
+        "    t = Teller.of(command=[sys.executable, '-W', 'error', '-m', 'quire.teller'])\n"
+        "    t.start()\n"
+        f"    s = RequestSpans(t).start('chat', [(b'traceparent', b'{TRACE}')], '/v1/chat/completions', None)\n"
+        "    assert s.traceparent and s.traceparent[3:35] == '0af7651916cd43dd8448eb211c80319c'\n"
+        f"    assert s.traceparent != '{TRACE}'\n"
+        "    s.set({'gen_ai.request.model': 'tiny', 'absent': None})\n"
+        "    s.end(1e9, 'engine_died', failed=True)\n"
+        "    await t.begun()\n"
+        "    await t.close()\n"
+        "asyncio.run(main())\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -158,7 +188,7 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     if "OTEL_TRACES_SAMPLER" in more:
         assert done.stdout == ""
         return
@@ -173,12 +203,8 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
 
 
 def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
-    kept = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    tracing = Tracing(provider)
-    tracing.errors_only = True
-    spans = RequestSpans(tracing)
+    here = Here(errors_only=True)
+    kept, spans = here.kept, RequestSpans(here)
     for failed in (False, True):
         span = spans.start("chat", [], "/v1/chat/completions", ("127.0.0.1", 8000))
         span.phase("tokenize", 1.0, 2.0)
@@ -188,10 +214,8 @@ def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
 
 
 def test_a_preemption_is_an_event_where_it_happened() -> None:
-    kept = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    span = RequestSpans(Tracing(provider)).start("chat", [], "/v1/chat/completions", None)
+    here = Here()
+    kept, span = here.kept, RequestSpans(here).start("chat", [], "/v1/chat/completions", None)
     timings = Timings(10.0, 11.0, 14.0, 20.0, preempted_at=(12.0, 13.0, 15.0))
     span.sequence(SequenceTimes(9.0, 21.0, timings, prompt_tokens=5, generated=3), {"quire.replica.id": "r"})
     span.end(22.0, None, failed=False)
