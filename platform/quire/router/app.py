@@ -82,7 +82,7 @@ def build(fleet: Fleet, config: RouterConfig, teller: Teller, scrape: Scrape | N
     """The application that serves `fleet`, and owns what all workers share; it works off batches once its executor
     is started. `scrape` asks all workers, where there are several.
     """
-    fleet.metrics.watch(teller.counts)
+    fleet.metrics.watch(teller.counts, lambda: teller.pid)
     fleet.metrics.watch_store(config.store)
     if config.metrics_compat == "vllm":
         fleet.metrics.add_vllm_names()
@@ -126,7 +126,7 @@ def build(fleet: Fleet, config: RouterConfig, teller: Teller, scrape: Scrape | N
 
 def build_worker(fleet: Fleet, config: RouterConfig, teller: Teller, head: FarHead) -> Application:
     """The application of another worker, which asks `head` for what all share."""
-    fleet.metrics.watch(teller.counts)
+    fleet.metrics.watch(teller.counts, lambda: teller.pid)
     store = Store(config.store)
     gateway, spans = Gateway(fleet, head.desk, head), RequestSpans(teller)
     kept, answered = Files(store), Responses(store)

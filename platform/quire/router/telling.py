@@ -127,6 +127,8 @@ class Teller:
         self._sent = 0
         """Spans that the child has."""
         self._lost_measures = False
+        self.pid = 0
+        """Of the child that there is; 0 where there is none."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -289,6 +291,7 @@ class Teller:
         finally:
             its.close()
         began: float | None = None
+        self.pid = process.pid
         reader, writer = await asyncio.open_unix_connection(sock=mine)
         try:
             writer.write(wire.frame(self._begin()))
@@ -310,7 +313,7 @@ class Teller:
             process.wait()
             raise
         finally:
-            self._writer = None
+            self._writer, self.pid = None, 0
             self.counts.export_failed += self._sent
             self._sent = 0
             writer.transport.abort()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,16 +13,19 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, TraceIdRatioBased
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from quire.metering import Metering
 from quire.router.account import Account
 from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
-from quire.router.telling import Sampler, Teller
+from quire.router.telling import GATHER_SECONDS, Sampler, Teller
 from quire.teller import Writer
-from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Health, Tracing, exporters, shut_down
+from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Counts, Declared, Health, Tracing, exporters, shut_down
 from quire_schemas import telling
 from quire_schemas.wire import Timings
 
@@ -227,6 +232,76 @@ def test_a_preemption_is_an_event_where_it_happened() -> None:
         start = found[name].start_time or 0
         assert {event.name for event in found[name].events} <= {"preempted"}
         assert [round((event.timestamp - start) / 1e9) for event in found[name].events] == times
+
+
+# ── the child that tells ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("parent", [None, False, True])
+@given(trace_id=st.integers(1, (1 << 128) - 1), share=st.sampled_from(["0", "0.25", "1", "1.5", "", "x"]))
+def test_the_samplers_decide_as_those_of_the_sdk(parent: bool | None, trace_id: int, share: str) -> None:
+    ratio = TraceIdRatioBased(float(share) if share[:1] == "0" or share == "1" else 1.0)
+    context = Context()
+    if parent is not None:
+        flags = TraceFlags(TraceFlags.SAMPLED if parent else TraceFlags.DEFAULT)
+        context = set_span_in_context(NonRecordingSpan(SpanContext(trace_id, 1, True, flags)), context)
+    for name, theirs in {
+        "": ParentBased(ALWAYS_ON),
+        "always_on": ALWAYS_ON,
+        "always_off": ALWAYS_OFF,
+        "traceidratio": ratio,
+        "parentbased_always_on": ParentBased(ALWAYS_ON),
+        "parentbased_always_off": ParentBased(ALWAYS_OFF),
+        "ParentBased_TraceIdRatio": ParentBased(ratio),
+        "no such": ParentBased(ALWAYS_ON),
+    }.items():
+        ours = Sampler.of({"OTEL_TRACES_SAMPLER": name, "OTEL_TRACES_SAMPLER_ARG": share})
+        theirs_takes = theirs.should_sample(context, trace_id, "x").decision.is_sampled()
+        assert ours.takes(trace_id, parent) == theirs_takes, name
+
+
+def a_trace(phases: int) -> telling.Trace:
+    below = [telling.Phase(f"phase {at}", at, at + 1, {}) for at in range(phases)]
+    return telling.Trace(TRACE, "", "", "chat", 10**9, 0.0, 9.0, {}, [], below, failed=False)
+
+
+def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> None:
+    teller = Teller(1, capacity=8)
+    for phases, kept in ((4, 4), (4, 2), (0, 0)):
+        told = a_trace(phases)
+        teller.trace(told)
+        assert [phase.name for phase in told.phases] == [f"phase {at}" for at in range(kept)]
+    assert teller.counts == Counts(queue_full=3, changed=teller.counts.changed)
+
+
+async def test_a_child_that_stands_still_costs_spans_and_no_time(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "TRACES_EXPORTER": "console", "BSP_MAX_QUEUE_SIZE": "16", "BSP_MAX_EXPORT_BATCH_SIZE": "8",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"OTEL_{name}", value)
+    teller = Teller.of()
+    teller.start()
+    await teller.begun()
+    os.kill(teller.pid, signal.SIGSTOP)
+    for _ in range(10):
+        teller.trace(a_trace(4))
+    await asyncio.sleep(2 * GATHER_SECONDS)
+    assert (teller.counts.exported, teller.counts.dropped()) == (0, {"queue_full": 50 - 16, "export_failed": 0})
+    os.kill(teller.pid, signal.SIGCONT)
+    await teller.close()
+    assert (teller.counts.exported, teller.counts.dropped()) == (16, {"queue_full": 50 - 16, "export_failed": 0})
+    assert capfd.readouterr().out.count('"name": "chat"') == 4
+
+
+async def test_what_the_child_cannot_do_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier-pigeon")
+    teller = Teller.of()
+    teller.start()
+    with pytest.raises(BadTelemetry, match=r"(?s)'carrier-pigeon'.*hint: "):
+        await teller.begun()
+    await teller.close()
 
 
 # ── the client's context ──────────────────────────────────────────────────────────────────────────────────
