@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from quire.metering import Metering
+from quire.phases import longest, phases_of
 from quire.router.line import version
 from quire.tracing import BadTelemetry, Counts, Declared, Tracing, shut_down
 from quire_schemas import telling, wire
@@ -59,7 +60,8 @@ class Writer:
             )
 
         def attributes(found: Mapping[str, Any], count: int | None, length: int | None) -> Any:
-            return BoundedAttributes(count, found, immutable=True, max_value_len=length)
+            applying = {key: value for key, value in found.items() if value is not None}
+            return BoundedAttributes(count, applying, immutable=True, max_value_len=length)
 
         def span(
             name: str,
@@ -103,6 +105,8 @@ class Writer:
             def ns(at: float) -> int:
                 return told.wall + int((at - told.began_at) * 1e9)
 
+            sequences = [phases_of(each) for each in told.sequences]
+            phases = [*told.phases, *(phase for each in sequences for phase in each)]
             below = [
                 span(
                     phase.name,
@@ -114,7 +118,7 @@ class Writer:
                     phase.attributes,
                     [(event, ns(event.at)) for event in phase.events],
                 )
-                for phase in told.phases
+                for phase in (phases if told.kept is None else phases[: told.kept - 1])
             ]
             whole = span(
                 told.name,
@@ -123,7 +127,7 @@ class Writer:
                 trace.SpanKind.SERVER,
                 failed if told.failed else fine,
                 (told.wall, ns(told.ended_at)),
-                told.attributes,
+                told.attributes | longest(sequences),
                 [(event, ns(event.at)) for event in told.events],
             )
             return [*below, whole]

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from quire_schemas.wire import Timings
+
 Attributes = dict[str, Any]
 """Values are texts, numbers, truths, or lists of texts."""
 
@@ -39,8 +41,29 @@ class Phase(msgspec.Struct, array_like=True, gc=False):
     events: list[Event] = []
 
 
+class Sequence(msgspec.Struct, array_like=True, gc=False):
+    """One attempt at one sequence, as the router saw it: a span for each phase in the engine, or one for all of it
+    if the engine told nothing."""
+
+    sent_at: float
+    heard_at: float
+    """When the router had its last news of it, or gave it up."""
+    timings: Timings | None
+    """What the engine told, on its own clock."""
+    prompt_tokens: int
+    generated: int
+    where: Attributes
+    """Of each of its spans."""
+
+    @property
+    def spans(self) -> int:
+        told = self.timings
+        return 1 if told is None or told.scheduled_at is None or told.first_token_at is None else 3
+
+
 class Trace(_Message, gc=False):
-    """The spans of one request that has ended: its own, and its phases in the order of their ends."""
+    """The spans of one request that has ended: its own, and those below it. Attributes that are None do not
+    apply."""
 
     context: str
     """Of its own span, as a `traceparent`."""
@@ -57,12 +80,15 @@ class Trace(_Message, gc=False):
     attributes: Attributes
     events: list[Event]
     phases: list[Phase]
-    failed: bool
+    sequences: list[Sequence]
+    failed: bool = False
     """By no fault of the client."""
+    kept: int | None = None
+    """How many of its spans are to be made, its own first, if not all."""
 
     @property
     def spans(self) -> int:
-        return 1 + len(self.phases)
+        return 1 + len(self.phases) + sum([each.spans for each in self.sequences])
 
 
 class Measure(_Message, gc=False):

@@ -1,16 +1,12 @@
 """The spans of one request: its own, below the client's, and one for each place where its time went.
 
-No span is made here: a request notes its attributes and its phases, as times, and `RequestSpan.end` hands them on
-(`telling`) to where spans are made of them. A request that is not sampled notes nothing.
+No span is made here: a request notes its attributes, its phases and what engines told of its sequences, and
+`RequestSpan.end` hands that on (`telling`) to where spans are made of it (`quire.teller`, `quire.phases`). A
+request that is not sampled notes nothing.
 
 **Clocks.** Spans are told in nanoseconds since 1970; everything here is measured in seconds of `time.monotonic()`.
 Each request pairs the two once, when it arrives, and all of its times are counted from that pair: a wall clock
-that is set meanwhile moves no phase against another. Engines report monotonic times too. On one machine that is
-the same clock, whatever the process (CLOCK_MONOTONIC counts from the boot); `engine_offset` finds out whether it
-is, and otherwise how far the engine's clock is off, as exactly as two messages can tell.
-
-**What is told of a sequence.** Engines send `wire.Timings` with the first token and with the end. A sequence that
-never got that far (its engine died, the client left while it waited) is one `attempt` with its two ends.
+that is set meanwhile moves no phase against another.
 
 No span carries text: not of a prompt, not of an answer, not a stop string, and no header but `traceparent` and
 `tracestate`; `baggage` is neither read nor handed on.
@@ -22,14 +18,12 @@ import random
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from quire.router.account import Account
 from quire.router.telling import Sampler
 from quire_schemas import signals
-from quire_schemas.telling import Event, Phase, Trace
-from quire_schemas.wire import Timings
+from quire_schemas.telling import Attributes, Event, Phase, Sequence, Trace
 
 _TRACEPARENT: Final = re.compile(
     r"(?!ff|00-.{52}.)([0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2}))(?:-.*)?", re.ASCII
@@ -53,36 +47,10 @@ class Tells(Protocol):
     def measure(self, account: Account) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceTimes:
-    """One attempt at one sequence, as the router saw it. Times are monotonic seconds of the router."""
-
-    sent_at: float
-    heard_at: float
-    """When the router had its last news of it, or gave it up."""
-    timings: Timings | None
-    """What the engine told, on its own clock."""
-    prompt_tokens: int
-    generated: int
-
-
-def engine_offset(timings: Timings, sent_at: float, heard_at: float) -> float:
-    """Seconds to add to an engine's times to have them on the router's clock.
-
-    The engine can have received nothing before it was sent, and told nothing after it was heard. If its times fit
-    between the two as they are, the clocks are one. Otherwise the middle of what is possible is off by at most
-    half of the time that the two messages took.
-    """
-    low = sent_at - timings.received_at
-    last = timings.finished_at or timings.first_token_at or timings.received_at
-    high = heard_at - last
-    return 0.0 if low <= 0.0 <= high else (low + high) / 2
-
-
 class RequestSpan:
     """What is noted of one request; nothing unless it is told of."""
 
-    __slots__ = ("_attributes", "_events", "_longest", "_phases", "_tells", "_told", "is_recorded", "traceparent")
+    __slots__ = ("_attributes", "_events", "_phases", "_tells", "_told", "is_recorded", "traceparent")
 
     def __init__(self, traceparent: str | None, told: Trace | None = None, tells: Tells | None = None) -> None:
         """`told` is what is known of it from the start, if it is told of."""
@@ -94,7 +62,6 @@ class RequestSpan:
         self._tells = tells
         if told is not None:
             self._attributes, self._events, self._phases = told.attributes, told.events, told.phases
-            self._longest: dict[str, float] = {}
 
     @classmethod
     def unseen(cls) -> RequestSpan:
@@ -114,61 +81,21 @@ class RequestSpan:
     def set(self, attributes: Mapping[str, Any]) -> None:
         """Attributes of the request; None stands for one that does not apply."""
         if self._told is not None:
-            noted = self._attributes
-            for key, value in attributes.items():
-                if value is not None:
-                    noted[key] = value
+            self._attributes.update(attributes)
 
-    def event(self, name: str, at: float, attributes: Mapping[str, Any] | None = None) -> None:
+    def event(self, name: str, at: float, attributes: Attributes | None = None) -> None:
         if self._told is not None:
-            self._events.append(Event(name, at, dict(attributes or ())))
+            self._events.append(Event(name, at, attributes or {}))
 
-    def phase(self, name: str, start: float, end: float, attributes: Mapping[str, Any] | None = None) -> None:
+    def phase(self, name: str, start: float, end: float, attributes: Attributes | None = None) -> None:
         """A span below the request's."""
         if self._told is not None:
-            self._phases.append(Phase(name, start, end, dict(attributes or ())))
+            self._phases.append(Phase(name, start, end, attributes or {}))
 
-    def sequence(self, times: SequenceTimes, where: Mapping[str, Any]) -> None:
-        """The phases of one attempt at one sequence; `where` are attributes of each."""
-        if self._told is None:
-            return
-        about, timings = dict(where), times.timings
-        if timings is None or timings.scheduled_at is None or timings.first_token_at is None:
-            self._phases.append(Phase(signals.SPAN_ATTEMPT, times.sent_at, times.heard_at, about))
-            return
-        offset = engine_offset(timings, times.sent_at, times.heard_at)
-
-        def here(at: float) -> float:
-            return min(max(at + offset, times.sent_at), times.heard_at)
-
-        received, scheduled = here(timings.received_at), here(timings.scheduled_at)
-        first = here(timings.first_token_at)
-        finished = here(timings.finished_at) if timings.finished_at is not None else times.heard_at
-        preempted = [Event(signals.EVENT_PREEMPTED, here(at), {}) for at in timings.preempted_at]
-        self._phases += (
-            Phase(signals.SPAN_QUEUE, received, scheduled, about),
-            Phase(
-                signals.SPAN_PREFILL,
-                scheduled,
-                first,
-                {**about, signals.QUIRE_TOKENS: times.prompt_tokens},
-                [event for event in preempted if event.at < first],
-            ),
-            Phase(
-                signals.SPAN_DECODE,
-                first,
-                finished,
-                {**about, signals.QUIRE_TOKENS: times.generated},
-                [event for event in preempted if event.at >= first],
-            ),
-        )
-        for name, seconds in (
-            (signals.GEN_AI_TIME_IN_QUEUE, scheduled - received),
-            (signals.GEN_AI_TIME_IN_PREFILL, first - scheduled),
-            (signals.GEN_AI_TIME_IN_DECODE, finished - first),
-            (signals.GEN_AI_TIME_IN_INFERENCE, finished - scheduled),
-        ):
-            self._longest[name] = max(seconds, self._longest.get(name, 0.0))
+    def sequence(self, told: Sequence) -> None:
+        """An attempt at a sequence has ended."""
+        if self._told is not None:
+            self._told.sequences.append(told)
 
     def end(self, at: float, error_code: str | None, *, failed: bool) -> None:
         """Close the span. `error_code` is the word of the error contract, None for success.
@@ -178,7 +105,6 @@ class RequestSpan:
         told, tells = self._told, self._tells
         if told is None or tells is None or (tells.errors_only and not failed):
             return
-        self._attributes.update(self._longest)
         if error_code is not None:
             self._attributes[signals.ERROR_TYPE] = error_code
         told.ended_at, told.failed = at, failed
@@ -237,5 +163,5 @@ class RequestSpans:
         state = state if len(state) <= _MOST_STATE else ""
         wall, now = time.time_ns(), time.monotonic()
         return RequestSpan(
-            own, Trace(own, parent, state, operation, wall, now, now, attributes, [], [], False), self._tells
+            own, Trace(own, parent, state, operation, wall, now, now, attributes, [], [], []), self._tells
         )

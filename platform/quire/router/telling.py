@@ -175,8 +175,7 @@ class Teller:
             self.counts.queue_full += (spans - max(room, 0)) * self._each
             if room <= 0:
                 return
-            told.phases = told.phases[: room - 1]
-            spans = room
+            told.kept = spans = room
         self._gathered += spans * self._each
         self._add(told)
 

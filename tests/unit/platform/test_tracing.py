@@ -17,12 +17,13 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from quire.metering import Metering
+from quire.phases import engine_offset
 from quire.router.account import Account
-from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
+from quire.router.spans import RequestSpans
 from quire.router.telling import GATHER_SECONDS, Sampler, Teller
 from quire.teller import Writer
 from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Counts, Declared, Health, Tracing, exporters, shut_down
@@ -222,7 +223,7 @@ def test_a_preemption_is_an_event_where_it_happened() -> None:
     here = Here()
     kept, span = here.kept, RequestSpans(here).start("chat", [], "/v1/chat/completions", None)
     timings = Timings(10.0, 11.0, 14.0, 20.0, preempted_at=(12.0, 13.0, 15.0))
-    span.sequence(SequenceTimes(9.0, 21.0, timings, prompt_tokens=5, generated=3), {"quire.replica.id": "r"})
+    span.sequence(telling.Sequence(9.0, 21.0, timings, 5, 3, {"quire.replica.id": "r"}))
     span.end(22.0, None, failed=False)
     found = {each.name: each for each in kept.get_finished_spans()}
     assert list(found) == ["queue", "prefill", "decode", "chat"]
@@ -256,21 +257,24 @@ def test_the_samplers_decide_as_those_of_the_sdk(parent: bool | None, trace_id: 
         "no such": ParentBased(ALWAYS_ON),
     }.items():
         ours = Sampler.of({"OTEL_TRACES_SAMPLER": name, "OTEL_TRACES_SAMPLER_ARG": share})
-        theirs_takes = theirs.should_sample(context, trace_id, "x").decision.is_sampled()
-        assert ours.takes(trace_id, parent) == theirs_takes, name
+        decision = theirs.should_sample(context, trace_id, "x").decision
+        assert ours.takes(trace_id, parent) == (decision is Decision.RECORD_AND_SAMPLE), name
 
 
 def a_trace(phases: int) -> telling.Trace:
     below = [telling.Phase(f"phase {at}", at, at + 1, {}) for at in range(phases)]
-    return telling.Trace(TRACE, "", "", "chat", 10**9, 0.0, 9.0, {}, [], below, failed=False)
+    return telling.Trace(TRACE, "", "", "chat", 10**9, 0.0, 9.0, {}, [], below, [])
 
 
 def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> None:
-    teller = Teller(1, capacity=8)
-    for phases, kept in ((4, 4), (4, 2), (0, 0)):
-        told = a_trace(phases)
+    teller, here = Teller(1, capacity=8), Here()
+    for names in (["phase 0", "phase 1", "phase 2", "phase 3", "chat"], ["phase 0", "phase 1", "chat"]):
+        told = a_trace(4)
         teller.trace(told)
-        assert [phase.name for phase in told.phases] == [f"phase {at}" for at in range(kept)]
+        here.kept.clear()
+        here.trace(told)
+        assert [span.name for span in here.kept.get_finished_spans()] == names
+    teller.trace(a_trace(0))
     assert teller.counts == Counts(queue_full=3, changed=teller.counts.changed)
 
 
