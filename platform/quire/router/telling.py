@@ -51,7 +51,7 @@ HEALTHY_SECONDS: Final = 60.0
 """Who lasts so long is followed at once."""
 START_SECONDS: Final = 20.0
 """That the first one may take until the process serves without it."""
-END_SECONDS: Final = 1.0
+END_SECONDS: Final = 0.5
 """Beyond `SHUTDOWN_SECONDS`, for the child to be gone."""
 _HALF: Final = 1 << 64
 
@@ -270,8 +270,8 @@ class Teller:
                 lasted = await self._live()
             except OSError as error:
                 log.error("the teller cannot be started: %s", error)
-            except wire.WireError as error:
-                log.error("the teller said what is not understood: %s", error)
+            except Exception as error:
+                log.error("the teller is given up", exc_info=error)
             self._begun.set()
             if self._ends or self._unable:
                 return
@@ -289,9 +289,28 @@ class Teller:
             raise
         finally:
             its.close()
-        began: float | None = None
         self.pid = process.pid
-        reader, writer = await asyncio.open_unix_connection(sock=mine)
+        try:
+            lasted = await self._feed(mine)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            self.pid = 0
+        if not self._ends:
+            process.kill()  # its line is cut, whatever it still does
+        code = await asyncio.to_thread(process.wait)
+        if not self._ends and not self._unable:
+            if code == os.EX_PROTOCOL:
+                log.error("what is installed now is not what this router runs: replace the gateway to have it")
+            log.error("the teller (pid %d) ended with %d; another one is started", process.pid, code)
+        return lasted
+
+    async def _feed(self, end: socket.socket) -> float:
+        """Tell the child at the other end, until it is gone; for how many seconds it took news."""
+        began: float | None = None
+        reader, writer = await asyncio.open_unix_connection(sock=end)
         try:
             writer.write(wire.frame(self._begin()))
             heard: wire.Reader[telling.FromTeller] = wire.Reader(reader, telling.FromTeller)
@@ -307,22 +326,11 @@ class Teller:
                         self._done(message)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # it ended in the middle of a word
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
         finally:
-            self._writer, self.pid = None, 0
+            self._writer = None
             self.counts.export_failed += self._sent
             self._sent = 0
             writer.transport.abort()
-        if not self._ends:
-            process.kill()  # its line is cut, whatever it still does
-        code = await asyncio.to_thread(process.wait)
-        if not self._ends and not self._unable:
-            if code == os.EX_PROTOCOL:
-                log.error("what is installed now is not what this router runs: replace the gateway to have it")
-            log.error("the teller (pid %d) ended with %d; another one is started", process.pid, code)
         return 0.0 if began is None else time.monotonic() - began
 
     def _begin(self) -> telling.Begin:
