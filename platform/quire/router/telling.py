@@ -117,7 +117,6 @@ class Teller:
         """Times that each span is exported, by which all numbers of spans here are multiplied."""
         self._capacity = capacity * traces
         self._declared = declared
-        self._who = who
         self._command = [*(command or (sys.executable, "-m", "quire.teller")), "--of", who, "--speaks", version()]
         self._encode = msgspec.msgpack.Encoder().encode
         self._items: list[msgspec.Raw] = []
