@@ -278,25 +278,36 @@ def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> 
     assert teller.counts == Counts(queue_full=3, changed=teller.counts.changed)
 
 
-async def test_a_child_that_stands_still_costs_spans_and_no_time(
+async def test_a_child_that_stands_still_or_is_killed_costs_spans_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {
         "TRACES_EXPORTER": "console", "BSP_MAX_QUEUE_SIZE": "16", "BSP_MAX_EXPORT_BATCH_SIZE": "8",
+        "BSP_SCHEDULE_DELAY": "20",
     }.items():  # fmt: skip
         monkeypatch.setenv(f"OTEL_{name}", value)
     teller = Teller.of()
+    counts, full = teller.counts, 50 - 16
     teller.start()
     await teller.begun()
-    os.kill(teller.pid, signal.SIGSTOP)
+    first = teller.pid
+    os.kill(first, signal.SIGSTOP)
     for _ in range(10):
         teller.trace(a_trace(4))
     await asyncio.sleep(2 * GATHER_SECONDS)
-    assert (teller.counts.exported, teller.counts.dropped()) == (0, {"queue_full": 50 - 16, "export_failed": 0})
-    os.kill(teller.pid, signal.SIGCONT)
+    assert (counts.exported, counts.dropped()) == (0, {"queue_full": full, "export_failed": 0})
+    os.kill(first, signal.SIGKILL)
+    while teller.pid == first:
+        await asyncio.sleep(0.01)
+    assert counts.dropped() == {"queue_full": full, "export_failed": 16}, "they were the child's"
+    for _ in range(3):
+        teller.trace(a_trace(4))  # there is no child, or one that does not listen yet
+    async with asyncio.timeout(20):
+        while counts.exported < 15:
+            await asyncio.sleep(0.01)
     await teller.close()
-    assert (teller.counts.exported, teller.counts.dropped()) == (16, {"queue_full": 50 - 16, "export_failed": 0})
-    assert capfd.readouterr().out.count('"name": "chat"') == 4
+    assert (counts.exported, counts.dropped()) == (15, {"queue_full": full, "export_failed": 16})
+    assert capfd.readouterr().out.count('"name": "chat"') == 3
 
 
 async def test_what_the_child_cannot_do_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,11 +319,27 @@ async def test_what_the_child_cannot_do_is_said_before_anything_is_served(monkey
     await teller.close()
 
 
+def test_the_limits_of_the_sdk_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "2")
+    monkeypatch.setenv("OTEL_SPAN_EVENT_COUNT_LIMIT", "1")
+    monkeypatch.setenv("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "3")
+    here, told = Here(), a_trace(0)
+    told.attributes = {"a": "text", "b": None, "c": 1, "d": "text"}
+    told.events = [telling.Event("e", 1.0, {"f": "text"}), telling.Event("g", 2.0, {})]
+    here.trace(told)
+    (span,) = here.kept.get_finished_spans()
+    assert (dict(span.attributes or {}), span.dropped_attributes) == ({"c": 1, "d": "tex"}, 1)
+    assert ([event.name for event in span.events], span.dropped_events) == (["g"], 1)
+    assert span.end_time == 10 * 10**9
+
+
 # ── the client's context ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_without_an_exporter_the_trace_is_handed_on_unchanged() -> None:
     assert traceparent(TRACE) == TRACE
+    later = "cc" + TRACE[2:]
+    assert traceparent(later + "-what-is-to-come") == later
 
 
 @pytest.mark.parametrize(
@@ -322,6 +349,7 @@ def test_without_an_exporter_the_trace_is_handed_on_unchanged() -> None:
         ("",),
         ("garbage",),
         (TRACE + "\r\nx: y",),
+        (TRACE + "-more",),
         (TRACE.upper(),),
         ("ff" + TRACE[2:],),
         (f"00-{'0' * 32}-b7ad6b7169203331-01",),
