@@ -28,7 +28,7 @@ from quire.metering import Metering
 from quire.phases import longest, phases_of
 from quire.router.line import version
 from quire.tracing import BadTelemetry, Counts, Declared, Tracing, shut_down
-from quire_schemas import telling, wire
+from quire_schemas import signals, telling, wire
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -120,14 +120,15 @@ class Writer:
                 )
                 for phase in (phases if told.kept is None else phases[: told.kept - 1])
             ]
+            named = signals.SPAN_REQUEST.format(operation=told.operation, model=told.asked)
             whole = span(
-                told.name,
+                named if told.asked else told.operation,
                 own,
                 parent,
                 trace.SpanKind.SERVER,
                 failed if told.failed else fine,
                 (told.wall, ns(told.ended_at)),
-                told.attributes | longest(sequences),
+                _known(told) | told.attributes | longest(sequences),
                 [(event, ns(event.at)) for event in told.events],
             )
             return [*below, whole]
@@ -139,6 +140,20 @@ class Writer:
         for span in self._spans(told):
             for gate in self._gates:
                 gate.on_end(span)
+
+
+def _known(told: telling.Trace) -> telling.Attributes:
+    """Attributes of a request that are known when it comes."""
+    address, port = told.server or (None, None)
+    return {
+        signals.GEN_AI_OPERATION: told.operation,
+        signals.GEN_AI_PROVIDER: signals.PROVIDER,
+        signals.GEN_AI_REQUEST_MODEL: told.asked or None,
+        signals.HTTP_METHOD: "POST",
+        signals.HTTP_ROUTE: told.route,
+        signals.SERVER_ADDRESS: address,
+        signals.SERVER_PORT: port,
+    }
 
 
 class _Reports:

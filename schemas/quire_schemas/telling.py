@@ -1,8 +1,8 @@
 """What a process of the router says to its teller, the child that tells collectors for it, and back.
 
 Each end is one of a socket pair, and a frame (`wire.frame`) is a `ToTeller` or a `FromTeller`. The first message
-is `Begin`; its answer is `Ready` or `Unable`. Then come `News`, whose items the sender has encoded one by one, as
-their requests ended; and `Done`, whenever it is known what became of spans.
+is `Begin`; its answer is `Ready` or `Unable`. Then come `News` of requests that have ended; and `Done`, whenever
+it is known what became of spans.
 
 Times named `*_at`, and those of phases and events, are `time.monotonic()` of the sender.
 """
@@ -71,7 +71,12 @@ class Trace(_Message, gc=False):
     """The client's, likewise; empty where it sent none."""
     state: str
     """The client's `tracestate`."""
-    name: str
+    operation: str
+    asked: str
+    """The name that the request has for its model; empty where it has none that is served."""
+    route: str
+    server: tuple[str, int | None] | None
+    """Address and port that it came to."""
     wall: int
     """When it began, in nanoseconds since 1970."""
     began_at: float
@@ -123,12 +128,6 @@ class News(_Message):
     """Requests that have ended, in that order."""
 
     items: list[Trace | Measure]
-
-
-class EncodedNews(_Message, tag="News"):
-    """The same, as it is sent."""
-
-    items: list[msgspec.Raw]
 
 
 ToTeller = Begin | News

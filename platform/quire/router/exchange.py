@@ -150,7 +150,8 @@ class Exchange(Reception, Generic[R]):
         """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
         arrived_at, begun_at = times
         self._serves(served, request.model, span, self._adapter)
-        span.set({signals.QUIRE_ROUTE: way.terms.route or None})
+        if way.terms.route:
+            span.set({signals.QUIRE_ROUTE: way.terms.route})
         terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
         async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):

@@ -160,8 +160,8 @@ class Reception:
         """Note which model, with which adapter, the request is for, and the name that it has for it."""
         self._model = self._account.model = served.target(adapter)
         self._account.asked = asked
-        span.name(self._operation, asked)
-        span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
+        span.name(asked)
+        span.set({signals.GEN_AI_RESPONSE_MODEL: self._model})
 
     async def _fail(self, send: Send, error: Exception) -> None:
         """Answer with the error; in a stream that has begun, as its one error event.

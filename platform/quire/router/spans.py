@@ -50,7 +50,7 @@ class Tells(Protocol):
 class RequestSpan:
     """What is noted of one request; nothing unless it is told of."""
 
-    __slots__ = ("_attributes", "_events", "_phases", "_tells", "_told", "is_recorded", "traceparent")
+    __slots__ = ("_tells", "_told", "is_recorded", "traceparent")
 
     def __init__(self, traceparent: str | None, told: Trace | None = None, tells: Tells | None = None) -> None:
         """`told` is what is known of it from the start, if it is told of."""
@@ -60,8 +60,6 @@ class RequestSpan:
         """Whether anything that is noted here is kept."""
         self._told = told
         self._tells = tells
-        if told is not None:
-            self._attributes, self._events, self._phases = told.attributes, told.events, told.phases
 
     @classmethod
     def unseen(cls) -> RequestSpan:
@@ -73,24 +71,24 @@ class RequestSpan:
         """Of the trace that it is in; empty where there is none."""
         return self.traceparent[3:35] if self.traceparent is not None else ""
 
-    def name(self, operation: str, model: str) -> None:
-        """Call the span by its operation and its model, which must be one that exists: names are few."""
+    def name(self, model: str) -> None:
+        """Call the span by its model, too, which must be one that exists: names are few."""
         if self._told is not None:
-            self._told.name = signals.SPAN_REQUEST.format(operation=operation, model=model)
+            self._told.asked = model
 
     def set(self, attributes: Mapping[str, Any]) -> None:
         """Attributes of the request; None stands for one that does not apply."""
         if self._told is not None:
-            self._attributes.update(attributes)
+            self._told.attributes.update(attributes)
 
     def event(self, name: str, at: float, attributes: Attributes | None = None) -> None:
         if self._told is not None:
-            self._events.append(Event(name, at, attributes or {}))
+            self._told.events.append(Event(name, at, attributes or {}))
 
     def phase(self, name: str, start: float, end: float, attributes: Attributes | None = None) -> None:
         """A span below the request's."""
         if self._told is not None:
-            self._phases.append(Phase(name, start, end, attributes or {}))
+            self._told.phases.append(Phase(name, start, end, attributes or {}))
 
     def sequence(self, told: Sequence) -> None:
         """An attempt at a sequence has ended."""
@@ -106,7 +104,7 @@ class RequestSpan:
         if told is None or tells is None or (tells.errors_only and not failed):
             return
         if error_code is not None:
-            self._attributes[signals.ERROR_TYPE] = error_code
+            told.attributes[signals.ERROR_TYPE] = error_code
         told.ended_at, told.failed = at, failed
         tells.trace(told)
 
@@ -141,27 +139,20 @@ class RequestSpans:
         if self._sampler is None:
             return RequestSpan(found[1] if found is not None else None)
         if found is None:
-            parent, trace_id, asked, flags = "", f"{random.getrandbits(128) or 1:032x}", None, _RANDOM
+            ids, parent, state, asked, flags = _drawn(24), "", "", None, _RANDOM
         else:
-            parent, trace_id, theirs = found[1], found[2], int(found[3], 16)
+            parent, ids, state, theirs = found[1], found[2] + _drawn(8), ",".join(states), int(found[3], 16)
             asked, flags = bool(theirs & _SAMPLED), theirs & _RANDOM
-        sampled = self._sampler.takes(int(trace_id, 16), asked)
-        own = f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-{flags | (_SAMPLED if sampled else 0):02x}"
+        sampled = self._sampler.takes(ids[:32], asked)
+        own = f"00-{ids[:32]}-{ids[32:]}-{flags | _SAMPLED if sampled else flags:02x}"
         if not sampled:
             return RequestSpan(own)
-        attributes: dict[str, Any] = {
-            signals.GEN_AI_OPERATION: operation,
-            signals.GEN_AI_PROVIDER: signals.PROVIDER,
-            signals.HTTP_METHOD: "POST",
-            signals.HTTP_ROUTE: route,
-        }
-        if server is not None:
-            attributes[signals.SERVER_ADDRESS] = server[0]
-            if server[1] is not None:
-                attributes[signals.SERVER_PORT] = server[1]
-        state = ",".join(states) if found is not None else ""
         state = state if len(state) <= _MOST_STATE else ""
         wall, now = time.time_ns(), time.monotonic()
-        return RequestSpan(
-            own, Trace(own, parent, state, operation, wall, now, now, attributes, [], [], []), self._tells
-        )
+        told = Trace(own, parent, state, operation, "", route, server, wall, now, now, {}, [], [], [])
+        return RequestSpan(own, told, self._tells)
+
+
+def _drawn(count: int) -> str:
+    """So many bytes of an id."""
+    return random.randbytes(count).hex()  # noqa: S311 - no secret, and nobody gains by guessing it

@@ -1,15 +1,15 @@
 """What tells collectors of a process's requests: a child of it, started, fed and watched here.
 
-A request that has ended is encoded, in a few microseconds, and goes to the child with what else has ended within
-`GATHER_SECONDS`; all else, OpenTelemetry included, happens there (`quire.teller`). Whoever ends a request never
-waits for it.
+What is known of a request that has ended is put aside, and goes to the child with what else has ended within
+`GATHER_SECONDS`: encoding many one after the other takes a fraction of what it takes each by itself, between other
+work. All else, OpenTelemetry included, happens there (`quire.teller`). Whoever ends a request never waits for it.
 
 **Room.** There is room for as many spans as OTEL_BSP_MAX_QUEUE_SIZE says, wherever they are: here, in the socket,
 with the child's exporter. The child says what became of them, and only that makes room again. So a collector that
 is gone, and a child that gets no processor time, come to the same: spans that are not taken, and are counted as
 `queue_full`. Where there is not room for all of a request, its own span is kept and the last of those below it go.
-Measures take no part in that, for the child adds them up at once; those beyond `MOST_BYTES` that the socket did
-not take are lost, which is said once.
+Measures take no part in that, for the child adds them up at once; where it does not take them, those beyond
+`MOST_MEASURES` here and `MOST_BYTES` on their way are lost, which is said once.
 
 **A child that ends** is followed by another, after a pause that doubles as long as they do not last. The spans
 that it had are counted as `export_failed`. What ends meanwhile waits for the next one, as far as there is room.
@@ -31,8 +31,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from quire.router.account import Account
 from quire.router.line import version
 from quire.tracing import SHUTDOWN_SECONDS, BadTelemetry, Counts, Declared, disabled, room, wanted
@@ -44,6 +42,7 @@ log = logging.getLogger("quire.telling")
 GATHER_SECONDS: Final = 0.1
 GATHER_ITEMS: Final = 64
 """So many go at once."""
+MOST_MEASURES: Final = 20_000
 MOST_BYTES: Final = 4 << 20
 PAUSES: Final = (0.2, 60.0)
 """Seconds until a child that ended is followed by another, and the most that doubling makes of it."""
@@ -53,7 +52,6 @@ START_SECONDS: Final = 20.0
 """That the first one may take until the process serves without it."""
 END_SECONDS: Final = 0.5
 """Beyond `SHUTDOWN_SECONDS`, for the child to be gone."""
-_HALF: Final = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +82,11 @@ class Sampler:
             share = 1.0
         return cls(share, followed)
 
-    def takes(self, trace_id: int, parent_is_sampled: bool | None) -> bool:
+    def takes(self, trace_id: str, parent_is_sampled: bool | None) -> bool:
         """`parent_is_sampled` is None where there is no parent."""
         if self.followed and parent_is_sampled is not None:
             return parent_is_sampled
-        return trace_id % _HALF < round(self.share * _HALF)
+        return self.share == 1.0 or int(trace_id[16:], 16) < round(self.share * 2**64)
 
 
 class Teller:
@@ -118,11 +116,11 @@ class Teller:
         self._capacity = capacity * traces
         self._declared = declared
         self._command = [*(command or (sys.executable, "-m", "quire.teller")), "--of", who, "--speaks", version()]
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._items: list[msgspec.Raw] = []
-        self._bytes = 0
+        self._traces: list[telling.Trace] = []
+        self._measures: list[tuple[Account, float]] = []
+        """With the time in all, which the access log tells a moment later."""
         self._gathered = 0
-        """Spans among the items."""
+        """Spans of the traces."""
         self._sent = 0
         """Spans that the child has."""
         self._lost_measures = False
@@ -176,44 +174,26 @@ class Teller:
                 return
             told.kept = spans = room
         self._gathered += spans * self._each
-        self._add(told)
+        self._traces.append(told)
+        self._flush_soon(len(self._traces))
 
     def measure(self, account: Account) -> None:
         """A request has ended."""
         if not self.measures:
             return
-        if self._bytes > MOST_BYTES or self._backlog() > MOST_BYTES:
-            if not self._lost_measures:
-                self._lost_measures = True
-                log.warning("measures of requests are not taken by the teller, and are lost")
-            return
-        self._add(
-            telling.Measure(
-                account.operation,
-                account.model,
-                account.asked,
-                account.background,
-                account.prompt_tokens,
-                account.completion_tokens,
-                account.first_token,
-                account.writing,
-                account.total or 0.0,
-                account.error,
-            )
-        )
+        if len(self._measures) < MOST_MEASURES:
+            self._measures.append((account, account.total or 0.0))
+            self._flush_soon(len(self._measures))
+        elif not self._lost_measures:
+            self._lost_measures = True
+            log.warning("measures of requests are not taken by the teller, and are lost")
 
-    def _backlog(self) -> int:
-        return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
-
-    def _add(self, item: telling.Trace | telling.Measure) -> None:
-        encoded = self._encode(item)
-        self._items.append(msgspec.Raw(encoded))
-        self._bytes += len(encoded)
-        if self._writer is None:
+    def _flush_soon(self, many: int) -> None:
+        if self._writer is None or self._loop is None:
             return
-        if len(self._items) >= GATHER_ITEMS:
+        if many >= GATHER_ITEMS:
             self._flush()
-        elif self._timer is None and self._loop is not None:
+        elif self._timer is None:
             self._timer = self._loop.call_later(GATHER_SECONDS, self._flush)
 
     def _flush(self) -> None:
@@ -221,12 +201,16 @@ class Teller:
             self._timer.cancel()
             self._timer = None
         writer = self._writer
-        if writer is None or writer.transport.is_closing() or not self._items:
+        if writer is None or writer.transport.is_closing():
             return
-        items, self._items, self._bytes = self._items, [], 0
+        traces, self._traces = self._traces, []
         self._sent, self._gathered = self._sent + self._gathered, 0
-        for at in range(0, len(items), GATHER_ITEMS):
-            writer.write(wire.frame(telling.EncodedNews(items[at : at + GATHER_ITEMS])))
+        measures: list[tuple[Account, float]] = []
+        if writer.transport.get_write_buffer_size() < MOST_BYTES:
+            measures, self._measures = self._measures, []
+        items: list[telling.Trace | telling.Measure] = [*traces, *(_measured(*each) for each in measures)]
+        for at in range(0, len(items), 2 * GATHER_ITEMS):
+            writer.write(wire.frame(telling.News(items[at : at + 2 * GATHER_ITEMS])))
 
     # ── the child ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -348,6 +332,21 @@ class Teller:
         self.counts.queue_full += done.queue_full
         self.counts.export_failed += done.export_failed
         self._sent = max(self._sent - done.exported - done.queue_full - done.export_failed, 0)
+
+
+def _measured(account: Account, total: float) -> telling.Measure:
+    return telling.Measure(
+        account.operation,
+        account.model,
+        account.asked,
+        account.background,
+        account.prompt_tokens,
+        account.completion_tokens,
+        account.first_token,
+        account.writing,
+        total,
+        account.error,
+    )
 
 
 __all__ = ["Sampler", "Teller"]
