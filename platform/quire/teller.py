@@ -143,12 +143,16 @@ class Writer:
 
 
 def _known(told: telling.Trace) -> telling.Attributes:
-    """Attributes of a request that are known when it comes."""
+    """Attributes of any request."""
     address, port = told.server or (None, None)
     return {
         signals.GEN_AI_OPERATION: told.operation,
         signals.GEN_AI_PROVIDER: signals.PROVIDER,
         signals.GEN_AI_REQUEST_MODEL: told.asked or None,
+        signals.GEN_AI_RESPONSE_MODEL: told.model or None,
+        signals.GEN_AI_E2E: told.ended_at - told.began_at,
+        signals.HTTP_STATUS: told.status,
+        signals.ERROR_TYPE: told.error or None,
         signals.HTTP_METHOD: "POST",
         signals.HTTP_ROUTE: told.route,
         signals.SERVER_ADDRESS: address,

@@ -74,6 +74,8 @@ class Trace(_Message, gc=False):
     operation: str
     asked: str
     """The name that the request has for its model; empty where it has none that is served."""
+    model: str
+    """That model."""
     route: str
     server: tuple[str, int | None] | None
     """Address and port that it came to."""
@@ -86,6 +88,10 @@ class Trace(_Message, gc=False):
     events: list[Event]
     phases: list[Phase]
     sequences: list[Sequence]
+    status: int | None = None
+    """Of the answer that was sent."""
+    error: str = ""
+    """The word of the error contract; empty for success."""
     failed: bool = False
     """By no fault of the client."""
     kept: int | None = None

@@ -14,16 +14,16 @@ No span carries text: not of a prompt, not of an answer, not a stop string, and 
 
 from __future__ import annotations
 
-import random
+import os
 import re
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
 
 from quire.router.account import Account
 from quire.router.telling import Sampler
-from quire_schemas import signals
-from quire_schemas.telling import Attributes, Event, Phase, Sequence, Trace
+from quire_schemas import telling
+from quire_schemas.telling import Attributes, Event, Phase, Trace
 
 _TRACEPARENT: Final = re.compile(
     r"(?!ff|00-.{52}.)([0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2}))(?:-.*)?", re.ASCII
@@ -33,7 +33,8 @@ _MOST_STATE: Final = 8192
 """Signs of a `tracestate` that is handed on."""
 _SAMPLED: Final = 1
 _RANDOM: Final = 2
-"""Flags of a trace: it is told of; its id was drawn at random."""
+"""Flags of a trace: it is told of (as Python's True); its id was drawn at random."""
+_AHEAD: Final = 64
 
 
 class Tells(Protocol):
@@ -71,15 +72,19 @@ class RequestSpan:
         """Of the trace that it is in; empty where there is none."""
         return self.traceparent[3:35] if self.traceparent is not None else ""
 
-    def name(self, model: str) -> None:
-        """Call the span by its model, too, which must be one that exists: names are few."""
+    def name(self, asked: str, model: str) -> None:
+        """Call the span by the name that the request has for its model, which must be one that exists: names are
+        few."""
         if self._told is not None:
-            self._told.asked = model
+            self._told.asked, self._told.model = asked, model
 
-    def set(self, attributes: Mapping[str, Any]) -> None:
-        """Attributes of the request; None stands for one that does not apply."""
+    def set(self, attributes: Attributes) -> None:
+        """Attributes of the request, which it may keep; None stands for one that does not apply."""
         if self._told is not None:
-            self._told.attributes.update(attributes)
+            if self._told.attributes:
+                self._told.attributes.update(attributes)
+            else:
+                self._told.attributes = attributes
 
     def event(self, name: str, at: float, attributes: Attributes | None = None) -> None:
         if self._told is not None:
@@ -90,22 +95,20 @@ class RequestSpan:
         if self._told is not None:
             self._told.phases.append(Phase(name, start, end, attributes or {}))
 
-    def sequence(self, told: Sequence) -> None:
+    def sequence(self, told: telling.Sequence) -> None:
         """An attempt at a sequence has ended."""
         if self._told is not None:
             self._told.sequences.append(told)
 
-    def end(self, at: float, error_code: str | None, *, failed: bool) -> None:
-        """Close the span. `error_code` is the word of the error contract, None for success.
+    def end(self, at: float, error: str | None, *, failed: bool, status: int | None = None) -> None:
+        """Close the span. `error` is the word of the error contract, None for success; `status` what was sent.
 
         `failed`: the fault is on this side, which makes the span an error (a client's mistake does not).
         """
         told, tells = self._told, self._tells
         if told is None or tells is None or (tells.errors_only and not failed):
             return
-        if error_code is not None:
-            told.attributes[signals.ERROR_TYPE] = error_code
-        told.ended_at, told.failed = at, failed
+        told.ended_at, told.error, told.failed, told.status = at, error or "", failed, status
         tells.trace(told)
 
 
@@ -115,6 +118,13 @@ class RequestSpans:
     def __init__(self, tells: Tells) -> None:
         self._tells = tells
         self._sampler = tells.sampler
+        self._ids: list[str] = []
+        """Of traces and their first spans, drawn ahead: many at once take a fraction of what each takes alone."""
+
+    def _draw(self) -> str:
+        drawn = os.urandom(24 * _AHEAD).hex()
+        self._ids = [f"{drawn[at : at + 32]}-{drawn[at + 32 : at + 48]}" for at in range(0, len(drawn), 48)]
+        return self._ids.pop()
 
     def measure(self, account: Account) -> None:
         """A request has ended."""
@@ -123,36 +133,37 @@ class RequestSpans:
     def start(
         self,
         operation: str,
-        headers: Iterable[tuple[bytes, bytes]],
+        headers: Sequence[tuple[bytes, bytes]],
         route: str,
         server: tuple[str, int | None] | None,
     ) -> RequestSpan:
         """A span for one request, from now on; below the client's own when it sent a proper `traceparent`."""
-        parents, states = [], []
-        for name, value in headers:
-            if name == b"traceparent":
-                parents.append(value.decode("latin-1"))
-            elif name == b"tracestate":
-                states.append(value.decode("latin-1"))
-        parent = parents[0] if len(parents) == 1 else ""
-        found = _TRACEPARENT.fullmatch(parent) if parent else None
-        if self._sampler is None:
-            return RequestSpan(found[1] if found is not None else None)
+        found = _parent(headers) if b"traceparent" in dict(headers) else None
+        sampler = self._sampler
+        if sampler is None:
+            return RequestSpan(None if found is None else found[1])
+        ids = self._ids.pop() if self._ids else self._draw()
         if found is None:
-            ids, parent, state, asked, flags = _drawn(24), "", "", None, _RANDOM
+            parent, state, sampled = "", "", sampler.takes(ids[:32], None)
+            own = f"00-{ids}-03" if sampled else f"00-{ids}-02"
         else:
-            parent, ids, state, theirs = found[1], found[2] + _drawn(8), ",".join(states), int(found[3], 16)
-            asked, flags = bool(theirs & _SAMPLED), theirs & _RANDOM
-        sampled = self._sampler.takes(ids[:32], asked)
-        own = f"00-{ids[:32]}-{ids[32:]}-{flags | _SAMPLED if sampled else flags:02x}"
+            parent, state, theirs = found[1], _state(headers), int(found[3], 16)
+            sampled = sampler.takes(found[2], bool(theirs & _SAMPLED))
+            own = f"00-{found[2]}-{ids[33:]}-{theirs & _RANDOM | sampled:02x}"
         if not sampled:
             return RequestSpan(own)
-        state = state if len(state) <= _MOST_STATE else ""
         wall, now = time.time_ns(), time.monotonic()
-        told = Trace(own, parent, state, operation, "", route, server, wall, now, now, {}, [], [], [])
+        told = Trace(own, parent, state, operation, "", "", route, server, wall, now, now, {}, [], [], [])
         return RequestSpan(own, told, self._tells)
 
 
-def _drawn(count: int) -> str:
-    """So many bytes of an id."""
-    return random.randbytes(count).hex()  # noqa: S311 - no secret, and nobody gains by guessing it
+def _parent(headers: Iterable[tuple[bytes, bytes]]) -> re.Match[str] | None:
+    """The client's `traceparent`, if there is one and it is proper."""
+    stated = [value.decode("latin-1") for name, value in headers if name == b"traceparent"]
+    return _TRACEPARENT.fullmatch(stated[0]) if len(stated) == 1 else None
+
+
+def _state(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """His `tracestate`, unless it is too long."""
+    state = ",".join(value.decode("latin-1") for name, value in headers if name == b"tracestate")
+    return state if len(state) <= _MOST_STATE else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,9 +262,20 @@ def test_the_samplers_decide_as_those_of_the_sdk(parent: bool | None, trace_id: 
         assert ours.takes(f"{trace_id:032x}", parent) == (decision is Decision.RECORD_AND_SAMPLE), name
 
 
+def test_of_traces_that_begin_here_the_share_is_told_and_no_id_comes_twice() -> None:
+    here = Here(Sampler(0.25))
+    spans = RequestSpans(here)
+    begun = [spans.start("chat", [], "/", None) for _ in range(1000)]
+    found = [span.traceparent or "" for span in begun]
+    assert len({each[3:35] for each in found}) == len({each[36:52] for each in found}) == 1000
+    assert all(re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[23]", each) for each in found)
+    assert [span.is_recorded for span in begun] == [each[-1] == "3" for each in found]
+    assert 150 < sum(span.is_recorded for span in begun) < 350
+
+
 def a_trace(phases: int) -> telling.Trace:
     below = [telling.Phase(f"phase {at}", at, at + 1, {}) for at in range(phases)]
-    return telling.Trace(TRACE, "", "", "chat", "", "/", None, 10**9, 0.0, 9.0, {}, [], below, [])
+    return telling.Trace(TRACE, "", "", "chat", "", "", "/", None, 10**9, 0.0, 9.0, {}, [], below, [])
 
 
 def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> None:
@@ -328,7 +340,7 @@ def test_the_limits_of_the_sdk_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     told.events = [telling.Event("e", 1.0, {"f": "text"}), telling.Event("g", 2.0, {})]
     here.trace(told)
     (span,) = here.kept.get_finished_spans()
-    assert (dict(span.attributes or {}), span.dropped_attributes) == ({"c": 1, "d": "tex"}, 4)
+    assert (dict(span.attributes or {}), span.dropped_attributes) == ({"c": 1, "d": "tex"}, 5)
     assert ([event.name for event in span.events], span.dropped_events) == (["g"], 1)
     assert span.end_time == 10 * 10**9
 
