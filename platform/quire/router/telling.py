@@ -42,7 +42,7 @@ log = logging.getLogger("quire.telling")
 GATHER_SECONDS: Final = 0.1
 GATHER_ITEMS: Final = 64
 """So many go at once."""
-MOST_MEASURES: Final = 20_000
+MOST_MEASURES: Final = 10_000
 MOST_BYTES: Final = 4 << 20
 PAUSES: Final = (0.2, 60.0)
 """Seconds until a child that ended is followed by another, and the most that doubling makes of it."""
