@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -119,7 +120,7 @@ class Views:
             "deleting": stored.deletion_time is not None,
             "status": report,
             "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
-            "revisions": self._revisions(stored),
+            "revisions": self._revisions(stored, report),
             "inForce": self._in_force(stored),
             "managedBy": self._managed_by(stored),
         }
@@ -142,13 +143,14 @@ class Views:
         """A time of the store for people."""
         return status.timestamp(on_the_wall(at, self._plane.store.clock))
 
-    def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
+    def _revisions(self, stored: StoredObject, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All kept revisions, newest first, each with where it stands: `Current` is what the manifest says,
-        `Pinned` or `Stable` what serves instead of it."""
+        `Pinned` or `Stable` what serves instead of it. `report` tells of a canary that failed and is kept."""
         if stored.revision is None:
             return []
         wanted = self._plane.models.effective(stored)
         alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
+        tried = report.get("rollout", {}).get("canary") or {}
 
         def state(revision: Revision) -> str:
             if revision.n == wanted.revision.n and wanted.is_newest:
@@ -173,7 +175,7 @@ class Views:
                 "cause": revision.cause,
                 "createdAt": self._shown(revision.created_at),
                 "stableAt": None if revision.stable_at is None else self._shown(revision.stable_at),
-                "failure": revision.failure,
+                "failure": tried.get("failure") if revision.n == tried.get("revision") else revision.failure,
                 "loadSeconds": revision.load_seconds,
             }
             for revision in self._plane.store.revisions(stored.uid)
