@@ -349,6 +349,7 @@ class ModelStatus:
             "Draining": row.drain_since,
             "Stopping": row.stop_sent,
             "Starting": row.launched_at,
+            **dict.fromkeys(("Backoff", "Failed"), row.last_exit.at if row.last_exit is not None else None),
         }
         return {
             "id": row.id,

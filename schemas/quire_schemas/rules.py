@@ -778,10 +778,15 @@ def _git_url(facts: Facts) -> Iterator[Finding]:
     except ValueError:
         yield Finding(path, "is not a URL", _GIT_URL)
         return
-    if not separator or scheme == "file" or "::" in scheme:
+    if scp := re.fullmatch(r"(?:[\w.-]+@)?([\w-]+(?:\.[\w-]+)+):([\w./~-]+)", url):
+        hint = f"https://{scp[1]}/{scp[2]}, with a token in spec.auth if it is private"
+        yield Finding(path, f"{REFUSED}: ssh as a way to a repository", hint)
+    elif not separator or scheme == "file" or "::" in scheme:
         yield Finding(path, "files of this machine are not followed, nor anything but a URL", _GIT_URL)
     elif scheme in ("ssh", "git", "git+ssh"):
-        yield Finding(path, f"{REFUSED}: {scheme}", f"{_GIT_URL}; a private one with a token in spec.auth")
+        instead = f"https://{host}{parts.path}" if host else _GIT_URL.removeprefix("for example ")
+        hint = f"{instead}, with a token in spec.auth if it is private"
+        yield Finding(path, f"{REFUSED}: {scheme}:// as a way to a repository", hint)
     elif scheme not in ("http", "https") or not host or port == 0 or not re.fullmatch(r"[\x21-\x7e]+", url):
         yield Finding(path, "is not a URL of a repository", _GIT_URL)
     elif parts.username is not None or parts.password is not None:
@@ -817,7 +822,8 @@ def _git_ref(facts: Facts) -> Iterator[Finding]:
             yield Finding((*path, name), "is not a commit's 40 digits", hint)
         bad = not _REF.fullmatch(value) or value.startswith(("-", "/", ".")) or value.endswith(("/", ".", ".lock"))
         if name != "commit" and (bad or ".." in value or "//" in value or "@{" in value):
-            yield Finding((*path, name), f"is not the name of a {name}", "for example main")
+            example = "main" if name == "branch" else "v1.2"
+            yield Finding((*path, name), f"is not the name of a {name}", f"for example {example}")
 
 
 def _git_path(facts: Facts) -> Iterator[Finding]:

@@ -95,8 +95,9 @@ class Steering:
             self._end(wanted, Kind.SCALE)
             return "Scaled", f"as many replicas as the manifest says: {declared}"
         if not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS:
-            text = f"replicas is a whole number from 0 to {MAX_REPLICAS}, or null for what the manifest says"
-            raise ApiError(400, "bad_request", text, exit_code=2)
+            text = f"replicas is a whole number from 0 to {MAX_REPLICAS}"
+            hint = f"platform scale {wanted.stored.key} --reset goes by the manifest; of the API that is null"
+            raise ApiError(400, "bad_request", text, hint, exit_code=2)
         placement = Placement.from_dict(wanted.revision.placement)
         most = most_replicas(wanted.stored.resolved, placement, self._plane.inventory())
         if replicas > most:

@@ -81,7 +81,7 @@ class Views:
     def _default_gateway(self) -> dict[str, Any]:
         """The gateway that there is without a manifest: generation 0, never created."""
         report = self._plane.gateway.status((), 0)
-        self._tell_unavailable(report)
+        self._tell_of_endpoints(report)
         return {
             "kind": GATEWAY.kind,
             "name": GATEWAY.name,
@@ -95,18 +95,23 @@ class Views:
             "revisions": [],
         }
 
-    def _tell_unavailable(self, report: dict[str, Any]) -> None:
-        """Say in a status why its endpoints cannot be reached now, whatever was true when it was written."""
+    def _tell_of_endpoints(self, report: dict[str, Any]) -> None:
+        """Say in a status why its endpoints cannot be reached now, and whether they take keys, whatever was true
+        when it was written."""
         why = self._plane.gateway.unavailable()
-        if why is not None and "endpoints" in report:
+        if "endpoints" not in report:
+            return
+        if why is not None:
             report["endpoints"] = {**report["endpoints"], "unavailable": why}
+        if self._plane.store.objects("accesspolicy"):
+            report["endpoints"] = {**report["endpoints"], "keys": True}
 
     def of(self, stored: StoredObject) -> dict[str, Any]:
         """An object with its status, replicas and revisions."""
         report = self._plane.store.status(stored.uid)
         if stored.key == GATEWAY and not report:  # its first pass is not over
             report = self._plane.gateway.status((), 0)
-        self._tell_unavailable(report)
+        self._tell_of_endpoints(report)
         replicas = report.pop("replicaList", [])
         for name in ("signature", "progressAt"):
             report.pop(name, None)
@@ -250,6 +255,10 @@ class Views:
                 raise not_found(key)
             files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
             if replica is not None:
+                known = {stem for stem, _ in files} | {row.id for row in self._plane.store.replicas(key.name)}
+                if replica not in known:
+                    hint = f"there are {', '.join(sorted(known))}" if known else "platform get replicas"
+                    raise ApiError(404, "not_found", f"{key} has no replica {replica[:80]!r}", hint, exit_code=8)
                 files = [(stem, path) for stem, path in files if stem == replica]
         found = [
             _read_log(source, path, tail, offset, previous, since) for source, path in files if path.is_file()

@@ -622,6 +622,27 @@ def test_a_git_source_that_leads_nowhere_is_refused_where_it_is_written(spec: st
     assert [p.path for p in problems(f"{head}spec: {{{spec}}}")] == [path]
 
 
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("url: 'https://x.org/r', ref: {tag: v1 2}", "for example v1.2"),
+        ("url: 'git@github.com:a/b.git'", "https://github.com/a/b.git, with a token"),
+        ("url: 'ssh://git@x.org:22/a/b'", "https://x.org/a/b, with a token"),
+        ("url: 'git://x.org/a'", "https://x.org/a, with a token"),
+        (
+            "url: 'https://x.org/r', sync: {windows: [{kind: Deny, schedule: '* * *', duration: 1h}]}",
+            "minute, hour,",
+        ),
+        ("url: 'https://x.org/r', sync: {windows: [{kind: Deny, schedule: '', duration: 1h}]}", "cannot be empty"),
+    ],
+)
+def test_the_hint_of_a_git_source_is_about_what_is_wrong(spec: str, hint: str) -> None:
+    [problem] = problems(
+        f"apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {{name: r}}\nspec: {{{spec}}}"
+    )
+    assert hint in problem.hint
+
+
 def test_a_git_source_may_have_all_of_it() -> None:
     head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
     for spec in (
