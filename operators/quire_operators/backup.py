@@ -195,7 +195,8 @@ def read(path: Path) -> Backup:
         seal = json.loads(lines.pop())["sha256"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
         raise BadBackup(f"{path} is no whole backup of a store", "take another: it was cut off") from error
-    if rest or len(lines) != about["rows"] or seal != hashlib.sha256(first + b"".join(lines)).hexdigest():
+    now = hashlib.sha256(first + b"".join(lines)).hexdigest()
+    if rest or len(lines) != about["rows"] or seal != now:
         raise BadBackup(f"{path} was changed since it was written", "take another")
     if (about["quireBackup"], about["schema"]) != (FORMAT, SCHEMA_VERSION):
         raise BadBackup(
