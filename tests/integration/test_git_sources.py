@@ -638,6 +638,11 @@ async def test_a_repository_names_no_file_of_this_machine(desk: Desk, remote: Re
         place = f"m.yaml:5:{35 + len(which) - 1}: spec.keys[0].valueFrom.{which}"
         said = "file" if which == "file" else "variable"
         assert desk.message() == f"{place}: a manifest of a repository names no {said} of this machine"
+        remote.write(m=f"{MODEL.replace('builtin://tiny', 'hf://a/b')}  sourceAuth: {{{which}: {value}}}\n")
+        remote.push()
+        await desk.sync()
+        told = f"spec.sourceAuth.{which}: a manifest of a repository names no {said} of this machine"
+        assert desk.message().endswith(told)
 
 
 POLICY = """\
