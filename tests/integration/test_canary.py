@@ -306,6 +306,9 @@ def test_a_person_may_have_a_canary_take_over_that_has_not_passed_or_has_failed_
     with pytest.raises(Refused, match="does not serve yet"):
         decide(plane, name, "promote", skipExam=True)
 
+    decide(plane, name, "abort", reason="seen")
+    assert given_up(plane, name, down) == f"aborted by ada: seen; it had failed: {why}"
+
     late = plane.apply(kept(smoke("bcde"), ROUND=5, LOAD=0.5, STEP=3600))["model/kept"]["revision"]
     with pytest.raises(Refused, match="does not serve yet"):
         decide(plane, name, "promote", skipExam=True)

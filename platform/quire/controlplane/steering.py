@@ -96,7 +96,7 @@ class Steering:
             return "Scaled", f"as many replicas as the manifest says: {declared}"
         if not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS:
             text = f"replicas is a whole number from 0 to {MAX_REPLICAS}"
-            hint = f"platform scale {wanted.stored.key} --reset goes by the manifest; of the API that is null"
+            hint = f"platform scale {wanted.stored.key} --reset goes by the manifest"
             raise ApiError(400, "bad_request", text, hint, exit_code=2)
         placement = Placement.from_dict(wanted.revision.placement)
         most = most_replicas(wanted.stored.resolved, placement, self._plane.inventory())
@@ -192,7 +192,10 @@ class Steering:
         override = Override(
             Kind.QUARANTINE, by, self._plane.store.clock(), why, revision=n, template_hash=template
         )
+        told = self._plane.store.status(wanted.stored.uid).get("rollout", {}).get("canary") or {}
         failure = f"aborted by {by}" + (f": {why}" if why else "")
+        if told.get("revision") == n and told.get("failure"):
+            failure += f"; it had failed: {told['failure']}"
         self._plane.store.set_override(wanted.stored.uid, override, failed=(n, failure))
         return (
             "CanaryAborted",
