@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import click
 
@@ -45,6 +48,8 @@ def _tell_of_another_store(client: Client) -> None:
     if context is None or context.meta.get("quire.database.told") or not client.is_running():
         return
     context.meta["quire.database.told"] = True
+    if _is_plainly_noted(client.state, os.environ["QUIRE_DATABASE"]):
+        return
     from quire_operators import whereabouts
     from quire_operators.sqlite import UnusableStore
 
@@ -54,6 +59,16 @@ def _tell_of_another_store(client: Client) -> None:
         return
     if why is not None:
         notice(f"control plane  {why}. The variable counts for one that is started, not for this one")
+
+
+def _is_plainly_noted(state: StateDir, address: str) -> bool:
+    """Whether a state directory keeps to the database of this address, where that can be told without the library
+    that knows all of an address: its import would cost every command."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept, parts = json.loads(state.database.read_text())["database"], urlsplit(address.strip())
+        port = f":{parts.port}" if parts.port else ""
+        return bool(kept == f"postgresql://{parts.hostname}{port}{parts.path}")
+    return False
 
 
 def asks_for_traces() -> bool:

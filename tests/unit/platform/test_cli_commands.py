@@ -209,6 +209,17 @@ def test_get_imports_only_what_it_needs(state: StateDir, server: AdminServer) ->
     assert done.stdout.splitlines()[-1] == "[] True"
 
 
+def test_a_database_that_all_agree_on_costs_no_import(
+    state: StateDir, server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    state.database.write_text(json.dumps({"database": "postgresql://db.example:5433/quire"}))
+    monkeypatch.setenv("QUIRE_DATABASE", "postgresql://u:secret@db.example:5433/quire?sslmode=require")
+    code = "import sys; from quire.cli import main; print(main(['get']), 'sqlalchemy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0 False", "")
+
+
 def test_a_reader_that_leaves_is_no_error(state: StateDir, server: AdminServer) -> None:
     server.script["GET /v1/objects"] = [(200, {"items": [model(name=f"model-{n}") for n in range(5000)]})]
     done = subprocess.run(
