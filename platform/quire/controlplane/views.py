@@ -150,12 +150,16 @@ class Views:
 
     def _revisions(self, stored: StoredObject, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All kept revisions, newest first, each with where it stands: `Current` is what the manifest says,
-        `Pinned` or `Stable` what serves instead of it. `report` tells of a canary that failed and is kept."""
+        `Pinned` or `Stable` what serves instead of it. `report` tells of one that failed and is kept."""
         if stored.revision is None:
             return []
         wanted = self._plane.models.effective(stored)
         alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
         tried = report.get("rollout", {}).get("canary") or {}
+        conditions = report.get("conditions", ())
+        stalled = next(
+            (each for each in conditions if (each["type"], each["status"]) == ("Stalled", "True")), None
+        )
 
         def state(revision: Revision) -> str:
             if revision.n == wanted.revision.n and wanted.is_newest:
@@ -172,6 +176,13 @@ class Views:
                 return "Leaving"
             return "Old" if revision.stable_at is not None else "NeverRolledOut"
 
+        def failure(revision: Revision) -> str | None:
+            if revision.n == tried.get("revision"):
+                return cast(str | None, tried.get("failure"))
+            if stalled is not None and not tried and state(revision) == "Current":
+                return f"{stalled['reason']}: {stalled['message']}"
+            return revision.failure
+
         return [
             {
                 "revision": revision.n,
@@ -180,7 +191,7 @@ class Views:
                 "cause": revision.cause,
                 "createdAt": self._shown(revision.created_at),
                 "stableAt": None if revision.stable_at is None else self._shown(revision.stable_at),
-                "failure": tried.get("failure") if revision.n == tried.get("revision") else revision.failure,
+                "failure": failure(revision),
                 "loadSeconds": revision.load_seconds,
             }
             for revision in self._plane.store.revisions(stored.uid)
