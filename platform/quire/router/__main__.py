@@ -69,7 +69,7 @@ async def serve(
     started by `command`, and what tells them who they are. Raises `BadTelemetry` and `BadCertificate`."""
     teller.start()
     listening = door = prepare(listening, plain=config.tls is None)
-    board = Board.new() if config.workers > 1 else None
+    board = Board.new() if config.workers > 1 or config.tls is not None else None
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
     head = build(fleet, config, teller, lambda: crew.scrape())
     await fleet.load_snapshot()
