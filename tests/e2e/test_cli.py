@@ -124,6 +124,8 @@ def test_the_life_of_a_model(platform: Platform) -> None:
     assert re.fullmatch(r"[1-9]\d* plans, each as recorded\n", replayed.stdout), replayed
 
 
+# in CI: test_transcripts.py has the words, tests/integration/test_controlplane.py what is restarted and what not
+@pytest.mark.nightly
 def test_a_change_is_planned_as_it_is_done(platform: Platform) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     before = platform.json("get", "model/m")
