@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from quire_schemas.checkpoint import (
-    DTYPE_BYTES,
+from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
+from quire_schemas.checkpoint_files import (
     InvalidConfig,
     MissingFile,
-    ModelProfile,
     TensorInfo,
     UnsupportedFeature,
     WrongTensors,
-    expected_tensors,
     read_header,
     read_json,
 )
@@ -186,8 +184,8 @@ def _projections(base: ModelProfile) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, shape in expected_tensors(base):
         module = name.removesuffix(".weight")
-        *_, block, last = module.split(".")
-        if module != name and block in ("self_attn", "mlp") and last in TARGETS and ".experts." not in name:
+        layer, _, last = module.rpartition(".")
+        if module != name and layer.endswith(("self_attn", "mlp")) and last in TARGETS and ".experts." not in name:
             found[module] = shape
     return found
 

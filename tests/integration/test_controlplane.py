@@ -241,6 +241,9 @@ def test_a_crashed_engine_comes_back_with_a_new_incarnation(plane: Plane) -> Non
     assert "killed by SIGKILL" in reasons["ProcessEnded"]["message"]
     logs = plane.client.get("/v1/logs", name="model/crashing", tail=50)["sources"]
     assert [source["name"] for source in logs] == ["crashing-r1-0"]
+    with pytest.raises(Refused, match="model/crashing has no replica 'zz'") as unknown:
+        plane.client.get("/v1/logs", name="model/crashing", replica="zz", tail=1)
+    assert (unknown.value.exit_code, unknown.value.hint) == (8, "there are crashing-r1-0")
     assert "incarnation 1" in logs[0]["text"]
     assert "incarnation 2" in logs[0]["text"]
     more = plane.client.get("/v1/logs", name="model/crashing", offset=logs[0]["offset"])["sources"]

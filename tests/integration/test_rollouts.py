@@ -123,6 +123,10 @@ def test_without_auto_rollback_and_without_a_revision_to_go_back_to_a_failure_st
     plane.apply(model("first", "  rollout: {autoRollback: false}\n", EXIT=78))
     assert plane.wait_stalled("first")["reason"] == "ConfigRejected"
     assert plane.condition("first", "RolledOut")["reason"] == "Progressing"
+    newest, before = plane.view("first")["revisions"][:2]
+    assert newest["state"] == "Current"
+    assert newest["failure"].startswith("ConfigRejected: first-r"), "nothing was rolled back, and it has failed"
+    assert before["failure"] is None
     plane.delete("first")
 
 

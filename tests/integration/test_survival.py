@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,9 @@ def test_a_crash_loop_writes_few_events_and_its_back_off_outlives_the_control_pl
 
     plane.apply(model("loop", SLOW, EXIT=3))
     eventually(lambda: plane.view("loop")["replicas"][0]["state"] == "Backoff", "it waits for an hour")
+    since, created = plane.view("loop")["replicas"][0]["since"], plane.view("loop")["createdAt"]
+    waited = datetime.fromisoformat(since) - datetime.fromisoformat(created)
+    assert waited.total_seconds() > 0.3, "since it waits, not since it was made"
     before = plane.view("loop")["replicas"][0]["incarnation"]
     time.sleep(0.5)
     before = plane.view("loop")["replicas"][0]["incarnation"]
