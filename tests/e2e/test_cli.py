@@ -252,6 +252,8 @@ def test_what_only_the_machine_can_refuse(shared_platform: Platform) -> None:
     assert not platform.json("get")["items"], "nothing was created"
 
 
+# in CI: tests/unit/schemas/test_manifest.py, tests/integration/test_controlplane.py
+@pytest.mark.nightly
 def test_two_manifests_that_claim_one_name(platform: Platform) -> None:
     text = platform.model("m").read_text()
     thief = text.replace("name: m", "name: thief") + "  servedModelNames: [other, m]\n"
