@@ -391,6 +391,7 @@ def lead_under_the_number_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> No
     ("mutate", "caught"),
     first_in_ci(
         [
+            (lead_under_the_number_of_the_last_one, "I11"),
             (take_the_same_for_a_new_intent, "I9"),
             (forget_what_failed_while_rollouts_are_held, "I9"),
             (write_the_number_into_the_manifest, "I10"),
@@ -400,7 +401,6 @@ def lead_under_the_number_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> No
             (write_without_looking_who_leads, "I11"),
             (look_who_leads_before_the_first_write_only, "I11"),
             (start_and_stop_for_whoever_asks, "I11"),
-            (lead_under_the_number_of_the_last_one, "I11"),
         ]
     ),
 )

@@ -524,12 +524,12 @@ def go_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     "mutate",
     first_in_ci(
         [
+            delete_though_it_is_not_to,
             delete_whatever_the_commit_does_not_have,
             delete_what_another_source_has,
             have_no_cap,
             take_the_cap_of_what_is_there_and_what_comes,
             count_anew_after_a_crash,
-            delete_though_it_is_not_to,
         ]
     ),
 )
