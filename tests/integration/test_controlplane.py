@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from tests.effort import times
 from tests.integration.plane import GATEWAY, Plane, Stream, model
 from tests.waiting import alive, eventually
 
@@ -637,7 +638,8 @@ def test_after_down_looking_starts_nothing_and_up_or_an_apply_brings_everything_
     plane.start()
     plane.apply(model("beside"))
     plane.wait_served("beside")
-    for bring_back in (lambda: plane.client.post("/v1/up", {}), lambda: plane.apply(model("back"))):
+    ways = (lambda: plane.apply(model("back")), lambda: plane.client.post("/v1/up", {}))
+    for bring_back in ways[: times(1, 2)]:  # in CI `up` is a line of tests/e2e/transcripts.txt
         if plane.process is not None and plane.process.poll() is None:
             plane.client.post("/v1/down", {"grace": 0.2})
             assert plane.process.wait(40) == 0

@@ -57,12 +57,14 @@ def reasons(plane: Plane, name: str) -> list[str]:
             {"EXIT": 1, "REASON": "none"},
             "CrashLoop: ",
             id="an engine that keeps ending",
+            marks=pytest.mark.nightly,  # in CI: tests/e2e/test_changes_under_load.py
         ),
         pytest.param(
             "  rollout: {progressDeadline: 1s}\n",
             {"REPEAT": 1},
             "ProgressDeadlineExceeded: ",
             id="an engine that does not get on",
+            marks=pytest.mark.nightly,  # in CI: tests/unit/operators/test_rollout.py, where a deadline is missed
         ),
     ],
 )

@@ -257,7 +257,7 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
     eventually((plane.state.runtime / "router.sock").exists, "the router has its sockets")
     files, descriptors, children = sorted(plane.state.runtime.rglob("*")), own.num_fds(), own.children()
     shared = set(Path("/dev/shm").iterdir())
-    for _ in range(times(10, 100)):
+    for _ in range(times(4, 100)):
         plane.apply(running)
         pid = plane.wait_served("often")["replicas"][0]["pid"]
         plane.apply(stopped)
