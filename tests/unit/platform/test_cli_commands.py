@@ -683,7 +683,9 @@ def applied(result: str = "created", generation: int = 1) -> dict[str, Any]:
 def test_apply_shows_progress_line_by_line_without_a_terminal(
     server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.script["POST /v1/apply"] = [(200, applied())]
+    answer = applied()
+    answer["results"][0]["warnings"] = ["spec.x: beware"]
+    server.script["POST /v1/apply"] = [(200, answer)]
     starting = model(
         status={"summary": "Starting", "progress": {"accepted": {"ok": True, "seconds": 0.0}}, "conditions": []}
     )
@@ -693,6 +695,7 @@ def test_apply_shows_progress_line_by_line_without_a_terminal(
     assert out.splitlines()[0] == "model/quickstart  created (revision 1)"
     assert out.splitlines()[1] == "Base URL http://127.0.0.1:8000/v1"
     assert err.splitlines() == [
+        "  ⚠ spec.x: beware",
         "quickstart  accepted 0.0s",
         "quickstart  Starting",
         "quickstart  weights 4.1 MiB 0.1s",
