@@ -228,7 +228,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: Htt
     except TimeoutError:
         raise BodyTimeout(f"The body did not arrive within {settings.body_seconds:g} seconds.") from None
     if more or max(size, stated) > limit:
-        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
+        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes, the Gateway's spec.maxBodySize.")
     return b"".join(parts)
 
 
