@@ -348,7 +348,6 @@ from quire_schemas import telling, wire
 end = socket.socket(fileno=int(sys.argv[-1]))
 stream = end.makefile("rb")
 end.sendall(wire.frame(telling.Ready()))
-sys.stdin.readline()
 while head := stream.read(4):
     message = msgspec.msgpack.decode(stream.read(int.from_bytes(head)), type=telling.ToTeller)
     if isinstance(message, telling.News):
@@ -371,6 +370,7 @@ async def test_measures_that_a_child_did_not_take_come_when_it_does_and_hold_not
         taken += 1
     for _ in range(50):
         teller.trace(a_trace(0))
+    await asyncio.sleep(2 * GATHER_SECONDS)
     os.kill(teller.pid, signal.SIGCONT)
     heard: list[list[bool]] = []
     async with asyncio.timeout(20):
