@@ -249,6 +249,7 @@ class Choice:
         "attempts",
         "avoid",
         "cached_tokens",
+        "came",
         "deadline",
         "fingerprint",
         "first_token_at",
@@ -294,6 +295,8 @@ class Choice:
         self.avoid: set[str] = set()
         self.deadline = 0.0
         """When it has waited for its turn as long as the manifest allows; being computed is not waiting."""
+        self.came = False
+        """An engine has computed its prompt, or is at it."""
         self.migrations = 0
         """How often it has gone on elsewhere."""
         self.template_hash = ""
@@ -342,6 +345,7 @@ class Choice:
         for delta in deltas:
             if delta.timings is not None:
                 self.timings = delta.timings
+                self.came |= delta.timings.scheduled_at is not None
                 if not self.migrations:  # else part of it is what an engine before computed
                     self.cached_tokens = delta.timings.cached_tokens
             scores = delta.logprobs or []
