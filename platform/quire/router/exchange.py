@@ -233,7 +233,7 @@ class Exchange(Reception, Generic[R]):
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
-        large = run.job.is_large
+        large = run.job.is_large or run.job.shown.logprobs is not None
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
@@ -242,7 +242,7 @@ class Exchange(Reception, Generic[R]):
                     self._stream = form
                     pings.begin()
                 if large:
-                    made = await run.job.written(functools.partial(form.events, batch, usage))
+                    made = await run.job.written(functools.partial(form.events, batch, usage), batch)
                 else:
                     made = form.events(batch, usage)
                 if made:  # of what is not shown there is nothing to tell

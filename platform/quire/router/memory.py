@@ -12,6 +12,9 @@ Refusals are a 429 before the body is read (`MemoryShort`). Health, metrics and 
 and once a second while they last, what the allocator keeps of what was freed is given back: else a router that was
 full once would look full for ever.
 
+Samples are taken on a thread of their own: each is some twenty system calls, behind each of which the event loop
+would wait for its turn while another thread computes.
+
 A sample tells of what is. A text of a megabyte takes a hundred more for the moment in which it is made into token
 ids, so such work says beforehand what it may take at its height, and is refused if that is not there (`reserved`).
 
@@ -29,6 +32,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -104,6 +108,7 @@ class Memory:
         self._trimmed_at = 0.0
         self._announced = 0
         self._turn = threading.Lock()
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="memory")
 
     def check(self) -> None:
         """Raises `MemoryShort` while there is none for more work."""
@@ -136,7 +141,7 @@ class Memory:
         """Look again and again, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            self.look(loop.time())
+            await loop.run_in_executor(self._looker, self.look, loop.time())
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def look(self, now: float) -> None:
