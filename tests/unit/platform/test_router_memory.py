@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +71,21 @@ def test_what_is_announced_together_fits_or_is_refused(monkeypatch: pytest.Monke
             pass
     with watched.reserved(most * MIB):
         pass
+
+
+async def test_samples_are_taken_where_nobody_waits_for_them() -> None:
+    """A sample is many system calls, behind each of which the thread that takes it may have to wait its turn."""
+    taken_on: set[int] = set()
+
+    class Groups(ControlGroups):
+        def memory_room(self, *, closely: bool) -> int | None:
+            taken_on.add(threading.get_ident())
+            return 0
+
+    watched = Memory(Groups(Path("/"), ""))
+    watching = asyncio.create_task(watched.watch())
+    while not watched.refusing:  # what it finds is known here
+        await asyncio.sleep(0.01)
+    watching.cancel()
+    assert len(taken_on) == 1
+    assert threading.get_ident() not in taken_on
