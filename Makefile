@@ -92,7 +92,7 @@ nightly: $(STAMP) ## run every suite at 20 times the examples, the router's with
 	export QUIRE_TEST_EFFORT=20 QUIRE_FIGURES=benchmarks/results/survival.jsonl; \
 	$(BIN)/python -m pytest -m '' tests/e2e tests/integration tests/clients; timed=$$?; \
 	$(BIN)/python -m pytest -m '' -n 2 --dist loadfile tests/unit tests/test_*.py; code=$$((timed + $$?)); \
-	QUIRE_TEST_EFFORT=1 QUIRE_TEST_WORKERS=2 $(BIN)/python -m pytest tests/integration -k router; code=$$((code + $$?)); \
+	QUIRE_TEST_EFFORT=1 QUIRE_TEST_WORKERS=2 $(BIN)/python -m pytest tests/integration -k "router or adapters"; code=$$((code + $$?)); \
 	printf '{"date": "%s", "commit": "%s", "passed": %s}\n' "$$(date -u +%FT%TZ)" "$$(git rev-parse HEAD)" \
 		"$$(test $$code -eq 0 && echo true || echo false)" >> benchmarks/results/nightly.jsonl; exit $$code
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quire_operators import adapters
 from quire_operators.review import Refusal, Review
 from quire_operators.store import Store
-from quire_operators.traffic import claims, named_models, owners
+from quire_operators.traffic import claims, names_of, owners, targets
 from quire_schemas.access import AccessPolicy
 from quire_schemas.gateway import Gateway, is_loopback
 from quire_schemas.resource import Key
@@ -75,23 +74,15 @@ def _refuse_open_doors(store: Store, reviews: Sequence[Review], leaving: Sequenc
 
 def _warn_of_dead_ends(store: Store, reviews: Sequence[Review]) -> None:
     """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
-    there = {stored.key for stored in store.objects("model") if stored.deletion_time is None}
-    there |= {review.key for review in reviews}
-    specs = {stored.key: stored.resolved for stored in store.objects("model")}
-    specs |= {review.key: review.resolved for review in reviews if review.key.kind == "model" and review.resolved}
-    has = {key.name: {each["name"] for each in adapters.declared(spec)} for key, spec in specs.items()}
+    specs = {each.key.name: each.resolved for each in store.objects("model") if each.deletion_time is None}
+    specs |= {review.key.name: review.resolved for review in reviews if review.key.kind == "model"}
+    there = {name for model, spec in specs.items() for name in (names_of(model, spec) if spec else [model])}
     for review in reviews:
         if isinstance(review.located.resource, Route) and review.refusal is None:
             if not any(each["weight"] for each in review.resolved["backends"]):
                 review.warnings.append("spec.backends: all weights are 0, so no request goes to any")
-            for name, path in named_models(review.resolved):
-                if Key("model", name) not in there:
-                    review.warnings.append(f"{path}: there is no model/{name} yet")
-            for index, backend in enumerate(review.resolved["backends"]):
-                model, adapter = backend["model"], backend.get("adapter")
-                if adapter is not None and adapter not in has.get(model, (adapter,)):
-                    text = f"spec.backends[{index}].adapter: model/{model} has no adapter {adapter!r} yet"
-                    review.warnings.append(text)
+            lacks = [lack for each in targets(review.resolved) if (lack := each.lack(there)) is not None]
+            review.warnings += [f"{path}: there is no {what} yet" for what, path in lacks]
 
 
 def _claimed_at(review: Review, index: int) -> str:

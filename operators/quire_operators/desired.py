@@ -14,6 +14,7 @@ from quire_operators import autoscaling, canary, rollout
 from quire_operators.overrides import Kind, Override, Overrides, in_force
 from quire_operators.placement import Placement
 from quire_operators.records import Revision, StoredObject
+from quire_operators.rollout import Row
 from quire_schemas import wire
 from quire_schemas.model import BreakerProbe, LivenessProbe
 from quire_schemas.quantities import parse_duration, parse_percent
@@ -249,3 +250,10 @@ def stall_timeout(spec: Mapping[str, Any]) -> float:
     had no such field has its default."""
     declared = spec["probes"]["liveness"] or LivenessProbe().model_dump(mode="json", by_alias=True)
     return parse_duration(declared["timeout"])
+
+
+def own_rows(wanted: Effective, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows of a model without those of its canary."""
+    if wanted.canary is None:
+        return rows
+    return [row for row in rows if row.template_hash != wanted.canary.revision.template_hash]

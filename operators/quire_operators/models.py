@@ -18,22 +18,19 @@ from typing import Any, Literal
 
 import msgspec
 
-from quire_operators import autoscaling, residency, rollout
+from quire_operators import rollout
 from quire_operators.cache import Need
 from quire_operators.database import Conflict
+from quire_operators.demand import Demand
 from quire_operators.desired import (
     Canary,
     Effective,
     as_canary,
-    breaker_rules,
-    comes_and_goes,
     desired_of,
     effective,
-    is_on_demand,
     priority_of,
-    stall_timeout,
 )
-from quire_operators.devices import Inventory, held
+from quire_operators.devices import Inventory
 from quire_operators.downloads import Downloads, Progress
 from quire_operators.fleet.heartbeat import Heartbeats
 from quire_operators.fleet.local import LocalFleet, StartFailed, Unit
@@ -46,25 +43,20 @@ from quire_operators.paths import StateDir
 from quire_operators.placement import Placement
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
-from quire_operators.routes import Routable, Routes, Text
+from quire_operators.routables import Standing, canary_name, routables
+from quire_operators.routes import ROUTES, Routable, Routes
 from quire_operators.secrets import without_tokens
-from quire_operators.sqlite import StoreError
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_operators.trials import Trials
 from quire_operators.turns import Neighbour, Turns
 from quire_schemas import wire
 from quire_schemas.model import prefill_share
-from quire_schemas.quantities import parse_duration, parse_money, parse_percent
 from quire_schemas.resource import Key
 from quire_schemas.update import hot_hash
 
 log = logging.getLogger(__name__)
 
-DEMAND_POLL = 0.2
-"""Seconds between two looks at whether somebody asks for a model that is not in memory."""
-LOAD_POLL = 1.0
-"""Seconds between two looks at the load of models whose replicas follow it."""
 ROOM_POLL = 2.0
 """Seconds between two looks at whether a GPU has room that it had not."""
 TURN_POLL = 1.0
@@ -112,15 +104,13 @@ class ModelReconciler:
         """By model and template: the hot settings that its engines were last meant to run."""
         self._progress: dict[str, tuple[tuple[str, int], float]] = {}
         """By nonce of an engine that has a row: how far it last said it was, and when that was new."""
-        self._asked: dict[str, float] = {}
-        """Models that want replicas and have no room for them, or are asked for and not in memory; since when."""
-        self._short: set[str] = set()
-        """Those of them for which nobody can make room."""
-        self._loads: dict[str, autoscaling.Memory] = {}
-        """By model: what its load called for."""
         self._status = ModelStatus(store, fleet, gateway, downloads.cache, detect, clock, lambda: changed(ROUTES))
         self.trials = Trials(store, routes, self.effective, self.serving, self._roll_back, self._told, clock)
         self._ledger = Ledger(store, fleet, detect)
+        self.demand = Demand(
+            store, routes, self._ledger, detect, self.effective,
+            lambda wanted: self._fetching(wanted) is not None, changed, clock,
+        )  # fmt: skip
         self._turns = Turns()
         self._heartbeats = Heartbeats(lambda model: changed(Key("model", model)), clock)
 
@@ -222,8 +212,8 @@ class ModelReconciler:
             late=fetching is None and self._status.is_late(wanted),
         )
         unusable = self._routes.unusable(stored.key.name)
-        short = stored.key.name in self._short
-        yields = not short and stored.key.name in self._asked and bool(self._guests())
+        name = stored.key.name
+        short, yields = self.demand.is_short(name), self.demand.is_being_made_room_for(name)
         view = View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
         if tried is None:
             return view
@@ -284,144 +274,6 @@ class ModelReconciler:
     def waiters(self) -> list[Waiter]:
         """Models that wait for room."""
         return list(self._ledger.waiters.values())
-
-    # ── models on demand ──────────────────────────────────────────────────────────────────────────────────
-
-    def _guests(self) -> list[str]:
-        """Models on demand that are in memory, and might leave it."""
-        return [
-            stored.key.name
-            for stored in self._store.objects("model")
-            if is_on_demand(stored.resolved)
-            and Kind.RESIDENT in in_force(self._store.overrides(stored.uid), self._clock())
-        ]
-
-    def settle_residency(self) -> float | None:
-        """Load and unload models that are there on demand, by what the router tells of their use. Seconds until
-        another look may bring more; None when nobody waits, and none is there on demand."""
-        stored = self._store.objects("model")
-        if not any(is_on_demand(each.resolved) for each in stored):
-            self._asked.clear()
-            self._short.clear()
-            return None
-        if self._routes.knowledge() is not rollout.Router.KNOWN:
-            return None
-        now = self._clock()
-        tenants = [self._tenant(self.effective(each), now) for each in stored]
-        self._asked = {tenant.model: at for tenant in tenants if (at := tenant.asked_since) is not None}
-        planned = residency.plan(tenants, self._detect(), self._ledger.now().taken, now)
-        for move in planned.moves:
-            self._move_in_or_out(move)
-        short = set(planned.short)
-        for name in short ^ self._short:
-            self._changed(Key("model", name))
-        self._short = short
-        return DEMAND_POLL if self._asked or any(not tenant.resident for tenant in tenants) else None
-
-    def _tenant(self, wanted: Effective, now: float) -> residency.Tenant:
-        stored, name = wanted.stored, wanted.stored.key.name
-        placement = Placement.from_dict(wanted.revision.placement)
-        rows = self._store.replicas(name)
-        runs = [row for row in own_rows(wanted, rows) if row.goal is Goal.RUN]
-        use = self._routes.use(name) or wire.ModelUse(0)
-        on_demand, deleting = is_on_demand(stored.resolved), stored.deletion_time is not None
-        missing = 0 if deleting else max(wanted.full - len(runs), 0)
-        if on_demand:  # further replicas take what room there is; nobody leaves for them
-            asks = missing > 0 and not runs and use.waiting > 0
-        else:
-            asks = name in self._ledger.waiters
-            missing = max(missing, asks)
-        if asks and self._fetching(wanted) is not None:
-            asks = False
-        resident = wanted.overrides.get(Kind.RESIDENT)
-        since = resident.at if resident is not None else 0.0
-        leaves = deleting or (on_demand and wanted.standby)
-        return residency.Tenant(
-            model=name,
-            on_demand=on_demand,
-            resident=not wanted.standby,
-            missing=missing,
-            kind=placement.device,
-            need=placement.memory,
-            share=parse_percent(stored.resolved["engine"]["memory"]),
-            device_ids=stored.resolved["placement"]["deviceIds"],
-            priority=priority_of(stored.resolved),
-            holds=held(rows),
-            leaving=held(rows if leaves else [row for row in rows if row.goal is Goal.DRAIN]),
-            asked_since=self._asked.get(name, now) if asks else None,
-            busy=use.in_flight > 0,
-            used_at=since if use.idle is None else max(now - use.idle, since),
-            serving_since=min((row.ready_since for row in runs if row.ready_since is not None), default=None),
-        )
-
-    def _move_in_or_out(self, move: residency.Load | residency.Unload) -> None:
-        key = Key("model", move.model)
-        stored = self._store.get(key)
-        if stored is None:
-            return
-        log.info("%s: %s", key, move)
-        if isinstance(move, residency.Load):
-            override = Override(Kind.RESIDENT, "platform", self._clock(), "it was asked for")
-            self._store.set_override(stored.uid, override)
-            self._store.add_event(key, "Normal", "Loading", "it is asked for")
-        else:
-            self._store.end_overrides(stored.uid, (Kind.RESIDENT,))
-            self._store.add_event(key, "Normal", "Unloading", f"model/{move.because} needs its room")
-        self._changed(key)
-        self._changed(ROUTES)
-
-    # ── models whose replicas follow the load ─────────────────────────────────────────────────────────────
-
-    def settle_scaling(self) -> float | None:
-        """Have as many replicas as the load calls for, of models that declare a range. Seconds until another look;
-        None when there are no such models."""
-        followed = {
-            stored.key.name: (stored, policy)
-            for stored in self._store.objects("model")
-            if stored.deletion_time is None and (policy := autoscaling.policy_of(stored.resolved)) is not None
-        }
-        for gone in self._loads.keys() - followed.keys():
-            del self._loads[gone]
-        asleep = False
-        for stored, policy in followed.values():
-            try:
-                asleep |= self._follow_load(stored, policy)
-            except StoreError:
-                raise
-            except Exception:  # one model's trouble is not the others', nor the routing table's
-                log.exception("%s: its load is not followed", stored.key)
-        return (DEMAND_POLL if asleep else LOAD_POLL) if followed else None
-
-    def _follow_load(self, stored: StoredObject, policy: autoscaling.Policy) -> bool:
-        """One look at one model; says whether it has no replica until somebody asks."""
-        name, now = stored.key.name, self._clock()
-        memory = self._loads.setdefault(name, autoscaling.Memory())
-        use, wanted = self._routes.use(name), self.effective(stored)
-        if self._routes.status is not None:
-            memory.hear_from(self._routes.status.pid)
-        decided_otherwise = Kind.SCALE in wanted.overrides or Kind.PAUSE in wanted.overrides
-        if use is None or decided_otherwise:
-            memory.forget()
-            return False
-        followed = wanted.overrides.get(Kind.AUTOSCALE)
-        current = followed.replicas if followed is not None else None
-        rows = [row for row in own_rows(wanted, self._store.replicas(name)) if row.goal is Goal.RUN]
-        served = [row.ready_since for row in rows if row.ready_since is not None]
-        # at most since the first of them serves, and the router can be asked: who comes up is waited for
-        since = now - max(min(served, default=now), now if memory.began is None else memory.began)
-        idle = since if use.idle is None else min(use.idle, since)
-        load = autoscaling.Load(use.in_flight, use.ready, use.queue_time, use.kv_usage, idle)
-        given = autoscaling.first_count(policy) if current is None else current
-        decision = autoscaling.decide(policy, memory, load, given, wanted.stable is not None, now)
-        if decision.replicas != current and (current is not None or decision.replicas != given):
-            override = Override(Kind.AUTOSCALE, "platform", now, decision.because, replicas=decision.replicas)
-            self._store.set_override(stored.uid, override)
-            what = "ScaledUp" if decision.replicas > given else "ScaledDown"
-            because = f": {decision.because}" if decision.because else ""
-            self._store.add_event(stored.key, "Normal", what, f"{given} → {decision.replicas} replicas{because}")
-            self._changed(stored.key)
-            self._changed(ROUTES)
-        return decision.replicas == 0
 
     # ── the pass ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -508,7 +360,7 @@ class ModelReconciler:
         model, rows = view.stored.key.name, [row for row, _ in view.world.replicas]
         waits = planned.no_room and view.fetching is None
         if waits:
-            self._asked.setdefault(model, self._clock())
+            self.demand.wants_room(model)
         if self._ledger.note(view.wanted, rows, waits=waits):
             for other in self._ledger.waiters:
                 self._changed(Key("model", other))
@@ -749,138 +601,21 @@ class ModelReconciler:
 
     def routables(self) -> list[Routable]:
         """Every model that is routed, with its replicas: the input of `routes.build`."""
-        found = []
-        for stored in self._store.objects("model"):
-            if stored.deletion_time is not None:
-                continue
-            wanted = self.effective(stored)
-            stored = wanted.stored
-            rows = self._store.replicas(stored.key.name)
-            tried, mine = wanted.canary, own_rows(wanted, rows)
-            pairs = tuple(
-                (
-                    # what is left of a canary that was given up is on its way out before a pass has said so
-                    replace(row, goal=Goal.DRAIN) if row.template_hash == wanted.set_aside else row,
-                    seen_of(row, self._fleet.observed(row.id)),
-                )
-                for row in mine
-            )
-            placements = {
-                r.template_hash: Placement.from_dict(r.placement) for r in self._store.revisions(stored.uid)
-            }
-            texts = {
-                row.id: Text(
-                    placed.tokenizer_dir,
-                    placed.chat_template_file,
-                    placed.runner == "scripted",
-                    placed.chat_template,
-                )
-                for row in rows
-                if (placed := placements.get(row.template_hash)) is not None
-            }
-            sockets = {row.id: self.socket_of(row) for row in rows}
-            adapters = {
-                row.id: tuple(each.name for each in placed.adapters)
-                for row in rows
-                if (placed := placements.get(row.template_hash)) is not None
-            }
-            found.append(Routable(self._route(wanted, placements, pairs), pairs, sockets, texts, adapters))
-            if tried is not None:
-                new = [row for row in rows if row not in mine]
-                pairs = tuple((row, seen_of(row, self._fleet.observed(row.id))) for row in new)
-                route = self._route(as_canary(wanted, tried), placements, pairs)
-                share, paper = self._share(wanted, tried), tried.policy.paper
-                route = msgspec.structs.replace(
-                    route,
-                    model=canary_name(route.model),
-                    names=(),
-                    canary_of=route.model,
-                    percent=share,
-                    exam=paper.exam if paper is not None and tried.stage is None else None,
-                )
-                found.append(Routable(route, pairs, sockets, texts, adapters))
-        return found
+        stored = [each for each in self._store.objects("model") if each.deletion_time is None]
+        return [found for each in stored for found in routables(self._standing(self.effective(each)))]
 
-    def _share(self, wanted: Effective, tried: Canary) -> int:
-        """Percent of the requests that a canary has: its step's, and no more than its part of the replicas."""
-        if tried.stage is None or tried.stage.failed:
-            return 0
-        full = max(wanted.stored.resolved["replicas"], 1)
-        serving = self.serving(wanted.stored.key.name, tried.revision.template_hash)
-        weight = tried.policy.steps[tried.step].weight
-        return min(weight, int(100 * serving // full))
-
-    def _route(
-        self,
-        wanted: Effective,
-        placements: Mapping[str, Placement],
-        pairs: tuple[tuple[Row, Seen], ...],
-    ) -> wire.ModelRoute:
-        """A table entry without replicas, with the current revision's text. Bounds are the narrowest among the
-        revisions that are ready; `placements` are by template hash."""
-        stored, revision = wanted.stored, wanted.revision
-        placement = Placement.from_dict(revision.placement)
-        ready = {row.template_hash for row, seen in pairs if seen.process is Process.READY}
-        narrow = [placed for template, placed in placements.items() if template in ready] or [placement]
-        batching, parsers = stored.resolved["batching"], stored.resolved["parsers"] or {}
-        return wire.ModelRoute(
-            model=stored.key.name,
-            names=tuple(stored.resolved["servedModelNames"]),
-            revision=revision.n,
-            template_hash=revision.template_hash,
-            tokenizer_dir=placement.tokenizer_dir,
-            chat_template_file=placement.chat_template_file,
-            chat_template=placement.chat_template,
-            max_model_len=min(p.max_model_len for p in narrow),
-            kv_tokens=min(p.kv_tokens for p in narrow),
-            max_queue_length=batching["maxQueueLength"],
-            max_queue_wait=parse_duration(batching["maxQueueWait"]),
-            created=int(stored.created_at),
-            replicas=(),
-            eta=self._eta(wanted, pairs) if not ready else None,
-            stopped=wanted.full == 0,
-            paused=Kind.PAUSE in wanted.overrides,
-            wanted=0 if wanted.standby else wanted.full,
-            restarts=max((row.restarts for row, _ in pairs if row.ready_since is None), default=0),
-            on_demand=comes_and_goes(stored.resolved),
-            scripted=placement.runner == "scripted",
-            stall_seconds=stall_timeout(stored.resolved),
-            policy=batching["policy"],
-            prefix_caching=batching["prefixCaching"],
-            tool_dialect=parsers.get("tools"),
-            reasoning_dialect=parsers.get("reasoning"),
-            max_migrations=stored.resolved.get("maxMigrations", 0),
-            breaker=breaker_rules(stored.resolved),
-            prices=_prices(stored.resolved.get("prices")),
-            adapters=tuple(
-                wire.AdapterRoute(
-                    each.name, tuple(f"{name}:{each.name}" for name in stored.resolved["servedModelNames"])
-                )
-                for each in placement.adapters
-            ),
+    def _standing(self, wanted: Effective) -> Standing:
+        stored, canary = wanted.stored, wanted.canary
+        name, rows = stored.key.name, self._store.replicas(stored.key.name)
+        revisions = self._store.revisions(stored.uid)
+        return Standing(
+            wanted,
+            [(row, seen_of(row, self._fleet.observed(row.id))) for row in rows],
+            {each.template_hash: Placement.from_dict(each.placement) for each in revisions},
+            {row.id: self.socket_of(row) for row in rows},
+            self.serving(name, canary.revision.template_hash) if canary is not None else 0,
+            self._clock(),
         )
-
-    def _eta(self, wanted: Effective, pairs: tuple[tuple[Row, Seen], ...]) -> float | None:
-        """Seconds until the first starting replica should be ready, by how long the last one took."""
-        revision = wanted.revision
-        if wanted.standby:
-            return revision.load_seconds
-        started = [row.launched_at for row, seen in pairs if seen.process is Process.STARTING]
-        if revision.load_seconds is None or not started:
-            return None
-        return max(1.0, revision.load_seconds - (self._clock() - min(started)))
-
-
-def _prices(declared: Mapping[str, Any] | None) -> wire.Prices | None:
-    """What one token costs, by what a million does."""
-    if declared is None:
-        return None
-    cached = declared["cachedInput"] if declared["cachedInput"] is not None else declared["input"]
-    parts = [
-        int(parse_money(each) * wire.TICKS) // 1_000_000
-        for each in (declared["input"], cached, declared["output"])
-    ]
-    return wire.Prices(*parts)
 
 
 def due_in(times: Sequence[float | None], now: float) -> float | None:
@@ -913,22 +648,6 @@ def needs_of(resolved: Mapping[str, Any], placement: Placement) -> tuple[Need, .
         commit = Path(placement.tokenizer_dir).name
         found.append(Need(tokenizer.removeprefix("hf://"), commit, "tokenizer"))
     return tuple(found)
-
-
-def canary_name(model: str) -> str:
-    """The name of a model's canary in the routing table."""
-    return model + wire.CANARY_MARK
-
-
-def own_rows(wanted: Effective, rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows of a model without those of its canary."""
-    if wanted.canary is None:
-        return rows
-    return [row for row in rows if row.template_hash != wanted.canary.revision.template_hash]
-
-
-ROUTES = Key("routes", "router")
-"""The key under which the routing table is reconciled."""
 
 
 def limits_of(resolved: Mapping[str, Any], device: Literal["cpu", "cuda"], digest: str) -> wire.Limits:

@@ -31,6 +31,8 @@ from quire_schemas.resource import Key
 
 log = logging.getLogger(__name__)
 
+ROUTES = Key("routes", "router")
+"""The key under which the routing table is reconciled."""
 EXCHANGE_SECONDS = 5.0
 FRESH_SECONDS = 5.0
 """A status older than this says nothing about now."""

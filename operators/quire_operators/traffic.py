@@ -11,7 +11,7 @@ reports, and lets a deleted Route go once the router acts by a table without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,30 +107,61 @@ def _route(stored: StoredObject, owned: Mapping[Claim, Key]) -> wire.TrafficRout
         route=stored.key.name,
         names=tuple(claim.name for claim in claims(KIND, spec) if owned.get(claim) == stored.key),
         created=int(stored.created_at),
-        backends=tuple(wire.Backend(_target(each), each["weight"]) for each in spec["backends"]),
+        backends=tuple(wire.Backend(_name(each), each["weight"]) for each in spec["backends"]),
         headers=_headers(spec),
         sticky=f"{sticky}:{header.lower()}" if header else sticky,
-        fallbacks=tuple(wire.Fallback(each["model"], tuple(each["when"])) for each in spec["fallbacks"]),
+        fallbacks=tuple(wire.Fallback(_name(each), tuple(each["when"])) for each in spec["fallbacks"]),
         first_token=seconds("firstToken"),
         request=seconds("request"),
         attempts=retries["maxAttempts"],
         retried=tuple(retries["when"]),
-        mirror=wire.Mirror(mirror["model"], mirror["percent"]) if mirror is not None else None,
+        mirror=wire.Mirror(_name(mirror), mirror["percent"]) if mirror is not None else None,
     )
 
 
-def _target(backend: Mapping[str, Any]) -> str:
-    adapter = backend.get("adapter")
-    return backend["model"] if adapter is None else f"{backend['model']}{wire.ADAPTER_MARK}{adapter}"
+def _name(entry: Mapping[str, Any]) -> str:
+    """The name of what a backend, a stand-in or a mirror is."""
+    return Target(entry["model"], entry.get("adapter"), "").name
 
 
-def named_models(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The Models that a resolved spec names, each with the path of the field that does."""
-    found = [(each["model"], f"spec.backends[{at}].model") for at, each in enumerate(spec["backends"])]
-    found += [(each["model"], f"spec.fallbacks[{at}].model") for at, each in enumerate(spec["fallbacks"])]
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a Route sends requests to: a Model, or one of its adapters."""
+
+    model: str
+    adapter: str | None
+    path: str
+    """Of the entry that names it."""
+
+    @property
+    def name(self) -> str:
+        """As the router has it."""
+        return self.model if self.adapter is None else f"{self.model}{wire.ADAPTER_MARK}{self.adapter}"
+
+    def lack(self, there: Container[str]) -> tuple[str, str] | None:
+        """What of it is not among the Models and adapters of these names, and the path of the field that names
+        that; None if it is there."""
+        if self.model not in there:
+            return f"model/{self.model}", f"{self.path}.model"
+        return (
+            None
+            if self.name in there
+            else (f"adapter {self.adapter!r} of model/{self.model}", f"{self.path}.adapter")
+        )
+
+
+def targets(spec: Mapping[str, Any]) -> list[Target]:
+    """All that a resolved spec names."""
+    found = [(each, f"spec.backends[{at}]") for at, each in enumerate(spec["backends"])]
+    found += [(each, f"spec.fallbacks[{at}]") for at, each in enumerate(spec["fallbacks"])]
     if spec["mirror"] is not None:
-        found.append((spec["mirror"]["model"], "spec.mirror.model"))
-    return found
+        found.append((spec["mirror"], "spec.mirror"))
+    return [Target(each["model"], each.get("adapter"), path) for each, path in found]
+
+
+def names_of(model: str, spec: Mapping[str, Any]) -> list[str]:
+    """A Model and its adapters, as `Target.name` has them, by its resolved spec."""
+    return [model, *(Target(model, each["name"], "").name for each in adapters.declared(spec))]
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +175,8 @@ class View:
     lost: Mapping[str, Key]
     """Names that others have, and who."""
     models: Mapping[str, str | None]
-    """Of each Model that is stored: what keeps it from answering a request now, None if nothing."""
+    """Of each Model that is stored, and of its adapters, by `Target.name`: what keeps it from answering a request
+    now, None if nothing."""
     taken: bool
     """The router acts by it as it is."""
     older: bool
@@ -156,12 +188,9 @@ class View:
 def facts(view: View) -> list[Fact]:
     """The conditions of a Route that is not deleted."""
     spec = view.stored.resolved
-    missing = [name for name, _ in named_models(spec) if name not in view.models]
-    gone = ", ".join(f"model/{name}" for name in dict.fromkeys(missing))
-    backends: dict[str, int] = {}
-    for each in spec["backends"]:  # a model may be there with several of its adapters
-        backends[each["model"]] = backends.get(each["model"], 0) + each["weight"]
-    there = {name: weight for name, weight in backends.items() if name in view.models}
+    missing = [lack[0] for each in targets(spec) if (lack := each.lack(view.models)) is not None]
+    gone = ", ".join(dict.fromkeys(missing))
+    there = {_name(each): each["weight"] for each in spec["backends"] if _name(each) in view.models}
     found = (
         Fact("BackendsFound", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")
         if missing
@@ -190,7 +219,7 @@ def _ready(view: View, there: Mapping[str, int], gone: str) -> Fact:
         return Fact("Ready", False, Reason.ROUTER_NOT_READY, view.unavailable)
     if len(view.lost) == len(view.stored.resolved["match"]["modelNames"]):
         return Fact("Ready", False, Reason.NAME_CONFLICT, "all of its names are those of others")
-    stand_ins = [each["model"] for each in view.stored.resolved["fallbacks"] if "Unavailable" in each["when"]]
+    stand_ins = [_name(each) for each in view.stored.resolved["fallbacks"] if "Unavailable" in each["when"]]
     serving = [name for name, weight in there.items() if weight and view.models[name] is None]
     serving = serving or [name for name in stand_ins if name in view.models and view.models[name] is None]
     if serving and view.taken:
@@ -219,7 +248,7 @@ def _shares(weights: Mapping[str, int], models: Mapping[str, str | None]) -> str
 
 
 def _stalled(view: View, there: Mapping[str, int], gone: str) -> Fact:
-    stand_ins = [each["model"] for each in view.stored.resolved["fallbacks"]]
+    stand_ins = [_name(each) for each in view.stored.resolved["fallbacks"]]
     if view.lost:
         return Fact("Stalled", True, Reason.NAME_CONFLICT, "a name belongs to one object")
     if not there and not any(name in view.models for name in stand_ins):
@@ -299,7 +328,12 @@ class RouteReconciler:
                 for claim in mine
                 if owned.get(claim, stored.key) != stored.key
             },
-            models={each.key.name: self._against(each) for each in objects if _is_model(each)},
+            models={
+                name: self._against(each)
+                for each in objects
+                if _is_model(each)
+                for name in names_of(each.key.name, each.resolved)
+            },
             taken=told is not None and set(table([stored], owned)) <= set(told.routes),
             older=self._routes.is_older("routes"),
             unavailable=self._gateway.unavailable(),

@@ -186,8 +186,8 @@ def _projections(base: ModelProfile) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, shape in expected_tensors(base):
         module = name.removesuffix(".weight")
-        *_, block, last = module.split(".")
-        if module != name and block in ("self_attn", "mlp") and last in TARGETS and ".experts." not in name:
+        layer, _, last = module.rpartition(".")
+        if module != name and layer.endswith(("self_attn", "mlp")) and last in TARGETS and ".experts." not in name:
             found[module] = shape
     return found
 

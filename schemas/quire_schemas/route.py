@@ -79,6 +79,7 @@ class Fallback(Strict):
     """A model that steps in, as long as nothing of the answer was sent."""
 
     model: Name = declared("Name of a Model.", update="hot")
+    adapter: str | None = declared("Name of one of its adapters, with which it steps in.", None, update="hot")
     when: Annotated[tuple[Failure, ...], Field(strict=False, min_length=1, max_length=4)] = declared(
         "Failures that make it step in. Unavailable: the model is not there, has no replica that gets ready in "
         "time, or its engines die under the request. QueueFull: it takes no more. Timeout: the request waited too "
@@ -122,6 +123,7 @@ class Mirror(Strict):
     """A copy of requests whose answers are thrown away. It is made where the model has a place free for it."""
 
     model: Name = declared("Name of a Model.", update="hot")
+    adapter: str | None = declared("Name of one of its adapters, which gets the copies.", None, update="hot")
     percent: int = declared("Percent of requests that are copied.", 0, update="hot", ge=0, le=100)
 
 

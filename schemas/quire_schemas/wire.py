@@ -598,8 +598,8 @@ class AdapterRoute(msgspec.Struct, frozen=True):
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A share of a route's requests. `model` is the name of a Model, here and below; here one of its adapters may
-    stand behind `ADAPTER_MARK`."""
+    """A share of a route's requests. `model` is the name of a Model, here and below; one of its adapters may stand
+    behind `ADAPTER_MARK`."""
 
     model: str
     weight: int

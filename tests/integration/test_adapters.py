@@ -160,6 +160,33 @@ async def test_it_is_counted_by_its_own_name_and_a_route_leads_to_it(world: Worl
     await client.close()
 
 
+async def test_an_adapter_steps_in_and_gets_copies(world: World) -> None:
+    engine = await world.engine("r1")
+    routes = [
+        wire.TrafficRoute(
+            "r", ("chat",), 5, (wire.Backend("gone", 1),),
+            fallbacks=(wire.Fallback("lora:gone", ("Unavailable",)), wire.Fallback("lora:b", ("Unavailable",))),
+        ),
+        wire.TrafficRoute("m", ("copied",), 6, (wire.Backend("lora", 1),), mirror=wire.Mirror("lora:a", 100)),
+    ]  # fmt: skip
+    await world.table(route(world, endpoint(engine, "a", "b")), routes=routes)
+    await world.connected("r1")
+    copies = f'{signals.ROUTE_MIRRORED}_total{{finish="completed",model="lora:a",route="m"}}'
+    before = (await world.metrics()).get(copies, 0.0)
+    client = world.client()
+    answer = await client.chat.completions.with_raw_response.create(model="chat", messages=ASK, max_tokens=1)
+    assert answer.headers["x-quire-model"] == "lora:b"
+    await client.chat.completions.create(model="copied", messages=ASK, max_tokens=1)
+
+    async def copied() -> bool:
+        return (await world.metrics()).get(copies, 0.0) == before + 1
+
+    await eventually(copied)
+    assert [each.adapter for each in engine.generates][:2] == ["b", ""]
+    assert [each.adapter for each in engine.generates][2:] == ["a"]
+    await client.close()
+
+
 # ── from a manifest to the answers of a real engine ───────────────────────────────────────────────────────
 
 

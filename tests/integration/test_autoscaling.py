@@ -47,7 +47,7 @@ def test_a_model_whose_load_cannot_be_followed_keeps_no_other_from_it(
     spec = loaded.resources[0].resource.model_dump(mode="json", by_alias=True)["spec"]
     # no revision is on record, as nothing that was admitted could be
     own.store.apply([Change(Key("model", name), {}, "h", spec, None) for name in "ab"])
-    assert own.models.settle_scaling() is not None
+    assert own.models.demand.settle_scaling() is not None
     assert [name for name in ("model/a", "model/b") if f"{name}: its load is not followed" in caplog.text] == [
         "model/a",
         "model/b",

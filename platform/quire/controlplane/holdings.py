@@ -10,8 +10,9 @@ from quire.controlplane.errors import ApiError
 from quire.controlplane.plane import ControlPlane
 from quire_operators import status
 from quire_operators.access import KIND as POLICY
-from quire_operators.models import ROUTES, needs_of
+from quire_operators.models import needs_of
 from quire_operators.placement import Placement
+from quire_operators.routes import ROUTES
 from quire_operators.secrets import SecretNotFound
 from quire_schemas.model import SECRET_NAME
 

@@ -26,10 +26,10 @@ from quire_operators.gateway import resolved_spec
 from quire_operators.gitops import KIND as SOURCE
 from quire_operators.gitops import Author, Rejected
 from quire_operators.inventory import Managed
-from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.records import Applied
 from quire_operators.review import Refusal, Review, differences, moved, problems, report
+from quire_operators.routes import ROUTES
 from quire_operators.sources import SourceError
 from quire_schemas import manifest
 from quire_schemas.access import AccessPolicy

@@ -48,11 +48,11 @@ from quire_operators.gateway import GatewayReconciler, RouterCommand
 from quire_operators.gitops import KIND as SOURCE
 from quire_operators.gitops import SourceReconciler
 from quire_operators.lease import Lease
-from quire_operators.models import ROUTES, ModelReconciler
+from quire_operators.models import ModelReconciler
 from quire_operators.paths import StateDir, sync_folder
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
-from quire_operators.routes import Routes, build
+from quire_operators.routes import ROUTES, Routes, build
 from quire_operators.secrets import SecretNotFound, Secrets
 from quire_operators.sources import Sources
 from quire_operators.sqlite import StoreUnavailable
@@ -407,7 +407,8 @@ class ControlPlane:
         if not took or self.routes.low_budgets() != told:  # what is told of them may be otherwise now
             for policy in self.policies.names():
                 self._controller.add(policy)
-        settled = (self.models.settle_residency(), self.models.settle_scaling(), self.models.trials.settle())
+        demand, trials = self.models.demand, self.models.trials
+        settled = (demand.settle_residency(), demand.settle_scaling(), trials.settle())
         looks = [look for look in settled if look]
         busy = self.routes.knowledge() is not Router.KNOWN or self.models.awaits_router()
         return BUSY_POLL if busy else min(looks, default=IDLE_POLL)

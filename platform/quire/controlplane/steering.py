@@ -15,12 +15,12 @@ from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
 from quire_operators.canary import PROMOTED, Stage
 from quire_operators.desired import Canary, Effective, last_stable
-from quire_operators.models import ROUTES
 from quire_operators.overrides import Kind, Override
 from quire_operators.placement import Placement
 from quire_operators.records import Revision
 from quire_operators.rollout import Goal
 from quire_operators.room import most_replicas
+from quire_operators.routes import ROUTES
 from quire_schemas.quantities import format_duration
 from quire_schemas.resource import Key
 

@@ -107,7 +107,7 @@ class Exchange(Reception, Generic[R]):
                     first = first or error
                     tried.append(model or "")
                     failure = failure_of(error) if self._stream is None else None
-                    model = way.instead(failure, tried, fleet.by_model) if failure is not None else None
+                    model = way.instead(failure, tried, fleet.targets) if failure is not None else None
                     if model is None or failure is None:
                         raise first from None
                     fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)

@@ -348,7 +348,7 @@ class Fleet:
         """The model that would have the caller's request, for what needs none of its replicas. Raises
         `PermissionDenied`, `ModelNotFound` and `ModelStopped`."""
         way = self.way(asked, caller, ahead=True)
-        return self.at(way, way.model or way.instead("Unavailable", (), self.by_model))
+        return self.at(way, way.model or way.instead("Unavailable", (), self.targets))
 
     def sole(self, caller: Caller) -> ServedModel:
         """The only model behind the names that the caller may use. Raises `InvalidRequest` where there are others,

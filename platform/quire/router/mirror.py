@@ -23,6 +23,7 @@ from quire.router.job import Job
 from quire.router.metrics import COPIED
 from quire.router.run import Run
 from quire.router.spans import RequestSpan
+from quire.router.traffic import adapter_of
 
 log = logging.getLogger("quire.router")
 
@@ -38,17 +39,18 @@ class Mirrors:
         self._fleet = fleet
         self._desk = desk
 
-    def begin(self, route: str, model: str, sequences: int, make: MakeJob) -> None:
-        """Send a copy of a request to `model` if there is room for it; `make` gives its job for a model."""
-        served = self._fleet.by_model.get(model)
+    def begin(self, route: str, target: str, sequences: int, make: MakeJob) -> None:
+        """Send a copy of a request to `target`, a model that may be one with an adapter, if there is room for it;
+        `make` gives its job for a model."""
+        served = self._fleet.targets.get(target)
         if served is None or not served.ready:
-            self._fleet.metrics.count_routed(COPIED, route, model, "dropped")
+            self._fleet.metrics.count_routed(COPIED, route, target, "dropped")
             return
-        task = asyncio.create_task(self._carry(route, served, sequences, make), name=f"copy for {model}")
+        task = asyncio.create_task(self._carry(route, served, target, sequences, make), name=f"copy for {target}")
         self._fleet.copies.add(task)
         task.add_done_callback(self._fleet.copies.discard)
 
-    async def _carry(self, route: str, served: ServedModel, sequences: int, make: MakeJob) -> None:
+    async def _carry(self, route: str, served: ServedModel, target: str, sequences: int, make: MakeJob) -> None:
         finish = "failed"
         try:
             async with contextlib.AsyncExitStack() as places:
@@ -60,13 +62,13 @@ class Mirrors:
                     return
                 job = await make(served, time.monotonic(), RequestSpan.unseen())
                 patience = min(job.timeout or MAX_SECONDS, MAX_SECONDS)
-                copy = dataclasses.replace(job, background=True, timeout=patience)
+                copy = dataclasses.replace(job, background=True, timeout=patience, adapter=adapter_of(target))
                 run = Run(self._fleet, self._desk, copy, time.monotonic())
                 async with contextlib.aclosing(run.updates()) as batches:
                     async for _ in batches:
                         pass
             finish = "completed"
         except Exception as error:  # noqa: BLE001 - whatever it is, the request itself is answered elsewhere
-            log.debug("a copy for %s failed: %r", served.route.model, error)
+            log.debug("a copy for %s failed: %r", target, error)
         finally:
-            self._fleet.metrics.count_routed(COPIED, route, served.route.model, finish)
+            self._fleet.metrics.count_routed(COPIED, route, target, finish)

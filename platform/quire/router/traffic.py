@@ -75,7 +75,7 @@ class Way:
     route: wire.TrafficRoute | None = None
     terms: Terms = PLAIN
     mirror: str | None = None
-    """The model that gets a copy of it."""
+    """The model that gets a copy of it, which may be one with an adapter."""
 
     def instead(self, failure: Failure, tried: Collection[str], there: Container[str]) -> str | None:
         """The first model that steps in for this failure, is there, and was not tried; None if there is none."""

@@ -17,7 +17,7 @@ from quire_engine.engine import Engine
 from quire_engine.errors import RequestRefused
 from quire_schemas.adapters import TARGETS, digest_of
 from quire_schemas.checkpoint import WrongTensors
-from quire_schemas.wire import Adapter, Delta, Generate, Pooling, Quantization, Sampling
+from quire_schemas.wire import Adapter, BeamResult, BeamSearch, Delta, Generate, Pooling, Quantization, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
@@ -183,3 +183,18 @@ def test_a_batch_invariant_engine_keeps_to_it_with_adapters(folders: dict[str, P
     engine = adapted(folders, batch_invariant=True)
     heard = run(engine, ask("x", "b"), ask("y"), ask("z", "a"))
     assert told(heard["x"]) == told(run(adapted(folders), ask("x", "b"))["x"])
+
+
+def test_a_search_is_that_of_the_merged_checkpoint(engine: Engine, merged: dict[str, Path]) -> None:
+    reference = Engine.load(tiny_spec(model_dir=str(merged["a"])))
+
+    def beams(engine: Engine, adapter: str) -> list[BeamResult]:
+        sampling = Sampling(max_tokens=8, temperature=0.0)
+        deltas = run(engine, Generate("s", list(PROMPT), sampling, adapter=adapter, beam=BeamSearch(3)))["s"]
+        assert deltas[-1].beams is not None, deltas[-1]
+        return list(deltas[-1].beams)
+
+    found, expected = beams(engine, "a"), beams(reference, "")
+    assert [beam.token_ids for beam in found] == [beam.token_ids for beam in expected]
+    assert [beam.logprob for beam in found] == pytest.approx([beam.logprob for beam in expected], abs=2e-3)
+    assert [beam.token_ids for beam in beams(engine, "")] != [beam.token_ids for beam in expected]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.adapters import write_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from quire_engine.engine import KV_DTYPES
@@ -29,6 +30,7 @@ from quire_kernels.cpu import CpuKernels
 from quire_kernels.reference import GATHER_BYTES
 from quire_kernels.reference.product import WIDENED
 from quire_schemas import sizing
+from quire_schemas.adapters import AdapterProfile, read_adapter
 from quire_schemas.checkpoint import (
     ARCHITECTURES,
     DTYPE_BYTES,
@@ -81,6 +83,7 @@ def open_model(
     dtype: str,
     kernels: Kernels | None = None,
     quantization: Quantization | None = None,
+    adapters: Sequence[AdapterProfile] = (),
 ) -> DecoderModel:
     return load_model(
         folder,
@@ -90,6 +93,7 @@ def open_model(
         kernels=kernels or load("reference"),
         on_progress=lambda done, total: None,
         quantization=quantization,
+        adapters=adapters,
     )
 
 
@@ -260,10 +264,14 @@ def a_step_stays_below_the_bound(
     backend: str,
     folder: Path,
     quantization: Quantization | None = None,
+    ranks: Sequence[int] = (),
 ) -> None:
+    """`ranks` are those of adapters, which sequences have in turns."""
     described = write_checkpoint(folder, config(**shape))
     kernels = load(backend)
-    model = open_model(folder, described, dtype, kernels, quantization)
+    written = [write_adapter(folder / f"a{at}", at, rank=rank, base=folder) for at, rank in enumerate(ranks)]
+    adapters = [read_adapter(each, described) for each in written]
+    model = open_model(folder, described, dtype, kernels, quantization, adapters)
     sequences = [(start, count) for many, start, count in steps for _ in range(many)]
     tokens = sum(count for _, count in sequences)
     blocks = -(-length // 16)
@@ -278,6 +286,8 @@ def a_step_stays_below_the_bound(
         for at, ((start, count), draw) in enumerate(zip(sequences, draws, strict=True))
     ]
 
+    numbers = [1 + at % len(ranks) for at in range(len(sequences))] if ranks else []
+
     @torch.inference_mode()
     def step() -> None:
         batches = [
@@ -290,15 +300,14 @@ def a_step_stays_below_the_bound(
             )
             for _ in kv.groups
         ]
-        sample(
-            model.logits(model.forward(torch.ones(tokens, dtype=torch.int64), batches, kv)), rows, model.kernels
-        )
+        hidden = model.forward(torch.ones(tokens, dtype=torch.int64), batches, kv, numbers)
+        sample(model.logits(hidden), rows, model.kernels)
 
     found = peak(step)
     if isinstance(kernels, CpuKernels):
         found += kernels.kept_bytes
     bound = sizing.activation_bytes(described, dtype, tokens, len(sequences), length, quantization=quantization)
-    assert found <= bound
+    assert found <= bound + sizing.adapter_step_bytes(described, dtype, tokens, adapters)
     # native attention gathers nothing, and native buffers are for 64 tokens at least
     if backend == "reference" and tokens > 1:
         assert found >= bound / 8
@@ -329,6 +338,29 @@ def test_a_quantized_step_stays_below_the_activation_bound(
 ) -> None:
     for dtype in ("bfloat16", "float32"):
         a_step_stays_below_the_bound(shape, steps, length, dtype, backend, tmp_path, quantization)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "steps", "ranks"),
+    [
+        (SMALL, [(1, 0, 256)], [8]),
+        (SMALL, [(32, 200, 1)], [8, 64]),
+        (SMALL, [(30, 200, 1), (1, 0, 226)], [64]),
+        (WIDE_MLP, [(1, 0, 300)], [16, 256]),
+        (MANY_HEADS, [(1, 0, 200), (6, 700, 1)], [8]),
+    ],
+)
+def test_a_step_with_adapters_stays_below_the_activation_bound(
+    shape: dict[str, Any],
+    steps: list[tuple[int, int, int]],
+    ranks: list[int],
+    dtype: str,
+    backend: str,
+    tmp_path: Path,
+) -> None:
+    a_step_stays_below_the_bound(shape, steps, 1024, dtype, backend, tmp_path, ranks=ranks)
 
 
 ALL_OF_IT: dict[str, Any] = {"logprobs": WHOLE_VOCABULARY, "logprob_token_ids": (3, 4)}

@@ -164,7 +164,7 @@ class Plane:
 
     def follow_the_load(self, in_flight: int) -> None:
         self.load.in_flight = in_flight
-        self.models.settle_scaling()
+        self.models.demand.settle_scaling()
 
     def decide(self, kind: Kind, **more: Any) -> None:
         self.store.set_override(self.stored.uid, Override(kind, "ada", self.store.clock(), **more))

@@ -603,7 +603,7 @@ def test_a_route_to_an_adapter_that_there_is_not_is_warned_of(admission: Admissi
     loaded = manifest.load(documents)
     assert not loaded.problems
     _, route = admission.review(loaded.resources)
-    assert route.warnings == ["spec.backends[2].adapter: model/m has no adapter 'c' yet"]
+    assert route.warnings == ["spec.backends[2].adapter: there is no adapter 'c' of model/m yet"]
     twice = documents[1][1].replace("adapter: c", "adapter: a")
     (problem,) = manifest.load([documents[0], ("r.yaml", twice)]).problems
     assert "model 'm' with adapter 'a' stands here twice" in problem.message

@@ -28,7 +28,7 @@ from tests.effort import EFFORT, times
 from tests.unit.operators.planes_world import KEY, Machine, Manifest, Plane, contents, copied, resolved
 from tests.unit.operators.rollout_world import BETTER, CRASHES, GOOD
 
-from quire_operators import autoscaling, desired, lease, models, overrides, store
+from quire_operators import autoscaling, demand, desired, lease, overrides, store
 from quire_operators.database import Database, Deposed
 from quire_operators.fleet import shim
 from quire_operators.overrides import Kind
@@ -321,18 +321,18 @@ def forget_what_failed_while_rollouts_are_held(monkeypatch: pytest.MonkeyPatch) 
 
 def write_the_number_into_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The autoscaler applies: the next apply of the same manifest takes it back, and so on."""
-    real = models.ModelReconciler._follow_load
+    real = demand.Demand._follow_load
 
-    def follow(self: models.ModelReconciler, stored: StoredObject, policy: autoscaling.Policy) -> bool:
+    def follow(self: demand.Demand, stored: StoredObject, policy: autoscaling.Policy) -> bool:
         asleep = real(self, stored, policy)
-        followed = self.effective(stored).overrides.get(Kind.AUTOSCALE)
+        followed = self._effective(stored).overrides.get(Kind.AUTOSCALE)
         if followed is not None:
             spec = {**stored.resolved, "replicas": followed.replicas}
             change = Change(stored.key, {}, f"scaled to {followed.replicas}", spec, stored.resource_version)
             self._store.apply([change])
         return asleep
 
-    monkeypatch.setattr(models.ModelReconciler, "_follow_load", follow)
+    monkeypatch.setattr(demand.Demand, "_follow_load", follow)
 
 
 def begin_anew_with_every_apply(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,27 +67,27 @@ def test_the_older_keeps_a_name_and_headers_make_it_another_claim() -> None:
 def test_every_field_of_a_manifest_is_in_what_the_router_is_told() -> None:
     spec = """
       match: {modelNames: [x], headers: [{name: X-B, exact: '2'}, {name: X-A, exact: '1'}]}
-      backends: [{model: a, weight: 3}, {model: b, weight: 0}]
+      backends: [{model: a, weight: 3}, {model: b, adapter: s, weight: 0}]
       sticky: {by: 'header:X-User'}
-      fallbacks: [{model: c, when: [Timeout, QueueFull]}]
+      fallbacks: [{model: c, when: [Timeout, QueueFull]}, {model: c, adapter: t, when: [Unavailable]}]
       timeouts: {firstToken: 1500ms, request: 2m}
       retries: {maxAttempts: 7, when: ['503']}
-      mirror: {model: d, percent: 4}"""
+      mirror: {model: d, adapter: u, percent: 4}"""
     stored = route("r", 4.9, spec)
     assert table([stored], owners([stored])) == (
         wire.TrafficRoute(
             route="r",
             names=("x",),
             created=4,
-            backends=(wire.Backend("a", 3), wire.Backend("b", 0)),
+            backends=(wire.Backend("a", 3), wire.Backend("b:s", 0)),
             headers=(("x-a", "1"), ("x-b", "2")),
             sticky="header:x-user",
-            fallbacks=(wire.Fallback("c", ("Timeout", "QueueFull")),),
+            fallbacks=(wire.Fallback("c", ("Timeout", "QueueFull")), wire.Fallback("c:t", ("Unavailable",))),
             first_token=1.5,
             request=120.0,
             attempts=7,
             retried=("503",),
-            mirror=wire.Mirror("d", 4),
+            mirror=wire.Mirror("d:u", 4),
         ),
     )
 
@@ -105,6 +105,10 @@ def seen(
 
 BOTH = "{match: {modelNames: [x]}, backends: [{model: a}, {model: b, weight: 0}]}"
 STAND_IN = f"{{match: {{modelNames: [x]}}, {TO_A}, fallbacks: [{{model: b, when: [Unavailable]}}]}}"
+ADAPTERS = "{match: {modelNames: [x]}, backends: [{model: a, adapter: s}, {model: a, weight: 0}]}"
+ADAPTER_STEPS_IN = (
+    f"{{match: {{modelNames: [x]}}, {TO_A}, fallbacks: [{{model: b, adapter: s, when: [Unavailable]}}]}}"
+)
 SERVING, MISSING = (True, Reason.SERVING), (False, Reason.BACKEND_NOT_FOUND)
 
 
@@ -119,6 +123,10 @@ SERVING, MISSING = (True, Reason.SERVING), (False, Reason.BACKEND_NOT_FOUND)
         (seen(BOTH, {"b": None}), (False, Reason.NO_WEIGHT), {"BackendsFound": MISSING}),
         (seen(STAND_IN, {"a": "Stopped", "b": None}), SERVING, {}),
         (seen(STAND_IN, {"b": None}), SERVING, {"Stalled": (False, Reason.PROGRESS_MADE)}),
+        (seen(ADAPTERS, {"a": None, "a:s": None}), SERVING, {"BackendsFound": (True, Reason.VALID)}),
+        (seen(ADAPTERS, {"a": None}), (False, Reason.NO_WEIGHT), {"BackendsFound": MISSING}),
+        (seen(ADAPTER_STEPS_IN, {"b": None, "b:s": None}), SERVING, {"BackendsFound": MISSING}),
+        (seen(ADAPTER_STEPS_IN, {"b": None}), MISSING, {"Stalled": (True, Reason.BACKEND_NOT_FOUND)}),
         (
             seen(taken=False),
             (False, Reason.HOT_UPDATE_PENDING),

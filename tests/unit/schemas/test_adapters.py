@@ -12,7 +12,7 @@ import pytest
 from tests.adapters import TINY, write_adapter
 
 from quire_schemas.adapters import CONFIG, WEIGHTS, digest_of, read_adapter
-from quire_schemas.checkpoint import CheckpointError, read_config
+from quire_schemas.checkpoint import CheckpointError, expected_tensors, read_config
 
 BASE = read_config(TINY)
 
@@ -35,6 +35,16 @@ def test_ranks_and_scales_are_those_of_the_config(tmp_path: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
     assert read_adapter(folder, BASE).parts["model.layers.1.mlp.up_proj"].scale == 12 / math.sqrt(7)
+
+
+def test_a_base_may_have_a_head_of_its_own(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((TINY / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    untied = read_config(base)
+    assert "lm_head.weight" in dict(expected_tensors(untied))
+    assert len(read_adapter(write_adapter(tmp_path / "a", base=base), untied).parts) == 7 * BASE.num_layers
 
 
 @pytest.mark.parametrize(
