@@ -113,6 +113,7 @@ class Exchange(Reception, Generic[R]):
                     fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
                     span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
         finally:
+            first = None  # it has this frame, which has it: garbage for a long time
             self._note()
 
     async def _serve_by_turn(
@@ -286,6 +287,7 @@ class _Pings:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None  # it has its end, that has its frame, and that has this: garbage for a long time
 
 
 def _served_by(run: Run) -> list[tuple[bytes, bytes]]:
