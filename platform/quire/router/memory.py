@@ -50,6 +50,10 @@ SMALL_BYTES: Final = 4 << 20
 SAMPLE_SECONDS: Final = 0.1
 TRIM_SECONDS: Final = 1.0
 ARENAS: Final = 2
+LARGE_BYTES: Final = 64 << 10
+READ_BYTES: Final = 32 << 10
+"""Of a connection at a time. asyncio asks for 256 KiB whenever it reads, nearly all of which it gives back."""
+_M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -78,11 +82,21 @@ def decide(refusing: bool, now: float) -> bool:
     return now > RESUME_AT if refusing else now >= REFUSE_AT
 
 
+def read_less(transport: asyncio.BaseTransport) -> None:
+    """Have a connection read `READ_BYTES` at a time: there is no word for that but the attribute."""
+    transport.max_size = READ_BYTES  # type: ignore[attr-defined]
+
+
 class Allocator:
     """glibc's; another one is left as it is.
 
     Each thread would have an arena of its own, with 64 MiB of address space, which keeps what the thread freed
     from all others. Threads of Python take turns anyhow.
+
+    What is large is had from the system and given back to it, always. The library would do so only until the first
+    such piece is freed, and from then on cut pieces of its size out of what lies between small ones: each leaves a
+    hole in which others settle, so that the next one takes new memory, and a router grows that holds no more than
+    an hour ago. Reading from a connection takes less than `LARGE_BYTES` for that reason (`READ_BYTES`).
     """
 
     def __init__(self) -> None:
@@ -90,6 +104,7 @@ class Allocator:
         self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
         if self._trim is not None:
             library.mallopt(_M_ARENA_MAX, ARENAS)
+            library.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
     def trim(self) -> None:
         """Give back to the system what nobody uses, as far as it is whole pages."""

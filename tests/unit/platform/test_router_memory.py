@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,19 @@ from hypothesis import strategies as st
 
 from quire.errors import MemoryShort
 from quire.router import memory
-from quire.router.memory import FULL_AT, REFUSE_AT, RESUME_AT, SMALL_BYTES, Memory, Sample, decide, share
+from quire.router.exchange import _Pings
+from quire.router.memory import (
+    FULL_AT,
+    READ_BYTES,
+    REFUSE_AT,
+    RESUME_AT,
+    SMALL_BYTES,
+    Memory,
+    Sample,
+    decide,
+    read_less,
+    share,
+)
 from quire_operators.host import ControlGroups
 
 MIB = 1 << 20
@@ -89,3 +106,71 @@ async def test_samples_are_taken_where_nobody_waits_for_them() -> None:
     watching.cancel()
     assert len(taken_on) == 1
     assert threading.get_ident() not in taken_on
+
+
+LARGE_PIECES = """
+import ctypes
+from quire.router.memory import LARGE_BYTES, Allocator
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+class Told(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+ask = ctypes.CDLL(None).mallinfo2
+ask.restype = Told
+Allocator()
+counts = [ask().hblks]
+for size in (16 * LARGE_BYTES, 12 * LARGE_BYTES, 8 * LARGE_BYTES):
+    piece = bytes(size)
+    counts.append(ask().hblks)
+    del piece
+    counts.append(ask().hblks)
+print([count - counts[0] for count in counts])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the allocator is not glibc's")
+def test_large_pieces_come_from_the_system_and_go_back_to_it() -> None:
+    """Left to itself glibc has them lie among small ones as soon as it has seen one freed."""
+    told = subprocess.run([sys.executable, "-c", LARGE_PIECES], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[0, 1, 0, 1, 0, 1, 0]"
+
+
+async def test_a_connection_is_read_in_small_pieces() -> None:
+    sizes: list[int] = []
+
+    class Read(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            read_less(transport)
+
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Read, "127.0.0.1", 0)
+    _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(bytes(1 << 20))
+    while sum(sizes) < 1 << 20:
+        await asyncio.sleep(0.001)
+    writer.close()
+    server.close()
+    await server.wait_closed()
+    assert max(sizes) <= READ_BYTES
+
+
+async def test_a_streams_pings_are_gone_with_it() -> None:
+    """What only the search for garbage finds stays for thousands of requests."""
+
+    async def send(_: object) -> None:
+        """It never gets to send one."""
+
+    gc.collect()
+    gc.disable()
+    try:
+        pings = _Pings(send, b"")
+        async with pings:
+            pings.begin()
+            await asyncio.sleep(0)
+        left = weakref.ref(pings)
+        del pings
+        assert left() is None
+    finally:
+        gc.enable()
