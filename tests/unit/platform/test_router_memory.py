@@ -174,3 +174,28 @@ async def test_a_streams_pings_are_gone_with_it() -> None:
         assert left() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("room", "after"), [(100 * MIB, memory.TIDY_SECONDS), (0, memory.TRIM_SECONDS)])
+def test_garbage_is_looked_for_every_now_and_then(room: int, after: float) -> None:
+    """Of objects that hang on each other the first search tells."""
+
+    class Groups(ControlGroups):
+        def memory_room(self, *, closely: bool) -> int | None:
+            return room << 10
+
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    watched = Memory(Groups(Path("/"), ""))
+    gc.disable()
+    try:
+        watched.look(1000.0)
+        ring = weakref.ref(Ring())
+        watched.look(1000.0 + after - 0.1)
+        assert ring() is not None
+        watched.look(1000.0 + after)
+        assert ring() is None
+    finally:
+        gc.enable()
