@@ -9,7 +9,9 @@ Engines compute nothing and give each request a token a step, all requests of a 
     streams   300 streams at 10,000 chunks a second in all: processor seconds per 1,000 chunks
 
     here      this checkout, twice: `again` is another process of the same, so that their ratio is the noise
-    told      this checkout, telling a collector traces and metrics; `dead`: one that nobody runs (`--telemetry`)
+    told      this checkout, telling a collector traces and metrics (`--telemetry`): its teller is on the core of
+              the stand-in, as it would be on any that has time. `told-here`: on the router's, which has none
+    dead      the same as told, to a collector that nobody runs
     FOLDER    the router of another checkout, by its folder's name (`--against`, once or more)
     litellm   LiteLLM's proxy before the same engine as an OpenAI server (`make bench-litellm`, `--litellm`)
     direct    that server with nothing before it: what the measuring itself takes
@@ -41,13 +43,14 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import msgspec
+import psutil
 
 from benchmarks import service
 from benchmarks.cpu.ledger import Watch
 from benchmarks.rounds import in_turns
 from benchmarks.rows import NO_KERNELS, RESULTS, ROOT, Row, commit_of, provenance, write
 from benchmarks.standin import Case, Measured, Ready, Setup
-from benchmarks.tracing import NOBODY, told
+from benchmarks.tracing import NOBODY, spans, told
 from quire import builtin
 from quire.text import Tokenizer
 from quire_schemas import signals, wire
@@ -104,6 +107,9 @@ class System:
     pids: tuple[int, ...]
     router: service.Router | None = None
     """If it is one of ours."""
+    tellers: tuple[int, ...] = ()
+    """Processes that tell its collector, whose processor time is `teller_cpu_s_per_1000_requests` and in no other
+    figure."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,8 +127,11 @@ def run(args: argparse.Namespace) -> None:
             url = stack.enter_context(service.collector(folder))
             systems += [
                 _router(stack, folder, name, ROOT, its_core, standin, told(where, "otlp"))
-                for name, where in (("told", url), ("dead", NOBODY))
+                for name, where in (("told", url), ("told-here", url), ("dead", NOBODY))
             ]
+            for each in systems:
+                for pid in each.tellers:
+                    pin(pid, its_core if each.name == "told-here" else ours)
         if not args.alone:
             systems += _litellm(stack, folder, args, its_core, standin)
             systems.append(System("direct", standin.http_port, ()))
@@ -155,11 +164,12 @@ def _measured(
         watch = Watch()
         case = Case(
             f"{name} by {system.name}", system.port, "tiny", list(system.pids), args.seconds, words=args.words,
-            **changes,
+            beside=list(system.tellers), **changes,
         )  # fmt: skip
         before = _own_counts(system)
         measured = standin.measure(case)
-        own = inside(before, _own_counts(system))
+        after = _own_counts(system)
+        own = inside(before, after) | told_of(before, after)
         return figures(measured) | own | {key: watch.row()[key] for key in ("steal_s", "spin")}
 
     figure = FIGURE[name]
@@ -212,6 +222,7 @@ def figures(measured: Measured) -> Row:
     if measured.cpu_s:
         if measured.requests:
             row["cpu_ms_per_request"] = round(1000 * measured.cpu_s / measured.requests, 4)
+            row["teller_cpu_s_per_1000_requests"] = round(1000 * measured.beside_cpu_s / measured.requests, 4)
         if measured.chunks:
             row["cpu_s_per_1000_chunks"] = round(1000 * measured.cpu_s / measured.chunks, 5)
     for kind in ("inward", "outward", "added"):
@@ -246,6 +257,12 @@ def inside(before: Mapping[str, float], after: Mapping[str, float]) -> Row:
     return row
 
 
+def told_of(before: Mapping[str, float], after: Mapping[str, float]) -> Row:
+    """The share of spans that did not get to the collector; nothing where there were none."""
+    exported, lost = (b - a for a, b in zip(spans(before), spans(after), strict=True)) if before else (0.0, 0.0)
+    return {"spans_lost_share": round(lost / (exported + lost), 4)} if exported + lost else {}
+
+
 def _quantile(buckets: Mapping[float, float], percent: int) -> float:
     """Of a cumulative histogram; within a bucket as if all were spread evenly, as Prometheus does."""
     edges = sorted(buckets)
@@ -266,6 +283,7 @@ def _line(row: Row) -> str:
     shown = [
         "requests_per_s", "chunks_per_s", "added_p50_ms", "added_p99_ms", "inside_p50_ms", "inside_p99_ms",
         "outward_p50_ms", "outward_p99_ms",
+        "teller_cpu_s_per_1000_requests", "spans_lost_share",
         "cpu_share", *SPENT, *(f"{spent}_least" for spent in SPENT), "standin_cpu_share", "late_share", "unasked",
     ]  # fmt: skip
     missed = row.get("missed", [])
@@ -363,7 +381,9 @@ def _router(
         prefix_caching=True,
     )
     asyncio.run(service.connect(folder, name, table))
-    return System(name, router.port, (router.pid,), router)
+    below = psutil.Process(router.pid).children(recursive=True)
+    tellers = tuple(each.pid for each in below if "quire.teller" in each.cmdline())
+    return System(name, router.port, (router.pid,), router, tellers)
 
 
 def pin(pid: int, core: int) -> None:

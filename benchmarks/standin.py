@@ -70,6 +70,8 @@ class Case(msgspec.Struct):
     pids: list[int]
     """Whose processor time is told, their children's included."""
     seconds: float
+    beside: list[int] = []
+    """Of their children those whose processor time is told apart, and is not in the other."""
     stream: bool = False
     rate: float | None = None
     clients: int = 32
@@ -114,6 +116,8 @@ class Measured(msgspec.Struct):
     added: Spread | None
     cpu_s: float
     """Of the processes named in the case."""
+    beside_cpu_s: float
+    """Of those that are told apart."""
     own_cpu_s: float
     unasked: int
     """Requests of an open loop that found every client waiting: there is no keeping up."""
@@ -608,10 +612,11 @@ class Load:
         await self._for(case.warm)
         first = next(self._numbers)
         before = time.monotonic(), ledger.chunks, ledger.ended, ledger.due, ledger.late, time.process_time()
-        spent = processor_time(case.pids)
+        spent, beside = processor_time(case.pids), processor_time(case.beside)
         await self._for(case.seconds)
         after = time.monotonic(), ledger.chunks, ledger.ended, ledger.due, ledger.late, time.process_time()
-        spent = processor_time(case.pids) - spent
+        beside = processor_time(case.beside) - beside
+        spent = processor_time(case.pids) - spent - beside
         seconds, chunks, ended, due_count, late, own = (b - a for a, b in zip(before, after, strict=True))
         self._over = True
         if self._open:
@@ -638,6 +643,7 @@ class Load:
             outward=Spread.of(outward),
             added=Spread.of(added),
             cpu_s=spent,
+            beside_cpu_s=beside,
             own_cpu_s=own,
             unasked=ledger.unasked,
             late_share=late / max(due_count, 1),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
+import pytest
+
+T = TypeVar("T")
 EFFORT = int(os.environ.get("QUIRE_TEST_EFFORT", "1"))
 """Factor on the number of examples. Above 1 the examples differ from run to run."""
 FUZZ_CI, FUZZ_NIGHTLY = 1_000, 100_000
@@ -37,9 +41,19 @@ def replay(seed: int, number: int) -> str:
     return f"{REPLAY}={seed}:{number}"
 
 
-def times(ci: int, nightly: int) -> int:
-    """How often a fault is tried: `ci` times, or `nightly` times with an effort above 1."""
+def times(ci: T, nightly: T) -> T:
+    """How often a fault is tried, or what else CI has less of: `ci`, or `nightly` with an effort above 1."""
     return ci if EFFORT == 1 else nightly
+
+
+def first_in_ci(cases: Sequence[Any]) -> list[Any]:
+    """Parameters of which CI has the first one, and the night all: of mutants, say, which try a test and not the
+    product."""
+    return [cases[0], *(_by_night(case) for case in cases[1:])]
+
+
+def _by_night(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)
 
 
 def bound(figure: float) -> float:

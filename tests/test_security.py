@@ -20,7 +20,7 @@ from tests.effort import examples
 from tests.test_house import PYTHON_FILES, ROOT
 
 from quire_operators.secrets import SecretNotFound, Secrets
-from quire_schemas.checkpoint import InvalidConfig, read_index
+from quire_schemas.checkpoint_files import InvalidConfig, read_index
 
 PAGE = (ROOT / "docs" / "security.md").read_text()
 ROW = re.compile(r"^\| (T\d+) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)

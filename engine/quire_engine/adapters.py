@@ -28,7 +28,8 @@ from quire_engine.layers.linear import Linear
 from quire_engine.quantization import LinearMethod
 from quire_kernels import Experts, Kernels, PagedBatch, Product
 from quire_schemas.adapters import AdapterProfile, digest_of, even, read_adapter
-from quire_schemas.checkpoint import BadHeader, ModelProfile, TensorInfo, WrongTensors
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors
 from quire_schemas.wire import Adapter
 
 NONE = 0

@@ -126,7 +126,7 @@ class Engine:
     def load(cls, spec: EngineSpec, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Engine:
         """Read the checkpoint and allocate the cache that `spec` asks for. Sets torch's threads for the process.
 
-        Raises `quire_schemas.checkpoint.CheckpointError`, `StartError` (pointless to try again) or
+        Raises `quire_schemas.checkpoint_files.CheckpointError`, `StartError` (pointless to try again) or
         `DeviceUnavailable`. `on_progress(done, total)` counts bytes of weights.
         """
         check_spec(spec)

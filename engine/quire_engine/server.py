@@ -33,7 +33,7 @@ import msgspec
 from quire_engine.driver import Died, Driver, Loaded, Output
 from quire_engine.errors import InvalidSpec, SocketTaken, StartError, is_out_of_memory
 from quire_engine.lease import Lease
-from quire_schemas.checkpoint import CheckpointError
+from quire_schemas.checkpoint_files import CheckpointError
 from quire_schemas.wire import (
     PROTOCOL,
     Abort,

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from quire_kernels.memory import large_pages
-from quire_schemas.checkpoint import (
-    BadHeader,
-    ModelProfile,
-    TensorInfo,
-    WrongTensors,
-    check_tensors,
-    each_expert,
-    opened,
-    read_tensors,
-)
+from quire_schemas.checkpoint import ModelProfile, check_tensors, each_expert
+from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors, opened, read_tensors
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
 
 PIECE = 16 * 1024 * 1024

@@ -15,7 +15,8 @@ from quire_operators.records import Revision
 from quire_operators.sources import SourceError
 from quire_schemas import wire
 from quire_schemas.adapters import AdapterProfile, digest_of, read_adapter
-from quire_schemas.checkpoint import CheckpointError, ModelProfile, UnsupportedFeature
+from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.checkpoint_files import CheckpointError, UnsupportedFeature
 from quire_schemas.update import FieldChange, UpdateClass
 
 

@@ -43,16 +43,8 @@ from quire_operators.sources import NotLocal, SourceError, Sources
 from quire_operators.store import Store
 from quire_schemas import findings, wire
 from quire_schemas.access import AccessPolicy
-from quire_schemas.checkpoint import (
-    CheckpointError,
-    ModelProfile,
-    UnsupportedArchitecture,
-    UnsupportedFeature,
-    names_dtype,
-    profile_from_config,
-    read_config,
-    read_profile,
-)
+from quire_schemas.checkpoint import ModelProfile, names_dtype, profile_from_config, read_config, read_profile
+from quire_schemas.checkpoint_files import CheckpointError, UnsupportedArchitecture, UnsupportedFeature
 from quire_schemas.findings import TextFacts
 from quire_schemas.hub import Part
 from quire_schemas.manifest import Located, intent_hash

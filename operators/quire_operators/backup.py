@@ -20,6 +20,7 @@ Exceptions, besides those of `database`:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -43,6 +44,9 @@ from quire_operators.tables import EVENTS, LEASES, META, METADATA, OBJECTS, REPL
 
 FORMAT = 1
 CHUNK = 500
+MAX_HEAD = 64 * 1024
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes of the first line, and of any other."""
 OWN_SETTINGS = ("home", "schemaVersion", "minWriterVersion")
 """Of `meta`, what belongs to a database and not to what is in it."""
 TABLES = tuple(table for table in METADATA.sorted_tables if table is not LEASES)
@@ -178,28 +182,41 @@ def write(backup: Backup, path: Path) -> int:
 
 
 def read(path: Path) -> Backup:
-    """The content of a file. Raises `BadBackup`, `OSError`."""
-    raw = path.read_bytes()
-    body, _, last = raw.rstrip(b"\n").rpartition(b"\n")
-    body += b"\n"
-    try:
-        head, *lines = body.decode()[:-1].split("\n")  # and not at every sign that ends a line
-        about, seal = json.loads(head), json.loads(last)
-        rows = [json.loads(line) for line in lines]
-        if not isinstance(about, dict) or "quireBackup" not in about:
+    """The content of a file. What is none is known by its first line, and no more of it is read than that says.
+    Raises `BadBackup`, `OSError`."""
+    with path.open("rb") as file:
+        first = file.readline(MAX_HEAD)
+        about = _head(first)
+        if about is None:
             raise BadBackup(f"{path} is no backup of a store", "platform backup FILE writes one")
-        sealed = seal["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        lines = list(itertools.islice(iter(lambda: file.readline(MAX_LINE), b""), about["rows"] + 1))
+        rest = file.read(1)
+    try:
+        seal = json.loads(lines.pop())["sha256"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
         raise BadBackup(f"{path} is no whole backup of a store", "take another: it was cut off") from error
-    now = hashlib.sha256(body).hexdigest()
-    if sealed != now or about["rows"] != len(rows):
+    now = hashlib.sha256(first + b"".join(lines)).hexdigest()
+    if rest or len(lines) != about["rows"] or seal != now:
         raise BadBackup(f"{path} was changed since it was written", "take another")
     if (about["quireBackup"], about["schema"]) != (FORMAT, SCHEMA_VERSION):
         raise BadBackup(
             f"{path} is of quire {about['version']} (schema {about['schema']}, this version has {SCHEMA_VERSION})",
             "restore it with the version that wrote it; this one brings the store up to date then",
         )
-    return Backup(about["version"], about["takenAt"], about["store"], tuple(lines))
+    text = tuple(line.decode().removesuffix("\n") for line in lines)
+    return Backup(about["version"], about["takenAt"], about["store"], text)
+
+
+def _head(line: bytes) -> dict[str, Any] | None:
+    """What the first line of a backup says; None of any other line."""
+    try:
+        about = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(about, dict) or "quireBackup" not in about:
+        return None
+    rows = about.get("rows")
+    return about if isinstance(rows, int) and not isinstance(rows, bool) and rows >= 0 else None
 
 
 # ── and back ──────────────────────────────────────────────────────────────────────────────────────────────

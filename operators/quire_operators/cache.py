@@ -28,7 +28,7 @@ from pathlib import Path
 
 import msgspec
 
-from quire_schemas.checkpoint import INDEX, CheckpointError, read_index
+from quire_schemas.checkpoint_files import INDEX, CheckpointError, read_index
 from quire_schemas.hub import MODEL_FILES, SINGLE, TEXT_FILES, Part, Record, RepositoryFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

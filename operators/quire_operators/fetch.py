@@ -50,13 +50,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from quire_operators.cache import COMMIT, SPARE, HubCache, Need
-from quire_schemas.checkpoint import (
+from quire_schemas.checkpoint import read_profile
+from quire_schemas.checkpoint_files import (
     INDEX,
     CheckpointError,
     UnsupportedArchitecture,
     UnsupportedFeature,
     read_index,
-    read_profile,
 )
 from quire_schemas.hub import Digest, FetchEvent, FetchJob, Record, RepositoryFile, choose, small_files
 from quire_schemas.quantities import format_bytes

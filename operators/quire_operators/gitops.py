@@ -44,9 +44,9 @@ from quire_operators.status import Fact, Reason
 from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import manifest
-from quire_schemas.access import AccessPolicy
+from quire_schemas.access import AccessPolicy, KeySource
 from quire_schemas.manifest import MANIFEST_SUFFIXES, Located, Problem, intent_hash
-from quire_schemas.model import Model
+from quire_schemas.model import Model, SecretReference
 from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import Key
 from quire_schemas.rules import ENGINE_VARIABLES
@@ -781,16 +781,22 @@ def _checked(
 
 
 def _files_named(located: Located) -> Iterator[Problem]:
-    """Fields that would show, or write over, a file of this machine for whoever may push."""
+    """Fields that would show, send away, or write over a file of this machine for whoever may push. Folders of
+    models are what is served."""
     text = "a manifest of a repository names no file of this machine"
+    secrets: list[tuple[str, KeySource | SecretReference | None, str]] = []
     if isinstance(located.resource, AccessPolicy):
-        for index, key in enumerate(located.resource.spec.keys):
-            hint = "have its hash there (platform key create), or a secret's name: platform secret set"
-            place, source = f"spec.keys[{index}].valueFrom", key.value_from
-            if source is not None and source.file is not None:
-                yield located.problem(f"{place}.file", text, hint)
-            if source is not None and source.env is not None:
-                yield located.problem(f"{place}.env", text.replace("file", "variable"), hint)
+        hint = "have its hash there (platform key create), or a secret's name: platform secret set"
+        keys = located.resource.spec.keys
+        secrets = [(f"spec.keys[{index}].valueFrom", key.value_from, hint) for index, key in enumerate(keys)]
+    elif isinstance(located.resource, Model):
+        hint = "name a secret, secretRef: platform secret set"
+        secrets = [("spec.sourceAuth", located.resource.spec.source_auth, hint)]
+    for place, source, hint in secrets:
+        if source is not None and source.file is not None:
+            yield located.problem(f"{place}.file", text, hint)
+        if source is not None and source.env is not None:
+            yield located.problem(f"{place}.env", text.replace("file", "variable"), hint)
     if not isinstance(located.resource, Model):
         return
     spec = located.resource.spec

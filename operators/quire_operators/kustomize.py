@@ -79,7 +79,7 @@ async def build(
                     opened.write(content)
             except OSError as error:
                 raise _failed(f"{entry.path!r}: {error.strerror}", "is it in the repository twice?") from error
-        return await _run(command, tree / path, root / "home", limits)
+        return await _run(command, tree, path, root / "home", limits)
 
 
 def refuse_addresses(name: str, content: bytes) -> None:
@@ -88,19 +88,20 @@ def refuse_addresses(name: str, content: bytes) -> None:
     nodes, flaws = compose(content.decode(errors="replace"))
     if flaws:
         raise _failed(f"{name}:{flaws[0].line}:{flaws[0].column}: {flaws[0].message}", flaws[0].hint)
-    for key in (key.text for node in nodes for key, _ in node.entries if key.text in PLUGINS):
-        raise _failed(
-            f"{name} has {key}, which run or load what a build here does not", "resources and patches will do"
-        )
-    for text in (text for node in nodes for text in _texts(node)):
-        if "://" in text or text.startswith(("git@", "github.com/", "git::")):
-            raise _failed(f"{name} names {text[:120]!r}", "a build sees the repository alone: have a copy in it")
+    for key in (key for node in nodes for key, _ in node.entries if key.text in PLUGINS):
+        why = f"{key.text} is refused: it runs or loads what a build here does not"
+        raise _failed(f"{name}:{key.line}:{key.column}: {why}", "resources and patches will do")
+    for found in (each for node in nodes for each in _texts(node)):
+        if "://" in found.text or found.text.startswith(("git@", "github.com/", "git::")):
+            why = f"{found.text[:120]!r} is refused: it names an address, and a build has no network"
+            hint = "a build sees the repository alone: have a copy in it"
+            raise _failed(f"{name}:{found.line}:{found.column}: {why}", hint)
 
 
-def _texts(node: Node) -> Iterator[str]:
+def _texts(node: Node) -> Iterator[Node]:
     """All texts that kustomize could load from."""
     if node.kind == "scalar":
-        yield node.text
+        yield node
     for item in node.items:
         yield from _texts(item)
     for key, value in node.entries:
@@ -109,7 +110,9 @@ def _texts(node: Node) -> Iterator[str]:
             yield from _texts(value)
 
 
-async def _run(command: Sequence[str], folder: Path, home: Path, limits: Limits) -> bytes:
+async def _run(command: Sequence[str], tree: Path, path: str, home: Path, limits: Limits) -> bytes:
+    """What the command makes of the folder `path` of the tree. What it says of files is told by their paths in the
+    repository."""
     closed = {
         "PATH": str(home),
         "HOME": str(home),
@@ -119,7 +122,7 @@ async def _run(command: Sequence[str], folder: Path, home: Path, limits: Limits)
     }
     bounds = Bounds(limits.seconds, MAX_BYTES)
     try:
-        code, out, said = await run([*command, str(folder)], closed, home, bounds)
+        code, out, said = await run([*command, str(tree / path)], closed, home, bounds)
     except TooLong as error:
         raise _failed(
             f"it took longer than {limits.seconds:g} s", "kustomize build FOLDER in a checkout"
@@ -127,9 +130,12 @@ async def _run(command: Sequence[str], folder: Path, home: Path, limits: Limits)
     except TooMuch as error:
         raise _failed("what it makes is larger than 1 MiB", "make two sources of it") from error
     if code != 0:
-        words = " ".join(said.decode(errors="replace").replace(str(folder.parent), "").split())
+        words = " ".join(said.decode(errors="replace").split())
+        for place in {str(tree.resolve()), str(tree)}:
+            words = words.replace(f"{place}/", "").replace(place, ".")
         raise _failed(
-            words[:WORDS] or f"it ended with {code}", "kustomize build FOLDER in a checkout shows the same"
+            f"{path}: {words[:WORDS] or f'it ended with {code}'}",
+            "kustomize build FOLDER in a checkout shows the same",
         )
     return out
 

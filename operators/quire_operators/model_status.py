@@ -95,8 +95,13 @@ class Tried:
 
     @property
     def failed(self) -> str:
-        """Why it has failed, where it is kept nevertheless."""
+        """Why it has failed its exam or a gate, where it is kept nevertheless."""
         return self.canary.stage.failed if self.canary.stage is not None else ""
+
+    def down(self, now: float) -> str:
+        """Why it is not worth another try, as it does not come up or stay up: `REASON: sentence`; else empty."""
+        found = rollout.failure(self.alone.desired, self.alone.world, now)
+        return "" if found is None else ": ".join(found)
 
     def turns_at(self) -> tuple[float, ...]:
         """When the time of its step is over, and when it has waited for requests for too long after that."""
@@ -115,6 +120,9 @@ class Tried:
         policy, step, n = self.canary.policy, self.canary.step, self.canary.revision.n
         if self.failed:
             return f"revision {n} has no requests, and is kept as autoRollback is false: {self.failed}"
+        if down := self.down(now):
+            kept = "" if policy.gives_up else ", and is kept as autoRollback is false"
+            return f"revision {n} is a canary whose engine fails{kept}: {down}"
         if (verdict := self.verdict) is not None:
             return f"revision {n} is a canary beside revision {self.against}: {verdict.text}"
         if self.canary.stage is None:
@@ -147,8 +155,8 @@ class Tried:
             "minRequests": policy.min_requests,
             "gates": [],
         }
-        if stage is not None and stage.failed:
-            shown["failure"] = stage.failed
+        if failure := self.failed or self.down(now):
+            shown["failure"] = failure
         if (verdict := self.verdict) is not None:
             shown["exam"] = {"state": type(verdict).__name__, "text": verdict.text}
             if isinstance(verdict, exam.Waits):
@@ -341,6 +349,7 @@ class ModelStatus:
             "Draining": row.drain_since,
             "Stopping": row.stop_sent,
             "Starting": row.launched_at,
+            **dict.fromkeys(("Backoff", "Failed"), row.last_exit.at if row.last_exit is not None else None),
         }
         return {
             "id": row.id,
@@ -417,7 +426,8 @@ class ModelStatus:
             text = f"{how}; revision {wanted.newest.n} was given up: {quarantine.reason}"
             return Fact("RolledOut", False, Reason.ROLLED_BACK, text)
         if view.tried is not None:
-            reason = Reason.CANARY_FAILED if view.tried.failed else Reason.CANARY
+            failed = self._failed_canary(view.tried)
+            reason = failed.reason if failed is not None else Reason.CANARY
             return Fact("RolledOut", False, reason, view.tried.text(self._clock()))
         if settled:
             return Fact("RolledOut", True, Reason.UP_TO_DATE, f"revision {view.revision.n}")
@@ -555,15 +565,12 @@ class ModelStatus:
 
     def _failed_canary(self, tried: Tried) -> Fact | None:
         """Why a canary that failed is stuck, where it is not given up."""
+        now = self._clock()
         if tried.canary.policy.gives_up:
             return None
         if tried.failed:
-            return Fact("Stalled", True, Reason.CANARY_FAILED, tried.text(self._clock()))
-        failure = rollout.failure(tried.alone.desired, tried.alone.world, self._clock())
-        if failure is None:
-            return None
-        reason, text = failure
-        return Fact("Stalled", True, Reason.CANARY_FAILED, f"revision {tried.canary.revision.n}: {reason}: {text}")
+            return Fact("Stalled", True, Reason.CANARY_FAILED, tried.text(now))
+        return Fact("Stalled", True, Reason.CANARY_DOWN, tried.text(now)) if tried.down(now) else None
 
     def _something_leaves(self) -> bool:
         """Whether room is about to be made."""

@@ -112,12 +112,14 @@ class Cause(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How an incarnation ended. `reason` is a word, `message` a sentence for people, `lines` its log's last."""
+    """How an incarnation ended. `reason` is a word, `message` a sentence for people, `lines` its log's last, `at`
+    when that was recorded, in unix seconds."""
 
     reason: str
     message: str
     cause: Cause = Cause.UNKNOWN
     lines: tuple[str, ...] = ()
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -773,7 +775,7 @@ def after(row: Row, step: RowStep, now: float) -> Row:
                 not_before=step.not_before,
                 reason=step.exit.reason,
                 message=step.exit.message,
-                last_exit=step.exit,
+                last_exit=replace(step.exit, at=now),
             )
         case Fail():
             return replace(
@@ -785,5 +787,5 @@ def after(row: Row, step: RowStep, now: float) -> Row:
                 failed_generation=step.generation,
                 reason=step.exit.reason,
                 message=step.exit.message,
-                last_exit=step.exit,
+                last_exit=replace(step.exit, at=now),
             )

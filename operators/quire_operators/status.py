@@ -75,6 +75,7 @@ class Reason(enum.StrEnum):
     PROGRESS_DEADLINE = "ProgressDeadlineExceeded"
     INCONCLUSIVE = "AnalysisInconclusive"
     CANARY_FAILED = "CanaryFailed"
+    CANARY_DOWN = "CanaryDown"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
     EXPIRED = "Expired"
@@ -325,12 +326,22 @@ ADVICE: dict[Reason, Advice] = {
         ),
     ),
     Reason.CANARY_FAILED: Advice(
-        "A new revision failed as a canary: in its exam, at a gate, or its engine did. As rollout.autoRollback is "
-        "false it is kept to be looked at, and has no requests; the stable revision serves.",
+        "A new revision failed as a canary, in its exam or at a gate. As rollout.autoRollback is false it is kept "
+        "to be looked at, and has no requests; the stable revision serves.",
         (
             "platform rollout status {key}   why, and its numbers",
             "platform rollout abort {key}   gives it up; then rollout retry tries it once more",
-            "platform rollout promote {key}   has it take over all the same",
+            "platform rollout promote {key}   has it take over all the same; --skip-exam if it failed its exam",
+        ),
+    ),
+    Reason.CANARY_DOWN: Advice(
+        "The engine of a canary cannot start, or ends again and again. As rollout.autoRollback is false it is not "
+        "given up. The stable revision serves; a canary that does not cannot be promoted.",
+        (
+            "platform logs {key}   what the engine said last",
+            "correct the manifest and apply it: the new revision takes its place",
+            "platform rollout retry {key}   starts its engine again at once, if the cause was outside it",
+            "platform rollout abort {key}   gives it up",
         ),
     ),
     Reason.ROUTER_NOT_READY: Advice(

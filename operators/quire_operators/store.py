@@ -540,7 +540,8 @@ def _row(found: Any) -> Row:
     values = {name: found[name] for name in ROW_FIELDS}
     ended = values["last_exit"]
     if ended is not None:
-        ended = Exit(ended["reason"], ended["message"], Cause(ended["cause"]), tuple(ended["lines"]))
+        cause, lines = Cause(ended["cause"]), tuple(ended["lines"])
+        ended = Exit(ended["reason"], ended["message"], cause, lines, ended.get("at"))
     return Row(**{**values, "goal": Goal(values["goal"]), "last_exit": ended})
 
 

@@ -55,6 +55,20 @@ def find(state: StateDir, environ: Mapping[str, str], *, moving: bool = False) -
     return url
 
 
+def otherwise(state: StateDir, environ: Mapping[str, str]) -> str | None:
+    """Where the store of `state` is, and in which words the environment says otherwise: for whoever asks a control
+    plane that runs already. None where the two agree, or nothing is said."""
+    given = environ.get(VARIABLE, "").strip()
+    if not given:
+        return None
+    kept = _kept(state).get("database", str(state.store))
+    try:
+        named = f"{VARIABLE} names {shown(database_url(given))}"
+    except UnusableStore as error:
+        return f"has its store in {kept}, and {error.message}"
+    return None if named.endswith(f" {kept}") else f"has its store in {kept}, and {named}"
+
+
 def home(state: StateDir) -> Home:
     """What a database knows this state directory by."""
     path = state.root / "home"

@@ -1,11 +1,11 @@
 """Metrics of requests for a collector: the GenAI instruments of OpenTelemetry's conventions, sent over OTLP.
 
 They are for who collects everything in one place; `/metrics` has more and needs no collector. Set up beside the
-traces (`quire.tracing`) from the same variables and the same section of the gateway's manifest, and under the same
-two rules:
+traces (`quire.tracing`) from the same variables and the same section of the gateway's manifest, by the child that
+tells for the router (`quire.teller`), and under the same two rules:
 
 **Off costs nothing.** Without an exporter nothing of OpenTelemetry's metrics is imported, and a request costs one
-look at whether there is an instrument.
+look at whether it is to be measured.
 
 **A collector that is gone costs nothing.** A request adds to sums that are there anyhow, one for each combination
 of operation, model and error, which all come from closed sets. A thread of the SDK sends them from time to time
@@ -19,13 +19,13 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quire.tracing import BadTelemetry, Declared, Health, disabled, exporters, load_exporter, otlp, resource
+from quire.tracing import BadTelemetry, Declared, Health, load_exporter, resource, wanted
 from quire_schemas import signals
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics import MeterProvider
 
-    from quire.router.account import Account
+    from quire_schemas.telling import Measure
 
 
 class Metering:
@@ -61,22 +61,19 @@ class Metering:
 
     @classmethod
     def set_up(
-        cls, service: str, environment: Mapping[str, str] = os.environ, declared: Declared | None = None
+        cls,
+        service: str,
+        environment: Mapping[str, str] = os.environ,
+        declared: Declared | None = None,
+        pid: int | None = None,
     ) -> Metering:
-        """Metrics of the process `service`, as declared, else as OTEL_* say; none where the SDK is disabled.
-        Raises `BadTelemetry`.
+        """Metrics of the process `service`, which is this one unless another `pid` is given, as declared, else as
+        OTEL_* say; none where the SDK is disabled. Raises `BadTelemetry`.
 
         What the SDK reads itself (interval, temporality, resource, the exporter's own settings) comes from
         `os.environ`.
         """
-        if disabled(environment):
-            return cls()
-        names = exporters(environment, "metrics")
-        if declared is not None:
-            if declared.metrics == "never":
-                return cls()
-            if declared.otlp_endpoint is not None or not names:
-                names = [otlp(environment, "metrics")]
+        names = wanted(environment, declared, "metrics")
         if not names:
             return cls()
         from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
@@ -99,34 +96,34 @@ class Metering:
                 ) from error
         provider = MeterProvider(
             readers,
-            resource=resource(service),
+            resource=resource(service, pid),
             exemplar_filter=AlwaysOffExemplarFilter(),  # looked for at each value, and no span is current here
             shutdown_on_exit=False,
         )
         return cls(provider)
 
-    def tell(self, account: Account) -> None:
+    def tell(self, measure: Measure) -> None:
         """A request has ended. One for a model that nobody serves has no model, so that models are few."""
         if self.provider is None:
             return
         about: dict[str, str] = {
-            signals.GEN_AI_OPERATION: account.operation,
+            signals.GEN_AI_OPERATION: measure.operation,
             signals.GEN_AI_PROVIDER: signals.PROVIDER,
         }
-        if account.model:
-            about[signals.GEN_AI_REQUEST_MODEL] = account.asked
-            about[signals.GEN_AI_RESPONSE_MODEL] = account.model
-        for kind, count in (("input", account.prompt_tokens), ("output", account.completion_tokens)):
+        if measure.model:
+            about[signals.GEN_AI_REQUEST_MODEL] = measure.asked
+            about[signals.GEN_AI_RESPONSE_MODEL] = measure.model
+        for kind, count in (("input", measure.prompt_tokens), ("output", measure.completion_tokens)):
             if count is not None:
                 self._tokens.record(count, {**about, signals.GEN_AI_TOKEN_TYPE: kind})
-        if account.background:  # nobody waited
+        if measure.background:  # nobody waited
             return
-        if account.first_token is not None:
-            self._first_token.record(account.first_token, about)
-        if account.writing is not None and (account.completion_tokens or 0) > 1 and not account.error:
-            self._per_token.record(account.writing / ((account.completion_tokens or 0) - 1), about)
-        ended = {**about, signals.ERROR_TYPE: account.error} if account.error else about
-        self._duration.record(account.total or 0.0, ended)
+        if measure.first_token is not None:
+            self._first_token.record(measure.first_token, about)
+        if measure.writing is not None and (measure.completion_tokens or 0) > 1 and not measure.error:
+            self._per_token.record(measure.writing / ((measure.completion_tokens or 0) - 1), about)
+        ended = {**about, signals.ERROR_TYPE: measure.error} if measure.error else about
+        self._duration.record(measure.total, ended)
 
 
 def _watched(exporter: Any) -> Any:

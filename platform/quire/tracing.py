@@ -1,5 +1,6 @@
 """Traces of one process: the OpenTelemetry SDK, set up from the standard OTEL_* variables, and kept harmless. What
-sets up metrics, too (`quire.metering`), is here as well.
+sets up metrics, too (`quire.metering`), is here as well. The control plane and the command have this in their own
+process; the router's requests are too many for that, and it has a child that tells for it (`quire.teller`).
 
 **Off costs nothing.** Without an exporter in the environment (`exporters`) nothing of OpenTelemetry is imported.
 The specification's default, OTLP to localhost, is not ours: a machine without a collector would pay for nobody.
@@ -22,14 +23,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points, version
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from quire_schemas import signals
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.trace import Tracer
 
 log = logging.getLogger("quire.tracing")
@@ -64,6 +65,8 @@ class Counts:
     exported: int = 0
     queue_full: int = 0
     export_failed: int = 0
+    changed: Callable[[], None] = field(default=lambda: None)
+    """Called, on whatever thread, when there is more."""
 
     def dropped(self) -> dict[Lost, int]:
         return {"queue_full": self.queue_full, "export_failed": self.export_failed}
@@ -80,6 +83,20 @@ def exporters(environment: Mapping[str, str], kind: Kind = "traces") -> list[str
     ):
         names = ["otlp"]
     return [] if names == ["none"] else [otlp(environment, kind) if name == "otlp" else name for name in names]
+
+
+def wanted(environment: Mapping[str, str], declared: Declared | None, kind: Kind = "traces") -> list[str]:
+    """Names of the exporters that there are to be, as declared, else as OTEL_* say; empty when that kind is off.
+    The SDK is disabled whatever is declared."""
+    if disabled(environment):
+        return []
+    names = exporters(environment, kind)
+    if declared is not None:
+        if (declared.sampling if kind == "traces" else declared.metrics) == "never":
+            return []
+        if declared.otlp_endpoint is not None or not names:
+            return [otlp(environment, kind)]
+    return names
 
 
 def disabled(environment: Mapping[str, str]) -> bool:
@@ -103,28 +120,23 @@ class Tracing:
     def __init__(self, provider: TracerProvider | None = None, counts: Counts | None = None) -> None:
         self.provider = provider
         self.counts = counts or Counts()
-        self.errors_only = False
-        """Only requests that failed are to be exported; who makes a request's spans sees to it."""
+        self.gates: list[SpanProcessor] = []
+        """One for each exporter: where spans go that have ended."""
 
     @classmethod
     def set_up(
-        cls, service: str, environment: Mapping[str, str] = os.environ, declared: Declared | None = None
+        cls,
+        service: str,
+        environment: Mapping[str, str] = os.environ,
+        declared: Declared | None = None,
+        pid: int | None = None,
     ) -> Tracing:
-        """Traces of the process `service`, as declared, else as OTEL_* say; none where the SDK is disabled. Raises
-        `BadTelemetry`.
+        """Traces of the process `service`, which is this one unless another `pid` is given, as declared, else as
+        OTEL_* say; none where the SDK is disabled. Raises `BadTelemetry`.
 
         What the SDK reads itself (sampler, limits, resource, the exporter's own settings) comes from `os.environ`.
         """
-        if disabled(environment):  # the SDK obeys it whatever is declared
-            if declared is not None and declared.otlp_endpoint is not None:
-                log.warning("OTEL_SDK_DISABLED is set: no traces go to %s", declared.otlp_endpoint)
-            return cls()
-        names = exporters(environment)
-        if declared is not None:
-            if declared.sampling == "never":
-                return cls()
-            if declared.otlp_endpoint is not None or not names:
-                names = [otlp(environment)]
+        names = wanted(environment, declared)
         if not names:
             return cls()
         from opentelemetry.sdk.trace import TracerProvider
@@ -132,14 +144,15 @@ class Tracing:
 
         provider = TracerProvider(
             sampler=DEFAULT_ON if declared is not None else None,
-            resource=resource(service),
+            resource=resource(service, pid),
             shutdown_on_exit=False,
         )
         tracing = cls(provider, Counts())
-        tracing.errors_only = declared is not None and declared.sampling == "errors"
         endpoint = declared.otlp_endpoint if declared is not None else None
         for name in names:
-            provider.add_span_processor(_gate(load_exporter(name, endpoint), environment, tracing.counts))
+            gate = _gate(load_exporter(name, endpoint), environment, tracing.counts)
+            provider.add_span_processor(gate)
+            tracing.gates.append(gate)
         return tracing
 
     def tracer(self, name: str) -> Tracer | None:
@@ -164,14 +177,14 @@ def shut_down(*providers: Any) -> None:
         thread.join(max(ends_at - time.monotonic(), 0.0))
 
 
-def resource(service: str) -> Any:
-    """What this process is, as the SDK tells it."""
+def resource(service: str, pid: int | None = None) -> Any:
+    """What this process, or the one with that number, is, as the SDK tells it."""
     from opentelemetry.sdk.resources import Resource
 
     own: dict[str, str | int] = {
         signals.SERVICE_NAME: service,
         signals.SERVICE_VERSION: version("quire"),
-        signals.PROCESS_PID: os.getpid(),
+        signals.PROCESS_PID: os.getpid() if pid is None else pid,
     }
     said = Resource.create()  # from OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME, which win over ours
     if str(said.attributes.get(signals.SERVICE_NAME)).startswith("unknown_service"):
@@ -229,6 +242,7 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
                     counts.exported += len(spans)
                 else:
                     counts.export_failed += len(spans)
+            counts.changed()
             health.heard(good, len(spans), words)
             return result
 
@@ -247,11 +261,15 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
             if context is None or not context.trace_flags.sampled:
                 return
             with lock:
-                if waiting >= capacity:
+                full = waiting >= capacity
+                if full:
                     counts.queue_full += 1
-                    return
-                waiting += 1
-            self._batches.on_end(span)
+                else:
+                    waiting += 1
+            if full:
+                counts.changed()
+            else:
+                self._batches.on_end(span)
 
         def shutdown(self) -> None:
             self._batches.shutdown()  # type: ignore[no-untyped-call]
@@ -259,9 +277,8 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
         def force_flush(self, timeout_millis: int = 30000) -> bool:
             return self._batches.force_flush(timeout_millis)
 
-    said = environment.get("OTEL_BSP_MAX_QUEUE_SIZE", "").strip() or "2048"
     try:
-        capacity = int(said)
+        capacity = room(environment)
         return Gate()
     except ValueError as error:
         raise BadTelemetry(
@@ -269,6 +286,11 @@ def _gate(exporter: Any, environment: Mapping[str, str], counts: Counts) -> Any:
             "    hint: OTEL_BSP_MAX_QUEUE_SIZE and OTEL_BSP_MAX_EXPORT_BATCH_SIZE are positive numbers, "
             "the second at most the first"
         ) from error
+
+
+def room(environment: Mapping[str, str]) -> int:
+    """How many spans may wait, those at the exporter included. Raises `ValueError`."""
+    return int(environment.get("OTEL_BSP_MAX_QUEUE_SIZE", "").strip() or "2048")
 
 
 class Health:

@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from quire_schemas.checkpoint import (
-    DTYPE_BYTES,
+from quire_schemas.checkpoint import DTYPE_BYTES, ModelProfile, expected_tensors
+from quire_schemas.checkpoint_files import (
     InvalidConfig,
     MissingFile,
-    ModelProfile,
     TensorInfo,
     UnsupportedFeature,
     WrongTensors,
-    expected_tensors,
     read_header,
     read_json,
 )

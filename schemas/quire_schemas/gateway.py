@@ -86,7 +86,9 @@ class ClientTimeouts(Strict):
     """How long the router waits for clients; who takes longer is cut off, and what ran for it is aborted."""
 
     head: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
-        "For a connection to bring the line and headers of a request.", "10s", update="hot"
+        "For a connection to bring the line and headers of a request, and before that for the handshake of TLS.",
+        "10s",
+        update="hot",
     )
     body: Annotated[Duration, AfterValidator(_a_second_at_least)] = declared(
         "For the whole body of a request; of a file that is uploaded, for each next piece.", "30s", update="hot"

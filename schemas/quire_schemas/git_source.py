@@ -57,7 +57,7 @@ class Window(Strict):
     denied."""
 
     kind: Literal["Allow", "Deny"] = declared("Whether commits are applied in it.", update="hot")
-    schedule: str = declared("When it opens, as five cron fields.", update="hot", min_length=9, max_length=128)
+    schedule: str = declared("When it opens, as five cron fields.", update="hot", min_length=1, max_length=128)
     duration: Duration = declared("How long it stays open, at most 7d.", update="hot")
     time_zone: str = declared("Zone of the schedule.", "UTC", update="hot", max_length=64)
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from quire_schemas.checkpoint import INDEX, MissingFile, UnsupportedFeature
+from quire_schemas.checkpoint_files import INDEX, MissingFile, UnsupportedFeature
 
 Part = Literal["model", "tokenizer"]
 """What of a repository is wanted: all of a model, or its tokenizer alone."""

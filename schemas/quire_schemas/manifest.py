@@ -575,7 +575,7 @@ def _value_hint(error: ErrorDetails, shape: Shape | None) -> str:
     if kind in ("too_long", "string_too_long"):
         return "make it shorter"
     if kind in ("too_short", "string_too_short"):
-        return "it cannot be empty"
+        return "it cannot be empty" if error["ctx"]["min_length"] == 1 else "make it longer"
     return ""
 
 

@@ -23,7 +23,9 @@ from pydantic import AfterValidator, WithJsonSchema
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?(?:(\d{1,9})ms)?", re.ASCII)
+_DURATION = re.compile(
+    r"(?:(\d{1,20})d)?(?:(\d{1,20})h)?(?:(\d{1,20})m)?(?:(\d{1,20})s)?(?:(\d{1,20})ms)?", re.ASCII
+)
 _QUANTITY = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))?(Ki|Mi|Gi|Ti)", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,3})(?:\.(\d{1,4}))?%", re.ASCII)
 _MONEY = re.compile(r"\d{1,9}(?:\.\d{1,4})?", re.ASCII)
@@ -82,9 +84,13 @@ def parse_percent(text: str) -> float:
     if found is None:
         if text.startswith("-"):
             raise BadQuantity(f"{_shown(text)} is not a percentage", "give a percentage from 0% to 100%")
-        ratio = re.fullmatch(r"0?\.(\d{1,2})", text, re.ASCII)
-        example = f"'{int(ratio.group(1).ljust(2, '0'))}%'" if ratio else "'90%'"
-        raise BadQuantity(f"{_shown(text)} is not a percentage", f"write it as {example}")
+        if re.fullmatch(r"0?\.\d{1,6}", text, re.ASCII):
+            hint = f"write it as '{float(text) * 100:g}%'"
+        elif re.fullmatch(r"\d{1,3}(?:\.\d{1,4})?", text, re.ASCII):
+            hint = f"a percentage has its sign: '{text}%'"
+        else:
+            hint = "for example '90%'"
+        raise BadQuantity(f"{_shown(text)} is not a percentage", hint)
     share = float(text[:-1]) / 100
     if share > 1:
         raise BadQuantity(f"{_shown(text)} is more than 100%", "give a percentage from 0% to 100%")

@@ -95,6 +95,14 @@ class Facts:
                 found.append((index, entry))
         return found
 
+    def known(self, *paths: str) -> Iterator[tuple[Path, Any]]:
+        """Those of these fields that parsed, with their values: for a rule about each of them alone."""
+        for path in paths:
+            try:
+                yield tuple(path.split(".")), self[path]
+            except Unknown:
+                continue
+
     def declares(self, path: str) -> bool:
         """Whether the document itself has the field."""
         value: Any = self.tree
@@ -273,6 +281,11 @@ def _autoscaling_range(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             ("spec", "autoscaling", "minReplicas"), "is above maxReplicas", "minReplicas is the smaller one"
         )
+
+
+def _autoscaling_to_none(facts: Facts) -> Iterator[Finding]:
+    if not facts.declares("spec.autoscaling"):
+        return
     to_none = facts["spec.autoscaling.minReplicas"] == 0
     if to_none and facts["spec.residency"] == "onDemand":
         yield Finding(
@@ -361,13 +374,12 @@ def _backoff(facts: Facts) -> Iterator[Finding]:
 
 
 def _deadlines(facts: Facts) -> Iterator[Finding]:
-    for path in ("spec.rollout.progressDeadline", "spec.probes.startup.timeout"):
-        if parse_duration(facts[path]) < 1:
-            yield Finding(tuple(path.split(".")), "is shorter than a second", "no replica starts that fast: 10m")
-    path = "spec.probes.liveness.timeout"
-    if parse_duration(facts[path]) < 1:
-        hint = "a step of a busy engine may take that long: 30s"
-        yield Finding(tuple(path.split(".")), "is shorter than a second", hint)
+    for path, time in facts.known("spec.rollout.progressDeadline", "spec.probes.startup.timeout"):
+        if parse_duration(time) < 1:
+            yield Finding(path, "is shorter than a second", "no replica starts that fast: 10m")
+    for path, time in facts.known("spec.probes.liveness.timeout"):
+        if parse_duration(time) < 1:
+            yield Finding(path, "is shorter than a second", "a step of a busy engine may take that long: 30s")
 
 
 def _served_names(facts: Facts) -> Iterator[Finding]:
@@ -417,8 +429,7 @@ def _scripted(facts: Facts) -> Iterator[Finding]:
 
 def _adapters(facts: Facts) -> Iterator[Finding]:
     yield from _repeated(facts, "spec.lora.adapters", "the adapter", "name")
-    declared = facts.entries("spec.lora.adapters")
-    for index, adapter in declared:
+    for index, adapter in facts.entries("spec.lora.adapters", "source"):
         path: Path = ("spec", "lora", "adapters", index, "source")
         source = adapter["source"]
         if (found := source_finding(source, path)) is not None:
@@ -429,15 +440,21 @@ def _adapters(facts: Facts) -> Iterator[Finding]:
                 f"{REFUSED}: adapters are read from folders alone",
                 "download it, for example with hf download, and declare file:///absolute/path",
             )
-    if not declared:
-        return
-    most = facts["spec.lora.maxLoaded"]
+
+
+def _adapters_loaded(facts: Facts) -> Iterator[Finding]:
+    declared, most = facts.entries("spec.lora.adapters"), facts["spec.lora.maxLoaded"]
     if len(declared) > most:
         yield Finding(
             ("spec", "lora", "adapters"),
             f"{REFUSED}: adapters that come and go; {len(declared)} are declared, and lora.maxLoaded is {most}",
             f"declare maxLoaded: {len(declared)}",
         )
+
+
+def _adapters_device(facts: Facts) -> Iterator[Finding]:
+    if not facts.entries("spec.lora.adapters"):
+        return
     if facts["spec.engine.runner"] == "scripted":
         yield Finding(
             ("spec", "lora", "adapters"), "the scripted runner has no weights to add to", "remove them", True
@@ -523,27 +540,32 @@ def _canary(facts: Facts) -> Iterator[Finding]:
             "remove it, or the strategy",
             True,
         )
+
+
+def _canary_steps(facts: Facts) -> Iterator[Finding]:
     if facts["spec.rollout.strategy"] != "Canary":
         return
-    declared = facts["spec.rollout.canary"]
-    steps = declared["steps"] if declared is not None else ()
-    if not steps:
+    declared = facts.declares("spec.rollout.canary")
+    steps = [(place, step["weight"]) for place, step in facts.entries("spec.rollout.canary.steps", "weight")]
+    if not steps and not facts["spec.rollout.canary.steps"]:
         yield Finding(
-            ("spec", "rollout", "canary") if declared is not None else ("spec", "rollout", "strategy"),
+            ("spec", "rollout", "canary") if declared else ("spec", "rollout", "strategy"),
             "strategy Canary needs steps, and none are declared",
             "declare rollout.canary.steps: [{weight: 10, hold: 5m}, {weight: 50, hold: 5m}]",
         )
-    for place, (before, after) in enumerate(itertools.pairwise(step["weight"] for step in steps), 1):
+    for (_, before), (place, after) in itertools.pairwise(steps):
         if after <= before:
             yield Finding(
                 ("spec", "rollout", "canary", "steps", place, "weight"),
                 f"{after} comes after {before}: each step gives the new revision more",
                 "write the steps with rising weights",
             )
-    analysis = (declared or {}).get("analysis") or {}
-    if analysis.get("maxDrift") is not None:
+
+
+def _canary_prompts(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.rollout.canary.analysis.maxDrift"] is not None:
         return
-    for place, asked in enumerate(analysis.get("smokePrompts") or ()):
+    for place, asked in facts.entries("spec.rollout.canary.analysis.smokePrompts"):
         if asked.get("expectContains") is None:
             yield Finding(
                 ("spec", "rollout", "canary", "analysis", "smokePrompts", place),
@@ -623,7 +645,26 @@ def _route_fallbacks(facts: Facts) -> Iterator[Finding]:
             seen.add(failure)
 
 
+_FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+
+def _is_field_value(text: str) -> bool:
+    """Whether a header can have it: one line, and none of the blanks around it, which are no part of it."""
+    return text == text.strip() and text.replace("\t", " ").isprintable()
+
+
 def _route_headers(facts: Facts) -> Iterator[Finding]:
+    for index, header in facts.entries("spec.match.headers", "exact"):
+        if not _is_field_value(header["exact"]):
+            why = "is no value of a header: no request could carry it"
+            hint = "one line of visible characters, with blanks only between them"
+            yield Finding(("spec", "match", "headers", index, "exact"), why, hint)
+    for index, header in facts.entries("spec.match.headers", "name"):
+        if not _FIELD_NAME.fullmatch(header["name"]):
+            why = "is no name of a header: no request could carry it"
+            yield Finding(
+                ("spec", "match", "headers", index, "name"), why, "letters, digits and -, such as x-team"
+            )
     seen: set[str] = set()
     for index, header in facts.entries("spec.match.headers", "name"):
         name = header["name"].lower()
@@ -645,11 +686,10 @@ def _route_backends(facts: Facts) -> Iterator[Finding]:
 
 
 def _route_timeouts(facts: Facts) -> Iterator[Finding]:
-    first, whole = facts["spec.timeouts.firstToken"], facts["spec.timeouts.request"]
-    for name, value in (("firstToken", first), ("request", whole)):
+    for path, value in facts.known("spec.timeouts.firstToken", "spec.timeouts.request"):
         if value is not None and parse_duration(value) <= 0:
-            yield Finding(("spec", "timeouts", name), "no request could be served", "give a time, such as 30s")
-            return
+            yield Finding(path, "no request could be served", "give a time, such as 30s")
+    first, whole = facts["spec.timeouts.firstToken"], facts["spec.timeouts.request"]
     if first is not None and whole is not None and parse_duration(first) > parse_duration(whole):
         yield Finding(
             ("spec", "timeouts", "firstToken"),
@@ -660,27 +700,29 @@ def _route_timeouts(facts: Facts) -> Iterator[Finding]:
 
 def _breaker(facts: Facts) -> Iterator[Finding]:
     at = "spec.probes.breaker"
+    for path, first in facts.known(f"{at}.openFor"):
+        if not parse_duration(first):
+            yield Finding(path, "is no time", "for example 5s")
+    for path, share in facts.known(f"{at}.errorShare"):
+        if not parse_percent(share):
+            hint = "to hold it by failures in a row alone, declare 100%"
+            yield Finding(path, "0% would keep out every replica", hint)
+    for path, window in facts.known(f"{at}.window"):
+        if not parse_duration(window):
+            yield Finding(path, "nothing ends within no time", "for example 30s")
     first, longest = facts[f"{at}.openFor"], facts[f"{at}.maxOpenFor"]
-    if not parse_duration(first):
-        yield Finding((*at.split("."), "openFor"), "is no time", "for example 5s")
     if parse_duration(longest) < parse_duration(first):
         path = facts.first_declared(f"{at}.maxOpenFor", f"{at}.openFor")
         yield Finding(
             path, f"maxOpenFor ({longest}) is shorter than openFor ({first})", "raise it, or lower openFor"
         )
-    if not parse_percent(facts[f"{at}.errorShare"]):
-        hint = "to hold it by failures in a row alone, declare 100%"
-        yield Finding((*at.split("."), "errorShare"), "0% would keep out every replica", hint)
-    if not parse_duration(facts[f"{at}.window"]):
-        yield Finding((*at.split("."), "window"), "nothing ends within no time", "for example 30s")
 
 
 def _prices(facts: Facts) -> Iterator[Finding]:
-    for name in ("input", "cachedInput", "output"):
-        price = facts[f"spec.prices.{name}"]
+    for path, price in facts.known("spec.prices.input", "spec.prices.cachedInput", "spec.prices.output"):
         if price is not None and parse_money(price) > MAX_PRICE:
             why = f"is above {MAX_PRICE} for a million tokens, which is more than is counted"
-            yield Finding(("spec", "prices", name), why, "declare prices in a larger unit of money")
+            yield Finding(path, why, "declare prices in a larger unit of money")
 
 
 # ── kind AccessPolicy ─────────────────────────────────────────────────────────────────────────────────────
@@ -736,10 +778,15 @@ def _git_url(facts: Facts) -> Iterator[Finding]:
     except ValueError:
         yield Finding(path, "is not a URL", _GIT_URL)
         return
-    if not separator or scheme == "file" or "::" in scheme:
+    if scp := re.fullmatch(r"(?:[\w.-]+@)?([\w-]+(?:\.[\w-]+)+):([\w./~-]+)", url):
+        hint = f"https://{scp[1]}/{scp[2]}, with a token in spec.auth if it is private"
+        yield Finding(path, f"{REFUSED}: ssh as a way to a repository", hint)
+    elif not separator or scheme == "file" or "::" in scheme:
         yield Finding(path, "files of this machine are not followed, nor anything but a URL", _GIT_URL)
     elif scheme in ("ssh", "git", "git+ssh"):
-        yield Finding(path, f"{REFUSED}: {scheme}", f"{_GIT_URL}; a private one with a token in spec.auth")
+        instead = f"https://{host}{parts.path}" if host else _GIT_URL.removeprefix("for example ")
+        hint = f"{instead}, with a token in spec.auth if it is private"
+        yield Finding(path, f"{REFUSED}: {scheme}:// as a way to a repository", hint)
     elif scheme not in ("http", "https") or not host or port == 0 or not re.fullmatch(r"[\x21-\x7e]+", url):
         yield Finding(path, "is not a URL of a repository", _GIT_URL)
     elif parts.username is not None or parts.password is not None:
@@ -775,7 +822,8 @@ def _git_ref(facts: Facts) -> Iterator[Finding]:
             yield Finding((*path, name), "is not a commit's 40 digits", hint)
         bad = not _REF.fullmatch(value) or value.startswith(("-", "/", ".")) or value.endswith(("/", ".", ".lock"))
         if name != "commit" and (bad or ".." in value or "//" in value or "@{" in value):
-            yield Finding((*path, name), f"is not the name of a {name}", "for example main")
+            example = "main" if name == "branch" else "v1.2"
+            yield Finding((*path, name), f"is not the name of a {name}", f"for example {example}")
 
 
 def _git_path(facts: Facts) -> Iterator[Finding]:
@@ -788,22 +836,32 @@ def _git_path(facts: Facts) -> Iterator[Finding]:
 
 
 def _git_sync(facts: Facts) -> Iterator[Finding]:
-    if parse_duration(facts["spec.interval"]) < SHORTEST_INTERVAL:
-        yield Finding(("spec", "interval"), "is shorter than a second", "for example 1m")
-    if parse_duration(facts["spec.sync.retryInterval"]) < SHORTEST_INTERVAL:
-        yield Finding(("spec", "sync", "retryInterval"), "is shorter than a second", "for example 30s")
+    for path, time in facts.known("spec.interval", "spec.sync.retryInterval"):
+        if parse_duration(time) < SHORTEST_INTERVAL:
+            example = "1m" if path[-1] == "interval" else "30s"
+            yield Finding(path, "is shorter than a second", f"for example {example}")
 
 
 def _git_windows(facts: Facts) -> Iterator[Finding]:
-    for index, window in facts.entries("spec.sync.windows"):
-        path: Path = ("spec", "sync", "windows", index)
-        for name, check_ in (("schedule", Schedule.parse), ("timeZone", zone)):
-            try:
-                check_(window.get(name, "UTC"))
-            except BadSchedule as error:
-                yield Finding((*path, name), str(error), error.hint)
+    path: Path = ("spec", "sync", "windows")
+    for index, window in facts.entries("spec.sync.windows", "schedule"):
+        try:
+            opens = Schedule.parse(window["schedule"]).ever_opens
+        except BadSchedule as error:
+            yield Finding((*path, index, "schedule"), str(error), error.hint)
+        else:
+            if not opens:
+                hint = "days and months that go together: '0 18 28 2 *' is the 28th of February at 18:00"
+                yield Finding((*path, index, "schedule"), "never opens: none of its months has such a day", hint)
+    for index, window in facts.entries("spec.sync.windows", "timeZone"):
+        try:
+            zone(window.get("timeZone", "UTC"))
+        except BadSchedule as error:
+            yield Finding((*path, index, "timeZone"), str(error), error.hint)
+    for index, window in facts.entries("spec.sync.windows", "duration"):
         if not 60 <= parse_duration(window["duration"]) <= MAX_SECONDS:
-            yield Finding((*path, "duration"), "a window is open from a minute to 7 days", "for example 8h")
+            hint = "for example 8h"
+            yield Finding((*path, index, "duration"), "a window is open from a minute to 7 days", hint)
 
 
 def _git_signers(facts: Facts) -> Iterator[Finding]:
@@ -848,6 +906,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _source_auth,
         _replicas,
         _autoscaling_range,
+        _autoscaling_to_none,
         _autoscaling_target,
         _token_budget,
         _whole_prompts,
@@ -860,10 +919,14 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _device_ids,
         _scripted,
         _adapters,
+        _adapters_loaded,
+        _adapters_device,
         _environment,
         _quantization,
         _determinism,
         _canary,
+        _canary_steps,
+        _canary_prompts,
         _parsers,
         _prices,
         _breaker,

@@ -12,6 +12,7 @@ Exceptions:
 
 from __future__ import annotations
 
+from calendar import monthrange
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -58,6 +59,11 @@ class Schedule:
         )
         both = fields[2].startswith("*") or fields[4].startswith("*")
         return cls(minutes, hours, days, months, frozenset(day % 7 for day in weekdays), both)
+
+    @property
+    def ever_opens(self) -> bool:
+        """Whether there is a year with such a day."""
+        return not self.both_days or any(min(self.days) <= monthrange(2000, month)[1] for month in self.months)
 
     def opens_on(self, day: datetime) -> bool:
         """Whether it opens at all on that day."""

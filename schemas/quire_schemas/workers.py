@@ -292,6 +292,8 @@ class Counts(_Message):
     """That it has answered, of any kind."""
     refused: int = 0
     """Connections that it had no room for."""
+    teller: int = 0
+    """The number of the process that tells collectors for it; 0 where there is none."""
 
 
 class CountsFor(_Message):

@@ -24,14 +24,13 @@ import uvicorn
 from tests.clients.node import outcomes
 from tests.clients.server import STEP, TEXT, Server
 
-from quire.metering import Metering
 from quire.router import exchange
 from quire.router.app import build
 from quire.router.config import RouterConfig
 from quire.router.fleet import Fleet
 from quire.router.http import Protocol
-from quire.tracing import Tracing
-from quire_schemas import signals, wire
+from quire.router.telling import Teller
+from quire_schemas import wire
 
 THOUGHT: Final = f"<think>\n{TEXT}\n</think>\n\nDone."
 WORDS: Final = "naïve 你好 🦊🙂 — done"
@@ -64,18 +63,17 @@ async def _serve(
     folder: Path, routes: tuple[wire.ModelRoute, ...], server: list[uvicorn.Server], own: Any
 ) -> None:
     config = RouterConfig(control_socket="", snapshot_file=str(folder / "table.json"))
-    fleet, tracing = Fleet(folder / "table.json"), Tracing.set_up(signals.SERVICE_ROUTER)
+    fleet = Fleet(folder / "table.json")
     await fleet.apply(wire.RoutingTable(version=1, models=routes))
     while not all(served.ready for served in fleet.models.values()):
         await asyncio.sleep(0.01)
-    head = build(fleet, config, tracing, Metering())
+    head = build(fleet, config, Teller())
     server.append(uvicorn.Server(uvicorn.Config(head.asgi, http=Protocol, lifespan="off", log_config=None)))
     try:
         await server[0].serve(sockets=[own])
     finally:
         await head.executor.close()
         await fleet.close()
-        tracing.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,8 @@ def survive(platform: Platform, count: int, victims: Iterator[str], every: int) 
     return killed
 
 
+# in CI: tests/integration/test_router_batches.py, where engines and routers die
+@pytest.mark.nightly
 def test_each_line_is_answered_once_whoever_is_killed_meanwhile(platform: Platform) -> None:
     victims = ["router", "engine", "router", "control plane"]
     assert survive(platform, 100, iter(victims), 12) == victims

@@ -85,7 +85,7 @@ def test_changes_of_every_kind_alter_no_stream(platform: Platform) -> None:
     oracle = Oracle(platform.base_url("busy"), "busy", tokens=120)
     with oracle.clients(8) as clients:
         clients.wait_streaming()
-        for _ in range(times(2, 20)):
+        for _ in range(times(1, 20)):
             world.update()
         for _ in range(times(1, 5)):
             before = world.pids()
@@ -94,7 +94,7 @@ def test_changes_of_every_kind_alter_no_stream(platform: Platform) -> None:
             world.update()
         before = world.pids()
         for number in range(times(1, 10)):
-            for field in HOT:
+            for field in HOT[:: times(4, 1)]:
                 world.apply(hot=field.format(n=30 + number, policy=("priority", "fcfs")[number % 2]))
                 assert world.pids() == before, field
         world.apply()

@@ -124,6 +124,8 @@ def test_the_life_of_a_model(platform: Platform) -> None:
     assert re.fullmatch(r"[1-9]\d* plans, each as recorded\n", replayed.stdout), replayed
 
 
+# in CI: test_transcripts.py has the words, tests/integration/test_controlplane.py what is restarted and what not
+@pytest.mark.nightly
 def test_a_change_is_planned_as_it_is_done(platform: Platform) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     before = platform.json("get", "model/m")
@@ -150,7 +152,8 @@ def test_a_change_is_planned_as_it_is_done(platform: Platform) -> None:
     assert final["replicas"][0]["pid"] != before["replicas"][0]["pid"]
 
 
-def test_a_plan_of_something_new_shows_the_arithmetic(platform: Platform) -> None:
+def test_a_plan_of_something_new_shows_the_arithmetic(shared_platform: Platform) -> None:
+    platform = shared_platform
     planned = platform.run("plan", platform.manifests / "quickstart.yaml").stdout
     assert planned.startswith("model/quickstart  create")
     assert re.search(r"^  Memory   .*weights .* KV ", planned, re.M)
@@ -167,7 +170,8 @@ def test_a_plan_of_something_new_shows_the_arithmetic(platform: Platform) -> Non
     assert not platform.json("get")["items"], "a plan creates nothing"
 
 
-def test_a_large_model_is_planned_for_a_declared_machine(platform: Platform) -> None:
+def test_a_large_model_is_planned_for_a_declared_machine(shared_platform: Platform) -> None:
+    platform = shared_platform
     config = EXAMPLES / "llama-3.1-8b.config.json"
     devices = EXAMPLES / "one-l4.yaml"
     llama = platform.manifests / "llama.yaml"
@@ -218,7 +222,8 @@ def test_wrong_manifests_are_3_without_a_control_plane(platform: Platform) -> No
     assert not platform.state.root.exists()
 
 
-def test_what_only_the_machine_can_refuse(platform: Platform) -> None:
+def test_what_only_the_machine_can_refuse(shared_platform: Platform) -> None:
+    platform = shared_platform
     text = platform.model("x").read_text()
     checkpoint = platform.root / "mamba"
     platform.write("mamba/config.json", '{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
@@ -247,6 +252,8 @@ def test_what_only_the_machine_can_refuse(platform: Platform) -> None:
     assert not platform.json("get")["items"], "nothing was created"
 
 
+# in CI: tests/unit/schemas/test_manifest.py, tests/integration/test_controlplane.py
+@pytest.mark.nightly
 def test_two_manifests_that_claim_one_name(platform: Platform) -> None:
     text = platform.model("m").read_text()
     thief = text.replace("name: m", "name: thief") + "  servedModelNames: [other, m]\n"
@@ -319,6 +326,8 @@ def test_row_19_a_killed_control_plane_takes_nothing_with_it_and_the_next_comman
     assert platform.run("up").stdout.count("unchanged") == 2
 
 
+# in CI: test_transcripts.py has the commands; that what is served goes on, tests/integration/test_controlplane.py
+@pytest.mark.nightly
 def test_the_control_plane_alone_is_stopped_restarted_and_run_in_the_foreground(platform: Platform) -> None:
     platform.run("apply", platform.gateway, platform.model("m"))
     base, replica = platform.base_url("m"), platform.json("get", "model/m")["replicas"][0]

@@ -6,6 +6,7 @@ import re
 import subprocess
 from typing import TYPE_CHECKING
 
+import pytest
 from tests.e2e.conftest import COMMAND, ROOT
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def alike(line: str) -> str:
     return re.sub(r" {2,}", "  ", line).rstrip()
 
 
+# in CI: test_transcripts.py has what these commands print, tests/integration/test_rollouts.py what they do
+@pytest.mark.nightly
 def test_row_22_every_command_of_the_page_does_what_it_shows(platform: Platform) -> None:
     platform.run("apply", platform.gateway)
     (manifest,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

@@ -73,6 +73,8 @@ def condition(platform: Platform, model: str, kind: str) -> dict[str, Any]:
     return next(c for c in view["status"]["conditions"] if c["type"] == kind)
 
 
+# in CI: tests/integration/test_source_change.py, tests/unit/operators/test_fetch.py
+@pytest.mark.nightly
 def test_a_model_is_downloaded_survives_kill_9_and_is_served(at_hub: Platform, hub: Hub) -> None:
     """From an empty machine to a served model: planned before anything large is fetched, fetched with progress,
     gone on from after the control plane was killed, verified, pinned, listed, offline afterwards, pruned."""

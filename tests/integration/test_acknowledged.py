@@ -95,7 +95,7 @@ def test_no_acknowledged_manifest_is_lost_and_the_store_stays_whole(plane: Plane
         applier.start()
     rng = random.Random(7)
     try:
-        for _ in range(times(50, 500)):
+        for _ in range(times(10, 500)):
             time.sleep(rng.uniform(0.0, 0.3))
             plane.kill()
             plane.start()
@@ -147,7 +147,7 @@ def test_r02_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
     whole = [record for record in records(trace.read_bytes()) if not record.path.endswith("-shm")]
     assert {record.operation for record in whole} >= {WRITE, SYNC}
     rng = random.Random(2)
-    cuts = sorted(rng.sample(range(len(whole)), times(50, 1000)))
+    cuts = sorted(rng.sample(range(len(whole)), times(25, 1000)))
     disk, played, unsynced = Disk(), 0, 0
     for number, cut in enumerate(cuts):
         for record in whole[played:cut]:

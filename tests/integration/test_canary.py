@@ -95,8 +95,8 @@ def failure(plane: Plane, name: str, revision: int) -> str:
 
 def given_up(plane: Plane, name: str, revision: int) -> str:
     """Why a revision was given up, once it is."""
-    told = eventually(lambda: (why := failure(plane, name, revision)) != "None" and why, f"{revision} is given up")
-    return str(told)
+    eventually(lambda: states(plane.view(name)).get(revision) == "RolledBack", f"{revision} is given up")
+    return failure(plane, name, revision)
 
 
 def test_a_canary_that_does_as_well_takes_over_and_one_that_fails_is_given_up(plane: Plane) -> None:
@@ -291,6 +291,23 @@ def test_a_person_may_have_a_canary_take_over_that_has_not_passed_or_has_failed_
     plane.wait_stalled(name)
     plane.apply(kept(smoke("bcdf"), ROUND=3).replace("autoRollback: false", "autoRollback: true"))
     assert given_up(plane, name, third) == failed, "the field is hot: now it is given up"
+
+    down = plane.apply(kept(smoke("bcde"), ROUND=4, EXIT=78))["model/kept"]["revision"]
+    stalled = plane.wait_stalled(name)
+    assert stalled["reason"] == plane.condition(name, "RolledOut")["reason"] == "CanaryDown"
+    assert plane.condition(name, "RolledOut")["message"] == stalled["message"]
+    why = failure(plane, name, down)
+    assert why.startswith("ConfigRejected: kept-")
+    assert why in stalled["message"]
+    remedies = plane.view(name)["status"]["remedies"]
+    assert [line.split("   ")[0] for line in remedies if line.startswith("platform")] == [
+        f"platform {what} model/kept" for what in ("logs", "rollout retry", "rollout abort")
+    ]
+    with pytest.raises(Refused, match="does not serve yet"):
+        decide(plane, name, "promote", skipExam=True)
+
+    decide(plane, name, "abort", reason="seen")
+    assert given_up(plane, name, down) == f"aborted by ada: seen; it had failed: {why}"
 
     late = plane.apply(kept(smoke("bcde"), ROUND=5, LOAD=0.5, STEP=3600))["model/kept"]["revision"]
     with pytest.raises(Refused, match="does not serve yet"):

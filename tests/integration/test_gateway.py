@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -221,7 +222,7 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
     certify(authority, tmp_path)
     own_names = httpx.get(f"{plane.base_url.removesuffix('/v1')}/metrics").text
     tls = f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"
-    plane.apply(gateway(f"{tls}, metrics: {{compat: vllm}}"))
+    plane.apply(gateway(f"{tls}, metrics: {{compat: vllm}}, timeouts: {{head: 1s}}"))
     endpoints = settled(plane)["status"]["endpoints"]
     assert endpoints["openai"].startswith("https://127.0.0.1:")
     assert endpoints["certificate"] == f"{tmp_path}/cert.pem"
@@ -248,6 +249,14 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
         httpx.get(f"http://127.0.0.1:{url.port}/v1/models")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{endpoints['openai']}/models", timeout=10)  # nobody vouches for it
+    for path in ("nothing", "moderations"):  # refused while its body comes
+        assert (
+            httpx.post(f"{endpoints['openai']}/{path}", content=b"x" * 200_000, verify=context).status_code == 404
+        )
+    with socket.create_connection(("127.0.0.1", url.port), timeout=20) as silent:
+        began = time.monotonic()
+        assert silent.recv(1) == b"", "who begins no handshake is cut"
+        assert 0.5 < time.monotonic() - began < 10
     own = connection(endpoints["openai"], 10, endpoints["certificate"])
     own.request("GET", "/livez")
     assert own.getresponse().status == 200
@@ -256,6 +265,7 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
     before = shown(url.port)
     (tmp_path / "key.pem").write_bytes(trustme.CA().issue_cert("127.0.0.1").private_key_pem.bytes())
     eventually(lambda: "stays the old one" in plane.state.log("router").read_text(), "a pair that is none", 30)
+    assert "Traceback" not in plane.state.log("router").read_text()
     assert shown(url.port) == before
     certify(authority, tmp_path)
     eventually(lambda: shown(url.port or 0) != before, "the new certificate is shown", 30)

@@ -638,6 +638,11 @@ async def test_a_repository_names_no_file_of_this_machine(desk: Desk, remote: Re
         place = f"m.yaml:5:{35 + len(which) - 1}: spec.keys[0].valueFrom.{which}"
         said = "file" if which == "file" else "variable"
         assert desk.message() == f"{place}: a manifest of a repository names no {said} of this machine"
+        remote.write(m=f"{MODEL.replace('builtin://tiny', 'hf://a/b')}  sourceAuth: {{{which}: {value}}}\n")
+        remote.push()
+        await desk.sync()
+        told = f"spec.sourceAuth.{which}: a manifest of a repository names no {said} of this machine"
+        assert desk.message().endswith(told)
 
 
 POLICY = """\
@@ -916,7 +921,7 @@ STAND_IN = """\
 #!/bin/sh
 test -z "$QUIRE_SECRET" && test "$PATH" != /usr/bin || exit 9
 cd "$2" || exit 1
-test -f ../base/base.yaml || { echo "no base" >&2; exit 1; }
+test -f ../base/base.yaml || { echo "no $PWD/../base/base.yaml" >&2; exit 1; }
 while read -r line; do echo "$line"; done < ../base/base.yaml
 """
 """What the tests know of kustomize: it is called as `kustomize build FOLDER` and prints documents."""
@@ -943,9 +948,12 @@ async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote
     assert desk.names() == ["built"]
     assert desk.status()["objects"][0]["file"] == "over/kustomization.yaml (built)"
     for text, told in (
-        ("resources: ['http://127.0.0.1:1/x.yaml']\n", "names 'http://127.0.0.1:1/x.yaml'"),
-        ("resources: [github.com/a/b]\n", "names 'github.com/a/b'"),
-        ("transformers: [x.yaml]\n", "has transformers"),
+        (
+            "resources: ['http://127.0.0.1:1/x.yaml']\n",
+            "1:13: 'http://127.0.0.1:1/x.yaml' is refused: it names an",
+        ),
+        ("resources: [github.com/a/b]\n", "1:13: 'github.com/a/b' is refused: it names an address"),
+        ("transformers: [x.yaml]\n", "over/kustomization.yaml:1:1: transformers is refused"),
         ("a: !!python/name x\n", "over/kustomization.yaml:1:"),
     ):
         remote.write(over__kustomization=text)
@@ -957,7 +965,7 @@ async def test_a_folder_with_a_kustomization_is_built(desk: Desk, remote: Remote
     (remote.work / "base/base.yaml").unlink()
     remote.push()
     await desk.sync()
-    assert desk.message() == "kustomize: no base"
+    assert desk.message() == "kustomize: over: no over/../base/base.yaml"
     assert not list(desk.plane.state.git.rglob("build-*"))
 
 

@@ -195,7 +195,7 @@ async def test_no_request_of_the_described_shapes_is_answered_otherwise_than_des
 ) -> None:
     phases = "fuzzing" if EFFORT == 1 else "examples,coverage,fuzzing"
     await judge(
-        world, tmp_path, described(), f"--phases={phases}", f"--max-examples={times(15, 1000)}",
+        world, tmp_path, described(), f"--phases={phases}", f"--max-examples={times(5, 1000)}",
         "--exclude-checks=positive_data_acceptance",
     )  # fmt: skip
 

@@ -57,12 +57,14 @@ def reasons(plane: Plane, name: str) -> list[str]:
             {"EXIT": 1, "REASON": "none"},
             "CrashLoop: ",
             id="an engine that keeps ending",
+            marks=pytest.mark.nightly,  # in CI: tests/e2e/test_changes_under_load.py
         ),
         pytest.param(
             "  rollout: {progressDeadline: 1s}\n",
             {"REPEAT": 1},
             "ProgressDeadlineExceeded: ",
             id="an engine that does not get on",
+            marks=pytest.mark.nightly,  # in CI: tests/unit/operators/test_rollout.py, where a deadline is missed
         ),
     ],
 )
@@ -121,6 +123,10 @@ def test_without_auto_rollback_and_without_a_revision_to_go_back_to_a_failure_st
     plane.apply(model("first", "  rollout: {autoRollback: false}\n", EXIT=78))
     assert plane.wait_stalled("first")["reason"] == "ConfigRejected"
     assert plane.condition("first", "RolledOut")["reason"] == "Progressing"
+    newest, before = plane.view("first")["revisions"][:2]
+    assert newest["state"] == "Current"
+    assert newest["failure"].startswith("ConfigRejected: first-r"), "nothing was rolled back, and it has failed"
+    assert before["failure"] is None
     plane.delete("first")
 
 

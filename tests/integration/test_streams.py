@@ -291,6 +291,7 @@ async def _take_down(house: House, poison: dict[str, Any]) -> float:
     return took
 
 
+@pytest.mark.nightly  # in CI: tests/unit/engine/test_lease.py
 async def test_an_engine_to_which_nobody_speaks_leaves_and_says_so(short_folder: Path) -> None:
     """A control plane keeps it; one that is stopped, its connections open, does not."""
     replica = Replica(short_folder / "a", "a", adoption_window=1.5)

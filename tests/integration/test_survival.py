@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,9 @@ def test_a_crash_loop_writes_few_events_and_its_back_off_outlives_the_control_pl
 
     plane.apply(model("loop", SLOW, EXIT=3))
     eventually(lambda: plane.view("loop")["replicas"][0]["state"] == "Backoff", "it waits for an hour")
+    since, created = plane.view("loop")["replicas"][0]["since"], plane.view("loop")["createdAt"]
+    waited = datetime.fromisoformat(since) - datetime.fromisoformat(created)
+    assert waited.total_seconds() > 0.3, "since it waits, not since it was made"
     before = plane.view("loop")["replicas"][0]["incarnation"]
     time.sleep(0.5)
     before = plane.view("loop")["replicas"][0]["incarnation"]
@@ -253,7 +257,7 @@ def test_a_hundred_starts_and_stops_leave_nothing_behind(plane: Plane) -> None:
     eventually((plane.state.runtime / "router.sock").exists, "the router has its sockets")
     files, descriptors, children = sorted(plane.state.runtime.rglob("*")), own.num_fds(), own.children()
     shared = set(Path("/dev/shm").iterdir())
-    for _ in range(times(10, 100)):
+    for _ in range(times(4, 100)):
         plane.apply(running)
         pid = plane.wait_served("often")["replicas"][0]["pid"]
         plane.apply(stopped)

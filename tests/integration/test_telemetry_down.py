@@ -60,7 +60,9 @@ class Side:
 
     @property
     def rss(self) -> int:
-        return int(psutil.Process(self.world.process.pid).memory_info().rss)
+        """Of the router, and of the child that tells for it."""
+        router = psutil.Process(self.world.process.pid)
+        return sum(int(each.memory_info().rss) for each in (router, *router.children()))
 
     async def take(self, http: httpx.AsyncClient) -> None:
         async def one() -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tests.integration.otlp_collector import Collector, Span
 from tests.integration.router_world import World, a_world, end_world, eventually, make_world
@@ -340,6 +344,54 @@ async def test_a_request_that_waits_for_a_replica_says_so(world: World, collecto
     hold = next(phase for phase in collector.below(span) if phase.name == "hold")
     assert hold.end - hold.start > 0.1 * 1e9
     within(span, collector.below(span))
+
+
+# ── who tells it ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def teller_of(world: World) -> psutil.Process:
+    (found,) = [each for each in psutil.Process(world.process.pid).children() if "quire.teller" in each.cmdline()]
+    return found
+
+
+async def test_a_teller_that_is_killed_costs_no_answer_and_is_followed_by_another(
+    world: World, collector: Collector
+) -> None:
+    await world.serve(await world.engine())
+    first = teller_of(world)
+    assert first.nice() == 19
+    assert {Path(each.path).name for each in first.open_files()} <= {"router.log", "null"}
+    assert [each for each in first.net_connections("inet") if each.status == "LISTEN"] == []
+    assert (await world.metrics())["process_resident_memory_bytes"] > first.memory_info().rss
+    dropped = (await spans_at(world))[1:]
+    first.kill()
+    for _ in range(3):
+        assert (await post(world)).status_code == 200
+    await request_span(collector, 3)
+    second = teller_of(world)
+    assert second.pid != first.pid
+    assert (await spans_at(world))[1:] == dropped, "what ended meanwhile has waited"
+    log = (world.folder / "router.log").read_text()
+    assert f"the teller (pid {first.pid}) ended with -9; another one is started" in log
+
+    world.restart()
+    await asyncio.to_thread(second.wait, 10)
+    world.wait_until_up()
+
+
+def test_a_router_that_cannot_tell_what_it_is_asked_to_does_not_start(shared_world: World) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quire.router", str(shared_world.config_file)],
+        env={**os.environ, "OTEL_TRACES_EXPORTER": "carrier-pigeon"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 78
+    said = done.stderr.splitlines()
+    assert said[-2].startswith("error: the traces exporter 'carrier-pigeon'")
+    assert said[-1].startswith("    hint: ")
+    assert "router on http" not in done.stderr, "it has not served"
 
 
 # ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -38,7 +38,7 @@ def load_model(
     with its adapters, if there are any.
 
     `on_progress(done, total)` is called with bytes read of the files, at least every 64 MiB and at the end.
-    Raises `quire_schemas.checkpoint.CheckpointError` when the files do not hold what the profile says.
+    Raises `quire_schemas.checkpoint_files.CheckpointError` when the files do not hold what the profile says.
     """
     weights = Weights(model_dir, profile, dtype=dtype, device=device, on_progress=on_progress)
     method = linear_method(weights, kernels, quantization)

@@ -27,7 +27,7 @@ from quire_kernels import (
     Product,
     QuantizedWeight,
 )
-from quire_schemas.checkpoint import WrongTensors
+from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.wire import Quantization
 
 

@@ -68,6 +68,12 @@ def restore(file: Path, replace: bool) -> int:
     seat = None
     try:
         content = portable.read(file)
+    except portable.BadBackup as error:
+        raise CommandFailed(error.message, error.hint, ExitCode.FAILED) from error
+    except OSError as error:
+        why = f"cannot read {file}: {error.strerror or error}"
+        raise CommandFailed(why, "name a file that platform backup wrote", ExitCode.FAILED) from error
+    try:
         state.create()
         seat = Seat(state, os.environ, moving=True)
         lease = seat.take()

@@ -15,7 +15,7 @@ import click
 from quire.cli.change import read, run_apply
 from quire.cli.chat import Screen, Talk
 from quire.cli.outcome import CommandFailed, ExitCode, Interrupted, interruptible, spelled
-from quire.cli.render import curl_trust
+from quire.cli.render import curl_options
 from quire.cli.session import connect, seconds
 
 QUESTION = "What is PagedAttention?"
@@ -63,7 +63,7 @@ def next_commands(endpoints: Mapping[str, Any], name: str, manifest: str) -> lis
         f"platform describe model/{name}",
         f"platform plan {manifest}",
         f"platform logs model/{name}",
-        f"curl -s{curl_trust(endpoints)} {endpoints['openai']}/models",
+        f"curl -s{curl_options(endpoints)} {endpoints['openai']}/models",
         "platform down",
     ]
 

@@ -791,10 +791,11 @@ def progress_line(view: View, width: int, waits: str | None = None) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def curl_trust(endpoints: View) -> str:
-    """What curl is to be told of the certificate, if there is one."""
+def curl_options(endpoints: View) -> str:
+    """What curl is to be told of the certificate and of a key, where there is one and the other."""
     certificate = endpoints.get("certificate")
-    return "" if certificate is None else f" --cacert {shlex.quote(certificate)}"
+    trust = "" if certificate is None else f" --cacert {shlex.quote(certificate)}"
+    return trust + (' -H "authorization: Bearer $KEY"' if endpoints.get("keys") else "")
 
 
 def endpoint_lines(views: Sequence[View]) -> list[str]:
@@ -806,10 +807,11 @@ def endpoint_lines(views: Sequence[View]) -> list[str]:
                 {"model": endpoints["modelNames"][0], "messages": [{"role": "user", "content": "hi"}]},
                 separators=(",", ":"),
             )
-            trust = curl_trust(endpoints)
+            keys = " (with a key of an AccessPolicy, here in $KEY)" if endpoints.get("keys") else ""
+            url = f"{endpoints['openai']}/chat/completions"
             return [
-                f"Base URL {endpoints['openai']}",
-                f"  curl -s{trust} {endpoints['openai']}/chat/completions -H 'content-type: application/json' \\",
+                f"Base URL {endpoints['openai']}{keys}",
+                f"  curl -s{curl_options(endpoints)} {url} -H 'content-type: application/json' \\",
                 f"    -d '{body}'",
             ]
     return []

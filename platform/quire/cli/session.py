@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import click
 
@@ -33,7 +36,39 @@ def notice(line: str) -> None:
 
 def connect(*, start: bool = True, wakes: bool = False) -> Client:
     """The client of this user's control plane; nothing is connected yet. `wakes`: also after `platform down`."""
-    return Client(StateDir.default(), start=start, wakes=wakes, notice=notice)
+    client = Client(StateDir.default(), start=start, wakes=wakes, notice=notice)
+    if os.environ.get("QUIRE_DATABASE"):
+        _tell_of_another_store(client)
+    return client
+
+
+def _tell_of_another_store(client: Client) -> None:
+    """Say, once a command, that QUIRE_DATABASE is not what the control plane that runs goes by."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.meta.get("quire.database.told") or not client.is_running():
+        return
+    context.meta["quire.database.told"] = True
+    if _is_plainly_noted(client.state, os.environ["QUIRE_DATABASE"]):
+        return
+    from quire_operators import whereabouts
+    from quire_operators.sqlite import UnusableStore
+
+    try:
+        why = whereabouts.otherwise(client.state, os.environ)
+    except UnusableStore:  # what is kept of it cannot be read: for whoever is started next to say
+        return
+    if why is not None:
+        notice(f"control plane  {why}. The variable counts for one that is started, not for this one")
+
+
+def _is_plainly_noted(state: StateDir, address: str) -> bool:
+    """Whether a state directory keeps to the database of this address, where that can be told without the library
+    that knows all of an address: its import would cost every command."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept, parts = json.loads(state.database.read_text())["database"], urlsplit(address.strip())
+        port = f":{parts.port}" if parts.port else ""
+        return bool(kept == f"postgresql://{parts.hostname}{port}{parts.path}")
+    return False
 
 
 def asks_for_traces() -> bool:
@@ -56,7 +91,7 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> fl
 def complete_objects(ctx: object, param: object, incomplete: str) -> list[str]:
     """Names of objects for a shell that completes a word; none while no control plane answers."""
     try:
-        items = connect(start=False).get("/v1/objects")["items"]
+        items = Client(StateDir.default(), start=False).get("/v1/objects")["items"]
     except ClientError:
         return []
     names = [f"{item['kind'].lower()}/{item['name']}" for item in items]

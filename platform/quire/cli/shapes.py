@@ -34,6 +34,7 @@ class Endpoints(TypedDict):
     certificate: NotRequired[Annotated[str, "File of the certificate to trust, where the API speaks https."]]
     modelNames: NotRequired[Annotated[list[str], "Of a model: the names it is asked for by."]]
     unavailable: NotRequired[Annotated[str, "Why nothing answers there now."]]
+    keys: NotRequired[Annotated[bool, "There, where requests need a key: there is an AccessPolicy."]]
 
 
 class Gate(TypedDict):

@@ -172,6 +172,8 @@ def logs(
     """Print a log: a model's engines', the control plane's or the router's."""
     if previous and (follow or name == "controlplane"):
         usage_error("--previous is for engines and the router, and nothing follows there", "leave one of them out")
+    if replica is not None and name in ("controlplane", "router"):
+        usage_error(f"{name} has no replicas", "--replica is for a model's engines: leave it out")
     if "/" not in name and name not in ("controlplane", "router"):
         usage_error(f"{name!r} has no log", f"model/{name} for that of a model, or one of controlplane and router")
     asked = name if "/" not in name else object_path(name)[0]

@@ -11,7 +11,7 @@ import click
 
 from quire.cli import render
 from quire.cli.outcome import ExitCode, usage_error
-from quire.cli.session import connect, seconds
+from quire.cli.session import connect
 
 COLUMNS = ("day", "policy", "key", "model")
 TOKENS = {
@@ -35,8 +35,7 @@ BUDGETS = ("POLICY", "KEY", "BUDGET", "UNIT", "SIZE", "SPENT", "LEFT", "STATE", 
     "--since", default="30d", show_default=True, help="A day such as 2027-01-31, or a time back from now."
 )
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.pass_context
-def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> int:
+def usage(by: tuple[str, ...], since: str, output: str) -> int:
     """Tell who has used how much: requests, the tokens of prompts and answers, and what they cost. Below it, how
     the budgets of AccessPolicies stand now, whatever the options say.
 
@@ -44,7 +43,7 @@ def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> i
     time. Days are those of UTC; what came in the last seconds is included. Keys and policies that are no more are
     still there."""
     columns = [name for name in COLUMNS if name in (by or ("policy", "key", "model"))]
-    answer = connect().get("/v1/usage", since=_day(ctx, since), by=",".join(columns))
+    answer = connect().get("/v1/usage", since=_day(since), by=",".join(columns))
     if output == "json":
         render.dump(answer, output, "UsageList")
         return ExitCode.OK
@@ -66,14 +65,19 @@ def usage(ctx: click.Context, by: tuple[str, ...], since: str, output: str) -> i
     return ExitCode.OK
 
 
-def _day(ctx: click.Context, since: str) -> str:
+def _day(since: str) -> str:
     """The first day that is meant, in UTC."""
+    from quire_schemas.quantities import BadQuantity, parse_duration
+
     if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", since):
         try:
             time.strptime(since, "%Y-%m-%d")
         except ValueError:
             usage_error(f"{since} is no day", "write it as 2027-01-31")
         return since
-    option = next(each for each in ctx.command.params if each.name == "since")
-    back = seconds(ctx, option, since) or 0.0
+    try:
+        back = parse_duration(since)
+    except BadQuantity:
+        hint = "a day such as 2027-01-31, or a time back from now such as 12h or 30d"
+        usage_error(f"--since {since!r} is neither a day nor a time", hint)
     return time.strftime("%Y-%m-%d", time.gmtime(max(time.time() - back, 0)))

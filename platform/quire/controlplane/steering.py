@@ -95,8 +95,9 @@ class Steering:
             self._end(wanted, Kind.SCALE)
             return "Scaled", f"as many replicas as the manifest says: {declared}"
         if not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS:
-            text = f"replicas is a whole number from 0 to {MAX_REPLICAS}, or null for what the manifest says"
-            raise ApiError(400, "bad_request", text, exit_code=2)
+            text = f"replicas is a whole number from 0 to {MAX_REPLICAS}"
+            hint = f"platform scale {wanted.stored.key} --reset goes by the manifest"
+            raise ApiError(400, "bad_request", text, hint, exit_code=2)
         placement = Placement.from_dict(wanted.revision.placement)
         most = most_replicas(wanted.stored.resolved, placement, self._plane.inventory())
         if replicas > most:
@@ -150,9 +151,8 @@ class Steering:
         tried, skips = self._canary(wanted), body.get("skipExam", False)
         if not isinstance(skips, bool):
             raise ApiError(400, "bad_request", "skipExam is true or false", exit_code=2)
-        if tried.stage is None:
-            self._check_may_take_over(wanted, tried, skips=skips)
-        elif tried.stage.failed and not tried.stage.examined:
+        self._check_serves(wanted, tried)
+        if tried.stage is None or (tried.stage.failed and not tried.stage.examined):
             self._check_exam(wanted, tried, skips=skips)
         at = self._plane.store.clock()
         by, why = text_of(body, "by") or "the admin API", text_of(body, "reason")
@@ -165,14 +165,15 @@ class Steering:
             text += ", and without having passed its exam"
         return "CanaryPromoted", text
 
-    def _check_may_take_over(self, wanted: Effective, tried: Canary, *, skips: bool) -> None:
-        """Of a canary before its first step. Raises `ApiError`."""
+    def _check_serves(self, wanted: Effective, tried: Canary) -> None:
+        """Nothing that cannot answer takes over. Raises `ApiError`."""
         key, n = wanted.stored.key, tried.revision.n
         if not self._plane.models.serving(key.name, tried.revision.template_hash):
-            text = f"revision {n} does not serve yet"
-            hint = f"platform rollout status {key} shows what it waits for"
+            text = (
+                f"revision {n} does not serve yet" if tried.stage is None else f"revision {n} does not serve now"
+            )
+            hint = f"platform rollout status {key} shows what it waits for, or why it fails"
             raise ApiError(409, "conflict", text, hint, exit_code=5)
-        self._check_exam(wanted, tried, skips=skips)
 
     def _check_exam(self, wanted: Effective, tried: Canary, *, skips: bool) -> None:
         """Of a canary that has not passed one. Raises `ApiError`."""
@@ -191,7 +192,10 @@ class Steering:
         override = Override(
             Kind.QUARANTINE, by, self._plane.store.clock(), why, revision=n, template_hash=template
         )
+        told = self._plane.store.status(wanted.stored.uid).get("rollout", {}).get("canary") or {}
         failure = f"aborted by {by}" + (f": {why}" if why else "")
+        if told.get("revision") == n and told.get("failure"):
+            failure += f"; it had failed: {told['failure']}"
         self._plane.store.set_override(wanted.stored.uid, override, failed=(n, failure))
         return (
             "CanaryAborted",

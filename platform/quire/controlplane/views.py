@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -80,7 +81,7 @@ class Views:
     def _default_gateway(self) -> dict[str, Any]:
         """The gateway that there is without a manifest: generation 0, never created."""
         report = self._plane.gateway.status((), 0)
-        self._tell_unavailable(report)
+        self._tell_of_endpoints(report)
         return {
             "kind": GATEWAY.kind,
             "name": GATEWAY.name,
@@ -94,18 +95,23 @@ class Views:
             "revisions": [],
         }
 
-    def _tell_unavailable(self, report: dict[str, Any]) -> None:
-        """Say in a status why its endpoints cannot be reached now, whatever was true when it was written."""
+    def _tell_of_endpoints(self, report: dict[str, Any]) -> None:
+        """Say in a status why its endpoints cannot be reached now, and whether they take keys, whatever was true
+        when it was written."""
         why = self._plane.gateway.unavailable()
-        if why is not None and "endpoints" in report:
+        if "endpoints" not in report:
+            return
+        if why is not None:
             report["endpoints"] = {**report["endpoints"], "unavailable": why}
+        if self._plane.store.objects("accesspolicy"):
+            report["endpoints"] = {**report["endpoints"], "keys": True}
 
     def of(self, stored: StoredObject) -> dict[str, Any]:
         """An object with its status, replicas and revisions."""
         report = self._plane.store.status(stored.uid)
         if stored.key == GATEWAY and not report:  # its first pass is not over
             report = self._plane.gateway.status((), 0)
-        self._tell_unavailable(report)
+        self._tell_of_endpoints(report)
         replicas = report.pop("replicaList", [])
         for name in ("signature", "progressAt"):
             report.pop(name, None)
@@ -119,7 +125,7 @@ class Views:
             "deleting": stored.deletion_time is not None,
             "status": report,
             "replicas": [{**item, "since": self._shown(item["since"])} for item in replicas],
-            "revisions": self._revisions(stored),
+            "revisions": self._revisions(stored, report),
             "inForce": self._in_force(stored),
             "managedBy": self._managed_by(stored),
         }
@@ -142,13 +148,18 @@ class Views:
         """A time of the store for people."""
         return status.timestamp(on_the_wall(at, self._plane.store.clock))
 
-    def _revisions(self, stored: StoredObject) -> list[dict[str, Any]]:
+    def _revisions(self, stored: StoredObject, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All kept revisions, newest first, each with where it stands: `Current` is what the manifest says,
-        `Pinned` or `Stable` what serves instead of it."""
+        `Pinned` or `Stable` what serves instead of it. `report` tells of one that failed and is kept."""
         if stored.revision is None:
             return []
         wanted = self._plane.models.effective(stored)
         alive = {row.revision for row in self._plane.store.replicas(stored.key.name)}
+        tried = report.get("rollout", {}).get("canary") or {}
+        conditions = report.get("conditions", ())
+        stalled = next(
+            (each for each in conditions if (each["type"], each["status"]) == ("Stalled", "True")), None
+        )
 
         def state(revision: Revision) -> str:
             if revision.n == wanted.revision.n and wanted.is_newest:
@@ -165,6 +176,13 @@ class Views:
                 return "Leaving"
             return "Old" if revision.stable_at is not None else "NeverRolledOut"
 
+        def failure(revision: Revision) -> str | None:
+            if revision.n == tried.get("revision"):
+                return cast(str | None, tried.get("failure"))
+            if stalled is not None and not tried and state(revision) == "Current":
+                return f"{stalled['reason']}: {stalled['message']}"
+            return revision.failure
+
         return [
             {
                 "revision": revision.n,
@@ -173,7 +191,7 @@ class Views:
                 "cause": revision.cause,
                 "createdAt": self._shown(revision.created_at),
                 "stableAt": None if revision.stable_at is None else self._shown(revision.stable_at),
-                "failure": revision.failure,
+                "failure": failure(revision),
                 "loadSeconds": revision.load_seconds,
             }
             for revision in self._plane.store.revisions(stored.uid)
@@ -248,6 +266,10 @@ class Views:
                 raise not_found(key)
             files = [(path.stem, path) for path in sorted(folder.glob("*.log"))]
             if replica is not None:
+                known = {stem for stem, _ in files} | {row.id for row in self._plane.store.replicas(key.name)}
+                if replica not in known:
+                    hint = f"there are {', '.join(sorted(known))}" if known else "platform get replicas"
+                    raise ApiError(404, "not_found", f"{key} has no replica {replica[:80]!r}", hint, exit_code=8)
                 files = [(stem, path) for stem, path in files if stem == replica]
         found = [
             _read_log(source, path, tail, offset, previous, since) for source, path in files if path.is_file()

@@ -30,7 +30,6 @@ from pathlib import Path
 gc.disable()  # nothing of what is imported is garbage, and the search for it takes a tenth of the start
 
 from quire.doors import raise_limit
-from quire.metering import Metering
 from quire.router import config as configuration
 from quire.router.access import Access
 from quire.router.app import build
@@ -49,11 +48,11 @@ from quire.router.server import (
     prepare,
     until_told,
 )
+from quire.router.telling import Teller
 from quire.router.tls import Certificate
 from quire.router.worker import work
-from quire.tracing import BadTelemetry, Tracing, shut_down
+from quire.tracing import BadTelemetry
 from quire_operators.certificates import BadCertificate
-from quire_schemas import signals
 
 log = logging.getLogger("quire.router")
 EX_CONFIG = 78
@@ -62,17 +61,17 @@ EX_CONFIG = 78
 async def serve(
     config: configuration.RouterConfig,
     listening: socket.socket,
-    tracing: Tracing,
-    metering: Metering,
+    teller: Teller,
     status_fd: int | None,
     command: Sequence[str],
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace. Other workers are
-    started by `command`, and what tells them who they are."""
+    started by `command`, and what tells them who they are. Raises `BadTelemetry` and `BadCertificate`."""
+    teller.start()
     listening = door = prepare(listening, plain=config.tls is None)
-    board = Board.new() if config.workers > 1 else None
+    board = Board.new() if config.workers > 1 or config.tls is not None else None
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
-    head = build(fleet, config, tracing, metering, lambda: crew.scrape())
+    head = build(fleet, config, teller, lambda: crew.scrape())
     await fleet.load_snapshot()
     fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     certificate = None if config.tls is None else Certificate(config.tls)
@@ -104,6 +103,7 @@ async def serve(
         head.executor.drain()
         crew.finish(grace)
 
+    await teller.begun()
     server = Server(options(head.asgi, fleet, certificate), config.shutdown_grace, begins, begins_to_end, board)
     heed(server)  # before anybody can know that it is there, and end it
     crew.own_requests = lambda: server.requests
@@ -122,6 +122,7 @@ async def serve(
         await head.executor.close()
         await head.examiner.close()
         await fleet.close()
+        await teller.close()
         deaf()
 
 
@@ -138,7 +139,8 @@ def main(arguments: list[str]) -> int:
         given = parser.parse_args(arguments)
     except SystemExit as end:
         return EX_CONFIG if end.code else 0
-    who = "" if given.worker is None else f" worker {given.worker}:"
+    name = "" if given.worker is None else f"worker {given.worker}"
+    who = f" {name}:" if name else ""
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s:{who} %(message)s", stream=sys.stderr
     )
@@ -152,9 +154,7 @@ def main(arguments: list[str]) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         config = configuration.load(given.config)
-        tracing = Tracing.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
-        metering = Metering.set_up(signals.SERVICE_ROUTER, declared=config.telemetry)
-    except (configuration.BadRouterConfig, BadTelemetry) as error:
+    except configuration.BadRouterConfig as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG
     raise_limit()
@@ -166,18 +166,20 @@ def main(arguments: list[str]) -> int:
             "    hint: another process has the port; choose one in the Gateway's spec.port\n"
         )
         return 1
+    interpreter = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]]
+    teller = Teller.of(config.telemetry, who=name, command=[*interpreter[:-1], "quire.teller"])
     try:
         if given.worker is not None:
             line, board = socket.socket(fileno=given.line_fd), Board(given.board_fd, given.worker)
-            asyncio.run(work(config, listening, line, board, tracing, metering))
+            asyncio.run(work(config, listening, line, board, teller))
             return 0
-        command = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)], str(given.config)]
-        asyncio.run(serve(config, listening, tracing, metering, given.status_fd, command))
+        asyncio.run(serve(config, listening, teller, given.status_fd, [*interpreter, str(given.config)]))
+    except BadTelemetry as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EX_CONFIG
     except BadCertificate as error:  # not EX_CONFIG: the files may be mended, and then another try does
         sys.stderr.write(f"error: {error}\n    hint: they are named in the Gateway's spec.tls\n")
         return 1
-    finally:
-        shut_down(tracing.provider, metering.provider)
     return 0
 
 

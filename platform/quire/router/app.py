@@ -15,7 +15,6 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
-from quire.metering import Metering
 from quire.router import openapi
 from quire.router.access import ANY, NO_KEY, authorize, may_have, visit_of
 from quire.router.account import AccessLog
@@ -46,8 +45,8 @@ from quire.router.proof import Prover
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpans
 from quire.router.store import Store
+from quire.router.telling import Teller
 from quire.router.usage import Usage
-from quire.tracing import Tracing
 from quire_operators.nvml import Watch
 from quire_schemas.wire import METRICS
 
@@ -79,13 +78,11 @@ Scrape = Callable[[], Awaitable[bytes]]
 """Gives what `/metrics` answers."""
 
 
-def build(
-    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering, scrape: Scrape | None = None
-) -> Head:
+def build(fleet: Fleet, config: RouterConfig, teller: Teller, scrape: Scrape | None = None) -> Head:
     """The application that serves `fleet`, and owns what all workers share; it works off batches once its executor
     is started. `scrape` asks all workers, where there are several.
     """
-    fleet.metrics.watch(tracing.counts)
+    fleet.metrics.watch(teller.counts, lambda: teller.pid)
     fleet.metrics.watch_store(config.store)
     if config.metrics_compat == "vllm":
         fleet.metrics.add_vllm_names()
@@ -96,7 +93,7 @@ def build(
     usage = Usage(store, budgets=fleet.access.limiter.budgets)
     fleet.metrics.watch_budgets(fleet.access.limiter.all_budgets)
     fleet.access.read_spending = usage.read_for_budgets
-    gateway, spans = Gateway(fleet, desk, usage), RequestSpans(tracing, metering)
+    gateway, spans = Gateway(fleet, desk, usage), RequestSpans(teller)
     kept, answered = Files(store), Responses(store)
     stored = Batches(store, kept)
     batched = _batched(gateway, answered)
@@ -127,13 +124,11 @@ def build(
     return Head(guard, store, desk, executor, usage, background, Examiner(fleet), look)
 
 
-def build_worker(
-    fleet: Fleet, config: RouterConfig, tracing: Tracing, metering: Metering, head: FarHead
-) -> Application:
+def build_worker(fleet: Fleet, config: RouterConfig, teller: Teller, head: FarHead) -> Application:
     """The application of another worker, which asks `head` for what all share."""
-    fleet.metrics.watch(tracing.counts)
+    fleet.metrics.watch(teller.counts, lambda: teller.pid)
     store = Store(config.store)
-    gateway, spans = Gateway(fleet, head.desk, head), RequestSpans(tracing, metering)
+    gateway, spans = Gateway(fleet, head.desk, head), RequestSpans(teller)
     kept, answered = Files(store), Responses(store)
     batched = _batched(gateway, answered)
 

@@ -138,8 +138,8 @@ class Crew:
         fleet: Fleet,
         head: Head,
     ) -> None:
-        """`listening` is the socket that all take connections from, `board` is there where there are several, and
-        `head` is the application of this process."""
+        """`listening` is the socket that all take connections from, `board` is there where there may be others,
+        and `head` is the application of this process."""
         self._many = count
         self._command = command
         self._listening = listening

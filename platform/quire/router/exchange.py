@@ -38,6 +38,7 @@ from quire.errors import (
     TimedOut,
     failure_of,
 )
+from quire.router.account import Account
 from quire.router.budgets import Amount, most
 from quire.router.fleet import ServedModel
 from quire.router.formats import Format
@@ -151,7 +152,8 @@ class Exchange(Reception, Generic[R]):
         """Have it answered by this model. `times` are those of its arrival and of its beginning there."""
         arrived_at, begun_at = times
         self._serves(served, request.model, span, self._adapter)
-        span.set({signals.QUIRE_ROUTE: way.terms.route or None})
+        if way.terms.route:
+            span.set({signals.QUIRE_ROUTE: way.terms.route})
         terms = way.terms.patient() if self._background else way.terms
         sequences, owner = self._format.sequences(request), self._caller.owner
         async with self._gateway.desk.admitted(served, sequences, owner, background=self._background):
@@ -160,12 +162,11 @@ class Exchange(Reception, Generic[R]):
             await self._ticket.reserve(most(job.prompt_tokens, job.most_tokens, served.route.prices))
             run = Run(self._gateway.fleet, self._gateway.desk, job, self._received_at)
             self._runs.append(run)
-            if span.is_recorded:
-                span.set(_request_attributes(run.job))
             metrics = self._gateway.fleet.metrics.model(job.target)
             metrics.in_flight.inc()
             self._refused = False
             end: Literal["whole", "failed", "left"] = "left"
+            reasons: list[str] | None = None
             try:
                 if job.stream:
                     reasons = await self._send_stream(request, run, send)
@@ -181,10 +182,9 @@ class Exchange(Reception, Generic[R]):
                     self._gateway.desk.compare(served, run.fared(end))
                 metrics.in_flight.dec()
                 self._ticket.used += run.prompt_tokens + run.completion_tokens
-                if span.is_recorded:
-                    span.set(_answer_attributes(run))
                 self._tell(run)
-            span.set({signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons})
+                if span.is_recorded:
+                    span.set(_attributes(run, self._account, reasons))
             return next((reason for reason in ("length", "repetition") if reason in reasons), "stop")
 
     def _tell(self, run: Run) -> None:
@@ -329,45 +329,41 @@ def usage_of(run: Run) -> Usage:
     )
 
 
-def _request_attributes(job: Job) -> dict[str, Any]:
-    """What was asked for, as it is carried out. Stop strings are left out: they are text."""
-    sampling = job.sampling
+def _attributes(run: Run, account: Account, reasons: list[str] | None) -> dict[str, Any]:
+    """What was asked for, as it was carried out, and what came of it. Stop strings are left out: they are text."""
+    job, sampling = run.job, run.job.sampling
     if job.pooling is not None:
         embeds = job.operation == "embeddings"
-        return {
+        asked: dict[str, Any] = {
             signals.GEN_AI_REQUEST_ENCODINGS: ["base64" if job.as_base64 else "float"] if embeds else None,
             signals.GEN_AI_EMBEDDINGS_DIMENSIONS: job.pooling.dimensions,
-            signals.GEN_AI_RESPONSE_ID: job.id,
-            signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
         }
-    structured = sampling.structured
+    else:
+        structured = sampling.structured
+        asked = {
+            signals.GEN_AI_OUTPUT_TYPE: (
+                "json" if structured is not None and structured.kind == "json_schema" else None
+            ),
+            signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
+            signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
+            signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
+            signals.GEN_AI_REQUEST_TOP_K: sampling.top_k or None,
+            signals.GEN_AI_REQUEST_SEED: sampling.seed,
+            signals.GEN_AI_REQUEST_FREQUENCY_PENALTY: sampling.frequency_penalty or None,
+            signals.GEN_AI_REQUEST_PRESENCE_PENALTY: sampling.presence_penalty or None,
+            signals.GEN_AI_REQUEST_CHOICES: job.n if job.n != 1 else None,
+            signals.GEN_AI_REQUEST_STREAM: job.stream or None,
+        }
     return {
-        signals.GEN_AI_OUTPUT_TYPE: (
-            "json" if structured is not None and structured.kind == "json_schema" else None
-        ),
-        signals.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
-        signals.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
-        signals.GEN_AI_REQUEST_TOP_P: sampling.top_p,
-        signals.GEN_AI_REQUEST_TOP_K: sampling.top_k or None,
-        signals.GEN_AI_REQUEST_SEED: sampling.seed,
-        signals.GEN_AI_REQUEST_FREQUENCY_PENALTY: sampling.frequency_penalty or None,
-        signals.GEN_AI_REQUEST_PRESENCE_PENALTY: sampling.presence_penalty or None,
-        signals.GEN_AI_REQUEST_CHOICES: job.n if job.n != 1 else None,
-        signals.GEN_AI_REQUEST_STREAM: job.stream or None,
+        **asked,
         signals.GEN_AI_RESPONSE_ID: job.id,
+        signals.GEN_AI_RESPONSE_FINISH_REASONS: reasons,
         signals.GEN_AI_USAGE_INPUT_TOKENS: job.prompt_tokens,
-    }
-
-
-def _answer_attributes(run: Run) -> dict[str, Any]:
-    first = run.first_token_at
-    until_first = first - run.job.arrived_at if first is not None else None
-    return {
-        signals.GEN_AI_USAGE_OUTPUT_TOKENS: run.completion_tokens,
-        signals.GEN_AI_USAGE_CACHE_READ: run.cached_tokens,
+        signals.GEN_AI_USAGE_OUTPUT_TOKENS: account.completion_tokens,
+        signals.GEN_AI_USAGE_CACHE_READ: account.cached_tokens,
         signals.GEN_AI_USAGE_REASONING: run.reasoning_tokens or None,
-        signals.GEN_AI_TIME_TO_FIRST_TOKEN: until_first,
-        signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: until_first if run.job.stream else None,
+        signals.GEN_AI_TIME_TO_FIRST_TOKEN: account.first_token,
+        signals.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: account.first_token if job.stream else None,
     }
 
 

@@ -337,6 +337,8 @@ class Protocol(asyncio.Protocol):
     def shut(self) -> None:
         """Close once what is written is out, for which the client has as long as for reading on."""
         self._ends = True
+        if self.transport.is_closing():
+            return  # who lingered has left meanwhile; and that of TLS can be closed once only
         self.transport.close()
         # TLS waits half a minute for the other side's goodbye, which a client with nothing to ask never reads.
         is_tls = self.transport.get_extra_info("ssl_object") is not None

@@ -14,16 +14,16 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from quire_schemas import wire, workers
+from quire_schemas import telling, wire, workers
 
 Out = TypeVar("Out", bound=msgspec.Struct)
 In = TypeVar("In")
 
 
 def version() -> str:
-    """What is spoken over a line by what is installed: the product's version, and the shapes of all messages. Two
-    processes that were started from different ones do not understand each other."""
-    shapes = b"".join(Path(inspect.getfile(module)).read_bytes() for module in (wire, workers))
+    """What is spoken over a line, and to a teller, by what is installed: the product's version, and the
+    shapes of all messages. Two processes that were started from different ones do not understand each other."""
+    shapes = b"".join(Path(inspect.getfile(module)).read_bytes() for module in (wire, workers, telling))
     return f"{importlib.metadata.version('quire')}-{hashlib.sha256(shapes).hexdigest()[:16]}"
 
 

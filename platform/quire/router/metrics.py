@@ -245,6 +245,7 @@ class Metrics:
         """What workers had counted that are gone."""
         self._spans: Spans | None = None
         self._refused: Callable[[], int] = lambda: 0
+        self._teller: Callable[[], int] = lambda: 0
         self._shown = _Shown(self._models, {}, {})
         self._look_at_budgets: Callable[[], Iterable[wire.BudgetStanding]] = tuple
         self._budgets: tuple[wire.BudgetStanding, ...] = ()
@@ -287,9 +288,10 @@ class Metrics:
         """From now on show what has a name in vLLM under that, too."""
         self._told.in_vllm_too = True
 
-    def watch(self, spans: Spans) -> None:
-        """Show what becomes of the router's spans."""
-        self._spans = spans
+    def watch(self, spans: Spans, teller: Callable[[], int] = lambda: 0) -> None:
+        """Show what becomes of the router's spans, and count in the process with this number, which tells of them;
+        0 is none."""
+        self._spans, self._teller = spans, teller
         self._registry.register(_Spans(lambda: self._shown.spans))
 
     def watch_gpus(self, watch: Watch) -> None:
@@ -323,6 +325,7 @@ class Metrics:
             {} if spans is None else dict([(_EXPORTED, spans.exported), *spans.dropped().items()]),
             requests,
             self._refused(),
+            self._teller(),
         )
 
     def bury(self, counts: Counts) -> None:
@@ -348,6 +351,7 @@ class Metrics:
         with self._rendering:
             if not others and not self._gone.models:
                 here = self.counts(values=False)
+                pids = [each for each in (*pids, here.teller) if each]
                 self._shown = _Shown(self._models, dict(here.routes), here.spans, pids, here.refused)
                 return generate_latest(self._registry)
             every = [self.counts(), self._gone, *others]
@@ -357,6 +361,7 @@ class Metrics:
                 routes.update({key: value for key, value in each.routes if key in self._of_routes})
                 spans.update(each.spans)
             refused = sum(each.refused for each in every)
+            pids = [*pids, *(each.teller for each in every if each.teller)]
             self._shown = _Shown(self._added({}, every), routes, spans, pids, refused)
             return generate_latest(self._registry)
 

@@ -41,7 +41,6 @@ from quire.router.http import GONE
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
-from quire_schemas import signals
 from quire_schemas.openai.body import BadRequest, BadStandIn, NoThreads
 from quire_schemas.wire import HttpSettings
 
@@ -101,7 +100,7 @@ class Reception:
         visit.limited = True
         self._headers = list(scope["headers"])
         headers = dict(self._headers)
-        span = self._spans.start(self._operation, scope["headers"], scope["path"], scope["server"])
+        span = self._spans.start(self._operation, self._headers, scope["path"], scope["server"])
         account.trace_id = span.trace_id
         finish, failure, status = "error", "internal_error", 500
         try:
@@ -144,8 +143,7 @@ class Reception:
             account.total = now - arrived_at
             self._spans.measure(account)
             sent = 200 if self._stream is not None else status or None
-            span.set({signals.GEN_AI_E2E: now - arrived_at, signals.HTTP_STATUS: sent})
-            span.end(now, failure or None, failed=status >= 500)
+            span.end(now, failure or None, failed=status >= 500, status=sent)
 
     async def _answer(self, body: bytes, arrived_at: float, span: RequestSpan, send: Send) -> str:
         """Do the work and send the answer; gives the word by which the request is counted."""
@@ -160,8 +158,7 @@ class Reception:
         """Note which model, with which adapter, the request is for, and the name that it has for it."""
         self._model = self._account.model = served.target(adapter)
         self._account.asked = asked
-        span.name(self._operation, asked)
-        span.set({signals.GEN_AI_REQUEST_MODEL: asked, signals.GEN_AI_RESPONSE_MODEL: self._model})
+        span.name(asked, self._model)
 
     async def _fail(self, send: Send, error: Exception) -> None:
         """Answer with the error; in a stream that has begun, as its one error event.

@@ -47,8 +47,7 @@ from quire.router.engine_client import EngineClient, NotConnected
 from quire.router.fleet import Fleet
 from quire.router.job import Choice, Job, Update
 from quire.router.placing import RECHECK_SECONDS, News, gave_up, waited
-from quire.router.spans import SequenceTimes
-from quire_schemas import signals, wire
+from quire_schemas import signals, telling, wire
 from quire_schemas.workers import Fared, Wanted
 
 log = logging.getLogger("quire.router")
@@ -572,8 +571,6 @@ class Run:
             where[signals.QUIRE_ATTEMPT] = choice.attempts
         if lost:
             where[signals.ERROR_TYPE] = "engine_died"
-        self.job.span.sequence(
-            SequenceTimes(choice.sent_at, time.monotonic(), choice.timings, len(choice.prompt), choice.generated),
-            where,
-        )
+        ended = (choice.sent_at, time.monotonic(), choice.timings, len(choice.prompt), choice.generated)
+        self.job.span.sequence(telling.Sequence(*ended, where))
         choice.where = where

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from litestar.types import ASGIApp
@@ -87,12 +87,19 @@ class _Taker:
     """Takes connections from a socket that other workers take from, too, one at a time."""
 
     def __init__(
-        self, listening: socket.socket, board: Board, make: Callable[[], asyncio.Protocol], tls: Any
+        self,
+        listening: socket.socket,
+        board: Board,
+        make: Callable[[], asyncio.Protocol],
+        tls: Any,
+        patience: Callable[[], float],
     ) -> None:
+        """`patience`: seconds that a client has for a handshake that begins now."""
         self._listening = listening
         self._board = board
         self._make = make
         self._tls = tls
+        self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._later: asyncio.TimerHandle | None = None
         self._taking: set[asyncio.Task[None]] = set()
@@ -135,7 +142,10 @@ class _Taker:
 
     async def _serve(self, taken: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make, taken, ssl=self._tls)
+            patience = self._patience() if self._tls is not None else None
+            await self._loop.connect_accepted_socket(
+                self._make, taken, ssl=self._tls, ssl_handshake_timeout=patience
+            )
         except OSError as error:  # of TLS, mostly
             log.debug("a connection could not be begun: %r", error)
 
@@ -156,7 +166,7 @@ class Server(uvicorn.Server):
         board: Board | None = None,
     ) -> None:
         """`begins` is called when requests are answered, `begins_to_end` with the grace. `board` is there where
-        several workers have the socket."""
+        several workers have the socket, or connections begin with a handshake: uvicorn gives that a minute."""
         super().__init__(config)
         self.server_state: State = State()
         self._begins = begins
@@ -193,7 +203,7 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
         else:
             await super().startup([])
-            self._taker = _Taker(sockets[0], self._board, self._protocol, self.config.ssl)
+            self._taker = _Taker(sockets[0], self._board, self._protocol, self.config.ssl, self._patience)
             self._tell_work()
         self._begins()
 
@@ -206,6 +216,9 @@ class Server(uvicorn.Server):
         return self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+
+    def _patience(self) -> float:
+        return cast(type[Protocol], self.config.http_protocol_class).settings().head_seconds
 
     def _tell_work(self, more: int = 0) -> None:
         """A connection is some work to come, and a request that runs is some more."""

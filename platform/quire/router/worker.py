@@ -14,7 +14,6 @@ import os
 import socket
 from typing import Final
 
-from quire.metering import Metering
 from quire.router.access import Access
 from quire.router.app import build_worker
 from quire.router.config import RouterConfig
@@ -22,8 +21,8 @@ from quire.router.far import FarHead, Wire
 from quire.router.fleet import Fleet
 from quire.router.line import Line
 from quire.router.server import Board, Server, deaf, heed, options, prepare, until_told
+from quire.router.telling import Teller
 from quire.router.tls import Certificate
-from quire.tracing import Tracing
 from quire_operators.fleet import sibling
 from quire_schemas import workers
 
@@ -97,17 +96,17 @@ async def work(
     listening: socket.socket,
     end: socket.socket,
     board: Board,
-    tracing: Tracing,
-    metering: Metering,
+    teller: Teller,
 ) -> None:
     """Serve on `listening`, which others share, for the head at the other end of `end`, until that says so."""
     sibling.die_with_starter()
+    teller.start()
     listening = door = prepare(listening, plain=config.tls is None)
     line: Wire = await Line.over(end, workers.FromWorkerFrame, workers.FromHeadFrame)
     fleet = Fleet(None, Access(config.closed), leads=False)
     fleet.metrics.watch_room(lambda: door.refused, lambda: fleet.memory.share)
     head = FarHead(line, fleet)
-    application = build_worker(fleet, config, tracing, metering, head)
+    application = build_worker(fleet, config, teller, head)
     worker = _Worker(line, fleet, head)
     beside = [
         asyncio.create_task(part(), name=part.__name__)
@@ -116,6 +115,7 @@ async def work(
     for each in beside:
         each.add_done_callback(_end_if_broken)
     await worker.ready.wait()
+    await teller.begun()
     certificate = None if config.tls is None else Certificate(config.tls)
 
     def begins_to_end(_: float) -> None:
@@ -138,6 +138,7 @@ async def work(
         await application.store.close()
         await fleet.close()
         line.close()
+        await teller.close()
         deaf()
 
 

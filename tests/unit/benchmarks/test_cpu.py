@@ -74,6 +74,7 @@ def test_without_the_instruction_for_a_format_the_next_best_is_the_peak() -> Non
     assert [ZEN.peak(format) for format in ("fp32", "bf16", "int4")] == [ZEN.fma, ZEN.dpbf16, ZEN.dpbusd]
 
 
+@pytest.mark.nightly
 def test_the_plain_loops_give_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "BUFFER_BYTES", ceilings._SLICE)
     found = ceilings.measure(1, seconds=0.02)
@@ -231,6 +232,7 @@ async def test_a_client_reads_streams_however_they_are_cut_and_counts(tokens: in
 # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.nightly
 def test_our_engine_alone_and_its_host_time() -> None:
     folder = str(builtin.path())
     found = child.engine(folder, "bf16", threads=1, sequences=2, prompt=16, output=3, repeats=1)

@@ -69,6 +69,7 @@ def test_recorded_rows_make_a_table() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.nightly
 def test_the_check_without_a_gpu_says_so_and_with_a_wrong_option_how(tmp_path: Path) -> None:
     script, env = ROOT / "benchmarks/gpu_check.sh", {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
     done = subprocess.run([script], capture_output=True, text=True, env=env | {"OUT": str(tmp_path / "rows")})

@@ -31,8 +31,9 @@ def test_percentiles_are_of_what_was_measured() -> None:
 
 def test_processor_time_is_told_for_what_it_was_spent_on() -> None:
     spread = Spread(1.0, 2.0, 3.0)
-    row = figures(Measured(10.0, 500, 20_000, spread, spread, spread, 1.5, 0.5, 3, 0.01))
+    row = figures(Measured(10.0, 500, 20_000, spread, spread, spread, 1.5, 0.1, 0.5, 3, 0.01))
     assert (row["requests_per_s"], row["chunks_per_s"], row["cpu_ms_per_request"]) == (50.0, 2000.0, 3.0)
+    assert row["teller_cpu_s_per_1000_requests"] == 0.2
     assert (row["cpu_s_per_1000_chunks"], row["cpu_share"], row["standin_cpu_share"]) == (0.075, 0.15, 0.05)
     assert (row["added_p50_ms"], row["added_p99_ms"], row["unasked"]) == (1.0, 3.0, 3)
     assert [is_missed("requests_per_s", value, 2000) for value in (1999, 2000)] == [True, False]

@@ -44,6 +44,7 @@ def test_the_smoke_scenario_gives_whole_rows(tmp_path: Path) -> None:
     assert 0 < rows[0]["kv_waste"] < rows[0]["kv_waste_contiguous"] < 1
 
 
+@pytest.mark.nightly
 def test_a_peer_that_runs_out_of_time_counts_only_what_it_finished() -> None:
     jobs = SCENARIOS["smoke"].jobs(2048)
     seconds, done = Transformers(builtin.path(), torch.float32).continuous(jobs, limit=0.0)

@@ -1,7 +1,8 @@
 """Engines whose steps stay on the device, against engines whose steps come back to the host.
 
-`test_resident` runs this file in a process of its own, in Triton's interpreter; on a machine with a GPU
-`pytest tests/unit/engine/resident_cases.py` runs it there, graphs and all.
+`test_resident` runs this file in a process of its own, in Triton's interpreter: in CI requests that stay on the
+device, some that go by the host, one that fails, and what needs no engine; all by night. On a machine with a GPU
+`pytest -m '' tests/unit/engine/resident_cases.py` runs it there, graphs and all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from tests.effort import times
 from tests.engine_specs import run, tiny_spec
 from tests.unit.engine.test_models import build
 from torch import Tensor
@@ -158,7 +160,7 @@ def requests(count: int, **sampling: Any) -> list[Generate]:
 def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
-    for ahead, fits in ((False, True), (True, True), (True, False)):
+    for ahead, fits in ((True, True), (False, True), (True, False))[: times(1, 3) if INTERPRETED else 3]:
         engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
         assert isinstance(engine.runner, ResidentRunner)
         if not fits:  # as if its prompts were long: kernel by kernel
@@ -166,7 +168,8 @@ def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None
         assert texts(run(engine, *requests(5))) == expected
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_experts_stay_on_the_device(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     count = 5 if WHOLE or not INTERPRETED else 2
@@ -204,13 +207,14 @@ def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
     assert texts(run(other, requests(1, **asked | {"seed": 12})[0]))["0"] != expected
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "quantization"),
     [
         ("llama", Quantization("int4", "fp32", 32)),
-        pytest.param("qwen2-tied", Quantization("int8"), marks=pytest.mark.nightly),
-        pytest.param("llama-biases", Quantization("int8", "fp32"), marks=pytest.mark.nightly),
-        pytest.param("qwen2-tied", Quantization("int4", "fp32", 32), marks=pytest.mark.nightly),
+        ("qwen2-tied", Quantization("int8")),
+        ("llama-biases", Quantization("int8", "fp32")),
+        ("qwen2-tied", Quantization("int4", "fp32", 32)),
     ],
     ids=str,
 )
@@ -228,6 +232,7 @@ def test_quantized_weights_give_the_answers_of_the_reference(
     assert texts(run(engine, *requests(3))) == expected
 
 
+@pytest.mark.nightly
 def test_keys_and_values_in_8_bits_give_the_answers_of_the_reference(tmp_path: Path) -> None:
     build("llama", tmp_path)
     spec = spec_of(tmp_path, kv_dtype="int8", async_scheduling=True)
@@ -245,7 +250,7 @@ def test_what_the_device_cannot_do_goes_by_the_host_and_back(tmp_path: Path) -> 
         return [*plain[:2], Generate("special", special[2].token_ids, special[2].sampling), plain[3]]
 
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *mixed()))
-    for ahead in (False, True):
+    for ahead in (True, False)[: times(1, 2) if INTERPRETED else 2]:
         engine = engine_of(spec_of(tmp_path, async_scheduling=ahead), "triton")
         begun: list[int] = []
         executed: list[int] = []
@@ -281,6 +286,7 @@ def test_logits_that_are_not_finite_end_one_request(tmp_path: Path) -> None:
     assert texts(heard)["2"] == expected["2"]
 
 
+@pytest.mark.nightly
 def test_a_step_that_cannot_be_begun_harms_nobody_else(tmp_path: Path) -> None:
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(4)))
@@ -411,6 +417,7 @@ def test_a_recording_begins_with_rows_that_nobody_had(tmp_path: Path) -> None:
     assert texts(run(engine, *requests(1, **asked))) == expected
 
 
+@pytest.mark.nightly
 def test_who_needs_the_host_changes_nobody_elses_draws(tmp_path: Path) -> None:
     build("llama-tied", tmp_path)
     seeded = Sampling(max_tokens=8, temperature=0.9, seed=11, top_p=0.95, ignore_eos=True)
@@ -422,6 +429,7 @@ def test_who_needs_the_host_changes_nobody_elses_draws(tmp_path: Path) -> None:
         assert texts(both)["a"] == alone
 
 
+@pytest.mark.nightly
 @needs_no_graphs
 def test_what_is_no_token_goes_into_no_step(tmp_path: Path) -> None:
     build("llama", tmp_path)
@@ -451,7 +459,8 @@ def test_what_is_no_token_goes_into_no_step(tmp_path: Path) -> None:
     assert min(seen) >= 0
 
 
-@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("eager", [False, True])
 def test_steps_are_captured_unless_that_is_forbidden(eager: bool, tmp_path: Path) -> None:
     build("llama", tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(3)))

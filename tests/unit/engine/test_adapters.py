@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from quire_engine.engine import Engine
 from quire_engine.errors import RequestRefused
 from quire_schemas.adapters import TARGETS, digest_of
-from quire_schemas.checkpoint import WrongTensors
+from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.wire import Adapter, BeamResult, BeamSearch, Delta, Generate, Pooling, Quantization, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")

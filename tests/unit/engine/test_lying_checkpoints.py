@@ -21,15 +21,8 @@ import torch
 from tests.effort import examples
 
 from quire_engine.weights import Weights
-from quire_schemas.checkpoint import (
-    CheckpointError,
-    OutsideFolder,
-    expected_tensors,
-    opened,
-    profile_from_config,
-    read_config,
-    read_profile,
-)
+from quire_schemas.checkpoint import expected_tensors, profile_from_config, read_config, read_profile
+from quire_schemas.checkpoint_files import CheckpointError, OutsideFolder, opened
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

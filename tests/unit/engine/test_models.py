@@ -38,7 +38,8 @@ from quire import LLM, SamplingParams
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
-from quire_schemas.checkpoint import BadHeader, ModelProfile, UnsupportedFeature, WrongTensors, read_profile
+from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.checkpoint_files import BadHeader, UnsupportedFeature, WrongTensors
 from quire_schemas.sizing import kv_groups
 
 logging.disable_progress_bar()

@@ -21,7 +21,8 @@ from quire_engine.errors import InvalidSpec, MemoryMismatch
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas import quantization as quantization_module
-from quire_schemas.checkpoint import WrongTensors, read_profile
+from quire_schemas.checkpoint import read_profile
+from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.sizing import activation_bytes, kv_block_bytes, weight_bytes
 from quire_schemas.wire import Generate, Quantization, Sampling
 

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.effort import EFFORT, times
+from tests.effort import EFFORT, first_in_ci, times
 from tests.unit.engine.scheduling import EOS
 
 from quire_engine.blocks import GONE, BlockPool, Tables
@@ -539,13 +539,7 @@ MUTANTS = (
 )  # fmt: skip
 
 
-LATE = (GreedySharer,)
-"""Shown by so few orders of events that finding one takes longer than CI has."""
-
-
-@pytest.mark.parametrize(
-    "mutant", [pytest.param(one, marks=[pytest.mark.nightly] if one in LATE else []) for one in MUTANTS]
-)
+@pytest.mark.parametrize("mutant", first_in_ci(MUTANTS))
 def test_the_machine_catches_a_planted_fault(mutant: type, capsys: pytest.CaptureFixture[str]) -> None:
     part = "pool_class" if issubclass(mutant, BlockPool) else "scheduler_class"
     planted: type[RuleBasedStateMachine] = type(f"With{mutant.__name__}", (World,), {part: mutant})

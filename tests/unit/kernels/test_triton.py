@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.effort import times
 
 HERE = Path(__file__).parent
 COMPILING = ["80", "90", "100"]
 BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py"}
-"""Suites that take the interpreter longest; CI has those that every model needs."""
+"""Suites that take the interpreter longest; CI has those that every model needs, without their longest cases."""
 
 
 def passes(arguments: list[str], **environment: str) -> None:
@@ -33,7 +34,10 @@ def passes(arguments: list[str], **environment: str) -> None:
     ],
 )
 def test_in_the_interpreter(suite: str) -> None:
-    passes(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", suite], TRITON_INTERPRET="1")
+    which = times("not nightly", "")
+    passes(
+        ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", which, suite], TRITON_INTERPRET="1"
+    )
 
 
 @pytest.mark.nightly

@@ -1,7 +1,7 @@
 """The Triton back-end's operations against the reference: in the interpreter where there is no GPU, or on one.
 
 `test_triton` runs this file in a process of its own, because Triton decides at its import whether it interprets.
-On a machine with a GPU: `pytest tests/unit/kernels/triton_ops.py`.
+On a machine with a GPU: `pytest -m '' tests/unit/kernels/triton_ops.py`.
 
 The interpreter rounds bfloat16 by cutting it off, so float32 and float16 are what is compared there. Tolerances,
 as ‖found - expected‖ / ‖expected‖: 1e-6 in float32 is some roundings of 6e-8; 16-bit formats are computed in

@@ -9,6 +9,8 @@ Legend: H query heads, K key/value heads, D head size, P slots a block.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,12 @@ STEPS = {
     "no sharing": ([(31, 1), (0, 33), (170, 9)], 8, 8, 128, 16, None),
     "blocks of one": ([(6, 1), (3, 4)], 2, 2, 16, 1, None),
 }
+LONG = ("decode in few splits", "more blocks than programs", "no sharing")
+
+
+def in_ci(names: Iterable[str]) -> list[Any]:
+    """The steps of these names, of which the night alone has those that take the interpreter longest."""
+    return [pytest.param(name, marks=pytest.mark.nightly) if name in LONG else name for name in names]
 
 
 def batch_of(lengths: list[tuple[int, int]], block_size: int) -> tuple[PagedBatch, int]:
@@ -60,7 +68,7 @@ def batch_of(lengths: list[tuple[int, int]], block_size: int) -> tuple[PagedBatc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", in_ci(STEPS))
 def test_attention(name: str, dtype: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name not in ("mixed", "window"):
@@ -91,7 +99,7 @@ def in_own_order(cache: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["decode", "one long", "mixed", "window", "no sharing"])
+@pytest.mark.parametrize("name", in_ci(["decode", "one long", "mixed", "window", "no sharing"]))
 def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name != "mixed":

@@ -181,14 +181,14 @@ def kept(logits: Tensor, asked: Sampling) -> list[int]:
     ("spread", "asked"),
     [
         # few are listed
-        (3.0, Sampling(max_tokens=1, temperature=0.7, top_k=1)),
+        pytest.param(3.0, Sampling(max_tokens=1, temperature=0.7, top_k=1), marks=pytest.mark.nightly),
         (3.0, Sampling(max_tokens=1, temperature=0.6, top_k=20, top_p=0.95)),
-        (3.0, Sampling(max_tokens=1, temperature=1.0, top_p=0.5)),
+        pytest.param(3.0, Sampling(max_tokens=1, temperature=1.0, top_p=0.5), marks=pytest.mark.nightly),
         (3.0, Sampling(max_tokens=1, temperature=1.5, top_k=300, top_p=0.9, min_p=0.1)),
         (2.0, Sampling(max_tokens=1, temperature=1.0, min_p=0.02)),
         # more than a list holds: of one filter, of the next, of all
-        (1.0, Sampling(max_tokens=1, temperature=1.0, top_p=0.6)),
-        (1.0, Sampling(max_tokens=1, temperature=1.0, top_k=6000)),
+        pytest.param(1.0, Sampling(max_tokens=1, temperature=1.0, top_p=0.6), marks=pytest.mark.nightly),
+        pytest.param(1.0, Sampling(max_tokens=1, temperature=1.0, top_k=6000), marks=pytest.mark.nightly),
         (1.0, Sampling(max_tokens=1, temperature=1.0, top_k=7000, top_p=0.9, min_p=0.001)),
     ],
 )

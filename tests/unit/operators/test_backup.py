@@ -108,8 +108,10 @@ def test_a_file_that_was_changed_cut_off_or_is_none_is_refused(
             b"".join(lines[:3] + lines[4:]): "was changed",
             b"".join(lines[:-1]): "no whole backup",
             whole[: len(whole) // 2]: "no whole backup",
-            b"": "no whole backup",
-            b"kind: Model\n": "no whole backup",
+            whole[:-2]: "no whole backup",
+            whole + b"x": "was changed",
+            b"": "is no backup",
+            b"kind: Model\n": "is no backup",
             b'{"a": 1}\n{"sha256": ""}\n': "is no backup",
             whole.replace(b'"schema": 3', b'"schema": 9'): "was changed",
         }.items()
@@ -118,6 +120,8 @@ def test_a_file_that_was_changed_cut_off_or_is_none_is_refused(
         odd.write_bytes(content)
         with pytest.raises(BadBackup, match=said):
             backup.read(odd)
+    with pytest.raises(BadBackup, match="is no backup"):
+        backup.read(Path("/dev/zero"))
 
 
 def test_a_file_of_another_schema_names_the_version_that_wrote_it(

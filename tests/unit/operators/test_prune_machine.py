@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from tests.effort import EFFORT, times
+from tests.effort import EFFORT, first_in_ci, times
 
 from quire_operators import gitops, source_sync
 from quire_operators.git import Commit, Entry, Limits, Ref, Unreachable
@@ -522,14 +522,16 @@ def go_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutate",
-    [
-        delete_whatever_the_commit_does_not_have,
-        delete_what_another_source_has,
-        have_no_cap,
-        take_the_cap_of_what_is_there_and_what_comes,
-        count_anew_after_a_crash,
-        delete_though_it_is_not_to,
-    ],
+    first_in_ci(
+        [
+            delete_though_it_is_not_to,
+            delete_whatever_the_commit_does_not_have,
+            delete_what_another_source_has,
+            have_no_cap,
+            take_the_cap_of_what_is_there_and_what_comes,
+            count_anew_after_a_crash,
+        ]
+    ),
 )
 def test_the_machine_catches_mutants(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
@@ -541,12 +543,14 @@ def test_the_machine_catches_mutants(
 
 @pytest.mark.parametrize(
     "mutate",
-    [
-        delete_though_they_are_to_stay,
-        take_along_what_a_hand_changed,
-        let_them_go_before_they_are_deleted,
-        go_without_waiting,
-    ],
+    first_in_ci(
+        [
+            delete_though_they_are_to_stay,
+            take_along_what_a_hand_changed,
+            let_them_go_before_they_are_deleted,
+            go_without_waiting,
+        ]
+    ),
 )
 def test_the_ends_of_a_source_catch_mutants(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.effort import EFFORT, times
+from tests.effort import EFFORT, first_in_ci, times
 from tests.unit.operators.rollout_world import BETTER, CRASHES, GOOD, HOPELESS, Simulation, settled
 
 from quire_operators import rollout
@@ -393,20 +393,22 @@ def never_take_a_drain_back_nor_forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutate",
-    [
-        start_what_was_given_up,
-        start_beside_a_process_that_lives,
-        surge_without_end,
-        say_rolled_out_while_the_old_serve,
-        take_no_answer_for_none_in_flight,
-        give_up_what_had_been_rolled_out,
-        go_on_with_a_paused_rollout,
-        never_take_a_drain_back_nor_forget,
-        ignore_the_floor,
-        believe_the_engine_instead_of_the_router,
-        stop_without_waiting,
-        take_memory_that_draining_replicas_hold,
-    ],
+    first_in_ci(
+        [
+            start_what_was_given_up,
+            start_beside_a_process_that_lives,
+            surge_without_end,
+            say_rolled_out_while_the_old_serve,
+            take_no_answer_for_none_in_flight,
+            give_up_what_had_been_rolled_out,
+            go_on_with_a_paused_rollout,
+            never_take_a_drain_back_nor_forget,
+            ignore_the_floor,
+            believe_the_engine_instead_of_the_router,
+            stop_without_waiting,
+            take_memory_that_draining_replicas_hold,
+        ]
+    ),
 )
 def test_the_machine_catches_mutants(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
@@ -416,7 +418,9 @@ def test_the_machine_catches_mutants(
         run_state_machine_as_test(Rollouts, settings=UNTIL_CAUGHT)
 
 
-@pytest.mark.parametrize("mutate", [surge_without_end, take_memory_that_draining_replicas_hold, ignore_the_floor])
+@pytest.mark.parametrize(
+    "mutate", first_in_ci([surge_without_end, take_memory_that_draining_replicas_hold, ignore_the_floor])
+)
 def test_the_machine_of_several_models_catches_mutants(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

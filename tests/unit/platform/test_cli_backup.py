@@ -61,6 +61,8 @@ def test_a_restore_is_refused_while_a_control_plane_runs_and_over_what_is_there(
         assert "a control plane runs on" in capfd.readouterr().err
     assert main(["restore", str(file)]) == 5
     assert "is not empty (objects: 1, replicas: 0)" in capfd.readouterr().err
+    assert main(["restore", str(tmp_path / "nothing")]) == 6
+    assert "hint: name a file that platform backup wrote" in capfd.readouterr().err
     odd = tmp_path / "odd"
     odd.write_bytes(file.read_bytes()[:-90])
     assert main(["restore", str(odd), "--replace"]) == 6

@@ -177,6 +177,8 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         (["scale", "model/x", "2", "--reset"], "give either", "platform scale model/x 2"),
         (["pause", "model/x", "--for", "5"], "is not a duration", "'5s'"),
         (["logs", "controlplane", "--previous"], "is for engines and the router", "leave one of them out"),
+        (["logs", "router", "--replica", "x"], "router has no replicas", "leave it out"),
+        (["usage", "--since", "yesterday"], "'yesterday' is neither a day nor a time", "2027-01-31"),
         (["plan", "--save", "p", "--config", "c", "m.yaml"], "another machine cannot be applied", "leave --save"),
         (["convert", "--from", "vllm", "serve"], "names no model", "serve MODEL"),
     ],
@@ -207,6 +209,17 @@ def test_get_imports_only_what_it_needs(state: StateDir, server: AdminServer) ->
     assert done.stdout.splitlines()[-1] == "[] True"
 
 
+def test_a_database_that_all_agree_on_costs_no_import(
+    state: StateDir, server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    state.database.write_text(json.dumps({"database": "postgresql://db.example:5433/quire"}))
+    monkeypatch.setenv("QUIRE_DATABASE", "postgresql://u:secret@db.example:5433/quire?sslmode=require")
+    code = "import sys; from quire.cli import main; print(main(['get']), 'sqlalchemy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0 False", "")
+
+
 def test_a_reader_that_leaves_is_no_error(state: StateDir, server: AdminServer) -> None:
     server.script["GET /v1/objects"] = [(200, {"items": [model(name=f"model-{n}") for n in range(5000)]})]
     done = subprocess.run(
@@ -228,6 +241,36 @@ def test_get_as_table_and_as_json(server: AdminServer, capsys: pytest.CaptureFix
     assert main(["get", "models", "-o", "json"]) == ExitCode.OK
     assert json.loads(said(capsys)[0])["items"][0]["name"] == "quickstart"
     assert server.asked[0][1] == "/v1/objects?kind=model"
+
+
+def test_a_database_that_the_control_plane_does_not_go_by_is_told_of_once(
+    state: StateDir, server: AdminServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script["GET /v1/objects"] = [(200, {"items": [model()]})]
+    other = "postgresql://u:secret@db.example:5433/quire?sslmode=require"
+    for given, kept, told in (
+        (
+            other,
+            None,
+            f"has its store in {state.store}, and QUIRE_DATABASE names postgresql://db.example:5433/quire.",
+        ),
+        ("mysql://x/y", None, f"has its store in {state.store}, and QUIRE_DATABASE names mysql: "),
+        (
+            other,
+            "postgresql://db.example/quire",
+            "has its store in postgresql://db.example/quire, and QUIRE_DATABA",
+        ),
+        (other, "postgresql://db.example:5433/quire", ""),
+    ):
+        monkeypatch.setenv("QUIRE_DATABASE", given)
+        if kept is not None:
+            state.database.write_text(json.dumps({"database": kept}))
+        assert main(["get"]) == ExitCode.OK
+        out, err = said(capsys)
+        assert out.splitlines()[1].startswith("quickstart  True")
+        assert err.startswith(f"control plane  {told}" if told else "")
+        assert err.count("\n") == bool(told)
+        assert "secret" not in err
 
 
 def test_get_replicas_lists_those_of_all_models(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,6 +279,11 @@ def test_endpoint_lines_are_a_command_to_paste() -> None:
     lines = render.endpoint_lines([model(status={"endpoints": {}}), model()])
     assert lines[0] == "Base URL http://127.0.0.1:8000/v1"
     assert lines[2] == '    -d \'{"model":"quickstart","messages":[{"role":"user","content":"hi"}]}\''
+    assert "Bearer" not in lines[1]
+    view = model()
+    keyed = render.endpoint_lines([model(status={"endpoints": {**view["status"]["endpoints"], "keys": True}})])
+    assert keyed[0].startswith(f"{lines[0]} (with a key")
+    assert keyed[1] == lines[1].replace("curl -s", 'curl -s -H "authorization: Bearer $KEY"')
 
 
 class TestJudge:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from quire.errors import StorageUnavailable
-from quire.metering import Metering
 from quire.router import background as beside
 from quire.router import executor as executing
 from quire.router.access import Access
@@ -26,8 +25,8 @@ from quire.router.executor import Executor
 from quire.router.files import Files
 from quire.router.fleet import Fleet
 from quire.router.responses import Responses
-from quire.tracing import Tracing
-from quire_schemas import signals, wire
+from quire.router.telling import Teller
+from quire_schemas import wire
 from quire_schemas.openai.batches import CreateBatch
 from quire_schemas.openai.responses import ResponseObject, read_response
 
@@ -41,12 +40,10 @@ async def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     fleet = Fleet(tmp_path / "table.json")
     await fleet.apply(wire.RoutingTable(version=1, models=()))
     config = RouterConfig(control_socket="", snapshot_file=str(tmp_path / "table.json"))
-    tracing = Tracing.set_up(signals.SERVICE_ROUTER)
-    executor = build(fleet, config, tracing, Metering()).executor
+    executor = build(fleet, config, Teller()).executor
     yield executor
     await executor.close()
     await fleet.close()
-    tracing.shutdown()
 
 
 async def batch_of(files: Files, batches: Batches, lines: int) -> Batch:

@@ -59,7 +59,7 @@ def stream_of(store: Store, tokenizer: Tokenizer, **options: Any) -> ResponsesSt
         skip_special_tokens=True,
         stream=True,
         arrived_at=0.0,
-        span=RequestSpan(None, None, None, (0, 0.0)),
+        span=RequestSpan(None),
         markup=Markup(Dialects(), (), frozenset()),
     )
     asked = {"model": "m", "input": "?", "store": False, "stream": True, **options}

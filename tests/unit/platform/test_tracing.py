@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, ParentBased, TraceIdRatioBased
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from quire.metering import Metering
-from quire.router.spans import RequestSpans, SequenceTimes, engine_offset
-from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Declared, Health, Tracing, exporters, shut_down
+from quire.phases import engine_offset
+from quire.router.account import Account
+from quire.router.spans import RequestSpans
+from quire.router.telling import GATHER_SECONDS, Sampler, Teller
+from quire.teller import Writer
+from quire.tracing import COMPLAIN_SECONDS, BadTelemetry, Counts, Declared, Health, Tracing, exporters, shut_down
+from quire_schemas import telling
 from quire_schemas.wire import Timings
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ENDPOINT = "http://localhost:4318"
 
 
+class Here:
+    """Tells of traces within this process, but through the same bytes as a child is told."""
+
+    def __init__(self, sampler: Sampler | None = None, *, errors_only: bool = False) -> None:
+        self.sampler: Sampler | None = sampler or Sampler()
+        self.errors_only = errors_only
+        self.kept = InMemorySpanExporter()
+        self._writer = Writer(Resource({}), [SimpleSpanProcessor(self.kept)])
+
+    def trace(self, told: telling.Trace) -> None:
+        self._writer.write(msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=telling.Trace))
+
+    def measure(self, account: Account) -> None:
+        return
+
+
 def traceparent(*stated: str) -> str | None:
     """What the engine is told when a client sent these and nothing is exported."""
     headers = [(b"traceparent", text.encode()) for text in stated]
-    span = RequestSpans(Tracing()).start("chat", headers, "/v1/chat/completions", None)
+    span = RequestSpans(Teller()).start("chat", headers, "/v1/chat/completions", None)
     span.set({"a": 1})
     span.event("b", 1.0)
     span.end(2.0, None, failed=False)
@@ -82,9 +110,10 @@ def test_a_manifest_goes_before_the_environment() -> None:
     disabled = Tracing.set_up("x", {"OTEL_SDK_DISABLED": "true"}, Declared("http://127.0.0.1:9", "always"))
     assert disabled.tracer("x") is None, "but for the switch that switches everything off"
     for environment in ({}, {"OTEL_TRACES_EXPORTER": "console"}):
-        declared = Tracing.set_up("x", environment, Declared("http://127.0.0.1:9", "errors"))
+        errors = Declared("http://127.0.0.1:9", "errors")
+        declared = Tracing.set_up("x", environment, errors)
         assert declared.tracer("x") is not None
-        assert declared.errors_only
+        assert Teller.of(errors, environment).errors_only
         declared.shutdown()
 
 
@@ -120,8 +149,10 @@ def test_off_imports_nothing_of_opentelemetry() -> None:
         "from quire.router.spans import RequestSpans\n"
         "from quire.metering import Metering\n"
         "from quire.router.account import Account\n"
+        "from quire.router.telling import Teller\n"
         "from quire.tracing import Tracing\n"
-        "spans = RequestSpans(Tracing.set_up('x'), Metering.set_up('x'))\n"
+        "assert Tracing.set_up('x').provider is Metering.set_up('x').provider is None\n"
+        "spans = RequestSpans(Teller.of())\n"
         "spans.start('chat', [], '/', None).end(1.0, None, failed=False)\n"
         "spans.measure(Account())\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
@@ -142,15 +173,21 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
     more: dict[str, str], words: list[str]
 ) -> None:
     code = (
+        "import asyncio, sys\n"
         "from quire.router.spans import RequestSpans\n"
-        "from quire.tracing import Tracing\n"
-        "t = Tracing.set_up('quire-router')\n"
-        f"s = RequestSpans(t).start('chat', [(b'traceparent', b'{TRACE}')], '/v1/chat/completions', None)\n"
-        "assert s.traceparent and s.traceparent[3:35] == '0af7651916cd43dd8448eb211c80319c'\n"
-        f"assert s.traceparent != '{TRACE}'\n"
-        "s.set({'gen_ai.request.model': 'tiny', 'absent': None})\n"
-        "s.end(1e9, 'engine_died', failed=True)\n"
-        "t.shutdown()\n"
+        "from quire.router.telling import Teller\n"
+        "async def main():\n"
+        "    t = Teller.of(command=[sys.executable, '-W', 'error', '-m', 'quire.teller'])\n"
+        "    t.start()\n"
+        f"    s = RequestSpans(t).start('chat', [(b'traceparent', b'{TRACE}')], '/v1/chat/completions', None)\n"
+        "    assert s.traceparent and s.traceparent[3:35] == '0af7651916cd43dd8448eb211c80319c'\n"
+        f"    assert s.traceparent != '{TRACE}'\n"
+        "    s.set({'gen_ai.request.model': 'tiny', 'absent': None})\n"
+        "    s.end(1e9, 'engine_died', failed=True)\n"
+        "    await t.begun()\n"
+        "    await t.close()\n"
+        "asyncio.run(main())\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -158,7 +195,7 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     if "OTEL_TRACES_SAMPLER" in more:
         assert done.stdout == ""
         return
@@ -173,12 +210,8 @@ def test_the_console_exporter_shows_the_span_as_the_environment_says(
 
 
 def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
-    kept = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    tracing = Tracing(provider)
-    tracing.errors_only = True
-    spans = RequestSpans(tracing)
+    here = Here(errors_only=True)
+    kept, spans = here.kept, RequestSpans(here)
     for failed in (False, True):
         span = spans.start("chat", [], "/v1/chat/completions", ("127.0.0.1", 8000))
         span.phase("tokenize", 1.0, 2.0)
@@ -188,12 +221,10 @@ def test_only_failures_are_exported_when_only_they_are_asked_for() -> None:
 
 
 def test_a_preemption_is_an_event_where_it_happened() -> None:
-    kept = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    span = RequestSpans(Tracing(provider)).start("chat", [], "/v1/chat/completions", None)
+    here = Here()
+    kept, span = here.kept, RequestSpans(here).start("chat", [], "/v1/chat/completions", None)
     timings = Timings(10.0, 11.0, 14.0, 20.0, preempted_at=(12.0, 13.0, 15.0))
-    span.sequence(SequenceTimes(9.0, 21.0, timings, prompt_tokens=5, generated=3), {"quire.replica.id": "r"})
+    span.sequence(telling.Sequence(9.0, 21.0, timings, 5, 3, {"quire.replica.id": "r"}))
     span.end(22.0, None, failed=False)
     found = {each.name: each for each in kept.get_finished_spans()}
     assert list(found) == ["queue", "prefill", "decode", "chat"]
@@ -205,11 +236,122 @@ def test_a_preemption_is_an_event_where_it_happened() -> None:
         assert [round((event.timestamp - start) / 1e9) for event in found[name].events] == times
 
 
+# ── the child that tells ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("parent", [None, False, True])
+@given(trace_id=st.integers(1, (1 << 128) - 1), share=st.sampled_from(["0", "0.25", "1", "1.5", "", "x"]))
+def test_the_samplers_decide_as_those_of_the_sdk(parent: bool | None, trace_id: int, share: str) -> None:
+    ratio = TraceIdRatioBased(float(share) if share[:1] == "0" or share == "1" else 1.0)
+    context = Context()
+    if parent is not None:
+        flags = TraceFlags(TraceFlags.SAMPLED if parent else TraceFlags.DEFAULT)
+        context = set_span_in_context(NonRecordingSpan(SpanContext(trace_id, 1, True, flags)), context)
+    for name, theirs in {
+        "": ParentBased(ALWAYS_ON),
+        "always_on": ALWAYS_ON,
+        "always_off": ALWAYS_OFF,
+        "traceidratio": ratio,
+        "parentbased_always_on": ParentBased(ALWAYS_ON),
+        "parentbased_always_off": ParentBased(ALWAYS_OFF),
+        "ParentBased_TraceIdRatio": ParentBased(ratio),
+        "no such": ParentBased(ALWAYS_ON),
+    }.items():
+        ours = Sampler.of({"OTEL_TRACES_SAMPLER": name, "OTEL_TRACES_SAMPLER_ARG": share})
+        decision = theirs.should_sample(context, trace_id, "x").decision
+        assert ours.takes(f"{trace_id:032x}", parent) == (decision is Decision.RECORD_AND_SAMPLE), name
+
+
+def test_of_traces_that_begin_here_the_share_is_told_and_no_id_comes_twice() -> None:
+    here = Here(Sampler(0.25))
+    spans = RequestSpans(here)
+    begun = [spans.start("chat", [], "/", None) for _ in range(1000)]
+    found = [span.traceparent or "" for span in begun]
+    assert len({each[3:35] for each in found}) == len({each[36:52] for each in found}) == 1000
+    assert all(re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[23]", each) for each in found)
+    assert [span.is_recorded for span in begun] == [each[-1] == "3" for each in found]
+    assert 150 < sum(span.is_recorded for span in begun) < 350
+
+
+def a_trace(phases: int) -> telling.Trace:
+    below = [telling.Phase(f"phase {at}", at, at + 1, {}) for at in range(phases)]
+    return telling.Trace(TRACE, "", "", "chat", "", "", "/", None, 10**9, 0.0, 9.0, {}, [], below, [])
+
+
+def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> None:
+    teller, here = Teller(1, capacity=8), Here()
+    for names in (["phase 0", "phase 1", "phase 2", "phase 3", "chat"], ["phase 0", "phase 1", "chat"]):
+        told = a_trace(4)
+        teller.trace(told)
+        here.kept.clear()
+        here.trace(told)
+        assert [span.name for span in here.kept.get_finished_spans()] == names
+    teller.trace(a_trace(0))
+    assert teller.counts == Counts(queue_full=3, changed=teller.counts.changed)
+
+
+async def test_a_child_that_stands_still_or_is_killed_costs_spans_and_no_time(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "TRACES_EXPORTER": "console", "BSP_MAX_QUEUE_SIZE": "16", "BSP_MAX_EXPORT_BATCH_SIZE": "8",
+        "BSP_SCHEDULE_DELAY": "20",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"OTEL_{name}", value)
+    teller = Teller.of()
+    counts, full = teller.counts, 50 - 16
+    teller.start()
+    await teller.begun()
+    first = teller.pid
+    os.kill(first, signal.SIGSTOP)
+    for _ in range(10):
+        teller.trace(a_trace(4))
+    await asyncio.sleep(2 * GATHER_SECONDS)
+    assert (counts.exported, counts.dropped()) == (0, {"queue_full": full, "export_failed": 0})
+    os.kill(first, signal.SIGKILL)
+    while teller.pid == first:
+        await asyncio.sleep(0.01)
+    assert counts.dropped() == {"queue_full": full, "export_failed": 16}, "they were the child's"
+    for _ in range(3):
+        teller.trace(a_trace(4))  # there is no child, or one that does not listen yet
+    async with asyncio.timeout(20):
+        while counts.exported < 15:
+            await asyncio.sleep(0.01)
+    await teller.close()
+    assert (counts.exported, counts.dropped()) == (15, {"queue_full": full, "export_failed": 16})
+    assert capfd.readouterr().out.count('"name": "chat"') == 3
+
+
+async def test_what_the_child_cannot_do_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier-pigeon")
+    teller = Teller.of()
+    teller.start()
+    with pytest.raises(BadTelemetry, match=r"(?s)'carrier-pigeon'.*hint: "):
+        await teller.begun()
+    await teller.close()
+
+
+def test_the_limits_of_the_sdk_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "2")
+    monkeypatch.setenv("OTEL_SPAN_EVENT_COUNT_LIMIT", "1")
+    monkeypatch.setenv("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "3")
+    here, told = Here(), a_trace(0)
+    told.attributes = {"b": None, "c": 1, "d": "text"}
+    told.events = [telling.Event("e", 1.0, {"f": "text"}), telling.Event("g", 2.0, {})]
+    here.trace(told)
+    (span,) = here.kept.get_finished_spans()
+    assert (dict(span.attributes or {}), span.dropped_attributes) == ({"c": 1, "d": "tex"}, 5)
+    assert ([event.name for event in span.events], span.dropped_events) == (["g"], 1)
+    assert span.end_time == 10 * 10**9
+
+
 # ── the client's context ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_without_an_exporter_the_trace_is_handed_on_unchanged() -> None:
     assert traceparent(TRACE) == TRACE
+    later = "cc" + TRACE[2:]
+    assert traceparent(later + "-what-is-to-come") == later
 
 
 @pytest.mark.parametrize(
@@ -219,6 +361,7 @@ def test_without_an_exporter_the_trace_is_handed_on_unchanged() -> None:
         ("",),
         ("garbage",),
         (TRACE + "\r\nx: y",),
+        (TRACE + "-more",),
         (TRACE.upper(),),
         ("ff" + TRACE[2:],),
         (f"00-{'0' * 32}-b7ad6b7169203331-01",),

@@ -12,7 +12,8 @@ import pytest
 from tests.adapters import TINY, write_adapter
 
 from quire_schemas.adapters import CONFIG, WEIGHTS, digest_of, read_adapter
-from quire_schemas.checkpoint import CheckpointError, expected_tensors, read_config
+from quire_schemas.checkpoint import expected_tensors, read_config
+from quire_schemas.checkpoint_files import CheckpointError
 
 BASE = read_config(TINY)
 

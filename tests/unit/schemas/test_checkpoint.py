@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.effort import examples
 
 from quire_schemas import checkpoint
-from quire_schemas.checkpoint import (
-    ARCHITECTURES,
+from quire_schemas.checkpoint import ARCHITECTURES, expected_tensors, profile_from_config, read_profile
+from quire_schemas.checkpoint_files import (
     BadHeader,
     CheckpointError,
     InvalidConfig,
@@ -23,10 +23,7 @@ from quire_schemas.checkpoint import (
     UnsupportedArchitecture,
     UnsupportedFeature,
     WrongTensors,
-    expected_tensors,
-    profile_from_config,
     read_header,
-    read_profile,
     read_tensors,
 )
 

@@ -610,6 +610,8 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFhC"
           for text, name in (
             ("schedule: '0 18 * *', duration: 1h", "schedule"),
             ("schedule: '0 24 * * *', duration: 1h", "schedule"),
+            ("schedule: '0 0 30 2 *', duration: 1h", "schedule"),
+            ("schedule: '0 0 31 4,6,9,11 */2', duration: 1h", "schedule"),
             ("schedule: '0 18 * * 5', duration: 8d", "duration"),
             ("schedule: '0 18 * * 5', duration: 1h, timeZone: Mars/Base", "timeZone"),
         )),
@@ -620,6 +622,27 @@ def test_a_git_source_that_leads_nowhere_is_refused_where_it_is_written(spec: st
     assert [p.path for p in problems(f"{head}spec: {{{spec}}}")] == [path]
 
 
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("url: 'https://x.org/r', ref: {tag: v1 2}", "for example v1.2"),
+        ("url: 'git@github.com:a/b.git'", "https://github.com/a/b.git, with a token"),
+        ("url: 'ssh://git@x.org:22/a/b'", "https://x.org/a/b, with a token"),
+        ("url: 'git://x.org/a'", "https://x.org/a, with a token"),
+        (
+            "url: 'https://x.org/r', sync: {windows: [{kind: Deny, schedule: '* * *', duration: 1h}]}",
+            "minute, hour,",
+        ),
+        ("url: 'https://x.org/r', sync: {windows: [{kind: Deny, schedule: '', duration: 1h}]}", "cannot be empty"),
+    ],
+)
+def test_the_hint_of_a_git_source_is_about_what_is_wrong(spec: str, hint: str) -> None:
+    [problem] = problems(
+        f"apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {{name: r}}\nspec: {{{spec}}}"
+    )
+    assert hint in problem.hint
+
+
 def test_a_git_source_may_have_all_of_it() -> None:
     head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
     for spec in (
@@ -627,7 +650,10 @@ def test_a_git_source_may_have_all_of_it() -> None:
         "url: 'http://127.0.0.1:8080/b', ref: {branch: release/1.2}, path: ./clusters/prod, interval: 5s",
         f"url: 'http://localhost/b', ref: {{tag: v1.2}}, verify: {{signedBy: ['{KEY}', '{KEY} me@home']}}",
         f"url: 'http://[::1]/b', ref: {{commit: {'0a' * 20}}}, auth: {{secretRef: token}}",
-        "url: 'https://x.org/r', sync: {windows: [{kind: Allow, schedule: '*/5 1-5,9 * * 1-5', duration: 8h}]}",
+        *(
+            f"url: 'https://x.org/r', sync: {{windows: [{{kind: Allow, schedule: '{schedule}', duration: 8h}}]}}"
+            for schedule in ("*/5 1-5,9 * * 1-5", "0 0 29 2 *", "0 0 30 2,3 *", "0 0 30 2 1")
+        ),
     ):
         assert load([("g", f"{head}spec: {{{spec}}}")]).problems == []
 
@@ -956,11 +982,44 @@ def test_a_prompt_that_expects_nothing_is_asked_for_drift() -> None:
     assert asked.analysis.smoke_prompts[0].expect_contains is None
 
 
+def test_fields_are_held_against_each_other_beside_what_is_wrong_with_others() -> None:
+    text = spec(
+        "rollout: {strategy: Canary, canary: {steps: [{weight: 50}, {weight: 25}, {weight: x}, {weight: 20}],\n"
+        "  analysis: {maxErrorRate: '1.5', smokePrompts: [{prompt: a}, {prompt: [7]}]}}}\n"
+        "autoscaling: {minReplicas: 1, maxReplicas: x, idleTimeout: 5m}\n"
+        "probes: {breaker: {openFor: x, errorShare: 0%}, startup: {timeout: x}, liveness: {timeout: 0s}}"
+    )
+    assert {p.path.removeprefix("spec.") for p in load([("m.yaml", text)]).problems} == {
+        "rollout.canary.steps[1].weight",
+        "rollout.canary.steps[2].weight",
+        "rollout.canary.steps[3].weight",
+        "rollout.canary.analysis.maxErrorRate",
+        "rollout.canary.analysis.smokePrompts[0]",
+        "rollout.canary.analysis.smokePrompts[1].prompt",
+        "autoscaling.maxReplicas",
+        "autoscaling.idleTimeout",
+        "probes.breaker.openFor",
+        "probes.breaker.errorShare",
+        "probes.startup.timeout",
+        "probes.liveness.timeout",
+    }
+    head = "apiVersion: quire.dev/v1alpha1\nkind: GitSource\nmetadata: {name: r}\n"
+    window = "{kind: Sometimes, schedule: '0 0 31 2 *', duration: x, timeZone: Mars}"
+    text = f"{head}spec: {{url: 'https://x.org/r', interval: x, sync: {{retryInterval: 0s, windows: [{window}]}}}}"
+    assert {p.path.removeprefix("spec.") for p in problems(text)} == {
+        "interval",
+        "sync.retryInterval",
+        *(f"sync.windows[0].{name}" for name in ("kind", "schedule", "duration", "timeZone")),
+    }
+
+
 def test_what_is_wrong_in_lists_comes_in_one_run() -> None:
     """A bad entry hides neither those behind it nor what two others have in common."""
     text = (
         "apiVersion: quire.dev/v1alpha1\nkind: Route\nmetadata: {name: r}\nspec:\n"
-        "  match: {modelNames: [a, {x: 1}, ' ', a], headers: [5, {name: x}, {name: X, exact: y}]}\n"
+        "  match: {modelNames: [a, {x: 1}, ' ', a], headers: [5, {name: x}, {name: X, exact: y},\n"
+        "    {name: 'a b', exact: zürich 1}, {name: c, exact: \"y\\nz\"}, {name: d, exact: ' y'}]}\n"
+        "  timeouts: {firstToken: soon, request: 0s}\n"
         "  backends: [b, {model: m}, {model: m, weight: -1}, {model: N}]\n"
         "  fallbacks: [{model: c}, {model: D, when: [Timeout, Timeout]}]\n"
     )
@@ -971,6 +1030,11 @@ def test_what_is_wrong_in_lists_comes_in_one_run() -> None:
         "spec.match.headers[0]",
         "spec.match.headers[1].exact",
         "spec.match.headers[2].name",
+        "spec.match.headers[3].name",
+        "spec.match.headers[4].exact",
+        "spec.match.headers[5].exact",
+        "spec.timeouts.firstToken",
+        "spec.timeouts.request",
         "spec.backends[0]",
         "spec.backends[2].model",
         "spec.backends[2].weight",

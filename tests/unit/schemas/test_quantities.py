@@ -51,6 +51,7 @@ def test_percentages(text: str, share: float) -> None:
         ("-3s", "'30s'"),
         ("30m1h", "'1h30m'"),
         ("400d", "366d"),
+        ("9999999999999d", "366d"),
         ("٣s", "'30s'"),
         ("1s\n", "'30s'"),
     ],
@@ -79,7 +80,16 @@ def test_bad_quantities_say_what_would_do(text: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("0.9", "'90%'"), (".85", "'85%'"), ("90", "'90%'"), ("101%", "100%"), ("-5%", "from 0%")]
+    ("text", "hint"),
+    [
+        ("0.9", "'90%'"),
+        (".85", "'85%'"),
+        ("90", "'90%'"),
+        ("1.5", "'1.5%'"),
+        ("0.015", "'1.5%'"),
+        ("101%", "100%"),
+        ("-5%", "from 0%"),
+    ],
 )
 def test_bad_percentages_say_what_would_do(text: str, hint: str) -> None:
     with pytest.raises(BadQuantity) as caught:
