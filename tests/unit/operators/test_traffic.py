@@ -10,7 +10,7 @@ import pytest
 
 from quire_operators.records import StoredObject
 from quire_operators.status import Reason
-from quire_operators.traffic import Claim, View, facts, named, owners, summary, table
+from quire_operators.traffic import Claim, View, facts, named, names_of, owners, summary, table
 from quire_schemas import wire
 from quire_schemas.manifest import load
 from quire_schemas.resource import Key
@@ -186,3 +186,12 @@ def test_what_is_missing_is_named_and_a_route_is_no_model() -> None:
     assert ready.message == (
         "there is no model/nosuch, model/r2 (r2 is a Route, and requests go to a Model); the weight of a is 0"
     )
+
+
+def test_adapters_that_are_there_are_those_that_the_router_was_told_of() -> None:
+    """A canary's are not there yet, and those of a revision that was undone not any more."""
+    spec = {"lora": {"adapters": [{"name": "new"}]}}
+    assert names_of("a", spec) == ["a", "a:new"]
+    assert names_of("a", spec, PLAIN) == ["a"]
+    told = msgspec.structs.replace(PLAIN, adapters=(wire.AdapterRoute("old"),))
+    assert names_of("a", spec, told) == ["a", "a:old"]
