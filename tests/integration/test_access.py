@@ -171,11 +171,29 @@ def test_a_key_is_one_policys_alone_and_time_ends_it(plane: Plane) -> None:
         plane.apply(policy("second", hashed("k", mine)))
     assert refused.value.problems[0]["path"] == "spec.keys[0].hash"
     ready(plane, "first")
+    plane.client.post("/v1/secrets/same", {"value": mine})
+    taking = policy("earlier-by-name", "{name: s, valueFrom: {secretRef: same}}", more=", allow: {models: [none]}")
+    assert plane.plan(taking)["warnings"] == [
+        "key s will not work: it is that of accesspolicy/first key k, which is older",
+        "spec.allow.models[0]: nothing is served as 'none' yet",
+    ]
+    plane.apply(taking)
+    found = ready(plane, "earlier-by-name", "NoKeys")
+    assert "s: it is that of accesspolicy/first key k" in condition(found, "KeysUsable")["message"]
+    assert (opens(plane, mine), condition(view(plane, "first"), "Ready")["reason"]) == (200, "Enforced")
+    told = plane.client.get("/v1/events", **{"for": "accesspolicy/earlier-by-name"})["items"]
+    assert {each["reason"] for each in told if each["type"] == "Warning"} == {"KeyTaken", "NoKeys"}
+    delete(plane, "accesspolicy", "earlier-by-name")
+    plane.client.delete("/v1/secrets/same")
     end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 2))
     plane.apply(policy("first", hashed("k", mine), more=f", expiresAt: '{end}'"))
     opens_soon(plane, mine, 401)
     found = ready(plane, "first", "Expired")
     assert condition(found, "Stalled")["status"] == "True"
+    assert [key["works"] for key in found["status"]["keys"]] == [False]
+    assert found["status"]["keys"][0]["problem"] == f"the policy has expired, since {end}"
+    assert condition(found, "KeysUsable")["reason"] == "Expired"
+    assert "Expired" in {each["reason"] for each in plane.client.get("/v1/events")["items"]}
     delete(plane, "accesspolicy", "first")
 
 
