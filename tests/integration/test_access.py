@@ -92,7 +92,9 @@ def test_a_policy_closes_the_door_and_its_end_opens_it(plane: Plane) -> None:
         lambda: httpx.post(f"{plane.base_url}/completions", json=body, headers=headers).status_code == 403,
         "another scope",
     )
-    delete(plane, "accesspolicy", "team")
+    printed = platform(plane, "delete", "accesspolicy/team")
+    assert "warning: it was the last AccessPolicy: without one the API needs no key" in printed.stderr
+    assert "NoAccessPolicy" in {each["reason"] for each in plane.client.get("/v1/events")["items"]}
     assert opens(plane) == 200
     assert plane.apply(policy("team", hashed("ci", ours)))["accesspolicy/team"]["result"] == "created"
     delete(plane, "accesspolicy", "team")
@@ -135,7 +137,8 @@ def test_keys_come_from_secrets_files_and_variables_and_never_go_anywhere(plane:
     assert len(kept) > 4
     for path in kept:
         assert CANARY.encode() not in path.read_bytes(), path
-    plane.client.delete("/v1/secrets/brought")
+    printed = platform(plane, "secret", "delete", "brought")
+    assert "warning: accesspolicy/brought refers to it" in printed.stderr
     opens_soon(plane, CANARY, 401)
     delete(plane, "accesspolicy", "brought")
 
