@@ -146,7 +146,7 @@ def read(objects: Sequence[StoredObject], secrets: Secrets) -> tuple[Policy, ...
                 first = ids.setdefault(digest.id, digest.sha256) if digest.id else digest.sha256
                 own = (stored.key, key.name)
                 if (owner := owners.setdefault(first, own)) != own:
-                    what = "it is that of" if first == digest.sha256 else "its id is that of"
+                    what = "it is that of" if digest.sha256 in owners else "its id is that of"
                     why = f"{what} {owner[0]} key {owner[1]}" + (", which is older" * (owner[0] != stored.key))
                     key = KnownKey(key.name, key.source, None, Reason.KEY_TAKEN, why)
             keys.append(key)
