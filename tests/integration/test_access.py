@@ -116,6 +116,9 @@ def test_keys_come_from_secrets_files_and_variables_and_never_go_anywhere(plane:
     assert condition(found, "Stalled")["status"] == "True"
     assert condition(found, "KeysUsable")["reason"] == "SecretNotFound"
     assert "kept: there is no secret brought" in condition(found, "KeysUsable")["message"]
+    eventually(
+        lambda: condition(view(plane, "brought"), "RolledOut")["status"] == "True", "the router has taken it"
+    )
     assert opens(plane) == 401, "a policy without a key that works closes the door all the same"
     plane.client.post("/v1/secrets/brought", {"value": CANARY})
     opens_soon(plane, CANARY, 200)

@@ -249,6 +249,10 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
         httpx.get(f"http://127.0.0.1:{url.port}/v1/models")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{endpoints['openai']}/models", timeout=10)  # nobody vouches for it
+    for path in ("nothing", "moderations"):  # refused while its body comes
+        assert (
+            httpx.post(f"{endpoints['openai']}/{path}", content=b"x" * 200_000, verify=context).status_code == 404
+        )
     with socket.create_connection(("127.0.0.1", url.port), timeout=20) as silent:
         began = time.monotonic()
         assert silent.recv(1) == b"", "who begins no handshake is cut"
@@ -261,6 +265,7 @@ def test_https_alone_with_the_declared_certificate_and_a_renewed_one_without_a_r
     before = shown(url.port)
     (tmp_path / "key.pem").write_bytes(trustme.CA().issue_cert("127.0.0.1").private_key_pem.bytes())
     eventually(lambda: "stays the old one" in plane.state.log("router").read_text(), "a pair that is none", 30)
+    assert "Traceback" not in plane.state.log("router").read_text()
     assert shown(url.port) == before
     certify(authority, tmp_path)
     eventually(lambda: shown(url.port or 0) != before, "the new certificate is shown", 30)

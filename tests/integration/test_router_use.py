@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
+import openai
 import pytest
 from tests.integration.router_world import ASK, World, eventually
 from tests.integration.test_exam_standins import CANARY, NEW
+from tests.integration.wire_engine import WireEngine
 
 from quire_schemas import wire
 
@@ -80,3 +83,43 @@ async def test_answers_without_text_and_those_that_are_cut_count_against_a_canar
     found = await eventually(counted)
     assert (found.stable.answers, found.stable.void) == (4, 0)
     assert (found.new.answers, found.new.void, found.new.failed) == (4, void, 0)
+
+
+async def test_a_prompt_that_no_engine_came_to_is_nobodys_to_pay(world: World) -> None:
+    engine = await world.engine(max_num_seqs=1, pace=0.5)
+    await world.serve(engine, on_demand=True)
+
+    async def used() -> tuple[int, int]:
+        report = await world.asked(wire.GetUsage("2000-01-01"))
+        assert isinstance(report, wire.UsageReport)
+        return sum(row.requests for row in report.rows), sum(row.prompt_tokens for row in report.rows)
+
+    async def is_queued() -> bool:
+        return (await world.control(wire.GetRouterStatus())).uses["tiny"].queue_time > 0
+
+    requests, tokens = await used()
+    async with world.client() as client:
+        ask = partial(client.chat.completions.create, model="tiny", messages=ASK)
+        at_work = asyncio.create_task(ask(max_tokens=40))
+        await eventually(lambda: has_been_given(engine, 1))
+        queued = [asyncio.create_task(ask(max_tokens=1)) for _ in range(2)]
+        late = asyncio.create_task(ask(max_tokens=1, extra_body={"timeout": 1.5}))
+        await eventually(lambda: has_been_given(engine, 4))
+        await eventually(is_queued)
+        with pytest.raises(openai.APIStatusError) as refused:
+            await late
+        assert refused.value.status_code == 504
+        for task in (*queued, at_work):
+            task.cancel()
+
+        async def told() -> bool:
+            return (await used())[0] == requests + 4
+
+        await eventually(told)
+    assert (await used())[1] - tokens == len(engine.generates[0].token_ids), (
+        "who left the engine at work has used it"
+    )
+
+
+async def has_been_given(engine: WireEngine, count: int) -> bool:
+    return len(engine.generates) == count

@@ -33,6 +33,7 @@ from uvicorn.server import ServerState
 from quire.doors import farewell
 from quire.errors import InvalidRequest, describe
 from quire.router.account import new_request_id
+from quire.router.memory import read_less
 from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
@@ -148,6 +149,7 @@ class Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WAITING_BYTES)
+        read_less(self.transport)
         self.server.connections.add(self)  # type: ignore[arg-type]
         self._place = {
             "server": get_local_addr(self.transport),
@@ -335,6 +337,8 @@ class Protocol(asyncio.Protocol):
     def shut(self) -> None:
         """Close once what is written is out, for which the client has as long as for reading on."""
         self._ends = True
+        if self.transport.is_closing():
+            return  # who lingered has left meanwhile; and that of TLS can be closed once only
         self.transport.close()
         # TLS waits half a minute for the other side's goodbye, which a client with nothing to ask never reads.
         is_tls = self.transport.get_extra_info("ssl_object") is not None

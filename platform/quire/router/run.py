@@ -25,6 +25,7 @@ now. Whatever way a run ends, `updates` aborts what still runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import math
@@ -34,6 +35,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from typing import Any, Final, Literal
 
 from quire.errors import (
+    ApiError,
     EngineDied,
     EngineUnavailable,
     ModelNotFound,
@@ -131,8 +133,9 @@ class Run:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of prompts that it has come to: none before an engine was given any of it."""
-        return self.job.prompt_tokens if any(choice.attempts for choice in self._choices) else 0
+        """Tokens of the prompts that engines have come to, as far as can be told."""
+        came = {choice.prompt_index for choice in self._choices if choice.came}
+        return sum(len(self.job.prompts[index]) for index in came)
 
     @property
     def reasoning_tokens(self) -> int:
@@ -209,11 +212,27 @@ class Run:
                     timer.cancel()
             for start in self._starts:
                 start.cancel()
-            if self._starts:
-                await asyncio.gather(*self._starts, return_exceptions=True)
-            for choice in self._choices:
-                self._end(choice)
-            self._count_sources()
+            try:
+                if self._starts:
+                    await asyncio.gather(*self._starts, return_exceptions=True)
+                await self._note_turns()
+            finally:
+                for choice in self._choices:
+                    self._end(choice)
+                self._count_sources()
+
+    async def _note_turns(self) -> None:
+        """Note which choices an engine is at, of those that have brought nothing: who leaves an engine's queue has
+        used nothing, and who leaves the engine at work has."""
+        for choice in self._choices:
+            claim, sequence = self._claims.get(choice.index), choice.sequence
+            if choice.came or claim is None or sequence is None:
+                continue
+            if not (sequence.ended or sequence.lost):
+                choice.came = True  # unless it is told otherwise, and in time
+                with contextlib.suppress(ApiError, TimeoutError):
+                    async with asyncio.timeout(RECHECK_SECONDS):
+                        choice.came = not await claim.is_queued(sequence)
 
     def delivered(self) -> None:
         """What was made of the last updates is on its way to the client."""
@@ -274,12 +293,12 @@ class Run:
         before = choice.generated
         update = choice.read(deltas)
         if sequence.begun:
-            self._came = True
+            self._came = choice.came = True
             self._claims[choice.index].begun()
         self._count(choice, choice.generated - before)
         if update is None:
             return None
-        self._came = True
+        self._came = choice.came = True
         choice.sent = self.job.stream
         if update.finish_reason is not None and self.job.shown.metrics:
             return dataclasses.replace(update, times=choice.times)
