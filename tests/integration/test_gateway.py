@@ -48,8 +48,8 @@ def settled(plane: Plane) -> dict[str, Any]:
 
 
 @pytest.fixture
-def served(plane: Plane) -> Iterator[str]:
-    plane.apply(GATEWAY, model("asked"))
+def served(plane: Plane, tmp_path: Path) -> Iterator[str]:
+    plane.apply(GATEWAY, model("asked", RUSH=tmp_path / "rush"))
     plane.wait_served("asked")
     yield f"{plane.base_url}/completions"
     plane.apply(GATEWAY)
@@ -63,9 +63,11 @@ def ask(url: str, *, origin: str | None = None, **more: Any) -> httpx.Response:
     return httpx.post(url, json=body, headers=headers, timeout=30)
 
 
-def test_hot_settings_reach_the_running_router_and_no_stream_notices(plane: Plane, served: str) -> None:
+def test_hot_settings_reach_the_running_router_and_no_stream_notices(
+    plane: Plane, served: str, tmp_path: Path
+) -> None:
     router = plane.client.get("/v1/ping")["router"]
-    stream = Stream(plane.base_url, "asked", 900)
+    stream = Stream(plane.base_url, "asked", 1900)
     stream.wait_running()
     assert ask(served, origin=PAGE).status_code == 421
     assert ask(served, maxtokens=3).status_code == 400
@@ -92,6 +94,7 @@ def test_hot_settings_reach_the_running_router_and_no_stream_notices(plane: Plan
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
     assert plane.client.get("/v1/ping")["router"] == router, "the router is the same process"
     assert stream.is_alive(), "it ran all the while"
+    (tmp_path / "rush").touch()
     stream.finish()
 
 
