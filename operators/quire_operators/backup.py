@@ -47,6 +47,9 @@ CHUNK = 500
 MAX_HEAD = 64 * 1024
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the first line, and of any other."""
+MAX_ROWS = 2**31
+HEAD = {"quireBackup": int, "schema": int, "version": str, "takenAt": str, "store": str, "rows": int}
+"""What the first line has, whatever the format."""
 OWN_SETTINGS = ("home", "schemaVersion", "minWriterVersion")
 """Of `meta`, what belongs to a database and not to what is in it."""
 TABLES = tuple(table for table in METADATA.sorted_tables if table is not LEASES)
@@ -193,7 +196,7 @@ def read(path: Path) -> Backup:
         rest = file.read(1)
     try:
         seal = json.loads(lines.pop())["sha256"]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
+    except (IndexError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadBackup(f"{path} is no whole backup of a store", "take another: it was cut off") from error
     now = hashlib.sha256(first + b"".join(lines)).hexdigest()
     if rest or len(lines) != about["rows"] or seal != now:
@@ -203,7 +206,10 @@ def read(path: Path) -> Backup:
             f"{path} is of quire {about['version']} (schema {about['schema']}, this version has {SCHEMA_VERSION})",
             "restore it with the version that wrote it; this one brings the store up to date then",
         )
-    text = tuple(line.decode().removesuffix("\n") for line in lines)
+    try:
+        text = tuple(line.decode().removesuffix("\n") for line in lines)
+    except UnicodeDecodeError as error:
+        raise BadBackup(f"{path} is no backup of a store: {error}", "platform backup FILE writes one") from error
     return Backup(about["version"], about["takenAt"], about["store"], text)
 
 
@@ -213,10 +219,10 @@ def _head(line: bytes) -> dict[str, Any] | None:
         about = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(about, dict) or "quireBackup" not in about:
+    if not isinstance(about, dict):
         return None
-    rows = about.get("rows")
-    return about if isinstance(rows, int) and not isinstance(rows, bool) and rows >= 0 else None
+    said = all(type(about.get(name)) is kind for name, kind in HEAD.items())
+    return about if said and 0 <= about["rows"] <= MAX_ROWS else None
 
 
 # ── and back ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,13 +241,15 @@ def restore(backup: Backup, place: Path | sa.URL, lease: Leading | None = None, 
         tables = {table.name: table for table in TABLES}
         rows: dict[str, list[dict[str, Any]]] = {}
         for line in backup.lines:
-            found = json.loads(line)
-            rows.setdefault(found["table"], []).append(found["row"])
-        for name, of in rows.items():
+            name, row = _row(line)
             if name not in tables:
                 raise BadBackup(
                     f"the backup has a table {name}, which this version has not", "use a newer version"
                 )
+            if row.keys() != set(tables[name].columns.keys()):
+                raise BadBackup(f"the backup has another table {name} than this version", "take another")
+            rows.setdefault(name, []).append(row)
+        for name, of in rows.items():
             for chunk in _chunks(of):
                 db.execute(sa.insert(tables[name]), chunk)
         if db.dialect.name == "postgresql":  # the next event's number follows the last one's
@@ -249,6 +257,18 @@ def restore(backup: Backup, place: Path | sa.URL, lease: Leading | None = None, 
             sequence = sa.func.pg_get_serial_sequence(EVENTS.name, "id")
             db.execute(sa.select(sa.func.setval(sequence, last, False)))
         _compare(backup.lines, tuple(_lines(db)))
+
+
+def _row(line: str) -> tuple[str, dict[str, Any]]:
+    """The table and the row of a line."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    match found:
+        case {"table": str(name), "row": dict(row)}:
+            return name, row
+    raise BadBackup(f"the backup has a line that is no row: {line[:200]}", "take another")
 
 
 def _refuse_to_overwrite(db: sa.Connection, name: str) -> None:

@@ -75,7 +75,8 @@ def _refuse_open_doors(store: Store, reviews: Sequence[Review], leaving: Sequenc
 def _warn_of_dead_ends(store: Store, reviews: Sequence[Review]) -> None:
     """Say of Routes what of them will lead nowhere: Models that there will not be, and weights of 0 alone."""
     specs = {each.key.name: each.resolved for each in store.objects("model") if each.deletion_time is None}
-    specs |= {review.key.name: review.resolved for review in reviews if review.key.kind == "model"}
+    new = {review.key.name: review.resolved for review in reviews if review.key.kind == "model"}
+    specs |= {name: resolved or specs.get(name, {}) for name, resolved in new.items()}
     there = {name for model, spec in specs.items() for name in (names_of(model, spec) if spec else [model])}
     for review in reviews:
         if isinstance(review.located.resource, Route) and review.refusal is None:

@@ -130,14 +130,19 @@ async def _run(command: Sequence[str], tree: Path, path: str, home: Path, limits
     except TooMuch as error:
         raise _failed("what it makes is larger than 1 MiB", "make two sources of it") from error
     if code != 0:
-        words = " ".join(said.decode(errors="replace").split())
-        for place in {str(tree.resolve()), str(tree)}:
-            words = words.replace(f"{place}/", "").replace(place, ".")
+        words = in_repository(" ".join(said.decode(errors="replace").split()), tree)
         raise _failed(
             f"{path}: {words[:WORDS] or f'it ended with {code}'}",
             "kustomize build FOLDER in a checkout shows the same",
         )
     return out
+
+
+def in_repository(words: str, tree: Path) -> str:
+    """The words with each path in the tree as that in the repository."""
+    for place in sorted({str(tree.resolve()), str(tree)}, key=len, reverse=True):  # one may be the other's tail
+        words = words.replace(f"{place}/", "").replace(place, ".")
+    return words
 
 
 def _failed(message: str, hint: str) -> Refused:

@@ -159,9 +159,12 @@ def targets(spec: Mapping[str, Any]) -> list[Target]:
     return [Target(each["model"], each.get("adapter"), path) for each, path in found]
 
 
-def names_of(model: str, spec: Mapping[str, Any]) -> list[str]:
-    """A Model and its adapters, as `Target.name` has them, by its resolved spec."""
-    return [model, *(Target(model, each["name"], "").name for each in adapters.declared(spec))]
+def names_of(model: str, spec: Mapping[str, Any], told: wire.ModelRoute | None = None) -> list[str]:
+    """A Model and its adapters, as `Target.name` has them: those that the router was `told` of, which a rollout
+    brings and takes away, else those of its resolved spec."""
+    declared = [each["name"] for each in adapters.declared(spec)]
+    found = declared if told is None else [each.name for each in told.adapters]
+    return [model, *(Target(model, each, "").name for each in found)]
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -321,6 +324,7 @@ class RouteReconciler:
         owned = owners(objects)
         mine = claims(KIND, stored.resolved)
         told = self._routes.in_force()
+        routed = {each.model: each for each in told.models} if told is not None else {}
         return View(
             stored=stored,
             lost={
@@ -332,7 +336,7 @@ class RouteReconciler:
                 name: self._against(each)
                 for each in objects
                 if _is_model(each)
-                for name in names_of(each.key.name, each.resolved)
+                for name in names_of(each.key.name, each.resolved, routed.get(each.key.name))
             },
             taken=told is not None and set(table([stored], owned)) <= set(told.routes),
             older=self._routes.is_older("routes"),

@@ -1,8 +1,9 @@
 """`python -m quire.teller --fd N`: tells collectors what a process of the router tells it, until that is gone.
 
 It is a child of that process, on one end of a socket pair (`quire_schemas.telling`), and has what the other is to
-be spared: the SDK of OpenTelemetry, its threads, its encoders. It has the lowest priority there is, so that it
-takes processor time that nobody else wants; where there is none for long, spans are lost, which its parent counts.
+be spared: the SDK of OpenTelemetry, its threads, its encoders. From the moment that it is ready, for which its
+parent waits, it has the lowest priority there is, so that it takes processor time that nobody else wants; where
+there is none for long, spans are lost, which its parent counts.
 
 Spans are made in one piece, as the request has ended, not started and ended one by one: a `Writer` has the SDK's
 limits, and hands them to the gates of `quire.tracing`, which are those of every other process.
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from quire.metering import Metering
 from quire.phases import longest, phases_of
@@ -33,6 +35,8 @@ from quire_schemas import signals, telling, wire
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import SpanProcessor
+
+log = logging.getLogger("quire.teller")
 
 LEAST: Final = 19
 """The niceness of who stands back for everybody."""
@@ -128,7 +132,7 @@ class Writer:
                 trace.SpanKind.SERVER,
                 failed if told.failed else fine,
                 (told.wall, ns(told.ended_at)),
-                _known(told) | told.attributes | longest(sequences),
+                _known(told) | longest(sequences) | told.attributes,
                 [(event, ns(event.at)) for event in told.events],
             )
             return [*below, whole]
@@ -185,12 +189,14 @@ class _Reports:
 
 
 async def tell(end: socket.socket) -> None:
-    """Tell what comes in, until nothing does, and export what is left. Raises `wire.WireError`."""
+    """Tell what comes in, until nothing does, and export what is left. What goes wrong ends the process."""
     reader, writer = await asyncio.open_unix_connection(sock=end)
     try:
         await _tell(wire.Reader(reader, telling.ToTeller), writer)
-    finally:
-        writer.close()
+    except Exception:
+        log.exception("no more can be told")
+        _end(1)  # with the line open: who sees it cut kills this process, and knows nothing of its end
+    writer.close()
 
 
 async def _tell(incoming: wire.Reader[telling.ToTeller], writer: asyncio.StreamWriter) -> None:
@@ -208,6 +214,7 @@ async def _tell(incoming: wire.Reader[telling.ToTeller], writer: asyncio.StreamW
     spans = Writer(tracing.provider.resource, tracing.gates) if tracing.provider is not None else None
     tracing.counts.changed = _Reports(tracing.counts, writer).changed
     writer.write(wire.frame(telling.Ready()))
+    _stand_back()
     try:
         while isinstance(news := await incoming.read(), telling.News):
             for item in news.items:
@@ -222,6 +229,19 @@ async def _tell(incoming: wire.Reader[telling.ToTeller], writer: asyncio.StreamW
     tracing.counts.changed = Counts().changed  # nobody listens any more
 
 
+def _stand_back() -> None:
+    """Lower the priority of all threads: to the system it is that of each by itself."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), LEAST)
+
+
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # an exporter's thread may still wait for its collector
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m quire.teller", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, metavar="N", help="its end of the socket pair")
@@ -230,7 +250,6 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(LEAST)
     of = f" {given.of}:" if given.of else ""
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s:{of} %(message)s", stream=sys.stderr
@@ -240,9 +259,7 @@ def main(arguments: Sequence[str]) -> None:
         code = os.EX_PROTOCOL
     else:
         asyncio.run(tell(socket.socket(fileno=given.fd)))
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)  # an exporter's thread may still wait for its collector
+    _end(code)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,8 @@ class Counts(_Message):
     """Connections that it had no room for."""
     teller: int = 0
     """The number of the process that tells collectors for it; 0 where there is none."""
+    ended: float = 0.0
+    """Seconds of the processor that its children have had which have ended."""
 
 
 class CountsFor(_Message):

@@ -61,6 +61,8 @@ signal.signal(signal.SIGUSR2, _look)
 CHATTER = "The quire is bound, the page is turned, the block is full and the lamp has burned. "
 WORDS = 12_000
 """More than the ten thousand that a tokenizer remembers."""
+PATHS = 1_100
+"""More than the 1,024 that the web framework remembers."""
 CROWD = 64
 """Of scrapes at once, each of which takes a thread: more than a pool has."""
 IN_PARTS = ("chat", "completion", "messages")
@@ -100,6 +102,12 @@ class Traffic:
                     words = ("".join(self.rng.choices(string.ascii_lowercase, k=9)) for _ in range(100))
                     body = {"model": model, "prompt": " ".join(words)}
                     (await http.post("/tokenize", json=body, headers=self._headers())).raise_for_status()
+            # so does the web framework paths, each of which has the name of something that somebody keeps
+            for first in range(0, PATHS, 50):
+                paths = (f"/responses/resp_{number}" for number in range(first, first + 50))
+                asked = (http.get(path, headers=self._headers()) for path in paths)
+                for answer in await asyncio.gather(*asked):
+                    self._note("nobody's", answer, 404)
             # a pool gets a thread whenever all it has are at work: now, and not in some busy second an hour later
             url = self.base_url.removesuffix("/v1") + "/metrics"
             for answer in await asyncio.gather(*(http.get(url) for _ in range(CROWD))):

@@ -7,12 +7,14 @@ two rollouts, during which memory is read, and after it another rest and another
     make soak MINUTES=30                what grew, and a row for each process in benchmarks/results/survival.jsonl
     make soak MINUTES=30 SOAK_TRACE=1   the same with tracemalloc: slower and larger, and it says where
 
-A third of the minutes is warm-up. `make nightly` soaks for 30.
+A third of the minutes is warm-up. `make nightly` soaks for 30. Every reading of memory stays beside the rows, as
+`soak-DATE.json`: of each process its seconds and bytes, and how many requests had been answered when.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 import json
 import os
@@ -118,7 +120,8 @@ class Soak:
         self.client = Client(platform.state)
         self.traffic = Traffic(platform.base_url("steady"), KEYS)
         self.watch = Watch(platform.processes, looks)
-        self.waste: set[str] = set(os.listdir("/dev/shm"))
+        self.answered: list[tuple[float, int]] = []
+        """Seconds, and requests that were answered by then."""
 
     def _models(self) -> Path:
         texts = [MODEL.format(name="steady", round=0), MODEL.format(name="moving", round=self.rollouts)]
@@ -136,6 +139,7 @@ class Soak:
             start, done, turn = time.monotonic(), 0, 0
             while not asking.done():
                 await asyncio.to_thread(self.watch.note_memory)
+                self.answered.append((time.monotonic() - self.watch.started_at, sum(self.traffic.told.values())))
                 if done < rollouts and time.monotonic() - start > 60 * minutes * (done + 1) / (rollouts + 1):
                     done += 1
                     await asyncio.to_thread(self.roll_out)
@@ -167,6 +171,15 @@ class Soak:
                 taken[f"{model}: slots"] = stats.kv_slots_used
                 taken[f"{model}: requests"] = stats.running + stats.waiting + stats.deferred
         return Rest(shapes, set(os.listdir("/dev/shm")), labels, taken)
+
+    def keep_readings(self) -> Path:
+        """Put what was read beside the rows, or where there are none into the platform's folder."""
+        rows = os.environ.get("QUIRE_FIGURES")
+        now = datetime.datetime.now(datetime.UTC)
+        path = (Path(rows).parent if rows else self.platform.root) / f"soak-{now:%Y-%m-%dT%H%M}.json"
+        memory = [{"system": name, "pid": pid, "told": told} for (name, pid), told in self.watch.memory.items()]
+        path.write_text(json.dumps({"memory": memory, "answered": self.answered}))
+        return path.resolve()
 
     def _stats(self, replica: dict[str, Any]) -> wire.Stats:
         folder = self.platform.state.replica_dir(replica["id"]) / str(replica["incarnation"])
@@ -202,10 +215,7 @@ def test_r30_a_soaked_platform_neither_grows_nor_keeps_anything(soak: Soak) -> N
     asked = sum(soak.traffic.told.values()) - asked_before
 
     print(f"\n{asked} requests in {MINUTES - WARM:g} minutes: {dict(sorted(soak.traffic.told.items()))}")
-    readings = soak.platform.write(
-        "memory.json", json.dumps([[*key, told] for key, told in soak.watch.memory.items()])
-    )
-    print(f"every reading of memory is in {readings}")
+    print(f"every reading of memory is in {soak.keep_readings()}")
     rows: list[dict[str, Any]] = []
     growing: list[str] = []
     for name, shape in sorted(after.shapes.items()):

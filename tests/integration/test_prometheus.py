@@ -216,7 +216,8 @@ async def test_every_panel_has_data_of_a_live_router_under_traffic(world: World,
         "r", ("alias",), 1, (wire.Backend("gone", 1),), fallbacks=(wire.Fallback("tiny", ("Unavailable",)),),
         mirror=wire.Mirror("tiny", 100),
     )  # fmt: skip
-    await world.control(wire.RoutingTable(world.version, (route,), routes=(alias,)))
+    budget = wire.AccessBudget(policy="p", name="month", scope="policy", per="month", tokens=1_000)
+    await world.control(wire.RoutingTable(world.version, (route,), routes=(alias,), budgets=(budget,)))
     await world.connected("r1")
     expressions = [
         expression.replace(WINDOW, "20s").replace("$model", ".*")

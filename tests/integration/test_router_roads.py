@@ -59,6 +59,11 @@ def alike(answer: bytes) -> bytes:
     return re.sub(rb"\r\n(date|openai-processing-ms): [^\r]*", b"", answer)
 
 
+def begun(event: bytes) -> bytes:
+    """The first event of a stream without how much of the answer has come with it."""
+    return re.sub(rb'"(text|content|delta)":"[^"]*"|"(output_tokens)":\d+', rb"\1\2", event)
+
+
 async def both(world: World, path: str, body: bytes, headers: str = "") -> bytes:
     """The answer, which is one on both roads; of streams that is the head, and how they begin and end."""
     answers = [alike(await world.raw(world.post(f"{path}{more}", body, headers))) for more in ("", "?unheard=of")]
@@ -66,7 +71,7 @@ async def both(world: World, path: str, body: bytes, headers: str = "") -> bytes
     assert short[0].split(b"\r\n") == long[0].split(b"\r\n"), path
     if b"text/event-stream" in short[0]:
         kept = [each.split(b"\r\n", 1)[1].split(b"\n\n") for each in (short[1], long[1])]
-        assert kept[0][0] == kept[1][0]
+        assert begun(kept[0][0]) == begun(kept[1][0])
         assert kept[0][-2:] == kept[1][-2:]
     else:
         assert short[1] == long[1], path

@@ -301,7 +301,7 @@ async def test_a_failure_that_nobody_steps_in_for_is_told_as_it_was(town: Town) 
 
 
 async def test_r25_the_first_token_has_its_time_and_a_stream_goes_on_after_it(town: Town) -> None:
-    await town.add("a", engine={"pace": 0.05})
+    await town.add("a", engine={"pace": 0.05}, stall_seconds=60.0)
     await town.go(to(("a", 1), first_token=0.4))
     answer = await town.ask(max_tokens=12)
     assert answer.status_code == 200, "it took longer than its first token may"

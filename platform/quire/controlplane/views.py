@@ -177,8 +177,8 @@ class Views:
             return "Old" if revision.stable_at is not None else "NeverRolledOut"
 
         def failure(revision: Revision) -> str | None:
-            if revision.n == tried.get("revision"):
-                return cast(str | None, tried.get("failure"))
+            if state(revision) == "Canary" and revision.n == tried.get("revision"):
+                return tried.get("failure") or revision.failure
             if stalled is not None and not tried and state(revision) == "Current":
                 return f"{stalled['reason']}: {stalled['message']}"
             return revision.failure

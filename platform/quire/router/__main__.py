@@ -67,7 +67,6 @@ async def serve(
 ) -> None:
     """Serve on `listening` until a signal, then let running requests finish within the grace. Other workers are
     started by `command`, and what tells them who they are. Raises `BadTelemetry` and `BadCertificate`."""
-    teller.start()
     listening = door = prepare(listening, plain=config.tls is None)
     board = Board.new() if config.workers > 1 or config.tls is not None else None
     fleet = Fleet(Path(config.snapshot_file), Access(config.closed))
@@ -122,7 +121,6 @@ async def serve(
         await head.executor.close()
         await head.examiner.close()
         await fleet.close()
-        await teller.close()
         deaf()
 
 
@@ -171,9 +169,10 @@ def main(arguments: list[str]) -> int:
     try:
         if given.worker is not None:
             line, board = socket.socket(fileno=given.line_fd), Board(given.board_fd, given.worker)
-            asyncio.run(work(config, listening, line, board, teller))
+            asyncio.run(teller.during(work(config, listening, line, board, teller)))
             return 0
-        asyncio.run(serve(config, listening, teller, given.status_fd, [*interpreter, str(given.config)]))
+        command = [*interpreter, str(given.config)]
+        asyncio.run(teller.during(serve(config, listening, teller, given.status_fd, command)))
     except BadTelemetry as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG

@@ -34,6 +34,7 @@ import msgspec
 
 from quire.router.balancer import PREFIX_BLOCK, Burden, Candidate, Prefixes
 from quire.router.breaker import NO_FAILURE, TRIAL_TOKENS, Breakers
+from quire.router.memory import read_less
 from quire_schemas import wire
 from quire_schemas.workers import Wanted
 
@@ -445,6 +446,7 @@ class EngineClient:
         """One connection from its start to its end."""
         self._was_up = False
         reader, writer = await asyncio.open_unix_connection(self.endpoint.socket)
+        read_less(writer.transport)
         asking: asyncio.Task[None] | None = None
         try:
             frames: wire.Reader[wire.FromEngine] = wire.Reader(reader, wire.FromEngine)

@@ -114,6 +114,7 @@ class Exchange(Reception, Generic[R]):
                     fleet.metrics.count_routed(STEPPED_IN, way.terms.route, model, failure)
                     span.event(signals.EVENT_FALLBACK, time.monotonic(), {signals.QUIRE_MODEL: model})
         finally:
+            first = None  # it has this frame, which has it: garbage for a long time
             self._note()
 
     async def _serve_by_turn(
@@ -233,7 +234,7 @@ class Exchange(Reception, Generic[R]):
     async def _send_stream(self, request: R, run: Run, send: Send) -> list[str]:
         form, usage = self._format.stream(run.job, request), functools.partial(usage_of, run)
         reasons: list[str] = []
-        large = run.job.is_large
+        large = run.job.is_large or run.job.shown.logprobs is not None
         async with contextlib.aclosing(run.updates()) as batches, _Pings(send, form.ping) as pings:
             async for batch in batches:
                 if self._stream is None:
@@ -242,7 +243,7 @@ class Exchange(Reception, Generic[R]):
                     self._stream = form
                     pings.begin()
                 if large:
-                    made = await run.job.written(functools.partial(form.events, batch, usage))
+                    made = await run.job.written(functools.partial(form.events, batch, usage), batch)
                 else:
                     made = form.events(batch, usage)
                 if made:  # of what is not shown there is nothing to tell
@@ -286,6 +287,7 @@ class _Pings:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None  # it has its end, that has its frame, and that has this: garbage for a long time
 
 
 def _served_by(run: Run) -> list[tuple[bytes, bytes]]:

@@ -33,6 +33,7 @@ from uvicorn.server import ServerState
 from quire.doors import farewell
 from quire.errors import InvalidRequest, describe
 from quire.router.account import new_request_id
+from quire.router.memory import read_less
 from quire_schemas.wire import HttpSettings
 
 log = logging.getLogger("quire.router")
@@ -148,6 +149,7 @@ class Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WAITING_BYTES)
+        read_less(self.transport)
         self.server.connections.add(self)  # type: ignore[arg-type]
         self._place = {
             "server": get_local_addr(self.transport),

@@ -27,6 +27,10 @@ log = logging.getLogger("quire.router")
 T = TypeVar("T")
 AT_ONCE: Final = 32
 """Texts of one request whose vectors are made at a time, so that a long list leaves room for others."""
+INLINE_NUMBERS: Final = 4096
+"""Log-probabilities, or numbers of vectors, of an answer that is written on the event loop: some milliseconds."""
+VECTOR_BYTES: Final = 4
+"""Of each number of a vector, as engines send it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +166,19 @@ class Job:
         scored = self.sampling.asks_for_many or self.sampling.prompt_logprobs is not None
         return scored or bool(self.pairs) or self.shown.prompt_text
 
-    async def written(self, write: Callable[[], T]) -> T:
-        """What `write` gives of the answer, without others having to wait for it."""
-        return await asyncio.to_thread(write) if self.is_large else write()
+    async def written(self, write: Callable[[], T], updates: Sequence[Update] = ()) -> T:
+        """What `write` gives of the answer, or of these updates of it, without others having to wait for it."""
+        return await asyncio.to_thread(write) if self.is_large or self._is_much(updates) else write()
+
+    def _is_much(self, updates: Sequence[Update]) -> bool:
+        """Whether updates, each with little, come to what takes long to write."""
+        if self.pooling is not None:
+            return sum(len(update.embedding or b"") for update in updates) > INLINE_NUMBERS * VECTOR_BYTES
+        entries = 1 + (self.shown.logprobs or 0)
+        return (
+            self.shown.logprobs is not None
+            and entries * sum(len(update.scores) for update in updates) > INLINE_NUMBERS
+        )
 
     def token_text(self, index: int) -> str:
         """A token's name in log-probabilities."""

@@ -9,8 +9,12 @@ may grow into it.
     work         taken                begins to be refused, from 0.85 on, until it is at 0.80 again
 
 Refusals are a 429 before the body is read (`MemoryShort`). Health, metrics and what runs go on. When they begin
-and once a second while they last, what the allocator keeps of what was freed is given back: else a router that was
-full once would look full for ever.
+and once a second while they last, what hangs on nothing but itself is looked for, and what the allocator keeps of
+what was freed is given back: else a router that was full once would look full for ever. Once a minute that is done
+anyhow: garbage that waits, and holes where it was, are most of what a router grows by over the hours.
+
+Samples are taken on a thread of their own: each is some twenty system calls, behind each of which the event loop
+would wait for its turn while another thread computes.
 
 A sample tells of what is. A text of a megabyte takes a hundred more for the moment in which it is made into token
 ids, so such work says beforehand what it may take at its height, and is refused if that is not there (`reserved`).
@@ -25,10 +29,12 @@ import contextlib
 import ctypes
 import gc
 import logging
+import math
 import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -45,7 +51,13 @@ SMALL_BYTES: Final = 4 << 20
 """Less is not announced."""
 SAMPLE_SECONDS: Final = 0.1
 TRIM_SECONDS: Final = 1.0
+TIDY_SECONDS: Final = 60.0
+"""Between two times that it is done anyhow: 7 ms of processor time."""
 ARENAS: Final = 2
+LARGE_BYTES: Final = 64 << 10
+READ_BYTES: Final = 32 << 10
+"""Of a connection at a time. asyncio asks for 256 KiB whenever it reads, nearly all of which it gives back."""
+_M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -74,11 +86,21 @@ def decide(refusing: bool, now: float) -> bool:
     return now > RESUME_AT if refusing else now >= REFUSE_AT
 
 
+def read_less(transport: asyncio.BaseTransport) -> None:
+    """Have a connection read `READ_BYTES` at a time: there is no word for that but the attribute."""
+    transport.max_size = READ_BYTES  # type: ignore[attr-defined]
+
+
 class Allocator:
     """glibc's; another one is left as it is.
 
     Each thread would have an arena of its own, with 64 MiB of address space, which keeps what the thread freed
     from all others. Threads of Python take turns anyhow.
+
+    What is large is had from the system and given back to it, always. The library would do so only until the first
+    such piece is freed, and from then on cut pieces of its size out of what lies between small ones: each leaves a
+    hole in which others settle, so that the next one takes new memory, and a router grows that holds no more than
+    an hour ago. Reading from a connection takes less than `LARGE_BYTES` for that reason (`READ_BYTES`).
     """
 
     def __init__(self) -> None:
@@ -86,6 +108,7 @@ class Allocator:
         self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
         if self._trim is not None:
             library.mallopt(_M_ARENA_MAX, ARENAS)
+            library.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
     def trim(self) -> None:
         """Give back to the system what nobody uses, as far as it is whole pages."""
@@ -101,9 +124,10 @@ class Memory:
         self.refusing = False
         self._groups = groups or ControlGroups.own()
         self._allocator = Allocator()
-        self._trimmed_at = 0.0
+        self._tidied_at = math.inf
         self._announced = 0
         self._turn = threading.Lock()
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="memory")
 
     def check(self) -> None:
         """Raises `MemoryShort` while there is none for more work."""
@@ -136,7 +160,7 @@ class Memory:
         """Look again and again, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            self.look(loop.time())
+            await loop.run_in_executor(self._looker, self.look, loop.time())
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def look(self, now: float) -> None:
@@ -145,8 +169,10 @@ class Memory:
         if found >= RESUME_AT:  # what could be had back is asked for only when it matters: it is counted for that
             found = share(self._sample(closely=True))
         refusing = decide(self.refusing, found)
-        if refusing and (not self.refusing or now - self._trimmed_at >= TRIM_SECONDS):
-            self._trimmed_at = now
+        self._tidied_at = min(self._tidied_at, now)  # what a start leaves is no garbage
+        began = refusing and not self.refusing
+        if began or now - self._tidied_at >= (TRIM_SECONDS if refusing else TIDY_SECONDS):
+            self._tidied_at = now
             gc.collect()  # what was freed may hang on exceptions that hang on their frames
             self._allocator.trim()
         if refusing != self.refusing:

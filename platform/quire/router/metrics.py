@@ -255,7 +255,7 @@ class Metrics:
         self._registry.register(_Batches(self.batches_running, self.batch_lines))
         self._of_routes: dict[tuple[str, ...], Number] = {}
         self._registry.register(_Routes(lambda: self._shown.routes))
-        self._registry.register(_Processes(lambda: self._shown.pids))
+        self._registry.register(_Processes(lambda: self._shown.pids, lambda: self._shown.ended))
         self.set_models(())
 
     def set_models(self, models: Iterable[str]) -> None:
@@ -326,6 +326,7 @@ class Metrics:
             requests,
             self._refused(),
             self._teller(),
+            _ended(),
         )
 
     def bury(self, counts: Counts) -> None:
@@ -352,7 +353,7 @@ class Metrics:
             if not others and not self._gone.models:
                 here = self.counts(values=False)
                 pids = [each for each in (*pids, here.teller) if each]
-                self._shown = _Shown(self._models, dict(here.routes), here.spans, pids, here.refused)
+                self._shown = _Shown(self._models, dict(here.routes), here.spans, pids, here.refused, here.ended)
                 return generate_latest(self._registry)
             every = [self.counts(), self._gone, *others]
             routes: Counter[tuple[str, ...]] = Counter()
@@ -362,7 +363,8 @@ class Metrics:
                 spans.update(each.spans)
             refused = sum(each.refused for each in every)
             pids = [*pids, *(each.teller for each in every if each.teller)]
-            self._shown = _Shown(self._added({}, every), routes, spans, pids, refused)
+            ended = sum(each.ended for each in every)
+            self._shown = _Shown(self._added({}, every), routes, spans, pids, refused, ended)
             return generate_latest(self._registry)
 
     def _added(
@@ -388,6 +390,7 @@ class _Shown(NamedTuple):
     spans: Mapping[str, int]
     pids: Sequence[int] = ()
     refused: int = 0
+    ended: float = 0.0
 
 
 _EXPORTED: Final = "exported"
@@ -844,8 +847,13 @@ class _Spans(Collector):
 class _Processes(Collector):
     """What the system tells of the router's processes: memory, processor time and files of all of them."""
 
-    def __init__(self, others: Callable[[], Sequence[int]]) -> None:
+    def __init__(self, others: Callable[[], Sequence[int]], ended: Callable[[], float]) -> None:
+        """`ended` is the processor time of children that are no more."""
         self._others = others
+        self._ended = ended
+        self._spent = 0.0
+        """Processor time that was told of. A process that died without a last word is missing later, and a counter
+        does not fall."""
 
     def collect(self) -> Iterator[Metric]:
         told = list(ProcessCollector(registry=None).collect())
@@ -858,16 +866,21 @@ class _Processes(Collector):
                         for ours, theirs in zip(mine.samples, its[mine.name], strict=True)
                     ]
         for mine in told:
-            if mine.name == "process_cpu_seconds":  # those of workers that have ended stay in the sum
-                ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-                spent = ended.ru_utime + ended.ru_stime
-                mine.samples = [each._replace(value=each.value + spent) for each in mine.samples]
+            if mine.name == "process_cpu_seconds":
+                self._spent = max(self._spent, mine.samples[0].value + self._ended())
+                mine.samples = [mine.samples[0]._replace(value=self._spent)]
         yield from told
 
 
 _SUMMED: Final = (
     "process_virtual_memory_bytes", "process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds"
 )  # fmt: skip
+
+
+def _ended() -> float:
+    """Seconds of the processor that children of this process have had which have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _always(pid: int) -> Callable[[], int]:

@@ -18,6 +18,7 @@ import mmap
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -43,6 +44,9 @@ FULL_SECONDS = 1.0
 """That no connection is taken when there are too many open files."""
 GARBAGE = 10_000
 """Objects that are made, and not gone, between two looks for cycles: a request makes hundreds."""
+TURN_SECONDS = 0.001
+"""That a thread computes before another one has its turn. While one does, the event loop waits so long behind each
+of its system calls, of which every request has some."""
 MAX_WORKERS = 64
 _CROWDED = "The server has as many connections as it can hold."
 LAST_WORDS = 1.0
@@ -283,6 +287,7 @@ def options(application: ASGIApp, fleet: Fleet, certificate: Certificate | None)
     gc.freeze()  # what is there now stays: looking through it would stop all streams for some tens of milliseconds
     gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
     gc.enable()
+    sys.setswitchinterval(TURN_SECONDS)
     made.ssl = None if certificate is None else certificate.context
     return made
 

@@ -22,15 +22,17 @@ not costs next to nothing, and the ids that the engine is told are there when it
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from quire.phases import longest, phases_of
 from quire.router.account import Account
 from quire.router.line import version
 from quire.tracing import SHUTDOWN_SECONDS, BadTelemetry, Counts, Declared, disabled, room, wanted
@@ -172,10 +174,11 @@ class Teller:
             self.counts.queue_full += (spans - max(room, 0)) * self._each
             if room <= 0:
                 return
-            told.kept = spans = room
+            _cut(told, room)
+            spans = room
         self._gathered += spans * self._each
         self._traces.append(told)
-        self._flush_soon(len(self._traces))
+        self._flush_soon()
 
     def measure(self, account: Account) -> None:
         """A request has ended."""
@@ -183,15 +186,16 @@ class Teller:
             return
         if len(self._measures) < MOST_MEASURES:
             self._measures.append((account, account.total or 0.0))
-            self._flush_soon(len(self._measures))
         elif not self._lost_measures:
             self._lost_measures = True
             log.warning("measures of requests are not taken by the teller, and are lost")
+        self._flush_soon()
 
-    def _flush_soon(self, many: int) -> None:
-        if self._writer is None or self._loop is None:
+    def _flush_soon(self) -> None:
+        if (writer := self._writer) is None or self._loop is None:
             return
-        if many >= GATHER_ITEMS:
+        many = len(self._measures) >= GATHER_ITEMS and _takes_measures(writer)
+        if many or len(self._traces) >= GATHER_ITEMS:
             self._flush()
         elif self._timer is None:
             self._timer = self._loop.call_later(GATHER_SECONDS, self._flush)
@@ -206,13 +210,23 @@ class Teller:
         traces, self._traces = self._traces, []
         self._sent, self._gathered = self._sent + self._gathered, 0
         measures: list[tuple[Account, float]] = []
-        if writer.transport.get_write_buffer_size() < MOST_BYTES:
+        if _takes_measures(writer):
             measures, self._measures = self._measures, []
         items: list[telling.Trace | telling.Measure] = [*traces, *(_measured(*each) for each in measures)]
         for at in range(0, len(items), 2 * GATHER_ITEMS):
             writer.write(wire.frame(telling.News(items[at : at + 2 * GATHER_ITEMS])))
+        if self._measures:
+            self._flush_soon()  # no other request may come that would see to it
 
     # ── the child ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def during(self, work: Coroutine[None, None, None]) -> None:
+        """Have a child while that is done, and its end told, however it ends."""
+        self.start()
+        try:
+            await work
+        finally:
+            await self.close()
 
     def start(self) -> None:
         """Have a child, from now on."""
@@ -239,8 +253,9 @@ class Teller:
         if self._keeper is None:
             return
         self._flush()
-        if self._writer is not None and self._writer.can_write_eof():
-            self._writer.write_eof()
+        writer, self._writer = self._writer, None  # what ends now comes too late
+        if writer is not None and writer.can_write_eof():
+            writer.write_eof()
             await asyncio.wait([self._keeper], timeout=SHUTDOWN_SECONDS + END_SECONDS)
         self._keeper.cancel()
         await asyncio.wait([self._keeper])
@@ -254,7 +269,7 @@ class Teller:
             except OSError as error:
                 log.error("the teller cannot be started: %s", error)
             except Exception as error:
-                log.error("the teller is given up", exc_info=error)
+                log.error("the teller failed", exc_info=error)
             self._begun.set()
             if self._ends or self._unable:
                 return
@@ -275,15 +290,15 @@ class Teller:
         self.pid = process.pid
         try:
             lasted = await self._feed(mine)
+            if not self._ends:
+                process.kill()  # its line is cut, whatever it still does
+            code = await asyncio.to_thread(process.wait)
         except BaseException:
             process.kill()
             process.wait()
             raise
         finally:
-            self.pid = 0
-        if not self._ends:
-            process.kill()  # its line is cut, whatever it still does
-        code = await asyncio.to_thread(process.wait)
+            self.pid = 0  # not before its processor time is among that of children that have ended
         if not self._ends and not self._unable:
             if code == os.EX_PROTOCOL:
                 log.error("what is installed now is not what this router runs: replace the gateway to have it")
@@ -332,6 +347,20 @@ class Teller:
         self.counts.queue_full += done.queue_full
         self.counts.export_failed += done.export_failed
         self._sent = max(self._sent - done.exported - done.queue_full - done.export_failed, 0)
+
+
+def _takes_measures(writer: asyncio.StreamWriter) -> bool:
+    return writer.transport.get_write_buffer_size() < MOST_BYTES
+
+
+def _cut(told: telling.Trace, spans: int) -> None:
+    """Leave so many of its spans; the times of its own one are those of all sequences yet."""
+    told.attributes = {**told.attributes, **longest(phases_of(each) for each in told.sequences)}
+    told.kept = spans
+    told.phases = told.phases[: spans - 1]
+    left = spans - 1 - len(told.phases)
+    before = itertools.accumulate((each.spans for each in told.sequences), initial=0)
+    told.sequences = [each for each, sum_ in zip(told.sequences, before, strict=False) if sum_ < left]
 
 
 def _measured(account: Account, total: float) -> telling.Measure:

@@ -100,7 +100,6 @@ async def work(
 ) -> None:
     """Serve on `listening`, which others share, for the head at the other end of `end`, until that says so."""
     sibling.die_with_starter()
-    teller.start()
     listening = door = prepare(listening, plain=config.tls is None)
     line: Wire = await Line.over(end, workers.FromWorkerFrame, workers.FromHeadFrame)
     fleet = Fleet(None, Access(config.closed), leads=False)
@@ -138,7 +137,6 @@ async def work(
         await application.store.close()
         await fleet.close()
         line.close()
-        await teller.close()
         deaf()
 
 

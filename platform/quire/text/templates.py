@@ -543,10 +543,11 @@ class ChatTemplate:
 
     def _run(self, variables: dict[str, Any]) -> str:
         token = _budget.set(_Budget())
+        context = self._template.new_context(variables)
         try:
             pieces: list[str] = []
             size = 0
-            for piece in self._template.generate(variables):
+            for piece in self._template.root_render_func(context):
                 size += len(piece)
                 if size > MAX_CHARS:
                     raise _OverBudget("the prompt is too long")
@@ -562,6 +563,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateFailed("this model's chat template cannot render these messages") from error
         finally:
+            context.vars.clear()  # its macros hang on it: both would wait for the search for garbage
             _budget.reset(token)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -94,6 +96,18 @@ def test_what_is_restored_is_what_was_kept_on_either_database(
         assert store.events(after=3)[-1].id == 4, "numbers of events go on"
 
 
+ODD: tuple[dict[str, Any], ...] = (
+    {"schema": "3"}, {"version": None}, {"takenAt": 1}, {"store": []}, {"rows": True}, {"rows": -1},
+    {"rows": 2**63},
+)  # fmt: skip
+
+
+def sealed(head: dict[str, Any], *lines: bytes) -> bytes:
+    """A file whose digest is right, whatever is in it."""
+    text = b"".join((json.dumps(head).encode() + b"\n", *lines))
+    return text + json.dumps({"sha256": hashlib.sha256(text).hexdigest()}).encode() + b"\n"
+
+
 def test_a_file_that_was_changed_cut_off_or_is_none_is_refused(
     place: Callable[[str], Place], tmp_path: Path
 ) -> None:
@@ -102,6 +116,7 @@ def test_a_file_that_was_changed_cut_off_or_is_none_is_refused(
     backup.write(backup.take(where, "1.0"), file)
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
+    head = json.loads(lines[0])
     for number, (content, said) in enumerate(
         {
             whole.replace(b'"summary": "x"', b'"summary": "y"'): "was changed",
@@ -114,6 +129,11 @@ def test_a_file_that_was_changed_cut_off_or_is_none_is_refused(
             b"kind: Model\n": "is no backup",
             b'{"a": 1}\n{"sha256": ""}\n': "is no backup",
             whole.replace(b'"schema": 3', b'"schema": 9'): "was changed",
+            whole.replace(b'"rows": ', b'"rows": 9223372036854775807'): "is no backup",
+            **{sealed({**head, "rows": 0} | odd): "is no backup" for odd in ODD},
+            sealed({key: head[key] for key in head if key != "schema"} | {"rows": 0}): "is no backup",
+            sealed({**head, "rows": 1}, b"\xff\n"): "is no backup",
+            b"".join(lines[:-1]) + b"[" * 100_000: "no whole backup",
         }.items()
     ):
         odd = tmp_path / f"odd{number}"
@@ -166,6 +186,21 @@ def test_a_restore_that_is_not_read_back_as_it_was_leaves_all_as_it_is(
     with closing(Store(target)) as store:
         assert store.install_id == install
         assert store.objects() == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "no row"),
+        ('{"table": "objects"}', "no row"),
+        ('{"table": [], "row": {}}', "no row"),
+        ('{"table": "more", "row": {}}', "a table more, which"),
+        ('{"table": "meta", "row": {"key": "a", "more": 1}}', "another table meta"),
+    ],
+)
+def test_a_line_that_is_no_row_of_this_version_is_refused(line: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadBackup, match=said):
+        backup.restore(backup.Backup("1.0", "", "", (line,)), tmp_path / "state.db")
 
 
 def test_a_restore_without_the_lease_changes_nothing(place: Callable[[str], Place]) -> None:

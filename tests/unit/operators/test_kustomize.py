@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from quire_operators.git import Refused
-from quire_operators.kustomize import refuse_addresses
+from quire_operators.kustomize import in_repository, refuse_addresses
 
 INLINE = """\
 resources: [base.yaml]
@@ -37,3 +39,13 @@ def test_an_address_in_the_text_of_a_patch_is_no_place_to_load_from() -> None:
 def test_an_address_anywhere_else_is_refused(text: str) -> None:
     with pytest.raises(Refused, match=r"kustomization.yaml:1:\d+: '.*' is refused: it names an address"):
         refuse_addresses("kustomization.yaml", text.encode())
+
+
+def test_paths_are_those_in_the_repository_also_behind_a_link_below_its_own_name(tmp_path: Path) -> None:
+    """The end of the one path is the other."""
+    real = tmp_path / "data" / tmp_path.relative_to("/") / "home"
+    (real / "tree").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(real)
+    tree = tmp_path / "home" / "tree"
+    said = f"{real}/tree/over/a.yaml in {real}/tree; {tree}/over/a.yaml in {tree}"
+    assert in_repository(said, tree) == "over/a.yaml in .; over/a.yaml in ."

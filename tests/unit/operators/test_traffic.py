@@ -10,7 +10,7 @@ import pytest
 
 from quire_operators.records import StoredObject
 from quire_operators.status import Reason
-from quire_operators.traffic import Claim, View, facts, named, owners, summary, table
+from quire_operators.traffic import Claim, View, facts, named, names_of, owners, summary, table
 from quire_schemas import wire
 from quire_schemas.manifest import load
 from quire_schemas.resource import Key
@@ -159,3 +159,12 @@ def test_an_older_router_is_told_apart_from_one_that_is_about_to_take_it() -> No
     view = View(stored, {}, {"a": None}, taken=False, older=True, unavailable=None)
     rolled_out = next(fact for fact in facts(view) if fact.type == "RolledOut")
     assert "earlier version" in rolled_out.message
+
+
+def test_adapters_that_are_there_are_those_that_the_router_was_told_of() -> None:
+    """A canary's are not there yet, and those of a revision that was undone not any more."""
+    spec = {"lora": {"adapters": [{"name": "new"}]}}
+    assert names_of("a", spec) == ["a", "a:new"]
+    assert names_of("a", spec, PLAIN) == ["a"]
+    told = msgspec.structs.replace(PLAIN, adapters=(wire.AdapterRoute("old"),))
+    assert names_of("a", spec, told) == ["a", "a:old"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from quire.router.metrics import (
     Standing,
 )
 from quire_schemas import signals, wire
+from quire_schemas.workers import Counts
 
 WELCOME = wire.Welcome("m-0", 1, wire.PROTOCOL, 100, (0,), 2048, 16, 500, 8)
 STATS = wire.Stats(
@@ -294,3 +296,16 @@ async def test_budgets_are_looked_at_where_they_are_spent() -> None:
     told = (await metrics.scraped()).decode()
     assert f'{signals.BUDGET_SPENT}{{budget="b",key="",policy="p"}} 0.5' in told
     assert set(looked) == {threading.main_thread()}
+
+
+async def test_processor_time_of_a_workers_ended_children_is_told_and_the_sum_never_falls() -> None:
+    metrics = Metrics(list, list)
+
+    async def told(*others: Counts) -> float:
+        (line,) = re.findall(r"^process_cpu_seconds_total (.*)$", (await metrics.scraped(others)).decode(), re.M)
+        return float(line)
+
+    before = await told(Counts({}))
+    ended = await told(Counts({}, ended=1000.0), Counts({}, ended=500.0))
+    assert 1499.999 < ended - before < 1560, "to the rounding of floats"
+    assert await told() == ended, "of a worker that died nobody knows what its children had"

@@ -175,3 +175,15 @@ def test_what_is_no_constraint_is_refused_by_name(body: dict[str, Any], param: s
         read_chat(chat(**body))
     assert refusal.value.param == param
     assert words in refusal.value.message
+
+
+@pytest.mark.parametrize("bytes_too_many", [1, MAX_STRUCTURED + 1, 30 * MAX_STRUCTURED])
+def test_a_schema_that_is_too_long_is_refused_by_its_size(bytes_too_many: int) -> None:
+    """Of what is far too long the size is known before it is written."""
+    bare = len('{"const":""}')
+    schema = {"const": "é" + "a" * (MAX_STRUCTURED + bytes_too_many - bare - len("é".encode()))}
+    with pytest.raises(BadRequest) as caught:
+        read_chat(chat(response_format=json_format(schema)))
+    assert caught.value.param == "response_format.json_schema.schema"
+    size = MAX_STRUCTURED + bytes_too_many
+    assert str(caught.value).endswith(f"must not have more than {MAX_STRUCTURED} bytes, not {size}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from tests.unit.platform import tokenizers_for_tests as made
 
+from quire import builtin
 from quire.text import (
     BadTemplate,
     BadTokenizer,
@@ -327,3 +329,17 @@ def test_a_rendering_is_tried_for_a_moment_and_begun_again_where_it_has_its_time
     assert slow.render(messages) == "done"
     with briefly(10.0):
         assert slow.render(messages) == "done"
+
+
+def test_a_rendering_leaves_no_garbage() -> None:
+    """Macros and what they look at hang on each other, and are one of each for every request."""
+    tokenizer = Tokenizer.load(builtin.path())
+    tokenizer.render([{"role": "user", "content": "x"}])
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            tokenizer.render([{"role": "user", "content": "x"}])
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

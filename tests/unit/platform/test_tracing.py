@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -24,6 +26,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_s
 from quire.metering import Metering
 from quire.phases import engine_offset
 from quire.router.account import Account
+from quire.router.line import version
 from quire.router.spans import RequestSpans
 from quire.router.telling import GATHER_SECONDS, Sampler, Teller
 from quire.teller import Writer
@@ -290,6 +293,21 @@ def test_where_there_is_not_room_for_all_of_a_request_its_own_span_is_kept() -> 
     assert teller.counts == Counts(queue_full=3, changed=teller.counts.changed)
 
 
+def test_what_is_left_of_a_request_is_all_that_is_sent_and_its_times_are_those_of_all() -> None:
+    def queued(seconds: float) -> telling.Sequence:
+        return telling.Sequence(0.0, 99.0, Timings(0.0, seconds, seconds + 1, seconds + 2), 1, 1, {})
+
+    for room, phases, sequences in ((1, 0, 0), (3, 2, 0), (4, 2, 1), (6, 2, 2), (8, 2, 3)):
+        told, here = a_trace(2), Here()
+        told.sequences = [telling.Sequence(0.0, 1.0, None, 0, 0, {}), *(queued(each) for each in (1.0, 7.0, 2.0))]
+        Teller(1, capacity=room).trace(told)
+        assert (len(told.phases), len(told.sequences)) == (phases, sequences)
+        here.trace(told)
+        spans = here.kept.get_finished_spans()
+        assert len(spans) == room
+        assert (spans[-1].attributes or {})["gen_ai.latency.time_in_queue"] == 7.0
+
+
 async def test_a_child_that_stands_still_or_is_killed_costs_spans_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,13 +340,81 @@ async def test_a_child_that_stands_still_or_is_killed_costs_spans_and_no_time(
     assert capfd.readouterr().out.count('"name": "chat"') == 3
 
 
+STAND_IN = """
+import json, socket, sys
+import msgspec
+from quire_schemas import telling, wire
+
+end = socket.socket(fileno=int(sys.argv[-1]))
+stream = end.makefile("rb")
+end.sendall(wire.frame(telling.Ready()))
+while head := stream.read(4):
+    message = msgspec.msgpack.decode(stream.read(int.from_bytes(head)), type=telling.ToTeller)
+    if isinstance(message, telling.News):
+        print([isinstance(each, telling.Trace) for each in message.items], flush=True)
+"""
+
+
+async def test_measures_that_a_child_did_not_take_come_when_it_does_and_hold_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quire.router.telling.MOST_BYTES", 1)
+    monkeypatch.setattr("quire.router.telling.MOST_MEASURES", 100)
+    teller = Teller(1, 1, capacity=50, command=[sys.executable, "-c", STAND_IN])
+    teller.start()
+    await teller.begun()
+    os.kill(teller.pid, signal.SIGSTOP)
+    taken = -1
+    while not caplog.records:
+        teller.measure(Account())
+        taken += 1
+    for _ in range(50):
+        teller.trace(a_trace(0))
+    await asyncio.sleep(2 * GATHER_SECONDS)
+    os.kill(teller.pid, signal.SIGCONT)
+    heard: list[list[bool]] = []
+    async with asyncio.timeout(20):
+        while sum(each.count(False) for each in heard) < taken:
+            await asyncio.sleep(0.01)
+            heard += [json.loads(line.lower()) for line in capfd.readouterr().out.splitlines()]
+    assert [each.count(True) for each in heard if any(each)] == [50], "what ends together goes together"
+    await teller.close()
+
+
+def test_what_a_child_dies_of_is_said_before_its_line_is_cut() -> None:
+    mine, its = socket.socketpair()
+    with mine, its:
+        command = [sys.executable, "-m", "quire.teller", "--fd", str(its.fileno()), "--speaks", version()]
+        child = subprocess.Popen(command, pass_fds=[its.fileno()], stderr=subprocess.PIPE, text=True)
+        its.close()
+        mine.sendall(b"\0\0\0\1x")
+        assert mine.recv(1) == b""
+        child.kill()  # as its parent does
+        said = child.communicate(timeout=20)[1]
+    assert (child.returncode, "BadMessage" in said) == (1, True)
+
+
+async def test_a_process_that_fails_tells_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    teller = Teller.of()
+
+    async def fails() -> None:
+        await teller.begun()
+        teller.trace(a_trace(0))
+        raise OSError("no such socket")
+
+    with pytest.raises(OSError, match="no such socket"):
+        await teller.during(fails())
+    assert teller.counts.exported == capfd.readouterr().out.count('"name": "chat"') == 1
+
+
 async def test_what_the_child_cannot_do_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier-pigeon")
     teller = Teller.of()
-    teller.start()
     with pytest.raises(BadTelemetry, match=r"(?s)'carrier-pigeon'.*hint: "):
-        await teller.begun()
-    await teller.close()
+        await teller.during(teller.begun())
 
 
 def test_the_limits_of_the_sdk_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ class ChatFormat:
         return await self._gateway.chat(request, served, size, arrived_at, span)
 
     async def whole(self, job: Job, request: ChatRequest, updates: Sequence[Update], usage: Usage) -> bytes:
-        return await job.written(lambda: self._whole(job, updates, usage))
+        return await job.written(lambda: self._whole(job, updates, usage), updates)
 
     def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         writer = Writer(job)

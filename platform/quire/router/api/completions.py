@@ -66,7 +66,7 @@ class CompletionFormat:
         return await self._gateway.completion(request, served, size, arrived_at, span)
 
     async def whole(self, job: Job, request: CompletionRequest, updates: Sequence[Update], usage: Usage) -> bytes:
-        return await job.written(lambda: self._whole(job, updates, usage))
+        return await job.written(lambda: self._whole(job, updates, usage), updates)
 
     def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         answer = Completion(

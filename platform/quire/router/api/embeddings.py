@@ -31,6 +31,12 @@ from quire_schemas.openai.embeddings import (
 _json = msgspec.json.Encoder()
 
 
+class EmbeddingAnswer(EmbeddingList, kw_only=True):
+    """An `EmbeddingList` whose vectors are written."""
+
+    data: list[msgspec.Raw]  # type: ignore[assignment]
+
+
 class EmbeddingFormat:
     """The embeddings endpoint's `Format`."""
 
@@ -59,15 +65,16 @@ class EmbeddingFormat:
         return await self._gateway.embedding(request, served, size, arrived_at, span)
 
     async def whole(self, job: Job, request: EmbeddingRequest, updates: Sequence[Update], usage: Usage) -> bytes:
-        answer = EmbeddingList(
-            data=[
-                Embedding(index=index, embedding=_shown(vector, job.as_base64))
-                for index, vector in enumerate(vectors(job, updates))
-            ],
-            model=job.asked_model,
-            usage=EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens),
-        )
-        return _json.encode(answer)
+        return await job.written(lambda: self._whole(job, updates, usage), updates)
+
+    def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
+        # each by itself: however many there are, nobody waits for longer than one takes
+        data = [
+            msgspec.Raw(_json.encode(Embedding(index=index, embedding=_shown(vector, job.as_base64))))
+            for index, vector in enumerate(vectors(job, updates))
+        ]
+        told = EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
+        return _json.encode(EmbeddingAnswer(data=data, model=job.asked_model, usage=told))
 
     def stream(self, job: Job, request: EmbeddingRequest) -> NoReturn:
         raise InvalidRequest("Vectors are not streamed.", param="stream")

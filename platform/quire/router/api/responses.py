@@ -128,7 +128,7 @@ class ResponsesFormat:
             list(output.close())
             return output.ended(usage)
 
-        return await kept(self._responses, request, await job.written(made), job.caller)
+        return await kept(self._responses, request, await job.written(made, updates), job.caller)
 
     def stream(self, job: Job, request: ResponsesRequest) -> ResponsesStream:
         return ResponsesStream(self._responses, job, request)

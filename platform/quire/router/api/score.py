@@ -55,7 +55,7 @@ class ScoreFormat:
         return await self._gateway.score(request, served, size, arrived_at, span)
 
     async def whole(self, job: Job, request: ScoreRequest, updates: Sequence[Update], usage: Usage) -> bytes:
-        return await job.written(lambda: self._whole(job, updates, usage))
+        return await job.written(lambda: self._whole(job, updates, usage), updates)
 
     def _whole(self, job: Job, updates: Sequence[Update], usage: Usage) -> bytes:
         found = [memoryview(vector).cast("f").tolist() for vector in vectors(job, updates)]
