@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane, model
 from tests.integration.test_console import platform
 from tests.waiting import eventually
@@ -205,7 +206,7 @@ def test_a_key_is_one_policys_alone_and_time_ends_it(plane: Plane) -> None:
 
 @pytest.mark.nightly
 def test_an_address_that_others_reach_needs_keys_and_never_opens(tmp_path_factory: pytest.TempPathFactory) -> None:
-    plane = Plane(tmp_path_factory.mktemp("open"))
+    plane = ForkedPlane(tmp_path_factory.mktemp("open"))
     plane.start()
     key = new_key()
     outside = GATEWAY.replace("{port: 0}", "{port: 0, bind: 0.0.0.0, insecurePlaintext: true}")
