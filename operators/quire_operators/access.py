@@ -3,7 +3,8 @@
 A key that is declared by its hash is known already. One that a reference leads to is read at each look, at most
 once in `LOOK_SECONDS`, and forgotten but for its id and digest: nothing else goes to the router, to the disk or
 into a message. So a secret that is set, a file that is written anew and a reference that leads nowhere any more
-count within seconds. A key that cannot be used takes nothing from the others of its policy.
+count within seconds. A key that cannot be used takes nothing from the others of its policy. Of two policies with
+one key the older keeps it, as with names of models: nobody takes a key away by being applied.
 
 `read` is the decision, pure but for the reading of secrets; `Policies` holds the conversation with the store. A
 policy is in force when the router has acknowledged it; it is gone from the store when the router has acknowledged
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, get_args
 
@@ -130,18 +131,24 @@ def known_key(declared: Mapping[str, Any], secrets: Secrets) -> KnownKey:
 
 
 def read(objects: Sequence[StoredObject], secrets: Secrets) -> tuple[Policy, ...]:
-    """All policies that are not being deleted, in the order of their names. A key is that of the first who has
-    it."""
-    owners: dict[Digest, str] = {}
+    """All policies that are not being deleted, the oldest first. A key is that of the first who has it, however it
+    is declared; so is the id of one."""
+    owners: dict[str, tuple[Key, str]] = {}
+    ids: dict[str, str] = {}
     found = []
-    for stored in sorted(objects, key=lambda each: each.key.name):
+    for stored in sorted(objects, key=lambda each: (each.created_at, each.key)):
         if stored.deletion_time is not None:
             continue
         keys = []
         for declared in stored.resolved["keys"]:
-            key, own = known_key(declared, secrets), f"{stored.key} key {declared['name']}"
-            if key.digest is not None and (owner := owners.setdefault(key.digest, own)) != own:
-                key = KnownKey(key.name, key.source, None, Reason.KEY_TAKEN, f"it is that of {owner}")
+            key = known_key(declared, secrets)
+            if (digest := key.digest) is not None:
+                first = ids.setdefault(digest.id, digest.sha256) if digest.id else digest.sha256
+                own = (stored.key, key.name)
+                if (owner := owners.setdefault(first, own)) != own:
+                    what = "it is that of" if digest.sha256 in owners else "its id is that of"
+                    why = f"{what} {owner[0]} key {owner[1]}" + (", which is older" * (owner[0] != stored.key))
+                    key = KnownKey(key.name, key.source, None, Reason.KEY_TAKEN, why)
             keys.append(key)
         found.append(Policy(stored, tuple(keys)))
     return tuple(found)
@@ -209,7 +216,8 @@ class Policies:
         before = self._store.status(stored.uid)
         told = self.status(policy, before.get("conditions", ()))
         self._store.put_status(stored.uid, told)
-        for text, reason in _turns(before.get("budgets", ()), told["budgets"]):
+        turns = (*_losses(policy, before, told), *_turns(before.get("budgets", ()), told["budgets"]))
+        for text, reason in turns:
             self._store.add_event(key, "Warning", reason.value, text)
         left = None if policy.expires_at is None else policy.expires_at - self._wall()
         return left if left is not None and 0 < left < 86400 else None
@@ -276,8 +284,12 @@ class Policies:
 
     def status(self, policy: Policy, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What is told of a policy, after the conditions `before`."""
-        wrong = [key for key in policy.keys if key.problem]
         ready = self._ready(policy)
+        keys = policy.keys
+        if ready.reason is Reason.EXPIRED:
+            why = f"the policy has expired, {ready.message}"
+            keys = tuple(replace(key, reason=Reason.EXPIRED, problem=why) for key in keys)
+        wrong = [key for key in keys if key.problem]
         facts = [
             Fact("Accepted", True, Reason.VALID),
             Fact("KeysUsable", False, wrong[0].reason, "; ".join(f"{key.name}: {key.problem}" for key in wrong))
@@ -307,7 +319,7 @@ class Policies:
                     "works": not key.problem,
                     "problem": key.problem,
                 }
-                for key in policy.keys
+                for key in keys
             ],
             "budgets": [{name: shown(each)[name] for name in _SETTLED} for each in self._low(policy)],
             "conditions": conditions,
@@ -350,6 +362,22 @@ def _words(budget: Mapping[str, Any]) -> str:
 _SETTLED = ("name", "key", "unit", "size", "state", "resetsAt")
 """What of a budget does not change with each request."""
 _STATES = {"open": "open", "warned": "nearly spent", "spent": "spent"}
+
+
+def _losses(policy: Policy, before: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[str, Reason]]:
+    """What is to be told of keys that do not work and did, or were not there, and of a policy that nobody can use
+    any more; by the statuses before and now."""
+    known = {each["name"]: each["problem"] for each in before.get("keys", ())}
+    for key in policy.keys:
+        if key.problem and known.get(key.name) != key.problem:
+            yield f"key {key.name} does not work: {key.problem}", key.reason
+    was, now = (_condition(status, "Ready") for status in (before, told))
+    if now["reason"] in (Reason.EXPIRED, Reason.NO_KEYS) and was.get("reason") != now["reason"]:
+        yield f"its keys open nothing: {now['message']}", Reason(now["reason"])
+
+
+def _condition(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next((each for each in status.get("conditions", ()) if each["type"] == name), {})
 
 
 def _turns(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Reason]]:

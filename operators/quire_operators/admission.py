@@ -132,7 +132,7 @@ class Admission:
         reviews = [self._review(located, inventory, configs or {}, unfound or {}, cause) for located in resources]
         if here:
             self._check_disk(reviews)
-        company.look(self._store, reviews, leaving)
+        company.look(self._store, reviews, leaving, self._secrets)
         return reviews
 
     def together(self, reviews: Sequence[Review], inventory: Inventory | None = None) -> dict[str, Any]:

@@ -4,9 +4,13 @@ a key, routes that lead nowhere. Each of them may be well by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from quire_operators.access import known_key
 from quire_operators.review import Refusal, Review
+from quire_operators.secrets import Secrets
 from quire_operators.store import Store
 from quire_operators.traffic import claims, names_of, owners, targets
 from quire_schemas.access import AccessPolicy
@@ -15,14 +19,15 @@ from quire_schemas.resource import Key
 from quire_schemas.route import Route
 
 
-def look(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
+def look(store: Store, reviews: Sequence[Review], leaving: Sequence[Key], secrets: Secrets) -> None:
     """Refuse those of `reviews` that cannot stand beside the others and what is stored, and warn of others.
     Objects that are `leaving` are deleted with them, and stand in nobody's way."""
     _refuse_name_conflicts(store, reviews, leaving)
-    _refuse_taken_keys(store, reviews, leaving)
+    _refuse_taken_keys(store, reviews, leaving, secrets)
     _refuse_open_doors(store, reviews, leaving)
     _warn_of_dead_ends(store, reviews)
     _warn_of_hosts(reviews)
+    _warn_of_unknown_names(store, reviews, leaving)
 
 
 def _refuse_name_conflicts(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
@@ -45,19 +50,57 @@ def _refuse_name_conflicts(store: Store, reviews: Sequence[Review], leaving: Seq
                 )
 
 
-def _refuse_taken_keys(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
-    """A key is that of one policy alone."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A key of a policy, as far as it is known."""
+
+    policy: Key
+    name: str
+    since: float
+    """When the policy was made; one that is to be made is younger than all."""
+    shown: bool
+    """The manifest itself has its digest."""
+
+
+def _refuse_taken_keys(store: Store, reviews: Sequence[Review], leaving: Sequence[Key], secrets: Secrets) -> None:
+    """A key is that of one policy alone. What manifests show is refused; of what the values behind references are
+    now there is a warning, since they may be others when it counts."""
     in_set = {review.key for review in reviews} | set(leaving)
-    owners: dict[str, Key] = {}
-    for stored in store.objects("accesspolicy"):
+    held: dict[str, _Held] = {}
+
+    def holder(policy: Key, since: float, declared: Mapping[str, Any]) -> tuple[_Held, _Held] | None:
+        """A key, and who has had it: itself for the first. None where it is not known."""
+        digest = known_key(declared, secrets).digest
+        if digest is None:
+            return None
+        own = _Held(policy, declared["name"], since, bool(declared["hash"]))
+        return own, held.setdefault(digest.sha256, own)
+
+    for stored in sorted(store.objects("accesspolicy"), key=lambda each: (each.created_at, each.key)):
         if stored.key not in in_set and stored.deletion_time is None:
-            owners.update({key["hash"]: stored.key for key in stored.resolved["keys"] if key["hash"]})
+            for declared in stored.resolved["keys"]:
+                holder(stored.key, stored.created_at, declared)
     for review in reviews:
-        for index, key in enumerate(review.resolved.get("keys", ())):
-            owner = owners.setdefault(key["hash"], review.key) if key["hash"] else review.key
-            if owner != review.key and review.refusal is None:
-                path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {owner} first"
-                review.refuse(Refusal(path, "KeyTaken", f"the key is one of {owner}", hint))
+        since = review.old.created_at if review.old is not None else float("inf")
+        declared_keys = review.resolved.get("keys", ()) if review.key.kind == "accesspolicy" else ()
+        for index, declared in enumerate(declared_keys):
+            pair = holder(review.key, since, declared)
+            if pair is None or pair[0] == pair[1] or review.refusal is not None:
+                continue
+            own, other = pair
+            if own.shown and other.shown and own.policy != other.policy:
+                path, hint = f"spec.keys[{index}].hash", f"make another, or remove it from {other.policy} first"
+                review.refuse(Refusal(path, "KeyTaken", f"the key is one of {other.policy}", hint))
+            elif (own.since, own.policy) < (other.since, other.policy):
+                review.warnings.append(
+                    f"key {own.name} is also {other.policy} key {other.name}, which will not work any more: of "
+                    "two policies the older keeps a key"
+                )
+            else:
+                older = ", which is older" if own.policy != other.policy else ""
+                review.warnings.append(
+                    f"key {own.name} will not work: it is that of {other.policy} key {other.name}{older}"
+                )
 
 
 def _refuse_open_doors(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
@@ -100,6 +143,26 @@ def _warn_of_hosts(reviews: Sequence[Review]) -> None:
                 f"spec.bind: {spec['bind']} is every address of this machine, and only requests for localhost are "
                 "answered: name the hosts that clients use in spec.hosts"
             )
+
+
+def _warn_of_unknown_names(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:
+    """Say of AccessPolicies which names they allow that nobody will serve."""
+    in_set = {review.key for review in reviews} | set(leaving)
+    specs = [
+        (stored.key.kind, stored.resolved)
+        for stored in store.objects()
+        if stored.key not in in_set and stored.deletion_time is None
+    ]
+    specs += [(review.key.kind, review.resolved) for review in reviews if review.resolved]
+    unread = {review.key.name for review in reviews if review.key.kind == "model" and not review.resolved}
+    served = {claim.name for kind, spec in specs for claim in claims(kind, spec)} | unread
+    for review in reviews:
+        if isinstance(review.located.resource, AccessPolicy) and review.refusal is None and review.resolved:
+            review.warnings += [
+                f"spec.allow.models[{index}]: nothing is served as {name!r} yet"
+                for index, name in enumerate(review.resolved["allow"]["models"])
+                if name not in served
+            ]
 
 
 def _claimed_at(review: Review, index: int) -> str:

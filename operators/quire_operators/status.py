@@ -453,7 +453,7 @@ ADVICE: dict[Reason, Advice] = {
         ("platform key create NAME   makes one, and prints its line for spec.keys",),
     ),
     Reason.KEY_TAKEN: Advice(
-        "Two entries have the same key, and it can be one's alone: the first by the names of the policies has it.",
+        "Two entries have the same key, and it can be one's alone: that of the older policy has it.",
         ("remove it from one of them", "platform key create NAME   makes another"),
     ),
     Reason.KEY_UNFIT: Advice(

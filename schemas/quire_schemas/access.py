@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
-from quire_schemas.keys import HASH
+from quire_schemas.keys import HASH, masked
 from quire_schemas.model import SECRET_NAME, EnvName
 from quire_schemas.quantities import BadQuantity, Duration, Money, Percent, parse_duration
 from quire_schemas.resource import HONOURED, Resource, Strict, declared, section
@@ -50,10 +50,24 @@ def _moment(text: str) -> str:
     return text
 
 
+def _a_name(text: str) -> str:
+    if "*" in text:
+        hint = "name each model; to allow all of them leave models out"
+        raise BadQuantity(f"'{text[:40]}' is no name of a model: none has '*', and none stands for others", hint)
+    return text
+
+
+def _no_key(text: str) -> str:
+    if masked(text) != text:
+        hint = "give the name of what holds the key, and replace the key if others may have seen this"
+        raise BadQuantity("is the key itself, not a name", hint)
+    return text
+
+
 class KeySource(Strict):
     """Where the value of a key comes from; exactly one."""
 
-    secret_ref: Annotated[str, StringConstraints(pattern=SECRET_NAME)] | None = declared(
+    secret_ref: Annotated[str, StringConstraints(pattern=SECRET_NAME), AfterValidator(_no_key)] | None = declared(
         "Name of a secret stored with the platform: platform secret set NAME.", None, update="hot"
     )
     file: str | None = declared(
@@ -63,7 +77,9 @@ class KeySource(Strict):
         min_length=1,
         max_length=4096,
     )
-    env: EnvName | None = declared("Variable of the control plane's environment.", None, update="hot")
+    env: Annotated[EnvName, AfterValidator(_no_key)] | None = declared(
+        "Variable of the control plane's environment.", None, update="hot"
+    )
 
 
 class ApiKey(Strict):
@@ -83,8 +99,8 @@ class ApiKey(Strict):
 class Allow(Strict):
     """What the keys may call."""
 
-    models: Annotated[tuple[str, ...], Field(strict=False, max_length=256)] = declared(
-        "Names of models and routes, as requests give them; empty: all.", (), update="hot"
+    models: Annotated[tuple[Annotated[str, AfterValidator(_a_name)], ...], Field(strict=False, max_length=256)] = (
+        declared("Names of models and routes, as requests give them; empty: all.", (), update="hot")
     )
     operations: Annotated[tuple[Operation, ...], Field(strict=False, max_length=64)] = declared(
         "Operations; empty: all but metrics, which must be named. batches includes files; score, tokenize and "

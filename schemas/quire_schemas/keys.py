@@ -2,11 +2,12 @@
 
     qk_3f9c0d12ab47_<64 hexadecimal digits>     a key: 256 random bits behind a public id
     sha256:3f9c0d12ab47:<digest>                 its line in a manifest, `spec.keys[].hash`
-    sha256:<digest>                              the same for a string of the user's own, which has no id
+    sha256:<digest>                              the same without an id, as sha256sum tells it: for a string of
+                                                 the user's own, which has none, or for one of ours
 
-A digest with an id is found by the id and compared in constant time. Other strings have no part that is public:
-they are found by their digest, which nobody can steer towards that of another key. No slow hash is needed for 256
-random bits; who brings a string of his own answers for how hard it is to guess.
+A digest with an id is found by the id and compared in constant time. One without is found by itself, which nobody
+can steer towards that of another key. No slow hash is needed for 256 random bits; who brings a string of his own
+answers for how hard it is to guess.
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ def key_id(key: str) -> str:
     """The public id in a key of our form; empty for any other string."""
     found = _KEY.fullmatch(key)
     return found[1] if found is not None else ""
+
+
+_LIKE = re.compile(r"(?i)(qk_(?:[0-9a-f]{12}(?=_))?)[0-9a-z_]{13,}|(qk-[0-9a-f]{12})-[0-9a-f]+")
+
+
+def masked(text: str) -> str:
+    """A text without what is secret of keys of our form, whole or in part, that stand in it."""
+    return _LIKE.sub(lambda found: f"{found[1] or found[2]}…", text)
 
 
 def new_key() -> str:

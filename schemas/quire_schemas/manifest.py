@@ -34,8 +34,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from quire_schemas.access import AccessPolicy
 from quire_schemas.explain import UnknownField, explain, json_schema
 from quire_schemas.fields import Path, SchemaField, Shape, dotted, fields_of, walk
+from quire_schemas.keys import MIN_LENGTH, masked
 from quire_schemas.kinds import KINDS, READ_ONLY_KINDS
 from quire_schemas.model import Model
 from quire_schemas.resource import API_VERSION, Key, Resource, Strict
@@ -51,7 +53,7 @@ class Problem:
     """One thing that is wrong. `line` and `column` count from 1; `path` is dotted, empty for the whole file.
 
     Path, message and hint are short and printable whatever the file holds: they quote it, and a terminal obeys
-    the control characters that it is sent.
+    the control characters that it is sent. They have no API key of ours, wherever in the file somebody put one.
     """
 
     file: str
@@ -79,6 +81,7 @@ MAX_WORDS = 600
 
 
 def _printable(text: str) -> str:
+    text = masked(text)
     if len(text) > MAX_WORDS:
         text = f"{text[: MAX_WORDS - 3]}..."
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -187,7 +190,10 @@ def parse_intent(intent: Mapping[str, Any]) -> Resource:
         return kind.model_validate(dict(intent))
     except ValidationError as error:
         raise ManifestInvalid(
-            [Problem("intent", 1, 1, dotted(e["loc"]), _message(e), _own_hint(e)) for e in error.errors()]
+            [
+                Problem("intent", 1, 1, dotted(e["loc"]), _message(e, hidden=_hides(kind, e["loc"])), _own_hint(e))
+                for e in error.errors()
+            ]
         ) from error
 
 
@@ -336,9 +342,13 @@ class _Document:
                 continue
             hint = _own_hint(error)
             shape = _field_at(kind, path)
+            hidden = _hides(kind, path)
+            if hidden:
+                hint = hint or _key_hint(path, error["input"])
+                error["input"] = ""
             if not hint:
                 hint = _value_hint(error, shape) or f"see: platform explain {_explained(kind, path)}"
-            self.report(path, _message(error), hint)
+            self.report(path, _message(error, hidden=hidden), hint)
 
 
 class _Reader:
@@ -358,7 +368,9 @@ class _Reader:
         for name, key, value in self._entries(node, path):
             if name not in fields:
                 hint = self._unknown_hint(name, path, fields)
-                self._document.report_at(key, (*path, name), "unknown field", hint)
+                if _hides(self._kind, path):
+                    hint = _key_hint(path, name) or hint
+                self._document.report_at(key, self._below(path, name), "unknown field", hint)
                 continue
             child = (*path, name)
             self._document.places[child] = _Place((key.line, key.column), (value.line, value.column))
@@ -381,7 +393,7 @@ class _Reader:
                 self._document.report_at(key, path, "merge keys are not taken", "spell the fields out")
             elif key.text in first:
                 message = f"duplicate key (first at line {first[key.text]})"
-                self._document.report_at(key, (*path, key.text), message, "remove one of them")
+                self._document.report_at(key, self._below(path, key.text), message, "remove one of them")
             else:
                 first[key.text] = key.line
                 kept.append((key.text, key, value))
@@ -391,7 +403,10 @@ class _Reader:
         """The plain value; None after reporting that there is none."""
         expected = {"section": "mapping", "map": "mapping", "list": "list", "scalar": "scalar"}[shape.kind]
         if node.kind != expected:
-            self._document.report(path, f"should be {_article(shape)}, not {_shown(node)}", _structure_hint(shape))
+            hidden = node.kind == "scalar" and not node.is_null and _hides(self._kind, path)
+            shown = "a single value" if hidden else _shown(node)
+            hint = (_key_hint(path, node.text) if hidden else "") or _structure_hint(shape)
+            self._document.report(path, f"should be {_article(shape)}, not {shown}", hint)
             return None
         if shape.section is not None:
             return self._section(node, shape.section, path)
@@ -431,6 +446,10 @@ class _Reader:
         # None stands for a bad item, which Pydantic then refuses once more where it was refused already:
         # what follows keeps its place, and is judged in the same run.
         return values
+
+    def _below(self, path: Path, name: str) -> Path:
+        """The path of a name that no field has; that of its mapping, where the name might be a key itself."""
+        return path if _hides(self._kind, path) and len(name) >= MIN_LENGTH else (*path, name)
 
     def _unknown_hint(self, name: str, path: Path, fields: Mapping[str, SchemaField]) -> str:
         if len(self._document.problems) >= MAX_PROBLEMS:
@@ -531,9 +550,23 @@ ERROR_WORDS: Mapping[str, str] = {
 and what was given."""
 
 
-def _message(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails, *, hidden: bool = False) -> str:
     words = ERROR_WORDS.get(error["type"], "does not suit this field")
-    return words.format(**{**error.get("ctx", {}), "given": _brief(error.get("input"))})
+    given = "what stands here" if hidden else _brief(error.get("input"))
+    return words.format(**{**error.get("ctx", {}), "given": given})
+
+
+def _hides(kind: type[Resource], path: Sequence[int | str]) -> bool:
+    """Whether what stands at a path is never shown: people put keys themselves among those of a policy."""
+    return kind is AccessPolicy and tuple(path[:2]) == ("spec", "keys")
+
+
+def _key_hint(path: Path, given: object) -> str:
+    """What to write for a key that stands where its value must not; empty if that is not the trouble."""
+    write = "put what platform key create printed behind hash here, or valueFrom: {secretRef: NAME}"
+    if isinstance(given, str) and masked(given) != given:
+        return f"that is the key itself: {write}, and replace the key if others may have seen this"
+    return f"a key itself never stands here: {write}" if path[-1] == "hash" else ""
 
 
 def _own_hint(error: ErrorDetails) -> str:

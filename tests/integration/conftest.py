@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.engine_process import engine_running, without_weights
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane
 from tests.integration.router_world import World, end_world, make_world
 
@@ -17,7 +18,7 @@ from quire_schemas import wire
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
     """A control plane with the stand-in for engines, and a router on any free port; in the end nothing is left."""
-    plane = Plane(tmp_path_factory.mktemp("plane"))
+    plane = ForkedPlane(tmp_path_factory.mktemp("plane"))
     plane.start()
     plane.apply(GATEWAY)
     yield plane

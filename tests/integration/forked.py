@@ -1,7 +1,9 @@
 """Control planes that are forked off a process which has loaded all modules: for tests that start very many.
 
 Such a one is a process like any other, and dies like it; only what Python takes to import is left out, which is
-most of the second that a start takes.
+most of the second that a start takes. What an interpreter is told as it starts (a `sitecustomize`, LD_PRELOAD)
+does not reach it: a clock that moves, a GPU that is played, and a start that is itself what is tested, want a
+`Plane`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from tests.integration.plane import Plane
 
@@ -22,6 +25,10 @@ _context.set_forkserver_preload([__name__])
 
 class ForkedPlane(Plane):
     """A plane whose control planes start quickly."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._forked: list[Forked] = []
 
     def spawn(self) -> tuple[Forked, str]:  # type: ignore[override]
         readable, forked = self._fork()
@@ -38,7 +45,13 @@ class ForkedPlane(Plane):
         process = _context.Process(target=_run, args=arguments, daemon=True)
         process.start()
         writable.close()
-        return readable, Forked(process)
+        self._forked.append(Forked(process))
+        return readable, self._forked[-1]
+
+    def ours(self) -> list[int]:
+        """Control planes too: nothing shows whose they are but that they were started here."""
+        running = [forked.pid for forked in self._forked if forked.poll() is None]
+        return [*super().ours(), *(pid for pid in running if pid is not None)]
 
 
 class Forked:

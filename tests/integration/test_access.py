@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane, model
 from tests.integration.test_console import platform
 from tests.waiting import eventually
@@ -92,7 +93,9 @@ def test_a_policy_closes_the_door_and_its_end_opens_it(plane: Plane) -> None:
         lambda: httpx.post(f"{plane.base_url}/completions", json=body, headers=headers).status_code == 403,
         "another scope",
     )
-    delete(plane, "accesspolicy", "team")
+    printed = platform(plane, "delete", "accesspolicy/team")
+    assert "warning: it was the last AccessPolicy: without one the API needs no key" in printed.stderr
+    assert "NoAccessPolicy" in {each["reason"] for each in plane.client.get("/v1/events")["items"]}
     assert opens(plane) == 200
     assert plane.apply(policy("team", hashed("ci", ours)))["accesspolicy/team"]["result"] == "created"
     delete(plane, "accesspolicy", "team")
@@ -114,6 +117,9 @@ def test_keys_come_from_secrets_files_and_variables_and_never_go_anywhere(plane:
     assert condition(found, "Stalled")["status"] == "True"
     assert condition(found, "KeysUsable")["reason"] == "SecretNotFound"
     assert "kept: there is no secret brought" in condition(found, "KeysUsable")["message"]
+    eventually(
+        lambda: condition(view(plane, "brought"), "RolledOut")["status"] == "True", "the router has taken it"
+    )
     assert opens(plane) == 401, "a policy without a key that works closes the door all the same"
     for value, said in (("two\nlines", "one line"), ("schlüssel", "ASCII")):
         with pytest.raises(Refused, match=said) as refused:
@@ -139,7 +145,8 @@ def test_keys_come_from_secrets_files_and_variables_and_never_go_anywhere(plane:
     assert len(kept) > 4
     for path in kept:
         assert CANARY.encode() not in path.read_bytes(), path
-    plane.client.delete("/v1/secrets/brought")
+    printed = platform(plane, "secret", "delete", "brought")
+    assert "warning: accesspolicy/brought refers to it" in printed.stderr
     opens_soon(plane, CANARY, 401)
     delete(plane, "accesspolicy", "brought")
 
@@ -175,17 +182,35 @@ def test_a_key_is_one_policys_alone_and_time_ends_it(plane: Plane) -> None:
         plane.apply(policy("second", hashed("k", mine)))
     assert refused.value.problems[0]["path"] == "spec.keys[0].hash"
     ready(plane, "first")
+    plane.client.post("/v1/secrets/same", {"value": mine})
+    taking = policy("earlier-by-name", "{name: s, valueFrom: {secretRef: same}}", more=", allow: {models: [none]}")
+    assert plane.plan(taking)["warnings"] == [
+        "key s will not work: it is that of accesspolicy/first key k, which is older",
+        "spec.allow.models[0]: nothing is served as 'none' yet",
+    ]
+    plane.apply(taking)
+    found = ready(plane, "earlier-by-name", "NoKeys")
+    assert "s: it is that of accesspolicy/first key k" in condition(found, "KeysUsable")["message"]
+    assert (opens(plane, mine), condition(view(plane, "first"), "Ready")["reason"]) == (200, "Enforced")
+    told = plane.client.get("/v1/events", **{"for": "accesspolicy/earlier-by-name"})["items"]
+    assert {each["reason"] for each in told if each["type"] == "Warning"} == {"KeyTaken", "NoKeys"}
+    delete(plane, "accesspolicy", "earlier-by-name")
+    plane.client.delete("/v1/secrets/same")
     end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 2))
     plane.apply(policy("first", hashed("k", mine), more=f", expiresAt: '{end}'"))
     opens_soon(plane, mine, 401)
     found = ready(plane, "first", "Expired")
     assert condition(found, "Stalled")["status"] == "True"
+    assert [key["works"] for key in found["status"]["keys"]] == [False]
+    assert found["status"]["keys"][0]["problem"] == f"the policy has expired, since {end}"
+    assert condition(found, "KeysUsable")["reason"] == "Expired"
+    assert "Expired" in {each["reason"] for each in plane.client.get("/v1/events")["items"]}
     delete(plane, "accesspolicy", "first")
 
 
 @pytest.mark.nightly
 def test_an_address_that_others_reach_needs_keys_and_never_opens(tmp_path_factory: pytest.TempPathFactory) -> None:
-    plane = Plane(tmp_path_factory.mktemp("open"))
+    plane = ForkedPlane(tmp_path_factory.mktemp("open"))
     plane.start()
     key = new_key()
     outside = GATEWAY.replace("{port: 0}", "{port: 0, bind: 0.0.0.0, insecurePlaintext: true}")

@@ -13,6 +13,7 @@ import openai
 import pytest
 from tests.adapters import merge, write_adapter
 from tests.engine_specs import run, tiny_spec
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane
 from tests.integration.router_world import ASK, World, eventually
 from tests.integration.test_router_access import headed, tenant
@@ -193,7 +194,7 @@ async def test_an_adapter_steps_in_and_gets_copies(world: World) -> None:
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Plane]:
     """A control plane whose engines compute."""
-    plane = Plane(tmp_path / "plane")
+    plane = ForkedPlane(tmp_path / "plane")
     del plane.env["PYTHONPATH"]
     plane.start()
     plane.apply(GATEWAY)

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.figures import record
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane, model
 from tests.integration.test_rollouts import decide, pids, reasons, states, wait_settled
 from tests.waiting import eventually
@@ -172,7 +173,7 @@ def test_a_canary_stands_where_it_stood_after_a_restart_and_goes_on_or_away_as_a
 
 @pytest.mark.nightly
 def test_the_share_and_the_counts_are_those_of_all_processes_of_a_router(tmp_path: Path) -> None:
-    plane, name = Plane(tmp_path), "several"
+    plane, name = ForkedPlane(tmp_path), "several"
     plane.start()
     try:
         plane.apply(GATEWAY.replace("port: 0", "port: 0, workers: 3"))

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import time
 from contextlib import closing
+from pathlib import Path
 
 from tests.integration.plane import Plane, Stream, model
 from tests.waiting import eventually
@@ -38,10 +39,11 @@ def test_row_01_a_rolling_update_on_a_full_machine_goes_on_and_requests_wait(pla
     plane.delete("full")
 
 
-def test_row_03_a_newer_control_plane_restarts_nothing_of_an_older_one(plane: Plane) -> None:
-    plane.apply(model("older"))
+def test_row_03_a_newer_control_plane_restarts_nothing_of_an_older_one(plane: Plane, tmp_path: Path) -> None:
+    older = model("older", RUSH=tmp_path / "rush")
+    plane.apply(older)
     before = plane.wait_served("older")
-    stream = Stream(plane.base_url, "older", 300)
+    stream = Stream(plane.base_url, "older", 1900)
     stream.wait_running()
     plane.kill()
     with closing(sqlite3.connect(plane.state.store, isolation_level=None)) as db:  # as the version before wrote it
@@ -55,8 +57,10 @@ def test_row_03_a_newer_control_plane_restarts_nothing_of_an_older_one(plane: Pl
     after = plane.wait_served("older")
     assert [replica["pid"] for replica in after["replicas"]] == [replica["pid"] for replica in before["replicas"]]
     assert after["generation"] == before["generation"]
-    assert plane.apply(model("older"))["model/older"]["result"] == "unchanged"
+    assert plane.apply(older)["model/older"]["result"] == "unchanged"
     assert plane.state.store.with_name("state.db.schema2").exists()
+    assert stream.is_alive(), "it ran all the while"
+    (tmp_path / "rush").touch()
     stream.finish()
     plane.delete("older")
 
@@ -108,9 +112,8 @@ def test_row_08_a_replica_is_ready_when_the_router_has_acknowledged_it(plane: Pl
 
 def test_row_10_a_slow_start_that_gets_on_is_waited_for_and_one_that_does_not_is_ended(plane: Plane) -> None:
     patience = "  probes: {startup: {timeout: 2s}}\n  restartPolicy: {backoffBase: 100ms}\n"
-    plane.apply(model("slow", patience, LOAD="4"))
+    plane.apply(model("slow", patience, LOAD="3"), model("stuck", patience, REPEAT=1))
     assert plane.wait_served("slow")["replicas"][0]["incarnation"] == 1
-    plane.apply(model("stuck", patience, REPEAT=1))
     view = eventually(
         lambda: (v := plane.view("stuck"))["replicas"] and v["replicas"][0]["restarts"] and v, "it is ended"
     )

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import trustme
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane, model
 from tests.waiting import eventually
 
@@ -388,7 +389,7 @@ def test_a_gateway_that_speaks_https_is_asked_by_its_certificate(tmp_path: Path)
     leaf = trustme.CA().issue_cert("chat.example.org")
     leaf.private_key_pem.write_to_path(tmp_path / "key.pem")
     leaf.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    plane = Plane(tmp_path / "plane")
+    plane = ForkedPlane(tmp_path / "plane")
     plane.start()
     try:
         tls = f"tls: {{certFile: {tmp_path}/cert.pem, keyFile: {tmp_path}/key.pem}}"

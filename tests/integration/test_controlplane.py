@@ -564,12 +564,15 @@ def test_without_a_gateway_object_its_defaults_and_their_state_are_shown(tmp_pat
         plane.end()
 
 
-def test_row_05_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(plane: Plane) -> None:
-    plane.apply(model("kept", STEP="0.05"), model("lost", "  restartPolicy: {backoffBase: 100ms}\n"))
+def test_row_05_killing_the_control_plane_drops_no_stream_and_the_next_one_adopts(
+    plane: Plane, tmp_path: Path
+) -> None:
+    rush = tmp_path / "rush"
+    plane.apply(model("kept", STEP="0.05", RUSH=rush), model("lost", "  restartPolicy: {backoffBase: 100ms}\n"))
     before = plane.wait_served("kept")["replicas"][0]
     lost = plane.wait_served("lost")["replicas"][0]["pid"]
     router = plane.client.get("/v1/ping")["router"]
-    stream = Stream(plane.base_url, "kept", 200)
+    stream = Stream(plane.base_url, "kept", 900)
     stream.wait_running()
     for number in (signal.SIGKILL, signal.SIGTERM):
         plane.kill(number)
@@ -585,6 +588,8 @@ def test_row_05_killing_the_control_plane_drops_no_stream_and_the_next_one_adopt
         view = plane.wait_served("kept")
         assert (view["replicas"][0]["pid"], view["replicas"][0]["incarnation"]) == (before["pid"], 1)
         assert plane.client.get("/v1/ping")["router"]["pid"] == router["pid"]
+    assert stream.is_alive(), "it ran all the while"
+    rush.touch()
     stream.finish()
     own = plane.client.get("/v1/events", **{"for": "controlplane/default"})["items"]
     lost = [event["message"] for event in own if event["reason"] == "ControlPlaneLost"]

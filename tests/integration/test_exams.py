@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import waiting
 from tests.integration.engine_process import engine_running
-from tests.integration.plane import GATEWAY, Plane
+from tests.integration.forked import ForkedPlane
+from tests.integration.plane import GATEWAY
 from tests.integration.router_world import World, eventually
 from tests.integration.test_canary import given_up
 from tests.integration.test_exam_standins import NEW, endpoint, examined, verdict
@@ -230,7 +231,7 @@ def test_of_four_revisions_the_one_that_answers_alike_takes_over(tmp_path: Path)
     steps = (
         "steps: [{weight: 100, hold: 100ms}], analysis: {minRequests: 1, onInconclusive: Promote, maxDrift: 5%}"
     )
-    plane = Plane(tmp_path)
+    plane = ForkedPlane(tmp_path)
     plane.env.pop("PYTHONPATH")  # no stand-in
 
     def manifest(source: str, more: str = "") -> str:

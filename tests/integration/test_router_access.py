@@ -172,6 +172,52 @@ async def test_official_clients_raise_their_own_errors(world: World) -> None:
         assert (await claude.messages.count_tokens(model="tiny", messages=ASK)).input_tokens
 
 
+async def test_who_was_refused_is_in_the_log_and_counted_by_policy(world: World, http: httpx.AsyncClient) -> None:
+    few = (wire.AccessLimit("policy", requests=1, per=3_600_000),)
+    team = tenant("team", TEAM, models=("tiny",), operations=("chat",), limits=few)
+    engine = await world.engine()
+    known = (team, tenant("other", OTHER))
+    await world.table(world.route(engine.endpoint()), access=known, access_log="all")
+    await world.connected(engine.replica_id)
+    for path, model, key, status in (
+        ("chat/completions", "tiny", TEAM, 200),
+        ("chat/completions", "tiny", TEAM, 429),
+        ("chat/completions", "secret-name", TEAM, 429),
+        ("completions", "tiny", TEAM, 403),
+        ("chat/completions", "tiny", new_key(), 401),
+        ("chat/completions", "none", OTHER, 404),
+    ):
+        answer = await http.post(f"/v1/{path}", json={**CHAT, "model": model}, headers=headed(key))
+        assert answer.status_code == status, answer.text
+    for path in ("files", "models/none"):
+        assert (await http.get(f"/v1/{path}", headers=headed(TEAM))).status_code == 403
+
+    async def all_there() -> list[dict[str, str]] | None:
+        text = (world.folder / "router.log").read_text()
+        found = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in text.splitlines() if "quire.access: " in line]
+        return found if len(found) >= 8 else None
+
+    found = await eventually(all_there)
+    told = [tuple(line.get(name) for name in ("policy", "key", "model", "error")) for line in found]
+    assert told == [
+        ("team", "k0", "tiny", None),
+        ("team", "k0", "tiny", "rate_limit_exceeded"),
+        ("team", "k0", None, "rate_limit_exceeded"),
+        ("team", "k0", None, "permission_denied"),
+        (None, None, None, "invalid_api_key"),
+        ("other", "k0", None, "model_not_found"),
+        ("team", "k0", None, "permission_denied"),
+        ("team", "k0", None, "permission_denied"),
+    ]
+    now = await world.metrics()
+    counted = {name: value for name, value in now.items() if name.startswith("quire_policy_refusals_total")}
+    assert len(counted) == 8
+    assert {name.partition("{")[2]: value for name, value in counted.items() if value} == {
+        'policy="team",reason="permission_denied"}': 3,
+        'policy="team",reason="rate_limit_exceeded"}': 2,
+    }
+
+
 async def test_a_policy_that_has_expired_lets_nobody_in(world: World, http: httpx.AsyncClient) -> None:
     soon = tenant("team", TEAM, expires_at=time.time() - 1)
     await serve(world, soon, tenant("other", OTHER, expires_at=4e9))

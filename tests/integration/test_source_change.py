@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests import standin_hub
+from tests.integration.forked import ForkedPlane
 from tests.integration.plane import GATEWAY, Plane, model
 from tests.standin_hub import Hub
 from tests.waiting import eventually
@@ -29,7 +30,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def plane(tmp_path: Path, hub: Hub) -> Iterator[Plane]:
-    own = Plane(tmp_path)
+    own = ForkedPlane(tmp_path)
     own.env = {name: value for name, value in own.env.items() if not name.startswith("HF_")}
     own.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
     own.start()

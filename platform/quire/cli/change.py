@@ -398,6 +398,8 @@ def _delete(client: Client, named: list[tuple[str, str]], query: str, *, waits: 
         for key, path in named:
             answer = client.delete(f"{path}{query}")
             print(f"{key}  deleting", flush=True)
+            for warning in answer.get("warnings", ()):
+                notice(f"warning: {warning}")
             departing = answer.get("objects") or {"deleted": (), "stay": {}}
             for other in departing["deleted"]:
                 print(f"{other}  deleting, with {key}", flush=True)

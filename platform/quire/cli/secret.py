@@ -11,7 +11,7 @@ import click
 
 from quire.cli import render
 from quire.cli.outcome import ExitCode, usage_error
-from quire.cli.session import connect
+from quire.cli.session import connect, notice
 
 
 @click.group(short_help="Keep tokens that manifests refer to by name.")
@@ -66,8 +66,10 @@ def list_(output: str) -> int:
 @click.argument("name")
 def delete(name: str) -> int:
     """Forget a secret."""
-    connect().delete(_path(name))
-    print(f"secret {name}  deleted")
+    answer = connect().delete(_path(name))
+    print(f"secret {name}  deleted", flush=True)
+    if users := answer.get("usedBy"):
+        notice(f"warning: {', '.join(users)} refers to it, and finds nothing there from now on")
     return ExitCode.OK
 
 

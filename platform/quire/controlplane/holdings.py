@@ -83,6 +83,13 @@ class Holdings:
 
     def list_secrets(self) -> dict[str, Any]:
         """Names, and which objects refer to them; never a value."""
+        users = self._users()
+        kept = set(self._plane.secrets.names())
+        names = sorted({*kept, *users})
+        return {"items": [{"name": n, "set": n in kept, "usedBy": users.get(n, [])} for n in names]}
+
+    def _users(self) -> dict[str, list[str]]:
+        """The objects that refer to secrets, by the names of those."""
         users: dict[str, list[str]] = {}
         for stored in self._plane.store.objects("model"):
             name = (stored.resolved.get("sourceAuth") or {}).get("secretRef")
@@ -93,9 +100,7 @@ class Holdings:
                 name = (key["valueFrom"] or {}).get("secretRef")
                 if name is not None and str(stored.key) not in users.setdefault(name, []):
                     users[name].append(str(stored.key))
-        names = sorted({*self._plane.secrets.names(), *users})
-        kept = set(self._plane.secrets.names())
-        return {"items": [{"name": n, "set": n in kept, "usedBy": users.get(n, [])} for n in names]}
+        return users
 
     def _look_at_keys(self) -> None:
         self._plane.policies.look_again()
@@ -130,4 +135,4 @@ class Holdings:
         if not re.fullmatch(SECRET_NAME, name) or not self._plane.secrets.remove(name):
             raise ApiError(404, "not_found", f"there is no secret {name}", "platform secret list", exit_code=8)
         self._look_at_keys()
-        return {"name": name}
+        return {"name": name, "usedBy": self._users().get(name, [])}

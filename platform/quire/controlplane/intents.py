@@ -16,6 +16,7 @@ from quire.controlplane.errors import ApiError, address_in_use, invalid, not_fou
 from quire.controlplane.plane import ControlPlane
 from quire.controlplane.views import Views
 from quire_operators import devices
+from quire_operators.access import KIND as POLICY
 from quire_operators.admission import Ask
 from quire_operators.database import Conflict, NotFound
 from quire_operators.desired import is_on_demand
@@ -31,8 +32,10 @@ from quire_operators.records import Applied
 from quire_operators.review import Refusal, Review, differences, moved, problems, report
 from quire_operators.routes import ROUTES
 from quire_operators.sources import SourceError
+from quire_operators.status import Reason
 from quire_schemas import manifest
 from quire_schemas.access import AccessPolicy
+from quire_schemas.gateway import is_loopback
 from quire_schemas.manifest import Located, Problem
 from quire_schemas.model import Model
 from quire_schemas.resource import Key
@@ -310,9 +313,25 @@ class Intents:
         if not take and not self._plane.sources.has_left(key):
             self._refuse_managed([key])
         departing = self._departure(key, prune=prune)
-        view = self._delete(key, traceparent)
+        warnings = [text] if (text := self._last_policy(key)) is not None else []
+        view = {**self._delete(key, traceparent), "warnings": warnings}
         self._plane.wake_sources()
         return {**view, "objects": departing} if departing is not None else view
+
+    def _last_policy(self, key: Key) -> str | None:
+        """What it means that an access policy goes; None of another object, and while there are others."""
+        stored = self._plane.store.get(key) if key.kind == POLICY else None
+        policies = self._plane.store.objects(POLICY)
+        if (
+            stored is None
+            or stored.deletion_time is not None
+            or any(each.deletion_time is None and each.key != key for each in policies)
+        ):
+            return None
+        bind = resolved_spec(self._plane.store.get(GATEWAY))["bind"]
+        if is_loopback(bind):
+            return "it was the last AccessPolicy: without one the API needs no key, for whoever is on this machine"
+        return f"it was the last AccessPolicy: others can reach {bind}, and every request gets 401 without one"
 
     def _departure(self, key: Key, *, prune: bool) -> dict[str, Any] | None:
         """What becomes of the objects of a source that is about to be deleted; None of anything else. Raises
@@ -340,6 +359,7 @@ class Intents:
     def _delete(self, key: Key, traceparent: str | None = None, author: Author | None = None) -> dict[str, Any]:
         if key == GATEWAY:
             self._refuse_without_way_back()
+        last = self._last_policy(key)
         try:
             stored = self._plane.store.mark_deleting(key, traceparent)
         except NotFound as error:
@@ -347,6 +367,8 @@ class Intents:
         view = self._views.of(stored)
         by = f", by {author} ({author.commit.subject})" if author is not None else ""
         self._plane.note(key, "Deleting", f"generation {stored.generation}{by}")
+        if last is not None:
+            self._plane.note(GATEWAY, Reason.NO_ACCESS_POLICY, f"{key} is deleted: {last}", "Warning")
         if self._plane.is_down and all(seen.life is Life.GONE for seen in self._plane.fleet.observed()):
             self._plane.note(key, "Deleted", "nothing of it ran: the platform is down")
             for row in self._plane.store.replicas(key.name) if key.kind == "model" else ():

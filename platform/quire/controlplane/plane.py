@@ -309,11 +309,11 @@ class ControlPlane:
         except (StoreUnavailable, Deposed) as error:
             log.warning("no status of %s yet: %s", key, error.message)
 
-    def note(self, key: Key, reason: str, text: str) -> None:
+    def note(self, key: Key, reason: str, text: str, kind: str = "Normal") -> None:
         """An event of something that is stored already: a disk that is full by now, or another one that leads,
         does not undo it."""
         try:
-            self.store.add_event(key, "Normal", reason, text)
+            self.store.add_event(key, kind, reason, text)
         except (StoreUnavailable, Deposed) as error:
             log.warning("no event %s for %s: %s", reason, key, error.message)
 

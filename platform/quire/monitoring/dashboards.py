@@ -112,6 +112,19 @@ REQUESTS: Final = Board(
                 ),
                 Panel("Refused, by code", "reqps", _rates(signals.ADMISSION_REJECTIONS, signals.LABEL_REASON)),
                 Panel(
+                    "Refused, by policy",
+                    "reqps",
+                    (
+                        Query(
+                            added(
+                                rate(total(signals.POLICY_REFUSALS)), signals.LABEL_POLICY, signals.LABEL_REASON
+                            ),
+                            _legend(signals.LABEL_POLICY, signals.LABEL_REASON),
+                        ),
+                    ),
+                    "For what it allows, for its limits and budgets, or for a full queue.",
+                ),
+                Panel(
                     "Share of budgets that is spent",
                     "percentunit",
                     (

@@ -6,9 +6,9 @@ table, words of our own, and two ids that were checked: nothing a client wrote a
 
 A line is logfmt, in the log where everything else is:
 
-    request=req_1f… trace=0af7… method=POST route=/v1/chat/completions operation=chat model=m replica=m-0-x
-    status=200 finish=stop prompt_tokens=21 cached_tokens=16 completion_tokens=9 queue_ms=0.2 ttft_ms=41.5
-    total_ms=180.3
+    request=req_1f… trace=0af7… method=POST route=/v1/chat/completions operation=chat policy=team key=ci model=m
+    replica=m-0-x status=200 finish=stop prompt_tokens=21 cached_tokens=16 completion_tokens=9 queue_ms=0.2
+    ttft_ms=41.5 total_ms=180.3
 
 What does not apply is left out. `status` is what was sent, also for a stream that broke later: then there is an
 `error`. `client=gone` says that the client closed the connection before its answer was complete, `client=slow`
@@ -54,6 +54,10 @@ class Account:
     route: str = ""
     """The path as the API has it, with names in place of what a client puts there."""
     operation: str = ""
+    policy: str = ""
+    """That of the key that it came with."""
+    key: str = ""
+    """The name of that key."""
     model: str = ""
     asked: str = ""
     """The name that the request has for the model; one of those that it is served by."""
@@ -100,6 +104,8 @@ class Account:
         yield "method", self.method
         yield "route", self.route
         yield "operation", self.operation
+        yield "policy", self.policy
+        yield "key", self.key
         yield "model", self.model
         yield "replica", self.replica
         yield "status", self.status

@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from litestar import Litestar, Request, Response, get, post, route
@@ -17,7 +18,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from quire.errors import Api, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated, describe
 from quire.router import openapi
 from quire.router.access import ANY, NO_KEY, authorize, may_have, visit_of
-from quire.router.account import AccessLog
+from quire.router.account import AccessLog, Account
 from quire.router.api import absent, batches, files, health, models, responses
 from quire.router.api.chat import ChatFormat
 from quire.router.api.completions import CompletionFormat
@@ -40,7 +41,7 @@ from quire.router.fleet import Fleet
 from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
-from quire.router.metrics import CONTENT_TYPE
+from quire.router.metrics import CONTENT_TYPE, REFUSED
 from quire.router.proof import Prover
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpans
@@ -177,7 +178,8 @@ def _guarded(
     )
     access_log = AccessLog(lambda: fleet.table.http.access_log)
     app = _straight(app, inference)
-    return Guard(app, config.allowed_hosts, fleet.access, access_log, desk.limits, lambda: fleet.table.http)
+    count = partial(fleet.metrics.count_routed, REFUSED)
+    return Guard(app, config.allowed_hosts, fleet.access, access_log, desk.limits, count, lambda: fleet.table.http)
 
 
 def _straight(app: ASGIApp, handlers: Sequence[HTTPRouteHandler]) -> ASGIApp:
@@ -296,6 +298,7 @@ def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
     known = describe(_ours(error, request), Api.of(request.scope["path"], request.scope["headers"]))
     if known.status == 500:
         log.error("a request failed", exc_info=error)
+    Account.of(request.scope).error = known.code or ""
     headers = {name.decode(): value.decode() for name, value in known.headers}
     if isinstance(error, MethodNotAllowedException) and error.headers:
         headers.update(error.headers)

@@ -279,7 +279,7 @@ class Fleet:
         self._tokenizers = dict(tokenizers.values())
         self.access.act_by(table.access, table.budgets)
         self.metrics.set_models(name for name, served in targets.items() if not served.route.canary_of)
-        self.metrics.set_routes(table.routes)
+        self.metrics.set_routes(table.routes, table.access)
         self._pulse.fire()
 
     async def _tokenizer(self, route: wire.ModelRoute) -> tuple[tuple[object, ...], Tokenizer | TextError]:

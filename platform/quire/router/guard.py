@@ -70,7 +70,8 @@ _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 class Guard:
     """An ASGI application around the router's, which finds the `Visit` of each request in its scope. `limits`
-    gives what an answer tells of its caller's, `settings` those in force now."""
+    gives what an answer tells of its caller's, `settings` those in force now; `count` is told of an answer with an
+    error to a caller who is known: his policy, and the error's code."""
 
     def __init__(
         self,
@@ -79,10 +80,12 @@ class Guard:
         access: Access,
         access_log: AccessLog,
         limits: Callable[[Tenant | None, str], Awaitable[Headers]],
+        count: Callable[[str, str], None],
         settings: Callable[[], HttpSettings] = HttpSettings,
     ) -> None:
         self._app = app
         self._limits = limits
+        self._count = count
         self._log = access_log
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._access = access
@@ -94,6 +97,8 @@ class Guard:
             await self._pass(account, scope, receive, send)
         finally:
             account.route = str(scope.get("path_template") or "")
+            if account.policy and account.error:
+                self._count(account.policy, account.error)
             self._log.tell(account)
 
     async def _pass(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,6 +116,8 @@ class Guard:
         api = Api.of(scope["path"], headers)
         named = [(b"x-request-id", request_id)]
         visit = self._access.visit(scope)
+        if visit.caller is not None:
+            account.policy, account.key = visit.caller.owner, visit.caller.key
         cast(dict[str, Any], scope)[VISIT] = visit
         # who waits for our word before it sends the body is told the answer instead
         waits = any(name == b"expect" and value.lower() == b"100-continue" for name, value in headers)

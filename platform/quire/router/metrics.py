@@ -35,7 +35,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quire.errors import TABLE
+from quire.errors import TABLE, BudgetSpent, PermissionDenied, QueueFull, RateLimited
 from quire.router.vllm_names import translated
 from quire.tracing import Counts as Spans
 from quire_operators.nvml import POWER_BRAKE, SLOWED_BY_HEAT, Health, Watch
@@ -66,6 +66,11 @@ COPIES: Final = ("completed", "failed", "dropped")
 ROUTED: Final = "routed"
 STEPPED_IN: Final = "stepped in"
 COPIED: Final = "copied"
+REFUSED: Final = "refused"
+REFUSALS: Final = tuple(
+    TABLE[each].code or REFUSED_FOR_ITSELF for each in (PermissionDenied, RateLimited, BudgetSpent, QueueFull)
+)
+"""For what of a policy a request is refused."""
 NO_MODEL: Final = "-"
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -266,9 +271,9 @@ class Metrics:
         for name in sorted(wanted - self._models.keys()):
             self._models[name] = ModelMetrics()
 
-    def set_routes(self, routes: Iterable[wire.TrafficRoute]) -> None:
-        """Make the series of these routes exist, and drop those of others."""
-        wanted: list[tuple[str, ...]] = []
+    def set_routes(self, routes: Iterable[wire.TrafficRoute], tenants: Iterable[wire.Tenant] = ()) -> None:
+        """Make the series of these routes and policies exist, and drop those of others."""
+        wanted: list[tuple[str, ...]] = [(REFUSED, each.name, reason) for each in tenants for reason in REFUSALS]
         for route in routes:
             stand_ins = [(each.model, failure) for each in route.fallbacks for failure in each.when]
             for model in {*(each.model for each in route.backends), *(model for model, _ in stand_ins)}:
@@ -279,8 +284,8 @@ class Metrics:
         self._of_routes = {key: self._of_routes.get(key) or Number() for key in wanted}
 
     def count_routed(self, *key: str) -> None:
-        """One more of `ROUTED`, `STEPPED_IN` or `COPIED`, which comes first, then the labels. Of a route that has
-        left the table meanwhile nothing is counted."""
+        """One more of `ROUTED`, `STEPPED_IN`, `COPIED` or `REFUSED`, which comes first, then the labels. Of what
+        has left the table meanwhile nothing is counted."""
         if (number := self._of_routes.get(key)) is not None:
             number.inc()
 
@@ -612,7 +617,7 @@ class _Models(Collector):
 
 
 class _Routes(Collector):
-    """What became of requests by way of routes."""
+    """What became of requests by way of routes, and of those of policies that were refused."""
 
     def __init__(self, numbers: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         self._numbers = numbers
@@ -627,6 +632,11 @@ class _Routes(Collector):
                 labels=(*labels, signals.LABEL_FAILURE),
             ),
             COPIED: _C(signals.ROUTE_MIRRORED, "Copies of requests.", labels=(*labels, signals.LABEL_FINISH)),
+            REFUSED: _C(
+                signals.POLICY_REFUSALS,
+                "Refused requests by policy and code.",
+                labels=(signals.LABEL_POLICY, signals.LABEL_REASON),
+            ),
         }
         for (what, *values), number in self._numbers().items():
             made[what].add_metric(values, number)

@@ -13,18 +13,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, cast
 
+import msgspec
 from litestar.types import Receive, Scope, Send
 
 from quire.errors import (
     Api,
+    ApiError,
     BodyTimeout,
     BodyTooLarge,
+    BudgetSpent,
     InvalidRequest,
+    RateLimited,
     ServiceUnavailable,
     ThreadsUnsupported,
     UnsupportedMediaType,
@@ -50,6 +55,16 @@ DRAIN: Final = 4
 """A body up to this many times the limit, or up to `DRAIN_BYTES`, is read to its end before it is refused."""
 DRAIN_BYTES: Final = 16 * 1024 * 1024
 _CHARSETS: Final = frozenset({b"utf-8", b"utf8", b"us-ascii"})
+
+
+GLANCE_BYTES: Final = 64 * 1024
+"""A body up to this size is looked at for the name of its model, even if it is refused unread."""
+
+
+class _Named(msgspec.Struct):
+    """What a request says first of all."""
+
+    model: str
 
 
 class ClientGone(Exception):
@@ -110,7 +125,7 @@ class Reception:
         headers = dict(self._headers)
         span = self._spans.start(self._operation, self._headers, scope["path"], scope["server"])
         account.trace_id = span.trace_id
-        finish, failure, status = "error", "internal_error", 500
+        finish, failure, status, body = "error", "internal_error", 500, b""
         try:
             self._caller = visit.known
             if not self._background:  # of that there is never much at once, and it waits for no better moment
@@ -136,6 +151,8 @@ class Reception:
             at_fault = known.status < 500 and self._stream is None  # an engine may be the one who refuses
             finish = "refused" if known.status != 500 and (self._refused or at_fault) else "error"
             failure, status = known.code or REFUSED_FOR_ITSELF, known.status
+            if isinstance(error, RateLimited | BudgetSpent) and not account.model:
+                self._find_model(body)
             if known.status == 500:
                 log.error("a request failed", exc_info=error)
             await self._fail(send, error)
@@ -161,6 +178,15 @@ class Reception:
         """The model that the request of that body would go to by this name. Raises `PermissionDenied`,
         `ModelNotFound` and `ModelStopped`."""
         return self._gateway.fleet.resolve(Asked(name, self._headers, body), self._caller)
+
+    def _find_model(self, body: bytes) -> None:
+        """Note which model a request was for that was refused before anybody read what it asks for, as far as it
+        has one that its caller may use, and is soon read."""
+        if len(body) <= GLANCE_BYTES:
+            with contextlib.suppress(msgspec.DecodeError, ApiError):
+                name = msgspec.json.decode(body, type=_Named).model
+                self._account.model = self._resolve(name, body).name
+                self._account.asked = name
 
     def _serves(self, served: ServedModel, asked: str, span: RequestSpan, adapter: str = "") -> None:
         """Note which model, with which adapter, the request is for, and the name that it has for it."""

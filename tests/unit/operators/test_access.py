@@ -18,11 +18,11 @@ from quire_schemas.manifest import load
 OURS, BROUGHT = new_key(), "a-string-of-the-users-own"
 
 
-def stored(name: str, spec: str, deleting: float | None = None) -> StoredObject:
+def stored(name: str, spec: str, deleting: float | None = None, created: float = 0.0) -> StoredObject:
     head = f"apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: {name}}}\nspec: "
     (located,) = load([("p", head + spec)]).resources
     resolved: dict[str, Any] = located.resource.model_dump(mode="json", by_alias=True)["spec"]
-    return StoredObject(located.key, name, 1, 1, {}, "", resolved, None, 0.0, 0.0, deleting)
+    return StoredObject(located.key, name, 1, 1, {}, "", resolved, None, created, created, deleting)
 
 
 def test_a_policy_as_the_router_is_told_of_it(tmp_path: Path) -> None:
@@ -61,11 +61,20 @@ def test_what_is_wrong_with_a_key_is_told_without_its_value(tmp_path: Path) -> N
         assert value not in repr(policy)
 
 
-def test_a_key_is_that_of_the_first_policy_by_name_that_is_not_being_deleted(tmp_path: Path) -> None:
+def test_a_key_is_that_of_the_oldest_policy_that_is_not_being_deleted(tmp_path: Path) -> None:
     secrets, one = Secrets(tmp_path, {}), f"{{keys: [{{name: a, hash: '{Digest.of(OURS)}'}}]}}"
     found = read([stored("z", one), stored("b", one), stored("a", one, deleting=1.0)], secrets)
     assert [(policy.stored.key.name, len(policy.usable)) for policy in found] == [("b", 1), ("z", 0)]
-    assert found[1].keys[0].problem == "it is that of accesspolicy/b key a"
+    assert found[1].keys[0].problem == "it is that of accesspolicy/b key a, which is older"
+    older = Digest.of(OURS)
+    forms = (str(older), f"sha256:{older.sha256}", f"sha256:{older.id}:{'0' * 64}", "")
+    specs = [f"{{keys: [{{name: a, {f'hash: {form!r}' if form else 'valueFrom: {env: K}'}}}]}}" for form in forms]
+    secrets = Secrets(tmp_path, {"K": OURS})
+    for newer in specs[1:]:
+        red, green = read([stored("green", newer, created=2.0), stored("red", specs[0], created=1.0)], secrets)
+        assert (red.stored.key.name, len(red.usable), len(green.usable)) == ("red", 1, 0)
+        assert green.keys[0].reason is Reason.KEY_TAKEN
+        assert green.keys[0].problem.endswith("that of accesspolicy/red key a, which is older")
 
 
 def test_variables_with_keys_and_tokens_are_not_handed_down(tmp_path: Path) -> None:

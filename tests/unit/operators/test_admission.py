@@ -25,6 +25,7 @@ from quire_operators.store import Store
 from quire_schemas import manifest
 from quire_schemas.adapters import TARGETS
 from quire_schemas.checkpoint import expected_tensors, read_config
+from quire_schemas.keys import Digest, new_key
 from quire_schemas.resource import Key
 from quire_schemas.update import UpdateClass
 
@@ -627,3 +628,21 @@ def test_a_gateway_for_others_that_would_turn_them_all_away_is_warned_of(admissi
         assert "spec.hosts" in warning
         assert warnings(f"bind: {bind}, hosts: [llm.example.org]") == []
     assert warnings("bind: 192.0.2.7") == [], "requests that name it are answered"
+
+
+def test_what_policies_are_to_one_another_and_to_names_is_said_before(store: Store, admission: Admission) -> None:
+    key = Digest.of(new_key())
+    texts = [
+        f"apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: {name}}}\n"
+        f"spec: {{keys: [{{name: k, hash: '{line}'}}], allow: {{models: [m0, alias, none]}}}}\n"
+        for name, line in (("b", str(key)), ("a", f"sha256:{key.sha256}"))
+    ]
+    head = "apiVersion: quire.dev/v1alpha1\nkind: %s\nmetadata: {name: %s}\nspec: %s\n"
+    model = head % ("Model", "m0", "{source: 'builtin://tiny'}")
+    route = head % ("Route", "r", "{match: {modelNames: [alias]}, backends: [{model: m0}]}")
+    sets = [("m", model), ("r", route), *zip("ba", texts, strict=True)]
+    *_, first, second = admission.review(manifest.load(sets).resources)
+    assert first.refusal is None
+    assert first.warnings == ["spec.allow.models[2]: nothing is served as 'none' yet"]
+    assert second.refusal is not None
+    assert second.refusal.reason == "KeyTaken"

@@ -54,6 +54,13 @@ def test_of_two_policies_with_one_key_the_first_has_it() -> None:
     assert access.visit(scope(BEARER)).known.owner == "a"
 
 
+def test_a_key_of_ours_is_known_by_its_digest_alone_as_well() -> None:
+    access = Access()
+    access.act_by([Tenant("team", (AccessKey("k", DIGEST.sha256),))])
+    assert access.visit(scope(BEARER)).known.key == "k"
+    assert access.visit(scope(("x-api-key", f"qk_{DIGEST.id}_" + "0" * 64))).caller is None
+
+
 def test_an_id_of_a_key_opens_nothing_without_its_secret() -> None:
     access = Access()
     access.act_by([tenant()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -23,11 +24,6 @@ from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
 from quire_schemas.openai.completions import read_completion
 from quire_schemas.openai.embeddings import read_embedding
 
-DOCUMENT = document()
-SCHEMAS = DOCUMENT["components"]["schemas"]
-REGISTRY: Registry[Any] = Registry().with_resource(
-    "urn:quire", Resource.from_contents(DOCUMENT, default_specification=DRAFT202012)
-)
 READERS = {"ChatRequest": read_chat, "CompletionRequest": read_completion, "EmbeddingRequest": read_embedding}
 SAID = [{"role": "user", "content": "x"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": SAID}
@@ -36,10 +32,27 @@ PROMPT: dict[str, Any] = {"model": "m", "prompt": "x"}
 INPUT: dict[str, Any] = {"model": "m", "input": "x"}
 
 
+@functools.cache
+def described() -> dict[str, Any]:
+    """The document, made by the first test that reads it: every process of a run imports this module."""
+    return document()
+
+
+def schemas() -> dict[str, Any]:
+    return dict(described()["components"]["schemas"])
+
+
+@functools.cache
+def registry() -> Registry[Any]:
+    resource: Resource[Any] = Resource.from_contents(described(), default_specification=DRAFT202012)
+    found: Registry[Any] = Registry().with_resource("urn:quire", resource)
+    return found
+
+
 def takes(shape: str, body: dict[str, Any]) -> bool:
     """Whether the document's schema of that name takes a body."""
     schema = {"$ref": f"urn:quire#/components/schemas/{shape}"}
-    return jsonschema.Draft202012Validator(schema, registry=REGISTRY).is_valid(body)
+    return jsonschema.Draft202012Validator(schema, registry=registry()).is_valid(body)
 
 
 def reads(shape: str, body: dict[str, Any]) -> bool:
@@ -60,17 +73,20 @@ def parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_it_is_openapi_3_1_and_every_schema_is_one() -> None:
-    assert DOCUMENT["openapi"] == "3.1.0"
+    assert described()["openapi"] == "3.1.0"
     schemathesis.openapi.from_dict(json.loads(as_json())).validate()
-    for schema in SCHEMAS.values():
+    for schema in schemas().values():
         jsonschema.Draft202012Validator.check_schema(schema)
-    for part in parts(DOCUMENT):
+    for part in parts(described()):
         for place in part.values():
             if isinstance(place, str) and place.startswith("#/"):
-                REGISTRY.resolver("urn:quire").lookup(place)
-    assert all(name.isalnum() for name in SCHEMAS)
+                registry().resolver("urn:quire").lookup(place)
+    assert all(name.isalnum() for name in schemas())
     names = [
-        each["operationId"] for path in DOCUMENT["paths"].values() for each in parts(path) if "operationId" in each
+        each["operationId"]
+        for path in described()["paths"].values()
+        for each in parts(path)
+        if "operationId" in each
     ]
     assert len(names) == len(set(names))
     assert json.loads(as_json()) == json.loads(as_text())
@@ -103,7 +119,7 @@ def test_every_error_is_declared_where_it_may_come() -> None:
     of_no_endpoint = {errors.NotFound, errors.EndpointNotServed, errors.MethodNotAllowed}
     declared = {
         (int(status), code)
-        for path in DOCUMENT["paths"].values()
+        for path in described()["paths"].values()
         for operation in path.values()
         if isinstance(operation, dict)
         for status, response in operation["responses"].items()
@@ -121,7 +137,7 @@ def test_every_error_is_declared_where_it_may_come() -> None:
 
 @pytest.mark.parametrize("each", [each for each in ENDPOINTS if each.request], ids=lambda each: each.name)
 def test_a_request_has_what_is_honoured_and_what_is_without_effect_and_nothing_else(each: Any) -> None:
-    schema = SCHEMAS[each.request.__name__]
+    schema = schemas()[each.request.__name__]
     honoured = {field.alias or name for name, field in each.request.model_fields.items()}
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == honoured | set(each.without_effect)
@@ -131,10 +147,10 @@ def test_a_request_has_what_is_honoured_and_what_is_without_effect_and_nothing_e
 
 
 def test_notes_of_the_source_are_the_descriptions_of_fields() -> None:
-    assert SCHEMAS["ChatRequest"]["properties"]["temperature"]["description"] == "0 is greedy."
-    assert "vocabulary" in SCHEMAS["CompletionRequest"]["properties"]["logprobs"]["description"]
-    assert SCHEMAS["StructuredOutputs"]["properties"]["json"]["description"] == "A JSON Schema."
-    assert "description" not in SCHEMAS["ChatRequest"]["properties"]["logprobs"], "of another class's field"
+    assert schemas()["ChatRequest"]["properties"]["temperature"]["description"] == "0 is greedy."
+    assert "vocabulary" in schemas()["CompletionRequest"]["properties"]["logprobs"]["description"]
+    assert schemas()["StructuredOutputs"]["properties"]["json"]["description"] == "A JSON Schema."
+    assert "description" not in schemas()["ChatRequest"]["properties"]["logprobs"], "of another class's field"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.effort import examples
 
 from quire_schemas import manifest as manifests
 from quire_schemas.fields import fields_of
+from quire_schemas.keys import new_key
 from quire_schemas.kinds import KINDS
 from quire_schemas.manifest import (
     ERROR_WORDS,
@@ -722,6 +723,8 @@ ZERO = "'sha256:" + "0" * 64 + "'"
         ("{keys: [], budgets: [{name: b, per: day, tokens: 1, warnAt: 0%}]}", "spec.budgets[0].warnAt"),
         ("{keys: [], expiresAt: '2027-13-01T00:00:00Z'}", "spec.expiresAt"),
         ("{keys: [], expiresAt: tomorrow}", "spec.expiresAt"),
+        ("{keys: [], allow: {models: ['*']}}", "spec.allow.models[0]"),
+        ("{keys: [], allow: {models: [chat, t*]}}", "spec.allow.models[1]"),
     ],
 )
 def test_what_an_access_policy_must_not_say(spec: str, path: str) -> None:
@@ -729,6 +732,27 @@ def test_what_an_access_policy_must_not_say(spec: str, path: str) -> None:
     [problem] = problems(head + spec)
     assert problem.path == path
     assert problem.hint
+
+
+def test_what_is_refused_of_keys_is_never_shown() -> None:
+    ours, brought = new_key(), "a-string-of-the-Users-own"
+    head = "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: %s}\nspec:\n  keys:\n"
+    forms = ("{name: a, hash: %s}", "%s", "{name: %s, valueFrom: {env: K}}", "{name: b, valueFrom: %s}",
+        "{name: c, valueFrom: {secretRef: %s}}", "{name: d, %s: x}", "{name: e, key: %s}", "[%s]")  # fmt: skip
+    for key in (ours, ours[:40], brought):
+        found = problems(head % "p" + "".join(f"    - {form % key}\n" for form in forms))
+        assert {index for p in found for index in range(8) if f"keys[{index}]" in p.path} == set(range(8))
+        assert brought.lower() not in str(found).lower()
+        assert ours[17:40] not in str(found)
+        assert ("that is the key itself" in found[0].hint) == (key != brought)
+        assert "hash" in found[0].hint
+    [named] = problems(head % "p" + f"    - {{name: a, valueFrom: {{env: {ours}}}}}\n")
+    assert named.path == "spec.keys[0].valueFrom.env"
+    assert "is the key itself" in named.message
+    for path in ("name", "uid"):
+        misplaced = problems((head % ours + "    []\n").replace("name", path))
+        assert misplaced
+        assert ours[17:30] not in str(misplaced)
 
 
 @pytest.mark.parametrize(
