@@ -711,7 +711,7 @@ def test_apply_shows_progress_line_by_line_without_a_terminal(
     assert out.splitlines()[0] == "model/quickstart  created (revision 1)"
     assert out.splitlines()[1] == "Base URL http://127.0.0.1:8000/v1"
     assert err.splitlines() == [
-        "  ⚠ spec.x: beware",
+        "warning: spec.x: beware",
         "quickstart  accepted 0.0s",
         "quickstart  Starting",
         "quickstart  weights 4.1 MiB 0.1s",
