@@ -14,7 +14,7 @@ from quire_operators.secrets import Secrets
 from quire_operators.store import Store
 from quire_operators.traffic import claims, names_of, owners, targets
 from quire_schemas.access import AccessPolicy
-from quire_schemas.gateway import Gateway, is_loopback
+from quire_schemas.gateway import Gateway, is_every_address, is_loopback
 from quire_schemas.resource import Key
 from quire_schemas.route import Route
 
@@ -26,6 +26,7 @@ def look(store: Store, reviews: Sequence[Review], leaving: Sequence[Key], secret
     _refuse_taken_keys(store, reviews, leaving, secrets)
     _refuse_open_doors(store, reviews, leaving)
     _warn_of_dead_ends(store, reviews)
+    _warn_of_hosts(reviews)
     _warn_of_unknown_names(store, reviews, leaving)
 
 
@@ -121,12 +122,27 @@ def _warn_of_dead_ends(store: Store, reviews: Sequence[Review]) -> None:
     new = {review.key.name: review.resolved for review in reviews if review.key.kind == "model"}
     specs |= {name: resolved or specs.get(name, {}) for name, resolved in new.items()}
     there = {name for model, spec in specs.items() for name in (names_of(model, spec) if spec else [model])}
+    routes = {each.key.name for each in store.objects("route") if each.deletion_time is None}
+    routes |= {review.key.name for review in reviews if review.key.kind == "route"}
     for review in reviews:
         if isinstance(review.located.resource, Route) and review.refusal is None:
             if not any(each["weight"] for each in review.resolved["backends"]):
                 review.warnings.append("spec.backends: all weights are 0, so no request goes to any")
-            lacks = [lack for each in targets(review.resolved) if (lack := each.lack(there)) is not None]
+            lacks = [lack for each in targets(review.resolved) if (lack := each.lack(there, routes)) is not None]
             review.warnings += [f"{path}: there is no {what} yet" for what, path in lacks]
+
+
+def _warn_of_hosts(reviews: Sequence[Review]) -> None:
+    """Say of a Gateway that others are to reach, and that turns them all away: none of them asks for localhost."""
+    for review in reviews:
+        spec = review.resolved
+        if not isinstance(review.located.resource, Gateway) or review.refusal is not None:
+            continue
+        if is_every_address(spec["bind"]) and not spec.get("hosts"):
+            review.warnings.append(
+                f"spec.bind: {spec['bind']} is every address of this machine, and only requests for localhost are "
+                "answered: name the hosts that clients use in spec.hosts"
+            )
 
 
 def _warn_of_unknown_names(store: Store, reviews: Sequence[Review], leaving: Sequence[Key]) -> None:

@@ -138,11 +138,12 @@ class Target:
         """As the router has it."""
         return self.model if self.adapter is None else f"{self.model}{wire.ADAPTER_MARK}{self.adapter}"
 
-    def lack(self, there: Container[str]) -> tuple[str, str] | None:
+    def lack(self, there: Container[str], routes: Container[str]) -> tuple[str, str] | None:
         """What of it is not among the Models and adapters of these names, and the path of the field that names
-        that; None if it is there."""
+        that; None if it is there. `routes` are names of Routes, which are no Models."""
         if self.model not in there:
-            return f"model/{self.model}", f"{self.path}.model"
+            mixed_up = f" ({self.model} is a Route, and requests go to a Model)" if self.model in routes else ""
+            return f"model/{self.model}{mixed_up}", f"{self.path}.model"
         return (
             None
             if self.name in there
@@ -180,6 +181,8 @@ class View:
     models: Mapping[str, str | None]
     """Of each Model that is stored, and of its adapters, by `Target.name`: what keeps it from answering a request
     now, None if nothing."""
+    routes: Container[str]
+    """Names of Routes, which somebody may take for Models."""
     taken: bool
     """The router acts by it as it is."""
     older: bool
@@ -191,12 +194,11 @@ class View:
 def facts(view: View) -> list[Fact]:
     """The conditions of a Route that is not deleted."""
     spec = view.stored.resolved
-    missing = [lack[0] for each in targets(spec) if (lack := each.lack(view.models)) is not None]
-    gone = ", ".join(dict.fromkeys(missing))
+    gone = _gone(view)
     there = {_name(each): each["weight"] for each in spec["backends"] if _name(each) in view.models}
     found = (
         Fact("BackendsFound", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")
-        if missing
+        if gone
         else Fact("BackendsFound", True, Reason.VALID)
     )
     accepted = Fact("Accepted", True, Reason.VALID)
@@ -204,6 +206,23 @@ def facts(view: View) -> list[Fact]:
         told = ", ".join(f"{name!r} is a name of {key}" for name, key in view.lost.items())
         accepted = Fact("Accepted", False, Reason.NAME_CONFLICT, f"{told}, which is older")
     return [accepted, found, _rolled_out(view), _ready(view, there, gone), _stalled(view, there, gone)]
+
+
+def _gone(view: View) -> str:
+    """All that the Route names and that does not exist."""
+    lacks = [each.lack(view.models, view.routes) for each in targets(view.stored.resolved)]
+    return ", ".join(dict.fromkeys(lack[0] for lack in lacks if lack is not None))
+
+
+def _stand_ins(view: View) -> list[str]:
+    """Those that exist and have the requests where no backend can."""
+    named = [_name(each) for each in view.stored.resolved["fallbacks"] if "Unavailable" in each["when"]]
+    return [name for name in named if name in view.models]
+
+
+def _is_off(view: View) -> bool:
+    """Whether it is by the Route's own words that no backend has any request."""
+    return not any(each["weight"] for each in view.stored.resolved["backends"])
 
 
 def _rolled_out(view: View) -> Fact:
@@ -222,18 +241,18 @@ def _ready(view: View, there: Mapping[str, int], gone: str) -> Fact:
         return Fact("Ready", False, Reason.ROUTER_NOT_READY, view.unavailable)
     if len(view.lost) == len(view.stored.resolved["match"]["modelNames"]):
         return Fact("Ready", False, Reason.NAME_CONFLICT, "all of its names are those of others")
-    stand_ins = [_name(each) for each in view.stored.resolved["fallbacks"] if "Unavailable" in each["when"]]
-    serving = [name for name, weight in there.items() if weight and view.models[name] is None]
-    serving = serving or [name for name in stand_ins if name in view.models and view.models[name] is None]
+    against = {name: view.models[name] for name, weight in there.items() if weight}
+    serving = [name for name, why in against.items() if why is None]
+    serving = serving or [name for name in _stand_ins(view) if view.models[name] is None]
     if serving and view.taken:
         return Fact("Ready", True, Reason.SERVING, _shares(there, view.models) or f"{serving[0]} stands in")
     if serving:
         return Fact("Ready", False, Reason.HOT_UPDATE_PENDING, "the router does not act by it yet")
-    if not there:
-        return Fact("Ready", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")
-    if not any(there.values()):
+    if _is_off(view) and there:
         return Fact("Ready", False, Reason.NO_WEIGHT, "all weights are 0, so no request goes anywhere")
-    against = {name: view.models[name] for name, weight in there.items() if weight}
+    if not against:
+        idle = f"; the weight of {', '.join(there)} is 0" if there else ""
+        return Fact("Ready", False, Reason.BACKEND_NOT_FOUND, f"there is no {gone}{idle}")
     told = "; ".join(f"{name}: {why}" for name, why in against.items())
     wanted_so = set(against.values()) <= {Reason.STOPPED.value, Reason.PAUSED.value}
     return Fact("Ready", False, Reason.STOPPED if wanted_so else Reason.BACKEND_NOT_READY, told)
@@ -251,10 +270,10 @@ def _shares(weights: Mapping[str, int], models: Mapping[str, str | None]) -> str
 
 
 def _stalled(view: View, there: Mapping[str, int], gone: str) -> Fact:
-    stand_ins = [_name(each) for each in view.stored.resolved["fallbacks"]]
     if view.lost:
         return Fact("Stalled", True, Reason.NAME_CONFLICT, "a name belongs to one object")
-    if not there and not any(name in view.models for name in stand_ins):
+    off = _is_off(view) and there  # which is nothing to be put right
+    if not off and not any(there.values()) and not _stand_ins(view):
         return Fact("Stalled", True, Reason.BACKEND_NOT_FOUND, f"there is no {gone}")
     return Fact("Stalled", False, Reason.PROGRESS_MADE)
 
@@ -338,6 +357,7 @@ class RouteReconciler:
                 if _is_model(each)
                 for name in names_of(each.key.name, each.resolved, routed.get(each.key.name))
             },
+            routes={each.key.name for each in objects if each.key.kind == KIND},
             taken=told is not None and set(table([stored], owned)) <= set(told.routes),
             older=self._routes.is_older("routes"),
             unavailable=self._gateway.unavailable(),

@@ -9,7 +9,8 @@ look at whether it is to be measured.
 
 **A collector that is gone costs nothing.** A request adds to sums that are there anyhow, one for each combination
 of operation, model and error, which all come from closed sets. A thread of the SDK sends them from time to time
-(OTEL_METRIC_EXPORT_INTERVAL); what it cannot send goes with the next ones, since the sums only grow. That it fails
+(OTEL_METRIC_EXPORT_INTERVAL); what it cannot send goes with the next ones, since the sums only grow (where
+OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE asks for deltas they begin anew, and it is lost). That it fails
 is said once, and once that it works again.
 """
 
@@ -128,9 +129,15 @@ class Metering:
 
 def _watched(exporter: Any) -> Any:
     """`exporter`, whose failures are heard of once. The class is made here because its base is imported late."""
-    from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
+    from opentelemetry.sdk.metrics.export import (
+        AggregationTemporality,
+        MetricExporter,
+        MetricExportResult,
+        MetricsData,
+    )
 
-    health = Health("metrics", "exports")
+    deltas = AggregationTemporality.DELTA in (exporter._preferred_temporality or {}).values()
+    health = Health("metrics", "exports", keeps=not deltas)
 
     class Watched(MetricExporter):
         def __init__(self) -> None:

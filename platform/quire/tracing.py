@@ -296,8 +296,11 @@ def room(environment: Mapping[str, str]) -> int:
 class Health:
     """Says that an exporter fails, and that it works again: once each, however many batches that takes."""
 
-    def __init__(self, what: str, of: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`what` is exported, and `of` what it consists."""
+    def __init__(
+        self, what: str, of: str, clock: Callable[[], float] = time.monotonic, *, keeps: bool = False
+    ) -> None:
+        """`what` is exported, and `of` what it consists. `keeps`: what fails goes with the next."""
+        self._keeps = keeps
         self._what = what
         self._of = of
         self._clock = clock
@@ -312,13 +315,15 @@ class Health:
             if not self._failing and self._clock() - self._said_at >= COMPLAIN_SECONDS:
                 self._failing, self._said_at = True, self._clock()
                 log.warning(
-                    "%s cannot be exported and are dropped until that works again: %s",
+                    "%s cannot be exported and %s until that works again: %s",
                     self._what,
+                    "wait" if self._keeps else "are dropped",
                     words or _last_words.text or "no reason given",
                 )
         elif self._failing:
             self._failing = False
-            log.info("%s are exported again; %d %s were lost", self._what, self._lost, self._of)
+            told = "went with this one" if self._keeps else "were lost"
+            log.info("%s are exported again; %d %s %s", self._what, self._lost, self._of, told)
             self._lost = 0
 
 

@@ -55,6 +55,11 @@ def is_loopback(bind: str) -> bool:
     return bind == "localhost" or ipaddress.ip_address(bind).is_loopback
 
 
+def is_every_address(bind: str) -> bool:
+    """Whether it stands for all addresses of this machine, so that no request can name it."""
+    return bind != "localhost" and ipaddress.ip_address(bind).is_unspecified
+
+
 def _a_second_at_least(text: str) -> str:
     if parse_duration(text) < 1:
         raise BadQuantity(f"'{text}' is shorter than a second", "give 1s or more, for example '120s'")

@@ -121,6 +121,10 @@ def test_keys_come_from_secrets_files_and_variables_and_never_go_anywhere(plane:
         lambda: condition(view(plane, "brought"), "RolledOut")["status"] == "True", "the router has taken it"
     )
     assert opens(plane) == 401, "a policy without a key that works closes the door all the same"
+    for value, said in (("two\nlines", "one line"), ("schlüssel", "ASCII")):
+        with pytest.raises(Refused, match=said) as refused:
+            plane.client.post("/v1/secrets/brought", {"value": value})
+        assert refused.value.hint
     plane.client.post("/v1/secrets/brought", {"value": CANARY})
     opens_soon(plane, CANARY, 200)
     file.write_text("a-string-of-the-users-own\n")

@@ -87,7 +87,7 @@ async def test_the_list_of_models_has_them_and_an_unknown_one_is_told_which_ther
     for name, told in (
         ("lora:c", "Adapters of 'lora': lora:a, lora:b."),
         ("tiny:c", "'tiny' has no adapters."),
-        ("other:a", "Models here: lora"),
+        ("other:a", "Models here: lora, lora:a, lora:b, org/lora, org/lora:a, org/lora:b, org/tiny, tiny."),
     ):
         with pytest.raises(openai.NotFoundError) as refused:
             await client.chat.completions.create(model=name, messages=ASK)

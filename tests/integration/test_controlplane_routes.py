@@ -119,7 +119,7 @@ def test_a_model_that_is_not_there_is_told_and_its_share_goes_to_the_others(plan
     lone = route("late", to("one", "later"), "[late]")
     plane.apply(model("one"))
     assert plane.plan(lone)["warnings"] == ["spec.backends[1].model: there is no model/later yet"]
-    plane.apply(lone)
+    assert plane.apply(lone)["route/late"]["warnings"] == plane.plan(lone)["warnings"]
     wait(plane, "late", **SERVING, BackendsFound=("False", "BackendNotFound"), Stalled=("False", "Progressing"))
     assert view(plane, "late")["status"]["summary"] == "Serving, and a model is missing"
     plane.wait_served("one")

@@ -92,6 +92,7 @@ def test_hot_settings_reach_the_running_router_and_no_stream_notices(
     assert ask(served, maxtokens=3).status_code == 200
     refused = ask(served, metadata={"label": "x" * 3000})
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    assert "spec.maxBodySize" in refused.json()["error"]["message"]
     assert plane.client.get("/v1/ping")["router"] == router, "the router is the same process"
     assert stream.is_alive(), "it ran all the while"
     (tmp_path / "rush").touch()

@@ -279,7 +279,9 @@ async def test_a_preflight_needs_no_key_and_the_request_after_it_does(
     assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (204, "authorization")
     refused = await http.get("/v1/models", headers=page)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://chat.example")
-    assert "x-ratelimit-remaining-requests" in refused.headers["access-control-expose-headers"]
+    readable = refused.headers["access-control-expose-headers"]
+    assert "x-ratelimit-remaining-requests" in readable
+    assert "x-quire-model" in readable
     assert (await http.get("/v1/models", headers={**page, **headed(TEAM)})).status_code == 200
 
 
@@ -290,6 +292,20 @@ async def test_names_of_the_gateway_are_answered_to(world: World, http: httpx.As
     await world.table(hosts=("llm.example.org",))
     assert (await http.get("/livez", headers=named)).status_code == 200
     assert (await http.get("/livez", headers={"Host": "evil.example"})).status_code == 421
+
+
+async def test_probes_by_address_are_answered_and_nothing_else_is(world: World, http: httpx.AsyncClient) -> None:
+    await serve(world)
+    for host in ("192.0.2.7:8000", "[2001:db8::1]"):
+        for path in ("/livez", "/readyz"):
+            assert (await http.get(path, headers={"Host": host})).status_code == 200
+        for path in ("/health", "/v1/models", "/livez/../v1/models"):
+            refused = await http.get(path, headers={"Host": host, **headed(TEAM)})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (421, "host_not_allowed")
+            assert "spec.hosts" in refused.json()["error"]["message"]
+    page = {"Host": "192.0.2.7", "Origin": "http://evil.example"}
+    assert (await http.get("/livez", headers=page)).status_code == 421
+    assert (await http.get("/livez", headers={"Host": "192.0.2.7.evil.example"})).status_code == 421
 
 
 # ── what he may do ────────────────────────────────────────────────────────────────────────────────────────

@@ -441,3 +441,15 @@ async def test_lines_of_batches_and_responses_in_the_background_go_by_routes(tow
 
     assert (await eventually(ended)).status in ("completed", "incomplete")
     await client.close()
+
+
+async def test_an_unknown_name_is_told_what_is_served_first_and_how_much_more_there_is(town: Town) -> None:
+    await town.add("zebra")
+    await town.add("cold", replicas=0, names=tuple(f"c{n}" for n in range(9)))
+    await town.go(to(("gone", 1), names=("dead",)))
+    answer = await town.ask(model="nobody")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        404,
+        "The model 'nobody' does not exist. Models here: zebra, c0, c1, c2, c3, c4, c5, c6 and 2 more, which GET "
+        "/v1/models lists.",
+    )

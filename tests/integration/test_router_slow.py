@@ -46,7 +46,7 @@ async def serve(world: World, **options: Any) -> Any:
     engine = await world.engine(**options)
     await world.table(
         world.route(engine.endpoint(), max_model_len=4096, kv_tokens=4096),
-        head_seconds=1.0, body_seconds=1.0, send_seconds=1.0, idle_seconds=2.0,
+        head_seconds=1.0, body_seconds=1.0, send_seconds=1.0, idle_seconds=2.0, access_log="all",
     )  # fmt: skip
     await world.connected(engine.replica_id)
     return engine
@@ -128,7 +128,7 @@ async def sip(link: socket.socket) -> None:
 
 
 async def test_who_does_not_read_is_cut_and_the_engine_is_free(world: World) -> None:
-    """One reads nothing, the other a byte now and then."""
+    """One reads nothing, the other a byte now and then. The log does not say of them that they left."""
     engine = await serve(world, pace=0.02)
     with slow_to_read(world) as lazy, slow_to_read(world) as drop:
         for each in (lazy, drop):
@@ -154,6 +154,9 @@ async def test_who_does_not_read_is_cut_and_the_engine_is_free(world: World) -> 
         return (await world.metrics())['quire_requests_in_flight{model="tiny"}'] == 0
 
     await eventually(counted)
+    log = (world.folder / "router.log").read_text()
+    assert log.count(" finish=abort error=client_slow client=slow ") == 2
+    assert "client=gone" not in log
 
 
 async def test_who_reads_late_gets_all_of_it(world: World) -> None:

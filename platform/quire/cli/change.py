@@ -316,6 +316,8 @@ def announce(answer: View) -> dict[str, Judge]:
     for item in answer["results"]:
         revision = f" (revision {item['revision']})" if item["result"] != "unchanged" and item["revision"] else ""
         print(f"{item['key']}  {item['result']}{revision}", flush=True)
+        for warning in item.get("warnings", ()):
+            notice(f"  ⚠ {warning}")
         targets[item["key"]] = partial(judge, generation=item["generation"])
     return targets
 

@@ -31,7 +31,11 @@ def load(paths: Sequence[str]) -> tuple[list[dict[str, str]], Manifest]:
     except manifest.ManifestInvalid:
         # Those that can be read are checked all the same; stdin cannot be read twice.
         return [], manifest.load_paths([path for path in paths if path != "-"])
-    return [{"name": name, "text": text} for name, text in texts], manifest.load(texts)
+    loaded = manifest.load(texts)
+    if not (loaded.resources or loaded.problems):
+        hint = "a manifest begins with apiVersion and kind: platform init writes one"
+        loaded.problems.append(manifest.Problem(texts[0][0], 1, 1, "", "holds no manifest", hint))
+    return [{"name": name, "text": text} for name, text in texts], loaded
 
 
 @click.command()
@@ -70,9 +74,9 @@ def schema() -> int:
 
 
 @click.command(short_help="Tell what a manifest field or a reason means.")
-@click.argument("topic", metavar="FIELD|reason/REASON|KIND/NAME")
+@click.argument("topic", metavar="FIELD|reason/REASON|CODE|KIND/NAME")
 def explain(topic: str) -> int:
-    """Tell what a field or a reason means: model.spec.engine, gateway.spec.port, reason/CrashLoop.
+    """Tell what a field, a reason or an error of the API means: model.spec.engine, reason/CrashLoop, queue_full.
 
     Of an object, such as model/quickstart: every value that is in force, and where it comes from."""
     if topic == "reason" or topic.startswith("reason/"):
@@ -81,6 +85,11 @@ def explain(topic: str) -> int:
         return ExitCode.OK
     if _is_reason(topic):
         print("\n".join(explain_reason(topic)))
+        return ExitCode.OK
+    from quire.cli import codes
+
+    if topic in codes.MEANING:
+        print("\n".join(codes.lines(topic)))
         return ExitCode.OK
     if "/" in topic:
         from quire.cli import effective

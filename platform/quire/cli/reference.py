@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
@@ -168,9 +168,13 @@ def api_page() -> str:
     from quire.router.api.absent import ABSENT
     from quire.router.openapi import ENDPOINTS
     from quire_schemas import wire
-    from quire_schemas.openai.body import WITHOUT_EFFECT
+    from quire_schemas.openai.body import IDLE, WITHOUT_EFFECT
     from quire_schemas.openai.limits import LIMITS
     from quire_schemas.openai.sampling import MAX_SALT
+
+    def idle(fields: Mapping[str, str]) -> list[str]:
+        head = ["| accepted without effect | what it is for | taken |", "|---|---|---|"]
+        return head + [f"| `{name}` | {purpose} | {IDLE[name].words} |" for name, purpose in fields.items()]
 
     lines = _head("HTTP API")
     lines += [
@@ -209,18 +213,17 @@ def api_page() -> str:
         if not each.without_effect:
             lines += ["Nothing is accepted without effect.", ""]
         elif each.without_effect is not WITHOUT_EFFECT:
-            lines += ["| accepted without effect | what it is for |", "|---|---|"]
-            lines += [f"| `{name}` | {purpose} |" for name, purpose in each.without_effect.items()]
-            lines.append("")
+            lines += [*idle(each.without_effect), ""]
     lines += [
         "## Accepted without effect",
         "",
-        "Where nothing else is said above; their values are not looked at:",
+        "Where nothing else is said above. OpenAI's clients send these few whatever server they speak to: they "
+        "are the caller's labels, hints for speed, or name a tier and a keeping of answers of which there is one "
+        "here. With the values in the last column they would change nothing of an answer, so they are taken, and "
+        "nothing comes of them, but that a Route may go by `user`. Any other value is a 400 that names the field: "
+        "`store: true` asks for what is not kept, `service_tier: flex` for another price.",
         "",
-    ]
-    lines += ["| field | what it is for |", "|---|---|"]
-    lines += [f"| `{name}` | {purpose} |" for name, purpose in WITHOUT_EFFECT.items()]
-    lines += [
+        *idle(WITHOUT_EFFECT),
         "",
         "Any other field is a 400 with a guess at what was meant, or nothing where the Gateway's `unknownFields` "
         "is `ignore`.",

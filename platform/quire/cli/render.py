@@ -348,12 +348,18 @@ def routes(views: Sequence[View], now: float) -> list[str]:
                 view["name"],
                 str(is_true(view, "Ready")),
                 ",".join(match["modelNames"]) + (f" ({', '.join(headers)})" if headers else ""),
-                ",".join(f"{backend['model']}={backend['weight']}" for backend in backends),
+                ",".join(f"{_backend(backend)}={backend['weight']}" for backend in backends),
                 view["status"].get("summary", ""),
                 age(view["createdAt"], now),
             ]
         )
     return table(("NAME", "READY", "MODEL NAMES", "BACKENDS", "STATUS", "AGE"), rows)
+
+
+def _backend(backend: View) -> str:
+    """As requests name it."""
+    adapter = backend.get("adapter")
+    return str(backend["model"]) if adapter is None else f"{backend['model']}:{adapter}"
 
 
 def gateways(views: Sequence[View], now: float) -> list[str]:

@@ -26,7 +26,9 @@ LISTS = {
     "route": ("route", render.routes),
     "gateway": ("gateway", render.gateways),
     "accesspolicies": ("accesspolicy", render.policies),
+    "accesspolicy": ("accesspolicy", render.policies),
     "gitsources": ("gitsource", render.sources),
+    "gitsource": ("gitsource", render.sources),
 }
 """What `get` lists: the kind of object it asks for, and how it shows it."""
 SHOWN_ALONE = {

@@ -108,9 +108,13 @@ class Holdings:
 
     def set_secret(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
-            raise ApiError(400, "bad_request", "a secret is one line of text", exit_code=2)
+            hint = "give it whole and without a line's end in it, such as --from-file FILE of one line"
+            raise ApiError(400, "bad_request", "a secret is one line of text", hint, exit_code=2)
         if not (value.strip().isascii() and value.strip().isprintable()):
-            raise ApiError(400, "bad_request", "a secret is of letters, digits and signs of ASCII", exit_code=2)
+            hint = "a token of bytes is written in base64 or hexadecimal digits"
+            raise ApiError(
+                400, "bad_request", "a secret is of letters, digits and signs of ASCII", hint, exit_code=2
+            )
         try:
             self._plane.secrets.put(name, value.strip())
         except OSError as error:

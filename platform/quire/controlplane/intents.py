@@ -163,6 +163,7 @@ class Intents:
                 raise ApiError(409, "conflict", conflict.message, conflict.hint, exit_code=5) from conflict
         self._set_to_work(reviews, applied)
         await self._plane.rise()
+        warnings = {review.key: review.warnings for review in reviews}
         return {
             "results": [
                 {
@@ -170,6 +171,7 @@ class Intents:
                     "result": item.result,
                     "generation": item.generation,
                     "revision": item.revision,
+                    "warnings": warnings[item.key],
                 }
                 for item in applied
             ]

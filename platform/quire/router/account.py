@@ -11,7 +11,8 @@ A line is logfmt, in the log where everything else is:
     ttft_ms=41.5 total_ms=180.3
 
 What does not apply is left out. `status` is what was sent, also for a stream that broke later: then there is an
-`error`. `client=gone` says that the client closed the connection before its answer was complete.
+`error`. `client=gone` says that the client closed the connection before its answer was complete, `client=slow`
+that we did, as it read nothing.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Account:
     """A code of the error contract, or how else it ended before its time."""
     failed: bool = False
     """By no fault of the client."""
-    gone: bool = False
-    """The client left before the end."""
+    client: str = ""
+    """How it left before the end: `gone` by itself, `slow` where it was cut off."""
     stream: bool = False
     background: bool = False
     """Nobody waits for it."""
@@ -110,7 +111,7 @@ class Account:
         yield "status", self.status
         yield "finish", self.finish
         yield "error", self.error
-        yield "client", "gone" if self.gone else ""
+        yield "client", self.client
         yield "stream", "true" if self.stream else ""
         yield "prompt_tokens", self.prompt_tokens
         yield "cached_tokens", self.cached_tokens

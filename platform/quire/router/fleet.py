@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -39,6 +40,8 @@ from quire.text.dialects import Dialects
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
+LISTED: Final = 8
+"""Names of models that an error tells of."""
 
 
 @dataclass(slots=True)
@@ -328,10 +331,22 @@ class Fleet:
                 known = ", ".join(name for name in names if name.startswith(begin))
                 told = f" Adapters of '{base}': {known}." if known else f" '{base}' has no adapters."
             else:
-                known = ", ".join(names[:8])
+                known = self._those_served(names, asked.headers)
                 told = f" Models here: {known}." if known else " No model is served here yet."
             raise ModelNotFound(f"The model '{shown}' does not exist.{told}", param="model")
         return way
+
+    def _those_served(self, names: Sequence[str], headers: Sequence[tuple[bytes, bytes]]) -> str:
+        """Names that lead somewhere, those that a replica answers now first, and how many there are besides."""
+        behind = {name: self.traffic.behind_name(name, headers) for name in names}
+        answered = {
+            name: any(client.ready for target in found for client in self.targets[target].clients)
+            for name, found in behind.items()
+            if found
+        }
+        listed = sorted(answered, key=lambda name: (not answered[name], name))
+        more = f" and {len(listed) - LISTED} more, which GET /v1/models lists" if len(listed) > LISTED else ""
+        return ", ".join(listed[:LISTED]) + more
 
     def at(self, way: Way, model: str | None) -> ServedModel:
         """One of the models of a way, with or without an adapter. Raises `ModelStopped` if it is not there."""

@@ -2,7 +2,8 @@
 
 - **Host**: only names we answer to. A web page that makes its own name resolve to 127.0.0.1 sends its own name
   here, and is turned away; so is a page whose `Origin` is not one of these names. A Host that is no host is a
-  400.
+  400. Probes come by address, so `/livez` and `/readyz` answer to any address in place of a name: no page's name
+  is one.
 - **Origin**: a web page of an origin that the gateway's manifest allows may call and read the answers; its browser
   asks beforehand (a preflight), and is answered here.
 - **Key**: whoever sent it is found out here (`access`), and the answer tells him of his limits; what he may do is
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import re
 import time
@@ -46,7 +48,7 @@ _PREFLIGHT_SECONDS: Final = b"600"
 _READABLE: Final = b", ".join(
     [
         b"x-request-id, request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms",
-        b"x-quire-budget",
+        b"x-quire-budget, x-quire-model",
         *(
             f"x-ratelimit-{word}-{kind}".encode()
             for word in ("limit", "remaining", "reset")
@@ -58,6 +60,11 @@ _READABLE: Final = b", ".join(
 _DRAINED: Final = 16 * 1024 * 1024
 _DRAIN_SECONDS: Final = 5.0
 """How much of a refused body is read, and for how long: a client cut off while it sends never sees why."""
+_PROBED: Final = frozenset({"/livez", "/readyz"})
+_ELSEWHERE: Final = (
+    "This server does not answer to that Host: spec.hosts of its Gateway names those that it answers to, besides "
+    "localhost and the address that it is bound to."
+)
 _WORD: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -135,10 +142,15 @@ class Guard:
             if absolute is not None and (
                 (host := _HOST.fullmatch(absolute[1].lower())) is None or host[1] not in self._hosts
             ):
-                raise HostRefused("This server does not answer to that Host.")
+                raise HostRefused(_ELSEWHERE)
             if not scope["path"].startswith("/"):
                 raise InvalidRequest("The target of the request is neither a path nor a URL.")
-            self._check(headers, foreign=bool(crossing), old=scope["http_version"] == "1.0")
+            self._check(
+                headers,
+                foreign=bool(crossing),
+                old=scope["http_version"] == "1.0",
+                probe=scope["path"] in _PROBED,
+            )
             if crossing and (permitted := _preflight(str(scope.get("method")), headers)):
                 await send_with_id({"type": "http.response.start", "status": 204, "headers": permitted})
                 await send_with_id({"type": "http.response.body", "body": b"", "more_body": False})
@@ -164,9 +176,9 @@ class Guard:
             (b"vary", b"Origin"),
         ]
 
-    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool, old: bool) -> None:
+    def _check(self, headers: Iterable[tuple[bytes, bytes]], *, foreign: bool, old: bool, probe: bool) -> None:
         """Raises `ApiError`. `foreign`: it comes from a page whose origin is allowed, so that need not be ours;
-        `old`: it is HTTP/1.0, which has no chunks."""
+        `old`: it is HTTP/1.0, which has no chunks; `probe`: it is for what may be asked by any address."""
         values: dict[bytes, list[str]] = {}
         count = size = 0
         for name, value in headers:
@@ -185,13 +197,24 @@ class Guard:
         if found is None:
             raise InvalidRequest("The request needs exactly one proper Host header.")
         hosts_of_ours = self._hosts.union(self._settings().hosts)
-        if found[1] not in hosts_of_ours:
-            raise HostRefused("This server does not answer to that Host.")
+        if found[1] not in hosts_of_ours and not (probe and _is_address(found[1])):
+            raise HostRefused(_ELSEWHERE)
         for origin in values.get(b"origin", []) if not foreign else ():
             inside = _ORIGIN.fullmatch(origin.lower())
             site = _HOST.fullmatch(inside[1]) if inside else None
             if site is None or site[1] not in hosts_of_ours:
-                raise HostRefused("This server does not take requests from pages of that Origin.")
+                raise HostRefused(
+                    "This server does not take requests from pages of that Origin: spec.cors.allowOrigins of its "
+                    "Gateway names those that it takes them from."
+                )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 async def _drain(receive: Receive) -> None:

@@ -40,6 +40,8 @@ log = logging.getLogger("quire.router")
 
 MAX_HEADER_BYTES: Final = 16 * 1024
 GONE: Final = "quire.gone"
+SLOW: Final = "slow"
+"""What the future of `GONE` gives of a client that was cut off as it read nothing of its answer."""
 """In the scope: a future that is done when the client leaves before its answer is complete."""
 WAITING_BYTES: Final = 16 * 1024
 """Of answers that are kept here for a client, behind what the system keeps: what is made later waits as tokens."""
@@ -136,6 +138,8 @@ class Protocol(asyncio.Protocol):
         self._waits, self._until = "", math.inf
         """What the client does not do yet, if it is waited for, and until when."""
         self._timer: asyncio.TimerHandle | None = None
+        self._left_as: str | None = None
+        """As what its client will have left."""
         self._unread: asyncio.TimerHandle | None = None
         """Runs while the client does not read."""
         self._goodbye: asyncio.TimerHandle | None = None
@@ -166,7 +170,7 @@ class Protocol(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         if self._cycle is not None:
-            self._cycle.leave()
+            self._cycle.leave(self._left_as)
         self.resume_writing()
         self._ends = True
 
@@ -175,7 +179,7 @@ class Protocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writable = self.loop.create_future()
-        self._unread = self.loop.call_later(self.settings().send_seconds, self._cut, "reads nothing of its answer")
+        self._unread = self.loop.call_later(self.settings().send_seconds, self._cut_reader)
 
     def resume_writing(self) -> None:
         if self._unread is not None:
@@ -325,6 +329,10 @@ class Protocol(asyncio.Protocol):
         log.info("a client %s, and is cut off", why)
         self.transport.abort()
 
+    def _cut_reader(self) -> None:
+        self._left_as = SLOW
+        self._cut("reads nothing of its answer")
+
     def _linger(self) -> None:
         """Read on for a while without looking: who is cut off while he sends may never see his answer."""
         self._ends = True
@@ -391,7 +399,7 @@ class Cycle:
         """Its answer."""
         self._protocol = protocol
         self._scope = scope
-        self._gone: asyncio.Future[None] = protocol.loop.create_future()
+        self._gone: asyncio.Future[str | None] = protocol.loop.create_future()
         scope[GONE] = self._gone
         self._body: list[bytes] = []
         self._size = 0
@@ -416,10 +424,10 @@ class Cycle:
                 self._protocol.transport.pause_reading()
         self._wake()
 
-    def leave(self) -> None:
-        """The client is gone."""
+    def leave(self, left_as: str | None = None) -> None:
+        """The client is gone; None: by itself."""
         if not self._gone.done():
-            self._gone.set_result(None)
+            self._gone.set_result(left_as)
         self._wake()
 
     def _wake(self) -> None:
@@ -520,4 +528,4 @@ class Cycle:
         return head + b"\r\n"
 
 
-__all__ = ["GONE", "MAX_HEADER_BYTES", "Cycle", "Framing", "Protocol", "State"]
+__all__ = ["GONE", "MAX_HEADER_BYTES", "SLOW", "Cycle", "Framing", "Protocol", "State"]

@@ -49,7 +49,7 @@ from quire_schemas.anthropic import (
 from quire_schemas.health import Health, Liveness, Readiness
 from quire_schemas.openai.answer import ErrorBody
 from quire_schemas.openai.batches import BatchList, BatchObject, CreateBatch, ListBatches
-from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, Refusal
+from quire_schemas.openai.body import IDLE, OF_CALLERS, WITHOUT_EFFECT, Refusal
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatChunk, ChatCompletion, ChatRequest
 from quire_schemas.openai.completions import COMPLETION_REFUSED, Completion, CompletionRequest
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingList, EmbeddingRequest
@@ -651,7 +651,8 @@ def _components() -> dict[str, Any]:
         if each.request is not None:
             properties = made[_schemas().name(each.request)]["properties"]
             for name, purpose in each.without_effect.items():
-                properties.setdefault(name, {"description": f"Accepted without effect: {purpose}."})
+                told = {"description": f"Accepted without effect: {purpose}."}
+                properties.setdefault(name, told | IDLE[name].kind.json_schema())
     return made
 
 

@@ -42,7 +42,7 @@ from quire.router.desk import nobodys
 from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
-from quire.router.http import GONE
+from quire.router.http import GONE, SLOW
 from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
@@ -68,7 +68,15 @@ class _Named(msgspec.Struct):
 
 
 class ClientGone(Exception):
-    """The client closed its connection."""
+    """The client closed its connection.
+
+    ClientGone
+    └── ClientSlow    it was closed for it, as it read nothing
+    """
+
+
+class ClientSlow(ClientGone):
+    """The client was cut off, as it read nothing of its answer for `timeouts.send`."""
 
 
 class Reception:
@@ -130,9 +138,9 @@ class Reception:
             async with self._gateway.desk.entered(self._caller.tenant, self._caller.key) as self._ticket:
                 finish = await _while_connected(scope, self._answer(body, arrived_at, span, send))
             failure, status = "", 200
-        except ClientGone:
-            finish, failure, status = "abort", "client_gone", 0
-            account.gone = True
+        except ClientGone as left:
+            account.client = "slow" if isinstance(left, ClientSlow) else "gone"
+            finish, failure, status = "abort", f"client_{account.client}", 0
         except asyncio.CancelledError:
             # Only the server's shutdown cancels an exchange, and nothing comes after this in its task.
             failure, status = "shutdown", 503
@@ -246,12 +254,12 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, settings: Htt
     except TimeoutError:
         raise BodyTimeout(f"The body did not arrive within {settings.body_seconds:g} seconds.") from None
     if more or max(size, stated) > limit:
-        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
+        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes, the Gateway's spec.maxBodySize.")
     return b"".join(parts)
 
 
 async def _while_connected(scope: Scope, work: Coroutine[Any, Any, str]) -> str:
-    """The result of `work`; cancelled, and `ClientGone` raised, when the client leaves before."""
+    """The result of `work`; cancelled, and `ClientGone` or `ClientSlow` raised, when the client leaves before."""
     task, left, gone = asyncio.current_task(), cast(Mapping[str, asyncio.Future[Any]], scope)[GONE], False
     if task is None:
         raise RuntimeError("there is no task to cancel")
@@ -266,7 +274,7 @@ async def _while_connected(scope: Scope, work: Coroutine[Any, Any, str]) -> str:
         return await work
     except asyncio.CancelledError:
         if gone and not task.uncancel():  # else it is the server's shutdown, whoever has left besides
-            raise ClientGone from None
+            raise (ClientSlow if left.result() == SLOW else ClientGone) from None
         raise
     finally:
         left.remove_done_callback(leave)

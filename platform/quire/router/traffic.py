@@ -276,9 +276,9 @@ class Traffic:
         found = {name for name in self._routes if self.route_for(Asked(name, headers)) is not None}
         return sorted({*self._own, *found})
 
-    def behind_name(self, name: str) -> list[str]:
-        """The models that requests for a name go to, which have none of the headers that routes ask for."""
-        route = self.route_for(Asked(name))
+    def behind_name(self, name: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> list[str]:
+        """The models that requests for a name with these headers go to."""
+        route = self.route_for(Asked(name, headers))
         if route is not None:
             return self.behind(route)
         return [self._own[name]] if name in self._own else []

@@ -6,8 +6,9 @@ Every field that clients of this kind of server know is in exactly one of three 
 - the endpoint's table of refusals, such as `CHAT_REFUSED`: it asks for something this version does not do. A
   value that asks for nothing (null, an empty list, the default) is let through, any other is a `BadRequest` that
   names the field and the reason;
-- `body.WITHOUT_EFFECT`: accepted and not looked at. These describe the caller or the billing, not the answer.
-  An endpoint that writes no text has a shorter list, or none.
+- `body.WITHOUT_EFFECT`: accepted, and held to `body.IDLE`, the values by which it changes nothing of the answer.
+  These describe the caller or the billing, or are hints; what asks for another price, place or keeping is a
+  `BadRequest`. An endpoint that writes no text has a shorter list, or none.
 
 Anything else is a `BadRequest` with a guess at what was meant. `read_chat` and its like take the body's bytes and
 give a request in which every bound holds, so that nothing behind them checks again.

@@ -1,8 +1,9 @@
 """From the bytes of a body to a request, or to a `BadRequest` that names the field.
 
-A field is one of the request's own, or refused for what it asks, or on the list of those without effect; any other
-is taken for a slip. A body that is nested too deep, has a key twice or is not Unicode is refused before its fields
-are looked at. What Pydantic finds wrong with a field is told in our words.
+A field is one of the request's own, or refused for what it asks, or on the list of those without effect (which are
+held to their values all the same: one that asks for something is refused by name); any other is taken for a slip.
+A body that is nested too deep, has a key twice or is not Unicode is refused before its fields are looked at. What
+Pydantic finds wrong with a field is told in our words.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic import BaseModel, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 
@@ -62,6 +63,48 @@ OF_CALLERS: Final = {
 }
 """Those that say nothing of a text that is to be written."""
 
+
+class Idle(msgspec.Struct, frozen=True):
+    """What a field without effect may say: a type of Python's, and its words for people."""
+
+    kind: TypeAdapter[Any]
+    words: str
+    why: str = ""
+    """Why nothing else is taken, where a value could ask for something."""
+
+
+_TEXT: Final = Idle(TypeAdapter(str | None), "a string")
+_OBJECT: Final = Idle(TypeAdapter(dict[str, Any] | None), "an object")
+IDLE: Final[Mapping[str, Idle]] = {
+    "user": _TEXT,
+    "metadata": _OBJECT,
+    "service_tier": Idle(
+        TypeAdapter(Literal["auto", "default", "standard_only"] | None),
+        "`auto`, `default` or `standard_only`",
+        "there is one tier",
+    ),
+    "store": Idle(
+        TypeAdapter(Literal[False] | None), "`false`", "of all answers only those of /v1/responses can be kept"
+    ),
+    "safety_identifier": _TEXT,
+    "prompt_cache_key": _TEXT,
+    "prompt_cache_retention": _TEXT,
+    "prompt_cache_options": _OBJECT,
+    "session_id": _TEXT,
+    "prediction": _OBJECT,
+    "max_tool_calls": Idle(TypeAdapter(int | None), "a whole number"),
+    "inference_geo": Idle(
+        TypeAdapter(Literal["global"] | None), "`global`", "where requests are served is the operator's choice"
+    ),
+    "speed": Idle(TypeAdapter(Literal["standard"] | None), "`standard`", "there is one speed"),
+    "betas": Idle(TypeAdapter(list[str] | None), "a list of strings"),
+    "diagnostics": _OBJECT,
+    "user_profile_id": _TEXT,
+    "workspace_id": _TEXT,
+    "cache_control": _OBJECT,
+}
+"""By the names of all fields without effect, of any API."""
+
 MAX_DEPTH: Final = 256
 """Far above what a field may have, so that the field's own check answers and names it."""
 
@@ -90,8 +133,10 @@ def read(
             refusal = refused[name]
             if not asks_for_nothing(value, refusal.neutral):
                 raise refusal.kind(f"'{name}' is not honoured: {refusal.reason}.", name)
-        elif name not in without_effect and not ignore_unknown:
-            raise BadRequest(_unknown(name, [*honoured, *refused, *without_effect]), shown(name))
+        elif name in without_effect:
+            _check_idle(name, value)
+        elif not ignore_unknown:
+            raise BadRequest(_unknown(name, [*honoured, *without_effect]), shown(name))
     while True:
         try:
             return kind.model_validate(kept, context={_IGNORE_UNKNOWN: ignore_unknown})
@@ -99,6 +144,16 @@ def read(
             details = error.errors(include_url=False)
             if not ignore_unknown or not _drop_unknown(kept, details):
                 raise explained(_foremost(details, kept)) from None
+
+
+def _check_idle(name: str, value: object) -> None:
+    """Raises `BadRequest` where a field without effect says what it cannot, or asks for something."""
+    idle = IDLE[name]
+    try:
+        idle.kind.validate_python(value, strict=True)
+    except ValidationError:
+        said = idle.words.replace("`", "'") if idle.why else idle.words
+        raise BadRequest(f"'{name}' must be {said}{': ' if idle.why else ''}{idle.why}.", name) from None
 
 
 def ignores_unknown(info: ValidationInfo) -> bool:

@@ -66,6 +66,7 @@ RESPONSES_REFUSED: Final[Mapping[str, Refusal]] = {
     "add_generation_prompt": Refusal("an answer is always begun", (True,)),
     "continue_final_message": Refusal("an answer is always begun", (False,)),
     "n": Refusal("a response is one answer", (1,)),
+    "moderation": Refusal("nothing here moderates"),
 }
 RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "user": "names the end user, whom a Route may keep with one replica",
@@ -76,7 +77,6 @@ RESPONSES_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "prompt_cache_retention": "a hint for a prompt cache",
     "session_id": "a hint for routing",
     "max_tool_calls": "bounds calls that a server makes itself, which there are none of here",
-    "moderation": "nothing here moderates",
 }
 """Fields of a request accepted without effect, and what they are for."""
 

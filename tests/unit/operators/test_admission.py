@@ -610,6 +610,26 @@ def test_a_route_to_an_adapter_that_there_is_not_is_warned_of(admission: Admissi
     assert "model 'm' with adapter 'a' stands here twice" in problem.message
 
 
+def test_a_gateway_for_others_that_would_turn_them_all_away_is_warned_of(admission: Admission) -> None:
+    def warnings(spec: str) -> list[str]:
+        document = "apiVersion: quire.dev/v1alpha1\nkind: {}\nmetadata: {{name: {}}}\nspec: {}\n"
+        key = "{name: k, hash: 'sha256:" + "0" * 64 + "'}"
+        policy = document.format("AccessPolicy", "team", f"{{keys: [{key}], allow: {{models: [m]}}}}")
+        gateway = document.format("Gateway", "default", f"{{insecurePlaintext: true, {spec}}}")
+        loaded = manifest.load([("g.yaml", gateway), ("p.yaml", policy)])
+        assert not loaded.problems, loaded.problems
+        found = admission.review(loaded.resources)
+        assert not any(each.refusal for each in found)
+        return next(each.warnings for each in found if each.key.kind == "gateway")
+
+    for bind in ("0.0.0.0", "'::'"):
+        (warning,) = warnings(f"bind: {bind}")
+        assert warning.startswith(f"spec.bind: {bind.strip(chr(39))} is every address")
+        assert "spec.hosts" in warning
+        assert warnings(f"bind: {bind}, hosts: [llm.example.org]") == []
+    assert warnings("bind: 192.0.2.7") == [], "requests that name it are answered"
+
+
 def test_what_policies_are_to_one_another_and_to_names_is_said_before(store: Store, admission: Admission) -> None:
     key = Digest.of(new_key())
     texts = [

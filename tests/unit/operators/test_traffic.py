@@ -96,7 +96,13 @@ def seen(
     spec: str = f"{{match: {{modelNames: [x, y]}}, {TO_A}}}", models: Mapping[str, str | None] | None = None,
     **changes: Any,
 ) -> dict[str, tuple[bool | None, Reason]]:  # fmt: skip
-    fields: dict[str, Any] = {"lost": {}, "taken": True, "older": False, "unavailable": None} | changes
+    fields: dict[str, Any] = {
+        "lost": {},
+        "routes": {"r"},
+        "taken": True,
+        "older": False,
+        "unavailable": None,
+    } | changes
     view = View(route("r", 1.0, spec), models={"a": None} if models is None else models, **fields)
     found = facts(view)
     assert summary(found, deleting=False)
@@ -105,6 +111,8 @@ def seen(
 
 BOTH = "{match: {modelNames: [x]}, backends: [{model: a}, {model: b, weight: 0}]}"
 STAND_IN = f"{{match: {{modelNames: [x]}}, {TO_A}, fallbacks: [{{model: b, when: [Unavailable]}}]}}"
+OFF = "{match: {modelNames: [x]}, backends: [{model: a, weight: 0}]}"
+LATE_STAND_IN = STAND_IN.replace("Unavailable", "Timeout")
 ADAPTERS = "{match: {modelNames: [x]}, backends: [{model: a, adapter: s}, {model: a, weight: 0}]}"
 ADAPTER_STEPS_IN = (
     f"{{match: {{modelNames: [x]}}, {TO_A}, fallbacks: [{{model: b, adapter: s, when: [Unavailable]}}]}}"
@@ -120,11 +128,21 @@ SERVING, MISSING = (True, Reason.SERVING), (False, Reason.BACKEND_NOT_FOUND)
         (seen(models={}), MISSING, {"Stalled": (True, Reason.BACKEND_NOT_FOUND)}),
         (seen(models={"a": "CrashLoop"}), (False, Reason.BACKEND_NOT_READY), {}),
         (seen(BOTH, {"a": "Paused", "b": None}), (False, Reason.STOPPED), {}),
-        (seen(BOTH, {"b": None}), (False, Reason.NO_WEIGHT), {"BackendsFound": MISSING}),
+        (
+            seen(BOTH, {"b": None}),
+            MISSING,
+            {"BackendsFound": MISSING, "Stalled": (True, Reason.BACKEND_NOT_FOUND)},
+        ),
+        (seen(OFF, {"a": None}), (False, Reason.NO_WEIGHT), {"Stalled": (False, Reason.PROGRESS_MADE)}),
+        (seen(LATE_STAND_IN, {"b": None}), MISSING, {"Stalled": (True, Reason.BACKEND_NOT_FOUND)}),
         (seen(STAND_IN, {"a": "Stopped", "b": None}), SERVING, {}),
         (seen(STAND_IN, {"b": None}), SERVING, {"Stalled": (False, Reason.PROGRESS_MADE)}),
         (seen(ADAPTERS, {"a": None, "a:s": None}), SERVING, {"BackendsFound": (True, Reason.VALID)}),
-        (seen(ADAPTERS, {"a": None}), (False, Reason.NO_WEIGHT), {"BackendsFound": MISSING}),
+        (
+            seen(ADAPTERS, {"a": None}),
+            MISSING,
+            {"BackendsFound": MISSING, "Stalled": (True, Reason.BACKEND_NOT_FOUND)},
+        ),
         (seen(ADAPTER_STEPS_IN, {"b": None, "b:s": None}), SERVING, {"BackendsFound": MISSING}),
         (seen(ADAPTER_STEPS_IN, {"b": None}), MISSING, {"Stalled": (True, Reason.BACKEND_NOT_FOUND)}),
         (
@@ -156,9 +174,18 @@ def test_conditions_say_whether_a_request_now_is_served_and_what_is_amiss(
 
 def test_an_older_router_is_told_apart_from_one_that_is_about_to_take_it() -> None:
     stored = route("r", 1.0, f"{{match: {{modelNames: [x]}}, {TO_A}}}")
-    view = View(stored, {}, {"a": None}, taken=False, older=True, unavailable=None)
+    view = View(stored, {}, {"a": None}, {"r"}, taken=False, older=True, unavailable=None)
     rolled_out = next(fact for fact in facts(view) if fact.type == "RolledOut")
     assert "earlier version" in rolled_out.message
+
+
+def test_what_is_missing_is_named_and_a_route_is_no_model() -> None:
+    spec = "{match: {modelNames: [x]}, backends: [{model: a, weight: 0}, {model: nosuch}, {model: r2, weight: 2}]}"
+    view = View(route("r", 1.0, spec), {}, {"a": None}, {"r", "r2"}, taken=True, older=False, unavailable=None)
+    ready = next(fact for fact in facts(view) if fact.type == "Ready")
+    assert ready.message == (
+        "there is no model/nosuch, model/r2 (r2 is a Route, and requests go to a Model); the weight of a is 0"
+    )
 
 
 def test_adapters_that_are_there_are_those_that_the_router_was_told_of() -> None:

@@ -36,7 +36,7 @@ def test_a_line_has_what_applies_in_a_fixed_order() -> None:
         "operation=chat model=m replica=m-0 status=200 finish=stop stream=true prompt_tokens=21 cached_tokens=0 "
         "completion_tokens=9 queue_ms=0.2 ttft_ms=41.5 total_ms=180.3"
     )
-    assert Account(request_id="r", gone=True, finish="abort").line() == "request=r finish=abort client=gone"
+    assert Account(request_id="r", client="gone", finish="abort").line() == "request=r finish=abort client=gone"
 
 
 @given(st.text(st.characters(exclude_categories=())))
@@ -59,7 +59,7 @@ def test_whatever_a_value_holds_the_line_stays_one_and_is_read_back(text: str) -
         (Account(status=429, error="queue_full"), False, True),
         (Account(status=503), True, True),
         (Account(status=200, error="engine_died", failed=True), True, True),
-        (Account(gone=True), False, True),
+        (Account(client="gone"), False, True),
         (Account(status=503, route="/health"), False, False),
         (Account(status=200, route="/metrics"), False, False),
     ],

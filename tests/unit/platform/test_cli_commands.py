@@ -28,10 +28,13 @@ import pytest
 import yaml
 from tests.unit.platform.api_views import condition, model
 
-from quire.cli import main, reference, session, top
+from quire.cli import codes, main, reference, session, top
 from quire.cli.outcome import ExitCode, spelled
 from quire.cli.program import COMMANDS
+from quire.cli.session import KINDS
+from quire.cli.show import LISTS
 from quire.client import clean_environment
+from quire.errors import TABLE
 from quire.series import read
 from quire_operators.paths import StateDir
 from quire_schemas.manifest import load
@@ -503,6 +506,19 @@ def test_a_shell_completes_names_of_objects(server: AdminServer) -> None:
     assert session.complete_objects(None, None, "") == []
 
 
+def test_a_list_has_the_name_of_its_kind_too() -> None:
+    assert set(KINDS.values()) <= LISTS.keys()
+
+
+def test_a_file_without_a_manifest_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "# soon\n", "---\n---\n"):
+        file = tmp_path / "empty.yaml"
+        file.write_text(text)
+        for command in ("apply", "plan", "validate"):
+            assert main([command, str(file)]) == ExitCode.INVALID
+            assert "empty.yaml:1:1: error: holds no manifest" in "".join(said(capsys))
+
+
 def test_get_with_nothing_served_keeps_stdout_empty(
     server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -683,7 +699,9 @@ def applied(result: str = "created", generation: int = 1) -> dict[str, Any]:
 def test_apply_shows_progress_line_by_line_without_a_terminal(
     server: AdminServer, manifest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.script["POST /v1/apply"] = [(200, applied())]
+    answer = applied()
+    answer["results"][0]["warnings"] = ["spec.x: beware"]
+    server.script["POST /v1/apply"] = [(200, answer)]
     starting = model(
         status={"summary": "Starting", "progress": {"accepted": {"ok": True, "seconds": 0.0}}, "conditions": []}
     )
@@ -693,6 +711,7 @@ def test_apply_shows_progress_line_by_line_without_a_terminal(
     assert out.splitlines()[0] == "model/quickstart  created (revision 1)"
     assert out.splitlines()[1] == "Base URL http://127.0.0.1:8000/v1"
     assert err.splitlines() == [
+        "  ⚠ spec.x: beware",
         "quickstart  accepted 0.0s",
         "quickstart  Starting",
         "quickstart  weights 4.1 MiB 0.1s",
@@ -987,6 +1006,11 @@ def test_schema_is_json_and_explain_knows_fields_and_reasons(
     assert "platform logs model/NAME" in said(capsys)[0]
     assert main(["explain", "reason"]) == ExitCode.OK
     assert "InsufficientMemory" in said(capsys)[0]
+    assert main(["explain", "queue_full"]) == ExitCode.OK
+    told = said(capsys)[0]
+    assert "429 (rate_limit_exceeded)" in told
+    assert "spec.batching.maxQueueLength" in told
+    assert {row.code for row in TABLE.values()} - {None} == codes.MEANING.keys()
     for topic, hint in (("model.spec.batchin", "batching"), ("reason/CrashLop", "reason/CrashLoop")):
         assert main(["explain", topic]) == ExitCode.NOT_FOUND
         assert hint in said(capsys)[1].splitlines()[-1]

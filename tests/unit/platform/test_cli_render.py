@@ -509,6 +509,9 @@ def test_a_route_has_a_row_with_its_names_and_weights() -> None:
     head, row = render.routes([a_route()], NOW)
     assert head.split() == ["NAME", "READY", "MODEL", "NAMES", "BACKENDS", "STATUS", "AGE"]
     assert re.split(r" {2,}", row) == ["r", "True", "chat,x (x-tenant: beta)", "a=95,b=5", "Serving", "4m"]
+    view = a_route()
+    view["resolved"]["backends"] = [{"model": "t", "weight": 1}, {"model": "t", "adapter": "sql", "weight": 1}]
+    assert "  t=1,t:sql=1  " in render.routes([view], NOW)[1]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.effort import examples
 
+from quire.router.openapi import ENDPOINTS
 from quire_schemas.anthropic import read_messages
 from quire_schemas.openai.batches import read_create
-from quire_schemas.openai.body import OF_CALLERS, WITHOUT_EFFECT, BadRequest
+from quire_schemas.openai.body import IDLE, OF_CALLERS, WITHOUT_EFFECT, BadRequest
 from quire_schemas.openai.chat import CHAT_REFUSED, ChatRequest, read_chat
 from quire_schemas.openai.completions import COMPLETION_REFUSED, CompletionRequest, read_completion
 from quire_schemas.openai.embeddings import EMBEDDING_REFUSED, EmbeddingRequest
@@ -188,9 +189,29 @@ def test_a_refused_field_is_named_and_its_neutral_values_pass(name: str) -> None
         chat(**{name: neutral})
 
 
-def test_fields_without_effect_take_anything() -> None:
-    for name in WITHOUT_EFFECT:
-        assert chat(**{name: {"a": [1]}}) == chat()
+def test_fields_without_effect_take_what_asks_for_nothing_and_are_refused_by_name_for_the_rest() -> None:
+    taken: dict[str, list[Any]] = {
+        "user": ["me"], "metadata": [{"a": "b"}, {}], "service_tier": ["auto", "default"], "store": [False],
+        "safety_identifier": ["me"], "prompt_cache_key": ["k"], "prompt_cache_retention": ["24h"],
+        "session_id": ["s"], "prediction": [{"type": "content", "content": "x"}],
+    }  # fmt: skip
+    assert taken.keys() == WITHOUT_EFFECT.keys()
+    for name, values in taken.items():
+        for value in (None, *values):
+            assert chat(**{name: value}) == chat()
+        for value in (5, True, [1], *(["priority", "flex", "x"] if name in ("service_tier", "store") else [])):
+            error = refused(chat, **{name: value})
+            assert (error.param, f"'{name}' must be " in error.message) == (name, True)
+    assert "only those of /v1/responses can be kept" in refused(chat, store=True).message
+    assert refused(chat, service_tier="flex").message == (
+        "'service_tier' must be 'auto', 'default' or 'standard_only': there is one tier."
+    )
+    everywhere = {name for each in ENDPOINTS for name in each.without_effect}
+    assert everywhere == IDLE.keys()
+
+
+def test_what_is_guessed_at_is_honoured() -> None:
+    assert refused(chat, logits_processors=[]).message == "Unknown field 'logits_processors'."
 
 
 def test_where_no_text_is_written_only_what_says_who_asks_is_without_effect() -> None:
@@ -461,7 +482,9 @@ def test_an_unknown_part_is_named_without_its_value() -> None:
 
 
 def test_a_body_of_allowed_depth_is_read() -> None:
-    deep = json.dumps({**CHAT, "metadata": "METADATA"}).replace('"METADATA"', "[" * 255 + "]" * 255)
+    deep = json.dumps({**CHAT, "metadata": "METADATA"}).replace(
+        '"METADATA"', '{"a":' + "[" * 254 + "]" * 254 + "}"
+    )
     read_chat(deep.encode())
 
 

@@ -511,3 +511,12 @@ def test_a_collector_that_comes_and_goes_fills_no_log(caplog: pytest.LogCaptureF
         "traces are exported again; 1000 spans were lost",
         "traces cannot be exported and are dropped until that works again: connection refused",
     ]
+    caplog.clear()
+    sums = Health("metrics", "exports", lambda: now, keeps=True)
+    with caplog.at_level(logging.INFO):
+        sums.heard(False, 1, "connection refused")
+        sums.heard(True, 1, "")
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics cannot be exported and wait until that works again: connection refused",
+        "metrics are exported again; 1 exports went with this one",
+    ]
