@@ -50,6 +50,8 @@ class View:
     """A model that is there on demand may leave for it."""
     tried: Tried | None = None
     """The canary beside it."""
+    listed: bool = True
+    """The router answers to its names."""
 
     @property
     def stored(self) -> StoredObject:
@@ -479,6 +481,8 @@ class ModelStatus:
             if view.short:
                 text = "requests wait for it, and nothing can be unloaded to make room"
                 return Fact("Ready", False, Reason.INSUFFICIENT_MEMORY, text)
+            if not view.listed:
+                return Fact("Ready", False, Reason.ROUTER_NOT_READY, "the router is about to be told of it")
             if not is_on_demand(view.stored.resolved):
                 return Fact("Ready", True, Reason.SCALED_TO_ZERO, "brought back by the next request")
             return Fact("Ready", True, Reason.ON_DEMAND, "loaded by the next request")

@@ -214,7 +214,8 @@ class ModelReconciler:
         unusable = self._routes.unusable(stored.key.name)
         name = stored.key.name
         short, yields = self.demand.is_short(name), self.demand.is_being_made_room_for(name)
-        view = View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields)
+        listed = self._routes.lists(name)
+        view = View(wanted, placement, desired_of(wanted), world, fetching, unusable, short, yields, listed=listed)
         if tried is None:
             return view
         beside = [pair for pair in pairs if pair[0].template_hash == tried.revision.template_hash]

@@ -202,6 +202,11 @@ class Routes:
             failing=load is not None and _fails(load),
         )
 
+    def lists(self, model: str) -> bool:
+        """Whether the router acts by a table that has this model."""
+        told = self.in_force() if self.knowledge() is Router.KNOWN else None
+        return told is not None and any(route.model == model for route in told.models)
+
     def unusable(self, model: str) -> str | None:
         """Why the router cannot serve this model, whatever its replicas do; None when it can, or is not known."""
         if self.knowledge() is not Router.KNOWN or self._status is None:
