@@ -160,12 +160,21 @@ def targets(spec: Mapping[str, Any]) -> list[Target]:
     return [Target(each["model"], each.get("adapter"), path) for each, path in found]
 
 
-def names_of(model: str, spec: Mapping[str, Any], told: wire.ModelRoute | None = None) -> list[str]:
-    """A Model and its adapters, as `Target.name` has them: those that the router was `told` of, which a rollout
-    brings and takes away, else those of its resolved spec."""
-    declared = [each["name"] for each in adapters.declared(spec)]
-    found = declared if told is None else [each.name for each in told.adapters]
-    return [model, *(Target(model, each, "").name for each in found)]
+def names_of(model: str, spec: Mapping[str, Any]) -> list[str]:
+    """A Model and its adapters, as `Target.name` has them, by its resolved spec."""
+    return [model, *(Target(model, each["name"], "").name for each in adapters.declared(spec))]
+
+
+def hindrances(
+    model: str, spec: Mapping[str, Any], told: wire.ModelRoute | None, against: str | None
+) -> dict[str, str | None]:
+    """What keeps a Model and its adapters from answering, by their names: what is `against` it; and of adapters that
+    the router was not `told` of, that a rollout is to bring them. Those that one takes away are there till then."""
+    found = dict.fromkeys(names_of(model, spec), against)
+    if told is None:
+        return found
+    served = {model: against} | {Target(model, each.name, "").name: against for each in told.adapters}
+    return dict.fromkeys(found, against or Reason.PROGRESS_MADE.value) | served
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -352,10 +361,12 @@ class RouteReconciler:
                 if owned.get(claim, stored.key) != stored.key
             },
             models={
-                name: self._against(each)
+                name: why
                 for each in objects
                 if _is_model(each)
-                for name in names_of(each.key.name, each.resolved, routed.get(each.key.name))
+                for name, why in hindrances(
+                    each.key.name, each.resolved, routed.get(each.key.name), self._against(each)
+                ).items()
             },
             routes={each.key.name for each in objects if each.key.kind == KIND},
             taken=told is not None and set(table([stored], owned)) <= set(told.routes),

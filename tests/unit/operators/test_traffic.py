@@ -10,7 +10,7 @@ import pytest
 
 from quire_operators.records import StoredObject
 from quire_operators.status import Reason
-from quire_operators.traffic import Claim, View, facts, named, names_of, owners, summary, table
+from quire_operators.traffic import Claim, View, facts, hindrances, named, owners, summary, table
 from quire_schemas import wire
 from quire_schemas.manifest import load
 from quire_schemas.resource import Key
@@ -188,10 +188,14 @@ def test_what_is_missing_is_named_and_a_route_is_no_model() -> None:
     )
 
 
-def test_adapters_that_are_there_are_those_that_the_router_was_told_of() -> None:
-    """A canary's are not there yet, and those of a revision that was undone not any more."""
+def test_an_adapter_that_a_rollout_is_to_bring_is_there_and_does_not_answer_yet() -> None:
+    """A canary's, for as long as it is one; those of a revision that goes away answer until it is gone."""
     spec = {"lora": {"adapters": [{"name": "new"}]}}
-    assert names_of("a", spec) == ["a", "a:new"]
-    assert names_of("a", spec, PLAIN) == ["a"]
+    assert hindrances("a", spec, None, None) == {"a": None, "a:new": None}
+    assert hindrances("a", spec, PLAIN, None) == {"a": None, "a:new": "Progressing"}
     told = msgspec.structs.replace(PLAIN, adapters=(wire.AdapterRoute("old"),))
-    assert names_of("a", spec, told) == ["a", "a:old"]
+    assert hindrances("a", spec, told, None) == {"a": None, "a:new": "Progressing", "a:old": None}
+    assert hindrances("a", spec, told, "Paused") == {"a": "Paused", "a:new": "Paused", "a:old": "Paused"}
+    only = seen(ADAPTERS, {"a": None, "a:s": "Progressing"})
+    assert only["Ready"] == (False, Reason.BACKEND_NOT_READY)
+    assert only["Stalled"] == (False, Reason.PROGRESS_MADE), "an apply that brings it waits for it"
