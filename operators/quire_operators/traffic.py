@@ -168,13 +168,13 @@ def names_of(model: str, spec: Mapping[str, Any]) -> list[str]:
 def hindrances(
     model: str, spec: Mapping[str, Any], told: wire.ModelRoute | None, against: str | None
 ) -> dict[str, str | None]:
-    """What keeps a Model and its adapters from answering, by their names: what is `against` it; and of adapters that
-    the router was not `told` of, that a rollout is to bring them. Those that one takes away are there till then."""
+    """What keeps a Model and its adapters from answering, by their names: what is `against` it; and of adapters
+    that the router was not `told` of, that a rollout is to bring them. What one takes away is there till then."""
     found = dict.fromkeys(names_of(model, spec), against)
     if told is None:
         return found
-    served = {model: against} | {Target(model, each.name, "").name: against for each in told.adapters}
-    return dict.fromkeys(found, against or Reason.PROGRESS_MADE.value) | served
+    late: dict[str, str | None] = dict.fromkeys(found, against or Reason.PROGRESS_MADE.value)
+    return late | {model: against} | {Target(model, each.name, "").name: against for each in told.adapters}
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
