@@ -170,11 +170,12 @@ def hindrances(
 ) -> dict[str, str | None]:
     """What keeps a Model and its adapters from answering, by their names: what is `against` it; and of adapters
     that the router was not `told` of, that a rollout is to bring them. What one takes away is there till then."""
-    found = dict.fromkeys(names_of(model, spec), against)
+    found: dict[str, str | None] = dict.fromkeys(names_of(model, spec), against)
     if told is None:
         return found
     late: dict[str, str | None] = dict.fromkeys(found, against or Reason.PROGRESS_MADE.value)
-    return late | {model: against} | {Target(model, each.name, "").name: against for each in told.adapters}
+    late.update({model: against} | {Target(model, each.name, "").name: against for each in told.adapters})
+    return late
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
