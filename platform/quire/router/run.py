@@ -224,15 +224,18 @@ class Run:
     async def _note_turns(self) -> None:
         """Note which choices an engine is at, of those that have brought nothing: who leaves an engine's queue has
         used nothing, and who leaves the engine at work has."""
-        for choice in self._choices:
-            claim, sequence = self._claims.get(choice.index), choice.sequence
-            if choice.came or claim is None or sequence is None:
-                continue
-            if not (sequence.ended or sequence.lost):
-                choice.came = True  # unless it is told otherwise, and in time
-                with contextlib.suppress(ApiError, TimeoutError):
-                    async with asyncio.timeout(RECHECK_SECONDS):
-                        choice.came = not await claim.is_queued(sequence)
+        waiting = [
+            (choice, choice.sequence, self._claims[choice.index])
+            for choice in self._choices
+            if not choice.came and choice.sequence is not None and choice.index in self._claims
+            if not (choice.sequence.ended or choice.sequence.lost)
+        ]
+        for choice, _, _ in waiting:
+            choice.came = True  # unless it is told otherwise, and in time
+        with contextlib.suppress(ApiError, TimeoutError):
+            async with asyncio.timeout(RECHECK_SECONDS):
+                for choice, sequence, claim in waiting:
+                    choice.came = not await claim.is_queued(sequence)
 
     def delivered(self) -> None:
         """What was made of the last updates is on its way to the client."""

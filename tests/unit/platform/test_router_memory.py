@@ -127,7 +127,9 @@ print([count - counts[0] for count in counts])
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the allocator is not glibc's")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="without glibc there is nothing to set; CI has it"
+)
 def test_large_pieces_come_from_the_system_and_go_back_to_it() -> None:
     """Left to itself glibc has them lie among small ones as soon as it has seen one freed."""
     told = subprocess.run([sys.executable, "-c", LARGE_PIECES], capture_output=True, text=True, check=True)
